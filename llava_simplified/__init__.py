@@ -1,0 +1,1 @@
+"""LLaVA Simplified: give a language model eyes."""

@@ -1,0 +1,216 @@
+"""Image bytes -> pixels. The one decoder, and the one transform, of training, cleaning and captioning."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:  # torch takes two seconds to import, and the downloader decodes without it
+    import torch
+
+MAX_PIXELS = 50_000_000
+_ORIENTATION = 274  # the EXIF tag
+
+
+class ImageError(ValueError):
+    """An image that can't be used. `kind` is one of missing, not_image, too_large, corrupt."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return type(self), (self.kind, str(self))  # worker processes send it back to the trainer
+
+
+def read_image_bytes(image: str, folder: str | Path) -> bytes:
+    """The bytes of a record's image: a path below `folder`.
+
+    Absolute paths in a JSON come from the machine that wrote it: where such a file is not here, the base name is
+    looked up in `folder`.
+
+    Raises:
+        ImageError: (missing) names every place that was tried.
+    """
+    path = Path(image)
+    tried = [path, Path(folder) / path.name] if path.is_absolute() else [Path(folder) / path]
+    for place in tried:
+        if place.is_file():
+            return place.read_bytes()
+    raise ImageError("missing", f"no image {' nor '.join(map(str, tried))}; is the image folder right?")
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode to uint8 RGB (height, width, 3), upright, first frame, transparency on white.
+
+    JPEG goes through simplejpeg's strict mode, the only decoder that reports bytes corrupted in mid-scan; Pillow
+    reads everything else. The size is checked in the header, before any pixel is allocated.
+
+    Raises:
+        ImageError: not_image, too_large (over `max_pixels`) or corrupt.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the rule here
+        try:
+            image = Image.open(io.BytesIO(data))
+        except UnidentifiedImageError:
+            raise ImageError("not_image", f"not an image: {len(data)} bytes beginning {data[:16]!r}") from None
+        except Image.DecompressionBombError as error:
+            raise ImageError("too_large", str(error)) from None
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise ImageError("corrupt", f"corrupt header: {error}") from error
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError("too_large", f"{width}x{height} pixels, the limit is {max_pixels}")
+        try:
+            if image.format == "JPEG" and image.mode in ("RGB", "L"):
+                pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                return pixels if orientation == 1 else _upright(Image.fromarray(pixels), orientation)
+            return np.asarray(_on_white(ImageOps.exif_transpose(image)))
+        except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:
+            raise ImageError("corrupt", f"corrupt {image.format}: {error}") from error
+
+
+def _upright(image: Image.Image, orientation: int) -> np.ndarray:
+    exif = image.getexif()
+    exif[_ORIENTATION] = orientation
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a sample: Pillow's convert would clip them, not scale them
+        return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """What a vision tower wants to be given: resize, centre crop; later, on the device, normalise.
+
+    Attributes:
+        resize: the shorter side (int), or (height, width) to stretch to.
+        crop: (height, width) of the centre crop; the size of the tower's input.
+        interpolation: "bicubic" or "bilinear", with antialiasing as Pillow does it.
+        mean, std: per channel, of pixels scaled to 0..1.
+    """
+
+    resize: int | tuple[int, int]
+    crop: tuple[int, int]
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path) -> ImageTransform:
+        """Read `preprocessor_config.json` of any Hugging Face vision model.
+
+        Raises:
+            ValueError: where the processor does something this transform can't (padding to a multiple, tiling).
+        """
+        from transformers import AutoImageProcessor
+
+        try:
+            processor: Any = AutoImageProcessor.from_pretrained(str(name_or_path), backend="pil")
+        except OSError as error:
+            raise ValueError(f"{name_or_path}: no preprocessor_config.json to read: {error}") from error
+        if getattr(processor, "do_pad", False) or not processor.do_normalize or not processor.do_rescale:
+            raise ValueError(f"{name_or_path}: image processors that pad, or don't normalise, are not supported")
+        size = dict(processor.size or {})
+        resize: int | tuple[int, int]
+        if size.get("shortest_edge"):
+            resize = int(size["shortest_edge"])
+        elif size.get("height") and size.get("width"):
+            resize = (int(size["height"]), int(size["width"]))
+        else:
+            raise ValueError(f"{name_or_path}: can't read 'size' {size} of the image processor")
+        crop = resize if isinstance(resize, tuple) else (resize, resize)
+        if getattr(processor, "do_center_crop", False):
+            crop_size = processor.crop_size
+            crop = (int(crop_size["height"]), int(crop_size["width"]))
+        elif getattr(processor, "crop_pct", None) and isinstance(resize, int):  # ConvNeXt's own rule
+            resize = int(resize / processor.crop_pct) if resize < 384 else (resize, resize)
+        elif isinstance(resize, int):
+            raise ValueError(f"{name_or_path}: resizes the shorter side without a crop: sizes would differ")
+        # rescale_factor other than 1/255 (EfficientNet offers it) folds into mean and std
+        scale = 255 * float(processor.rescale_factor)
+        offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
+        return cls(
+            resize,
+            crop,
+            {2: "bilinear", 3: "bicubic"}[int(processor.resample)],
+            _triple((m + offset) / scale for m in processor.image_mean),
+            _triple(s / scale for s in processor.image_std),
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ImageTransform:
+        """The inverse of `to_dict`, through JSON."""
+        resize = values["resize"]
+        return cls(
+            resize if isinstance(resize, int) else tuple(resize),  # type: ignore[arg-type]
+            tuple(values["crop"]),
+            values["interpolation"],
+            _triple(values["mean"]),
+            _triple(values["std"]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a checkpoint keeps them."""
+        return asdict(self)
+
+    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
+        """uint8 (height, width, 3) -> uint8 (3, crop height, crop width). Four times smaller than floats to move.
+
+        Equal to Pillow's resize to one grey level: torch's uint8 kernel follows Pillow's arithmetic.
+        """
+        import torch
+        from torch.nn.functional import interpolate
+
+        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
+        height, width = image.shape[-2:]
+        if isinstance(self.resize, int):
+            short = min(height, width)
+            target = (self.resize * height // short, self.resize * width // short)
+        else:
+            target = self.resize
+        if target != (height, width):
+            image = interpolate(image, size=target, mode=self.interpolation, antialias=True)
+        return _center_crop(image[0], self.crop).contiguous()
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (..., 3, height, width) on any device -> float32, by the tower's mean and standard deviation."""
+        import torch
+
+        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        return (pixels.float() / 255 - mean) / std
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(v) for v in values)
+    return red, green, blue
+
+
+def _center_crop(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The centre of (3, H, W); where the image is smaller, zeros around it, as Hugging Face processors do."""
+    from torch.nn.functional import pad
+
+    (height, width), (crop_height, crop_width) = image.shape[-2:], size
+    missing_y, missing_x = max(crop_height - height, 0), max(crop_width - width, 0)
+    if missing_y or missing_x:
+        top, left = -(-missing_y // 2), -(-missing_x // 2)
+        image = pad(image, (left, missing_x - left, top, missing_y - top))
+        height, width = image.shape[-2:]
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return image[:, top : top + crop_height, left : left + crop_width]

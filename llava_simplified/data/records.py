@@ -1,0 +1,112 @@
+"""One captioned image (or conversation about images) as the rest of the code sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What every caption source becomes.
+
+    Attributes:
+        images: paths relative to the image folder, or `shard.tar#key`; empty for a text-only row.
+        turns: the conversation up to, and without, the last answer. The user texts hold exactly one
+            `<image>` per image.
+        responses: the alternatives of the last answer (several captions of one image); empty where the
+            row has none, which is enough to caption it but not to train on it.
+        id: where the row came from, for messages to people.
+    """
+
+    images: tuple[str, ...]
+    turns: tuple[Message, ...]
+    responses: tuple[str, ...]
+    id: str
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any], where: str) -> Record:
+        """Read one row: `{image, instruction, response | responses}` or LLaVA's `{image, conversations}`.
+
+        Raises:
+            ValueError: names `where` and the key that is missing or of the wrong type.
+        """
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
+        images = _images(row, where)
+        if "conversations" in row:
+            turns, responses = _conversation(row["conversations"], where)
+        else:
+            turns, responses = _instruction(row, where)
+        return cls(images, _place_images(turns, len(images), where), responses, where)
+
+
+def _images(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    value = row.get("image", row.get("images"))
+    if value is None or value == "":
+        return ()
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
+        raise ValueError(f"{where}: 'image' must be a path or a list of paths, got {value!r}")
+    return tuple(values)
+
+
+def _instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
+    if not isinstance(row.get("instruction"), str):
+        raise ValueError(f"{where}: no 'instruction' text and no 'conversations'; keys are {sorted(row)}")
+    responses = row["responses"] if "responses" in row else [row["response"]] if "response" in row else []
+    if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
+        raise ValueError(f"{where}: 'response' must be a text, 'responses' a list of texts, got {responses!r}")
+    return [Message("user", row["instruction"])], tuple(responses)
+
+
+def _conversation(rows: Any, where: str) -> tuple[list[Message], tuple[str, ...]]:
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{where}: 'conversations' must be a list of {{from, value}}, got {rows!r}")
+    turns = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or row.get("from") not in _ROLES or not isinstance(row.get("value"), str):
+            raise ValueError(f"{where}: turn {number} needs 'from' (one of {', '.join(_ROLES)}) and a text 'value'")
+        turns.append(Message(_ROLES[row["from"]], row["value"]))  # type: ignore[arg-type]
+    spoken = [turn.role for turn in turns if turn.role != "system"]
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2) or not spoken:
+        raise ValueError(f"{where}: turns must alternate human, gpt, human, ...; they are {', '.join(spoken)}")
+    if turns[-1].role == "assistant":
+        return turns[:-1], (turns[-1].text,)
+    return turns, ()
+
+
+def _place_images(turns: list[Message], count: int, where: str) -> tuple[Message, ...]:
+    """Put `<image>` before the first user text when the row has images and its text names none."""
+    named = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+    if named == 0 and count:
+        first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+        lines = f"{IMAGE_PLACEHOLDER}\n" * count
+        turns = [*turns[:first], Message("user", lines + turns[first].text), *turns[first + 1 :]]
+    elif named != count:
+        raise ValueError(f"{where}: {count} image(s), but the text says {IMAGE_PLACEHOLDER} {named} time(s)")
+    return tuple(turns)
+
+
+def open_records(path: str | Path) -> Sequence[Record]:
+    """All records of a `.json` array or a `.jsonl` file.
+
+    Raises:
+        ValueError: names the file, the row and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of records (a .json array or .jsonl)")
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.strip()]
+    else:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Record.from_json(row, f"{path.name} row {i}") for i, row in enumerate(rows)]

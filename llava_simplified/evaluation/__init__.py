@@ -1,0 +1,1 @@
+"""How good are the captions, and what do they look like."""

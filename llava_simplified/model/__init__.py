@@ -1,0 +1,1 @@
+"""The vision tower, the projector, the language model, and how they are joined."""
