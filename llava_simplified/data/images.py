@@ -12,15 +12,27 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from llava_simplified.data.shards import read_shard_image
+
 if TYPE_CHECKING:  # torch takes two seconds to import, and the downloader decodes without it
     import torch
 
 MAX_PIXELS = 50_000_000
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "MPO",
+    "AVIF",
+)  # no EPS: Pillow runs Ghostscript on it
 _ORIENTATION = 274  # the EXIF tag
 
 
 class ImageError(ValueError):
-    """An image that can't be used. `kind` is one of missing, not_image, too_large, corrupt."""
+    """An image that can't be used. `kind` is one of missing, unsafe, not_image, too_large, corrupt."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -31,20 +43,30 @@ class ImageError(ValueError):
 
 
 def read_image_bytes(image: str, folder: str | Path) -> bytes:
-    """The bytes of a record's image: a path below `folder`.
+    """The bytes of a record's image: a path below `folder`, `shard.tar#key` or `rows.parquet#number`.
 
-    Absolute paths in a JSON come from the machine that wrote it: where such a file is not here, the base name is
-    looked up in `folder`.
+    Nothing outside `folder` is opened. An absolute path is often that of the machine that wrote the JSON: where it
+    does not lie in `folder`, its base name is looked up there.
 
     Raises:
-        ImageError: (missing) names every place that was tried.
+        ImageError: missing (names the place that was tried), or unsafe (`..` in the name).
     """
-    path = Path(image)
-    tried = [path, Path(folder) / path.name] if path.is_absolute() else [Path(folder) / path]
-    for place in tried:
-        if place.is_file():
-            return place.read_bytes()
-    raise ImageError("missing", f"no image {' nor '.join(map(str, tried))}; is the image folder right?")
+    name, mark, key = image.rpartition("#")
+    in_shard = bool(mark) and name.endswith((".tar", ".parquet"))
+    path = Path(name if in_shard else image)
+    if ".." in path.parts:
+        raise ImageError("unsafe", f"the image name {image!r} leaves its folder ('..')")
+    place = Path(folder) / path
+    if path.is_absolute() and not path.is_relative_to(Path(folder).absolute()):
+        place = Path(folder) / path.name
+    if in_shard:
+        try:
+            return read_shard_image(place, key)
+        except ValueError as error:
+            raise ImageError("missing", str(error)) from error
+    if not place.is_file():
+        raise ImageError("missing", f"no image {place}; is the image folder right?")
+    return place.read_bytes()
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -59,9 +81,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the rule here
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            raise ImageError("not_image", f"not an image: {len(data)} bytes beginning {data[:16]!r}") from None
+            raise ImageError(
+                "not_image", f"not an image: {len(data)} bytes beginning {data[:16]!r}"
+            ) from None
         except Image.DecompressionBombError as error:
             raise ImageError("too_large", str(error)) from None
         except (OSError, ValueError, SyntaxError, EOFError) as error:
@@ -125,7 +149,9 @@ class ImageTransform:
         except OSError as error:
             raise ValueError(f"{name_or_path}: no preprocessor_config.json to read: {error}") from error
         if getattr(processor, "do_pad", False) or not processor.do_normalize or not processor.do_rescale:
-            raise ValueError(f"{name_or_path}: image processors that pad, or don't normalise, are not supported")
+            raise ValueError(
+                f"{name_or_path}: image processors that pad, or don't normalise, are not supported"
+            )
         size = dict(processor.size or {})
         resize: int | tuple[int, int]
         if size.get("shortest_edge"):

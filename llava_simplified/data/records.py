@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+
+from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 
+CHECK_ALL = 20_000  # rows that `open_records` parses before it answers
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -63,7 +66,9 @@ def _instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[
         raise ValueError(f"{where}: no 'instruction' text and no 'conversations'; keys are {sorted(row)}")
     responses = row["responses"] if "responses" in row else [row["response"]] if "response" in row else []
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
-        raise ValueError(f"{where}: 'response' must be a text, 'responses' a list of texts, got {responses!r}")
+        raise ValueError(
+            f"{where}: 'response' must be a text, 'responses' a list of texts, got {responses!r}"
+        )
     return [Message("user", row["instruction"])], tuple(responses)
 
 
@@ -72,12 +77,20 @@ def _conversation(rows: Any, where: str) -> tuple[list[Message], tuple[str, ...]
         raise ValueError(f"{where}: 'conversations' must be a list of {{from, value}}, got {rows!r}")
     turns = []
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or row.get("from") not in _ROLES or not isinstance(row.get("value"), str):
-            raise ValueError(f"{where}: turn {number} needs 'from' (one of {', '.join(_ROLES)}) and a text 'value'")
+        if (
+            not isinstance(row, dict)
+            or row.get("from") not in _ROLES
+            or not isinstance(row.get("value"), str)
+        ):
+            raise ValueError(
+                f"{where}: turn {number} needs 'from' (one of {', '.join(_ROLES)}) and a text 'value'"
+            )
         turns.append(Message(_ROLES[row["from"]], row["value"]))  # type: ignore[arg-type]
     spoken = [turn.role for turn in turns if turn.role != "system"]
     if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2) or not spoken:
-        raise ValueError(f"{where}: turns must alternate human, gpt, human, ...; they are {', '.join(spoken)}")
+        raise ValueError(
+            f"{where}: turns must alternate human, gpt, human, ...; they are {', '.join(spoken)}"
+        )
     if turns[-1].role == "assistant":
         return turns[:-1], (turns[-1].text,)
     return turns, ()
@@ -95,18 +108,35 @@ def _place_images(turns: list[Message], count: int, where: str) -> tuple[Message
     return tuple(turns)
 
 
-def open_records(path: str | Path) -> Sequence[Record]:
-    """All records of a `.json` array or a `.jsonl` file.
+class Records(Sequence[Record]):
+    """Records parsed one at a time out of a file of rows: memory-mapped, cheap to pickle and to fork."""
+
+    def __init__(self, rows: RowFile) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Record.from_json(self.rows[index], self.rows.where(index))
+
+
+def open_records(path: str | Path) -> Records:
+    """All records of a `.json` array, a `.jsonl` or `.parquet` file, or of a folder of `llava download`.
+
+    Up to `CHECK_ALL` rows are checked at once, of larger files that many, evenly spread, so that a wrong file
+    is refused here and not in the middle of a run.
 
     Raises:
         ValueError: names the file, the row and what is wrong with it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file of records (a .json array or .jsonl)")
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines if line.strip()]
-    else:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    return [Record.from_json(row, f"{path.name} row {i}") for i, row in enumerate(rows)]
+    records = Records(open_rows(path))
+    for index in np.linspace(0, len(records) - 1, min(len(records), CHECK_ALL)).astype(int):
+        records[int(index)]
+    return records

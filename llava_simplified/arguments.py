@@ -1,0 +1,212 @@
+"""Every option of a training run, in three groups; the command line, a YAML file and old names are read here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+
+@dataclass
+class ModelArguments:
+    """Which parts make the model, and how they are joined."""
+
+    model_name_or_path: str = field(
+        default="mistralai/Mistral-7B-Instruct-v0.1", metadata={"help": "Language model: any causal one."}
+    )
+    vision_tower: str = field(
+        default="openai/clip-vit-base-patch16", metadata={"help": "Vision model: CLIP, SigLIP, DINOv2, ViT, EfficientNet..."}
+    )
+    mm_vision_select_layer: list[int] = field(
+        default_factory=lambda: [-2],
+        metadata={"help": "Hidden states shown to the language model: -1 the last; several are concatenated."},
+    )
+    mm_vision_select_feature: str = field(default="patch", metadata={"help": "patch, or cls_patch to keep CLS."})
+    mm_projector_type: str = field(default="linear", metadata={"help": "linear, mlp2x_gelu (any depth), identity."})
+    mm_token_pool: int = field(default=0, metadata={"help": "Average the patch grid to K x K tokens; 0 keeps it."})
+    template: str = field(
+        default="auto", metadata={"help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain."}
+    )
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None, metadata={"help": "Start with the projector of this checkpoint folder."}
+    )
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Train the projector alone (first stage)."})
+    freeze_backbone: bool = field(
+        default=True, metadata={"help": "Keep the language model's own weights; False, without LoRA, trains them all."}
+    )
+    lora_enable: bool = field(default=True, metadata={"help": "Adapt the language model with LoRA."})
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
+    lora_alpha: float = field(default=16, metadata={"help": "LoRA scale: alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout at the adapter's input."})
+    lora_bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or lora_only."})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention of the language model."})
+
+
+@dataclass
+class DataArguments:
+    """What it learns from."""
+
+    train_data_path: str | None = field(default=None, metadata={"help": "Records: .json, .jsonl or .parquet."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Records for the validation loss."})
+    train_image_folder: str | None = field(
+        default=None, metadata={"help": "Where the training images are; the data file's folder where not given."}
+    )
+    val_image_folder: str | None = field(
+        default=None, metadata={"help": "Where the validation images are; the eval data file's folder where not given."}
+    )
+    max_bad_images: float = field(
+        default=0.01, metadata={"help": "Stop when more than this share of the images can't be read."}
+    )
+
+
+def _bf16_by_default() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers.TrainingArguments with LLaVA's defaults and a few options more."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Default: output/<language model>-<vision tower>."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up; below 1: share of all steps."})
+    bf16: bool = field(
+        default_factory=_bf16_by_default,
+        metadata={"help": "Frozen weights and activations in bfloat16 (default: where a GPU has it)."},
+    )
+    report_to: str = field(default="none", metadata={"help": "wandb, tensorboard or none."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Most text tokens of a sample, an image counting as one."}
+    )
+    config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise several processes would each train alone, unaware of the others
+            if self.tf32:
+                print("tf32 is an NVIDIA format: no effect on this machine", file=sys.stderr)  # noqa: T201
+            self.tf32 = None
+        elif self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+            raise ValueError("this GPU has no bfloat16: pass --bf16 False --fp16 True")
+        self.output_dir = self.output_dir or "output"
+        self.remove_unused_columns = False  # a batch here is more than the arguments of a text model
+        self.average_tokens_across_devices = True
+        super().__post_init__()
+
+
+# What LLaVA's scripts pass, under the names of their time. None: has no effect here, said once.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "no_cuda": "use_cpu",
+    "mm_projector_learning_rate": "mm_projector_lr",
+}
+NO_EFFECT = {
+    "lazy_preprocess": "samples are always read lazily",
+    "save_safetensors": "weights are always saved as safetensors",
+    "overwrite_output_dir": "files of the output folder are replaced, never merged with",
+    "image_aspect_ratio": "the vision tower's own preprocessor decides",
+    "is_multimodal": "every row says itself whether it has images",
+    "version": "the tokenizer's chat template is used; choose with --template",
+}
+MUST_BE_OFF = {
+    "mm_use_im_start_end": "image start and end tokens",
+    "mm_use_im_patch_token": "an image patch token in the vocabulary",
+}
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Read the command line, after the options of `--config` if there is one: the command line wins.
+
+    Raises:
+        ValueError: an option that does not exist, or one that asks for what this project does not do.
+    """
+    options = _options(argv)
+    for config in [values for name, values in options if name == "config"][-1:]:
+        options = _options(_from_yaml(Path(config[0] if config else ""))) + options
+    given = dict(options)
+    if "output_dir" not in given:
+        parts = (given.get(f, [getattr(ModelArguments, f)]) for f in ("model_name_or_path", "vision_tower"))
+        options.append(("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))]))
+    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
+    parser.prog = "train.py"
+    words = [word for option in options for word in _current_names(*option)]
+    *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]}; --help lists them")
+    model, data, training = groups
+    return model, data, training
+
+
+def _options(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """`--a 1 2 --b=3` -> [("a", ["1", "2"]), ("b", ["3"])]; dashes in names become underscores."""
+    options: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            options.append((name.replace("-", "_"), [value] if equals else []))
+        elif word == "-h":
+            options.append(("help", []))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            raise ValueError(f"{word!r} belongs to no option")
+    return options
+
+
+def _from_yaml(path: Path) -> list[str]:
+    """A YAML mapping as words of a command line: argparse then converts `1e-3` or `true` as it does there."""
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: must be a mapping of options")
+    words: list[str] = []
+    for key, value in values.items():
+        if value is not None:
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def _current_names(name: str, values: list[str]) -> list[str]:
+    """One option as words for the parser; old names translated, names without effect said and dropped."""
+    on = values not in (["False"], ["false"], ["0"])
+    if name in MUST_BE_OFF:
+        if on:
+            raise ValueError(f"--{name}: {MUST_BE_OFF[name]} is not part of stock LLaVA; leave it False")
+        return []
+    if name in NO_EFFECT:
+        print(f"--{name} has no effect: {NO_EFFECT[name]}", file=sys.stderr)  # noqa: T201
+        return []
+    if name == "group_by_length":
+        return ["--train_sampling_strategy", "group_by_length"] if on else []
+    if name == "local_rank":  # DeepSpeed's launcher passes it; torch.distributed reads the environment
+        os.environ.setdefault("LOCAL_RANK", values[0])
+        return []
+    return [f"--{RENAMED.get(name, name)}", *values]
+
+
+def describe(*groups: Any) -> dict[str, Any]:
+    """The options that differ from their defaults, for the log and the checkpoint."""
+    return {
+        f.name: getattr(group, f.name)
+        for group in groups
+        for f in fields(group)
+        if f.init and getattr(group, f.name) != _default(f)
+    }
+
+
+def _default(option: Any) -> Any:
+    return option.default_factory() if callable(option.default_factory) else option.default

@@ -1,0 +1,51 @@
+"""The `llava` command. One subcommand, one module; nothing heavy is imported before it is known which."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "inspect": ("llava_simplified.inspection", "show samples as the model sees them: tokens, labels, image spans"),
+    "train": ("llava_simplified.training.run", "fine-tune a language model to see"),
+    "predict": ("llava_simplified.captioning", "caption the pictures of a data file, or one picture"),
+    "evaluate": ("llava_simplified.evaluation.metrics", "score predictions against references"),
+    "demo": ("llava_simplified.demo.run", "the whole recipe on small real weights and pictures, in minutes"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status. A user's error is one line, a fault of ours a traceback."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: llava COMMAND [options]\n\ncommands:")
+        for name, (_, help_text) in COMMANDS.items():
+            print(f"  {name:<12}{help_text}")
+        print("\n`llava COMMAND --help` lists the options of a command.")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"llava: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run_command(COMMANDS[name][0], rest)
+
+
+def run_command(module: str, argv: list[str] | None) -> int:
+    """`main(argv)` of a module; ValueError, which our code raises for what a user can mend, becomes one line."""
+    # Without torchvision, transformers warns of each of its hundred image processors: ours need none of them.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return importlib.import_module(module).main(argv)
+    except ValueError as error:
+        if os.environ.get("LLAVA_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

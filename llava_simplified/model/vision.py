@@ -1,0 +1,157 @@
+"""The vision tower: any Hugging Face vision model, seen as pixels -> (images, tokens, width)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+
+from llava_simplified.data.images import ImageTransform
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class VisionTower(nn.Module):
+    """A vision model and the choice of which of its features are shown to the language model.
+
+    Vision transformers (CLIP, SigLIP, DINOv2, ViT) give one token per patch; convolutional models (EfficientNet,
+    ConvNeXt, ResNet) one per position of a feature map.
+
+    Args:
+        model: any model that takes `pixel_values` and returns `last_hidden_state` and `hidden_states`.
+        transform: how its pictures are resized and normalised.
+        select_layer: which hidden states. -1 is the last one, -2 (the layer before) is what LLaVA chose for
+            CLIP. Several are concatenated along the width (for feature maps of several sizes: on the grid of
+            the smallest).
+        select_feature: "patch", or "cls_patch" to keep the tokens that are no patch (CLS, registers) in front.
+        token_pool: average the grid down to `token_pool` x `token_pool` tokens; 0 keeps it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        transform: ImageTransform,
+        select_layer: int | Sequence[int] = -2,
+        select_feature: str = "patch",
+        token_pool: int = 0,
+    ) -> None:
+        super().__init__()
+        if select_feature not in ("patch", "cls_patch"):
+            raise ValueError(f"mm_vision_select_feature is patch or cls_patch, not {select_feature!r}")
+        self.model = model
+        self.transform = transform
+        self.select_layers = (select_layer,) if isinstance(select_layer, int) else tuple(select_layer)
+        self.select_feature = select_feature
+        self.token_pool = token_pool
+        self.num_tokens, self.width = self._feature_shape()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, *, dtype: torch.dtype = torch.float32, **choices: object) -> VisionTower:
+        """Load a vision model, or the vision half of a two-tower model (CLIP, SigLIP), with its image transform.
+
+        Raises:
+            ValueError: it is no vision model, or its image processor does what `ImageTransform` can't.
+            OSError: the files are not there (the message says which).
+        """
+        config = AutoConfig.from_pretrained(name_or_path)
+        config = getattr(config, "vision_config", config)
+        transform = ImageTransform.from_pretrained(name_or_path)
+        model_class = MODEL_MAPPING.get(type(config), None)
+        if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
+            raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
+        model = model_class.from_pretrained(name_or_path, config=config, dtype=dtype)
+        return cls(model, transform, **choices)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, transform: ImageTransform, **choices: object) -> VisionTower:
+        """The tower without its weights, on the meta device: enough to know its shape."""
+        with torch.device("meta"):
+            return cls(AutoModel.from_config(config), transform, **choices)  # type: ignore[arg-type]
+
+    @property
+    def frozen(self) -> bool:
+        """True when no parameter of the tower is trained."""
+        return not any(p.requires_grad for p in self.parameters())
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """A frozen tower stays in evaluation mode: no dropout, no drifting batch-norm statistics."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch features.
+
+        Args:
+            pixel_values: (images, 3, height, width); uint8 as the transform makes them, or floats already normalised.
+
+        Returns:
+            (images, num_tokens, width)
+        """
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = self.transform.normalize(pixel_values)
+        weight = next(self.model.parameters())
+        pixel_values = pixel_values.to(weight.dtype)
+        if self._is_convolutional:
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # several times faster on CPU
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self._select(self.model, pixel_values)
+
+    def _select(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+        outputs = model(pixel_values, output_hidden_states=True)
+        if outputs.last_hidden_state.dim() == 4:
+            return self._from_maps(outputs)
+        features = torch.cat([outputs.hidden_states[layer] for layer in self.select_layers], dim=-1)
+        height, width = (side // patch for side, patch in zip(pixel_values.shape[-2:], _patch_size(model)))
+        others = features.shape[1] - height * width  # CLS and register tokens stand in front of the patches
+        if self.select_feature == "cls_patch":
+            if self.token_pool or not others:
+                raise ValueError(
+                    "cls_patch can't be pooled" if self.token_pool else "this tower has no CLS token: use patch"
+                )
+            return features
+        features = features[:, others:]
+        if self.token_pool:
+            grid = features.transpose(1, 2).unflatten(2, (height, width))
+            features = adaptive_avg_pool2d(grid, self.token_pool).flatten(2).transpose(1, 2)
+        return features
+
+    def _from_maps(self, outputs: object) -> torch.Tensor:
+        """Feature maps (images, channels, height, width) -> (images, tokens, channels)."""
+        if self.select_feature == "cls_patch":
+            raise ValueError("a convolutional tower has no CLS token: use patch")
+        last: torch.Tensor = outputs.last_hidden_state  # type: ignore[attr-defined]
+        hidden: tuple[torch.Tensor, ...] = outputs.hidden_states  # type: ignore[attr-defined]
+        # -1 means the very last map: EfficientNet's last hidden state lies one convolution before it
+        maps = [last if layer == -1 else hidden[layer] for layer in self.select_layers]
+        grid = min((m.shape[-2:] for m in maps), key=lambda size: size.numel())
+        if self.token_pool:
+            grid = torch.Size((self.token_pool, self.token_pool))
+        maps = [m if m.shape[-2:] == grid else adaptive_avg_pool2d(m, tuple(grid)) for m in maps]
+        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
+
+    @property
+    def _is_convolutional(self) -> bool:
+        return not hasattr(self.model.config, "num_attention_heads")
+
+    def _feature_shape(self) -> tuple[int, int]:
+        """(tokens, width) of one image. The one place where they are known: the architecture, run on no data."""
+        with torch.device("meta"), torch.no_grad():
+            skeleton = AutoModel.from_config(self.model.config).eval()
+            pixels = torch.empty(1, 3, *self.transform.crop)
+            try:
+                _, tokens, width = self._select(skeleton, pixels).shape
+            except IndexError:
+                count = len(skeleton(pixels, output_hidden_states=True).hidden_states)
+                raise ValueError(
+                    f"mm_vision_select_layer {self.select_layers} is out of range: the tower has {count} hidden states"
+                ) from None
+        return tokens, width
+
+
+def _patch_size(model: PreTrainedModel) -> tuple[int, int]:
+    size = model.config.patch_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

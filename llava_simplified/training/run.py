@@ -1,0 +1,219 @@
+"""One training run: check, build, train, save. `train.py` and `llava train` come here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    describe,
+    parse_arguments,
+)
+from llava_simplified.data.batching import Collator
+from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
+from llava_simplified.data.records import Record, open_records
+from llava_simplified.model.checkpoint import (
+    Architecture,
+    assemble,
+    fingerprint,
+    load_projector,
+    load_tokenizer,
+)
+from llava_simplified.model.llava import Llava
+from llava_simplified.model.lora import add_lora, check_trainable, freeze
+from llava_simplified.model.projector import fit_to_embeddings
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
+from llava_simplified.training.plots import plot_training
+from llava_simplified.training.trainer import LlavaTrainer
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of `train.py`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word in ("-h", "--help") for word in argv):
+        parse_arguments(["--help"])
+    train(*parse_arguments(argv))
+    return 0
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
+    """Train, and save into `args.output_dir`; returns that folder.
+
+    Raises:
+        ValueError: what is asked for can't be done; found before the weights are loaded, wherever possible.
+    """
+    torch.set_num_threads(torch.get_num_threads())
+    transformers.set_seed(args.seed)
+    train_records, eval_records = check_data(data_args)
+    architecture = describe_architecture(model_args, args, train_records[0])
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    Prompt(tokenizer, model_args.template)  # a template that does not fit fails here, not after 14 GB of weights
+    output_dir = Path(str(args.output_dir))
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    model = assemble(architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation)
+    train_set = _dataset(model, train_records, data_args.train_image_folder or _folder(data_args.train_data_path), args)
+    eval_set = (
+        _dataset(model, eval_records, data_args.val_image_folder or _folder(data_args.eval_data_path), args)
+        if eval_records
+        else None
+    )
+    prepare(model, model_args, train_set)
+    full = not model_args.freeze_backbone and not _uses_lora(model_args)
+    table = check_trainable(model, language_model=full)
+    settings = describe(model_args, data_args, args)
+    trainer = LlavaTrainer(
+        model,
+        args,
+        architecture,
+        settings,
+        data_args.max_bad_images,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=Collator(model.vision_tower.num_tokens, int(tokenizer.pad_token_id)),  # type: ignore[arg-type]
+    )
+    trainer.accelerator.print(f"{table}\n{len(train_set):,} training examples, template {model.prompt.name}")
+    trainer.train(resume_from_checkpoint=_resume_folder(args))
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        plot_training(output_dir / "trainer_log.jsonl", output_dir / "training.png")
+    trainer.accelerator.print(f"saved in {output_dir}; {_counted(trainer)}")
+    trainer.accelerator.end_training()
+    return output_dir
+
+
+def check_data(data: DataArguments) -> tuple[Sequence[Record], Sequence[Record] | None]:
+    """Open the records, and the first image of each set: a wrong folder shows now, not in an hour."""
+    if not data.train_data_path:
+        raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
+    sets = []
+    for path, folder, option in (
+        (data.train_data_path, data.train_image_folder, "--train_image_folder"),
+        (data.eval_data_path, data.val_image_folder, "--val_image_folder"),
+    ):
+        if path is None:
+            sets.append(None)
+            continue
+        records = open_records(path)
+        if not len(records):
+            raise ValueError(f"{path}: no records in it")
+        folder = folder or _folder(path)
+        if not Path(folder).is_dir():
+            raise ValueError(f"{option} {folder}: no such folder")
+        _check_some_image(records, folder, option)
+        sets.append(records)
+    train_records, eval_records = sets
+    assert train_records is not None
+    return train_records, eval_records
+
+
+def _check_some_image(records: Sequence[Record], folder: str, option: str) -> None:
+    error: ImageError | None = None
+    for record in (records[i] for i in range(min(20, len(records)))):
+        for name in record.images:
+            try:
+                decode_image(read_image_bytes(name, folder))
+                return
+            except ImageError as reason:
+                error = error or reason
+    if error is not None:
+        raise ValueError(f"{option} {folder}: none of the first images can be read; the first: {error}")
+
+
+def describe_architecture(model: ModelArguments, args: TrainingArguments, sample: Record) -> Architecture:
+    """What the checkpoint will say of the model's parts."""
+    if args.deepspeed and "LOCAL_RANK" not in os.environ:
+        raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)")
+    layers = tuple(model.mm_vision_select_layer)
+    digests = {}
+    for part in ("language_model", "vision_tower"):
+        name = model.model_name_or_path if part == "language_model" else model.vision_tower
+        try:
+            digests[part] = fingerprint(name)
+        except OSError as error:
+            option = "--model_name_or_path" if part == "language_model" else "--vision_tower"
+            raise ValueError(f"{option} {name}: not a model folder, nor to be had from the hub: {error}") from error
+    return Architecture(
+        language_model=_absolute(model.model_name_or_path),
+        vision_tower=_absolute(model.vision_tower),
+        mm_projector_type=model.mm_projector_type,
+        mm_vision_select_layer=layers[0] if len(layers) == 1 else layers,
+        mm_vision_select_feature=model.mm_vision_select_feature,
+        mm_token_pool=model.mm_token_pool,
+        template=model.template,
+        instruction=sample.turns[-1].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n"),
+        dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        fingerprints=digests,
+    )
+
+
+def prepare(model: Llava, args: ModelArguments, train_set: CaptionDataset) -> None:
+    """Start the projector, freeze what is frozen, adapt what is adapted."""
+    if args.pretrain_mm_mlp_adapter:
+        load_projector(model.projector, args.pretrain_mm_mlp_adapter)
+    else:
+        _fit_projector(model, train_set)
+    freeze(model, language_model=args.freeze_backbone or args.lora_enable or args.tune_mm_mlp_adapter)
+    if _uses_lora(args):
+        add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
+
+
+def _uses_lora(args: ModelArguments) -> bool:
+    return args.lora_enable and not args.tune_mm_mlp_adapter
+
+
+@torch.no_grad()
+def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
+    """Scale the fresh projector on the features of some training images, evenly spread and so always the same."""
+    pixels = []
+    for index in range(0, len(train_set), max(len(train_set) // 32, 1)):
+        try:
+            images = train_set.pixels(train_set.locate(index)[0])
+        except ImageError:
+            continue  # counted, and reported, when training meets it
+        pixels += [] if images is None else [images]
+    if pixels:
+        features = model.vision_tower(torch.cat(pixels)[:64])
+        fit_to_embeddings(model.projector, features, model.language_model.get_input_embeddings().weight)
+
+
+def _dataset(model: Llava, records: Sequence[Record], folder: str, args: TrainingArguments) -> CaptionDataset:
+    return CaptionDataset(records, model.prompt, folder, model.vision_tower.transform, args.model_max_length)
+
+
+def _resume_folder(args: TrainingArguments) -> str | None:
+    wanted: Any = args.resume_from_checkpoint
+    if wanted in (None, "", "False", "false"):
+        return None
+    if wanted in ("True", "true"):
+        wanted = get_last_checkpoint(str(args.output_dir))
+        if wanted is None:
+            raise ValueError(f"--resume_from_checkpoint true: no checkpoint in {args.output_dir}")
+    folder = Path(wanted) / "trainer_state"
+    if not folder.is_dir():
+        raise ValueError(f"--resume_from_checkpoint {wanted}: no trainer_state/ in it; it can't be resumed")
+    return str(folder)
+
+
+def _counted(trainer: LlavaTrainer) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(trainer.seen.items())) + " seen by this process"
+
+
+def _folder(path: str | None) -> str:
+    return str(Path(path or "").parent)
+
+
+def _absolute(name: str) -> str:
+    """A local folder by its full path, so that the checkpoint finds it from anywhere; a hub name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -1,0 +1,202 @@
+"""transformers.Trainer, with LLaVA's loss, parameter groups and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+
+from llava_simplified.arguments import TrainingArguments
+from llava_simplified.model.checkpoint import Architecture, load_trained_weights, save_checkpoint
+from llava_simplified.model.llava import Llava
+
+
+class LlavaTrainer(transformers.Trainer):
+    """What differs from training a text model, and nothing else.
+
+    Args:
+        architecture, settings: written into every checkpoint.
+        max_bad_images: the share of images that may be unreadable before the run stops.
+    """
+
+    args: TrainingArguments
+
+    def __init__(
+        self,
+        model: Llava,
+        args: TrainingArguments,
+        architecture: Architecture,
+        settings: Mapping[str, Any],
+        max_bad_images: float = 0.01,
+        **options: Any,
+    ) -> None:
+        super().__init__(model=model, args=args, **options)
+        self.architecture = architecture
+        self.settings = dict(settings)
+        self.max_bad_images = max_bad_images
+        self.model_accepts_loss_kwargs = False  # the loss is scaled in compute_loss, once
+        self.loss_is_scaled_for_ga = True
+        self.seen = Counter[str]()
+        self._staging: Path | None = None  # while a checkpoint is being written
+
+    # ---- loss ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The micro-batches of one step, and how many trained tokens they hold on all devices together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self._read_notes(batch)
+        tokens = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(tokens).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the micro-batch's token losses over the tokens of the whole step: accumulation averages tokens."""
+        outputs = model(**inputs)
+        tokens = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
+        # engines average gradients over processes: undo it, the tokens were counted over all of them
+        loss = outputs.loss / tokens * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(self._non_finite(loss))
+        return (loss, outputs) if return_outputs else loss
+
+    def _non_finite(self, loss: torch.Tensor) -> str:
+        last = transformers.trainer_utils.get_last_checkpoint(self.args.output_dir or "")
+        return (
+            f"the loss is {loss.item()} at step {self.state.global_step + 1}; last good checkpoint: {last or 'none yet'}. "
+            "Try a lower learning rate, or --bf16 instead of --fp16."
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Validation loss: the mean over all tokens of the set, not over batches. No logits are kept."""
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
+        for batch in dataloader:
+            self._read_notes(batch)
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                total += torch.stack([model(**inputs).loss.double(), total.new_tensor(len(inputs["labels"]))])
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        nll, tokens = self.accelerator.reduce(total, "sum").tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": nll / tokens,
+            f"{metric_key_prefix}_perplexity": math.exp(min(nll / tokens, 700)),
+        }
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=self.num_examples(dataloader))  # type: ignore[arg-type]
+
+    # ---- what people should know ----
+
+    def _read_notes(self, batch: dict[str, Any]) -> None:
+        """Take the examples' messages out of a batch; stop when too many images are bad."""
+        notes: list[str] = batch.pop("notes")
+        self.seen["images"] += len(batch.get("pixel_values", batch.get("image_features", ())))
+        for note in notes:
+            kind = note.partition(",")[0]
+            self.seen[kind] += 1
+            if self.seen[kind] <= 10:
+                self.accelerator.print(f"{note}" + (" (later ones are only counted)" if self.seen[kind] == 10 else ""))
+        bad = self.seen["bad image"]
+        # a handful among the first hundred says nothing yet
+        if bad > self.max_bad_images * max(self.seen["images"], 100):
+            raise ValueError(
+                f"{bad} bad images among the first {self.seen['images'] + bad}, more than --max_bad_images "
+                f"{self.max_bad_images:g}; the last: {notes[-1] if notes else ''}. `llava clean` sets them aside."
+            )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Besides the usual: one JSON line in `trainer_log.jsonl`."""
+        super().log(logs, *args, **kwargs)
+        if self.is_world_process_zero():
+            line = {"step": self.state.global_step, **self.state.log_history[-1]}
+            with (Path(self.args.output_dir or "") / "trainer_log.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW on two learning rates: the projector's and the language model's."""
+        if self.optimizer is None:
+            trained = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            decayed = set(self.get_decay_parameter_names(self.model))
+            rates = {True: self.args.mm_projector_lr or self.args.learning_rate, False: self.args.learning_rate}
+            groups = []
+            for is_projector, rate in rates.items():
+                for decay in (True, False):
+                    chosen = [p for n, p in trained if n.startswith("projector.") == is_projector and (n in decayed) == decay]
+                    if chosen:
+                        weight_decay = self.args.weight_decay if decay else 0.0
+                        groups.append({"params": chosen, "lr": rate, "weight_decay": weight_decay})
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
+            self.optimizer = cls(groups, **options)
+        return self.optimizer  # type: ignore[return-value]
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Every save, the intermediate ones too, is a checkpoint that loads with one call."""
+        if self.args.should_save:
+            model: Llava = self.accelerator.unwrap_model(self.model)
+            training = {"steps": self.state.global_step, "epochs": self.state.epoch, **self.settings}
+            folder = self._staging / "model" if self._staging else Path(output_dir or str(self.args.output_dir))
+            save_checkpoint(model, folder, self.architecture, training, state_dict)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """`checkpoint-N` with `trainer_state/` in it, under a temporary name until all of it is written."""
+        output_dir = Path(str(self.args.output_dir))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = staging = output_dir / ".saving"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_global_step:
+                best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            (staging / name).rename(staging / "model" / "trainer_state")
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+            (staging / "model").rename(output_dir / name)
+            staging.rmdir()
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trained weights, for a resume; `resume_from_checkpoint` is the checkpoint's `trainer_state` folder."""
+        load_trained_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint).parent)

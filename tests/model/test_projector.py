@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llava_simplified.model.projector import build_projector, fit_to_embeddings
+
+
+def test_kinds() -> None:
+    assert isinstance(build_projector("linear", 4, 8), nn.Linear)
+    mlp = build_projector("mlp3x_gelu", 4, 8)
+    assert [type(layer).__name__ for layer in mlp] == ["Linear", "GELU", "Linear", "GELU", "Linear"]
+    assert mlp(torch.zeros(2, 3, 4)).shape == (2, 3, 8)
+    assert isinstance(build_projector("identity", 8, 8), nn.Identity)
+
+
+@pytest.mark.parametrize("kind", ["mlp0x_gelu", "mlp2x_relu", "resampler", ""])
+def test_unknown_kinds_are_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match="mm_projector_type"):
+        build_projector(kind, 4, 8)
+
+
+def test_identity_needs_equal_widths() -> None:
+    with pytest.raises(ValueError, match="4 and 8"):
+        build_projector("identity", 4, 8)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_a_fresh_projector_starts_on_the_embeddings_scale(kind: str) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(8, 5, 16) * torch.logspace(-2, 2, 16) + 30
+    embeddings = torch.randn(100, 32) * 0.1
+    projector = build_projector(kind, 16, 32)
+    fit_to_embeddings(projector, features, embeddings)
+    out = projector(features)
+    assert 0.05 < out.std() < 0.2
+    # every input channel is heard, the small ones as well as the loud ones: none dominates
+    first = projector if kind == "linear" else projector[0]
+    share = (first.weight.abs().mean(0) * features.flatten(0, 1).std(0)).tolist()
+    assert max(share) / min(share) < 3
