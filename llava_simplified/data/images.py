@@ -45,8 +45,8 @@ class ImageError(ValueError):
 def read_image_bytes(image: str, folder: str | Path) -> bytes:
     """The bytes of a record's image: a path below `folder`, `shard.tar#key` or `rows.parquet#number`.
 
-    Nothing outside `folder` is opened. An absolute path is often that of the machine that wrote the JSON: where it
-    does not lie in `folder`, its base name is looked up there.
+    Nothing outside `folder` is opened. An absolute path is often that of the machine that wrote the JSON: where
+    it does not lie in `folder`, its base name is looked up there.
 
     Raises:
         ImageError: missing (names the place that was tried), or unsafe (`..` in the name).

@@ -1,0 +1,208 @@
+"""Shards: a tar of pictures, captions and metadata, and a Parquet manifest that says where each picture lies.
+
+`00012.tar` holds `key.jpg`, `key.txt`, `key.json` for each sample, as webdataset and img2dataset read and
+write it; `00012.parquet` has one row per URL that was asked for, whatever came of it, with the picture's
+offset and length in the tar. Pictures are read at random by offset, without unpacking. Tars that others
+wrote are read the same way, after one walk over their headers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+_BLOCK = 512
+_END = b"\0" * (2 * _BLOCK)
+
+
+class ShardWriter:
+    """Appends samples to a tar. What was added is in the file when `add` returns, even if the process dies.
+
+    `end` is where the tar stops being known good; what a killed writer left behind it is cut off.
+    """
+
+    def __init__(self, path: Path, end: int = 0) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self._file, end)
+        self.end = os.lseek(self._file, 0, os.SEEK_END)
+
+    def add(
+        self, key: str, image: bytes, suffix: str, captions: tuple[str, ...], metadata: dict[str, Any]
+    ) -> int:
+        """Append one sample; returns the offset of the image's first byte."""
+        members = (
+            (f"{key}.{suffix}", image),
+            (f"{key}.txt", "\n".join(captions).encode()),
+            (f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode()),
+        )
+        sample = b"".join(_member(name, data) for name, data in members)
+        written = os.write(self._file, sample)
+        while written < len(sample):  # a full disk raises; a signal may split a write
+            written += os.write(self._file, sample[written:])
+        offset, self.end = self.end + _BLOCK, self.end + len(sample)
+        return offset
+
+    def close(self) -> None:
+        """Write the end mark and wait until the disk has everything."""
+        os.write(self._file, _END)
+        os.fsync(self._file)
+        os.close(self._file)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    return header.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % _BLOCK)
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+def tar_members(path: Path) -> Iterator[Member]:
+    """The regular files of a tar, by walking its headers.
+
+    Raises:
+        ValueError: where the tar is truncated, no tar, or holds links, devices or names that leave it; it
+            names the last good member, or the bad one.
+    """
+    last, length = "its beginning", path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isdir():
+                    continue
+                if not member.isreg():
+                    raise ValueError(
+                        f"{path}: member {member.name!r} is a link or device, not a file; not a shard"
+                    )
+                if member.name.startswith("/") or ".." in Path(member.name).parts:
+                    raise ValueError(f"{path}: member {member.name!r} points out of the archive; refused")
+                if member.offset_data + member.size > length:
+                    raise ValueError(
+                        f"{path}: truncated in member {member.name!r}: {length} bytes are not all of it"
+                    )
+                last = f"member {member.name!r}"
+                yield Member(member.name, member.offset_data, member.size)
+                archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header it has seen
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a whole tar: {error}, after {last}") from None
+
+
+def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """(key, {suffix: (offset, size)}) of each sample: neighbours that share a name up to its first dot."""
+    key, members = "", dict[str, tuple[int, int]]()
+    for member in tar_members(path):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        stem = f"{folder}/{stem}" if folder else stem
+        if stem != key and members:
+            yield key, members
+            members = {}
+        key = stem
+        members[suffix.lower()] = (member.offset, member.size)
+    if members:
+        yield key, members
+
+
+class ShardIndex(NamedTuple):
+    """Where each key's picture lies. Arrays: a trainer keeps the index of every shard, 25 bytes a sample."""
+
+    keys: np.ndarray  # bytes, sorted
+    offsets: np.ndarray
+    sizes: np.ndarray
+
+    def find(self, key: str) -> tuple[int, int] | None:
+        """(offset, size) of the picture, None where the shard has no such key."""
+        place = int(np.searchsorted(self.keys, key.encode()))
+        if place == len(self.keys) or self.keys[place] != key.encode():
+            return None
+        return int(self.offsets[place]), int(self.sizes[place])
+
+
+def shard_index(path: Path) -> ShardIndex:
+    """The index of a tar, from the manifest where it has offsets, else from its headers. Kept in memory."""
+    stat = path.stat()
+    return _shard_index(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _shard_index(path: Path, _modified: int, _size: int) -> ShardIndex:
+    import pyarrow.parquet as pq
+
+    manifest = path.with_suffix(".parquet")
+    if manifest.is_file() and {"key", "offset", "length"} <= set(pq.read_schema(manifest).names):
+        table = pq.read_table(manifest, columns=["key", "offset", "length"], use_threads=False).drop_null()
+        names, offsets, sizes = (table[name].to_pylist() for name in ("key", "offset", "length"))
+    else:
+        pictures = [
+            (key, *next(members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members))
+            for key, members in tar_samples(path)
+            if any(suffix in members for suffix in IMAGE_SUFFIXES)
+        ]
+        names, offsets, sizes = (list(column) for column in zip(*pictures)) if pictures else ([], [], [])
+    keys = np.array([name.encode() for name in names], dtype="S")
+    order = np.argsort(keys, kind="stable")
+    return ShardIndex(keys[order], np.array(offsets, np.int64)[order], np.array(sizes, np.int32)[order])
+
+
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset`.
+
+    Raises:
+        ValueError: where the file ends before.
+    """
+    with path.open("rb", buffering=0) as file:
+        data = os.pread(file.fileno(), size, offset)
+    if len(data) != size:
+        raise ValueError(f"{path}: truncated: {size} bytes expected at {offset}, {len(data)} are there")
+    return data
+
+
+def read_shard_image(path: Path, key: str) -> bytes:
+    """The bytes of one picture: `key` of a tar, or row number `key` of a Parquet file with pictures.
+
+    Raises:
+        ValueError: no such file, key or row, or the shard is truncated.
+    """
+    if not path.is_file():
+        raise ValueError(f"no shard {path}; is the image folder right?")
+    if path.suffix == ".parquet":
+        return _parquet_image(path, int(key))
+    if (place := shard_index(path).find(key)) is None:
+        raise ValueError(f"{path}: no picture with key {key!r} in this shard")
+    return read_range(path, *place)
+
+
+@lru_cache(maxsize=2)
+def _picture_column(path: Path, group: int) -> tuple[Any, ...]:
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(path)
+    column = next(field.name for field in table.schema_arrow if "binary" in str(field.type))
+    return tuple(table.read_row_group(group, columns=[column])[0].to_pylist())
+
+
+def _parquet_image(path: Path, row: int) -> bytes:
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+    if not 0 <= row < metadata.num_rows:
+        raise ValueError(f"{path}: no row {row}, it has {metadata.num_rows}")
+    group = int(np.searchsorted(ends, row, side="right"))
+    value = _picture_column(path, group)[row - (int(ends[group - 1]) if group else 0)]
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None:
+        raise ValueError(f"{path}: row {row} holds no picture")
+    return data
