@@ -45,7 +45,9 @@ class ModelArguments:
     lora_alpha: float = field(default=16, metadata={"help": "LoRA scale: alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout at the adapter's input."})
     lora_bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or lora_only."})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention of the language model."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the language model: sdpa, eager, flash_attention_2; default: its best."}
+    )
 
 
 @dataclass
@@ -87,6 +89,7 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=2048, metadata={"help": "Most text tokens of a sample, an image counting as one."}
     )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress line."})
     config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})
 
     def __post_init__(self) -> None:

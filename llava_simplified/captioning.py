@@ -16,7 +16,7 @@ from llava_simplified.data.images import ImageError, decode_image, read_image_by
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.generation import GenerationOptions, generate
-from llava_simplified.model.llava import Llava
+from llava_simplified.model.llava import Llava, load_pixels
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
 
@@ -41,27 +41,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    greedy = args.temperature == 0
-    options = GenerationOptions(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        num_beams=args.num_beams,
-        num_return_sequences=args.trials or (1 if greedy or args.image else 3),
-        seed=args.seed,
-    )
+    chosen = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "num_beams": args.num_beams,
+        "seed": args.seed,
+    }
+    trials = args.trials or (1 if args.temperature == 0 or args.image else 3)
+    options = GenerationOptions(num_return_sequences=trials, **chosen)
     records: Sequence[Record] = []
     if args.image:
-        read_image_bytes(args.image, ".")  # a wrong path should not cost the loading of a model
+        load_pixels(args.image)  # a wrong path should not cost the loading of a model
     else:
         records = open_records(args.data_path)
         records = [records[i] for i in range(min(len(records), args.limit or len(records)))]
     model = Llava.from_pretrained(args.model_path, model_base=args.model_base, vision_tower=args.vision_tower)
     if args.image:
-        record = Record.from_json({"image": args.image, "instruction": args.instruction or model.instruction}, args.image)
-        [prompt] = [model.prompt.render(record.turns, None).input_ids]
-        pixels = _pixels(model, record, ".")
-        for text in generate(model, [prompt], pixels, options)[0]:
+        texts = model.caption([args.image], args.instruction, n=trials, **chosen)
+        for text in texts[0] if trials > 1 else texts:
             print(text)  # noqa: T201
         return 0
     folder = args.image_folder or str(Path(args.data_path).parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 
 COMMANDS = {
     "inspect": ("llava_simplified.inspection", "show samples as the model sees them: tokens, labels, image spans"),
@@ -35,6 +36,8 @@ def run_command(module: str, argv: list[str] | None) -> int:
     """`main(argv)` of a module; ValueError, which our code raises for what a user can mend, becomes one line."""
     # Without torchvision, transformers warns of each of its hundred image processors: ours need none of them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         return importlib.import_module(module).main(argv)
     except ValueError as error:

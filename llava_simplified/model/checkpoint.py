@@ -116,7 +116,11 @@ def save_checkpoint(
     text = model.language_model
     trained = "projector"
     if isinstance(text, PeftModel):
-        text.save_pretrained(str(part / "adapter"), state_dict=_under(weights, "language_model."))
+        text.save_pretrained(
+            str(part / "adapter"),
+            state_dict=_under(weights, "language_model."),
+            save_embedding_layers=False,  # they are never trained here; "auto" would ask the hub
+        )
         trained = "adapter"
     elif any(p.requires_grad for p in text.parameters()):
         text.save_pretrained(str(part / "language_model"), state_dict=_under(weights, "language_model."))  # type: ignore[operator]

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from llava_simplified.data.images import decode_image, read_image_bytes
+from llava_simplified.data.images import ImageError, decode_image
 from llava_simplified.model.generation import GenerationOptions, generate
 from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, Message, Prompt
 
@@ -110,8 +110,9 @@ class Llava(nn.Module):
                 use_cache=False,
             )
         logits = outputs.logits.flatten(0, -2)
-        # A sum, so that micro-batches, devices and packs add up to the mean over all tokens of the step.
-        return LlavaOutput(cross_entropy(logits.float(), labels, reduction="sum"), logits)
+        # In float32 at least; and a sum, so that micro-batches, devices and packs add up to the mean over all tokens.
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return LlavaOutput(cross_entropy(exact, labels, reduction="sum"), logits)
 
     def splice(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
         """Token embeddings, with projected patch features in place of the placeholders.
@@ -146,18 +147,20 @@ class Llava(nn.Module):
         self,
         images: ImageSource | Sequence[ImageSource],
         instruction: str | None = None,
+        n: int = 1,
         **options: Any,
-    ) -> str | list[str]:
+    ) -> Any:
         """Say what is in a picture, or in several.
 
         Args:
             images: a path, bytes, PIL image or uint8 RGB array (height, width, 3); or a list of them.
             instruction: the user's words, the ones it was trained with where not given; `<image>` in them marks where
                 the picture goes (in front where not given).
+            n: captions of each picture; over 1 they are sampled, at temperature 0.7 where none is given.
             options: fields of `GenerationOptions`: max_new_tokens, temperature, top_p, num_beams, ...
 
         Returns:
-            One caption, or a list of captions for a list of images.
+            A caption (n = 1) or a list of n; for a list of images, a list of that.
 
         Raises:
             ImageError: a picture that can't be read.
@@ -168,8 +171,12 @@ class Llava(nn.Module):
         if IMAGE_PLACEHOLDER not in instruction:
             instruction = f"{IMAGE_PLACEHOLDER}\n{instruction}"
         prompt = self.prompt.render([Message("user", instruction)], None).input_ids
-        captions = generate(self, [prompt] * len(pixels), torch.stack(pixels), GenerationOptions(**options))
-        return [texts[0] for texts in captions] if many else captions[0][0]
+        if n > 1 and not options.get("num_beams"):
+            options = {"temperature": 0.7, **options}
+        decoding = GenerationOptions(num_return_sequences=n, **options)
+        captions = generate(self, [prompt] * len(pixels), torch.stack(pixels), decoding)
+        answers = captions if n > 1 else [texts[0] for texts in captions]
+        return answers if many else answers[0]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Llava:
@@ -200,7 +207,9 @@ def head_at(language_model: nn.Module, positions: torch.Tensor) -> Iterator[None
 def load_pixels(image: ImageSource) -> np.ndarray:
     """Any form of a picture -> uint8 RGB (height, width, 3)."""
     if isinstance(image, (str, Path)):
-        image = read_image_bytes(str(image), ".")
+        if not Path(image).is_file():
+            raise ImageError("missing", f"no picture {image}")
+        image = Path(image).read_bytes()
     if isinstance(image, bytes):
         return decode_image(image)
     if isinstance(image, np.ndarray):

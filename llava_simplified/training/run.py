@@ -185,7 +185,10 @@ def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
         pixels += [] if images is None else [images]
     if pixels:
         features = model.vision_tower(torch.cat(pixels)[:64])
-        fit_to_embeddings(model.projector, features, model.language_model.get_input_embeddings().weight)
+        embed = model.language_model.get_input_embeddings()
+        # through the module: Gemma's multiplies the table by a constant
+        words = embed(torch.arange(0, embed.num_embeddings, 7, device=embed.weight.device))
+        fit_to_embeddings(model.projector, features, words)
 
 
 def _dataset(model: Llava, records: Sequence[Record], folder: str, args: TrainingArguments) -> CaptionDataset:

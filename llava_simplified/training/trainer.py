@@ -14,11 +14,37 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from llava_simplified.arguments import TrainingArguments
 from llava_simplified.model.checkpoint import Architecture, load_trained_weights, save_checkpoint
 from llava_simplified.model.llava import Llava
+
+
+class ProgressLine(TrainerCallback):
+    """One line: steps, time left, and the last loss, learning rate and samples per second."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, disable=not state.is_world_process_zero, dynamic_ncols=True
+        )
+        self.samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            rate = (self.bar.format_dict["rate"] or 0.0) * self.samples
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {rate:.1f} samples/s")
+        elif "eval_loss" in logs:
+            self.bar.write(f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
 
 
 class LlavaTrainer(transformers.Trainer):
@@ -41,6 +67,10 @@ class LlavaTrainer(transformers.Trainer):
         **options: Any,
     ) -> None:
         super().__init__(model=model, args=args, **options)
+        for stock in (ProgressCallback, PrinterCallback):
+            self.remove_callback(stock)
+        if not args.disable_tqdm:
+            self.add_callback(ProgressLine())
         self.architecture = architecture
         self.settings = dict(settings)
         self.max_bad_images = max_bad_images
@@ -175,6 +205,7 @@ class LlavaTrainer(transformers.Trainer):
         self._staging = staging = output_dir / ".saving"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+            (staging / name).mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)

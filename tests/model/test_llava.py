@@ -66,7 +66,7 @@ def plain_loss(model: Llava, sample: Example) -> torch.Tensor:
             rows.append(flat[image])
             image += 1
         else:
-            rows.append(model.language_model.get_input_embeddings().weight[token])
+            rows.append(model.language_model.get_input_embeddings()(torch.tensor(token)))
     logits = model.language_model(inputs_embeds=torch.stack(rows)[None]).logits[0]
     losses = [
         cross_entropy(logits[i - 1 : i], torch.tensor([label]))
@@ -89,8 +89,10 @@ def test_loss_and_gradients_equal_a_plain_float64_loop(models_folder: Path, text
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     assert "projector.weight" in gradients
+    # Gemma's own norms compute in float32, whatever they are given
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if text == "gemma2" else {"rtol": 1e-8, "atol": 1e-10}
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-8, atol=1e-10, msg=name)
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, **tolerance, msg=name)
 
 
 def test_only_trained_positions_get_logits(models_folder: Path) -> None:

@@ -1,0 +1,143 @@
+"""A checkpoint is a folder that loads with one call and no other knowledge, or an error that says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_simplified.model.checkpoint import (
+    Architecture,
+    assemble,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from llava_simplified.model.llava import Llava
+from llava_simplified.model.lora import add_lora, freeze
+from llava_simplified.prompt import IMAGE_INDEX
+
+
+def logits(model: Llava) -> torch.Tensor:
+    tokens = model.vision_tower.num_tokens
+    ids = torch.tensor([[0, *[IMAGE_INDEX] * tokens, 7, 8, 9]])
+    pixels = torch.arange(3 * 32 * 32, dtype=torch.float).remainder(255).view(1, 3, 32, 32).to(torch.uint8)
+    with torch.no_grad():
+        features = model.vision_tower(pixels)
+        return model.language_model(inputs_embeds=model.splice(ids, features)).logits
+
+
+def trained_model(folder: Path, how: str, **choices) -> tuple[Llava, Architecture]:
+    text, tower = str(folder / "mistral"), str(folder / "clip")
+    prints = {"language_model": fingerprint(text), "vision_tower": fingerprint(tower)}
+    architecture = Architecture(text, tower, fingerprints=prints, **choices)
+    model = assemble(architecture)
+    freeze(model, language_model=how != "language_model")
+    if how == "adapter":
+        add_lora(model, 2, 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval(), architecture
+
+
+@pytest.mark.parametrize("how", ["adapter", "projector", "language_model"])
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_round_trip(models_folder: Path, tmp_path: Path, how: str, kind: str) -> None:
+    model, architecture = trained_model(models_folder, how, mm_projector_type=kind)
+    save_checkpoint(model, tmp_path / "renamed as one likes", architecture)
+    again = Llava.from_pretrained(tmp_path / "renamed as one likes")
+    assert torch.equal(logits(model), logits(again))
+    assert json.loads((tmp_path / "renamed as one likes" / "llava.json").read_text())["trained"] == how
+
+
+def test_the_adapter_is_a_stock_peft_adapter(models_folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model, architecture = trained_model(models_folder, "adapter")
+    save_checkpoint(model, tmp_path / "c", architecture)
+    base = AutoModelForCausalLM.from_pretrained(models_folder / "mistral")
+    stock = PeftModel.from_pretrained(base, str(tmp_path / "c" / "adapter")).eval()
+    ids = torch.tensor([[0, 5, 6, 7]])
+    assert torch.equal(stock(ids).logits, model.language_model(ids).logits)
+
+
+def test_several_layers_and_a_pool_come_back(models_folder: Path, tmp_path: Path) -> None:
+    model, architecture = trained_model(models_folder, "projector", mm_vision_select_layer=(-2, -1), mm_token_pool=2)
+    save_checkpoint(model, tmp_path / "c", architecture)
+    again = load_checkpoint(tmp_path / "c")
+    assert again.vision_tower.num_tokens == 4
+    assert torch.equal(logits(model), logits(again))
+
+
+def test_saving_into_a_folder_with_logs_replaces_and_keeps(models_folder: Path, tmp_path: Path) -> None:
+    model, architecture = trained_model(models_folder, "adapter")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trainer_log.jsonl").write_text("{}\n")
+    save_checkpoint(model, tmp_path / "out", architecture)
+    save_checkpoint(model, tmp_path / "out", architecture)
+    assert (tmp_path / "out" / "trainer_log.jsonl").exists()
+    assert torch.equal(logits(load_checkpoint(tmp_path / "out")), logits(model))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "a temporary folder was left behind"
+
+
+@pytest.mark.parametrize(("file", "key"), [("projector.safetensors", "bias"), ("adapter/adapter_model.safetensors", None)])
+def test_a_missing_weight_is_named(models_folder: Path, tmp_path: Path, file: str, key: str | None) -> None:
+    model, architecture = trained_model(models_folder, "adapter")
+    save_checkpoint(model, tmp_path / "c", architecture)
+    tensors = load_file(tmp_path / "c" / file)
+    key = key or sorted(tensors)[0]
+    del tensors[key]
+    save_file(tensors, tmp_path / "c" / file)
+    with pytest.raises(ValueError, match=f"missing .*{key}"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_an_unexpected_weight_and_a_wrong_shape_are_named(models_folder: Path, tmp_path: Path) -> None:
+    model, architecture = trained_model(models_folder, "projector")
+    save_checkpoint(model, tmp_path / "c", architecture)
+    path = tmp_path / "c" / "projector.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "extra": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"unexpected \['extra'\]"):
+        load_checkpoint(tmp_path / "c")
+    save_file({**tensors, "bias": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"bias is \(3,\), this model needs \(32,\)"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_other_base_weights_of_the_same_shape_are_refused(models_folder: Path, tmp_path: Path) -> None:
+    model, architecture = trained_model(models_folder, "adapter")
+    save_checkpoint(model, tmp_path / "c", architecture)
+    other = tmp_path / "mistral"
+    shutil.copytree(models_folder / "mistral", other)
+    assert torch.equal(logits(load_checkpoint(tmp_path / "c", model_base=str(other))), logits(model)), "a copy is fine"
+    weights = load_file(other / "model.safetensors")
+    save_file({k: v + 0.01 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="other weights than those that this checkpoint was trained with"):
+        load_checkpoint(tmp_path / "c", model_base=str(other))
+
+
+def test_a_base_that_is_gone_names_the_option(models_folder: Path, tmp_path: Path) -> None:
+    model, architecture = trained_model(models_folder, "adapter")
+    save_checkpoint(model, tmp_path / "c", architecture)
+    manifest = json.loads((tmp_path / "c" / "llava.json").read_text())
+    manifest["architecture"]["language_model"] = "/nowhere/mistral"
+    (tmp_path / "c" / "llava.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="--model-base"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_a_folder_that_is_no_checkpoint(models_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"llava\.json is missing"):
+        load_checkpoint(tmp_path)
+    model, architecture = trained_model(models_folder, "projector")
+    save_checkpoint(model, tmp_path / "checkpoint-4", architecture)
+    with pytest.raises(ValueError, match="did you mean .*checkpoint-4"):
+        load_checkpoint(tmp_path)

@@ -1,0 +1,76 @@
+"""Only what should train trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from llava_simplified.model.checkpoint import Architecture, assemble
+from llava_simplified.model.llava import Llava
+from llava_simplified.model.lora import adapted_layers, add_lora, check_trainable, freeze
+
+
+def build(folder: Path, text: str = "mistral", dtype: str = "float32") -> Llava:
+    return assemble(Architecture(str(folder / text), str(folder / "clip"), dtype=dtype))
+
+
+@pytest.mark.parametrize("text", ["mistral", "llama", "qwen2", "phi"])
+def test_all_linear_layers_but_the_head_by_their_full_paths(models_folder: Path, text: str) -> None:
+    model = build(models_folder, text)
+    layers = adapted_layers(model.language_model)
+    linears = [n for n, m in model.language_model.named_modules() if isinstance(m, nn.Linear)]
+    assert set(linears) - set(layers) == {"lm_head"}
+    add_lora(model, 2, 4)
+    adapted = {n.split(".lora_A")[0] for n, _ in model.language_model.named_parameters() if "lora_A" in n}
+    assert len(adapted) == len(layers)
+
+
+def test_lora_trains_the_adapter_and_the_projector_and_never_the_tower(models_folder: Path) -> None:
+    """The tower has q_proj and k_proj too: a bare name would adapt them."""
+    model = build(models_folder, dtype="bfloat16")
+    freeze(model, language_model=True)
+    add_lora(model, 2, 4)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or n.startswith("projector.") for n in trained)
+    assert not any("lora_" in n for n, _ in model.vision_tower.named_parameters())
+    assert {p.dtype for n, p in model.named_parameters() if n in trained} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if n not in trained} == {torch.bfloat16}
+    table = check_trainable(model)
+    counted = sum(p.numel() for n, p in model.named_parameters() if n in trained)
+    assert f"{counted:,}" in table
+
+
+def test_the_table_refuses_what_should_not_train(models_folder: Path) -> None:
+    model = build(models_folder)
+    freeze(model, language_model=True)
+    next(model.vision_tower.parameters()).requires_grad_(True)
+    with pytest.raises(RuntimeError, match="vision tower: .* train, should be 0"):
+        check_trainable(model)
+    freeze(model, language_model=True)
+    model.projector.bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="projector"):
+        check_trainable(model)
+
+
+def test_full_fine_tuning_and_projector_only(models_folder: Path) -> None:
+    model = build(models_folder, dtype="bfloat16")
+    freeze(model, language_model=False)
+    check_trainable(model, language_model=True)
+    assert model.language_model.dtype == torch.float32, "bfloat16 would round the updates away"
+    freeze(model, language_model=True)
+    check_trainable(model)
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"projector"}
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_train_where_asked(models_folder: Path, bias: str) -> None:
+    model = build(models_folder, "qwen2")  # its q, k and v projections have biases
+    freeze(model, language_model=True)
+    add_lora(model, 2, 4, bias=bias)
+    check_trainable(model)
+    assert isinstance(model.language_model, PeftModel)
+    assert any(p.requires_grad and n.endswith("bias") for n, p in model.language_model.named_parameters())
