@@ -11,7 +11,7 @@ COMMANDS = {
     "inspect": ("llava_simplified.inspection", "show samples as the model sees them: tokens, labels, image spans"),
     "train": ("llava_simplified.training.run", "fine-tune a language model to see"),
     "predict": ("llava_simplified.captioning", "caption the pictures of a data file, or one picture"),
-    "evaluate": ("llava_simplified.evaluation.metrics", "score predictions against references"),
+    "evaluate": ("llava_simplified.evaluation.run", "score predictions against references"),
     "demo": ("llava_simplified.demo.run", "the whole recipe on small real weights and pictures, in minutes"),
 }
 
