@@ -1,0 +1,56 @@
+"""LLaVA's own script flags are understood; the command line wins over the YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llava_simplified.arguments import parse_arguments
+
+FINETUNE_SH = """
+--mm_vision_select_layer -1 --mm_vision_select_feature patch --mm_use_im_start_end False --mm_use_im_patch_token False
+--bf16 True --output_dir OUT --num_train_epochs 1 --per_device_train_batch_size 16 --per_device_eval_batch_size 4
+--gradient_accumulation_steps 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+--tf32 True --model_max_length 64 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True
+--lora_enable True --lora_r 128 --lora_alpha 256 --lora_dropout 0.05 --report_to none --run_name mine --logging_steps 1
+--evaluation_strategy steps --eval_steps 100 --save_strategy steps --save_steps 200 --save_total_limit 1
+"""
+
+
+def test_every_flag_of_the_original_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data, training = parse_arguments([*FINETUNE_SH.replace("OUT", str(tmp_path)).split(), "--train_data_path", "x.json"])
+    assert model.mm_vision_select_layer == [-1]
+    assert (model.lora_r, model.lora_alpha, model.lora_enable) == (128, 256, True)
+    assert training.eval_strategy == "steps"
+    assert training.get_warmup_steps(1000) == 30
+    assert training.model_max_length == 64
+    assert training.bf16
+    assert training.gradient_checkpointing
+    assert data.train_data_path == "x.json"
+    assert capsys.readouterr().err.count("--lazy_preprocess has no effect") == 1
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("learning_rate: 1e-3\nlora_r: 7\nmm_vision_select_layer: [-1, -3]\nbf16: false\ntrain_data_path: a.json\n")
+    model, data, training = parse_arguments(["--config", str(config), "--lora-r=9", "--output_dir", str(tmp_path)])
+    assert training.learning_rate == 1e-3  # YAML reads 1e-3 as a text
+    assert model.lora_r == 9
+    assert model.mm_vision_select_layer == [-1, -3]
+    assert data.train_data_path == "a.json"
+
+
+def test_an_unknown_key_in_the_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("learnin_rate: 1e-3\n")
+    with pytest.raises(ValueError, match="unknown option --learnin_rate"):
+        parse_arguments(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_the_output_folder_has_a_default() -> None:
+    *_, training = parse_arguments(["--vision_tower", "openai/clip-vit-base-patch16"])
+    assert training.output_dir == "output/mistral-7b-instruct-v0.1-clip-vit-base-patch16"
+
+
+def test_wandb_is_silent_unless_asked() -> None:
+    assert parse_arguments([])[2].report_to == []

@@ -1,0 +1,201 @@
+"""Whole runs on tiny models of the true classes: what a user types, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_simplified.arguments import parse_arguments
+from llava_simplified.model.checkpoint import load_checkpoint
+from llava_simplified.training.run import train
+
+
+def options(models_folder: Path, data_folder: Path, output: Path, **more: object) -> list[str]:
+    values = {
+        "model_name_or_path": models_folder / "mistral",
+        "vision_tower": models_folder / "clip",
+        "train_data_path": data_folder / "train.json",
+        "train_image_folder": data_folder / "images",
+        "output_dir": output,
+        "lora_r": 4,
+        "lora_dropout": 0,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+        **more,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def run(argv: list[str]) -> Path:
+    return train(*parse_arguments(argv))
+
+
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    rows = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return {**load_file(folder / "adapter" / "adapter_model.safetensors"), **load_file(folder / "projector.safetensors")}
+
+
+def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    more = {
+        "eval_data_path": data_folder / "val.json",
+        "val_image_folder": data_folder / "images",
+        "evaluation_strategy": "steps",  # its name in LLaVA's scripts
+        "eval_steps": 15,
+        "num_train_epochs": 10,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "save_total_limit": 2,
+    }
+    output = run(options(models_folder, data_folder, tmp_path / "out", **more))
+    curve = losses(output)
+    assert curve[-1] < 0.7 * curve[0]
+    assert len(losses(output, "eval_loss")) == 2
+    assert (output / "training.png").stat().st_size > 5000
+    assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-30"]
+    for folder in (output, output / "checkpoint-20"):
+        assert load_checkpoint(folder).caption(data_folder / "images" / "0.jpg", max_new_tokens=4) is not None
+    assert not (output / ".saving").exists()
+
+
+def test_eval_loss_is_the_mean_over_tokens_not_over_batches(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Captions of one and of many tokens, in batches of different sizes."""
+    rows = json.loads((data_folder / "val.json").read_text())[:3]
+    rows[0]["response"], rows[2]["response"] = "a", "a very long caption that goes on and on and on for many words"
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    seen = []
+    for batch in (1, 2, 3):
+        more = {
+            "eval_data_path": tmp_path / "val.json",
+            "val_image_folder": data_folder / "images",
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "max_steps": 1,
+            "learning_rate": 0,
+            "per_device_eval_batch_size": batch,
+        }
+        output = run(options(models_folder, data_folder, tmp_path / f"out{batch}", **more))
+        seen += losses(output, "eval_loss")
+    assert max(seen) - min(seen) < 1e-5
+
+
+def test_accumulation_averages_tokens(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    """Four micro-batches of 1 are one batch of 4; with means of means the short caption would weigh more."""
+    rows = json.loads((data_folder / "train.json").read_text())
+    for index, row in enumerate(rows):
+        row["response"] = "a" if index % 2 else row["response"] + " and some more words to make it long"
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        more = {
+            "train_data_path": tmp_path / "train.json",
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": 3,
+        }
+        output = run(options(models_folder, data_folder, tmp_path / f"out{batch}", **more))
+        results.append((losses(output), adapter(output)))
+    (loss_a, weights_a), (loss_b, weights_b) = results
+    assert loss_a == pytest.approx(loss_b, rel=1e-5)
+    for name, weight in weights_a.items():
+        torch.testing.assert_close(weight, weights_b[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_resume_repeats_the_straight_run_bit_for_bit(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "lora_dropout": 0.1}
+    straight = run(options(models_folder, data_folder, tmp_path / "straight", **more))
+    words = options(models_folder, data_folder, tmp_path / "resumed", **more)
+    resumed = run([*words, "--resume_from_checkpoint", str(straight / "checkpoint-4")])
+    for name, weight in adapter(straight).items():
+        assert torch.equal(weight, adapter(resumed)[name]), name
+
+
+def test_projector_stage_then_lora_stage(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    first = run(options(models_folder, data_folder, tmp_path / "1", tune_mm_mlp_adapter=True))
+    assert json.loads((first / "llava.json").read_text())["trained"] == "projector"
+    more = {"pretrain_mm_mlp_adapter": first, "max_steps": 1, "learning_rate": 0}
+    second = run(options(models_folder, data_folder, tmp_path / "2", **more))
+    before, after = load_file(first / "projector.safetensors"), load_file(second / "projector.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_full_fine_tuning_keeps_the_language_model(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    more = {"lora_enable": False, "freeze_backbone": False, "max_steps": 2}
+    output = run(options(models_folder, data_folder, tmp_path / "out", **more))
+    base = load_file(models_folder / "mistral" / "model.safetensors")
+    tuned = load_file(output / "language_model" / "model.safetensors")
+    assert any(not torch.equal(base[name], tuned[name]) for name in base)
+    assert load_checkpoint(output).caption(data_folder / "images" / "0.jpg", max_new_tokens=4) is not None
+
+
+def test_the_projector_has_its_own_learning_rate(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    start = run(options(models_folder, data_folder, tmp_path / "0", max_steps=1, learning_rate=0))
+    moved = run(options(models_folder, data_folder, tmp_path / "1", max_steps=2, learning_rate=0, mm_projector_lr=1e-2))
+    before, after = adapter(start), adapter(moved)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"weight", "bias"}
+
+
+def test_bad_images_are_replaced_counted_and_over_budget_fatal(
+    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((data_folder / "train.json").read_text())
+    rows[5]["image"] = "gone.jpg"
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    more = {"train_data_path": tmp_path / "train.json"}
+    run(options(models_folder, data_folder, tmp_path / "out", **more))
+    printed = capsys.readouterr().out
+    assert "bad image, train.json row 5" in printed
+    assert "1 bad image" in printed
+    for row in rows[2:9]:
+        row["image"] = "gone.jpg"
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="more than --max_bad_images 0.01"):
+        run(options(models_folder, data_folder, tmp_path / "out", **more))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+; last good checkpoint"):
+        run(options(models_folder, data_folder, tmp_path / "out", learning_rate=1e30, max_steps=5, max_grad_norm=0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_data_path": "nowhere.json"}, "nowhere.json: no such file"),
+        ({"train_image_folder": "nowhere"}, "--train_image_folder nowhere: no such folder"),
+        ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere: not a model folder"),
+        ({"vision_tower": "nowhere"}, "--vision_tower nowhere: not a model folder"),
+        ({"mm_projector_type": "magic"}, "mm_projector_type is linear"),
+        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature is patch or cls_patch"),
+        ({"mm_use_im_start_end": "True"}, "--mm_use_im_start_end"),
+        ({"no_such_option": "1"}, "unknown option --no_such_option"),
+        ({"model_max_length": "6"}, "leaves no room for an answer"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+        ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
+    ],
+)
+def test_faults_are_named(
+    models_folder: Path, data_folder: Path, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(options(models_folder, data_folder, tmp_path / "out", **change))
+
+
+def test_an_image_folder_without_the_images(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of the first images can be read"):
+        run(options(models_folder, data_folder, tmp_path / "out", train_image_folder=tmp_path))
