@@ -62,6 +62,17 @@ class DataArguments:
     val_image_folder: str | None = field(
         default=None, metadata={"help": "Where the validation images are; the eval data file's folder where not given."}
     )
+    cache_vision_features: str = field(
+        default="auto",
+        metadata={
+            "help": "Run the frozen tower once per picture and keep the features: memory, disk, off; "
+            "auto: on disk where a picture is seen more than once and all fit into feature_cache_gb."
+        },
+    )
+    feature_cache_dir: str = field(
+        default="~/.cache/llava-simplified/features", metadata={"help": "Where features on disk are kept, for later runs too."}
+    )
+    feature_cache_gb: float = field(default=8.0, metadata={"help": "The most that auto may store."})
     max_bad_images: float = field(
         default=0.01, metadata={"help": "Stop when more than this share of the images can't be read."}
     )

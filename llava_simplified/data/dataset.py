@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ class CaptionDataset(Dataset[Example]):
         transform: the vision tower's resize and crop.
         max_length: the most text tokens of one example, an image counting as one. A longer answer is cut (its
             end token is then not there to be trained); a prompt that leaves no room is an error.
+        features: patch features by image name, computed before: then no picture is opened.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class CaptionDataset(Dataset[Example]):
         image_folder: str | Path,
         transform: ImageTransform,
         max_length: int = 2048,
+        features: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.records = records
         self.prompt = prompt
         self.image_folder = Path(image_folder)
         self.transform = transform
         self.max_length = max_length
+        self.features = features
         counts = np.fromiter((len(r.responses) for r in records), dtype=np.int64, count=len(records))
         if not len(counts) or not counts.all():
             where = records[int(counts.argmin())].id if len(counts) else "the data"
@@ -55,13 +58,16 @@ class CaptionDataset(Dataset[Example]):
         notes: list[str] = []
         for offset in range(len(self)):
             record, response = self.locate((index + offset) % len(self))
+            example = self.text(record, response)
             try:
-                pixels = self.pixels(record)
+                if self.features is not None and all(name in self.features for name in record.images):
+                    example.image_features = self.stored(record)
+                else:
+                    example.pixel_values = self.pixels(record)
             except ImageError as error:
                 notes.append(f"bad image, {record.id}: {error}")
                 continue
-            example = self.text(record, response)
-            example.pixel_values, example.notes = pixels, notes + example.notes
+            example.notes = notes + example.notes
             return example
         raise ValueError(f"no image of {len(self)} could be read; the first: {notes[0]}")
 
@@ -81,6 +87,11 @@ class CaptionDataset(Dataset[Example]):
                 for name in record.images
             ]
         )
+
+    def stored(self, record: Record) -> torch.Tensor | None:
+        """(images, tokens, width), or None where the record has no image."""
+        assert self.features is not None
+        return torch.stack([self.features[name] for name in record.images]) if record.images else None
 
     def text(self, record: Record, response: str) -> Example:
         """Ids and labels, cut to `max_length`.

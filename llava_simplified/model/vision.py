@@ -78,6 +78,11 @@ class VisionTower(nn.Module):
         """True when no parameter of the tower is trained."""
         return not any(p.requires_grad for p in self.parameters())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the features."""
+        return next(self.parameters()).dtype
+
     def train(self, mode: bool = True) -> VisionTower:
         """A frozen tower stays in evaluation mode: no dropout, no drifting batch-norm statistics."""
         return super().train(mode and not self.frozen)
@@ -93,8 +98,7 @@ class VisionTower(nn.Module):
         """
         if pixel_values.dtype == torch.uint8:
             pixel_values = self.transform.normalize(pixel_values)
-        weight = next(self.model.parameters())
-        pixel_values = pixel_values.to(weight.dtype)
+        pixel_values = pixel_values.to(self.dtype)
         if self._is_convolutional:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # several times faster on CPU
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):

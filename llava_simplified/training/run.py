@@ -34,6 +34,7 @@ from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, check_trainable, freeze
 from llava_simplified.model.projector import fit_to_embeddings
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
+from llava_simplified.training.feature_cache import FeatureCache
 from llava_simplified.training.plots import plot_training
 from llava_simplified.training.trainer import LlavaTrainer
 
@@ -70,6 +71,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         else None
     )
     prepare(model, model_args, train_set)
+    cache_features(model, data_args, args, architecture.fingerprints["vision_tower"], train_set, eval_set)
     full = not model_args.freeze_backbone and not _uses_lora(model_args)
     table = check_trainable(model, language_model=full)
     settings = describe(model_args, data_args, args)
@@ -167,6 +169,34 @@ def prepare(model: Llava, args: ModelArguments, train_set: CaptionDataset) -> No
     freeze(model, language_model=args.freeze_backbone or args.lora_enable or args.tune_mm_mlp_adapter)
     if _uses_lora(args):
         add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
+
+
+def cache_features(
+    model: Llava,
+    data: DataArguments,
+    args: TrainingArguments,
+    weights: str,
+    train_set: CaptionDataset,
+    eval_set: CaptionDataset | None,
+) -> None:
+    """Run the frozen tower over all pictures now, if that pays and fits, and hand the features to the datasets."""
+    mode = data.cache_vision_features
+    if mode not in ("auto", "memory", "disk", "off"):
+        raise ValueError(f"--cache_vision_features is auto, memory, disk or off, not {mode!r}")
+    sets = [dataset for dataset in (train_set, eval_set) if dataset is not None]
+    images = [dict.fromkeys(name for record in dataset.records for name in record.images) for dataset in sets]
+    vision = model.vision_tower
+    gigabytes = sum(map(len, images)) * vision.num_tokens * vision.width * vision.dtype.itemsize / 1e9
+    seen_again = args.num_train_epochs > 1 or args.max_steps > 0 or len(train_set) > len(images[0])
+    if mode == "off" or (mode == "auto" and (not seen_again or gigabytes > data.feature_cache_gb)):
+        return
+    vision.to(args.device)
+    on_disk = mode != "memory"
+    cache = FeatureCache(vision, weights, Path(data.feature_cache_dir).expanduser() if on_disk else None)
+    with args.main_process_first(local=True, desc="vision features"):
+        print(f"vision features of {sum(map(len, images)):,} pictures: {gigabytes:.2f} GB {'on disk' if on_disk else 'in memory'}")  # noqa: T201
+        for dataset, names in zip(sets, images):
+            dataset.features = cache.fill(names, dataset.image_folder, progress=not args.disable_tqdm)
 
 
 def _uses_lora(args: ModelArguments) -> bool:

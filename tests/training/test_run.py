@@ -28,6 +28,7 @@ def options(models_folder: Path, data_folder: Path, output: Path, **more: object
         "per_device_train_batch_size": 4,
         "num_train_epochs": 1,
         "save_strategy": "no",
+        "feature_cache_dir": output.parent / "features",
         **more,
     }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
@@ -122,6 +123,14 @@ def test_resume_repeats_the_straight_run_bit_for_bit(models_folder: Path, data_f
     resumed = run([*words, "--resume_from_checkpoint", str(straight / "checkpoint-4")])
     for name, weight in adapter(straight).items():
         assert torch.equal(weight, adapter(resumed)[name]), name
+
+
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+def test_cached_features_change_nothing(models_folder: Path, data_folder: Path, tmp_path: Path, mode: str) -> None:
+    more = {"num_train_epochs": 3, "eval_data_path": data_folder / "val.json", "val_image_folder": data_folder / "images"}
+    plain = run(options(models_folder, data_folder, tmp_path / "plain", cache_vision_features="off", **more))
+    cached = run(options(models_folder, data_folder, tmp_path / "cached", cache_vision_features=mode, **more))
+    assert losses(plain) == pytest.approx(losses(cached), rel=1e-5)
 
 
 def test_projector_stage_then_lora_stage(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:

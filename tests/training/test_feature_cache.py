@@ -1,0 +1,89 @@
+"""Features kept are the features the tower gives, found only for the same picture through the same tower."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_simplified.data.images import decode_image
+from llava_simplified.model.vision import VisionTower
+from llava_simplified.training.feature_cache import FeatureCache, cache_key
+
+
+def tower(models_folder: Path, dtype: torch.dtype = torch.float32, **choices) -> VisionTower:
+    vision = VisionTower.from_pretrained(str(models_folder / "clip"), dtype=dtype, **choices)
+    return vision.requires_grad_(False).eval()
+
+
+def direct(vision: VisionTower, path: Path) -> torch.Tensor:
+    return vision(vision.transform(decode_image(path.read_bytes()))[None])[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_what_is_kept_is_what_the_tower_gives(
+    models_folder: Path, data_folder: Path, tmp_path: Path, dtype: torch.dtype, on_disk: bool
+) -> None:
+    vision = tower(models_folder, dtype)
+    cache = FeatureCache(vision, "w", tmp_path if on_disk else None)
+    names = [f"{i}.jpg" for i in range(5)]
+    features = cache.fill(names, data_folder / "images", batch_size=1, progress=False)
+    features = pickle.loads(pickle.dumps(features))  # as a worker process gets it
+    for name in names:
+        assert torch.equal(features[name], direct(vision, data_folder / "images" / name))
+
+
+def test_a_second_run_computes_nothing(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    names = [f"{i}.jpg" for i in range(5)]
+    first = FeatureCache(tower(models_folder), "w", tmp_path).fill(names, data_folder / "images", progress=False)
+    blind = tower(models_folder)
+    blind.forward = lambda pixels: pytest.fail("the tower ran again")  # type: ignore[method-assign]
+    again = FeatureCache(blind, "w", tmp_path).fill(names[::-1], data_folder / "images", progress=False)
+    assert all(torch.equal(first[name], again[name]) for name in names)
+
+
+def test_a_stale_feature_is_never_found(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    vision = tower(models_folder)
+    keys = {
+        cache_key(vision, "w"),
+        cache_key(vision, "other weights"),
+        cache_key(tower(models_folder, select_layer=-1), "w"),
+        cache_key(tower(models_folder, token_pool=2), "w"),
+        cache_key(tower(models_folder, torch.bfloat16), "w"),
+    }
+    assert len(keys) == 5
+    (tmp_path / "images").mkdir()
+    picture = tmp_path / "images" / "x.jpg"
+    for source in ("0.jpg", "1.jpg"):  # the same name, another picture
+        picture.write_bytes((data_folder / "images" / source).read_bytes())
+        features = FeatureCache(vision, "w", tmp_path / "cache").fill(["x.jpg"], picture.parent, progress=False)
+        torch.testing.assert_close(features["x.jpg"], direct(vision, picture))
+
+
+@pytest.mark.parametrize("lost", [1, 700, 5000])
+def test_a_killed_run_leaves_no_half_row(models_folder: Path, data_folder: Path, tmp_path: Path, lost: int) -> None:
+    names = [f"{i}.jpg" for i in range(6)]
+    vision = tower(models_folder)
+    FeatureCache(vision, "w", tmp_path).fill(names[:4], data_folder / "images", batch_size=1, progress=False)
+    [hashes] = tmp_path.glob("*.hashes")
+    [rows] = tmp_path.glob("*.features")
+    hashes.write_bytes(hashes.read_bytes()[: 3 * 32 + 5])  # the fourth hash was being written
+    rows.write_bytes(rows.read_bytes()[:-1] + bytes(lost))
+    features = FeatureCache(vision, "w", tmp_path).fill(names, data_folder / "images", batch_size=1, progress=False)
+    for name in names:
+        assert torch.equal(features[name], direct(vision, data_folder / "images" / name))
+
+
+def test_a_picture_that_cannot_be_read_is_left_to_the_dataset(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    cache = FeatureCache(tower(models_folder), "w", tmp_path)
+    assert list(cache.fill(["gone.jpg", "1.jpg"], data_folder / "images", progress=False)) == ["1.jpg"]
+
+
+def test_a_tower_in_training_is_refused(models_folder: Path) -> None:
+    with pytest.raises(ValueError, match="being trained"):
+        FeatureCache(tower(models_folder).requires_grad_(True), "w")
