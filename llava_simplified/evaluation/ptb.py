@@ -1,8 +1,8 @@
 """Penn Treebank tokens as the COCO caption server counts them, without Java.
 
-The server runs Stanford's PTBTokenizer 3.4.1 (``-preserveLines -lowerCase``), then drops punctuation. This module
-gives the same tokens; its rules were settled by comparing outputs on captions and random strings. It is a
-maximal-munch scanner: at each position the rule that reaches farthest wins, what it only looks ahead at
+The server runs Stanford's PTBTokenizer 3.4.1 (``-preserveLines -lowerCase``), then drops punctuation. This
+module gives the same tokens; its rules were settled by comparing outputs on captions and random strings. It
+is a maximal-munch scanner: at each position the rule that reaches farthest wins, what it only looks ahead at
 included, and the first of equals.
 
 One difference is meant: each caption is read alone. The original reads all captions as one stream, where the

@@ -247,7 +247,7 @@ def _chart(
     title: str, unit: str, series: Mapping[str, Sequence[tuple[float, float]]], most: int = 300
 ) -> dict[str, Any]:
     """Lines in a square of 100 by 100, y downwards, round ticks. Long lines are averaged to `most` points."""
-    thin = {name: [tuple(np.mean(part, axis=0)) for part in np.array_split(points, min(most, len(points)))]
+    thin = {name: [np.mean(part, axis=0).tolist() for part in np.array_split(points, min(most, len(points)))]
             for name, points in series.items()}  # fmt: skip
     xs, ys = zip(*(point for points in thin.values() for point in points))
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
@@ -269,12 +269,13 @@ def _chart(
 
 
 def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers, the first at or below `low`."""
+    """Round numbers, the first at or below `low`, the last at or above `high`."""
     raw = (high - low or abs(high) or 1) / about
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
     first = math.floor(low / step)
-    return [round((first + i) * step, 10) for i in range(math.floor(high / step) - first + 2)]
+    count = max(2, math.ceil(high / step - 1e-9) - first + 1)
+    return [round((first + i) * step, 10) for i in range(count)]
 
 
 def _words(samples: Sequence[Sample], most: int = 12) -> dict[str, list[dict[str, Any]]]:

@@ -54,9 +54,9 @@ def _text(row: object, key: str, where: str) -> str:
 def _own_references(row: dict[str, Any], where: str) -> list[str]:
     value = row.get("gt_caption")
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise ValueError(
-            f"{where}: 'gt_caption' must be a text or a list of texts, got {value!r}; or give --references"
+            f"{where}: 'gt_caption' must be a caption or a list of captions, got {value!r}; see --references"
         )
     return texts
 
