@@ -18,16 +18,7 @@ if TYPE_CHECKING:  # torch takes two seconds to import, and the downloader decod
     import torch
 
 MAX_PIXELS = 50_000_000
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "MPO",
-    "AVIF",
-)  # no EPS: Pillow runs Ghostscript on it
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no EPS: Pillow runs Ghostscript on it
 _ORIENTATION = 274  # the EXIF tag
 
 
