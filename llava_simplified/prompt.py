@@ -32,7 +32,7 @@ PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'system' %}{{ message.content + ' ' }}"
     "{% elif message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + message.content + eos_token }}{% endif %}{% endfor %}"
+    "{% else %}{{ 'ASSISTANT: ' + message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 # Some templates write today's date. A model must not be asked tomorrow otherwise than it was trained today,
 # so the date stands still, at the day Llama-3 itself falls back to. The macro hides a function of that name.
@@ -172,9 +172,10 @@ class Prompt:
         return Rendered(ids, labels)
 
     def _answer_ids(self, slot: Slot, text: str, where: str) -> list[int]:
-        if not text.strip():
+        ids = self._encode(self._inner_text, slot.lead + text, where)
+        if not text.strip() or not ids:
             raise ValueError(_at(where) + "the answer is empty: give it a text or leave the record out")
-        return [*self._encode(self._inner_text, slot.lead + text, where), self.end_id]
+        return [*ids, self.end_id]
 
     def _encode(self, encoder: Tokenizer, text: str, where: str) -> list[int]:
         try:

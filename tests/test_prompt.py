@@ -1,0 +1,647 @@
+"""The specification of prompts: what the model reads, and which of it is trained.
+
+Each family is a small tokenizer of the true kind (byte-level as Llama-3, Qwen and SmolLM; sentencepiece-like
+as Llama-2, Gemma and Zephyr; Mistral's own, real) with that family's chat template. The judges are not ours:
+`apply_chat_template`, mistral-common, and `spell`, which reads ids back by the vocabulary alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message, Prompt, count_images
+
+CORPUS = [
+    "a bedroom with a double bed. party in the park, under cherry blossoms! two dogs run; 3 cats & 12 birds",
+    "Generate a caption of this image:\nUSER: what is it? ASSISTANT: system user assistant model INST /INST",
+    "You are a helpful assistant. Cutting Knowledge Date: December 2023 Today Date: 26 Jul 2024\n<|user|>\n",
+]
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN3 = (  # a thought block in the last answer, none in the earlier ones
+    "{%- for message in messages %}{%- set content = message.content %}"
+    "{%- if message.role == 'assistant' %}{%- if '</think>' in content %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{%- if loop.last %}{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' + content.lstrip('\n') }}"
+    "{%- else %}{{- '<|im_start|>assistant\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
+    "{%- endif %}"
+    "{%- endif %}"
+)
+LLAMA3 = (  # trims, and writes the date
+    "{{- bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
+    "{%- endif %}"
+    "{%- endif %}{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system_message = messages[0]['content']|trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}{{- 'Cutting Knowledge Date: December 2023\n' }}"
+    "{{- 'Today Date: ' + date_string + '\n\n' }}{{- system_message }}{{- '<|eot_id|>' }}"
+    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}"
+    "{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+LLAMA2 = (  # trims, opens each exchange with BOS, and puts a space before the end token
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set loop_messages = messages[1:] %}"
+    "{% else %}{% set system = false %}{% set loop_messages = messages %}{% endif %}"
+    "{% for message in loop_messages %}{% if loop.index0 == 0 and system %}"
+    "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (  # role names are plain text
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+ALPACA = (  # nothing ends an answer but the next question
+    "{% for message in messages %}{{ '### ' + message['role'] + ': ' + message['content'] + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
+)
+MISTRAL_V1 = (
+    "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system_message = messages[0]['content'] %}"
+    "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}"
+    "{%- for message in loop_messages %}{%- if message['role'] == 'user' %}"
+    "{%- if loop.first and system_message is defined %}"
+    "{{- ' [INST] ' + system_message + '\n\n' + message['content'] + ' [/INST]' }}"
+    "{%- else %}{{- ' [INST] ' + message['content'] + ' [/INST]' }}{%- endif %}"
+    "{%- elif message['role'] == 'assistant' %}{{- ' ' + message['content'] + eos_token }}"
+    "{%- else %}{{- raise_exception('Only user and assistant roles are supported') }}{%- endif %}"
+    "{%- endfor %}"
+)
+MISTRAL_V3 = (  # [INST] is a control token; the system's text goes into the last question
+    "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system_message = messages[0]['content'] %}"
+    "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}"
+    "{%- for message in loop_messages %}{%- if message['role'] == 'user' %}"
+    "{%- if loop.last and system_message is defined %}"
+    "{{- '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}"
+    "{%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}"
+    "{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"
+)
+MISTRAL_V3_TIGHT = MISTRAL_V3.replace("{{- ' ' + message", "{{- message")  # no space before the answer
+
+
+# ---- the tokenizers -------------------------------------------------------------------------------
+
+
+def byte_level(control: list[str], **kwargs: Any) -> PreTrainedTokenizerFast:
+    """As Llama-3, Qwen, SmolLM: bytes, split by a regular expression."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(
+        r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS * 3, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **kwargs)
+
+
+def sentencepiece_like(control: list[str], style: str, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """As Llama-2 ("first", "always", or "legacy": a normalizer puts the first space) and Gemma ("none"), with
+    bytes for what the vocabulary lacks."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    lines = [line for text in CORPUS for line in text.splitlines()]  # sentencepiece never sees a newline
+    trained.train_from_iterator(lines * 3, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    learned = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
+    vocabulary = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges_of(trained), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    if style in ("first", "always"):
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=style, split=False)
+    elif style == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * (style != "none"))
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t in ["<unk>", "<s>", "</s>", *control]]
+    )
+    kwargs = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **kwargs}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **kwargs)
+
+
+def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+@functools.cache
+def mistral_file(version: str) -> Path:
+    import mistral_common
+
+    names = {"v1": "tokenizer.model.v1", "v2": "mistral_instruct_tokenizer_240216.model.v2"}
+    names["v3"] = "mistral_instruct_tokenizer_240323.model.v3"
+    return Path(mistral_common.__file__).parent / "data" / names[version]
+
+
+def mistral(version: str) -> PreTrainedTokenizerFast:
+    """Mistral's real vocabulary, converted by Transformers."""
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(mistral_file(version)))
+    control = [pieces.id_to_piece(i) for i in range(pieces.vocab_size()) if pieces.is_control(i)]
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(mistral_file(version), Path(folder) / "tokenizer.model")
+        return LlamaTokenizer.from_pretrained(folder, additional_special_tokens=control[2:])
+
+
+def legacy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """As in older tokenizer.json files: a normalizer puts a space before any text after a control token."""
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None  # type: ignore[assignment]
+    return tokenizer
+
+
+def qwen3() -> PreTrainedTokenizerFast:
+    tokenizer = byte_level(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>")
+    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    return tokenizer
+
+
+def phi3() -> PreTrainedTokenizerFast:
+    """Its control tokens swallow the white space after them."""
+    tokenizer = sentencepiece_like([], "first")
+    names = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    tokens = [AddedToken(name, rstrip=True, normalized=False, special=True) for name in names]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    return tokenizer
+
+
+def smollm() -> PreTrainedTokenizerFast:
+    return byte_level(["<|im_start|>", "<|im_end|>"], bos_token="<|im_start|>", eos_token="<|im_end|>")
+
+
+def llama3() -> PreTrainedTokenizerFast:
+    ends = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    return byte_level([*ends.values(), "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], **ends)
+
+
+def gemma() -> PreTrainedTokenizerFast:
+    ends = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    return sentencepiece_like([*ends.values(), "<start_of_turn>", "<end_of_turn>"], "none", **ends)
+
+
+def llama2() -> PreTrainedTokenizerFast:
+    return sentencepiece_like([], "first")
+
+
+def base() -> PreTrainedTokenizerFast:
+    return byte_level(["<|endoftext|>"], eos_token="<|endoftext|>")
+
+
+# name: tokenizer, chat template, the token that ends an answer, the space in the answer's first token
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str | None, str, str]] = {
+    "smollm": (smollm, CHATML, "<|im_end|>", ""),
+    "qwen3": (qwen3, QWEN3, "<|im_end|>", ""),
+    "llama3": (llama3, LLAMA3, "<|eot_id|>", ""),
+    "phi3": (phi3, PHI3, "<|end|>", ""),
+    "gemma": (gemma, GEMMA, "<end_of_turn>", ""),
+    "llama2": (llama2, LLAMA2, "</s>", " "),
+    "llama2-legacy": (lambda: legacy(llama2()), LLAMA2, "</s>", " "),
+    "zephyr": (llama2, ZEPHYR, "</s>", ""),
+    "zephyr-legacy": (lambda: legacy(llama2()), ZEPHYR, "</s>", ""),
+    "alpaca": (base, ALPACA, "<|endoftext|>", " "),
+    "plain": (llama2, None, "</s>", " "),
+    "plain-bytes": (base, None, "<|endoftext|>", " "),
+    "mistral-v1": (lambda: mistral("v1"), MISTRAL_V1, "</s>", " "),
+    "mistral-v1-legacy": (lambda: legacy(mistral("v1")), MISTRAL_V1, "</s>", " "),
+    "mistral-v3": (lambda: mistral("v3"), MISTRAL_V3, "</s>", " "),
+    "mistral-v3-tight": (lambda: mistral("v3"), MISTRAL_V3_TIGHT, "</s>", ""),
+    "always-tight": (
+        lambda: sentencepiece_like(["[INST]", "[/INST]"], "always"),
+        MISTRAL_V3_TIGHT,
+        "</s>",
+        " ",
+    ),
+}
+
+
+class Family(NamedTuple):
+    tokenizer: PreTrainedTokenizerFast
+    prompt: Prompt
+    end: str
+    lead: str
+    keeps: Callable[[str], str]  # a sentencepiece vocabulary cannot tell "▁" from a space
+
+
+@functools.cache
+def family(name: str) -> Family:
+    make, template, end, lead = FAMILIES[name]
+    tokenizer = make()
+    tokenizer.chat_template = template
+    bytes_only = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
+    return Family(
+        tokenizer, Prompt(tokenizer), end, lead, lambda text: text if bytes_only else text.replace("▁", " ")
+    )
+
+
+# ---- the judges -----------------------------------------------------------------------------------
+
+
+def spell(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """What the ids say, letter by letter out of the vocabulary, with no decoder's manners."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    spelled = b""
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        if isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+            spelled += bytes(letters[letter] for letter in token)
+        elif match := re.fullmatch("<0x(..)>", token):
+            spelled += bytes.fromhex(match[1])
+        else:
+            spelled += token.replace("▁", " ").encode()
+    return spelled.decode()
+
+
+def reference(name: str, messages: list[Message], **kwargs: Any) -> list[int]:
+    """The ids of `apply_chat_template`, where `<image>` is a control token as in stock LLaVA."""
+    tokenizer, image = with_image_token(name)
+    ids = tokenizer.apply_chat_template(
+        [{"role": message.role, "content": message.text} for message in messages],
+        enable_thinking=False,
+        date_string="26 Jul 2024",
+        **kwargs,
+    )["input_ids"]
+    return [IMAGE_INDEX if i == image else i for i in ids]
+
+
+@functools.cache
+def with_image_token(name: str) -> tuple[PreTrainedTokenizerFast, int]:
+    tokenizer = copy.deepcopy(family(name).tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    return tokenizer, tokenizer.convert_tokens_to_ids("<image>")
+
+
+def trained(labels: list[int]) -> list[int]:
+    return [label for label in labels if label != IGNORE_INDEX]
+
+
+def ask(text: str = "<image>\nGenerate a caption of this image:") -> list[Message]:
+    return [Message("user", text)]
+
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+WITH_TEMPLATE = [name for name in FAMILIES if not name.startswith(("plain", "alpaca"))]
+LOOKS_LIKE_CONTROL = [
+    "</s>",
+    "<s>",
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|eot_id|>",
+    "[INST]",
+    "[/INST]",
+    "<image>",
+    "<think>",
+    "</think>",
+    "<end_of_turn>",
+    "<unk>",
+    "<0x0A>",
+    "<|end|>",
+    "<|endoftext|>",
+    "⟦assistant 1⟧",
+    "USER:",
+    "ASSISTANT:",
+    "{{ bos_token }}",
+]
+any_text = st.lists(
+    st.one_of(st.text(max_size=6), st.sampled_from([*LOOKS_LIKE_CONTROL, " ", "  ", "\n", "\n\n", "a cat"])),
+    max_size=6,
+).map("".join)
+any_answer = any_text.filter(str.strip)
+words = st.from_regex(r"[A-Za-z][a-z]{0,8}", fullmatch=True) | st.sampled_from(
+    ["3", "it's", "tree,", "(old)", "café", "猫", "🙂"]
+)
+ordinary_text = st.lists(words, min_size=1, max_size=6).map(" ".join)
+
+
+# ---- what is trained ------------------------------------------------------------------------------
+
+
+@every_family
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(question=any_text, answer=any_answer)
+@example(question="<image>", answer=" a cat")
+@example(question="<image>\nwhat?", answer="\na cat\n")
+@example(question="a <image> b<image>", answer="</s>")
+@example(question="", answer="a </s><|im_end|><|eot_id|><end_of_turn> [INST] <image> b")
+def test_the_answer_and_its_end_token_are_trained_and_nothing_else(
+    name: str, question: str, answer: str
+) -> None:
+    tokenizer, prompt, end, lead, keeps = family(name)
+    sequence = prompt.render(ask(question), answer)
+    start = len(prompt.render(ask(question), None).input_ids)
+
+    assert sequence.input_ids[:start] == prompt.render(ask(question), None).input_ids
+    assert sequence.labels == [IGNORE_INDEX] * start + sequence.input_ids[start:]
+    *said, last = sequence.labels[start:]
+    assert tokenizer.convert_ids_to_tokens(last) == end
+    assert spell(tokenizer, said) == keeps(lead + answer)
+    assert prompt.decode(sequence.labels[start:]) == keeps(answer)
+    control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+    assert not control & set(said)
+    assert sequence.input_ids.count(IMAGE_INDEX) == question.count("<image>") == count_images(ask(question))
+
+
+@every_family
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(question=any_text)
+def test_data_adds_no_control_token_to_the_prompt(name: str, question: str) -> None:
+    tokenizer, prompt, *_ = family(name)
+    control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+    plain = [i for i in prompt.render(ask("x"), None).input_ids if i in control]
+    turns = [Message("system", question), *ask(question)]
+    assert [i for i in prompt.render(ask(question), None).input_ids if i in control] == plain
+    assert prompt.render(turns, None).input_ids.count(IMAGE_INDEX) == question.count("<image>")
+
+
+@every_family
+def test_earlier_answers_are_trained_too(name: str) -> None:
+    prompt = family(name).prompt
+    turns = [
+        Message("system", "Be brief."),
+        *ask(),
+        Message("assistant", " two </s> cats"),
+        Message("user", "Where?"),
+    ]
+    sequence = prompt.render(turns, "On a bench")
+    ids = trained(sequence.labels)
+    first = ids.index(prompt.end_id)
+    assert prompt.decode(ids) == " two </s> cats"
+    assert prompt.decode(ids[first + 1 :]) == "On a bench"
+    assert ids.count(prompt.end_id) == 2 and ids[-1] == prompt.end_id
+    assert all(label in (IGNORE_INDEX, i) for i, label in zip(sequence.input_ids, sequence.labels))
+    assert set(prompt.render(turns, None).labels) == {IGNORE_INDEX}
+
+
+@every_family
+def test_branches_share_one_prompt(name: str) -> None:
+    prompt = family(name).prompt
+    prefix, branches = prompt.render_branches(ask(), ["a cat", " a dog\n"])
+    for text, branch in zip(["a cat", " a dog\n"], branches):
+        assert prompt.render(ask(), text) == (prefix.input_ids + branch, prefix.labels + branch)
+
+
+# ---- equal to the tokenizer's own chat template, and to Mistral's own code ------------------------
+
+
+@pytest.mark.parametrize("name", WITH_TEMPLATE)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    question=ordinary_text,
+    answer=ordinary_text,
+    image=st.sampled_from(["<image>\n{}", "{}\n<image>", "{0} <image> {0}", "{}"]),
+)
+def test_ordinary_text_has_the_ids_of_apply_chat_template(
+    name: str, question: str, answer: str, image: str
+) -> None:
+    tokenizer, prompt, *_ = family(name)
+    turns = ask(image.format(question))
+    ours = prompt.render(turns, answer).input_ids
+    theirs = reference(name, [*turns, Message("assistant", answer)])
+    if name.startswith(
+        "llama2"
+    ):  # whose template has a space between the answer and </s>, which is not trained
+        theirs = [*theirs[:-2], theirs[-1]]
+    assert theirs[: len(ours)] == ours
+    assert not spell(tokenizer, theirs[len(ours) :]).strip()  # what a template puts after the end token
+    ours = prompt.render(turns, None).input_ids
+    assert ours == reference(name, turns, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TEMPLATE if not name.startswith("llama2")])
+def test_a_conversation_has_the_ids_of_apply_chat_template(name: str) -> None:
+    talk = [
+        *ask(),
+        Message("assistant", "two cats"),
+        Message("user", "Where?"),
+        Message("assistant", "on a bench"),
+    ]
+    if "v3" not in name and name not in (
+        "gemma",
+        "always-tight",
+    ):  # which put the system elsewhere, see below
+        talk = [Message("system", "You are brief."), *talk]
+    ours = family(name).prompt.render(talk[:-1], talk[-1].text).input_ids
+    assert reference(name, talk)[: len(ours)] == ours
+
+
+@pytest.mark.parametrize("version", ["v1", "v3"])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(question=any_answer, answer=any_answer)
+@example(question="what is [INST] this?", answer="a </s> cat [/INST] <s>")
+def test_mistral_s_own_code_gives_the_same_ids(version: str, question: str, answer: str) -> None:
+    from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    # WHY one space: Transformers 5 converts the .model file with the merges of spaces ("▁▁") first, where
+    # sentencepiece has them last (score -1e9); that is the tokenizer's own fault, in any prompt.
+    question, answer = (
+        re.sub("[ ▁]+", " ", text).strip() for text in (question.replace("<image>", "image"), answer)
+    )
+    assume(question and answer)
+    request = ChatCompletionRequest(
+        messages=[UserMessage(content=question), AssistantMessage(content=answer)]
+    )
+    theirs = mistral_common(version).encode_chat_completion(request).tokens
+    assert family(f"mistral-{version}").prompt.render(ask(question), answer).input_ids == theirs
+
+
+@functools.cache
+def mistral_common(version: str) -> Any:
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    return MistralTokenizer.from_file(str(mistral_file(version)), mode=ValidationMode.finetuning)
+
+
+@pytest.mark.parametrize("name", ["mistral-v1", "mistral-v1-legacy", "mistral-v3"])
+def test_on_mistral_the_trained_tokens_are_the_caption_and_the_end(name: str) -> None:
+    tokenizer, prompt, *_ = family(name)
+    tokens = tokenizer.convert_ids_to_tokens(
+        trained(prompt.render(ask(), "a bedroom with a double bed").labels)
+    )
+    assert tokens == ["▁a", "▁bedroom", "▁with", "▁a", "▁double", "▁bed", "</s>"]
+
+
+def test_the_plain_template() -> None:
+    tokenizer, prompt, *_ = family("plain")
+    text = "<s>USER: what is it? ASSISTANT: two cats</s>USER: where? ASSISTANT: on a bench</s>"
+    turns = [Message("user", "what is it?"), Message("assistant", "two cats"), Message("user", "where?")]
+    assert prompt.render(turns, "on a bench").input_ids == tokenizer(text, add_special_tokens=False).input_ids
+    assert prompt.name == "plain"
+
+
+# ---- one BOS, ends, dates, thoughts ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "plain", "mistral-v1", "mistral-v3"])
+def test_there_is_one_bos(name: str) -> None:
+    tokenizer, prompt, *_ = family(name)
+    ids = prompt.render([Message("system", "<s>"), *ask("<s><bos><|begin_of_text|>")], "<s> a").input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_generation_stops_at_the_end_of_the_turn_and_at_the_end_of_the_text() -> None:
+    tokenizer, prompt, *_ = family("llama3")
+    assert tokenizer.convert_ids_to_tokens(prompt.end_id) == "<|eot_id|>"
+    assert set(tokenizer.convert_ids_to_tokens(prompt.stop_ids)) == {"<|eot_id|>", "<|end_of_text|>"}
+    cat = prompt.render_branches(ask(), ["a cat"])[1][0]
+    assert prompt.decode([*cat, *cat]) == "a cat"
+    assert prompt.decode([*cat[:-1], tokenizer.eos_token_id, *cat]) == "a cat"
+
+
+def test_where_the_template_ends_no_answer_the_eos_does() -> None:
+    tokenizer, prompt, *_ = family("alpaca")
+    turns = [Message("user", "what?"), Message("assistant", "a cat"), Message("user", "where?")]
+    text = spell(tokenizer, [i for i in prompt.render(turns, "here").input_ids if i != prompt.end_id])
+    assert text == "### user: what?\n### assistant: a cat\n### user: where?\n### assistant: here"
+    assert len([i for i in prompt.render(turns, "here").labels if i == tokenizer.eos_token_id]) == 2
+
+
+def test_the_prompt_is_the_same_on_another_day() -> None:
+    tokenizer, prompt, *_ = family("llama3")
+    assert "\nToday Date: 26 Jul 2024\n\n" in tokenizer.decode(prompt.render(ask("x"), None).input_ids)
+
+
+def test_the_empty_thought_belongs_to_the_prompt() -> None:
+    tokenizer, prompt, *_ = family("qwen3")
+    assert tokenizer.decode(prompt.render(ask("x"), None).input_ids).endswith("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("name", ["mistral-v3", "mistral-v3-tight"])
+def test_a_template_that_drops_the_system_from_a_finished_exchange(name: str) -> None:
+    """Mistral's shows the system only where a question comes last. As at generation, so in training."""
+    turns = [Message("system", "Be brief."), *ask()]
+    ours = family(name).prompt.render(turns, None).input_ids
+    assert ours == reference(name, turns, add_generation_prompt=True)
+
+
+def test_a_template_without_a_system_role_puts_it_before_the_first_question() -> None:
+    prompt = family("gemma").prompt
+    folded = prompt.render([Message("system", "Be brief."), *ask("What?")], None)
+    assert folded == prompt.render(ask("Be brief.\n\nWhat?"), None)
+
+
+# ---- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["", " ", "\n\t"])
+def test_an_empty_answer_is_an_error_that_names_the_row(answer: str) -> None:
+    with pytest.raises(ValueError, match=r"train\.json row 17: the answer is empty"):
+        family("llama3").prompt.render(ask(), answer, "train.json row 17")
+    turns = [*ask(), Message("assistant", answer), Message("user", "Where?")]
+    with pytest.raises(ValueError, match="row 3: the answer is empty"):
+        family("llama3").prompt.render(turns, "a cat", "row 3")
+
+
+@pytest.mark.parametrize("roles", ["", "assistant", "user user", "user assistant", "user system user"])
+def test_turns_out_of_order_are_an_error(roles: str) -> None:
+    turns = [Message(role, "x") for role in roles.split()]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="row 3: the roles of the turns are"):
+        family("smollm").prompt.render(turns, "a cat", "row 3")
+
+
+def test_half_a_character_is_an_error_that_names_the_row() -> None:
+    with pytest.raises(ValueError, match="row 3: this is not Unicode"):
+        family("smollm").prompt.render(ask(), "a \ud83d cat", "row 3")
+    with pytest.raises(ValueError, match="row 3: this is not Unicode"):
+        family("smollm").prompt.render(ask("\ud83d"), "a cat", "row 3")
+
+
+def test_a_tokenizer_that_cannot_serve_is_an_error() -> None:
+    base = byte_level(["<|endoftext|>"])
+    with pytest.raises(ValueError, match="token that ends an answer"):
+        Prompt(base)
+    base.eos_token = "<|endoftext|>"
+    assert Prompt(base).name == "plain"  # no BOS is no fault: Qwen has none
+    with pytest.raises(ValueError, match="no chat template"):
+        Prompt(base, "chat")
+    with pytest.raises(ValueError, match="unknown prompt template 'vicuna'"):
+        Prompt(base, "vicuna")
+    with pytest.raises(ValueError, match=r"object has no tokenizer\.json"):
+        Prompt(object())
+
+
+def test_a_template_that_drops_the_text_is_an_error() -> None:
+    tokenizer = copy.deepcopy(family("smollm").tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"cannot render .*Try the plain template"):
+        Prompt(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('not today') }}"
+    with pytest.raises(ValueError, match="not today"):
+        Prompt(tokenizer)
+
+
+# ---- as a good neighbour --------------------------------------------------------------------------
+
+
+@every_family
+def test_it_leaves_the_tokenizer_alone_and_does_not_mind_what_others_do_to_it(name: str) -> None:
+    tokenizer = copy.deepcopy(family(name).tokenizer)
+    before = tokenizer.backend_tokenizer.to_str()
+    prompt = Prompt(tokenizer)
+    ids = prompt.render(ask(), "a </s> cat")
+    assert tokenizer.backend_tokenizer.to_str() == before
+    tokenizer("</s>", split_special_tokens=True, truncation=True, max_length=2)
+    assert (
+        prompt.render(ask(), "a </s> cat")
+        == ids
+        == pickle.loads(pickle.dumps(prompt)).render(ask(), "a </s> cat")
+    )
