@@ -1,0 +1,92 @@
+"""`llava demo`: the whole recipe on small real weights and real pictures, by the commands of any other run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from llava_simplified import cli
+from llava_simplified.demo.assets import DemoAssets, fetch
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fetch, inspect, train in two stages, caption 300 pictures the model never saw, score, report."""
+    parser = argparse.ArgumentParser("llava demo", description=main.__doc__)
+    parser.add_argument("--cache-dir", type=Path, help="where models and pictures are kept (~/.cache/llava-simplified)")
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="(default: %(default)s)")
+    parser.add_argument("--max-steps", type=int, help="stop each stage after so many steps, to try the way through")
+    parser.add_argument("--limit", type=int, help="caption only so many pictures")
+    args = parser.parse_args(argv)
+    if not CONFIGS.is_dir():
+        raise ValueError(f"{CONFIGS} is not there: the demo runs from a checkout of the project (git clone, make demo)")
+    start = time.monotonic()
+    assets = fetch(args.cache_dir)
+    for title, words in commands(assets, args.output, args.max_steps, args.limit):
+        print(f"\n== {title} ({time.monotonic() - start:.0f} s)\n$ llava {shlex.join(words)}", flush=True)  # noqa: T201
+        status = cli.main(words)
+        if status:
+            return status
+    scores = json.loads((args.output / "scores.json").read_text(encoding="utf-8"))
+    print(summary(next(iter(scores.values())), args.output, time.monotonic() - start))  # noqa: T201
+    return 0
+
+
+def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None) -> list[tuple[str, list[str]]]:
+    """Every command of the demo, in order: what a person would type."""
+    parts = ["--model_name_or_path", str(assets.language_model), "--vision_tower", str(assets.vision_tower)]
+    train, val, images = str(assets.train_json), str(assets.val_json), str(assets.images)
+    data = ["--train_data_path", train, "--train_image_folder", images]
+    data += ["--eval_data_path", val, "--val_image_folder", images]
+    short = ["--max_steps", str(max_steps)] if max_steps else []
+    first, second = str(output / "projector"), str(output / "model")
+    predictions, report = str(output / "predictions.json"), str(output / "report.html")
+    inspect = ["--data", train, "--image_folder", images, "--template", "plain", "--count", "1"]
+    return [
+        ("what the model is shown, and which tokens it is trained on", ["inspect", *inspect, *parts]),
+        (
+            "stage 1: the projector alone",
+            ["train", "--config", str(CONFIGS / "demo_projector.yaml"), *parts, *data, "--output_dir", first, *short],
+        ),
+        (
+            "stage 2: LoRA on the language model, and the projector on",
+            ["train", "--config", str(CONFIGS / "demo.yaml"), "--pretrain_mm_mlp_adapter", first, *parts, *data]
+            + ["--output_dir", second, *short],
+        ),
+        (
+            "captions of pictures that it never saw",
+            ["predict", "--model-path", second, "--data-path", val, "--image-folder", images, "--temperature", "0"]
+            + ["--max-new-tokens", "24", "--batch-size", "50", "--output", predictions]
+            + (["--limit", str(limit)] if limit else []),
+        ),
+        (
+            "scores and report",
+            ["evaluate", predictions, "--train-captions", train, "--image-folder", images, "--model-path", second]
+            + ["--output", str(output / "scores.json"), "--report", report, "--no-java"]
+            + ["--title", "LLaVA Simplified: what it says of pictures it never saw"],
+        ),
+    ]
+
+
+def summary(scores: dict[str, dict[str, list[float]]], output: Path, seconds: float) -> str:
+    """The last lines that a person sees."""
+
+    def value(part: str, name: str) -> float:
+        return scores[part][name][0]
+
+    return (
+        f"\nword F1 {value('mean', 'word F1'):.3f} (pictures shuffled: {value('shuffled', 'word F1'):.3f}), "
+        f"exact match {value('mean', 'exact match'):.1%} (shuffled: {value('shuffled', 'exact match'):.1%})\n"
+        f"report: {(output / 'report.html').resolve()}\nmodel:  {(output / 'model').resolve()}\n"
+        f"the whole demo took {seconds / 60:.1f} minutes; caption a picture of your own:\n"
+        f"  .venv/bin/llava predict --model-path {output / 'model'} --image YOUR_PICTURE.png"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

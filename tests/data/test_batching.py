@@ -1,0 +1,42 @@
+"""What a batch holds, position by position."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_simplified.data.batching import Collator, Example
+from llava_simplified.prompt import IGNORE_INDEX as NO
+from llava_simplified.prompt import IMAGE_INDEX as IMAGE
+
+
+def test_a_batch_position_by_position() -> None:
+    first = Example([0, IMAGE, 5, 6, 7], [NO, NO, NO, 6, 7], pixel_values=torch.zeros(1, 3, 2, 2))
+    second = Example([0, 8, 9], [NO, 8, 9], notes=["cut, row 2"])
+    batch = Collator(tokens_per_image=3, pad_id=99)([first, second])
+    assert batch["input_ids"].tolist() == [[0, IMAGE, IMAGE, IMAGE, 5, 6, 7], [0, 8, 9, 99, 99, 99, 99]]
+    assert batch["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
+    # 6 is predicted where 5 stands (column 4), 8 where the first token of row 2 stands (7)
+    assert batch["positions"].tolist() == [4, 5, 7, 8]
+    assert batch["labels"].tolist() == [6, 7, 8, 9]
+    assert batch["pixel_values"].shape == (1, 3, 2, 2)
+    assert batch["notes"] == ["cut, row 2"]
+
+
+def test_images_are_in_reading_order() -> None:
+    def example(*values: float) -> Example:
+        pixels = torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        return Example([IMAGE] * len(values) + [1], [NO] * len(values) + [1], pixel_values=pixels)
+
+    batch = Collator(2, 0)([example(1, 2), example(3)])
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_a_text_only_batch_has_no_images() -> None:
+    assert "pixel_values" not in Collator(4, 0)([Example([1, 2], [NO, 2])])
+
+
+def test_computed_features_take_the_place_of_pixels() -> None:
+    features = torch.rand(1, 3, 8)
+    batch = Collator(3, 0)([Example([IMAGE, 2], [NO, 2], image_features=features)])
+    assert torch.equal(batch["image_features"], features)
+    assert "pixel_values" not in batch
