@@ -33,7 +33,9 @@ _QUOTES = str.maketrans(
     | {"\x93": "``", "“": "``", "«": "``", "\x94": "''", "”": "''", "»": "''"}
 )
 _AMP, _APOS, _NBSP = map(re.compile, ("(?i:&amp;)", "&apos;", "(?i:&nbsp;)"))
-_PLAIN = re.compile(r"[A-Za-z]+(?=[ \n]|, )")  # most of a caption: no other rule reaches farther here
+_PLAIN = re.compile(
+    r"[A-Za-z][A-Za-z0-9]*(?=[ \n]|, )"
+)  # most of a caption: no other rule reaches farther here
 
 _MONTHS_DAYS = "Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|Mon|Tues?|Wed|Thu|Thurs|Fri"
 _STATES = "Ala|Ariz|Calif|Colo|Conn|Ct|Dak|Fla|Ga|Ind|Kans?|Ky|Md|Mich|Minn|Mo|Mont|Neb|Nev|Okla|Penn|Tenn"
@@ -196,16 +198,28 @@ def _next_token(text: str, at: int) -> tuple[str, int]:
     return token.replace("(", "-LRB-").replace(")", "-RRB-"), end
 
 
-@lru_cache(maxsize=1 << 17)
-def tokenize(caption: str) -> str:
-    """The caption's tokens: lower case, no punctuation, one space between them.
-
-    A token may hold a no-break space ("3\\xa01/2"), as the original's may. Line breaks count as spaces.
-    """
-    text = " ".join(_NBSP.sub(" ", caption).split()) + "\n"
+def _scan(text: str) -> str:
     tokens, at = [], 0
     while at < len(text):
         token, at = _next_token(text, at)
         if token and token.lower() not in PUNCTUATION:
             tokens.append(token.lower())
     return " ".join(tokens)
+
+
+_scan_chunk = lru_cache(maxsize=1 << 17)(_scan)
+_ALONE = re.compile(
+    r"[A-Za-z][A-Za-z0-9]*|[^\d.<(+]*|(?!(?i:ca|figs?|prop|nos?|sect?s?|arts?|paras?|bldg|pt[ey]|co|pp|op)\.)[A-Za-z]{2,}\."
+)
+"""Between blanks, what no rule reads together with what follows the blank."""
+
+
+def tokenize(caption: str) -> str:
+    """The caption's tokens, lower-cased, without punctuation, with one space between them.
+
+    A token may hold a no-break space ("3\\xa01/2"), as the original's may. Line breaks count as spaces.
+    """
+    chunks = _NBSP.sub(" ", caption).split()
+    if all(map(_ALONE.fullmatch, chunks)):  # nearly all captions: words are looked up, not read again
+        return " ".join(filter(None, (_scan_chunk(chunk + "\n") for chunk in chunks)))
+    return _scan(" ".join(chunks) + "\n")
