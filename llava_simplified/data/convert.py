@@ -8,7 +8,7 @@ import json
 import random
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,12 @@ def file_name(index: int, url: str) -> str:
     return f"{index}_{zlib.crc32(url.encode())}.jpg"
 
 
+def make_record(image: str, instruction: str, captions: Sequence[str]) -> dict[str, Any]:
+    """The JSON of a record: `response` for one caption, `responses` for several."""
+    said = {"response": captions[0]} if len(captions) == 1 else {"responses": list(captions)}
+    return {"image": image, "instruction": instruction, **said}
+
+
 def fraction(name: str) -> float:
     """A number in [0, 1) that depends on `name` alone, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
@@ -82,13 +88,8 @@ def to_records(
         elif not row.captions:
             odd.note("image without any caption (left out)", row.number, image)
         else:
-            record: dict[str, Any] = {"image": image}
-            record["instruction"] = instructions[int(fraction(image + "?") * len(instructions))]
-            if len(row.captions) == 1:
-                record["response"] = row.captions[0]
-            else:
-                record["responses"] = list(row.captions)
-            yield record, row
+            template = instructions[int(fraction(image + "?") * len(instructions))]
+            yield make_record(image, template, row.captions), row
 
 
 class RecordWriter:

@@ -20,7 +20,7 @@ import numpy as np
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 _BLOCK = 512
-_END = b"\0" * (2 * _BLOCK)
+END = b"\0" * (2 * _BLOCK)  # of a tar
 
 
 class ShardWriter:
@@ -52,7 +52,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write the end mark and wait until the disk has everything."""
-        os.write(self._file, _END)
+        os.write(self._file, END)
         os.fsync(self._file)
         os.close(self._file)
 

@@ -1,0 +1,417 @@
+"""Fetch pictures politely and safely: one asyncio loop, one connection pool, every failure by its true name.
+
+What is refused, and where: other schemes than http(s), at each hop; private addresses, at connect time,
+after every trick with names is over; bodies that are too large or too slow, while they stream; everything
+that does not decode as a picture, before it is kept; pictures whose server opts out of their use for
+training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import socket
+import ssl
+import time
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from functools import lru_cache, partial
+from importlib.metadata import version
+from typing import Any, NamedTuple
+from urllib.robotparser import RobotFileParser
+
+import aiohttp
+from yarl import URL
+
+from llava_simplified.data.images import ImageError
+from llava_simplified.data.shrink import Picture, check_image, shrink_image
+
+AGENT = "llava-simplified"
+_OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
+_NOTHING = ["User-agent: *", "Disallow: /"]
+_REDIRECTS = 5
+_LONGEST_PAUSE = (
+    60.0  # seconds that a Retry-After may ask for before the host's rows are left for another run
+)
+_SLOW_AFTER, _SLOW_RATE = 3.0, 1000  # a body must bring so many bytes a second after so many seconds
+_INLINE_BYTES = 400_000  # larger files are decoded in a thread, so that other transfers go on
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """How to fetch; `timeout`: seconds for all hops and the body together, `resize`: pixels, shorter side."""
+
+    concurrency: int = 128
+    per_host: int = 4
+    timeout: float = 10.0
+    max_bytes: int = 20_000_000
+    max_pixels: int = 50_000_000
+    resize: int = 0
+    retries: int = 1
+    contact: str = ""
+    robots: bool = False
+    allow_private: bool = False
+
+
+class FetchError(Exception):
+    """Why a URL gave no picture: `kind` is what reports count and `--retry` names."""
+
+    def __init__(self, kind: str, detail: str, http: int = 0, pause: float | None = None) -> None:
+        super().__init__(detail)
+        self.kind, self.http, self.pause = kind, http, pause
+
+
+class Fetched(NamedTuple):
+    """What came of one URL. `kind`: "ok" or the cause of the failure; `pause`: what Retry-After asked for."""
+
+    kind: str
+    http: int
+    detail: str
+    picture: Picture | None
+    received: int
+    seconds: float
+    pause: float | None = None
+
+
+def guard_address(info: tuple[Any, ...]) -> socket.socket:
+    """Make the socket for an address, unless the address is private, loopback, link-local, multicast or
+    reserved.
+
+    It runs for every connection with the address that will be connected to: no name, redirect, number
+    format or late change of a DNS answer gets around it.
+    """
+    family, kind, protocol, _, address = info
+    if not _is_public(str(address[0])):
+        raise OSError(errno.EPERM, f"address refused: {address[0]} is not public")
+    return socket.socket(family, kind, protocol)
+
+
+@lru_cache(maxsize=65536)
+def _is_public(text: str) -> bool:
+    address: Any = ipaddress.ip_address(text.partition("%")[0])
+    if address.version == 6:
+        translated = (
+            ipaddress.ip_address(int(address) & 0xFFFFFFFF) if text.lower().startswith("64:ff9b:") else None
+        )
+        address = (
+            address.ipv4_mapped
+            or address.sixtofour
+            or (address.teredo or (None, None))[1]
+            or translated
+            or address
+        )
+    return address.is_global and not address.is_multicast
+
+
+@lru_cache(maxsize=1)
+def _ssl_context() -> ssl.SSLContext:
+    return ssl.create_default_context()  # 20 ms each time: one a process, not one an image
+
+
+class Fetcher:
+    """A connection pool and the rules. Use as an async context manager."""
+
+    def __init__(self, options: FetchOptions) -> None:
+        self.options = options
+        contact = f" (+{options.contact})" if options.contact else " (image dataset research)"
+        self._headers = {"User-Agent": f"{AGENT}/{version('llava-simplified')}{contact}",
+                         "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}  # fmt: skip
+        self._robots: dict[URL, asyncio.Task[RobotFileParser]] = {}
+
+    async def __aenter__(self) -> Fetcher:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0,  # the host queue limits
+                ssl=_ssl_context(),
+                ttl_dns_cache=600,
+                socket_factory=None if self.options.allow_private else guard_address,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.options.timeout),
+            auto_decompress=False,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def fetch(self, url: str) -> Fetched:
+        """Fetch and check one picture; never raises for what a URL or a server does."""
+        start = time.perf_counter()
+        try:
+            data, http = await asyncio.wait_for(self._get(url), self.options.timeout)
+            picture = await self._check(data)
+            return Fetched("ok", http, "", picture, len(data), time.perf_counter() - start)
+        except FetchError as error:
+            kind, http, pause, detail = error.kind, error.http, error.pause, str(error)
+        except ImageError as error:
+            kind, http, pause, detail = error.kind, 200, None, str(error)
+        except (TimeoutError, asyncio.TimeoutError):
+            kind, http, pause, detail = "timeout", 0, None, f"not done in {self.options.timeout:g} s"
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            kind, http, pause, detail = name_failure(error), 0, None, f"{type(error).__name__}: {error}"
+        return Fetched(kind, http, detail[:300], None, 0, time.perf_counter() - start, pause)
+
+    async def _check(self, data: bytes) -> Picture:
+        resize, most = self.options.resize, self.options.max_pixels
+        work = partial(shrink_image, data, resize, most) if resize else partial(check_image, data, most)
+        return work() if len(data) < _INLINE_BYTES else await asyncio.to_thread(work)
+
+    async def _get(self, text: str) -> tuple[bytes, int]:
+        url = URL(text)
+        for _ in range(_REDIRECTS + 1):
+            if url.scheme not in ("http", "https"):
+                raise FetchError(
+                    "scheme", f"only http and https are fetched, not {url.scheme or text[:40]!r}"
+                )
+            if not url.host:
+                raise FetchError("bad_url", f"no host in {text[:100]!r}")
+            if self.options.robots and not await self._allowed(url):
+                raise FetchError("robots", f"robots.txt of {url.host} does not allow it")
+            async with self._session.get(url, allow_redirects=False) as response:
+                if response.status in (301, 302, 303, 307, 308):
+                    if not (location := response.headers.get("Location")):
+                        raise FetchError("redirect", "a redirect to nowhere", response.status)
+                    url = url.join(URL(location))
+                    continue
+                if response.status != 200:
+                    pause = _retry_after(response.headers.get("Retry-After"))
+                    raise FetchError(f"http_{response.status}", str(response.reason), response.status, pause)
+                if reason := opted_out(response.headers):
+                    raise FetchError("opt_out", reason, response.status)
+                return await self._body(response), response.status
+        raise FetchError("redirect", f"more than {_REDIRECTS} redirects", 302)
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        most, chunks, size, start = self.options.max_bytes, list[bytes](), 0, time.perf_counter()
+        if (response.content_length or 0) > most:
+            raise FetchError(
+                "too_large", f"{response.content_length} bytes announced, the limit is {most}", 200
+            )
+        async for chunk in response.content.iter_any():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > most:
+                raise FetchError("too_large", f"over {most} bytes", 200)
+            seconds = time.perf_counter() - start
+            if seconds > _SLOW_AFTER and size < _SLOW_RATE * seconds:
+                raise FetchError("too_slow", f"{size} bytes in {seconds:.1f} s", 200)
+        data = b"".join(chunks)
+        if response.headers.get("Content-Encoding", "identity").lower() in (
+            "gzip",
+            "deflate",
+        ):  # not asked for
+            data = zlib.decompressobj(47).decompress(data, most + 1)
+            if len(data) > most:
+                raise FetchError("too_large", f"over {most} bytes when unpacked", 200)
+        if not data:
+            raise FetchError("empty", "no bytes", 200)
+        return data
+
+    async def _allowed(self, url: URL) -> bool:
+        origin = url.origin()
+        if origin not in self._robots:
+            self._robots[origin] = asyncio.create_task(self._read_robots(origin))
+        return (await asyncio.shield(self._robots[origin])).can_fetch(AGENT, str(url))
+
+    async def _read_robots(self, origin: URL) -> RobotFileParser:
+        """RFC 9309: no such file allows everything, a server that fails to answer allows nothing."""
+        rules = RobotFileParser()
+        try:
+            async with self._session.get(origin / "robots.txt", timeout=aiohttp.ClientTimeout(5)) as response:
+                text = await response.content.read(500_000) if response.status == 200 else b""
+                rules.parse(text.decode("utf-8", "replace").splitlines())
+                if response.status >= 500:
+                    rules.parse(_NOTHING)
+        except (aiohttp.ClientError, OSError, TimeoutError, asyncio.TimeoutError):
+            rules.parse(_NOTHING)
+        return rules
+
+
+def name_failure(error: BaseException) -> str:
+    """The true cause of a connection or protocol error."""
+    if isinstance(error, aiohttp.ClientConnectorError | OSError) and "address refused" in str(error):
+        return "blocked_address"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "dns"
+    if isinstance(error, aiohttp.ClientSSLError | aiohttp.ServerFingerprintMismatch | ssl.SSLError):
+        return "tls"
+    if isinstance(error, aiohttp.ClientConnectorError | ConnectionRefusedError):
+        return "refused" if getattr(error, "errno", 0) == errno.ECONNREFUSED else "connect"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "truncated"
+    if isinstance(error, aiohttp.InvalidURL | ValueError) and not isinstance(
+        error, aiohttp.ClientResponseError
+    ):
+        return "bad_url"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return "protocol"
+    return "connection"  # reset or closed in the middle
+
+
+def opted_out(headers: Any) -> str:
+    """The header that forbids training on the picture, or "".
+
+    `X-Robots-Tag: noai` speaks to everybody, `X-Robots-Tag: otherbot: noai` to another; `TDM-Reservation:
+    1` is the W3C group's text and data mining protocol.
+    """
+    if headers.get("TDM-Reservation", "").strip() == "1":
+        return "TDM-Reservation: 1"
+    for value in headers.getall("X-Robots-Tag", ()):
+        agent, colon, rest = value.partition(":")
+        agent = agent.strip().lower()
+        named = bool(colon) and "," not in agent and not agent.startswith(("unavailable_after", "max-"))
+        if named and agent not in (AGENT, "*"):
+            continue
+        if {word.strip().lower() for word in (rest if named else value).split(",")} & _OPT_OUT:
+            return f"X-Robots-Tag: {value}"
+    return ""
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds, from a number or an HTTP date."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+class HostQueue:
+    """Gives rows out so that hosts take turns, each with a few rows under way, and may ask for a pause."""
+
+    def __init__(self, rows: Iterable[tuple[Any, str]], per_host: int) -> None:
+        self._per_host = per_host
+        self._rows: dict[str, deque[tuple[Any, str]]] = {}
+        self._busy: dict[str, int] = {}
+        self._paused: set[str] = set()
+        self.closed: dict[str, float] = {}  # hosts that asked for a longer pause than a run waits
+        self.left = 0
+        for row, url in rows:
+            self._rows.setdefault(host_of(url), deque()).append((row, url))
+            self.left += 1
+        self._ready, self._is_ready = deque(self._rows), set(self._rows)
+        self._waiters = deque[asyncio.Future[None]]()
+
+    async def take(self) -> tuple[Any, str] | None:
+        """The next row and its URL; None when all are done."""
+        while not self._ready:
+            if not self.left:
+                return None
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        host = self._ready.popleft()
+        self._is_ready.discard(host)
+        if host in self._paused:  # `again` may have come in between
+            return await self.take()
+        row = self._rows[host].popleft()
+        self._busy[host] = self._busy.get(host, 0) + 1
+        self._offer(host)
+        return row
+
+    def done(self, url: str) -> None:
+        """A row that was taken has its result."""
+        host = host_of(url)
+        self.left -= 1
+        self._busy[host] -= 1
+        self._offer(host)
+        if not self.left:
+            self._wake(len(self._waiters))
+
+    def again(self, row: Any, url: str, seconds: float) -> None:
+        """Put a row back, and leave its host alone for some seconds."""
+        host = host_of(url)
+        self._rows[host].append((row, url))
+        self.left += 1
+        if host not in self._paused:
+            self._paused.add(host)
+            asyncio.get_running_loop().call_later(seconds, self._resume, host)
+        self.done(url)
+
+    def _resume(self, host: str) -> None:
+        self._paused.discard(host)
+        self._offer(host)
+
+    def _offer(self, host: str) -> None:
+        room = self._busy.get(host, 0) < self._per_host and host not in self._paused
+        if self._rows[host] and room and host not in self._is_ready:
+            self._ready.append(host)
+            self._is_ready.add(host)
+            self._wake(1)
+
+    def _wake(self, count: int) -> None:
+        while count and self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
+
+
+@lru_cache(maxsize=4096)
+def _host(start: str) -> str:
+    try:
+        return URL(start).host or ""
+    except ValueError:
+        return ""
+
+
+def host_of(url: str) -> str:
+    """The host that a URL asks, "" where there is none to ask."""
+    return _host("/".join(url.split("/", 3)[:3]))
+
+
+async def fetch_all(
+    rows: Iterable[tuple[Any, str]], options: FetchOptions
+) -> AsyncIterator[tuple[Any, str, Fetched]]:
+    """Fetch many (row, url); yields (row, url, result) as they come."""
+    queue = HostQueue(rows, options.per_host)
+    results: asyncio.Queue[tuple[Any, str, Fetched] | None] = asyncio.Queue()
+    tries: dict[Any, int] = {}
+
+    async def work(fetcher: Fetcher) -> None:
+        while (taken := await queue.take()) is not None:
+            row, url = taken
+            if (pause := queue.closed.get(host_of(url))) is not None:
+                fetched = Fetched(
+                    "rate_limited", 0, f"its host asked for a pause of {pause:.0f} s", None, 0, 0.0
+                )
+            else:
+                fetched = await fetcher.fetch(url)
+            if fetched.pause is not None and fetched.pause > _LONGEST_PAUSE:
+                queue.closed[host_of(url)] = fetched.pause
+            elif is_transient(fetched) and tries.get(row, 0) < options.retries:
+                tries[row] = tries.get(row, 0) + 1
+                queue.again(row, url, 1.0 if fetched.pause is None else fetched.pause)
+                continue
+            queue.done(url)
+            results.put_nowait((row, url, fetched))
+
+    async def run() -> None:
+        try:
+            async with Fetcher(options) as fetcher:
+                await asyncio.gather(*(work(fetcher) for _ in range(min(options.concurrency, queue.left))))
+        finally:
+            results.put_nowait(None)
+
+    task = asyncio.create_task(run())
+    try:
+        while (result := await results.get()) is not None:
+            yield result
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    task.result()
+
+
+def is_transient(fetched: Fetched) -> bool:
+    """Worth another request in the same run. A timeout is not: it would cost as much again."""
+    return fetched.kind == "connection" or fetched.http in (429, 500, 502, 503, 504)

@@ -1,0 +1,170 @@
+"""The pages that say what came of a download or a cleaning: one HTML file each, needing no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
+ body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color:
+ #222 } h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd }
+ table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left;
+ vertical-align: top } td.n { text-align: right; font-variant-numeric: tabular-nums } img.plot { max-width:
+ 100% } .bar { background: #4a7fb5; height: .8rem; display: inline-block } .bar.ok { background: #4c9a5f }
+ .cards { display: flex; flex-wrap: wrap; gap: 1rem } .card { width: 11rem; font-size: 12px; overflow-wrap:
+ anywhere } .card img { max-width: 11rem; max-height: 9rem; display: block; background: #eee } code {
+ font-size: 12px } small { color: #666 }
+</style>
+<h1>{{ title }}</h1>
+<p>{% for name, value in facts %}<b>{{ value }}</b> {{ name }}{{ ", " if not loop.last }}{% endfor %}</p>
+<h2>Outcomes</h2>
+<table>{% for kind, count in outcomes %}
+<tr><td>{{ kind }}</td><td class="n">{{ "{:,}".format(count) }}</td><td class="n">{{ "%.1f"|format(100 *
+count / total) }} %</td> <td><span class="bar {{ 'ok' if kind == 'ok' }}" style="width: {{ 20 * count /
+total }}rem"></span></td></tr>{% endfor %} </table> {% if oddities %}<h2>What was strange in the
+source</h2><ul>{% for line in oddities %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %} {% for heading,
+image in plots %}<h2>{{ heading }}</h2><img class="plot" src="data:image/png;base64,{{ image }}" alt="{{
+heading }}">{% endfor %} {% if hosts %}<h2>Hosts with the most failures</h2>
+<table><tr><th>host<th>rows<th>failed<th>causes</tr>{% for host, rows, failed, causes in hosts %} <tr><td>{{
+host }}</td><td class="n">{{ rows }}</td><td class="n">{{ failed }}</td><td>{{ causes }}</td></tr>{% endfor
+%}</table>{% endif %} {% for kind, rows in examples %}<h2>{{ kind }}</h2><div class="cards">{% for row in
+rows %} <div class="card">{% if row.thumbnail %}<img src="data:image/jpeg;base64,{{ row.thumbnail }}"
+alt="">{% endif %} <b>{{ row.name }}</b><br>{{ row.caption }}<br><small>{{ row.detail }}</small></div>{%
+endfor %}</div>{% endfor %} </html>"""
+
+
+def write_page(path: Path, **parts: Any) -> None:
+    """Fill the page. Every value is escaped: captions, URLs and server messages are other people's text."""
+    from jinja2 import Environment
+
+    page = Environment(autoescape=True).from_string(_PAGE)
+    defaults: dict[str, Any] = {"oddities": [], "plots": [], "hosts": [], "examples": []}
+    outcomes = Counter(parts.pop("outcomes")).most_common()
+    total = max(1, sum(count for _, count in outcomes))
+    path.write_text(page.render(**{**defaults, **parts}, outcomes=outcomes, total=total), encoding="utf-8")
+
+
+def plot_png(draw: Any) -> str:
+    """A small plot as base64 PNG; `draw` is given the axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def thumbnail(pixels: np.ndarray) -> str:
+    """uint8 (H, W, 3) -> base64 JPEG of at most 176 pixels."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((176, 144))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=80)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def download_report(manifest: Path, settings: dict[str, Any], to_json: Path, to_html: Path) -> dict[str, Any]:
+    """Read `manifest.parquet`, write both reports; returns what `report.json` holds."""
+    import pyarrow.parquet as pq
+
+    outcomes, rows_by_host, hosts = Counter[str](), Counter[str](), dict[str, Counter[str]]()
+    examples: dict[str, list[dict[str, Any]]] = {}
+    times, shorter, sizes = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    columns = ["url", "error", "detail", "captions", "at", "width", "height", "length", "index"]
+    for batch in pq.ParquetFile(manifest).iter_batches(50_000, columns=columns):
+        for index, url, error, detail, captions in zip(
+            *(batch[name].to_pylist() for name in ("index", "url", "error", "detail", "captions"))
+        ):
+            outcomes[error or "ok"] += 1
+            host = urlsplit(url).netloc if url.count("[") == url.count("]") else ""
+            rows_by_host[host] += 1
+            if error:
+                hosts.setdefault(host, Counter())[error] += 1
+                if len(seen := examples.setdefault(error, [])) < 8:
+                    caption = captions[0] if captions else ""
+                    seen.append({"name": f"row {index}", "caption": caption, "detail": f"{url}: {detail}"})
+        times.append(batch["at"].to_numpy(zero_copy_only=False))
+        good = batch.filter(batch["length"].is_valid())
+        shorter.append(
+            np.minimum(*(good[name].to_numpy(zero_copy_only=False) for name in ("width", "height")))
+        )
+        sizes.append(good["length"].to_numpy(zero_copy_only=False))
+    at, sides, lengths = (np.concatenate(parts).astype(float) for parts in (times, shorter, sizes))
+    seconds = float(at.max() - at.min()) if len(at) else 0.0
+    worst = sorted(hosts, key=lambda host: -hosts[host].total())[:25]
+    report = {
+        "outcomes": dict(outcomes.most_common()),
+        "rows": outcomes.total(),
+        "seconds": round(seconds, 1),
+        "bytes": int(lengths.sum()),
+        "hosts": len(rows_by_host),
+        "worst_hosts": {host: dict(hosts[host].most_common()) for host in worst},
+        "examples": examples,
+        "settings": settings,
+    }
+    to_json.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    facts = [("rows", f"{outcomes.total():,}"), ("pictures", f"{outcomes['ok']:,}"),
+             ("MB", f"{lengths.sum() / 1e6:,.0f}"), ("hosts", f"{len(rows_by_host):,}"),
+             ("seconds from the first row to the last", f"{seconds:,.0f}")]  # fmt: skip
+    write_page(
+        to_html,
+        title=f"Download of {settings['source']}",
+        facts=facts,
+        outcomes=outcomes,
+        oddities=settings["oddities"],
+        plots=_download_plots(at, sides, lengths),
+        hosts=[(host, rows_by_host[host], hosts[host].total(), _causes(hosts[host])) for host in worst],
+        examples=sorted(examples.items()),
+    )
+    return report
+
+
+def _causes(counts: Counter[str]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in counts.most_common(3))
+
+
+def _download_plots(at: np.ndarray, sides: np.ndarray, lengths: np.ndarray) -> list[tuple[str, str]]:
+    def rate(axes: Any) -> None:
+        counts, edges = np.histogram(at - at.min(), bins=60)
+        axes.stairs(counts / max(edges[1], 1e-9), edges, fill=True, color="#4a7fb5")
+        axes.set(xlabel="seconds", ylabel="rows a second")
+
+    def histogram(values: np.ndarray, label: str) -> Any:
+        def draw(axes: Any) -> None:
+            axes.hist(values, bins=60, color="#4a7fb5")
+            axes.set(xlabel=label, ylabel="pictures")
+
+        return draw
+
+    plots = [("Rate over time", plot_png(rate))] if len(at) else []
+    if len(sides):
+        plots.append(("Shorter side", plot_png(histogram(sides, "pixels"))))
+        plots.append(("File size", plot_png(histogram(lengths / 1000, "kB"))))
+    return plots
+
+
+def clean_report(
+    path: Path,
+    title: str,
+    verdicts: Counter[str],
+    examples: dict[str, Sequence[dict[str, Any]]],
+    facts: list[Any],
+) -> None:
+    """The page of `llava clean`: counts by reason, and pictures of what was set aside."""
+    write_page(path, title=title, facts=facts, outcomes=verdicts, examples=sorted(examples.items()))
