@@ -218,7 +218,7 @@ def test_clip_score_equals_the_two_tower_model(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "</s>"
@@ -236,6 +236,8 @@ def test_clip_score_equals_the_two_tower_model(tmp_path: Path) -> None:
         text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8
     )
     clip = CLIPModel(config).eval()
+    for parameter in clip.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)  # wild enough that the words matter
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     for part in (clip, tokenizer, processor):
         part.save_pretrained(tmp_path)
@@ -260,5 +262,6 @@ def test_clip_score_equals_the_two_tower_model(tmp_path: Path) -> None:
             assert result.per_image["CLIPScore"][trial, i] == pytest.approx(score, abs=1e-5)
             harmonic = 2 * score * nearest / (score + nearest) if score + nearest else 0
             assert result.per_image["RefCLIPScore"][trial, i] == pytest.approx(harmonic, abs=1e-5)
+    assert len(set(result.per_image["CLIPScore"].round(3).ravel())) > 3
     with pytest.raises(ValueError, match="not a folder of a CLIP model"):
         metrics.clip_scores(tmp_path / "none", images, [["a"] * 3], [["a"]] * 3)

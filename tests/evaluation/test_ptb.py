@@ -14,6 +14,7 @@ from .coco import make_samples, needs_java
 
 # caption, tokens: written down from pycocoevalcap 1.2's PTBTokenizer
 STORED = {
+    "In Ark. and Az., Wash. or Mass. they wash. Ore. trains, the Tex. plain, Ill. and ill. men, La. and Del. shops": "in ark. and az. wash. or mass. they wash ore. trains the tex. plain ill. and ill men la. and del. shops",
     "A man's hand, holding two cats' toys.": "a man 's hand holding two cats toys",
     "i can't, won't and don't; they're late - aren't they?": "i ca n't wo n't and do n't they 're late are n't they",
     "author : a life in photography -- in pictures": "author a life in photography in pictures",
