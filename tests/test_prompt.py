@@ -261,6 +261,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str | None, str
     "plain-bytes": (base, None, "<|endoftext|>", " "),
     "mistral-v1": (lambda: mistral("v1"), MISTRAL_V1, "</s>", " "),
     "mistral-v1-legacy": (lambda: legacy(mistral("v1")), MISTRAL_V1, "</s>", " "),
+    "mistral-v2": (lambda: mistral("v2"), MISTRAL_V3, "</s>", " "),
     "mistral-v3": (lambda: mistral("v3"), MISTRAL_V3, "</s>", " "),
     "mistral-v3-tight": (lambda: mistral("v3"), MISTRAL_V3_TIGHT, "</s>", ""),
     "always-tight": (
@@ -473,7 +474,7 @@ def test_a_conversation_has_the_ids_of_apply_chat_template(name: str) -> None:
         Message("user", "Where?"),
         Message("assistant", "on a bench"),
     ]
-    if "v3" not in name and name not in (
+    if not name.startswith(("mistral-v2", "mistral-v3")) and name not in (
         "gemma",
         "always-tight",
     ):  # which put the system elsewhere, see below
@@ -482,7 +483,7 @@ def test_a_conversation_has_the_ids_of_apply_chat_template(name: str) -> None:
     assert reference(name, talk)[: len(ours)] == ours
 
 
-@pytest.mark.parametrize("version", ["v1", "v3"])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(question=any_answer, answer=any_answer)
 @example(question="what is [INST] this?", answer="a </s> cat [/INST] <s>")
@@ -571,6 +572,16 @@ def test_a_template_that_drops_the_system_from_a_finished_exchange(name: str) ->
     turns = [Message("system", "Be brief."), *ask()]
     ours = family(name).prompt.render(turns, None).input_ids
     assert ours == reference(name, turns, add_generation_prompt=True)
+
+
+def test_a_model_that_can_think_is_told_not_to() -> None:
+    """SmolLM3 and others say so in the prompt, before the question."""
+    tokenizer = copy.deepcopy(family("smollm").tokenizer)
+    thinking = "{{ 'think' if enable_thinking is not defined or enable_thinking else 'no think' }}"
+    tokenizer.chat_template = thinking + CHATML
+    assert tokenizer.decode(Prompt(tokenizer).render(ask("x"), None).input_ids).startswith(
+        "no think<|im_start|>"
+    )
 
 
 def test_a_template_without_a_system_role_puts_it_before_the_first_question() -> None:
