@@ -2,8 +2,9 @@
 
     python benchmarks/bench_convert.py [--rows 3300000]
 
-Prints seconds, rows per second and peak memory of `llava convert` (.json, .jsonl, .parquet), the time and memory of
-`open_records` on each result, and of the way most people do it: `csv`/`json` with everything in memory.
+Prints seconds, rows per second and peak memory of `llava convert` (.json, .jsonl, .parquet), the time and
+memory of `open_records` on each result, and of the way most people do it: `csv`/`json` with everything in
+memory.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = (
-    "a the on in of with and at to man woman person dog cat street beach city night sunset kitchen red white football "
-    "player actor attends premiere illustration vector background close up portrait young happy family ’ é — 中文"
-).split()
+TEXT = """a the on in of with and at to man woman person dog cat street beach city night sunset kitchen
+red white football player actor attends premiere illustration vector background close up portrait family ’ é 中文"""
+WORDS = TEXT.split()
 
 PEER = """
 import csv, json, sys

@@ -44,6 +44,7 @@ from llava_simplified.data.shards import END, ShardWriter
 from llava_simplified.data.sources import Columns, Oddities, read_source
 
 EARLY = 500  # so many first failures of one kind, and no picture, stop a run
+pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own allocator keeps 20 MB in every worker
 _ROW = {"index": pa.int64(), "url": pa.string(), "captions": pa.list_(pa.string())}
 MANIFEST = pa.schema(
     {
@@ -329,7 +330,7 @@ def download(
     numbers = shard_slice(shards, known["shards"])
     specs = [ShardSpec(number, str(work), output, files, retry, options) for number in numbers]
     watch, failed = Progress(work, 0 if shards else known["rows"], progress), []
-    for done in run_shards(fetch_shard, specs, engine=engine, workers=workers, tick=watch.tick):
+    for done in run_shards(fetch_shard, specs, engine=engine, workers=workers, lanes=2, tick=watch.tick):
         if done.result is None:
             failed.append(f"shard {done.spec.number:05d}: {done.error}")
         else:
@@ -483,7 +484,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=int, default=0, help="only the first so many rows")
     add("--retry", default="", metavar="KINDS", help="fetch failures again: timeout,5xx,dns,... or all")
     add("--work-dir", type=Path, help="where unfinished shards are (default: _work in the output)")
-    add("--concurrency", type=int, default=128, help="requests under way in each worker")
+    add("--concurrency", type=int, default=256, help="requests under way for each shard")
     add("--per-host", type=int, default=4, help="of these, at most so many to one host")
     add("--timeout", type=float, default=10.0, help="seconds for one picture, redirects included")
     add("--retries", type=int, default=1, help="more tries at once after a reset, 429 or 5xx")

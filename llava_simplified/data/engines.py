@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures as futures
+import contextlib
+import itertools
 import multiprocessing
 import os
 import re
+import signal
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 S = TypeVar("S")
@@ -35,6 +40,7 @@ def run_shards(
     *,
     engine: str = "local",
     workers: int = 0,
+    lanes: int = 1,
     attempts: int = 3,
     tick: Callable[[], None] | None = None,
 ) -> Iterator[Done[S, R]]:
@@ -44,6 +50,7 @@ def run_shards(
         function: importable by name, for it runs in other processes.
         engine: `local`, or `ray` (a cluster where RAY_ADDRESS is set, else this machine).
         workers: shards at a time; 0 means one for each CPU of this machine or cluster.
+        lanes: shards that one local process has under way at once: 2 where a shard ends by waiting.
         attempts: how often a shard is tried. A ValueError is final: it would come again.
         tick: called about once a second; what it raises ends the run.
     """
@@ -51,7 +58,7 @@ def run_shards(
         return
     if engine not in _ENGINES:
         raise ValueError(f"--engine {engine!r}: there are {', '.join(_ENGINES)}")
-    backend = _ENGINES[engine](function, workers)
+    backend = _ENGINES[engine](function, workers, lanes)
     waiting = deque((spec, 1) for spec in specs)
     running: dict[Any, tuple[S, int]] = {}
     try:
@@ -64,11 +71,11 @@ def run_shards(
                 tick()
             for handle in finished:
                 spec, attempt = running.pop(handle)
-                error = backend.error(handle)
+                result, error = backend.answer(handle)
                 if error is None:
-                    yield Done(spec, backend.result(handle), "")
+                    yield Done(spec, result, "")
                 elif isinstance(error, ValueError) or attempt == attempts:
-                    yield Done(spec, None, f"{type(error).__name__}: {error}")
+                    yield Done(spec, None, str(error))
                 else:
                     waiting.append((spec, attempt + 1))
     finally:
@@ -78,65 +85,102 @@ def run_shards(
 class _Backend(Protocol):
     slots: int
 
-    def __init__(self, function: Callable[[Any], Any], workers: int) -> None: ...
+    def __init__(self, function: Callable[[Any], Any], workers: int, lanes: int) -> None: ...
     def submit(self, spec: Any) -> Any: ...
     def wait(self, handles: list[Any], seconds: float) -> list[Any]: ...
-    def error(self, handle: Any) -> BaseException | None: ...
-    def result(self, handle: Any) -> Any: ...
+    def answer(self, handle: Any) -> tuple[Any, BaseException | None]: ...
     def close(self) -> None: ...
 
 
 class _Local:
-    """A process pool that survives the death of its processes; they share the memory of what is imported."""
+    """Processes of this machine, each with `lanes` shards under way in threads of its own.
 
-    def __init__(self, function: Callable[[Any], Any], workers: int) -> None:
-        self.function, self.slots = function, workers or os.cpu_count() or 1
-        methods = multiprocessing.get_all_start_methods()
-        self._context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:
-            self._context.set_forkserver_preload([function.__module__])
-        self._start()
+    A process that dies (the kernel kills what takes too much memory) fails its own shards and is replaced.
+    """
 
-    def _start(self) -> None:
-        self._pool = futures.ProcessPoolExecutor(self.slots, self._context, initializer=_die_with_parent)
+    def __init__(self, function: Callable[[Any], Any], workers: int, lanes: int) -> None:
+        self.function, self.lanes = function, lanes
+        # Forked processes share what is imported; but torch's threads do not survive a fork.
+        fork = sys.platform == "linux" and "torch" not in sys.modules
+        self._context: Any = multiprocessing.get_context("fork" if fork else "spawn")
+        self._workers = [self._start() for _ in range(workers or os.cpu_count() or 1)]
+        self.slots = len(self._workers) * lanes
+        self._count = itertools.count()
+        self._answers: dict[int, tuple[Any, BaseException | None]] = {}
 
-    def submit(self, spec: Any) -> futures.Future[Any]:
-        try:
-            return self._pool.submit(self.function, spec)
-        except BrokenProcessPool:  # a process was killed, as by the kernel when memory ran out
-            self._start()
-            return self._pool.submit(self.function, spec)
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, self.lanes, os.getpid()), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, set())
 
-    def wait(self, handles: list[futures.Future[Any]], seconds: float) -> list[futures.Future[Any]]:
-        return list(futures.wait(handles, seconds, futures.FIRST_COMPLETED).done)
+    def submit(self, spec: Any) -> int:
+        worker, handle = min(self._workers, key=lambda worker: len(worker.running)), next(self._count)
+        worker.running.add(handle)
+        with contextlib.suppress(OSError):  # it has just died: `wait` will see that and say so
+            worker.pipe.send((handle, self.function, spec))
+        return handle
 
-    def error(self, handle: futures.Future[Any]) -> BaseException | None:
-        return handle.exception()
+    def wait(self, handles: list[int], seconds: float) -> list[int]:
+        ready = connection.wait([worker.pipe for worker in self._workers], seconds)
+        for index, worker in enumerate(self._workers):
+            if worker.pipe not in ready:
+                continue
+            try:
+                handle, result, error = worker.pipe.recv()
+                worker.running.discard(handle)
+                self._answers[handle] = result, error
+            except (EOFError, OSError):
+                worker.process.join()
+                died = OSError(f"its process died with exit code {worker.process.exitcode}")
+                self._answers.update(dict.fromkeys(worker.running, (None, died)))
+                self._workers[index] = self._start()
+        return [handle for handle in handles if handle in self._answers]
 
-    def result(self, handle: futures.Future[Any]) -> Any:
-        return handle.result()
+    def answer(self, handle: int) -> tuple[Any, BaseException | None]:
+        return self._answers.pop(handle)
 
     def close(self) -> None:
-        processes = list((self._pool._processes or {}).values())  # shutdown() alone waits for running shards
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
+        for worker in self._workers:
+            worker.process.terminate()
+            worker.process.join()
 
 
-def _die_with_parent() -> None:
-    """A killed run must not leave processes behind that go on writing to its shards."""
-    parent = multiprocessing.parent_process()
+class _Worker(NamedTuple):
+    process: Any
+    pipe: connection.Connection
+    running: set[int]
 
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _work(pipe: connection.Connection, lanes: int, parent: int) -> None:
+    """The life of a worker process. It ends with its parent, so that no killed run writes on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    lock = threading.Lock()
+
+    def run(handle: int, function: Callable[[Any], Any], spec: Any) -> None:
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = function(spec)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the parent decides
+            told = isinstance(error, ValueError)  # written for the user; others need the traceback
+            failure = ValueError(str(error)) if told else RuntimeError(traceback.format_exc())
+        with lock:
+            pipe.send((handle, result, failure))
+
+    threads = futures.ThreadPoolExecutor(lanes)
+    with contextlib.suppress(EOFError):
+        while os.getppid() == parent:  # a forked sibling holds the pipe's other end too, so it may never end
+            if pipe.poll(0.5):
+                threads.submit(run, *pipe.recv())
+    os._exit(1)
 
 
 class _Ray:
-    def __init__(self, function: Callable[[Any], Any], workers: int) -> None:
+    """Tasks of one CPU each. A lost worker or machine is an error like others."""
+
+    def __init__(self, function: Callable[[Any], Any], workers: int, lanes: int) -> None:
         try:
             import ray
         except ImportError:
@@ -155,17 +199,13 @@ class _Ray:
     def wait(self, handles: list[Any], seconds: float) -> list[Any]:
         return self.ray.wait(handles, num_returns=1, timeout=seconds)[0]
 
-    def error(self, handle: Any) -> BaseException | None:
+    def answer(self, handle: Any) -> tuple[Any, BaseException | None]:
         try:
-            self.ray.get(handle)
+            return self.ray.get(handle), None
         except self.ray.exceptions.RayTaskError as error:
-            return error.cause or error
-        except self.ray.exceptions.RayError as error:  # the worker died, or its machine
-            return error
-        return None
-
-    def result(self, handle: Any) -> Any:
-        return self.ray.get(handle)
+            return None, error.cause if isinstance(error.cause, ValueError) else error
+        except self.ray.exceptions.RayError as error:
+            return None, error
 
     def close(self) -> None:
         if self._ours:

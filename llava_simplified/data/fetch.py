@@ -45,7 +45,7 @@ _INLINE_BYTES = 400_000  # larger files are decoded in a thread, so that other t
 class FetchOptions:
     """How to fetch; `timeout`: seconds for all hops and the body together, `resize`: pixels, shorter side."""
 
-    concurrency: int = 128
+    concurrency: int = 256
     per_host: int = 4
     timeout: float = 10.0
     max_bytes: int = 20_000_000
