@@ -21,24 +21,37 @@ class ModelArguments:
         default="mistralai/Mistral-7B-Instruct-v0.1", metadata={"help": "Language model: any causal one."}
     )
     vision_tower: str = field(
-        default="openai/clip-vit-base-patch16", metadata={"help": "Vision model: CLIP, SigLIP, DINOv2, ViT, EfficientNet..."}
+        default="openai/clip-vit-base-patch16",
+        metadata={"help": "Vision model: CLIP, SigLIP, DINOv2, ViT, EfficientNet..."},
     )
     mm_vision_select_layer: list[int] = field(
         default_factory=lambda: [-2],
-        metadata={"help": "Hidden states shown to the language model: -1 the last; several are concatenated."},
+        metadata={
+            "help": "Hidden states shown to the language model: -1 the last; several are concatenated."
+        },
     )
-    mm_vision_select_feature: str = field(default="patch", metadata={"help": "patch, or cls_patch to keep CLS."})
-    mm_projector_type: str = field(default="linear", metadata={"help": "linear, mlp2x_gelu (any depth), identity."})
-    mm_token_pool: int = field(default=0, metadata={"help": "Average the patch grid to K x K tokens; 0 keeps it."})
+    mm_vision_select_feature: str = field(
+        default="patch", metadata={"help": "patch, or cls_patch to keep CLS."}
+    )
+    mm_projector_type: str = field(
+        default="linear", metadata={"help": "linear, mlp2x_gelu (any depth), identity."}
+    )
+    mm_token_pool: int = field(
+        default=0, metadata={"help": "Average the patch grid to K x K tokens; 0 keeps it."}
+    )
     template: str = field(
-        default="auto", metadata={"help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain."}
+        default="auto",
+        metadata={"help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain."},
     )
     pretrain_mm_mlp_adapter: str | None = field(
         default=None, metadata={"help": "Start with the projector of this checkpoint folder."}
     )
-    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Train the projector alone (first stage)."})
+    tune_mm_mlp_adapter: bool = field(
+        default=False, metadata={"help": "Train the projector alone (first stage)."}
+    )
     freeze_backbone: bool = field(
-        default=True, metadata={"help": "Keep the language model's own weights; False, without LoRA, trains them all."}
+        default=True,
+        metadata={"help": "Keep the language model's own weights; False, without LoRA, trains them all."},
     )
     lora_enable: bool = field(default=True, metadata={"help": "Adapt the language model with LoRA."})
     lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
@@ -46,7 +59,10 @@ class ModelArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout at the adapter's input."})
     lora_bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or lora_only."})
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the language model: sdpa, eager, flash_attention_2; default: its best."}
+        default=None,
+        metadata={
+            "help": "Attention of the language model: sdpa, eager, flash_attention_2; default: its best."
+        },
     )
 
 
@@ -54,13 +70,17 @@ class ModelArguments:
 class DataArguments:
     """What it learns from."""
 
-    train_data_path: str | None = field(default=None, metadata={"help": "Records: .json, .jsonl or .parquet."})
+    train_data_path: str | None = field(
+        default=None, metadata={"help": "Records: .json, .jsonl or .parquet."}
+    )
     eval_data_path: str | None = field(default=None, metadata={"help": "Records for the validation loss."})
     train_image_folder: str | None = field(
-        default=None, metadata={"help": "Where the training images are; the data file's folder where not given."}
+        default=None,
+        metadata={"help": "Where the training images are; the data file's folder where not given."},
     )
     val_image_folder: str | None = field(
-        default=None, metadata={"help": "Where the validation images are; the eval data file's folder where not given."}
+        default=None,
+        metadata={"help": "Where the validation images are; the eval data file's folder where not given."},
     )
     cache_vision_features: str = field(
         default="auto",
@@ -70,7 +90,8 @@ class DataArguments:
         },
     )
     feature_cache_dir: str = field(
-        default="~/.cache/llava-simplified/features", metadata={"help": "Where features on disk are kept, for later runs too."}
+        default="~/.cache/llava-simplified/features",
+        metadata={"help": "Where features on disk are kept, for later runs too."},
     )
     feature_cache_gb: float = field(default=8.0, metadata={"help": "The most that auto may store."})
     max_bad_images: float = field(
@@ -86,10 +107,14 @@ def _bf16_by_default() -> bool:
 class TrainingArguments(transformers.TrainingArguments):
     """transformers.TrainingArguments with LLaVA's defaults and a few options more."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Default: output/<language model>-<vision tower>."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Default: output/<language model>-<vision tower>."}
+    )
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up; below 1: share of all steps."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Steps of warm-up; below 1: share of all steps."}
+    )
     bf16: bool = field(
         default_factory=_bf16_by_default,
         metadata={"help": "Frozen weights and activations in bfloat16 (default: where a GPU has it)."},
@@ -107,7 +132,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise several processes would each train alone, unaware of the others
             if self.tf32:
-                print("tf32 is an NVIDIA format: no effect on this machine", file=sys.stderr)  # noqa: T201
+                print("tf32 is an NVIDIA format: no effect on this machine", file=sys.stderr)
             self.tf32 = None
         elif self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
             raise ValueError("this GPU has no bfloat16: pass --bf16 False --fp16 True")
@@ -150,11 +175,15 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     given = dict(options)
     if "output_dir" not in given:
         parts = (given.get(f, [getattr(ModelArguments, f)]) for f in ("model_name_or_path", "vision_tower"))
-        options.append(("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))]))
+        options.append(
+            ("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))])
+        )
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
     parser.prog = "train.py"
     words = [word for option in options for word in _current_names(*option)]
-    *groups, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
+    *groups, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         raise ValueError(f"unknown option {unknown[0]}; --help lists them")
     model, data, training = groups
@@ -202,7 +231,7 @@ def _current_names(name: str, values: list[str]) -> list[str]:
             raise ValueError(f"--{name}: {MUST_BE_OFF[name]} is not part of stock LLaVA; leave it False")
         return []
     if name in NO_EFFECT:
-        print(f"--{name} has no effect: {NO_EFFECT[name]}", file=sys.stderr)  # noqa: T201
+        print(f"--{name} has no effect: {NO_EFFECT[name]}", file=sys.stderr)
         return []
     if name == "group_by_length":
         return ["--train_sampling_strategy", "group_by_length"] if on else []

@@ -14,7 +14,6 @@ import torch
 
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, open_records
-from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.generation import GenerationOptions, generate
 from llava_simplified.model.llava import Llava, load_pixels
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
@@ -29,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data-path", help="records to caption: .json, .jsonl or .parquet")
     source.add_argument("--image", help="one picture to caption")
-    parser.add_argument("--image-folder", help="where the records' images are; the data file's folder where not given")
+    parser.add_argument(
+        "--image-folder", help="where the records' images are; the data file's folder where not given"
+    )
     parser.add_argument("--output", default="predictions.json", help=".json: an array; .jsonl: a row a line")
     parser.add_argument("--trials", type=int, help="captions per picture (3; greedy: 1)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")
@@ -60,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.image:
         texts = model.caption([args.image], args.instruction, n=trials, **chosen)
         for text in texts[0] if trials > 1 else texts:
-            print(text)  # noqa: T201
+            print(text)
         return 0
     folder = args.image_folder or str(Path(args.data_path).parent)
     count, bad = write_predictions(model, records, folder, Path(args.output), options, args.batch_size)
-    print(f"{count:,} records captioned, {len(bad)} set aside -> {args.output}")  # noqa: T201
+    print(f"{count:,} records captioned, {len(bad)} set aside -> {args.output}")
     return 1 if bad and not count else 0
 
 
@@ -89,8 +90,8 @@ def write_predictions(
         bad += batch_bad
         captioned += len(batch_rows) // options.num_return_sequences
         rate = captioned / (time.monotonic() - start)
-        print(f"\r{captioned:,}/{len(records):,} pictures, {rate:.1f}/s ", end="", file=sys.stderr)  # noqa: T201
-    print(file=sys.stderr)  # noqa: T201
+        print(f"\r{captioned:,}/{len(records):,} pictures, {rate:.1f}/s ", end="", file=sys.stderr)
+    print(file=sys.stderr)
     if output.suffix == ".jsonl":
         output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
@@ -98,7 +99,10 @@ def write_predictions(
     if bad:
         report = output.with_suffix(output.suffix + ".bad.jsonl")
         report.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
-        print(f"{len(bad)} pictures could not be read, see {report}; the first: {bad[0]['error']}", file=sys.stderr)  # noqa: T201
+        print(
+            f"{len(bad)} pictures could not be read, see {report}; the first: {bad[0]['error']}",
+            file=sys.stderr,
+        )
     return captioned, [row["error"] for row in bad]
 
 
@@ -125,12 +129,16 @@ def caption_records(
             prompts = [model.prompt.render(record.turns, None, record.id).input_ids for _, record in good]
             images = [p for p in pixels if p is not None]
             captions = generate(model, prompts, torch.cat(images) if images else None, options)
-            rows = [_row(index, record, text) for (index, record), texts in zip(good, captions) for text in texts]
+            rows = [
+                _row(index, record, text) for (index, record), texts in zip(good, captions) for text in texts
+            ]
         yield rows, bad
 
 
 def _row(index: int, record: Record, text: str) -> dict[str, Any]:
-    truth: str | list[str] = list(record.responses) if len(record.responses) > 1 else "".join(record.responses)
+    truth: str | list[str] = (
+        list(record.responses) if len(record.responses) > 1 else "".join(record.responses)
+    )
     return {
         "index": index,
         "image": record.images[0] if record.images else None,

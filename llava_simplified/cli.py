@@ -8,7 +8,10 @@ import sys
 import warnings
 
 COMMANDS = {
-    "inspect": ("llava_simplified.inspection", "show samples as the model sees them: tokens, labels, image spans"),
+    "inspect": (
+        "llava_simplified.inspection",
+        "show samples as the model sees them: tokens, labels, image spans",
+    ),
     "train": ("llava_simplified.training.run", "fine-tune a language model to see"),
     "predict": ("llava_simplified.captioning", "caption the pictures of a data file, or one picture"),
     "evaluate": ("llava_simplified.evaluation.run", "score predictions against references"),
@@ -37,6 +40,8 @@ def run_command(module: str, argv: list[str] | None) -> int:
     # Without torchvision, transformers warns of each of its hundred image processors: ours need none of them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # OpenMP threads that spin at a barrier slow a step tenfold as soon as another process wants one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         return importlib.import_module(module).main(argv)

@@ -44,13 +44,15 @@ def make_tokenizer(template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator([*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"] * 4, trainer)
+    tokenizer.train_from_iterator(
+        [*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"] * 4, trainer
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = template
     return fast
 
 
-def make_language_model(kind: str, vocabulary: int):  # noqa: ANN201
+def make_language_model(kind: str, vocabulary: int):
     """A random model of 2 layers; grouped heads, and a sliding window in Mistral."""
     import transformers as t
 
@@ -86,7 +88,7 @@ def save_language_model(kind: str, folder: Path, template: str | None = MISTRAL_
     return str(folder)
 
 
-def make_vision_model(kind: str):  # noqa: ANN201
+def make_vision_model(kind: str):
     """A random vision model for 32 x 32 pictures."""
     import transformers as t
 
@@ -109,9 +111,15 @@ def make_vision_model(kind: str):  # noqa: ANN201
     if kind == "vit":
         return t.ViTModel(t.ViTConfig(**common))
     if kind == "convnext":
-        return t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2))
+        return t.ConvNextModel(
+            t.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2)
+        )
     if kind == "efficientnet":
-        return t.EfficientNetModel(t.EfficientNetConfig(image_size=64, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320))
+        return t.EfficientNetModel(
+            t.EfficientNetConfig(
+                image_size=64, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320
+            )
+        )
     raise ValueError(kind)
 
 
@@ -120,7 +128,9 @@ def save_vision_model(kind: str, folder: Path) -> str:
 
     make_vision_model(kind).save_pretrained(folder)
     size = 64 if kind == "efficientnet" else 32
-    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -146,7 +156,9 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse = random.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((48, 40)).save(root / "images" / f"{index}.jpg", quality=95)
         caption = CAPTIONS[index % len(CAPTIONS)]
-        rows.append({"image": f"{index}.jpg", "instruction": "Generate a caption of this image:", "response": caption})
+        rows.append(
+            {"image": f"{index}.jpg", "instruction": "Generate a caption of this image:", "response": caption}
+        )
     (root / "train.json").write_text(json.dumps(rows[:12]))
     (root / "val.json").write_text(json.dumps(rows[12:]))
     return root

@@ -112,6 +112,8 @@ class RecordWriter:
 
     def write_text(self, text: str | dict[str, Any]) -> None:
         """Add one record that is JSON already (a dict for Parquet)."""
+        if isinstance(text, str) and "\n" in text:  # of an indented file: one row is one line here
+            text = self._encode(json.loads(text))
         if self._file is None:
             self._rows.append(json.loads(text) if isinstance(text, str) else text)
             if len(self._rows) == 8192:

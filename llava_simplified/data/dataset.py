@@ -73,7 +73,7 @@ class CaptionDataset(Dataset[Example]):
 
     def locate(self, index: int) -> tuple[Record, str]:
         """Which record, and which of its responses, stands at `index`."""
-        row = bisect_right(self._ends, index)  # type: ignore[type-var]
+        row = bisect_right(self._ends, index)
         record = self.records[row]
         return record, record.responses[index - int(self._ends[row])]  # counted from the end: negative
 

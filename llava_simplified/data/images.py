@@ -175,7 +175,7 @@ class ImageTransform:
         """The inverse of `to_dict`, through JSON."""
         resize = values["resize"]
         return cls(
-            resize if isinstance(resize, int) else tuple(resize),  # type: ignore[arg-type]
+            resize if isinstance(resize, int) else tuple(resize),
             tuple(values["crop"]),
             values["interpolation"],
             _triple(values["mean"]),

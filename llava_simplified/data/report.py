@@ -6,7 +6,6 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -155,14 +154,3 @@ def _download_plots(at: np.ndarray, sides: np.ndarray, lengths: np.ndarray) -> l
         plots.append(("Shorter side", histogram(sides, "pictures, over pixels")))
         plots.append(("File size", histogram(lengths / 1000, "pictures, over kB")))
     return plots
-
-
-def clean_report(
-    path: Path,
-    title: str,
-    verdicts: Counter[str],
-    examples: dict[str, Sequence[dict[str, Any]]],
-    facts: list[Any],
-) -> None:
-    """The page of `llava clean`: counts by reason, and pictures of what was set aside."""
-    write_page(path, title=title, facts=facts, outcomes=verdicts, examples=sorted(examples.items()))

@@ -18,59 +18,67 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def main(argv: list[str] | None = None) -> int:
     """Fetch, inspect, train in two stages, caption 300 pictures the model never saw, score, report."""
     parser = argparse.ArgumentParser("llava demo", description=main.__doc__)
-    parser.add_argument("--cache-dir", type=Path, help="where models and pictures are kept (~/.cache/llava-simplified)")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="where models and pictures are kept (~/.cache/llava-simplified)"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="(default: %(default)s)")
-    parser.add_argument("--max-steps", type=int, help="stop each stage after so many steps, to try the way through")
+    parser.add_argument(
+        "--max-steps", type=int, help="stop each stage after so many steps, to try the way through"
+    )
     parser.add_argument("--limit", type=int, help="caption only so many pictures")
     args = parser.parse_args(argv)
     if not CONFIGS.is_dir():
-        raise ValueError(f"{CONFIGS} is not there: the demo runs from a checkout of the project (git clone, make demo)")
+        raise ValueError(
+            f"{CONFIGS} is not there: the demo runs from a checkout of the project (git clone, make demo)"
+        )
     start = time.monotonic()
     assets = fetch(args.cache_dir)
     for title, words in commands(assets, args.output, args.max_steps, args.limit):
-        print(f"\n== {title} ({time.monotonic() - start:.0f} s)\n$ llava {shlex.join(words)}", flush=True)  # noqa: T201
+        print(f"\n== {title} ({time.monotonic() - start:.0f} s)\n$ llava {shlex.join(words)}", flush=True)
         status = cli.main(words)
         if status:
             return status
     scores = json.loads((args.output / "scores.json").read_text(encoding="utf-8"))
-    print(summary(next(iter(scores.values())), args.output, time.monotonic() - start))  # noqa: T201
+    print(summary(next(iter(scores.values())), args.output, time.monotonic() - start))
     return 0
 
 
-def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None) -> list[tuple[str, list[str]]]:
+def commands(
+    assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None
+) -> list[tuple[str, list[str]]]:
     """Every command of the demo, in order: what a person would type."""
-    parts = ["--model_name_or_path", str(assets.language_model), "--vision_tower", str(assets.vision_tower)]
-    train, val, images = str(assets.train_json), str(assets.val_json), str(assets.images)
-    data = ["--train_data_path", train, "--train_image_folder", images]
-    data += ["--eval_data_path", val, "--val_image_folder", images]
-    short = ["--max_steps", str(max_steps)] if max_steps else []
-    first, second = str(output / "projector"), str(output / "model")
-    predictions, report = str(output / "predictions.json"), str(output / "report.html")
-    inspect = ["--data", train, "--image_folder", images, "--template", "plain", "--count", "1"]
-    return [
-        ("what the model is shown, and which tokens it is trained on", ["inspect", *inspect, *parts]),
-        (
-            "stage 1: the projector alone",
-            ["train", "--config", str(CONFIGS / "demo_projector.yaml"), *parts, *data, "--output_dir", first, *short],
+    q = shlex.quote
+    train, val, images = q(str(assets.train_json)), q(str(assets.val_json)), q(str(assets.images))
+    parts = (
+        f"--model_name_or_path {q(str(assets.language_model))} --vision_tower {q(str(assets.vision_tower))}"
+    )
+    data = f"--train_data_path {train} --train_image_folder {images} --eval_data_path {val} --val_image_folder {images}"
+    steps = f"--max_steps {max_steps}" if max_steps else ""
+    first, second, out = q(str(output / "projector")), q(str(output / "model")), q(str(output))
+    configs = q(str(CONFIGS))
+    lines = {
+        "what the model is shown, and which tokens it is trained on": (
+            f"inspect --data {train} --image_folder {images} --template plain --count 1 --mm_token_pool 3 {parts}"
         ),
-        (
-            "stage 2: LoRA on the language model, and the projector on",
-            ["train", "--config", str(CONFIGS / "demo.yaml"), "--pretrain_mm_mlp_adapter", first, *parts, *data]
-            + ["--output_dir", second, *short],
+        "stage 1: the projector alone": (
+            f"train --config {configs}/demo_projector.yaml {parts} {data} --output_dir {first} {steps}"
         ),
-        (
-            "captions of pictures that it never saw",
-            ["predict", "--model-path", second, "--data-path", val, "--image-folder", images, "--temperature", "0"]
-            + ["--max-new-tokens", "24", "--batch-size", "50", "--output", predictions]
-            + (["--limit", str(limit)] if limit else []),
+        "stage 2: LoRA on the language model, and the projector further": (
+            f"train --config {configs}/demo.yaml --pretrain_mm_mlp_adapter {first} {parts} {data} "
+            f"--output_dir {second} {steps}"
         ),
-        (
-            "scores and report",
-            ["evaluate", predictions, "--train-captions", train, "--image-folder", images, "--model-path", second]
-            + ["--output", str(output / "scores.json"), "--report", report, "--no-java"]
-            + ["--title", "LLaVA Simplified: what it says of pictures it never saw"],
+        "captions of pictures that it never saw": (
+            f"predict --model-path {second} --data-path {val} --image-folder {images} --temperature 0 "
+            f"--max-new-tokens 24 --batch-size 50 --output {out}/predictions.json"
+            + (f" --limit {limit}" if limit else "")
         ),
-    ]
+        "scores and report": (
+            f"evaluate {out}/predictions.json --train-captions {train} --image-folder {images} --model-path {second} "
+            f"--output {out}/scores.json --report {out}/report.html --no-java "
+            "--title 'LLaVA Simplified: what it says of pictures it never saw'"
+        ),
+    }
+    return [(title, shlex.split(line)) for title, line in lines.items()]
 
 
 def summary(scores: dict[str, dict[str, list[float]]], output: Path, seconds: float) -> str:

@@ -135,6 +135,13 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
+def _model_settings(folder: Path) -> dict[str, str]:
+    """What the checkpoint says of its parts and of its training, for the report."""
+    manifest = json.loads((folder / "llava.json").read_text(encoding="utf-8"))
+    parts = {key: value for key, value in manifest["architecture"].items() if key != "fingerprints"}
+    return {key: str(value) for key, value in {**parts, **manifest["training"]}.items()}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llava evaluate", description="Score predictions against references."
@@ -150,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, help="write the scores as JSON")
     add("--report", type=Path, help="write one self-contained HTML file")
     add("--log", type=Path, help="trainer_log.jsonl, whose curves the report shows")
+    add(
+        "--model-path",
+        type=Path,
+        help="the checkpoint that wrote them: its settings and its log go into the report",
+    )
     add("--title", default="Captions, scored", help="of the report")
     add("--resamples", type=int, default=1000, help="of the bootstrap; 0 for no intervals")
     add("--seed", type=int, default=0, help="of the bootstrap and of the shuffled pictures")
@@ -186,14 +198,16 @@ def main(argv: list[str] | None = None) -> int:
             "references": str(options.references or "gt_caption of the rows"),
             "training captions": str(options.train_captions or "not given"),
             "bootstrap": f"{options.resamples} resamples, seed {options.seed}",
+            **(_model_settings(options.model_path) if options.model_path else {}),
         }
+        log = options.log or (options.model_path / "trainer_log.jsonl" if options.model_path else None)
         write_report(
             options.report,
             title=options.title,
             runs=runs,
             image_folder=options.image_folder,
             settings=settings,
-            log=options.log,
+            log=log,
             train_captions=known,
         )
         sys.stdout.write(f"report: {options.report}\n")

@@ -55,7 +55,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     except OSError as error:
         raise ValueError(f"{name_or_path}: no tokenizer to load: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{name_or_path}: the tokenizer has no end-of-sequence token: a caption could never end")
+        raise ValueError(
+            f"{name_or_path}: the tokenizer has no end-of-sequence token: a caption could never end"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -84,7 +86,7 @@ def assemble(
         token_pool=architecture.mm_token_pool,
     )
     source = str(language_model or architecture.language_model)
-    text = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **model_options)
+    text: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **model_options)
     width = text.get_input_embeddings().weight.shape[1]
     projector = build_projector(architecture.mm_projector_type, tower.width, width)
     tokenizer = tokenizer or load_tokenizer(source)
@@ -123,7 +125,7 @@ def save_checkpoint(
         )
         trained = "adapter"
     elif any(p.requires_grad for p in text.parameters()):
-        text.save_pretrained(str(part / "language_model"), state_dict=_under(weights, "language_model."))  # type: ignore[operator]
+        text.save_pretrained(str(part / "language_model"), state_dict=_under(weights, "language_model."))
         trained = "language_model"
     model.tokenizer.save_pretrained(str(part))
     processor = cached_file(architecture.vision_tower, "preprocessor_config.json")
@@ -164,12 +166,16 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        found = sorted(str(p.parent) for p in Path(folder).glob(f"*/{MANIFEST}")) if Path(folder).is_dir() else []
+        found = (
+            sorted(str(p.parent) for p in Path(folder).glob(f"*/{MANIFEST}")) if Path(folder).is_dir() else []
+        )
         hint = f"; did you mean {found[-1]}?" if found else ""
         raise ValueError(f"{folder}: no checkpoint here ({MANIFEST} is missing){hint}")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}"
+        )
     return manifest
 
 
@@ -214,7 +220,7 @@ def load_checkpoint(
     model = assemble(architecture, language_model=text_source, tokenizer=tokenizer, **model_options)
     if kind == "adapter":
         config = PeftConfig.from_pretrained(str(folder / "adapter"))
-        model.language_model = get_peft_model(model.language_model, config)  # type: ignore[assignment]
+        model.language_model = get_peft_model(model.language_model, config)
     if kind != "language_model":  # that one has been read by `assemble`
         load_trained_weights(model, folder)
     else:
@@ -252,7 +258,9 @@ def load_projector(projector: nn.Module, folder: str | Path) -> None:
     _same_keys(stored.keys(), expected.keys(), path)
     for name, tensor in stored.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, this model needs {tuple(expected[name].shape)}")
+            raise ValueError(
+                f"{path}: {name} is {tuple(tensor.shape)}, this model needs {tuple(expected[name].shape)}"
+            )
     projector.load_state_dict(stored)
 
 
@@ -268,7 +276,9 @@ def fingerprint(name_or_path: str) -> str:
     Samples, since reading 14 GB to load an adapter of 100 MB would take longer than the loading.
     """
     config = cached_file(name_or_path, "config.json")
-    files = sorted(p for p in Path(str(config)).parent.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
+    files = sorted(
+        p for p in Path(str(config)).parent.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")
+    )
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
@@ -286,7 +296,9 @@ def check_fingerprint(part: str, name_or_path: str, digest: str) -> None:
         found = fingerprint(name_or_path)
     except OSError as error:
         option = "--model-base" if part == "language_model" else "--vision-tower"
-        raise ValueError(f"the checkpoint's {part} {name_or_path} is not here; name it with {option}: {error}") from error
+        raise ValueError(
+            f"the checkpoint's {part} {name_or_path} is not here; name it with {option}: {error}"
+        ) from error
     if found != digest:
         raise ValueError(
             f"{part} {name_or_path}: other weights than those that this checkpoint was trained with; "

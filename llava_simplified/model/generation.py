@@ -37,13 +37,17 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.num_beams < 1 or self.max_new_tokens < 1:
-            raise ValueError("temperature >= 0, 0 < top_p <= 1, num_beams >= 1 and max_new_tokens >= 1 are needed")
+            raise ValueError(
+                "temperature >= 0, 0 < top_p <= 1, num_beams >= 1 and max_new_tokens >= 1 are needed"
+            )
         if self.num_return_sequences > max(self.num_beams, 1) and self.temperature == 0:
             raise ValueError("several different captions of a picture need temperature > 0, or as many beams")
 
     def to_transformers(self) -> dict[str, Any]:
         """The arguments of `PreTrainedModel.generate`."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
+        sampling = (
+            {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
+        )
         return {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
@@ -79,7 +83,8 @@ def generate(
         # padded left, so that every row's next token is the last column's
         input_ids = pad(rows, model.prompt.end_id, side="left").to(model.device)
         attention_mask = pad([np.ones(len(row)) for row in rows], 0, side="left").to(model.device)
-        ids = model.language_model.generate(
+        text_model: Any = model.language_model
+        ids = text_model.generate(
             inputs_embeds=model.splice(input_ids, features),
             attention_mask=attention_mask,
             eos_token_id=model.prompt.stop_ids,

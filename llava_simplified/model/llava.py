@@ -166,7 +166,8 @@ class Llava(nn.Module):
             ImageError: a picture that can't be read.
         """
         many = isinstance(images, (list, tuple))
-        pixels = [self.vision_tower.transform(load_pixels(image)) for image in (images if many else [images])]  # type: ignore[union-attr,list-item]
+        sources: Any = images if many else [images]
+        pixels = [self.vision_tower.transform(load_pixels(image)) for image in sources]
         instruction = self.instruction if instruction is None else instruction
         if IMAGE_PLACEHOLDER not in instruction:
             instruction = f"{IMAGE_PLACEHOLDER}\n{instruction}"
@@ -214,6 +215,8 @@ def load_pixels(image: ImageSource) -> np.ndarray:
         return decode_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an array must be uint8 RGB (height, width, 3), this is {image.dtype} {image.shape}")
+            raise ValueError(
+                f"an array must be uint8 RGB (height, width, 3), this is {image.dtype} {image.shape}"
+            )
         return image
     return np.asarray(image.convert("RGB"))

@@ -41,7 +41,9 @@ def add_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: 
     """
     layers = adapted_layers(model.language_model)
     if not layers:
-        raise ValueError(f"{type(model.language_model).__name__} has no linear layer for LoRA: use --lora_enable False")
+        raise ValueError(
+            f"{type(model.language_model).__name__} has no linear layer for LoRA: use --lora_enable False"
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -50,7 +52,7 @@ def add_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: 
         target_modules=layers,
         task_type="CAUSAL_LM",
     )
-    model.language_model = get_peft_model(model.language_model, config)  # type: ignore[assignment,arg-type]
+    model.language_model = get_peft_model(model.language_model, config)  # type: ignore[assignment]
 
 
 def freeze(model: Llava, *, language_model: bool) -> None:
@@ -95,7 +97,10 @@ def check_trainable(model: Llava, *, language_model: bool = False) -> str:
     Raises:
         RuntimeError: a part trains that should not, or does not train whole.
     """
-    biases = isinstance(model.language_model, PeftModel) and model.language_model.peft_config["default"].bias != "none"  # type: ignore[union-attr]
+    biases = (
+        isinstance(model.language_model, PeftModel)
+        and model.language_model.peft_config["default"].bias != "none"
+    )
     whole = {"vision tower": False, "projector": True, "language model": language_model, "LoRA adapter": True}
     rows = parts(model)
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}  dtype"]

@@ -20,7 +20,9 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
         return nn.Linear(vision_width, text_width)
     if kind == "identity":
         if vision_width != text_width:
-            raise ValueError(f"mm_projector_type identity needs equal widths, these are {vision_width} and {text_width}")
+            raise ValueError(
+                f"mm_projector_type identity needs equal widths, these are {vision_width} and {text_width}"
+            )
         return nn.Identity()
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if match is None:
@@ -49,8 +51,8 @@ def fit_to_embeddings(projector: nn.Module, features: torch.Tensor, embeddings: 
         return
     features = features.flatten(0, -2).float()
     first, last = linears[0], linears[-1]
-    first.weight /= features.std(0).clamp_min(1e-6)
-    first.bias -= first.weight @ features.mean(0)
+    first.weight.div_(features.std(0).clamp_min(1e-6))
+    first.bias.sub_(first.weight @ features.mean(0))
     scale = embeddings.float().std() / projector(features).std()
-    last.weight *= scale
-    last.bias *= scale
+    last.weight.mul_(scale)
+    last.bias.mul_(scale)

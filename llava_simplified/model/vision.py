@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -51,7 +51,9 @@ class VisionTower(nn.Module):
         self.num_tokens, self.width = self._feature_shape()
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, *, dtype: torch.dtype = torch.float32, **choices: object) -> VisionTower:
+    def from_pretrained(
+        cls, name_or_path: str, *, dtype: torch.dtype = torch.float32, **choices: object
+    ) -> VisionTower:
         """Load a vision model, or the vision half of a two-tower model (CLIP, SigLIP), with its image transform.
 
         Raises:
@@ -61,14 +63,16 @@ class VisionTower(nn.Module):
         config = AutoConfig.from_pretrained(name_or_path)
         config = getattr(config, "vision_config", config)
         transform = ImageTransform.from_pretrained(name_or_path)
-        model_class = MODEL_MAPPING.get(type(config), None)
+        model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
             raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
         model = model_class.from_pretrained(name_or_path, config=config, dtype=dtype)
         return cls(model, transform, **choices)  # type: ignore[arg-type]
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, transform: ImageTransform, **choices: object) -> VisionTower:
+    def from_config(
+        cls, config: PretrainedConfig, transform: ImageTransform, **choices: object
+    ) -> VisionTower:
         """The tower without its weights, on the meta device: enough to know its shape."""
         with torch.device("meta"):
             return cls(AutoModel.from_config(config), transform, **choices)  # type: ignore[arg-type]
@@ -100,7 +104,9 @@ class VisionTower(nn.Module):
             pixel_values = self.transform.normalize(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         if self._is_convolutional:
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # several times faster on CPU
+            pixel_values = pixel_values.contiguous(
+                memory_format=torch.channels_last
+            )  # several times faster on CPU
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self._select(self.model, pixel_values)
 
@@ -114,7 +120,9 @@ class VisionTower(nn.Module):
         if self.select_feature == "cls_patch":
             if self.token_pool or not others:
                 raise ValueError(
-                    "cls_patch can't be pooled" if self.token_pool else "this tower has no CLS token: use patch"
+                    "cls_patch can't be pooled"
+                    if self.token_pool
+                    else "this tower has no CLS token: use patch"
                 )
             return features
         features = features[:, others:]
@@ -134,7 +142,7 @@ class VisionTower(nn.Module):
         grid = min((m.shape[-2:] for m in maps), key=lambda size: size.numel())
         if self.token_pool:
             grid = torch.Size((self.token_pool, self.token_pool))
-        maps = [m if m.shape[-2:] == grid else adaptive_avg_pool2d(m, tuple(grid)) for m in maps]
+        maps = [m if m.shape[-2:] == grid else adaptive_avg_pool2d(m, (grid[0], grid[1])) for m in maps]
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
 
     @property

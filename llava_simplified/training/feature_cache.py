@@ -36,7 +36,9 @@ class FeatureCache:
 
     def __init__(self, tower: VisionTower, weights: str, folder: str | Path | None = None) -> None:
         if not tower.frozen:
-            raise ValueError("features of a tower that is being trained can't be cached: they change with every step")
+            raise ValueError(
+                "features of a tower that is being trained can't be cached: they change with every step"
+            )
         self.tower = tower
         self.dtype = tower.dtype
         self.shape = (tower.num_tokens, tower.width)
@@ -133,7 +135,7 @@ def cache_key(tower: VisionTower, weights: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _open_at(path: Path, position: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _open_at(path: Path, position: int):  # type: ignore[no-untyped-def]
     path.touch()
     stream = path.open("r+b")
     stream.truncate(position)

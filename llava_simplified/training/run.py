@@ -59,12 +59,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     train_records, eval_records = check_data(data_args)
     architecture = describe_architecture(model_args, args, train_records[0])
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    Prompt(tokenizer, model_args.template)  # a template that does not fit fails here, not after 14 GB of weights
+    Prompt(
+        tokenizer, model_args.template
+    )  # a template that does not fit fails here, not after 14 GB of weights
     output_dir = Path(str(args.output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
 
     model = assemble(architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation)
-    train_set = _dataset(model, train_records, data_args.train_image_folder or _folder(data_args.train_data_path), args)
+    train_set = _dataset(
+        model, train_records, data_args.train_image_folder or _folder(data_args.train_data_path), args
+    )
     eval_set = (
         _dataset(model, eval_records, data_args.val_image_folder or _folder(data_args.eval_data_path), args)
         if eval_records
@@ -83,7 +87,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         data_args.max_bad_images,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=Collator(model.vision_tower.num_tokens, int(tokenizer.pad_token_id)),  # type: ignore[arg-type]
+        data_collator=Collator(model.vision_tower.num_tokens, int(tokenizer.pad_token_id)),
     )
     trainer.accelerator.print(f"{table}\n{len(train_set):,} training examples, template {model.prompt.name}")
     trainer.train(resume_from_checkpoint=_resume_folder(args))
@@ -99,7 +103,7 @@ def check_data(data: DataArguments) -> tuple[Sequence[Record], Sequence[Record] 
     """Open the records, and the first image of each set: a wrong folder shows now, not in an hour."""
     if not data.train_data_path:
         raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
-    sets = []
+    sets: list[Sequence[Record] | None] = []
     for path, folder, option in (
         (data.train_data_path, data.train_image_folder, "--train_image_folder"),
         (data.eval_data_path, data.val_image_folder, "--val_image_folder"),
@@ -136,7 +140,9 @@ def _check_some_image(records: Sequence[Record], folder: str, option: str) -> No
 def describe_architecture(model: ModelArguments, args: TrainingArguments, sample: Record) -> Architecture:
     """What the checkpoint will say of the model's parts."""
     if args.deepspeed and "LOCAL_RANK" not in os.environ:
-        raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)")
+        raise ValueError(
+            "--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)"
+        )
     layers = tuple(model.mm_vision_select_layer)
     digests = {}
     for part in ("language_model", "vision_tower"):
@@ -145,7 +151,9 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, sample
             digests[part] = fingerprint(name)
         except OSError as error:
             option = "--model_name_or_path" if part == "language_model" else "--vision_tower"
-            raise ValueError(f"{option} {name}: not a model folder, nor to be had from the hub: {error}") from error
+            raise ValueError(
+                f"{option} {name}: not a model folder, nor to be had from the hub: {error}"
+            ) from error
     return Architecture(
         language_model=_absolute(model.model_name_or_path),
         vision_tower=_absolute(model.vision_tower),
@@ -194,7 +202,9 @@ def cache_features(
     on_disk = mode != "memory"
     cache = FeatureCache(vision, weights, Path(data.feature_cache_dir).expanduser() if on_disk else None)
     with args.main_process_first(local=True, desc="vision features"):
-        print(f"vision features of {sum(map(len, images)):,} pictures: {gigabytes:.2f} GB {'on disk' if on_disk else 'in memory'}")  # noqa: T201
+        print(
+            f"vision features of {sum(map(len, images)):,} pictures: {gigabytes:.2f} GB {'on disk' if on_disk else 'in memory'}"
+        )
         for dataset, names in zip(sets, images):
             dataset.features = cache.fill(names, dataset.image_folder, progress=not args.disable_tqdm)
 
@@ -215,7 +225,7 @@ def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
         pixels += [] if images is None else [images]
     if pixels:
         features = model.vision_tower(torch.cat(pixels)[:64])
-        embed = model.language_model.get_input_embeddings()
+        embed: Any = model.language_model.get_input_embeddings()
         # through the module: Gemma's multiplies the table by a constant
         words = embed(torch.arange(0, embed.num_embeddings, 7, device=embed.weight.device))
         fit_to_embeddings(model.projector, features, words)
@@ -240,7 +250,10 @@ def _resume_folder(args: TrainingArguments) -> str | None:
 
 
 def _counted(trainer: LlavaTrainer) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(trainer.seen.items())) + " seen by this process"
+    return (
+        ", ".join(f"{count:,} {kind}" for kind, count in sorted(trainer.seen.items()))
+        + " seen by this process"
+    )
 
 
 def _folder(path: str | None) -> str:

@@ -34,7 +34,9 @@ def test_an_example_has_pixels_and_one_placeholder(data_folder: Path) -> None:
 
 
 def test_every_response_is_an_example_in_order(data_folder: Path) -> None:
-    data = dataset(data_folder, [row(responses=["one", "two"]), row("1.jpg"), row("2.jpg", responses=["a", "b", "c"])])
+    data = dataset(
+        data_folder, [row(responses=["one", "two"]), row("1.jpg"), row("2.jpg", responses=["a", "b", "c"])]
+    )
     assert len(data) == 6
     assert [data.locate(i)[1] for i in range(6)] == ["one", "two", "a red car", "a", "b", "c"]
     assert [data.locate(i)[0].images[0] for i in range(6)] == ["0.jpg", "0.jpg", "1.jpg", *["2.jpg"] * 3]
@@ -75,7 +77,10 @@ def test_a_record_without_answers_cannot_be_trained_on(data_folder: Path) -> Non
 
 
 def test_text_only_rows_and_several_images(data_folder: Path) -> None:
-    data = dataset(data_folder, [row(None), {"image": ["0.jpg", "1.jpg"], "instruction": "<image> or <image>?", "response": "no"}])
+    data = dataset(
+        data_folder,
+        [row(None), {"image": ["0.jpg", "1.jpg"], "instruction": "<image> or <image>?", "response": "no"}],
+    )
     assert data[0].pixel_values is None
     assert data[1].pixel_values.shape[0] == 2
 

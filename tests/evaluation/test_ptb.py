@@ -1,7 +1,5 @@
 """The tokens equal Stanford's: stored ones everywhere, its own where Java is."""
 
-# ruff: noqa: E501
-
 from __future__ import annotations
 
 import random

@@ -69,7 +69,9 @@ def test_the_adapter_is_a_stock_peft_adapter(models_folder: Path, tmp_path: Path
 
 
 def test_several_layers_and_a_pool_come_back(models_folder: Path, tmp_path: Path) -> None:
-    model, architecture = trained_model(models_folder, "projector", mm_vision_select_layer=(-2, -1), mm_token_pool=2)
+    model, architecture = trained_model(
+        models_folder, "projector", mm_vision_select_layer=(-2, -1), mm_token_pool=2
+    )
     save_checkpoint(model, tmp_path / "c", architecture)
     again = load_checkpoint(tmp_path / "c")
     assert again.vision_tower.num_tokens == 4
@@ -87,7 +89,9 @@ def test_saving_into_a_folder_with_logs_replaces_and_keeps(models_folder: Path, 
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "a temporary folder was left behind"
 
 
-@pytest.mark.parametrize(("file", "key"), [("projector.safetensors", "bias"), ("adapter/adapter_model.safetensors", None)])
+@pytest.mark.parametrize(
+    ("file", "key"), [("projector.safetensors", "bias"), ("adapter/adapter_model.safetensors", None)]
+)
 def test_a_missing_weight_is_named(models_folder: Path, tmp_path: Path, file: str, key: str | None) -> None:
     model, architecture = trained_model(models_folder, "adapter")
     save_checkpoint(model, tmp_path / "c", architecture)
@@ -117,9 +121,13 @@ def test_other_base_weights_of_the_same_shape_are_refused(models_folder: Path, t
     save_checkpoint(model, tmp_path / "c", architecture)
     other = tmp_path / "mistral"
     shutil.copytree(models_folder / "mistral", other)
-    assert torch.equal(logits(load_checkpoint(tmp_path / "c", model_base=str(other))), logits(model)), "a copy is fine"
+    assert torch.equal(logits(load_checkpoint(tmp_path / "c", model_base=str(other))), logits(model)), (
+        "a copy is fine"
+    )
     weights = load_file(other / "model.safetensors")
-    save_file({k: v + 0.01 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v + 0.01 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.raises(ValueError, match="other weights than those that this checkpoint was trained with"):
         load_checkpoint(tmp_path / "c", model_base=str(other))
 

@@ -10,15 +10,23 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from llava_simplified.model.vision import VisionTower
 
-PIXELS = {kind: (64 if kind == "efficientnet" else 32) for kind in ("clip", "siglip", "dinov2", "vit", "convnext", "efficientnet")}
+PIXELS = {
+    kind: (64 if kind == "efficientnet" else 32)
+    for kind in ("clip", "siglip", "dinov2", "vit", "convnext", "efficientnet")
+}
 
 
 def tower(folder: Path, kind: str, **choices) -> VisionTower:
     return VisionTower.from_pretrained(str(folder / kind), **choices).eval()
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("clip", 16), ("siglip", 16), ("dinov2", 16), ("vit", 16), ("convnext", 4), ("efficientnet", 4)])
-def test_the_count_from_the_config_is_the_count_of_the_features(models_folder: Path, kind: str, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("clip", 16), ("siglip", 16), ("dinov2", 16), ("vit", 16), ("convnext", 4), ("efficientnet", 4)],
+)
+def test_the_count_from_the_config_is_the_count_of_the_features(
+    models_folder: Path, kind: str, tokens: int
+) -> None:
     vision = tower(models_folder, kind, select_layer=-1)
     features = vision(torch.zeros(2, 3, PIXELS[kind], PIXELS[kind], dtype=torch.uint8))
     assert features.shape == (2, vision.num_tokens, vision.width)
@@ -37,7 +45,9 @@ def test_patch_drops_the_cls_token_and_cls_patch_keeps_it(models_folder: Path) -
 def test_siglip_has_no_cls_token_to_drop_and_none_to_keep(models_folder: Path) -> None:
     pixels = torch.rand(1, 3, 32, 32)
     vision = tower(models_folder, "siglip", select_layer=-1)
-    torch.testing.assert_close(vision(pixels), vision.model(pixels, output_hidden_states=True).hidden_states[-1])
+    torch.testing.assert_close(
+        vision(pixels), vision.model(pixels, output_hidden_states=True).hidden_states[-1]
+    )
     with pytest.raises(ValueError, match="no CLS token"):
         tower(models_folder, "siglip", select_feature="cls_patch")
 

@@ -19,7 +19,9 @@ FINETUNE_SH = """
 
 
 def test_every_flag_of_the_original_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, data, training = parse_arguments([*FINETUNE_SH.replace("OUT", str(tmp_path)).split(), "--train_data_path", "x.json"])
+    model, data, training = parse_arguments(
+        [*FINETUNE_SH.replace("OUT", str(tmp_path)).split(), "--train_data_path", "x.json"]
+    )
     assert model.mm_vision_select_layer == [-1]
     assert (model.lora_r, model.lora_alpha, model.lora_enable) == (128, 256, True)
     assert training.eval_strategy == "steps"
@@ -33,8 +35,12 @@ def test_every_flag_of_the_original_script(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("learning_rate: 1e-3\nlora_r: 7\nmm_vision_select_layer: [-1, -3]\nbf16: false\ntrain_data_path: a.json\n")
-    model, data, training = parse_arguments(["--config", str(config), "--lora-r=9", "--output_dir", str(tmp_path)])
+    config.write_text(
+        "learning_rate: 1e-3\nlora_r: 7\nmm_vision_select_layer: [-1, -3]\nbf16: false\ntrain_data_path: a.json\n"
+    )
+    model, data, training = parse_arguments(
+        ["--config", str(config), "--lora-r=9", "--output_dir", str(tmp_path)]
+    )
     assert training.learning_rate == 1e-3  # YAML reads 1e-3 as a text
     assert model.lora_r == 9
     assert model.mm_vision_select_layer == [-1, -3]

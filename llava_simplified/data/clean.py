@@ -1,0 +1,458 @@
+"""`llava clean`: which records the trainer can really use, and why not the others.
+
+Every record goes through what training does with it: the one decoder and the tower's own transform. What fails is set
+aside with its reason, in a file beside the output; nothing is deleted. Work goes by chunks of records, whose verdicts
+stay on disk until the end, so that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from llava_simplified.data.convert import RecordWriter
+from llava_simplified.data.engines import add_engine_arguments, run_shards, shard_slice
+from llava_simplified.data.images import FORMATS, ImageError, ImageTransform, decode_image, read_image_bytes
+from llava_simplified.data.records import Record
+from llava_simplified.data.report import thumbnail, write_page
+from llava_simplified.data.rows import RowFile, open_rows
+from llava_simplified.data.shards import ShardWriter
+from llava_simplified.data.shrink import check_image, shrink_image
+
+CHUNK = 2_000  # records whose verdicts are written at once
+SHARD = 5_000  # records of a compacted shard
+_VERDICTS = pa.schema(
+    {
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "bad": pa.list_(pa.int16()),  # which responses can't be used, where others can
+        "digest": pa.binary(16),
+        "look": pa.binary(19),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a usable record is; sides in pixels, captions in characters."""
+
+    min_side: int = 32
+    max_aspect: float = 10.0
+    max_caption: int = 2_000
+    max_pixels: int = 50_000_000
+    perceptual: bool = False
+
+
+class Verdict(NamedTuple):
+    """`reason` is empty for a good record; `digest` and `look` say which pictures are the same, or look it."""
+
+    reason: str = ""
+    detail: str = ""
+    bad: tuple[int, ...] = ()
+    digest: bytes | None = None
+    look: bytes | None = None
+
+
+def judge(
+    row: dict[str, Any], where: str, folder: Path, transform: ImageTransform | None, rules: Rules
+) -> Verdict:
+    """Do with a record what training does, and say what came of it."""
+    try:
+        record = Record.from_json(row, where)
+        whole, look = hashlib.sha256(), b""
+        for name in record.images:
+            data = read_image_bytes(name, folder)
+            pixels = _usable(data, rules)
+            if transform is not None:
+                transform(pixels)
+            whole.update(data)
+            look = appearance(pixels) if rules.perceptual else b""
+    except ImageError as error:
+        return Verdict(error.kind, str(error))
+    except ValueError as error:
+        return Verdict("not_a_record", str(error))
+    bad = {i: why for i, text in enumerate(record.responses) if (why := _unusable(text, rules))}
+    if len(bad) == len(record.responses):
+        return Verdict(bad.get(0, "no_caption"), repr(record.responses)[:200])
+    digest = whole.digest()[:16] if record.images else None
+    return Verdict("", ", ".join(sorted(set(bad.values()))), tuple(bad), digest, look or None)
+
+
+def _usable(data: bytes, rules: Rules) -> np.ndarray:
+    """The decoded picture, or an ImageError that says what rule it breaks."""
+    pixels = decode_image(data, max_pixels=rules.max_pixels)
+    height, width = pixels.shape[:2]
+    if min(height, width) < rules.min_side:
+        raise ImageError("too_small", f"{width}x{height} pixels, --min-side is {rules.min_side}")
+    if max(height, width) > rules.max_aspect * min(height, width):
+        raise ImageError("aspect", f"{width}x{height} pixels, --max-aspect is {rules.max_aspect:g}")
+    if data[:2] != b"\xff\xd8":
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise ImageError("animated", f"{frames} frames")
+    return pixels
+
+
+def _unusable(caption: str, rules: Rules) -> str:
+    if not caption.strip():
+        return "empty_caption"
+    return "long_caption" if len(caption) > rules.max_caption else ""
+
+
+def appearance(pixels: np.ndarray) -> bytes:
+    """19 bytes that are nearly the same for pictures that look the same, whatever their size and compression.
+
+    The difference hash, of brightness against the right and the lower neighbour on an 8x8 grid, and the mean colour.
+    """
+    small = Image.fromarray(pixels).resize((9, 9), Image.Resampling.BOX, reducing_gap=2.0)
+    grey = np.asarray(small.convert("L"), np.int16)
+    right, below = grey[:8, 1:] > grey[:8, :8], grey[1:, :8] > grey[:8, :8]
+    color = np.asarray(small, np.float32).mean((0, 1)).astype(np.uint8)
+    return np.packbits(np.stack([right, below])).tobytes() + color.tobytes()
+
+
+def find_duplicates(values: list[bytes | None], perceptual: bool) -> dict[int, int]:
+    """{later row: the earlier row it repeats}, by equal digests, or by looks that differ in few bits."""
+    rows = np.array([i for i, value in enumerate(values) if value is not None], np.int64)
+    if not len(rows):
+        return {}
+    data = np.frombuffer(b"".join(v for v in values if v is not None), np.uint8).reshape(len(rows), -1)
+    found: dict[int, int] = {}
+    if not perceptual:
+        _, first, inverse = np.unique(data, axis=0, return_index=True, return_inverse=True)
+        origin = first[inverse.reshape(-1)]
+        return {int(rows[i]): int(rows[origin[i]]) for i in np.flatnonzero(origin != np.arange(len(rows)))}
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.uint8)
+    hashes, colors = data[:, :16], data[:, 16:].astype(np.int16)
+    for band in range(
+        0, 16, 2
+    ):  # 5 differing bits leave at least one of 8 bands equal: there they are neighbours
+        order = np.lexsort(np.roll(hashes, -band, axis=1).T[::-1])
+        for step in range(1, 9):
+            one, other = order[:-step], order[step:]
+            near = bits[hashes[one] ^ hashes[other]].sum(1) <= 5
+            near &= np.abs(colors[one] - colors[other]).max(1) <= 8
+            for a, b in zip(one[near], other[near]):
+                early, late = sorted((int(rows[a]), int(rows[b])))
+                found[late] = min(early, found.get(late, early))
+    return found
+
+
+# ---- over many records
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows `start` to `stop`, to be judged by a worker that leaves the verdicts in `path`."""
+
+    records: str
+    start: int
+    stop: int
+    folder: str
+    transform: dict[str, Any] | None
+    rules: Rules
+    path: str
+
+
+@lru_cache(maxsize=1)
+def _rows(path: str) -> RowFile:
+    return open_rows(path)
+
+
+def judge_chunk(chunk: Chunk) -> dict[str, int]:
+    """Write the verdicts on a chunk, unless they are there; returns how many there are of each."""
+    path = Path(chunk.path)
+    if not path.exists():
+        rows, folder = _rows(chunk.records), Path(chunk.folder)
+        transform = None
+        if chunk.transform is not None:
+            import torch
+
+            torch.set_num_threads(1)  # as many processes as CPUs
+            transform = ImageTransform.from_dict(chunk.transform)
+        verdicts = []
+        for index in range(chunk.start, chunk.stop):
+            try:
+                row = rows[index]
+            except ValueError as error:
+                verdicts.append(Verdict("not_a_record", str(error)))
+                continue
+            verdicts.append(judge(row, rows.where(index), folder, transform, chunk.rules))
+        table = pa.Table.from_pylist([verdict._asdict() for verdict in verdicts], _VERDICTS)
+        pq.write_table(table, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    return Counter(pq.read_table(path, columns=["reason"])["reason"].to_pylist())
+
+
+@dataclass(frozen=True)
+class CompactShard:
+    """Survivors `start` to `stop`, whose pictures go into `output/<number>.tar`."""
+
+    records: str
+    start: int
+    stop: int
+    folder: str
+    output: str
+    number: int
+    side: int
+
+
+def compact_shard(spec: CompactShard) -> int:
+    """Write one shard of shrunk (`side` 0: untouched) pictures, and its manifest; returns how many it holds."""
+    output, rows = Path(spec.output), _rows(spec.records)
+    manifest = output / f"{spec.number:05d}.parquet"
+    if manifest.exists():
+        return pq.read_metadata(manifest).num_rows
+    entries = []
+    writer = ShardWriter(output / f"{spec.number:05d}.tar.part")
+    for index in range(spec.start, spec.stop):
+        record = Record.from_json(rows[index], rows.where(index))
+        for number, name in enumerate(record.images):
+            data = read_image_bytes(name, spec.folder)
+            picture = shrink_image(data, spec.side) if spec.side else check_image(data)
+            key = compact_key(index, number)
+            about = {"key": key, "source": name, "width": picture.width, "height": picture.height}
+            offset = writer.add(key, picture.data, picture.suffix, record.responses, about)
+            place = {"offset": offset, "length": len(picture.data), "file": f"{key}.{picture.suffix}"}
+            entries.append({**about, **place, "captions": list(record.responses), "status": "ok"})
+    writer.close()
+    (output / f"{spec.number:05d}.tar.part").replace(output / f"{spec.number:05d}.tar")
+    pq.write_table(pa.Table.from_pylist(entries), manifest.with_suffix(".part"), compression="zstd")
+    manifest.with_suffix(".part").replace(manifest)
+    return len(entries)
+
+
+def compact_key(index: int, number: int) -> str:
+    """The key of picture `number` of row `index`."""
+    return f"{index:09d}" if not number else f"{index:09d}_{number}"
+
+
+def clean(
+    source: Path,
+    output: Path,
+    *,
+    image_folder: Path | None = None,
+    vision_tower: str = "",
+    rules: Rules = Rules(),
+    dedupe: str = "",
+    compact: Path | None = None,
+    compact_size: int = 224,
+    engine: str = "local",
+    workers: int = 0,
+    shards: str = "",
+    progress: bool = False,
+) -> dict[str, int]:
+    """Write the usable records of `source` to `output`, in their order; returns how many rows got which verdict.
+
+    Beside it: `<output>_quarantine.jsonl` (reason, detail and the record itself), `<output>_report.html` and `.json`.
+
+    Args:
+        image_folder: where the pictures are; by default, where `source` is.
+        vision_tower: whose transform every picture must pass; none if empty.
+        dedupe: `exact` (same bytes), `perceptual` (looks the same), or "".
+        compact: a folder for shards of the survivors, their shorter side shrunk to `compact_size` (0 keeps the
+            bytes); then `output` names the pictures there.
+        shards: `i/n`, judge only this slice; a last call without it puts everything together.
+    """
+    rows = open_rows(source)
+    folder = image_folder or (source if source.is_dir() else source.parent)
+    transform = ImageTransform.from_pretrained(vision_tower).to_dict() if vision_tower else None
+    stat = rows.path.stat()
+    facts = [str(rows.path), stat.st_size, stat.st_mtime_ns, str(folder), transform, asdict(rules)]
+    work = (
+        output.with_name(f"{output.name}.work") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(rows), CHUNK)
+    chunks = [
+        Chunk(
+            str(source),
+            start,
+            min(start + CHUNK, len(rows)),
+            str(folder),
+            transform,
+            rules,
+            f"{work}/{i:06d}.parquet",
+        )
+        for i, start in enumerate(starts)
+    ]
+    mine = [chunks[i] for i in shard_slice(shards, len(chunks))]
+    _run(judge_chunk, mine, engine, workers, progress, lambda chunk: chunk.stop - chunk.start)
+    if shards:
+        return dict(sum((Counter(judge_chunk(chunk)) for chunk in mine), Counter()))
+    verdicts = [Verdict(**row) for chunk in chunks for row in pq.read_table(chunk.path).to_pylist()]
+    if dedupe:
+        good = [None if v.reason else v.look if dedupe == "perceptual" else v.digest for v in verdicts]
+        for late, early in find_duplicates(good, dedupe == "perceptual").items():
+            verdicts[late] = verdicts[late]._replace(reason="duplicate", detail=f"of {rows.where(early)}")
+    counts = _write(rows, verdicts, output, work)
+    if compact is not None and counts.get("ok"):
+        _compact(
+            work / "survivors.jsonl", counts["ok"], folder, compact, compact_size, engine, workers, progress
+        )
+        _write_compacted(open_rows(work / "survivors.jsonl"), output)
+    _report(rows, verdicts, counts, folder, output)
+    shutil.rmtree(work.parent)
+    return counts
+
+
+def _run(function: Any, specs: list[Any], engine: str, workers: int, progress: bool, size: Any) -> None:
+    done, total = 0, sum(map(size, specs))
+    for result in run_shards(function, specs, engine=engine, workers=workers):
+        if result.error:
+            raise ValueError(f"{result.error}\nThe same command goes on where this stopped.")
+        done += size(result.spec)
+        if progress:
+            sys.stderr.write(f"\r{done:,} of {total:,} records   {'' if done < total else chr(10)}")
+
+
+def _write(rows: RowFile, verdicts: list[Verdict], output: Path, work: Path) -> dict[str, int]:
+    """Survivors to `output` and, for compaction, to the work folder; the others to the quarantine."""
+    counts: Counter[str] = Counter()
+    aside = output.with_name(f"{output.stem}_quarantine.jsonl")
+    with (
+        RecordWriter(output) as good,
+        RecordWriter(work / "survivors.jsonl") as again,
+        RecordWriter(aside) as bad,
+    ):
+        for index, verdict in enumerate(verdicts):
+            text = rows.raw(index).decode("utf-8", "replace")
+            counts[verdict.reason or "ok"] += 1
+            if verdict.reason:
+                shown = text if verdict.reason == "not_a_record" else json.loads(text)
+                bad.write({"reason": verdict.reason, "detail": verdict.detail, "record": shown})
+                continue
+            if verdict.bad:  # some of its captions can't be used, the others can
+                row = json.loads(text)
+                counts["captions left out of good records"] += len(verdict.bad)
+                unusable = [row["responses"][i] for i in verdict.bad]
+                bad.write({"reason": verdict.detail, "detail": "", "record": {**row, "responses": unusable}})
+                row["responses"] = [r for i, r in enumerate(row["responses"]) if i not in verdict.bad]
+                text = json.dumps(row, ensure_ascii=False)
+            good.write_text(text)
+            again.write_text(text)
+    return dict(counts)
+
+
+def _compact(
+    records: Path,
+    count: int,
+    folder: Path,
+    output: Path,
+    side: int,
+    engine: str,
+    workers: int,
+    progress: bool,
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    if stray := [p for p in output.glob("*.parquet") if int(p.stem) * SHARD >= count]:
+        raise ValueError(
+            f"--compact {output}: shards of another run are there ({stray[0].name}); empty it first"
+        )
+    specs = [
+        CompactShard(str(records), start, min(start + SHARD, count), str(folder), str(output), number, side)
+        for number, start in enumerate(range(0, count, SHARD))
+    ]
+    _run(compact_shard, specs, engine, workers, progress, lambda spec: spec.stop - spec.start)
+
+
+def _write_compacted(survivors: RowFile, output: Path) -> None:
+    with RecordWriter(output) as writer:
+        for index in range(len(survivors)):
+            row = survivors[index]
+            name = "image" if "image" in row else "images"
+            several = isinstance(row.get(name), list)
+            count = len(row[name]) if several else int(bool(row.get(name)))
+            places = [f"{index // SHARD:05d}.tar#{compact_key(index, number)}" for number in range(count)]
+            writer.write({**row, **({name: places if several else places[0]} if places else {})})
+
+
+def _report(
+    rows: RowFile, verdicts: list[Verdict], counts: dict[str, int], folder: Path, output: Path
+) -> None:
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for index, verdict in enumerate(verdicts):
+        if verdict.reason and len(seen := examples.setdefault(verdict.reason, [])) < 12:
+            seen.append(
+                {"name": rows.where(index), "detail": verdict.detail, **_shown(rows.raw(index), folder)}
+            )
+    beside = output.with_name(f"{output.stem}_report.json")
+    plain = {reason: [{**e, "thumbnail": ""} for e in some] for reason, some in examples.items()}
+    beside.write_text(
+        json.dumps({"counts": counts, "examples": plain}, indent=1, ensure_ascii=False), "utf-8"
+    )
+    facts = [("records", f"{len(rows):,}"), ("kept", f"{counts.get('ok', 0):,}")]
+    title = f"Cleaning of {rows.name}"
+    ordered = sorted(examples.items())
+    write_page(beside.with_suffix(".html"), title=title, facts=facts, outcomes=counts, examples=ordered)
+
+
+def _shown(raw: bytes, folder: Path) -> dict[str, str]:
+    """Caption and picture of a record that was set aside, as far as there are any."""
+    try:
+        row = json.loads(raw)
+        record = Record.from_json(row, "")
+    except ValueError:
+        return {"caption": raw[:200].decode("utf-8", "replace"), "thumbnail": ""}
+    caption = " / ".join(record.responses)[:200]
+    try:
+        pixels = decode_image(read_image_bytes(record.images[0], folder)) if record.images else None
+    except ImageError:
+        pixels = None
+    return {"caption": caption, "thumbnail": "" if pixels is None else thumbnail(pixels)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`llava clean data/cc3m --vision_tower openai/clip-vit-base-patch16 --output cc3m_clean.json`."""
+    parser = argparse.ArgumentParser("llava clean", description="Keep the records that training can use.")
+    add, rules = parser.add_argument, Rules()
+    add("records", type=Path, help="a folder of `llava download`, or .json, .jsonl, .parquet of records")
+    add("--output", type=Path, required=True, help="the good records: .json, .jsonl or .parquet")
+    add("--image-folder", type=Path, help="where the pictures are (default: with the records)")
+    add("--vision_tower", "--vision-tower", default="", help="whose transform the pictures must pass")
+    add("--min-side", type=int, default=rules.min_side, help="pixels of the shorter side")
+    add("--max-aspect", type=float, default=rules.max_aspect, help="longer side over shorter side")
+    add("--max-caption", type=int, default=rules.max_caption, help="characters")
+    add("--max-pixels", type=int, default=rules.max_pixels)
+    add("--dedupe", choices=["exact", "perceptual"], default="", help="keep the first of equal pictures")
+    add(
+        "--compact", type=Path, metavar="SHARDS", help="also write the kept pictures, smaller, to shards here"
+    )
+    add("--compact-size", default="224", help="their shorter side, 224 or 256; exact keeps the bytes")
+    add_engine_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.compact_size != "exact" and not args.compact_size.isdigit():
+        raise ValueError(f"--compact-size {args.compact_size!r}: a number of pixels, or exact")
+    counts = clean(
+        args.records,
+        args.output,
+        image_folder=args.image_folder,
+        vision_tower=args.vision_tower,
+        rules=Rules(
+            args.min_side, args.max_aspect, args.max_caption, args.max_pixels, args.dedupe == "perceptual"
+        ),
+        dedupe=args.dedupe,
+        compact=args.compact,
+        compact_size=0 if args.compact_size == "exact" else int(args.compact_size),
+        engine=args.engine,
+        workers=args.workers,
+        shards=args.shards,
+        progress=sys.stderr.isatty(),
+    )
+    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+        sys.stdout.write(f"{count:>9,} {reason or 'ok'}\n")
+    return 0
