@@ -1,8 +1,8 @@
 """`llava clean`: which records the trainer can really use, and why not the others.
 
-Every record goes through what training does with it: the one decoder and the tower's own transform. What fails is set
-aside with its reason, in a file beside the output; nothing is deleted. Work goes by chunks of records, whose verdicts
-stay on disk until the end, so that a killed run goes on where it was.
+Every record goes through what training does with it: the one decoder and the tower's own transform. What fails
+is set aside with its reason, in a file beside the output; nothing is deleted. Work goes by chunks of records,
+whose verdicts stay on disk until the end, so that a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,7 +59,7 @@ class Rules:
 
 
 class Verdict(NamedTuple):
-    """`reason` is empty for a good record; `digest` and `look` say which pictures are the same, or look it."""
+    """`reason` is empty for a good record; `digest` and `look`: which pictures are the same, or look it."""
 
     reason: str = ""
     detail: str = ""
@@ -114,9 +115,9 @@ def _unusable(caption: str, rules: Rules) -> str:
 
 
 def appearance(pixels: np.ndarray) -> bytes:
-    """19 bytes that are nearly the same for pictures that look the same, whatever their size and compression.
+    """19 bytes that are nearly equal for pictures that look the same, whatever their size and compression.
 
-    The difference hash, of brightness against the right and the lower neighbour on an 8x8 grid, and the mean colour.
+    The difference hash (brightness against the right and the lower neighbour, on an 8x8 grid) and the mean colour.
     """
     small = Image.fromarray(pixels).resize((9, 9), Image.Resampling.BOX, reducing_gap=2.0)
     grey = np.asarray(small.convert("L"), np.int16)
@@ -125,22 +126,25 @@ def appearance(pixels: np.ndarray) -> bytes:
     return np.packbits(np.stack([right, below])).tobytes() + color.tobytes()
 
 
-def find_duplicates(values: list[bytes | None], perceptual: bool) -> dict[int, int]:
-    """{later row: the earlier row it repeats}, by equal digests, or by looks that differ in few bits."""
-    rows = np.array([i for i, value in enumerate(values) if value is not None], np.int64)
+def find_duplicates(rows: np.ndarray, data: np.ndarray, perceptual: bool) -> dict[int, int]:
+    """{later row: the earlier row it repeats}.
+
+    Args:
+        rows: (n,) row numbers, ascending.
+        data: (n, width) uint8, the digest or look of each; equal ones are duplicates, and with `perceptual`
+            those that differ in at most 5 of 128 bits and little in colour.
+    """
     if not len(rows):
         return {}
-    data = np.frombuffer(b"".join(v for v in values if v is not None), np.uint8).reshape(len(rows), -1)
-    found: dict[int, int] = {}
     if not perceptual:
-        _, first, inverse = np.unique(data, axis=0, return_index=True, return_inverse=True)
+        keys = np.ascontiguousarray(data).view(f"V{data.shape[1]}").reshape(-1)
+        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         origin = first[inverse.reshape(-1)]
         return {int(rows[i]): int(rows[origin[i]]) for i in np.flatnonzero(origin != np.arange(len(rows)))}
+    found: dict[int, int] = {}
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.uint8)
     hashes, colors = data[:, :16], data[:, 16:].astype(np.int16)
-    for band in range(
-        0, 16, 2
-    ):  # 5 differing bits leave at least one of 8 bands equal: there they are neighbours
+    for band in range(0, 16, 2):  # 5 differing bits leave one of 8 bands equal, where both are neighbours
         order = np.lexsort(np.roll(hashes, -band, axis=1).T[::-1])
         for step in range(1, 9):
             one, other = order[:-step], order[step:]
@@ -277,52 +281,61 @@ def clean(
         output.with_name(f"{output.name}.work") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     )
     work.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(rows), CHUNK)
-    chunks = [
-        Chunk(
-            str(source),
-            start,
-            min(start + CHUNK, len(rows)),
-            str(folder),
-            transform,
-            rules,
-            f"{work}/{i:06d}.parquet",
-        )
-        for i, start in enumerate(starts)
-    ]
+    chunks = []
+    for number, start in enumerate(range(0, len(rows), CHUNK)):
+        stop, path = min(start + CHUNK, len(rows)), str(work / f"{number:06d}.parquet")
+        chunks.append(Chunk(str(source), start, stop, str(folder), transform, rules, path))
     mine = [chunks[i] for i in shard_slice(shards, len(chunks))]
-    _run(judge_chunk, mine, engine, workers, progress, lambda chunk: chunk.stop - chunk.start)
+    _run(judge_chunk, mine, engine, workers, progress)
     if shards:
         return dict(sum((Counter(judge_chunk(chunk)) for chunk in mine), Counter()))
-    verdicts = [Verdict(**row) for chunk in chunks for row in pq.read_table(chunk.path).to_pylist()]
+    duplicates = {}
     if dedupe:
-        good = [None if v.reason else v.look if dedupe == "perceptual" else v.digest for v in verdicts]
-        for late, early in find_duplicates(good, dedupe == "perceptual").items():
-            verdicts[late] = verdicts[late]._replace(reason="duplicate", detail=f"of {rows.where(early)}")
-    counts = _write(rows, verdicts, output, work)
-    if compact is not None and counts.get("ok"):
-        _compact(
-            work / "survivors.jsonl", counts["ok"], folder, compact, compact_size, engine, workers, progress
-        )
+        duplicates = find_duplicates(*_fingerprints(chunks, dedupe == "perceptual"), dedupe == "perceptual")
+    counts, examples = _write(rows, _verdicts(chunks, rows, duplicates), output, work, folder)
+    if compact is not None and counts["ok"]:
+        _compact(work / "survivors.jsonl", folder, compact, compact_size, engine, workers, progress)
         _write_compacted(open_rows(work / "survivors.jsonl"), output)
-    _report(rows, verdicts, counts, folder, output)
+    _report(rows, counts, examples, output)
     shutil.rmtree(work.parent)
-    return counts
+    return dict(counts)
 
 
-def _run(function: Any, specs: list[Any], engine: str, workers: int, progress: bool, size: Any) -> None:
-    done, total = 0, sum(map(size, specs))
+def _fingerprints(chunks: list[Chunk], perceptual: bool) -> tuple[np.ndarray, np.ndarray]:
+    rows, data = [np.zeros(0, np.int64)], [np.zeros((0, 19 if perceptual else 16), np.uint8)]
+    for chunk in chunks:
+        column = pq.read_table(chunk.path)["look" if perceptual else "digest"].to_pylist()
+        there = [i for i, value in enumerate(column) if value is not None]
+        rows.append(np.array(there, np.int64) + chunk.start)
+        joined = b"".join(column[i] for i in there)
+        data.append(np.frombuffer(joined, np.uint8).reshape(len(there), data[0].shape[1]))
+    return np.concatenate(rows), np.concatenate(data)
+
+
+def _verdicts(chunks: list[Chunk], rows: RowFile, duplicates: dict[int, int]) -> Iterator[Verdict]:
+    for chunk in chunks:
+        for index, values in enumerate(pq.read_table(chunk.path).to_pylist(), chunk.start):
+            verdict = Verdict(**values)
+            if index in duplicates:
+                verdict = verdict._replace(reason="duplicate", detail=f"of {rows.where(duplicates[index])}")
+            yield verdict
+
+
+def _run(function: Any, specs: list[Any], engine: str, workers: int, progress: bool) -> None:
+    done, total = 0, sum(spec.stop - spec.start for spec in specs)
     for result in run_shards(function, specs, engine=engine, workers=workers):
         if result.error:
             raise ValueError(f"{result.error}\nThe same command goes on where this stopped.")
-        done += size(result.spec)
+        done += result.spec.stop - result.spec.start
         if progress:
             sys.stderr.write(f"\r{done:,} of {total:,} records   {'' if done < total else chr(10)}")
 
 
-def _write(rows: RowFile, verdicts: list[Verdict], output: Path, work: Path) -> dict[str, int]:
+def _write(
+    rows: RowFile, verdicts: Iterator[Verdict], output: Path, work: Path, folder: Path
+) -> tuple[Counter[str], dict[str, list[dict[str, Any]]]]:
     """Survivors to `output` and, for compaction, to the work folder; the others to the quarantine."""
-    counts: Counter[str] = Counter()
+    counts, examples = Counter[str](), dict[str, list[dict[str, Any]]]()
     aside = output.with_name(f"{output.stem}_quarantine.jsonl")
     with (
         RecordWriter(output) as good,
@@ -333,41 +346,39 @@ def _write(rows: RowFile, verdicts: list[Verdict], output: Path, work: Path) -> 
             text = rows.raw(index).decode("utf-8", "replace")
             counts[verdict.reason or "ok"] += 1
             if verdict.reason:
-                shown = text if verdict.reason == "not_a_record" else json.loads(text)
-                bad.write({"reason": verdict.reason, "detail": verdict.detail, "record": shown})
+                bad.write({"reason": verdict.reason, "detail": verdict.detail, "record": _readable(text)})
+                if len(seen := examples.setdefault(verdict.reason, [])) < 12:
+                    seen.append({"name": rows.where(index), "detail": verdict.detail, **_shown(text, folder)})
                 continue
             if verdict.bad:  # some of its captions can't be used, the others can
                 row = json.loads(text)
-                counts["captions left out of good records"] += len(verdict.bad)
                 unusable = [row["responses"][i] for i in verdict.bad]
                 bad.write({"reason": verdict.detail, "detail": "", "record": {**row, "responses": unusable}})
                 row["responses"] = [r for i, r in enumerate(row["responses"]) if i not in verdict.bad]
                 text = json.dumps(row, ensure_ascii=False)
             good.write_text(text)
             again.write_text(text)
-    return dict(counts)
+    return counts, examples
+
+
+def _readable(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _compact(
-    records: Path,
-    count: int,
-    folder: Path,
-    output: Path,
-    side: int,
-    engine: str,
-    workers: int,
-    progress: bool,
+    records: Path, folder: Path, output: Path, side: int, engine: str, workers: int, progress: bool
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    if stray := [p for p in output.glob("*.parquet") if int(p.stem) * SHARD >= count]:
-        raise ValueError(
-            f"--compact {output}: shards of another run are there ({stray[0].name}); empty it first"
-        )
-    specs = [
-        CompactShard(str(records), start, min(start + SHARD, count), str(folder), str(output), number, side)
-        for number, start in enumerate(range(0, count, SHARD))
-    ]
-    _run(compact_shard, specs, engine, workers, progress, lambda spec: spec.stop - spec.start)
+    specs, count = [], len(open_rows(records))
+    for number, start in enumerate(range(0, count, SHARD)):
+        stop = min(start + SHARD, count)
+        specs.append(CompactShard(str(records), start, stop, str(folder), str(output), number, side))
+    if stray := [path.name for path in output.glob("*.parquet") if int(path.stem) >= len(specs)]:
+        raise ValueError(f"--compact {output}: shards of another run are there ({stray[0]}); empty it first")
+    _run(compact_shard, specs, engine, workers, progress)
 
 
 def _write_compacted(survivors: RowFile, output: Path) -> None:
@@ -382,32 +393,23 @@ def _write_compacted(survivors: RowFile, output: Path) -> None:
 
 
 def _report(
-    rows: RowFile, verdicts: list[Verdict], counts: dict[str, int], folder: Path, output: Path
+    rows: RowFile, counts: Counter[str], examples: dict[str, list[dict[str, Any]]], output: Path
 ) -> None:
-    examples: dict[str, list[dict[str, Any]]] = {}
-    for index, verdict in enumerate(verdicts):
-        if verdict.reason and len(seen := examples.setdefault(verdict.reason, [])) < 12:
-            seen.append(
-                {"name": rows.where(index), "detail": verdict.detail, **_shown(rows.raw(index), folder)}
-            )
-    beside = output.with_name(f"{output.stem}_report.json")
-    plain = {reason: [{**e, "thumbnail": ""} for e in some] for reason, some in examples.items()}
-    beside.write_text(
-        json.dumps({"counts": counts, "examples": plain}, indent=1, ensure_ascii=False), "utf-8"
-    )
-    facts = [("records", f"{len(rows):,}"), ("kept", f"{counts.get('ok', 0):,}")]
-    title = f"Cleaning of {rows.name}"
-    ordered = sorted(examples.items())
-    write_page(beside.with_suffix(".html"), title=title, facts=facts, outcomes=counts, examples=ordered)
+    path = output.with_name(f"{output.stem}_report.html")
+    facts = [("records", f"{len(rows):,}"), ("kept", f"{counts['ok']:,}")]
+    title, ordered = f"Cleaning of {rows.name}", sorted(examples.items())
+    write_page(path, title=title, facts=facts, outcomes=counts, examples=ordered)
+    plain = {reason: [{**e, "thumbnail": ""} for e in some] for reason, some in ordered}
+    report = json.dumps({"outcomes": counts, "examples": plain}, indent=1, ensure_ascii=False)
+    path.with_suffix(".json").write_text(report, "utf-8")
 
 
-def _shown(raw: bytes, folder: Path) -> dict[str, str]:
+def _shown(text: str, folder: Path) -> dict[str, str]:
     """Caption and picture of a record that was set aside, as far as there are any."""
     try:
-        row = json.loads(raw)
-        record = Record.from_json(row, "")
+        record = Record.from_json(_readable(text), "")
     except ValueError:
-        return {"caption": raw[:200].decode("utf-8", "replace"), "thumbnail": ""}
+        return {"caption": text[:200], "thumbnail": ""}
     caption = " / ".join(record.responses)[:200]
     try:
         pixels = decode_image(read_image_bytes(record.images[0], folder)) if record.images else None
