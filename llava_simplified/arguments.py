@@ -134,6 +134,11 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.tf32:
                 print("tf32 is an NVIDIA format: no effect on this machine", file=sys.stderr)
             self.tf32 = None
+            if self.deepspeed:
+                from deepspeed import ops
+
+                # an operator for shared memory that would be compiled for a minute at every first start
+                ops.__compatible_ops__["deepspeed_shm_comm"] = False
         elif self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
             raise ValueError("this GPU has no bfloat16: pass --bf16 False --fp16 True")
         self.output_dir = self.output_dir or "output"

@@ -8,14 +8,16 @@ import sys
 import warnings
 
 COMMANDS = {
-    "inspect": (
-        "llava_simplified.inspection",
-        "show samples as the model sees them: tokens, labels, image spans",
-    ),
-    "train": ("llava_simplified.training.run", "fine-tune a language model to see"),
-    "predict": ("llava_simplified.captioning", "caption the pictures of a data file, or one picture"),
-    "evaluate": ("llava_simplified.evaluation.run", "score predictions against references"),
-    "demo": ("llava_simplified.demo.run", "the whole recipe on small real weights and pictures, in minutes"),
+    "download": ("llava_simplified.data.download:main", "image URLs -> shards or files, politely and safely"),
+    "convert": ("llava_simplified.data.convert:main", "any caption source -> records"),
+    "clean": ("llava_simplified.data.clean:main", "set aside what training can't use, and say why"),
+    "reduce": ("llava_simplified.data.convert:reduce_main", "a random sample of the records"),
+    "merge-manifests": ("llava_simplified.data.download:merge_main", "join what several machines downloaded"),
+    "inspect": ("llava_simplified.inspection:main", "samples as the model sees them: tokens, labels, images"),
+    "train": ("llava_simplified.training.run:main", "fine-tune a language model to see"),
+    "predict": ("llava_simplified.captioning:main", "caption the pictures of a data file, or one picture"),
+    "evaluate": ("llava_simplified.evaluation.run:main", "score predictions against references"),
+    "demo": ("llava_simplified.demo.run:main", "the whole recipe on small real weights and pictures"),
 }
 
 
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: llava COMMAND [options]\n\ncommands:")
         for name, (_, help_text) in COMMANDS.items():
-            print(f"  {name:<12}{help_text}")
+            print(f"  {name:<17}{help_text}")
         print("\n`llava COMMAND --help` lists the options of a command.")
         return 0
     name, rest = arguments[0], arguments[1:]
@@ -35,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(COMMANDS[name][0], rest)
 
 
-def run_command(module: str, argv: list[str] | None) -> int:
-    """`main(argv)` of a module; ValueError, which our code raises for what a user can mend, becomes one line."""
+def run_command(target: str, argv: list[str] | None) -> int:
+    """Call "module:function" with `argv`; ValueError, which our code raises for what a user can mend, becomes one line."""
     # Without torchvision, transformers warns of each of its hundred image processors: ours need none of them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
@@ -44,7 +46,8 @@ def run_command(module: str, argv: list[str] | None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
-        return importlib.import_module(module).main(argv)
+        module, _, function = target.partition(":")
+        return getattr(importlib.import_module(module), function)(argv)
     except ValueError as error:
         if os.environ.get("LLAVA_TRACEBACK"):
             raise

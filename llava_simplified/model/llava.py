@@ -72,6 +72,11 @@ class Llava(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def config(self) -> Any:
+        """The language model's: engines read the width of the layers from it."""
+        return self.language_model.config
+
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the language model's activations in the backward pass; the frozen tower keeps none anyway."""
         self.language_model.gradient_checkpointing_enable(**options)

@@ -1,0 +1,12 @@
+"""Set aside the rows whose picture the vision tower can't be given.
+
+    python data_preprocessing/clean.py conceptual_captions_instruct_train.json --image-folder data/train/images \
+        --vision_tower openai/clip-vit-base-patch16 --output conceptual_captions_instruct_train_clean.json
+"""
+
+import sys
+
+from llava_simplified.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("llava_simplified.data.clean:main", sys.argv[1:]))

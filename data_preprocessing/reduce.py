@@ -1,0 +1,11 @@
+"""A random sample of the rows, the same for the same seed.
+
+    python data_preprocessing/reduce.py conceptual_captions_instruct_train_clean.json --count 1000 --seed 0
+"""
+
+import sys
+
+from llava_simplified.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("llava_simplified.data.convert:reduce_main", sys.argv[1:]))

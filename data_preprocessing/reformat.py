@@ -1,0 +1,12 @@
+"""Make the training JSON from a caption file and the folder of its pictures.
+
+    python data_preprocessing/reformat.py Train_GCC-training.tsv --image-folder data/train/images \
+        --output conceptual_captions_instruct_train.json
+"""
+
+import sys
+
+from llava_simplified.cli import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("llava_simplified.data.convert:main", sys.argv[1:]))
