@@ -1,0 +1,93 @@
+"""What the README and LLaVA's tutorial say to type, typed: separate processes, tiny local models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
+
+
+def call(*words: object, folder: Path) -> str:
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def tutorial(models: Path, data: Path) -> list[object]:
+    return [
+        *("--model_name_or_path", models / "mistral", "--vision_tower", models / "clip"),
+        *("--train_data_path", data / "train.json", "--train_image_folder", data / "images"),
+        *("--eval_data_path", data / "val.json", "--val_image_folder", data / "images"),
+        *("--max_steps", 2),
+    ]
+
+
+def predict(checkpoint: Path, data: Path, folder: Path) -> list[dict]:
+    words = ["--model-path", checkpoint, "--data-path", data / "val.json", "--image-folder", data / "images"]
+    call(sys.executable, ROOT / "predict.py", *words, "--max-new-tokens", 4, folder=folder)
+    return json.loads((folder / "predictions.json").read_text())
+
+
+@pytest.mark.slow
+def test_train_then_predict_as_the_tutorial_says(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    call(sys.executable, ROOT / "train.py", *tutorial(models_folder, data_folder), folder=tmp_path)
+    rows = predict(tmp_path / "output" / "mistral-clip", data_folder, tmp_path)
+    assert [row["index"] for row in rows] == [i for i in range(4) for _ in range(3)], "three trials a picture"
+    assert set(rows[0]) == {"index", "image", "instruction", "gt_caption", "pred_output"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_processes(models_folder: Path, data_folder: Path, tmp_path: Path, launcher: str) -> None:
+    """One training of two processes, not two trainings: 2 steps x 2 processes x 2 pictures are seen."""
+    if launcher == "deepspeed":
+        pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
+        start = ["deepspeed", "--num_accelerators", 2, "--master_port", 29871, ROOT / "train.py"]
+        start += ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
+    else:
+        start = ["torchrun", "--nproc_per_node", 2, "--master_port", 29872, ROOT / "train.py"]
+    words = [*tutorial(models_folder, data_folder), "--per_device_train_batch_size", 2, "--logging_steps", 1]
+    call(*start, *words, "--learning_rate", 1e-2, "--output_dir", tmp_path / "two", folder=tmp_path)
+    assert len(predict(tmp_path / "two", data_folder, tmp_path)) == 12
+    single = ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--learning_rate", 1e-2]
+    words = [*tutorial(models_folder, data_folder), *single, "--output_dir", tmp_path / "one"]
+    call(sys.executable, ROOT / "train.py", *words, "--seed", 42, folder=tmp_path)
+    logs = [(tmp_path / name / "trainer_log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    first = [json.loads(lines[0])["loss"] for lines in logs]
+    assert abs(first[0] - first[1]) < 0.5, first
+
+
+def test_the_help_needs_no_heavy_import() -> None:
+    code = (
+        "import sys; from llava_simplified.cli import main; main(['--help']); print('torch' in sys.modules)"
+    )
+    assert call(sys.executable, "-c", code, folder=ROOT).strip().endswith("False")
+
+
+def test_a_user_error_is_one_line(tmp_path: Path) -> None:
+    words = [sys.executable, ROOT / "predict.py", "--model-path", tmp_path, "--image", "gone.jpg"]
+    done = subprocess.run(
+        [str(w) for w in words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: no picture gone.jpg"
