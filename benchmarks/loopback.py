@@ -132,6 +132,7 @@ class _Handler(asyncio.Protocol):
     latency = 0.1
     served: dict[str, int]  # requests by path
     targets: dict[str, str]  # redirects that a test sets up: /redirect/name -> its location
+    requests: list[str]  # as they came, in order
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
@@ -142,6 +143,7 @@ class _Handler(asyncio.Protocol):
         while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
             request, self.buffer = self.buffer[:end], self.buffer[end + 4 :]
             path = request.split(b" ", 2)[1].decode()
+            self.requests.append(request.decode("latin-1"))
             self.served[path] = self.served.get(path, 0) + 1
             asyncio.get_running_loop().call_later(self.latency, self.answer, path)
 
@@ -198,10 +200,10 @@ class _Handler(asyncio.Protocol):
 
 
 async def start(
-    host: str, port: int, latency: float, context: ssl.SSLContext | None = None
+    host: str | None, port: int, latency: float, context: ssl.SSLContext | None = None
 ) -> tuple[asyncio.Server, type[_Handler]]:
     """A server and its handler class, whose `served` counts requests."""
-    handler = type("Handler", (_Handler,), {"latency": latency, "served": {}, "targets": {}})
+    handler = type("Handler", (_Handler,), {"latency": latency, "served": {}, "targets": {}, "requests": []})
     loop = asyncio.get_running_loop()
     server = await loop.create_server(handler, host, port, ssl=context, backlog=4096)
     return server, handler

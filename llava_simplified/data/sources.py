@@ -314,10 +314,13 @@ def _json(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
     number = -1
     with fsspec.open(source, "rb", compression="infer") as file:
         for key, value, _, _ in scan_json(file, source):
-            if isinstance(value, str):  # SBU: {"image_urls": [...], "captions": [...]}
+            if key in ("image_urls", "captions") and isinstance(value, str):  # SBU
                 parallel.setdefault(key, []).append(value)
-            elif not isinstance(value, dict) or key not in ("", "images", "annotations", "data", "rows"):
+            elif key not in ("", "images", "annotations", "data", "rows"):
                 continue  # COCO's info and licenses, SBU's user ids
+            elif not isinstance(value, dict):
+                number += 1
+                odd.note("not a JSON object (left out)", number, value)
             elif key == "annotations":
                 if not isinstance(value.get("caption"), str):
                     raise ValueError(
@@ -339,13 +342,9 @@ def _json(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
     for number, value in enumerate(annotations):
         yield _coco(images, value, number, odd)
     if parallel:
-        urls, captions = (next((parallel[n] for n in names if n in parallel), []) for names in
-                          (("image_urls", "urls", *URL_NAMES), ("captions", *CAPTION_NAMES)))  # fmt: skip
-        if not urls or len(urls) != len(captions):
-            sizes = {key: len(values) for key, values in parallel.items()}
-            raise ValueError(
-                f"{source}: needs as many 'captions' as 'image_urls'; arrays of text and lengths: {sizes}"
-            )
+        urls, captions = parallel.get("image_urls", []), parallel.get("captions", [])
+        if len(urls) != len(captions):
+            raise ValueError(f"{source}: {len(urls)} 'image_urls', but {len(captions)} 'captions'")
         for number, (url, caption) in enumerate(zip(urls, captions)):
             yield SourceRow(number, "", url, (caption.strip(),))
 

@@ -1,0 +1,152 @@
+"""Sources -> files of records, and random samples of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from llava_simplified.data.convert import convert, file_name, fraction, main, reduce, reduce_main
+from llava_simplified.data.records import open_records
+
+
+def source(folder: Path, count: int = 400, each: int = 1) -> Path:
+    """CC3M's form: `each` captions of every image, apart from one another."""
+    lines = [f"caption {n} of {i}\thttp://a.example/{i}.jpg" for n in range(each) for i in range(count)]
+    path = folder / "train.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_records_come_back_from_every_format(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    output = tmp_path / f"records.{suffix}"
+    counts, _ = convert(str(source(tmp_path)), output)
+    assert counts == {str(output): 400}
+    record = open_records(output)[17]
+    assert record.images == (file_name(17, "http://a.example/17.jpg"),)
+    assert record.responses == ("caption 0 of 17",)
+    assert record.turns[0].text == "<image>\nGenerate a caption of this image:"
+
+
+def test_captions_of_one_image_come_together_wherever_they_stand(tmp_path: Path) -> None:
+    convert(str(source(tmp_path, count=30, each=5)), tmp_path / "records.json")
+    rows = json.loads((tmp_path / "records.json").read_text())
+    assert len(rows) == 30
+    by_first = {row["responses"][0]: row["responses"] for row in rows}
+    assert by_first["caption 0 of 7"] == [f"caption {n} of 7" for n in range(5)]
+
+
+def test_equal_captions_of_one_image_are_one(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("a\thttp://a/1.jpg\na\thttp://a/1.jpg\nb\thttp://a/1.jpg\n")
+    convert(str(tmp_path / "x.tsv"), tmp_path / "o.json")
+    assert json.loads((tmp_path / "o.json").read_text())[0]["responses"] == ["a", "b"]
+
+
+def test_the_split_depends_on_the_image_alone(tmp_path: Path) -> None:
+    convert(str(source(tmp_path)), tmp_path / "a.json", split="val=0.2")
+    (tmp_path / "more").mkdir()
+    longer = source(tmp_path / "more", count=600)
+    convert(str(longer), tmp_path / "b.json", split="val=0.2")
+    parts = {}
+    for name in ("a_train", "a_val", "b_train", "b_val"):
+        parts[name] = {row["image"] for row in json.loads((tmp_path / f"{name}.json").read_text())}
+    assert len(parts["a_train"]) + len(parts["a_val"]) == 400
+    assert 50 < len(parts["a_val"]) < 110
+    assert parts["a_val"] < parts["b_val"]
+    assert not parts["b_train"] & parts["b_val"]
+
+
+def test_the_hash_is_uniform_and_fixed() -> None:
+    numbers = [fraction(f"{i}.jpg") for i in range(10_000)]
+    assert abs(sum(numbers) / 10_000 - 0.5) < 0.02
+    assert fraction("0.jpg") == 0x4BF7B45967DB2132 / 2**64, "as b2sum -l 64 says"
+
+
+@pytest.mark.parametrize("split", ["val", "val=2", "val=0.6,test=0.5", "val=x"])
+def test_a_wrong_split_is_refused(tmp_path: Path, split: str) -> None:
+    with pytest.raises(ValueError, match="--split"):
+        convert(str(source(tmp_path)), tmp_path / "o.json", split=split)
+
+
+def test_karpathys_own_split(tmp_path: Path) -> None:
+    images = [
+        {"filename": f"{i}.jpg", "split": split, "sentences": [{"raw": "x"}]}
+        for i, split in enumerate(["train", "restval", "val", "test"])
+    ]
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    counts, _ = convert(str(tmp_path / "k.json"), tmp_path / "o.json", split="source")
+    assert {Path(path).name: n for path, n in counts.items()} == {
+        "o_train.json": 2,
+        "o_val.json": 1,
+        "o_test.json": 1,
+    }
+
+
+def test_instructions_are_drawn_from_a_file_and_stay(tmp_path: Path) -> None:
+    (tmp_path / "templates.txt").write_text(
+        "Say what you see:\n\nDescribe it.\n<image>\\n?\n".replace("<image>\\n?\n", "What?\n")
+    )
+    results = []
+    for _ in range(2):
+        convert(str(source(tmp_path)), tmp_path / "o.json", instruction=str(tmp_path / "templates.txt"))
+        results.append([row["instruction"] for row in json.loads((tmp_path / "o.json").read_text())])
+    assert results[0] == results[1]
+    assert {text: results[0].count(text) > 90 for text in set(results[0])} == {
+        "Say what you see:": True, "Describe it.": True, "What?": True}  # fmt: skip
+
+
+def test_only_rows_whose_picture_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / file_name(3, "http://a.example/3.jpg")).touch()
+    png = file_name(5, "http://a.example/5.jpg").replace(".jpg", ".png")
+    (folder / png).touch()
+    _, odd = convert(str(source(tmp_path)), tmp_path / "o.json", image_folder=folder)
+    rows = json.loads((tmp_path / "o.json").read_text())
+    assert [row["image"] for row in rows] == [file_name(3, "http://a.example/3.jpg"), png]
+    assert list(odd.counts.values()) == [398]
+
+
+def test_conversations_pass_unchanged_but_for_absolute_paths(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "image": "/home/x/1.jpg", "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Hello"}]},
+        {"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    ]  # fmt: skip
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    convert(str(tmp_path / "x.json"), tmp_path / "o.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert written == [{**rows[0], "image": "1.jpg"}, rows[1]]
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"image": "1.jpg", "caption": "a"}, {"image": ')
+    with pytest.raises(ValueError, match="not JSON at byte"):
+        convert(str(tmp_path / "x.json"), tmp_path / "o.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_reduce_is_a_random_sample_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": f"{i}.jpg", "instruction": "x", "response": f"é {i}"} for i in range(1000)]
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps(rows, indent=1))
+    assert reduce_main([str(path), "--count", "100", "--seed", "3"]) == 0
+    sample = json.loads((tmp_path / "all_100.json").read_text())
+    assert sample == [rows[i] for i in sorted(random.Random(3).sample(range(1000), 100))]
+    assert reduce(path, tmp_path / "more.jsonl", 5000, 0) == 1000
+    assert [json.loads(line) for line in (tmp_path / "more.jsonl").read_text().splitlines()] == rows
+
+
+def test_the_command_tells_counts_and_oddities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.tsv"
+    path.write_bytes(b"a\thttp://a/1.jpg\r\nlost\r\nb\tc\thttp://a/2.jpg\r\n")
+    assert main([str(path), "--output", str(tmp_path / "o.json")]) == 0
+    told = capsys.readouterr().out
+    assert "2 records" in told
+    assert "1 ragged: too few fields (left out) (first: row 2: 'lost')" in told
+    assert "3 CRLF line end" in told

@@ -1,0 +1,240 @@
+"""Every caption source in its exact form, and what is strange in real files."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llava_simplified.data.sources import Columns, Oddities, SourceRow, read_source
+
+
+def read(path: Path, **columns: str) -> tuple[list[SourceRow], Oddities]:
+    odd = Oddities()
+    return list(read_source(str(path), odd, Columns(**columns))), odd
+
+
+def image_captions(path: Path, **columns: str) -> list[tuple[str, ...]]:
+    return [(row.image or row.url, *row.captions) for row in read(path, **columns)[0]]
+
+
+U = "http://a.example/1.jpg"
+V = "https://b.example/2.jpg?w=1,2"
+
+TEXTS = {
+    "cc3m.tsv": (f"a cat\t{U}\na dog\t{V}\n", [(U, "a cat"), (V, "a dog")]),
+    "cc12m.tsv": (f"{U}\ta cat\n{V}\ta dog\n", [(U, "a cat"), (V, "a dog")]),
+    "flickr30k.token": ("1.jpg#0\tA cat .\n1.jpg#1\tA pet .\n", [("1.jpg", "A cat ."), ("1.jpg", "A pet .")]),
+    "results.csv": (
+        "image_name| comment_number| comment\n1.jpg| 0| A cat | or so .\n1.jpg| 4   A dog runs .\n",
+        [("1.jpg", "A cat | or so ."), ("1.jpg", "A dog runs .")],
+    ),
+    "flickr8k.txt": (
+        'image,caption\n1.jpg,A cat .\n2.jpg,"A ""big"" dog, running ."\n',
+        [("1.jpg", "A cat ."), ("2.jpg", 'A "big" dog, running .')],
+    ),
+    "header.tsv": (f"id\turl\tcaption\n7\t{U}\ta cat\n", [(U, "a cat")]),
+    "urls.csv": (f"url,caption\n{U},a cat\n", [(U, "a cat")]),
+    "sbu.json": (json.dumps({"image_urls": [U, V], "user_ids": ["x", "y"], "captions": ["c", "d"]}),
+                 [(U, "c"), (V, "d")]),
+    "coco.json": (json.dumps({
+        "info": {"year": 2014},
+        "images": [{"id": 9, "file_name": "COCO_9.jpg", "coco_url": U}, {"id": 8, "file_name": "8.jpg"}],
+        "licenses": [{"id": 1}],
+        "annotations": [{"image_id": 8, "id": 1, "caption": "A dog. "}, {"image_id": 9, "id": 2, "caption": "A cat."}],
+    }), [("8.jpg", "A dog."), ("COCO_9.jpg", "A cat.")]),
+    "late.json": (json.dumps({  # annotations before images
+        "annotations": [{"image_id": 8, "caption": "A dog."}], "images": [{"id": 8, "file_name": "8.jpg"}],
+    }), [("8.jpg", "A dog.")]),
+    "karpathy.json": (json.dumps({"dataset": "coco", "images": [
+        {"filepath": "val2014", "filename": "1.jpg", "split": "test", "imgid": 0,
+         "sentences": [{"raw": "A cat.", "tokens": ["a", "cat"]}, {"raw": "A pet."}]}]}),
+        [("val2014/1.jpg", "A cat.", "A pet.")]),
+    "tutorial.json": (json.dumps([{"image": "1.jpg", "instruction": "Say:", "response": "a cat"}]), [("1.jpg", "a cat")]),
+    "llava.json": (json.dumps([{"id": "x", "image": "1.jpg", "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cat"}]}]), [("1.jpg", "a cat")]),
+    "rows.jsonl": (json.dumps({"url": U, "caption": "a cat"}) + "\n", [(U, "a cat")]),
+    "many.jsonl": (json.dumps({"file_name": "1.jpg", "captions": ["a cat", "a pet"]}) + "\n", [("1.jpg", "a cat", "a pet")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_each_form_is_known_without_being_told(tmp_path: Path, name: str) -> None:
+    text, expected = TEXTS[name]
+    (tmp_path / name).write_text(text, "utf-8")
+    assert image_captions(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        (("URL", "TEXT", "hash", "punsafe"), (U, "a cat", 1, 0.1)),  # LAION-2B
+        (("uid", "url", "text"), ("u", U, "a cat")),  # DataComp
+        (("url", "alt_text"), (U, "a cat")),
+    ],
+)
+def test_parquet_of_urls(tmp_path: Path, columns: tuple, row: tuple) -> None:
+    pq.write_table(
+        pa.table({name: [value] for name, value in zip(columns, row)}), tmp_path / "part-0.parquet"
+    )
+    assert image_captions(tmp_path / "part-0.parquet") == [(U, "a cat")]
+    assert image_captions(tmp_path) == [(U, "a cat")], "a folder of parts"
+    assert image_captions(tmp_path / "part-*.parquet") == [(U, "a cat")], "a glob"
+
+
+def test_parquet_with_pictures_in_it_names_the_row(tmp_path: Path) -> None:
+    pictures = [{"bytes": b"x", "path": "1.jpg"}, {"bytes": b"y", "path": "2.jpg"}]
+    pq.write_table(pa.table({"image": pictures, "text": ["a cat", "a dog"]}), tmp_path / "train.parquet")
+    assert image_captions(tmp_path / "train.parquet") == [
+        ("train.parquet#0", "a cat"),
+        ("train.parquet#1", "a dog"),
+    ]
+
+
+def test_imagefolder_with_metadata(tmp_path: Path) -> None:
+    (tmp_path / "train" / "sub").mkdir(parents=True)
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\nsub/1.jpg,a cat\n")
+    assert image_captions(tmp_path) == [("train/sub/1.jpg", "a cat")]
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_a_webdataset_tar_with_texts_or_json(tmp_path: Path) -> None:
+    members = {
+        "0.jpg": b"x",
+        "0.txt": b"a cat",
+        "1.png": b"y",
+        "1.json": b'{"caption": "a dog"}',
+        "2.jpg": b"z",
+    }
+    path = tar_of(tmp_path / "00000.tar", members)
+    rows, odd = read(path)
+    assert [(row.image, *row.captions) for row in rows] == [
+        ("00000.tar#0", "a cat"),
+        ("00000.tar#1", "a dog"),
+    ]
+    assert odd.counts == {"sample without a caption (left out)": 1}
+
+
+def test_the_manifest_of_img2dataset_is_used(tmp_path: Path) -> None:
+    tar_of(tmp_path / "00000.tar", {"000000000.jpg": b"x", "000000000.txt": b"a cat"})
+    rows = {
+        "key": ["000000000", "000000001"],
+        "status": ["success", "failed_to_download"],
+        "caption": ["a cat", "a dog"],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "00000.parquet")
+    assert image_captions(tmp_path) == [("00000.tar#000000000", "a cat")]
+
+
+def test_gzip_is_seen_through(tmp_path: Path) -> None:
+    (tmp_path / "cc3m.tsv.gz").write_bytes(gzip.compress(f"a cat\t{U}\n".encode()))
+    assert image_captions(tmp_path / "cc3m.tsv.gz") == [(U, "a cat")]
+
+
+ODD: dict[str, tuple[bytes, list[str], str]] = {
+    "byte order mark": (b"\xef\xbb\xbfone\tURL0\ntwo\tURL1\n", ["one", "two"], "byte order mark (removed)"),
+    "CRLF": (b"one\tURL0\r\ntwo\tURL1\r\n", ["one", "two"], "CRLF line end"),
+    "embedded tab": (b"one\tand more\tURL0\ntwo\tURL1\n", ["one and more", "two"], "'\\t' inside a caption (kept)"),
+    "quotes": (b'"one\tURL0\ntwo" "\tURL1\n', ['"one', 'two" "'], "quote character (kept as text)"),
+    "ragged": (b"one\tURL0\nlost\ntwo\tURL1\n", ["one", "two"], "ragged: too few fields (left out)"),
+    "not UTF-8": (b"caf\xe9\tURL0\ntwo\tURL1\n", ["café", "two"], "not UTF-8 (read as Windows-1252)"),
+    "blank": (b"one\tURL0\n\n  \ntwo\tURL1\n", ["one", "two"], "blank line (left out)"),
+    "NUL": (b"o\0ne\tURL0\ntwo\tURL1\n", ["one", "two"], "NUL byte (removed)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_oddity_is_counted_named_and_costs_no_neighbour(tmp_path: Path, name: str) -> None:
+    data, captions, kind = ODD[name]
+    (tmp_path / "x.tsv").write_bytes(data.replace(b"URL", b"http://a.example/"))
+    rows, odd = read(tmp_path / "x.tsv")
+    assert [row.captions[0] for row in rows] == captions
+    assert [row.url[-1] for row in rows] == ["0", "1"]
+    assert odd.counts[kind] >= 1, odd.counts
+    assert odd.first[kind].startswith("row ")
+
+
+def test_an_empty_caption_and_an_absolute_path_are_noted(tmp_path: Path) -> None:
+    rows = [{"image": "/data/somebody/1.jpg", "caption": "a cat"}, {"image": "2.jpg", "caption": " "}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    read_rows, odd = read(tmp_path / "x.json")
+    assert [(row.image, row.captions) for row in read_rows] == [("1.jpg", ("a cat",)), ("2.jpg", ())]
+    assert odd.counts == {"absolute image path (base name kept)": 1, "empty caption (left out)": 1}
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "train/../../1.jpg"])
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.json").write_text(
+        json.dumps([{"image": name, "caption": "x"}, {"image": "1.jpg", "caption": "y"}])
+    )
+    rows, odd = read(tmp_path / "x.json")
+    assert [row.image for row in rows] == ["1.jpg"]
+    assert odd.counts == {"image outside its folder, '..' (left out)": 1}
+
+
+def test_a_quote_that_never_closes_costs_one_csv_row(tmp_path: Path) -> None:
+    lines = ["url,caption", f'{U},a 5" cat', *(f"http://a.example/{i}.jpg,dog {i}" for i in range(60))]
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    rows, odd = read(tmp_path / "x.csv")
+    assert [row.captions[0] for row in rows] == ['a 5" cat', *(f"dog {i}" for i in range(60))]
+    assert odd.counts == {"quote that never closes (kept as text)": 1}
+
+
+def test_a_line_break_inside_csv_quotes_is_one_row(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f'url,caption\n{U},"a\ncat"\n{V.split("?")[0]},dog\n')
+    assert [row.captions[0] for row in read(tmp_path / "x.csv")[0]] == ["a cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.tsv", "a cat\ta dog\n", r"no field looks like a URL.*first row: \['a cat', 'a dog'\]"),
+        ("x.tsv", f"{U}\t{V}\n", "both fields look like an image's place"),
+        ("x.csv", "place,words\n1.jpg?,x\n", "no field looks like a URL"),
+        ("x.csv", f"url,words\n{U},x\n", "no caption column among url, words"),
+        ("x.jsonl", '{"link_to": "x", "caption": "y"}\n', "no url or image column among link_to, caption"),
+        ("x.tsv", "", "empty file"),
+        ("x.json", '{"captions": ["a"], "image_urls": []}', "0 'image_urls', but 1 'captions'"),
+        ("x.json", '{"annotations": [{"image_id": 1, "bbox": []}]}', "not the captions file"),
+    ],
+)
+def test_a_missing_or_ambiguous_column_is_an_error_with_the_first_row(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name)
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"place,words\n{U},a cat\n")
+    assert image_captions(tmp_path / "x.csv", url="place", caption="words") == [(U, "a cat")]
+    with pytest.raises(ValueError, match="no column 'wrong'; the columns are place, words"):
+        read(tmp_path / "x.csv", url="wrong", caption="words")
+
+
+@pytest.mark.parametrize("make", [lambda p: p / "gone.tsv", lambda p: p / "*.nothing", lambda p: p])
+def test_nothing_there_is_said(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    with pytest.raises(ValueError, match=r"no such file|no file matches|holds nothing"):
+        read(make(tmp_path))
+
+
+def test_utf_16_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text(f"a cat\t{U}\n", "utf-16")
+    with pytest.raises(ValueError, match="make it UTF-8 first"):
+        read(tmp_path / "x.tsv")
