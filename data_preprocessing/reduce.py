@@ -1,6 +1,6 @@
 """A random sample of the rows, the same for the same seed.
 
-    python data_preprocessing/reduce.py conceptual_captions_instruct_train_clean.json --count 1000 --seed 0
+python data_preprocessing/reduce.py conceptual_captions_instruct_train_clean.json --count 1000 --seed 0
 """
 
 import sys

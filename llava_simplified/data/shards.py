@@ -80,10 +80,11 @@ def tar_members(path: Path) -> Iterator[Member]:
         ValueError: where the tar is truncated, no tar, or holds links, devices or names that leave it; it
             names the last good member, or the bad one.
     """
-    last, length = "its beginning", path.stat().st_size
+    last, last_end, length = "its beginning", 0, path.stat().st_size
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                last_end = member.offset_data  # of a folder
                 if member.isdir():
                     continue
                 if not member.isreg():
@@ -96,11 +97,18 @@ def tar_members(path: Path) -> Iterator[Member]:
                     raise ValueError(
                         f"{path}: truncated in member {member.name!r}: {length} bytes are not all of it"
                     )
-                last = f"member {member.name!r}"
+                last, last_end = (
+                    f"member {member.name!r}",
+                    member.offset_data + -(-member.size // _BLOCK) * _BLOCK,
+                )
                 yield Member(member.name, member.offset_data, member.size)
                 archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header it has seen
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not a whole tar: {error}, after {last}") from None
+    with path.open("rb") as file:  # tarfile takes a torn header for the end
+        file.seek(last_end)
+        if (rest := file.read(_BLOCK)) != b"\0" * _BLOCK:
+            raise ValueError(f"{path}: truncated after {last}: {len(rest)} bytes and no end mark")
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,12 @@ class Server:
     """Its port, what was asked of it, and the redirects and robots.txt that a test sets up."""
 
     def __init__(self, port: int, handler: type) -> None:
-        self.port, self.served, self.targets, self.requests = port, handler.served, handler.targets, handler.requests
+        self.port, self.served, self.targets, self.requests = (
+            port,
+            handler.served,
+            handler.targets,
+            handler.requests,
+        )
 
     def url(self, path: str, host: str = "127.0.0.1", scheme: str = "http") -> str:
         return f"{scheme}://{host}:{self.port}/{path}"
@@ -30,7 +36,14 @@ def server() -> Iterator[Server]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    listening, handler = asyncio.run_coroutine_threadsafe(loopback.start(None, 0, 0.01), loop).result()
-    yield Server(listening.sockets[0].getsockname()[1], handler)
+
+    async def start() -> tuple[int, type]:
+        listening, handler = await loopback.start("0.0.0.0", 0, 0.01)
+        port = listening.sockets[0].getsockname()[1]
+        with contextlib.suppress(OSError):  # a machine without IPv6
+            await loop.create_server(handler, "::1", port)
+        return port, handler
+
+    yield Server(*asyncio.run_coroutine_threadsafe(start(), loop).result())
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
