@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import CAPTIONS
+from tiny import CAPTIONS
 
 from llava_simplified.cli import main
 

@@ -31,8 +31,8 @@ class Server:
         return f"{scheme}://{host}:{self.port}/{path}"
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
+@pytest.fixture(name="server")
+def loopback_server() -> Iterator[Server]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

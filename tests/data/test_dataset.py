@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from tiny import make_tokenizer
 
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.images import ImageTransform

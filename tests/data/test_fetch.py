@@ -10,7 +10,7 @@ from collections import Counter
 import aiohttp
 import pytest
 from multidict import CIMultiDict
-from servers import Server, loopback, server  # noqa: F401 - a fixture
+from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
 
 from llava_simplified.data import fetch
 from llava_simplified.data.fetch import Fetched, FetchOptions, fetch_all, opted_out

@@ -213,8 +213,8 @@ def test_perplexity() -> None:
 def test_clip_score_equals_the_two_tower_model(tmp_path: Path) -> None:
     """Hessel et al. 2021, from the whole model's own embeddings, one pair at a time."""
     import torch
-    from conftest import make_tokenizer
     from PIL import Image
+    from tiny import make_tokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 

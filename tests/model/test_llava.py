@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CAPTIONS, make_language_model, make_vision_model
+from tiny import CAPTIONS, make_language_model, make_vision_model
 from torch.nn.functional import cross_entropy
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 

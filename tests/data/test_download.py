@@ -1,0 +1,322 @@
+"""Whole downloads: every row with its outcome, killed and taken up again, in slices, to other places."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
+
+from llava_simplified.data import download as module
+from llava_simplified.data.download import (
+    ShardSpec,
+    Store,
+    download,
+    fetch_shard,
+    merge_main,
+    merge_manifests,
+    plan_shards,
+    read_journal,
+)
+from llava_simplified.data.fetch import FetchOptions
+from llava_simplified.data.images import decode_image, read_image_bytes
+from llava_simplified.data.records import open_records
+from llava_simplified.data.sources import Columns
+
+OPEN = FetchOptions(allow_private=True, timeout=2, retries=0)
+FAST = {kind: share for kind, share in loopback.MIX.items() if kind not in ("hang", "drip")}
+
+
+def source(folder: Path, port: int, count: int = 120, mix: dict[str, int] = FAST) -> tuple[Path, list]:
+    jobs = [(url, kind, n) for url, kind, n in loopback.urls(count, port, mix=mix)]
+    path = folder / "train.tsv"
+    path.write_text("".join(f"caption {number}\t{url}\n" for url, _, number in jobs))
+    return path, jobs
+
+
+def manifest(output: Path) -> list[dict[str, Any]]:
+    return pq.read_table(output / "manifest.parquet").to_pylist()
+
+
+def check(output: Path, jobs: list) -> None:
+    """Every row there once, with the outcome that the server knows, every kept picture byte by byte."""
+    rows = manifest(output)
+    assert [row["url"] for row in rows] == [url for url, _, _ in jobs]
+    for (url, kind, number), row in zip(jobs, rows):
+        outcome, digest = loopback.expected(kind, number)
+        assert ((row["error"] or "ok"), row["sha256"] or "") == (outcome, digest), (url, row)
+        if digest:
+            image = f"{row['index'] // 50:05d}.tar#{row['key']}"
+            assert decode_image(read_image_bytes(image, output)).shape[:2] == (row["height"], row["width"])
+    for path in output.glob("*.tar"):
+        with tarfile.open(path) as archive:
+            names = archive.getnames()
+        assert len(names) == len(set(names)), "no picture twice"
+        assert path.read_bytes().endswith(b"\0" * 1024), "whole"
+
+
+def run(tsv: Path, output: Path, options: FetchOptions = OPEN, **more: Any) -> dict[str, Any]:
+    return download(str(tsv), str(output), options, **{"shard_size": 50, "workers": 2, **more})
+
+
+def test_every_row_has_its_true_outcome_and_every_picture_its_place(server: Server, tmp_path: Path) -> None:
+    tsv, jobs = source(tmp_path, server.port)
+    report = run(tsv, tmp_path / "out")
+    check(tmp_path / "out", jobs)
+    assert sum(report["outcomes"].values()) == len(jobs)
+    records = open_records(tmp_path / "out")
+    assert len(records) == report["outcomes"]["ok"]
+    assert records[0].responses[0].startswith("caption ")
+    assert read_image_bytes(records[0].images[0], tmp_path / "out")
+    assert not list((tmp_path / "out" / "_work").iterdir()), "nothing is left behind"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "http_404" in page
+    assert "Rate over time" in page
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"] == report["outcomes"]
+
+
+def test_a_second_run_asks_for_nothing_and_retry_for_what_it_names(server: Server, tmp_path: Path) -> None:
+    tsv, jobs = source(tmp_path, server.port)
+    run(tsv, tmp_path / "out")
+    first = dict(server.served)
+    before = {row["key"]: row for row in manifest(tmp_path / "out")}
+    run(tsv, tmp_path / "out")
+    assert server.served == first
+    run(tsv, tmp_path / "out", retry=("404",))
+    again = {path for path in server.served if server.served[path] > first[path]}
+    assert again == {f"/missing/{n}.jpg" for _, kind, n in jobs if kind == "missing"}
+    check(tmp_path / "out", jobs)
+    kept = [row for row in manifest(tmp_path / "out") if row["status"] == "ok"]
+    assert all(row["offset"] == before[row["key"]]["offset"] for row in kept), (
+        "places stay true while retrying"
+    )
+
+
+def test_what_was_missing_can_come_later(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "x.tsv"
+    urls = [server.url(f"redirect/{i}", "127.0.0.2") for i in range(6)]
+    path.write_text("".join(f"caption\t{url}\n" for url in urls))
+    server.targets.update({str(i): server.url("broken/1.jpg" if i % 2 else "ok/1.jpg") for i in range(6)})
+    assert run(path, tmp_path / "out")["outcomes"] == {"ok": 3, "http_500": 3}
+    server.targets.update({str(i): server.url(f"ok/{i}.jpg") for i in range(6)})
+    assert run(path, tmp_path / "out", retry=("5xx",))["outcomes"] == {"ok": 6}
+    check(tmp_path / "out", [(url, "ok", int(url[-1]) if int(url[-1]) % 2 else 1) for url in urls])
+
+
+def test_plain_files_and_the_tutorials_json(server: Server, tmp_path: Path) -> None:
+    tsv, jobs = source(tmp_path, server.port, 60)
+    run(tsv, tmp_path / "out", files=True)
+    records = json.loads((tmp_path / "out" / "records.json").read_text())
+    assert len(records) == sum(loopback.EXPECTED[kind] == "ok" for _, kind, _ in jobs)
+    for record in records:
+        index = int(Path(record["image"]).name.split("_")[0])
+        data = (tmp_path / "out" / record["image"]).read_bytes()
+        kind = "ok" if jobs[index][1] == "moved" else jobs[index][1]
+        assert data == loopback.body_of(kind, jobs[index][2])
+        assert record["response"] == f"caption {index}"
+    suffixes = {path.suffix for path in (tmp_path / "out" / "images").iterdir()}
+    assert suffixes >= {".jpg"}
+    assert not suffixes - {".jpg", ".png", ".webp"}
+
+
+def test_shrinking_makes_the_shorter_side_256_and_never_grows(server: Server, tmp_path: Path) -> None:
+    tsv, _ = source(tmp_path, server.port, 40, {"ok": 3, "png": 1})
+    run(tsv, tmp_path / "out", FetchOptions(allow_private=True, resize=256))
+    for row in manifest(tmp_path / "out"):
+        assert min(row["width"], row["height"]) == (256 if "/ok/" in row["url"] else 200)
+        original = decode_image(loopback.body_of("ok" if "/ok/" in row["url"] else "png", row["index"]))
+        assert row["width"] / row["height"] == pytest.approx(original.shape[1] / original.shape[0], rel=0.01)
+
+
+def test_several_captions_of_one_url_are_one_request(server: Server, tmp_path: Path) -> None:
+    path = tmp_path / "x.tsv"
+    path.write_text("".join(f"caption {i}\t{server.url(f'ok/{i % 3}.jpg')}\n" for i in range(9)))
+    run(path, tmp_path / "out")
+    assert set(server.served.values()) == {1}
+    assert open_records(tmp_path / "out")[1].responses == ("caption 1", "caption 4", "caption 7")
+
+
+def test_slices_and_their_merging(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tsv, jobs = source(tmp_path, server.port, 160)
+    run(tsv, tmp_path / "out", shards="1/2")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00001.tar", "00003.tar"]
+    assert merge_main([str(tmp_path / "out")]) == 1, "unfinished"
+    assert "2 shards are not finished yet" in capsys.readouterr().out
+    run(tsv, tmp_path / "out", shards="0/2")
+    assert merge_main([str(tmp_path / "out")]) == 0
+    check(tmp_path / "out", jobs)
+
+
+def test_another_source_or_size_for_the_same_output_is_refused(server: Server, tmp_path: Path) -> None:
+    tsv, _ = source(tmp_path, server.port, 20)
+    run(tsv, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"was begun with {'shard_size': 50}, not {'shard_size': 60}"):
+        run(tsv, tmp_path / "out", shard_size=60)
+
+
+def test_if_the_first_500_fail_the_same_way_the_run_stops_and_says_why(
+    tmp_path: Path, server: Server
+) -> None:
+    path = tmp_path / "x.tsv"
+    path.write_text("".join(f"caption\t{server.url(f'ok/{i}.jpg')}\n" for i in range(40_000)))
+    with pytest.raises(
+        ValueError, match=r"first \d+ rows all failed with 'blocked_address'.*--allow-private"
+    ):
+        run(path, tmp_path / "out", FetchOptions(), shard_size=20_000)
+    assert not server.served
+
+
+def test_a_source_without_urls_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"image": "1.jpg", "caption": "a"}]')
+    with pytest.raises(ValueError, match="no URL in 1 rows from row 0"):
+        run(tmp_path / "x.json", tmp_path / "out")
+
+
+def test_any_place_that_fsspec_can_write(server: Server, tmp_path: Path) -> None:
+    tsv, jobs = source(tmp_path, server.port, 40)
+    store = Store("memory://bucket/cc3m")
+    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0}
+    plan_shards(str(tsv), Columns(), store, tmp_path, settings, "")
+    fetch_shard(ShardSpec(0, str(tmp_path), "memory://bucket/cc3m", False, (), OPEN))
+    report = merge_manifests("memory://bucket/cc3m", work=tmp_path)
+    assert sum(report["outcomes"].values()) == len(jobs)
+    names = {name.rsplit("/", 1)[-1] for name in store.fs.ls(store.root, detail=False)}
+    assert names == {"00000.tar", "00000.parquet", "manifest.parquet", "download.json", "records.jsonl",
+                     "report.json", "report.html"}  # fmt: skip
+    store.fs.get(store.root, str(tmp_path / "copy"), recursive=True)
+    check(tmp_path / "copy", jobs)
+
+
+def test_a_torn_journal_line_is_cut_and_a_lost_picture_fetched_again(tmp_path: Path) -> None:
+    journal = tmp_path / "00000.journal"
+    rows = [
+        {
+            "index": 0,
+            "status": "ok",
+            "file": "0.jpg",
+            "offset": 512,
+            "length": 100,
+            "end": 2048,
+            "error": None,
+        },
+        {
+            "index": 1,
+            "status": "failed",
+            "file": None,
+            "offset": None,
+            "length": None,
+            "end": 0,
+            "error": "dns",
+        },
+        {
+            "index": 2,
+            "status": "ok",
+            "file": "2.jpg",
+            "offset": 2560,
+            "length": 100,
+            "end": 4096,
+            "error": None,
+        },
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    journal.write_text(text + '{"index": 3, "sta')
+    outcomes, end = read_journal(journal, 4096)
+    assert (sorted(outcomes), end) == ([0, 1, 2], 4096)
+    assert journal.read_text() == text
+    outcomes, end = read_journal(journal, 3000)  # the disk lost the end of the tar
+    assert (sorted(outcomes), end) == ([0, 1], 2048)
+
+
+@pytest.mark.parametrize("step", ["publish tar", "publish manifest", "unlink"])
+def test_a_shard_killed_while_it_is_finished(
+    server: Server, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last row and the end there are three moments; after each, everything is there and nothing twice."""
+    tsv, jobs = source(tmp_path, server.port, 40)
+    store = Store(str(tmp_path / "out"))
+    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0}
+    plan_shards(str(tsv), Columns(), store, tmp_path, settings, "")
+    spec = ShardSpec(0, str(tmp_path), str(tmp_path / "out"), False, (), OPEN)
+    publish = Store.publish
+
+    def dies(self: Store, local: Path) -> None:
+        if step == "publish tar" and local.name == "00000.tar.part":
+            raise KeyboardInterrupt
+        if step == "publish manifest" and local.name == "00000.parquet.part":
+            raise KeyboardInterrupt
+        publish(self, local)
+        if step == "unlink" and local.name == "00000.parquet.part":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "publish", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_shard(spec)
+    monkeypatch.undo()
+    fetch_shard(spec)
+    merge_manifests(str(tmp_path / "out"))
+    check(tmp_path / "out", jobs)
+    assert set(server.served.values()) == {1} or max(server.served.values()) <= 2, server.served
+    assert Counter(server.served)[f"/ok/{next(n for _, k, n in jobs if k == 'ok')}.jpg"] == 1
+
+
+@pytest.mark.slow
+def test_killed_five_times_at_random_no_row_is_lost_or_fetched_twice(tmp_path: Path) -> None:
+    """kill -9 of the whole process group: after the last run every row is there, and what had a line in a journal
+    when the run was killed was not asked for again."""
+    rng = random.Random(7)
+    with loopback.running(0.05) as port:
+        tsv, jobs = source(tmp_path, port, 1500, {**FAST, "hang": 2})
+        output = tmp_path / "out"
+        command = [sys.executable, "-m", "llava_simplified.cli", "download", str(tsv), "--output", str(output),
+                   "--shard-size", "50", "--workers", "2", "--timeout", "1", "--allow-private", "--retries", "0",
+                   "--concurrency", "8"]  # fmt: skip
+        recorded: dict[int, float] = {}
+        kills = 0
+        while kills < 5:
+            process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+            time.sleep(1.5 + rng.random())
+            if process.poll() is not None:
+                break
+            os.killpg(process.pid, signal.SIGKILL) if kills % 2 else process.kill()
+            process.wait()
+            time.sleep(1.5)  # its workers see that it is gone
+            kills += 1
+            seen = _recorded(output)
+            assert all(seen.get(index) == at for index, at in recorded.items()), (
+                "a recorded row was fetched again"
+            )
+            recorded = seen
+        assert kills >= 3, "the run was over too soon for this test to mean anything"
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        check(output, jobs)
+        final = {row["index"]: row["at"] for row in manifest(output)}
+        assert all(final[index] == at for index, at in recorded.items())
+
+
+def _recorded(output: Path) -> dict[int, float]:
+    """When each row that a journal or a manifest holds was fetched."""
+    found = {}
+    for path in output.glob("0*.parquet"):
+        found.update({row["index"]: row["at"] for row in pq.read_table(path).to_pylist()})
+    for path in (output / "_work").glob("*.journal"):
+        data = path.read_bytes()
+        for line in data[: data.rfind(b"\n") + 1].splitlines():
+            row = json.loads(line)
+            found[row["index"]] = row["at"]
+    return found
+
+
+def test_the_server_of_the_test_knows_every_outcome() -> None:
+    assert set(FAST) <= set(loopback.EXPECTED)
+    assert module.EARLY == 500
