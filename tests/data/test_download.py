@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
 
-from llava_simplified.data import download as module
 from llava_simplified.data.download import (
     ShardSpec,
     Store,
@@ -134,8 +133,8 @@ def test_shrinking_makes_the_shorter_side_256_and_never_grows(server: Server, tm
     tsv, _ = source(tmp_path, server.port, 40, {"ok": 3, "png": 1})
     run(tsv, tmp_path / "out", FetchOptions(allow_private=True, resize=256))
     for row in manifest(tmp_path / "out"):
-        assert min(row["width"], row["height"]) == (256 if "/ok/" in row["url"] else 200)
         original = decode_image(loopback.body_of("ok" if "/ok/" in row["url"] else "png", row["index"]))
+        assert min(row["width"], row["height"]) == min(256, *original.shape[:2])
         assert row["width"] / row["height"] == pytest.approx(original.shape[1] / original.shape[0], rel=0.01)
 
 
@@ -297,7 +296,7 @@ def test_killed_five_times_at_random_no_row_is_lost_or_fetched_twice(tmp_path: P
                 "a recorded row was fetched again"
             )
             recorded = seen
-        assert kills >= 3, "the run was over too soon for this test to mean anything"
+        assert kills == 5, "the run was over too soon for this test to mean anything"
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         check(output, jobs)
         final = {row["index"]: row["at"] for row in manifest(output)}
@@ -315,8 +314,3 @@ def _recorded(output: Path) -> dict[int, float]:
             row = json.loads(line)
             found[row["index"]] = row["at"]
     return found
-
-
-def test_the_server_of_the_test_knows_every_outcome() -> None:
-    assert set(FAST) <= set(loopback.EXPECTED)
-    assert module.EARLY == 500
