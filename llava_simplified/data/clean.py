@@ -34,7 +34,7 @@ from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.data.shards import ShardWriter
 from llava_simplified.data.shrink import check_image, shrink_image
 
-CHUNK = 2_000  # records whose verdicts are written at once
+CHUNK = 500  # records whose verdicts are written at once
 SHARD = 5_000  # records of a compacted shard
 _VERDICTS = pa.schema(
     {
@@ -167,7 +167,7 @@ class Chunk:
     start: int
     stop: int
     folder: str
-    transform: dict[str, Any] | None
+    vision_tower: str
     rules: Rules
     path: str
 
@@ -177,17 +177,21 @@ def _rows(path: str) -> RowFile:
     return open_rows(path)
 
 
+@lru_cache(maxsize=1)
+def _transform(vision_tower: str) -> ImageTransform | None:
+    if not vision_tower:
+        return None
+    import torch
+
+    torch.set_num_threads(1)  # there are as many processes as CPUs
+    return ImageTransform.from_pretrained(vision_tower)
+
+
 def judge_chunk(chunk: Chunk) -> dict[str, int]:
     """Write the verdicts on a chunk, unless they are there; returns how many there are of each."""
     path = Path(chunk.path)
     if not path.exists():
-        rows, folder = _rows(chunk.records), Path(chunk.folder)
-        transform = None
-        if chunk.transform is not None:
-            import torch
-
-            torch.set_num_threads(1)  # as many processes as CPUs
-            transform = ImageTransform.from_dict(chunk.transform)
+        rows, folder, transform = _rows(chunk.records), Path(chunk.folder), _transform(chunk.vision_tower)
         verdicts = []
         for index in range(chunk.start, chunk.stop):
             try:
@@ -274,9 +278,9 @@ def clean(
     """
     rows = open_rows(source)
     folder = image_folder or (source if source.is_dir() else source.parent)
-    transform = ImageTransform.from_pretrained(vision_tower).to_dict() if vision_tower else None
-    stat = rows.path.stat()
-    facts = [str(rows.path), stat.st_size, stat.st_mtime_ns, str(folder), transform, asdict(rules)]
+    stat, local = rows.path.stat(), Path(vision_tower, "preprocessor_config.json")
+    tower = [vision_tower, local.read_text() if vision_tower and local.is_file() else ""]
+    facts = [str(rows.path), stat.st_size, stat.st_mtime_ns, str(folder), tower, asdict(rules)]
     work = (
         output.with_name(f"{output.name}.work") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     )
@@ -284,7 +288,7 @@ def clean(
     chunks = []
     for number, start in enumerate(range(0, len(rows), CHUNK)):
         stop, path = min(start + CHUNK, len(rows)), str(work / f"{number:06d}.parquet")
-        chunks.append(Chunk(str(source), start, stop, str(folder), transform, rules, path))
+        chunks.append(Chunk(str(source), start, stop, str(folder), vision_tower, rules, path))
     mine = [chunks[i] for i in shard_slice(shards, len(chunks))]
     _run(judge_chunk, mine, engine, workers, progress)
     if shards:
