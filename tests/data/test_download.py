@@ -314,3 +314,11 @@ def _recorded(output: Path) -> dict[int, float]:
             row = json.loads(line)
             found[row["index"]] = row["at"]
     return found
+
+
+@pytest.mark.slow
+def test_ray_fetches_the_same(server: Server, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the ray extra is not installed")
+    tsv, jobs = source(tmp_path, server.port)
+    run(tsv, tmp_path / "out", engine="ray")
+    check(tmp_path / "out", jobs)
