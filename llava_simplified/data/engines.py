@@ -188,7 +188,9 @@ class _Ray:
         self.ray, address = ray, os.environ.get("RAY_ADDRESS")
         self._ours = not ray.is_initialized()
         if self._ours:
-            local = {} if address else {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
+            local: dict[str, Any] = (
+                {} if address else {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
+            )
             ray.init(address=address, log_to_driver=False, **local)
         self.slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._remote = ray.remote(num_cpus=1, max_retries=0)(function)
