@@ -3,97 +3,40 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as parquet
 import pytest
+from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
 
 from llava_simplified.cli import main
 from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 
-
-class Server(ThreadingHTTPServer):
-    asked: Counter[str]
-    pictures: Path
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.asked[self.path] += 1
-        name = self.path.strip("/")
-        if name == "html.jpg":
-            return self.answer(200, b"<html>not here</html>", "image/jpeg")
-        if name == "moved.jpg":
-            self.send_response(302)
-            self.send_header("Location", "file:///etc/passwd")
-            self.end_headers()
-            return None
-        if name == "optout.jpg":
-            return self.answer(200, self.picture("0.jpg"), "image/jpeg", {"X-Robots-Tag": "noai"})
-        if name == "cut.jpg":
-            return self.answer(200, self.picture("0.jpg")[:700], "image/jpeg")
-        if (self.server.pictures / name).is_file():
-            return self.answer(200, self.picture(name), "image/jpeg")
-        return self.answer(404, b"", "text/plain")
-
-    def picture(self, name: str) -> bytes:
-        return (self.server.pictures / name).read_bytes()
-
-    def answer(self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(data_folder: Path) -> Iterator[Server]:
-    server = Server(("127.0.0.1", 0), Handler)
-    server.asked, server.pictures = Counter(), data_folder / "images"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-NAMES = ["0.jpg", "gone.jpg", "html.jpg", "moved.jpg", "optout.jpg", "cut.jpg", "1.jpg"]
+KINDS = ["ok", "missing", "html", "to_file", "optout", "cut", "ok"]
 
 
 def url_list(server: Server, folder: Path) -> Path:
     path = folder / "urls.tsv"
-    base = f"http://127.0.0.1:{server.server_port}"
-    path.write_text("".join(f"caption {i}\t{base}/{name}\n" for i, name in enumerate(NAMES)))
+    lines = (f"caption {i}\t{server.url(f'{kind}/{i}.jpg')}\n" for i, kind in enumerate(KINDS))
+    path.write_text("".join(lines))
     return path
 
 
 def test_good_pictures_are_kept_byte_exact_and_bad_ones_by_their_cause(
-    server: Server, data_folder: Path, tmp_path: Path
+    server: Server, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     words = [str(url_list(server, tmp_path)), "--output", str(out), "--allow-private", "--resize", "0"]
     assert main(["download", *words, "--workers", "1"]) == 0
     rows = parquet.read_table(out / "manifest.parquet").to_pylist()
-    assert len(rows) == len(NAMES), "every URL has a row"
-    status = {row["url"].rsplit("/", 1)[1]: row["error"] or row["status"] for row in rows}
-    assert status["0.jpg"] == status["1.jpg"] == "ok"
-    assert [name for name in NAMES if status[name] == "ok"] == ["0.jpg", "1.jpg"]
-    assert len({status[name] for name in ("gone.jpg", "html.jpg", "moved.jpg", "optout.jpg")}) == 4, status
+    assert len(rows) == len(KINDS), "every URL has a row"
+    causes = {row["index"]: row["error"] or row["status"] for row in rows}
+    assert [causes[index] for index in range(len(KINDS))] == [loopback.EXPECTED[kind] for kind in KINDS]
     records = open_records(out / "records.jsonl")
     assert [record.responses for record in records] == [("caption 0",), ("caption 6",)]
-    for record, name in zip(records, ("0.jpg", "1.jpg")):
-        assert read_image_bytes(record.images[0], out) == (data_folder / "images" / name).read_bytes()
+    for record, index in zip(records, (0, 6)):
+        assert read_image_bytes(record.images[0], out) == loopback.pictures()[index]
 
 
 def test_what_is_recorded_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
@@ -105,16 +48,17 @@ def test_what_is_recorded_is_not_fetched_again(server: Server, tmp_path: Path) -
         "--allow-private",
     ]
     main([*words, "--workers", "1"])
-    before = Counter(server.asked)
+    before = dict(server.served)
+    assert before
     main([*words, "--workers", "1"])
-    assert server.asked == before
+    assert server.served == before
 
 
 def test_private_addresses_are_refused_unless_allowed(server: Server, tmp_path: Path) -> None:
     main(["download", str(url_list(server, tmp_path)), "--output", str(tmp_path / "out"), "--workers", "1"])
     rows = parquet.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
     assert {row["error"] for row in rows} == {"blocked_address"}
-    assert not server.asked
+    assert not server.served
 
 
 def test_odd_rows_of_a_tsv_swallow_no_neighbour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +74,9 @@ def test_odd_rows_of_a_tsv_swallow_no_neighbour(tmp_path: Path, capsys: pytest.C
     texts = [record.responses[0] for record in open_records(tmp_path / "out.json")]
     assert texts[:2] == ["a cat", 'a 12" pizza']
     assert texts[-1] == '"quoted"'
-    assert "row 3" in capsys.readouterr().out + capsys.readouterr().err or len(texts) == 4
+    printed = capsys.readouterr()
+    assert "row 3: 'no url here'" in printed.out + printed.err
+    assert len(texts) == 4
 
 
 def test_captions_of_one_coco_picture_stay_together(tmp_path: Path) -> None:
