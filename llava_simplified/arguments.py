@@ -147,7 +147,7 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
 
 
-# What LLaVA's scripts pass, under the names of their time. None: has no effect here, said once.
+# What LLaVA's scripts pass, under the names of their time.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",

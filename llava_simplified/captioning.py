@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
+from llava_simplified.data.dataset import record_pixels
+from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.model.generation import GenerationOptions, generate
 from llava_simplified.model.llava import Llava, load_pixels
@@ -120,7 +121,7 @@ def caption_records(
         for index in range(start, min(start + batch_size, len(records))):
             record = records[index]
             try:
-                pixels.append(_pixels(model, record, image_folder))
+                pixels.append(record_pixels(record, image_folder, model.vision_tower.transform))
                 good.append((index, record))
             except ImageError as error:
                 bad.append({"index": index, "image": record.images[0], "error": f"{record.id}: {error}"})
@@ -146,9 +147,3 @@ def _row(index: int, record: Record, text: str) -> dict[str, Any]:
         "gt_caption": truth,
         "pred_output": text,
     }
-
-
-def _pixels(model: Llava, record: Record, folder: str | Path) -> torch.Tensor | None:
-    transform = model.vision_tower.transform
-    images = [transform(decode_image(read_image_bytes(name, folder))) for name in record.images]
-    return torch.stack(images) if images else None

@@ -27,7 +27,14 @@ from PIL import Image
 
 from llava_simplified.data.convert import RecordWriter
 from llava_simplified.data.engines import add_engine_arguments, run_shards, shard_slice
-from llava_simplified.data.images import FORMATS, ImageError, ImageTransform, decode_image, read_image_bytes
+from llava_simplified.data.images import (
+    FORMATS,
+    MAX_PIXELS,
+    ImageError,
+    ImageTransform,
+    decode_image,
+    read_image_bytes,
+)
 from llava_simplified.data.records import Record
 from llava_simplified.data.report import thumbnail, write_page
 from llava_simplified.data.rows import RowFile, open_rows
@@ -54,7 +61,7 @@ class Rules:
     min_side: int = 32
     max_aspect: float = 10.0
     max_caption: int = 2_000
-    max_pixels: int = 50_000_000
+    max_pixels: int = MAX_PIXELS
     perceptual: bool = False
 
 

@@ -79,14 +79,7 @@ class CaptionDataset(Dataset[Example]):
 
     def pixels(self, record: Record) -> torch.Tensor | None:
         """uint8 (images, 3, height, width), or None where the record has no image."""
-        if not record.images:
-            return None
-        return torch.stack(
-            [
-                self.transform(decode_image(read_image_bytes(name, self.image_folder)))
-                for name in record.images
-            ]
-        )
+        return record_pixels(record, self.image_folder, self.transform)
 
     def stored(self, record: Record) -> torch.Tensor | None:
         """(images, tokens, width), or None where the record has no image."""
@@ -110,3 +103,14 @@ class CaptionDataset(Dataset[Example]):
                 )
             ids, labels = ids[: self.max_length], labels[: self.max_length]
         return Example(list(ids), list(labels), notes=notes)
+
+
+def record_pixels(record: Record, folder: str | Path, transform: ImageTransform) -> torch.Tensor | None:
+    """A record's images as the tower takes them: uint8 (images, 3, height, width), or None where it has none.
+
+    Raises:
+        ImageError: an image that can't be read.
+    """
+    if not record.images:
+        return None
+    return torch.stack([transform(decode_image(read_image_bytes(name, folder))) for name in record.images])

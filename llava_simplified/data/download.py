@@ -39,6 +39,7 @@ from llava_simplified.data.convert import (
 )
 from llava_simplified.data.engines import add_engine_arguments, run_shards, shard_slice
 from llava_simplified.data.fetch import Fetched, FetchOptions, fetch_all
+from llava_simplified.data.images import MAX_PIXELS
 from llava_simplified.data.report import download_report
 from llava_simplified.data.shards import END, ShardWriter
 from llava_simplified.data.sources import Columns, Oddities, read_source
@@ -489,7 +490,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--timeout", type=float, default=10.0, help="seconds for one picture, redirects included")
     add("--retries", type=int, default=1, help="more tries at once after a reset, 429 or 5xx")
     add("--max-bytes", type=int, default=20_000_000)
-    add("--max-pixels", type=int, default=50_000_000)
+    add("--max-pixels", type=int, default=MAX_PIXELS)
     add("--resize", type=int, default=0, help="shorter side, only shrinking; 0 keeps the bytes")
     add("--user-agent-contact", dest="contact", default="", help="a URL or address, told to the servers")
     add("--robots", action="store_true", help="ask each host's robots.txt")

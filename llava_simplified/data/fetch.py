@@ -27,7 +27,7 @@ from urllib.robotparser import RobotFileParser
 import aiohttp
 from yarl import URL
 
-from llava_simplified.data.images import ImageError
+from llava_simplified.data.images import MAX_PIXELS, ImageError
 from llava_simplified.data.shrink import Picture, check_image, shrink_image
 
 AGENT = "llava-simplified"
@@ -49,7 +49,7 @@ class FetchOptions:
     per_host: int = 4
     timeout: float = 10.0
     max_bytes: int = 20_000_000
-    max_pixels: int = 50_000_000
+    max_pixels: int = MAX_PIXELS
     resize: int = 0
     retries: int = 1
     contact: str = ""

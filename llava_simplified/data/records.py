@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 
 from llava_simplified.data.rows import RowFile, open_rows
-from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
 CHECK_ALL = 20_000  # rows that `open_records` parses before it answers
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -98,7 +98,7 @@ def _conversation(rows: Any, where: str) -> tuple[list[Message], tuple[str, ...]
 
 def _place_images(turns: list[Message], count: int, where: str) -> tuple[Message, ...]:
     """Put `<image>` before the first user text when the row has images and its text names none."""
-    named = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+    named = count_images(turns)
     if named == 0 and count:
         first = next(i for i, turn in enumerate(turns) if turn.role == "user")
         lines = f"{IMAGE_PLACEHOLDER}\n" * count

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -94,7 +93,3 @@ def summary(scores: dict[str, dict[str, list[float]]], output: Path, seconds: fl
         f"the whole demo took {seconds / 60:.1f} minutes; caption a picture of your own:\n"
         f"  .venv/bin/llava predict --model-path {output / 'model'} --image YOUR_PICTURE.png"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

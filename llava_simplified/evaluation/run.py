@@ -137,7 +137,9 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 def _model_settings(folder: Path) -> dict[str, str]:
     """What the checkpoint says of its parts and of its training, for the report."""
-    manifest = json.loads((folder / "llava.json").read_text(encoding="utf-8"))
+    from llava_simplified.model.checkpoint import read_manifest  # brings torch: only where it is asked for
+
+    manifest = read_manifest(folder)
     parts = {key: value for key, value in manifest["architecture"].items() if key != "fingerprints"}
     return {key: str(value) for key, value in {**parts, **manifest["training"]}.items()}
 

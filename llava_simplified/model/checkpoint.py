@@ -77,11 +77,10 @@ def assemble(
         model_options: go to `AutoModelForCausalLM.from_pretrained` (attn_implementation, quantization_config).
     """
     dtype = getattr(torch, architecture.dtype)
-    layer = architecture.mm_vision_select_layer
     tower = VisionTower.from_pretrained(
         architecture.vision_tower,
         dtype=dtype,
-        select_layer=layer if isinstance(layer, int) else tuple(layer),
+        select_layer=architecture.mm_vision_select_layer,
         select_feature=architecture.mm_vision_select_feature,
         token_pool=architecture.mm_token_pool,
     )
@@ -179,9 +178,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def read_architecture(folder: str | Path) -> Architecture:
-    """The architecture of a checkpoint."""
-    values = dict(read_manifest(folder)["architecture"])
+def _architecture(manifest: Mapping[str, Any]) -> Architecture:
+    values = dict(manifest["architecture"])
     if isinstance(values["mm_vision_select_layer"], list):
         values["mm_vision_select_layer"] = tuple(values["mm_vision_select_layer"])
     return Architecture(**values)
@@ -207,7 +205,7 @@ def load_checkpoint(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    architecture = read_architecture(folder)
+    architecture = _architecture(manifest)
     changes = {"language_model": model_base, "vision_tower": vision_tower, "dtype": dtype}
     architecture = Architecture(**{**asdict(architecture), **{k: v for k, v in changes.items() if v}})
     kind = manifest["trained"]

@@ -54,7 +54,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     Raises:
         ValueError: what is asked for can't be done; found before the weights are loaded, wherever possible.
     """
-    torch.set_num_threads(torch.get_num_threads())
     transformers.set_seed(args.seed)
     train_records, eval_records = check_data(data_args)
     architecture = describe_architecture(model_args, args, train_records[0])
@@ -191,12 +190,14 @@ def cache_features(
     mode = data.cache_vision_features
     if mode not in ("auto", "memory", "disk", "off"):
         raise ValueError(f"--cache_vision_features is auto, memory, disk or off, not {mode!r}")
+    if mode == "off":
+        return  # before the names of millions of images are gathered
     sets = [dataset for dataset in (train_set, eval_set) if dataset is not None]
     images = [dict.fromkeys(name for record in dataset.records for name in record.images) for dataset in sets]
     vision = model.vision_tower
     gigabytes = sum(map(len, images)) * vision.num_tokens * vision.width * vision.dtype.itemsize / 1e9
     seen_again = args.num_train_epochs > 1 or args.max_steps > 0 or len(train_set) > len(images[0])
-    if mode == "off" or (mode == "auto" and (not seen_again or gigabytes > data.feature_cache_gb)):
+    if mode == "auto" and (not seen_again or gigabytes > data.feature_cache_gb):
         return
     vision.to(args.device)
     on_disk = mode != "memory"
