@@ -18,11 +18,11 @@ ENVIRONMENT = {
 }
 
 
-def call(*words: object, folder: Path) -> str:
+def call(*words: object, folder: Path, **environment: object) -> str:
     done = subprocess.run(
         [str(word) for word in words],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {name: str(value) for name, value in environment.items()},
         capture_output=True,
         text=True,
         timeout=300,
@@ -54,6 +54,25 @@ def test_train_then_predict_as_the_tutorial_says(
     rows = predict(tmp_path / "output" / "mistral-clip", data_folder, tmp_path)
     assert [row["index"] for row in rows] == [i for i in range(4) for _ in range(3)], "three trials a picture"
     assert set(rows[0]) == {"index", "image", "instruction", "gt_caption", "pred_output"}
+
+
+@pytest.mark.slow
+def test_the_launch_scripts(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    """Every flag of LLaVA's finetune.sh, in the folders that the tutorial speaks of; only the models are tiny."""
+    for split in ("train", "val"):
+        (tmp_path / f"conceptual_captions_instruct_{split}_clean.json").symlink_to(
+            data_folder / f"{split}.json"
+        )
+        (tmp_path / split).symlink_to(data_folder / "images")
+    tiny = ("--model_name_or_path", models_folder / "mistral", "--vision_tower", models_folder / "clip")
+    model = tmp_path / "model"
+    more = (*tiny, "--output_dir", model, "--max_steps", 2, "--dataloader_num_workers", 1)
+    said = call(ROOT / "finetune.sh", *more, folder=tmp_path, DATA=tmp_path)
+    assert "lazy_preprocess has no effect" in said
+    output = tmp_path / "predictions.json"
+    words = ("--output", output, "--max-new-tokens", 4)
+    call(ROOT / "predict.sh", *words, folder=tmp_path, DATA=tmp_path, MODEL=model)
+    assert len(json.loads(output.read_text())) == 12, "three trials of four pictures"
 
 
 @pytest.mark.slow

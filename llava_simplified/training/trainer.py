@@ -156,12 +156,21 @@ class LlavaTrainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Besides the stock orders: batches of one length, whatever the dataset's items are."""
-        dataset: Any = train_dataset or self.train_dataset
+        dataset = train_dataset or self.train_dataset
+        return self._by_length(dataset, self.args.train_batch_size) or super()._get_train_sampler(dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return self._by_length(eval_dataset, self.args.eval_batch_size) or super()._get_eval_sampler(
+            eval_dataset
+        )
+
+    def _by_length(self, dataset: Any, batch_size: int) -> LengthGroupedSampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)
+            return None
         lengths = dataset.lengths(self.accelerator.unwrap_model(self.model).vision_tower.num_tokens)
-        batch_size = self.args.train_batch_size * self.args.world_size  # ranks wait for the longest batch
-        return LengthGroupedSampler(lengths, batch_size, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # ranks wait for the longest batch: theirs are of one length too
+        return LengthGroupedSampler(lengths, batch_size * self.args.world_size, seed)
 
     # ---- what people should know ----
 

@@ -145,7 +145,8 @@ def test_length_grouped_batches_resume_in_the_second_epoch(
     }
     rows = json.loads((data_folder / "train.json").read_text())[:6]  # three steps an epoch
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    more["train_data_path"] = tmp_path / "train.json"
+    more |= {"train_data_path": tmp_path / "train.json", "eval_strategy": "steps", "eval_steps": 3}
+    more |= {"eval_data_path": data_folder / "val.json", "val_image_folder": data_folder / "images"}
     straight = run(options(models_folder, data_folder, tmp_path / "straight", **more))
     words = options(models_folder, data_folder, tmp_path / "resumed", **more)
     resumed = run([*words, "--resume_from_checkpoint", str(straight / "checkpoint-4")])

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Caption the validation pictures with what finetune.sh trained: three samples a picture, into predictions.json.
+set -euo pipefail
+cd "$(dirname "$0")"
+DATA=${DATA:-data/conceptual_captions}
+
+python predict.py \
+    --model-path "${MODEL:-output/mistral-7b-clip-lora}" \
+    --data-path "$DATA/conceptual_captions_instruct_val_clean.json" \
+    --image-folder "$DATA/val" \
+    --temperature 0.2 \
+    --top_p 1.0 \
+    --num_beams 1 \
+    --trials 3 \
+    --max-new-tokens 64 \
+    --output predictions.json \
+    "$@"
