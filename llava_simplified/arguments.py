@@ -41,7 +41,7 @@ class ModelArguments:
     )
     template: str = field(
         default="auto",
-        metadata={"help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain."},
+        metadata={"help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain; bare: no roles."},
     )
     pretrain_mm_mlp_adapter: str | None = field(
         default=None, metadata={"help": "Start with the projector of this checkpoint folder."}

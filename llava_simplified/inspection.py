@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mm_vision_select_layer", type=int, nargs="+", default=[-2])
     parser.add_argument("--mm_vision_select_feature", default="patch", choices=["patch", "cls_patch"])
     parser.add_argument("--mm_token_pool", type=int, default=0, help="K x K tokens; 0 keeps the tower's grid")
-    parser.add_argument("--template", default="auto", choices=["auto", "chat", "plain"])
+    parser.add_argument("--template", default="auto", choices=["auto", "chat", "plain", "bare"])
     parser.add_argument("--model_max_length", type=int, help="count the examples that this would cut")
     parser.add_argument("--count", type=int, default=3, help="samples to show (default: %(default)s)")
     parser.add_argument(

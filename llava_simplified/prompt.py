@@ -27,13 +27,20 @@ IGNORE_INDEX = -100  # the label of a token that is not trained
 IMAGE_INDEX = -200  # stands in input_ids for one image, until batching makes room for its patch features
 IMAGE_PLACEHOLDER = "<image>"
 
-# For base models, which have no chat template: the form of Vicuna v1.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message.role == 'system' %}{{ message.content + ' ' }}"
-    "{% elif message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + message.content }}{{ eos_token }}{% endif %}{% endfor %}"
-)
+# Templates of our own. plain: for base models, which have no chat template, the form of Vicuna v1. bare: no roles at all,
+# one text under the other, a third of the tokens; what LLaVA trains its projector on in the first stage.
+TEMPLATES = {
+    "plain": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message.role == 'system' %}{{ message.content + ' ' }}"
+        "{% elif message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
+        "{% else %}{{ 'ASSISTANT: ' + message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "bare": (
+        "{{ bos_token }}{% for message in messages %}{{ message.content }}"
+        "{{ eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"
+    ),
+}
 # Some templates write today's date. A model must not be asked tomorrow otherwise than it was trained today,
 # so the date stands still, at the day Llama-3 itself falls back to. The macro hides a function of that name.
 FIXED_DATE = (
@@ -78,22 +85,23 @@ def count_images(turns: Sequence[Message]) -> int:
 class Prompt:
     """The renderer for one tokenizer (one that has a `backend_tokenizer` of the tokenizers library).
 
-    `template`: "chat" is the tokenizer's own, "plain" is `USER: ... ASSISTANT: ...`, "auto" is chat where
-    there is one, else plain; `name` tells which. `end_id` closes every answer and is trained; generation
+    `template`: "chat" is the tokenizer's own, "plain" is `USER: ... ASSISTANT: ...`, "bare" has no roles, "auto" is
+    chat where there is one, else plain; `name` tells which. `end_id` closes every answer and is trained; generation
     stops at any of `stop_ids`. Raises ValueError where the tokenizer cannot serve.
     """
 
     def __init__(self, tokenizer: Any, template: str = "auto") -> None:
-        if template not in ("auto", "chat", "plain"):
-            raise ValueError(f"unknown prompt template {template!r}: choose auto, chat or plain")
+        if template not in ("auto", "chat", *TEMPLATES):
+            raise ValueError(f"unknown prompt template {template!r}: choose auto, chat, plain or bare")
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json behind it: convert it first")
         if template == "chat" and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: choose the plain one")
-        self.name = "chat" if tokenizer.chat_template and template != "plain" else "plain"
-        own_template = tokenizer.get_chat_template() if self.name == "chat" else PLAIN_TEMPLATE
-        self._template = FIXED_DATE + own_template
+        self.name = template
+        if template == "auto":
+            self.name = "chat" if tokenizer.chat_template else "plain"
+        self._template = FIXED_DATE + (TEMPLATES.get(self.name) or tokenizer.get_chat_template())
         self._tokenizer = tokenizer
         self._layouts: dict[tuple[str, ...], Layout] = {}
 

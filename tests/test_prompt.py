@@ -259,6 +259,8 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str | None, str
     "alpaca": (base, ALPACA, "<|endoftext|>", " "),
     "plain": (llama2, None, "</s>", " "),
     "plain-bytes": (base, None, "<|endoftext|>", " "),
+    "plain-bare": (llama2, None, "</s>", ""),
+    "plain-bare-bytes": (smollm, CHATML, "<|im_end|>", ""),
     "mistral-v1": (lambda: mistral("v1"), MISTRAL_V1, "</s>", " "),
     "mistral-v1-legacy": (lambda: legacy(mistral("v1")), MISTRAL_V1, "</s>", " "),
     "mistral-v2": (lambda: mistral("v2"), MISTRAL_V3, "</s>", " "),
@@ -288,7 +290,11 @@ def family(name: str) -> Family:
     tokenizer.chat_template = template
     bytes_only = isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
     return Family(
-        tokenizer, Prompt(tokenizer), end, lead, lambda text: text if bytes_only else text.replace("▁", " ")
+        tokenizer,
+        Prompt(tokenizer, "bare" if "bare" in name else "auto"),
+        end,
+        lead,
+        lambda text: text if bytes_only else text.replace("▁", " "),
     )
 
 
@@ -527,6 +533,14 @@ def test_the_plain_template() -> None:
     turns = [Message("user", "what is it?"), Message("assistant", "two cats"), Message("user", "where?")]
     assert prompt.render(turns, "on a bench").input_ids == tokenizer(text, add_special_tokens=False).input_ids
     assert prompt.name == "plain"
+
+
+def test_the_bare_template() -> None:
+    tokenizer, prompt, *_ = family("plain-bare-bytes")
+    text = "<|im_start|>what is it?\ntwo cats<|im_end|>where?\non a bench<|im_end|>"
+    turns = [Message("user", "what is it?"), Message("assistant", "two cats"), Message("user", "where?")]
+    assert prompt.render(turns, "on a bench").input_ids == tokenizer(text, add_special_tokens=False).input_ids
+    assert prompt.name == "bare"
 
 
 # ---- one BOS, ends, dates, thoughts ---------------------------------------------------------------
