@@ -41,7 +41,9 @@ class ModelArguments:
     )
     template: str = field(
         default="auto",
-        metadata={"help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain; bare: no roles."},
+        metadata={
+            "help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain; bare: no roles."
+        },
     )
     pretrain_mm_mlp_adapter: str | None = field(
         default=None, metadata={"help": "Start with the projector of this checkpoint folder."}
@@ -81,6 +83,22 @@ class DataArguments:
     val_image_folder: str | None = field(
         default=None,
         metadata={"help": "Where the validation images are; the eval data file's folder where not given."},
+    )
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Train several captions of one image as one sequence, image and prompt computed once. "
+            "A batch then counts images; False: captions."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Fill each sequence of a batch with several examples, which do not see each other."
+        },
+    )
+    pack_length: int = field(
+        default=4096, metadata={"help": "Most positions of a packed sequence, image tokens included."}
     )
     cache_vision_features: str = field(
         default="auto",

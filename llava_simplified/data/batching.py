@@ -1,24 +1,26 @@
-"""Examples -> batches. Every position of a batch is final here: lengths, masks, and which tokens are trained."""
+"""Examples -> batches. Every position of a batch is final here: lengths, who sees whom, and which tokens are trained."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
 
 
 @dataclass(slots=True)
 class Example:
-    """One sample, ready for a batch.
+    """One sample, ready for a batch: a prompt and an answer, or several answers that share the prompt.
 
     Attributes:
-        input_ids, labels: as `Prompt.render` made them, one IMAGE_INDEX per image.
+        input_ids, labels: as `Prompt.render` made them, one IMAGE_INDEX per image; the answers one behind the other.
+        branches: of each token, 0 in the prompt, n in the n-th answer. None: there is one answer, no need to tell.
         pixel_values: uint8 (images, 3, height, width), or None for text only.
         image_features: (images, tokens, width), in place of pixels where they were computed before.
         notes: what a person should know of this sample: a picture that had to be replaced, a cut answer.
@@ -29,6 +31,7 @@ class Example:
     pixel_values: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     notes: list[str] = field(default_factory=list)
+    branches: list[int] | None = None
 
 
 def expand_images(ids: Sequence[int], tokens_per_image: int, like: Sequence[int] | None = None) -> np.ndarray:
@@ -52,14 +55,52 @@ def pad(rows: Sequence[np.ndarray], value: int, side: str = "right") -> torch.Te
     return torch.from_numpy(out)
 
 
+class Layout(NamedTuple):
+    """An example, position by position. All arrays are (length,) but the last two, which are (trained,)."""
+
+    ids: np.ndarray
+    branches: np.ndarray
+    positions: np.ndarray  # counted on from the prompt's last in every branch
+    sources: np.ndarray  # where a trained token is predicted
+    targets: np.ndarray  # that token
+
+
+def lay_out(example: Example, tokens_per_image: int) -> Layout:
+    """Make room for the patch features, and say which token is predicted where.
+
+    The first token of every branch follows the prompt's last: no shift of the labels can express that, so each
+    trained token comes with the index it is predicted from.
+    """
+    ids = expand_images(example.input_ids, tokens_per_image)
+    labels = expand_images(example.input_ids, tokens_per_image, example.labels)
+    index = np.arange(len(ids))
+    before, positions, branches = index - 1, index, np.zeros_like(ids)
+    answers = 1
+    if example.branches is not None:
+        branches = expand_images(example.input_ids, tokens_per_image, example.branches)
+        starts = np.flatnonzero(np.diff(branches, prepend=0))
+        answers, prompt = len(starts), starts[0]
+        before[starts] = prompt - 1
+        own_start = np.concatenate([[0], starts])[np.searchsorted(starts, index, side="right")]
+        positions = np.where(branches == 0, index, prompt + index - own_start)
+    trained = np.flatnonzero(labels != IGNORE_INDEX)
+    trained = trained[trained > 0]
+    # an earlier answer inside the shared prompt is trained as often as if every branch had its own prompt
+    trained = np.repeat(trained, np.where(branches[trained] == 0, answers, 1))
+    return Layout(ids, branches, positions, before[trained], labels[trained])
+
+
 class Collator:
-    """Stack examples into what `Llava.forward` takes.
+    """Stack examples into what `Llava.forward` takes. A row is an example, or a pack: a list of them.
 
     Returns a dict with
         input_ids (batch, length): IMAGE_INDEX at every position that a patch feature will fill;
-        attention_mask (batch, length): 0 on the padding at the right;
         positions (trained,): flat indices into (batch x length) from which a token is predicted;
         labels (trained,): that token. Only these positions get logits;
+        attention_mask (batch, length): 0 on the padding at the right; or, where a row holds more than one prompt and one answer,
+        segment_ids (batch, length): 0 on padding, n in a row's n-th example,
+        branch_ids (batch, length): 0 in a prompt, n in its n-th answer, and
+        position_ids (batch, length): what the model takes for a token's place in its text;
         pixel_values (images, 3, height, width) or image_features (images, tokens, width), in reading order;
         notes: the examples' messages.
     """
@@ -68,20 +109,31 @@ class Collator:
         self.tokens_per_image = tokens_per_image
         self.pad_id = pad_id
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        ids = [expand_images(e.input_ids, self.tokens_per_image) for e in examples]
-        labels = [expand_images(e.input_ids, self.tokens_per_image, e.labels) for e in examples]
-        input_ids = pad(ids, self.pad_id)
-        # the token at column c is predicted from column c - 1
-        targets = pad(labels, IGNORE_INDEX)[:, 1:]
-        row, column = torch.nonzero(targets != IGNORE_INDEX, as_tuple=True)
+    def __call__(self, rows: Sequence[Example | Sequence[Example]]) -> dict[str, Any]:
+        packs = [[row] if isinstance(row, Example) else list(row) for row in rows]
+        laid = [[lay_out(example, self.tokens_per_image) for example in pack] for pack in packs]
+        examples = [example for pack in packs for example in pack]
+        input_ids = pad([np.concatenate([s.ids for s in pack]) for pack in laid], self.pad_id)
+        sources, targets = [], []
+        for row, pack in enumerate(laid):
+            start = row * input_ids.shape[1]
+            for sequence in pack:
+                sources.append(start + sequence.sources)
+                targets.append(sequence.targets)
+                start += len(sequence.ids)
         batch: dict[str, Any] = {
             "input_ids": input_ids,
-            "attention_mask": pad([np.ones(len(row_ids)) for row_ids in ids], 0),
-            "positions": row * input_ids.shape[1] + column,
-            "labels": targets[row, column],
-            "notes": [note for e in examples for note in e.notes],
+            "positions": torch.from_numpy(np.concatenate(sources)),
+            "labels": torch.from_numpy(np.concatenate(targets)),
+            "notes": [note for example in examples for note in example.notes],
         }
+        if len(examples) == len(packs) and all(example.branches is None for example in examples):
+            batch["attention_mask"] = pad([np.ones(len(pack[0].ids)) for pack in laid], 0)
+        else:
+            segments = [[np.full(len(s.ids), n) for n, s in enumerate(pack, start=1)] for pack in laid]
+            batch["segment_ids"] = pad([np.concatenate(pack) for pack in segments], 0)
+            batch["branch_ids"] = pad([np.concatenate([s.branches for s in pack]) for pack in laid], 0)
+            batch["position_ids"] = pad([np.concatenate([s.positions for s in pack]) for pack in laid], 0)
         for name in ("pixel_values", "image_features"):
             images = [getattr(e, name) for e in examples if getattr(e, name) is not None]
             if images:
@@ -118,3 +170,60 @@ class LengthGroupedSampler(Sampler[int]):
         whole = len(order) - len(order) % self.batch_size  # the last batch, if it is short, stays the last
         batches = order[:whole].reshape(-1, self.batch_size)
         return iter(np.concatenate([random.permutation(batches).ravel(), order[whole:]]).tolist())
+
+
+def plan_packs(lengths: Sequence[int], pack_length: int, seed: int, pool: int = 8192) -> list[list[int]]:
+    """Which examples share a sequence of at most `pack_length` positions: best fit, the longest first.
+
+    Planned within random pools, so that a pack says nothing of the order of the data. Every index occurs once. An
+    example longer than `pack_length` is alone in its pack.
+    """
+    packs: list[list[int]] = []
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    for start in range(0, len(order), pool):
+        room: list[tuple[int, int]] = []  # (positions left, pack), sorted
+        for index in sorted(order[start : start + pool].tolist(), key=lambda i: -lengths[i]):
+            best = bisect_left(room, (lengths[index], -1))
+            if best == len(room):
+                left, pack = pack_length, len(packs)
+                packs.append([])
+            else:
+                left, pack = room.pop(best)
+            packs[pack].append(index)
+            insort(room, (left - lengths[index], pack))
+    return packs
+
+
+class PackedDataset(Dataset[list[Example]]):
+    """Several examples an item. The packs stand; a sampler draws their order anew in every epoch.
+
+    Args:
+        dataset: has `lengths(tokens_per_image)` and gives an `Example` by index.
+        pack_length: the most positions of a pack.
+    """
+
+    def __init__(self, dataset: Any, tokens_per_image: int, pack_length: int, seed: int) -> None:
+        self.dataset = dataset
+        self._lengths = dataset.lengths(tokens_per_image)
+        if (longest := max(self._lengths)) > pack_length:
+            raise ValueError(
+                f"--pack_length {pack_length}: the longest example has {longest} positions; raise it, or lower "
+                "--model_max_length"
+            )
+        self.packs = plan_packs(self._lengths, pack_length, seed)
+
+    @property
+    def fill(self) -> float:
+        """The share of positions that are no padding when every pack is as long as the longest."""
+        totals = [sum(self._lengths[i] for i in pack) for pack in self.packs]
+        return sum(totals) / (max(totals) * len(totals))
+
+    def lengths(self, tokens_per_image: int) -> list[int]:
+        """Positions of each pack."""
+        return [sum(self._lengths[i] for i in pack) for pack in self.packs]
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> list[Example]:
+        return [self.dataset[i] for i in self.packs[index]]

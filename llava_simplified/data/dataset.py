@@ -13,19 +13,20 @@ from torch.utils.data import Dataset
 from llava_simplified.data.batching import Example
 from llava_simplified.data.images import ImageError, ImageTransform, decode_image, read_image_bytes
 from llava_simplified.data.records import Record
-from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Prompt
+from llava_simplified.prompt import IMAGE_INDEX, Prompt
 
 
 class CaptionDataset(Dataset[Example]):
-    """One example for each response of each record (five captions of an image make five examples).
+    """One example for each record; five captions of an image are five answers that share image and prompt.
 
     Args:
         records: what to train on.
         prompt: renders text and labels.
         image_folder: where the records' image paths begin.
         transform: the vision tower's resize and crop.
-        max_length: the most text tokens of one example, an image counting as one. A longer answer is cut (its
-            end token is then not there to be trained); a prompt that leaves no room is an error.
+        max_length: the most text tokens of a prompt with one answer, an image counting as one. A longer answer loses
+            words at its end; a prompt that leaves no room is an error.
+        share_prefix: False makes one example for each response.
         features: patch features by image name, computed before: then no picture is opened.
     """
 
@@ -36,6 +37,7 @@ class CaptionDataset(Dataset[Example]):
         image_folder: str | Path,
         transform: ImageTransform,
         max_length: int = 2048,
+        share_prefix: bool = True,
         features: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.records = records
@@ -44,21 +46,20 @@ class CaptionDataset(Dataset[Example]):
         self.transform = transform
         self.max_length = max_length
         self.features = features
-        counts = np.fromiter((len(r.responses) for r in records), dtype=np.int64, count=len(records))
-        if not len(counts) or not counts.all():
-            where = records[int(counts.argmin())].id if len(counts) else "the data"
-            raise ValueError(f"{where}: no response to train on")
-        self._ends = np.cumsum(counts)
+        self._ends: np.ndarray | None = None
+        if not share_prefix:  # all records are read for it
+            counts = np.fromiter((len(r.responses) for r in records), dtype=np.int64, count=len(records))
+            self._ends = np.cumsum(counts)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self.records) if self._ends is None else int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Example:
         """The example at `index`; where its image can't be read, the next one that can, and a note that says so."""
         notes: list[str] = []
         for offset in range(len(self)):
-            record, response = self.locate((index + offset) % len(self))
-            example = self.text(record, response)
+            record, responses = self.locate((index + offset) % len(self))
+            example = self.text(record, responses)
             try:
                 if self.features is not None and all(name in self.features for name in record.images):
                     example.image_features = self.stored(record)
@@ -78,11 +79,13 @@ class CaptionDataset(Dataset[Example]):
             for ids in (self.text(*self.locate(index)).input_ids for index in range(len(self)))
         ]
 
-    def locate(self, index: int) -> tuple[Record, str]:
-        """Which record, and which of its responses, stands at `index`."""
+    def locate(self, index: int) -> tuple[Record, Sequence[str]]:
+        """Which record, and which of its responses, are the example at `index`."""
+        if self._ends is None:
+            return self.records[index], self.records[index].responses
         row = bisect_right(self._ends, index)
         record = self.records[row]
-        return record, record.responses[index - int(self._ends[row])]  # counted from the end: negative
+        return record, [record.responses[index - int(self._ends[row])]]  # counted from the end: negative
 
     def pixels(self, record: Record) -> torch.Tensor | None:
         """uint8 (images, 3, height, width), or None where the record has no image."""
@@ -93,23 +96,44 @@ class CaptionDataset(Dataset[Example]):
         assert self.features is not None
         return torch.stack([self.features[name] for name in record.images]) if record.images else None
 
-    def text(self, record: Record, response: str) -> Example:
-        """Ids and labels, cut to `max_length`.
+    def text(self, record: Record, responses: Sequence[str]) -> Example:
+        """Ids and labels, each answer cut to `max_length`.
 
         Raises:
-            ValueError: the prompt alone is too long, or nothing is left to train.
+            ValueError: no answer, an empty one, or one for which the prompt leaves no room.
         """
-        ids, labels = self.prompt.render(record.turns, response, record.id)
-        notes = []
-        if len(ids) > self.max_length:
-            notes.append(f"cut, {record.id}: {len(ids)} tokens, model_max_length is {self.max_length}")
-            if IMAGE_INDEX in ids[self.max_length :] or set(labels[: self.max_length]) == {IGNORE_INDEX}:
-                raise ValueError(
-                    f"{record.id}: the prompt leaves no room for an answer: {len(ids)} tokens in all, "
-                    f"model_max_length is {self.max_length}; raise it or shorten the instruction"
+        if not responses:
+            raise ValueError(f"{record.id}: no response to train on")
+        notes: list[str] = []
+        prefix, answers = self.prompt.render_branches(record.turns, responses, record.id)
+        ids, labels = list(prefix.input_ids), list(prefix.labels)
+        branches = [0] * len(ids)
+        for number, (answer, text) in enumerate(zip(answers, responses), start=1):
+            if len(prefix.input_ids) + len(answer) > self.max_length:
+                answer = self._shorten(record, text, self.max_length - len(prefix.input_ids))
+                notes.append(
+                    f"cut, {record.id}: an answer longer than model_max_length, {self.max_length} tokens"
                 )
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
-        return Example(list(ids), list(labels), notes=notes)
+            ids += answer
+            labels += answer
+            branches += [number] * len(answer)
+        return Example(ids, labels, notes=notes, branches=branches if len(answers) > 1 else None)
+
+    def _shorten(self, record: Record, text: str, room: int) -> list[int]:
+        """As many whole words as fit, and the end token: what is learned from it still stops."""
+        if room < 2:
+            raise ValueError(
+                f"{record.id}: the prompt leaves no room for an answer: model_max_length is {self.max_length} tokens; "
+                "raise it or shorten the instruction"
+            )
+        words = text.split(" ")[:room]
+        while True:
+            _, (answer,) = self.prompt.render_branches(record.turns, [" ".join(words)], record.id)
+            if len(answer) <= room:
+                return answer
+            if len(words) == 1:  # not a word of any language
+                return [*answer[: room - 1], self.prompt.end_id]
+            words.pop()
 
 
 def record_pixels(record: Record, folder: str | Path, transform: ImageTransform) -> torch.Tensor | None:

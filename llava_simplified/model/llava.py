@@ -84,33 +84,41 @@ class Llava(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
         positions: torch.Tensor,
         labels: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        branch_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> LlavaOutput:
         """The loss of a batch, as `data.batching.Collator` makes it.
 
         Args:
             input_ids: (batch, length), IMAGE_INDEX where a patch feature goes.
-            attention_mask: (batch, length), 0 on padding; or bool (batch, 1, length, length), who sees whom.
             positions: (trained,) flat indices into batch x length, from which a token is predicted.
             labels: (trained,) the token that comes next there.
             pixel_values: (images, 3, height, width), the batch's images in reading order.
             image_features: (images, tokens, vision width), where the tower has run before.
-            position_ids: (batch, length); counted from 0 in every row where not given.
+            attention_mask: (batch, length), 0 on padding: one prompt and one answer a row. Or, for packs and answers
+                that share a prompt, three of shape (batch, length):
+            segment_ids: which example of its row a token belongs to; 0 on padding.
+            branch_ids: which answer of its example; 0 in the prompt.
+            position_ids: its place in its text.
         """
         if image_features is None and pixel_values is not None:
             image_features = self.vision_tower(pixel_values)
         inputs_embeds = self.splice(input_ids, image_features)
+        mask: Any = attention_mask
+        if segment_ids is not None and branch_ids is not None and position_ids is not None:
+            mask = attention_of(self.config, segment_ids, branch_ids, position_ids, inputs_embeds.dtype)
         # In a caption of 12 tokens behind 196 patches, 94 % of the positions train nothing. The head, a matrix as
         # large as the vocabulary, runs only where a token is trained.
         with head_at(self.language_model, positions):
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=mask,
                 position_ids=position_ids,
                 use_cache=False,
             )
@@ -190,6 +198,69 @@ class Llava(nn.Module):
         from llava_simplified.model.checkpoint import load_checkpoint
 
         return load_checkpoint(folder, **options)
+
+
+def who_sees_whom(
+    segment_ids: torch.Tensor, branch_ids: torch.Tensor, position_ids: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
+    """Every token sees what came before it in its own example: of the prompt all, of the answers only its own.
+
+        image and prompt   x                 Image and prompt are computed once, however many captions the image
+        first caption      x  x              has; no caption sees another. As if each stood alone behind its own
+        second caption     x  .  x           copy of the prompt, to the last bit that rounding leaves.
+
+    Args:
+        segment_ids, branch_ids, position_ids: (batch, length), see `Llava.forward`.
+        window: of sliding-window attention: how far back a token sees.
+
+    Returns:
+        bool (batch, 1, length, length): row sees column.
+    """
+    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask &= (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
+    if window is not None:
+        mask &= position_ids[:, :, None] - position_ids[:, None, :] < window
+    return mask.tril()[:, None]
+
+
+def attention_of(
+    config: Any,
+    segment_ids: torch.Tensor,
+    branch_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    dtype: torch.dtype,
+) -> Any:
+    """`who_sees_whom` in the form that a language model's layers and its attention kernel take.
+
+    Raises:
+        ValueError: the kernel, or a kind of layer, can't be told who sees whom.
+    """
+    kernel = config._attn_implementation
+    if kernel == "flash_attention_2" and not branch_ids.any() and len(segment_ids) == 1:
+        return None  # it finds the packed texts by their restarting positions, in a batch of one row
+    if kernel not in ("sdpa", "eager"):
+        raise ValueError(
+            f"--attn_implementation {kernel} takes no mask of packed or shared texts (flash_attention_2: packs, with "
+            "--per_device_train_batch_size 1 and --share_prefix False): use sdpa"
+        )
+
+    def mask(window: int | None) -> torch.Tensor:
+        seen = who_sees_whom(segment_ids, branch_ids, position_ids, window)
+        # the eager kernel adds its mask; a bool one would silently let everybody see everybody
+        return (
+            seen
+            if kernel == "sdpa"
+            else torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        )
+
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"{config.model_type} has layers of the kinds {sorted(kinds)}: neither --packing nor --share_prefix"
+        )
+    masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in sorted(kinds)}
+    return masks if len(masks) > 1 else masks.popitem()[1]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from llava_simplified.arguments import (
     describe,
     parse_arguments,
 )
-from llava_simplified.data.batching import Collator
+from llava_simplified.data.batching import Collator, PackedDataset
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, open_records
@@ -68,19 +68,24 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     output_dir.mkdir(parents=True, exist_ok=True)
 
     model = assemble(architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation)
-    train_set = _dataset(
-        model, train_records, data_args.train_image_folder or _folder(data_args.train_data_path), args
-    )
+
+    def dataset(records: Sequence[Record], folder: str | None, data_path: str | None) -> CaptionDataset:
+        folder = folder or _folder(data_path)
+        shared, transform = data_args.share_prefix, model.vision_tower.transform
+        return CaptionDataset(records, model.prompt, folder, transform, args.model_max_length, shared)
+
+    train_set = dataset(train_records, data_args.train_image_folder, data_args.train_data_path)
     eval_set = (
-        _dataset(model, eval_records, data_args.val_image_folder or _folder(data_args.eval_data_path), args)
-        if eval_records
-        else None
+        dataset(eval_records, data_args.val_image_folder, data_args.eval_data_path) if eval_records else None
     )
     prepare(model, model_args, train_set)
     cache_features(model, data_args, args, architecture.fingerprints["vision_tower"], train_set, eval_set)
     full = not model_args.freeze_backbone and not _uses_lora(model_args)
     table = check_trainable(model, language_model=full)
     settings = describe(model_args, data_args, args)
+    examples: Any = train_set
+    if data_args.packing:
+        examples = PackedDataset(train_set, model.vision_tower.num_tokens, data_args.pack_length, args.seed)
     if args.compile_layers:
         compile_layers(model.language_model, args.device.type)
     trainer = LlavaTrainer(
@@ -89,11 +94,14 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         architecture,
         settings,
         data_args.max_bad_images,
-        train_dataset=train_set,
+        train_dataset=examples,
         eval_dataset=eval_set,
         data_collator=Collator(model.vision_tower.num_tokens, int(tokenizer.pad_token_id)),
     )
-    trainer.accelerator.print(f"{table}\n{len(train_set):,} training examples, template {model.prompt.name}")
+    packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
+    trainer.accelerator.print(
+        f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}"
+    )
     trainer.train(resume_from_checkpoint=_resume_folder(args))
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -253,9 +261,10 @@ def _uses_lora(args: ModelArguments) -> bool:
 def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
     """Scale the fresh projector on the features of some training images, evenly spread and so always the same."""
     pixels = []
-    for index in range(0, len(train_set), max(len(train_set) // 32, 1)):
+    records = train_set.records
+    for index in range(0, len(records), max(len(records) // 32, 1)):
         try:
-            images = train_set.pixels(train_set.locate(index)[0])
+            images = train_set.pixels(records[index])
         except ImageError:
             continue  # counted, and reported, when training meets it
         pixels += [] if images is None else [images]
@@ -265,10 +274,6 @@ def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
         # through the module: Gemma's multiplies the table by a constant
         words = embed(torch.arange(0, embed.num_embeddings, 7, device=embed.weight.device))
         fit_to_embeddings(model.projector, features, words)
-
-
-def _dataset(model: Llava, records: Sequence[Record], folder: str, args: TrainingArguments) -> CaptionDataset:
-    return CaptionDataset(records, model.prompt, folder, model.vision_tower.transform, args.model_max_length)
 
 
 def _resume_folder(args: TrainingArguments) -> str | None:

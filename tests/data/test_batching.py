@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llava_simplified.data.batching import Collator, Example, LengthGroupedSampler
+from llava_simplified.data.batching import Collator, Example, LengthGroupedSampler, plan_packs
 from llava_simplified.prompt import IGNORE_INDEX as NO
 from llava_simplified.prompt import IMAGE_INDEX as IMAGE
 
@@ -21,6 +21,48 @@ def test_a_batch_position_by_position() -> None:
     assert batch["labels"].tolist() == [6, 7, 8, 9]
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
     assert batch["notes"] == ["cut, row 2"]
+
+
+def test_a_shared_prompt_position_by_position() -> None:
+    """Prompt `<s> [image] ?`, answers `5 6 .` and `7 .`; the second begins where the prompt ends, not behind the first."""
+    shared = Example(
+        [0, IMAGE, 4, 5, 6, 1, 7, 1], [NO, NO, NO, 5, 6, 1, 7, 1], branches=[0, 0, 0, 1, 1, 1, 2, 2]
+    )
+    batch = Collator(tokens_per_image=2, pad_id=99)([shared, Example([0, 8], [NO, 8])])
+    assert batch["input_ids"][0].tolist() == [0, IMAGE, IMAGE, 4, 5, 6, 1, 7, 1]
+    assert batch["branch_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2], [0] * 9]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5]
+    assert batch["segment_ids"].tolist() == [[1] * 9, [1, 1, *[0] * 7]]
+    assert batch["positions"].tolist() == [3, 4, 5, 3, 7, 9]
+    assert batch["labels"].tolist() == [5, 6, 1, 7, 1, 8]
+    assert "attention_mask" not in batch
+
+
+def test_an_answer_inside_a_shared_prompt_is_trained_once_for_each_branch() -> None:
+    shared = Example([0, 5, 1, 4, 6, 7], [NO, 5, 1, NO, 6, 7], branches=[0, 0, 0, 0, 1, 2])
+    batch = Collator(2, 99)([shared])
+    assert sorted(batch["labels"].tolist()) == [1, 1, 5, 5, 6, 7]
+
+
+def test_a_pack_position_by_position() -> None:
+    first, second = Example([0, IMAGE, 5], [NO, NO, 5]), Example([0, 8, 9], [NO, 8, 9])
+    batch = Collator(2, 99)([[first, second], [second]])
+    assert batch["input_ids"].tolist() == [[0, IMAGE, IMAGE, 5, 0, 8, 9], [0, 8, 9, 99, 99, 99, 99]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0]]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch["positions"].tolist() == [2, 4, 5, 7, 8]
+    assert batch["labels"].tolist() == [5, 8, 9, 8, 9]
+
+
+def test_packs_hold_every_example_once_and_are_full() -> None:
+    # Conceptual Captions behind 196 patches and a prompt of 20: 8 to 40 tokens of caption, most about 12
+    random = np.random.default_rng(0)
+    lengths = (216 + 8 + random.gamma(2.0, 3.0, size=20_000).clip(0, 32)).astype(int).tolist()
+    packs = plan_packs(lengths, 4096, seed=1)
+    assert sorted(i for pack in packs for i in pack) == list(range(20_000))
+    totals = [sum(lengths[i] for i in pack) for pack in packs]
+    assert max(totals) <= 4096 and sum(totals) / (4096 * len(packs)) >= 0.95
+    assert packs == plan_packs(lengths, 4096, seed=1) != plan_packs(lengths, 4096, seed=2)
 
 
 def test_images_are_in_reading_order() -> None:

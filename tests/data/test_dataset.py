@@ -33,13 +33,32 @@ def test_an_example_has_pixels_and_one_placeholder(data_folder: Path) -> None:
     assert any(label != IGNORE_INDEX for label in example.labels)
 
 
-def test_every_response_is_an_example_in_order(data_folder: Path) -> None:
-    data = dataset(
-        data_folder, [row(responses=["one", "two"]), row("1.jpg"), row("2.jpg", responses=["a", "b", "c"])]
-    )
+def test_every_response_is_an_example_in_order_where_the_prefix_is_not_shared(data_folder: Path) -> None:
+    rows = [row(responses=["one", "two"]), row("1.jpg"), row("2.jpg", responses=["a", "b", "c"])]
+    data = dataset(data_folder, rows, share_prefix=False)
     assert len(data) == 6
-    assert [data.locate(i)[1] for i in range(6)] == ["one", "two", "a red car", "a", "b", "c"]
+    assert [list(data.locate(i)[1]) for i in range(6)] == [
+        ["one"],
+        ["two"],
+        ["a red car"],
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
     assert [data.locate(i)[0].images[0] for i in range(6)] == ["0.jpg", "0.jpg", "1.jpg", *["2.jpg"] * 3]
+
+
+def test_the_responses_of_a_record_share_its_prompt(data_folder: Path) -> None:
+    rows = [row(responses=["one", "two dogs"]), row("1.jpg")]
+    shared, apart = dataset(data_folder, rows), dataset(data_folder, rows, share_prefix=False)
+    assert len(shared) == 2
+    prompt, branches = shared[0].branches.count(0), shared[0].branches
+    for number in (1, 2):
+        own = [i for i, branch in enumerate(branches) if branch in (0, number)]
+        assert [shared[0].input_ids[i] for i in own] == apart[number - 1].input_ids
+        assert [shared[0].labels[i] for i in own] == apart[number - 1].labels
+    assert branches == sorted(branches) and prompt == apart[0].labels.count(IGNORE_INDEX)
+    assert shared[1].branches is None, "one answer needs no mask"
 
 
 def test_a_bad_image_gives_way_to_the_next_and_says_so(data_folder: Path) -> None:
@@ -50,12 +69,20 @@ def test_a_bad_image_gives_way_to_the_next_and_says_so(data_folder: Path) -> Non
     assert example.labels == data[1].labels, "the caption must go with the picture"
 
 
-def test_a_long_answer_is_cut_loudly_and_without_its_end_token(data_folder: Path) -> None:
+def test_a_long_answer_loses_words_loudly_and_keeps_its_end_token(data_folder: Path) -> None:
     data = dataset(data_folder, [row(response="a bedroom with a double bed " * 5)], max_length=40)
     example = data[0]
-    assert len(example.input_ids) == len(example.labels) == 40
-    assert example.labels[-1] == example.input_ids[-1] != data.prompt.end_id
+    assert len(example.input_ids) == len(example.labels) <= 40
+    assert example.labels[-1] == example.input_ids[-1] == data.prompt.end_id
+    answer = [label for label in example.labels if label != IGNORE_INDEX]
+    assert ("a bedroom with a double bed " * 5).startswith(data.prompt.decode(answer) + " ")
+    assert len(answer) > 5
     assert example.notes[0].startswith("cut, row 0: ")
+
+
+def test_a_word_without_end_is_cut_inside(data_folder: Path) -> None:
+    example = dataset(data_folder, [row(response="x" * 300)], max_length=40)[0]
+    assert len(example.input_ids) == 40 and example.labels[-1] != IGNORE_INDEX
 
 
 def test_a_prompt_without_room_for_an_answer_is_an_error(data_folder: Path) -> None:
@@ -72,8 +99,9 @@ def test_an_empty_answer_names_the_row(data_folder: Path, answer: dict) -> None:
 
 
 def test_a_record_without_answers_cannot_be_trained_on(data_folder: Path) -> None:
+    data = dataset(data_folder, [row(), {"image": "1.jpg", "instruction": "What?"}])
     with pytest.raises(ValueError, match="row 1: no response to train on"):
-        dataset(data_folder, [row(), {"image": "1.jpg", "instruction": "What?"}])
+        data[1]
 
 
 def test_text_only_rows_and_several_images(data_folder: Path) -> None:

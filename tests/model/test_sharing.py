@@ -1,0 +1,152 @@
+"""Packed and prefix-shared sequences against the same captions each on its own: loss and every gradient, in float64."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from test_llava import LANGUAGE_MODELS, build, pictures
+
+from llava_simplified.data.batching import Collator, Example
+from llava_simplified.model.llava import Llava, who_sees_whom
+from llava_simplified.model.lora import add_lora, freeze
+from llava_simplified.prompt import Message
+
+CAPTIONS = [
+    ["a red car", "two dogs run over a green field", "a"],
+    ["a man reads a book on a bench in the park under cherry blossoms", "party"],
+    ["illustration of a little girl"],
+]
+
+
+def double(folder: Path, text: str, attention: str) -> Llava:
+    model = build(folder, text)
+    model.language_model.set_attn_implementation(attention)
+    freeze(model, language_model=True)
+    add_lora(model, rank=2, alpha=4)
+    for name, parameter in model.language_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)  # at zero, half of the gradients would be zero as well
+    return model.double()
+
+
+def samples(model: Llava) -> tuple[list[Example], list[Example]]:
+    """The same captions of three images, sharing their prompts and apart."""
+    shared, apart = [], []
+    turns = [
+        Message("user", "<image>\nWhat is this?"),
+        Message("assistant", "a picture"),
+        Message("user", "Of what?"),
+    ]
+    for pixels, captions in zip(pictures(model, 3).split(1), CAPTIONS):
+        prefix, answers = model.prompt.render_branches(turns, captions)
+        ids = prefix.input_ids + sum(answers, [])
+        labels = prefix.labels + sum(answers, [])
+        tags = [0] * len(prefix.input_ids) + [n for n, a in enumerate(answers, 1) for _ in a]
+        shared.append(Example(ids, labels, pixels, branches=tags if len(answers) > 1 else None))
+        for caption in captions:
+            one = model.prompt.render(turns, caption)
+            apart.append(Example(one.input_ids, one.labels, pixels))
+    return shared, apart
+
+
+def loss_and_gradients(model: Llava, rows: list) -> dict[str, torch.Tensor]:
+    batch = Collator(model.vision_tower.num_tokens, 1)(rows)
+    batch.pop("notes")
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) > 10
+    return {"loss": loss.detach(), **gradients}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+
+
+KERNELS = [(text, kernel) for text in LANGUAGE_MODELS for kernel in ("sdpa", "eager")]
+KERNELS.remove(("gemma2", "sdpa"))  # its soft cap is eager's only
+
+
+@pytest.mark.parametrize(("text", "attention"), KERNELS)
+def test_shared_and_packed_equal_apart(
+    models_folder: Path, text: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = double(models_folder, text, attention)
+    # the models' norms and eager softmax round to float32 on the way, by these names
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    shared, apart = samples(model)
+    wanted = loss_and_gradients(model, apart)
+    assert_same(loss_and_gradients(model, shared), wanted)
+    assert_same(loss_and_gradients(model, [apart[:4], apart[4:]]), wanted)
+    assert_same(loss_and_gradients(model, [shared[:2], shared[2]]), wanted)
+
+
+def test_the_sliding_window_is_shorter_than_what_is_tested(models_folder: Path) -> None:
+    """Else the test above would not notice a mask that forgets it."""
+    model = build(models_folder, "mistral")
+    _, apart = samples(model)
+    longest = max(len(e.input_ids) for e in apart) + model.vision_tower.num_tokens - 1
+    assert model.config.sliding_window < longest
+
+
+def test_one_example_of_a_pack_never_moves_another(models_folder: Path) -> None:
+    model = build(models_folder, "qwen2")
+    shared, apart = samples(model)
+
+    def logits(rows: list) -> torch.Tensor:
+        batch = Collator(model.vision_tower.num_tokens, 1)(rows)
+        batch.pop("notes")
+        with torch.no_grad():
+            return model(**batch).logits
+
+    changed = copy.deepcopy(apart[0])
+    changed.input_ids[1] = 7
+    changed.pixel_values = 255 - changed.pixel_values
+    one, other = logits([[apart[0], apart[3]]]), logits([[changed, apart[3]]])
+    trained = sum(label != -100 for label in apart[3].labels)
+    assert torch.equal(one[-trained:], other[-trained:]) and not torch.equal(one[:3], other[:3])
+
+    branch = copy.deepcopy(shared[0])
+    first = branch.branches.index(1)
+    branch.input_ids[first] = 7  # the first answer's first word
+    one, other = logits([shared[0]]), logits([branch])
+    last = branch.branches.count(3)
+    assert torch.equal(one[-last:], other[-last:]) and not torch.equal(one, other)
+
+
+def test_who_sees_whom() -> None:
+    def ids(text: str) -> torch.Tensor:
+        return torch.tensor([[int(letter) for letter in text]])
+
+    seen = who_sees_whom(ids("11111220"), ids("00122000"), ids("01223010"))[0, 0]
+    drawn = ["".join("x" if cell else "." for cell in row) for row in seen.tolist()]
+    assert drawn == [
+        "x.......",
+        "xx......",
+        "xxx.....",
+        "xx.x....",
+        "xx.xx...",
+        ".....x..",
+        ".....xx.",
+        ".......x",
+    ]
+    near = who_sees_whom(ids("1111"), ids("0012"), ids("0122"), window=2)[0, 0]
+    assert near.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
+
+
+def test_a_kernel_that_takes_no_mask_is_refused(models_folder: Path) -> None:
+    model = build(models_folder, "llama")
+    shared, apart = samples(model)
+    model.config._attn_implementation = "flash_attention_2"
+    for rows in ([shared[0]], [apart[:2], apart[2:4]]):
+        batch = Collator(model.vision_tower.num_tokens, 1)(rows)
+        batch.pop("notes")
+        with pytest.raises(ValueError, match="flash_attention_2 .*use sdpa"):
+            model(**batch)
