@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from llava_simplified.arguments import (
     DataArguments,
@@ -39,6 +38,7 @@ from llava_simplified.model.projector import fit_to_embeddings
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
 from llava_simplified.training.feature_cache import FeatureCache
 from llava_simplified.training.plots import plot_training
+from llava_simplified.training.resume import check_same_run, resume_folder
 from llava_simplified.training.trainer import LlavaTrainer
 
 
@@ -64,6 +64,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     Prompt(
         tokenizer, model_args.template
     )  # a template that does not fit fails here, not after 14 GB of weights
+    settings = {**describe(model_args, data_args, args), "processes": args.world_size}
+    resumed = resume_folder(args)
+    for difference in check_same_run(resumed, architecture, settings) if resumed else ():
+        print(f"resuming {resumed}: {difference}", file=sys.stderr)
     output_dir = Path(str(args.output_dir))
     output_dir.mkdir(parents=True, exist_ok=True)
 
@@ -82,7 +86,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     cache_features(model, data_args, args, architecture.fingerprints["vision_tower"], train_set, eval_set)
     full = not model_args.freeze_backbone and not _uses_lora(model_args)
     table = check_trainable(model, language_model=full)
-    settings = describe(model_args, data_args, args)
     examples: Any = train_set
     if data_args.packing:
         examples = PackedDataset(train_set, model.vision_tower.num_tokens, data_args.pack_length, args.seed)
@@ -102,7 +105,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     trainer.accelerator.print(
         f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}"
     )
-    trainer.train(resume_from_checkpoint=_resume_folder(args))
+    trainer.train(resume_from_checkpoint=str(resumed / "trainer_state") if resumed else None)
     trainer.save_model()
     if trainer.is_world_process_zero():
         plot_training(output_dir / "trainer_log.jsonl", output_dir / "training.png")
@@ -274,20 +277,6 @@ def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
         # through the module: Gemma's multiplies the table by a constant
         words = embed(torch.arange(0, embed.num_embeddings, 7, device=embed.weight.device))
         fit_to_embeddings(model.projector, features, words)
-
-
-def _resume_folder(args: TrainingArguments) -> str | None:
-    wanted: Any = args.resume_from_checkpoint
-    if wanted in (None, "", "False", "false"):
-        return None
-    if wanted in ("True", "true"):
-        wanted = get_last_checkpoint(str(args.output_dir))
-        if wanted is None:
-            raise ValueError(f"--resume_from_checkpoint true: no checkpoint in {args.output_dir}")
-    folder = Path(wanted) / "trainer_state"
-    if not folder.is_dir():
-        raise ValueError(f"--resume_from_checkpoint {wanted}: no trainer_state/ in it; it can't be resumed")
-    return str(folder)
 
 
 def _counted(trainer: LlavaTrainer) -> str:

@@ -42,9 +42,9 @@ def samples(model: Llava) -> tuple[list[Example], list[Example]]:
     ]
     for pixels, captions in zip(pictures(model, 3).split(1), CAPTIONS):
         prefix, answers = model.prompt.render_branches(turns, captions)
-        ids = prefix.input_ids + sum(answers, [])
-        labels = prefix.labels + sum(answers, [])
+        told = [token for answer in answers for token in answer]
         tags = [0] * len(prefix.input_ids) + [n for n, a in enumerate(answers, 1) for _ in a]
+        ids, labels = prefix.input_ids + told, prefix.labels + told
         shared.append(Example(ids, labels, pixels, branches=tags if len(answers) > 1 else None))
         for caption in captions:
             one = model.prompt.render(turns, caption)
@@ -66,7 +66,7 @@ def loss_and_gradients(model: Llava, rows: list) -> dict[str, torch.Tensor]:
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(value, other[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
 KERNELS = [(text, kernel) for text in LANGUAGE_MODELS for kernel in ("sdpa", "eager")]
