@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from llava_simplified.data.dataset import record_pixels
-from llava_simplified.data.images import ImageError
+from llava_simplified.data.images import ImageError, load_pixels
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.model.generation import GenerationOptions, generate
-from llava_simplified.model.llava import Llava, load_pixels
+from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
 

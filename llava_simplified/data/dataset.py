@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from llava_simplified.data.batching import Example
 from llava_simplified.data.images import ImageError, ImageTransform, decode_image, read_image_bytes
-from llava_simplified.data.records import Record
+from llava_simplified.data.records import Record, open_records
 from llava_simplified.prompt import IMAGE_INDEX, Prompt
 
 
@@ -145,3 +145,33 @@ def record_pixels(record: Record, folder: str | Path, transform: ImageTransform)
     if not record.images:
         return None
     return torch.stack([transform(decode_image(read_image_bytes(name, folder))) for name in record.images])
+
+
+def open_data(path: str, folder: str | None, option: str) -> tuple[Sequence[Record], str]:
+    """Records and the folder of their images (the data file's own where `folder` is None).
+
+    The first images are opened as well: a wrong folder shows now, not in an hour.
+
+    Args:
+        option: the name of the folder's option, for the errors.
+
+    Raises:
+        ValueError: no records, no such folder, or none of the first images can be read.
+    """
+    records = open_records(path)
+    if not len(records):
+        raise ValueError(f"{path}: no records in it")
+    folder = folder or str(Path(path).parent)
+    if not Path(folder).is_dir():
+        raise ValueError(f"{option} {folder}: no such folder")
+    names = [name for index in range(min(20, len(records))) for name in records[index].images]
+    errors = []
+    for name in names:
+        try:
+            decode_image(read_image_bytes(name, folder))
+            break
+        except ImageError as error:
+            errors.append(error)
+    if names and len(errors) == len(names):
+        raise ValueError(f"{option} {folder}: none of the first images can be read; the first: {errors[0]}")
+    return records, folder

@@ -17,6 +17,8 @@ from llava_simplified.data.shards import read_shard_image
 if TYPE_CHECKING:  # torch takes two seconds to import, and the downloader decodes without it
     import torch
 
+ImageSource = str | Path | bytes | Image.Image | np.ndarray
+"""A path, file bytes, a PIL image, or uint8 RGB (height, width, 3)."""
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no EPS: Pillow runs Ghostscript on it
 _ORIENTATION = 274  # the EXIF tag
@@ -231,3 +233,20 @@ def _center_crop(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         height, width = image.shape[-2:]
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return image[:, top : top + crop_height, left : left + crop_width]
+
+
+def load_pixels(image: ImageSource) -> np.ndarray:
+    """Any form of a picture -> uint8 RGB (height, width, 3)."""
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise ImageError("missing", f"no picture {image}")
+        image = Path(image).read_bytes()
+    if isinstance(image, bytes):
+        return decode_image(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"an array must be uint8 RGB (height, width, 3), this is {image.dtype} {image.shape}"
+            )
+        return image
+    return np.asarray(image.convert("RGB"))

@@ -21,22 +21,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from llava_simplified.data.images import ImageError, decode_image
+from llava_simplified.data.images import ImageSource, load_pixels
 from llava_simplified.model.generation import GenerationOptions, generate
 from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, Message, Prompt
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llava_simplified.model.vision import VisionTower
-
-    ImageSource = str | Path | bytes | Image | np.ndarray
 
 DEFAULT_INSTRUCTION = "Generate a caption of this image:"
 
@@ -279,20 +275,3 @@ def head_at(language_model: nn.Module, positions: torch.Tensor) -> Iterator[None
         yield
     finally:
         handle.remove()
-
-
-def load_pixels(image: ImageSource) -> np.ndarray:
-    """Any form of a picture -> uint8 RGB (height, width, 3)."""
-    if isinstance(image, (str, Path)):
-        if not Path(image).is_file():
-            raise ImageError("missing", f"no picture {image}")
-        image = Path(image).read_bytes()
-    if isinstance(image, bytes):
-        return decode_image(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"an array must be uint8 RGB (height, width, 3), this is {image.dtype} {image.shape}"
-            )
-        return image
-    return np.asarray(image.convert("RGB"))

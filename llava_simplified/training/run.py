@@ -22,9 +22,9 @@ from llava_simplified.arguments import (
     parse_arguments,
 )
 from llava_simplified.data.batching import Collator, PackedDataset
-from llava_simplified.data.dataset import CaptionDataset
-from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
-from llava_simplified.data.records import Record, open_records
+from llava_simplified.data.dataset import CaptionDataset, open_data
+from llava_simplified.data.images import ImageError
+from llava_simplified.data.records import Record
 from llava_simplified.model.checkpoint import (
     Architecture,
     assemble,
@@ -58,7 +58,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         ValueError: what is asked for can't be done; found before the weights are loaded, wherever possible.
     """
     transformers.set_seed(args.seed)
-    train_records, eval_records = check_data(data_args)
+    if not data_args.train_data_path:
+        raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
+    train_records, train_folder = open_data(
+        data_args.train_data_path, data_args.train_image_folder, "--train_image_folder"
+    )
+    eval_records, eval_folder = (
+        open_data(data_args.eval_data_path, data_args.val_image_folder, "--val_image_folder")
+        if data_args.eval_data_path
+        else (None, "")
+    )
     architecture = describe_architecture(model_args, args, train_records[0])
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     Prompt(
@@ -73,15 +82,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
 
     model = assemble(architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation)
 
-    def dataset(records: Sequence[Record], folder: str | None, data_path: str | None) -> CaptionDataset:
-        folder = folder or _folder(data_path)
+    def dataset(records: Sequence[Record], folder: str) -> CaptionDataset:
         shared, transform = data_args.share_prefix, model.vision_tower.transform
         return CaptionDataset(records, model.prompt, folder, transform, args.model_max_length, shared)
 
-    train_set = dataset(train_records, data_args.train_image_folder, data_args.train_data_path)
-    eval_set = (
-        dataset(eval_records, data_args.val_image_folder, data_args.eval_data_path) if eval_records else None
-    )
+    train_set = dataset(train_records, train_folder)
+    eval_set = dataset(eval_records, eval_folder) if eval_records else None
     prepare(model, model_args, train_set)
     cache_features(model, data_args, args, architecture.fingerprints["vision_tower"], train_set, eval_set)
     full = not model_args.freeze_backbone and not _uses_lora(model_args)
@@ -112,44 +118,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     trainer.accelerator.print(f"saved in {output_dir}; {_counted(trainer)}")
     trainer.accelerator.end_training()
     return output_dir
-
-
-def check_data(data: DataArguments) -> tuple[Sequence[Record], Sequence[Record] | None]:
-    """Open the records, and the first image of each set: a wrong folder shows now, not in an hour."""
-    if not data.train_data_path:
-        raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
-    sets: list[Sequence[Record] | None] = []
-    for path, folder, option in (
-        (data.train_data_path, data.train_image_folder, "--train_image_folder"),
-        (data.eval_data_path, data.val_image_folder, "--val_image_folder"),
-    ):
-        if path is None:
-            sets.append(None)
-            continue
-        records = open_records(path)
-        if not len(records):
-            raise ValueError(f"{path}: no records in it")
-        folder = folder or _folder(path)
-        if not Path(folder).is_dir():
-            raise ValueError(f"{option} {folder}: no such folder")
-        _check_some_image(records, folder, option)
-        sets.append(records)
-    train_records, eval_records = sets
-    assert train_records is not None
-    return train_records, eval_records
-
-
-def _check_some_image(records: Sequence[Record], folder: str, option: str) -> None:
-    error: ImageError | None = None
-    for record in (records[i] for i in range(min(20, len(records)))):
-        for name in record.images:
-            try:
-                decode_image(read_image_bytes(name, folder))
-                return
-            except ImageError as reason:
-                error = error or reason
-    if error is not None:
-        raise ValueError(f"{option} {folder}: none of the first images can be read; the first: {error}")
 
 
 def describe_architecture(model: ModelArguments, args: TrainingArguments, sample: Record) -> Architecture:
@@ -284,10 +252,6 @@ def _counted(trainer: LlavaTrainer) -> str:
         ", ".join(f"{count:,} {kind}" for kind, count in sorted(trainer.seen.items()))
         + " seen by this process"
     )
-
-
-def _folder(path: str | None) -> str:
-    return str(Path(path or "").parent)
 
 
 def _absolute(name: str) -> str:
