@@ -1,0 +1,355 @@
+"""A training step: `llava train` against stock LLaVA under transformers' Trainer and PEFT, and against the tutorial's recipe.
+
+    python benchmarks/bench_train.py [--language-model FOLDER] [--captions 1 5] [--steps 6] [--rounds 1]
+
+The same weights on both sides (SmolLM2-135M, which is fetched where no folder is given, and a random tower of CLIP
+ViT-B/16's shape), the same 224-pixel pictures, tokens, optimizer and number of updates; frozen weights in bfloat16, bfloat16
+autocast; the losses of the first step must agree. Every run is a process of its own, measured from its fourth step on, input
+included. Prints captions per second and peak memory as ratios, and the share of what a large bfloat16 matrix product
+reaches on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WORDS = (
+    "red dog",
+    "a car",
+    "the man",
+    "of two",
+    "woman with",
+    "old street",
+    "on a field",
+    "in the park",
+    "near water",
+)
+WARM_UP = 3  # steps: compilation, caches, allocator
+LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0}
+OURS = {  # one lever more in each line
+    "ours: logits where trained": {"cache_vision_features": "off", "share_prefix": False},
+    "+ cached features": {"cache_vision_features": "memory", "share_prefix": False},
+    "+ shared prefixes": {"cache_vision_features": "memory"},
+    "+ compiled layers": {"cache_vision_features": "memory", "compile_layers": True},
+}
+
+
+def write_models(folder: Path, language_model: Path | None) -> tuple[Path, Path]:
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    from llava_simplified.demo.assets import fetch
+
+    torch.manual_seed(0)
+    tower = folder / "clip"
+    CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16)).save_pretrained(tower)
+    CLIPImageProcessorPil().save_pretrained(tower)
+    return language_model or fetch().language_model, tower
+
+
+def write_data(folder: Path, images: int, captions: int) -> None:
+    """Pictures that need no resizing (its cost is the cleaner's benchmark), and captions of 8 to 16 words."""
+    import numpy as np
+    from PIL import Image
+
+    draw, rows = random.Random(0), []
+    for index in range(images):
+        coarse = np.random.default_rng(index).integers(0, 256, (14, 14, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((224, 224)).save(folder / f"{index}.png")
+        texts = [" ".join(draw.choices(WORDS, k=draw.randint(4, 8))) for _ in range(captions)]
+        rows.append(
+            {"image": f"{index}.png", "instruction": "Generate a caption of this image:", "responses": texts}
+        )
+    (folder / "train.json").write_text(json.dumps(rows))
+
+
+def watch_steps(seen: list[tuple[float, float]]) -> None:
+    """Note when each training step begins, and its loss, whoever's Trainer it is."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    step = transformers.Trainer.training_step
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        loss = step(self, *args, **kwargs)
+        seen.append((start, loss.item()))
+        return loss
+
+    transformers.Trainer.training_step = watched  # type: ignore[method-assign]
+
+
+def train_ours(folder: Path, models: tuple[str, str], batch: int, steps: int, levers: dict[str, Any]) -> None:
+    from llava_simplified.arguments import parse_arguments
+    from llava_simplified.training.run import train
+
+    more = {
+        "model_name_or_path": models[0],
+        "vision_tower": models[1],
+        "train_data_path": folder / "train.json",
+        "output_dir": folder / "ours",
+        "per_device_train_batch_size": batch,
+        "pretrain_mm_mlp_adapter": folder / "projector",
+        **common(steps),
+        **LORA,
+        **levers,
+    }
+    train(*parse_arguments([word for name, value in more.items() for word in (f"--{name}", str(value))]))
+
+
+def common(steps: int) -> dict[str, Any]:
+    return {
+        "max_steps": steps,
+        "learning_rate": 2e-4,
+        "warmup_steps": 0,
+        "bf16": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "train_sampling_strategy": "sequential",
+    }
+
+
+def train_stock(
+    folder: Path, models: tuple[str, str], batch: int, steps: int, options: dict[str, Any]
+) -> None:
+    """What transformers' and PEFT's documentation of LLaVA amounts to."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from PIL import Image
+    from safetensors.torch import load_file
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        CLIPImageProcessorPil,
+        CLIPVisionModel,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Trainer,
+        TrainingArguments,
+    )
+
+    from llava_simplified.prompt import (
+        IGNORE_INDEX,
+        IMAGE_INDEX,
+        Message,
+        Prompt,
+    )  # so that the tokens are the same
+
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    prompt, processor = Prompt(tokenizer), CLIPImageProcessorPil.from_pretrained(models[1])
+    text = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.bfloat16)
+    text.resize_token_embeddings(len(tokenizer) + 1)
+    image_token = len(tokenizer)
+    tower = CLIPVisionModel.from_pretrained(models[1], dtype=torch.bfloat16)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(tower.config, text.config, image_token_id=image_token, projector_hidden_act="gelu")
+    ).to(torch.bfloat16)
+    model.model.vision_tower, model.model.language_model, model.lm_head = tower, text.model, text.lm_head
+    weights = load_file(folder / "projector" / "projector.safetensors")
+    names = {"0.": "linear_1.", "2.": "linear_2."}
+    model.model.multi_modal_projector.load_state_dict({names[k[:2]] + k[2:]: v for k, v in weights.items()})
+    config = LoraConfig(
+        r=LORA["lora_r"],
+        lora_alpha=LORA["lora_alpha"],
+        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        modules_to_save=["multi_modal_projector"],
+    )
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+    rows = [
+        (row["image"], row["instruction"], caption)
+        for row in json.loads((folder / "train.json").read_text())
+        for caption in row["responses"]
+    ]
+
+    def collate(rows: list[tuple[str, str, str]]) -> dict[str, torch.Tensor]:
+        pictures = [Image.open(folder / image).convert("RGB") for image, _, _ in rows]
+        ids, labels = [], []
+        for _, instruction, caption in rows:
+            rendered = prompt.render([Message("user", f"<image>\n{instruction}")], caption)
+            place = rendered.input_ids.index(IMAGE_INDEX)
+            ids.append(rendered.input_ids[:place] + [image_token] * 196 + rendered.input_ids[place + 1 :])
+            labels.append([IGNORE_INDEX] * 196 + rendered.labels[1:])
+        batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")
+        length = batch["input_ids"].shape[1]
+        batch["labels"] = torch.tensor([row + [IGNORE_INDEX] * (length - len(row)) for row in labels])
+        return {**batch, **processor(pictures, return_tensors="pt")}
+
+    args = TrainingArguments(
+        output_dir=str(folder / "stock"),
+        per_device_train_batch_size=batch,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        lr_scheduler_type="cosine",
+        **common(steps),
+        **options,
+    )
+    if options.get("gradient_checkpointing"):
+        model.enable_input_require_grads()
+    Trainer(model, args, train_dataset=rows, data_collator=collate).train()  # type: ignore[arg-type]
+
+
+def write_projector(folder: Path, models: tuple[str, str]) -> None:
+    """A checkpoint of one step whose projector both sides start with."""
+    levers = {
+        **OURS["ours: logits where trained"],
+        "mm_projector_type": "mlp2x_gelu",
+        "tune_mm_mlp_adapter": True,
+    }
+    (folder / "projector").mkdir()
+    from llava_simplified.arguments import parse_arguments
+    from llava_simplified.training.run import train
+
+    more = {
+        "model_name_or_path": models[0],
+        "vision_tower": models[1],
+        "train_data_path": folder / "train.json",
+        "output_dir": folder / "projector",
+        "per_device_train_batch_size": 1,
+        **common(1),
+        **levers,
+    }
+    train(*parse_arguments([word for name, value in more.items() for word in (f"--{name}", str(value))]))
+
+
+def matmul_limit() -> float:
+    """FLOP/s of a large bfloat16 matrix product."""
+    import torch
+
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
+    return best
+
+
+def one_run(folder: Path, models: tuple[str, str], name: str, batch: int, steps: int) -> dict[str, Any]:
+    """In a process of its own: seconds per step, the first loss, peak memory, the limit of the machine."""
+    seen: list[tuple[float, float]] = []
+    watch_steps(seen)
+    if name in OURS:
+        train_ours(folder, models, batch, steps, {**OURS[name], "mm_projector_type": "mlp2x_gelu"})
+    else:
+        train_stock(
+            folder, models, batch, steps, {"gradient_checkpointing": True} if "tutorial" in name else {}
+        )
+    times = [start for start, _ in seen]
+    return {
+        "seconds": (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP),
+        "loss": seen[0][1],
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "limit": matmul_limit(),
+    }
+
+
+def step_flops(folder: Path, models: tuple[str, str], images: int, captions: int) -> float:
+    """What one of our steps with everything on has to compute: frozen weights twice, LoRA three times, no tower."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from llava_simplified.prompt import Message, Prompt
+
+    config, prompt = AutoConfig.from_pretrained(models[0]), Prompt(AutoTokenizer.from_pretrained(models[0]))
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    kv = d // heads * config.num_key_value_heads
+    shapes = [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
+    body = config.num_hidden_layers * sum(a * b for a, b in shapes)
+    lora = config.num_hidden_layers * sum((a + b) * LORA["lora_r"] for a, b in shapes)
+    rows = json.loads((folder / "train.json").read_text())
+    length = trained = 0
+    for row in rows:
+        prefix, answers = prompt.render_branches(
+            [Message("user", f"<image>\n{row['instruction']}")], row["responses"]
+        )
+        trained += sum(map(len, answers))
+        length += len(prefix.input_ids) + 195 + sum(map(len, answers))
+    share = images / len(rows)
+    return share * (length * (4 * body + 6 * lora) + 4 * trained * d * config.vocab_size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--language-model", type=Path, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--captions", type=int, nargs="+", default=[1, 5], help="captions per image")
+    parser.add_argument("--batch", type=int, default=4, help="images in a batch")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        folder, language_model, tower, name, batch = args.run
+        result = one_run(Path(folder), (language_model, tower), name, int(batch), WARM_UP + 1 + args.steps)
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        models = tuple(map(str, write_models(root, args.language_model)))
+        for captions in args.captions:
+            folder = root / str(captions)
+            folder.mkdir()
+            write_data(folder, args.batch * (WARM_UP + 1 + args.steps), captions)
+            write_projector(folder, models)  # type: ignore[arg-type]
+            names = ["stock transformers + PEFT", "the tutorial's recipe", *OURS]
+            results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+            for _ in range(args.rounds):
+                for name in names:
+                    shared = name.startswith("+ ") and OURS[name].get("share_prefix", True)
+                    batch = args.batch * (1 if shared else captions)
+                    words = [
+                        sys.executable,
+                        __file__,
+                        "--steps",
+                        args.steps,
+                        "--run",
+                        folder,
+                        *models,
+                        name,
+                        batch,
+                    ]
+                    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+                    if done.returncode:
+                        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+                    results[name].append(json.loads((folder / "result.json").read_text()))
+            flops = step_flops(folder, models, args.batch, captions)  # type: ignore[arg-type]
+            print_table(results, captions, args.batch * captions, flops)
+
+
+def print_table(results: dict[str, list[dict[str, Any]]], captions: int, samples: int, flops: float) -> None:
+    best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in results.items()}
+    stock, tutorial = list(best.values())[:2]
+    print(f"\n{captions} caption(s) an image, {samples} captions an update")
+    print(
+        f"{'':32}{'captions/s':>11}{'x stock':>9}{'x tutorial':>11}{'memory':>8}{'first loss':>11}{'of matmul':>10}"
+    )
+    for name, run in best.items():
+        print(
+            f"{name:32}{samples / run['seconds']:>11.2f}{stock['seconds'] / run['seconds']:>9.2f}"
+            f"{tutorial['seconds'] / run['seconds']:>11.2f}{run['memory'] / stock['memory']:>8.2f}{run['loss']:>11.4f}"
+            + (f"{flops / run['seconds'] / run['limit']:>10.0%}" if name == list(best)[-1] else "")
+        )
+        if abs(run["loss"] / stock["loss"] - 1) > 0.01:
+            sys.exit(
+                f"{name}: the first loss is not the stock model's: the sides do not train the same thing"
+            )
+
+
+if __name__ == "__main__":
+    main()
