@@ -1,110 +1,165 @@
-"""Records and pictures -> captions, in batches. `predict.py` and `llava predict` come here."""
+"""Pictures -> captions: a file of records, a folder, a shard or one picture; in batches, and going on where it was stopped.
+
+`predict.py` and `llava predict` (the tutorial's flags), `llava caption` and `llava chat` come here.
+"""
 
 from __future__ import annotations
 
 import argparse
+import glob
 import json
+import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+from tqdm.auto import tqdm
 
-from llava_simplified.data.dataset import record_pixels
-from llava_simplified.data.images import ImageError, load_pixels
+from llava_simplified.data.engines import run_shards
+from llava_simplified.data.images import ImageError, decode_image, load_pixels, read_image_bytes
 from llava_simplified.data.records import Record, open_records
+from llava_simplified.data.shards import shard_index
 from llava_simplified.model.generation import GenerationOptions, generate
 from llava_simplified.model.llava import Llava
-from llava_simplified.prompt import IMAGE_PLACEHOLDER
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+WINDOW = 8  # batches that are sorted together, so that prompts of one length meet
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line of `predict.py`."""
-    parser = argparse.ArgumentParser("predict.py", description="Caption pictures with a trained model.")
-    parser.add_argument("--model-path", required=True, help="checkpoint folder that training wrote")
-    parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
-    parser.add_argument("--vision-tower", help="the vision tower, likewise")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data-path", help="records to caption: .json, .jsonl or .parquet")
-    source.add_argument("--image", help="one picture to caption")
-    parser.add_argument(
-        "--image-folder", help="where the records' images are; the data file's folder where not given"
-    )
-    parser.add_argument("--output", default="predictions.json", help=".json: an array; .jsonl: a row a line")
-    parser.add_argument("--trials", type=int, help="captions per picture (3; greedy: 1)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top_p", "--top-p", type=float, default=1.0)
-    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--instruction", help="for --image; default: the one it was trained with")
-    parser.add_argument("--limit", type=int, help="only the first so many records")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    chosen = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "num_beams": args.num_beams,
-        "seed": args.seed,
-    }
-    trials = args.trials or (1 if args.temperature == 0 or args.image else 3)
-    options = GenerationOptions(num_return_sequences=trials, **chosen)
-    records: Sequence[Record] = []
-    if args.image:
-        load_pixels(args.image)  # a wrong path should not cost the loading of a model
-    else:
-        records = open_records(args.data_path)
-        records = [records[i] for i in range(min(len(records), args.limit or len(records)))]
-    model = Llava.from_pretrained(args.model_path, model_base=args.model_base, vision_tower=args.vision_tower)
-    if args.image:
-        texts = model.caption([args.image], args.instruction, n=trials, **chosen)
-        for text in texts[0] if trials > 1 else texts:
-            print(text)
-        return 0
-    folder = args.image_folder or str(Path(args.data_path).parent)
-    count, bad = write_predictions(model, records, folder, Path(args.output), options, args.batch_size)
-    print(f"{count:,} records captioned, {len(bad)} set aside -> {args.output}")
-    return 1 if bad and not count else 0
+# ---- what is captioned ----
 
 
-def write_predictions(
-    model: Llava,
-    records: Sequence[Record],
-    image_folder: str | Path,
-    output: Path,
-    options: GenerationOptions,
-    batch_size: int = 16,
-) -> tuple[int, list[str]]:
-    """Caption records into a `.json` array or `.jsonl`; returns how many, and what could not be read.
+class Pictures(Sequence[Record]):
+    """Each question about each picture, as a record made when it is asked for."""
 
-    Pictures that can't be read are named in `<output>.bad.jsonl`.
+    def __init__(self, names: Sequence[str], questions: Sequence[str]) -> None:
+        self.names, self.questions = names, questions
+
+    def __len__(self) -> int:
+        return len(self.names) * len(self.questions)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        name, question = self.names[index // len(self.questions)], self.questions[index % len(self.questions)]
+        text = question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n{question}"
+        return Record((name,), (Message("user", text),), (), name)
+
+
+def open_source(
+    source: str, image_folder: str | None, questions: Sequence[str]
+) -> tuple[Sequence[Record], str]:
+    """What SOURCE holds, and the folder that its images are in.
+
+    Args:
+        source: a picture, a folder (with all below it), a glob pattern, a .tar shard, or a file of records.
+        questions: asked about every picture; records bring their own.
+
+    Raises:
+        ValueError: nothing is there, or no picture.
     """
-    rows: list[dict[str, Any]] = []
-    bad: list[dict[str, Any]] = []
-    captioned, start = 0, time.monotonic()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for batch_rows, batch_bad in caption_records(model, records, image_folder, options, batch_size):
-        rows += batch_rows
-        bad += batch_bad
-        captioned += len(batch_rows) // options.num_return_sequences
-        rate = captioned / (time.monotonic() - start)
-        print(f"\r{captioned:,}/{len(records):,} pictures, {rate:.1f}/s ", end="", file=sys.stderr)
-    print(file=sys.stderr)
-    if output.suffix == ".jsonl":
-        output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = Path(source)
+    if path.suffix in (".json", ".jsonl", ".parquet"):
+        return open_records(path), image_folder or str(path.parent)
+    if path.is_file() and path.suffix == ".tar":
+        names = [f"{path.name}#{key.decode()}" for key in shard_index(path).keys]
+        return Pictures(names, questions), str(path.parent)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        names, folder = [p.relative_to(path).as_posix() for p in found], str(path)
     else:
-        output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if bad:
-        report = output.with_suffix(output.suffix + ".bad.jsonl")
-        report.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
-        print(
-            f"{len(bad)} pictures could not be read, see {report}; the first: {bad[0]['error']}",
-            file=sys.stderr,
-        )
-    return captioned, [row["error"] for row in bad]
+        found = [path] if path.is_file() else sorted(map(Path, glob.glob(source, recursive=True)))  # noqa: PTH207 - may be absolute
+        names, folder = [str(p.absolute()) for p in found if p.is_file()], Path.cwd().anchor
+    if not names:
+        raise ValueError(f"{source}: no picture, folder of pictures, shard or file of records")
+    return Pictures(names, questions), folder
+
+
+# ---- captions, batch by batch ----
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `caption_file` needs to know: it can be sent to another process or machine, and compared at a resume."""
+
+    model_path: str
+    source: str
+    output: str
+    options: GenerationOptions
+    questions: tuple[str, ...] = ()
+    image_folder: str | None = None
+    model_base: str | None = None
+    vision_tower: str | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    chunk: int = 0
+    chunks: int = 1
+
+
+def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
+    """Caption a source, or one chunk of it, into a .jsonl file; returns how many records it holds, and how many were bad.
+
+    What the file has already is kept: a killed run goes on, no record twice, none missing. Pictures that can't be read
+    are named in `<output>.bad.jsonl`.
+
+    Raises:
+        ValueError: nothing to caption, or the file was begun with other settings.
+    """
+    output, bad_path = Path(job.output), Path(job.output + ".bad.jsonl")
+    # of a batch's size a caption knows nothing
+    settings = json.dumps({**asdict(job), "batch_size": None}, sort_keys=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    begun = Path(job.output + ".settings.json")
+    if output.exists() and (not begun.exists() or begun.read_text(encoding="utf-8") != settings):
+        raise ValueError(f"{output} was written with other settings: delete it, or choose another --output")
+    begun.write_text(settings, encoding="utf-8")
+    done = _whole_records(output, job.options.num_return_sequences) | _whole_records(bad_path, 1)
+
+    model = model or Llava.from_pretrained(
+        job.model_path, model_base=job.model_base, vision_tower=job.vision_tower
+    )
+    records, folder = open_source(job.source, job.image_folder, job.questions or (model.instruction,))
+    indices = range(min(len(records), job.limit or len(records)))[job.chunk :: job.chunks]
+    todo = [index for index in indices if index not in done]
+    bar = tqdm(total=len(indices), initial=len(indices) - len(todo), unit=" records", dynamic_ncols=True)
+    with output.open("ab") as good, bad_path.open("ab") as rejected, bar:
+        for rows, bad in caption_records(model, records, folder, job.options, job.batch_size, todo):
+            for stream, batch in ((good, rows), (rejected, bad)):
+                stream.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch))
+                stream.flush()
+            bar.update(len(rows) // job.options.num_return_sequences + len(bad))
+    bad_count = len(_whole_records(bad_path, 1))
+    if not bad_count:
+        bad_path.unlink()
+    return len(indices) - bad_count, bad_count
+
+
+def _whole_records(path: Path, rows_each: int) -> set[int]:
+    """The records whose rows are all in a .jsonl file. What a killed run left of one more is cut off."""
+    if not path.exists():
+        return set()
+    whole: set[int] = set()
+    last, count, position, kept = -1, 0, 0, 0
+    with path.open("r+b") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                break
+            position += len(line)
+            index = json.loads(line)["index"]
+            last, count = index, count + 1 if index == last else 1
+            if count == rows_each:
+                whole.add(index)
+                kept = position
+        stream.truncate(kept)
+    return whole
 
 
 def caption_records(
@@ -113,27 +168,41 @@ def caption_records(
     image_folder: str | Path,
     options: GenerationOptions,
     batch_size: int = 16,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Batch by batch: the prediction rows (one a trial), and the records whose picture can't be read."""
-    for start in range(0, len(records), batch_size):
-        good: list[tuple[int, Record]] = []
-        pixels, bad = [], []
-        for index in range(start, min(start + batch_size, len(records))):
-            record = records[index]
-            try:
-                pixels.append(record_pixels(record, image_folder, model.vision_tower.transform))
-                good.append((index, record))
-            except ImageError as error:
-                bad.append({"index": index, "image": record.images[0], "error": f"{record.id}: {error}"})
-        rows: list[dict[str, Any]] = []
-        if good:
-            prompts = [model.prompt.render(record.turns, None, record.id).input_ids for _, record in good]
-            images = [p for p in pixels if p is not None]
-            captions = generate(model, prompts, torch.cat(images) if images else None, options)
-            rows = [
-                _row(index, record, text) for (index, record), texts in zip(good, captions) for text in texts
-            ]
-        yield rows, bad
+    """The records at `indices` (all of them where None), in order, a window of batches at a time.
+
+    Yields:
+        The prediction rows (one a trial), and a row for each record whose picture can't be read.
+    """
+    indices = range(len(records)) if indices is None else indices
+    for start in range(0, len(indices), WINDOW * batch_size):
+        window = [(index, records[index]) for index in indices[start : start + WINDOW * batch_size]]
+        prompts = [model.prompt.render(record.turns, None, record.id).input_ids for _, record in window]
+        order = sorted(range(len(window)), key=lambda place: len(prompts[place]))
+        texts: dict[int, list[str]] = {}
+        bad: dict[int, dict[str, Any]] = {}
+        for first in range(0, len(order), batch_size):
+            pixels: dict[str, torch.Tensor] = {}  # several questions about a picture: it is encoded once
+            asked, wanted = [], []
+            for place in order[first : first + batch_size]:
+                index, record = window[place]
+                try:
+                    for name in record.images:
+                        if name not in pixels:
+                            data = decode_image(read_image_bytes(name, image_folder))
+                            pixels[name] = model.vision_tower.transform(data)
+                except ImageError as error:
+                    bad[place] = {"index": index, "image": record.images[0], "error": f"{record.id}: {error}"}
+                    continue
+                asked.append(place)
+                wanted += [list(pixels).index(name) for name in record.images]
+            if asked:
+                stacked = torch.stack(list(pixels.values())) if pixels else None
+                answers = generate(model, [prompts[place] for place in asked], stacked, options, wanted)
+                texts.update(zip(asked, answers))
+        rows = [_row(*window[place], text) for place in sorted(texts) for text in texts[place]]
+        yield rows, [bad[place] for place in sorted(bad)]
 
 
 def _row(index: int, record: Record, text: str) -> dict[str, Any]:
@@ -147,3 +216,192 @@ def _row(index: int, record: Record, text: str) -> dict[str, Any]:
         "gt_caption": truth,
         "pred_output": text,
     }
+
+
+# ---- commands ----
+
+
+def _parser(name: str, what: str, *, temperature: float) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(name, description=what)
+    parser.add_argument("--model-path", required=True, help="checkpoint folder that training wrote")
+    parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
+    parser.add_argument("--vision-tower", help="the vision tower, likewise")
+    decoding = parser.add_argument_group("decoding")
+    decoding.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (%(default)s)")
+    decoding.add_argument("--top_p", "--top-p", type=float, default=1.0)
+    decoding.add_argument("--top-k", type=int, default=0)
+    decoding.add_argument("--repetition-penalty", type=float, default=1.0)
+    decoding.add_argument("--num_beams", "--num-beams", type=int, default=1)
+    decoding.add_argument("--length-penalty", type=float, default=1.0)
+    decoding.add_argument("--min-new-tokens", type=int, default=0)
+    decoding.add_argument("--max-new-tokens", type=int, default=64)
+    decoding.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _options(args: argparse.Namespace, trials: int) -> GenerationOptions:
+    names = [
+        *("temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "length_penalty"),
+        *("min_new_tokens", "max_new_tokens", "seed"),
+    ]
+    return GenerationOptions(num_return_sequences=trials, **{name: getattr(args, name) for name in names})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of `predict.py`."""
+    parser = _parser("predict.py", "Caption pictures with a trained model.", temperature=0.2)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data-path", help="records to caption: .json, .jsonl or .parquet")
+    source.add_argument("--image", help="one picture to caption")
+    parser.add_argument(
+        "--image-folder", help="where the records' images are; the data file's folder where not given"
+    )
+    parser.add_argument("--output", default="predictions.json", help=".json: an array; .jsonl: a row a line")
+    parser.add_argument("--trials", type=int, help="captions per picture (3; greedy: 1)")
+    parser.add_argument("--instruction", help="for --image; default: the one it was trained with")
+    parser.add_argument("--limit", type=int, help="only the first so many records")
+    parser.add_argument("--batch-size", type=int, default=16)
+    args = parser.parse_args(argv)
+    options = _options(args, args.trials or (1 if args.temperature == 0 or args.image else 3))
+    if args.image:
+        load_pixels(args.image)  # a wrong path should not cost the loading of a model
+        return _say(_load(args), args.image, [args.instruction] if args.instruction else [], options)
+    output = Path(args.output)
+    as_array = output.suffix != ".jsonl"
+    # an array can't grow: its rows are collected beside it
+    rows_path = output.with_name(f"{output.name}.part.jsonl") if as_array else output
+    job = Job(
+        args.model_path,
+        args.data_path,
+        str(rows_path),
+        options,
+        image_folder=args.image_folder,
+        model_base=args.model_base,
+        vision_tower=args.vision_tower,
+        limit=args.limit,
+        batch_size=args.batch_size,
+    )
+    count, bad = _report(caption_file(job), args.output, str(rows_path))
+    if as_array:
+        rows = [json.loads(line) for line in rows_path.read_text(encoding="utf-8").splitlines()]
+        output.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        rows_path.unlink()
+        Path(f"{rows_path}.settings.json").unlink()
+    return 1 if bad and not count else 0
+
+
+def caption_main(argv: list[str] | None = None) -> int:
+    """The command line of `llava caption`."""
+    parser = _parser("llava caption", "Caption a picture, a folder, a shard, or records.", temperature=0.0)
+    parser.add_argument(
+        "source", help="a picture, folder, glob pattern, .tar shard, or .json/.jsonl/.parquet records"
+    )
+    parser.add_argument("--image-folder", help="where the records' images are")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="what to ask; several times: several questions"
+    )
+    parser.add_argument("--output", help="(captions.jsonl; a single picture: the terminal)")
+    parser.add_argument("--trials", type=int, default=1, help="captions per picture")
+    parser.add_argument("--limit", type=int, help="only the first so many")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--num-chunks", type=int, help="spread over so many processes or machines ...")
+    parser.add_argument("--chunk-idx", type=int, help="... of which this is one, from 0 (torchrun sets both)")
+    parser.add_argument(
+        "--engine", choices=["local", "ray"], default="local", help="ray: run the chunks on a cluster"
+    )
+    args = parser.parse_args(argv)
+    options = _options(args, args.trials)
+    if Path(args.source).is_file() and Path(args.source).suffix.lower() in PICTURES and not args.output:
+        return _say(_load(args), args.source, args.prompt, options)
+
+    chunks = args.num_chunks or int(os.environ.get("WORLD_SIZE", "1"))
+    mine = args.chunk_idx if args.chunk_idx is not None else int(os.environ.get("RANK", "0"))
+    if not 0 <= mine < chunks:
+        raise ValueError(f"--chunk-idx {mine} is not one of --num-chunks {chunks}, counted from 0")
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    output = Path(args.output or "captions.jsonl")
+    if output.suffix != ".jsonl":
+        raise ValueError(f"--output {output}: captions are written as .jsonl")
+
+    def job(chunk: int) -> Job:
+        path = output if chunks == 1 else output.with_name(f"{output.stem}-{chunk}-of-{chunks}.jsonl")
+        return Job(
+            args.model_path,
+            args.source,
+            str(path),
+            options,
+            tuple(args.prompt),
+            args.image_folder,
+            args.model_base,
+            args.vision_tower,
+            args.limit,
+            args.batch_size,
+            chunk,
+            chunks,
+        )
+
+    if args.engine == "local":
+        count, bad = _report(caption_file(job(mine)), job(mine).output, job(mine).output)
+        return 1 if bad and not count else 0
+    failed = 0
+    for done in run_shards(caption_file, [job(chunk) for chunk in range(chunks)], engine=args.engine):
+        if done.result is None:
+            failed += 1
+            print(f"{done.spec.output}: {done.error}", file=sys.stderr)
+        else:
+            _report(done.result, done.spec.output, done.spec.output)
+    return 1 if failed else 0
+
+
+def chat_main(argv: list[str] | None = None) -> int:
+    """The command line of `llava chat`: questions on standard input, answers as they are decoded."""
+    parser = _parser("llava chat", "Talk about a picture; an empty line or Ctrl-D ends it.", temperature=0.0)
+    parser.add_argument("image")
+    args = parser.parse_args(argv)
+    pixels = load_pixels(args.image)
+    model = _load(args)
+    options = asdict(_options(args, 1))
+    turns: list[Message] = []
+    while question := _read_line("> "):
+        turns.append(Message("user", question))
+        pieces = []
+        for piece in model.stream(turns, [pixels], **options):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        turns.append(Message("assistant", "".join(pieces).strip() or "."))
+    return 0
+
+
+def _read_line(sign: str) -> str:
+    print(sign if sys.stdin.isatty() else "", end="", flush=True)
+    return sys.stdin.readline().strip()
+
+
+def _load(args: argparse.Namespace) -> Llava:
+    return Llava.from_pretrained(args.model_path, model_base=args.model_base, vision_tower=args.vision_tower)
+
+
+def _say(model: Llava, image: str, questions: Sequence[str], options: GenerationOptions) -> int:
+    """Captions of one picture on the terminal; a single one appears as it is decoded."""
+    pixels = load_pixels(image)
+    chosen = asdict(options)
+    count = chosen.pop("num_return_sequences")
+    for question in questions or (model.instruction,):
+        if count == 1 and options.num_beams == 1:
+            for piece in model.stream(question, [pixels], **chosen):
+                print(piece, end="", flush=True)
+            print()
+        else:
+            texts = model.caption([pixels], question, n=count, **chosen)[0]
+            print("\n".join(texts if count > 1 else [texts]))
+    return 0
+
+
+def _report(result: tuple[int, int], output: str, rows_path: str) -> tuple[int, int]:
+    count, bad = result
+    print(f"{count:,} records captioned, {bad} set aside -> {output}")
+    if bad:
+        print(f"pictures that could not be read: {rows_path}.bad.jsonl", file=sys.stderr)
+    return result

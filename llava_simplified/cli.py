@@ -15,6 +15,11 @@ COMMANDS = {
     "merge-manifests": ("llava_simplified.data.download:merge_main", "join what several machines downloaded"),
     "inspect": ("llava_simplified.inspection:main", "samples as the model sees them: tokens, labels, images"),
     "train": ("llava_simplified.training.run:main", "fine-tune a language model to see"),
+    "caption": (
+        "llava_simplified.captioning:caption_main",
+        "a picture, folder, shard or records -> captions, resumable",
+    ),
+    "chat": ("llava_simplified.captioning:chat_main", "talk about a picture on the terminal"),
     "predict": ("llava_simplified.captioning:main", "caption the pictures of a data file, or one picture"),
     "evaluate": ("llava_simplified.evaluation.run:main", "score predictions against references"),
     "demo": ("llava_simplified.demo.run:main", "the whole recipe on small real weights and pictures"),

@@ -1,15 +1,26 @@
-"""Prompts and pictures -> captions."""
+"""Prompts and pictures -> captions: encode and prefill once, then decode many samples, token by token.
+
+Greedy search and sampling are our own loop: N samples of a picture are copies of one prefilled cache, a row that has
+ended leaves the batch, and every row draws from a generator of its own, so that a caption does not depend on its
+neighbours. Beam search is transformers' own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
+from transformers.generation import logits_process
 
 from llava_simplified.data.batching import expand_images, pad
+from llava_simplified.model.language_model import head_at
+from llava_simplified.prompt import IMAGE_INDEX
 
 if TYPE_CHECKING:
     from llava_simplified.model.llava import Llava
@@ -20,18 +31,24 @@ class GenerationOptions:
     """How to decode.
 
     Attributes:
-        max_new_tokens: the longest caption, in tokens.
+        max_new_tokens, min_new_tokens: the longest and the shortest caption, in tokens.
         temperature: 0 is greedy; higher is more varied.
         top_p: sample from the most likely tokens that together have this probability.
-        num_beams: over 1: beam search.
+        top_k: sample from so many of the most likely tokens; 0 means all.
+        repetition_penalty: over 1, tokens already said become less likely (Keskar et al., 2019).
+        num_beams, length_penalty: over 1 beam: beam search; the score is divided by length ** penalty.
         num_return_sequences: captions per picture.
-        seed: of the sampling.
+        seed: of the sampling; a row's draws depend on it, the picture and the prompt alone. None: another each time.
     """
 
     max_new_tokens: int = 64
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
     num_beams: int = 1
+    length_penalty: float = 1.0
     num_return_sequences: int = 1
     seed: int | None = None
 
@@ -40,21 +57,173 @@ class GenerationOptions:
             raise ValueError(
                 "temperature >= 0, 0 < top_p <= 1, num_beams >= 1 and max_new_tokens >= 1 are needed"
             )
-        if self.num_return_sequences > max(self.num_beams, 1) and self.temperature == 0:
+        if (
+            self.top_k < 0
+            or self.repetition_penalty <= 0
+            or not 0 <= self.min_new_tokens <= self.max_new_tokens
+        ):
+            raise ValueError(
+                "top_k >= 0, repetition_penalty > 0 and min_new_tokens <= max_new_tokens are needed"
+            )
+        if self.num_return_sequences > self.num_beams and (self.temperature == 0 or self.num_beams > 1):
             raise ValueError("several different captions of a picture need temperature > 0, or as many beams")
 
-    def to_transformers(self) -> dict[str, Any]:
-        """The arguments of `PreTrainedModel.generate`."""
-        sampling = (
-            {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
+
+class Decoding:
+    """A batch under way. `step` gives every live row one token more; a row that has ended takes no more time.
+
+    Args:
+        prompts: token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
+        image_features: (images, tokens, vision width) from the tower, all prompts' images in order; None: text only.
+        options: for all prompts, or one each. `num_return_sequences` rows are made of a prompt, side by side.
+        keys: what a prompt's random draws are derived from, beside the seed.
+
+    Attributes:
+        tokens: for each row, what it has said.
+        live: the rows that have not ended.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: Llava,
+        prompts: Sequence[Sequence[int]],
+        image_features: torch.Tensor | None,
+        options: GenerationOptions | Sequence[GenerationOptions],
+        keys: Sequence[bytes] | None = None,
+    ) -> None:
+        self.model = model
+        per_prompt = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
+        if any(option.num_beams > 1 for option in per_prompt):
+            raise ValueError("beam search is no matter of single steps: use generate")
+        copies = [option.num_return_sequences for option in per_prompt]
+        self.options = [option for option, n in zip(per_prompt, copies) for _ in range(n)]
+        self._generators = [
+            _generator(option.seed, key, sample, model.device)
+            for option, key in zip(per_prompt, keys or [b""] * len(prompts))
+            for sample in range(option.num_return_sequences)
+        ]
+        self.tokens: list[list[int]] = [[] for _ in self.options]
+        self.live = list(range(len(self.options)))
+
+        # padded left, so that every row's next token is the last column's
+        rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
+        input_ids = pad(rows, model.prompt.end_id, side="left").to(model.device)
+        mask = pad([np.ones(len(row)) for row in rows], 0, side="left").to(model.device)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        last = torch.arange(1, len(rows) + 1, device=model.device) * mask.shape[1] - 1
+        text_model: Any = model.language_model
+        with head_at(text_model, last):
+            outputs = text_model(
+                inputs_embeds=model.splice(input_ids, image_features),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=DynamicCache(config=model.config),
+                use_cache=True,
+            )
+        self._cache = outputs.past_key_values
+        prompt_of = torch.arange(len(rows), device=model.device).repeat_interleave(
+            torch.tensor(copies, device=model.device)
         )
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.temperature > 0,
-            "num_beams": self.num_beams,
-            "num_return_sequences": self.num_return_sequences,
-            **sampling,
-        }
+        self._logits = outputs.logits.flatten(0, -2)[
+            prompt_of
+        ]  # (live, vocabulary), of each row's next token
+        self._mask, self._next = mask[prompt_of], positions[prompt_of, -1] + 1
+        if len(prompt_of) > len(rows):
+            self._cache.batch_select_indices(prompt_of)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, int]]:
+        """One token for every live row: (row, token id). The end token is among them; its row is live no more."""
+        if not self.live:
+            return []
+        said = list(zip(self.live, self._choose()))
+        stop = set(self.model.prompt.stop_ids)
+        for row, token in said:
+            self.tokens[row].append(token)
+        self._keep(
+            [
+                place
+                for place, (row, token) in enumerate(said)
+                if token not in stop and len(self.tokens[row]) < self.options[row].max_new_tokens
+            ]
+        )
+        if self.live:
+            last = torch.tensor([[self.tokens[row][-1]] for row in self.live], device=self.model.device)
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.live), 1)], dim=1)
+            text_model: Any = self.model.language_model
+            outputs = text_model(
+                input_ids=last,
+                attention_mask=self._mask,
+                position_ids=self._next[:, None],
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            self._logits = outputs.logits[:, -1]
+            self._next = self._next + 1
+        return said
+
+    @torch.inference_mode()
+    def drop(self, row: int) -> None:
+        """End a row now, whatever it was about to say."""
+        if row in self.live:
+            self._keep([place for place, live in enumerate(self.live) if live != row])
+
+    def _keep(self, places: list[int]) -> None:
+        if len(places) == len(self.live):
+            return
+        index = torch.tensor(places, dtype=torch.long, device=self.model.device)
+        self.live = [self.live[place] for place in places]
+        self._mask, self._next, self._logits = self._mask[index], self._next[index], self._logits[index]
+        if self.live:
+            self._cache.batch_select_indices(index)
+
+    def _choose(self) -> list[int]:
+        """The next token of every live row, under the row's own options."""
+        chosen = torch.empty(len(self.live), dtype=torch.long)
+        groups: dict[GenerationOptions, list[int]] = {}
+        for place, row in enumerate(self.live):
+            groups.setdefault(self.options[row], []).append(place)
+        for options, places in groups.items():
+            rows = [self.live[place] for place in places]
+            scores = self._logits[places].float()
+            for place, row in enumerate(rows):
+                if len(self.tokens[row]) < options.min_new_tokens:
+                    scores[place, self.model.prompt.stop_ids] = -torch.inf
+            # all rows of a batch have said equally many tokens
+            scores = process_scores(scores, [self.tokens[row] for row in rows], options)
+            if options.temperature == 0:
+                chosen[places] = scores.argmax(-1).cpu()
+                continue
+            for place, row, weights in zip(places, rows, scores.softmax(-1)):
+                chosen[place] = torch.multinomial(weights, 1, generator=self._generators[row])
+        return chosen.tolist()
+
+
+def process_scores(
+    scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions
+) -> torch.Tensor:
+    """Next-token scores (rows, vocabulary) under penalty, temperature, top-k and top-p, in transformers' order."""
+    ids = torch.tensor(said, device=scores.device, dtype=torch.long)
+    processors: list[Any] = []
+    if options.repetition_penalty != 1:
+        processors.append(logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
+    if options.temperature > 0:
+        processors.append(logits_process.TemperatureLogitsWarper(float(options.temperature)))
+        if options.top_k:
+            processors.append(logits_process.TopKLogitsWarper(options.top_k))
+        if options.top_p < 1:
+            processors.append(logits_process.TopPLogitsWarper(options.top_p))
+    for processor in processors:
+        scores = processor(ids, scores)
+    return scores
+
+
+def _generator(seed: int | None, key: bytes, sample: int, device: torch.device) -> torch.Generator:
+    """Random numbers of one sample of one picture; without a seed they follow torch's global generator."""
+    start = int(torch.randint(2**62, ())) if seed is None else seed
+    digest = hashlib.sha256(key + f"|{start}|{sample}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @torch.inference_mode()
@@ -63,36 +232,98 @@ def generate(
     prompts: Sequence[Sequence[int]],
     pixel_values: torch.Tensor | None,
     options: GenerationOptions,
+    image_of: Sequence[int] | None = None,
 ) -> list[list[str]]:
     """Continue each prompt.
 
     Args:
         prompts: token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
-        pixel_values: uint8 (images, 3, height, width), all prompts' images in order.
+        pixel_values: uint8 (images, 3, height, width), all prompts' images in order; or
+        image_of: for each place of an image in the prompts, which of them it is: one may be asked about repeatedly.
 
     Returns:
         For each prompt, `num_return_sequences` texts, without special tokens and outer white space.
     """
+    with _evaluating(model):
+        features = None if pixel_values is None else model.vision_tower(pixel_values.to(model.device))
+        if features is not None and pixel_values is not None and image_of is not None:
+            features, pixel_values = features[list(image_of)], pixel_values[list(image_of)]
+        if options.num_beams > 1:
+            answers = _beam_search(model, prompts, features, options)
+        else:
+            decoding = Decoding(model, prompts, features, options, content_keys(prompts, pixel_values))
+            while decoding.live:
+                decoding.step()
+            answers = decoding.tokens
+    texts = [model.prompt.decode(ids).strip() for ids in answers]
+    count = options.num_return_sequences
+    return [texts[i : i + count] for i in range(0, len(texts), count)]
+
+
+def stream(
+    model: Llava, prompt: Sequence[int], pixel_values: torch.Tensor | None, options: GenerationOptions
+) -> Iterator[str]:
+    """One answer, as `generate` gives it: all of it so far, again and again, longer each time."""
+    if options.num_return_sequences > 1:
+        raise ValueError("one answer can be streamed, not several")
+    with _evaluating(model):
+        features = None
+        if pixel_values is not None:
+            with torch.inference_mode():
+                features = model.vision_tower(pixel_values.to(model.device))
+        decoding = Decoding(model, [prompt], features, options, content_keys([prompt], pixel_values))
+        while decoding.live:
+            decoding.step()
+            text = model.prompt.decode(decoding.tokens[0])
+            if not text.endswith("\ufffd") or not decoding.live:  # else the next token completes a letter
+                yield text.lstrip()
+
+
+@contextmanager
+def _evaluating(model: Llava) -> Iterator[None]:
+    """No dropout meanwhile."""
     was_training = model.training
     model.eval()
     try:
-        if options.seed is not None:
-            torch.manual_seed(options.seed)
-        features = None if pixel_values is None else model.vision_tower(pixel_values.to(model.device))
-        rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
-        # padded left, so that every row's next token is the last column's
-        input_ids = pad(rows, model.prompt.end_id, side="left").to(model.device)
-        attention_mask = pad([np.ones(len(row)) for row in rows], 0, side="left").to(model.device)
-        text_model: Any = model.language_model
-        ids = text_model.generate(
-            inputs_embeds=model.splice(input_ids, features),
-            attention_mask=attention_mask,
-            eos_token_id=model.prompt.stop_ids,
-            pad_token_id=model.prompt.end_id,
-            **options.to_transformers(),
-        )
+        yield
     finally:
         model.train(was_training)
-    texts = [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    count = options.num_return_sequences
-    return [texts[i : i + count] for i in range(0, len(texts), count)]
+
+
+def content_keys(prompts: Sequence[Sequence[int]], pixel_values: torch.Tensor | None) -> list[bytes]:
+    """For each prompt a digest of its text and its pictures: the same in whatever batch they come."""
+    keys, image = [], 0
+    for prompt in prompts:
+        digest, count = hashlib.sha256(repr(list(prompt)).encode()), list(prompt).count(IMAGE_INDEX)
+        if pixel_values is not None and count:
+            digest.update(pixel_values[image : image + count].cpu().numpy().tobytes())
+        image += count
+        keys.append(digest.digest())
+    return keys
+
+
+def _beam_search(
+    model: Llava, prompts: Sequence[Sequence[int]], features: torch.Tensor | None, options: GenerationOptions
+) -> list[list[int]]:
+    """transformers' own; with a temperature, beam sampling. `num_return_sequences` beams of each prompt."""
+    rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
+    input_ids = pad(rows, model.prompt.end_id, side="left").to(model.device)
+    sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    if options.temperature and options.seed is not None:
+        torch.manual_seed(options.seed)
+    text_model: Any = model.language_model
+    return text_model.generate(
+        inputs_embeds=model.splice(input_ids, features),
+        attention_mask=pad([np.ones(len(row)) for row in rows], 0, side="left").to(model.device),
+        eos_token_id=model.prompt.stop_ids,
+        pad_token_id=model.prompt.end_id,
+        max_new_tokens=options.max_new_tokens,
+        min_new_tokens=options.min_new_tokens,
+        # not as an option: in a padded batch transformers 5 counts the padding off what is penalised
+        logits_processor=[logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))],
+        num_beams=options.num_beams,
+        length_penalty=options.length_penalty,
+        num_return_sequences=options.num_return_sequences,
+        do_sample=options.temperature > 0,
+        **(sampling if options.temperature else {}),
+    ).tolist()

@@ -17,7 +17,6 @@ After "Visual Instruction Tuning" (Liu et al., 2023) and "Improved Baselines wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,8 +25,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from llava_simplified.data.images import ImageSource, load_pixels
-from llava_simplified.model.generation import GenerationOptions, generate
-from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, Message, Prompt
+from llava_simplified.model.generation import GenerationOptions, generate, stream
+from llava_simplified.model.language_model import attention_of, head_at
+from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, Message, Prompt, count_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -176,17 +176,46 @@ class Llava(nn.Module):
         """
         many = isinstance(images, (list, tuple))
         sources: Any = images if many else [images]
-        pixels = [self.vision_tower.transform(load_pixels(image)) for image in sources]
-        instruction = self.instruction if instruction is None else instruction
-        if IMAGE_PLACEHOLDER not in instruction:
-            instruction = f"{IMAGE_PLACEHOLDER}\n{instruction}"
-        prompt = self.prompt.render([Message("user", instruction)], None).input_ids
+        prompt, _ = self._ask(self.instruction if instruction is None else instruction, sources[:1])
+        pixels = torch.stack([self.vision_tower.transform(load_pixels(image)) for image in sources])
         if n > 1 and not options.get("num_beams"):
             options = {"temperature": 0.7, **options}
         decoding = GenerationOptions(num_return_sequences=n, **options)
-        captions = generate(self, [prompt] * len(pixels), torch.stack(pixels), decoding)
+        captions = generate(self, [prompt] * len(pixels), pixels, decoding)
         answers = captions if n > 1 else [texts[0] for texts in captions]
         return answers if many else answers[0]
+
+    def chat(self, turns: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any) -> str:
+        """The answer to a conversation's last turn; see `stream`."""
+        return "".join(self.stream(turns, images, **options)).strip()
+
+    def stream(
+        self, turns: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any
+    ) -> Iterator[str]:
+        """The answer, piece by piece as it is decoded.
+
+        Args:
+            turns: a question, or the conversation so far; the last turn is the user's.
+            images: one for each `<image>` in the user's turns; without any, they go in front of the first turn.
+            options: fields of `GenerationOptions`, one beam and one sequence.
+        """
+        prompt, pixels = self._ask(turns, images)
+        said = ""
+        for text in stream(self, prompt, pixels, GenerationOptions(**options)):
+            yield text[len(said) :]
+            said = text
+
+    def _ask(
+        self, turns: str | Sequence[Message], images: Sequence[ImageSource]
+    ) -> tuple[list[int], torch.Tensor | None]:
+        """The prompt's ids, one IMAGE_INDEX per image, and the pixels."""
+        first, *others = [Message("user", turns)] if isinstance(turns, str) else turns
+        if not count_images([first, *others]):
+            first = first._replace(text=f"{IMAGE_PLACEHOLDER}\n" * len(images) + first.text)
+        if (count := count_images([first, *others])) != len(images):
+            raise ValueError(f"{len(images)} picture(s) for {count} {IMAGE_PLACEHOLDER} in the user's turns")
+        pixels = [self.vision_tower.transform(load_pixels(image)) for image in images]
+        return self.prompt.render([first, *others], None).input_ids, torch.stack(pixels) if pixels else None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Llava:
@@ -194,84 +223,3 @@ class Llava(nn.Module):
         from llava_simplified.model.checkpoint import load_checkpoint
 
         return load_checkpoint(folder, **options)
-
-
-def who_sees_whom(
-    segment_ids: torch.Tensor, branch_ids: torch.Tensor, position_ids: torch.Tensor, window: int | None = None
-) -> torch.Tensor:
-    """Every token sees what came before it in its own example: of the prompt all, of the answers only its own.
-
-        image and prompt   x                 Image and prompt are computed once, however many captions the image
-        first caption      x  x              has; no caption sees another. As if each stood alone behind its own
-        second caption     x  .  x           copy of the prompt, to the last bit that rounding leaves.
-
-    Args:
-        segment_ids, branch_ids, position_ids: (batch, length), see `Llava.forward`.
-        window: of sliding-window attention: how far back a token sees.
-
-    Returns:
-        bool (batch, 1, length, length): row sees column.
-    """
-    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
-    mask &= (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
-    if window is not None:
-        mask &= position_ids[:, :, None] - position_ids[:, None, :] < window
-    return mask.tril()[:, None]
-
-
-def attention_of(
-    config: Any,
-    segment_ids: torch.Tensor,
-    branch_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    dtype: torch.dtype,
-) -> Any:
-    """`who_sees_whom` in the form that a language model's layers and its attention kernel take.
-
-    Raises:
-        ValueError: the kernel, or a kind of layer, can't be told who sees whom.
-    """
-    kernel = config._attn_implementation
-    if kernel == "flash_attention_2" and not branch_ids.any() and len(segment_ids) == 1:
-        return None  # it finds the packed texts by their restarting positions, in a batch of one row
-    if kernel not in ("sdpa", "eager"):
-        raise ValueError(
-            f"--attn_implementation {kernel} takes no mask of packed or shared texts (flash_attention_2: packs, with "
-            "--per_device_train_batch_size 1 and --share_prefix False): use sdpa"
-        )
-
-    def mask(window: int | None) -> torch.Tensor:
-        seen = who_sees_whom(segment_ids, branch_ids, position_ids, window)
-        # the eager kernel adds its mask; a bool one would silently let everybody see everybody
-        return (
-            seen
-            if kernel == "sdpa"
-            else torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-        )
-
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            f"{config.model_type} has layers of the kinds {sorted(kinds)}: neither --packing nor --share_prefix"
-        )
-    masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in sorted(kinds)}
-    return masks if len(masks) > 1 else masks.popitem()[1]
-
-
-@contextmanager
-def head_at(language_model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Within this, the language model computes logits only at the given flat positions (trained,).
-
-    Done where every causal language model must pass, at the input of its output layer, so that what a family does
-    to its logits afterwards (Gemma's soft cap, Granite's scale) is still done by its own code.
-    """
-
-    def gather(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return inputs[0].flatten(0, 1)[positions][None]
-
-    handle = language_model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -10,7 +10,8 @@ import torch
 from test_llava import LANGUAGE_MODELS, build, pictures
 
 from llava_simplified.data.batching import Collator, Example
-from llava_simplified.model.llava import Llava, who_sees_whom
+from llava_simplified.model.language_model import who_sees_whom
+from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, freeze
 from llava_simplified.prompt import Message
 

@@ -1,0 +1,189 @@
+"""The decode loop against transformers' `generate`, and rows that must not feel their neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_llava import LANGUAGE_MODELS, build, pictures
+
+from llava_simplified.data.batching import expand_images, pad
+from llava_simplified.model.generation import Decoding, GenerationOptions, generate
+from llava_simplified.model.llava import Llava
+from llava_simplified.prompt import Message
+
+TEXTS = ["What?", "<image>\nWhat is this?", "Compare <image> with <image>, please, in a few words."]
+
+
+def ask(model: Llava, texts: list[str] = TEXTS) -> tuple[list[list[int]], torch.Tensor]:
+    prompts = [model.prompt.render([Message("user", text)], None).input_ids for text in texts]
+    return prompts, pictures(model, sum(text.count("<image>") for text in texts))
+
+
+def stock(model: Llava, prompts: list[list[int]], pixels: torch.Tensor | None, **options) -> list[list[int]]:
+    """transformers' own loop on the same spliced embeddings; cut at the end token."""
+    rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
+    features = None if pixels is None else model.vision_tower(pixels)
+    with torch.no_grad():
+        ids = model.language_model.generate(
+            inputs_embeds=model.splice(pad(rows, 1, "left"), features),
+            attention_mask=pad([np.ones(len(row)) for row in rows], 0, "left"),
+            eos_token_id=model.prompt.stop_ids,
+            pad_token_id=1,
+            do_sample=False,
+            **options,
+        ).tolist()
+    ends = [next((i + 1 for i, t in enumerate(row) if t in model.prompt.stop_ids), len(row)) for row in ids]
+    return [row[:end] for row, end in zip(ids, ends)]
+
+
+def run(decoding: Decoding) -> list[list[int]]:
+    while decoding.live:
+        decoding.step()
+    return decoding.tokens
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.7}, {"min_new_tokens": 12}], ids=lambda o: "".join(o) or "greedy"
+)
+@pytest.mark.parametrize("text", LANGUAGE_MODELS)
+def test_greedy_is_transformers_greedy(models_folder: Path, text: str, options: dict) -> None:
+    model = build(models_folder, text)
+    model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 130)]  # a random model would never end
+    prompts, pixels = ask(model)
+    ours = run(
+        Decoding(model, prompts, model.vision_tower(pixels), GenerationOptions(max_new_tokens=16, **options))
+    )
+    # one by one: in a padded batch transformers 5 counts the padding off what is penalised
+    alone = [
+        stock(model, [prompt], images, max_new_tokens=16, **options)[0]
+        for prompt, images in zip(prompts, (None, pixels[:1], pixels[1:]))
+    ]
+    assert ours == alone
+    assert len({len(row) for row in ours}) > 1 or options, "rows must end at different steps"
+
+
+def test_samples_of_one_prefill_depend_on_seed_picture_and_prompt_alone(models_folder: Path) -> None:
+    model = build(models_folder, "mistral")
+    prompts, pixels = ask(model)
+    options = GenerationOptions(max_new_tokens=8, temperature=1.0, num_return_sequences=3, seed=5)
+    together = generate(model, prompts, pixels, options)
+    assert len(set(together[1])) == 3, "three samples are three draws"
+    assert generate(model, prompts[1:2], pixels[:1], options)[0] == together[1]
+    assert generate(model, prompts[::-1], pixels[[1, 2, 0]], options)[::-1] == together
+    assert generate(model, prompts, pixels, replace(options, seed=6)) != together
+    assert generate(model, prompts[1:2], pixels[1:2], options)[0] != together[1], "another picture"
+
+
+def test_samples_follow_the_models_distribution(models_folder: Path) -> None:
+    """The first token of 4,000 samples, against the softmax of transformers' processed logits."""
+    from transformers.generation.logits_process import (
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    model = build(models_folder, "llama")
+    prompts, pixels = ask(model, ["<image> What?"])
+    options = GenerationOptions(1, temperature=3.0, top_p=0.8, top_k=20, num_return_sequences=4000, seed=0)
+    drawn = torch.tensor(
+        [row[0] for row in run(Decoding(model, prompts, model.vision_tower(pixels), options))]
+    )
+    ids = torch.from_numpy(expand_images(prompts[0], model.vision_tower.num_tokens))[None]
+    with torch.no_grad():
+        scores = model.language_model(inputs_embeds=model.splice(ids, model.vision_tower(pixels))).logits[
+            :, -1
+        ]
+    for warp in (TemperatureLogitsWarper(3.0), TopKLogitsWarper(20), TopPLogitsWarper(0.8)):
+        scores = warp(ids, scores)
+    wanted = scores.softmax(-1)[0]
+    seen = torch.bincount(drawn, minlength=len(wanted)) / 4000
+    assert set(drawn.tolist()) <= set(wanted.nonzero().flatten().tolist())
+    assert (seen - wanted).abs().sum() < 0.12 < (seen - wanted.roll(1)).abs().sum()
+
+
+def test_every_row_has_its_own_options(models_folder: Path) -> None:
+    model = build(models_folder, "qwen2")
+    prompts, pixels = ask(model)
+    features = model.vision_tower(pixels)
+    options = [
+        GenerationOptions(4),
+        GenerationOptions(9, temperature=0.7, num_return_sequences=2, seed=1),
+        GenerationOptions(6, repetition_penalty=1.5),
+    ]
+    keys = [b"a", b"b", b"c"]
+    together = run(Decoding(model, prompts, features, options, keys))
+    alone = [
+        row
+        for i, pictures_of in enumerate((None, features[:1], features[1:]))
+        for row in run(Decoding(model, [prompts[i]], pictures_of, options[i], [keys[i]]))
+    ]
+    assert together == alone
+    assert [len(row) for row in together] == [4, 9, 9, 6]
+
+
+def test_a_dropped_row_leaves_and_the_others_go_on(models_folder: Path) -> None:
+    model = build(models_folder, "gemma2")
+    prompts, pixels = ask(model)
+    features = model.vision_tower(pixels)
+    whole = run(Decoding(model, prompts, features, GenerationOptions(8)))
+    decoding = Decoding(model, prompts, features, GenerationOptions(8))
+    assert [row for row, _ in decoding.step()] == [0, 1, 2]
+    decoding.drop(1)
+    decoding.drop(1)  # a second time does no harm
+    assert [row for row, _ in decoding.step()] == [0, 2]
+    run(decoding)
+    assert decoding.tokens == [whole[0], whole[1][:1], whole[2]]
+
+
+def test_beams_are_transformers_beams(models_folder: Path) -> None:
+    model = build(models_folder, "llama")
+    prompts, pixels = ask(model)
+    options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5, "max_new_tokens": 6}
+    ours = generate(model, prompts, pixels, GenerationOptions(**options))
+    texts = [model.prompt.decode(row).strip() for row in stock(model, prompts, pixels, **options)]
+    assert ours == [texts[:2], texts[2:4], texts[4:]]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"min_new_tokens": 9, "max_new_tokens": 8},
+        {"repetition_penalty": 0},
+        {"num_return_sequences": 3},
+        {"num_return_sequences": 3, "num_beams": 2},
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(bad: dict) -> None:
+    with pytest.raises(ValueError, match="needed|need temperature"):
+        GenerationOptions(**bad)
+
+
+def test_a_streamed_answer_is_the_whole_one_in_pieces(models_folder: Path) -> None:
+    model = build(models_folder, "mistral")
+    (pixels,) = pictures(model, 1)
+    image = pixels.permute(1, 2, 0).numpy()
+    pieces = list(model.stream("What is this?", [image], max_new_tokens=12))
+    assert len(pieces) > 3
+    assert "".join(pieces).strip() == model.caption(image, "What is this?", max_new_tokens=12)
+
+
+def test_a_conversation_goes_on(models_folder: Path) -> None:
+    model = build(models_folder, "qwen2")
+    first, second = (p.permute(1, 2, 0).numpy() for p in pictures(model, 2))
+    turns = [Message("user", "What?"), Message("assistant", "a cat"), Message("user", "Where?")]
+    answer = model.chat(turns, [first], max_new_tokens=6)
+    placed = [Message("user", "<image>\nWhat?"), *turns[1:]]
+    assert model.chat(placed, [first], max_new_tokens=6) == answer
+    assert model.chat(turns[:1], [first], max_new_tokens=6) != answer, "it heard the rest"
+    assert model.chat(turns, [second], max_new_tokens=6) != answer, "it saw the picture"
+    with pytest.raises(ValueError, match="2 picture.* for 1 <image>"):
+        model.chat(placed, [first, second])
