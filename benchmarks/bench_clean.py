@@ -87,9 +87,7 @@ def pixel_difference(folder: Path, names: list[str]) -> int:
 
 def main() -> None:
     """Run both in turn."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=6000)
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
@@ -108,14 +106,7 @@ def main() -> None:
         ours = ["--output", f"{name}/ours.json", "--image-folder", str(folder), "--vision_tower", str(tower)]
         commands = {
             "llava clean": [sys.executable, "-c", OURS, str(records), *ours],
-            "the tutorial's way": [
-                sys.executable,
-                "-c",
-                PEER,
-                str(records),
-                str(folder),
-                f"{name}/theirs.json",
-            ],
+            "the tutorial's way": [sys.executable, "-c", PEER, str(records), str(folder), f"{name}/theirs.json"],
         }
         everything = records.read_text()
         records.write_text(json.dumps(rows[:1]))

@@ -63,18 +63,14 @@ def write_tsv(path: Path, rows: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for index in range(rows):
             odd = ' a "quoted\t word' if index % 20_000 == 7 else ""
-            url = (
-                f"https://i{index % 977}.example.com/photos/{index:07d}/{index * 2654435761 % 2**32:08x}.jpg"
-            )
+            url = f"https://i{index % 977}.example.com/photos/{index:07d}/{index * 2654435761 % 2**32:08x}.jpg"
             file.write(f"{captions[index % 50_000]}{odd}\t{url}\n")
 
 
 def measured(command: list[str]) -> tuple[float, float]:
     """(seconds, peak resident MB) of a command."""
     start = time.perf_counter()
-    out = subprocess.run(
-        [sys.executable, "-c", TIMED, *command], check=True, capture_output=True, text=True
-    ).stdout
+    out = subprocess.run([sys.executable, "-c", TIMED, *command], check=True, capture_output=True, text=True).stdout
     return time.perf_counter() - start, int(out) / 1024
 
 
@@ -90,17 +86,11 @@ def main() -> None:
         convert = [sys.executable, "-c", "from llava_simplified.data.convert import main; main()"]
         for suffix in (".json", ".jsonl", ".parquet"):
             output = Path(folder, f"records{suffix}")
-            seconds, memory = measured(
-                [*convert, str(source), "--output", str(output), "--split", "val=0.01"]
-            )
+            seconds, memory = measured([*convert, str(source), "--output", str(output), "--split", "val=0.01"])
             rate = args.rows / seconds
             print(f"llava convert -> {suffix:8} {seconds:5.1f} s, {rate:9,.0f} rows/s, {memory:5.0f} MB peak")
             train = output.with_name(f"records_train{suffix}")
-            print(
-                subprocess.check_output([sys.executable, "-c", OPEN, str(train)], text=True),
-                end="",
-                flush=True,
-            )
+            print(subprocess.check_output([sys.executable, "-c", OPEN, str(train)], text=True), end="", flush=True)
         plain = Path(folder, "plain.json")
         seconds, memory = measured([sys.executable, "-c", PEER, str(source), str(plain)])
         rate = args.rows / seconds

@@ -94,9 +94,7 @@ def check_peer(output: Path, jobs: list[tuple[str, str, int]]) -> str:
             kept, total = kept + (row["status"] == "success"), total + 1
             if good != (row["status"] == "success"):
                 wrong[f"{kind} {'lost' if good else 'kept'}"] += 1
-    return (
-        f"{kept} kept, {total} outcomes of {len(jobs)} rows, {sum(wrong.values())} wrong {dict(wrong) or ''}"
-    )
+    return f"{kept} kept, {total} outcomes of {len(jobs)} rows, {sum(wrong.values())} wrong {dict(wrong) or ''}"
 
 
 def peer_python(folder: Path) -> Path:
@@ -110,16 +108,12 @@ def peer_python(folder: Path) -> Path:
 
 def main() -> None:
     """Run what was asked for, print ratios."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_simplified"
     parser.add_argument("--count", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="http,resize,https")
-    parser.add_argument(
-        "--threads", default="128,256", help="img2dataset's settings to try; the best one counts"
-    )
+    parser.add_argument("--threads", default="128,256", help="img2dataset's settings to try; the best one counts")
     parser.add_argument("--concurrency", default="64", help="ours, for each of the four shards under way")
     parser.add_argument("--tutorial", action="store_true", help="the tutorial's way too")
     parser.add_argument("--peer-venv", type=Path, default=cache / "img2dataset")
@@ -148,16 +142,7 @@ def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> N
         shard = str(max(250, count // 4))
         for turn in range(args.rounds):
             runs: dict[str, list[str]] = {}
-            ours = [
-                str(tsv),
-                "--output",
-                "OUT",
-                "--timeout",
-                str(TIMEOUT),
-                "--retries",
-                "0",
-                "--allow-private",
-            ]
+            ours = [str(tsv), "--output", "OUT", "--timeout", str(TIMEOUT), "--retries", "0", "--allow-private"]
             ours += ["--shard-size", shard, "--resize", side, "--concurrency", args.concurrency]
             runs["llava download"] = [sys.executable, "-c", OURS, *ours]
             here = Path(__file__).parent
@@ -186,10 +171,7 @@ def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> N
     mine = best["llava download"]
     label, other = min(((k, v) for k, v in best.items() if k.startswith("img2")), key=lambda item: item[1])
     ratios = {"speed": other[0] / mine[0], "cpu": mine[1] / other[1], "memory": mine[2] / other[2]}
-    print(
-        f"  against {label}: " + json.dumps({key: round(value, 2) for key, value in ratios.items()}),
-        flush=True,
-    )
+    print(f"  against {label}: " + json.dumps({key: round(value, 2) for key, value in ratios.items()}), flush=True)
 
 
 if __name__ == "__main__":

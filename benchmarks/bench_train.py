@@ -23,17 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "red dog",
-    "a car",
-    "the man",
-    "of two",
-    "woman with",
-    "old street",
-    "on a field",
-    "in the park",
-    "near water",
-)
+WORDS = ("red dog", "a car", "the man", "of two", "woman with", "old street", "on a field", "in the park", "near water")
 WARM_UP = 3  # steps: compilation, caches, allocator
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0}
 OURS = {  # one lever more in each line
@@ -67,9 +57,7 @@ def write_data(folder: Path, images: int, captions: int) -> None:
         coarse = np.random.default_rng(index).integers(0, 256, (14, 14, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((224, 224)).save(folder / f"{index}.png")
         texts = [" ".join(draw.choices(WORDS, k=draw.randint(4, 8))) for _ in range(captions)]
-        rows.append(
-            {"image": f"{index}.png", "instruction": "Generate a caption of this image:", "responses": texts}
-        )
+        rows.append({"image": f"{index}.png", "instruction": "Generate a caption of this image:", "responses": texts})
     (folder / "train.json").write_text(json.dumps(rows))
 
 
@@ -122,9 +110,7 @@ def common(steps: int) -> dict[str, Any]:
     }
 
 
-def train_stock(
-    folder: Path, models: tuple[str, str], batch: int, steps: int, options: dict[str, Any]
-) -> None:
+def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, options: dict[str, Any]) -> None:
     """What transformers' and PEFT's documentation of LLaVA amounts to."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -141,12 +127,7 @@ def train_stock(
         TrainingArguments,
     )
 
-    from llava_simplified.prompt import (
-        IGNORE_INDEX,
-        IMAGE_INDEX,
-        Message,
-        Prompt,
-    )  # so that the tokens are the same
+    from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message, Prompt  # so that the tokens are the same
 
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     prompt, processor = Prompt(tokenizer), CLIPImageProcessorPil.from_pretrained(models[1])
@@ -208,11 +189,7 @@ def train_stock(
 
 def write_projector(folder: Path, models: tuple[str, str]) -> None:
     """A checkpoint of one step whose projector both sides start with."""
-    levers = {
-        **OURS["ours: logits where trained"],
-        "mm_projector_type": "mlp2x_gelu",
-        "tune_mm_mlp_adapter": True,
-    }
+    levers = {**OURS["ours: logits where trained"], "mm_projector_type": "mlp2x_gelu", "tune_mm_mlp_adapter": True}
     (folder / "projector").mkdir()
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.run import train
@@ -249,9 +226,7 @@ def one_run(folder: Path, models: tuple[str, str], name: str, batch: int, steps:
     if name in OURS:
         train_ours(folder, models, batch, steps, {**OURS[name], "mm_projector_type": "mlp2x_gelu"})
     else:
-        train_stock(
-            folder, models, batch, steps, {"gradient_checkpointing": True} if "tutorial" in name else {}
-        )
+        train_stock(folder, models, batch, steps, {"gradient_checkpointing": True} if "tutorial" in name else {})
     times = [start for start, _ in seen]
     return {
         "seconds": (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP),
@@ -276,9 +251,7 @@ def step_flops(folder: Path, models: tuple[str, str], images: int, captions: int
     rows = json.loads((folder / "train.json").read_text())
     length = trained = 0
     for row in rows:
-        prefix, answers = prompt.render_branches(
-            [Message("user", f"<image>\n{row['instruction']}")], row["responses"]
-        )
+        prefix, answers = prompt.render_branches([Message("user", f"<image>\n{row['instruction']}")], row["responses"])
         trained += sum(map(len, answers))
         length += len(prefix.input_ids) + 195 + sum(map(len, answers))
     share = images / len(rows)
@@ -313,17 +286,7 @@ def main() -> None:
                 for name in names:
                     shared = name.startswith("+ ") and OURS[name].get("share_prefix", True)
                     batch = args.batch * (1 if shared else captions)
-                    words = [
-                        sys.executable,
-                        __file__,
-                        "--steps",
-                        args.steps,
-                        "--run",
-                        folder,
-                        *models,
-                        name,
-                        batch,
-                    ]
+                    words = [sys.executable, __file__, "--steps", args.steps, "--run", folder, *models, name, batch]
                     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
                     if done.returncode:
                         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -336,9 +299,7 @@ def print_table(results: dict[str, list[dict[str, Any]]], captions: int, samples
     best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in results.items()}
     stock, tutorial = list(best.values())[:2]
     print(f"\n{captions} caption(s) an image, {samples} captions an update")
-    print(
-        f"{'':32}{'captions/s':>11}{'x stock':>9}{'x tutorial':>11}{'memory':>8}{'first loss':>11}{'of matmul':>10}"
-    )
+    print(f"{'':32}{'captions/s':>11}{'x stock':>9}{'x tutorial':>11}{'memory':>8}{'first loss':>11}{'of matmul':>10}")
     for name, run in best.items():
         print(
             f"{name:32}{samples / run['seconds']:>11.2f}{stock['seconds'] / run['seconds']:>9.2f}"
@@ -346,9 +307,7 @@ def print_table(results: dict[str, list[dict[str, Any]]], captions: int, samples
             + (f"{flops / run['seconds'] / run['limit']:>10.0%}" if name == list(best)[-1] else "")
         )
         if abs(run["loss"] / stock["loss"] - 1) > 0.01:
-            sys.exit(
-                f"{name}: the first loss is not the stock model's: the sides do not train the same thing"
-            )
+            sys.exit(f"{name}: the first loss is not the stock model's: the sides do not train the same thing")
 
 
 if __name__ == "__main__":

@@ -161,9 +161,7 @@ class _Handler(asyncio.Protocol):
         elif kind in ("drip", "endless"):
             length = 100_000 if kind == "drip" else 1 << 40
             self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n")
-            self.pour(
-                b"\xff" if kind == "drip" else b"\xff\xd8\xff" + b"\0" * 200_000, length, kind == "drip"
-            )
+            self.pour(b"\xff" if kind == "drip" else b"\xff\xd8\xff" + b"\0" * 200_000, length, kind == "drip")
         else:
             self.respond(kind, number, name)
 
@@ -225,9 +223,7 @@ def make_certificate(folder: Path) -> Path:
 def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
     """The server in a process of its own; yields its port."""
     command = [sys.executable, str(Path(__file__).resolve()), "--latency", str(latency)]
-    process = subprocess.Popen(
-        [*command, *(["--tls", str(tls)] if tls else [])], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*command, *(["--tls", str(tls)] if tls else [])], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         yield int(process.stdout.readline())
@@ -236,16 +232,11 @@ def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
         process.wait()
 
 
-def urls(
-    count: int, port: int, scheme: str = "http", mix: dict[str, int] = MIX
-) -> list[tuple[str, str, int]]:
+def urls(count: int, port: int, scheme: str = "http", mix: dict[str, int] = MIX) -> list[tuple[str, str, int]]:
     """(url, kind, number), mixed by `mix`, over all hosts."""
     rng = np.random.default_rng(1)
     kinds = rng.choice(list(mix), size=count, p=np.array(list(mix.values())) / sum(mix.values()))
-    return [
-        (f"{scheme}://{HOSTS[i % len(HOSTS)]}:{port}/{kind}/{i}.jpg", str(kind), i)
-        for i, kind in enumerate(kinds)
-    ]
+    return [(f"{scheme}://{HOSTS[i % len(HOSTS)]}:{port}/{kind}/{i}.jpg", str(kind), i) for i, kind in enumerate(kinds)]
 
 
 async def _serve(arguments: argparse.Namespace, told: Callable[[int], None]) -> None:

@@ -26,19 +26,11 @@ class ModelArguments:
     )
     mm_vision_select_layer: list[int] = field(
         default_factory=lambda: [-2],
-        metadata={
-            "help": "Hidden states shown to the language model: -1 the last; several are concatenated."
-        },
+        metadata={"help": "Hidden states shown to the language model: -1 the last; several are concatenated."},
     )
-    mm_vision_select_feature: str = field(
-        default="patch", metadata={"help": "patch, or cls_patch to keep CLS."}
-    )
-    mm_projector_type: str = field(
-        default="linear", metadata={"help": "linear, mlp2x_gelu (any depth), identity."}
-    )
-    mm_token_pool: int = field(
-        default=0, metadata={"help": "Average the patch grid to K x K tokens; 0 keeps it."}
-    )
+    mm_vision_select_feature: str = field(default="patch", metadata={"help": "patch, or cls_patch to keep CLS."})
+    mm_projector_type: str = field(default="linear", metadata={"help": "linear, mlp2x_gelu (any depth), identity."})
+    mm_token_pool: int = field(default=0, metadata={"help": "Average the patch grid to K x K tokens; 0 keeps it."})
     template: str = field(
         default="auto",
         metadata={
@@ -48,12 +40,9 @@ class ModelArguments:
     pretrain_mm_mlp_adapter: str | None = field(
         default=None, metadata={"help": "Start with the projector of this checkpoint folder."}
     )
-    tune_mm_mlp_adapter: bool = field(
-        default=False, metadata={"help": "Train the projector alone (first stage)."}
-    )
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Train the projector alone (first stage)."})
     freeze_backbone: bool = field(
-        default=True,
-        metadata={"help": "Keep the language model's own weights; False, without LoRA, trains them all."},
+        default=True, metadata={"help": "Keep the language model's own weights; False, without LoRA, trains them all."}
     )
     lora_enable: bool = field(default=True, metadata={"help": "Adapt the language model with LoRA."})
     lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
@@ -62,9 +51,7 @@ class ModelArguments:
     lora_bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or lora_only."})
     attn_implementation: str | None = field(
         default=None,
-        metadata={
-            "help": "Attention of the language model: sdpa, eager, flash_attention_2; default: its best."
-        },
+        metadata={"help": "Attention of the language model: sdpa, eager, flash_attention_2; default: its best."},
     )
 
 
@@ -72,17 +59,13 @@ class ModelArguments:
 class DataArguments:
     """What it learns from."""
 
-    train_data_path: str | None = field(
-        default=None, metadata={"help": "Records: .json, .jsonl or .parquet."}
-    )
+    train_data_path: str | None = field(default=None, metadata={"help": "Records: .json, .jsonl or .parquet."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Records for the validation loss."})
     train_image_folder: str | None = field(
-        default=None,
-        metadata={"help": "Where the training images are; the data file's folder where not given."},
+        default=None, metadata={"help": "Where the training images are; the data file's folder where not given."}
     )
     val_image_folder: str | None = field(
-        default=None,
-        metadata={"help": "Where the validation images are; the eval data file's folder where not given."},
+        default=None, metadata={"help": "Where the validation images are; the eval data file's folder where not given."}
     )
     share_prefix: bool = field(
         default=True,
@@ -93,9 +76,7 @@ class DataArguments:
     )
     packing: bool = field(
         default=False,
-        metadata={
-            "help": "Fill each sequence of a batch with several examples, which do not see each other."
-        },
+        metadata={"help": "Fill each sequence of a batch with several examples, which do not see each other."},
     )
     pack_length: int = field(
         default=4096, metadata={"help": "Most positions of a packed sequence, image tokens included."}
@@ -125,14 +106,10 @@ def _bf16_by_default() -> bool:
 class TrainingArguments(transformers.TrainingArguments):
     """transformers.TrainingArguments with LLaVA's defaults and a few options more."""
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Default: output/<language model>-<vision tower>."}
-    )
+    output_dir: str | None = field(default=None, metadata={"help": "Default: output/<language model>-<vision tower>."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Steps of warm-up; below 1: share of all steps."}
-    )
+    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up; below 1: share of all steps."})
     bf16: bool = field(
         default_factory=_bf16_by_default,
         metadata={"help": "Frozen weights and activations in bfloat16 (default: where a GPU has it)."},
@@ -142,9 +119,7 @@ class TrainingArguments(transformers.TrainingArguments):
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
     compile_layers: bool = field(
         default=False,
-        metadata={
-            "help": "torch.compile each layer of the language model (needs a C++ compiler, or Triton on GPUs)."
-        },
+        metadata={"help": "torch.compile each layer of the language model (needs a C++ compiler, or Triton on GPUs)."},
     )
     model_max_length: int = field(
         default=2048, metadata={"help": "Most text tokens of a sample, an image counting as one."}
@@ -204,9 +179,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     given = dict(options)
     if "output_dir" not in given:
         parts = (given.get(f, [getattr(ModelArguments, f)]) for f in ("model_name_or_path", "vision_tower"))
-        options.append(
-            ("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))])
-        )
+        options.append(("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))]))
     parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
     parser.prog = "train.py"
     words = [word for option in options for word in _current_names(*option)]

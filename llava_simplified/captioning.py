@@ -54,9 +54,7 @@ class Pictures(Sequence[Record]):
         return Record((name,), (Message("user", text),), (), name)
 
 
-def open_source(
-    source: str, image_folder: str | None, questions: Sequence[str]
-) -> tuple[Sequence[Record], str]:
+def open_source(source: str, image_folder: str | None, questions: Sequence[str]) -> tuple[Sequence[Record], str]:
     """What SOURCE holds, and the folder that its images are in.
 
     Args:
@@ -123,9 +121,7 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
     begun.write_text(settings, encoding="utf-8")
     done = _whole_records(output, job.options.num_return_sequences) | _whole_records(bad_path, 1)
 
-    model = model or Llava.from_pretrained(
-        job.model_path, model_base=job.model_base, vision_tower=job.vision_tower
-    )
+    model = model or Llava.from_pretrained(job.model_path, model_base=job.model_base, vision_tower=job.vision_tower)
     records, folder = open_source(job.source, job.image_folder, job.questions or (model.instruction,))
     indices = range(min(len(records), job.limit or len(records)))[job.chunk :: job.chunks]
     todo = [index for index in indices if index not in done]
@@ -206,9 +202,7 @@ def caption_records(
 
 
 def _row(index: int, record: Record, text: str) -> dict[str, Any]:
-    truth: str | list[str] = (
-        list(record.responses) if len(record.responses) > 1 else "".join(record.responses)
-    )
+    truth: str | list[str] = list(record.responses) if len(record.responses) > 1 else "".join(record.responses)
     return {
         "index": index,
         "image": record.images[0] if record.images else None,
@@ -253,9 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data-path", help="records to caption: .json, .jsonl or .parquet")
     source.add_argument("--image", help="one picture to caption")
-    parser.add_argument(
-        "--image-folder", help="where the records' images are; the data file's folder where not given"
-    )
+    parser.add_argument("--image-folder", help="where the records' images are; the data file's folder where not given")
     parser.add_argument("--output", default="predictions.json", help=".json: an array; .jsonl: a row a line")
     parser.add_argument("--trials", type=int, help="captions per picture (3; greedy: 1)")
     parser.add_argument("--instruction", help="for --image; default: the one it was trained with")
@@ -293,22 +285,16 @@ def main(argv: list[str] | None = None) -> int:
 def caption_main(argv: list[str] | None = None) -> int:
     """The command line of `llava caption`."""
     parser = _parser("llava caption", "Caption a picture, a folder, a shard, or records.", temperature=0.0)
-    parser.add_argument(
-        "source", help="a picture, folder, glob pattern, .tar shard, or .json/.jsonl/.parquet records"
-    )
+    parser.add_argument("source", help="a picture, folder, glob pattern, .tar shard, or .json/.jsonl/.parquet records")
     parser.add_argument("--image-folder", help="where the records' images are")
-    parser.add_argument(
-        "--prompt", action="append", default=[], help="what to ask; several times: several questions"
-    )
+    parser.add_argument("--prompt", action="append", default=[], help="what to ask; several times: several questions")
     parser.add_argument("--output", help="(captions.jsonl; a single picture: the terminal)")
     parser.add_argument("--trials", type=int, default=1, help="captions per picture")
     parser.add_argument("--limit", type=int, help="only the first so many")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--num-chunks", type=int, help="spread over so many processes or machines ...")
     parser.add_argument("--chunk-idx", type=int, help="... of which this is one, from 0 (torchrun sets both)")
-    parser.add_argument(
-        "--engine", choices=["local", "ray"], default="local", help="ray: run the chunks on a cluster"
-    )
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: run the chunks on a cluster")
     args = parser.parse_args(argv)
     options = _options(args, args.trials)
     if Path(args.source).is_file() and Path(args.source).suffix.lower() in PICTURES and not args.output:

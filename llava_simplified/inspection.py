@@ -29,8 +29,7 @@ NAMED_PROBLEMS = 10  # rows that are named; the others are counted
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where a row has a problem, else 0."""
     parser = argparse.ArgumentParser(
-        "llava inspect",
-        description="Show samples as the model sees them: tokens, what is trained, image spans.",
+        "llava inspect", description="Show samples as the model sees them: tokens, what is trained, image spans."
     )
     parser.add_argument("--data", required=True, help="records: .json, .jsonl or .parquet")
     parser.add_argument("--model_name_or_path", required=True, help="language model, or a checkpoint of ours")
@@ -43,10 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model_max_length", type=int, help="count the examples that this would cut")
     parser.add_argument("--count", type=int, default=3, help="samples to show (default: %(default)s)")
     parser.add_argument(
-        "--scan",
-        type=int,
-        default=20_000,
-        help="rows to add up, evenly spread; 0: all (default: %(default)s)",
+        "--scan", type=int, default=20_000, help="rows to add up, evenly spread; 0: all (default: %(default)s)"
     )
     args = parser.parse_args(argv)
 
@@ -64,9 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if record := shown.add(records, index, prompt):
             console.print(*sample(record, tokenizer, prompt, tower), sep="\n")
             if args.image_folder:
-                console.print(
-                    *pictures(record, args.image_folder, shown.problems), "", sep="\n", soft_wrap=True
-                )
+                console.print(*pictures(record, args.image_folder, shown.problems), "", sep="\n", soft_wrap=True)
     step = max(1.0, len(records) / args.scan) if args.scan else 1.0
     for index in range(round(len(records) / step)):
         scanned.add(records, int(index * step), prompt)

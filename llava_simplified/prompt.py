@@ -43,9 +43,7 @@ TEMPLATES = {
 }
 # Some templates write today's date. A model must not be asked tomorrow otherwise than it was trained today,
 # so the date stands still, at the day Llama-3 itself falls back to. The macro hides a function of that name.
-FIXED_DATE = (
-    "{%- macro strftime_now(format) %}{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}{% endmacro -%}"
-)
+FIXED_DATE = "{%- macro strftime_now(format) %}{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}{% endmacro -%}"
 
 
 class Message(NamedTuple):
@@ -115,8 +113,7 @@ class Prompt:
         self._control_ids: dict[str, int] = {token.content: i for i, token in added.items()}
         longest_first = sorted(added.values(), key=lambda token: len(token.content), reverse=True)
         control = "|".join(
-            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
-            for token in longest_first
+            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token in longest_first
         )
         tail = self._apply_template(("user", "assistant"), "").partition("⟦assistant 1⟧")[2]
         match = re.match(rf"\s*({control})", tail) if control else None
@@ -198,9 +195,7 @@ class Prompt:
             return self._layouts[roles]
         if not re.fullmatch("(system )?(user assistant )+", " ".join(roles) + " "):
             order = "at most one system turn, then user and assistant in turn, the user's last"
-            raise ValueError(
-                _at(where) + f"the roles of the turns are {list(roles[:-1])}, but must be {order}"
-            )
+            raise ValueError(_at(where) + f"the roles of the turns are {list(roles[:-1])}, but must be {order}")
         rendered, end = self._apply_template(roles, where), 0
         parts: list[Part] = []
         for match in self._parts.finditer(rendered):

@@ -37,9 +37,7 @@ def checkpoint(models_folder: Path, data_folder: Path, tmp_path_factory: pytest.
         "max_steps": 1,
         "cache_vision_features": "off",
     }
-    return train(
-        *parse_arguments([word for name, value in options.items() for word in (f"--{name}", str(value))])
-    )
+    return train(*parse_arguments([word for name, value in options.items() for word in (f"--{name}", str(value))]))
 
 
 @pytest.fixture(scope="module")
@@ -86,24 +84,18 @@ def test_every_kind_of_source(folder: Path, data_folder: Path, monkeypatch: pyte
 
 
 def test_a_folder_with_two_questions(model: Llava, folder: Path, tmp_path: Path) -> None:
-    job = Job(
-        "", str(folder), str(tmp_path / "out.jsonl"), GenerationOptions(6), ("What?", "Where is <image>?")
-    )
+    job = Job("", str(folder), str(tmp_path / "out.jsonl"), GenerationOptions(6), ("What?", "Where is <image>?"))
     assert caption_file(job, model) == (12, 2)
     written = rows(tmp_path / "out.jsonl")
     assert [row["index"] for row in written] == [*range(10), 12, 13]
     assert [row["instruction"] for row in written[:2]] == ["What?", "Where is <image>?"]
     for row in written[::3]:
-        assert row["pred_output"] == model.caption(
-            folder / row["image"], row["instruction"], max_new_tokens=6
-        )
+        assert row["pred_output"] == model.caption(folder / row["image"], row["instruction"], max_new_tokens=6)
     assert [row["index"] for row in rows(Path(job.output + ".bad.jsonl"))] == [10, 11]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 60, 300, 700, -1, -30, None])
-def test_a_stopped_file_goes_on_where_it_was(
-    model: Llava, folder: Path, tmp_path: Path, cut: int | None
-) -> None:
+def test_a_stopped_file_goes_on_where_it_was(model: Llava, folder: Path, tmp_path: Path, cut: int | None) -> None:
     """Cut at any byte, also inside a row or between the two trials of a picture."""
     job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS, batch_size=2)
     caption_file(job, model)

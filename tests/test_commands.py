@@ -11,11 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {
-    **os.environ,
-    "HF_HUB_OFFLINE": "1",
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def call(*words: object, folder: Path, **environment: object) -> str:
@@ -47,9 +43,7 @@ def predict(checkpoint: Path, data: Path, folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_train_then_predict_as_the_tutorial_says(
-    models_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
+def test_train_then_predict_as_the_tutorial_says(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     call(sys.executable, ROOT / "train.py", *tutorial(models_folder, data_folder), folder=tmp_path)
     rows = predict(tmp_path / "output" / "mistral-clip", data_folder, tmp_path)
     assert [row["index"] for row in rows] == [i for i in range(4) for _ in range(3)], "three trials a picture"
@@ -60,9 +54,7 @@ def test_train_then_predict_as_the_tutorial_says(
 def test_the_launch_scripts(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     """Every flag of LLaVA's finetune.sh, in the folders that the tutorial speaks of; only the models are tiny."""
     for split in ("train", "val"):
-        (tmp_path / f"conceptual_captions_instruct_{split}_clean.json").symlink_to(
-            data_folder / f"{split}.json"
-        )
+        (tmp_path / f"conceptual_captions_instruct_{split}_clean.json").symlink_to(data_folder / f"{split}.json")
         (tmp_path / split).symlink_to(data_folder / "images")
     tiny = ("--model_name_or_path", models_folder / "mistral", "--vision_tower", models_folder / "clip")
     model = tmp_path / "model"
@@ -97,16 +89,12 @@ def test_two_processes(models_folder: Path, data_folder: Path, tmp_path: Path, l
 
 
 def test_the_help_needs_no_heavy_import() -> None:
-    code = (
-        "import sys; from llava_simplified.cli import main; main(['--help']); print('torch' in sys.modules)"
-    )
+    code = "import sys; from llava_simplified.cli import main; main(['--help']); print('torch' in sys.modules)"
     assert call(sys.executable, "-c", code, folder=ROOT).strip().endswith("False")
 
 
 def test_a_user_error_is_one_line(tmp_path: Path) -> None:
     words = [sys.executable, ROOT / "predict.py", "--model-path", tmp_path, "--image", "gone.jpg"]
-    done = subprocess.run(
-        [str(w) for w in words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([str(w) for w in words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip() == "error: no picture gone.jpg"

@@ -130,14 +130,9 @@ MISTRAL_V3_TIGHT = MISTRAL_V3.replace("{{- ' ' + message", "{{- message")  # no 
 def byte_level(control: list[str], **kwargs: Any) -> PreTrainedTokenizerFast:
     """As Llama-3, Qwen, SmolLM: bytes, split by a regular expression."""
     tokenizer = Tokenizer(models.BPE())
-    words = Regex(
-        r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+    words = Regex(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -266,12 +261,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str | None, str
     "mistral-v2": (lambda: mistral("v2"), MISTRAL_V3, "</s>", " "),
     "mistral-v3": (lambda: mistral("v3"), MISTRAL_V3, "</s>", " "),
     "mistral-v3-tight": (lambda: mistral("v3"), MISTRAL_V3_TIGHT, "</s>", ""),
-    "always-tight": (
-        lambda: sentencepiece_like(["[INST]", "[/INST]"], "always"),
-        MISTRAL_V3_TIGHT,
-        "</s>",
-        " ",
-    ),
+    "always-tight": (lambda: sentencepiece_like(["[INST]", "[/INST]"], "always"), MISTRAL_V3_TIGHT, "</s>", " "),
 }
 
 
@@ -368,8 +358,7 @@ LOOKS_LIKE_CONTROL = [
     "{{ bos_token }}",
 ]
 any_text = st.lists(
-    st.one_of(st.text(max_size=6), st.sampled_from([*LOOKS_LIKE_CONTROL, " ", "  ", "\n", "\n\n", "a cat"])),
-    max_size=6,
+    st.one_of(st.text(max_size=6), st.sampled_from([*LOOKS_LIKE_CONTROL, " ", "  ", "\n", "\n\n", "a cat"])), max_size=6
 ).map("".join)
 any_answer = any_text.filter(str.strip)
 words = st.from_regex(r"[A-Za-z][a-z]{0,8}", fullmatch=True) | st.sampled_from(
@@ -388,9 +377,7 @@ ordinary_text = st.lists(words, min_size=1, max_size=6).map(" ".join)
 @example(question="<image>\nwhat?", answer="\na cat\n")
 @example(question="a <image> b<image>", answer="</s>")
 @example(question="", answer="a </s><|im_end|><|eot_id|><end_of_turn> [INST] <image> b")
-def test_the_answer_and_its_end_token_are_trained_and_nothing_else(
-    name: str, question: str, answer: str
-) -> None:
+def test_the_answer_and_its_end_token_are_trained_and_nothing_else(name: str, question: str, answer: str) -> None:
     tokenizer, prompt, end, lead, keeps = family(name)
     sequence = prompt.render(ask(question), answer)
     start = len(prompt.render(ask(question), None).input_ids)
@@ -421,12 +408,7 @@ def test_data_adds_no_control_token_to_the_prompt(name: str, question: str) -> N
 @every_family
 def test_earlier_answers_are_trained_too(name: str) -> None:
     prompt = family(name).prompt
-    turns = [
-        Message("system", "Be brief."),
-        *ask(),
-        Message("assistant", " two </s> cats"),
-        Message("user", "Where?"),
-    ]
+    turns = [Message("system", "Be brief."), *ask(), Message("assistant", " two </s> cats"), Message("user", "Where?")]
     sequence = prompt.render(turns, "On a bench")
     ids = trained(sequence.labels)
     first = ids.index(prompt.end_id)
@@ -455,16 +437,12 @@ def test_branches_share_one_prompt(name: str) -> None:
     answer=ordinary_text,
     image=st.sampled_from(["<image>\n{}", "{}\n<image>", "{0} <image> {0}", "{}"]),
 )
-def test_ordinary_text_has_the_ids_of_apply_chat_template(
-    name: str, question: str, answer: str, image: str
-) -> None:
+def test_ordinary_text_has_the_ids_of_apply_chat_template(name: str, question: str, answer: str, image: str) -> None:
     tokenizer, prompt, *_ = family(name)
     turns = ask(image.format(question))
     ours = prompt.render(turns, answer).input_ids
     theirs = reference(name, [*turns, Message("assistant", answer)])
-    if name.startswith(
-        "llama2"
-    ):  # whose template has a space between the answer and </s>, which is not trained
+    if name.startswith("llama2"):  # whose template has a space between the answer and </s>, which is not trained
         theirs = [*theirs[:-2], theirs[-1]]
     assert theirs[: len(ours)] == ours
     assert not spell(tokenizer, theirs[len(ours) :]).strip()  # what a template puts after the end token
@@ -474,12 +452,7 @@ def test_ordinary_text_has_the_ids_of_apply_chat_template(
 
 @pytest.mark.parametrize("name", [name for name in WITH_TEMPLATE if not name.startswith("llama2")])
 def test_a_conversation_has_the_ids_of_apply_chat_template(name: str) -> None:
-    talk = [
-        *ask(),
-        Message("assistant", "two cats"),
-        Message("user", "Where?"),
-        Message("assistant", "on a bench"),
-    ]
+    talk = [*ask(), Message("assistant", "two cats"), Message("user", "Where?"), Message("assistant", "on a bench")]
     if not name.startswith(("mistral-v2", "mistral-v3")) and name not in (
         "gemma",
         "always-tight",
@@ -499,13 +472,9 @@ def test_mistral_s_own_code_gives_the_same_ids(version: str, question: str, answ
 
     # WHY one space: Transformers 5 converts the .model file with the merges of spaces ("▁▁") first, where
     # sentencepiece has them last (score -1e9); that is the tokenizer's own fault, in any prompt.
-    question, answer = (
-        re.sub("[ ▁]+", " ", text).strip() for text in (question.replace("<image>", "image"), answer)
-    )
+    question, answer = (re.sub("[ ▁]+", " ", text).strip() for text in (question.replace("<image>", "image"), answer))
     assume(question and answer)
-    request = ChatCompletionRequest(
-        messages=[UserMessage(content=question), AssistantMessage(content=answer)]
-    )
+    request = ChatCompletionRequest(messages=[UserMessage(content=question), AssistantMessage(content=answer)])
     theirs = mistral_common(version).encode_chat_completion(request).tokens
     assert family(f"mistral-{version}").prompt.render(ask(question), answer).input_ids == theirs
 
@@ -521,9 +490,7 @@ def mistral_common(version: str) -> Any:
 @pytest.mark.parametrize("name", ["mistral-v1", "mistral-v1-legacy", "mistral-v3"])
 def test_on_mistral_the_trained_tokens_are_the_caption_and_the_end(name: str) -> None:
     tokenizer, prompt, *_ = family(name)
-    tokens = tokenizer.convert_ids_to_tokens(
-        trained(prompt.render(ask(), "a bedroom with a double bed").labels)
-    )
+    tokens = tokenizer.convert_ids_to_tokens(trained(prompt.render(ask(), "a bedroom with a double bed").labels))
     assert tokens == ["▁a", "▁bedroom", "▁with", "▁a", "▁double", "▁bed", "</s>"]
 
 
@@ -593,9 +560,7 @@ def test_a_model_that_can_think_is_told_not_to() -> None:
     tokenizer = copy.deepcopy(family("smollm").tokenizer)
     thinking = "{{ 'think' if enable_thinking is not defined or enable_thinking else 'no think' }}"
     tokenizer.chat_template = thinking + CHATML
-    assert tokenizer.decode(Prompt(tokenizer).render(ask("x"), None).input_ids).startswith(
-        "no think<|im_start|>"
-    )
+    assert tokenizer.decode(Prompt(tokenizer).render(ask("x"), None).input_ids).startswith("no think<|im_start|>")
 
 
 def test_a_template_without_a_system_role_puts_it_before_the_first_question() -> None:
@@ -665,8 +630,4 @@ def test_it_leaves_the_tokenizer_alone_and_does_not_mind_what_others_do_to_it(na
     ids = prompt.render(ask(), "a </s> cat")
     assert tokenizer.backend_tokenizer.to_str() == before
     tokenizer("</s>", split_special_tokens=True, truncation=True, max_length=2)
-    assert (
-        prompt.render(ask(), "a </s> cat")
-        == ids
-        == pickle.loads(pickle.dumps(prompt)).render(ask(), "a </s> cat")
-    )
+    assert prompt.render(ask(), "a </s> cat") == ids == pickle.loads(pickle.dumps(prompt)).render(ask(), "a </s> cat")

@@ -30,9 +30,7 @@ def make_tokenizer(template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(
-        [*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"] * 4, trainer
-    )
+    tokenizer.train_from_iterator([*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = template
     return fast
@@ -97,14 +95,10 @@ def make_vision_model(kind: str):
     if kind == "vit":
         return t.ViTModel(t.ViTConfig(**common))
     if kind == "convnext":
-        return t.ConvNextModel(
-            t.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2)
-        )
+        return t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2))
     if kind == "efficientnet":
         return t.EfficientNetModel(
-            t.EfficientNetConfig(
-                image_size=64, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320
-            )
+            t.EfficientNetConfig(image_size=64, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320)
         )
     raise ValueError(kind)
 
@@ -114,7 +108,7 @@ def save_vision_model(kind: str, folder: Path) -> str:
 
     make_vision_model(kind).save_pretrained(folder)
     size = 64 if kind == "efficientnet" else 32
-    CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    ).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
+        folder
+    )
     return str(folder)

@@ -27,14 +27,7 @@ from PIL import Image
 
 from llava_simplified.data.convert import RecordWriter
 from llava_simplified.data.engines import add_engine_arguments, run_shards, shard_slice
-from llava_simplified.data.images import (
-    FORMATS,
-    MAX_PIXELS,
-    ImageError,
-    ImageTransform,
-    decode_image,
-    read_image_bytes,
-)
+from llava_simplified.data.images import FORMATS, MAX_PIXELS, ImageError, ImageTransform, decode_image, read_image_bytes
 from llava_simplified.data.records import Record
 from llava_simplified.data.report import thumbnail, write_page
 from llava_simplified.data.rows import RowFile, open_rows
@@ -75,9 +68,7 @@ class Verdict(NamedTuple):
     look: bytes | None = None
 
 
-def judge(
-    row: dict[str, Any], where: str, folder: Path, transform: ImageTransform | None, rules: Rules
-) -> Verdict:
+def judge(row: dict[str, Any], where: str, folder: Path, transform: ImageTransform | None, rules: Rules) -> Verdict:
     """Do with a record what training does, and say what came of it."""
     try:
         record = Record.from_json(row, where)
@@ -288,9 +279,7 @@ def clean(
     stat, local = rows.path.stat(), Path(vision_tower, "preprocessor_config.json")
     tower = [vision_tower, local.read_text() if vision_tower and local.is_file() else ""]
     facts = [str(rows.path), stat.st_size, stat.st_mtime_ns, str(folder), tower, asdict(rules)]
-    work = (
-        output.with_name(f"{output.name}.work") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    )
+    work = output.with_name(f"{output.name}.work") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
     chunks = []
     for number, start in enumerate(range(0, len(rows), CHUNK)):
@@ -348,11 +337,7 @@ def _write(
     """Survivors to `output` and, for compaction, to the work folder; the others to the quarantine."""
     counts, examples = Counter[str](), dict[str, list[dict[str, Any]]]()
     aside = output.with_name(f"{output.stem}_quarantine.jsonl")
-    with (
-        RecordWriter(output) as good,
-        RecordWriter(work / "survivors.jsonl") as again,
-        RecordWriter(aside) as bad,
-    ):
+    with RecordWriter(output) as good, RecordWriter(work / "survivors.jsonl") as again, RecordWriter(aside) as bad:
         for index, verdict in enumerate(verdicts):
             text = rows.raw(index).decode("utf-8", "replace")
             counts[verdict.reason or "ok"] += 1
@@ -379,9 +364,7 @@ def _readable(text: str) -> Any:
         return text
 
 
-def _compact(
-    records: Path, folder: Path, output: Path, side: int, engine: str, workers: int, progress: bool
-) -> None:
+def _compact(records: Path, folder: Path, output: Path, side: int, engine: str, workers: int, progress: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     specs, count = [], len(open_rows(records))
     for number, start in enumerate(range(0, count, SHARD)):
@@ -403,9 +386,7 @@ def _write_compacted(survivors: RowFile, output: Path) -> None:
             writer.write({**row, **({name: places if several else places[0]} if places else {})})
 
 
-def _report(
-    rows: RowFile, counts: Counter[str], examples: dict[str, list[dict[str, Any]]], output: Path
-) -> None:
+def _report(rows: RowFile, counts: Counter[str], examples: dict[str, list[dict[str, Any]]], output: Path) -> None:
     path = output.with_name(f"{output.stem}_report.html")
     facts = [("records", f"{len(rows):,}"), ("kept", f"{counts['ok']:,}")]
     title, ordered = f"Cleaning of {rows.name}", sorted(examples.items())
@@ -442,9 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--max-caption", type=int, default=rules.max_caption, help="characters")
     add("--max-pixels", type=int, default=rules.max_pixels)
     add("--dedupe", choices=["exact", "perceptual"], default="", help="keep the first of equal pictures")
-    add(
-        "--compact", type=Path, metavar="SHARDS", help="also write the kept pictures, smaller, to shards here"
-    )
+    add("--compact", type=Path, metavar="SHARDS", help="also write the kept pictures, smaller, to shards here")
     add("--compact-size", default="224", help="their shorter side, 224 or 256; exact keeps the bytes")
     add_engine_arguments(parser)
     args = parser.parse_args(argv)
@@ -455,9 +434,7 @@ def main(argv: list[str] | None = None) -> int:
         args.output,
         image_folder=args.image_folder,
         vision_tower=args.vision_tower,
-        rules=Rules(
-            args.min_side, args.max_aspect, args.max_caption, args.max_pixels, args.dedupe == "perceptual"
-        ),
+        rules=Rules(args.min_side, args.max_aspect, args.max_caption, args.max_pixels, args.dedupe == "perceptual"),
         dedupe=args.dedupe,
         compact=args.compact,
         compact_size=0 if args.compact_size == "exact" else int(args.compact_size),

@@ -159,9 +159,7 @@ def _parse_split(text: str) -> dict[str, float]:
     except ValueError:
         parts = {}
     if not parts or not all(0 < share < 1 for share in parts.values()) or sum(parts.values()) >= 1:
-        raise ValueError(
-            f"--split {text!r}: give names and shares below 1, as in val=0.01 or val=0.01,test=0.01"
-        )
+        raise ValueError(f"--split {text!r}: give names and shares below 1, as in val=0.01 or val=0.01,test=0.01")
     return parts
 
 
@@ -186,9 +184,7 @@ def convert(
         raise ValueError(f"--image-folder {image_folder}: no such folder")
     instructions = [instruction]
     if instruction.endswith(".txt"):
-        instructions = [
-            line.strip() for line in Path(instruction).read_text("utf-8").splitlines() if line.strip()
-        ]
+        instructions = [line.strip() for line in Path(instruction).read_text("utf-8").splitlines() if line.strip()]
         if not instructions:
             raise ValueError(f"--instruction {instruction}: no template in this file")
     shares = _parse_split(split) if split not in ("", "source") else {}
@@ -233,12 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="TSV, CSV, JSON, JSONL, Parquet, tar, a folder of them, a glob, a URL")
     parser.add_argument("--output", type=Path, required=True, help="records: .json, .jsonl or .parquet")
     parser.add_argument("--image-folder", type=Path, help="keep only rows whose picture is in this folder")
-    parser.add_argument(
-        "--instruction", default=INSTRUCTION, help="a text, or a .txt of templates, one a line"
-    )
-    parser.add_argument(
-        "--split", default="", help="val=0.01 (by hash of the image) or source (its own split)"
-    )
+    parser.add_argument("--instruction", default=INSTRUCTION, help="a text, or a .txt of templates, one a line")
+    parser.add_argument("--split", default="", help="val=0.01 (by hash of the image) or source (its own split)")
     for column in Columns._fields:
         parser.add_argument(f"--{column}-column", default="", help=f"name of the column with the {column}")
     args = parser.parse_args(argv)

@@ -111,9 +111,7 @@ class CaptionDataset(Dataset[Example]):
         for number, (answer, text) in enumerate(zip(answers, responses), start=1):
             if len(prefix.input_ids) + len(answer) > self.max_length:
                 answer = self._shorten(record, text, self.max_length - len(prefix.input_ids))
-                notes.append(
-                    f"cut, {record.id}: an answer longer than model_max_length, {self.max_length} tokens"
-                )
+                notes.append(f"cut, {record.id}: an answer longer than model_max_length, {self.max_length} tokens")
             ids += answer
             labels += answer
             branches += [number] * len(answer)

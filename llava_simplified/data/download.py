@@ -30,13 +30,7 @@ import fsspec.implementations.local
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_simplified.data.convert import (
-    INSTRUCTION,
-    RecordWriter,
-    file_name,
-    group_captions,
-    make_record,
-)
+from llava_simplified.data.convert import INSTRUCTION, RecordWriter, file_name, group_captions, make_record
 from llava_simplified.data.engines import add_engine_arguments, run_shards, shard_slice
 from llava_simplified.data.fetch import Fetched, FetchOptions, fetch_all
 from llava_simplified.data.images import MAX_PIXELS
@@ -185,9 +179,7 @@ def _matches(error: str | None, kinds: tuple[str, ...]) -> bool:
 def _reopen(done: list[dict[str, Any]], retry: tuple[str, ...], journal: Path, tar_size: int) -> None:
     """Make a journal of a finished shard, without the failures that are to be tried again."""
     kept = [row for row in done if not _matches(row["error"], retry)]
-    rows: list[dict[str, Any]] = [
-        {k: v for k, v in row.items() if k not in ("url", "captions")} for row in kept
-    ]
+    rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if k not in ("url", "captions")} for row in kept]
     if tar_size:
         rows.append({"index": -1, "end": tar_size - len(END)})
     journal.with_suffix(".new").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -232,6 +232,4 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where the shards run")
     group.add_argument("--engine", choices=list(_ENGINES), default="local")
     group.add_argument("--workers", type=int, default=0, help="shards at a time (default: one for each CPU)")
-    group.add_argument(
-        "--shards", default="", metavar="i/n", help="only this slice, for a job array: 0/8 .. 7/8"
-    )
+    group.add_argument("--shards", default="", metavar="i/n", help="only this slice, for a job array: 0/8 .. 7/8")

@@ -34,9 +34,7 @@ AGENT = "llava-simplified"
 _OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
 _NOTHING = ["User-agent: *", "Disallow: /"]
 _REDIRECTS = 5
-_LONGEST_PAUSE = (
-    60.0  # seconds that a Retry-After may ask for before the host's rows are left for another run
-)
+_LONGEST_PAUSE = 60.0  # seconds that a Retry-After may ask for before the host's rows are left for another run
 _SLOW_AFTER, _SLOW_RATE = 3.0, 1000  # a body must bring so many bytes a second after so many seconds
 _INLINE_BYTES = 400_000  # larger files are decoded in a thread, so that other transfers go on
 
@@ -94,15 +92,9 @@ def guard_address(info: tuple[Any, ...]) -> socket.socket:
 def _is_public(text: str) -> bool:
     address: Any = ipaddress.ip_address(text.partition("%")[0])
     if address.version == 6:
-        translated = (
-            ipaddress.ip_address(int(address) & 0xFFFFFFFF) if text.lower().startswith("64:ff9b:") else None
-        )
+        translated = ipaddress.ip_address(int(address) & 0xFFFFFFFF) if text.lower().startswith("64:ff9b:") else None
         address = (
-            address.ipv4_mapped
-            or address.sixtofour
-            or (address.teredo or (None, None))[1]
-            or translated
-            or address
+            address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1] or translated or address
         )
     return address.is_global and not address.is_multicast
 
@@ -166,9 +158,7 @@ class Fetcher:
         url = URL(text)
         for _ in range(_REDIRECTS + 1):
             if url.scheme not in ("http", "https"):
-                raise FetchError(
-                    "scheme", f"only http and https are fetched, not {url.scheme or text[:40]!r}"
-                )
+                raise FetchError("scheme", f"only http and https are fetched, not {url.scheme or text[:40]!r}")
             if not url.host:
                 raise FetchError("bad_url", f"no host in {text[:100]!r}")
             if self.options.robots and not await self._allowed(url):
@@ -190,9 +180,7 @@ class Fetcher:
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         most, chunks, size, start = self.options.max_bytes, list[bytes](), 0, time.perf_counter()
         if (response.content_length or 0) > most:
-            raise FetchError(
-                "too_large", f"{response.content_length} bytes announced, the limit is {most}", 200
-            )
+            raise FetchError("too_large", f"{response.content_length} bytes announced, the limit is {most}", 200)
         async for chunk in response.content.iter_any():
             chunks.append(chunk)
             size += len(chunk)
@@ -202,10 +190,7 @@ class Fetcher:
             if seconds > _SLOW_AFTER and size < _SLOW_RATE * seconds:
                 raise FetchError("too_slow", f"{size} bytes in {seconds:.1f} s", 200)
         data = b"".join(chunks)
-        if response.headers.get("Content-Encoding", "identity").lower() in (
-            "gzip",
-            "deflate",
-        ):  # not asked for
+        if response.headers.get("Content-Encoding", "identity").lower() in ("gzip", "deflate"):  # not asked for
             data = zlib.decompressobj(47).decompress(data, most + 1)
             if len(data) > most:
                 raise FetchError("too_large", f"over {most} bytes when unpacked", 200)
@@ -245,9 +230,7 @@ def name_failure(error: BaseException) -> str:
         return "refused" if getattr(error, "errno", 0) == errno.ECONNREFUSED else "connect"
     if isinstance(error, aiohttp.ClientPayloadError):
         return "truncated"
-    if isinstance(error, aiohttp.InvalidURL | ValueError) and not isinstance(
-        error, aiohttp.ClientResponseError
-    ):
+    if isinstance(error, aiohttp.InvalidURL | ValueError) and not isinstance(error, aiohttp.ClientResponseError):
         return "bad_url"
     if isinstance(error, aiohttp.ClientResponseError):
         return "protocol"
@@ -369,9 +352,7 @@ def host_of(url: str) -> str:
     return _host("/".join(url.split("/", 3)[:3]))
 
 
-async def fetch_all(
-    rows: Iterable[tuple[Any, str]], options: FetchOptions
-) -> AsyncIterator[tuple[Any, str, Fetched]]:
+async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> AsyncIterator[tuple[Any, str, Fetched]]:
     """Fetch many (row, url); yields (row, url, result) as they come."""
     queue = HostQueue(rows, options.per_host)
     results: asyncio.Queue[tuple[Any, str, Fetched] | None] = asyncio.Queue()
@@ -381,9 +362,7 @@ async def fetch_all(
         while (taken := await queue.take()) is not None:
             row, url = taken
             if (pause := queue.closed.get(host_of(url))) is not None:
-                fetched = Fetched(
-                    "rate_limited", 0, f"its host asked for a pause of {pause:.0f} s", None, 0, 0.0
-                )
+                fetched = Fetched("rate_limited", 0, f"its host asked for a pause of {pause:.0f} s", None, 0, 0.0)
             else:
                 fetched = await fetcher.fetch(url)
             if fetched.pause is not None and fetched.pause > _LONGEST_PAUSE:

@@ -76,9 +76,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            raise ImageError(
-                "not_image", f"not an image: {len(data)} bytes beginning {data[:16]!r}"
-            ) from None
+            raise ImageError("not_image", f"not an image: {len(data)} bytes beginning {data[:16]!r}") from None
         except Image.DecompressionBombError as error:
             raise ImageError("too_large", str(error)) from None
         except (OSError, ValueError, SyntaxError, EOFError) as error:
@@ -142,9 +140,7 @@ class ImageTransform:
         except OSError as error:
             raise ValueError(f"{name_or_path}: no preprocessor_config.json to read: {error}") from error
         if getattr(processor, "do_pad", False) or not processor.do_normalize or not processor.do_rescale:
-            raise ValueError(
-                f"{name_or_path}: image processors that pad, or don't normalise, are not supported"
-            )
+            raise ValueError(f"{name_or_path}: image processors that pad, or don't normalise, are not supported")
         size = dict(processor.size or {})
         resize: int | tuple[int, int]
         if size.get("shortest_edge"):
@@ -245,8 +241,6 @@ def load_pixels(image: ImageSource) -> np.ndarray:
         return decode_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"an array must be uint8 RGB (height, width, 3), this is {image.dtype} {image.shape}"
-            )
+            raise ValueError(f"an array must be uint8 RGB (height, width, 3), this is {image.dtype} {image.shape}")
         return image
     return np.asarray(image.convert("RGB"))

@@ -66,9 +66,7 @@ def _instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[
         raise ValueError(f"{where}: no 'instruction' text and no 'conversations'; keys are {sorted(row)}")
     responses = row["responses"] if "responses" in row else [row["response"]] if "response" in row else []
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
-        raise ValueError(
-            f"{where}: 'response' must be a text, 'responses' a list of texts, got {responses!r}"
-        )
+        raise ValueError(f"{where}: 'response' must be a text, 'responses' a list of texts, got {responses!r}")
     return [Message("user", row["instruction"])], tuple(responses)
 
 
@@ -77,20 +75,12 @@ def _conversation(rows: Any, where: str) -> tuple[list[Message], tuple[str, ...]
         raise ValueError(f"{where}: 'conversations' must be a list of {{from, value}}, got {rows!r}")
     turns = []
     for number, row in enumerate(rows):
-        if (
-            not isinstance(row, dict)
-            or row.get("from") not in _ROLES
-            or not isinstance(row.get("value"), str)
-        ):
-            raise ValueError(
-                f"{where}: turn {number} needs 'from' (one of {', '.join(_ROLES)}) and a text 'value'"
-            )
+        if not isinstance(row, dict) or row.get("from") not in _ROLES or not isinstance(row.get("value"), str):
+            raise ValueError(f"{where}: turn {number} needs 'from' (one of {', '.join(_ROLES)}) and a text 'value'")
         turns.append(Message(_ROLES[row["from"]], row["value"]))  # type: ignore[arg-type]
     spoken = [turn.role for turn in turns if turn.role != "system"]
     if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2) or not spoken:
-        raise ValueError(
-            f"{where}: turns must alternate human, gpt, human, ...; they are {', '.join(spoken)}"
-        )
+        raise ValueError(f"{where}: turns must alternate human, gpt, human, ...; they are {', '.join(spoken)}")
     if turns[-1].role == "assistant":
         return turns[:-1], (turns[-1].text,)
     return turns, ()

@@ -110,9 +110,7 @@ def download_report(manifest: Path, settings: dict[str, Any], to_json: Path, to_
                     seen.append({"name": f"row {index}", "caption": caption, "detail": f"{url}: {detail}"})
         times.append(batch["at"].to_numpy(zero_copy_only=False))
         good = batch.filter(batch["length"].is_valid())
-        shorter.append(
-            np.minimum(*(good[name].to_numpy(zero_copy_only=False) for name in ("width", "height")))
-        )
+        shorter.append(np.minimum(*(good[name].to_numpy(zero_copy_only=False) for name in ("width", "height"))))
         sizes.append(good["length"].to_numpy(zero_copy_only=False))
     at, sides, lengths = (np.concatenate(parts).astype(float) for parts in (times, shorter, sizes))
     seconds = float(at.max() - at.min()) if len(at) else 0.0

@@ -94,9 +94,7 @@ def _array_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with path.open("rb") as file:
         for key, _, start, end in scan_json(file, path.name):
             if key:
-                raise ValueError(
-                    f"{path}: an object with {key!r}, not an array of records; see `llava convert`"
-                )
+                raise ValueError(f"{path}: an object with {key!r}, not an array of records; see `llava convert`")
             starts.append(start)
             lengths.append(end - start)
     return np.array(starts, np.int64), np.array(lengths, np.int32)
@@ -142,11 +140,7 @@ class _Window:
 
     def __init__(self, file: IO[bytes], name: str, block: int) -> None:
         self.file, self.name, self.block = file, name, block
-        self.text, self.base, self.at = (
-            "",
-            0,
-            0,
-        )  # what is seen, the byte it begins at, the place reached in it
+        self.text, self.base, self.at = ("", 0, 0)  # what is seen, the byte it begins at, the place reached in it
         self._decode, self._skip = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
         if self._more() and self.text.startswith(BOM.decode("latin-1")):
             self.at = len(BOM)
@@ -154,11 +148,7 @@ class _Window:
     def _more(self) -> bool:
         grown = self.file.read(max(self.block, len(self.text) - self.at))
         if grown:
-            self.text, self.base, self.at = (
-                self.text[self.at :] + grown.decode("latin-1"),
-                self.base + self.at,
-                0,
-            )
+            self.text, self.base, self.at = (self.text[self.at :] + grown.decode("latin-1"), self.base + self.at, 0)
         return bool(grown)
 
     def peek(self) -> str:
@@ -180,9 +170,7 @@ class _Window:
         while True:
             try:
                 item, end = self._decode(self.text, self.at)
-                if (
-                    self.text[end : end + 1] in _AFTER or not self._more()
-                ):  # 1.5 may look like 1 at a block's end
+                if self.text[end : end + 1] in _AFTER or not self._more():  # 1.5 may look like 1 at a block's end
                     break
             except json.JSONDecodeError as error:
                 place = self.base + error.pos

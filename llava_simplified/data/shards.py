@@ -34,9 +34,7 @@ class ShardWriter:
         os.ftruncate(self._file, end)
         self.end = os.lseek(self._file, 0, os.SEEK_END)
 
-    def add(
-        self, key: str, image: bytes, suffix: str, captions: tuple[str, ...], metadata: dict[str, Any]
-    ) -> int:
+    def add(self, key: str, image: bytes, suffix: str, captions: tuple[str, ...], metadata: dict[str, Any]) -> int:
         """Append one sample; returns the offset of the image's first byte."""
         members = (
             (f"{key}.{suffix}", image),
@@ -88,19 +86,12 @@ def tar_members(path: Path) -> Iterator[Member]:
                 if member.isdir():
                     continue
                 if not member.isreg():
-                    raise ValueError(
-                        f"{path}: member {member.name!r} is a link or device, not a file; not a shard"
-                    )
+                    raise ValueError(f"{path}: member {member.name!r} is a link or device, not a file; not a shard")
                 if member.name.startswith("/") or ".." in Path(member.name).parts:
                     raise ValueError(f"{path}: member {member.name!r} points out of the archive; refused")
                 if member.offset_data + member.size > length:
-                    raise ValueError(
-                        f"{path}: truncated in member {member.name!r}: {length} bytes are not all of it"
-                    )
-                last, last_end = (
-                    f"member {member.name!r}",
-                    member.offset_data + -(-member.size // _BLOCK) * _BLOCK,
-                )
+                    raise ValueError(f"{path}: truncated in member {member.name!r}: {length} bytes are not all of it")
+                last, last_end = (f"member {member.name!r}", member.offset_data + -(-member.size // _BLOCK) * _BLOCK)
                 yield Member(member.name, member.offset_data, member.size)
                 archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header it has seen
     except tarfile.TarError as error:

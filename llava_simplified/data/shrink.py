@@ -72,9 +72,7 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Pictur
     width, height = round(picture.width * scale), round(picture.height * scale)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-            plain = (
-                header.format == "JPEG" and header.mode in ("RGB", "L") and header.getexif().get(274, 1) == 1
-            )
+            plain = header.format == "JPEG" and header.mode in ("RGB", "L") and header.getexif().get(274, 1) == 1
         if plain:
             pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
         else:

@@ -28,28 +28,8 @@ from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.data.shards import IMAGE_SUFFIXES, read_range, tar_samples
 
 URL_NAMES = ("url", "image_url", "coco_url", "flickr_url", "img_url", "link")
-IMAGE_NAMES = (
-    "image",
-    "file_name",
-    "filename",
-    "image_name",
-    "image_path",
-    "file",
-    "path",
-    "filepath",
-    "img",
-)
-CAPTION_NAMES = (
-    "caption",
-    "text",
-    "captions",
-    "alt_text",
-    "sentence",
-    "comment",
-    "description",
-    "title",
-    "raw",
-)
+IMAGE_NAMES = ("image", "file_name", "filename", "image_name", "image_path", "file", "path", "filepath", "img")
+CAPTION_NAMES = ("caption", "text", "captions", "alt_text", "sentence", "comment", "description", "title", "raw")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PICTURE = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?)([.#]\w+)*$", re.IGNORECASE)
 
@@ -92,9 +72,7 @@ class Oddities:
 
     def lines(self) -> list[str]:
         """One line a kind, for people."""
-        return [
-            f"{count:>9,} {kind} (first: {self.first[kind]})" for kind, count in self.counts.most_common()
-        ]
+        return [f"{count:>9,} {kind} (first: {self.first[kind]})" for kind, count in self.counts.most_common()]
 
 
 def read_source(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
@@ -267,13 +245,9 @@ def _layout(source: str, sample: list[list[str]], columns: Columns) -> tuple[int
         )
     rows = [[row[0], row[-1]] for row in sample if len(row) > 1] or [["", ""]]
     for column, pattern in ((0, _URL), (1, _URL), (0, _PICTURE), (1, _PICTURE)):
-        here, there = (
-            sum(bool(pattern.search(row[k])) for row in rows) / len(rows) for k in (column, 1 - column)
-        )
+        here, there = (sum(bool(pattern.search(row[k])) for row in rows) / len(rows) for k in (column, 1 - column))
         if here > 0.5 and there > 0.5:
-            raise ValueError(
-                f"{source}: both fields look like an image's place; name the columns; first row: {first}"
-            )
+            raise ValueError(f"{source}: both fields look like an image's place; name the columns; first row: {first}")
         if here > 0.5:
             place = (column, -1) if pattern is _URL else (-1, column)
             return *place, 1 - column, 2, False
@@ -323,9 +297,7 @@ def _json(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
                 odd.note("not a JSON object (left out)", number, value)
             elif key == "annotations":
                 if not isinstance(value.get("caption"), str):
-                    raise ValueError(
-                        f"{source}: COCO annotations without captions (not the captions file?): {value}"
-                    )
+                    raise ValueError(f"{source}: COCO annotations without captions (not the captions file?): {value}")
                 number += 1
                 if value["image_id"] in images:
                     yield _coco(images, value, number, odd)
@@ -367,9 +339,7 @@ def _jsonl(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
             odd.note("not a JSON object (left out)", number, text)
             continue
         if not _is_record(value):
-            named = (
-                named if named and set(named) - {""} <= set(value) else _named(source, value, columns, value)
-            )
+            named = named if named and set(named) - {""} <= set(value) else _named(source, value, columns, value)
         yield _from_mapping(value, number, named)
 
 
@@ -392,11 +362,7 @@ def _from_mapping(value: dict[str, Any], number: int, named: tuple[str, str, str
     url, image, caption = (value.get(name) or "" for name in named)
     texts = caption if isinstance(caption, list | tuple) else [caption]
     return SourceRow(
-        number,
-        str(image),
-        str(url),
-        tuple(str(text or "").strip() for text in texts),
-        str(value.get("split") or ""),
+        number, str(image), str(url), tuple(str(text or "").strip() for text in texts), str(value.get("split") or "")
     )
 
 
@@ -441,15 +407,10 @@ def _tar(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
         picture = next((suffix for suffix in members if suffix in IMAGE_SUFFIXES), None)
         text = next((suffix for suffix in ("txt", "caption", "json") if suffix in members), None)
         if picture is None or text is None:
-            odd.note(
-                f"sample without {'an image' if picture is None else 'a caption'} (left out)", number, key
-            )
+            odd.note(f"sample without {'an image' if picture is None else 'a caption'} (left out)", number, key)
             continue
         caption = read_range(path, *members[text]).decode("utf-8", "replace")
-        row = {
-            "image": f"{path.name}#{key}",
-            **(json.loads(caption) if text == "json" else {"caption": caption}),
-        }
+        row = {"image": f"{path.name}#{key}", **(json.loads(caption) if text == "json" else {"caption": caption})}
         row["image"] = f"{path.name}#{key}"
         named = _named(f"{source} member {key}.{text}", row, columns._replace(url="", image="image"), row)
         yield _from_mapping(row, number, ("", *named[1:]))

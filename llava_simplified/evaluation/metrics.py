@@ -102,9 +102,7 @@ class _NGrams(NamedTuple):
     kinds: int  # how many ids there are
 
     def of(self, chosen: np.ndarray) -> _NGrams:
-        return _NGrams(
-            self.text[chosen], self.gram[chosen], self.order[chosen], self.times[chosen], self.kinds
-        )
+        return _NGrams(self.text[chosen], self.gram[chosen], self.order[chosen], self.times[chosen], self.kinds)
 
     def sums(self, weights: np.ndarray, texts: int) -> np.ndarray:
         """(texts, 4): the weights of the entries, summed per text and order."""
@@ -161,11 +159,7 @@ def _ngram_metrics(captions: list[list[str]], references: list[list[str]]) -> li
 
 
 def _bleu_statistics(
-    written: list[list[str]],
-    ours: _NGrams,
-    true: list[list[list[str]]],
-    theirs: _NGrams,
-    picture_of: np.ndarray,
+    written: list[list[str]], ours: _NGrams, true: list[list[list[str]]], theirs: _NGrams, picture_of: np.ndarray
 ) -> np.ndarray:
     """(captions, 10): n-grams that a reference has too, n-grams, words, words of the closest reference."""
     key = picture_of[theirs.text] * ours.kinds + theirs.gram
@@ -273,10 +267,7 @@ def perplexity(nll: float, tokens: int) -> float:
 
 
 def clip_scores(
-    model: Path,
-    images: Sequence[bytes],
-    captions: Sequence[Sequence[str]],
-    references: Sequence[Sequence[str]],
+    model: Path, images: Sequence[bytes], captions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv:2104.08718), each (trials, pictures).
 
@@ -315,17 +306,13 @@ def clip_scores(
     text, image = embed(texts, encode_text), embed(images, encode_image)
     written = torch.stack([text[[row[caption] for caption in trial]] for trial in captions])
     score = 2.5 * (written * image).sum(-1).clamp(min=0).numpy()
-    closest = [
-        (written[:, i] @ text[[row[r] for r in group]].T).amax(-1) for i, group in enumerate(references)
-    ]
+    closest = [(written[:, i] @ text[[row[r] for r in group]].T).amax(-1) for i, group in enumerate(references)]
     nearest = torch.stack(closest, dim=1).clamp(min=0).numpy()
     both = score + nearest
     return score, np.divide(2 * score * nearest, both, out=np.zeros_like(both), where=both > 0)
 
 
-def _java_metrics(
-    captions: list[list[str]], references: list[list[str]]
-) -> tuple[dict[str, np.ndarray], list[str]]:
+def _java_metrics(captions: list[list[str]], references: list[list[str]]) -> tuple[dict[str, np.ndarray], list[str]]:
     """METEOR and SPICE through pycocoevalcap: name -> array, and notes.
 
     A row a trial and one for each picture's best trial; column 0 the corpus score, the others the pictures'.
@@ -387,20 +374,14 @@ def evaluate(
     count = len(samples)
     captions = [list(trial) for trial in zip(*(sample.captions for sample in samples))]
     references = [sample.references for sample in samples]
-    result = _evaluate(
-        captions, references, resamples, seed, _clip_metrics(clip, images, captions, references)
-    )
+    result = _evaluate(captions, references, resamples, seed, _clip_metrics(clip, images, captions, references))
     if java:
         _add_java(result, captions, references)
     if count < UNSTABLE_BELOW:
-        result.notes.append(
-            f"only {count} pictures with references: CIDEr is unstable under {UNSTABLE_BELOW}"
-        )
+        result.notes.append(f"only {count} pictures with references: CIDEr is unstable under {UNSTABLE_BELOW}")
     if count > 1:
         order = np.random.default_rng(seed).permutation(count)
-        other = dict(
-            zip(order.tolist(), np.roll(order, 1).tolist())
-        )  # one cycle: nobody keeps its own captions
+        other = dict(zip(order.tolist(), np.roll(order, 1).tolist()))  # one cycle: nobody keeps its own captions
         swapped = [[trial[other[i]] for i in range(count)] for trial in captions]
         result.shuffled = _evaluate(swapped, references, resamples, seed).mean
     distinct = [len(set(map(plain, trial))) / count for trial in captions]
@@ -423,9 +404,7 @@ def _check(samples: Sequence[Sample]) -> None:
     for sample in samples:
         where = f"picture {sample.image!r} (index {sample.index})"
         if not sample.references:
-            raise ValueError(
-                f"{where} has no reference caption: give 'gt_caption' in its row or --references"
-            )
+            raise ValueError(f"{where} has no reference caption: give 'gt_caption' in its row or --references")
         if len(sample.captions) != len(first.captions):
             raise ValueError(
                 f"{where} has {len(sample.captions)} captions, {first.image!r} has {len(first.captions)}: "
@@ -484,9 +463,7 @@ def _summary(metrics: Sequence[_Metric], pictures: int, resamples: int, seed: in
     sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
     draws = [rng.multinomial(pictures, [1 / pictures] * pictures, size=size).astype(float) for size in sizes]
     for metric in metrics:
-        single = metric.finish(
-            metric.statistics, 1
-        )  # (trials, pictures, names): each picture a corpus of one
+        single = metric.finish(metric.statistics, 1)  # (trials, pictures, names): each picture a corpus of one
         for column, name in enumerate(metric.names):
             result.per_image[name] = own = single[..., column]
             best = np.take_along_axis(metric.statistics, own.argmax(axis=0)[None, :, None], axis=0)
@@ -494,9 +471,7 @@ def _summary(metrics: Sequence[_Metric], pictures: int, resamples: int, seed: in
             values = metric.finish(statistics.sum(axis=1), pictures)[..., column]
             sums = [np.stack([draw @ trial for trial in statistics], axis=1) for draw in draws]
             drawn = [metric.finish(part, pictures)[..., column] for part in sums]
-            bootstrap = np.concatenate(
-                drawn or [np.full((1, len(values)), np.nan)]
-            )  # (resamples, trials + 1)
+            bootstrap = np.concatenate(drawn or [np.full((1, len(values)), np.nan)])  # (resamples, trials + 1)
             for trial, scores in enumerate(result.trials):
                 scores[name] = _score(values[trial], bootstrap[:, trial])
             result.mean[name] = _score(values[:-1].mean(), bootstrap[:, :-1].mean(axis=1))

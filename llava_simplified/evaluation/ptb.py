@@ -33,9 +33,7 @@ _QUOTES = str.maketrans(
     | {"\x93": "``", "“": "``", "«": "``", "\x94": "''", "”": "''", "»": "''"}
 )
 _AMP, _APOS, _NBSP = map(re.compile, ("(?i:&amp;)", "&apos;", "(?i:&nbsp;)"))
-_PLAIN = re.compile(
-    r"[A-Za-z][A-Za-z0-9]*(?=[ \n]|, )"
-)  # most of a caption: no other rule reaches farther here
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9]*(?=[ \n]|, )")  # most of a caption: no other rule reaches farther here
 
 _MONTHS_DAYS = "Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|Mon|Tues?|Wed|Thu|Thurs|Fri"
 _STATES = "Ala|Ariz|Calif|Colo|Conn|Ct|Dak|Fla|Ga|Ind|Kans?|Ky|Md|Mich|Minn|Mo|Mont|Neb|Nev|Okla|Penn|Tenn"
@@ -51,9 +49,7 @@ _STARTERS = (  # after one of these a lone letter with a full stop ends a senten
     "A(?:bout|ccording|dditionally|fter|n|s|t)?|But|Did|During|Earlier|He(?:re|r)?|How(?:ever)?|I[fnt]|Last|Many|More"
     "|M[rs]\\.|Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The(?:ir|n|re|se|y)?|This|We|Wh(?:en|ile|at|o|y)|Yet|You"
 )
-_FILES = (
-    "bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py"
-)
+_FILES = "bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py"
 _FILES += "|sql|tar|txt|wav|x|xml|zip"
 
 
@@ -107,17 +103,13 @@ def _words(alpha: str) -> list[str]:
 
 def _names() -> list[str]:
     """Web addresses, tags, abbreviations, hyphenated and slashed compounds."""
-    initials = (
-        r"(?:[A-Za-z](?:\.[A-Za-z])+|(?i:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-U\.(?:S\.S\.R|K)))"
-    )
+    initials = r"(?:[A-Za-z](?:\.[A-Za-z])+|(?i:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-U\.(?:S\.S\.R|K)))"
     attribute = r"(?:[A-Za-z][\w:.\-]*(?: *= *(?:'[^']*'|\"[^\"]*\"|[A-Za-z][\w:.\-]*))?)"
     path = r"(?:/[^ \t\n\f\r\"<>|()]+[^ \t\n\f\r\"<>|.!?(){},\-])?"
     compound = rf"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:{initials}\.|[A-Za-z0-9\xad]+))+"
     slashed = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
     ampersand = r"[A-Z]+(?:(?:(?i:&amp;)|[+&])[A-Z]+)+"
-    company = (
-        rf"(?i:{_MONTHS_DAYS}|{_STATES}|{_FIRMS}|etc|al|seq|Bldg)|{_CAPITAL_STATES}|[Pp](?i:p?t)[ye][sS]?"
-    )
+    company = rf"(?i:{_MONTHS_DAYS}|{_STATES}|{_FIRMS}|etc|al|seq|Bldg)|{_CAPITAL_STATES}|[Pp](?i:p?t)[ye][sS]?"
     return [
         rf"(<(?:[!?][A-Za-z\-][^>\r\n]*|/?[A-Za-z][A-Za-z0-9_:.\-]*(?: +{attribute})* */?) *>)",
         r"(&(?i:HT|TL|UR|LR|QC|QL|QR|odq|cdq|\#\d+);)",
@@ -136,10 +128,7 @@ def _names() -> list[str]:
         rf"((?:(?i:{_TITLES})|M(?i:iss)|{initials}|[A-Za-z])\.)",
         rf"({initials})\s",
         rf"([A-Za-z0-9]+(?:\.[A-Za-z0-9]+)*\.(?i:{_FILES}))[\s.?!,]",
-        *(
-            rf"({form}"
-            for form in (rf"{compound})", rf"{compound}\.)[,;:]", rf"{ampersand}\.)[,;:]", rf"{ampersand})")
-        ),
+        *(rf"({form}" for form in (rf"{compound})", rf"{compound}\.)[,;:]", rf"{ampersand}\.)[,;:]", rf"{ampersand})")),
     ]
 
 

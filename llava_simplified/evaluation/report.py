@@ -67,22 +67,14 @@ def write_report(
     rows = [sorted(run.samples, key=lambda s: order.get((s.index, s.image), -1)) for run in runs]
     for run, samples in zip(runs, rows):
         if [(s.index, s.image) for s in samples] != list(order):
-            raise ValueError(
-                f"runs {runs[0].name!r} and {run.name!r} are of different pictures; compare them apart"
-            )
+            raise ValueError(f"runs {runs[0].name!r} and {run.name!r} are of different pictures; compare them apart")
     cards = _cards(runs, rows, train_captions)
     notes = list(dict.fromkeys(note for run in runs for note in run.result.notes))
     notes += _attach_pictures(cards, image_folder)
     if len(cards) < len(order):
-        notes.append(
-            f"{len(cards)} of {len(order)} pictures are shown: the best, the worst and an even spread between"
-        )
-    html = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = html.from_string(
-        resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    )
+        notes.append(f"{len(cards)} of {len(order)} pictures are shown: the best, the worst and an even spread between")
+    html = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = html.from_string(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     text = template.render(
         title=title,
         runs=[run.name for run in runs],
@@ -186,9 +178,7 @@ def _attach_pictures(cards: Sequence[dict[str, Any]], folder: Path) -> list[str]
     errors = []
     for card in cards:
         try:
-            card["picture"], card["width"], card["height"] = _thumbnail(
-                read_image_bytes(card["image"], folder)
-            )
+            card["picture"], card["width"], card["height"] = _thumbnail(read_image_bytes(card["image"], folder))
         except ImageError as error:
             card["picture"], card["width"], card["height"] = "", 4, 3
             errors.append(f"{card['image']}: {error}")
@@ -201,9 +191,7 @@ def _thumbnail(data: bytes) -> tuple[str, int, int]:
     image = Image.fromarray(decode_image(data))
     image.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS, reducing_gap=2.0)
     buffer = io.BytesIO()
-    image.save(
-        buffer, "WEBP", quality=QUALITY, lossless=max(image.size) <= 96
-    )  # drawings and icons stay sharp
+    image.save(buffer, "WEBP", quality=QUALITY, lossless=max(image.size) <= 96)  # drawings and icons stay sharp
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size
 
 

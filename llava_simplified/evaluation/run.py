@@ -145,25 +145,17 @@ def _model_settings(folder: Path) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llava evaluate", description="Score predictions against references."
-    )
+    parser = argparse.ArgumentParser(prog="llava evaluate", description="Score predictions against references.")
     add = parser.add_argument
     add("predictions", nargs="+", type=Path, help="predictions.json or .jsonl; several files are compared")
     add("--references", type=Path, help="COCO caption JSON, in place of the rows' gt_caption")
-    add(
-        "--train-captions", type=Path, help="the training records: how much is novel, how much was never seen"
-    )
+    add("--train-captions", type=Path, help="the training records: how much is novel, how much was never seen")
     add("--image-folder", type=Path, default=Path(), help="where the pictures are")
     add("--clip", type=Path, metavar="FOLDER", help="a CLIP model's folder: adds CLIPScore")
     add("--output", type=Path, help="write the scores as JSON")
     add("--report", type=Path, help="write one self-contained HTML file")
     add("--log", type=Path, help="trainer_log.jsonl, whose curves the report shows")
-    add(
-        "--model-path",
-        type=Path,
-        help="the checkpoint that wrote them: its settings and its log go into the report",
-    )
+    add("--model-path", type=Path, help="the checkpoint that wrote them: its settings and its log go into the report")
     add("--title", default="Captions, scored", help="of the report")
     add("--resamples", type=int, default=1000, help="of the bootstrap; 0 for no intervals")
     add("--seed", type=int, default=0, help="of the bootstrap and of the shuffled pictures")

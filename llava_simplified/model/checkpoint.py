@@ -55,9 +55,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     except OSError as error:
         raise ValueError(f"{name_or_path}: no tokenizer to load: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{name_or_path}: the tokenizer has no end-of-sequence token: a caption could never end"
-        )
+        raise ValueError(f"{name_or_path}: the tokenizer has no end-of-sequence token: a caption could never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -165,16 +163,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        found = (
-            sorted(str(p.parent) for p in Path(folder).glob(f"*/{MANIFEST}")) if Path(folder).is_dir() else []
-        )
+        found = sorted(str(p.parent) for p in Path(folder).glob(f"*/{MANIFEST}")) if Path(folder).is_dir() else []
         hint = f"; did you mean {found[-1]}?" if found else ""
         raise ValueError(f"{folder}: no checkpoint here ({MANIFEST} is missing){hint}")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}"
-        )
+        raise ValueError(f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}")
     return manifest
 
 
@@ -256,9 +250,7 @@ def load_projector(projector: nn.Module, folder: str | Path) -> None:
     _same_keys(stored.keys(), expected.keys(), path)
     for name, tensor in stored.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{path}: {name} is {tuple(tensor.shape)}, this model needs {tuple(expected[name].shape)}"
-            )
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, this model needs {tuple(expected[name].shape)}")
     projector.load_state_dict(stored)
 
 
@@ -274,9 +266,7 @@ def fingerprint(name_or_path: str) -> str:
     Samples, since reading 14 GB to load an adapter of 100 MB would take longer than the loading.
     """
     config = cached_file(name_or_path, "config.json")
-    files = sorted(
-        p for p in Path(str(config)).parent.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")
-    )
+    files = sorted(p for p in Path(str(config)).parent.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size

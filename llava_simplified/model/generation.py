@@ -54,17 +54,9 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.num_beams < 1 or self.max_new_tokens < 1:
-            raise ValueError(
-                "temperature >= 0, 0 < top_p <= 1, num_beams >= 1 and max_new_tokens >= 1 are needed"
-            )
-        if (
-            self.top_k < 0
-            or self.repetition_penalty <= 0
-            or not 0 <= self.min_new_tokens <= self.max_new_tokens
-        ):
-            raise ValueError(
-                "top_k >= 0, repetition_penalty > 0 and min_new_tokens <= max_new_tokens are needed"
-            )
+            raise ValueError("temperature >= 0, 0 < top_p <= 1, num_beams >= 1 and max_new_tokens >= 1 are needed")
+        if self.top_k < 0 or self.repetition_penalty <= 0 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError("top_k >= 0, repetition_penalty > 0 and min_new_tokens <= max_new_tokens are needed")
         if self.num_return_sequences > self.num_beams and (self.temperature == 0 or self.num_beams > 1):
             raise ValueError("several different captions of a picture need temperature > 0, or as many beams")
 
@@ -125,9 +117,7 @@ class Decoding:
         prompt_of = torch.arange(len(rows), device=model.device).repeat_interleave(
             torch.tensor(copies, device=model.device)
         )
-        self._logits = outputs.logits.flatten(0, -2)[
-            prompt_of
-        ]  # (live, vocabulary), of each row's next token
+        self._logits = outputs.logits.flatten(0, -2)[prompt_of]  # (live, vocabulary), of each row's next token
         self._mask, self._next = mask[prompt_of], positions[prompt_of, -1] + 1
         if len(prompt_of) > len(rows):
             self._cache.batch_select_indices(prompt_of)
@@ -200,9 +190,7 @@ class Decoding:
         return chosen.tolist()
 
 
-def process_scores(
-    scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions
-) -> torch.Tensor:
+def process_scores(scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions) -> torch.Tensor:
     """Next-token scores (rows, vocabulary) under penalty, temperature, top-k and top-p, in transformers' order."""
     ids = torch.tensor(said, device=scores.device, dtype=torch.long)
     processors: list[Any] = []

@@ -52,11 +52,7 @@ def who_sees_whom(
 
 
 def attention_of(
-    config: Any,
-    segment_ids: torch.Tensor,
-    branch_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    dtype: torch.dtype,
+    config: Any, segment_ids: torch.Tensor, branch_ids: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype
 ) -> Any:
     """`who_sees_whom` in the form that a language model's layers and its attention kernel take.
 
@@ -76,9 +72,7 @@ def attention_of(
         seen = who_sees_whom(segment_ids, branch_ids, position_ids, window)
         # the eager kernel adds its mask; a bool one would silently let everybody see everybody
         return (
-            seen
-            if kernel == "sdpa"
-            else torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+            seen if kernel == "sdpa" else torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
         )
 
     window = getattr(config, "sliding_window", None)

@@ -113,10 +113,7 @@ class Llava(nn.Module):
         # large as the vocabulary, runs only where a token is trained.
         with head_at(self.language_model, positions):
             outputs = self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=mask,
-                position_ids=position_ids,
-                use_cache=False,
+                inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
             )
         logits = outputs.logits.flatten(0, -2)
         # In float32 at least; and a sum, so that micro-batches, devices and packs add up to the mean over all tokens.
@@ -153,11 +150,7 @@ class Llava(nn.Module):
         return next((p.dtype for p in self.projector.parameters()), embeds.dtype)
 
     def caption(
-        self,
-        images: ImageSource | Sequence[ImageSource],
-        instruction: str | None = None,
-        n: int = 1,
-        **options: Any,
+        self, images: ImageSource | Sequence[ImageSource], instruction: str | None = None, n: int = 1, **options: Any
     ) -> Any:
         """Say what is in a picture, or in several.
 

@@ -41,9 +41,7 @@ def add_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: 
     """
     layers = adapted_layers(model.language_model)
     if not layers:
-        raise ValueError(
-            f"{type(model.language_model).__name__} has no linear layer for LoRA: use --lora_enable False"
-        )
+        raise ValueError(f"{type(model.language_model).__name__} has no linear layer for LoRA: use --lora_enable False")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -97,10 +95,7 @@ def check_trainable(model: Llava, *, language_model: bool = False) -> str:
     Raises:
         RuntimeError: a part trains that should not, or does not train whole.
     """
-    biases = (
-        isinstance(model.language_model, PeftModel)
-        and model.language_model.peft_config["default"].bias != "none"
-    )
+    biases = isinstance(model.language_model, PeftModel) and model.language_model.peft_config["default"].bias != "none"
     whole = {"vision tower": False, "projector": True, "language model": language_model, "LoRA adapter": True}
     rows = parts(model)
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}  dtype"]

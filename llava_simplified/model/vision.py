@@ -70,9 +70,7 @@ class VisionTower(nn.Module):
         return cls(model, transform, **choices)  # type: ignore[arg-type]
 
     @classmethod
-    def from_config(
-        cls, config: PretrainedConfig, transform: ImageTransform, **choices: object
-    ) -> VisionTower:
+    def from_config(cls, config: PretrainedConfig, transform: ImageTransform, **choices: object) -> VisionTower:
         """The tower without its weights, on the meta device: enough to know its shape."""
         with torch.device("meta"):
             return cls(AutoModel.from_config(config), transform, **choices)  # type: ignore[arg-type]
@@ -104,9 +102,7 @@ class VisionTower(nn.Module):
             pixel_values = self.transform.normalize(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         if self._is_convolutional:
-            pixel_values = pixel_values.contiguous(
-                memory_format=torch.channels_last
-            )  # several times faster on CPU
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # several times faster on CPU
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self._select(self.model, pixel_values)
 
@@ -120,9 +116,7 @@ class VisionTower(nn.Module):
         if self.select_feature == "cls_patch":
             if self.token_pool or not others:
                 raise ValueError(
-                    "cls_patch can't be pooled"
-                    if self.token_pool
-                    else "this tower has no CLS token: use patch"
+                    "cls_patch can't be pooled" if self.token_pool else "this tower has no CLS token: use patch"
                 )
             return features
         features = features[:, others:]

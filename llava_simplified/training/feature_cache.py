@@ -36,9 +36,7 @@ class FeatureCache:
 
     def __init__(self, tower: VisionTower, weights: str, folder: str | Path | None = None) -> None:
         if not tower.frozen:
-            raise ValueError(
-                "features of a tower that is being trained can't be cached: they change with every step"
-            )
+            raise ValueError("features of a tower that is being trained can't be cached: they change with every step")
         self.tower = tower
         self.dtype = tower.dtype
         self.shape = (tower.num_tokens, tower.width)

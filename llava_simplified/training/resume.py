@@ -18,15 +18,7 @@ _FIXED = (
     *("train_sampling_strategy", "seed", "data_seed", "bf16", "fp16"),
     *("lora_enable", "lora_r", "lora_alpha", "lora_bias", "tune_mm_mlp_adapter", "freeze_backbone"),
 )
-_FREE = {
-    "resume_from_checkpoint",
-    "output_dir",
-    "accelerator_config",
-    "config",
-    "steps",
-    "epochs",
-    "disable_tqdm",
-}
+_FREE = {"resume_from_checkpoint", "output_dir", "accelerator_config", "config", "steps", "epochs", "disable_tqdm"}
 
 
 def resume_folder(args: TrainingArguments) -> Path | None:
@@ -74,7 +66,5 @@ def check_same_run(folder: Path, architecture: Architecture, settings: Mapping[s
             )
     notes = [f"--{name} was {was}, is {value}" for name, was, value in changed]
     if before.get("processes") != now.get("processes"):
-        notes.append(
-            "another number of processes: no sample is lost, but their order is not the straight run's"
-        )
+        notes.append("another number of processes: no sample is lost, but their order is not the straight run's")
     return notes

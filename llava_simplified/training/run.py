@@ -14,24 +14,12 @@ import torch
 import transformers
 from torch import nn
 
-from llava_simplified.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    describe,
-    parse_arguments,
-)
+from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, describe, parse_arguments
 from llava_simplified.data.batching import Collator, PackedDataset
 from llava_simplified.data.dataset import CaptionDataset, open_data
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record
-from llava_simplified.model.checkpoint import (
-    Architecture,
-    assemble,
-    fingerprint,
-    load_projector,
-    load_tokenizer,
-)
+from llava_simplified.model.checkpoint import Architecture, assemble, fingerprint, load_projector, load_tokenizer
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, check_trainable, freeze
 from llava_simplified.model.projector import fit_to_embeddings
@@ -70,9 +58,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     )
     architecture = describe_architecture(model_args, args, train_records[0])
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    Prompt(
-        tokenizer, model_args.template
-    )  # a template that does not fit fails here, not after 14 GB of weights
+    Prompt(tokenizer, model_args.template)  # a template that does not fit fails here, not after 14 GB of weights
     settings = {**describe(model_args, data_args, args), "processes": args.world_size}
     resumed = resume_folder(args)
     for difference in check_same_run(resumed, architecture, settings) if resumed else ():
@@ -108,9 +94,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         data_collator=Collator(model.vision_tower.num_tokens, int(tokenizer.pad_token_id)),
     )
     packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
-    trainer.accelerator.print(
-        f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}"
-    )
+    trainer.accelerator.print(f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}")
     trainer.train(resume_from_checkpoint=str(resumed / "trainer_state") if resumed else None)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -123,9 +107,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
 def describe_architecture(model: ModelArguments, args: TrainingArguments, sample: Record) -> Architecture:
     """What the checkpoint will say of the model's parts."""
     if args.deepspeed and "LOCAL_RANK" not in os.environ:
-        raise ValueError(
-            "--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)"
-        )
+        raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)")
     layers = tuple(model.mm_vision_select_layer)
     digests = {}
     for part in ("language_model", "vision_tower"):
@@ -134,9 +116,7 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, sample
             digests[part] = fingerprint(name)
         except OSError as error:
             option = "--model_name_or_path" if part == "language_model" else "--vision_tower"
-            raise ValueError(
-                f"{option} {name}: not a model folder, nor to be had from the hub: {error}"
-            ) from error
+            raise ValueError(f"{option} {name}: not a model folder, nor to be had from the hub: {error}") from error
     return Architecture(
         language_model=_absolute(model.model_name_or_path),
         vision_tower=_absolute(model.vision_tower),
@@ -179,9 +159,7 @@ def compile_layers(language_model: nn.Module, device_type: str) -> None:
     """
     if not can_compile(device_type):
         what = f"the C++ compiler {_cpp_compiler()} (or set CXX)" if device_type == "cpu" else "Triton"
-        raise ValueError(
-            f"--compile_layers: needs {what}, which is not there; install it or leave the option away"
-        )
+        raise ValueError(f"--compile_layers: needs {what}, which is not there; install it or leave the option away")
     kinds = set(language_model._no_split_modules or ())  # type: ignore[arg-type]
     layers = [module for module in language_model.modules() if type(module).__name__ in kinds]
     if not layers:
@@ -248,10 +226,7 @@ def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
 
 
 def _counted(trainer: LlavaTrainer) -> str:
-    return (
-        ", ".join(f"{count:,} {kind}" for kind, count in sorted(trainer.seen.items()))
-        + " seen by this process"
-    )
+    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(trainer.seen.items())) + " seen by this process"
 
 
 def _absolute(name: str) -> str:

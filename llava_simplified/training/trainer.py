@@ -39,15 +39,11 @@ class ProgressLine(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}
         if "loss" in logs:
             rate = (self.bar.format_dict["rate"] or 0.0) * self.samples
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {rate:.1f} samples/s"
-            )
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {rate:.1f} samples/s")
         elif "eval_loss" in logs:
             self.bar.write(f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}")
 
@@ -110,9 +106,7 @@ class LlavaTrainer(transformers.Trainer):
         outputs = model(**inputs)
         tokens = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
         # engines average gradients over processes: undo it, the tokens were counted over all of them
-        loss = (
-            outputs.loss / tokens * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        )
+        loss = outputs.loss / tokens * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         if not torch.isfinite(loss):
             raise FloatingPointError(self._non_finite(loss))
         return (loss, outputs) if return_outputs else loss
@@ -160,9 +154,7 @@ class LlavaTrainer(transformers.Trainer):
         return self._by_length(dataset, self.args.train_batch_size) or super()._get_train_sampler(dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return self._by_length(eval_dataset, self.args.eval_batch_size) or super()._get_eval_sampler(
-            eval_dataset
-        )
+        return self._by_length(eval_dataset, self.args.eval_batch_size) or super()._get_eval_sampler(eval_dataset)
 
     def _by_length(self, dataset: Any, batch_size: int) -> LengthGroupedSampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -182,9 +174,7 @@ class LlavaTrainer(transformers.Trainer):
             kind = note.partition(",")[0]
             self.seen[kind] += 1
             if self.seen[kind] <= 10:
-                self.accelerator.print(
-                    f"{note}" + (" (later ones are only counted)" if self.seen[kind] == 10 else "")
-                )
+                self.accelerator.print(f"{note}" + (" (later ones are only counted)" if self.seen[kind] == 10 else ""))
         bad = self.seen["bad image"]
         # a handful among the first hundred says nothing yet
         if bad > self.max_bad_images * max(self.seen["images"], 100):
@@ -198,9 +188,7 @@ class LlavaTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **self.state.log_history[-1]}
-            with (Path(self.args.output_dir or "") / "trainer_log.jsonl").open(
-                "a", encoding="utf-8"
-            ) as stream:
+            with (Path(self.args.output_dir or "") / "trainer_log.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
     # ---- optimizer ----
@@ -208,23 +196,14 @@ class LlavaTrainer(transformers.Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW on two learning rates: the projector's and the language model's."""
         if self.optimizer is None:
-            trained = [
-                (n, p)
-                for n, p in (model or cast(nn.Module, self.model)).named_parameters()
-                if p.requires_grad
-            ]
+            trained = [(n, p) for n, p in (model or cast(nn.Module, self.model)).named_parameters() if p.requires_grad]
             decayed = set(self.get_decay_parameter_names(cast(nn.Module, self.model)))
-            rates = {
-                True: self.args.mm_projector_lr or self.args.learning_rate,
-                False: self.args.learning_rate,
-            }
+            rates = {True: self.args.mm_projector_lr or self.args.learning_rate, False: self.args.learning_rate}
             groups = []
             for is_projector, rate in rates.items():
                 for decay in (True, False):
                     chosen = [
-                        p
-                        for n, p in trained
-                        if n.startswith("projector.") == is_projector and (n in decayed) == decay
+                        p for n, p in trained if n.startswith("projector.") == is_projector and (n in decayed) == decay
                     ]
                     if chosen:
                         weight_decay = self.args.weight_decay if decay else 0.0
@@ -240,9 +219,7 @@ class LlavaTrainer(transformers.Trainer):
         if self.args.should_save:
             model: Llava = self.accelerator.unwrap_model(self.model)
             training = {"steps": self.state.global_step, "epochs": self.state.epoch, **self.settings}
-            folder = (
-                self._staging / "model" if self._staging else Path(output_dir or str(self.args.output_dir))
-            )
+            folder = self._staging / "model" if self._staging else Path(output_dir or str(self.args.output_dir))
             save_checkpoint(model, folder, self.architecture, training, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -280,6 +257,4 @@ class LlavaTrainer(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trained weights, for a resume; `resume_from_checkpoint` is the checkpoint's `trainer_state` folder."""
-        load_trained_weights(
-            self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint).parent
-        )
+        load_trained_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint).parent)

@@ -25,9 +25,7 @@ def test_a_batch_position_by_position() -> None:
 
 def test_a_shared_prompt_position_by_position() -> None:
     """Prompt `<s> [image] ?`, answers `5 6 .` and `7 .`; the second begins where the prompt ends, not behind the first."""
-    shared = Example(
-        [0, IMAGE, 4, 5, 6, 1, 7, 1], [NO, NO, NO, 5, 6, 1, 7, 1], branches=[0, 0, 0, 1, 1, 1, 2, 2]
-    )
+    shared = Example([0, IMAGE, 4, 5, 6, 1, 7, 1], [NO, NO, NO, 5, 6, 1, 7, 1], branches=[0, 0, 0, 1, 1, 1, 2, 2])
     batch = Collator(tokens_per_image=2, pad_id=99)([shared, Example([0, 8], [NO, 8])])
     assert batch["input_ids"][0].tolist() == [0, IMAGE, IMAGE, 4, 5, 6, 1, 7, 1]
     assert batch["branch_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2], [0] * 9]

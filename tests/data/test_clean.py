@@ -103,13 +103,7 @@ def test_verdicts_equal_the_tutorials_plus_the_corrupt_ones_it_misses(mixed: tup
     clean(folder / "records.json", folder / "out.json", image_folder=folder / "images", workers=1)
     kept = {entry["image"] for entry in json.loads((folder / "out.json").read_text())}
     assert kept < passes
-    assert {reasons[name] for name in passes - kept} == {
-        "corrupt",
-        "too_small",
-        "aspect",
-        "animated",
-        "unsafe",
-    }
+    assert {reasons[name] for name in passes - kept} == {"corrupt", "too_small", "aspect", "animated", "unsafe"}
     assert passes - kept >= {"mid.jpg"}
 
 
@@ -144,10 +138,7 @@ def test_duplicates_of_an_earlier_picture_are_set_aside(tmp_path: Path, dedupe: 
         (tmp_path / name).write_bytes(data)
     (tmp_path / "records.jsonl").write_text("\n".join(json.dumps(row(name, "x")) for name in files))
     clean(
-        tmp_path / "records.jsonl",
-        tmp_path / "out.json",
-        dedupe=dedupe,
-        rules=Rules(perceptual=dedupe == "perceptual"),
+        tmp_path / "records.jsonl", tmp_path / "out.json", dedupe=dedupe, rules=Rules(perceptual=dedupe == "perceptual")
     )
     aside = {entry["record"]["image"]: entry["detail"] for entry in quarantine(tmp_path)}
     expected = {"same.jpg": "of records.jsonl row 3"}
@@ -175,10 +166,7 @@ def test_looks_are_compared_as_brute_force_does() -> None:
 
 def test_the_look_survives_size_and_compression() -> None:
     image = photo(1, 640, 480)
-    one, other = (
-        appearance(np.asarray(image)),
-        appearance(decode_image(jpeg(image.resize((200, 150)), quality=60))),
-    )
+    one, other = (appearance(np.asarray(image)), appearance(decode_image(jpeg(image.resize((200, 150)), quality=60))))
     assert (
         np.unpackbits(np.frombuffer(one[:16], np.uint8)) != np.unpackbits(np.frombuffer(other[:16], np.uint8))
     ).sum() <= 5
@@ -249,9 +237,7 @@ def test_slices_are_put_together_by_a_last_call(mixed: tuple, monkeypatch: pytes
     assert clean(folder / "records.json", folder / "out.json", **options)["ok"] == 10
 
 
-def test_the_towers_transform_is_run(
-    mixed: tuple, models_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_towers_transform_is_run(mixed: tuple, models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _, _ = mixed
     seen: list[tuple[int, ...]] = []
     real = module.ImageTransform.__call__

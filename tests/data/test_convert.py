@@ -21,9 +21,7 @@ def source(folder: Path, count: int = 400, each: int = 1) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
-def test_records_come_back_from_every_format(
-    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_records_come_back_from_every_format(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     output = tmp_path / f"records.{suffix}"
     counts, _ = convert(str(source(tmp_path)), output)
@@ -81,11 +79,7 @@ def test_karpathys_own_split(tmp_path: Path) -> None:
     ]
     (tmp_path / "k.json").write_text(json.dumps({"images": images}))
     counts, _ = convert(str(tmp_path / "k.json"), tmp_path / "o.json", split="source")
-    assert {Path(path).name: n for path, n in counts.items()} == {
-        "o_train.json": 2,
-        "o_val.json": 1,
-        "o_test.json": 1,
-    }
+    assert {Path(path).name: n for path, n in counts.items()} == {"o_train.json": 2, "o_val.json": 1, "o_test.json": 1}
 
 
 def test_instructions_are_drawn_from_a_file_and_stay(tmp_path: Path) -> None:

@@ -37,14 +37,7 @@ def test_every_response_is_an_example_in_order_where_the_prefix_is_not_shared(da
     rows = [row(responses=["one", "two"]), row("1.jpg"), row("2.jpg", responses=["a", "b", "c"])]
     data = dataset(data_folder, rows, share_prefix=False)
     assert len(data) == 6
-    assert [list(data.locate(i)[1]) for i in range(6)] == [
-        ["one"],
-        ["two"],
-        ["a red car"],
-        ["a"],
-        ["b"],
-        ["c"],
-    ]
+    assert [list(data.locate(i)[1]) for i in range(6)] == [["one"], ["two"], ["a red car"], ["a"], ["b"], ["c"]]
     assert [data.locate(i)[0].images[0] for i in range(6)] == ["0.jpg", "0.jpg", "1.jpg", *["2.jpg"] * 3]
 
 
@@ -106,8 +99,7 @@ def test_a_record_without_answers_cannot_be_trained_on(data_folder: Path) -> Non
 
 def test_text_only_rows_and_several_images(data_folder: Path) -> None:
     data = dataset(
-        data_folder,
-        [row(None), {"image": ["0.jpg", "1.jpg"], "instruction": "<image> or <image>?", "response": "no"}],
+        data_folder, [row(None), {"image": ["0.jpg", "1.jpg"], "instruction": "<image> or <image>?", "response": "no"}]
     )
     assert data[0].pixel_values is None
     assert data[1].pixel_values.shape[0] == 2

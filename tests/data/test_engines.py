@@ -118,9 +118,7 @@ def test_an_unknown_or_missing_engine_is_an_error(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_ray_runs_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="the ray extra is not installed")
-    monkeypatch.setenv(
-        "PYTHONPATH", str(Path(__file__).parent)
-    )  # so that Ray's processes can import this file
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so that Ray's processes can import this file
     assert {d.spec: d.result for d in run_shards(square, range(6), engine="ray", workers=2)} == {
         n: n * n for n in range(6)
     }

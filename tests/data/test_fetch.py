@@ -50,9 +50,7 @@ def test_one_byte_a_second_is_given_up_early(server: Server) -> None:
 
 
 def test_an_endless_body_stops_at_the_limit(server: Server) -> None:
-    (fetched,) = get(
-        server.url("endless/1.jpg"), FetchOptions(allow_private=True, timeout=20, max_bytes=1_000_000)
-    )
+    (fetched,) = get(server.url("endless/1.jpg"), FetchOptions(allow_private=True, timeout=20, max_bytes=1_000_000))
     assert fetched.kind == "too_large"
     assert "1000000" in fetched.detail
 
@@ -65,8 +63,7 @@ def test_other_schemes_are_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["", "no url", "http://", "http:///1.jpg", "http://a b/1.jpg", "http://[::1/1.jpg", "http://x:99999/"],
+    "url", ["", "no url", "http://", "http:///1.jpg", "http://a b/1.jpg", "http://[::1/1.jpg", "http://x:99999/"]
 )
 def test_what_is_no_url_is_an_outcome_and_no_exception(url: str) -> None:
     assert get(url)[0].kind in ("bad_url", "scheme", "dns")
@@ -85,9 +82,7 @@ def test_private_addresses_are_refused_however_they_are_written(server: Server, 
 
 
 @pytest.mark.parametrize("host", PRIVATE)
-def test_a_redirect_to_a_private_address_is_refused(
-    server: Server, host: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_redirect_to_a_private_address_is_refused(server: Server, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first hop is let through as if 127.0.0.2 were a public server, the second must not be."""
     public = fetch._is_public
     monkeypatch.setattr(fetch, "_is_public", lambda address: address == "127.0.0.2" or public(address))
@@ -139,9 +134,7 @@ def test_the_user_agent_is_honest(server: Server) -> None:
     assert "(+https://lab.example/crawl)" in agent
 
 
-def test_at_most_four_requests_to_a_host_and_hosts_take_turns(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_at_most_four_requests_to_a_host_and_hosts_take_turns(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """One host has 60 URLs that come first in the list, ten others have one each."""
     under_way: Counter[str] = Counter()
     most: Counter[str] = Counter()

@@ -23,9 +23,7 @@ def url_list(server: Server, folder: Path) -> Path:
     return path
 
 
-def test_good_pictures_are_kept_byte_exact_and_bad_ones_by_their_cause(
-    server: Server, tmp_path: Path
-) -> None:
+def test_good_pictures_are_kept_byte_exact_and_bad_ones_by_their_cause(server: Server, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [str(url_list(server, tmp_path)), "--output", str(out), "--allow-private", "--resize", "0"]
     assert main(["download", *words, "--workers", "1"]) == 0
@@ -40,13 +38,7 @@ def test_good_pictures_are_kept_byte_exact_and_bad_ones_by_their_cause(
 
 
 def test_what_is_recorded_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
-    words = [
-        "download",
-        str(url_list(server, tmp_path)),
-        "--output",
-        str(tmp_path / "out"),
-        "--allow-private",
-    ]
+    words = ["download", str(url_list(server, tmp_path)), "--output", str(tmp_path / "out"), "--allow-private"]
     main([*words, "--workers", "1"])
     before = dict(server.served)
     assert before
@@ -98,19 +90,7 @@ def test_cleaning_keeps_order_and_sets_aside_with_the_reason(
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     words = ["--image-folder", str(data_folder / "images"), "--vision_tower", str(models_folder / "clip")]
     out = tmp_path / "clean.json"
-    main(
-        [
-            "clean",
-            str(tmp_path / "rows.json"),
-            "--output",
-            str(out),
-            "--min-side",
-            "1",
-            "--workers",
-            "1",
-            *words,
-        ]
-    )
+    main(["clean", str(tmp_path / "rows.json"), "--output", str(out), "--min-side", "1", "--workers", "1", *words])
     kept = [record.images[0] for record in open_records(out)]
     assert kept == [row["image"] for i, row in enumerate(rows) if i not in (1, 3)]
     aside = (tmp_path / "clean_quarantine.jsonl").read_text().splitlines()
@@ -121,18 +101,7 @@ def test_cleaning_keeps_order_and_sets_aside_with_the_reason(
 def test_reduce_draws_a_random_sample_that_repeats(data_folder: Path, tmp_path: Path) -> None:
     def sample(seed: int) -> list[str]:
         out = tmp_path / f"{seed}.json"
-        main(
-            [
-                "reduce",
-                str(data_folder / "train.json"),
-                "--count",
-                "5",
-                "--seed",
-                str(seed),
-                "--output",
-                str(out),
-            ]
-        )
+        main(["reduce", str(data_folder / "train.json"), "--count", "5", "--seed", str(seed), "--output", str(out)])
         return [record.images[0] for record in open_records(out)]
 
     assert sample(0) == sample(0)

@@ -81,9 +81,7 @@ def write(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["json", "indented", "jsonl", "parquet"])
-def test_rows_are_read_at_random_and_after_pickling(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_read_at_random_and_after_pickling(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rows = open_rows(write(tmp_path, kind))
     assert len(rows) == 50
@@ -94,9 +92,7 @@ def test_rows_are_read_at_random_and_after_pickling(
         rows[50]
 
 
-def test_a_changed_parquet_file_is_not_read_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_parquet_file_is_not_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write(tmp_path, "parquet")
     assert len(open_rows(path)) == 50

@@ -111,9 +111,7 @@ def test_links_and_what_is_no_tar_are_refused(tmp_path: Path) -> None:
 
 def test_pictures_inside_parquet_are_read_by_row(tmp_path: Path) -> None:
     pictures = [{"bytes": bytes([i]), "path": None} for i in range(23)]
-    pq.write_table(
-        pa.table({"image": pictures, "text": ["x"] * 23}), tmp_path / "x.parquet", row_group_size=5
-    )
+    pq.write_table(pa.table({"image": pictures, "text": ["x"] * 23}), tmp_path / "x.parquet", row_group_size=5)
     for row in (22, 0, 5, 4, 11):
         assert read_image_bytes(f"x.parquet#{row}", tmp_path) == bytes([row])
     with pytest.raises(ImageError, match="no row 23, it has 23"):

@@ -81,9 +81,7 @@ def test_each_form_is_known_without_being_told(tmp_path: Path, name: str) -> Non
     ],
 )
 def test_parquet_of_urls(tmp_path: Path, columns: tuple, row: tuple) -> None:
-    pq.write_table(
-        pa.table({name: [value] for name, value in zip(columns, row)}), tmp_path / "part-0.parquet"
-    )
+    pq.write_table(pa.table({name: [value] for name, value in zip(columns, row)}), tmp_path / "part-0.parquet")
     assert image_captions(tmp_path / "part-0.parquet") == [(U, "a cat")]
     assert image_captions(tmp_path) == [(U, "a cat")], "a folder of parts"
     assert image_captions(tmp_path / "part-*.parquet") == [(U, "a cat")], "a glob"
@@ -92,10 +90,7 @@ def test_parquet_of_urls(tmp_path: Path, columns: tuple, row: tuple) -> None:
 def test_parquet_with_pictures_in_it_names_the_row(tmp_path: Path) -> None:
     pictures = [{"bytes": b"x", "path": "1.jpg"}, {"bytes": b"y", "path": "2.jpg"}]
     pq.write_table(pa.table({"image": pictures, "text": ["a cat", "a dog"]}), tmp_path / "train.parquet")
-    assert image_captions(tmp_path / "train.parquet") == [
-        ("train.parquet#0", "a cat"),
-        ("train.parquet#1", "a dog"),
-    ]
+    assert image_captions(tmp_path / "train.parquet") == [("train.parquet#0", "a cat"), ("train.parquet#1", "a dog")]
 
 
 def test_imagefolder_with_metadata(tmp_path: Path) -> None:
@@ -114,19 +109,10 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def test_a_webdataset_tar_with_texts_or_json(tmp_path: Path) -> None:
-    members = {
-        "0.jpg": b"x",
-        "0.txt": b"a cat",
-        "1.png": b"y",
-        "1.json": b'{"caption": "a dog"}',
-        "2.jpg": b"z",
-    }
+    members = {"0.jpg": b"x", "0.txt": b"a cat", "1.png": b"y", "1.json": b'{"caption": "a dog"}', "2.jpg": b"z"}
     path = tar_of(tmp_path / "00000.tar", members)
     rows, odd = read(path)
-    assert [(row.image, *row.captions) for row in rows] == [
-        ("00000.tar#0", "a cat"),
-        ("00000.tar#1", "a dog"),
-    ]
+    assert [(row.image, *row.captions) for row in rows] == [("00000.tar#0", "a cat"), ("00000.tar#1", "a dog")]
     assert odd.counts == {"sample without a caption (left out)": 1}
 
 
@@ -179,9 +165,7 @@ def test_an_empty_caption_and_an_absolute_path_are_noted(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "train/../../1.jpg"])
 def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "x.json").write_text(
-        json.dumps([{"image": name, "caption": "x"}, {"image": "1.jpg", "caption": "y"}])
-    )
+    (tmp_path / "x.json").write_text(json.dumps([{"image": name, "caption": "x"}, {"image": "1.jpg", "caption": "y"}]))
     rows, odd = read(tmp_path / "x.json")
     assert [row.image for row in rows] == ["1.jpg"]
     assert odd.counts == {"image outside its folder, '..' (left out)": 1}

@@ -13,15 +13,7 @@ needs_java = pytest.mark.skipif(not shutil.which("java"), reason="Stanford's tok
 
 _THINGS = ["a cat", "two old dogs", "the red car", "an empty boat", "children", "a person's hand", "t-shirts"]
 _ACTS = ["sleeps on", "is parked by", "runs across", "looks at", "doesn't see", "waits for", "flies over"]
-_PLACES = [
-    "the mat",
-    "a green field",
-    "the U.S. border",
-    "St. Mary's church",
-    "3 trees",
-    "the beach",
-    "a wall",
-]
+_PLACES = ["the mat", "a green field", "the U.S. border", "St. Mary's church", "3 trees", "the beach", "a wall"]
 
 
 def make_samples(count: int, trials: int = 1, most_references: int = 4, seed: int = 0) -> list[Sample]:

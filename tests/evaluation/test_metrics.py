@@ -33,11 +33,7 @@ def _server_scores(samples: list[Sample], trial: int) -> dict[str, tuple[float, 
     ours = {i: [tokenize(s.captions[trial])] for i, s in enumerate(samples)}
     corpus, single = bleu.Bleu(4).compute_score(true, ours, verbose=0)
     found = {f"BLEU-{n + 1}": (corpus[n], np.array(single[n])) for n in range(4)}
-    return {
-        **found,
-        "CIDEr-D": Cider().compute_score(true, ours),
-        "ROUGE-L": Rouge().compute_score(true, ours),
-    }
+    return {**found, "CIDEr-D": Cider().compute_score(true, ours), "ROUGE-L": Rouge().compute_score(true, ours)}
 
 
 @pytest.mark.parametrize(("pictures", "most", "seed"), CORPORA)
@@ -81,9 +77,7 @@ def test_the_whole_way_equals_the_servers_live() -> None:
     true = java.tokenize({i: [{"caption": r} for r in s.references] for i, s in enumerate(samples)})
     for trial, scores in enumerate(result.trials):
         ours = java.tokenize({i: [{"caption": s.captions[trial]}] for i, s in enumerate(samples)})
-        expected = dict(
-            zip(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), Bleu(4).compute_score(true, ours, verbose=0)[0])
-        )
+        expected = dict(zip(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), Bleu(4).compute_score(true, ours, verbose=0)[0]))
         for name, scorer in (("CIDEr-D", Cider()), ("ROUGE-L", Rouge()), ("METEOR", Meteor())):
             expected[name] = scorer.compute_score(true, ours)[0]
         for name, value in expected.items():
@@ -149,10 +143,7 @@ def test_intervals_equal_a_bootstrap_done_the_slow_way() -> None:
 
 
 def test_mean_and_best_of_trials() -> None:
-    samples = [
-        _sample(("a cat", "a dog", "x"), "a dog", index=0),
-        _sample(("the sea", "sky", "y"), "the sea", index=1),
-    ]
+    samples = [_sample(("a cat", "a dog", "x"), "a dog", index=0), _sample(("the sea", "sky", "y"), "the sea", index=1)]
     result = evaluate(samples, java=False)
     assert [scores["exact match"].value for scores in result.trials] == [0.5, 0.5, 0.0]
     assert result.mean["exact match"].value == pytest.approx(1 / 3)
@@ -222,19 +213,9 @@ def test_clip_score_equals_the_two_tower_model(tmp_path: Path) -> None:
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "</s>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    text = {
-        **small,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 64,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    config = CLIPConfig(
-        text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8)
     clip = CLIPModel(config).eval()
     for parameter in clip.parameters():
         torch.nn.init.normal_(parameter, std=0.7)  # wild enough that the words matter

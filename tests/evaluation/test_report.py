@@ -23,10 +23,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def _run(name: str, *pairs: tuple[str, str]) -> Run:
-    samples = [
-        Sample(str(i), f"{i}.png", "Describe.", (true,), (written,))
-        for i, (written, true) in enumerate(pairs)
-    ]
+    samples = [Sample(str(i), f"{i}.png", "Describe.", (true,), (written,)) for i, (written, true) in enumerate(pairs)]
     return Run(name, samples, evaluate(samples, train_captions=["a cat"], java=False, resamples=20))
 
 
@@ -58,9 +55,7 @@ class _Page(HTMLParser):
 
 def test_captions_cannot_become_markup(pictures: Path) -> None:
     evil = "<script>alert(1)</script> \"x\" onerror='y' <img src=http://a.b/c> </title> {{ 7 * 7 }}"
-    page = _Page(
-        _write(pictures, _run("<i>run</i>", (evil, evil), (evil, "a dog")), train_captions={"a cat"})
-    )
+    page = _Page(_write(pictures, _run("<i>run</i>", (evil, evil), (evil, "a dog")), train_captions={"a cat"}))
     tags = [tag for tag, _ in page.elements]
     assert tags.count("script") == 1
     assert "i" not in {tag for tag, attributes in page.elements if tag == "i" and not attributes}
@@ -82,11 +77,7 @@ def test_best_first_and_marked(pictures: Path) -> None:
     run = _run("a", ("a boat", "the sea"), ("A red cat", "a red cat"), ("a red dog here", "the red dog"))
     page = _Page(_write(pictures, run, train_captions={"a red cat"}))
     cards = [a for tag, a in page.elements if tag == "article"]
-    assert [(c["data-position"], c["data-verdict"]) for c in cards] == [
-        ("1", "right"),
-        ("2", "close"),
-        ("0", "wrong"),
-    ]
+    assert [(c["data-position"], c["data-verdict"]) for c in cards] == [("1", "right"), ("2", "close"), ("0", "wrong")]
     text = "".join(page.texts)
     assert text.count("never in training") == 2
     assert "rate" in text
@@ -94,9 +85,7 @@ def test_best_first_and_marked(pictures: Path) -> None:
 
 
 def test_words_of_a_true_caption_are_marked() -> None:
-    sample = Sample(
-        "0", "0.png", "", ("a cat, on the Mat",), ("Cat on a hat", "Cat on a hat", "a cat, on the mat")
-    )
+    sample = Sample("0", "0.png", "", ("a cat, on the Mat",), ("Cat on a hat", "Cat on a hat", "a cat, on the mat"))
     first, second = report._marked(sample)
     assert first["times"] == 2
     assert [word for word, hit in first["words"] if hit] == ["Cat", "on", "a"]
@@ -128,8 +117,7 @@ def test_five_hundred_photos_stay_below_ten_megabytes(tmp_path: Path) -> None:
         noisy = np.asarray(coarse, np.int16) + dice.normal(0, 12, (768, 1024, 1)).astype(np.int16)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{i}.jpg", quality=92)
     samples = [
-        Sample(str(i), f"{i % 20}.jpg", "", ("a long caption " * 6 + str(i),), (f"word {i} " * 8,))
-        for i in range(620)
+        Sample(str(i), f"{i % 20}.jpg", "", ("a long caption " * 6 + str(i),), (f"word {i} " * 8,)) for i in range(620)
     ]
     run = Run("a", samples, evaluate(samples, java=False, resamples=0))
     html = _write(tmp_path, run)
@@ -177,14 +165,8 @@ def test_chart_places_points_and_averages_long_lines() -> None:
 
 
 def test_words_written_too_often_and_too_rarely() -> None:
-    pairs = [
-        ("a man walks", "a dog walks"),
-        ("a man sits", "a cat sits"),
-        ("a man stands", "a bird stands"),
-    ] * 5
-    samples = [
-        Sample(str(i), f"{i}.png", "", (true, true), (written,)) for i, (written, true) in enumerate(pairs)
-    ]
+    pairs = [("a man walks", "a dog walks"), ("a man sits", "a cat sits"), ("a man stands", "a bird stands")] * 5
+    samples = [Sample(str(i), f"{i}.png", "", (true, true), (written,)) for i, (written, true) in enumerate(pairs)]
     words = report._words(samples)
     assert [(w["word"], w["ours"], w["true"]) for w in words["over"]] == [("man", "15", "0")]
     assert {w["word"] for w in words["under"]} == {"dog", "cat", "bird"}

@@ -13,13 +13,7 @@ from llava_simplified.evaluation.run import main, read_predictions, read_referen
 
 
 def _rows(*captions: str, **changes: Any) -> list[dict[str, Any]]:
-    row = {
-        "index": 0,
-        "image": "val/000000000042.jpg",
-        "instruction": "Describe.",
-        "gt_caption": "a cat",
-        **changes,
-    }
+    row = {"index": 0, "image": "val/000000000042.jpg", "instruction": "Describe.", "gt_caption": "a cat", **changes}
     return [{**row, "pred_output": caption} for caption in captions]
 
 
@@ -44,10 +38,7 @@ def test_trials_of_a_picture_are_gathered(tmp_path: Path, name: str) -> None:
         ([*_rows("x"), {"image": "a.jpg"}], "row 1: 'pred_output' must be a text, got None; its keys are"),
         ([*_rows("x"), "text"], "row 1: a prediction is a JSON object, this is str"),
         (_rows("x", image=None), "row 0: 'image' must be a text, got None"),
-        (
-            _rows("x", gt_caption=None),
-            "row 0: 'gt_caption' must be a caption or a list of captions, got None",
-        ),
+        (_rows("x", gt_caption=None), "row 0: 'gt_caption' must be a caption or a list of captions, got None"),
         (_rows("x", gt_caption=[]), r"row 0: 'gt_caption' must be .* got \[\]"),
         (_rows("x", gt_caption=" "), "row 0: 'gt_caption' must be"),
         ([*_rows("x"), *_rows("y", gt_caption="a dog")], "row 1: other references than in an earlier row"),
@@ -91,10 +82,7 @@ def test_references_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_runs_are_told_apart_by_their_names() -> None:
     assert run_names([Path("a.json"), Path("b.json")]) == ["a", "b"]
-    assert run_names([Path("checkpoint-1/p.json"), Path("checkpoint-2/p.json")]) == [
-        "checkpoint-1",
-        "checkpoint-2",
-    ]
+    assert run_names([Path("checkpoint-1/p.json"), Path("checkpoint-2/p.json")]) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_command_line(tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,23 +94,11 @@ def test_command_line(tmp_path: Path, data_folder: Path, capsys: pytest.CaptureF
             for i, row in enumerate(val)
         ]  # fmt: skip
         _write(tmp_path / f"checkpoint-{step}.json", rows)
-    (tmp_path / "log.jsonl").write_text(
-        '{"step": 10, "loss": 2.5, "epoch": 1}\n{"step": 10, "eval_loss": 2.25}\n'
-    )
+    (tmp_path / "log.jsonl").write_text('{"step": 10, "loss": 2.5, "epoch": 1}\n{"step": 10, "eval_loss": 2.25}\n')
     files = [str(tmp_path / f"checkpoint-{step}.json") for step in (100, 200)]
-    extra = [
-        "--train-captions",
-        str(data_folder / "train.json"),
-        "--image-folder",
-        str(data_folder / "images"),
-    ]
+    extra = ["--train-captions", str(data_folder / "train.json"), "--image-folder", str(data_folder / "images")]
     wanted = ["--output", str(tmp_path / "scores.json"), "--report", str(tmp_path / "report.html")]
-    assert (
-        main(
-            [*files, *extra, *wanted, "--log", str(tmp_path / "log.jsonl"), "--no-java", "--resamples", "50"]
-        )
-        == 0
-    )
+    assert main([*files, *extra, *wanted, "--log", str(tmp_path / "log.jsonl"), "--no-java", "--resamples", "50"]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["checkpoint-100"]["mean"]["exact match"][0] == 0.25
     assert scores["checkpoint-200"]["mean"]["exact match"][0] == 0.75

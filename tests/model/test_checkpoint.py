@@ -10,13 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_simplified.model.checkpoint import (
-    Architecture,
-    assemble,
-    fingerprint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from llava_simplified.model.checkpoint import Architecture, assemble, fingerprint, load_checkpoint, save_checkpoint
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, freeze
 from llava_simplified.prompt import IMAGE_INDEX
@@ -69,9 +63,7 @@ def test_the_adapter_is_a_stock_peft_adapter(models_folder: Path, tmp_path: Path
 
 
 def test_several_layers_and_a_pool_come_back(models_folder: Path, tmp_path: Path) -> None:
-    model, architecture = trained_model(
-        models_folder, "projector", mm_vision_select_layer=(-2, -1), mm_token_pool=2
-    )
+    model, architecture = trained_model(models_folder, "projector", mm_vision_select_layer=(-2, -1), mm_token_pool=2)
     save_checkpoint(model, tmp_path / "c", architecture)
     again = load_checkpoint(tmp_path / "c")
     assert again.vision_tower.num_tokens == 4
@@ -121,13 +113,9 @@ def test_other_base_weights_of_the_same_shape_are_refused(models_folder: Path, t
     save_checkpoint(model, tmp_path / "c", architecture)
     other = tmp_path / "mistral"
     shutil.copytree(models_folder / "mistral", other)
-    assert torch.equal(logits(load_checkpoint(tmp_path / "c", model_base=str(other))), logits(model)), (
-        "a copy is fine"
-    )
+    assert torch.equal(logits(load_checkpoint(tmp_path / "c", model_base=str(other))), logits(model)), "a copy is fine"
     weights = load_file(other / "model.safetensors")
-    save_file(
-        {k: v + 0.01 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"}
-    )
+    save_file({k: v + 0.01 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="other weights than those that this checkpoint was trained with"):
         load_checkpoint(tmp_path / "c", model_base=str(other))
 

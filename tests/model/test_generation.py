@@ -54,9 +54,7 @@ def test_greedy_is_transformers_greedy(models_folder: Path, text: str, options: 
     model = build(models_folder, text)
     model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 130)]  # a random model would never end
     prompts, pixels = ask(model)
-    ours = run(
-        Decoding(model, prompts, model.vision_tower(pixels), GenerationOptions(max_new_tokens=16, **options))
-    )
+    ours = run(Decoding(model, prompts, model.vision_tower(pixels), GenerationOptions(max_new_tokens=16, **options)))
     # one by one: in a padded batch transformers 5 counts the padding off what is penalised
     alone = [
         stock(model, [prompt], images, max_new_tokens=16, **options)[0]
@@ -80,23 +78,15 @@ def test_samples_of_one_prefill_depend_on_seed_picture_and_prompt_alone(models_f
 
 def test_samples_follow_the_models_distribution(models_folder: Path) -> None:
     """The first token of 4,000 samples, against the softmax of transformers' processed logits."""
-    from transformers.generation.logits_process import (
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     model = build(models_folder, "llama")
     prompts, pixels = ask(model, ["<image> What?"])
     options = GenerationOptions(1, temperature=3.0, top_p=0.8, top_k=20, num_return_sequences=4000, seed=0)
-    drawn = torch.tensor(
-        [row[0] for row in run(Decoding(model, prompts, model.vision_tower(pixels), options))]
-    )
+    drawn = torch.tensor([row[0] for row in run(Decoding(model, prompts, model.vision_tower(pixels), options))])
     ids = torch.from_numpy(expand_images(prompts[0], model.vision_tower.num_tokens))[None]
     with torch.no_grad():
-        scores = model.language_model(inputs_embeds=model.splice(ids, model.vision_tower(pixels))).logits[
-            :, -1
-        ]
+        scores = model.language_model(inputs_embeds=model.splice(ids, model.vision_tower(pixels))).logits[:, -1]
     for warp in (TemperatureLogitsWarper(3.0), TopKLogitsWarper(20), TopPLogitsWarper(0.8)):
         scores = warp(ids, scores)
     wanted = scores.softmax(-1)[0]

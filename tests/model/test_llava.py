@@ -31,18 +31,12 @@ def build(folder: Path, text: str = "mistral", tower: str = "clip", **choices) -
 
 def pictures(model: Llava, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return torch.randint(
-        0, 256, (count, 3, *model.vision_tower.transform.crop), generator=generator, dtype=torch.uint8
-    )
+    return torch.randint(0, 256, (count, 3, *model.vision_tower.transform.crop), generator=generator, dtype=torch.uint8)
 
 
 def examples(model: Llava, pixels: torch.Tensor) -> list[Example]:
     """One with a picture, one text-only, one with two pictures; of different lengths."""
-    texts = [
-        "<image>\nWhat is this?",
-        "Say something.",
-        "Compare <image> with <image>, please, in a few words.",
-    ]
+    texts = ["<image>\nWhat is this?", "Say something.", "Compare <image> with <image>, please, in a few words."]
     out, used = [], 0
     for text, caption in zip(texts, CAPTIONS):
         rendered = model.prompt.render([Message("user", text)], caption)
@@ -66,9 +60,7 @@ def plain_loss(model: Llava, sample: Example) -> torch.Tensor:
     labels = expand_images(sample.input_ids, tokens, sample.labels)
     rows, image = [], 0
     features = (
-        None
-        if sample.pixel_values is None
-        else model.projector(model.vision_tower(sample.pixel_values).double())
+        None if sample.pixel_values is None else model.projector(model.vision_tower(sample.pixel_values).double())
     )
     flat = None if features is None else features.flatten(0, 1)
     for token in ids:
@@ -120,11 +112,7 @@ def test_only_trained_positions_get_logits(models_folder: Path) -> None:
 def test_the_splice_equals_stock_llava(models_folder: Path, text: str, feature: str) -> None:
     """Same weights, same logits as LlavaForConditionalGeneration, every position, with our ids as its ids."""
     model = build(
-        models_folder,
-        text,
-        mm_projector_type="mlp2x_gelu",
-        mm_vision_select_layer=-2,
-        mm_vision_select_feature=feature,
+        models_folder, text, mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-2, mm_vision_select_feature=feature
     )
     image_token = model.language_model.config.vocab_size - 1
     stock = LlavaForConditionalGeneration(
@@ -144,8 +132,7 @@ def test_the_splice_equals_stock_llava(models_folder: Path, text: str, feature: 
 
     pixels = pictures(model, 2)
     ids = expand_images(
-        model.prompt.render([Message("user", "<image> and <image>?")], "no").input_ids,
-        model.vision_tower.num_tokens,
+        model.prompt.render([Message("user", "<image> and <image>?")], "no").input_ids, model.vision_tower.num_tokens
     )
     ids = torch.from_numpy(ids)[None]
     with torch.no_grad():
@@ -168,14 +155,10 @@ def test_changing_one_sample_never_moves_another(models_folder: Path) -> None:
     model = build(models_folder)
     samples = examples(model, pictures(model, 3))
     batch = collate(model, samples)
-    longer = model.prompt.render(
-        [Message("user", "Say something.")], CAPTIONS[1] + " and much more of it, for long"
-    )
+    longer = model.prompt.render([Message("user", "Say something.")], CAPTIONS[1] + " and much more of it, for long")
     changed = collate(model, [samples[0], Example(longer.input_ids, longer.labels), samples[2]])
     first = sum(label != IGNORE_INDEX for label in samples[0].labels)
-    torch.testing.assert_close(
-        model(**batch).logits[:first], model(**changed).logits[:first], rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(model(**batch).logits[:first], model(**changed).logits[:first], rtol=0, atol=1e-6)
 
 
 def test_a_wrong_number_of_pictures_is_an_error(models_folder: Path) -> None:
@@ -228,9 +211,7 @@ def test_greedy_generation_equals_the_full_forward(models_folder: Path, text: st
             if token in model.prompt.stop_ids:
                 break
             new.append(token)
-            embeds = torch.cat(
-                [embeds, model.language_model.get_input_embeddings()(torch.tensor([[token]]))], 1
-            )
+            embeds = torch.cat([embeds, model.language_model.get_input_embeddings()(torch.tensor([[token]]))], 1)
     assert caption == model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 

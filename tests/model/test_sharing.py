@@ -36,11 +36,7 @@ def double(folder: Path, text: str, attention: str) -> Llava:
 def samples(model: Llava) -> tuple[list[Example], list[Example]]:
     """The same captions of three images, sharing their prompts and apart."""
     shared, apart = [], []
-    turns = [
-        Message("user", "<image>\nWhat is this?"),
-        Message("assistant", "a picture"),
-        Message("user", "Of what?"),
-    ]
+    turns = [Message("user", "<image>\nWhat is this?"), Message("assistant", "a picture"), Message("user", "Of what?")]
     for pixels, captions in zip(pictures(model, 3).split(1), CAPTIONS):
         prefix, answers = model.prompt.render_branches(turns, captions)
         told = [token for answer in answers for token in answer]
@@ -128,16 +124,7 @@ def test_who_sees_whom() -> None:
 
     seen = who_sees_whom(ids("11111220"), ids("00122000"), ids("01223010"))[0, 0]
     drawn = ["".join("x" if cell else "." for cell in row) for row in seen.tolist()]
-    assert drawn == [
-        "x.......",
-        "xx......",
-        "xxx.....",
-        "xx.x....",
-        "xx.xx...",
-        ".....x..",
-        ".....xx.",
-        ".......x",
-    ]
+    assert drawn == ["x.......", "xx......", "xxx.....", "xx.x....", "xx.xx...", ".....x..", ".....xx.", ".......x"]
     near = who_sees_whom(ids("1111"), ids("0012"), ids("0122"), window=2)[0, 0]
     assert near.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
 

@@ -24,9 +24,7 @@ def tower(folder: Path, kind: str, **choices) -> VisionTower:
     ("kind", "tokens"),
     [("clip", 16), ("siglip", 16), ("dinov2", 16), ("vit", 16), ("convnext", 4), ("efficientnet", 4)],
 )
-def test_the_count_from_the_config_is_the_count_of_the_features(
-    models_folder: Path, kind: str, tokens: int
-) -> None:
+def test_the_count_from_the_config_is_the_count_of_the_features(models_folder: Path, kind: str, tokens: int) -> None:
     vision = tower(models_folder, kind, select_layer=-1)
     features = vision(torch.zeros(2, 3, PIXELS[kind], PIXELS[kind], dtype=torch.uint8))
     assert features.shape == (2, vision.num_tokens, vision.width)
@@ -45,9 +43,7 @@ def test_patch_drops_the_cls_token_and_cls_patch_keeps_it(models_folder: Path) -
 def test_siglip_has_no_cls_token_to_drop_and_none_to_keep(models_folder: Path) -> None:
     pixels = torch.rand(1, 3, 32, 32)
     vision = tower(models_folder, "siglip", select_layer=-1)
-    torch.testing.assert_close(
-        vision(pixels), vision.model(pixels, output_hidden_states=True).hidden_states[-1]
-    )
+    torch.testing.assert_close(vision(pixels), vision.model(pixels, output_hidden_states=True).hidden_states[-1])
     with pytest.raises(ValueError, match="no CLS token"):
         tower(models_folder, "siglip", select_feature="cls_patch")
 

@@ -38,9 +38,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     config.write_text(
         "learning_rate: 1e-3\nlora_r: 7\nmm_vision_select_layer: [-1, -3]\nbf16: false\ntrain_data_path: a.json\n"
     )
-    model, data, training = parse_arguments(
-        ["--config", str(config), "--lora-r=9", "--output_dir", str(tmp_path)]
-    )
+    model, data, training = parse_arguments(["--config", str(config), "--lora-r=9", "--output_dir", str(tmp_path)])
     assert training.learning_rate == 1e-3  # YAML reads 1e-3 as a text
     assert model.lora_r == 9
     assert model.mm_vision_select_layer == [-1, -3]

@@ -38,9 +38,7 @@ def test_what_is_kept_is_what_the_tower_gives(
 
 def test_a_second_run_computes_nothing(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     names = [f"{i}.jpg" for i in range(5)]
-    first = FeatureCache(tower(models_folder), "w", tmp_path).fill(
-        names, data_folder / "images", progress=False
-    )
+    first = FeatureCache(tower(models_folder), "w", tmp_path).fill(names, data_folder / "images", progress=False)
     blind = tower(models_folder)
     blind.forward = lambda pixels: pytest.fail("the tower ran again")  # type: ignore[method-assign]
     again = FeatureCache(blind, "w", tmp_path).fill(names[::-1], data_folder / "images", progress=False)
@@ -61,16 +59,12 @@ def test_a_stale_feature_is_never_found(models_folder: Path, data_folder: Path, 
     picture = tmp_path / "images" / "x.jpg"
     for source in ("0.jpg", "1.jpg"):  # the same name, another picture
         picture.write_bytes((data_folder / "images" / source).read_bytes())
-        features = FeatureCache(vision, "w", tmp_path / "cache").fill(
-            ["x.jpg"], picture.parent, progress=False
-        )
+        features = FeatureCache(vision, "w", tmp_path / "cache").fill(["x.jpg"], picture.parent, progress=False)
         torch.testing.assert_close(features["x.jpg"], direct(vision, picture))
 
 
 @pytest.mark.parametrize("lost", [1, 700, 5000])
-def test_a_killed_run_leaves_no_half_row(
-    models_folder: Path, data_folder: Path, tmp_path: Path, lost: int
-) -> None:
+def test_a_killed_run_leaves_no_half_row(models_folder: Path, data_folder: Path, tmp_path: Path, lost: int) -> None:
     names = [f"{i}.jpg" for i in range(6)]
     vision = tower(models_folder)
     FeatureCache(vision, "w", tmp_path).fill(names[:4], data_folder / "images", batch_size=1, progress=False)
@@ -78,9 +72,7 @@ def test_a_killed_run_leaves_no_half_row(
     [rows] = tmp_path.glob("*.features")
     hashes.write_bytes(hashes.read_bytes()[: 3 * 32 + 5])  # the fourth hash was being written
     rows.write_bytes(rows.read_bytes()[:-1] + bytes(lost))
-    features = FeatureCache(vision, "w", tmp_path).fill(
-        names, data_folder / "images", batch_size=1, progress=False
-    )
+    features = FeatureCache(vision, "w", tmp_path).fill(names, data_folder / "images", batch_size=1, progress=False)
     for name in names:
         assert torch.equal(features[name], direct(vision, data_folder / "images" / name))
 

@@ -55,12 +55,7 @@ def curve(models: Path, data: Path, records: Path, folder: Path, more: dict) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("lever", LEVERS)
 def test_the_curve_is_the_plain_loops(
-    models_folder: Path,
-    data_folder: Path,
-    five_captions: Path,
-    tmp_path: Path,
-    plain: list[float],
-    lever: str,
+    models_folder: Path, data_folder: Path, five_captions: Path, tmp_path: Path, plain: list[float], lever: str
 ) -> None:
     seen = curve(models_folder, data_folder, five_captions, tmp_path, LEVERS[lever])
     assert plain[-1] < 0.6 * plain[0], "it learns"

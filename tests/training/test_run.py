@@ -79,10 +79,7 @@ def test_eval_loss_is_the_mean_over_tokens_not_over_batches(
 ) -> None:
     """Captions of one and of many tokens, in batches of different sizes."""
     rows = json.loads((data_folder / "val.json").read_text())[:3]
-    rows[0]["response"], rows[2]["response"] = (
-        "a",
-        "a very long caption that goes on and on and on for many words",
-    )
+    rows[0]["response"], rows[2]["response"] = ("a", "a very long caption that goes on and on and on for many words")
     (tmp_path / "val.json").write_text(json.dumps(rows))
     seen = []
     for batch in (1, 2, 3):
@@ -122,9 +119,7 @@ def test_accumulation_averages_tokens(models_folder: Path, data_folder: Path, tm
         torch.testing.assert_close(weight, weights_b[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_resume_repeats_the_straight_run_bit_for_bit(
-    models_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
+def test_resume_repeats_the_straight_run_bit_for_bit(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "lora_dropout": 0.1}
     straight = run(options(models_folder, data_folder, tmp_path / "straight", **more))
     words = options(models_folder, data_folder, tmp_path / "resumed", **more)
@@ -172,9 +167,7 @@ def test_compiling_without_a_compiler(
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk"])
-def test_cached_features_change_nothing(
-    models_folder: Path, data_folder: Path, tmp_path: Path, mode: str
-) -> None:
+def test_cached_features_change_nothing(models_folder: Path, data_folder: Path, tmp_path: Path, mode: str) -> None:
     more = {
         "num_train_epochs": 3,
         "eval_data_path": data_folder / "val.json",
@@ -194,9 +187,7 @@ def test_projector_stage_then_lora_stage(models_folder: Path, data_folder: Path,
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_full_fine_tuning_keeps_the_language_model(
-    models_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
+def test_full_fine_tuning_keeps_the_language_model(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     more = {"lora_enable": False, "freeze_backbone": False, "max_steps": 2}
     output = run(options(models_folder, data_folder, tmp_path / "out", **more))
     base = load_file(models_folder / "mistral" / "model.safetensors")
@@ -205,15 +196,9 @@ def test_full_fine_tuning_keeps_the_language_model(
     assert load_checkpoint(output).caption(data_folder / "images" / "0.jpg", max_new_tokens=4) is not None
 
 
-def test_the_projector_has_its_own_learning_rate(
-    models_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
+def test_the_projector_has_its_own_learning_rate(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     start = run(options(models_folder, data_folder, tmp_path / "0", max_steps=1, learning_rate=0))
-    moved = run(
-        options(
-            models_folder, data_folder, tmp_path / "1", max_steps=2, learning_rate=0, mm_projector_lr=1e-2
-        )
-    )
+    moved = run(options(models_folder, data_folder, tmp_path / "1", max_steps=2, learning_rate=0, mm_projector_lr=1e-2))
     before, after = adapter(start), adapter(moved)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"weight", "bias"}
@@ -237,15 +222,9 @@ def test_bad_images_are_replaced_counted_and_over_budget_fatal(
         run(options(models_folder, data_folder, tmp_path / "out", **more))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    models_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+; last good checkpoint"):
-        run(
-            options(
-                models_folder, data_folder, tmp_path / "out", learning_rate=1e30, max_steps=5, max_grad_norm=0
-            )
-        )
+        run(options(models_folder, data_folder, tmp_path / "out", learning_rate=1e30, max_steps=5, max_grad_norm=0))
 
 
 @pytest.mark.parametrize(
