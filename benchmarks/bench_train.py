@@ -136,7 +136,9 @@ def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, o
     image_token = len(tokenizer)
     tower = CLIPVisionModel.from_pretrained(models[1], dtype=torch.bfloat16)
     model = LlavaForConditionalGeneration(
-        LlavaConfig(tower.config, text.config, image_token_id=image_token, projector_hidden_act="gelu")
+        LlavaConfig(
+            vision_config=tower.config, text_config=text.config, image_token_id=image_token, projector_hidden_act="gelu"
+        )
     ).to(torch.bfloat16)
     model.model.vision_tower, model.model.language_model, model.lm_head = tower, text.model, text.lm_head
     weights = load_file(folder / "projector" / "projector.safetensors")

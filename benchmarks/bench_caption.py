@@ -1,0 +1,196 @@
+"""Caption pictures three times each: `generate` here against the tutorial's loop and stock LLaVA's batched `generate`.
+
+    python benchmarks/bench_caption.py [--language-model FOLDER] [--images 48] [--batch 16] [--rounds 2]
+
+The same weights on all sides (SmolLM2-135M, which is fetched where no folder is given, and a random tower of CLIP
+ViT-B/16's shape), bfloat16, the same pixels and prompts, captions of 4 to 20 tokens: a random projector makes the model ramble, so
+the length at which a picture's captions end is drawn beforehand, and the same for all. The tutorial's loop takes a picture at a
+time and encodes and prefills it anew for every trial. Prints captions per second as ratios; the greedy captions of all sides
+must be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_train import write_data, write_models
+
+TRIALS = 3
+SIDES = ("ours", "stock, batched", "the tutorial's loop")
+
+
+def build(models: tuple[str, str]) -> Any:
+    import torch
+
+    from llava_simplified.model.checkpoint import Architecture, assemble
+
+    torch.set_num_threads(torch.get_num_threads())
+    torch.manual_seed(1)
+    return assemble(Architecture(*models, mm_projector_type="mlp2x_gelu", dtype="bfloat16")).to(torch.bfloat16).eval()
+
+
+def stock_model(model: Any) -> tuple[Any, int]:
+    """The same weights as `LlavaForConditionalGeneration`."""
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    text, tower = model.language_model, model.vision_tower.model
+    image_token = text.config.vocab_size
+    text.resize_token_embeddings(image_token + 1)
+    config = LlavaConfig(
+        vision_config=tower.config, text_config=text.config, image_token_id=image_token, vision_feature_layer=-2
+    )
+    stock = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    stock.model.vision_tower, stock.model.language_model, stock.lm_head = tower, text.model, text.lm_head
+    names = {"0.": "linear_1.", "2.": "linear_2."}
+    weights = {names[k[:2]] + k[2:]: v for k, v in model.projector.state_dict().items()}
+    stock.model.multi_modal_projector.load_state_dict(weights)
+    return stock.eval(), image_token
+
+
+def lengths(count: int) -> list[int]:
+    import random
+
+    draw = random.Random(0)
+    return [min(4 + int(draw.expovariate(1 / 6)), 20) for _ in range(count)]
+
+
+def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) -> dict[str, Any]:
+    import torch
+    from transformers import StoppingCriteria
+
+    from llava_simplified.data.images import decode_image
+    from llava_simplified.model.generation import Decoding, GenerationOptions
+    from llava_simplified.prompt import IMAGE_INDEX, Message
+
+    torch.manual_seed(0)
+    model = build(models)
+    prompt = model.prompt.render([Message("user", "<image>\\nGenerate a caption of this image:")], None).input_ids
+    names = sorted(folder.glob("*.png"))
+    pixels = torch.stack([model.vision_tower.transform(decode_image(path.read_bytes())) for path in names])
+    ends = lengths(len(names))
+    stop = set(model.prompt.stop_ids)
+
+    class EndsAt(StoppingCriteria):
+        """Each row ends at its picture's length."""
+
+        def __init__(self, places: list[int]) -> None:
+            self.limits = torch.tensor([ends[place] for place in places])
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.as_tensor(input_ids.shape[1] - self.offset >= self.limits)
+
+        offset = 0
+
+    if side != "ours":
+        stock, image_token = stock_model(model)
+        place = prompt.index(IMAGE_INDEX)
+        ids = torch.tensor(prompt[:place] + [image_token] * 196 + prompt[place + 1 :])
+
+    def ours(places: list[int], trials: int, temperature: float) -> list[list[int]]:
+        options = [
+            GenerationOptions(ends[p], temperature=temperature, num_return_sequences=trials, seed=0) for p in places
+        ]
+        with torch.inference_mode():
+            decoding = Decoding(model, [prompt] * len(places), model.vision_tower(pixels[places]), options)
+        while decoding.live:
+            decoding.step()
+        return decoding.tokens
+
+    def theirs(places: list[int], trials: int, temperature: float) -> list[list[int]]:
+        criteria = EndsAt([p for p in places for _ in range(trials)])
+        criteria.offset = len(ids)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        with torch.inference_mode():
+            out = stock.generate(
+                input_ids=ids.expand(len(places), -1),
+                attention_mask=torch.ones(len(places), len(ids), dtype=torch.long),
+                pixel_values=model.vision_tower.transform.normalize(pixels[places]).to(torch.bfloat16),
+                max_new_tokens=20,
+                num_return_sequences=trials,
+                stopping_criteria=[criteria],
+                pad_token_id=model.prompt.end_id,
+                eos_token_id=model.prompt.stop_ids,
+                **sampling,
+            )
+        return [
+            row[: ends[p]].tolist() for row, p in zip(out[:, len(ids) :], [p for p in places for _ in range(trials)])
+        ]
+
+    run = ours if side == "ours" else theirs
+
+    def cut(row: list[int]) -> list[int]:
+        return row[: next((i + 1 for i, token in enumerate(row) if token in stop), len(row))]
+
+    greedy = [cut(row) for row in run(list(range(min(batch, len(names)))), 1, 0.0)]
+    start = time.perf_counter()
+    if side == "the tutorial's loop":
+        for index in range(len(names)):
+            for _ in range(TRIALS):
+                run([index], 1, 0.7)
+    else:
+        for first in range(0, len(names), batch):
+            run(list(range(first, min(first + batch, len(names)))), TRIALS, 0.7)
+    return {
+        "rate": len(names) * TRIALS / (time.perf_counter() - start),
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "greedy": greedy,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--language-model", type=Path, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        side, language_model, tower, folder = args.run
+        result = caption_all(side, (language_model, tower), Path(folder), args.batch)
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        models = write_models(root, args.language_model)
+        folder = root / "pictures"
+        folder.mkdir()
+        write_data(folder, args.images, 1)
+        results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        for _ in range(args.rounds):
+            for side in SIDES:
+                words = [
+                    sys.executable,
+                    __file__,
+                    "--batch",
+                    str(args.batch),
+                    "--run",
+                    side,
+                    *map(str, models),
+                    str(folder),
+                ]
+                done = subprocess.run(words, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+                results[side].append(json.loads((folder / "result.json").read_text()))
+    best = {side: max(runs, key=lambda run: run["rate"]) for side, runs in results.items()}
+    print(f"{args.images} pictures, {TRIALS} samples each, batches of {args.batch}")
+    for side, run in best.items():
+        same = sum(a == b for a, b in zip(run["greedy"], best["ours"]["greedy"]))
+        print(
+            f"{side:22}{run['rate']:8.2f} captions/s   ours is {best['ours']['rate'] / run['rate']:5.2f}x   "
+            f"memory {run['memory'] / 1e9:.2f} GB   same greedy captions: {same} of {len(run['greedy'])}"
+        )
+
+
+if __name__ == "__main__":
+    main()
