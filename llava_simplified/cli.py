@@ -22,6 +22,12 @@ COMMANDS = {
     "chat": ("llava_simplified.captioning:chat_main", "talk about a picture on the terminal"),
     "predict": ("llava_simplified.captioning:main", "caption the pictures of a data file, or one picture"),
     "evaluate": ("llava_simplified.evaluation.run:main", "score predictions against references"),
+    "export": (
+        "llava_simplified.export.run:export_main",
+        "a checkpoint -> stock LLaVA or PEFT, compared after writing",
+    ),
+    "merge": ("llava_simplified.export.run:merge_main", "put a checkpoint's adapter into its weights"),
+    "push": ("llava_simplified.export.run:push_main", "upload a folder to the hub"),
     "demo": ("llava_simplified.demo.run:main", "the whole recipe on small real weights and pictures"),
 }
 

@@ -101,7 +101,7 @@ class VisionTower(nn.Module):
         if pixel_values.dtype == torch.uint8:
             pixel_values = self.transform.normalize(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
-        if self._is_convolutional:
+        if self.is_convolutional:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # several times faster on CPU
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self._select(self.model, pixel_values)
@@ -140,7 +140,7 @@ class VisionTower(nn.Module):
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
 
     @property
-    def _is_convolutional(self) -> bool:
+    def is_convolutional(self) -> bool:
         return not hasattr(self.model.config, "num_attention_heads")
 
     def _feature_shape(self) -> tuple[int, int]:

@@ -91,7 +91,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         data_args.max_bad_images,
         train_dataset=examples,
         eval_dataset=eval_set,
-        data_collator=Collator(model.vision_tower.num_tokens, int(tokenizer.pad_token_id)),
+        data_collator=Collator(model.vision_tower.num_tokens, model.prompt.end_id),
     )
     packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
     trainer.accelerator.print(f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}")

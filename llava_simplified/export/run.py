@@ -1,0 +1,153 @@
+"""`llava export`, `llava merge` and `llava push`: a checkpoint leaves the house, with a card that says what it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llava_simplified.model.checkpoint import read_manifest
+
+
+def export_main(argv: list[str] | None = None) -> int:
+    """The command line of `llava export`."""
+    parser = argparse.ArgumentParser("llava export", description="Write a checkpoint in a form that other tools load.")
+    parser.add_argument("checkpoint")
+    parser.add_argument(
+        "--format", choices=["hf", "peft"], default="hf", help="stock LLaVA, merged; or with an adapter"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="as trained where not given")
+    parser.add_argument("--images", nargs="*", default=[], help="pictures to compare the two models on (else noise)")
+    parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
+    parser.add_argument("--vision-tower", help="the vision tower, likewise")
+    parser.add_argument("--scores", type=Path, help="scores.json of `llava evaluate`, for the model card")
+    args = parser.parse_args(argv)
+    from llava_simplified.export.stock import export_adapter, export_stock
+
+    export: Any = export_stock if args.format == "hf" else export_adapter
+    where = {"model_base": args.model_base, "vision_tower": args.vision_tower}
+    compared = export(args.checkpoint, args.output, args.dtype, images=args.images, **where)
+    write_card(args.checkpoint, args.output, args.format, args.scores)
+    print(f"{args.output}: loaded back and compared: " + ", ".join(f"{k} {v:.3g}" for k, v in compared.items()))
+    return 0
+
+
+def merge_main(argv: list[str] | None = None) -> int:
+    """The command line of `llava merge`."""
+    parser = argparse.ArgumentParser("llava merge", description="Put a checkpoint's adapter into its weights.")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
+    args = parser.parse_args(argv)
+    merge(args.checkpoint, args.output, args.model_base)
+    print(f"{args.output}: needs no base model any more, only the vision tower")
+    return 0
+
+
+def merge(checkpoint: str | Path, output: Path, model_base: str | None = None) -> None:
+    """Write a checkpoint of the same model whose language model is whole: `language_model/` in place of `adapter/`.
+
+    Raises:
+        ValueError: there is no adapter, or the folder exists.
+    """
+    from llava_simplified.model.checkpoint import Architecture, save_checkpoint
+    from llava_simplified.model.llava import Llava
+
+    manifest = read_manifest(checkpoint)
+    if manifest["trained"] != "adapter":
+        raise ValueError(f"{checkpoint}: has no adapter to merge")
+    if output.exists():
+        raise ValueError(f"{output} exists: choose another --output")
+    model = Llava.from_pretrained(checkpoint, model_base=model_base, device="cpu")
+    text: Any = model.language_model
+    model.language_model = text.merge_and_unload().requires_grad_(True)  # trained whole, as far as saving goes
+    save_checkpoint(model, output, Architecture(**manifest["architecture"]), manifest["training"])
+
+
+def push_main(argv: list[str] | None = None) -> int:
+    """The command line of `llava push`."""
+    parser = argparse.ArgumentParser("llava push", description="Upload an exported folder or a checkpoint to the hub.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("repository", help="owner/name")
+    parser.add_argument("--private", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded; needs no network")
+    args = parser.parse_args(argv)
+    left_out = ("trainer_state/*", "checkpoint-*")
+    if not args.folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
+        raise ValueError(f"a folder and owner/name are needed, not {args.folder} and {args.repository}")
+    if args.dry_run:
+        files = [p for p in sorted(args.folder.rglob("*")) if p.is_file()]
+        files = [p for p in files if not any(p.relative_to(args.folder).match(f"{out}/**") or
+                                             p.relative_to(args.folder).match(out) for out in left_out)]  # fmt: skip
+        for path in files:
+            print(f"{path.stat().st_size:>14,}  {path.relative_to(args.folder)}")
+        print(f"{sum(path.stat().st_size for path in files):>14,}  bytes to {args.repository}; nothing was sent")
+        return 0
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        api = HfApi()
+        api.create_repo(args.repository, private=args.private, exist_ok=True)
+        print(api.upload_folder(repo_id=args.repository, folder_path=args.folder, ignore_patterns=list(left_out)))
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise ValueError(f"the hub did not take {args.folder}: {error}. `hf auth login` stores a token") from error
+    return 0
+
+
+def write_card(checkpoint: str | Path, folder: Path, form: str, scores: Path | None = None) -> None:
+    """README.md of an exported folder: what it was made of, how, how good it is, and where it ends."""
+    manifest = read_manifest(checkpoint)
+    parts, training = manifest["architecture"], dict(manifest["training"])
+    names = {
+        key: Path(parts[key]).name if Path(parts[key]).is_dir() else parts[key]
+        for key in ("language_model", "vision_tower")
+    }
+    licence = licence_of(parts["language_model"])
+    lines = [
+        "---",
+        f"license: {licence or 'other'}",
+        "pipeline_tag: image-text-to-text",
+        "library_name: transformers",
+        "---",
+        f"# {names['language_model']} that sees through {names['vision_tower']}",
+        "",
+        f"A LLaVA model: {names['vision_tower']}, a {parts['mm_projector_type']} projector and {names['language_model']}, trained "
+        f"to answer `{parts['instruction']}` about a picture.",
+        "",
+        {"hf": "Merged; loads with `AutoModelForImageTextToText` and `AutoProcessor`.",
+         "peft": "`base/` loads with `AutoModelForImageTextToText`, `adapter/` on top of it with `PeftModel`."}[form],
+        "",
+        f"Licence of the language model: {licence or 'not stated in its folder; look at its own page'}.",
+        "",
+        "## Training",
+        "",
+        *(f"- {key}: `{value}`" for key, value in training.items() if isinstance(value, (str, int, float)) and "dir" not in key),
+    ]  # fmt: skip
+    if scores is not None:
+        table = next(iter(json.loads(scores.read_text(encoding="utf-8")).values()))["mean"]
+        lines += ["", "## Scores", "", "| score | value |", "|---|---|"]
+        lines += [f"| {name} | {value[0]:.4f} |" for name, value in table.items()]
+    if (plot := Path(checkpoint) / "training.png").is_file():
+        shutil.copy(plot, folder)
+        lines += ["", "![loss](training.png)"]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        "It says what its training captions would say, in their language and with their mistakes; it invents what it can't "
+        "see, and was tested for nothing beyond the scores above.",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def licence_of(model: str) -> str | None:
+    """What a local model folder says in its model card, or None."""
+    card = Path(model) / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^license: *(\S+)$", text.partition("\n---")[0], re.MULTILINE)
+    return found[1] if found else None

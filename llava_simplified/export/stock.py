@@ -1,0 +1,304 @@
+"""A checkpoint as a stock Hugging Face LLaVA folder, which loads with none of our code; and proof that it says the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+
+from llava_simplified.data.images import ImageSource, load_pixels
+from llava_simplified.model.checkpoint import read_manifest
+from llava_simplified.model.language_model import head_at
+from llava_simplified.model.llava import Llava
+from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES, Message
+
+# A stock processor is given a list of parts as a user's content, a tokenizer's template one text.
+FLATTEN_CONTENT = (
+    "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}{%- set flat.messages = flat.messages + [message] -%}{%- else -%}"
+    "{%- set one = namespace(text='') -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{%- set one.text = one.text + '<image>\\n' -%}"
+    "{%- elif part['type'] == 'text' -%}{%- set one.text = one.text + part['text'] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': one.text}] -%}{%- endif -%}"
+    "{%- endfor -%}{%- set messages = flat.messages -%}"
+)
+# Where our own templates stand, the answer's beginning has to be asked for.
+OPENING = {"plain": "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}", "bare": ""}
+
+
+def export_stock(
+    checkpoint: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    images: Sequence[ImageSource] = (),
+    merge: bool = True,
+    **where: Any,
+) -> dict[str, float]:
+    """Write a checkpoint as `LlavaForConditionalGeneration` with its processor, load it back, and compare.
+
+    Args:
+        dtype: of the weights: float32, bfloat16 or float16; as trained where not given.
+        images: pictures to compare on; noise where there are none.
+        merge: put the adapter into the weights; False leaves the language model as it was.
+        where: `model_base`, `vision_tower`: where the base weights are now.
+
+    Returns:
+        What was compared: the largest difference of logits, and how many greedy captions.
+
+    Raises:
+        ValueError: stock LLaVA has no form for this model (and what to do); or the folder says something else than the
+            checkpoint: it is not left behind.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists: an export is written whole, into a folder of its own")
+    model = Llava.from_pretrained(checkpoint, device="cpu", dtype=dtype, **where)
+    if isinstance(model.language_model, PeftModel):
+        # unload leaves the base as it was
+        peft: Any = model.language_model
+        model.language_model = peft.merge_and_unload() if merge else peft.unload()
+    settings = describe(model)
+    pictures = [load_pixels(image) for image in images] or [_noise(seed) for seed in range(2)]
+    expected = [_say(model, picture) for picture in pictures]
+
+    part = output.with_name(f".{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write(model, part, settings)
+        source = Path(model.vision_tower.model.config._name_or_path)
+        del model
+        _write_processor(checkpoint, source, part, settings)
+        difference = _compare(part, pictures, expected)
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return {"logits differ by": difference, "equal greedy captions": len(pictures)}
+
+
+def describe(model: Llava) -> dict[str, Any]:
+    """The settings of `LlavaConfig` for a model.
+
+    Raises:
+        ValueError: naming what stock LLaVA can't express.
+    """
+    vision, text = model.vision_tower, model.language_model
+    if vision.is_convolutional:
+        raise ValueError("stock LLaVA has no convolutional vision towers: train with a ViT (CLIP, SigLIP, DINOv2)")
+    if vision.token_pool:
+        raise ValueError("stock LLaVA does not pool image tokens: train with --mm_token_pool 0")
+    grid = (vision.transform.crop[0] // vision.model.config.patch_size) ** 2
+    with torch.no_grad():
+        total = vision.model(torch.zeros(1, 3, *vision.transform.crop, dtype=vision.dtype)).last_hidden_state.shape[1]
+    others = total - grid
+    patches_only = vision.select_feature == "patch"
+    if others > 1 and patches_only:
+        raise ValueError(
+            f"stock LLaVA drops one token in front of the patches, this tower has {others}: train with "
+            "--mm_vision_select_feature cls_patch"
+        )
+    if isinstance(text.get_output_embeddings(), nn.Linear) and text.get_output_embeddings().bias is not None:
+        raise ValueError(f"stock LLaVA's head has no bias, that of {type(text).__name__} has one")
+    layers = vision.select_layers
+    return {
+        "vision_feature_layer": layers[0] if len(layers) == 1 else list(layers),
+        "vision_feature_select_strategy": "default" if others and patches_only else "full",
+        "image_seq_length": vision.num_tokens,
+        "extra_tokens": others,
+        "patch_size": vision.model.config.patch_size,
+        "projector": _two_layers(model.projector, int(text.config.hidden_size)),
+        "template": model.prompt.name,
+        "stop_ids": model.prompt.stop_ids,
+    }
+
+
+def _two_layers(projector: nn.Module, text_width: int) -> dict[str, Any]:
+    """The projector as stock LLaVA's linear_1, activation, linear_2.
+
+    One linear layer W, exactly: where there is room, linear_1 = [I; -I; 0] and linear_2 = [W, -W, 0], for gelu(x) - gelu(-x)
+    = x: the activation stays gelu, which every server knows. Else linear_1 = W, no activation, linear_2 = I.
+    """
+    linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
+    if not linears or len(linears) > 2:
+        raise ValueError(
+            f"stock LLaVA's projector has two layers, this one {len(linears)}: train with --mm_projector_type linear or "
+            "mlp2x_gelu"
+        )
+    if len(linears) == 2:
+        return {"act": "gelu", "layers": [(layer.weight, layer.bias) for layer in linears]}
+    weight, bias = linears[0].weight, linears[0].bias
+    width = weight.shape[1]
+    if text_width < 2 * width:
+        return {"act": "linear", "layers": [(weight, bias), (torch.eye(text_width), torch.zeros(text_width))]}
+    first, last = torch.zeros(text_width, width), torch.zeros(text_width, text_width)
+    first[:width], first[width : 2 * width] = torch.eye(width), -torch.eye(width)
+    last[:, :width], last[:, width : 2 * width] = weight, -weight
+    return {"act": "gelu", "layers": [(first, torch.zeros(text_width)), (last, bias)]}
+
+
+@torch.no_grad()
+def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
+    from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    text: Any = model.language_model
+    model.tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
+    image_token: Any = model.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    if image_token >= text.config.vocab_size:  # its embedding is never read, but its id is looked up
+        text.resize_token_embeddings(image_token + 1, mean_resizing=False)
+    text.config.architectures = [type(text).__name__]
+    config = LlavaConfig(
+        vision_config=model.vision_tower.model.config,
+        text_config=text.config,
+        image_token_index=image_token,
+        projector_hidden_act=settings["projector"]["act"],
+        **{
+            key: settings[key] for key in ("vision_feature_layer", "vision_feature_select_strategy", "image_seq_length")
+        },
+    )
+    with torch.device("meta"):
+        stock: Any = LlavaForConditionalGeneration(config)
+    # modules change owner: nothing is held twice
+    stock.model.vision_tower, stock.model.language_model = model.vision_tower.model, text.model
+    stock.lm_head = text.get_output_embeddings()
+    dtype = model.vision_tower.dtype
+    for layer, (weight, bias) in zip(("linear_1", "linear_2"), settings["projector"]["layers"]):
+        linear = getattr(stock.model.multi_modal_projector, layer)
+        linear.weight, linear.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
+    stock.generation_config = GenerationConfig(
+        bos_token_id=model.tokenizer.bos_token_id,
+        eos_token_id=settings["stop_ids"],
+        pad_token_id=model.prompt.end_id,
+        suppress_tokens=[image_token],
+    )
+    # transformers before 5.6 looks for the towers' names of its time
+    stock._weight_conversions = get_model_conversion_mapping(stock, add_legacy=False)
+    stock.save_pretrained(folder, max_shard_size="5GB")
+
+
+def _write_processor(checkpoint: str | Path, vision_tower: Path, folder: Path, settings: dict[str, Any]) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
+    tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
+    own = TEMPLATES.get(settings["template"])
+    template = FLATTEN_CONTENT + (own + OPENING[settings["template"]] if own else tokenizer.get_chat_template())
+    processor = LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(str(checkpoint), backend="pil"),
+        tokenizer=tokenizer,
+        patch_size=settings["patch_size"],
+        vision_feature_select_strategy=settings["vision_feature_select_strategy"],
+        num_additional_image_tokens=settings["extra_tokens"],
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)  # transformers 4 reads it from a file of its own
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n", "utf-8")
+
+
+def _noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+
+
+@torch.inference_mode()
+def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
+    """The prompt's ids, the pixels, the logits of the next token, and the greedy caption."""
+    prompt = model.prompt.render([Message("user", f"{IMAGE_PLACEHOLDER}\n{model.instruction}")], None).input_ids
+    pixels = model.vision_tower.transform.normalize(model.vision_tower.transform(picture)[None])
+    place = prompt.index(IMAGE_INDEX)
+    ids = [*prompt[:place], *[IMAGE_INDEX] * model.vision_tower.num_tokens, *prompt[place + 1 :]]
+    features = model.vision_tower(pixels)
+    with head_at(model.language_model, torch.tensor([len(ids) - 1])):
+        embeds = model.splice(torch.tensor([ids]), features)
+        logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits.flatten()
+    caption = model.caption(picture, max_new_tokens=16)
+    return {"ids": ids, "pixels": pixels, "logits": logits, "caption": caption, "instruction": model.instruction}
+
+
+@torch.inference_mode()
+def _compare(folder: Path, pictures: Sequence[np.ndarray], expected: Sequence[dict[str, Any]]) -> float:
+    """Load the folder as anybody would; returns the largest difference of logits.
+
+    Raises:
+        ValueError: prompt, pixels, logits or caption differ from the checkpoint's.
+    """
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval(), None
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[model.dtype]
+    largest = 0.0
+    for picture, wanted in zip(pictures, expected):
+        content = [
+            {"type": "image", "image": Image.fromarray(picture)},
+            {"type": "text", "text": wanted["instruction"]},
+        ]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        image_token = model.config.image_token_index
+        ids = [IMAGE_INDEX if i == image_token else i for i in inputs["input_ids"][0].tolist()]
+        if ids != wanted["ids"]:
+            raise ValueError(f"the stock processor renders another prompt: {ids}, trained on {wanted['ids']}")
+        if (pixels := (inputs["pixel_values"] - wanted["pixels"]).abs().max()) > 0.05:  # 2/255 of a standard deviation
+            raise ValueError(f"the stock processor's pixels differ by {pixels:.3f} standard deviations")
+        inputs["pixel_values"] = wanted["pixels"].to(model.dtype)
+        logits = model(**inputs).logits[0, -1]
+        scale = wanted["logits"].abs().max().clamp_min(1)
+        largest = max(largest, float((logits[: len(wanted["logits"])] - wanted["logits"]).abs().max()))
+        if largest > tolerance * scale:
+            raise ValueError(
+                f"the exported model's logits differ by {largest:.2g}, at most {tolerance * scale:.2g} is rounding: "
+                "the language model does something to its logits that stock LLaVA does not"
+            )
+        said = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, len(ids) :]
+        text = processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+        if text != wanted["caption"] and model.dtype == torch.float32:
+            raise ValueError(f"the exported model says {text!r}, the checkpoint {wanted['caption']!r}")
+    return largest
+
+
+def export_adapter(
+    checkpoint: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    images: Sequence[ImageSource] = (),
+    **where: Any,
+) -> dict[str, float]:
+    """Write `base/`, stock LLaVA with the language model untouched, and `adapter/`, a stock PEFT adapter for it.
+
+    Raises:
+        ValueError: the checkpoint has no adapter; or as `export_stock`.
+    """
+    if read_manifest(checkpoint)["trained"] != "adapter":
+        raise ValueError(f"{checkpoint}: has no adapter (its language model was trained whole, or not at all): use hf")
+    from safetensors.torch import load_file, save_file
+
+    output = Path(output)
+    compared = export_stock(checkpoint, output / "base", dtype, images, merge=False, **where)
+    source, target = Path(checkpoint) / "adapter", output / "adapter"
+    target.mkdir()
+    # the language model hangs one level deeper in LLaVA
+    old, new = "base_model.model.model.", "base_model.model.model.language_model."
+    weights = load_file(source / "adapter_model.safetensors")
+    save_file(
+        {k.replace(old, new, 1): v for k, v in weights.items()}, target / "adapter_model.safetensors", {"format": "pt"}
+    )
+    config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(
+        {name.replace("model.", "model.language_model.", 1) for name in config["target_modules"]}
+    )
+    config["base_model_name_or_path"] = str((output / "base").resolve())
+    config["task_type"] = None  # PEFT wraps LLaVA as it is, without the extras of a text model
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return compared

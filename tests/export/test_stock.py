@@ -1,0 +1,193 @@
+"""What is exported loads in a process that has never heard of this project, and says the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_commands import ENVIRONMENT
+
+from llava_simplified.arguments import parse_arguments
+from llava_simplified.data.images import decode_image
+from llava_simplified.export.run import export_main, merge_main, push_main
+from llava_simplified.export.stock import export_adapter, export_stock
+from llava_simplified.model.llava import Llava
+from llava_simplified.training.run import train
+
+PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
+STRANGER = """
+import json, sys
+sys.modules["llava_simplified"] = None  # whoever imports it fails
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+folder, adapter, instruction, image, pixels = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+if adapter:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, adapter).eval()
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
+messages = [{"role": "user", "content": [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": instruction}]}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**{**inputs, "pixel_values": torch.load(pixels)}).logits[0, -1].tolist()
+if adapter:
+    said = processor.decode(model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1]:])
+else:
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    said = pipe(text=messages, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+print(json.dumps({"logits": logits, "said": said}))
+"""
+
+
+def trained(models: Path, data: Path, output: Path, **more: object) -> Path:
+    options = {
+        "train_data_path": data / "train.json",
+        "train_image_folder": data / "images",
+        "output_dir": output,
+        "max_steps": 5,
+        "learning_rate": 1e-2,
+        "lora_r": 4,
+        "cache_vision_features": "off",
+        "disable_tqdm": True,
+        **more,
+    }
+    return train(*parse_arguments([word for name, value in options.items() for word in (f"--{name}", str(value))]))
+
+
+def stranger(folder: Path, image: Path, model: Llava, scratch: Path, adapter: Path | None = None) -> dict:
+    """What a process without our code gets out of the folder, on exactly our pixels and then on its own."""
+    transform = model.vision_tower.transform
+    torch.save(transform.normalize(transform(decode_image(image.read_bytes()))[None]), scratch / "pixels.pt")
+    words = [sys.executable, "-c", STRANGER, folder, adapter or "", model.instruction, image, scratch / "pixels.pt"]
+    done = subprocess.run(list(map(str, words)), cwd=scratch, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def own_logits(model: Llava, image: Path) -> torch.Tensor:
+    from llava_simplified.export.stock import _say
+
+    return _say(model, decode_image(image.read_bytes()))["logits"]
+
+
+def assert_same(got: dict, model: Llava, image: Path) -> None:
+    wanted = own_logits(model, image)
+    torch.testing.assert_close(torch.tensor(got["logits"])[: len(wanted)], wanted, rtol=1e-5, atol=1e-5)
+    said = got["said"].replace("</s>", "").strip()
+    assert said == model.caption(image, max_new_tokens=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+@pytest.mark.parametrize(("tower", "text"), PAIRS)
+def test_a_stranger_gets_the_same_from_the_export(
+    models_folder: Path, data_folder: Path, tmp_path: Path, tower: str, text: str, projector: str
+) -> None:
+    parts = {"model_name_or_path": models_folder / text, "vision_tower": models_folder / tower}
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", mm_projector_type=projector, **parts)
+    image = data_folder / "images" / "0.jpg"
+    compared = export_stock(checkpoint, tmp_path / "stock", images=[image])
+    assert compared["logits differ by"] < 1e-5
+    model = Llava.from_pretrained(checkpoint)
+    assert_same(stranger(tmp_path / "stock", image, model, tmp_path), model, image)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["plain", "bare"])
+def test_our_own_templates_are_rendered_by_the_stock_processor(
+    models_folder: Path, data_folder: Path, tmp_path: Path, template: str
+) -> None:
+    parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
+    export_stock(trained(models_folder, data_folder, tmp_path / "out", template=template, **parts), tmp_path / "stock")
+
+
+@pytest.mark.slow
+def test_a_stranger_gets_the_same_from_the_adapter(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    parts = {"model_name_or_path": models_folder / "mistral", "vision_tower": models_folder / "clip"}
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", **parts)
+    image = data_folder / "images" / "1.jpg"
+    export_adapter(checkpoint, tmp_path / "peft")
+    model = Llava.from_pretrained(checkpoint)
+    got = stranger(tmp_path / "peft" / "base", image, model, tmp_path, tmp_path / "peft" / "adapter")
+    assert_same(got, model, image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vision_tower": "convnext"}, "no convolutional vision towers"),
+        ({"mm_token_pool": 2}, "does not pool image tokens"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "has two layers, this one 3"),
+        ({"model_name_or_path": "gemma2"}, "logits differ by .*stock LLaVA does not"),
+        ({"model_name_or_path": "phi"}, "head has no bias"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_stock_llava_cannot_say_is_refused(
+    models_folder: Path, data_folder: Path, tmp_path: Path, options: dict, message: str
+) -> None:
+    parts = {"model_name_or_path": "mistral", "vision_tower": "clip", **options}
+    parts |= {name: models_folder / parts[name] for name in ("model_name_or_path", "vision_tower")}
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", tune_mm_mlp_adapter=True, **parts)
+    with pytest.raises(ValueError, match=message):
+        export_stock(checkpoint, tmp_path / "stock")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
+
+
+def test_an_export_that_says_something_else_is_not_left_behind(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_simplified.export import stock
+
+    parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", **parts)
+    true = stock._two_layers
+
+    def wrong(*args):  # one weight of the projector
+        projector = true(*args)
+        projector["layers"][0][0].data[0, 0] += 1
+        return projector
+
+    monkeypatch.setattr(stock, "_two_layers", wrong)
+    monkeypatch.setattr(
+        stock, "_say", lambda model, picture, say=stock._say: {**say(model, picture), "logits": torch.zeros(1)}
+    )
+    with pytest.raises(ValueError, match="logits differ"):
+        export_stock(checkpoint, tmp_path / "stock", images=[np.zeros((9, 9, 3), np.uint8)])
+    assert not (tmp_path / "stock").exists()
+
+
+def test_merging_keeps_every_word(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    parts = {"model_name_or_path": models_folder / "qwen2", "vision_tower": models_folder / "clip"}
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", **parts)
+    assert merge_main([str(checkpoint), "--output", str(tmp_path / "merged")]) == 0
+    assert not (tmp_path / "merged" / "adapter").exists()
+    image = data_folder / "images" / "2.jpg"
+    one, other = Llava.from_pretrained(checkpoint), Llava.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(own_logits(one, image), own_logits(other, image), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        merge_main([str(tmp_path / "merged"), "--output", str(tmp_path / "again")])
+
+
+def test_the_command_writes_a_card(
+    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", **parts)
+    (tmp_path / "scores.json").write_text(json.dumps({"a": {"mean": {"CIDEr-D": [0.5, 0.4, 0.6]}}}))
+    output = tmp_path / "stock"
+    words = [str(checkpoint), "--output", str(output), "--scores", str(tmp_path / "scores.json")]
+    assert export_main(words) == 0
+    card = (output / "README.md").read_text()
+    assert "| CIDEr-D | 0.5000 |" in card and "Generate a caption of this image:" in card and "- steps: `5`" in card
+    assert (output / "training.png").is_file()
+    assert push_main([str(output), "me/model", "--dry-run"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="exists"):
+        export_main(words)
