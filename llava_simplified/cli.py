@@ -26,8 +26,10 @@ COMMANDS = {
         "llava_simplified.export.run:export_main",
         "a checkpoint -> stock LLaVA or PEFT, compared after writing",
     ),
+    "import": ("llava_simplified.export.importing:import_main", "LLaVA checkpoints of other codebases -> ours"),
     "merge": ("llava_simplified.export.run:merge_main", "put a checkpoint's adapter into its weights"),
     "push": ("llava_simplified.export.run:push_main", "upload a folder to the hub"),
+    "doctor": ("llava_simplified.doctor:main", "what is installed, and what this machine can do"),
     "demo": ("llava_simplified.demo.run:main", "the whole recipe on small real weights and pictures"),
 }
 

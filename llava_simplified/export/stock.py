@@ -150,8 +150,11 @@ def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
     text: Any = model.language_model
     model.tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
     image_token: Any = model.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    if image_token >= text.config.vocab_size:  # its embedding is never read, but its id is looked up
+    rows = text.config.vocab_size
+    if image_token >= rows:  # its embedding is never read, but its id is looked up
         text.resize_token_embeddings(image_token + 1, mean_resizing=False)
+        for table in (text.get_input_embeddings().weight, text.get_output_embeddings().weight):
+            table[rows:] = 0
     text.config.architectures = [type(text).__name__]
     config = LlavaConfig(
         vision_config=model.vision_tower.model.config,
@@ -175,7 +178,7 @@ def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
         bos_token_id=model.tokenizer.bos_token_id,
         eos_token_id=settings["stop_ids"],
         pad_token_id=model.prompt.end_id,
-        suppress_tokens=[image_token],
+        suppress_tokens=sorted({image_token, *range(rows, image_token)}),  # rows that were never trained
     )
     # transformers before 5.6 looks for the towers' names of its time
     stock._weight_conversions = get_model_conversion_mapping(stock, add_legacy=False)
