@@ -116,7 +116,7 @@ def test_an_original_whole_model(source, models_folder: Path, data_folder: Path,
 
 @pytest.mark.slow
 def test_a_lora_folder_and_a_lone_projector(source, models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
-    checkpoint, merged = source
+    checkpoint, _ = source
     base = json.loads((checkpoint / "llava.json").read_text())["architecture"]["language_model"]
     folder = lora(checkpoint, models_folder / "clip", tmp_path / "llava-lora")
     with pytest.raises(ValueError, match="--model-base"):
