@@ -113,11 +113,13 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
     """
     output, bad_path = Path(job.output), Path(job.output + ".bad.jsonl")
     # of a batch's size a caption knows nothing
-    settings = json.dumps({**asdict(job), "batch_size": None}, sort_keys=True)
+    settings = json.dumps({**asdict(job), "batch_size": None, "model": _written(job.model_path)}, sort_keys=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     begun = Path(job.output + ".settings.json")
     if output.exists() and (not begun.exists() or begun.read_text(encoding="utf-8") != settings):
-        raise ValueError(f"{output} was written with other settings: delete it, or choose another --output")
+        raise ValueError(
+            f"{output} was begun with other settings or another model: delete it, or choose another --output"
+        )
     begun.write_text(settings, encoding="utf-8")
     done = _whole_records(output, job.options.num_return_sequences) | _whole_records(bad_path, 1)
 
@@ -136,6 +138,11 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
     if not bad_count:
         bad_path.unlink()
     return len(indices) - bad_count, bad_count
+
+
+def _written(model_path: str) -> list[int]:
+    """When a checkpoint's files were written: trained anew in the same place, it is another model."""
+    return sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors")) if model_path else []
 
 
 def _whole_records(path: Path, rows_each: int) -> set[int]:

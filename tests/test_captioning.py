@@ -119,7 +119,7 @@ def test_chunks_share_the_work_and_batches_change_nothing(model: Llava, folder: 
 def test_other_settings_are_refused(model: Llava, folder: Path, tmp_path: Path) -> None:
     job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS)
     caption_file(job, model)
-    with pytest.raises(ValueError, match="was written with other settings"):
+    with pytest.raises(ValueError, match="was begun with other settings"):
         caption_file(Job("", str(folder), job.output, GenerationOptions(7)), model)
 
 

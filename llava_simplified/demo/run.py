@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
+import shutil
 import time
 from pathlib import Path
 
@@ -25,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     if not CONFIGS.is_dir():
         raise ValueError(f"{CONFIGS} is not there: the demo runs from a checkout of the project (git clone, make demo)")
     start = time.monotonic()
+    for left in args.output.glob("predictions.json.part*"):  # of a demo that was stopped; its model is gone
+        left.unlink()
     assets = fetch(args.cache_dir)
     for title, words in commands(assets, args.output, args.max_steps, args.limit):
         print(f"\n== {title} ({time.monotonic() - start:.0f} s)\n$ llava {shlex.join(words)}", flush=True)
@@ -42,19 +46,22 @@ def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int
     train, val, images = q(str(assets.train_json)), q(str(assets.val_json)), q(str(assets.images))
     parts = f"--model_name_or_path {q(str(assets.language_model))} --vision_tower {q(str(assets.vision_tower))}"
     data = f"--train_data_path {train} --train_image_folder {images} --eval_data_path {val} --val_image_folder {images}"
-    steps = f"--max_steps {max_steps}" if max_steps else ""
+    more = f"--max_steps {max_steps}" if max_steps else ""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        print("no C++ compiler here: the layers are not compiled, training takes half as long again")
+        more += " --compile_layers False"
     first, second, out = q(str(output / "projector")), q(str(output / "model")), q(str(output))
     configs = q(str(CONFIGS))
     lines = {
         "what the model is shown, and which tokens it is trained on": (
-            f"inspect --data {train} --image_folder {images} --template plain --count 1 --mm_token_pool 3 {parts}"
+            f"inspect --data {train} --image_folder {images} --template bare --count 1 --mm_token_pool 3 {parts}"
         ),
         "stage 1: the projector alone": (
-            f"train --config {configs}/demo_projector.yaml {parts} {data} --output_dir {first} {steps}"
+            f"train --config {configs}/demo_projector.yaml {parts} {data} --output_dir {first} {more}"
         ),
         "stage 2: LoRA on the language model, and the projector further": (
             f"train --config {configs}/demo.yaml --pretrain_mm_mlp_adapter {first} {parts} {data} "
-            f"--output_dir {second} {steps}"
+            f"--output_dir {second} {more}"
         ),
         "captions of pictures that it never saw": (
             f"predict --model-path {second} --data-path {val} --image-folder {images} --temperature 0 "

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad as nn_pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import logits_process
 
 from llava_simplified.data.batching import expand_images, pad
@@ -62,7 +64,7 @@ class GenerationOptions:
 
 
 class Decoding:
-    """A batch under way. `step` gives every live row one token more; a row that has ended takes no more time.
+    """A batch under way. `step` gives every live row one token more; rows that have ended leave, others may join.
 
     Args:
         prompts: token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
@@ -75,7 +77,6 @@ class Decoding:
         live: the rows that have not ended.
     """
 
-    @torch.inference_mode()
     def __init__(
         self,
         model: Llava,
@@ -85,42 +86,77 @@ class Decoding:
         keys: Sequence[bytes] | None = None,
     ) -> None:
         self.model = model
+        self.options: list[GenerationOptions] = []
+        self.tokens: list[list[int]] = []
+        self.live: list[int] = []
+        self._generators: list[torch.Generator] = []
+        # of the live rows: what of the cache they see (live, length), their next place and its scores
+        self._mask = self._next = self._logits = torch.empty(0)
+        self._cache: Any = None
+        self.join(prompts, image_features, options, keys)
+
+    @torch.inference_mode()
+    def join(
+        self,
+        prompts: Sequence[Sequence[int]],
+        image_features: torch.Tensor | None,
+        options: GenerationOptions | Sequence[GenerationOptions],
+        keys: Sequence[bytes] | None = None,
+    ) -> list[int]:
+        """Let more prompts into the batch, whatever its rows have said meanwhile; returns the new rows."""
+        model, device = self.model, self.model.device
         per_prompt = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
         if any(option.num_beams > 1 for option in per_prompt):
             raise ValueError("beam search is no matter of single steps: use generate")
         copies = [option.num_return_sequences for option in per_prompt]
-        self.options = [option for option, n in zip(per_prompt, copies) for _ in range(n)]
-        self._generators = [
-            _generator(option.seed, key, sample, model.device)
-            for option, key in zip(per_prompt, keys or [b""] * len(prompts))
-            for sample in range(option.num_return_sequences)
-        ]
-        self.tokens: list[list[int]] = [[] for _ in self.options]
-        self.live = list(range(len(self.options)))
 
         # padded left, so that every row's next token is the last column's
         rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
-        input_ids = pad(rows, model.prompt.end_id, side="left").to(model.device)
-        mask = pad([np.ones(len(row)) for row in rows], 0, side="left").to(model.device)
+        input_ids = pad(rows, model.prompt.end_id, side="left").to(device)
+        mask = pad([np.ones(len(row)) for row in rows], 0, side="left").to(device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        last = torch.arange(1, len(rows) + 1, device=model.device) * mask.shape[1] - 1
+        last = torch.arange(1, len(rows) + 1, device=device) * mask.shape[1] - 1
         text_model: Any = model.language_model
+        cache: Any = DynamicCache(config=model.config)
         with head_at(text_model, last):
             outputs = text_model(
                 inputs_embeds=model.splice(input_ids, image_features),
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=DynamicCache(config=model.config),
+                past_key_values=cache,
                 use_cache=True,
             )
-        self._cache = outputs.past_key_values
-        prompt_of = torch.arange(len(rows), device=model.device).repeat_interleave(
-            torch.tensor(copies, device=model.device)
-        )
-        self._logits = outputs.logits.flatten(0, -2)[prompt_of]  # (live, vocabulary), of each row's next token
-        self._mask, self._next = mask[prompt_of], positions[prompt_of, -1] + 1
+
+        # One column more than anybody sees: transformers drops a mask that hides nothing, and without one PyTorch's
+        # CPU kernel takes six times as long where several heads share their keys.
+        longest = max(mask.shape[1], int(self._mask.sum(1).max()) if self.live else 0) + (device.type == "cpu")
+        _set_length(cache, longest)
+        prompt_of = torch.arange(len(rows), device=device).repeat_interleave(torch.tensor(copies, device=device))
         if len(prompt_of) > len(rows):
-            self._cache.batch_select_indices(prompt_of)
+            cache.reorder_cache(prompt_of)
+        new = (nn_pad(mask, (longest - mask.shape[1], 0)), positions[:, -1] + 1, outputs.logits.flatten(0, -2))
+        state = [value[prompt_of] for value in new]
+        if self.live:
+            _set_length(self._cache, longest)
+            old = (nn_pad(self._mask, (longest - self._mask.shape[1], 0)), self._next, self._logits)
+            state = [torch.cat(pair) for pair in zip(old, state)]
+            for layer, added in zip(self._cache.layers, cache.layers):
+                layer.keys = torch.cat([layer.keys, added.keys])
+                layer.values = torch.cat([layer.values, added.values])
+        else:
+            self._cache = cache
+        self._mask, self._next, self._logits = state
+
+        joined = list(range(len(self.tokens), len(self.tokens) + len(prompt_of)))
+        self.live += joined
+        self.tokens += [[] for _ in joined]
+        self.options += [option for option, n in zip(per_prompt, copies) for _ in range(n)]
+        self._generators += [
+            _generator(option.seed, key, sample, device)
+            for option, key in zip(per_prompt, keys or [b""] * len(prompts))
+            for sample in range(option.num_return_sequences)
+        ]
+        return joined
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
@@ -166,28 +202,37 @@ class Decoding:
         self.live = [self.live[place] for place in places]
         self._mask, self._next, self._logits = self._mask[index], self._next[index], self._logits[index]
         if self.live:
-            self._cache.batch_select_indices(index)
+            self._cache.reorder_cache(index)
 
     def _choose(self) -> list[int]:
         """The next token of every live row, under the row's own options."""
         chosen = torch.empty(len(self.live), dtype=torch.long)
-        groups: dict[GenerationOptions, list[int]] = {}
+        groups: dict[tuple[GenerationOptions, int], list[int]] = {}
         for place, row in enumerate(self.live):
-            groups.setdefault(self.options[row], []).append(place)
-        for options, places in groups.items():
+            groups.setdefault((self.options[row], len(self.tokens[row])), []).append(place)
+        for (options, said), places in groups.items():
             rows = [self.live[place] for place in places]
             scores = self._logits[places].float()
-            for place, row in enumerate(rows):
-                if len(self.tokens[row]) < options.min_new_tokens:
-                    scores[place, self.model.prompt.stop_ids] = -torch.inf
-            # all rows of a batch have said equally many tokens
+            if said < options.min_new_tokens:
+                scores[:, self.model.prompt.stop_ids] = -torch.inf
             scores = process_scores(scores, [self.tokens[row] for row in rows], options)
-            if options.temperature == 0:
-                chosen[places] = scores.argmax(-1).cpu()
-                continue
-            for place, row, weights in zip(places, rows, scores.softmax(-1)):
-                chosen[place] = torch.multinomial(weights, 1, generator=self._generators[row])
+            drawn = _draw(scores, [self._generators[row] for row in rows]) if options.temperature else scores.argmax(-1)
+            chosen[places] = drawn.cpu()
         return chosen.tolist()
+
+
+def _set_length(cache: Any, length: int) -> None:
+    """Lengthen or shorten what a cache remembers, at its beginning: with columns that no mask shows."""
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer):  # not keys and values, but the state of a linear attention
+            continue
+        kept = length
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            kept = min(length, layer.sliding_window - 1)
+            layer.cumulative_length = length
+        for name in ("keys", "values"):
+            old = getattr(layer, name)
+            setattr(layer, name, nn_pad(old, (0, 0, kept - old.shape[-2], 0)))
 
 
 def process_scores(scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions) -> torch.Tensor:
@@ -205,6 +250,13 @@ def process_scores(scores: torch.Tensor, said: Sequence[Sequence[int]], options:
     for processor in processors:
         scores = processor(ids, scores)
     return scores
+
+
+def _draw(scores: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """A token a row (rows,): the one in whose share of [0, 1) the row's random number falls."""
+    sums = scores.softmax(-1).cumsum(-1)
+    numbers = torch.cat([torch.rand(1, generator=random, device=scores.device) for random in generators])
+    return torch.searchsorted(sums / sums[:, -1:], numbers[:, None], right=True)[:, 0]
 
 
 def _generator(seed: int | None, key: bytes, sample: int, device: torch.device) -> torch.Generator:

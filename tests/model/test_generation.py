@@ -101,7 +101,7 @@ def test_every_row_has_its_own_options(models_folder: Path) -> None:
     features = model.vision_tower(pixels)
     options = [
         GenerationOptions(4),
-        GenerationOptions(9, temperature=0.7, num_return_sequences=2, seed=1),
+        GenerationOptions(9, min_new_tokens=9, temperature=0.7, num_return_sequences=2, seed=1),
         GenerationOptions(6, repetition_penalty=1.5),
     ]
     keys = [b"a", b"b", b"c"]
@@ -113,6 +113,39 @@ def test_every_row_has_its_own_options(models_folder: Path) -> None:
     ]
     assert together == alone
     assert [len(row) for row in together] == [4, 9, 9, 6]
+
+
+@pytest.mark.parametrize("text", LANGUAGE_MODELS)
+def test_rows_join_a_batch_under_way(models_folder: Path, text: str) -> None:
+    """Longer prompts than those inside, and shorter ones; also where the sliding window is full, and where it is not."""
+    model = build(models_folder, text)
+    prompts, pixels = ask(model)
+    features = model.vision_tower(pixels)
+    asked = [
+        (prompts[0], None, GenerationOptions(20)),
+        (prompts[2], features[1:], GenerationOptions(9, repetition_penalty=1.5)),
+        (prompts[1], features[:1], GenerationOptions(6, temperature=0.7, num_return_sequences=2, seed=1)),
+        (prompts[0], None, GenerationOptions(5)),
+    ]
+    wanted = [row for prompt, images, options in asked for row in run(Decoding(model, [prompt], images, options))]
+    decoding = Decoding(model, [asked[0][0]], *asked[0][1:])
+    for number, (prompt, images, options) in enumerate(asked[1:], start=1):
+        decoding.step()
+        assert decoding.join([prompt], images, options) == ([number] if number < 2 else [2, 3] if number < 3 else [4])
+    assert run(decoding) == wanted
+
+
+def test_a_batch_that_never_empties_keeps_its_size(models_folder: Path) -> None:
+    model = build(models_folder, "mistral")
+    prompts, _ = ask(model, ["What?"])
+    wanted = run(Decoding(model, prompts, None, GenerationOptions(6, min_new_tokens=6)))[0]
+    decoding = Decoding(model, prompts, None, GenerationOptions(6, min_new_tokens=6))
+    for _ in range(30):
+        decoding.step()
+        decoding.step()
+        decoding.join(prompts, None, GenerationOptions(6, min_new_tokens=6))
+        assert decoding._mask.shape[1] <= len(prompts[0]) + 1 + 6
+    assert run(decoding) == [wanted] * 31
 
 
 def test_a_dropped_row_leaves_and_the_others_go_on(models_folder: Path) -> None:
