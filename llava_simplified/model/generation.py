@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad as nn_pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.generation import logits_process
 
 from llava_simplified.data.batching import expand_images, pad
@@ -108,6 +108,8 @@ class Decoding:
         per_prompt = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
         if any(option.num_beams > 1 for option in per_prompt):
             raise ValueError("beam search is no matter of single steps: use generate")
+        if self.live and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._cache.layers):
+            raise ValueError(f"{model.config.model_type} has linear attention: no text can join a batch under way")
         copies = [option.num_return_sequences for option in per_prompt]
 
         # padded left, so that every row's next token is the last column's
