@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -22,7 +23,7 @@ from llava_simplified.data.engines import run_shards
 from llava_simplified.data.images import ImageError, decode_image, load_pixels, read_image_bytes
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.data.shards import shard_index
-from llava_simplified.model.generation import GenerationOptions, generate
+from llava_simplified.model.generation import GenerationOptions, content_keys, encode, generate_from
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 
@@ -111,16 +112,20 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
     Raises:
         ValueError: nothing to caption, or the file was begun with other settings.
     """
-    output, bad_path = Path(job.output), Path(job.output + ".bad.jsonl")
-    # of a batch's size a caption knows nothing
-    settings = json.dumps({**asdict(job), "batch_size": None, "model": _written(job.model_path)}, sort_keys=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    begun = Path(job.output + ".settings.json")
-    if output.exists() and (not begun.exists() or begun.read_text(encoding="utf-8") != settings):
-        raise ValueError(
-            f"{output} was begun with other settings or another model: delete it, or choose another --output"
-        )
-    begun.write_text(settings, encoding="utf-8")
+    output, bad_path, begun = (Path(job.output + end) for end in ("", ".bad.jsonl", ".settings.json"))
+    # of a batch's size a caption knows nothing, and a folder may be moved
+    settings = {**asdict(job), "batch_size": None, "output": None, "model": _written(job.model_path)}
+    settings = json.loads(json.dumps(settings))
+    if output.exists():
+        old = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else {}
+        if other := [name for name in settings if name not in old or old[name] != settings[name]]:
+            raise ValueError(
+                f"{output} was begun with another {', '.join(other)}: delete it, or choose another --output"
+            )
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        bad_path.unlink(missing_ok=True)
+        begun.write_text(json.dumps(settings), encoding="utf-8")
     done = _whole_records(output, job.options.num_return_sequences) | _whole_records(bad_path, 1)
 
     model = model or Llava.from_pretrained(job.model_path, model_base=job.model_base, vision_tower=job.vision_tower)
@@ -173,39 +178,63 @@ def caption_records(
     batch_size: int = 16,
     indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """The records at `indices` (all of them where None), in order, a window of batches at a time.
+    """The records at `indices` (all of them where None), in order, each as soon as those before it are done.
 
     Yields:
         The prediction rows (one a trial), and a row for each record whose picture can't be read.
     """
     indices = range(len(records)) if indices is None else indices
     for start in range(0, len(indices), WINDOW * batch_size):
-        window = [(index, records[index]) for index in indices[start : start + WINDOW * batch_size]]
-        prompts = [model.prompt.render(record.turns, None, record.id).input_ids for _, record in window]
-        order = sorted(range(len(window)), key=lambda place: len(prompts[place]))
-        texts: dict[int, list[str]] = {}
-        bad: dict[int, dict[str, Any]] = {}
+        numbers = indices[start : start + WINDOW * batch_size]
+        window = [records[index] for index in numbers]
+        head, done = 0, dict[int, list[str] | ImageError]()
+        for batch in _caption_window(model, window, image_folder, options, batch_size):
+            done |= batch
+            rows: list[dict[str, Any]] = []
+            bad: list[dict[str, Any]] = []
+            while head in done:
+                index, record, outcome = numbers[head], window[head], done.pop(head)
+                if isinstance(outcome, ImageError):
+                    bad.append({"index": index, "image": record.images[0], "error": f"{record.id}: {outcome}"})
+                else:
+                    rows += [_row(index, record, text) for text in outcome]
+                head += 1
+            yield rows, bad
+
+
+def _caption_window(
+    model: Llava, window: Sequence[Record], image_folder: str | Path, options: GenerationOptions, batch_size: int
+) -> Iterator[dict[int, list[str] | ImageError]]:
+    """Batches of prompts of nearly one length: what was said, or what is wrong with a picture, by place in the window."""
+
+    def load(name: str) -> torch.Tensor:
+        return model.vision_tower.transform(decode_image(read_image_bytes(name, image_folder)))
+
+    prompts = [model.prompt.render(record.turns, None, record.id).input_ids for record in window]
+    order = sorted(range(len(window)), key=lambda place: len(prompts[place]))
+    features: dict[str, torch.Tensor] = {}  # a picture is read and encoded once, however much is asked about it
+    with ThreadPoolExecutor(1) as reader:  # ahead of the model
+        names = dict.fromkeys(name for place in order for name in window[place].images)
+        pixels = {name: reader.submit(load, name) for name in names}
         for first in range(0, len(order), batch_size):
-            pixels: dict[str, torch.Tensor] = {}  # several questions about a picture: it is encoded once
-            asked, wanted = [], []
-            for place in order[first : first + batch_size]:
-                index, record = window[place]
-                try:
-                    for name in record.images:
-                        if name not in pixels:
-                            data = decode_image(read_image_bytes(name, image_folder))
-                            pixels[name] = model.vision_tower.transform(data)
-                except ImageError as error:
-                    bad[place] = {"index": index, "image": record.images[0], "error": f"{record.id}: {error}"}
-                    continue
-                asked.append(place)
-                wanted += [list(pixels).index(name) for name in record.images]
+            places = order[first : first + batch_size]
+            outcomes: dict[int, list[str] | ImageError] = {}
+            for place in places:
+                errors = [pixels[name].exception() for name in window[place].images]
+                if error := next(filter(None, errors), None):
+                    if not isinstance(error, ImageError):
+                        raise error
+                    outcomes[place] = error
+            asked = [place for place in places if place not in outcomes]
+            wanted = [name for place in asked for name in window[place].images]
+            if new := [name for name in dict.fromkeys(wanted) if name not in features]:
+                features.update(zip(new, encode(model, torch.stack([pixels[name].result() for name in new]))))
             if asked:
-                stacked = torch.stack(list(pixels.values())) if pixels else None
-                answers = generate(model, [prompts[place] for place in asked], stacked, options, wanted)
-                texts.update(zip(asked, answers))
-        rows = [_row(*window[place], text) for place in sorted(texts) for text in texts[place]]
-        yield rows, [bad[place] for place in sorted(bad)]
+                batch = [prompts[place] for place in asked]
+                shown = torch.stack([features[name] for name in wanted]) if wanted else None
+                keys = content_keys(batch, [pixels[name].result() for name in wanted])
+                outcomes |= zip(asked, generate_from(model, batch, shown, options, keys))
+            yield outcomes
 
 
 def _row(index: int, record: Record, text: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,8 +120,35 @@ def test_chunks_share_the_work_and_batches_change_nothing(model: Llava, folder: 
 def test_other_settings_are_refused(model: Llava, folder: Path, tmp_path: Path) -> None:
     job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS)
     caption_file(job, model)
-    with pytest.raises(ValueError, match="was begun with other settings"):
-        caption_file(Job("", str(folder), job.output, GenerationOptions(7)), model)
+    with pytest.raises(ValueError, match="was begun with another options, limit: delete"):
+        caption_file(replace(job, options=GenerationOptions(7), limit=2), model)
+
+
+def test_a_file_that_is_deleted_is_begun_anew(model: Llava, folder: Path, tmp_path: Path) -> None:
+    """What was bad in the old source must not be skipped in the new one."""
+    job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS)
+    assert caption_file(job, model) == (6, 1)
+    (tmp_path / "out.jsonl").unlink()
+    (folder / "bad.jpg").write_bytes((folder / "0.jpg").read_bytes())
+    assert caption_file(job, model) == (7, 0)
+    assert not Path(job.output + ".bad.jsonl").exists()
+
+
+def test_a_picture_is_encoded_once_and_captions_come_early(
+    model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions of different lengths fall into different batches; what is done is given before the window is."""
+    encoded, encode = [], captioning.encode
+    monkeypatch.setattr(
+        captioning, "encode", lambda model, pixels: encoded.append(len(pixels)) or encode(model, pixels)
+    )
+    records, where = open_source(str(folder), None, ["What?", "What is it that one can see in this?"])
+    parts = list(captioning.caption_records(model, records, where, GenerationOptions(3), batch_size=2))
+    assert sum(encoded) == 6
+    assert [row["index"] for rows, _ in parts for row in rows] == [*range(10), 12, 13]
+    records, where = open_source(str(folder), None, ["What?"])
+    parts = list(captioning.caption_records(model, records, where, GenerationOptions(3), batch_size=2))
+    assert [len(rows) for rows, _ in parts] == [2, 2, 1, 1]
 
 
 @pytest.mark.slow

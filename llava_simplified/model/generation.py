@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +41,8 @@ class GenerationOptions:
         repetition_penalty: over 1, tokens already said become less likely (Keskar et al., 2019).
         num_beams, length_penalty: over 1 beam: beam search; the score is divided by length ** penalty.
         num_return_sequences: captions per picture.
-        seed: of the sampling; a row's draws depend on it, the picture and the prompt alone. None: another each time.
+        seed: of the sampling; a row's draws depend on it, the picture and the prompt alone (of beams that are sampled,
+            on the batch too). None: another each time.
     """
 
     max_new_tokens: int = 64
@@ -269,31 +271,42 @@ def _generator(seed: int | None, key: bytes, sample: int, device: torch.device) 
 
 
 @torch.inference_mode()
+def encode(model: Llava, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Patch features (images, tokens, width) of pictures, uint8 (images, 3, height, width)."""
+    with _evaluating(model):
+        return model.vision_tower(pixel_values.to(model.device))
+
+
 def generate(
-    model: Llava,
-    prompts: Sequence[Sequence[int]],
-    pixel_values: torch.Tensor | None,
-    options: GenerationOptions,
-    image_of: Sequence[int] | None = None,
+    model: Llava, prompts: Sequence[Sequence[int]], pixel_values: torch.Tensor | None, options: GenerationOptions
 ) -> list[list[str]]:
     """Continue each prompt.
 
     Args:
         prompts: token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
-        pixel_values: uint8 (images, 3, height, width), all prompts' images in order; or
-        image_of: for each place of an image in the prompts, which of them it is: one may be asked about repeatedly.
+        pixel_values: uint8 (images, 3, height, width), all prompts' images in order; None: text only.
 
     Returns:
         For each prompt, `num_return_sequences` texts, without special tokens and outer white space.
     """
+    features = None if pixel_values is None else encode(model, pixel_values)
+    return generate_from(model, prompts, features, options, content_keys(prompts, pixel_values))
+
+
+@torch.inference_mode()
+def generate_from(
+    model: Llava,
+    prompts: Sequence[Sequence[int]],
+    image_features: torch.Tensor | None,
+    options: GenerationOptions,
+    keys: Sequence[bytes],
+) -> list[list[str]]:
+    """`generate`, of pictures that are encoded already; `keys` as `Decoding` takes them."""
     with _evaluating(model):
-        features = None if pixel_values is None else model.vision_tower(pixel_values.to(model.device))
-        if features is not None and pixel_values is not None and image_of is not None:
-            features, pixel_values = features[list(image_of)], pixel_values[list(image_of)]
         if options.num_beams > 1:
-            answers = _beam_search(model, prompts, features, options)
+            answers = _beam_search(model, prompts, image_features, options)
         else:
-            decoding = Decoding(model, prompts, features, options, content_keys(prompts, pixel_values))
+            decoding = Decoding(model, prompts, image_features, options, keys)
             while decoding.live:
                 decoding.step()
             answers = decoding.tokens
@@ -309,10 +322,7 @@ def stream(
     if options.num_return_sequences > 1:
         raise ValueError("one answer can be streamed, not several")
     with _evaluating(model):
-        features = None
-        if pixel_values is not None:
-            with torch.inference_mode():
-                features = model.vision_tower(pixel_values.to(model.device))
+        features = None if pixel_values is None else encode(model, pixel_values)
         decoding = Decoding(model, [prompt], features, options, content_keys([prompt], pixel_values))
         while decoding.live:
             decoding.step()
@@ -332,14 +342,15 @@ def _evaluating(model: Llava) -> Iterator[None]:
         model.train(was_training)
 
 
-def content_keys(prompts: Sequence[Sequence[int]], pixel_values: torch.Tensor | None) -> list[bytes]:
+def content_keys(
+    prompts: Sequence[Sequence[int]], pixel_values: torch.Tensor | Sequence[torch.Tensor] | None
+) -> list[bytes]:
     """For each prompt a digest of its text and its pictures: the same in whatever batch they come."""
-    keys, image = [], 0
+    keys, pictures = [], iter(() if pixel_values is None else pixel_values)
     for prompt in prompts:
-        digest, count = hashlib.sha256(repr(list(prompt)).encode()), list(prompt).count(IMAGE_INDEX)
-        if pixel_values is not None and count:
-            digest.update(pixel_values[image : image + count].cpu().numpy().tobytes())
-        image += count
+        digest = hashlib.sha256(repr(list(prompt)).encode())
+        for picture in islice(pictures, list(prompt).count(IMAGE_INDEX)):
+            digest.update(picture.cpu().numpy().tobytes())
         keys.append(digest.digest())
     return keys
 
