@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import hashlib
 import json
 import os
 import sys
@@ -59,27 +60,34 @@ def open_source(source: str, image_folder: str | None, questions: Sequence[str])
     """What SOURCE holds, and the folder that its images are in.
 
     Args:
-        source: a picture, a folder (with all below it), a glob pattern, a .tar shard, or a file of records.
+        source: a picture, a .tar shard, a folder (with all below it) or glob pattern of these, or a file of records.
         questions: asked about every picture; records bring their own.
 
     Raises:
-        ValueError: nothing is there, or no picture.
+        ValueError: nothing is there, no picture, or questions beside records.
     """
     path = Path(source)
     if path.suffix in (".json", ".jsonl", ".parquet"):
+        if questions:
+            raise ValueError(f"--prompt: the records of {source} bring their own questions")
         return open_records(path), image_folder or str(path.parent)
-    if path.is_file() and path.suffix == ".tar":
-        names = [f"{path.name}#{key.decode()}" for key in shard_index(path).keys]
-        return Pictures(names, questions), str(path.parent)
+    folder = Path()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
-        names, folder = [p.relative_to(path).as_posix() for p in found], str(path)
+        folder, found = path, sorted(path.rglob("*"))
+    elif path.is_file():
+        folder, found = path.parent, [path]
     else:
-        found = [path] if path.is_file() else sorted(map(Path, glob.glob(source, recursive=True)))  # noqa: PTH207 - may be absolute
-        names, folder = [str(p.absolute()) for p in found if p.is_file()], Path.cwd().anchor
+        found = sorted(map(Path, glob.glob(source, recursive=True)))  # noqa: PTH207 - may be absolute
+    names: list[str] = []
+    for file in found:
+        name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
+        if file.suffix == ".tar":
+            names += [f"{name}#{key.decode()}" for key in shard_index(file).keys]
+        elif file == path or (file.suffix.lower() in PICTURES and file.is_file()):
+            names.append(name)
     if not names:
         raise ValueError(f"{source}: no picture, folder of pictures, shard or file of records")
-    return Pictures(names, questions), folder
+    return Pictures(names, questions), str(folder.absolute())
 
 
 # ---- captions, batch by batch ----
@@ -113,9 +121,10 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
         ValueError: nothing to caption, or the file was begun with other settings.
     """
     output, bad_path, begun = (Path(job.output + end) for end in ("", ".bad.jsonl", ".settings.json"))
+    records, folder = open_source(job.source, job.image_folder, job.questions)
     # of a batch's size a caption knows nothing, and a folder may be moved
     settings = {**asdict(job), "batch_size": None, "output": None, "model": _written(job.model_path)}
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps({**settings, "contents of the source": _contents(records, job.source)}))
     if output.exists():
         old = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else {}
         if other := [name for name in settings if name not in old or old[name] != settings[name]]:
@@ -129,7 +138,8 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
     done = _whole_records(output, job.options.num_return_sequences) | _whole_records(bad_path, 1)
 
     model = model or Llava.from_pretrained(job.model_path, model_base=job.model_base, vision_tower=job.vision_tower)
-    records, folder = open_source(job.source, job.image_folder, job.questions or (model.instruction,))
+    if isinstance(records, Pictures) and not job.questions:
+        records.questions = (model.instruction,)
     indices = range(min(len(records), job.limit or len(records)))[job.chunk :: job.chunks]
     todo = [index for index in indices if index not in done]
     bar = tqdm(total=len(indices), initial=len(indices) - len(todo), unit=" records", dynamic_ncols=True)
@@ -148,6 +158,13 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
 def _written(model_path: str) -> list[int]:
     """When a checkpoint's files were written: trained anew in the same place, it is another model."""
     return sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors")) if model_path else []
+
+
+def _contents(records: Sequence[Record], source: str) -> object:
+    """Which record has which number: with a picture more in the folder, other ones."""
+    if isinstance(records, Pictures):
+        return hashlib.sha256("\n".join(records.names).encode()).hexdigest()
+    return [Path(source).stat().st_size, Path(source).stat().st_mtime_ns]
 
 
 def _whole_records(path: Path, rows_each: int) -> set[int]:
@@ -309,13 +326,15 @@ def main(argv: list[str] | None = None) -> int:
         limit=args.limit,
         batch_size=args.batch_size,
     )
-    count, bad = _report(caption_file(job), args.output, str(rows_path))
+    count, bad = caption_file(job)
     if as_array:
         rows = [json.loads(line) for line in rows_path.read_text(encoding="utf-8").splitlines()]
         output.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if bad:
+            Path(f"{rows_path}.bad.jsonl").replace(f"{output}.bad.jsonl")
         rows_path.unlink()
         Path(f"{rows_path}.settings.json").unlink()
-    return 1 if bad and not count else 0
+    return _report(count, bad, args.output)
 
 
 def caption_main(argv: list[str] | None = None) -> int:
@@ -364,15 +383,14 @@ def caption_main(argv: list[str] | None = None) -> int:
         )
 
     if args.engine == "local":
-        count, bad = _report(caption_file(job(mine)), job(mine).output, job(mine).output)
-        return 1 if bad and not count else 0
+        return _report(*caption_file(job(mine)), job(mine).output)
     failed = 0
     for done in run_shards(caption_file, [job(chunk) for chunk in range(chunks)], engine=args.engine):
         if done.result is None:
             failed += 1
             print(f"{done.spec.output}: {done.error}", file=sys.stderr)
         else:
-            _report(done.result, done.spec.output, done.spec.output)
+            _report(*done.result, done.spec.output)
     return 1 if failed else 0
 
 
@@ -421,9 +439,9 @@ def _say(model: Llava, image: str, questions: Sequence[str], options: Generation
     return 0
 
 
-def _report(result: tuple[int, int], output: str, rows_path: str) -> tuple[int, int]:
-    count, bad = result
+def _report(count: int, bad: int, output: str) -> int:
+    """Say what came of it; the exit status is 1 where not a single picture could be read."""
     print(f"{count:,} records captioned, {bad} set aside -> {output}")
     if bad:
-        print(f"pictures that could not be read: {rows_path}.bad.jsonl", file=sys.stderr)
-    return result
+        print(f"pictures that could not be read: {output}.bad.jsonl", file=sys.stderr)
+    return 1 if bad and not count else 0

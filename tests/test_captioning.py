@@ -19,6 +19,7 @@ from test_commands import ENVIRONMENT
 from llava_simplified import captioning
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.captioning import Job, caption_file, caption_main, chat_main, open_source
+from llava_simplified.data.images import read_image_bytes
 from llava_simplified.model.generation import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.run import train
@@ -68,10 +69,10 @@ def test_every_kind_of_source(folder: Path, data_folder: Path, monkeypatch: pyte
         return [record.images[0] for record in open_source(str(source), None, ["What?"])[0]]
 
     assert images(folder) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "bad.jpg", "more/5.JPG"]
-    assert images(folder / "1.jpg") == [str(folder / "1.jpg")]
+    assert images(folder / "1.jpg") == ["1.jpg"]
     assert images(folder / "[0-2].jpg") == [str(folder / f"{n}.jpg") for n in range(3)]
     monkeypatch.chdir(folder)
-    assert images("*/*.JPG") == [str(folder / "more" / "5.JPG")]
+    assert images("*/*.JPG") == ["more/5.JPG"]
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for key in ("a", "b"):
             data = (data_folder / "images" / "0.jpg").read_bytes()
@@ -79,7 +80,14 @@ def test_every_kind_of_source(folder: Path, data_folder: Path, monkeypatch: pyte
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     assert images("00000.tar") == ["00000.tar#a", "00000.tar#b"]
-    assert len(images(data_folder / "val.json")) == 4
+    assert images("*.tar") == images("00000.tar")
+    assert images(folder)[:3] == ["0.jpg", "00000.tar#a", "00000.tar#b"]
+    for source in (folder, folder / "1.jpg", "00000.tar", "*.tar", "[0-2].jpg", folder / "*.jpg"):
+        records, where = open_source(str(source), None, ["What?"])
+        assert read_image_bytes(records[0].images[0], where)
+    assert len(open_source(str(data_folder / "val.json"), None, [])[0]) == 4
+    with pytest.raises(ValueError, match="bring their own questions"):
+        open_source(str(data_folder / "val.json"), None, ["What?"])
     with pytest.raises(ValueError, match="nothing-here: no picture, folder"):
         open_source("nothing-here", None, ["What?"])
 
@@ -122,6 +130,31 @@ def test_other_settings_are_refused(model: Llava, folder: Path, tmp_path: Path) 
     caption_file(job, model)
     with pytest.raises(ValueError, match="was begun with another options, limit: delete"):
         caption_file(replace(job, options=GenerationOptions(7), limit=2), model)
+
+
+def test_a_source_that_has_changed_is_refused(model: Llava, folder: Path, tmp_path: Path) -> None:
+    """With a picture more, the numbers of the rows mean other pictures."""
+    job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS)
+    caption_file(job, model)
+    shutil.copy(folder / "0.jpg", folder / "00.jpg")
+    with pytest.raises(ValueError, match="was begun with another contents of the source: delete"):
+        caption_file(job, model)
+
+
+def test_chunks_come_from_flags_or_from_torchrun(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+    monkeypatch.setattr(captioning, "caption_file", lambda job: jobs.append(job) or (1, 0))
+    words = [str(folder), "--model-path", "m", "--output", str(tmp_path / "out.jsonl")]
+    caption_main([*words, "--num-chunks", "3", "--chunk-idx", "1"])
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    caption_main(words)
+    assert [(job.chunk, job.chunks, Path(job.output).name) for job in jobs] == [
+        (1, 3, "out-1-of-3.jsonl"),
+        (2, 4, "out-2-of-4.jsonl"),
+    ]
+    with pytest.raises(ValueError, match="--chunk-idx 3 is not one of --num-chunks 3"):
+        caption_main([*words, "--num-chunks", "3", "--chunk-idx", "3"])
 
 
 def test_a_file_that_is_deleted_is_begun_anew(model: Llava, folder: Path, tmp_path: Path) -> None:

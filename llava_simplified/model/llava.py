@@ -150,7 +150,12 @@ class Llava(nn.Module):
         return next((p.dtype for p in self.projector.parameters()), embeds.dtype)
 
     def caption(
-        self, images: ImageSource | Sequence[ImageSource], instruction: str | None = None, n: int = 1, **options: Any
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        instruction: str | None = None,
+        n: int = 1,
+        batch_size: int = 16,
+        **options: Any,
     ) -> Any:
         """Say what is in a picture, or in several.
 
@@ -159,6 +164,7 @@ class Llava(nn.Module):
             instruction: the user's words, the ones it was trained with where not given; `<image>` in them marks where
                 the picture goes (in front where not given).
             n: captions of each picture; over 1 they are sampled, at temperature 0.7 where none is given.
+            batch_size: pictures at a time.
             options: fields of `GenerationOptions`: max_new_tokens, temperature, top_p, num_beams, ...
 
         Returns:
@@ -170,11 +176,14 @@ class Llava(nn.Module):
         many = isinstance(images, (list, tuple))
         sources: Any = images if many else [images]
         prompt, _ = self._ask(self.instruction if instruction is None else instruction, sources[:1])
-        pixels = torch.stack([self.vision_tower.transform(load_pixels(image)) for image in sources])
         if n > 1 and not options.get("num_beams"):
             options = {"temperature": 0.7, **options}
         decoding = GenerationOptions(num_return_sequences=n, **options)
-        captions = generate(self, [prompt] * len(pixels), pixels, decoding)
+        captions: list[list[str]] = []
+        for first in range(0, len(sources), batch_size):
+            batch = [load_pixels(image) for image in sources[first : first + batch_size]]
+            pixels = torch.stack([self.vision_tower.transform(image) for image in batch])
+            captions += generate(self, [prompt] * len(pixels), pixels, decoding)
         answers = captions if n > 1 else [texts[0] for texts in captions]
         return answers if many else answers[0]
 
