@@ -41,6 +41,10 @@ class ModelArguments:
         default=None, metadata={"help": "Start with the projector of this checkpoint folder."}
     )
     tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Train the projector alone (first stage)."})
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "Start a new run from all that this checkpoint trained (adapter, projector...)."},
+    )
     freeze_backbone: bool = field(
         default=True, metadata={"help": "Keep the language model's own weights; False, without LoRA, trains them all."}
     )

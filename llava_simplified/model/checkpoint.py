@@ -112,18 +112,16 @@ def save_checkpoint(
     part.mkdir(parents=True)
     weights = dict(state_dict if state_dict is not None else model.state_dict())
     save_file(_under(weights, "projector."), part / "projector.safetensors", metadata={"format": "pt"})
-    text = model.language_model
-    trained = "projector"
-    if isinstance(text, PeftModel):
+    text: Any = model.language_model
+    trained = kind_of(model)
+    if trained == "adapter":
         text.save_pretrained(
             str(part / "adapter"),
             state_dict=_under(weights, "language_model."),
             save_embedding_layers=False,  # they are never trained here; "auto" would ask the hub
         )
-        trained = "adapter"
-    elif any(p.requires_grad for p in text.parameters()):
+    elif trained == "language_model":
         text.save_pretrained(str(part / "language_model"), state_dict=_under(weights, "language_model."))
-        trained = "language_model"
     model.tokenizer.save_pretrained(str(part))
     processor = cached_file(architecture.vision_tower, "preprocessor_config.json")
     shutil.copyfile(str(processor), part / "preprocessor_config.json")
@@ -136,6 +134,13 @@ def save_checkpoint(
     }
     (part / MANIFEST).write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
     _move_into_place(part, folder)
+
+
+def kind_of(model: Llava) -> str:
+    """What is trained beside the projector: "adapter", "language_model", or "projector": nothing."""
+    if isinstance(model.language_model, PeftModel):
+        return "adapter"
+    return "language_model" if any(p.requires_grad for p in model.language_model.parameters()) else "projector"
 
 
 def _under(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

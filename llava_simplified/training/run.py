@@ -19,7 +19,16 @@ from llava_simplified.data.batching import Collator, PackedDataset
 from llava_simplified.data.dataset import CaptionDataset, open_data
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record
-from llava_simplified.model.checkpoint import Architecture, assemble, fingerprint, load_projector, load_tokenizer
+from llava_simplified.model.checkpoint import (
+    Architecture,
+    assemble,
+    fingerprint,
+    kind_of,
+    load_projector,
+    load_tokenizer,
+    load_trained_weights,
+    read_manifest,
+)
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, check_trainable, freeze
 from llava_simplified.model.projector import fit_to_embeddings
@@ -132,14 +141,29 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, sample
 
 
 def prepare(model: Llava, args: ModelArguments, train_set: CaptionDataset) -> None:
-    """Start the projector, freeze what is frozen, adapt what is adapted."""
-    if args.pretrain_mm_mlp_adapter:
-        load_projector(model.projector, args.pretrain_mm_mlp_adapter)
-    else:
-        _fit_projector(model, train_set)
+    """Start the projector, freeze what is frozen, adapt what is adapted.
+
+    Raises:
+        ValueError: `--init_from` names a checkpoint that trained something else.
+    """
     freeze(model, language_model=args.freeze_backbone or args.lora_enable or args.tune_mm_mlp_adapter)
     if _uses_lora(args):
         add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
+    if args.init_from:
+        before, now = read_manifest(args.init_from)["trained"], kind_of(model)
+        if before not in (now, "projector"):
+            raise ValueError(
+                f"--init_from {args.init_from}: trained its {before}, this run trains the {now}; `llava merge` puts an "
+                "adapter into the weights"
+            )
+        if before == now:
+            load_trained_weights(model, args.init_from)
+        else:
+            load_projector(model.projector, args.init_from)
+    elif args.pretrain_mm_mlp_adapter:
+        load_projector(model.projector, args.pretrain_mm_mlp_adapter)
+    else:
+        _fit_projector(model, train_set)
 
 
 def can_compile(device_type: str) -> bool:

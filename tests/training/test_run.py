@@ -187,6 +187,23 @@ def test_projector_stage_then_lora_stage(models_folder: Path, data_folder: Path,
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_new_run_starts_from_all_that_a_checkpoint_trained(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    first = run(options(models_folder, data_folder, tmp_path / "first", max_steps=3))
+    still = {"max_steps": 1, "learning_rate": 0}
+    second = run(options(models_folder, data_folder, tmp_path / "second", init_from=first, **still))
+    for name, weight in adapter(first).items():
+        assert torch.equal(weight, adapter(second)[name]), name
+    alone = {"tune_mm_mlp_adapter": True, **still}
+    with pytest.raises(ValueError, match="trained its adapter, this run trains the projector; `llava merge`"):
+        run(options(models_folder, data_folder, tmp_path / "third", init_from=first, **alone))
+    projector = run(options(models_folder, data_folder, tmp_path / "fourth", tune_mm_mlp_adapter=True, max_steps=3))
+    fifth = run(options(models_folder, data_folder, tmp_path / "fifth", init_from=projector, **still))
+    for name, weight in load_file(projector / "projector.safetensors").items():
+        assert torch.equal(weight, load_file(fifth / "projector.safetensors")[name]), name
+
+
 def test_full_fine_tuning_keeps_the_language_model(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     more = {"lora_enable": False, "freeze_backbone": False, "max_steps": 2}
     output = run(options(models_folder, data_folder, tmp_path / "out", **more))
