@@ -58,3 +58,13 @@ def test_the_output_folder_has_a_default() -> None:
 
 def test_wandb_is_silent_unless_asked() -> None:
     assert parse_arguments([])[2].report_to == []
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_understood_and_says_what_to_expect(recipe: Path) -> None:
+    more = ["--bf16", "False"] if recipe.stem.startswith(("cc3m", "coco")) else []
+    model, _, training = parse_arguments(["--config", str(recipe), *more])
+    assert training.max_steps > 0 or training.num_train_epochs >= 1
+    assert model.mm_projector_type in ("linear", "mlp2x_gelu")
+    comment = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    assert any("Check" in line or "Expect" in line for line in comment)
