@@ -61,10 +61,7 @@ class CaptionDataset(Dataset[Example]):
             record, responses = self.locate((index + offset) % len(self))
             example = self.text(record, responses)
             try:
-                if self.features is not None and all(name in self.features for name in record.images):
-                    example.image_features = self.stored(record)
-                else:
-                    example.pixel_values = self.pixels(record)
+                example.pixel_values, example.image_features = self.images(record)
             except ImageError as error:
                 notes.append(f"bad image, {record.id}: {error}")
                 continue
@@ -87,14 +84,15 @@ class CaptionDataset(Dataset[Example]):
         record = self.records[row]
         return record, [record.responses[index - int(self._ends[row])]]  # counted from the end: negative
 
-    def pixels(self, record: Record) -> torch.Tensor | None:
-        """uint8 (images, 3, height, width), or None where the record has no image."""
-        return record_pixels(record, self.image_folder, self.transform)
+    def images(self, record: Record) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Pixels, uint8 (images, 3, height, width), or features, (images, tokens, width), where they are stored already.
 
-    def stored(self, record: Record) -> torch.Tensor | None:
-        """(images, tokens, width), or None where the record has no image."""
-        assert self.features is not None
-        return torch.stack([self.features[name] for name in record.images]) if record.images else None
+        Raises:
+            ImageError: an image that can't be read.
+        """
+        if record.images and self.features is not None and all(name in self.features for name in record.images):
+            return None, torch.stack([self.features[name] for name in record.images])
+        return record_pixels(record, self.image_folder, self.transform), None
 
     def text(self, record: Record, responses: Sequence[str]) -> Example:
         """Ids and labels, each answer cut to `max_length`.

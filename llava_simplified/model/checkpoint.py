@@ -222,6 +222,7 @@ def load_checkpoint(
         load_trained_weights(model, folder)
     else:
         load_projector(model.projector, folder)
+    model.vision_tower.requires_grad_(False)
     if not trainable:
         model.requires_grad_(False)
     return model.eval().to(device or _default_device())

@@ -51,7 +51,9 @@ def fit_to_embeddings(projector: nn.Module, features: torch.Tensor, embeddings: 
         return
     features = features.flatten(0, -2).float()
     first, last = linears[0], linears[-1]
-    first.weight.div_(features.std(0).clamp_min(1e-6))
+    # A channel that is silent in all of these pictures is not in all others: a floor keeps it from being shouted.
+    deviation = features.std(0)
+    first.weight.div_(deviation.clamp_min(0.1 * float(deviation.median())))
     first.bias.sub_(first.weight @ features.mean(0))
     scale = embeddings.float().std() / projector(features).std()
     last.weight.mul_(scale)

@@ -83,8 +83,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
 
     train_set = dataset(train_records, train_folder)
     eval_set = dataset(eval_records, eval_folder) if eval_records else None
-    prepare(model, model_args, train_set)
+    prepare(model, model_args)
     cache_features(model, data_args, args, architecture.fingerprints["vision_tower"], train_set, eval_set)
+    start_trained_parts(model, model_args, train_set)
     full = not model_args.freeze_backbone and not _uses_lora(model_args)
     table = check_trainable(model, language_model=full)
     examples: Any = train_set
@@ -140,15 +141,19 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, sample
     )
 
 
-def prepare(model: Llava, args: ModelArguments, train_set: CaptionDataset) -> None:
-    """Start the projector, freeze what is frozen, adapt what is adapted.
+def prepare(model: Llava, args: ModelArguments) -> None:
+    """Freeze what is frozen, adapt what is adapted."""
+    freeze(model, language_model=args.freeze_backbone or args.lora_enable or args.tune_mm_mlp_adapter)
+    if _uses_lora(args):
+        add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
+
+
+def start_trained_parts(model: Llava, args: ModelArguments, train_set: CaptionDataset) -> None:
+    """Where training starts: from a checkpoint, or afresh.
 
     Raises:
         ValueError: `--init_from` names a checkpoint that trained something else.
     """
-    freeze(model, language_model=args.freeze_backbone or args.lora_enable or args.tune_mm_mlp_adapter)
-    if _uses_lora(args):
-        add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
     if args.init_from:
         before, now = read_manifest(args.init_from)["trained"], kind_of(model)
         if before not in (now, "projector"):
@@ -233,20 +238,21 @@ def _uses_lora(args: ModelArguments) -> bool:
 @torch.no_grad()
 def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
     """Scale the fresh projector on the features of some training images, evenly spread and so always the same."""
-    pixels = []
-    records = train_set.records
-    for index in range(0, len(records), max(len(records) // 32, 1)):
+    wanted = 64 if train_set.features is None else 1024  # stored ones cost nothing
+    features = []
+    for index in range(0, len(train_set.records), max(len(train_set.records) // wanted, 1)):
         try:
-            images = train_set.pixels(records[index])
+            pixels, stored = train_set.images(train_set.records[index])
         except ImageError:
             continue  # counted, and reported, when training meets it
-        pixels += [] if images is None else [images]
-    if pixels:
-        features = model.vision_tower(torch.cat(pixels)[:64])
+        if stored is None and pixels is not None:
+            stored = model.vision_tower(pixels.to(next(model.vision_tower.parameters()).device))
+        features += [] if stored is None else [stored.cpu()]
+    if features:
         embed: Any = model.language_model.get_input_embeddings()
         # through the module: Gemma's multiplies the table by a constant
         words = embed(torch.arange(0, embed.num_embeddings, 7, device=embed.weight.device))
-        fit_to_embeddings(model.projector, features, words)
+        fit_to_embeddings(model.projector, torch.cat(features).to(words.device), words)
 
 
 def _counted(trainer: LlavaTrainer) -> str:
