@@ -110,8 +110,6 @@ class Decoding:
         per_prompt = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
         if any(option.num_beams > 1 for option in per_prompt):
             raise ValueError("beam search is no matter of single steps: use generate")
-        if self.live and any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._cache.layers):
-            raise ValueError(f"{model.config.model_type} has linear attention: no text can join a batch under way")
         copies = [option.num_return_sequences for option in per_prompt]
 
         # padded left, so that every row's next token is the last column's
@@ -144,9 +142,7 @@ class Decoding:
             _set_length(self._cache, longest)
             old = (nn_pad(self._mask, (longest - self._mask.shape[1], 0)), self._next, self._logits)
             state = [torch.cat(pair) for pair in zip(old, state)]
-            for layer, added in zip(self._cache.layers, cache.layers):
-                layer.keys = torch.cat([layer.keys, added.keys])
-                layer.values = torch.cat([layer.values, added.values])
+            _append(self._cache, cache)
         else:
             self._cache = cache
         self._mask, self._next, self._logits = state
@@ -207,6 +203,8 @@ class Decoding:
         self._mask, self._next, self._logits = self._mask[index], self._next[index], self._logits[index]
         if self.live:
             self._cache.reorder_cache(index)
+        else:
+            self._cache = None  # frees its memory
 
     def _choose(self) -> list[int]:
         """The next token of every live row, under the row's own options."""
@@ -228,7 +226,7 @@ class Decoding:
 def _set_length(cache: Any, length: int) -> None:
     """Lengthen or shorten what a cache remembers, at its beginning: with columns that no mask shows."""
     for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer):  # not keys and values, but the state of a linear attention
+        if not isinstance(layer, DynamicLayer):  # a linear attention: its state has no length
             continue
         kept = length
         if isinstance(layer, DynamicSlidingWindowLayer):
@@ -237,6 +235,18 @@ def _set_length(cache: Any, length: int) -> None:
         for name in ("keys", "values"):
             old = getattr(layer, name)
             setattr(layer, name, nn_pad(old, (0, 0, kept - old.shape[-2], 0)))
+
+
+def _append(cache: Any, added: Any) -> None:
+    """The rows of one cache behind those of another of the same length."""
+    for layer, new in zip(cache.layers, added.layers):
+        if isinstance(layer, DynamicLayer):
+            for name in ("keys", "values"):
+                setattr(layer, name, torch.cat([getattr(layer, name), getattr(new, name)]))
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            for name in ("conv_states", "recurrent_states"):
+                states, more = getattr(layer, name), getattr(new, name)
+                states.update({i: torch.cat([state, more[i]]) for i, state in states.items() if state is not None})
 
 
 def process_scores(scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions) -> torch.Tensor:

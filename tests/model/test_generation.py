@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_llava import LANGUAGE_MODELS, build, pictures
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from llava_simplified.data.batching import expand_images, pad
 from llava_simplified.model.generation import Decoding, GenerationOptions, generate
@@ -115,10 +116,28 @@ def test_every_row_has_its_own_options(models_folder: Path) -> None:
     assert [len(row) for row in together] == [4, 9, 9, 6]
 
 
-@pytest.mark.parametrize("text", LANGUAGE_MODELS)
+def of_two_kinds(vocabulary: int) -> Lfm2ForCausalLM:
+    """A model with layers of attention and others with a state in place of keys and values."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        initializer_range=0.3,
+    )
+    return Lfm2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("text", [*LANGUAGE_MODELS, "lfm2"])
 def test_rows_join_a_batch_under_way(models_folder: Path, text: str) -> None:
     """Longer prompts than those inside, and shorter ones; also where the sliding window is full, and where it is not."""
-    model = build(models_folder, text)
+    model = build(models_folder, "llama" if text == "lfm2" else text)
+    if text == "lfm2":
+        model.language_model = of_two_kinds(model.config.vocab_size)
     prompts, pixels = ask(model)
     features = model.vision_tower(pixels)
     asked = [
