@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # torch's CPU build on machines without a GPU: constraints.txt names the version that the figures were taken with
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo docs test lint bench clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/llava demo
+
+# the tutorial follows a drawing through the demo's model: `make demo` first
+docs: $(STAMP)
+	$(BIN)/python docs/make_tutorial.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
@@ -30,6 +34,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_metrics.py
 	$(BIN)/python benchmarks/bench_convert.py
 	$(BIN)/python benchmarks/bench_download.py
+	$(BIN)/python benchmarks/bench_train.py
+	$(BIN)/python benchmarks/bench_caption.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
