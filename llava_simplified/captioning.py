@@ -309,8 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     options = _options(args, args.trials or (1 if args.temperature == 0 or args.image else 3))
     if args.image:
-        load_pixels(args.image)  # a wrong path should not cost the loading of a model
-        return _say(_load(args), args.image, [args.instruction] if args.instruction else [], options)
+        return _say(args, args.image, [args.instruction] if args.instruction else [], options)
     output = Path(args.output)
     as_array = output.suffix != ".jsonl"
     # an array can't grow: its rows are collected beside it
@@ -353,7 +352,7 @@ def caption_main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     options = _options(args, args.trials)
     if Path(args.source).is_file() and Path(args.source).suffix.lower() in PICTURES and not args.output:
-        return _say(_load(args), args.source, args.prompt, options)
+        return _say(args, args.source, args.prompt, options)
 
     chunks = args.num_chunks or int(os.environ.get("WORLD_SIZE", "1"))
     mine = args.chunk_idx if args.chunk_idx is not None else int(os.environ.get("RANK", "0"))
@@ -423,9 +422,10 @@ def _load(args: argparse.Namespace) -> Llava:
     return Llava.from_pretrained(args.model_path, model_base=args.model_base, vision_tower=args.vision_tower)
 
 
-def _say(model: Llava, image: str, questions: Sequence[str], options: GenerationOptions) -> int:
+def _say(args: argparse.Namespace, image: str, questions: Sequence[str], options: GenerationOptions) -> int:
     """Captions of one picture on the terminal; a single one appears as it is decoded."""
-    pixels = load_pixels(image)
+    pixels = load_pixels(image)  # a wrong path should not cost the loading of a model
+    model = _load(args)
     chosen = asdict(options)
     count = chosen.pop("num_return_sequences")
     for question in questions or (model.instruction,):

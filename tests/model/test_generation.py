@@ -229,3 +229,13 @@ def test_a_conversation_goes_on(models_folder: Path) -> None:
     assert model.chat(turns, [second], max_new_tokens=6) != answer, "it saw the picture"
     with pytest.raises(ValueError, match="2 picture.* for 1 <image>"):
         model.chat(placed, [first, second])
+
+
+def test_many_pictures_are_captioned_batch_by_batch(models_folder: Path) -> None:
+    model = build(models_folder, "llama")
+    images = [p.permute(1, 2, 0).numpy() for p in pictures(model, 3)]
+    options = {"instruction": "What?", "n": 2, "seed": 0, "max_new_tokens": 6}
+    together = model.caption(images, **options)
+    assert [len(texts) for texts in together] == [2, 2, 2]
+    assert model.caption(images, batch_size=2, **options) == together
+    assert model.caption([], **options) == []
