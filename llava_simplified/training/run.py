@@ -55,10 +55,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         ValueError: what is asked for can't be done; found before the weights are loaded, wherever possible.
     """
     transformers.set_seed(args.seed)
-    if not data_args.train_data_path:
-        raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
+    check_options(data_args, args)
     train_records, train_folder = open_data(
-        data_args.train_data_path, data_args.train_image_folder, "--train_image_folder"
+        str(data_args.train_data_path), data_args.train_image_folder, "--train_image_folder"
     )
     eval_records, eval_folder = (
         open_data(data_args.eval_data_path, data_args.val_image_folder, "--val_image_folder")
@@ -92,7 +91,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     if data_args.packing:
         examples = PackedDataset(train_set, model.vision_tower.num_tokens, data_args.pack_length, args.seed)
     if args.compile_layers:
-        compile_layers(model.language_model, args.device.type)
+        compile_layers(model.language_model)
     trainer = LlavaTrainer(
         model,
         args,
@@ -114,10 +113,21 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     return output_dir
 
 
-def describe_architecture(model: ModelArguments, args: TrainingArguments, sample: Record) -> Architecture:
-    """What the checkpoint will say of the model's parts."""
+def check_options(data: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError for options that can't go together, or not here."""
+    if not data.train_data_path:
+        raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
+    if args.eval_strategy != "no" and not data.eval_data_path:
+        raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs --eval_data_path; or --eval_strategy no")
     if args.deepspeed and "LOCAL_RANK" not in os.environ:
         raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)")
+    if args.compile_layers and not can_compile(args.device.type):
+        what = f"the C++ compiler {_cpp_compiler()} (or set CXX)" if args.device.type == "cpu" else "Triton"
+        raise ValueError(f"--compile_layers: needs {what}, which is not there; install it or leave the option away")
+
+
+def describe_architecture(model: ModelArguments, args: TrainingArguments, sample: Record) -> Architecture:
+    """What the checkpoint will say of the model's parts."""
     layers = tuple(model.mm_vision_select_layer)
     digests = {}
     for part in ("language_model", "vision_tower"):
@@ -180,15 +190,12 @@ def _cpp_compiler() -> str:
     return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
-def compile_layers(language_model: nn.Module, device_type: str) -> None:
+def compile_layers(language_model: nn.Module) -> None:
     """Compile each decoder layer, in place: all are alike, so the compiler works for seconds, not minutes.
 
     Raises:
-        ValueError: no compiler, or a model that does not say what its layers are.
+        ValueError: a model that does not say what its layers are.
     """
-    if not can_compile(device_type):
-        what = f"the C++ compiler {_cpp_compiler()} (or set CXX)" if device_type == "cpu" else "Triton"
-        raise ValueError(f"--compile_layers: needs {what}, which is not there; install it or leave the option away")
     kinds = set(language_model._no_split_modules or ())  # type: ignore[arg-type]
     layers = [module for module in language_model.modules() if type(module).__name__ in kinds]
     if not layers:

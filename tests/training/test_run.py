@@ -258,6 +258,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(models_folder: Path, data_folde
         ({"model_max_length": "6"}, "leaves no room for an answer"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml: no such file"),
         ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
+        ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_data_path"),
     ],
 )
 def test_faults_are_named(
