@@ -294,6 +294,11 @@ def _options(args: argparse.Namespace, trials: int) -> GenerationOptions:
     return GenerationOptions(num_return_sequences=trials, **{name: getattr(args, name) for name in names})
 
 
+def _job(args: argparse.Namespace, source: str, output: Path, options: GenerationOptions, **more: Any) -> Job:
+    names = ("model_path", "model_base", "vision_tower", "image_folder", "limit", "batch_size")
+    return Job(source=source, output=str(output), options=options, **{n: getattr(args, n) for n in names}, **more)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line of `predict.py`."""
     parser = _parser("predict.py", "Caption pictures with a trained model.", temperature=0.2)
@@ -314,18 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     as_array = output.suffix != ".jsonl"
     # an array can't grow: its rows are collected beside it
     rows_path = output.with_name(f"{output.name}.part.jsonl") if as_array else output
-    job = Job(
-        args.model_path,
-        args.data_path,
-        str(rows_path),
-        options,
-        image_folder=args.image_folder,
-        model_base=args.model_base,
-        vision_tower=args.vision_tower,
-        limit=args.limit,
-        batch_size=args.batch_size,
-    )
-    count, bad = caption_file(job)
+    count, bad = caption_file(_job(args, args.data_path, rows_path, options))
     if as_array:
         rows = [json.loads(line) for line in rows_path.read_text(encoding="utf-8").splitlines()]
         output.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -366,20 +360,7 @@ def caption_main(argv: list[str] | None = None) -> int:
 
     def job(chunk: int) -> Job:
         path = output if chunks == 1 else output.with_name(f"{output.stem}-{chunk}-of-{chunks}.jsonl")
-        return Job(
-            args.model_path,
-            args.source,
-            str(path),
-            options,
-            tuple(args.prompt),
-            args.image_folder,
-            args.model_base,
-            args.vision_tower,
-            args.limit,
-            args.batch_size,
-            chunk,
-            chunks,
-        )
+        return _job(args, args.source, path, options, questions=tuple(args.prompt), chunk=chunk, chunks=chunks)
 
     if args.engine == "local":
         return _report(*caption_file(job(mine)), job(mine).output)
