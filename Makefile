@@ -21,6 +21,7 @@ demo: $(STAMP)
 # the tutorial follows a drawing through the demo's model: `make demo` first
 docs: $(STAMP)
 	$(BIN)/python docs/make_tutorial.py
+	$(BIN)/python docs/make_picture.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
