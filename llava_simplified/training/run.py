@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.trainer_utils import IntervalStrategy
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, describe, parse_arguments
 from llava_simplified.data.batching import Collator, PackedDataset
@@ -118,7 +119,9 @@ def check_options(data: DataArguments, args: TrainingArguments) -> None:
     if not data.train_data_path:
         raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
     if args.eval_strategy != "no" and not data.eval_data_path:
-        raise ValueError(f"--eval_strategy {args.eval_strategy.value} needs --eval_data_path; or --eval_strategy no")
+        raise ValueError(
+            f"--eval_strategy {IntervalStrategy(args.eval_strategy).value} needs --eval_data_path; or --eval_strategy no"
+        )
     if args.deepspeed and "LOCAL_RANK" not in os.environ:
         raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)")
     if args.compile_layers and not can_compile(args.device.type):
