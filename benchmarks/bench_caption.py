@@ -101,7 +101,7 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
             decoding = Decoding(model, [prompt] * len(places), model.vision_tower(pixels[places]), options)
         while decoding.live:
             decoding.step()
-        return decoding.tokens
+        return list(decoding.tokens.values())
 
     def theirs(places: list[int], trials: int, temperature: float) -> list[list[int]]:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,7 +75,7 @@ class Decoding:
         keys: what a prompt's random draws are derived from, beside the seed.
 
     Attributes:
-        tokens: for each row, what it has said.
+        tokens: row -> what it has said. Who keeps a batch going for long deletes the rows that it has done with.
         live: the rows that have not ended.
     """
 
@@ -88,11 +88,13 @@ class Decoding:
         keys: Sequence[bytes] | None = None,
     ) -> None:
         self.model = model
-        self.options: list[GenerationOptions] = []
-        self.tokens: list[list[int]] = []
+        self.tokens: dict[int, list[int]] = {}
         self.live: list[int] = []
-        self._generators: list[torch.Generator] = []
-        # of the live rows: what of the cache they see (live, length), their next place and its scores
+        self._numbers = count()
+        # of the live rows: options and random numbers; what of the cache they see (live, length), their next place and
+        # its scores
+        self._options: dict[int, GenerationOptions] = {}
+        self._generators: dict[int, torch.Generator] = {}
         self._mask = self._next = self._logits = torch.empty(0)
         self._cache: Any = None
         self.join(prompts, image_features, options, keys)
@@ -147,15 +149,14 @@ class Decoding:
             self._cache = cache
         self._mask, self._next, self._logits = state
 
-        joined = list(range(len(self.tokens), len(self.tokens) + len(prompt_of)))
+        joined: list[int] = []
+        for option, key in zip(per_prompt, keys or [b""] * len(prompts)):
+            for sample in range(option.num_return_sequences):
+                joined.append(row := next(self._numbers))
+                self.tokens[row] = []
+                self._options[row] = option
+                self._generators[row] = _generator(option.seed, key, sample, device)
         self.live += joined
-        self.tokens += [[] for _ in joined]
-        self.options += [option for option, n in zip(per_prompt, copies) for _ in range(n)]
-        self._generators += [
-            _generator(option.seed, key, sample, device)
-            for option, key in zip(per_prompt, keys or [b""] * len(prompts))
-            for sample in range(option.num_return_sequences)
-        ]
         return joined
 
     @torch.inference_mode()
@@ -171,7 +172,7 @@ class Decoding:
             [
                 place
                 for place, (row, token) in enumerate(said)
-                if token not in stop and len(self.tokens[row]) < self.options[row].max_new_tokens
+                if token not in stop and len(self.tokens[row]) < self._options[row].max_new_tokens
             ]
         )
         if self.live:
@@ -199,7 +200,9 @@ class Decoding:
         if len(places) == len(self.live):
             return
         index = torch.tensor(places, dtype=torch.long, device=self.model.device)
-        self.live = [self.live[place] for place in places]
+        before, self.live = self.live, [self.live[place] for place in places]
+        for row in set(before) - set(self.live):
+            del self._options[row], self._generators[row]
         self._mask, self._next, self._logits = self._mask[index], self._next[index], self._logits[index]
         if self.live:
             self._cache.reorder_cache(index)
@@ -211,7 +214,7 @@ class Decoding:
         chosen = torch.empty(len(self.live), dtype=torch.long)
         groups: dict[tuple[GenerationOptions, int], list[int]] = {}
         for place, row in enumerate(self.live):
-            groups.setdefault((self.options[row], len(self.tokens[row])), []).append(place)
+            groups.setdefault((self._options[row], len(self.tokens[row])), []).append(place)
         for (options, said), places in groups.items():
             rows = [self.live[place] for place in places]
             scores = self._logits[places].float()
@@ -319,10 +322,10 @@ def generate_from(
             decoding = Decoding(model, prompts, image_features, options, keys)
             while decoding.live:
                 decoding.step()
-            answers = decoding.tokens
+            answers = list(decoding.tokens.values())
     texts = [model.prompt.decode(ids).strip() for ids in answers]
-    count = options.num_return_sequences
-    return [texts[i : i + count] for i in range(0, len(texts), count)]
+    each = options.num_return_sequences
+    return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
 def stream(
