@@ -12,7 +12,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[dev,deepspeed]'
+	$(PIP) -e '.[dev,docs,deepspeed,ray,serve]'
 	@touch $@
 
 demo: $(STAMP)

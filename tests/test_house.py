@@ -1,0 +1,80 @@
+"""Data flows one way: a room imports only what stands to its left, also inside functions."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "llava_simplified"
+# From left to right. A name is a room (folder) or a single file; two of one line do not import each other, a room's own
+# files do. The scores of texts need no model: training, which watches them, may import them though they live in `evaluation`.
+ORDER = [
+    ("prompt", "evaluation/ptb"),
+    ("data",),
+    ("model", "evaluation/metrics"),
+    ("arguments",),
+    ("training",),
+    ("inspection", "captioning"),
+    ("evaluation",),
+    ("serve", "export", "doctor"),
+    ("demo",),
+    ("cli",),
+]
+
+
+def rank(module: str) -> int:
+    """Of `data/images` or `prompt`: the line of ORDER that it stands in; the longest name that fits counts."""
+    found = [
+        (len(name), line) for line, names in enumerate(ORDER) for name in names if f"{module}/".startswith(name + "/")
+    ]
+    assert found, f"{module} has no place in the house: name it in ORDER"
+    return max(found)[1]
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llava_simplified."):
+            inner = (node.module or "").removeprefix("llava_simplified.").replace(".", "/")
+            is_room = (PACKAGE / inner).is_dir()
+            found |= {f"{inner}/{alias.name}" for alias in node.names} if is_room else {inner}
+        elif isinstance(node, ast.Import):
+            found |= {
+                a.name.removeprefix("llava_simplified.").replace(".", "/")
+                for a in node.names
+                if a.name.startswith("llava_simplified.")
+            }
+    return found
+
+
+def room(module: str) -> str:
+    return module.partition("/")[0]
+
+
+MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_room_imports_only_what_stands_before_it(module: str) -> None:
+    for other in imports(PACKAGE / f"{module}.py"):
+        same_room = "/" in module and room(other) == room(module)
+        assert same_room or rank(other) < rank(module), f"{module} imports {other}, which stands after it"
+
+
+def test_no_circles_at_import_time() -> None:
+    """Within a room, too, the imports at the top of the files form no circle."""
+    graph: dict[str, set[str]] = {}
+    for module in MODULES:
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+        graph[module] = {
+            node.module.removeprefix("llava_simplified.").replace(".", "/")
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llava_simplified.") and node.module
+        }
+    while graph:
+        leaves = [module for module, needs in graph.items() if not needs & graph.keys()]
+        assert leaves, f"a circle among {sorted(graph)}"
+        for leaf in leaves:
+            del graph[leaf]
