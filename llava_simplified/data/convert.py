@@ -128,7 +128,13 @@ class RecordWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = [{**row, "responses": row.get("responses") or [row["response"]]} for row in self._rows]
+        for row in self._rows:
+            if not isinstance(row.get("image"), str) or not row.get("instruction"):
+                raise ValueError(
+                    f"{self.path}: Parquet holds image, instruction and responses, but a row has {sorted(row)}: "
+                    "write conversations to .json or .jsonl"
+                )
+        rows = [{**row, "responses": row.get("responses") or [row.get("response")]} for row in self._rows]
         columns = {"image": pa.string(), "instruction": pa.string(), "responses": pa.list_(pa.string())}
         table = pa.Table.from_pylist(rows, pa.schema(columns))
         self._parquet = self._parquet or pq.ParquetWriter(self._partial, table.schema, compression="zstd")

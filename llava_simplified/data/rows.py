@@ -172,10 +172,11 @@ class _Window:
                 item, end = self._decode(self.text, self.at)
                 if self.text[end : end + 1] in _AFTER or not self._more():  # 1.5 may look like 1 at a block's end
                     break
-            except json.JSONDecodeError as error:
-                place = self.base + error.pos
+            except (ValueError, RecursionError) as error:  # the first also of numbers of 5,000 digits
+                place = self.base + getattr(error, "pos", self.at)
                 if len(self.text) - self.at > _LARGEST or not self._more():
-                    raise ValueError(f"{self.name}: not JSON at byte {place}: {error.msg}") from None
+                    message = getattr(error, "msg", error)
+                    raise ValueError(f"{self.name}: not JSON at byte {place}: {message}") from None
         piece, start = self.text[self.at : end], self.base + self.at
         if not piece.isascii():
             item = json.loads(piece.encode("latin-1").decode("utf-8", "replace"))

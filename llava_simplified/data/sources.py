@@ -16,11 +16,14 @@ import csv
 import glob
 import itertools
 import json
+import lzma
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import fsspec
 
@@ -85,6 +88,9 @@ def read_source(source: str, odd: Oddities, columns: Columns) -> Iterator[Source
         if ".." in row.image and ".." in Path(row.image).parts:
             odd.note("image outside its folder, '..' (left out)", row.number, row.image)
             continue
+        if not _is_unicode(row):
+            odd.note("half of a surrogate pair, no character (left out)", row.number, row.record or row.captions)
+            continue
         if row.image.startswith(("/", "\\")) or row.image[1:3] == ":\\":  # of the machine that wrote it
             odd.note("absolute image path (base name kept)", row.number, row.image)
             row = row._replace(image=re.split(r"[/\\]", row.image)[-1])
@@ -92,6 +98,17 @@ def read_source(source: str, odd: Oddities, columns: Columns) -> Iterator[Source
             odd.note("empty caption (left out)", row.number, row.url or row.image)
             row = row._replace(captions=tuple(caption for caption in row.captions if caption))
         yield row
+
+
+def _is_unicode(row: SourceRow) -> bool:
+    """False for text that JSON can spell (`\\ud83d` alone), and that no file can hold."""
+    texts = (row.image, row.url, row.split, *row.captions)
+    text = "".join(texts) if row.record is None else json.dumps(row.record, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
@@ -132,12 +149,21 @@ def _folder(folder: Path, odd: Oddities, columns: Columns) -> Iterator[SourceRow
     raise ValueError(f"{folder}: no metadata file, shard or caption file in this folder; it holds {held}")
 
 
+@contextmanager
+def _open(source: str) -> Iterator[IO[bytes]]:
+    try:
+        with fsspec.open(source, "rb", compression="infer") as file:
+            yield file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # of a compressed file that is torn
+        raise ValueError(f"{source}: can't be read: {error}") from error
+
+
 # ---- text, line by line
 
 
 def _lines(source: str, odd: Oddities) -> Iterator[tuple[int, str]]:
     """(line number, text without line end) of each line that isn't blank, whatever its bytes."""
-    with fsspec.open(source, "rb", compression="infer") as file:
+    with _open(source) as file:
         for number, raw in enumerate(file, 1):
             if number == 1 and raw.startswith(BOM):
                 raw = raw[len(BOM) :]
@@ -206,27 +232,35 @@ def _pipe_fields(lines: Iterator[tuple[int, str]], odd: Oddities) -> Iterator[tu
 
 def _csv_fields(lines: Iterator[tuple[int, str]], odd: Oddities) -> Iterator[tuple[int, str, list[str]]]:
     """CSV with quotes, where a quote that never closes costs one row and not the rest of the file."""
-    waiting: list[tuple[int, str]] = []
-    while True:
-        number, text = waiting.pop(0) if waiting else next(lines, (0, ""))
-        if not number:
-            return
-        taken = 0
-        whole = text
-        while whole.count('"') % 2 and taken < 20:  # a field that goes on in the next lines
-            if taken == len(waiting) and (line := next(lines, None)) is not None:
-                waiting.append(line)
-            if taken == len(waiting):
-                break
-            whole, taken = f"{whole}\n{waiting[taken][1]}", taken + 1
-        if whole.count('"') % 2:
+    waiting: list[tuple[int, str]] = []  # looked at, but not part of the row
+    while line := waiting.pop(0) if waiting else next(lines, None):
+        number, text = line
+        if '"' not in text:
+            yield number, text, text.split(",")
+            continue
+        reader = csv.reader(piece.replace("\r", " ") + "\n" for piece in _with_followers(text, waiting, lines))
+        try:
+            fields = [field.replace("\n", " ") for field in next(reader)]
+        except csv.Error:
             odd.note("quote that never closes (kept as text)", number, text)
             yield number, text, text.split(",")
             continue
-        if taken:
+        if taken := reader.line_num - 1:
             del waiting[:taken]
             odd.note("line break inside quotes (kept as a space)", number, text)
-        yield number, whole, next(csv.reader([whole.replace("\n", " ")]))
+        yield number, text, fields
+
+
+def _with_followers(text: str, waiting: list[tuple[int, str]], lines: Iterator[tuple[int, str]]) -> Iterator[str]:
+    """A line and, as long as the reader asks for more, within a quoted field, the next ones: 20 at most."""
+    yield text
+    for place in range(20):
+        if place == len(waiting):
+            if not (line := next(lines, None)):
+                break
+            waiting.append(line)
+        yield waiting[place][1]
+    raise csv.Error("the quote never closes")
 
 
 def _layout(source: str, sample: list[list[str]], columns: Columns) -> tuple[int, int, int, int, bool]:
@@ -277,125 +311,158 @@ def _named(source: str, names: Iterable[str], columns: Columns, first: object) -
     return url, image, caption
 
 
+def _names_for(
+    row: dict[str, Any], known: tuple[str, str, str] | None, source: str, columns: Columns
+) -> tuple[str, str, str]:
+    """The columns of a JSON row: those of the rows before it where it has them, else its own where they can be told."""
+    if known and set(known) - {""} <= row.keys():
+        return known
+    try:
+        return _named(source, row, columns, row)
+    except ValueError:
+        if known is None:  # of the first row
+            raise
+        return known
+
+
 # ---- JSON
 
 
 def _json(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
-    images: dict[Any, tuple[str, str]] = {}
-    annotations: list[dict[str, Any]] = []
+    images: dict[str, tuple[str, str]] = {}
+    early: list[tuple[int, dict[str, Any]]] = []  # annotations before their images
     parallel: dict[str, list[str]] = {}
     named: tuple[str, str, str] | None = None
     number = -1
-    with fsspec.open(source, "rb", compression="infer") as file:
+    with _open(source) as file:
         for key, value, _, _ in scan_json(file, source):
-            if key in ("image_urls", "captions") and isinstance(value, str):  # SBU
-                parallel.setdefault(key, []).append(value)
+            if key in ("image_urls", "captions") and not isinstance(value, dict):  # SBU
+                parallel.setdefault(key, []).append(_text(value))
             elif key not in ("", "images", "annotations", "data", "rows"):
                 continue  # COCO's info and licenses, SBU's user ids
             elif not isinstance(value, dict):
                 number += 1
                 odd.note("not a JSON object (left out)", number, value)
             elif key == "annotations":
-                if not isinstance(value.get("caption"), str):
-                    raise ValueError(f"{source}: COCO annotations without captions (not the captions file?): {value}")
                 number += 1
-                if value["image_id"] in images:
-                    yield _coco(images, value, number, odd)
+                if not isinstance(value.get("caption"), str) and not number:
+                    raise ValueError(f"{source}: COCO annotations without captions (not the captions file?): {value}")
+                if str(value.get("image_id")) in images:
+                    yield from _coco(images, value, number, odd)
                 else:
-                    annotations.append(value)
+                    early.append((number, value))
             elif key == "images" and "sentences" not in value and "id" in value:
-                images[value["id"]] = value.get("file_name", ""), value.get("coco_url", "")
+                images[str(value["id"])] = _text(value.get("file_name")), _text(value.get("coco_url"))
             else:
                 number += 1
                 if "sentences" not in value and not _is_record(value):
-                    named = named if named and set(named) - {""} <= set(value) else None
-                    named = named or _named(source, value, columns, value)
+                    named = _names_for(value, named, source, columns)
                 yield _from_mapping(value, number, named)
-    for number, value in enumerate(annotations):
-        yield _coco(images, value, number, odd)
+    for number, value in early:
+        yield from _coco(images, value, number, odd)
     if parallel:
         urls, captions = parallel.get("image_urls", []), parallel.get("captions", [])
         if len(urls) != len(captions):
             raise ValueError(f"{source}: {len(urls)} 'image_urls', but {len(captions)} 'captions'")
         for number, (url, caption) in enumerate(zip(urls, captions)):
-            yield SourceRow(number, "", url, (caption.strip(),))
+            yield SourceRow(number, "", url, (caption,))
 
 
-def _coco(images: dict[Any, tuple[str, str]], value: dict[str, Any], number: int, odd: Oddities) -> SourceRow:
-    if value["image_id"] not in images:
+def _coco(images: dict[str, tuple[str, str]], value: dict[str, Any], number: int, odd: Oddities) -> Iterator[SourceRow]:
+    place = images.get(str(value.get("image_id")))
+    if place is None:
         odd.note("annotation of an unknown image (left out)", number, value)
-    image, url = images.get(value["image_id"], ("", ""))
-    return SourceRow(number, image, url, (value["caption"].strip(),))
+    else:
+        yield SourceRow(number, *place, (_text(value.get("caption")),))
 
 
 def _jsonl(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
     named: tuple[str, str, str] | None = None
     for number, text in _lines(source, odd):
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
+        value = _object(text)
+        if value is None:
             odd.note("not a JSON object (left out)", number, text)
             continue
         if not _is_record(value):
-            named = named if named and set(named) - {""} <= set(value) else _named(source, value, columns, value)
+            named = _names_for(value, named, source, columns)
         yield _from_mapping(value, number, named)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object that `text` is, or None."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # nested a thousand times
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _is_record(value: dict[str, Any]) -> bool:
     return "conversations" in value or "instruction" in value
 
 
+def _text(value: object) -> str:
+    """A text, or a number as text. Anything else says nothing: where a name or a caption should be, it is missed."""
+    return str(value).strip() if isinstance(value, str | int) else ""
+
+
+def _listed(value: object) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _from_mapping(value: dict[str, Any], number: int, named: tuple[str, str, str] | None) -> SourceRow:
+    split = _text(value.get("split"))
     if "sentences" in value:  # Karpathy
-        image = "/".join(part for part in (value.get("filepath", ""), value["filename"]) if part)
-        captions = tuple(str(sentence["raw"]).strip() for sentence in value["sentences"])
-        return SourceRow(number, image, "", captions, str(value.get("split", "")))
+        image = "/".join(part for part in (_text(value.get("filepath")), _text(value.get("filename"))) if part)
+        sentences = [each for each in _listed(value["sentences"]) if isinstance(each, dict)]
+        return SourceRow(number, image, "", tuple(_text(each.get("raw")) for each in sentences), split)
     if _is_record(value):
         image = value.get("image") or ""
-        texts = value.get("responses") or [value.get("response") or ""]
+        texts = _listed(value.get("responses") or value.get("response"))
         if "conversations" in value:
-            texts = [turn.get("value", "") for turn in value["conversations"][-1:]]
-        return SourceRow(number, image if isinstance(image, str) else "", "", tuple(texts), "", value)
+            texts = [turn.get("value") for turn in _listed(value["conversations"])[-1:] if isinstance(turn, dict)]
+        return SourceRow(number, image if isinstance(image, str) else "", "", tuple(map(_text, texts)), "", value)
     assert named is not None
-    url, image, caption = (value.get(name) or "" for name in named)
-    texts = caption if isinstance(caption, list | tuple) else [caption]
-    return SourceRow(
-        number, str(image), str(url), tuple(str(text or "").strip() for text in texts), str(value.get("split") or "")
-    )
+    url, name, caption = (value.get(column) for column in named)
+    return SourceRow(number, _text(name), _text(url), tuple(map(_text, _listed(caption))), split)
 
 
 # ---- Parquet and tar
 
 
 def _parquet(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with fsspec.open(source, "rb") as file:
-        table = pq.ParquetFile(file)
-        schema = table.schema_arrow
-        pictures = [field.name for field in schema if "binary" in str(field.type)]
-        names = [name for name in schema.names if name not in pictures]
-        record = _is_record(dict.fromkeys(names))
-        manifest = {"key", "status"} <= set(names)
-        if record:
-            wanted, named = names, None
-        else:
-            first = next(iter(table.iter_batches(1, columns=names)), None)
-            shown = first.to_pylist()[0] if first is not None and first.num_rows else schema.names
-            virtual = [*names, "image"] if pictures or manifest else names
-            named = _named(source, virtual, columns, shown)
-            wanted = [name for name in (*named, "split", "key", "status") if name in names]
-        rows = (row for batch in table.iter_batches(8192, columns=wanted) for row in batch.to_pylist())
-        for number, row in enumerate(rows):
-            if manifest:
-                if row["status"] not in ("ok", "success"):
-                    continue
-                row["image"] = f"{Path(source).stem}.tar#{row['key']}"
-            elif pictures:
-                row["image"] = f"{Path(source).name}#{number}"
-            yield _from_mapping(row, number, named)
+    try:
+        with fsspec.open(source, "rb") as file:
+            yield from _parquet_rows(pq.ParquetFile(file), source, odd, columns)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: no Parquet file that can be read: {error}") from error
+
+
+def _parquet_rows(table: Any, source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
+    schema = table.schema_arrow
+    pictures = [field.name for field in schema if "binary" in str(field.type)]
+    names = [name for name in schema.names if name not in pictures]
+    manifest = {"key", "status"} <= set(names)
+    wanted, named = names, None
+    if not _is_record(dict.fromkeys(names)):
+        first = next(iter(table.iter_batches(1, columns=names)), None)
+        shown = first.to_pylist()[0] if first is not None and first.num_rows else schema.names
+        virtual = [*names, "image"] if pictures or manifest else names
+        named = _named(source, virtual, columns, shown)
+        wanted = [name for name in (*named, "split", "key", "status") if name in names]
+    rows = (row for batch in table.iter_batches(8192, columns=wanted) for row in batch.to_pylist())
+    for number, row in enumerate(rows):
+        if manifest:
+            if row["status"] not in ("ok", "success"):
+                odd.note("not downloaded (left out)", number, row["status"])
+                continue
+            row["image"] = f"{Path(source).stem}.tar#{row['key']}"
+        elif pictures:
+            row["image"] = f"{Path(source).name}#{number}"
+        yield _from_mapping(row, number, named)
 
 
 def _tar(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
@@ -403,6 +470,7 @@ def _tar(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
     if manifest.is_file():
         yield from _parquet(str(manifest), odd, columns)
         return
+    named: tuple[str, str, str] | None = None
     for number, (key, members) in enumerate(tar_samples(path)):
         picture = next((suffix for suffix in members if suffix in IMAGE_SUFFIXES), None)
         text = next((suffix for suffix in ("txt", "caption", "json") if suffix in members), None)
@@ -410,7 +478,10 @@ def _tar(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
             odd.note(f"sample without {'an image' if picture is None else 'a caption'} (left out)", number, key)
             continue
         caption = read_range(path, *members[text]).decode("utf-8", "replace")
-        row = {"image": f"{path.name}#{key}", **(json.loads(caption) if text == "json" else {"caption": caption})}
+        row = _object(caption) if text == "json" else {"caption": caption}
+        if row is None:
+            odd.note("not a JSON object (left out)", number, key)
+            continue
         row["image"] = f"{path.name}#{key}"
-        named = _named(f"{source} member {key}.{text}", row, columns._replace(url="", image="image"), row)
+        named = _names_for(row, named, f"{source} member {key}.{text}", columns._replace(url="", image="image"))
         yield _from_mapping(row, number, ("", *named[1:]))

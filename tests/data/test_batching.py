@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llava_simplified.data.batching import Collator, Example, LengthGroupedSampler, plan_packs
 from llava_simplified.prompt import IGNORE_INDEX as NO
@@ -61,6 +63,25 @@ def test_packs_hold_every_example_once_and_are_full() -> None:
     totals = [sum(lengths[i] for i in pack) for pack in packs]
     assert max(totals) <= 4096 and sum(totals) / (4096 * len(packs)) >= 0.95
     assert packs == plan_packs(lengths, 4096, seed=1) != plan_packs(lengths, 4096, seed=2)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), max_size=150), pack_length=st.integers(1, 80), seed=st.integers(0, 9),
+    pool=st.integers(1, 60),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_any_lengths_are_packed_once_each_and_never_over(
+    lengths: list[int], pack_length: int, seed: int, pool: int
+) -> None:
+    packs = plan_packs(lengths, pack_length, seed, pool)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    totals = [sum(lengths[i] for i in pack) for pack in packs]
+    for pack, total in zip(packs, totals):
+        assert total <= pack_length or len(pack) == 1, "only what is too long by itself is over, and it is alone"
+    if pool >= len(lengths):
+        least = sorted(totals)[:2]
+        assert len(totals) < 2 or sum(least) > pack_length, "two packs that would fit into one"
+    assert packs == plan_packs(lengths, pack_length, seed, pool)
 
 
 def test_images_are_in_reading_order() -> None:

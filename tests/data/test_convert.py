@@ -118,6 +118,12 @@ def test_conversations_pass_unchanged_but_for_absolute_paths(tmp_path: Path) -> 
     assert written == [{**rows[0], "image": "1.jpg"}, rows[1]]
 
 
+def test_conversations_to_parquet_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"image": "1.jpg", "conversations": [{"from": "human", "value": "Hi"}]}]')
+    with pytest.raises(ValueError, match="conversations to .json or .jsonl"):
+        convert(str(tmp_path / "x.json"), tmp_path / "o.parquet")
+
+
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('[{"image": "1.jpg", "caption": "a"}, {"image": ')
     with pytest.raises(ValueError, match="not JSON at byte"):

@@ -6,12 +6,15 @@ import gzip
 import io
 import json
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from llava_simplified.data.sources import Columns, Oddities, SourceRow, read_source
 
@@ -172,10 +175,10 @@ def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: str) -> 
 
 
 def test_a_quote_that_never_closes_costs_one_csv_row(tmp_path: Path) -> None:
-    lines = ["url,caption", f'{U},a 5" cat', *(f"http://a.example/{i}.jpg,dog {i}" for i in range(60))]
+    lines = ["url,caption", f'{U},"a cat', *(f"http://a.example/{i}.jpg,dog {i}" for i in range(60))]
     (tmp_path / "x.csv").write_text("\n".join(lines))
     rows, odd = read(tmp_path / "x.csv")
-    assert [row.captions[0] for row in rows] == ['a 5" cat', *(f"dog {i}" for i in range(60))]
+    assert [row.captions[0] for row in rows] == ['"a cat', *(f"dog {i}" for i in range(60))]
     assert odd.counts == {"quote that never closes (kept as text)": 1}
 
 
@@ -222,3 +225,111 @@ def test_utf_16_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "x.tsv").write_text(f"a cat\t{U}\n", "utf-16")
     with pytest.raises(ValueError, match="make it UTF-8 first"):
         read(tmp_path / "x.tsv")
+
+
+# ---- any bytes at all
+
+BYTES = st.lists(
+    st.sampled_from(
+        [b"\t", b",", b'"', b'""', b"|", b"\n", b"\r\n", b"\r", b"\0", b" ", b"http://a.example/1.jpg", b"1.jpg", b"a cat", b"\xe9",
+         "猫".encode(), b"#0", b"| 0| ", b"url", b"caption", b"image", b"\xef\xbb\xbf", b"\xff\xfe", b"{", b"}", b"[", b"]", b":",
+         b'"a"', b'"url"', b'"caption"', b'"images"', b'"annotations"', b'"image_id"', b'"id"', b"null", b"1", b"1e999", b'"\\ud83d"',
+         b"9" * 5000, b"[" * 3000, b"\x1f\x8b\x08"]
+    ) | st.binary(max_size=5),
+    max_size=30,
+).map(b"".join)  # fmt: skip
+FORMS = ["x.tsv", "x.csv", "x.txt", "x.json", "x.jsonl", "x.parquet", "x.tar", "x.tsv.gz", "x.json.xz", "x.jsonl.bz2"]
+
+
+def read_bytes(name: str, data: bytes) -> tuple[list[SourceRow], Oddities]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(data)
+        return read(Path(folder) / name)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@given(data=BYTES)
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_are_rows_or_an_error_that_names_the_file(name: str, data: bytes) -> None:
+    try:
+        read_bytes(name, data)
+    except ValueError as error:
+        assert name in str(error)
+
+
+@pytest.mark.parametrize("name", ["x.tsv.gz", "x.jsonl.gz", "x.parquet"])
+def test_a_torn_file_is_named(tmp_path: Path, name: str) -> None:
+    lines = b"".join(b'{"url": "%d", "caption": "a cat"}\n' % i for i in range(5000))
+    if name == "x.parquet":
+        pq.write_table(pa.table({"url": [U] * 9, "caption": ["a cat"] * 9}), tmp_path / name)
+        whole = bytearray((tmp_path / name).read_bytes())
+        whole[10:40] = bytes(30)
+        (tmp_path / name).write_bytes(whole)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(lines.replace(b'{"url"', U.encode() + b"\t"))[:-20])
+    with pytest.raises(ValueError, match=name):
+        read(tmp_path / name)
+
+
+def left_out(odd: Oddities) -> int:
+    """Rows; of an empty caption the row stays, as its picture may have others."""
+    return sum(n for kind, n in odd.counts.items() if kind.endswith("(left out)") and kind[:5] != "empty")
+
+
+LINE = st.lists(
+    st.sampled_from([b"\t", b'"', b"\r", b"\0", b" ", b"a", b"\xe9", b"|", b",", b"1.jpg"]), max_size=9
+).map(b"".join)
+
+
+@given(st.lists(LINE, max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_a_line_of_a_tsv_is_a_row_or_named(lines: list[bytes]) -> None:
+    known = [f"{U}\ta cat".encode()] * 20
+    rows, odd = read_bytes("x.tsv", b"\n".join([*known, *lines, *known]))
+    assert len(rows) + left_out(odd) == 40 + len(lines)
+
+
+@given(st.lists(LINE, max_size=12), st.booleans())
+@example([b'"', b'a "'], False)  # an inch is no quotation, and two of them are none
+@settings(max_examples=300, deadline=None)
+def test_no_line_of_a_csv_is_swallowed(lines: list[bytes], quoted: bool) -> None:
+    """Each line is marked: the mark is in a row, or the line is among those left out."""
+    marked = [b'"@%d@' % i + line if quoted else b"5@%d@" % i + line for i, line in enumerate(lines)]
+    text = b"\n".join([b"caption,url", *(line + b"," + U.encode() for line in marked), b"the end," + U.encode()])
+    rows, odd = read_bytes("x.csv", text)
+    said = " ".join(field for row in rows for field in (*row.captions, row.url))
+    missed = [i for i in range(len(lines)) if f"@{i}@" not in said]
+    assert len(missed) <= left_out(odd)
+    assert rows[-1].captions == ("the end",)
+
+
+def test_an_inch_mark_does_not_join_two_rows_of_a_csv(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f'url,caption\n{U},a 5" cat\n{U},a 6" dog\n')
+    rows, odd = read(tmp_path / "x.csv")
+    assert [row.captions for row in rows] == [('a 5" cat',), ('a 6" dog',)]
+    assert not odd.counts
+
+
+WORDS = st.sampled_from(
+    ["1.jpg", U, "a cat", "", "\ud83d", "\0", "../x", "/abs/1.jpg", 7, None, True, 1.5, [], {}, ["a"], {"raw": "a"}]
+)
+KEYS = ["url", "image", "caption", "sentences", "filename", "image_id", "id", "file_name", "instruction", "responses",
+        "response", "conversations", "split"]  # fmt: skip
+OBJECT = st.dictionaries(st.sampled_from(KEYS), WORDS | st.lists(WORDS, max_size=3), max_size=5) | WORDS
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "annotations"])
+@given(values=st.lists(OBJECT, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_a_json_row_is_a_row_or_named(form: str, values: list) -> None:
+    first = {"image": "0.jpg", "caption": "the first"}
+    if form == "jsonl":
+        rows, odd = read_bytes("x.jsonl", "\n".join(map(json.dumps, [first, *values])).encode())
+    elif form == "json":
+        rows, odd = read_bytes("x.json", json.dumps([first, *values]).encode())
+    else:
+        coco = {"annotations": [{"image_id": 1, **first}, *values], "images": [{"id": 1, "file_name": "1.jpg"}]}
+        rows, odd = read_bytes("x.json", json.dumps(coco).encode())
+    assert len(rows) + left_out(odd) == 1 + len(values)
+    for row in rows:
+        assert all(row.captions) and json.dumps(row._asdict(), ensure_ascii=False).encode()

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_llava import LANGUAGE_MODELS, build, pictures
 
 from llava_simplified.data.batching import Collator, Example
 from llava_simplified.model.language_model import who_sees_whom
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, freeze
-from llava_simplified.prompt import Message
+from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message
 
 CAPTIONS = [
     ["a red car", "two dogs run over a green field", "a"],
@@ -127,6 +129,46 @@ def test_who_sees_whom() -> None:
     assert drawn == ["x.......", "xx......", "xxx.....", "xx.x....", "xx.xx...", ".....x..", ".....xx.", ".......x"]
     near = who_sees_whom(ids("1111"), ids("0012"), ids("0122"), window=2)[0, 0]
     assert near.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
+
+
+@st.composite
+def any_example(draw: st.DrawFn) -> Example:
+    """A prompt with images and, at times, an earlier answer in it; then one to four answers."""
+    prompt = [5, *draw(st.lists(st.sampled_from([IMAGE_INDEX, 6, 7, 8]), max_size=5))]
+    labels = [IGNORE_INDEX, *(t if t == 8 else IGNORE_INDEX for t in prompt[1:])]
+    answers = draw(st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=4), min_size=1, max_size=4))
+    tags = [0] * len(prompt) + [n for n, answer in enumerate(answers, 1) for _ in answer]
+    told = [token for answer in answers for token in answer]
+    return Example(prompt + told, labels + told, branches=tags if len(answers) > 1 else None)
+
+
+@given(st.lists(st.lists(any_example(), min_size=1, max_size=3), min_size=1, max_size=3), st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_however_packed_a_token_is_predicted_from_what_it_would_see_alone(rows: list, per_image: int) -> None:
+    """Every trained token, with the ids and places that it sees, against a plain loop over the texts."""
+    batch = Collator(per_image, 0)(rows)
+    if "attention_mask" in batch:  # no pack, no shared prompt: who sees whom is causal attention's business
+        segments = batch["attention_mask"]
+        branches, places = torch.zeros_like(segments), torch.arange(segments.shape[1]).expand_as(segments)
+    else:
+        segments, branches, places = batch["segment_ids"], batch["branch_ids"], batch["position_ids"]
+    mask = who_sees_whom(segments, branches, places)[:, 0].numpy()
+    ids, places, found = batch["input_ids"].numpy(), places.numpy(), []
+    for position, target in zip(batch["positions"].tolist(), batch["labels"].tolist()):
+        row, column = divmod(position, segments.shape[1])
+        seen = mask[row, column]
+        found.append((ids[row, seen].tolist(), places[row, seen].tolist(), target))
+    expected = []
+    for example in (example for row in rows for example in row):
+        tags = example.branches or [0] * len(example.input_ids)
+        for branch in range(1, max(tags) + 1) if example.branches else [0]:
+            text: list[int] = []
+            for token, label, tag in zip(example.input_ids, example.labels, tags):
+                if tag in (0, branch):
+                    if label != IGNORE_INDEX:
+                        expected.append((text.copy(), list(range(len(text))), label))
+                    text += [token] * (per_image if token == IMAGE_INDEX else 1)
+    assert sorted(found) == sorted(expected)
 
 
 def test_a_kernel_that_takes_no_mask_is_refused(models_folder: Path) -> None:
