@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # torch's CPU build on machines without a GPU: constraints.txt names the version that the figures were taken with
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo docs test lint bench clean
+.PHONY: setup demo docs site test lint bench clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,11 @@ demo: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/make_tutorial.py
 	$(BIN)/python docs/make_picture.py
+	$(MAKE) site
+
+# the pages alone, into site/: every link and anchor is checked, a warning is an error; no network
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
