@@ -194,14 +194,22 @@ class ImageTransform:
 
         image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
         height, width = image.shape[-2:]
-        if isinstance(self.resize, int):
-            short = min(height, width)
-            target = (self.resize * height // short, self.resize * width // short)
-        else:
-            target = self.resize
+        target = self._resized(height, width)
         if target != (height, width):
             image = interpolate(image, size=target, mode=self.interpolation, antialias=True)
         return _center_crop(image[0], self.crop).contiguous()
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if not isinstance(self.resize, int):
+            return self.resize
+        short = min(height, width)
+        return self.resize * height // short, self.resize * width // short
+
+    def region(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """What of a picture of this size the tower is shown: (left, top, right, bottom), its sides being 1 long."""
+        tall, wide = self._resized(height, width)
+        half_y, half_x = self.crop[0] / tall / 2, self.crop[1] / wide / 2
+        return 0.5 - half_x, 0.5 - half_y, 0.5 + half_x, 0.5 + half_y
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (..., 3, height, width) on any device -> float32, by the tower's mean and standard deviation."""

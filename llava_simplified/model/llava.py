@@ -175,7 +175,7 @@ class Llava(nn.Module):
         """
         many = isinstance(images, (list, tuple))
         sources: Any = images if many else [images]
-        prompt, _ = self._ask(self.instruction if instruction is None else instruction, sources[:1])
+        prompt, _ = self.ask(self.instruction if instruction is None else instruction, sources[:1])
         if n > 1 and not options.get("num_beams"):
             options = {"temperature": 0.7, **options}
         decoding = GenerationOptions(num_return_sequences=n, **options)
@@ -201,13 +201,13 @@ class Llava(nn.Module):
             images: one for each `<image>` in the user's turns; without any, they go in front of the first turn.
             options: fields of `GenerationOptions`, one beam and one sequence.
         """
-        prompt, pixels = self._ask(turns, images)
+        prompt, pixels = self.ask(turns, images)
         said = ""
         for text in stream(self, prompt, pixels, GenerationOptions(**options)):
             yield text[len(said) :]
             said = text
 
-    def _ask(
+    def ask(
         self, turns: str | Sequence[Message], images: Sequence[ImageSource]
     ) -> tuple[list[int], torch.Tensor | None]:
         """The prompt's ids, one IMAGE_INDEX per image, and the pixels."""

@@ -48,7 +48,7 @@ class VisionTower(nn.Module):
         self.select_layers = (select_layer,) if isinstance(select_layer, int) else tuple(select_layer)
         self.select_feature = select_feature
         self.token_pool = token_pool
-        self.num_tokens, self.width = self._feature_shape()
+        self.num_tokens, self.width, self.grid = self._feature_shape()
 
     @classmethod
     def from_pretrained(
@@ -104,9 +104,10 @@ class VisionTower(nn.Module):
         if self.is_convolutional:
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # several times faster on CPU
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self._select(self.model, pixel_values)
+            return self._select(self.model, pixel_values)[0]
 
-    def _select(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _select(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The features, and the (rows, columns) of places that their last tokens stand for."""
         outputs = model(pixel_values, output_hidden_states=True)
         if outputs.last_hidden_state.dim() == 4:
             return self._from_maps(outputs)
@@ -118,14 +119,15 @@ class VisionTower(nn.Module):
                 raise ValueError(
                     "cls_patch can't be pooled" if self.token_pool else "this tower has no CLS token: use patch"
                 )
-            return features
+            return features, (height, width)
         features = features[:, others:]
         if self.token_pool:
             grid = features.transpose(1, 2).unflatten(2, (height, width))
             features = adaptive_avg_pool2d(grid, self.token_pool).flatten(2).transpose(1, 2)
-        return features
+            height = width = self.token_pool
+        return features, (height, width)
 
-    def _from_maps(self, outputs: object) -> torch.Tensor:
+    def _from_maps(self, outputs: object) -> tuple[torch.Tensor, tuple[int, int]]:
         """Feature maps (images, channels, height, width) -> (images, tokens, channels)."""
         if self.select_feature == "cls_patch":
             raise ValueError("a convolutional tower has no CLS token: use patch")
@@ -137,25 +139,25 @@ class VisionTower(nn.Module):
         if self.token_pool:
             grid = torch.Size((self.token_pool, self.token_pool))
         maps = [m if m.shape[-2:] == grid else adaptive_avg_pool2d(m, (grid[0], grid[1])) for m in maps]
-        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
+        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2), (grid[0], grid[1])
 
     @property
     def is_convolutional(self) -> bool:
         return not hasattr(self.model.config, "num_attention_heads")
 
-    def _feature_shape(self) -> tuple[int, int]:
-        """(tokens, width) of one image. The one place where they are known: the architecture, run on no data."""
+    def _feature_shape(self) -> tuple[int, int, tuple[int, int]]:
+        """Tokens, width and grid of one image. The one place where they are known: the architecture, run on no data."""
         with torch.device("meta"), torch.no_grad():
             skeleton = AutoModel.from_config(self.model.config).eval()
             pixels = torch.empty(1, 3, *self.transform.crop)
             try:
-                _, tokens, width = self._select(skeleton, pixels).shape
+                features, grid = self._select(skeleton, pixels)
             except IndexError:
                 count = len(skeleton(pixels, output_hidden_states=True).hidden_states)
                 raise ValueError(
                     f"mm_vision_select_layer {self.select_layers} is out of range: the tower has {count} hidden states"
                 ) from None
-        return tokens, width
+        return features.shape[1], features.shape[2], grid
 
 
 def _patch_size(model: PreTrainedModel) -> tuple[int, int]:

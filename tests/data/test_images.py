@@ -169,3 +169,19 @@ def test_processors_that_pad_are_refused(tmp_path: Path) -> None:
         ImageTransform.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no preprocessor_config"):
         ImageTransform.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("resize", [64, 80, (64, 64), 48])
+def test_the_region_is_what_the_tower_is_shown(resize: int | tuple[int, int]) -> None:
+    """A picture whose colours are its coordinates, read off where the transform has put them."""
+    height, width = 250, 500
+    y, x = np.mgrid[:height, :width]
+    ruler = np.stack([x * 250 / width, y * 250 / height, np.full_like(x, 255)], axis=2).astype(np.uint8)
+    transform = ImageTransform(resize, (64, 64), "bilinear", (0, 0, 0), (1, 1, 1))
+    left, top, right, bottom = transform.region(height, width)
+    shown = transform(ruler).float()
+    for place in (20, 32, 44):
+        part = (place + 0.5) / 64
+        expected = [left + part * (right - left), top + part * (bottom - top)]
+        assert shown[:2, place, place].tolist() == pytest.approx([250 * e for e in expected], abs=3)
+    assert (shown[2].min() == 0) == (bottom > 1), "where it reaches beyond the picture, there is black"
