@@ -62,7 +62,7 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
         for token, label in zip(example.input_ids, example.labels)
     ]
     batch = Collator(model.vision_tower.num_tokens, model.prompt.end_id)([example])
-    batch.pop("notes")
+    batch.pop("about")
     seen |= {"input_ids": batch["input_ids"][0].tolist(), "positions": batch["positions"].tolist()}
     seen["embeds"] = tuple(model.splice(batch["input_ids"], features).shape)
 

@@ -128,6 +128,14 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=2048, metadata={"help": "Most text tokens of a sample, an image counting as one."}
     )
+    eval_captions: int = field(
+        default=32,
+        metadata={"help": "Validation pictures captioned at every evaluation: eval_cider in the log; 0: none."},
+    )
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."},
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress line."})
     config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})
 
@@ -147,6 +155,9 @@ class TrainingArguments(transformers.TrainingArguments):
         self.output_dir = self.output_dir or "output"
         self.remove_unused_columns = False  # a batch here is more than the arguments of a text model
         self.average_tokens_across_devices = True
+        if self.early_stopping_patience:
+            self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+            self.restore_callback_states_from_checkpoint = True  # a resumed run is as patient as the straight one
         super().__post_init__()
 
 

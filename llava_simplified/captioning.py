@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from llava_simplified.data.engines import run_shards
 from llava_simplified.data.images import ImageError, decode_image, load_pixels, read_image_bytes
-from llava_simplified.data.records import Record, open_records
+from llava_simplified.data.records import Record, open_records, prediction_row
 from llava_simplified.data.shards import shard_index
 from llava_simplified.model.generation import GenerationOptions, content_keys, encode, generate_from
 from llava_simplified.model.llava import Llava
@@ -214,7 +214,7 @@ def caption_records(
                 if isinstance(outcome, ImageError):
                     bad.append({"index": index, "image": record.images[0], "error": f"{record.id}: {outcome}"})
                 else:
-                    rows += [_row(index, record, text) for text in outcome]
+                    rows += [prediction_row(index, record, text) for text in outcome]
                 head += 1
             yield rows, bad
 
@@ -252,17 +252,6 @@ def _caption_window(
                 keys = content_keys(batch, [pixels[name].result() for name in wanted])
                 outcomes |= zip(asked, generate_from(model, batch, shown, options, keys))
             yield outcomes
-
-
-def _row(index: int, record: Record, text: str) -> dict[str, Any]:
-    truth: str | list[str] = list(record.responses) if len(record.responses) > 1 else "".join(record.responses)
-    return {
-        "index": index,
-        "image": record.images[0] if record.images else None,
-        "instruction": record.turns[-1].text.replace(f"{IMAGE_PLACEHOLDER}\n", ""),
-        "gt_caption": truth,
-        "pred_output": text,
-    }
 
 
 # ---- commands ----

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_command(target: str, argv: list[str] | None) -> int:
-    """Call "module:function" with `argv`; ValueError, which our code raises for what a user can mend, becomes one line."""
+    """Call "module:function" with `argv`; what our code raises for what a user can mend becomes one line."""
     # Without torchvision, transformers warns of each of its hundred image processors: ours need none of them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
@@ -61,7 +61,7 @@ def run_command(target: str, argv: list[str] | None) -> int:
     try:
         module, _, function = target.partition(":")
         return getattr(importlib.import_module(module), function)(argv)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -24,6 +24,7 @@ class Example:
         pixel_values: uint8 (images, 3, height, width), or None for text only.
         image_features: (images, tokens, width), in place of pixels where they were computed before.
         notes: what a person should know of this sample: a picture that had to be replaced, a cut answer.
+        id: its record's, for messages to people.
     """
 
     input_ids: list[int]
@@ -32,6 +33,7 @@ class Example:
     image_features: torch.Tensor | None = None
     notes: list[str] = field(default_factory=list)
     branches: list[int] | None = None
+    id: str = ""
 
 
 def expand_images(ids: Sequence[int], tokens_per_image: int, like: Sequence[int] | None = None) -> np.ndarray:
@@ -102,7 +104,8 @@ class Collator:
         branch_ids (batch, length): 0 in a prompt, n in its n-th answer, and
         position_ids (batch, length): what the model takes for a token's place in its text;
         pixel_values (images, 3, height, width) or image_features (images, tokens, width), in reading order;
-        notes: the examples' messages.
+        about: what is for people and not for the model: the examples' `ids` and `notes`, and `tokens`, how many positions
+            are no padding.
     """
 
     def __init__(self, tokens_per_image: int, pad_id: int) -> None:
@@ -125,7 +128,11 @@ class Collator:
             "input_ids": input_ids,
             "positions": torch.from_numpy(np.concatenate(sources)),
             "labels": torch.from_numpy(np.concatenate(targets)),
-            "notes": [note for example in examples for note in example.notes],
+            "about": {
+                "ids": [example.id for example in examples],
+                "notes": [note for example in examples for note in example.notes],
+                "tokens": sum(len(sequence.ids) for pack in laid for sequence in pack),
+            },
         }
         if len(examples) == len(packs) and all(example.branches is None for example in examples):
             batch["attention_mask"] = pad([np.ones(len(pack[0].ids)) for pack in laid], 0)

@@ -113,7 +113,7 @@ class CaptionDataset(Dataset[Example]):
             ids += answer
             labels += answer
             branches += [number] * len(answer)
-        return Example(ids, labels, notes=notes, branches=branches if len(answers) > 1 else None)
+        return Example(ids, labels, notes=notes, branches=branches if len(answers) > 1 else None, id=record.id)
 
     def _shorten(self, record: Record, text: str, room: int) -> list[int]:
         """As many whole words as fit, and the end token: what is learned from it still stops."""

@@ -98,6 +98,18 @@ def _place_images(turns: list[Message], count: int, where: str) -> tuple[Message
     return tuple(turns)
 
 
+def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
+    """What a model said of a record, as prediction files hold it: a row a trial."""
+    truth: str | list[str] = list(record.responses) if len(record.responses) > 1 else "".join(record.responses)
+    return {
+        "index": index,
+        "image": record.images[0] if record.images else None,
+        "instruction": record.turns[-1].text.replace(f"{IMAGE_PLACEHOLDER}\n", ""),
+        "gt_caption": truth,
+        "pred_output": text,
+    }
+
+
 class Records(Sequence[Record]):
     """Records parsed one at a time out of a file of rows: memory-mapped, cheap to pickle and to fork."""
 

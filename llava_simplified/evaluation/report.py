@@ -200,9 +200,12 @@ def _thumbnail(data: bytes) -> tuple[str, int, int]:
 
 def _charts(runs: Sequence[Run], log: Path | None) -> list[dict[str, Any]]:
     charts = []
-    loss = read_log(log) if log else {}
-    if any(loss.values()):
-        charts.append(_chart("Loss", "nats a token", {k: v for k, v in loss.items() if v}))
+    curves = {name: points for name, points in (read_log(log) if log else {}).items() if points}
+    watched = {"CIDEr-D": curves.pop("CIDEr-D")} if "CIDEr-D" in curves else {}
+    if curves:
+        charts.append(_chart("Loss", "nats a token", curves))
+    if watched:
+        charts.append(_chart("CIDEr-D while training", "of the watched validation pictures", watched))
     steps = sorted((run.step, run.result.mean["CIDEr-D"].value) for run in runs if run.step is not None)
     if len({step for step, _ in steps}) > 1:
         charts.append(_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": steps}))
@@ -210,19 +213,20 @@ def _charts(runs: Sequence[Run], log: Path | None) -> list[dict[str, Any]]:
 
 
 def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """(step, loss) points of a `trainer_log.jsonl`: "training" and "validation".
+    """(step, value) points of a `trainer_log.jsonl`: the "training" and "validation" loss, and "CIDEr-D".
 
     A step that occurs again, after a resume, counts as it was last. The last line may be cut off by a kill.
 
     Raises:
         ValueError: names the line that is not a JSON object.
     """
-    curves: dict[str, dict[float, float]] = {"training": {}, "validation": {}}
+    keys = {"training": "loss", "validation": "eval_loss", "CIDEr-D": "eval_cider"}
+    curves: dict[str, dict[float, float]] = {name: {} for name in keys}
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else {}
-            for name, key in (("training", "loss"), ("validation", "eval_loss")):
+            for name, key in keys.items():
                 if key in row and math.isfinite(row[key]):
                     curves[name][row["step"]] = row[key]
         except (ValueError, TypeError, KeyError) as error:

@@ -160,6 +160,14 @@ def _move_into_place(part: Path, folder: Path) -> None:
     part.rmdir()
 
 
+def copy_checkpoint(source: str | Path, folder: str | Path) -> None:
+    """A checkpoint into another folder, without its trainer's state; whole or not at all, as `save_checkpoint`."""
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}.part{os.getpid()}")
+    shutil.copytree(source, part, ignore=shutil.ignore_patterns("trainer_state"))
+    _move_into_place(part, folder)
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """`llava.json` of a checkpoint.
 

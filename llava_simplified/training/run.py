@@ -55,6 +55,21 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     Raises:
         ValueError: what is asked for can't be done; found before the weights are loaded, wherever possible.
     """
+    trainer, resumed = build(model_args, data_args, args)
+    trainer.train(resume_from_checkpoint=str(resumed / "trainer_state") if resumed else None)
+    trainer.save_final()
+    output_dir = Path(str(args.output_dir))
+    if trainer.is_world_process_zero():
+        plot_training(output_dir / "trainer_log.jsonl", output_dir / "training.png")
+    trainer.accelerator.print(f"saved in {output_dir}; {_counted(trainer)}")
+    trainer.accelerator.end_training()
+    return output_dir
+
+
+def build(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> tuple[LlavaTrainer, Path | None]:
+    """All that a run needs before its first step: the trainer, and the checkpoint that it goes on from, if any."""
     transformers.set_seed(args.seed)
     check_options(data_args, args)
     train_records, train_folder = open_data(
@@ -72,8 +87,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     resumed = resume_folder(args)
     for difference in check_same_run(resumed, architecture, settings) if resumed else ():
         print(f"resuming {resumed}: {difference}", file=sys.stderr)
-    output_dir = Path(str(args.output_dir))
-    output_dir.mkdir(parents=True, exist_ok=True)
+    Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
 
     model = assemble(architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation)
 
@@ -105,13 +119,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     )
     packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
     trainer.accelerator.print(f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}")
-    trainer.train(resume_from_checkpoint=str(resumed / "trainer_state") if resumed else None)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        plot_training(output_dir / "trainer_log.jsonl", output_dir / "training.png")
-    trainer.accelerator.print(f"saved in {output_dir}; {_counted(trainer)}")
-    trainer.accelerator.end_training()
-    return output_dir
+    return trainer, resumed
 
 
 def check_options(data: DataArguments, args: TrainingArguments) -> None:
@@ -122,6 +130,11 @@ def check_options(data: DataArguments, args: TrainingArguments) -> None:
         raise ValueError(
             f"--eval_strategy {IntervalStrategy(args.eval_strategy).value} needs --eval_data_path; or --eval_strategy no"
         )
+    if (metric := args.metric_for_best_model) is not None:
+        if metric.removeprefix("eval_") not in ("loss", "perplexity", "cider"):
+            raise ValueError(f"--metric_for_best_model is eval_loss or cider, not {metric!r}")
+        if args.eval_strategy == "no":
+            raise ValueError("the best checkpoint is known by evaluations: --eval_strategy steps --eval_data_path ...")
     if args.deepspeed and "LOCAL_RANK" not in os.environ:
         raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)")
     if args.compile_layers and not can_compile(args.device.type):

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,41 +14,15 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from llava_simplified.arguments import TrainingArguments
 from llava_simplified.data.batching import LengthGroupedSampler
-from llava_simplified.model.checkpoint import Architecture, load_trained_weights, save_checkpoint
+from llava_simplified.model.checkpoint import Architecture, copy_checkpoint, load_trained_weights, save_checkpoint
 from llava_simplified.model.llava import Llava
-
-
-class ProgressLine(TrainerCallback):
-    """One line: steps, time left, and the last loss, learning rate and samples per second."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            disable=not state.is_world_process_zero,
-            dynamic_ncols=True,
-        )
-        self.samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            rate = (self.bar.format_dict["rate"] or 0.0) * self.samples
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {rate:.1f} samples/s")
-        elif "eval_loss" in logs:
-            self.bar.write(f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
+from llava_simplified.training.watch import EvalCaptions, GradientAlarm, Meter, ProgressLine
 
 
 class LlavaTrainer(transformers.Trainer):
@@ -75,12 +49,21 @@ class LlavaTrainer(transformers.Trainer):
             self.remove_callback(stock)
         if not args.disable_tqdm:
             self.add_callback(ProgressLine())
+        if args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        self.meter = Meter()
+        self.add_callback(self.meter)
+        self.alarm = GradientAlarm()
+        self.captions = self._watched_pictures()
+        if not self.captions and (args.metric_for_best_model or "").endswith("cider"):
+            raise ValueError("--metric_for_best_model cider: there is no validation picture to caption; use eval_loss")
         self.architecture = architecture
         self.settings = dict(settings)
         self.max_bad_images = max_bad_images
         self.model_accepts_loss_kwargs = False  # the loss is scaled in compute_loss, once
         self.loss_is_scaled_for_ga = True
         self.seen = Counter[str]()
+        self._ids: list[str] = []  # of this step's examples
         self._staging: Path | None = None  # while a checkpoint is being written
 
     # ---- loss ----
@@ -89,11 +72,20 @@ class LlavaTrainer(transformers.Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of one step, and how many trained tokens they hold on all devices together."""
+        self.meter.begin()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self._read_notes(batch)
-        tokens = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
-        return batches, self.accelerator.gather(tokens).sum()
+        self._ids = [name for batch in batches for name in batch["about"]["ids"]]
+        counts = [
+            sum(len(batch["labels"]) for batch in batches),
+            len(self._ids),
+            sum(batch["about"]["tokens"] for batch in batches),
+            sum(batch["input_ids"].numel() for batch in batches),
+        ]
+        trained, *others = self.accelerator.reduce(torch.tensor(counts, device=device), "sum").unbind()
+        self.meter.count(torch.stack(others))
+        return batches, trained
 
     def compute_loss(
         self,
@@ -103,19 +95,30 @@ class LlavaTrainer(transformers.Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Sum of the micro-batch's token losses over the tokens of the whole step: accumulation averages tokens."""
+        ids = inputs.pop("about")["ids"]
         outputs = model(**inputs)
         tokens = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
         # engines average gradients over processes: undo it, the tokens were counted over all of them
         loss = outputs.loss / tokens * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         if not torch.isfinite(loss):
-            raise FloatingPointError(self._non_finite(loss))
+            raise FloatingPointError(self._non_finite(f"the loss is {loss.item()}", ids))
         return (loss, outputs) if return_outputs else loss
 
-    def _non_finite(self, loss: torch.Tensor) -> str:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The stock one; a norm that is not finite ends the run before it reaches the weights, an unusual one is said."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not self.args.fp16:  # there, too large a loss scale shows like this, and is mended
+            if not math.isfinite(norm):
+                raise FloatingPointError(self._non_finite(f"the gradient's norm is {float(norm)}", self._ids))
+            if warning := self.alarm.check(float(norm)):
+                self.accelerator.print(f"step {self.state.global_step + 1}: {warning}; samples {_listed(self._ids)}")
+        return norm
+
+    def _non_finite(self, what: str, ids: Sequence[str]) -> str:
         last = transformers.trainer_utils.get_last_checkpoint(self.args.output_dir or "")
         return (
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}; last good checkpoint: {last or 'none yet'}. "
-            "Try a lower learning rate, or --bf16 instead of --fp16."
+            f"{what} at step {self.state.global_step + 1}, samples {_listed(ids)}; last good checkpoint: "
+            f"{last or 'none yet'}. Try a lower learning rate, or --bf16 instead of --fp16."
         )
 
     def evaluation_loop(
@@ -132,6 +135,7 @@ class LlavaTrainer(transformers.Trainer):
         total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         for batch in dataloader:
             self._read_notes(batch)
+            batch.pop("about")
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 total += torch.stack([model(**inputs).loss.double(), total.new_tensor(len(inputs["labels"]))])
@@ -141,12 +145,33 @@ class LlavaTrainer(transformers.Trainer):
             f"{metric_key_prefix}_loss": nll / tokens,
             f"{metric_key_prefix}_perplexity": math.exp(min(nll / tokens, 700)),
         }
+        if self.captions:
+            metrics[f"{metric_key_prefix}_cider"] = self._caption(self.captions)
         return EvalLoopOutput(
             predictions=None,  # type: ignore[arg-type]
             label_ids=None,
             metrics=metrics,
             num_samples=self.num_examples(dataloader),
         )
+
+    def _watched_pictures(self) -> EvalCaptions | None:
+        args = self.args
+        if args.eval_strategy == "no" or not args.eval_captions or self.eval_dataset is None:
+            return None
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            self.accelerator.print("--eval_captions: none, no process has all the weights that captioning takes")
+            return None
+        found = EvalCaptions(cast(Any, self.eval_dataset), args.eval_captions, Path(str(args.output_dir)))
+        return found if found.rows else None
+
+    def _caption(self, captions: EvalCaptions) -> float:
+        """The first process writes captions, the others wait; all get to know how good they are."""
+        score = torch.zeros((), device=self.args.device)
+        if self.is_world_process_zero():
+            model: Llava = self.accelerator.unwrap_model(self.model)
+            shown = 0 if self.args.disable_tqdm else 3
+            score += captions.write(model, self.state.global_step, self.callback_handler.callbacks, shown)
+        return self.accelerator.reduce(score, "sum").item()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Besides the stock orders: batches of one length, whatever the dataset's items are."""
@@ -167,8 +192,8 @@ class LlavaTrainer(transformers.Trainer):
     # ---- what people should know ----
 
     def _read_notes(self, batch: dict[str, Any]) -> None:
-        """Take the examples' messages out of a batch; stop when too many images are bad."""
-        notes: list[str] = batch.pop("notes")
+        """Say what the examples of a batch want said; stop when too many images are bad."""
+        notes: list[str] = batch["about"]["notes"]
         self.seen["images"] += len(batch.get("pixel_values", batch.get("image_features", ())))
         for note in notes:
             kind = note.partition(",")[0]
@@ -184,7 +209,9 @@ class LlavaTrainer(transformers.Trainer):
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Besides the usual: one JSON line in `trainer_log.jsonl`."""
+        """Besides the usual: the speed, and one JSON line in `trainer_log.jsonl`."""
+        if "loss" in logs:
+            logs |= self.meter.read()
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **self.state.log_history[-1]}
@@ -222,6 +249,18 @@ class LlavaTrainer(transformers.Trainer):
             folder = self._staging / "model" if self._staging else Path(output_dir or str(self.args.output_dir))
             save_checkpoint(model, folder, self.architecture, training, state_dict)
 
+    def save_final(self) -> None:
+        """Into the output folder: what the run ends with or, with `--load_best_model_at_end`, its best checkpoint."""
+        best = self.state.best_model_checkpoint
+        if not self.args.load_best_model_at_end or best is None:
+            self.save_model()
+        elif self.args.should_save:
+            copy_checkpoint(best, str(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self) -> None:
+        """Nothing is loaded: `save_final` copies the checkpoint, which works whatever engine holds the weights."""
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
 
@@ -258,3 +297,7 @@ class LlavaTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trained weights, for a resume; `resume_from_checkpoint` is the checkpoint's `trainer_state` folder."""
         load_trained_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint).parent)
+
+
+def _listed(ids: Sequence[str], most: int = 16) -> str:
+    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")

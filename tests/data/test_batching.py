@@ -22,7 +22,7 @@ def test_a_batch_position_by_position() -> None:
     assert batch["positions"].tolist() == [4, 5, 7, 8]
     assert batch["labels"].tolist() == [6, 7, 8, 9]
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
-    assert batch["notes"] == ["cut, row 2"]
+    assert batch["about"]["notes"] == ["cut, row 2"]
 
 
 def test_a_shared_prompt_position_by_position() -> None:

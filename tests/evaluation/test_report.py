@@ -130,7 +130,7 @@ def test_log_with_extra_keys_a_resume_and_a_cut_off_end(tmp_path: Path) -> None:
     rows = [
         '{"step": 10, "loss": 3.0, "grad_norm": 1}',
         '{"step": 20, "loss": 2.0}',
-        '{"step": 20, "eval_loss": 2.5, "x": []}',
+        '{"step": 20, "eval_loss": 2.5, "eval_cider": 0.5, "x": []}',
         "",
         '{"step": 20, "loss": 1.5}',
         '{"step": 30, "loss": NaN}',
@@ -139,7 +139,7 @@ def test_log_with_extra_keys_a_resume_and_a_cut_off_end(tmp_path: Path) -> None:
     ]
     log = tmp_path / "trainer_log.jsonl"
     log.write_text("\n".join(rows))
-    assert read_log(log) == {"training": [(10, 3.0), (20, 1.5)], "validation": [(20, 2.5)]}
+    assert read_log(log) == {"training": [(10, 3.0), (20, 1.5)], "validation": [(20, 2.5)], "CIDEr-D": [(20, 0.5)]}
     log.write_text("\n".join(['{"step": 10, "loss": 3.0}', "oops", '{"step": 20, "loss": 3.0}']))
     with pytest.raises(ValueError, match=r"trainer_log\.jsonl line 2: not a row of a training log"):
         read_log(log)

@@ -49,7 +49,7 @@ def examples(model: Llava, pixels: torch.Tensor) -> list[Example]:
 
 def collate(model: Llava, samples: list[Example]) -> dict[str, torch.Tensor]:
     batch = Collator(model.vision_tower.num_tokens, 1)(samples)
-    batch.pop("notes")
+    batch.pop("about")
     return batch
 
 

@@ -53,7 +53,7 @@ def samples(model: Llava) -> tuple[list[Example], list[Example]]:
 
 def loss_and_gradients(model: Llava, rows: list) -> dict[str, torch.Tensor]:
     batch = Collator(model.vision_tower.num_tokens, 1)(rows)
-    batch.pop("notes")
+    batch.pop("about")
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
@@ -101,7 +101,7 @@ def test_one_example_of_a_pack_never_moves_another(models_folder: Path) -> None:
 
     def logits(rows: list) -> torch.Tensor:
         batch = Collator(model.vision_tower.num_tokens, 1)(rows)
-        batch.pop("notes")
+        batch.pop("about")
         with torch.no_grad():
             return model(**batch).logits
 
@@ -177,6 +177,6 @@ def test_a_kernel_that_takes_no_mask_is_refused(models_folder: Path) -> None:
     model.config._attn_implementation = "flash_attention_2"
     for rows in ([shared[0]], [apart[:2], apart[2:4]]):
         batch = Collator(model.vision_tower.num_tokens, 1)(rows)
-        batch.pop("notes")
+        batch.pop("about")
         with pytest.raises(ValueError, match="flash_attention_2 .*use sdpa"):
             model(**batch)

@@ -239,11 +239,6 @@ def test_bad_images_are_replaced_counted_and_over_budget_fatal(
         run(options(models_folder, data_folder, tmp_path / "out", **more))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+; last good checkpoint"):
-        run(options(models_folder, data_folder, tmp_path / "out", learning_rate=1e30, max_steps=5, max_grad_norm=0))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
