@@ -133,8 +133,7 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Validation pictures captioned at every evaluation: eval_cider in the log; 0: none."},
     )
     early_stopping_patience: int = field(
-        default=0,
-        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."},
+        default=0, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."}
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress line."})
     config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})

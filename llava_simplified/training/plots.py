@@ -20,7 +20,9 @@ def plot_training(log: Path, output: Path) -> None:
     panels = panels[:1] + [panel for panel in panels[1:] if any(panel[2][0][0] in row for row in rows)]
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=[height for _, height, _ in panels])
+    all_axes = figure.subplots(
+        len(panels), sharex=True, squeeze=False, height_ratios=[height for _, height, _ in panels]
+    )
     for axes, (title, _, lines) in zip(all_axes[:, 0], panels):
         for key, label, style in lines:
             points = [(row["step"], row[key]) for row in rows if key in row]

@@ -152,13 +152,13 @@ class EvalCaptions:
 
     def _say(self, model: Llava, start: int, end: int) -> list[str]:
         records = [record for _, record in self.rows[start:end]]
-        seen = []
+        seen: list[torch.Tensor] = []
         for pixels, features in map(self.dataset.images, records):
-            seen.append(encode(model, pixels) if features is None and pixels is not None else features)
+            seen += [] if features is None else [features.to(model.device)]
+            seen += [] if pixels is None else [encode(model, pixels)]
         prompts = [model.prompt.render(record.turns, None).input_ids for record in records]
-        features = torch.cat([image.to(model.device) for image in seen])
         options = GenerationOptions(seed=0)  # without a seed it would draw from the generator that training draws from
-        return [text for (text,) in generate_from(model, prompts, features, options, [b""] * len(records))]
+        return [text for (text,) in generate_from(model, prompts, torch.cat(seen), options, [b""] * len(records))]
 
     def _pixels(self, record: Record) -> torch.Tensor:
         pixels = record_pixels(record, self.dataset.image_folder, self.dataset.transform)

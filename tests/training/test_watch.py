@@ -55,9 +55,16 @@ def test_an_early_stop_leaves_the_best_checkpoint(
     """The best is taken to be the highest loss: the one that is sure to stop coming."""
     more = {
         **watched,
-        **{"eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "eval_captions": 0},
-        **{"early_stopping_patience": 2, "load_best_model_at_end": True, "greater_is_better": True},
-        **{"learning_rate": 0.3, "lr_scheduler_type": "constant", "warmup_steps": 0},
+        "eval_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "eval_captions": 0,
+        "early_stopping_patience": 2,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+        "learning_rate": 0.3,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
     }
     output = run(options(models_folder, data_folder, tmp_path / "out", **more))
     curve = losses(output, "eval_loss")
@@ -90,7 +97,9 @@ def test_what_is_not_finite_is_named(
     more |= {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e30, "warmup_steps": 0}
     output = tmp_path / "out"
     last = str(output / "checkpoint-1")
-    with pytest.raises(FloatingPointError, match=rf"at step 2, samples train.json row 1; last good checkpoint: {last}\."):
+    with pytest.raises(
+        FloatingPointError, match=rf"at step 2, samples train.json row 1; last good checkpoint: {last}\."
+    ):
         run(options(models_folder, data_folder, output, max_grad_norm=max_grad_norm, **more))
 
 
@@ -128,7 +137,12 @@ def test_tensorboard_gets_pictures_and_captions(
     ],
 )
 def test_what_can_not_be_watched_is_said_before(
-    models_folder: Path, data_folder: Path, tmp_path: Path, watched: dict[str, Any], change: dict[str, Any], message: str
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    watched: dict[str, Any],
+    change: dict[str, Any],
+    message: str,
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run(options(models_folder, data_folder, tmp_path / "out", **{**watched, **change}))
