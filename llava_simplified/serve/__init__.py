@@ -1,0 +1,1 @@
+"""A model that others talk to: over HTTP, and on a page."""
