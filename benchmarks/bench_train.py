@@ -1,4 +1,4 @@
-"""A training step: `llava train` against stock LLaVA under transformers' Trainer and PEFT, and against the tutorial's recipe.
+"""A training step: `llava train` against stock LLaVA under transformers' Trainer and PEFT, under TRL, and against the tutorial's recipe.
 
     python benchmarks/bench_train.py [--language-model FOLDER] [--captions 1 5] [--steps 6] [--rounds 1]
 
@@ -26,6 +26,7 @@ from typing import Any
 WORDS = ("red dog", "a car", "the man", "of two", "woman with", "old street", "on a field", "in the park", "near water")
 WARM_UP = 3  # steps: compilation, caches, allocator
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0}
+PEERS = ("transformers + PEFT", "TRL's SFTTrainer", "the tutorial's recipe")
 OURS = {  # one lever more in each line
     "ours: logits where trained": {"cache_vision_features": "off", "share_prefix": False},
     "+ cached features": {"cache_vision_features": "memory", "share_prefix": False},
@@ -110,11 +111,10 @@ def common(steps: int) -> dict[str, Any]:
     }
 
 
-def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, options: dict[str, Any]) -> None:
-    """What transformers' and PEFT's documentation of LLaVA amounts to."""
+def stock_model(folder: Path, models: tuple[str, str]) -> tuple[Any, Any, Any]:
+    """What transformers' documentation of LLaVA amounts to: (model, processor, PEFT configuration)."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from PIL import Image
+    from peft import LoraConfig
     from safetensors.torch import load_file
     from transformers import (
         AutoModelForCausalLM,
@@ -123,18 +123,15 @@ def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, o
         CLIPVisionModel,
         LlavaConfig,
         LlavaForConditionalGeneration,
-        Trainer,
-        TrainingArguments,
+        LlavaProcessor,
     )
 
-    from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message, Prompt  # so that the tokens are the same
-
     tokenizer = AutoTokenizer.from_pretrained(models[0])
-    prompt, processor = Prompt(tokenizer), CLIPImageProcessorPil.from_pretrained(models[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     text = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.bfloat16)
-    text.resize_token_embeddings(len(tokenizer) + 1)
-    image_token = len(tokenizer)
+    text.resize_token_embeddings(len(tokenizer))
     tower = CLIPVisionModel.from_pretrained(models[1], dtype=torch.bfloat16)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=tower.config, text_config=text.config, image_token_id=image_token, projector_hidden_act="gelu"
@@ -144,35 +141,55 @@ def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, o
     weights = load_file(folder / "projector" / "projector.safetensors")
     names = {"0.": "linear_1.", "2.": "linear_2."}
     model.model.multi_modal_projector.load_state_dict({names[k[:2]] + k[2:]: v for k, v in weights.items()})
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil.from_pretrained(models[1]),
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
     config = LoraConfig(
         r=LORA["lora_r"],
         lora_alpha=LORA["lora_alpha"],
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
         modules_to_save=["multi_modal_projector"],
     )
+    return model, processor, config
+
+
+def samples(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
+    """Picture, prompt and completion of every caption."""
+    rows = []
+    for row in json.loads((folder / "train.json").read_text()):
+        turn = {"role": "user", "content": f"<image>\n{row['instruction']}"}
+        prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        for caption in row["responses"]:
+            rows.append({"image": str(folder / row["image"]), "prompt": prompt, "completion": f"{caption}<|im_end|>"})
+    return rows
+
+
+def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, options: dict[str, Any]) -> None:
+    """transformers' Trainer with PEFT: every batch padded, logits at every position."""
+    import torch
+    from peft import get_peft_model
+    from PIL import Image
+    from transformers import Trainer, TrainingArguments
+
+    model, processor, config = stock_model(folder, models)
     model = get_peft_model(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
-    rows = [
-        (row["image"], row["instruction"], caption)
-        for row in json.loads((folder / "train.json").read_text())
-        for caption in row["responses"]
-    ]
-
-    def collate(rows: list[tuple[str, str, str]]) -> dict[str, torch.Tensor]:
-        pictures = [Image.open(folder / image).convert("RGB") for image, _, _ in rows]
-        ids, labels = [], []
-        for _, instruction, caption in rows:
-            rendered = prompt.render([Message("user", f"<image>\n{instruction}")], caption)
-            place = rendered.input_ids.index(IMAGE_INDEX)
-            ids.append(rendered.input_ids[:place] + [image_token] * 196 + rendered.input_ids[place + 1 :])
-            labels.append([IGNORE_INDEX] * 196 + rendered.labels[1:])
-        batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")
-        length = batch["input_ids"].shape[1]
-        batch["labels"] = torch.tensor([row + [IGNORE_INDEX] * (length - len(row)) for row in labels])
-        return {**batch, **processor(pictures, return_tensors="pt")}
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = [Image.open(row["image"]).convert("RGB") for row in rows]
+        texts = [row["prompt"] + row["completion"] for row in rows]
+        inputs = processor(images=pictures, text=texts, padding=True, padding_side="right", return_tensors="pt")
+        trained = [len(processor.tokenizer(row["completion"]).input_ids) for row in rows]
+        ends = inputs["attention_mask"].sum(1)
+        place = torch.arange(inputs["input_ids"].shape[1])
+        answer = (place >= (ends - torch.tensor(trained))[:, None]) & (place < ends[:, None])
+        return {**inputs, "labels": inputs["input_ids"].masked_fill(~answer, -100)}
 
     args = TrainingArguments(
         output_dir=str(folder / "stock"),
@@ -186,7 +203,28 @@ def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, o
     )
     if options.get("gradient_checkpointing"):
         model.enable_input_require_grads()
-    Trainer(model, args, train_dataset=rows, data_collator=collate).train()  # type: ignore[arg-type]
+    Trainer(model, args, train_dataset=samples(folder, processor.tokenizer), data_collator=collate).train()  # type: ignore[arg-type]
+
+
+def train_trl(folder: Path, models: tuple[str, str], batch: int, steps: int) -> None:
+    """TRL's SFTTrainer on prompts and completions, without the gradient checkpointing that it turns on by default."""
+    import torch
+    from datasets import Dataset
+    from datasets import Image as ImageColumn
+    from trl import SFTConfig, SFTTrainer
+
+    model, processor, config = stock_model(folder, models)
+    data = Dataset.from_list(samples(folder, processor.tokenizer)).cast_column("image", ImageColumn())
+    args = SFTConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=batch,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        max_length=None,
+        lr_scheduler_type="cosine",
+        **common(steps),
+    )
+    SFTTrainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=config).train()
 
 
 def write_projector(folder: Path, models: tuple[str, str]) -> None:
@@ -227,6 +265,8 @@ def one_run(folder: Path, models: tuple[str, str], name: str, batch: int, steps:
     watch_steps(seen)
     if name in OURS:
         train_ours(folder, models, batch, steps, {**OURS[name], "mm_projector_type": "mlp2x_gelu"})
+    elif "TRL" in name:
+        train_trl(folder, models, batch, steps)
     else:
         train_stock(folder, models, batch, steps, {"gradient_checkpointing": True} if "tutorial" in name else {})
     times = [start for start, _ in seen]
@@ -282,7 +322,7 @@ def main() -> None:
             folder.mkdir()
             write_data(folder, args.batch * (WARM_UP + 1 + args.steps), captions)
             write_projector(folder, models)  # type: ignore[arg-type]
-            names = ["stock transformers + PEFT", "the tutorial's recipe", *OURS]
+            names = [*PEERS, *OURS]
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
             for _ in range(args.rounds):
                 for name in names:
@@ -299,13 +339,15 @@ def main() -> None:
 
 def print_table(results: dict[str, list[dict[str, Any]]], captions: int, samples: int, flops: float) -> None:
     best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in results.items()}
-    stock, tutorial = list(best.values())[:2]
+    stock, trl, tutorial = (best[name] for name in PEERS)
     print(f"\n{captions} caption(s) an image, {samples} captions an update")
-    print(f"{'':32}{'captions/s':>11}{'x stock':>9}{'x tutorial':>11}{'memory':>8}{'first loss':>11}{'of matmul':>10}")
+    print(
+        f"{'':32}{'captions/s':>11}{'x stock':>9}{'x TRL':>9}{'x tutorial':>11}{'memory':>8}{'first loss':>11}{'of matmul':>10}"
+    )
     for name, run in best.items():
         print(
             f"{name:32}{samples / run['seconds']:>11.2f}{stock['seconds'] / run['seconds']:>9.2f}"
-            f"{tutorial['seconds'] / run['seconds']:>11.2f}{run['memory'] / stock['memory']:>8.2f}{run['loss']:>11.4f}"
+            f"{trl['seconds'] / run['seconds']:>9.2f}{tutorial['seconds'] / run['seconds']:>11.2f}{run['memory'] / stock['memory']:>8.2f}{run['loss']:>11.4f}"
             + (f"{flops / run['seconds'] / run['limit']:>10.0%}" if name == list(best)[-1] else "")
         )
         if abs(run["loss"] / stock["loss"] - 1) > 0.01:
