@@ -164,13 +164,11 @@ def main() -> None:
         folder = root / "pictures"
         folder.mkdir()
         write_data(folder, args.images, 1)
-        # as the `llava` command sets it: threads that spin at a barrier slow all sides where another process runs
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for _ in range(args.rounds):
             for side in SIDES:
                 words = [sys.executable, __file__, "--batch", args.batch, "--run", side, *models, folder]
-                done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment)
+                done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
                 results[side].append(json.loads((folder / "result.json").read_text()))
