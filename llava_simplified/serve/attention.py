@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-from unicodedata import east_asian_width
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
@@ -17,13 +18,8 @@ from llava_simplified.model.language_model import head_at
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message
 
-
-class WordAttention(NamedTuple):
-    """`text`: a word, with the space before it. `grids`: float32 (images, rows, columns), the share of its attention
-    that went to each place of the pictures; what is missing to 1 went to text."""
-
-    text: str
-    grids: torch.Tensor
+# A word with the white space before it. Chinese and Japanese know no spaces: every sign is a word.
+WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+)")
 
 
 @torch.inference_mode()
@@ -67,30 +63,24 @@ def attention_grids(
     return patches[..., -height * width :].unflatten(2, (height, width))  # CLS tokens stand in front of the patches
 
 
-def look(
-    model: Llava, turns: str | Sequence[Message], images: Sequence[ImageSource], answer: str
-) -> list[WordAttention]:
-    """Where in the pictures each word of an answer came from: `attention_grids`, the mean over a word's tokens.
+def look(model: Llava, turns: str | Sequence[Message], images: Sequence[ImageSource], answer: str) -> torch.Tensor:
+    """Where in the pictures each `WORD` of an answer came from: `attention_grids`, the mean over a word's tokens.
 
     Args:
         turns, images: as `Llava.stream` takes them; at least one picture.
-        answer: what the model said to them. The texts of its words together are the answer.
+        answer: what the model said to them.
+
+    Returns:
+        float32 (words, images, rows, columns)
     """
     prompt, pixels = model.ask(turns, images)
     if pixels is None:
         raise ValueError("there is no picture to look at")
     _, ([*ids, _end],) = model.prompt.render_branches([Message("user", "")], [answer])
     grids = attention_grids(model, prompt, ids, encode(model, pixels))
-    words: list[tuple[str, list[int]]] = []
-    said = ""
-    for index in range(len(ids)):
-        text = model.prompt.decode(ids[: index + 1])
-        if index + 1 < len(ids):
-            text = text.rstrip("\ufffd")  # the next token completes the letter
-        piece, said = text[len(said) :], text
-        # a word begins at a space; in writings without spaces, at every token
-        begins = piece[:1].isspace() or east_asian_width(piece[:1] or "x") in "WF"
-        if not words or (begins and words[-1][0].strip()):
-            words.append(("", []))
-        words[-1] = (words[-1][0] + piece, [*words[-1][1], index])
-    return [WordAttention(text, grids[indices].mean(0)) for text, indices in words]
+    said = [model.prompt.decode(ids[: count + 1]).rstrip("\ufffd") for count in range(len(ids))]
+    ends = np.array([len(text) for text in said])
+    starts = np.concatenate([[0], ends[:-1]])
+    ends = np.maximum(ends, starts + 1)  # half a letter belongs to the whole that is coming
+    words = [match.span() for match in WORD.finditer(said[-1])]
+    return torch.stack([grids[(starts < end) & (ends > start)].mean(0) for start, end in words])

@@ -14,7 +14,7 @@ from llava_simplified.model.checkpoint import Architecture, assemble
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora
 from llava_simplified.prompt import IMAGE_INDEX, Message
-from llava_simplified.serve.attention import attention_grids, look
+from llava_simplified.serve.attention import WORD, attention_grids, look
 
 ANSWER = [40, 7, 150, 31, 260, 99]
 TWO = "Compare <image> with <image>"
@@ -110,16 +110,21 @@ def test_layers_without_attention_have_no_say(models_folder: Path) -> None:
     check(model)
 
 
-def test_words_together_are_the_answer(models_folder: Path) -> None:
+def test_a_word_has_the_attention_of_its_tokens(models_folder: Path) -> None:
     model = build(models_folder, "llama")
     prompt, pixels = ask(model, "<image>\nWhat is this?")
     answer = "a bedroom, with 日本 a café 🙂."
+    assert WORD.findall(answer) == ["a", " bedroom,", " with", " 日", "本", " a", " café", " 🙂."]
     words = look(model, "What is this?", [pixels[0].permute(1, 2, 0).numpy()], answer)
-    assert [word.text for word in words] == ["a", " bedroom,", " with", " 日", "本", " a", " café", " 🙂."]
+    assert words.shape == (8, 1, 4, 4)
     _, ([*ids, _],) = model.prompt.render_branches([Message("user", "")], [answer])
     grids = attention_grids(model, prompt, ids, model.vision_tower(pixels))
-    count = len(model.prompt.render_branches([Message("user", "")], ["a bedroom,"])[1][0]) - 1
-    assert count > 2, "the second word has several tokens"
-    torch.testing.assert_close(words[1].grids, grids[1:count].mean(0))
+    ends = [
+        len(model.prompt.render_branches([Message("user", "")], [answer[:end]])[1][0]) - 1
+        for end in (1, 10, 15, 17, 18, 20, 25, 28)
+    ]
+    assert ends[1] > 2 and ends[3] > ends[2] + 1, "words of several tokens, signs of several tokens"
+    for word, start, end in zip(words, [0, *ends], ends):
+        torch.testing.assert_close(word, grids[start:end].mean(0))
     with pytest.raises(ValueError, match="no picture"):
         look(model, "What is this?", [], answer)
