@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": ("llava_simplified.captioning:chat_main", "talk about a picture on the terminal"),
     "predict": ("llava_simplified.captioning:main", "caption the pictures of a data file, or one picture"),
     "evaluate": ("llava_simplified.evaluation.run:main", "score predictions against references"),
+    "serve": ("llava_simplified.serve.run:main", "answer over HTTP, as OpenAI's API does, and on a page"),
     "export": (
         "llava_simplified.export.run:export_main",
         "a checkpoint -> stock LLaVA or PEFT, compared after writing",

@@ -1,0 +1,438 @@
+"""The HTTP API that OpenAI's clients speak, in front of a `Worker`.
+
+What is asked is read strictly: a parameter that is unknown, out of range or asks for what isn't done here is an error that
+names it, not a silent difference. Everything that a request holds is freed where it ends, in whatever way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, MutableMapping
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+from uuid import uuid4
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llava_simplified.data.fetch import Fetcher, FetchOptions
+from llava_simplified.model.generation import GenerationOptions
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+from llava_simplified.serve.batching import Busy, Piece, Place, Worker
+
+_GRACE = 5.0  # seconds beyond its time for a client to read its answer
+_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
+_SSE = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the pieces
+]
+_CHALLENGE = {"www-authenticate": "Bearer"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request: the bytes of its body, its pictures, the tokens of an answer (as many are given where it names
+    none), and how http(s) pictures are fetched (None: refused)."""
+
+    max_body: int = 20_000_000
+    max_images: int = 8
+    max_tokens: int = 512
+    fetch: FetchOptions | None = None
+
+
+# ---- what may be asked ----
+
+
+class _Given(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(_Given):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(_Given):
+    url: str | bytes  # bytes: of a data URI
+    detail: Literal["auto", "low", "high"] | None = None  # there is one size
+
+    @field_validator("url")
+    @classmethod
+    def decode(cls, url: str) -> str | bytes:
+        if not url.startswith("data:"):
+            return url
+        head, _, data = url.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError("a data URI must be data:image/...;base64,...")
+        try:
+            return base64.b64decode(data, validate=True)
+        except ValueError as error:
+            raise ValueError(f"the data URI is not base64: {error}") from None
+
+
+class ImagePart(_Given):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+class Turn(_Given):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def one_text(cls, content: object) -> object:
+        return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+    @property
+    def images(self) -> list[str | bytes]:
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+    def message(self, instruction: str) -> Message:
+        """Pictures stand in front of the text, as in training, unless it says by `<image>` where they go."""
+        text = "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+        count = len(self.images)
+        if count and self.role != "user":
+            raise ValueError(f"pictures belong to the user's messages, not to the {self.role}'s")
+        if count and IMAGE_PLACEHOLDER not in text:
+            text = f"{IMAGE_PLACEHOLDER}\n" * count + (text if text.strip() else instruction)
+        if self.role == "user" and text.count(IMAGE_PLACEHOLDER) != count:
+            raise ValueError(f"{count} picture(s) for {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} in a message")
+        return Message("system" if self.role == "developer" else self.role, text)
+
+
+class StreamOptions(_Given):
+    include_usage: bool = False
+
+
+class TextFormat(_Given):
+    type: Literal["text"]
+
+
+class ChatRequest(_Given):
+    """The body of POST /v1/chat/completions; the last six are taken where they ask for what is done anyway."""
+
+    model: str
+    messages: list[Turn] = Field(min_length=1, max_length=100)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+    n: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(None, max_length=4)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    logprobs: Literal[False] | None = None
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    response_format: TextFormat | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def one_stop(cls, stop: object) -> object:
+        return [stop] if isinstance(stop, str) else stop
+
+    def options(self, longest: int) -> GenerationOptions:
+        """Greedy where no temperature is given, as `Llava.caption`; several samples: at 0.7."""
+        most = self.max_completion_tokens or self.max_tokens or longest
+        if most > longest:
+            raise ValueError(f"an answer has {longest} tokens at most here, {most} are asked for")
+        count = self.n or 1
+        temperature = self.temperature if self.temperature is not None else 0.7 * (count > 1)
+        return GenerationOptions(
+            max_new_tokens=most,
+            temperature=temperature if temperature >= 1e-3 else 0.0,  # lower, the scores overflow: greedy is the limit
+            top_p=self.top_p or 1.0,
+            top_k=self.top_k or 0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            num_return_sequences=count,
+            seed=self.seed,
+        )
+
+
+# ---- errors ----
+
+
+def problem(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body in OpenAI's form, and headers. Says what a client can mend; of our own faults, only that."""
+    headers: dict[str, str] = {}
+    kind, code, where, message = "invalid_request_error", None, None, str(error)
+    if isinstance(error, HTTPException):
+        status, message, headers = error.status_code, error.detail, dict(error.headers or {})
+        code = {401: "invalid_api_key", 404: "not_found"}.get(status)
+    elif isinstance(error, Busy):
+        status, kind, code, headers = 429, "rate_limit_error", "queue_full", {"retry-after": str(error.retry_after)}
+    elif isinstance(error, asyncio.TimeoutError):
+        status, kind, code, message = 504, "timeout_error", "timeout", "the request's time is up"
+    elif isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False)[0]
+        parts = [part for part in first["loc"] if part not in ("text", "image_url") or isinstance(part, int)]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".") or None
+        status, message = 400, f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+    elif isinstance(error, ValueError):
+        status, code = 400, getattr(error, "kind", None)
+    else:
+        status, kind, message = 500, "server_error", "the server failed; its log says how"
+    return status, {"error": {"message": message, "type": kind, "param": where, "code": code}}, headers
+
+
+def _refuse(_: Request, error: Exception) -> Response:
+    status, body, headers = problem(error)
+    return JSONResponse(body, status, headers)
+
+
+# ---- the answer ----
+
+
+class ChatCompletions:
+    """POST /v1/chat/completions, an ASGI application: what a request holds is freed where its call returns."""
+
+    def __init__(
+        self, worker: Worker, name: str, limits: Limits, fetcher: Fetcher | None, registry: CollectorRegistry
+    ) -> None:
+        self.worker, self.name, self.limits, self.fetcher = worker, name, limits, fetcher
+        self._requests = Counter("llava_requests", "Requests to complete a chat", ["status"], registry=registry)
+        self._tokens = Counter("llava_tokens", "Tokens of answered requests", ["kind"], registry=registry)
+        self._seconds = Histogram(
+            "llava_request_seconds", "From a request to its answer's end", registry=registry, buckets=_BUCKETS
+        )
+        self._first = Histogram(
+            "llava_first_token_seconds", "From a request to its answer's beginning", registry=registry, buckets=_BUCKETS
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start, status, begun = time.perf_counter(), 499, False
+
+        async def reply(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            with self.worker.place() as place:
+                body = await asyncio.wait_for(self._body(Request(scope, receive)), place.left)
+                await _while_there(receive, self._answer(body, place, reply), place.left + _GRACE)
+            status = 200
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            status, body_of_error, _ = problem(error)
+            if not begun:
+                raise
+            await send(_event(body_of_error, more=False))
+        finally:
+            seconds = time.perf_counter() - start
+            self._requests.labels(status).inc()
+            self._seconds.observe(seconds)
+            logging.getLogger(__name__).info("%d in %.2f s", status, seconds)
+
+    async def _body(self, request: Request) -> bytes:
+        # a page in a browser may send other types to any server, one on its reader's own machine too, unasked
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "the content-type must be application/json")
+        body = bytearray()
+        too_large = HTTPException(413, f"the body is over {self.limits.max_body} bytes", {"connection": "close"})
+        if int(request.headers.get("content-length", 0)) > self.limits.max_body:
+            raise too_large
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.limits.max_body:
+                raise too_large
+        return bytes(body)
+
+    async def _answer(self, body: bytes, place: Place, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        asked = await loop.run_in_executor(self.worker.readers, ChatRequest.model_validate_json, body)
+        if asked.model != self.name:
+            raise HTTPException(404, f"there is no model {asked.model!r} here, but {self.name!r}")
+        options = asked.options(self.limits.max_tokens)
+        turns = [turn.message(self.worker.model.instruction) for turn in asked.messages]
+        urls = [url for turn in asked.messages for url in turn.images]
+        if len(urls) > self.limits.max_images:
+            raise ValueError(f"{len(urls)} pictures; {self.limits.max_images} may be shown at once")
+        images = await asyncio.gather(*(self._picture(url) for url in urls))
+        await place.ask(turns, images, options, asked.stop or ())
+        await (self._stream if asked.stream else self._whole)(asked, place, send)
+
+    async def _picture(self, url: str | bytes) -> bytes:
+        if isinstance(url, bytes):
+            return url
+        if self.fetcher is None:
+            raise ValueError("a picture must be a data URI: this server fetches none (--allow-image-urls)")
+        fetched = await self.fetcher.fetch(url)
+        if fetched.picture is None:
+            raise ValueError(f"the picture can't be fetched: {fetched.kind}: {fetched.detail}")
+        return fetched.picture.data
+
+    async def _pieces(self, place: Place, tokens: list[int]) -> AsyncIterator[Piece]:
+        """The place's pieces; `tokens` keeps how many each sample has."""
+        async for piece in place:
+            if not any(tokens):
+                self._first.observe(self.worker.timeout - place.left)
+            tokens[piece.sample] = piece.tokens
+            yield piece
+        self._tokens.labels("prompt").inc(place.prompt_tokens)
+        self._tokens.labels("answer").inc(sum(tokens))
+
+    async def _whole(self, asked: ChatRequest, place: Place, send: Send) -> None:
+        count = place.options.num_return_sequences
+        texts, ends, tokens = [""] * count, [""] * count, [0] * count
+        async for piece in self._pieces(place, tokens):
+            texts[piece.sample] += piece.text
+            ends[piece.sample] = piece.finish
+        choices = [
+            {
+                "index": sample,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "finish_reason": end,
+                "logprobs": None,
+            }
+            for sample, (text, end) in enumerate(zip(texts, ends))
+        ]
+        content = {**self._head("chat.completion"), "choices": choices, "usage": _usage(place, tokens)}
+        response = JSONResponse(content)
+        await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def _stream(self, asked: ChatRequest, place: Place, send: Send) -> None:
+        """Server-sent events, a chunk each."""
+        tokens = [0] * place.options.num_return_sequences
+        head = self._head("chat.completion.chunk")
+
+        async def chunk(sample: int, delta: dict[str, str], finish: str | None = None) -> None:
+            choice = {"index": sample, "delta": delta, "finish_reason": finish, "logprobs": None}
+            await send(_event({**head, "choices": [choice]}))
+
+        await send({"type": "http.response.start", "status": 200, "headers": _SSE})
+        for sample in range(len(tokens)):
+            await chunk(sample, {"role": "assistant", "content": ""})
+        async for piece in self._pieces(place, tokens):
+            if piece.text:
+                await chunk(piece.sample, {"content": piece.text})
+            if piece.finish:
+                await chunk(piece.sample, {}, piece.finish)
+        if asked.stream_options and asked.stream_options.include_usage:
+            await send(_event({**head, "choices": [], "usage": _usage(place, tokens)}))
+        await send(_event("[DONE]", more=False))
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": f"chatcmpl-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
+
+
+def _usage(place: Place, tokens: list[int]) -> dict[str, int]:
+    asked, said = place.prompt_tokens, sum(tokens)
+    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+
+
+def _event(content: object, more: bool = True) -> dict[str, Any]:
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more}
+
+
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, None], seconds: float) -> None:
+    """Do the work, as long as the client is there; one that has not read its answer in time counts as gone.
+
+    Raises:
+        ClientDisconnect
+    """
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientDisconnect
+        tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ---- the application ----
+
+
+class KeyCheck:
+    """Middleware: nothing but `open_paths` and the page (which asks for it by itself) is answered without the key."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self._key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/metrics")):
+            scheme, _, given = Request(scope).headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
+                error = HTTPException(401, "give the key of this server: Authorization: Bearer KEY", _CHALLENGE)
+                app = _refuse(Request(scope), error)
+        await app(scope, receive, send)
+
+
+def create_app(worker: Worker, name: str, key: str = "", limits: Limits = Limits()) -> Starlette:
+    """The API of a worker, which lives as long as the application.
+
+    Args:
+        name: what clients call the model.
+        key: asked of clients where it isn't empty; /health is open to everybody.
+    """
+    registry = CollectorRegistry()
+    fetcher = Fetcher(limits.fetch) if limits.fetch else None
+    Gauge("llava_places", "Requests under way", registry=registry).set_function(lambda: len(worker.places))
+    Gauge("llava_rows", "Answers being decoded", registry=registry).set_function(lambda: len(worker.rows))
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "llava-simplified"}
+
+    async def health(_: Request) -> Response:
+        return JSONResponse({"status": "ok" if worker.alive else "failed"}, 200 if worker.alive else 503)
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def one_model(request: Request) -> Response:
+        if request.path_params["name"] != name:
+            raise HTTPException(404, f"there is no model {request.path_params['name']!r} here, but {name!r}")
+        return JSONResponse(model)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with worker, fetcher or nullcontext():
+            yield
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", ChatCompletions(worker, name, limits, fetcher, registry), methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", one_model),
+            Route("/health", health),
+            Route("/metrics", metrics),
+        ],
+        middleware=[Middleware(KeyCheck, key)] if key else [],
+        exception_handlers=dict.fromkeys((HTTPException, Busy, asyncio.TimeoutError, ValueError, Exception), _refuse),
+        lifespan=lifespan,
+    )
