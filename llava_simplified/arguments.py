@@ -53,9 +53,18 @@ class ModelArguments:
     lora_alpha: float = field(default=16, metadata={"help": "LoRA scale: alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout at the adapter's input."})
     lora_bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or lora_only."})
+    tune_vision_tower: str = field(
+        default="off",
+        metadata={"help": "Train the vision tower too: full, or lora: an adapter with the options above."},
+    )
+    bits: int = field(
+        default=16, metadata={"help": "Keep the frozen language model in 4 (QLoRA) or 8 bits; needs bitsandbytes."}
+    )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "Attention of the language model: sdpa, eager, flash_attention_2; default: its best."},
+        metadata={
+            "help": "Attention of the language model: sdpa, eager; on CUDA flash_attention_2, flex_attention; default: its best."
+        },
     )
 
 
@@ -88,8 +97,9 @@ class DataArguments:
     cache_vision_features: str = field(
         default="auto",
         metadata={
-            "help": "Run the frozen tower once per picture and keep the features: memory, disk, off; "
-            "auto: on disk where a picture is seen more than once and all fit into feature_cache_gb."
+            "help": "Run the frozen tower once per picture and keep the features: memory, disk, off; pixels: keep on disk the "
+            "pictures as the tower takes them; auto: disk, else pixels, where a picture is seen more than once and all "
+            "fit into feature_cache_gb."
         },
     )
     feature_cache_dir: str = field(
@@ -121,6 +131,7 @@ class TrainingArguments(transformers.TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "wandb, tensorboard or none."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    vision_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
     compile_layers: bool = field(
         default=False,
         metadata={"help": "torch.compile each layer of the language model (needs a C++ compiler, or Triton on GPUs)."},
@@ -159,6 +170,11 @@ class TrainingArguments(transformers.TrainingArguments):
             self.restore_callback_states_from_checkpoint = True  # a resumed run is as patient as the straight one
         super().__post_init__()
 
+    @property
+    def frozen_dtype(self) -> str:
+        """Of the weights that are not trained."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
 
 # What LLaVA's scripts pass, under the names of their time.
 RENAMED = {
@@ -166,6 +182,8 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",
     "no_cuda": "use_cpu",
     "mm_projector_learning_rate": "mm_projector_lr",
+    "mm_vision_tower_lr": "vision_lr",
+    "torch_compile": "compile_layers",
 }
 NO_EFFECT = {
     "lazy_preprocess": "samples are always read lazily",

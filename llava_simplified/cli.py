@@ -14,6 +14,7 @@ COMMANDS = {
     "reduce": ("llava_simplified.data.convert:reduce_main", "a random sample of the records"),
     "merge-manifests": ("llava_simplified.data.download:merge_main", "join what several machines downloaded"),
     "inspect": ("llava_simplified.inspection:main", "samples as the model sees them: tokens, labels, images"),
+    "encode": ("llava_simplified.training.feature_cache:encode_main", "run the vision tower ahead of training, once"),
     "train": ("llava_simplified.training.run:main", "fine-tune a language model to see"),
     "caption": (
         "llava_simplified.captioning:caption_main",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,13 @@ from llava_simplified.data.batching import Example
 from llava_simplified.data.images import ImageError, ImageTransform, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.prompt import IMAGE_INDEX, Prompt
+
+
+class Stored(Protocol):
+    """Images by name: features (tokens, width), or uint8 pixels (3, height, width)."""
+
+    def __contains__(self, image: str, /) -> bool: ...
+    def __getitem__(self, image: str, /) -> torch.Tensor: ...
 
 
 class CaptionDataset(Dataset[Example]):
@@ -27,7 +35,7 @@ class CaptionDataset(Dataset[Example]):
         max_length: the most text tokens of a prompt with one answer, an image counting as one. A longer answer loses
             words at its end; a prompt that leaves no room is an error.
         share_prefix: False makes one example for each response.
-        features: patch features by image name, computed before: then no picture is opened.
+        features: by image name, patch features that were computed before, or pixels: then no picture is opened.
     """
 
     def __init__(
@@ -38,7 +46,7 @@ class CaptionDataset(Dataset[Example]):
         transform: ImageTransform,
         max_length: int = 2048,
         share_prefix: bool = True,
-        features: Mapping[str, torch.Tensor] | None = None,
+        features: Stored | None = None,
     ) -> None:
         self.records = records
         self.prompt = prompt
@@ -91,7 +99,8 @@ class CaptionDataset(Dataset[Example]):
             ImageError: an image that can't be read.
         """
         if record.images and self.features is not None and all(name in self.features for name in record.images):
-            return None, torch.stack([self.features[name] for name in record.images])
+            rows = torch.stack([self.features[name] for name in record.images])
+            return (rows, None) if rows.dtype == torch.uint8 else (None, rows)
         return record_pixels(record, self.image_folder, self.transform), None
 
     def text(self, record: Record, responses: Sequence[str]) -> Example:

@@ -44,12 +44,12 @@ def merge_main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
     args = parser.parse_args(argv)
     merge(args.checkpoint, args.output, args.model_base)
-    print(f"{args.output}: needs no base model any more, only the vision tower")
+    print(f"{args.output}: of the base models, only those are needed that were not trained")
     return 0
 
 
 def merge(checkpoint: str | Path, output: Path, model_base: str | None = None) -> None:
-    """Write a checkpoint of the same model whose language model is whole: `language_model/` in place of `adapter/`.
+    """Write a checkpoint of the same model without adapters: `language_model/`, `vision_tower/` in their place.
 
     Raises:
         ValueError: there is no adapter, or the folder exists.
@@ -58,14 +58,19 @@ def merge(checkpoint: str | Path, output: Path, model_base: str | None = None) -
     from llava_simplified.model.llava import Llava
 
     manifest = read_manifest(checkpoint)
-    if manifest["trained"] != "adapter":
+    text, tower = manifest["trained"], manifest.get("trained_tower", "off")
+    if text != "adapter" and tower != "lora":
         raise ValueError(f"{checkpoint}: has no adapter to merge")
     if output.exists():
         raise ValueError(f"{output} exists: choose another --output")
-    model = Llava.from_pretrained(checkpoint, model_base=model_base, device="cpu")
-    text: Any = model.language_model
-    model.language_model = text.merge_and_unload().requires_grad_(True)  # trained whole, as far as saving goes
-    save_checkpoint(model, output, Architecture(**manifest["architecture"]), manifest["training"])
+    model = Llava.from_pretrained(checkpoint, model_base=model_base, device="cpu", merge=True)
+    # trained whole, as far as saving goes
+    model.language_model.requires_grad_(text != "projector")
+    model.vision_tower.requires_grad_(tower != "off")
+    parts = dict(manifest["architecture"])
+    if text != "projector":
+        parts["bits"] = 16
+    save_checkpoint(model, output, Architecture(**parts), manifest["training"])
 
 
 def push_main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ def export_stock(
     Args:
         dtype: of the weights: float32, bfloat16 or float16; as trained where not given.
         images: pictures to compare on; noise where there are none.
-        merge: put the adapter into the weights; False leaves the language model as it was.
+        merge: put the adapters into the weights; False leaves the language model as it was.
         where: `model_base`, `vision_tower`: where the base weights are now.
 
     Returns:
@@ -59,11 +59,12 @@ def export_stock(
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} exists: an export is written whole, into a folder of its own")
-    model = Llava.from_pretrained(checkpoint, device="cpu", dtype=dtype, **where)
-    if isinstance(model.language_model, PeftModel):
-        # unload leaves the base as it was
-        peft: Any = model.language_model
-        model.language_model = peft.merge_and_unload() if merge else peft.unload()
+    model = Llava.from_pretrained(checkpoint, device="cpu", dtype=dtype, merge=merge, **where)
+    text, vision = cast(Any, model.language_model), cast(Any, model.vision_tower.model)
+    if isinstance(vision, PeftModel):
+        model.vision_tower.model = vision.merge_and_unload()
+    if isinstance(text, PeftModel):
+        model.language_model = text.unload()  # leaves the base as it was
     settings = describe(model)
     pictures = [load_pixels(image) for image in images] or [_noise(seed) for seed in range(2)]
     expected = [_say(model, picture) for picture in pictures]
@@ -283,8 +284,13 @@ def export_adapter(
     Raises:
         ValueError: the checkpoint has no adapter; or as `export_stock`.
     """
-    if read_manifest(checkpoint)["trained"] != "adapter":
+    manifest = read_manifest(checkpoint)
+    if manifest["trained"] != "adapter":
         raise ValueError(f"{checkpoint}: has no adapter (its language model was trained whole, or not at all): use hf")
+    if (bits := manifest["architecture"].get("bits", 16)) != 16:
+        raise ValueError(
+            f"{checkpoint}: its adapter belongs to weights of {bits} bits, which stock LLaVA has not: use hf"
+        )
     from safetensors.torch import load_file, save_file
 
     output = Path(output)

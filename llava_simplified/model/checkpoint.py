@@ -10,18 +10,19 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.integrations import validate_bnb_backend_availability
+from transformers.utils import cached_file, is_bitsandbytes_available
 
 from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
 from llava_simplified.model.projector import build_projector
-from llava_simplified.model.vision import VisionTower
+from llava_simplified.model.vision import VisionTower, refuse_random
 
 FORMAT_VERSION = 1
 MANIFEST = "llava.json"
@@ -41,6 +42,7 @@ class Architecture:
     template: str = "auto"
     instruction: str = DEFAULT_INSTRUCTION
     dtype: str = "float32"
+    bits: int = 16
     fingerprints: dict[str, str] = field(default_factory=dict)
 
 
@@ -65,29 +67,59 @@ def assemble(
     architecture: Architecture,
     *,
     language_model: str | Path | None = None,
+    vision_tower: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **model_options: Any,
 ) -> Llava:
     """Load the pretrained parts and join them by a fresh projector (float32, as all that is trained).
 
     Args:
-        language_model: load the language model from here instead of `architecture.language_model`.
-        model_options: go to `AutoModelForCausalLM.from_pretrained` (attn_implementation, quantization_config).
+        language_model, vision_tower: load them from here instead of where `architecture` says.
+        model_options: go to `AutoModelForCausalLM.from_pretrained` (attn_implementation).
+
+    Raises:
+        ValueError: a part can't be loaded, or not whole.
     """
     dtype = getattr(torch, architecture.dtype)
+    if architecture.bits != 16:
+        model_options["quantization_config"] = quantization(architecture.bits, dtype)
     tower = VisionTower.from_pretrained(
-        architecture.vision_tower,
+        str(vision_tower or architecture.vision_tower),
         dtype=dtype,
         select_layer=architecture.mm_vision_select_layer,
         select_feature=architecture.mm_vision_select_feature,
         token_pool=architecture.mm_token_pool,
     )
     source = str(language_model or architecture.language_model)
-    text: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **model_options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **model_options)
+    text, report = loaded
+    refuse_random(source, report["missing_keys"])
+    for module in text.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # rounds the 4-bit weights' scales, in evaluation mode alone
+            module.support_avx512bf16_for_cpu = False
     width = text.get_input_embeddings().weight.shape[1]
     projector = build_projector(architecture.mm_projector_type, tower.width, width)
     tokenizer = tokenizer or load_tokenizer(source)
     return Llava(tower, projector, text, tokenizer, architecture.template, architecture.instruction)
+
+
+def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How a frozen language model is kept in 4 bits (NF4: Dettmers et al., QLoRA, 2023) or 8; its head and norms stay in `dtype`.
+
+    Raises:
+        ValueError: other bits; or bitsandbytes is not there, or not for this machine.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"--bits is 4, 8 or 16, not {bits}")
+    if not is_bitsandbytes_available():
+        raise ValueError(f"--bits {bits} needs bitsandbytes: pip install 'llava-simplified[quant]'; or --bits 16")
+    if not validate_bnb_backend_availability():
+        raise ValueError(f"--bits {bits}: bitsandbytes does not know this machine's devices: --bits 16")
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def save_checkpoint(
@@ -123,12 +155,21 @@ def save_checkpoint(
     elif trained == "language_model":
         text.save_pretrained(str(part / "language_model"), state_dict=_under(weights, "language_model."))
     model.tokenizer.save_pretrained(str(part))
-    processor = cached_file(architecture.vision_tower, "preprocessor_config.json")
-    shutil.copyfile(str(processor), part / "preprocessor_config.json")
+    processor = str(cached_file(architecture.vision_tower, "preprocessor_config.json"))
+    shutil.copyfile(processor, part / "preprocessor_config.json")
+    vision: Any = model.vision_tower.model
+    trained_tower = tower_of(model)
+    if trained_tower == "lora":
+        state = _under(weights, "vision_tower.model.")
+        vision.save_pretrained(str(part / "vision_adapter"), state_dict=state, save_embedding_layers=False)
+    elif trained_tower == "full":  # a model folder like others: `--vision_tower CHECKPOINT/vision_tower`
+        vision.save_pretrained(str(part / "vision_tower"), state_dict=_under(weights, "vision_tower.model."))
+        shutil.copyfile(processor, part / "vision_tower" / "preprocessor_config.json")
     manifest = {
         "format_version": FORMAT_VERSION,
         "architecture": asdict(architecture),
         "trained": trained,
+        "trained_tower": trained_tower,
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "training": dict(training or {}),
     }
@@ -141,6 +182,13 @@ def kind_of(model: Llava) -> str:
     if isinstance(model.language_model, PeftModel):
         return "adapter"
     return "language_model" if any(p.requires_grad for p in model.language_model.parameters()) else "projector"
+
+
+def tower_of(model: Llava) -> str:
+    """What of the vision tower is trained: "off", "full" or "lora"."""
+    if isinstance(model.vision_tower.model, PeftModel):
+        return "lora"
+    return "off" if model.vision_tower.frozen else "full"
 
 
 def _under(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -198,39 +246,48 @@ def load_checkpoint(
     model_base: str | None = None,
     vision_tower: str | None = None,
     dtype: str | None = None,
+    bits: int | None = None,
     device: str | torch.device | None = None,
     trainable: bool = False,
+    merge: bool = False,
     **model_options: Any,
 ) -> Llava:
     """Load a checkpoint, strictly: a missing or unexpected weight is an error that names it.
 
     Args:
         model_base, vision_tower: where the base weights are now, if not where they were at training.
-        dtype: of the frozen weights; what training used, where not given.
+        dtype, bits: of the frozen weights; what training used, where not given.
         device: the accelerator where there is one, else the CPU.
         trainable: keep the adapter's gradients on, to train further.
+        merge: put the adapters into the weights; quantised ones become whole before, with the values that were trained with.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     architecture = _architecture(manifest)
-    changes = {"language_model": model_base, "vision_tower": vision_tower, "dtype": dtype}
+    changes = {"language_model": model_base, "vision_tower": vision_tower, "dtype": dtype, "bits": bits}
     architecture = Architecture(**{**asdict(architecture), **{k: v for k, v in changes.items() if v}})
     kind = manifest["trained"]
-    text_source = folder / "language_model" if kind == "language_model" else architecture.language_model
+    tower_kind = manifest.get("trained_tower", "off")
+    inside = {  # parts that were trained whole lie in the checkpoint
+        "language_model": folder / "language_model" if kind == "language_model" else None,
+        "vision_tower": folder / "vision_tower" if tower_kind == "full" else None,
+    }
     for name, digest in architecture.fingerprints.items():
-        if name == "language_model" and kind == "language_model":
-            continue  # its weights lie in the checkpoint
-        check_fingerprint(name, getattr(architecture, name), digest)
+        if inside[name] is None:
+            check_fingerprint(name, getattr(architecture, name), digest)
     tokenizer = load_tokenizer(str(folder))
-    model = assemble(architecture, language_model=text_source, tokenizer=tokenizer, **model_options)
+    model = assemble(architecture, tokenizer=tokenizer, **inside, **model_options)
+    load_projector(model.projector, folder)
+    tower, text = model.vision_tower, cast(Any, model.language_model)
+    if merge and architecture.bits != 16:
+        text = text.dequantize()
     if kind == "adapter":
-        config = PeftConfig.from_pretrained(str(folder / "adapter"))
-        model.language_model = get_peft_model(model.language_model, config)
-    if kind != "language_model":  # that one has been read by `assemble`
-        load_trained_weights(model, folder)
-    else:
-        load_projector(model.projector, folder)
-    model.vision_tower.requires_grad_(False)
+        text = _with_adapter(text, folder / "adapter", merge)
+    if tower_kind == "lora":
+        tower.model = _with_adapter(tower.model, folder / "vision_adapter", merge)
+    model.language_model = text
+    if tower_kind == "off":
+        tower.requires_grad_(False)
     if not trainable:
         model.requires_grad_(False)
     return model.eval().to(device or _default_device())
@@ -238,17 +295,35 @@ def load_checkpoint(
 
 def load_trained_weights(model: Llava, folder: str | Path) -> None:
     """Fill a model of the same architecture with what a checkpoint trained, strictly."""
-    folder = Path(folder)
+    folder, manifest = Path(folder), read_manifest(folder)
     load_projector(model.projector, folder)
-    text = model.language_model
-    if isinstance(text, PeftModel):
-        path = folder / "adapter" / "adapter_model.safetensors"
-        stored = load_file(path)
-        _same_keys(stored.keys(), get_peft_model_state_dict(text).keys(), path)
-        set_peft_model_state_dict(text, stored)
-    elif (folder / "language_model").is_dir():
-        trained = type(text).from_pretrained(folder / "language_model", dtype=text.dtype)
-        text.load_state_dict(trained.state_dict())
+    parts: list[tuple[Any, str, str]] = []
+    if manifest["trained"] != "projector":
+        parts.append((model.language_model, "adapter", "language_model"))
+    if manifest.get("trained_tower", "off") != "off":
+        parts.append((model.vision_tower.model, "vision_adapter", "vision_tower"))
+    for part, adapter, whole in parts:
+        if isinstance(part, PeftModel):
+            _load_adapter(part, folder / adapter)
+        else:
+            stored, report = type(part).from_pretrained(folder / whole, dtype=part.dtype, output_loading_info=True)
+            refuse_random(str(folder / whole), report["missing_keys"])
+            part.load_state_dict(stored.state_dict())
+
+
+def _with_adapter(model: Any, folder: Path, merge: bool) -> Any:
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False  # it is saved as True, and would freeze an adapter that is to be trained further
+    adapted = get_peft_model(model, config)
+    _load_adapter(adapted, folder)
+    return cast(Any, adapted).merge_and_unload() if merge else adapted
+
+
+def _load_adapter(model: PeftModel, folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    stored = load_file(path)
+    _same_keys(stored.keys(), get_peft_model_state_dict(model).keys(), path)
+    set_peft_model_state_dict(model, stored)
 
 
 def load_projector(projector: nn.Module, folder: str | Path) -> None:

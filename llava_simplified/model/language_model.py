@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 
 @contextmanager
@@ -44,31 +45,48 @@ def who_sees_whom(
     Returns:
         bool (batch, 1, length, length): row sees column.
     """
-    mask = segment_ids[:, :, None] == segment_ids[:, None, :]
-    mask &= (branch_ids[:, None, :] == 0) | (branch_ids[:, :, None] == branch_ids[:, None, :])
-    if window is not None:
-        mask &= position_ids[:, :, None] - position_ids[:, None, :] < window
-    return mask.tril()[:, None]
+    batch, place = (torch.arange(size, device=segment_ids.device) for size in segment_ids.shape)
+    sees = _rule(segment_ids, branch_ids, position_ids, window)
+    return sees(batch[:, None, None, None], 0, place[:, None], place)
+
+
+def _rule(
+    segments: torch.Tensor, branches: torch.Tensor, positions: torch.Tensor, window: int | None
+) -> Callable[[Any, Any, Any, Any], torch.Tensor]:
+    """`who_sees_whom` of single indices, or of index tensors that broadcast: what flex_attention asks for."""
+
+    def sees(batch: Any, head: Any, row: Any, column: Any) -> torch.Tensor:
+        seen = (row >= column) & (segments[batch, row] == segments[batch, column])
+        seen = seen & ((branches[batch, column] == 0) | (branches[batch, row] == branches[batch, column]))
+        return seen if window is None else seen & (positions[batch, row] - positions[batch, column] < window)
+
+    return sees
 
 
 def attention_of(
     config: Any, segment_ids: torch.Tensor, branch_ids: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype
-) -> Any:
-    """`who_sees_whom` in the form that a language model's layers and its attention kernel take.
+) -> dict[str, Any]:
+    """`who_sees_whom` as the arguments that a language model's layers and its attention kernel take.
 
     Raises:
         ValueError: the kernel, or a kind of layer, can't be told who sees whom.
     """
     kernel = config._attn_implementation
-    if kernel == "flash_attention_2" and not branch_ids.any() and len(segment_ids) == 1:
-        return None  # it finds the packed texts by their restarting positions, in a batch of one row
-    if kernel not in ("sdpa", "eager"):
-        raise ValueError(
-            f"--attn_implementation {kernel} takes no mask of packed or shared texts (flash_attention_2: packs, with "
-            "--per_device_train_batch_size 1 and --share_prefix False): use sdpa"
-        )
+    if kernel == "flash_attention_2":
+        if branch_ids.any():
+            raise ValueError("flash_attention_2 can't be told that answers share a prompt: --share_prefix False")
+        # All rows are one, text behind text; a row's padding counts as a text.
+        begins = segment_ids.diff(dim=1, prepend=segment_ids.new_full((len(segment_ids), 1), -1)).flatten().nonzero()
+        ends = nn.functional.pad(begins.flatten(), (0, 1), value=segment_ids.numel()).int()
+        longest = int(ends.diff().max())
+        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return {"attention_mask": None, **lengths}
 
-    def mask(window: int | None) -> torch.Tensor:
+    def mask(window: int | None) -> Any:
+        if kernel == "flex_attention":
+            rule = _rule(segment_ids, branch_ids, position_ids, window)
+            batch, length = segment_ids.shape
+            return create_block_mask(rule, batch, None, length, length, device=str(segment_ids.device))
         seen = who_sees_whom(segment_ids, branch_ids, position_ids, window)
         # the eager kernel adds its mask; a bool one would silently let everybody see everybody
         return (
@@ -82,4 +100,4 @@ def attention_of(
             f"{config.model_type} has layers of the kinds {sorted(kinds)}: neither --packing nor --share_prefix"
         )
     masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in sorted(kinds)}
-    return masks if len(masks) > 1 else masks.popitem()[1]
+    return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1]}

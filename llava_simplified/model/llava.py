@@ -74,8 +74,10 @@ class Llava(nn.Module):
         return self.language_model.config
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Recompute the language model's activations in the backward pass; the frozen tower keeps none anyway."""
+        """Recompute the language model's activations in the backward pass; a frozen tower keeps none anyway."""
         self.language_model.gradient_checkpointing_enable(**options)
+        if not self.vision_tower.frozen:
+            self.vision_tower.model.gradient_checkpointing_enable(**options)
 
     def forward(
         self,
@@ -106,14 +108,14 @@ class Llava(nn.Module):
         if image_features is None and pixel_values is not None:
             image_features = self.vision_tower(pixel_values)
         inputs_embeds = self.splice(input_ids, image_features)
-        mask: Any = attention_mask
+        attention: dict[str, Any] = {"attention_mask": attention_mask}
         if segment_ids is not None and branch_ids is not None and position_ids is not None:
-            mask = attention_of(self.config, segment_ids, branch_ids, position_ids, inputs_embeds.dtype)
+            attention = attention_of(self.config, segment_ids, branch_ids, position_ids, inputs_embeds.dtype)
         # In a caption of 12 tokens behind 196 patches, 94 % of the positions train nothing. The head, a matrix as
         # large as the vocabulary, runs only where a token is trained.
         with head_at(self.language_model, positions):
             outputs = self.language_model(
-                inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
+                inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False, **attention
             )
         logits = outputs.logits.flatten(0, -2)
         # In float32 at least; and a sum, so that micro-batches, devices and packs add up to the mean over all tokens.
@@ -135,7 +137,8 @@ class Llava(nn.Module):
         if image_features is None:
             if self.training:
                 # Data parallelism waits for a gradient of every trained parameter: a batch without images gives zeros.
-                parameters = [p.sum() for p in self.projector.parameters()]
+                parts = (self.projector, self.vision_tower)
+                parameters = [p.sum() for part in parts for p in part.parameters() if p.requires_grad]
                 embeds = embeds + 0.0 * sum(parameters) if parameters else embeds
             return embeds
         image_tokens = self.projector(image_features.to(self._projector_dtype(embeds)))

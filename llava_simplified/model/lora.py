@@ -1,8 +1,8 @@
-"""What trains: LoRA on the language model, the projector beside it, and a table to see it."""
+"""What trains: LoRA on the language model, the projector beside it, the tower where asked; and a table to see it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -39,26 +39,41 @@ def add_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: 
     Args:
         bias: "none", "all" or "lora_only": which of the linear layers' biases are trained as well.
     """
-    layers = adapted_layers(model.language_model)
+    text = model.language_model
+    model.language_model = _adapt(text, adapted_layers(text), rank, alpha, dropout, bias, "CAUSAL_LM")
+
+
+def add_tower_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Wrap the vision tower in an adapter of its own, on the linear layers that its features come through."""
+    tower = model.vision_tower
+    layers = [n for n, m in tower.model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in tower.reached]
+    tower.model = _adapt(tower.model, layers, rank, alpha, dropout, "none", None)
+
+
+def _adapt(model: Any, layers: list[str], rank: int, alpha: float, dropout: float, bias: str, task: str | None) -> Any:
     if not layers:
-        raise ValueError(f"{type(model.language_model).__name__} has no linear layer for LoRA: use --lora_enable False")
+        raise ValueError(f"{type(model).__name__} has no linear layer for LoRA: train it whole, or not at all")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         bias=bias,  # type: ignore[arg-type]
         target_modules=layers,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
-    model.language_model = get_peft_model(model.language_model, config)  # type: ignore[assignment]
+    return get_peft_model(model, config)
 
 
-def freeze(model: Llava, *, language_model: bool) -> None:
-    """Freeze the vision tower, train the projector, and freeze the language model where asked.
+def freeze(model: Llava, *, language_model: bool, vision_tower: bool = True) -> None:
+    """Train the projector, and of language model and vision tower what is not to be frozen.
 
     What is trained is float32, whatever the frozen weights are: bfloat16 would round small updates away.
     """
-    model.vision_tower.requires_grad_(False).eval()
+    tower = model.vision_tower.requires_grad_(False)
+    if not vision_tower:
+        for name, parameter in tower.float().model.named_parameters():
+            parameter.requires_grad_(name in tower.reached)
+    tower.eval()
     model.projector.requires_grad_(True).float()
     if language_model:
         model.language_model.requires_grad_(False)
@@ -67,13 +82,13 @@ def freeze(model: Llava, *, language_model: bool) -> None:
 
 
 def parts(model: Llava) -> list[Part]:
-    """Count the parameters: vision tower, projector, language model, LoRA adapter."""
-    groups: dict[str, list[nn.Parameter]] = {
-        "vision tower": list(model.vision_tower.parameters()),
-        "projector": list(model.projector.parameters()),
-        "language model": [p for n, p in model.language_model.named_parameters() if "lora_" not in n],
-        "LoRA adapter": [p for n, p in model.language_model.named_parameters() if "lora_" in n],
-    }
+    """Count the parameters: vision tower and its adapter, projector, language model and its adapter."""
+    tower, text = model.vision_tower.named_parameters(), model.language_model.named_parameters()
+    groups: dict[str, list[nn.Parameter]] = {"vision tower": [], "vision adapter": []}
+    groups |= {"projector": list(model.projector.parameters()), "language model": [], "LoRA adapter": []}
+    for whole, adapter, named in (("vision tower", "vision adapter", tower), ("language model", "LoRA adapter", text)):
+        for name, parameter in named:
+            groups[adapter if "lora_" in name else whole].append(parameter)
     return [
         Part(
             name,
@@ -86,23 +101,27 @@ def parts(model: Llava) -> list[Part]:
     ]
 
 
-def check_trainable(model: Llava, *, language_model: bool = False) -> str:
+def check_trainable(model: Llava, *, language_model: bool = False, vision_tower: bool = False) -> str:
     """Assert that exactly what should train does, and return the table as text.
 
     Args:
-        language_model: the language model's own weights are meant to be trained (full fine-tuning).
+        language_model, vision_tower: their own weights are meant to be trained (full fine-tuning); of the tower those
+            that its features depend on.
 
     Raises:
         RuntimeError: a part trains that should not, or does not train whole.
     """
-    biases = isinstance(model.language_model, PeftModel) and model.language_model.peft_config["default"].bias != "none"
-    whole = {"vision tower": False, "projector": True, "language model": language_model, "LoRA adapter": True}
+    text, tower = model.language_model, model.vision_tower
+    biases = isinstance(text, PeftModel) and text.peft_config["default"].bias != "none"
+    reached = sum(p.numel() for n, p in tower.model.named_parameters() if n in tower.reached)
     rows = parts(model)
+    should = {row.name: row.parameters for row in rows}
+    should |= {"vision tower": reached if vision_tower else 0}
+    should |= {} if language_model else {"language model": 0}
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}  dtype"]
     for part in rows:
-        expected = part.parameters if whole[part.name] else 0
-        if part.trained != expected and not (biases and part.name == "language model"):
-            raise RuntimeError(f"{part.name}: {part.trained:,} parameters train, should be {expected:,}")
+        if part.trained != should[part.name] and not (biases and part.name == "language model"):
+            raise RuntimeError(f"{part.name}: {part.trained:,} parameters train, should be {should[part.name]:,}")
         lines.append(f"{part.name:<16}{part.parameters:>16,}{part.trained:>16,}  {part.dtypes}")
     total, trained = sum(p.parameters for p in rows), sum(p.trained for p in rows)
     lines.append(f"{'together':<16}{total:>16,}{trained:>16,}  ({trained / total:.2%})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,10 @@ class VisionTower(nn.Module):
             the smallest).
         select_feature: "patch", or "cls_patch" to keep the tokens that are no patch (CLS, registers) in front.
         token_pool: average the grid down to `token_pool` x `token_pool` tokens; 0 keeps it.
+
+    Attributes:
+        num_tokens, width: the features of one image are (num_tokens, width).
+        reached: the model's parameters that they depend on. Those of the layers above the selected one have no part in it.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class VisionTower(nn.Module):
         self.select_layers = (select_layer,) if isinstance(select_layer, int) else tuple(select_layer)
         self.select_feature = select_feature
         self.token_pool = token_pool
-        self.num_tokens, self.width, self.grid = self._feature_shape()
+        self.num_tokens, self.width, self.grid, self.reached = self._trace()
 
     @classmethod
     def from_pretrained(
@@ -57,7 +61,7 @@ class VisionTower(nn.Module):
         """Load a vision model, or the vision half of a two-tower model (CLIP, SigLIP), with its image transform.
 
         Raises:
-            ValueError: it is no vision model, or its image processor does what `ImageTransform` can't.
+            ValueError: it is no vision model, weights are missing, or its image processor does what `ImageTransform` can't.
             OSError: the files are not there (the message says which).
         """
         config = AutoConfig.from_pretrained(name_or_path)
@@ -66,8 +70,10 @@ class VisionTower(nn.Module):
         model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
             raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
-        model = model_class.from_pretrained(name_or_path, config=config, dtype=dtype)
-        return cls(model, transform, **choices)  # type: ignore[arg-type]
+        model, report = model_class.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
+        tower = cls(model, transform, **choices)  # type: ignore[arg-type]
+        refuse_random(name_or_path, tower.reached & set(report["missing_keys"]))  # a pooling head may well be missing
+        return tower
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, transform: ImageTransform, **choices: object) -> VisionTower:
@@ -86,8 +92,12 @@ class VisionTower(nn.Module):
         return next(self.parameters()).dtype
 
     def train(self, mode: bool = True) -> VisionTower:
-        """A frozen tower stays in evaluation mode: no dropout, no drifting batch-norm statistics."""
-        return super().train(mode and not self.frozen)
+        """A frozen tower stays in evaluation mode; one that trains keeps its batch norms' statistics: no picture moves another."""
+        super().train(mode and not self.frozen)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patch features.
@@ -145,9 +155,12 @@ class VisionTower(nn.Module):
     def is_convolutional(self) -> bool:
         return not hasattr(self.model.config, "num_attention_heads")
 
-    def _feature_shape(self) -> tuple[int, int, tuple[int, int]]:
-        """Tokens, width and grid of one image. The one place where they are known: the architecture, run on no data."""
-        with torch.device("meta"), torch.no_grad():
+    def _trace(self) -> tuple[int, int, tuple[int, int], frozenset[str]]:
+        """Tokens, width and grid of one image, and the parameters that they depend on: not those of the layers above.
+
+        The one place where they are known: the architecture, run on no data.
+        """
+        with torch.device("meta"), torch.enable_grad():
             skeleton = AutoModel.from_config(self.model.config).eval()
             pixels = torch.empty(1, 3, *self.transform.crop)
             try:
@@ -157,7 +170,16 @@ class VisionTower(nn.Module):
                 raise ValueError(
                     f"mm_vision_select_layer {self.select_layers} is out of range: the tower has {count} hidden states"
                 ) from None
-        return features.shape[1], features.shape[2], grid
+            names, parameters = zip(*skeleton.named_parameters())
+            gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        reached = frozenset(name for name, gradient in zip(names, gradients) if gradient is not None)
+        return features.shape[1], features.shape[2], grid, reached
+
+
+def refuse_random(source: str, missing: Collection[str]) -> None:
+    """Raise ValueError where weights are missing: transformers would only warn, and draw them at random."""
+    if missing:
+        raise ValueError(f"{source}: weights are missing: {', '.join(sorted(missing)[:5])}")
 
 
 def _patch_size(model: PreTrainedModel) -> tuple[int, int]:

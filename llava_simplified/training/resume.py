@@ -17,6 +17,7 @@ _FIXED = (
     *("train_data_path", "share_prefix", "packing", "pack_length", "model_max_length"),
     *("train_sampling_strategy", "seed", "data_seed", "bf16", "fp16"),
     *("lora_enable", "lora_r", "lora_alpha", "lora_bias", "tune_mm_mlp_adapter", "freeze_backbone"),
+    "tune_vision_tower",
 )
 _FREE = {"resume_from_checkpoint", "output_dir", "accelerator_config", "config", "steps", "epochs", "disable_tqdm"}
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, describe, parse_arguments
@@ -29,12 +26,14 @@ from llava_simplified.model.checkpoint import (
     load_tokenizer,
     load_trained_weights,
     read_manifest,
+    tower_of,
 )
 from llava_simplified.model.llava import Llava
-from llava_simplified.model.lora import add_lora, check_trainable, freeze
+from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainable, freeze
 from llava_simplified.model.projector import fit_to_embeddings
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
-from llava_simplified.training.feature_cache import FeatureCache
+from llava_simplified.training.feature_cache import cache_features
+from llava_simplified.training.kernels import check_kernels, compile_layers, use_liger_kernels
 from llava_simplified.training.plots import plot_training
 from llava_simplified.training.resume import check_same_run, resume_folder
 from llava_simplified.training.trainer import LlavaTrainer
@@ -71,7 +70,7 @@ def build(
 ) -> tuple[LlavaTrainer, Path | None]:
     """All that a run needs before its first step: the trainer, and the checkpoint that it goes on from, if any."""
     transformers.set_seed(args.seed)
-    check_options(data_args, args)
+    check_options(model_args, data_args, args)
     train_records, train_folder = open_data(
         str(data_args.train_data_path), data_args.train_image_folder, "--train_image_folder"
     )
@@ -90,6 +89,8 @@ def build(
     Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
 
     model = assemble(architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation)
+    if args.use_liger_kernel:
+        use_liger_kernels(model.language_model)
 
     def dataset(records: Sequence[Record], folder: str) -> CaptionDataset:
         shared, transform = data_args.share_prefix, model.vision_tower.transform
@@ -98,10 +99,11 @@ def build(
     train_set = dataset(train_records, train_folder)
     eval_set = dataset(eval_records, eval_folder) if eval_records else None
     prepare(model, model_args)
-    cache_features(model, data_args, args, architecture.fingerprints["vision_tower"], train_set, eval_set)
+    sets = [train_set] if eval_set is None else [train_set, eval_set]
+    cache_features(model.vision_tower, data_args, args, architecture.fingerprints["vision_tower"], sets)
     start_trained_parts(model, model_args, train_set)
     full = not model_args.freeze_backbone and not _uses_lora(model_args)
-    table = check_trainable(model, language_model=full)
+    table = check_trainable(model, language_model=full, vision_tower=model_args.tune_vision_tower == "full")
     examples: Any = train_set
     if data_args.packing:
         examples = PackedDataset(train_set, model.vision_tower.num_tokens, data_args.pack_length, args.seed)
@@ -122,7 +124,7 @@ def build(
     return trainer, resumed
 
 
-def check_options(data: DataArguments, args: TrainingArguments) -> None:
+def check_options(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
     """Raise ValueError for options that can't go together, or not here."""
     if not data.train_data_path:
         raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
@@ -137,9 +139,15 @@ def check_options(data: DataArguments, args: TrainingArguments) -> None:
             raise ValueError("the best checkpoint is known by evaluations: --eval_strategy steps --eval_data_path ...")
     if args.deepspeed and "LOCAL_RANK" not in os.environ:
         raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)")
-    if args.compile_layers and not can_compile(args.device.type):
-        what = f"the C++ compiler {_cpp_compiler()} (or set CXX)" if args.device.type == "cpu" else "Triton"
-        raise ValueError(f"--compile_layers: needs {what}, which is not there; install it or leave the option away")
+    if args.label_smoothing_factor or args.neftune_noise_alpha:
+        raise ValueError("--label_smoothing_factor and --neftune_noise_alpha: this loss has neither")
+    if model.tune_vision_tower not in ("off", "full", "lora"):
+        raise ValueError(f"--tune_vision_tower is off, full or lora, not {model.tune_vision_tower!r}")
+    if model.tune_vision_tower != "off" and data.cache_vision_features in ("memory", "disk"):
+        raise ValueError(
+            "--tune_vision_tower changes the features with every step: --cache_vision_features pixels, auto or off"
+        )
+    check_kernels(model, data, args)
 
 
 def describe_architecture(model: ModelArguments, args: TrainingArguments, sample: Record) -> Architecture:
@@ -162,14 +170,18 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, sample
         mm_token_pool=model.mm_token_pool,
         template=model.template,
         instruction=sample.turns[-1].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n"),
-        dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        dtype=args.frozen_dtype,
+        bits=model.bits,
         fingerprints=digests,
     )
 
 
 def prepare(model: Llava, args: ModelArguments) -> None:
     """Freeze what is frozen, adapt what is adapted."""
-    freeze(model, language_model=args.freeze_backbone or args.lora_enable or args.tune_mm_mlp_adapter)
+    frozen_text = args.freeze_backbone or args.lora_enable or args.tune_mm_mlp_adapter
+    freeze(model, language_model=frozen_text, vision_tower=args.tune_vision_tower != "full")
+    if args.tune_vision_tower == "lora":
+        add_tower_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
     if _uses_lora(args):
         add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
 
@@ -181,77 +193,24 @@ def start_trained_parts(model: Llava, args: ModelArguments, train_set: CaptionDa
         ValueError: `--init_from` names a checkpoint that trained something else.
     """
     if args.init_from:
-        before, now = read_manifest(args.init_from)["trained"], kind_of(model)
+        manifest = read_manifest(args.init_from)
+        before, now = manifest["trained"], kind_of(model)
+        tower, start = manifest.get("trained_tower", "off"), Path(args.init_from) / "vision_tower"
+        if tower not in ("off", tower_of(model)) and Path(args.vision_tower).resolve() != start.resolve():
+            raise ValueError(
+                f"--init_from {args.init_from}: its vision tower was trained too: --tune_vision_tower {tower}, or "
+                f"--vision_tower {start} to go on with it frozen" + " (`llava merge` writes it)" * (tower == "lora")
+            )
         if before not in (now, "projector"):
             raise ValueError(
                 f"--init_from {args.init_from}: trained its {before}, this run trains the {now}; `llava merge` puts an "
                 "adapter into the weights"
             )
-        if before == now:
-            load_trained_weights(model, args.init_from)
-        else:
-            load_projector(model.projector, args.init_from)
+        load_trained_weights(model, args.init_from)
     elif args.pretrain_mm_mlp_adapter:
         load_projector(model.projector, args.pretrain_mm_mlp_adapter)
     else:
         _fit_projector(model, train_set)
-
-
-def can_compile(device_type: str) -> bool:
-    """Is there what torch.compile writes its kernels with: a C++ compiler for the CPU, Triton for a GPU?"""
-    return bool(shutil.which(_cpp_compiler())) if device_type == "cpu" else bool(find_spec("triton"))
-
-
-def _cpp_compiler() -> str:
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-
-
-def compile_layers(language_model: nn.Module) -> None:
-    """Compile each decoder layer, in place: all are alike, so the compiler works for seconds, not minutes.
-
-    Raises:
-        ValueError: a model that does not say what its layers are.
-    """
-    kinds = set(language_model._no_split_modules or ())  # type: ignore[arg-type]
-    layers = [module for module in language_model.modules() if type(module).__name__ in kinds]
-    if not layers:
-        raise ValueError(
-            f"--compile_layers: {type(language_model).__name__} does not say which of its modules are layers"
-        )
-    for layer in layers:
-        layer.compile(dynamic=True)
-
-
-def cache_features(
-    model: Llava,
-    data: DataArguments,
-    args: TrainingArguments,
-    weights: str,
-    train_set: CaptionDataset,
-    eval_set: CaptionDataset | None,
-) -> None:
-    """Run the frozen tower over all pictures now, if that pays and fits, and hand the features to the datasets."""
-    mode = data.cache_vision_features
-    if mode not in ("auto", "memory", "disk", "off"):
-        raise ValueError(f"--cache_vision_features is auto, memory, disk or off, not {mode!r}")
-    if mode == "off":
-        return  # before the names of millions of images are gathered
-    sets = [dataset for dataset in (train_set, eval_set) if dataset is not None]
-    images = [dict.fromkeys(name for record in dataset.records for name in record.images) for dataset in sets]
-    vision = model.vision_tower
-    gigabytes = sum(map(len, images)) * vision.num_tokens * vision.width * vision.dtype.itemsize / 1e9
-    seen_again = args.num_train_epochs > 1 or args.max_steps > 0 or len(train_set) > len(images[0])
-    if mode == "auto" and (not seen_again or gigabytes > data.feature_cache_gb):
-        return
-    vision.to(args.device)
-    on_disk = mode != "memory"
-    cache = FeatureCache(vision, weights, Path(data.feature_cache_dir).expanduser() if on_disk else None)
-    with args.main_process_first(local=True, desc="vision features"):
-        print(
-            f"vision features of {sum(map(len, images)):,} pictures: {gigabytes:.2f} GB {'on disk' if on_disk else 'in memory'}"
-        )
-        for dataset, names in zip(sets, images):
-            dataset.features = cache.fill(names, dataset.image_folder, progress=not args.disable_tqdm)
 
 
 def _uses_lora(args: ModelArguments) -> bool:

@@ -221,22 +221,24 @@ class LlavaTrainer(transformers.Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW on two learning rates: the projector's and the language model's."""
+        """AdamW on three learning rates: the projector's, the vision tower's and the language model's."""
         if self.optimizer is None:
             trained = [(n, p) for n, p in (model or cast(nn.Module, self.model)).named_parameters() if p.requires_grad]
             decayed = set(self.get_decay_parameter_names(cast(nn.Module, self.model)))
-            rates = {True: self.args.mm_projector_lr or self.args.learning_rate, False: self.args.learning_rate}
-            groups = []
-            for is_projector, rate in rates.items():
-                for decay in (True, False):
-                    chosen = [
-                        p for n, p in trained if n.startswith("projector.") == is_projector and (n in decayed) == decay
-                    ]
-                    if chosen:
-                        weight_decay = self.args.weight_decay if decay else 0.0
-                        groups.append({"params": chosen, "lr": rate, "weight_decay": weight_decay})
+            rates = {"projector": self.args.mm_projector_lr, "vision_tower": self.args.vision_lr}
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+            for name, parameter in trained:
+                rate = rates.get(name.partition(".")[0])
+                key = (self.args.learning_rate if rate is None else rate, name in decayed)
+                groups.setdefault(key, []).append(parameter)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
-            self.optimizer = cls(groups, **options)
+            self.optimizer = cls(
+                [
+                    {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+                    for (rate, decay), parameters in groups.items()
+                ],
+                **options,
+            )
         return self.optimizer
 
     # ---- checkpoints ----

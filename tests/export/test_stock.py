@@ -175,6 +175,21 @@ def test_merging_keeps_every_word(models_folder: Path, data_folder: Path, tmp_pa
         merge_main([str(tmp_path / "merged"), "--output", str(tmp_path / "again")])
 
 
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_a_trained_tower_is_exported_and_merged(
+    models_folder: Path, data_folder: Path, tmp_path: Path, how: str
+) -> None:
+    parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", tune_vision_tower=how, **parts)
+    for export in (export_stock, export_adapter):  # each compares what it wrote with the checkpoint
+        assert export(checkpoint, tmp_path / export.__name__)["logits differ by"] < 1e-4
+    merge_main([str(checkpoint), "--output", str(tmp_path / "merged")])
+    assert {"vision_tower", "language_model"} < {path.name for path in (tmp_path / "merged").iterdir()}
+    image = data_folder / "images" / "2.jpg"
+    one, other = Llava.from_pretrained(checkpoint), Llava.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(own_logits(one, image), own_logits(other, image), rtol=1e-4, atol=1e-5)
+
+
 def test_the_command_writes_a_card(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

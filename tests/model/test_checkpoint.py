@@ -10,9 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_simplified.model.checkpoint import Architecture, assemble, fingerprint, load_checkpoint, save_checkpoint
+from llava_simplified.model.checkpoint import (
+    Architecture,
+    assemble,
+    fingerprint,
+    load_checkpoint,
+    load_trained_weights,
+    save_checkpoint,
+)
 from llava_simplified.model.llava import Llava
-from llava_simplified.model.lora import add_lora, freeze
+from llava_simplified.model.lora import add_lora, add_tower_lora, freeze
 from llava_simplified.prompt import IMAGE_INDEX
 
 
@@ -25,12 +32,14 @@ def logits(model: Llava) -> torch.Tensor:
         return model.language_model(inputs_embeds=model.splice(ids, features)).logits
 
 
-def trained_model(folder: Path, how: str, **choices) -> tuple[Llava, Architecture]:
+def trained_model(folder: Path, how: str, tower_how: str = "off", **choices) -> tuple[Llava, Architecture]:
     text, tower = str(folder / "mistral"), str(folder / "clip")
     prints = {"language_model": fingerprint(text), "vision_tower": fingerprint(tower)}
     architecture = Architecture(text, tower, fingerprints=prints, **choices)
     model = assemble(architecture)
-    freeze(model, language_model=how != "language_model")
+    freeze(model, language_model=how != "language_model", vision_tower=tower_how != "full")
+    if tower_how == "lora":
+        add_tower_lora(model, 2, 4)
     if how == "adapter":
         add_lora(model, 2, 4)
     with torch.no_grad():
@@ -48,6 +57,49 @@ def test_round_trip(models_folder: Path, tmp_path: Path, how: str, kind: str) ->
     again = Llava.from_pretrained(tmp_path / "renamed as one likes")
     assert torch.equal(logits(model), logits(again))
     assert json.loads((tmp_path / "renamed as one likes" / "llava.json").read_text())["trained"] == how
+
+
+@pytest.mark.parametrize("tower_how", ["full", "lora"])
+@pytest.mark.parametrize("how", ["adapter", "language_model"])
+def test_a_trained_tower_comes_back(models_folder: Path, tmp_path: Path, how: str, tower_how: str) -> None:
+    model, architecture = trained_model(models_folder, how, tower_how)
+    save_checkpoint(model, tmp_path / "c", architecture)
+    assert json.loads((tmp_path / "c" / "llava.json").read_text())["trained_tower"] == tower_how
+    again = Llava.from_pretrained(tmp_path / "c")
+    assert torch.equal(logits(model), logits(again))
+    base, _ = trained_model(models_folder, "projector")
+    base.projector.load_state_dict(model.projector.state_dict())
+    assert not torch.equal(logits(base), logits(again)), "the tower was trained"
+    merged = load_checkpoint(tmp_path / "c", merge=True)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+    load_trained_weights(base := trained_model(models_folder, how, tower_how)[0], tmp_path / "c")
+    assert torch.equal(logits(model), logits(base)), "as a resume does"
+    folder, file = {"full": ("vision_tower", "model"), "lora": ("vision_adapter", "adapter_model")}[tower_how]
+    path = tmp_path / "c" / folder / f"{file}.safetensors"
+    tensors = load_file(path)
+    key = next(name for name in tensors if "layers.0." in name)
+    save_file({n: t for n, t in tensors.items() if n != key}, path, {"format": "pt"})
+    for load in (load_checkpoint, lambda where: load_trained_weights(base, where)):
+        with pytest.raises(ValueError, match=r"missing.*layers\.0\."):
+            load(tmp_path / "c")
+
+
+def test_missing_weights_of_a_language_model_are_refused(models_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(models_folder / "llama", tmp_path / "llama")
+    path = tmp_path / "llama" / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
+        assemble(Architecture(str(tmp_path / "llama"), str(models_folder / "clip")))
+
+
+def test_an_adapter_can_be_trained_further(models_folder: Path, tmp_path: Path) -> None:
+    model, architecture = trained_model(models_folder, "adapter", "lora")
+    save_checkpoint(model, tmp_path / "c", architecture)
+    again = load_checkpoint(tmp_path / "c", trainable=True)
+    assert all(p.requires_grad == ("lora_" in n or n.startswith("projector.")) for n, p in again.named_parameters())
 
 
 def test_the_adapter_is_a_stock_peft_adapter(models_folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from llava_simplified.model.checkpoint import Architecture, assemble
 from llava_simplified.model.llava import Llava
-from llava_simplified.model.lora import adapted_layers, add_lora, check_trainable, freeze
+from llava_simplified.model.lora import adapted_layers, add_lora, add_tower_lora, check_trainable, freeze
 
 
 def build(folder: Path, text: str = "mistral", dtype: str = "float32") -> Llava:
@@ -74,3 +74,45 @@ def test_biases_train_where_asked(models_folder: Path, bias: str) -> None:
     check_trainable(model)
     assert isinstance(model.language_model, PeftModel)
     assert any(p.requires_grad and n.endswith("bias") for n, p in model.language_model.named_parameters())
+
+
+def trained_names(model: Llava) -> set[str]:
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_tower_that_trains_whole_trains_what_its_features_depend_on(models_folder: Path) -> None:
+    model = build(models_folder, dtype="bfloat16")
+    freeze(model, language_model=True, vision_tower=False)
+    tower = {n.removeprefix("vision_tower.model.") for n in trained_names(model) if n.startswith("vision_tower.")}
+    assert tower == set(model.vision_tower.reached)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    table = check_trainable(model, vision_tower=True)
+    assert f"{sum(p.numel() for p in model.vision_tower.parameters() if p.requires_grad):,}" in table
+    with pytest.raises(RuntimeError, match="vision tower: .* should be 0"):
+        check_trainable(model)
+    model.vision_tower.requires_grad_(True)  # and the layers above
+    with pytest.raises(RuntimeError, match="vision tower"):
+        check_trainable(model, vision_tower=True)
+
+
+@pytest.mark.parametrize("text_too", [True, False])
+def test_each_model_has_an_adapter_of_its_own(models_folder: Path, text_too: bool) -> None:
+    """Mistral's and CLIP's layers share names: neither adapter may reach into the other's model."""
+    model = build(models_folder, dtype="bfloat16")
+    freeze(model, language_model=True)
+    add_tower_lora(model, 2, 4)
+    if text_too:
+        add_lora(model, 2, 4)
+    names = trained_names(model)
+    assert all("lora_" in n or n.startswith("projector.") for n in names)
+    assert any(n.startswith("language_model.") for n in names) == text_too
+    adapted = {
+        n.split(".lora_")[0].removeprefix("vision_tower.model.base_model.model.") for n in names if "vision" in n
+    }
+    assert adapted and all(f"{name}.weight" in model.vision_tower.reached for name in adapted)
+    assert not model.vision_tower.frozen
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert "vision adapter" in check_trainable(model)
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    model.train().vision_tower(pixels).float().sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n and n.startswith("vision"))

@@ -171,12 +171,68 @@ def test_however_packed_a_token_is_predicted_from_what_it_would_see_alone(rows: 
     assert sorted(found) == sorted(expected)
 
 
-def test_a_kernel_that_takes_no_mask_is_refused(models_folder: Path) -> None:
-    model = build(models_folder, "llama")
-    shared, apart = samples(model)
+def loop_over_texts(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, sliding_window, **_) -> torch.Tensor:
+    """What a variable-length flash kernel computes, text by text: (positions, heads, width) each."""
+    assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+    out = []
+    for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist()):
+        keys, values = (x[start:end].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("qhw,khw->hqk", q[start:end], keys) * softmax_scale
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        scores[:, (distance < 0) | (distance >= (sliding_window or 10**9))] = -torch.inf
+        out.append(torch.einsum("hqk,khw->qhw", scores.softmax(-1), values))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("text", ["mistral", "llama"])
+def test_flash_attention_is_told_where_texts_end(
+    models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel needs CUDA; a plain loop stands in its place, behind all that transformers does on the way to it."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    def no_kernel(*_: object, **__: object) -> None:
+        raise AssertionError("a kernel without lengths would let texts see each other")
+
+    functions = (no_kernel, loop_over_texts, no_kernel, no_kernel, no_kernel)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda _: (functions, (lambda **k: _wanted(k), None)))
+    model = double(models_folder, text, "sdpa")
+    _, apart = samples(model)
+    rows = [apart[:4], apart[4:]]  # of different lengths: the second is padded
+    wanted = loss_and_gradients(model, rows)
     model.config._attn_implementation = "flash_attention_2"
-    for rows in ([shared[0]], [apart[:2], apart[2:4]]):
-        batch = Collator(model.vision_tower.num_tokens, 1)(rows)
-        batch.pop("about")
-        with pytest.raises(ValueError, match="flash_attention_2 .*use sdpa"):
-            model(**batch)
+    found = loss_and_gradients(model, rows)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def _wanted(options: dict) -> dict:
+    return {name: options[name] for name in ("softmax_scale", "sliding_window")} | {"causal": options["is_causal"]}
+
+
+@pytest.mark.parametrize("text", ["mistral", "llama", "gemma2"])
+def test_flex_attention_sees_what_sdpa_sees(models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward alone, uncompiled: on a CPU there is no more of it. Gemma 2 has both kinds of layers and a soft cap."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as integration
+
+    monkeypatch.setattr(integration.WrappedFlexAttention, "__call__", lambda _: flex_attention)
+    model = build(models_folder, text)
+    model.language_model.set_attn_implementation("eager")
+    shared, apart = samples(model)
+    batch = Collator(model.vision_tower.num_tokens, 1)([[shared[0], shared[1]], [apart[0], shared[2]]])
+    batch.pop("about")
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        model.config._attn_implementation = "flex_attention"
+        torch.testing.assert_close(model(**batch).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_flash_attention_refuses_a_shared_prompt(models_folder: Path) -> None:
+    model = build(models_folder, "llama")
+    shared, _ = samples(model)
+    model.config._attn_implementation = "flash_attention_2"
+    batch = Collator(model.vision_tower.num_tokens, 1)([shared[0]])
+    batch.pop("about")
+    with pytest.raises(ValueError, match="flash_attention_2 .*--share_prefix False"):
+        model(**batch)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import adaptive_avg_pool2d
 
 from llava_simplified.model.vision import VisionTower
@@ -110,3 +112,35 @@ def test_uint8_pixels_are_normalised_as_the_processor_does(models_folder: Path) 
     mean = torch.tensor(vision.transform.mean).view(3, 1, 1)
     std = torch.tensor(vision.transform.std).view(3, 1, 1)
     torch.testing.assert_close(vision(pixels), vision((pixels / 255 - mean) / std))
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("kind", PIXELS)
+def test_what_the_features_depend_on_is_what_gets_a_gradient(models_folder: Path, kind: str, layer: int) -> None:
+    """The layers above the selected one have no part in the features: trained, they would never move."""
+    vision = tower(models_folder, kind, select_layer=layer)
+    vision(torch.rand(2, 3, PIXELS[kind], PIXELS[kind])).sum().backward()
+    moved = {name for name, parameter in vision.model.named_parameters() if parameter.grad is not None}
+    assert vision.reached == moved and moved
+    assert kind != "clip" or layer != -2 or not any("layers.2." in name for name in vision.reached)
+
+
+def test_a_tower_in_training_keeps_the_statistics_of_its_batch_norms(models_folder: Path) -> None:
+    vision = tower(models_folder, "efficientnet").train()
+    before = {name: buffer.clone() for name, buffer in vision.named_buffers()}
+    vision(torch.rand(2, 3, 64, 64))
+    assert vision.model.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in vision.named_buffers())
+
+
+def test_missing_weights_are_refused_where_they_matter(models_folder: Path, tmp_path: Path) -> None:
+    """transformers would warn, draw them at random, and go on."""
+    shutil.copytree(models_folder / "clip", tmp_path / "clip")
+    path = tmp_path / "clip" / "model.safetensors"
+    whole = load_file(path)
+    above, below = (next(name for name in whole if f"layers.{n}." in name) for n in (2, 0))
+    save_file({name: w for name, w in whole.items() if name != above}, path, {"format": "pt"})
+    tower(tmp_path, "clip", select_layer=-2)
+    save_file({name: w for name, w in whole.items() if name != below}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights are missing: .*layers\.0\."):
+        tower(tmp_path, "clip", select_layer=-2)

@@ -81,7 +81,10 @@ def test_a_picture_that_cannot_be_read_is_left_to_the_dataset(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     cache = FeatureCache(tower(models_folder), "w", tmp_path)
-    assert list(cache.fill(["gone.jpg", "1.jpg"], data_folder / "images", progress=False)) == ["1.jpg"]
+    features = cache.fill(["gone.jpg", "1.jpg"], data_folder / "images", progress=False)
+    assert len(features) == 1 and "1.jpg" in features and "gone.jpg" not in features
+    with pytest.raises(KeyError):
+        features["gone.jpg"]
 
 
 def test_a_tower_in_training_is_refused(models_folder: Path) -> None:

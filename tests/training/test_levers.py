@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_run import losses, options, run
 
-from llava_simplified.training.run import can_compile
+from llava_simplified.training.kernels import can_compile
 
 RECORDS = 6
 CACHE = {"cache_vision_features": "memory"}

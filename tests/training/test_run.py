@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.model.checkpoint import load_checkpoint
-from llava_simplified.training.run import can_compile, train
+from llava_simplified.training.kernels import can_compile
+from llava_simplified.training.run import train
 
 
 def options(models_folder: Path, data_folder: Path, output: Path, **more: object) -> list[str]:
@@ -221,6 +222,44 @@ def test_the_projector_has_its_own_learning_rate(models_folder: Path, data_folde
     assert changed == {"weight", "bias"}
 
 
+def tower(folder: Path, how: str) -> dict[str, torch.Tensor]:
+    file = {"full": "vision_tower/model", "lora": "vision_adapter/adapter_model"}[how]
+    return load_file(folder / f"{file}.safetensors")
+
+
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_the_tower_trains_at_a_rate_of_its_own_and_resumes(
+    models_folder: Path, data_folder: Path, tmp_path: Path, how: str
+) -> None:
+    more = {"tune_vision_tower": how, "gradient_checkpointing": True, "lora_dropout": 0.1, "save_strategy": "steps"}
+    more |= {"save_steps": 2, "max_steps": 6, "cache_vision_features": "auto", "feature_cache_gb": 0}
+    straight = run(options(models_folder, data_folder, tmp_path / "straight", **more))
+    words = options(models_folder, data_folder, tmp_path / "resumed", **more)
+    resumed = run([*words, "--resume_from_checkpoint", str(straight / "checkpoint-4")])
+    for name, weight in tower(straight, how).items():
+        assert torch.equal(weight, tower(resumed, how)[name]), name
+    still = {**more, "vision_lr": 0, "save_strategy": "no", "init_from": straight, "max_steps": 2}
+    further = run(options(models_folder, data_folder, tmp_path / "further", **still))
+    assert all(torch.equal(weight, tower(further, how)[name]) for name, weight in tower(straight, how).items())
+    assert not all(torch.equal(weight, adapter(further)[name]) for name, weight in adapter(straight).items())
+    with pytest.raises(ValueError, match=f"vision tower was trained too: --tune_vision_tower {how}"):
+        run(options(models_folder, data_folder, tmp_path / "other", init_from=straight, max_steps=1))
+    if how == "full":
+        frozen = {"init_from": straight, "vision_tower": straight / "vision_tower", "max_steps": 1}
+        assert "vision_tower" not in {
+            p.name for p in run(options(models_folder, data_folder, tmp_path / "f", **frozen)).iterdir()
+        }
+
+
+def test_pictures_kept_as_pixels_change_nothing(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    """A tower that trains can't have its features kept, but is spared the decoding."""
+    more = {"tune_vision_tower": "lora", "num_train_epochs": 2}
+    plain = run(options(models_folder, data_folder, tmp_path / "plain", cache_vision_features="off", **more))
+    kept = run(options(models_folder, data_folder, tmp_path / "kept", cache_vision_features="auto", **more))
+    assert losses(plain) == losses(kept)
+    assert len(list((tmp_path / "features").glob("*.features"))) == 1
+
+
 def test_bad_images_are_replaced_counted_and_over_budget_fatal(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +293,16 @@ def test_bad_images_are_replaced_counted_and_over_budget_fatal(
         ({"config": "nowhere.yaml"}, "nowhere.yaml: no such file"),
         ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
         ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_data_path"),
+        ({"tune_vision_tower": "lora", "cache_vision_features": "disk"}, "changes the features with every step"),
+        ({"tune_vision_tower": "yes"}, "--tune_vision_tower is off, full or lora"),
+        ({"cache_vision_features": "yes"}, "--cache_vision_features is auto, memory, disk, pixels or off"),
+        ({"attn_implementation": "flash_attention_2"}, "--attn_implementation flash_attention_2: needs an NVIDIA GPU"),
+        ({"attn_implementation": "flex_attention"}, "--attn_implementation flex_attention has no backward"),
+        ({"attn_implementation": "paged|sdpa"}, "--attn_implementation is sdpa, eager"),
+        ({"use_liger_kernel": "True"}, "--use_liger_kernel: Triton kernels for CUDA"),
+        ({"torch_compile_backend": "eager"}, "--torch_compile_...: the layers are compiled one by one"),
+        ({"label_smoothing_factor": "0.1"}, "--label_smoothing_factor"),
+        ({"bits": "3"}, "--bits is 4, 8 or 16"),
     ],
 )
 def test_faults_are_named(
