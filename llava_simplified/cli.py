@@ -61,7 +61,9 @@ def run_command(target: str, argv: list[str] | None) -> int:
     if _shares_its_cores():
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed: at every import, a kernel for CPUs that is not
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # where installed: at every import, a kernel for CPUs that is not
     try:
         module, _, function = target.partition(":")
         return getattr(importlib.import_module(module), function)(argv)
