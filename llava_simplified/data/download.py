@@ -323,7 +323,7 @@ def download(
     numbers = shard_slice(shards, known["shards"])
     specs = [ShardSpec(number, str(work), output, files, retry, options) for number in numbers]
     watch, failed = Progress(work, 0 if shards else known["rows"], progress), []
-    for done in run_shards(fetch_shard, specs, engine=engine, workers=workers, lanes=2, tick=watch.tick):
+    for done in run_shards(fetch_shard, specs, engine=engine, workers=workers, per_cpu=2, tick=watch.tick):
         if done.result is None:
             failed.append(f"shard {done.spec.number:05d}: {done.error}")
         else:

@@ -7,20 +7,20 @@ process died, is simply run again. Nothing here knows what a shard holds.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures as futures
 import contextlib
-import itertools
+import gc
 import multiprocessing
 import os
 import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -40,7 +40,7 @@ def run_shards(
     *,
     engine: str = "local",
     workers: int = 0,
-    lanes: int = 1,
+    per_cpu: int = 1,
     attempts: int = 3,
     tick: Callable[[], None] | None = None,
 ) -> Iterator[Done[S, R]]:
@@ -49,8 +49,8 @@ def run_shards(
     Args:
         function: importable by name, for it runs in other processes.
         engine: `local`, or `ray` (a cluster where RAY_ADDRESS is set, else this machine).
-        workers: shards at a time; 0 means one for each CPU of this machine or cluster.
-        lanes: shards that one local process has under way at once: 2 where a shard ends by waiting.
+        workers: shards at a time; 0 means `per_cpu` for each CPU of this machine or cluster.
+        per_cpu: 2 where a shard ends by waiting.
         attempts: how often a shard is tried. A ValueError is final: it would come again.
         tick: called about once a second; what it raises ends the run.
     """
@@ -58,7 +58,7 @@ def run_shards(
         return
     if engine not in _ENGINES:
         raise ValueError(f"--engine {engine!r}: there are {', '.join(_ENGINES)}")
-    backend = _ENGINES[engine](function, workers, lanes)
+    backend = _ENGINES[engine](function, workers, per_cpu)
     waiting = deque((spec, 1) for spec in specs)
     running: dict[Any, tuple[S, int]] = {}
     try:
@@ -82,64 +82,54 @@ def run_shards(
         backend.close()
 
 
-class _Backend(Protocol):
-    slots: int
-
-    def __init__(self, function: Callable[[Any], Any], workers: int, lanes: int) -> None: ...
-    def submit(self, spec: Any) -> Any: ...
-    def wait(self, handles: list[Any], seconds: float) -> list[Any]: ...
-    def answer(self, handle: Any) -> tuple[Any, BaseException | None]: ...
-    def close(self) -> None: ...
+class _Worker(NamedTuple):
+    process: Any
+    pipe: connection.Connection
 
 
 class _Local:
-    """Processes of this machine, each with `lanes` shards under way in threads of its own.
+    """Processes of this machine, one shard at a time each.
 
-    A process that dies (the kernel kills what takes too much memory) fails its own shards and is replaced.
+    A process that dies (the kernel kills what takes too much memory) fails its own shard and is replaced.
     """
 
-    def __init__(self, function: Callable[[Any], Any], workers: int, lanes: int) -> None:
-        self.function, self.lanes = function, lanes
+    def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
+        self._function, self.slots = function, workers or per_cpu * (os.cpu_count() or 1)
         # Forked processes share what is imported; but torch's threads do not survive a fork.
         fork = sys.platform == "linux" and "torch" not in sys.modules
         self._context: Any = multiprocessing.get_context("fork" if fork else "spawn")
-        self._workers = [self._start() for _ in range(workers or os.cpu_count() or 1)]
-        self.slots = len(self._workers) * lanes
-        self._count = itertools.count()
-        self._answers: dict[int, tuple[Any, BaseException | None]] = {}
+        gc.freeze()  # else the collector's marks unshare the pages
+        self._workers: list[_Worker] = []
+        self._idle = [self._start() for _ in range(self.slots)]
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, self.lanes, os.getpid()), daemon=True)
+        process = self._context.Process(target=_work, args=(theirs, self._function, os.getpid()), daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours, set())
+        self._workers.append(_Worker(process, ours))
+        return self._workers[-1]
 
-    def submit(self, spec: Any) -> int:
-        worker, handle = min(self._workers, key=lambda worker: len(worker.running)), next(self._count)
-        worker.running.add(handle)
-        with contextlib.suppress(OSError):  # it has just died: `wait` will see that and say so
-            worker.pipe.send((handle, self.function, spec))
-        return handle
+    def submit(self, spec: Any) -> _Worker:
+        worker = self._idle.pop()
+        with contextlib.suppress(OSError):  # it has just died: `answer` will see that and say so
+            worker.pipe.send(spec)
+        return worker
 
-    def wait(self, handles: list[int], seconds: float) -> list[int]:
-        ready = connection.wait([worker.pipe for worker in self._workers], seconds)
-        for index, worker in enumerate(self._workers):
-            if worker.pipe not in ready:
-                continue
-            try:
-                handle, result, error = worker.pipe.recv()
-                worker.running.discard(handle)
-                self._answers[handle] = result, error
-            except (EOFError, OSError):
-                worker.process.join()
-                died = OSError(f"its process died with exit code {worker.process.exitcode}")
-                self._answers.update(dict.fromkeys(worker.running, (None, died)))
-                self._workers[index] = self._start()
-        return [handle for handle in handles if handle in self._answers]
+    def wait(self, handles: list[_Worker], seconds: float) -> list[_Worker]:
+        ready = connection.wait([worker.pipe for worker in handles], seconds)
+        return [worker for worker in handles if worker.pipe in ready]
 
-    def answer(self, handle: int) -> tuple[Any, BaseException | None]:
-        return self._answers.pop(handle)
+    def answer(self, worker: _Worker) -> tuple[Any, Exception | None]:
+        try:
+            answer = worker.pipe.recv()
+            self._idle.append(worker)
+        except (EOFError, OSError):
+            worker.process.join()
+            answer = None, OSError(f"its process died with exit code {worker.process.exitcode}")
+            self._workers.remove(worker)
+            self._idle.append(self._start())
+        return answer
 
     def close(self) -> None:
         for worker in self._workers:
@@ -147,74 +137,61 @@ class _Local:
             worker.process.join()
 
 
-class _Worker(NamedTuple):
-    process: Any
-    pipe: connection.Connection
-    running: set[int]
-
-
-def _work(pipe: connection.Connection, lanes: int, parent: int) -> None:
+def _work(pipe: connection.Connection, function: Callable[[Any], Any], parent: int) -> None:
     """The life of a worker process. It ends with its parent, so that no killed run writes on."""
+
+    def watch() -> None:  # the pipe does not tell: forked siblings hold its other end too
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    lock = threading.Lock()
-
-    def run(handle: int, function: Callable[[Any], Any], spec: Any) -> None:
-        result: Any = None
-        failure: Exception | None = None
+    threading.Thread(target=watch, daemon=True).start()
+    while True:
+        spec = pipe.recv()
         try:
-            result = function(spec)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the parent decides
-            told = isinstance(error, ValueError)  # written for the user; others need the traceback
-            failure = ValueError(str(error)) if told else RuntimeError(traceback.format_exc())
-        with lock:
-            pipe.send((handle, result, failure))
-
-    threads = futures.ThreadPoolExecutor(lanes)
-    with contextlib.suppress(EOFError):
-        while os.getppid() == parent:  # a forked sibling holds the pipe's other end too, so it may never end
-            if pipe.poll(0.5):
-                threads.submit(run, *pipe.recv())
-    os._exit(1)
+            answer = function(spec), None
+        except ValueError as error:  # written for the user; others need the traceback
+            answer = None, ValueError(str(error))
+        except Exception:  # noqa: BLE001 - whatever it is, the parent decides
+            answer = None, RuntimeError(traceback.format_exc())
+        pipe.send(answer)
 
 
 class _Ray:
-    """Tasks of one CPU each. A lost worker or machine is an error like others."""
+    """Tasks that take `1 / per_cpu` of a CPU each. A lost worker or machine is an error like others."""
 
-    def __init__(self, function: Callable[[Any], Any], workers: int, lanes: int) -> None:
+    def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
         try:
             import ray
         except ImportError:
             raise ValueError("--engine ray needs Ray: pip install 'llava-simplified[ray]'") from None
-        self.ray, address = ray, os.environ.get("RAY_ADDRESS")
-        self._ours = not ray.is_initialized()
+        self._ray, self._ours = ray, not ray.is_initialized()
         if self._ours:
-            local: dict[str, Any] = (
-                {} if address else {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
-            )
-            ray.init(address=address, log_to_driver=False, **local)
-        self.slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._remote = ray.remote(num_cpus=1, max_retries=0)(function)
+            own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, **own)
+        self.slots = workers or max(1, per_cpu * int(ray.cluster_resources().get("CPU", 1)))
+        self._remote = ray.remote(num_cpus=1 / per_cpu, max_retries=0)(function)
 
     def submit(self, spec: Any) -> Any:
         return self._remote.remote(spec)
 
     def wait(self, handles: list[Any], seconds: float) -> list[Any]:
-        return self.ray.wait(handles, num_returns=1, timeout=seconds)[0]
+        return self._ray.wait(handles, num_returns=1, timeout=seconds)[0]
 
-    def answer(self, handle: Any) -> tuple[Any, BaseException | None]:
+    def answer(self, handle: Any) -> tuple[Any, Exception | None]:
         try:
-            return self.ray.get(handle), None
-        except self.ray.exceptions.RayTaskError as error:
-            return None, error.cause if isinstance(error.cause, ValueError) else error
-        except self.ray.exceptions.RayError as error:
-            return None, error
+            return self._ray.get(handle), None
+        except self._ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            return None, cause if isinstance(cause, ValueError) else error
 
     def close(self) -> None:
         if self._ours:
-            self.ray.shutdown()
+            self._ray.shutdown()
 
 
-_ENGINES: dict[str, type[_Backend]] = {"local": _Local, "ray": _Ray}
+_ENGINES: dict[str, Any] = {"local": _Local, "ray": _Ray}
 
 
 def shard_slice(text: str, total: int) -> range:
@@ -231,5 +208,5 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """`--engine`, `--workers` and `--shards`, the same for every command that works shard by shard."""
     group = parser.add_argument_group("where the shards run")
     group.add_argument("--engine", choices=list(_ENGINES), default="local")
-    group.add_argument("--workers", type=int, default=0, help="shards at a time (default: one for each CPU)")
+    group.add_argument("--workers", type=int, default=0, help="shards at a time (default: as the CPUs can take)")
     group.add_argument("--shards", default="", metavar="i/n", help="only this slice, for a job array: 0/8 .. 7/8")

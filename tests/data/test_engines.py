@@ -39,7 +39,7 @@ def die_once(path: str) -> str:
 
 
 def test_every_shard_comes_back() -> None:
-    done = list(run_shards(square, range(30), workers=2, lanes=2))
+    done = list(run_shards(square, range(30), workers=2))
     assert {d.spec: d.result for d in done} == {n: n * n for n in range(30)}
 
 
