@@ -168,8 +168,9 @@ class _Ray:
             raise ValueError("--engine ray needs Ray: pip install 'llava-simplified[ray]'") from None
         self._ray, self._ours = ray, not ray.is_initialized()
         if self._ours:
-            own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": os.cpu_count(), "include_dashboard": False}
-            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, **own)
+            address = os.environ.get("RAY_ADDRESS")
+            own: dict[str, Any] = {} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+            ray.init(address=address, log_to_driver=False, **own)
         self.slots = workers or max(1, per_cpu * int(ray.cluster_resources().get("CPU", 1)))
         self._remote = ray.remote(num_cpus=1 / per_cpu, max_retries=0)(function)
 
