@@ -149,6 +149,7 @@ def _work(pipe: connection.Connection, function: Callable[[Any], Any], parent: i
     threading.Thread(target=watch, daemon=True).start()
     while True:
         spec = pipe.recv()
+        answer: tuple[Any, Exception | None]
         try:
             answer = function(spec), None
         except ValueError as error:  # written for the user; others need the traceback

@@ -17,7 +17,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -268,75 +268,13 @@ def _retry_after(value: str | None) -> float | None:
         return None
 
 
-class HostQueue:
-    """Gives rows out so that hosts take turns, each with a few rows under way, and may ask for a pause."""
+@dataclass
+class _Host:
+    """What one host is still to be asked for, and the pause that it has asked for itself."""
 
-    def __init__(self, rows: Iterable[tuple[Any, str]], per_host: int) -> None:
-        self._per_host = per_host
-        self._rows: dict[str, deque[tuple[Any, str]]] = {}
-        self._busy: dict[str, int] = {}
-        self._paused: set[str] = set()
-        self.closed: dict[str, float] = {}  # hosts that asked for a longer pause than a run waits
-        self.left = 0
-        for row, url in rows:
-            self._rows.setdefault(host_of(url), deque()).append((row, url))
-            self.left += 1
-        self._ready, self._is_ready = deque(self._rows), set(self._rows)
-        self._waiters = deque[asyncio.Future[None]]()
-
-    async def take(self) -> tuple[Any, str] | None:
-        """The next row and its URL; None when all are done."""
-        while not self._ready:
-            if not self.left:
-                return None
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
-        host = self._ready.popleft()
-        self._is_ready.discard(host)
-        if host in self._paused:  # `again` may have come in between
-            return await self.take()
-        row = self._rows[host].popleft()
-        self._busy[host] = self._busy.get(host, 0) + 1
-        self._offer(host)
-        return row
-
-    def done(self, url: str) -> None:
-        """A row that was taken has its result."""
-        host = host_of(url)
-        self.left -= 1
-        self._busy[host] -= 1
-        self._offer(host)
-        if not self.left:
-            self._wake(len(self._waiters))
-
-    def again(self, row: Any, url: str, seconds: float) -> None:
-        """Put a row back, and leave its host alone for some seconds."""
-        host = host_of(url)
-        self._rows[host].append((row, url))
-        self.left += 1
-        if host not in self._paused:
-            self._paused.add(host)
-            asyncio.get_running_loop().call_later(seconds, self._resume, host)
-        self.done(url)
-
-    def _resume(self, host: str) -> None:
-        self._paused.discard(host)
-        self._offer(host)
-
-    def _offer(self, host: str) -> None:
-        room = self._busy.get(host, 0) < self._per_host and host not in self._paused
-        if self._rows[host] and room and host not in self._is_ready:
-            self._ready.append(host)
-            self._is_ready.add(host)
-            self._wake(1)
-
-    def _wake(self, count: int) -> None:
-        while count and self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                count -= 1
+    rows: deque[tuple[Any, str, int]] = field(default_factory=deque)  # (row, URL, tries so far)
+    resume: float = 0.0  # it is left alone until then, by the monotonic clock
+    closed: str = ""  # why its rows are left for another run
 
 
 @lru_cache(maxsize=4096)
@@ -353,31 +291,47 @@ def host_of(url: str) -> str:
 
 
 async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> AsyncIterator[tuple[Any, str, Fetched]]:
-    """Fetch many (row, url); yields (row, url, result) as they come."""
-    queue = HostQueue(rows, options.per_host)
-    results: asyncio.Queue[tuple[Any, str, Fetched] | None] = asyncio.Queue()
-    tries: dict[Any, int] = {}
+    """Fetch many (row, url); yields (row, url, result) as they come.
 
-    async def work(fetcher: Fetcher) -> None:
-        while (taken := await queue.take()) is not None:
-            row, url = taken
-            if (pause := queue.closed.get(host_of(url))) is not None:
-                fetched = Fetched("rate_limited", 0, f"its host asked for a pause of {pause:.0f} s", None, 0, 0.0)
-            else:
-                fetched = await fetcher.fetch(url)
-            if fetched.pause is not None and fetched.pause > _LONGEST_PAUSE:
-                queue.closed[host_of(url)] = fetched.pause
-            elif is_transient(fetched) and tries.get(row, 0) < options.retries:
-                tries[row] = tries.get(row, 0) + 1
-                queue.again(row, url, 1.0 if fetched.pause is None else fetched.pause)
-                continue
-            queue.done(url)
-            results.put_nowait((row, url, fetched))
+    Each host has up to `per_host` lanes. All lanes queue for the same slots, first come, first served, so that
+    hosts take turns and no large one keeps the small ones waiting.
+    """
+    hosts: dict[str, _Host] = {}
+    for row, url in rows:
+        hosts.setdefault(host_of(url), _Host()).rows.append((row, url, 0))
+    results: asyncio.Queue[tuple[Any, str, Fetched] | None] = asyncio.Queue()
+    slots = asyncio.Semaphore(options.concurrency)
+
+    async def serve(fetcher: Fetcher, host: _Host) -> None:
+        row, url, tries = host.rows.popleft()
+        if host.closed:
+            fetched = Fetched("rate_limited", 0, host.closed, None, 0, 0.0)
+        else:
+            fetched = await fetcher.fetch(url)
+        if fetched.pause is not None and fetched.pause > _LONGEST_PAUSE:
+            host.closed = f"its host asked for a pause of {fetched.pause:.0f} s"
+        elif is_transient(fetched) and tries < options.retries:
+            host.rows.append((row, url, tries + 1))
+            pause = 1.0 if fetched.pause is None else fetched.pause
+            host.resume = max(host.resume, time.monotonic() + pause)
+            return
+        results.put_nowait((row, url, fetched))
+
+    async def lane(fetcher: Fetcher, host: _Host) -> None:
+        while host.rows:
+            async with slots:
+                wait = host.resume - time.monotonic()
+                if wait <= 0 and host.rows:
+                    await serve(fetcher, host)
+            if wait > 0:
+                await asyncio.sleep(wait)
 
     async def run() -> None:
         try:
             async with Fetcher(options) as fetcher:
-                await asyncio.gather(*(work(fetcher) for _ in range(min(options.concurrency, queue.left))))
+                lanes = (lane(fetcher, host) for host in hosts.values()
+                         for _ in range(min(options.per_host, len(host.rows))))  # fmt: skip
+                await asyncio.gather(*lanes)
         finally:
             results.put_nowait(None)
 
