@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # torch's CPU build on machines without a GPU: constraints.txt names the version that the figures were taken with
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo docs site test lint bench clean
+.PHONY: setup demo docs site test fuzz lint bench clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,11 @@ site: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
+
+# ten minutes each: bytes that nobody meant, at the decoder, the tar reader and the caption sources
+fuzz: $(STAMP)
+	$(PIP) -e '.[fuzz]'
+	for target in images shards sources; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

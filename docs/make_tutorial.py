@@ -1,4 +1,4 @@
-"""Write docs/tutorial.md: one drawing of the demo, followed from its bytes to the gradient and to a caption.
+"""Write docs/tutorial.md and its pictures: one drawing of the demo, followed from its bytes to the gradient and to a caption.
 
     make docs          # after `make demo`; or: python docs/make_tutorial.py --checkpoint output/demo/model
 
@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from PIL import Image
+from transformers import CLIPVisionConfig
 
 from llava_simplified.data.batching import Collator, Example
 from llava_simplified.data.dataset import CaptionDataset
@@ -22,9 +31,14 @@ from llava_simplified.demo.assets import fetch
 from llava_simplified.model.generation import Decoding, GenerationOptions
 from llava_simplified.model.language_model import who_sees_whom
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
+from llava_simplified.serve.attention import look
 
 HERE = Path(__file__).parent
+PICTURES = HERE / "img"
+IMAGE_COLOUR, TEXT_COLOUR, TRAINED_COLOUR = "#ffd8a8", "#e9ecef", "#b2f2bb"
+logging.getLogger("matplotlib.category").setLevel(logging.ERROR)
 
 
 def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, Any]:
@@ -64,6 +78,12 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     batch = Collator(model.vision_tower.num_tokens, model.prompt.end_id)([example])
     batch.pop("about")
     seen |= {"input_ids": batch["input_ids"][0].tolist(), "positions": batch["positions"].tolist()}
+    # the same sample as the tutorial's tower would see it: its shapes are known without its weights
+    clip = CLIPVisionConfig(image_size=224, patch_size=16)
+    tower = VisionTower.from_config(clip, model.vision_tower.transform, select_layer=-2)
+    wide = Collator(tower.num_tokens, model.prompt.end_id)([example])
+    seen["clip"] = {"tokens": tower.num_tokens, "width": tower.width, "grid": tower.grid[0],
+                    "length": wide["input_ids"].shape[1], "positions": wide["positions"].tolist()}  # fmt: skip
     seen["embeds"] = tuple(model.splice(batch["input_ids"], features).shape)
 
     def losses() -> list[float]:
@@ -102,6 +122,11 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     )
     seen["mask"] = who_sees_whom(shared["segment_ids"], shared["branch_ids"], shared["position_ids"])[0, 0]
     seen["places"] = shared["position_ids"][0].tolist()
+    seen["words"] = look(model, record.turns[-1].text, [assets.images / image], seen["said"])
+    draw_patches(pixels, tensor.permute(1, 2, 0).numpy(), model.vision_tower.grid[0], tower.grid[0])
+    draw_sequence(seen["tokens"], seen["input_ids"], seen["positions"])
+    draw_mask(seen["mask"].numpy())
+    draw_attention(tensor.permute(1, 2, 0).numpy(), seen["words"])
     manifest = json.loads((checkpoint / "llava.json").read_text(encoding="utf-8"))
     seen["files"] = [
         (path.relative_to(checkpoint).as_posix(), path.stat().st_size)
@@ -112,30 +137,145 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     return seen
 
 
+def save(name: str) -> None:
+    """A small palette picture in docs/img."""
+    PICTURES.mkdir(exist_ok=True)
+    plt.savefig(PICTURES / name, dpi=110, bbox_inches="tight")
+    plt.close()
+    Image.open(PICTURES / name).convert("RGB").quantize(64).save(PICTURES / name, optimize=True)
+
+
+def draw_patches(decoded: np.ndarray, resized: np.ndarray, ours: int, clips: int) -> None:
+    """The picture as it comes, and under the grids of the demo's tower and of CLIP ViT-B/16."""
+    _, axes = plt.subplots(1, 3, figsize=(9, 3.3))
+    titles = (
+        f"decoded: {decoded.shape[0]} x {decoded.shape[1]}",
+        f"the demo's tower: {ours} x {ours}",
+        f"CLIP ViT-B/16: {clips} x {clips}",
+    )
+    for axis, picture, grid, title in zip(axes, (decoded, resized, resized), (0, ours, clips), titles):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=10)
+        axis.set(xticks=[], yticks=[])
+        for line in range(1, grid):
+            axis.axhline(line * len(picture) / grid - 0.5, color="#e03131", lw=0.8)
+            axis.axvline(line * len(picture) / grid - 0.5, color="#e03131", lw=0.8)
+    save("patches.png")
+
+
+def boxes(axis: Axes, row: float, texts: list[str], colours: list[str]) -> None:
+    for column, (text, colour) in enumerate(zip(texts, colours)):
+        axis.add_patch(plt.Rectangle((column + 0.04, row), 0.92, 0.8, facecolor=colour, edgecolor="#868e96", lw=0.6))
+        axis.text(
+            column + 0.5, row + 0.4, text, ha="center", va="center", fontsize=6.5, rotation=90 if len(text) > 3 else 0
+        )
+
+
+def draw_sequence(tokens: list[tuple[str, int, bool]], input_ids: list[int], positions: list[int]) -> None:
+    """Ids, the same after the splice, and what is trained: each label under the position that predicts it."""
+    place = next(i for i, (_, token, _) in enumerate(tokens) if token == IMAGE_INDEX)
+    many = input_ids.count(IMAGE_INDEX)
+    names = [word.replace("Ġ", "").replace("Ċ", "line") for word, _, _ in tokens]
+    spliced = names[:place] + ["image"] * many + names[place + 1 :]
+    figure, axis = plt.subplots(figsize=(11, 3.4))
+    figure.subplots_adjust(0, 0, 1, 1)
+    boxes(axis, 4, names, [IMAGE_COLOUR if i == place else TEXT_COLOUR for i in range(len(names))])
+    boxes(axis, 2, spliced, [IMAGE_COLOUR if place <= i < place + many else TEXT_COLOUR for i in range(len(spliced))])
+    for side in (0, 1):
+        axis.plot([place + side, place + side * many], [4, 2.8], color="#f08c00", lw=1)
+    labels = [""] * len(spliced)
+    for position in positions:
+        labels[position] = spliced[position + 1]
+    boxes(axis, 0, labels, [TRAINED_COLOUR if label else "white" for label in labels])
+    for row, text in ((4.4, "input_ids"), (2.4, "after the splice"), (0.4, "to be said next")):
+        axis.text(-0.3, row, text, ha="right", va="center", fontsize=9)
+    axis.set(xlim=(-4, len(spliced)), ylim=(-0.1, 5))
+    axis.axis("off")
+    save("sequence.png")
+
+
+def draw_mask(mask: np.ndarray) -> None:
+    names = ["prompt", "image", "image", "prompt", "a 1", "a 2", "b 1", "b 2"]
+    _, axis = plt.subplots(figsize=(3.4, 3.4))
+    colour = np.where(mask, np.where(np.arange(len(mask)) < 4, 1, 2)[None, :], 0)
+    axis.imshow(colour, cmap=matplotlib.colors.ListedColormap(["white", IMAGE_COLOUR, TRAINED_COLOUR]))
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(len(names) + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="#ced4da", lw=0.6)
+    axis.tick_params(which="both", length=0)
+    axis.set_title("a row sees the coloured columns", fontsize=9)
+    save("mask.png")
+
+
+def draw_attention(picture: np.ndarray, words: list[Any]) -> None:
+    """Under each word of the caption, the share of attention that went to each place: what the mean of the words had is
+    taken off, since some places (corners) are looked at whatever is said."""
+    grids = np.stack([word.grids[0].numpy() for word in words])
+    offset = grids - grids.mean(0)
+    _, axes = plt.subplots(1, len(words), figsize=(1.7 * len(words), 2.2), squeeze=False)
+    for axis, word, grid, share in zip(axes[0], words, offset, grids):
+        axis.imshow(picture, extent=(0, 1, 0, 1))
+        axis.imshow(
+            grid,
+            extent=(0, 1, 0, 1),
+            cmap="bwr",
+            alpha=0.45,
+            vmin=-abs(offset).max(),
+            vmax=abs(offset).max(),
+            interpolation="bilinear",
+        )
+        axis.set_title(f"{word.text.strip()}\n{share.sum():.0%}", fontsize=8)
+        axis.set(xticks=[], yticks=[])
+    save("attention.png")
+
+
+def code(text: str) -> str:
+    """As code in a table's cell, where a bar would end the cell."""
+    return (
+        f"<code>{text.replace('<', '&lt;').replace('>', '&gt;').replace('|', '&#124;')}</code>"
+        if "|" in text
+        else f"`{text}`"
+    )
+
+
 def write(seen: dict[str, Any]) -> str:
     """The text around the numbers."""
-    count = seen["features"][1]
+    count, clip = seen["features"][1], seen["clip"]
     trained = sum(flag for *_, flag in seen["tokens"])
-    rows = "\n".join(f"| `{word}` | {number} | {'trained' if flag else ''} |" for word, number, flag in seen["tokens"])
-    losses = "\n".join(f"| `{word}` | {before:.2f} | {after:.2f} |" for word, before, after in seen["losses"])
+    rows = "\n".join(
+        f"| {code(word)} | {number} | {'trained' if flag else ''} |" for word, number, flag in seen["tokens"]
+    )
+    losses = "\n".join(f"| {code(word)} | {before:.2f} | {after:.2f} |" for word, before, after in seen["losses"])
     steps = "\n".join(
-        f"| `{word}` | {', '.join(f'`{name}` {share:.2f}' for name, share in best)} |" for word, best in seen["steps"]
+        f"| {code(word)} | {', '.join(f'{code(name)} {share:.2f}' for name, share in best)} |"
+        for word, best in seen["steps"]
     )
-    gradients = "\n".join(
-        f"| {name} | {len(grads)} | {'none' if all(g is None for g in grads) else f'{sum(float(g.norm()) ** 2 for g in grads if g is not None) ** 0.5:.3f}'} |"
-        for name, grads in seen["gradients"].items()
-    )
-    names = ["prompt", "image", "image", "prompt", "a1", "a1", "b1", "b1"]
-    mask = "\n".join(
-        f"    {name:<7}{place:>3}  " + "  ".join("x" if cell else "." for cell in row)
-        for name, place, row in zip(names, seen["places"], seen["mask"].tolist())
-    )
+
+    def norm(grads: list[torch.Tensor | None]) -> str:
+        squares = [float(grad.norm()) ** 2 for grad in grads if grad is not None]
+        return f"{sum(squares) ** 0.5:.3f}" if squares else "none: frozen"
+
+    gradients = "\n".join(f"| {name} | {len(grads)} | {norm(grads)} |" for name, grads in seen["gradients"].items())
     files = "\n".join(f"| `{name}` | {size:,} |" for name, size in seen["files"])
     last = seen["positions"][0]
+    places = " ".join(map(str, seen["places"]))
     return f"""# One picture, followed through the code
 
 This page is written by `docs/make_tutorial.py`, which runs the code on one drawing of the demo that the model never saw, `{seen["image"]}`:
-"{seen["caption"]}". Open the named files beside it. You should know PyTorch; LLaVA you will know at the end.
+"{seen["caption"]}". Open the named files beside it. You should know PyTorch; LLaVA you will know at the end. [The notebook](tutorial.ipynb) does the same on
+models so small that it trains one in seconds, and its cells are yours to break.
+
+What to look for, and where it is answered:
+
+| | the demo's model | with CLIP ViT-B/16, as the tutorial has it | station |
+|---|---|---|---|
+| Where do the image tokens enter? | {count} of them take the place of `<image>` among the word embeddings | {clip["tokens"]}, in the same way | [5](#5-the-splice-llavasplice-in-modelllavapy) |
+| Which tokens are trained? | the answer and its end token: {trained} of {seen["embeds"][1]} positions | the same {trained}, of {clip["length"]} | [4](#4-text-becomes-ids-and-labels-promptpy), [6](#6-the-loss-llavaforward) |
+| What is frozen? | the vision tower, and the language model's own weights | the same | [7](#7-the-gradient-modellorapy) |
+| What trains? | the projector, and LoRA's matrices beside the language model's | the same | [7](#7-the-gradient-modellorapy) |
+| What is saved? | what trains, and the names of what does not | the same | [10](#10-what-is-saved-modelcheckpointpy) |
 
 ## 1. Bytes become pixels: `data/images.py`
 
@@ -146,39 +286,47 @@ pixels are on the device: a quarter of the bytes to carry.
 ## 2. Pixels become patch features: `model/vision.py`
 
 `VisionTower` runs a pretrained vision model and keeps, of its hidden states {list(seen["layers"])}, one vector for each place in the picture:
-{seen["features"]}: one picture, {count} places, {seen["features"][2]:,} numbers each. (CLIP ViT-B/16 gives 196 places of 768 numbers; this
-tower is a small convolutional one, pooled to {int(count**0.5)} x {int(count**0.5)}.) The tower is **frozen**: it never learns, so the trainer runs it once per
-picture and keeps the features (`training/feature_cache.py`).
+{seen["features"]}: one picture, {count} places, {seen["features"][2]:,} numbers each. CLIP ViT-B/16 cuts the picture into {clip["grid"]} x {clip["grid"]} patches of 16 x 16
+pixels: (1, {clip["tokens"]}, {clip["width"]}). The demo's tower is a small convolutional one, pooled to {int(count**0.5)} x {int(count**0.5)}.
+
+![the drawing, and the grids of two towers](img/patches.png)
+
+The tower is **frozen**: it never learns, so the trainer runs it once per picture and keeps the features (`training/feature_cache.py`).
 
 ## 3. Features become image tokens: `model/projector.py`
 
 The projector, two matrices and a GELU, maps them to the width of the language model's own embeddings: {seen["image_tokens"]}. Nothing says
-that such a vector must mean a word; but it should be of their size. Image tokens deviate by {seen["deviation"][0]:.3f}, embeddings by
-{seen["deviation"][1]:.3f}: `fit_to_embeddings` starts them there. The projector is **trained**.
+that such a vector must mean a word; but it should begin at their size, or the first steps are spent on it: `fit_to_embeddings` starts the image tokens with the
+embeddings' deviation, {seen["deviation"][1]:.3f}. (Here, after training, they deviate by {seen["deviation"][0]:.3f}: the model has found it useful to speak up.) The
+projector is **trained**.
 
 ## 4. Text becomes ids and labels: `prompt.py`
 
-One place renders all prompts. `<image>` is one id here, {IMAGE_INDEX}, that no vocabulary has.
+One place renders all prompts. `<image>` is one id here, {IMAGE_INDEX}, that no vocabulary has. (Ġ is a space before the word, Ċ a line's end.)
 
 | token | id | |
 |---|---|---|
 {rows}
 
 **Trained are {trained} of {len(seen["tokens"])} tokens**: the answer and the token that ends it, nothing else. The labels are right by construction: the
-answer is encoded on its own, and where it begins the labels begin.
+answer is encoded on its own, and where it begins the labels begin. Everywhere else the label is {IGNORE_INDEX}.
 
 ## 5. The splice: `Llava.splice` in `model/llava.py`
 
 The collator repeats the image's id once per image token: {len(seen["input_ids"])} ids. Embedding them gives {seen["embeds"]}; then the image tokens take the
-places of their ids. That is where the {count} tokens enter, and it is all that LLaVA does to a language model:
+places of their ids. That is where the {count} tokens enter, between two words of the prompt, and it is all that LLaVA does to a language model:
 
     [{", ".join("image" if token == IMAGE_INDEX else str(token) for token in seen["input_ids"])}]
 
+With CLIP ViT-B/16 the same sample has {clip["length"]} positions, {clip["tokens"]} of them image. The language model does not know which is which: it reads vectors.
+
+![input ids, the sequence after the splice, and the labels](img/sequence.png)
+
 ## 6. The loss: `Llava.forward`
 
-A token is predicted from the position before it. The collator lists those positions, {seen["positions"]}, and the head, a matrix as large as
-the vocabulary, runs there and nowhere else: logits of {seen["loss"][1]} instead of ({seen["embeds"][1]}, {seen["loss"][1][1]:,}). The first trained token is
-predicted at position {last}, the last one of the prompt.
+A token is predicted from the position before it (the green row of the picture). The collator lists those positions, {seen["positions"]}, and the head, a matrix as
+large as the vocabulary, runs there and nowhere else: logits of {seen["loss"][1]} instead of ({seen["embeds"][1]}, {seen["loss"][1][1]:,}). The first trained token is
+predicted at position {last}, the last one of the prompt. With CLIP ViT-B/16 they are {clip["positions"][0]} to {clip["positions"][-1]}: {trained / clip["length"]:.0%} of all.
 
 | token to say | loss without the adapter | with it |
 |---|---|---|
@@ -192,7 +340,8 @@ The loss is summed, here {seen["loss"][0]:.2f}, and divided by the trained token
 |---|---|---|
 {gradients}
 
-It flows through the frozen language model into LoRA's small matrices and into the projector. `check_trainable` asserts that table at every start.
+It flows back through the frozen language model into LoRA's small matrices and, through the image tokens, into the projector; there it ends.
+`check_trainable` asserts that table at every start.
 
 ## 8. The caption: `model/generation.py`
 
@@ -204,29 +353,71 @@ The prompt is run once, its keys and values are kept, and one token after anothe
 
 It says: "{seen["said"]}". The picture's name is "{seen["caption"]}".
 
+Where it looked while it chose each word (`serve/attention.py`): the share of attention that went to the picture, and which places had more of it (red) or less
+(blue) than for the other words.
+
+![the attention to the picture, word by word](img/attention.png)
+
 ## 9. Several captions of one picture: `model/language_model.py`
 
-Image and prompt need not be computed once per caption. Each caption is a branch that sees the prompt and itself (x: row sees column); the
-second column is the place in the text that the model is told, and it starts anew behind the prompt:
+Image and prompt need not be computed once per caption. Captions a and b are branches that see the prompt and themselves:
 
-{mask}
+![who sees whom in a shared prompt](img/mask.png)
 
-Loss and gradients are those of separate sequences, to 1e-10 in float64 (`tests/model/test_sharing.py`).
+The places in the text that the model is told are `{places}`: behind the prompt they start anew. Loss and gradients are those of separate
+sequences, to 1e-10 in float64 (`tests/model/test_sharing.py`); [why](design.md#captions-of-one-picture-on-a-shared-prompt).
 
 ## 10. What is saved: `model/checkpoint.py`
 
-What was trained ({seen["trained"]} and projector), and the names and fingerprints of what was not:
+What was trained ({seen["trained"]} and projector), and in `llava.json` the names and fingerprints of what was not:
 
 | file | bytes |
 |---|---|
 {files}
 
+The language model ({sum(size for _, size in seen["files"]) / 1e6:.0f} MB are saved, without its hundreds) and the tower are found again by name, and refused if they are not the ones
+of the training. `Llava.from_pretrained(folder)` needs nothing else. `llava export` writes the whole in the form that other tools load.
+
 ## Exercises
 
-1. Swap the tower: `--vision_tower` takes any Hugging Face vision model. What changes in station 2, and what nowhere else?
-2. Train with `--mm_projector_type linear`. Which of the two matrices of station 3 was worth its parameters?
-3. Break the labels: in `Prompt._prefix`, label the template's own tokens too. The loss falls faster, and lies: why?
-4. Shuffle the pictures of the validation set before `llava predict`. The demo's report does this: what would you think of a model whose score stays?
+Each runs as it stands after `make demo`, and [in the notebook](tutorial.ipynb), where no demo is needed. `ASSETS` is where the demo keeps its models and pictures:
+
+    ASSETS=~/.cache/llava-simplified/demo-v1
+    PARTS="--model_name_or_path $ASSETS/language_model --train_data_path $ASSETS/pictures/train.json --train_image_folder $ASSETS/pictures/images"
+
+1. **Swap the tower.** One of CLIP ViT-B/16's shape, its weights random, for it is the shapes that you are to see:
+
+        python -c "from transformers import *; CLIPVisionModel(CLIPVisionConfig(patch_size=16)).save_pretrained('clip'); CLIPImageProcessorPil().save_pretrained('clip')"
+        llava inspect --data $ASSETS/pictures/train.json --model_name_or_path $ASSETS/language_model --vision_tower clip --count 1
+
+    What changed in station 2, and what nowhere else? How long would five captions of a picture be, apart and on a shared prompt?
+
+2. **Change the projector.** Which of the two matrices of station 3 is worth its parameters?
+
+        llava train --config configs/demo_projector.yaml $PARTS --vision_tower $ASSETS/vision_tower --max_steps 100 --output_dir output/two
+        llava train --config configs/demo_projector.yaml $PARTS --vision_tower $ASSETS/vision_tower --max_steps 100 --mm_projector_type linear --output_dir output/one
+
+    Compare the losses in the two `trainer_log.jsonl`.
+
+3. **Break the label mask, and see the loss lie.** Train on the prompt as well:
+
+        python - $PARTS --config configs/demo_projector.yaml --vision_tower $ASSETS/vision_tower --max_steps 100 --output_dir output/lie <<'END'
+        import sys
+        from llava_simplified.prompt import IGNORE_INDEX, Prompt, Rendered
+        from llava_simplified.training.run import main
+        right = Prompt._prefix
+        def wrong(self, turns, where):
+            ids, _ = right(self, turns, where)
+            return Rendered(ids, [i if i >= 0 else IGNORE_INDEX for i in ids])
+        Prompt._prefix = wrong
+        main(sys.argv[1:])
+        END
+
+    The loss is lower from the first steps on. Did it learn more? (The prompt is the same in every sample: after a few steps its tokens cost nothing, and they are
+    averaged in. The notebook measures both models by the same, honest loss.)
+
+4. **Shuffle the pictures.** `llava evaluate` prints a column *shuffled*: every picture with another one's caption. What would you think of a model whose score stays
+    the same there?
 """
 
 

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -26,7 +27,8 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 
-class Done(NamedTuple, Generic[S, R]):
+@dataclass(frozen=True)
+class Done(Generic[S, R]):
     """What came of one shard: `result`, or after the last attempt an `error`."""
 
     spec: S

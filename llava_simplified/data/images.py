@@ -22,6 +22,8 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no EPS: Pillow runs Ghostscript on it
 _ORIENTATION = 274  # the EXIF tag
+# What Pillow and its decoders raise for bytes that are no whole picture; `make fuzz` knows of no other.
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError, RuntimeError)
 
 
 class ImageError(ValueError):
@@ -72,14 +74,14 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         ImageError: not_image, too_large (over `max_pixels`) or corrupt.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the rule here
+        warnings.simplefilter("ignore")  # of size, where max_pixels is the rule, and of EXIF that is torn
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise ImageError("not_image", f"not an image: {len(data)} bytes beginning {data[:16]!r}") from None
         except Image.DecompressionBombError as error:
             raise ImageError("too_large", str(error)) from None
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except _BROKEN as error:
             raise ImageError("corrupt", f"corrupt header: {error}") from error
         width, height = image.size
         if width * height > max_pixels:
@@ -90,7 +92,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                 orientation = image.getexif().get(_ORIENTATION, 1)
                 return pixels if orientation == 1 else _upright(Image.fromarray(pixels), orientation)
             return np.asarray(_on_white(ImageOps.exif_transpose(image)))
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:
+        except _BROKEN as error:
             raise ImageError("corrupt", f"corrupt {image.format}: {error}") from error
 
 

@@ -127,10 +127,15 @@ class ShardIndex(NamedTuple):
 
     def find(self, key: str) -> tuple[int, int] | None:
         """(offset, size) of the picture, None where the shard has no such key."""
-        place = int(np.searchsorted(self.keys, key.encode()))
-        if place == len(self.keys) or self.keys[place] != key.encode():
+        name = _key_bytes(key)
+        place = int(np.searchsorted(self.keys, name))
+        if place == len(self.keys) or self.keys[place] != name:
             return None
         return int(self.offsets[place]), int(self.sizes[place])
+
+
+def _key_bytes(key: str) -> bytes:
+    return key.encode("utf-8", "surrogatepass")  # a tar's names may be in any encoding: tarfile makes surrogates of it
 
 
 def shard_index(path: Path) -> ShardIndex:
@@ -154,7 +159,7 @@ def _shard_index(path: Path, _modified: int, _size: int) -> ShardIndex:
             if any(suffix in members for suffix in IMAGE_SUFFIXES)
         ]
         names, offsets, sizes = (list(column) for column in zip(*pictures)) if pictures else ([], [], [])
-    keys = np.array([name.encode() for name in names], dtype="S")
+    keys = np.array([_key_bytes(name) for name in names], dtype="S")
     order = np.argsort(keys, kind="stable")
     return ShardIndex(keys[order], np.array(offsets, np.int64)[order], np.array(sizes, np.int32)[order])
 

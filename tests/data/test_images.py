@@ -89,6 +89,21 @@ def test_bytes_corrupted_in_mid_scan_are_seen() -> None:
     assert error.value.kind == "corrupt"
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_whatever_byte_is_wrong_it_is_pixels_or_an_image_error(kind: str) -> None:
+    """Of a tag's type in a TIFF Pillow makes a TypeError, of an AVIF without its item table a RuntimeError."""
+    data = encoded(photo().resize((24, 16)), kind)
+    broken = [data.replace(b"iloc", b"xxxx")]
+    for place in range(min(len(data), 700)):
+        for value in (0, 5, 255):
+            broken.append(data[:place] + bytes([value]) + data[place + 1 :])
+    for changed in broken:
+        try:
+            assert decode_image(changed, max_pixels=1_000_000).dtype == np.uint8
+        except ImageError as error:
+            assert error.kind in ("not_image", "corrupt", "too_large")
+
+
 @pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"GIF89a", bytes(100)])
 def test_what_is_no_image(data: bytes) -> None:
     with pytest.raises(ImageError) as error:

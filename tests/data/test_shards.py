@@ -81,6 +81,16 @@ def test_tars_of_others_are_read(tmp_path: Path) -> None:
     assert read_shard_image(tmp_path / "0.tar", "./b") == b"two"
 
 
+def test_names_that_are_no_utf_8_are_names_all_the_same(tmp_path: Path) -> None:
+    data = foreign(tmp_path / "0.tar", {"caf_.jpg": b"one", "b.jpg": b"two"}).read_bytes()
+    header = data[:512].replace(b"caf_", b"caf\xe9")
+    checksum = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+    (tmp_path / "0.tar").write_bytes(header[:148] + b"%06o\0 " % checksum + header[156:] + data[512:])
+    ((key, _), _) = tar_samples(tmp_path / "0.tar")
+    assert read_shard_image(tmp_path / "0.tar", key) == b"one"
+    assert read_shard_image(tmp_path / "0.tar", "b") == b"two"
+
+
 def test_truncated_tars_name_the_member(tmp_path: Path) -> None:
     write(tmp_path / "0.tar")
     data = (tmp_path / "0.tar").read_bytes()
