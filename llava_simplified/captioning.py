@@ -105,6 +105,7 @@ class Job:
     image_folder: str | None = None
     model_base: str | None = None
     vision_tower: str | None = None
+    bits: int | None = None
     limit: int | None = None
     batch_size: int = 16
     chunk: int = 0
@@ -137,7 +138,9 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
         begun.write_text(json.dumps(settings), encoding="utf-8")
     done = _whole_records(output, job.options.num_return_sequences) | _whole_records(bad_path, 1)
 
-    model = model or Llava.from_pretrained(job.model_path, model_base=job.model_base, vision_tower=job.vision_tower)
+    model = model or Llava.from_pretrained(
+        job.model_path, model_base=job.model_base, vision_tower=job.vision_tower, bits=job.bits
+    )
     if isinstance(records, Pictures) and not job.questions:
         records.questions = (model.instruction,)
     indices = range(min(len(records), job.limit or len(records)))[job.chunk :: job.chunks]
@@ -262,6 +265,7 @@ def _parser(name: str, what: str, *, temperature: float) -> argparse.ArgumentPar
     parser.add_argument("--model-path", required=True, help="checkpoint folder that training wrote")
     parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
     parser.add_argument("--vision-tower", help="the vision tower, likewise")
+    parser.add_argument("--bits", type=int, choices=[4, 8, 16], help="of the language model's weights (as in training)")
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (%(default)s)")
     decoding.add_argument("--top_p", "--top-p", type=float, default=1.0)
@@ -284,7 +288,7 @@ def _options(args: argparse.Namespace, trials: int) -> GenerationOptions:
 
 
 def _job(args: argparse.Namespace, source: str, output: Path, options: GenerationOptions, **more: Any) -> Job:
-    names = ("model_path", "model_base", "vision_tower", "image_folder", "limit", "batch_size")
+    names = ("model_path", "model_base", "vision_tower", "bits", "image_folder", "limit", "batch_size")
     return Job(source=source, output=str(output), options=options, **{n: getattr(args, n) for n in names}, **more)
 
 
@@ -389,7 +393,9 @@ def _read_line(sign: str) -> str:
 
 
 def _load(args: argparse.Namespace) -> Llava:
-    return Llava.from_pretrained(args.model_path, model_base=args.model_base, vision_tower=args.vision_tower)
+    return Llava.from_pretrained(
+        args.model_path, model_base=args.model_base, vision_tower=args.vision_tower, bits=args.bits
+    )
 
 
 def _say(args: argparse.Namespace, image: str, questions: Sequence[str], options: GenerationOptions) -> int:

@@ -128,3 +128,17 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     torch.manual_seed(2)
     assert first == order(0, 1)
     assert first != order(0, 0) and first != order(1, 1)
+
+
+def test_packs_of_conceptual_captions_are_full() -> None:
+    """196 patches, a prompt of some 20 tokens and a caption: word counts spread as in Conceptual Captions (mean 10.3, 3 to 50)."""
+    words = np.clip(np.random.default_rng(0).lognormal(2.25, 0.42, 20_000), 3, 50)
+    lengths = (216 + np.rint(1.3 * words)).astype(int).tolist()
+    assert 9.5 < words.mean() < 11
+    for pack_length, fill in ((4096, 0.95), (2048, 0.94)):  # into 1024 go four, and a tenth stays empty
+        packs = plan_packs(lengths, pack_length, seed=0)
+        assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+        used = [sum(lengths[index] for index in pack) for pack in packs]
+        assert max(used) <= pack_length
+        # a batch is as long as its longest pack
+        assert sum(used) / (max(used) * len(used)) >= fill, pack_length

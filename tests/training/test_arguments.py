@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import transformers
 
-from llava_simplified.arguments import parse_arguments
+from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 
 FINETUNE_SH = """
 --mm_vision_select_layer -1 --mm_vision_select_feature patch --mm_use_im_start_end False --mm_use_im_patch_token False
@@ -62,9 +64,19 @@ def test_wandb_is_silent_unless_asked() -> None:
 
 @pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_is_understood_and_says_what_to_expect(recipe: Path) -> None:
-    more = ["--bf16", "False"] if recipe.stem.startswith(("cc3m", "coco")) else []
+    more = ["--bf16", "False"] if recipe.stem.startswith(("cc3m", "coco", "qlora")) else []
     model, _, training = parse_arguments(["--config", str(recipe), *more])
     assert training.max_steps > 0 or training.num_train_epochs >= 1
     assert model.mm_projector_type in ("linear", "mlp2x_gelu")
     comment = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     assert any("Check" in line or "Expect" in line for line in comment)
+    assert any(unit in " ".join(comment) for unit in ("day", "hour", "minute")), "the expected time"
+
+
+def test_every_option_is_read_somewhere() -> None:
+    """A flag that nobody reads is a promise that nobody keeps."""
+    package = Path(__file__).parents[2] / "llava_simplified"
+    code = "".join(path.read_text() for path in package.rglob("*.py"))
+    for group in (ModelArguments, DataArguments, TrainingArguments):
+        for name in group.__annotations__.keys() - transformers.TrainingArguments.__dataclass_fields__.keys():
+            assert re.search(rf"\b\w*(args|data|model|self)\.{name}\b", code), f"--{name} is read by nobody"

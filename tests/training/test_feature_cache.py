@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_run import options, run
 
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.vision import VisionTower
-from llava_simplified.training.feature_cache import FeatureCache, cache_key
+from llava_simplified.training.feature_cache import FeatureCache, cache_key, encode_main
 
 
 def tower(models_folder: Path, dtype: torch.dtype = torch.float32, **choices) -> VisionTower:
@@ -90,3 +93,44 @@ def test_a_picture_that_cannot_be_read_is_left_to_the_dataset(
 def test_a_tower_in_training_is_refused(models_folder: Path) -> None:
     with pytest.raises(ValueError, match="being trained"):
         FeatureCache(tower(models_folder).requires_grad_(True), "w")
+
+
+def test_several_processes_fill_one_cache(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    """Each opened it empty; neither may write over the other's rows, nor keep a picture twice."""
+    vision, images = tower(models_folder), data_folder / "images"
+    one, other = (FeatureCache(vision, "w", tmp_path) for _ in range(2))
+    names = [f"{i}.jpg" for i in range(8)]
+    one.fill(names[:5], images, batch_size=2, progress=False)
+    features = other.fill(names[3:], images, batch_size=2, progress=False)
+    one.fill(names, images, progress=False)
+    [hashes] = tmp_path.glob("*.hashes")
+    assert hashes.stat().st_size == 8 * 32
+    for found in (
+        features,
+        one.fill(names, images, progress=False),
+        FeatureCache(vision, "w", tmp_path).fill(names, images),
+    ):
+        for name in (name for name in names if name in found):
+            torch.testing.assert_close(found[name], direct(vision, images / name))
+
+
+def test_encoding_ahead(
+    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    """With the options of the run that follows, which then runs the tower over nothing; in worker processes too."""
+    more = {"eval_data_path": data_folder / "val.json", "val_image_folder": data_folder / "images"}
+    words = options(models_folder, data_folder, tmp_path / "out", max_steps=1, dataloader_num_workers=1, **more)
+    assert encode_main(words) == 0
+    printed = capsys.readouterr().out
+    assert "16 vision features of pictures: 0.00 GB" in printed and "16 pictures are there, 0 can't be read" in printed
+    monkeypatch.setattr(VisionTower, "forward", lambda *_: pytest.fail("the tower ran again"))
+    assert encode_main(words) == 0
+    run([*words, "--cache_vision_features", "disk"])
+    with pytest.raises(ValueError, match="llava encode fills the disk"):
+        encode_main([*words, "--cache_vision_features", "memory"])
+
+
+def test_a_full_disk_is_seen_before(models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match="GB are needed"):
+        encode_main(options(models_folder, data_folder, tmp_path / "out"))
