@@ -175,8 +175,8 @@ class LengthGroupedSampler(Sampler[int]):
             part = order[start : start + pool]
             order[start : start + pool] = part[np.argsort(self.lengths[part], kind="stable")]
         whole = len(order) - len(order) % self.batch_size  # the last batch, if it is short, stays the last
-        batches = order[:whole].reshape(-1, self.batch_size)
-        return iter(np.concatenate([random.permutation(batches).ravel(), order[whole:]]).tolist())
+        batches = random.permutation(order[:whole].reshape(-1, self.batch_size))
+        return (int(index) for part in (batches.flat, order[whole:]) for index in part)
 
 
 def plan_packs(lengths: Sequence[int], pack_length: int, seed: int, pool: int = 8192) -> list[list[int]]:
@@ -211,26 +211,29 @@ class PackedDataset(Dataset[list[Example]]):
 
     def __init__(self, dataset: Any, tokens_per_image: int, pack_length: int, seed: int) -> None:
         self.dataset = dataset
-        self._lengths = dataset.lengths(tokens_per_image)
-        if (longest := max(self._lengths)) > pack_length:
+        lengths = dataset.lengths(tokens_per_image)
+        if (longest := max(lengths)) > pack_length:
             raise ValueError(
                 f"--pack_length {pack_length}: the longest example has {longest} positions; raise it, or lower "
                 "--model_max_length"
             )
-        self.packs = plan_packs(self._lengths, pack_length, seed)
+        packs = plan_packs(lengths.tolist(), pack_length, seed)
+        # flat, and not as a million lists: forked workers share what nobody counts references of
+        self._order = np.fromiter((index for pack in packs for index in pack), np.int32, len(lengths))
+        self._starts = np.cumsum([0, *map(len, packs)])
+        self._lengths = np.add.reduceat(lengths[self._order], self._starts[:-1])
 
     @property
     def fill(self) -> float:
         """The share of positions that are no padding when every pack is as long as the longest."""
-        totals = [sum(self._lengths[i] for i in pack) for pack in self.packs]
-        return sum(totals) / (max(totals) * len(totals))
+        return float(self._lengths.mean() / self._lengths.max())
 
-    def lengths(self, tokens_per_image: int) -> list[int]:
+    def lengths(self, tokens_per_image: int) -> np.ndarray:
         """Positions of each pack."""
-        return [sum(self._lengths[i] for i in pack) for pack in self.packs]
+        return self._lengths
 
     def __len__(self) -> int:
-        return len(self.packs)
+        return len(self._lengths)
 
     def __getitem__(self, index: int) -> list[Example]:
-        return [self.dataset[i] for i in self.packs[index]]
+        return [self.dataset[int(i)] for i in self._order[self._starts[index] : self._starts[index + 1]]]

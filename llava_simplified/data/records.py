@@ -111,7 +111,7 @@ def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
 
 
 class Records(Sequence[Record]):
-    """Records parsed one at a time out of a file of rows: memory-mapped, cheap to pickle and to fork."""
+    """Records parsed one at a time out of a file of rows: cheap to hold, to pickle and to fork."""
 
     def __init__(self, rows: RowFile) -> None:
         self.rows = rows
