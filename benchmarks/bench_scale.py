@@ -21,7 +21,30 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-WORDS = "red dog a car the man of two woman with old street on field in park near water tree city people night".split()
+WORDS = [
+    "red",
+    "dog",
+    "a",
+    "car",
+    "the",
+    "man",
+    "of",
+    "two",
+    "woman",
+    "with",
+    "old",
+    "street",
+    "on",
+    "field",
+    "in",
+    "park",
+    "near",
+    "water",
+    "tree",
+    "city",
+    "people",
+    "night",
+]
 
 
 def write_data(folder: Path, records: int) -> Path:
