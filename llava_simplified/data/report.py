@@ -94,7 +94,7 @@ def download_report(manifest: Path, settings: dict[str, Any], to_json: Path, to_
 
     outcomes, rows_by_host, hosts = Counter[str](), Counter[str](), dict[str, Counter[str]]()
     examples: dict[str, list[dict[str, Any]]] = {}
-    times, shorter, sizes = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    parts: list[np.ndarray] = []
     columns = ["url", "error", "detail", "captions", "at", "width", "height", "length", "index"]
     for batch in pq.ParquetFile(manifest).iter_batches(50_000, columns=columns):
         for index, url, error, detail, captions in zip(
@@ -108,11 +108,10 @@ def download_report(manifest: Path, settings: dict[str, Any], to_json: Path, to_
                 if len(seen := examples.setdefault(error, [])) < 8:
                     caption = captions[0] if captions else ""
                     seen.append({"name": f"row {index}", "caption": caption, "detail": f"{url}: {detail}"})
-        times.append(batch["at"].to_numpy(zero_copy_only=False))
-        good = batch.filter(batch["length"].is_valid())
-        shorter.append(np.minimum(*(good[name].to_numpy(zero_copy_only=False) for name in ("width", "height"))))
-        sizes.append(good["length"].to_numpy(zero_copy_only=False))
-    at, sides, lengths = (np.concatenate(parts).astype(float) for parts in (times, shorter, sizes))
+        names = ("at", "width", "height", "length")  # NaN where there is no picture
+        parts.append(np.array([batch[name].to_pylist() for name in names], float))
+    at, width, height, lengths = np.concatenate(parts, axis=1)
+    sides, lengths = np.minimum(width, height)[~np.isnan(lengths)], lengths[~np.isnan(lengths)]
     seconds = float(at.max() - at.min()) if len(at) else 0.0
     worst = sorted(hosts, key=lambda host: -hosts[host].total())[:25]
     report = {
