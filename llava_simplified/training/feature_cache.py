@@ -275,7 +275,7 @@ def encode_main(argv: list[str] | None = None) -> int:
 
 
 def image_names(records: Sequence[Record]) -> list[str]:
-    """Every picture of the records once. All of them are parsed for it: some 100,000 a second."""
+    """Every picture of the records once, in their order; the records are parsed once for it."""
     return list(dict.fromkeys(name for record in records for name in record.images))
 
 
