@@ -51,7 +51,9 @@ def test_train_then_predict_as_the_tutorial_says(models_folder: Path, data_folde
 
 
 @pytest.mark.slow
-def test_the_launch_scripts(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_the_launch_scripts_train_and_predict_as_written(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     """Every flag of LLaVA's finetune.sh, in the folders that the tutorial speaks of; only the models are tiny."""
     for split in ("train", "val"):
         (tmp_path / f"conceptual_captions_instruct_{split}_clean.json").symlink_to(data_folder / f"{split}.json")
@@ -69,7 +71,7 @@ def test_the_launch_scripts(models_folder: Path, data_folder: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_two_processes(models_folder: Path, data_folder: Path, tmp_path: Path, launcher: str) -> None:
+def test_two_processes_are_one_training(models_folder: Path, data_folder: Path, tmp_path: Path, launcher: str) -> None:
     """One training of two processes, not two trainings: 2 steps x 2 processes x 2 pictures are seen."""
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")

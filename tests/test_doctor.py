@@ -7,7 +7,7 @@ import pytest
 from llava_simplified import doctor
 
 
-def test_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_installation_is_reported_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     assert "transformers" in said and "HF_HUB_OFFLINE is set" in said and "GB free" in said

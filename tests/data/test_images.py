@@ -31,7 +31,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "GIF", "TIFF"])
-def test_formats(kind: str) -> None:
+def test_every_format_is_read_as_pillow_reads_it(kind: str) -> None:
     data = encoded(photo(), kind, **({"lossless": True} if kind == "WEBP" else {}))
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.array_equal(decode_image(data), expected)

@@ -316,13 +316,13 @@ def test_a_package_that_is_not_there(registries: Path, tmp_path: Path, client: s
         assets.download(package, tmp_path)
 
 
-def test_no_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_npm_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"needs npm to fetch emojibase-data@.*install Node\.js"):
         assets.download(assets.PACKAGES["names"], tmp_path)
 
 
-def test_no_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pip_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = tmp_path / "python"
     bare.write_text('#!/bin/sh\necho "No module named pip" >&2\nexit 1\n')
     bare.chmod(0o755)

@@ -195,7 +195,7 @@ def test_samples_that_cannot_be_scored() -> None:
         evaluate([_sample(("a", "b"), "a"), _sample("a", "a", index=1)], java=False)
 
 
-def test_perplexity() -> None:
+def test_perplexity_is_two_where_each_token_costs_ln_2() -> None:
     assert perplexity(math.log(2) * 10, 10) == pytest.approx(2)
     with pytest.raises(ValueError, match="no trained token"):
         perplexity(0.0, 0)

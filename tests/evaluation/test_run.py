@@ -85,7 +85,9 @@ def test_runs_are_told_apart_by_their_names() -> None:
     assert run_names([Path("checkpoint-1/p.json"), Path("checkpoint-2/p.json")]) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_command_line(tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_several_files_and_writes_a_report(
+    tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train, val = (json.loads((data_folder / f"{name}.json").read_text()) for name in ("train", "val"))
     for step, right in ((100, 1), (200, 3)):
         rows = [

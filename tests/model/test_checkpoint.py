@@ -51,7 +51,7 @@ def trained_model(folder: Path, how: str, tower_how: str = "off", **choices) -> 
 
 @pytest.mark.parametrize("how", ["adapter", "projector", "language_model"])
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
-def test_round_trip(models_folder: Path, tmp_path: Path, how: str, kind: str) -> None:
+def test_a_checkpoint_loads_with_the_same_logits(models_folder: Path, tmp_path: Path, how: str, kind: str) -> None:
     model, architecture = trained_model(models_folder, how, mm_projector_type=kind)
     save_checkpoint(model, tmp_path / "renamed as one likes", architecture)
     again = Llava.from_pretrained(tmp_path / "renamed as one likes")

@@ -238,7 +238,7 @@ def test_sampling_repeats_with_its_seed(models_folder: Path) -> None:
     assert len(beams[0]) == 1
 
 
-def test_padding_sides() -> None:
+def test_images_make_room_and_rows_are_padded_on_the_side_asked() -> None:
     rows = [expand_images([5, IMAGE_INDEX, 6], 3), expand_images([7], 3)]
     assert pad(rows, 0).tolist() == [[5, IMAGE_INDEX, IMAGE_INDEX, IMAGE_INDEX, 6], [7, 0, 0, 0, 0]]
     assert pad(rows, 0, "left").tolist()[1] == [0, 0, 0, 0, 7]

@@ -114,7 +114,7 @@ def test_several_processes_fill_one_cache(models_folder: Path, data_folder: Path
             torch.testing.assert_close(found[name], direct(vision, images / name))
 
 
-def test_encoding_ahead(
+def test_a_run_after_encoding_ahead_does_not_run_the_tower(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     """With the options of the run that follows, which then runs the tower over nothing; in worker processes too."""
