@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # torch's CPU build on machines without a GPU: constraints.txt names the version that the figures were taken with
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo docs site test coverage fuzz lint bench clean
+.PHONY: setup setup-browser demo docs site test coverage fuzz lint bench clean
 
 setup: $(STAMP)
 
@@ -14,6 +14,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[dev,docs,deepspeed,ray,serve]'
 	@touch $@
+
+# what the page's tests drive; they are skipped where it is missing
+setup-browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+	  then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	  else echo "no Chromium, and no right to install one: the page's tests in a browser are skipped"; fi; } \
+	|| echo "Chromium could not be installed: the page's tests in a browser are skipped"
 
 demo: $(STAMP)
 	$(BIN)/llava demo

@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     parser.add_argument("--api-key", default=os.environ.get("LLAVA_API_KEY", ""), help="or in LLAVA_API_KEY, which `ps` does not show")  # fmt: skip
-    parser.add_argument("--no-page", action="store_true", help="the API only")
+    page = parser.add_mutually_exclusive_group()
+    page.add_argument("--no-page", action="store_true", help="the API only")
+    page.add_argument("--examples", type=Path, metavar="FOLDER", help="pictures to click on the page")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--batch-size", type=int, default=16, help="answers decoded at the same time (%(default)s)")
     limits.add_argument("--queue", type=int, default=64, help="requests that may wait; more get 429 (%(default)s)")
@@ -35,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     limits.add_argument("--max-body", type=int, default=20, help="megabytes of a request (%(default)s)")
     limits.add_argument("--allow-image-urls", action="store_true", help="fetch http(s) pictures, from public addresses")
     args = parser.parse_args(argv)
-    if missing := [name for name in ("starlette", "uvicorn", "prometheus_client") if not find_spec(name)]:
+    needed = ["starlette", "uvicorn", "prometheus_client", *["gradio"] * (not args.no_page)]
+    if missing := [name for name in needed if not find_spec(name)]:
         raise ValueError(f"{', '.join(missing)} not installed: pip install 'llava-simplified[serve]'")
     return serve(args)
 
@@ -49,6 +52,10 @@ def serve(args: argparse.Namespace) -> int:
     from llava_simplified.serve.api import Limits, create_app
     from llava_simplified.serve.batching import Worker
 
+    if not args.no_page:
+        from llava_simplified.serve.page import example_pictures, mount_page
+
+        examples = example_pictures(args.examples) if args.examples else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the server is up, and again when it has drained
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -58,7 +65,10 @@ def serve(args: argparse.Namespace) -> int:
     worker = Worker(model, args.batch_size, args.queue, args.timeout, args.context)
     fetch = FetchOptions(retries=0, max_bytes=args.max_body * 10**6) if args.allow_image_urls else None
     name = args.name or Path(args.checkpoint).resolve().name
-    app = create_app(worker, name, args.api_key, Limits(args.max_body * 10**6, args.max_images, args.max_tokens, fetch))
+    limits = Limits(args.max_body * 10**6, args.max_images, args.max_tokens, fetch)
+    app = create_app(worker, name, args.api_key, limits)
+    if not args.no_page:
+        mount_page(app, worker, name, args.api_key, limits, examples)
     config = uvicorn.Config(
         app,
         args.host,

@@ -27,6 +27,7 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
+from starlette.applications import Starlette
 
 from llava_simplified.data.fetch import FetchOptions
 from llava_simplified.model.llava import Llava
@@ -62,9 +63,16 @@ class Live:
 
 
 @contextmanager
-def live(model: Llava, key: str = "", limits: Limits = DEFAULTS, **batching: Any) -> Iterator[Live]:
+def live(
+    model: Llava,
+    key: str = "",
+    limits: Limits = DEFAULTS,
+    mount: Callable[[Starlette, Worker], None] = lambda *_: None,
+    **batching: Any,
+) -> Iterator[Live]:
     worker = Worker(model, **batching)
     app = create_app(worker, "tiny", key, limits)
+    mount(app, worker)
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
