@@ -35,6 +35,7 @@ EXPECTED = {
     "missing": "http_404",
     "forbidden": "http_403",
     "broken": "http_500",
+    "rude": "http_404",  # a reason with a byte that is no UTF-8
     "busy": "http_429",
     "html": "html",
     "empty": "empty",
@@ -119,6 +120,7 @@ def expected(kind: str, number: int) -> tuple[str, str]:
 _STATUS = {
     "missing": "404 Not Found",
     "forbidden": "403 Forbidden",
+    "rude": "404 Non trouv\udce9",
     "broken": "500 Internal Server Error",
     "busy": "429 Too Many Requests",
     "moved": "302 Found",
@@ -169,7 +171,7 @@ class _Handler(asyncio.Protocol):
         status = _STATUS.get(kind, "200 OK")
         body = b"no picture here" if kind in _STATUS else body_of(kind, number)
         extra = {
-            "optout": "X-Robots-Tag: noai, noimageai\r\n",
+            "optout": "X-Robots-Tag: noai, noimageai, \udce9\r\n",
             "reserved": "TDM-Reservation: 1\r\n",
             "busy": f"Retry-After: {number}\r\n",
             "moved": f"Location: /ok/{number}.jpg\r\n",
@@ -186,7 +188,7 @@ class _Handler(asyncio.Protocol):
         head = f"HTTP/1.1 {status}\r\nContent-Type: {content}\r\n{extra}Content-Length: {len(body)}\r\n\r\n"
         if kind == "cut":
             body = body[: len(body) // 2]
-        self.transport.write(head.encode() + body)
+        self.transport.write(head.encode(errors="surrogateescape") + body)
         if kind == "cut":
             self.transport.close()
 

@@ -147,7 +147,8 @@ class Fetcher:
             kind, http, pause, detail = "timeout", 0, None, f"not done in {self.options.timeout:g} s"
         except (aiohttp.ClientError, OSError, ValueError) as error:
             kind, http, pause, detail = name_failure(error), 0, None, f"{type(error).__name__}: {error}"
-        return Fetched(kind, http, detail[:300], None, 0, time.perf_counter() - start, pause)
+        detail = detail[:300].encode(errors="replace").decode()  # headers may hold any bytes, the journal may not
+        return Fetched(kind, http, detail, None, 0, time.perf_counter() - start, pause)
 
     async def _check(self, data: bytes) -> Picture:
         resize, most = self.options.resize, self.options.max_pixels
