@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 @dataclass
@@ -146,10 +147,12 @@ class TrainingArguments(transformers.TrainingArguments):
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."}
     )
+    ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "What trains here is always used."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress line."})
     config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})
 
     def __post_init__(self) -> None:
+        _check_launcher(self.deepspeed is not None)
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise several processes would each train alone, unaware of the others
             if self.tf32:
@@ -162,13 +165,34 @@ class TrainingArguments(transformers.TrainingArguments):
                 ops.__compatible_ops__["deepspeed_shm_comm"] = False
         elif self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
             raise ValueError("this GPU has no bfloat16: pass --bf16 False --fp16 True")
+        if str(self.fsdp).lower() in ("true", "false"):  # from YAML; the parser takes any word for a kind of sharding
+            self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         self.output_dir = self.output_dir or "output"
         self.remove_unused_columns = False  # a batch here is more than the arguments of a text model
         self.average_tokens_across_devices = True
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
             self.restore_callback_states_from_checkpoint = True  # a resumed run is as patient as the straight one
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process needs a whole model to start from
         super().__post_init__()
+        unset_hf_deepspeed_config()  # or `from_pretrained` would load, under ZeRO-3, models cut up already
+        if (count := int(os.environ.get("WORLD_SIZE", 1))) != self.world_size:
+            raise ValueError(f"{count} processes were started, and each would train alone: start them with torchrun")
+
+
+def _check_launcher(deepspeed: bool) -> None:
+    """Raise ValueError where the way this process was started would not do what it looks like."""
+    several = "LOCAL_RANK" in os.environ
+    accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerate and "MASTER_ADDR" in os.environ and not several:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one, as it does with --cpu; "
+            "`accelerate launch --multi_gpu --num_processes 2` starts two on CPUs too, and so does torchrun"
+        )
+    if deepspeed and not several:
+        raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun)")
+    if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ValueError("--deepspeed, under an accelerate launch that has a DeepSpeed configuration itself: give one")
 
     @property
     def frozen_dtype(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -103,14 +103,16 @@ class Collator:
         segment_ids (batch, length): 0 on padding, n in a row's n-th example,
         branch_ids (batch, length): 0 in a prompt, n in its n-th answer, and
         position_ids (batch, length): what the model takes for a token's place in its text;
-        pixel_values (images, 3, height, width) or image_features (images, tokens, width), in reading order;
+        pixel_values (images, 3, height, width) or image_features (images, tokens, width), in reading order; `blank`
+            where the batch has no image: processes that share a model's weights all have to run all of its layers;
         about: what is for people and not for the model: the examples' `ids` and `notes`, and `tokens`, how many positions
             are no padding.
     """
 
-    def __init__(self, tokens_per_image: int, pad_id: int) -> None:
+    def __init__(self, tokens_per_image: int, pad_id: int, blank: Mapping[str, torch.Tensor] | None = None) -> None:
         self.tokens_per_image = tokens_per_image
         self.pad_id = pad_id
+        self.blank = blank or {}
 
     def __call__(self, rows: Sequence[Example | Sequence[Example]]) -> dict[str, Any]:
         packs = [[row] if isinstance(row, Example) else list(row) for row in rows]
@@ -145,7 +147,7 @@ class Collator:
             images = [getattr(e, name) for e in examples if getattr(e, name) is not None]
             if images:
                 batch[name] = torch.cat(images)
-        return batch
+        return batch if batch.keys() & {"pixel_values", "image_features"} else {**batch, **self.blank}
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -136,7 +136,7 @@ def save_checkpoint(
 
     Args:
         training: what a reader wants to know of the run (data, steps, settings): kept in `llava.json`.
-        state_dict: the whole model's weights, where an engine has had to gather them.
+        state_dict: what was trained, where an engine has had to gather it.
     """
     folder = Path(folder)
     part = folder.with_name(f".{folder.name}.part{os.getpid()}")

@@ -38,7 +38,7 @@ DEFAULT_INSTRUCTION = "Generate a caption of this image:"
 
 
 class LlavaOutput(NamedTuple):
-    """`loss`: summed over the trained tokens, not averaged. `logits`: (trained, vocabulary)."""
+    """`loss`: summed over the trained tokens, not averaged. `logits`: (trained, vocabulary), without gradient."""
 
     loss: torch.Tensor
     logits: torch.Tensor
@@ -72,6 +72,12 @@ class Llava(nn.Module):
     def config(self) -> Any:
         """The language model's: engines read the width of the layers from it."""
         return self.language_model.config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of its layers: FSDP gathers the weights of one at a time."""
+        named = {*(self.language_model._no_split_modules or ()), *(self.vision_tower.model._no_split_modules or ())}
+        return sorted({type(module).__name__ for module in self.modules()} & named)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the language model's activations in the backward pass; a frozen tower keeps none anyway."""
@@ -120,7 +126,7 @@ class Llava(nn.Module):
         logits = outputs.logits.flatten(0, -2)
         # In float32 at least; and a sum, so that micro-batches, devices and packs add up to the mean over all tokens.
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return LlavaOutput(cross_entropy(exact, labels, reduction="sum"), logits)
+        return LlavaOutput(cross_entropy(exact, labels, reduction="sum"), logits.detach())
 
     def splice(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
         """Token embeddings, with projected patch features in place of the placeholders.
@@ -135,17 +141,14 @@ class Llava(nn.Module):
         is_image = input_ids == IMAGE_INDEX
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if image_features is None:
-            if self.training:
-                # Data parallelism waits for a gradient of every trained parameter: a batch without images gives zeros.
-                parts = (self.projector, self.vision_tower)
-                parameters = [p.sum() for part in parts for p in part.parameters() if p.requires_grad]
-                embeds = embeds + 0.0 * sum(parameters) if parameters else embeds
             return embeds
         image_tokens = self.projector(image_features.to(self._projector_dtype(embeds)))
-        if image_tokens.shape[:2].numel() != is_image.sum():
+        room = int(is_image.sum())
+        blank = len(image_features) == 1 and not room  # see `Collator`: it passes through all layers, into no text
+        if image_tokens.shape[:2].numel() != room and not blank:
             raise ValueError(
                 f"{len(image_features)} image(s) of {image_features.shape[1]} tokens, but the text has room for "
-                f"{int(is_image.sum())} image tokens"
+                f"{room} image tokens"
             )
         return embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
 

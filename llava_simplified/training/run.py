@@ -61,6 +61,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     if trainer.is_world_process_zero():
         plot_training(output_dir / "trainer_log.jsonl", output_dir / "training.png")
     trainer.accelerator.print(f"saved in {output_dir}; {_counted(trainer)}")
+    trainer.accelerator.wait_for_everyone()  # a process whose peers are gone may hang in saying good-bye
     trainer.accelerator.end_training()
     return output_dir
 
@@ -101,7 +102,7 @@ def build(
     prepare(model, model_args)
     sets = [train_set] if eval_set is None else [train_set, eval_set]
     cache_features(model.vision_tower, data_args, args, architecture.fingerprints["vision_tower"], sets)
-    start_trained_parts(model, model_args, train_set)
+    start_trained_parts(model, model_args, train_set, resumed)
     full = not model_args.freeze_backbone and not _uses_lora(model_args)
     table = check_trainable(model, language_model=full, vision_tower=model_args.tune_vision_tower == "full")
     examples: Any = train_set
@@ -117,10 +118,13 @@ def build(
         data_args.max_bad_images,
         train_dataset=examples,
         eval_dataset=eval_set,
-        data_collator=Collator(model.vision_tower.num_tokens, model.prompt.end_id),
+        data_collator=Collator(model.vision_tower.num_tokens, model.prompt.end_id, blank_image(model, train_set)),
     )
     packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
-    trainer.accelerator.print(f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}")
+    engine = f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}" if args.world_size > 1 else ""
+    trainer.accelerator.print(
+        f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}{engine}"
+    )
     return trainer, resumed
 
 
@@ -137,8 +141,6 @@ def check_options(model: ModelArguments, data: DataArguments, args: TrainingArgu
             raise ValueError(f"--metric_for_best_model is eval_loss or cider, not {metric!r}")
         if args.eval_strategy == "no":
             raise ValueError("the best checkpoint is known by evaluations: --eval_strategy steps --eval_data_path ...")
-    if args.deepspeed and "LOCAL_RANK" not in os.environ:
-        raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun, accelerate launch)")
     if args.label_smoothing_factor or args.neftune_noise_alpha:
         raise ValueError("--label_smoothing_factor and --neftune_noise_alpha: this loss has neither")
     if model.tune_vision_tower not in ("off", "full", "lora"):
@@ -186,13 +188,17 @@ def prepare(model: Llava, args: ModelArguments) -> None:
         add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
 
 
-def start_trained_parts(model: Llava, args: ModelArguments, train_set: CaptionDataset) -> None:
-    """Where training starts: from a checkpoint, or afresh.
+def start_trained_parts(
+    model: Llava, args: ModelArguments, train_set: CaptionDataset, resumed: Path | None = None
+) -> None:
+    """Where training starts: from a checkpoint, this run's or another's, or afresh.
 
     Raises:
         ValueError: `--init_from` names a checkpoint that trained something else.
     """
-    if args.init_from:
+    if resumed:
+        load_trained_weights(model, resumed)
+    elif args.init_from:
         manifest = read_manifest(args.init_from)
         before, now = manifest["trained"], kind_of(model)
         tower, start = manifest.get("trained_tower", "off"), Path(args.init_from) / "vision_tower"
@@ -211,6 +217,13 @@ def start_trained_parts(model: Llava, args: ModelArguments, train_set: CaptionDa
         load_projector(model.projector, args.pretrain_mm_mlp_adapter)
     else:
         _fit_projector(model, train_set)
+
+
+def blank_image(model: Llava, train_set: CaptionDataset) -> dict[str, torch.Tensor]:
+    """An image of nothing, in the form that the images of the batches have."""
+    pixels = torch.zeros(1, 3, *model.vision_tower.transform.crop, dtype=torch.uint8)
+    stored = next(iter(getattr(train_set.features, "values", tuple)()), pixels[0])
+    return {"pixel_values": pixels} if stored.dtype == torch.uint8 else {"image_features": torch.zeros_like(stored)[None]}
 
 
 def _uses_lora(args: ModelArguments) -> bool:

@@ -12,16 +12,20 @@ from typing import Any, cast
 
 import torch
 import transformers
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from llava_simplified.arguments import TrainingArguments
 from llava_simplified.data.batching import LengthGroupedSampler
-from llava_simplified.model.checkpoint import Architecture, copy_checkpoint, load_trained_weights, save_checkpoint
+from llava_simplified.model.checkpoint import Architecture, copy_checkpoint, save_checkpoint
 from llava_simplified.model.llava import Llava
+from llava_simplified.prompt import IMAGE_INDEX
+from llava_simplified.training.engines import restore_state, shard_on_cpus, whole_state, whole_weights
 from llava_simplified.training.watch import EvalCaptions, GradientAlarm, Meter, ProgressLine
 
 
@@ -65,6 +69,11 @@ class LlavaTrainer(transformers.Trainer):
         self.seen = Counter[str]()
         self._ids: list[str] = []  # of this step's examples
         self._staging: Path | None = None  # while a checkpoint is being written
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args or {})
+        self.is_fsdp_enabled = self.accelerator.distributed_type == DistributedType.FSDP
 
     # ---- loss ----
 
@@ -136,7 +145,7 @@ class LlavaTrainer(transformers.Trainer):
         for batch in dataloader:
             self._read_notes(batch)
             batch.pop("about")
-            inputs = self._prepare_inputs(batch)
+            inputs = self._prepare_inputs(self._without_repeats(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
                 total += torch.stack([model(**inputs).loss.double(), total.new_tensor(len(inputs["labels"]))])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -154,11 +163,22 @@ class LlavaTrainer(transformers.Trainer):
             num_samples=self.num_examples(dataloader),
         )
 
+    def _without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """All processes get as many batches: the last are filled up with rows from the first, which count no second time."""
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            rows, length = batch["input_ids"].shape
+            own = state.remainder - self.accelerator.process_index * rows
+            new = batch["positions"] // length < own
+            batch = {**batch, "positions": batch["positions"][new], "labels": batch["labels"][new]}
+        return batch
+
     def _watched_pictures(self) -> EvalCaptions | None:
         args = self.args
         if args.eval_strategy == "no" or not args.eval_captions or self.eval_dataset is None:
             return None
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        zero = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if self.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3):
             self.accelerator.print("--eval_captions: none, no process has all the weights that captioning takes")
             return None
         found = EvalCaptions(cast(Any, self.eval_dataset), args.eval_captions, Path(str(args.output_dir)))
@@ -194,7 +214,8 @@ class LlavaTrainer(transformers.Trainer):
     def _read_notes(self, batch: dict[str, Any]) -> None:
         """Say what the examples of a batch want said; stop when too many images are bad."""
         notes: list[str] = batch["about"]["notes"]
-        self.seen["images"] += len(batch.get("pixel_values", batch.get("image_features", ())))
+        placeholders = int((batch["input_ids"] == IMAGE_INDEX).sum())
+        self.seen["images"] += placeholders // self.data_collator.tokens_per_image
         for note in notes:
             kind = note.partition(",")[0]
             self.seen[kind] += 1
@@ -243,13 +264,24 @@ class LlavaTrainer(transformers.Trainer):
 
     # ---- checkpoints ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Every save, the intermediate ones too, is a checkpoint that loads with one call."""
+        model: Llava = self.accelerator.unwrap_model(self.model)
+        weights = self._on_main_process(whole_weights(model))
         if self.args.should_save:
-            model: Llava = self.accelerator.unwrap_model(self.model)
             training = {"steps": self.state.global_step, "epochs": self.state.epoch, **self.settings}
             folder = self._staging / "model" if self._staging else Path(output_dir or str(self.args.output_dir))
-            save_checkpoint(model, folder, self.architecture, training, state_dict)
+            save_checkpoint(model, folder, self.architecture, training, weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = self._on_main_process(whole_state(self.accelerator.unwrap_model(self.model), self.optimizer))
+        if self.args.should_save:
+            save_file(state, Path(output_dir) / "optimizer.safetensors")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _on_main_process(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """All processes gather, one keeps."""
+        return {name: tensor.cpu().clone() for name, tensor in tensors if self.args.should_save}
 
     def save_final(self) -> None:
         """Into the output folder: what the run ends with or, with `--load_best_model_at_end`, its best checkpoint."""
@@ -258,7 +290,6 @@ class LlavaTrainer(transformers.Trainer):
             self.save_model()
         elif self.args.should_save:
             copy_checkpoint(best, str(self.args.output_dir))
-        self.accelerator.wait_for_everyone()
 
     def _load_best_model(self) -> None:
         """Nothing is loaded: `save_final` copies the checkpoint, which works whatever engine holds the weights."""
@@ -297,8 +328,28 @@ class LlavaTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trained weights, for a resume; `resume_from_checkpoint` is the checkpoint's `trainer_state` folder."""
-        load_trained_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint).parent)
+        """Nothing: a resumed run gets its weights as a new one does, before an engine cuts the model up."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it knows each engine's own files
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            state = load_file(folder / "optimizer.safetensors")
+            restore_state(self.accelerator.unwrap_model(self.model), self.optimizer, state)
+            self._restore_schedule(torch.load(folder / "scheduler.pt", weights_only=True))
+            self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _restore_schedule(self, state: dict[str, Any]) -> None:
+        """Where it was; on the learning rates of this command line, if they have changed."""
+        schedule: Any = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):
+            factors = [factor(state["last_epoch"]) for factor in schedule.lr_lambdas]
+            rates = [base * factor for base, factor in zip(schedule.base_lrs, factors)]
+            state = {**state, "base_lrs": schedule.base_lrs, "_last_lr": rates}
+        schedule.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, state["_last_lr"]):  # type: ignore[union-attr]
+            group["lr"] = rate
 
 
 def _listed(ids: Sequence[str], most: int = 16) -> str:

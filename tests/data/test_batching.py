@@ -93,8 +93,13 @@ def test_images_are_in_reading_order() -> None:
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
-def test_a_text_only_batch_has_no_images() -> None:
-    assert "pixel_values" not in Collator(4, 0)([Example([1, 2], [NO, 2])])
+def test_a_text_only_batch_has_no_images_or_a_blank_one() -> None:
+    text, pixels = Example([1, 2], [NO, 2]), torch.ones(1, 3, 2, 2)
+    assert "pixel_values" not in Collator(4, 0)([text])
+    collator = Collator(4, 0, {"pixel_values": pixels * 0})
+    assert not collator([text])["pixel_values"].any()
+    batch = collator([text, Example([IMAGE, 1], [NO, 1], pixel_values=pixels)])
+    assert torch.equal(batch["pixel_values"], pixels)
 
 
 def test_computed_features_take_the_place_of_pixels() -> None:

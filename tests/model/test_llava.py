@@ -169,12 +169,17 @@ def test_a_wrong_number_of_pictures_is_an_error(models_folder: Path) -> None:
         model(**batch)
 
 
-def test_a_text_only_batch_gives_the_projector_a_zero_gradient(models_folder: Path) -> None:
+def test_a_blank_image_changes_nothing_and_gives_the_projector_a_zero_gradient(models_folder: Path) -> None:
     model = build(models_folder).train()
     batch = collate(model, [examples(model, pictures(model, 3))[1]])
-    model(**batch).loss.backward()
+    blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    loss = model(**batch, pixel_values=blank).loss
+    assert torch.equal(loss, model(**batch).loss)
+    loss.backward()
     assert model.projector.weight.grad is not None
     assert not model.projector.weight.grad.any()
+    with pytest.raises(ValueError, match="2 image.s. of 16 tokens, but the text has room for 0"):
+        model(**batch, pixel_values=blank.expand(2, -1, -1, -1))
 
 
 @pytest.mark.parametrize("text", LANGUAGE_MODELS)
