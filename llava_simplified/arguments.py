@@ -179,6 +179,11 @@ class TrainingArguments(transformers.TrainingArguments):
         if (count := int(os.environ.get("WORLD_SIZE", 1))) != self.world_size:
             raise ValueError(f"{count} processes were started, and each would train alone: start them with torchrun")
 
+    @property
+    def frozen_dtype(self) -> str:
+        """Of the weights that are not trained."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
 
 def _check_launcher(deepspeed: bool) -> None:
     """Raise ValueError where the way this process was started would not do what it looks like."""
@@ -193,11 +198,6 @@ def _check_launcher(deepspeed: bool) -> None:
         raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun)")
     if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError("--deepspeed, under an accelerate launch that has a DeepSpeed configuration itself: give one")
-
-    @property
-    def frozen_dtype(self) -> str:
-        """Of the weights that are not trained."""
-        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
 
 # What LLaVA's scripts pass, under the names of their time.
