@@ -108,7 +108,9 @@ def _whole_zero_state(trained: Mapping[str, nn.Parameter], zero: Any) -> Iterato
             yield f"{name}/{_MASTER}", safe_get_full_fp32_param(parameter)
 
 
-def _restore_zero(trained: Mapping[str, nn.Parameter], zero: Any, stored: Mapping[str, dict[str, torch.Tensor]]) -> None:
+def _restore_zero(
+    trained: Mapping[str, nn.Parameter], zero: Any, stored: Mapping[str, dict[str, torch.Tensor]]
+) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     # its optimizer sees a few flat tensors, this process's shares of all weights behind one another

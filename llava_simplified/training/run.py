@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,7 +120,9 @@ def build(
         data_collator=Collator(model.vision_tower.num_tokens, model.prompt.end_id, blank_image(model, train_set)),
     )
     packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
-    engine = f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}" if args.world_size > 1 else ""
+    engine = (
+        f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}" if args.world_size > 1 else ""
+    )
     trainer.accelerator.print(
         f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}{engine}"
     )
@@ -223,7 +224,9 @@ def blank_image(model: Llava, train_set: CaptionDataset) -> dict[str, torch.Tens
     """An image of nothing, in the form that the images of the batches have."""
     pixels = torch.zeros(1, 3, *model.vision_tower.transform.crop, dtype=torch.uint8)
     stored = next(iter(getattr(train_set.features, "values", tuple)()), pixels[0])
-    return {"pixel_values": pixels} if stored.dtype == torch.uint8 else {"image_features": torch.zeros_like(stored)[None]}
+    return (
+        {"pixel_values": pixels} if stored.dtype == torch.uint8 else {"image_features": torch.zeros_like(stored)[None]}
+    )
 
 
 def _uses_lora(args: ModelArguments) -> bool:

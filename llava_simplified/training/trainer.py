@@ -215,7 +215,7 @@ class LlavaTrainer(transformers.Trainer):
         """Say what the examples of a batch want said; stop when too many images are bad."""
         notes: list[str] = batch["about"]["notes"]
         placeholders = int((batch["input_ids"] == IMAGE_INDEX).sum())
-        self.seen["images"] += placeholders // self.data_collator.tokens_per_image
+        self.seen["images"] += placeholders // cast(Any, self.data_collator).tokens_per_image
         for note in notes:
             kind = note.partition(",")[0]
             self.seen[kind] += 1
@@ -277,7 +277,7 @@ class LlavaTrainer(transformers.Trainer):
         state = self._on_main_process(whole_state(self.accelerator.unwrap_model(self.model), self.optimizer))
         if self.args.should_save:
             save_file(state, Path(output_dir) / "optimizer.safetensors")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _on_main_process(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """All processes gather, one keeps."""

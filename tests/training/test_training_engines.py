@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from test_run import losses, options, run
 
-from llava_simplified.arguments import parse_arguments
 from llava_simplified.model.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
