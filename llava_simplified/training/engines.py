@@ -28,8 +28,7 @@ def shard_on_cpus(accelerator: Accelerator, options: Mapping[str, Any]) -> None:
     Args:
         options: of `FullyShardedDataParallelPlugin`; what `accelerate launch` says comes through the environment.
     """
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if wanted and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
         plugin = FullyShardedDataParallelPlugin(**options)
         if accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(accelerator.mixed_precision)
@@ -80,8 +79,7 @@ def restore_state(model: nn.Module, optimizer: Any, state: Mapping[str, torch.Te
         stored[name][key] = value
     trained = dict(_trained(model))
     if any(map(_is_zero, trained.values())):
-        _restore_zero(trained, optimizer.optimizer, stored)
-        return
+        return _restore_zero(trained, optimizer.optimizer, stored)
     names = {parameter: name for name, parameter in trained.items()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shares = {

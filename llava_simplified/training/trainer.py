@@ -168,8 +168,7 @@ class LlavaTrainer(transformers.Trainer):
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:
             rows, length = batch["input_ids"].shape
-            own = state.remainder - self.accelerator.process_index * rows
-            new = batch["positions"] // length < own
+            new = batch["positions"] // length < state.remainder - self.accelerator.process_index * rows
             batch = {**batch, "positions": batch["positions"][new], "labels": batch["labels"][new]}
         return batch
 
