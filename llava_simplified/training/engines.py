@@ -79,7 +79,8 @@ def restore_state(model: nn.Module, optimizer: Any, state: Mapping[str, torch.Te
         stored[name][key] = value
     trained = dict(_trained(model))
     if any(map(_is_zero, trained.values())):
-        return _restore_zero(trained, optimizer.optimizer, stored)
+        _restore_zero(trained, optimizer.optimizer, stored)
+        return
     names = {parameter: name for name, parameter in trained.items()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shares = {
