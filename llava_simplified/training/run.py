@@ -120,12 +120,9 @@ def build(
         data_collator=Collator(model.vision_tower.num_tokens, model.prompt.end_id, blank_image(model, train_set)),
     )
     packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
-    engine = (
-        f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}" if args.world_size > 1 else ""
-    )
-    trainer.accelerator.print(
-        f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}{engine}"
-    )
+    if args.world_size > 1:
+        packs += f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}"
+    trainer.accelerator.print(f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}")
     return trainer, resumed
 
 
