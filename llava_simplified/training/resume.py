@@ -67,8 +67,5 @@ def check_same_run(folder: Path, architecture: Architecture, settings: Mapping[s
             )
     notes = [f"--{name} was {was}, is {value}" for name, was, value in changed]
     if before.get("processes") != now.get("processes"):
-        notes.append(
-            "another number of processes: the same samples follow where processes x batch x accumulation is as before; "
-            "else, in this epoch, some come twice or not at all"
-        )
+        notes.append("another number of processes: with another total batch, samples come twice or never this epoch")
     return notes
