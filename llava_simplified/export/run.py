@@ -17,7 +17,10 @@ def export_main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("llava export", description="Write a checkpoint in a form that other tools load.")
     parser.add_argument("checkpoint")
     parser.add_argument(
-        "--format", choices=["hf", "peft"], default="hf", help="stock LLaVA, merged; or with an adapter"
+        "--format",
+        choices=["hf", "peft", "gguf"],
+        default="hf",
+        help="stock LLaVA, merged; or with a PEFT adapter; or files for llama.cpp and Ollama",
     )
     parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="as trained where not given")
@@ -26,11 +29,18 @@ def export_main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vision-tower", help="the vision tower, likewise")
     parser.add_argument("--scores", type=Path, help="scores.json of `llava evaluate`, for the model card")
     args = parser.parse_args(argv)
-    from llava_simplified.export.stock import export_adapter, export_stock
-
-    export: Any = export_stock if args.format == "hf" else export_adapter
+    if args.scores and not args.scores.is_file():
+        raise ValueError(f"--scores {args.scores}: no such file")
     where = {"model_base": args.model_base, "vision_tower": args.vision_tower}
-    compared = export(args.checkpoint, args.output, args.dtype, images=args.images, **where)
+    if args.format == "gguf":
+        from llava_simplified.export.llamacpp import export_gguf
+
+        compared = export_gguf(args.checkpoint, args.output, args.dtype, **where)
+    else:
+        from llava_simplified.export.stock import export_stock
+
+        adapter = args.format == "peft"
+        compared = export_stock(args.checkpoint, args.output, args.dtype, args.images, adapter, **where)
     write_card(args.checkpoint, args.output, args.format, args.scores)
     print(f"{args.output}: loaded back and compared: " + ", ".join(f"{k} {v:.3g}" for k, v in compared.items()))
     return 0
@@ -125,7 +135,8 @@ def write_card(checkpoint: str | Path, folder: Path, form: str, scores: Path | N
         f"to answer `{parts['instruction']}` about a picture.",
         "",
         {"hf": "Merged; loads with `AutoModelForImageTextToText` and `AutoProcessor`.",
-         "peft": "`base/` loads with `AutoModelForImageTextToText`, `adapter/` on top of it with `PeftModel`."}[form],
+         "peft": "`base/` loads with `AutoModelForImageTextToText`, `adapter/` on top of it with `PeftModel`.",
+         "gguf": "For llama.cpp (`llama-server -m model.gguf --mmproj mmproj.gguf`) and Ollama (`ollama create`)."}[form],
         "",
         f"Licence of the language model: {licence or 'not stated in its folder; look at its own page'}.",
         "",

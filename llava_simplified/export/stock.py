@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,20 +14,22 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from llava_simplified.data.images import ImageSource, load_pixels
+from llava_simplified.data.images import ImageSource, decode_image, load_pixels, read_image_bytes
+from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import read_manifest
 from llava_simplified.model.language_model import head_at
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES, Message
 
+SHARD_SIZE = "5GB"
 # A stock processor is given a list of parts as a user's content, a tokenizer's template one text.
 FLATTEN_CONTENT = (
     "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}{%- set flat.messages = flat.messages + [message] -%}{%- else -%}"
-    "{%- set one = namespace(text='') -%}{%- for part in message['content'] -%}"
+    "{%- set one = namespace(text=message['content'] if message['content'] is string else '') -%}"
+    "{%- if message['content'] is not string -%}{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'image' -%}{%- set one.text = one.text + '<image>\\n' -%}"
-    "{%- elif part['type'] == 'text' -%}{%- set one.text = one.text + part['text'] -%}{%- endif -%}{%- endfor -%}"
-    "{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': one.text}] -%}{%- endif -%}"
+    "{%- else -%}{%- set one.text = one.text + part['text'] -%}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': one.text}] -%}"
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
 # Where our own templates stand, the answer's beginning has to be asked for.
@@ -38,15 +41,15 @@ def export_stock(
     output: str | Path,
     dtype: str | None = None,
     images: Sequence[ImageSource] = (),
-    merge: bool = True,
+    adapter: bool = False,
     **where: Any,
 ) -> dict[str, float]:
     """Write a checkpoint as `LlavaForConditionalGeneration` with its processor, load it back, and compare.
 
     Args:
         dtype: of the weights: float32, bfloat16 or float16; as trained where not given.
-        images: pictures to compare on; noise where there are none.
-        merge: put the adapters into the weights; False leaves the language model as it was.
+        images: pictures to compare on; two of the training pictures, or noise, where none are named.
+        adapter: write `base/` with the language model untouched, and `adapter/`, a stock PEFT adapter for it.
         where: `model_base`, `vision_tower`: where the base weights are now.
 
     Returns:
@@ -56,31 +59,65 @@ def export_stock(
         ValueError: stock LLaVA has no form for this model (and what to do); or the folder says something else than the
             checkpoint: it is not left behind.
     """
-    output = Path(output)
+    manifest = read_manifest(checkpoint)
+    if adapter and manifest["trained"] != "adapter":
+        raise ValueError(f"{checkpoint}: has no adapter (its language model was trained whole, or not at all): use hf")
+    if adapter and (bits := manifest["architecture"].get("bits", 16)) != 16:
+        raise ValueError(
+            f"{checkpoint}: its adapter belongs to weights of {bits} bits, which stock LLaVA has not: use hf"
+        )
+    pictures, kind = _pictures(manifest["training"], images)
+    with whole(Path(output)) as part:
+        model = Llava.from_pretrained(checkpoint, device="cpu", dtype=dtype, merge=not adapter, **where)
+        tower, text = cast(Any, model.vision_tower), cast(Any, model.language_model)
+        if isinstance(tower.model, PeftModel):
+            tower.model = tower.model.merge_and_unload()  # the adapter that is written is the language model's
+        settings = describe(model)
+        expected = [_say(model, picture) for picture in pictures]
+        if adapter:
+            model.language_model = text.unload()  # leaves it as it was before training
+        base = part / "base" if adapter else part
+        template = FLATTEN_CONTENT + own_template(model)
+        _write(model, base, settings)
+        del model, tower, text
+        _write_processor(checkpoint, base, settings, template)
+        if adapter:
+            _write_adapter(Path(checkpoint) / "adapter", part / "adapter", Path(output).resolve() / "base")
+        difference = _compare(base, part / "adapter" if adapter else None, pictures, expected)
+    return {"logits differ by": difference, f"equal greedy captions of {kind}": len(pictures)}
+
+
+def _pictures(training: dict[str, Any], images: Sequence[ImageSource]) -> tuple[list[np.ndarray], str]:
+    """What the two models are compared on, and what that is."""
+    if images:
+        return [load_pixels(image) for image in images], "the pictures named"
+    data = Path(training.get("train_data_path") or "")
+    if data.is_file():
+        records = [record for record in open_records(data)[:16] if record.images]
+        folder = training.get("train_image_folder") or data.parent
+        return [decode_image(read_image_bytes(record.images[0], folder)) for record in records[:2]], "training pictures"
+    return [np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8) for seed in range(2)], "noise"
+
+
+@contextmanager
+def whole(output: Path) -> Iterator[Path]:
+    """A folder to write to; it becomes `output` when all went well, and is gone when not."""
     if output.exists():
         raise ValueError(f"{output} exists: an export is written whole, into a folder of its own")
-    model = Llava.from_pretrained(checkpoint, device="cpu", dtype=dtype, merge=merge, **where)
-    text, vision = cast(Any, model.language_model), cast(Any, model.vision_tower.model)
-    if isinstance(vision, PeftModel):
-        model.vision_tower.model = vision.merge_and_unload()
-    if isinstance(text, PeftModel):
-        model.language_model = text.unload()  # leaves the base as it was
-    settings = describe(model)
-    pictures = [load_pixels(image) for image in images] or [_noise(seed) for seed in range(2)]
-    expected = [_say(model, picture) for picture in pictures]
-
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     try:
-        _write(model, part, settings)
-        source = Path(model.vision_tower.model.config._name_or_path)
-        del model
-        _write_processor(checkpoint, source, part, settings)
-        difference = _compare(part, pictures, expected)
+        yield part
         part.rename(output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return {"logits differ by": difference, "equal greedy captions": len(pictures)}
+
+
+def own_template(model: Llava) -> str:
+    """The chat template that the model was trained with, as one that any tokenizer renders."""
+    own, name = TEMPLATES.get(model.prompt.name), model.prompt.name
+    return own + OPENING[name] if own else model.tokenizer.get_chat_template()
 
 
 def describe(model: Llava) -> dict[str, Any]:
@@ -113,14 +150,13 @@ def describe(model: Llava) -> dict[str, Any]:
         "image_seq_length": vision.num_tokens,
         "extra_tokens": others,
         "patch_size": vision.model.config.patch_size,
-        "projector": _two_layers(model.projector, int(text.config.hidden_size)),
-        "template": model.prompt.name,
+        "projector": two_layers(model.projector, int(text.config.hidden_size)),
         "stop_ids": model.prompt.stop_ids,
     }
 
 
-def _two_layers(projector: nn.Module, text_width: int) -> dict[str, Any]:
-    """The projector as stock LLaVA's linear_1, activation, linear_2.
+def two_layers(projector: nn.Module, hidden: int) -> dict[str, Any]:
+    """The projector as stock LLaVA's linear_1, activation, linear_2, `hidden` wide between them.
 
     One linear layer W, exactly: where there is room, linear_1 = [I; -I; 0] and linear_2 = [W, -W, 0], for gelu(x) - gelu(-x)
     = x: the activation stays gelu, which every server knows. Else linear_1 = W, no activation, linear_2 = I.
@@ -134,13 +170,13 @@ def _two_layers(projector: nn.Module, text_width: int) -> dict[str, Any]:
     if len(linears) == 2:
         return {"act": "gelu", "layers": [(layer.weight, layer.bias) for layer in linears]}
     weight, bias = linears[0].weight, linears[0].bias
-    width = weight.shape[1]
-    if text_width < 2 * width:
+    text_width, width = weight.shape
+    if hidden < 2 * width:
         return {"act": "linear", "layers": [(weight, bias), (torch.eye(text_width), torch.zeros(text_width))]}
-    first, last = torch.zeros(text_width, width), torch.zeros(text_width, text_width)
+    first, last = torch.zeros(hidden, width), torch.zeros(text_width, hidden)
     first[:width], first[width : 2 * width] = torch.eye(width), -torch.eye(width)
     last[:, :width], last[:, width : 2 * width] = weight, -weight
-    return {"act": "gelu", "layers": [(first, torch.zeros(text_width)), (last, bias)]}
+    return {"act": "gelu", "layers": [(first, torch.zeros(hidden)), (last, bias)]}
 
 
 @torch.no_grad()
@@ -183,16 +219,14 @@ def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
     )
     # transformers before 5.6 looks for the towers' names of its time
     stock._weight_conversions = get_model_conversion_mapping(stock, add_legacy=False)
-    stock.save_pretrained(folder, max_shard_size="5GB")
+    stock.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
-def _write_processor(checkpoint: str | Path, vision_tower: Path, folder: Path, settings: dict[str, Any]) -> None:
+def _write_processor(checkpoint: str | Path, folder: Path, settings: dict[str, Any], template: str) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
     tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
-    own = TEMPLATES.get(settings["template"])
-    template = FLATTEN_CONTENT + (own + OPENING[settings["template"]] if own else tokenizer.get_chat_template())
     processor = LlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(str(checkpoint), backend="pil"),
         tokenizer=tokenizer,
@@ -206,10 +240,6 @@ def _write_processor(checkpoint: str | Path, vision_tower: Path, folder: Path, s
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n", "utf-8")
-
-
-def _noise(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8)
 
 
 @torch.inference_mode()
@@ -228,7 +258,9 @@ def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _compare(folder: Path, pictures: Sequence[np.ndarray], expected: Sequence[dict[str, Any]]) -> float:
+def _compare(
+    folder: Path, adapter: Path | None, pictures: Sequence[np.ndarray], expected: Sequence[dict[str, Any]]
+) -> float:
     """Load the folder as anybody would; returns the largest difference of logits.
 
     Raises:
@@ -237,9 +269,12 @@ def _compare(folder: Path, pictures: Sequence[np.ndarray], expected: Sequence[di
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval(), None
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    dtype = model.dtype
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[model.dtype]
+    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
     largest = 0.0
     for picture, wanted in zip(pictures, expected):
         content = [
@@ -256,7 +291,7 @@ def _compare(folder: Path, pictures: Sequence[np.ndarray], expected: Sequence[di
             raise ValueError(f"the stock processor renders another prompt: {ids}, trained on {wanted['ids']}")
         if (pixels := (inputs["pixel_values"] - wanted["pixels"]).abs().max()) > 0.05:  # 2/255 of a standard deviation
             raise ValueError(f"the stock processor's pixels differ by {pixels:.3f} standard deviations")
-        inputs["pixel_values"] = wanted["pixels"].to(model.dtype)
+        inputs["pixel_values"] = wanted["pixels"].to(dtype)
         logits = model(**inputs).logits[0, -1]
         scale = wanted["logits"].abs().max().clamp_min(1)
         largest = max(largest, float((logits[: len(wanted["logits"])] - wanted["logits"]).abs().max()))
@@ -267,47 +302,23 @@ def _compare(folder: Path, pictures: Sequence[np.ndarray], expected: Sequence[di
             )
         said = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, len(ids) :]
         text = processor.tokenizer.decode(said, skip_special_tokens=True).strip()
-        if text != wanted["caption"] and model.dtype == torch.float32:
+        if text != wanted["caption"] and dtype == torch.float32:
             raise ValueError(f"the exported model says {text!r}, the checkpoint {wanted['caption']!r}")
     return largest
 
 
-def export_adapter(
-    checkpoint: str | Path,
-    output: str | Path,
-    dtype: str | None = None,
-    images: Sequence[ImageSource] = (),
-    **where: Any,
-) -> dict[str, float]:
-    """Write `base/`, stock LLaVA with the language model untouched, and `adapter/`, a stock PEFT adapter for it.
-
-    Raises:
-        ValueError: the checkpoint has no adapter; or as `export_stock`.
-    """
-    manifest = read_manifest(checkpoint)
-    if manifest["trained"] != "adapter":
-        raise ValueError(f"{checkpoint}: has no adapter (its language model was trained whole, or not at all): use hf")
-    if (bits := manifest["architecture"].get("bits", 16)) != 16:
-        raise ValueError(
-            f"{checkpoint}: its adapter belongs to weights of {bits} bits, which stock LLaVA has not: use hf"
-        )
+def _write_adapter(source: Path, folder: Path, base: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    output = Path(output)
-    compared = export_stock(checkpoint, output / "base", dtype, images, merge=False, **where)
-    source, target = Path(checkpoint) / "adapter", output / "adapter"
-    target.mkdir()
+    folder.mkdir()
     # the language model hangs one level deeper in LLaVA
     old, new = "base_model.model.model.", "base_model.model.model.language_model."
-    weights = load_file(source / "adapter_model.safetensors")
-    save_file(
-        {k.replace(old, new, 1): v for k, v in weights.items()}, target / "adapter_model.safetensors", {"format": "pt"}
-    )
+    weights = {k.replace(old, new, 1): v for k, v in load_file(source / "adapter_model.safetensors").items()}
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["target_modules"] = sorted(
         {name.replace("model.", "model.language_model.", 1) for name in config["target_modules"]}
     )
-    config["base_model_name_or_path"] = str((output / "base").resolve())
+    config["base_model_name_or_path"] = str(base)
     config["task_type"] = None  # PEFT wraps LLaVA as it is, without the extras of a text model
-    (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return compared
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,19 @@ from test_commands import ENVIRONMENT
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.data.images import decode_image
 from llava_simplified.export.run import export_main, merge_main, push_main
-from llava_simplified.export.stock import export_adapter, export_stock
+from llava_simplified.export.stock import export_stock
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.run import train
 
 PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
 STRANGER = """
 import json, sys
-sys.modules["llava_simplified"] = None  # whoever imports it fails
+sys.modules["llava_simplified"] = None  # installed or not, whoever imports it fails
+try:
+    import llava_simplified.model.llava
+    raise SystemExit("this process can import the project")
+except ImportError:
+    pass
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -57,14 +63,27 @@ def trained(models: Path, data: Path, output: Path, **more: object) -> Path:
         "disable_tqdm": True,
         **more,
     }
-    return train(*parse_arguments([word for name, value in options.items() for word in (f"--{name}", str(value))]))
+    words: list[str] = []
+    for name, value in options.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return train(*parse_arguments(words))
 
 
 def stranger(folder: Path, image: Path, model: Llava, scratch: Path, adapter: Path | None = None) -> dict:
     """What a process without our code gets out of the folder, on exactly our pixels and then on its own."""
     transform = model.vision_tower.transform
     torch.save(transform.normalize(transform(decode_image(image.read_bytes()))[None]), scratch / "pixels.pt")
-    words = [sys.executable, "-c", STRANGER, folder, adapter or "", model.instruction, image, scratch / "pixels.pt"]
+    words = [
+        sys.executable,
+        "-I",
+        "-c",
+        STRANGER,
+        folder,
+        adapter or "",
+        model.instruction,
+        image,
+        scratch / "pixels.pt",
+    ]
     done = subprocess.run(list(map(str, words)), cwd=scratch, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -112,7 +131,7 @@ def test_a_stranger_gets_the_same_from_the_adapter(models_folder: Path, data_fol
     parts = {"model_name_or_path": models_folder / "mistral", "vision_tower": models_folder / "clip"}
     checkpoint = trained(models_folder, data_folder, tmp_path / "out", **parts)
     image = data_folder / "images" / "1.jpg"
-    export_adapter(checkpoint, tmp_path / "peft")
+    export_stock(checkpoint, tmp_path / "peft", adapter=True)
     model = Llava.from_pretrained(checkpoint)
     got = stranger(tmp_path / "peft" / "base", image, model, tmp_path, tmp_path / "peft" / "adapter")
     assert_same(got, model, image)
@@ -147,20 +166,56 @@ def test_an_export_that_says_something_else_is_not_left_behind(
 
     parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
     checkpoint = trained(models_folder, data_folder, tmp_path / "out", **parts)
-    true = stock._two_layers
+    true = stock.two_layers
 
     def wrong(*args):  # one weight of the projector
         projector = true(*args)
         projector["layers"][0][0].data[0, 0] += 1
         return projector
 
-    monkeypatch.setattr(stock, "_two_layers", wrong)
+    monkeypatch.setattr(stock, "two_layers", wrong)
     monkeypatch.setattr(
         stock, "_say", lambda model, picture, say=stock._say: {**say(model, picture), "logits": torch.zeros(1)}
     )
     with pytest.raises(ValueError, match="logits differ"):
         export_stock(checkpoint, tmp_path / "stock", images=[np.zeros((9, 9, 3), np.uint8)])
     assert not (tmp_path / "stock").exists()
+
+
+@pytest.mark.parametrize(("tower", "text"), [("clip", "llama"), ("siglip", "qwen2")])
+def test_the_folder_has_what_vllms_loader_looks_for(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str, text: str
+) -> None:
+    """vllm/model_executor/models/llava.py and clip.py: modules of its own, weights by these names; here in many shards."""
+    from llava_simplified.export import stock
+
+    parts = {"model_name_or_path": models_folder / text, "vision_tower": models_folder / tower}
+    options = {"tune_mm_mlp_adapter": True, "max_steps": 1, "mm_projector_type": "mlp2x_gelu"}
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", **options, **parts)
+    monkeypatch.setattr(stock, "SHARD_SIZE", "60KB")
+    export_stock(checkpoint, tmp_path / "stock", dtype="float16")
+    index = json.loads((tmp_path / "stock" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) >= 2
+    block = (
+        r"encoder\.layers\.\d+\.(layer_norm[12]|mlp\.fc[12]|self_attn\.(q_proj|k_proj|v_proj|out_proj))\.(weight|bias)"
+    )
+    layer = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm)\.(weight|bias)"
+    known = re.compile(
+        rf"vision_tower\.vision_model\.({block}|embeddings\.(class_embedding|(patch|position)_embedding\.(weight|bias))"
+        r"|(pre_layrnorm|post_layernorm)\.(weight|bias)|head\..+)"
+        r"|multi_modal_projector\.linear_[12]\.(weight|bias)"
+        rf"|language_model\.(model\.({layer}|embed_tokens\.weight|norm\.weight)|lm_head\.weight)"
+    )
+    assert [name for name in index["weight_map"] if not known.fullmatch(name)] == []
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["text_config"]["architectures"] == [f"{text.title()}ForCausalLM"]
+    assert config["vision_config"]["model_type"] == f"{tower}_vision_model"
+    assert config["projector_hidden_act"] == "gelu" and config["multimodal_projector_bias"] is True
+    assert config["image_token_index"] < config["text_config"]["vocab_size"]
+    assert config["vision_feature_layer"] == -2
+    assert config["vision_feature_select_strategy"] == ("default" if tower == "clip" else "full")
+    assert (tmp_path / "stock" / "preprocessor_config.json").is_file()
 
 
 def test_merging_keeps_every_word(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
@@ -181,8 +236,8 @@ def test_a_trained_tower_is_exported_and_merged(
 ) -> None:
     parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
     checkpoint = trained(models_folder, data_folder, tmp_path / "out", tune_vision_tower=how, **parts)
-    for export in (export_stock, export_adapter):  # each compares what it wrote with the checkpoint
-        assert export(checkpoint, tmp_path / export.__name__)["logits differ by"] < 1e-4
+    for adapter in (False, True):  # each compares what it wrote with the checkpoint
+        assert export_stock(checkpoint, tmp_path / str(adapter), adapter=adapter)["logits differ by"] < 1e-4
     merge_main([str(checkpoint), "--output", str(tmp_path / "merged")])
     assert {"vision_tower", "language_model"} < {path.name for path in (tmp_path / "merged").iterdir()}
     image = data_folder / "images" / "2.jpg"
