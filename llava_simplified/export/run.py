@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from llava_simplified.model.checkpoint import read_manifest
 

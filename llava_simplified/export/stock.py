@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from llava_simplified.data.images import ImageSource, decode_image, load_pixels, read_image_bytes
+from llava_simplified.data.images import ImageError, ImageSource, decode_image, load_pixels, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import read_manifest
 from llava_simplified.model.language_model import head_at
@@ -93,9 +93,11 @@ def _pictures(training: dict[str, Any], images: Sequence[ImageSource]) -> tuple[
         return [load_pixels(image) for image in images], "the pictures named"
     data = Path(training.get("train_data_path") or "")
     if data.is_file():
-        records = [record for record in open_records(data)[:16] if record.images]
-        folder = training.get("train_image_folder") or data.parent
-        return [decode_image(read_image_bytes(record.images[0], folder)) for record in records[:2]], "training pictures"
+        names = [name for record in open_records(data)[:16] for name in record.images][:2]
+        with suppress(ImageError):  # they need not be there any more
+            folder = training.get("train_image_folder") or data.parent
+            if found := [decode_image(read_image_bytes(name, folder)) for name in names]:
+                return found, "training pictures"
     return [np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8) for seed in range(2)], "noise"
 
 
@@ -289,7 +291,8 @@ def _compare(
         ids = [IMAGE_INDEX if i == image_token else i for i in inputs["input_ids"][0].tolist()]
         if ids != wanted["ids"]:
             raise ValueError(f"the stock processor renders another prompt: {ids}, trained on {wanted['ids']}")
-        if (pixels := (inputs["pixel_values"] - wanted["pixels"]).abs().max()) > 0.05:  # 2/255 of a standard deviation
+        # two grey levels; resizing may differ by more at a few sharp edges
+        if (pixels := (inputs["pixel_values"] - wanted["pixels"]).abs().flatten().quantile(0.99)) > 0.05:
             raise ValueError(f"the stock processor's pixels differ by {pixels:.3f} standard deviations")
         inputs["pixel_values"] = wanted["pixels"].to(dtype)
         logits = model(**inputs).logits[0, -1]

@@ -11,7 +11,7 @@ from test_run import losses, options, run
 from torch import nn
 
 from llava_simplified.export.run import merge_main
-from llava_simplified.export.stock import export_adapter, export_stock
+from llava_simplified.export.stock import export_stock
 from llava_simplified.model import checkpoint
 from llava_simplified.model.llava import Llava
 
@@ -19,9 +19,9 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 
 
 def logits(model: Llava) -> torch.Tensor:
-    from llava_simplified.export.stock import _noise, _say
+    from llava_simplified.export.stock import _pictures, _say
 
-    return _say(model, _noise(0))["logits"]
+    return _say(model, _pictures({}, ())[0][0])["logits"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -48,7 +48,7 @@ def test_a_run_on_quantised_weights(models_folder: Path, data_folder: Path, tmp_
     assert rounding < {4: 1e-3, 8: 0.2}[bits] and rounding < other
     assert export_stock(folder, tmp_path / "stock")["logits differ by"] < 1e-3
     with pytest.raises(ValueError, match=f"weights of {bits} bits"):
-        export_adapter(folder, tmp_path / "peft")
+        export_stock(folder, tmp_path / "peft", adapter=True)
 
 
 def test_the_projector_alone_on_quantised_weights(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
