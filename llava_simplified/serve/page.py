@@ -206,6 +206,9 @@ def mount_page(app: Starlette, worker: Worker, name: str, key: str, limits: Limi
         name: of the model, shown to visitors.
         key: asked of visitors (as password, with any user name) where it isn't empty.
         examples: pictures to click.
+
+    Returns:
+        To be set when the server is to end: each window of the page holds a connection open until then.
     """
     # visitors' pictures lie in a folder that nobody else on this machine can read, for an hour
     folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="llava-page-")
@@ -273,3 +276,5 @@ def mount_page(app: Starlette, worker: Worker, name: str, key: str, limits: Limi
         mcp_server=False,
         pwa=False,
     )
+    mounted: Any = app.routes[-1]
+    return mounted.app.stop_event

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,8 +68,14 @@ def serve(args: argparse.Namespace) -> int:
     name = args.name or Path(args.checkpoint).resolve().name
     limits = Limits(args.max_body * 10**6, args.max_images, args.max_tokens, fetch)
     app = create_app(worker, name, args.api_key, limits)
-    if not args.no_page:
-        mount_page(app, worker, name, args.api_key, limits, examples)
+    closing = None if args.no_page else mount_page(app, worker, name, args.api_key, limits, examples)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if closing:  # else windows that stand open would be waited for like answers
+                closing.set()
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(
         app,
         args.host,
@@ -78,7 +85,7 @@ def serve(args: argparse.Namespace) -> int:
         timeout_graceful_shutdown=int(args.timeout),
     )
     print(f"serving {name} on http://{args.host}:{args.port}", file=sys.stderr)
-    uvicorn.Server(config).run()
+    Server(config).run()
     return 0
 
 

@@ -67,7 +67,7 @@ def live(
     model: Llava,
     key: str = "",
     limits: Limits = DEFAULTS,
-    mount: Callable[[Starlette, Worker], None] = lambda *_: None,
+    mount: Callable[[Starlette, Worker], object] = lambda *_: None,
     **batching: Any,
 ) -> Iterator[Live]:
     worker = Worker(model, **batching)

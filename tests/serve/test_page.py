@@ -7,6 +7,7 @@ import asyncio
 import io
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -17,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from test_api import Limits, Live, endless, live
+from test_api import Limits, Live, command, endless, live  # noqa: F401
 
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.llava import Llava
@@ -366,3 +367,12 @@ def test_the_key_is_asked_for(visit: Callable[..., Any], model: Llava, photos: S
         show(page, photos[4])
         page.locator(READY).wait_for()
         page.close()
+
+
+@pytest.mark.slow
+def test_a_window_that_stands_open_does_not_hold_up_the_end(visit: Callable[..., Any], command: Any) -> None:
+    process, url = command()
+    page = visit(url)
+    page.locator(FILE).wait_for(state="attached")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0, "--timeout is 120 s"
