@@ -199,7 +199,9 @@ def example_pictures(folder: Path, count: int = 12) -> list[Path]:
     return [found[number * len(found) // count] for number in range(count)] if len(found) > count else found
 
 
-def mount_page(app: Starlette, worker: Worker, name: str, key: str, limits: Limits, examples: Sequence[Path]) -> asyncio.Event:
+def mount_page(
+    app: Starlette, worker: Worker, name: str, key: str, limits: Limits, examples: Sequence[Path]
+) -> asyncio.Event:
     """Put the page at `/` of an application, behind its other routes.
 
     Args:
