@@ -77,12 +77,16 @@ _ADVICE = {
 
 
 class Store:
-    """The output: a folder, or anything that fsspec can write."""
+    """The output: a folder, or anything that fsspec can write; `work`: where unfinished shards are, a local folder."""
 
     def __init__(self, output: str) -> None:
         self.fs, self.root = fsspec.core.url_to_fs(output)
         self.local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
         self.fs.makedirs(self.root, exist_ok=True)
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_simplified" / "download"
+        place = hashlib.sha256(self.root.encode()).hexdigest()[:16]
+        self.work = Path(self.root, "_work") if self.local else cache / place
+        self.work.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> str:
         """The place of `name` in the output."""
@@ -131,7 +135,6 @@ class ShardSpec:
     """One shard to be fetched: all that a worker needs to know."""
 
     number: int
-    work: str
     output: str
     files: bool
     retry: tuple[str, ...]
@@ -140,7 +143,8 @@ class ShardSpec:
 
 def fetch_shard(spec: ShardSpec) -> dict[str, int]:
     """Fetch what is missing of a shard; returns how many rows had which outcome. Idempotent."""
-    store, name, work = Store(spec.output), f"{spec.number:05d}", Path(spec.work)
+    store, name = Store(spec.output), f"{spec.number:05d}"
+    work = store.work
     journal, plan, tar = (work / f"{name}.{suffix}" for suffix in ("journal", "plan", "tar.part"))
     done = store.read_manifest(f"{name}.parquet").to_pylist() if store.exists(f"{name}.parquet") else None
     if done is not None and not journal.exists():
@@ -300,7 +304,6 @@ def download(
     engine: str = "local",
     workers: int = 0,
     shards: str = "",
-    work: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Fetch every URL of `source` into `output`; goes on where it was stopped. Returns the report.
@@ -318,20 +321,19 @@ def download(
     store = Store(output)
     if files and not store.local:
         raise ValueError(f"{output}: plain files need a local folder; shards can be written anywhere")
-    work = _work_folder(store, work)
     settings = {"source": source, "files": files, "shard_size": shard_size, "limit": limit}
     settings["resize"] = options.resize
     known = store.settings()
     if known and (other := {key: value for key, value in settings.items() if known[key] != value}):
         was = {key: known[key] for key in other}
         raise ValueError(f"{output} was begun with {was}, not {other}; use that, or another --output")
-    if not known or not _planned(store, work, shard_slice(shards, known["shards"])):
-        known = plan_shards(source, columns, store, work, settings, shards)
+    if not known or not _planned(store, shard_slice(shards, known["shards"])):
+        known = plan_shards(source, columns, store, settings, shards)
     if files:
         Path(store.root, "images").mkdir(exist_ok=True)
     numbers = shard_slice(shards, known["shards"])
-    specs = [ShardSpec(number, str(work), output, files, retry, options) for number in numbers]
-    watch, failed = Progress(work, 0 if shards else known["rows"], progress), []
+    specs = [ShardSpec(number, output, files, retry, options) for number in numbers]
+    watch, failed = Progress(store.work, 0 if shards else known["rows"], progress), []
     for done in run_shards(fetch_shard, specs, engine=engine, workers=workers, per_cpu=2, tick=watch.tick):
         if done.result is None:
             failed.append(f"shard {done.spec.number:05d}: {done.error}")
@@ -341,29 +343,16 @@ def download(
     if failed:
         some = "\n".join(failed[:20])
         raise ValueError(f"{len(failed)} of {len(specs)} shards failed; the same command goes on:\n{some}")
-    return {"outcomes": dict(watch.total())} if shards else merge_manifests(output, work=work)
+    return {"outcomes": dict(watch.total())} if shards else merge_manifests(output)
 
 
-def _work_folder(store: Store, work: Path | None) -> Path:
-    if work is None and store.local:
-        work = Path(store.root, "_work")
-    elif work is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        name = hashlib.sha256(store.root.encode()).hexdigest()[:16]
-        work = cache / "llava_simplified" / "download" / name
-    work.mkdir(parents=True, exist_ok=True)
-    return work
-
-
-def _planned(store: Store, work: Path, numbers: range) -> bool:
+def _planned(store: Store, numbers: range) -> bool:
     finished = set(store.manifests())
-    plans = {f"{path.stem}.parquet" for path in work.glob("*.plan")}
+    plans = {f"{path.stem}.parquet" for path in store.work.glob("*.plan")}
     return all(f"{number:05d}.parquet" in finished | plans for number in numbers)
 
 
-def plan_shards(
-    source: str, columns: Columns, store: Store, work: Path, settings: dict[str, Any], shards: str
-) -> dict[str, Any]:
+def plan_shards(source: str, columns: Columns, store: Store, settings: dict[str, Any], shards: str) -> dict[str, Any]:
     """Cut the source into shards, a file of JSON lines (index, url, captions) each; returns `download.json`."""
     odd, number, total = Oddities(), 0, 0
     finished = set(store.manifests())
@@ -373,7 +362,7 @@ def plan_shards(
     while chunk := list(islice(first, settings["shard_size"])):
         if not any(row["url"] for row in chunk):
             raise ValueError(f"{source}: no URL in {len(chunk)} rows from row {chunk[0]['index']}")
-        path = work / f"{number:05d}.plan"
+        path = store.work / f"{number:05d}.plan"
         if number in shard_slice(shards, number + 1) and f"{number:05d}.parquet" not in finished:
             path.with_suffix(".new").write_text("".join(f"{json.dumps(row)}\n" for row in chunk))
             path.with_suffix(".new").replace(path)
@@ -381,18 +370,18 @@ def plan_shards(
     if not total:
         raise ValueError(f"{source}: no rows")
     known = {**settings, "rows": total, "shards": number, "oddities": odd.lines()}
-    (work / "download.json.part").write_text(json.dumps(known, indent=1, ensure_ascii=False))
-    store.publish(work / "download.json.part")
+    (store.work / "download.json.part").write_text(json.dumps(known, indent=1, ensure_ascii=False))
+    store.publish(store.work / "download.json.part")
     return known
 
 
-def merge_manifests(output: str, instruction: str = INSTRUCTION, work: Path | None = None) -> dict[str, Any]:
+def merge_manifests(output: str) -> dict[str, Any]:
     """From the shards' manifests: `manifest.parquet`, the records, and the report in JSON and HTML.
 
     The records are `records.jsonl` for shards, `records.json` (the tutorial's form) for plain files.
     """
     store = Store(output)
-    work, known, names = _work_folder(store, work), store.settings(), store.manifests()
+    work, known, names = store.work, store.settings(), store.manifests()
     if not known or not names:
         raise ValueError(f"{output}: no finished shard (00000.parquet) of `llava download` is here")
     records = work / ("records.json" if known["files"] else "records.jsonl")
@@ -405,7 +394,7 @@ def merge_manifests(output: str, instruction: str = INSTRUCTION, work: Path | No
                 if row["status"] == "ok" and row["captions"]:
                     place = f"{name.removesuffix('.parquet')}.tar#{row['key']}"
                     image = f"images/{row['file']}" if known["files"] else place
-                    writer.write(make_record(image, instruction, row["captions"]))
+                    writer.write(make_record(image, INSTRUCTION, row["captions"]))
     report = download_report(merged, known, work / "report.json", work / "report.html")
     if len(names) < known["shards"]:
         report["missing_shards"] = known["shards"] - len(names)
@@ -420,8 +409,7 @@ class Progress:
     def __init__(self, work: Path, rows: int, shown: bool) -> None:
         self._work, self._rows, self._shown = work, rows, shown
         self._read: Counter[Path] = Counter()
-        self._growing: dict[int, Counter[str]] = {}
-        self._finished: dict[int, Counter[str]] = {}
+        self._counts: dict[int, Counter[str]] = {}
         self._take()
         self._before, self._start = self.total(), time.monotonic()
 
@@ -437,7 +425,7 @@ class Progress:
             self._read[path] += len(data)
             rows = (json.loads(line) for line in data.splitlines())
             new = Counter(row["error"] or "ok" for row in rows if row["index"] >= 0)
-            self._growing.setdefault(int(path.stem), Counter()).update(new)
+            self._counts.setdefault(int(path.stem), Counter()).update(new)
 
     def tick(self) -> None:
         """Take in what the journals have gained."""
@@ -451,12 +439,11 @@ class Progress:
 
     def finished(self, number: int, outcomes: dict[str, int]) -> None:
         """A shard's own count replaces what its journal has said."""
-        self._growing.pop(number, None)
-        self._finished[number] = Counter(outcomes)
+        self._counts[number] = Counter(outcomes)
 
     def total(self) -> Counter[str]:
         """Rows by outcome, so far."""
-        return sum((*self._finished.values(), *self._growing.values()), Counter())
+        return sum(self._counts.values(), Counter())
 
     def show(self, end: str = "") -> None:
         """Write the line."""
@@ -485,7 +472,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--shard-size", type=int, default=10_000, help="rows in a shard")
     add("--limit", type=int, default=0, help="only the first so many rows")
     add("--retry", default="", metavar="KINDS", help="fetch failures again: timeout,5xx,dns,... or all")
-    add("--work-dir", type=Path, help="where unfinished shards are (default: _work in the output)")
     add("--concurrency", type=int, default=256, help="requests under way for each shard")
     add("--per-host", type=int, default=4, help="of these, at most so many to one host")
     add("--timeout", type=float, default=10.0, help="seconds for one picture, redirects included")
@@ -518,7 +504,6 @@ def main(argv: list[str] | None = None) -> int:
         engine=args.engine,
         workers=args.workers,
         shards=args.shards,
-        work=args.work_dir,
         progress=sys.stderr.isatty(),
     )
     _tell(report, output)

@@ -176,13 +176,14 @@ def test_a_source_without_urls_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "x.json", tmp_path / "out")
 
 
-def test_any_place_that_fsspec_can_write(server: Server, tmp_path: Path) -> None:
+def test_any_place_that_fsspec_can_write(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tsv, jobs = source(tmp_path, server.port, 40)
     store = Store("memory://bucket/cc3m")
     settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0}
-    plan_shards(str(tsv), Columns(), store, tmp_path, settings, "")
-    fetch_shard(ShardSpec(0, str(tmp_path), "memory://bucket/cc3m", False, (), OPEN))
-    report = merge_manifests("memory://bucket/cc3m", work=tmp_path)
+    plan_shards(str(tsv), Columns(), store, settings, "")
+    fetch_shard(ShardSpec(0, "memory://bucket/cc3m", False, (), OPEN))
+    report = merge_manifests("memory://bucket/cc3m")
     assert sum(report["outcomes"].values()) == len(jobs)
     names = {name.rsplit("/", 1)[-1] for name in store.fs.ls(store.root, detail=False)}
     assert names == {"00000.tar", "00000.parquet", "manifest.parquet", "download.json", "records.jsonl",
@@ -215,8 +216,8 @@ def test_a_shard_killed_while_it_is_finished(
     tsv, jobs = source(tmp_path, server.port, 40)
     store = Store(str(tmp_path / "out"))
     settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0}
-    plan_shards(str(tsv), Columns(), store, tmp_path, settings, "")
-    spec = ShardSpec(0, str(tmp_path), str(tmp_path / "out"), False, (), OPEN)
+    plan_shards(str(tsv), Columns(), store, settings, "")
+    spec = ShardSpec(0, str(tmp_path / "out"), False, (), OPEN)
     publish = Store.publish
 
     def dies(self: Store, local: Path) -> None:
