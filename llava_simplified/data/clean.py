@@ -292,10 +292,11 @@ def clean(
     duplicates = {}
     if dedupe:
         duplicates = find_duplicates(*_fingerprints(chunks, dedupe == "perceptual"), dedupe == "perceptual")
-    counts, examples = _write(rows, _verdicts(chunks, rows, duplicates), output, work, folder)
-    if compact is not None and counts["ok"]:
-        _compact(work / "survivors.jsonl", folder, compact, compact_size, engine, workers, progress)
-        _write_compacted(open_rows(work / "survivors.jsonl"), output)
+    kept = output if compact is None else work / "survivors.jsonl"
+    counts, examples = _write(rows, _verdicts(chunks, rows, duplicates), kept, output, folder)
+    if compact is not None:
+        _compact(kept, folder, compact, compact_size, engine, workers, progress)
+        _write_compacted(open_rows(kept), output)
     _report(rows, counts, examples, output)
     shutil.rmtree(work.parent)
     return dict(counts)
@@ -332,12 +333,12 @@ def _run(function: Any, specs: list[Any], engine: str, workers: int, progress: b
 
 
 def _write(
-    rows: RowFile, verdicts: Iterator[Verdict], output: Path, work: Path, folder: Path
+    rows: RowFile, verdicts: Iterator[Verdict], kept: Path, output: Path, folder: Path
 ) -> tuple[Counter[str], dict[str, list[dict[str, Any]]]]:
-    """Survivors to `output` and, for compaction, to the work folder; the others to the quarantine."""
+    """Survivors to `kept`, the others to the quarantine beside `output`."""
     counts, examples = Counter[str](), dict[str, list[dict[str, Any]]]()
     aside = output.with_name(f"{output.stem}_quarantine.jsonl")
-    with RecordWriter(output) as good, RecordWriter(work / "survivors.jsonl") as again, RecordWriter(aside) as bad:
+    with RecordWriter(kept) as good, RecordWriter(aside) as bad:
         for index, verdict in enumerate(verdicts):
             text = rows.raw(index).decode("utf-8", "replace")
             counts[verdict.reason or "ok"] += 1
@@ -353,7 +354,6 @@ def _write(
                 row["responses"] = [r for i, r in enumerate(row["responses"]) if i not in verdict.bad]
                 text = json.dumps(row, ensure_ascii=False)
             good.write_text(text)
-            again.write_text(text)
     return counts, examples
 
 
