@@ -97,7 +97,9 @@ class CaptionDataset(Dataset[Example]):
         Raises:
             ImageError: an image that can't be read.
         """
-        if record.images and self.features is not None and all(name in self.features for name in record.images):
+        if record.images and self.features is not None:
+            if missing := next((name for name in record.images if name not in self.features), None):
+                raise ImageError("corrupt", f"{missing} could not be read when the features of all pictures were computed")
             rows = torch.stack([self.features[name] for name in record.images])
             return (rows, None) if rows.dtype == torch.uint8 else (None, rows)
         return record_pixels(record, self.image_folder, self.transform), None

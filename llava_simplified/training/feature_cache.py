@@ -213,7 +213,8 @@ class ImageFeatures:
 
 
 def _name_key(name: str) -> bytes:
-    return hashlib.blake2b(name.encode(), digest_size=16).digest()
+    # numpy takes zero bytes at the end of a string for padding, and gives them back to nobody
+    return hashlib.blake2b(name.encode(), digest_size=16).digest().rstrip(b"\0")
 
 
 def cache_features(

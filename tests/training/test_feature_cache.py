@@ -13,7 +13,7 @@ from test_run import options, run
 
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.vision import VisionTower
-from llava_simplified.training.feature_cache import FeatureCache, cache_key, encode_main
+from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures, cache_key, encode_main
 
 
 def tower(models_folder: Path, dtype: torch.dtype = torch.float32, **choices) -> VisionTower:
@@ -134,3 +134,11 @@ def test_a_full_disk_is_seen_before(models_folder: Path, data_folder: Path, tmp_
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ValueError, match="GB are needed"):
         encode_main(options(models_folder, data_folder, tmp_path / "out"))
+
+
+def test_every_name_is_found_and_no_other() -> None:
+    """Many names: some of their hashes end in zero bytes, which numpy's strings lose."""
+    names = [f"{number}.jpg" for number in range(3000)]
+    index = ImageFeatures(SimpleNamespace(row=lambda row: row), names, range(3000))  # type: ignore[arg-type]
+    assert [index[name] for name in names] == list(range(3000))
+    assert "3000.jpg" not in index
