@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,11 +30,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TIMEOUT = 5
-OURS = """
-import sys
-from llava_simplified.data.download import main
-main(sys.argv[1:])
-"""
 
 
 def measured(command: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
@@ -44,14 +40,12 @@ def measured(command: list[str], environment: dict[str, str]) -> tuple[float, fl
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
     reader.start()
-    cpu, peak, root = {}, 0.0, psutil.Process(process.pid)
+    before, peak, root = resource.getrusage(resource.RUSAGE_CHILDREN), 0.0, psutil.Process(process.pid)
     while process.poll() is None:
         memory = 0
         for one in [root, *_children(root)]:
             try:
                 memory += one.memory_full_info().pss
-                times = one.cpu_times()
-                cpu[one.pid] = times.user + times.system
             except psutil.Error:
                 continue
         peak = max(peak, memory / 2**20)
@@ -60,7 +54,8 @@ def measured(command: list[str], environment: dict[str, str]) -> tuple[float, fl
     reader.join(2)
     if process.returncode:
         raise SystemExit("".join(output[-40:]))
-    return seconds, sum(cpu.values()), peak
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak
 
 
 def _children(root: psutil.Process) -> list[psutil.Process]:
@@ -144,7 +139,7 @@ def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> N
             runs: dict[str, list[str]] = {}
             ours = [str(tsv), "--output", "OUT", "--timeout", str(TIMEOUT), "--retries", "0", "--allow-private"]
             ours += ["--shard-size", shard, "--resize", side, "--concurrency", args.concurrency]
-            runs["llava download"] = [sys.executable, "-c", OURS, *ours]
+            runs["llava download"] = [sys.executable, "-m", "llava_simplified.cli", "download", *ours]
             here = Path(__file__).parent
             half = str(count // 2)  # one shard for each of its processes: it waits for hangs once
             for threads in args.threads.split(","):

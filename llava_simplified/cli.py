@@ -58,6 +58,7 @@ def run_command(target: str, argv: list[str] | None) -> int:
     # Without torchvision, transformers warns of each of its hundred image processors: ours need none of them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # Arrow's own allocator keeps 10 MB in every worker
     if _shares_its_cores():
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

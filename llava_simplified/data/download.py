@@ -41,7 +41,6 @@ from llava_simplified.data.shards import END, ShardWriter
 from llava_simplified.data.sources import Columns, Oddities, read_source
 
 EARLY = 500  # so many first failures of one kind, and no picture, stop a run
-pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own allocator keeps 20 MB in every worker
 _ROW = {"index": pa.int64(), "url": pa.string(), "captions": pa.list_(pa.string())}
 MANIFEST = pa.schema(
     {

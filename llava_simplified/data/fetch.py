@@ -36,6 +36,7 @@ _NOTHING = ["User-agent: *", "Disallow: /"]
 _REDIRECTS = 5
 _LONGEST_PAUSE = 60.0  # seconds that a Retry-After may ask for before the host's rows are left for another run
 _SLOW_AFTER, _SLOW_RATE = 3.0, 1000  # a body must bring so many bytes a second after so many seconds
+_TLS = ssl.create_default_context()  # 20 ms each time: one a run, which forked workers share, not one an image
 _INLINE_BYTES = 400_000  # larger files are decoded in a thread, so that other transfers go on
 
 
@@ -99,11 +100,6 @@ def _is_public(text: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-@lru_cache(maxsize=1)
-def _ssl_context() -> ssl.SSLContext:
-    return ssl.create_default_context()  # 20 ms each time: one a process, not one an image
-
-
 class Fetcher:
     """A connection pool and the rules. Use as an async context manager."""
 
@@ -118,7 +114,7 @@ class Fetcher:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,  # the host queue limits
-                ssl=_ssl_context(),
+                ssl=_TLS,
                 ttl_dns_cache=600,
                 socket_factory=None if self.options.allow_private else guard_address,
             ),

@@ -22,6 +22,7 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no EPS: Pillow runs Ghostscript on it
 _ORIENTATION = 274  # the EXIF tag
+Image.init()  # its plugins now: forked workers share them
 # What Pillow and its decoders raise for bytes that are no whole picture; `make fuzz` knows of no other.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError, RuntimeError)
 
