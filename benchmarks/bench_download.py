@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="http,resize,https")
     parser.add_argument("--threads", default="128,256", help="img2dataset's settings to try; the best one counts")
-    parser.add_argument("--concurrency", default="64", help="ours, for each of the four shards under way")
+    parser.add_argument("--concurrency", default="128", help="ours, for each of the four shards under way")
     parser.add_argument("--tutorial", action="store_true", help="the tutorial's way too")
     parser.add_argument("--peer-venv", type=Path, default=cache / "img2dataset")
     args = parser.parse_args()
@@ -124,7 +124,7 @@ def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> N
     count = args.count if case != "https" else min(args.count, 1500)
     environment, tls = dict(os.environ), folder if case == "https" else None
     if tls:
-        environment["SSL_CERT_FILE"] = str(loopback.make_certificate(folder))
+        environment["SSL_CERT_FILE"] = str(loopback.trust_store(folder))
     best: dict[str, tuple[float, float, float]] = {}
     notes: dict[str, str] = {}
     with loopback.running(0.1, tls) as port:

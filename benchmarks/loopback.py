@@ -221,6 +221,13 @@ def make_certificate(folder: Path) -> Path:
     return certificate
 
 
+def trust_store(folder: Path) -> Path:
+    """What a machine trusts, and the throw-away certificate: one alone would make contexts cheaper than they are."""
+    store, usual = folder / "trusted.pem", ssl.get_default_verify_paths().cafile
+    store.write_text(make_certificate(folder).read_text() + (Path(usual).read_text() if usual else ""))
+    return store
+
+
 @contextmanager
 def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
     """The server in a process of its own; yields its port."""
