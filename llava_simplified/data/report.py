@@ -12,35 +12,29 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title>
 <style>
- body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color:
- #222 } h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd }
- table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left;
- vertical-align: top } td.n { text-align: right; font-variant-numeric: tabular-nums } img.plot { max-width:
- 100% } .bar { background: #4a7fb5; height: .8rem; display: inline-block } .bar.ok { background: #4c9a5f }
- .cards { display: flex; flex-wrap: wrap; gap: 1rem } .card { width: 11rem; font-size: 12px; overflow-wrap:
- anywhere } .card img { max-width: 11rem; max-height: 9rem; display: block; background: #eee } code {
- font-size: 12px } small { color: #666 }
+ body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd }
+ td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top } td.n { text-align: right }
+ svg { max-width: 42rem; font-size: 11px; fill: #555 } small { color: #666 }
+ .bar { background: #4a7fb5; height: .8rem; display: inline-block } .bar.ok { background: #4c9a5f }
+ .cards { display: flex; flex-wrap: wrap; gap: 1rem } .card { width: 11rem; font-size: 12px; overflow-wrap: anywhere }
+ .card img { max-width: 11rem; max-height: 9rem; display: block }
 </style>
 <h1>{{ title }}</h1>
 <p>{% for name, value in facts %}<b>{{ value }}</b> {{ name }}{{ ", " if not loop.last }}{% endfor %}</p>
-<h2>Outcomes</h2>
-<table>{% for kind, count in outcomes %}
-<tr><td>{{ kind }}</td><td class="n">{{ "{:,}".format(count) }}</td><td class="n">{{ "%.1f"|format(100 *
-count / total) }} %</td> <td><span class="bar {{ 'ok' if kind == 'ok' }}" style="width: {{ 20 * count /
-total }}rem"></span></td></tr>{% endfor %} </table> {% if oddities %}<h2>What was strange in the
-source</h2><ul>{% for line in oddities %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %} {% for heading,
-image in plots %}<h2>{{ heading }}</h2><img class="plot" src="data:image/png;base64,{{ image }}" alt="{{
-heading }}">{% endfor %} {% if hosts %}<h2>Hosts with the most failures</h2>
-<table><tr><th>host<th>rows<th>failed<th>causes</tr>{% for host, rows, failed, causes in hosts %} <tr><td>{{
-host }}</td><td class="n">{{ rows }}</td><td class="n">{{ failed }}</td><td>{{ causes }}</td></tr>{% endfor
-%}</table>{% endif %} {% for kind, rows in examples %}<h2>{{ kind }}</h2><div class="cards">{% for row in
-rows %} <div class="card">{% if row.thumbnail %}<img src="data:image/jpeg;base64,{{ row.thumbnail }}"
-alt="">{% endif %} <b>{{ row.name }}</b><br>{{ row.caption }}<br><small>{{ row.detail }}</small></div>{%
-endfor %}</div>{% endfor %} </html>"""
+<h2>Outcomes</h2><table>{% for kind, count in outcomes %}
+<tr><td>{{ kind }}<td class="n">{{ "{:,}".format(count) }}<td class="n">{{ "%.1f"|format(100 * count / total) }} %
+<td><span class="bar {{ 'ok' if kind == 'ok' }}" style="width: {{ 30 * count / total }}rem"></span>{% endfor %}</table>
+{% if oddities %}<h2>What was strange in the source</h2><ul>{% for line in oddities %}<li>{{ line }}{% endfor %}</ul>
+{% endif %}{% for heading, plot in plots %}<h2>{{ heading }}</h2>{{ plot }}{% endfor %}
+{% if hosts %}<h2>Hosts with the most failures</h2><table><tr><th>host<th>rows<th>failed<th>causes{% for row in hosts %}
+<tr><td>{{ row[0] }}<td class="n">{{ row[1] }}<td class="n">{{ row[2] }}<td>{{ row[3] }}{% endfor %}</table>{% endif %}
+{% for kind, rows in examples %}<h2>{{ kind }}</h2><div class="cards">{% for row in rows %}<div class="card">
+{% if row.thumbnail %}<img src="data:image/jpeg;base64,{{ row.thumbnail }}" alt="">{% endif %}
+<b>{{ row.name }}</b><br>{{ row.caption }}<br><small>{{ row.detail }}</small></div>{% endfor %}</div>{% endfor %}</html>"""
 
 
 def write_page(path: Path, **parts: Any) -> None:
