@@ -18,8 +18,10 @@ from llava_simplified.prompt import IMAGE_INDEX, Prompt
 
 
 class Stored(Protocol):
-    """Images by name: features (tokens, width), or uint8 pixels (3, height, width)."""
+    """Images by name: features (tokens, width), or uint8 pixels (3, height, width); `blank`: one of nothing."""
 
+    @property
+    def blank(self) -> torch.Tensor: ...
     def __contains__(self, image: str, /) -> bool: ...
     def __getitem__(self, image: str, /) -> torch.Tensor: ...
 

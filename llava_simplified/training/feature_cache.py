@@ -199,17 +199,25 @@ class ImageFeatures:
         order = np.argsort(keys)
         self._cache, self._keys, self._rows = cache, keys[order], np.array(rows, np.int64)[order]
 
+    @property
+    def blank(self) -> torch.Tensor:
+        """An image of nothing, in the form of the others."""
+        return torch.zeros(self._cache.shape, dtype=self._cache.dtype)
+
     def __len__(self) -> int:
         return len(self._keys)
 
     def __contains__(self, image: str) -> bool:
-        place = np.searchsorted(self._keys, key := np.bytes_(_name_key(image)))
-        return bool(place < len(self._keys) and self._keys[place] == key)
+        return self._find(image) is not None
 
     def __getitem__(self, image: str) -> torch.Tensor:
-        if image not in self:
+        if (row := self._find(image)) is None:
             raise KeyError(image)
-        return self._cache.row(int(self._rows[np.searchsorted(self._keys, np.bytes_(_name_key(image)))]))
+        return self._cache.row(row)
+
+    def _find(self, image: str) -> int | None:
+        place = np.searchsorted(self._keys, key := np.bytes_(_name_key(image)))
+        return int(self._rows[place]) if place < len(self._keys) and self._keys[place] == key else None
 
 
 def _name_key(name: str) -> bytes:

@@ -219,11 +219,10 @@ def start_trained_parts(
 
 def blank_image(model: Llava, train_set: CaptionDataset) -> dict[str, torch.Tensor]:
     """An image of nothing, in the form that the images of the batches have."""
-    pixels = torch.zeros(1, 3, *model.vision_tower.transform.crop, dtype=torch.uint8)
-    stored = next(iter(getattr(train_set.features, "values", tuple)()), pixels[0])
-    return (
-        {"pixel_values": pixels} if stored.dtype == torch.uint8 else {"image_features": torch.zeros_like(stored)[None]}
-    )
+    if train_set.features is None:
+        return {"pixel_values": torch.zeros(1, 3, *model.vision_tower.transform.crop, dtype=torch.uint8)}
+    blank = train_set.features.blank[None]
+    return {"pixel_values" if blank.dtype == torch.uint8 else "image_features": blank}
 
 
 def _uses_lora(args: ModelArguments) -> bool:

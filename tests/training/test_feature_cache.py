@@ -14,6 +14,7 @@ from test_run import options, run
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures, cache_key, encode_main
+from llava_simplified.training.run import blank_image
 
 
 def tower(models_folder: Path, dtype: torch.dtype = torch.float32, **choices) -> VisionTower:
@@ -142,3 +143,18 @@ def test_every_name_is_found_and_no_other() -> None:
     index = ImageFeatures(SimpleNamespace(row=lambda row: row), names, range(3000))  # type: ignore[arg-type]
     assert [index[name] for name in names] == list(range(3000))
     assert "3000.jpg" not in index
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_a_blank_image_has_the_form_of_what_is_kept(
+    models_folder: Path, data_folder: Path, tmp_path: Path, pixels: bool
+) -> None:
+    """Else, of processes that share a model's weights, one runs the tower for a text and waits for the others for ever."""
+    vision = tower(models_folder, torch.bfloat16)
+    data = SimpleNamespace(features=None)
+    assert blank_image(SimpleNamespace(vision_tower=vision), data).keys() == {"pixel_values"}  # type: ignore[arg-type]
+    data.features = FeatureCache(vision, "w", pixels=pixels).fill(["0.jpg"], data_folder / "images", progress=False)
+    ((name, blank),) = blank_image(SimpleNamespace(vision_tower=vision), data).items()  # type: ignore[arg-type]
+    assert name == ("pixel_values" if pixels else "image_features")
+    assert (blank.shape[1:], blank.dtype) == (data.features["0.jpg"].shape, data.features["0.jpg"].dtype)
+    assert not blank.any()
