@@ -59,12 +59,11 @@ def run_command(target: str, argv: list[str] | None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # Arrow's own allocator keeps 10 MB in every worker
-    if _shares_its_cores():
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ and _shares_its_cores():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # where installed: at every import, a kernel for CPUs that is not
+    # where it is installed, it tells at every import of a kernel for CPUs that is not
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         module, _, function = target.partition(":")
         return getattr(importlib.import_module(module), function)(argv)

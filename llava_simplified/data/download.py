@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import asyncio.sslproto
 import fcntl
 import hashlib
 import io
@@ -142,6 +143,8 @@ class ShardSpec:
 
 def fetch_shard(spec: ShardSpec) -> dict[str, int]:
     """Fetch what is missing of a shard; returns how many rows had which outcome. Idempotent."""
+    # a buffer that each connection holds; set in the process that downloads, not wherever a picture is fetched
+    asyncio.sslproto.SSLProtocol.max_size = 1 << 16
     store, name = Store(spec.output), f"{spec.number:05d}"
     work = store.work
     journal, plan, tar = (work / f"{name}.{suffix}" for suffix in ("journal", "plan", "tar.part"))

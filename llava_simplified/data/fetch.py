@@ -9,7 +9,6 @@ training.
 from __future__ import annotations
 
 import asyncio
-import asyncio.sslproto
 import errno
 import ipaddress
 import socket
@@ -38,7 +37,6 @@ _REDIRECTS = 5
 _LONGEST_PAUSE = 60.0  # seconds that a Retry-After may ask for before the host's rows are left for another run
 _SLOW_AFTER, _SLOW_RATE = 3.0, 1000  # a body must bring so many bytes a second after so many seconds
 _TLS = ssl.create_default_context()  # 20 ms each time: one a run, which forked workers share, not one an image
-asyncio.sslproto.SSLProtocol.max_size = 1 << 16  # a buffer that each connection holds
 _INLINE_BYTES = 400_000  # larger files are decoded in a thread, so that other transfers go on
 
 
