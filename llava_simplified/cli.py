@@ -16,6 +16,7 @@ COMMANDS = {
     "merge-manifests": ("llava_simplified.data.download:merge_main", "join what several machines downloaded"),
     "inspect": ("llava_simplified.inspection:main", "samples as the model sees them: tokens, labels, images"),
     "encode": ("llava_simplified.training.feature_cache:encode_main", "run the vision tower ahead of training, once"),
+    "plan": ("llava_simplified.training.plan:main", "memory, time and disk of a run, before it is begun"),
     "train": ("llava_simplified.training.run:main", "fine-tune a language model to see"),
     "caption": (
         "llava_simplified.captioning:caption_main",

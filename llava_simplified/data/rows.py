@@ -60,6 +60,10 @@ class RowFile(Sequence[dict[str, Any]]):
             self._file = self.path.open("rb", buffering=0)
         return os.pread(self._file.fileno(), length, start)  # leaves no position behind: forked workers share the file
 
+    def longest(self, count: int) -> list[int]:
+        """The `count` rows of most bytes."""
+        return np.argsort(-self._lengths, kind="stable")[:count].tolist()
+
     def where(self, index: int) -> str:
         """What messages to people call row `index`."""
         return f"{self.name} row {index % len(self)}"
