@@ -147,6 +147,13 @@ class TrainingArguments(transformers.TrainingArguments):
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."}
     )
+    preflight: str = field(
+        default="auto",
+        metadata={
+            "help": "Try two steps, a save and a load ahead of the run, in a process of its own: true, false; auto: where "
+            "2000 steps or more are to come."
+        },
+    )
     ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "What trains here is always used."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress line."})
     config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})

@@ -19,7 +19,10 @@ _FIXED = (
     *("lora_enable", "lora_r", "lora_alpha", "lora_bias", "tune_mm_mlp_adapter", "freeze_backbone"),
     "tune_vision_tower",
 )
-_FREE = {"resume_from_checkpoint", "output_dir", "accelerator_config", "config", "steps", "epochs", "disable_tqdm"}
+_FREE = {
+    *("resume_from_checkpoint", "output_dir", "accelerator_config", "config", "steps", "epochs", "disable_tqdm"),
+    "preflight",
+}
 
 
 def resume_folder(args: TrainingArguments) -> Path | None:

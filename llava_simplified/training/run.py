@@ -43,7 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if any(word in ("-h", "--help") for word in argv):
         parse_arguments(["--help"])
-    train(*parse_arguments(argv))
+    from llava_simplified.training.preflight import preflight  # which builds what is built here
+
+    groups = parse_arguments(argv)
+    preflight(argv, *groups)
+    train(*groups)
     return 0
 
 
