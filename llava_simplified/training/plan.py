@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
@@ -41,6 +41,12 @@ from llava_simplified.training.run import prepare
 
 SAMPLED = 2000  # records whose tokens are counted: half of them the longest texts, half evenly spread
 ASSUMED = "a caption of about a dozen words, as those of Conceptual Captions are"
+CPU_ATTENTION: dict[Any, Any] = {  # torch counts other devices' attention alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *x, **_: sdpa_backward_flop_count(
+        *x[:4]
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -117,13 +123,13 @@ class Ledger(TorchDispatchMode):
 
 
 class _Step(nn.Module):
-    """`Llava.forward`, but for its look at the data."""
+    """`Llava.forward`, but for its look at the data, and the way back: checkpointing needs the weights there too."""
 
     def __init__(self, model: Llava) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, batch: dict[str, torch.Tensor]) -> None:
         text: Any = self.model.language_model
         features = batch["images"]
         if features.dtype == torch.uint8:
@@ -139,7 +145,7 @@ class _Step(nn.Module):
             out = text(inputs_embeds=embeds, position_ids=batch["ids"], use_cache=False, **attention)
         logits = out.logits.flatten(0, -2)
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return torch.nn.functional.cross_entropy(exact, batch["labels"], reduction="sum")
+        torch.nn.functional.cross_entropy(exact, batch["labels"], reduction="sum").backward()
 
 
 def skeleton(model_args: ModelArguments, args: TrainingArguments) -> Llava:
@@ -166,7 +172,9 @@ def skeleton(model_args: ModelArguments, args: TrainingArguments) -> Llava:
         model = Llava(tower, projector, text, load_tokenizer(model_args.model_name_or_path), model_args.template)
         prepare(model, model_args)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"preserve_rng_state": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"preserve_rng_state": False, "use_reentrant": False}
+        )
     return model.train()
 
 
@@ -242,7 +250,8 @@ def make_plan(
     )
     cached = cached and tower.frozen
     step, kind = _Step(model), getattr(torch, args.frozen_dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger, FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger, counter:
         fake = {
             name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
             for name, tensor in (*step.named_parameters(), *step.named_buffers())
@@ -250,8 +259,7 @@ def make_plan(
         weights = ledger.live
         batch = _batch(model, lengths, data, rows, cached)
         with torch.autocast("cpu", kind, enabled=kind != torch.float32):
-            loss = functional_call(step, fake, (batch,))
-        loss.backward()
+            functional_call(step, fake, (batch,))
     vocabulary = model.language_model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     logits = sum(size for size, shape in ledger.at_peak if len(shape) > 1 and shape[-1] == vocabulary)
     trained = sum(part.trained for part in parts(model))
@@ -352,7 +360,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="llava plan", description="What a run will need. All options of `llava train`, and:", allow_abbrev=False
     )
-    parser.add_argument("--tflops", type=float, help="what a device reaches in a matrix product; default: measured here")
+    parser.add_argument(
+        "--tflops", type=float, help="what a device reaches in a matrix product; default: measured here"
+    )
     parser.add_argument("--mfu", type=float, default=0.4, help="the share of it that training reaches")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--deepspeed", type=Path, help="its configuration: the ZeRO stage is read from it")

@@ -27,11 +27,11 @@ def now(key):
 
 small, large = sys.argv[1].split(" "), sys.argv[2].split(" ")
 train(*parse_arguments(small))  # libraries, thread pools, code
-before = now("RssAnon")
+before = now("RssAnon") + now("RssFile")  # frozen weights stay where the file is mapped
 trainer, _ = build(*parse_arguments(large))
 Path("/proc/self/clear_refs").write_text("5")  # the peak of the loading is none of the step's
 trainer.train()
-print("PEAK", now("VmHWM") - now("RssFile") - now("RssShmem") - before)
+print("PEAK", now("VmHWM") - now("RssShmem") - before)
 """
 
 
@@ -44,8 +44,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large")
     make_tokenizer().save_pretrained(folder / "text")
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 32000}
-    t.LlamaForCausalLM(t.LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=4)).save_pretrained(folder / "text")
-    tower = t.CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, image_size=128, patch_size=8)
+    t.LlamaForCausalLM(t.LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=4)).save_pretrained(
+        folder / "text"
+    )
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower = t.CLIPVisionConfig(**shape, image_size=128, patch_size=8)
     t.CLIPVisionModel(tower).save_pretrained(folder / "tower")
     size = {"height": 128, "width": 128}
     CLIPImageProcessorPil(size={"shortest_edge": 128}, crop_size=size).save_pretrained(folder / "tower")
@@ -111,12 +114,14 @@ def test_what_costs_more_is_said_to_cost_more(models_folder: Path, data_folder: 
 
 def test_flops_are_those_of_the_matrices(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     """Frozen weights twice (forward, and backward to their input), an adapter's thrice, attention by its length."""
-    words = options(models_folder, data_folder, tmp_path / "out", tune_mm_mlp_adapter=True, cache_vision_features="memory")
+    words = options(
+        models_folder, data_folder, tmp_path / "out", tune_mm_mlp_adapter=True, cache_vision_features="memory"
+    )
     plan = make_plan(*parse_arguments(words))
     body = 2 * sum(a * b for a, b in ((32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)))
     projector, vocabulary = 16 * 24 * 32, 400
     attention = 2 * 2 * 32 * plan.longest
-    per_position = 4 * (body + attention)
+    per_position = 4 * body + 7 * attention  # whose backward computes the scores anew
     expected = per_position * plan.positions + 2 * 2 * projector + 4 * plan.trained * 32 * vocabulary
     assert plan.flops == pytest.approx(expected, rel=0.1)
     assert torch.is_grad_enabled()
