@@ -260,7 +260,7 @@ def make_plan(
         batch = _batch(model, lengths, data, rows, cached)
         with torch.autocast("cpu", kind, enabled=kind != torch.float32):
             functional_call(step, fake, (batch,))
-    vocabulary = model.language_model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = model.language_model.get_output_embeddings().weight.shape[0]
     logits = sum(size for size, shape in ledger.at_peak if len(shape) > 1 and shape[-1] == vocabulary)
     trained = sum(part.trained for part in parts(model))
     share = 1 / devices
