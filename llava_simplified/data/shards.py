@@ -71,6 +71,22 @@ class Member(NamedTuple):
     size: int
 
 
+def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
+    last = "its beginning"
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                yield member
+                last = f"member {member.name!r}"
+                archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header it has seen
+    except (
+        tarfile.TarError,
+        ValueError,
+        OverflowError,
+    ) as error:  # of numbers in extended headers: tarfile trusts them
+        raise ValueError(f"{path}: not a whole tar: {error}, after {last}") from None
+
+
 def tar_members(path: Path) -> Iterator[Member]:
     """The regular files of a tar, by walking its headers.
 
@@ -79,23 +95,20 @@ def tar_members(path: Path) -> Iterator[Member]:
             names the last good member, or the bad one.
     """
     last, last_end, length = "its beginning", 0, path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                last_end = member.offset_data  # of a folder
-                if member.isdir():
-                    continue
-                if not member.isreg():
-                    raise ValueError(f"{path}: member {member.name!r} is a link or device, not a file; not a shard")
-                if member.name.startswith("/") or ".." in Path(member.name).parts:
-                    raise ValueError(f"{path}: member {member.name!r} points out of the archive; refused")
-                if member.offset_data + member.size > length:
-                    raise ValueError(f"{path}: truncated in member {member.name!r}: {length} bytes are not all of it")
-                last, last_end = (f"member {member.name!r}", member.offset_data + -(-member.size // _BLOCK) * _BLOCK)
-                yield Member(member.name, member.offset_data, member.size)
-                archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header it has seen
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a whole tar: {error}, after {last}") from None
+    for member in _headers(path):
+        last_end = member.offset_data  # of a folder
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise ValueError(
+                f"{path}: member {member.name!r} is a link, a device or sparse, not a plain file; not a shard"
+            )
+        if member.name.startswith("/") or ".." in Path(member.name).parts:
+            raise ValueError(f"{path}: member {member.name!r} points out of the archive; refused")
+        if member.offset_data + member.size > length:
+            raise ValueError(f"{path}: truncated in member {member.name!r}: {length} bytes are not all of it")
+        last, last_end = (f"member {member.name!r}", member.offset_data + -(-member.size // _BLOCK) * _BLOCK)
+        yield Member(member.name, member.offset_data, member.size)
     with path.open("rb") as file:  # tarfile takes a torn header for the end
         file.seek(last_end)
         if (rest := file.read(_BLOCK)) != b"\0" * _BLOCK:

@@ -119,6 +119,27 @@ def test_links_and_what_is_no_tar_are_refused(tmp_path: Path) -> None:
         list(tar_members(tmp_path / "1.tar"))
 
 
+@pytest.mark.parametrize(
+    ("pax", "data"),
+    [
+        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"}, b"no number\n"),
+        ({"GNU.sparse.map": "0,x"}, b"abc"),
+        ({"GNU.sparse.map": "0,3", "GNU.sparse.size": "9"}, b"abc"),  # sparse, and well-formed: no range of bytes is it
+    ],
+)
+def test_numbers_that_are_none_and_holes_are_refused(tmp_path: Path, pax: dict[str, str], data: bytes) -> None:
+    foreign(tmp_path / "0.tar", {"a.jpg": data}, pax_headers=pax)
+    with pytest.raises(ValueError, match=r"0\.tar: .*(invalid literal|sparse)"):
+        list(tar_members(tmp_path / "0.tar"))
+
+
+def test_a_header_longer_than_any_file_is_refused(tmp_path: Path) -> None:
+    data = foreign(tmp_path / "0.tar", {"a.jpg": b"x"}, pax_headers={"comment": "z" * 40}).read_bytes()
+    (tmp_path / "0.tar").write_bytes(data.replace(b"52 comment=" + b"z" * 30, b"9" * 30 + b" comment=" + b"z" * 2))
+    with pytest.raises(ValueError, match=r"0\.tar: not a whole tar"):
+        list(tar_members(tmp_path / "0.tar"))
+
+
 def test_pictures_inside_parquet_are_read_by_row(tmp_path: Path) -> None:
     pictures = [{"bytes": bytes([i]), "path": None} for i in range(23)]
     pq.write_table(pa.table({"image": pictures, "text": ["x"] * 23}), tmp_path / "x.parquet", row_group_size=5)
