@@ -147,6 +147,7 @@ class _Handler(asyncio.Protocol):
             path = request.split(b" ", 2)[1].decode()
             self.requests.append(request.decode("latin-1"))
             self.served[path] = self.served.get(path, 0) + 1
+            self.last = b"\nconnection: close" in request.lower()
             asyncio.get_running_loop().call_later(self.latency, self.answer, path)
 
     def answer(self, path: str) -> None:
@@ -185,11 +186,12 @@ class _Handler(asyncio.Protocol):
             body = zlib.compress(b"\0" * 60_000_000 if kind == "gzipbomb" else body)
             extra = "Content-Encoding: deflate\r\n"
         content = "text/html" if kind == "html" else "image/jpeg"
+        extra += "Connection: close\r\n" if self.last else ""
         head = f"HTTP/1.1 {status}\r\nContent-Type: {content}\r\n{extra}Content-Length: {len(body)}\r\n\r\n"
         if kind == "cut":
             body = body[: len(body) // 2]
         self.transport.write(head.encode(errors="surrogateescape") + body)
-        if kind == "cut":
+        if kind == "cut" or self.last:
             self.transport.close()
 
     def pour(self, piece: bytes, left: int, slowly: bool) -> None:

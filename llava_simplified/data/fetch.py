@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import count
 from typing import Any, NamedTuple
 from urllib.robotparser import RobotFileParser
 
@@ -36,7 +37,7 @@ _NOTHING = ["User-agent: *", "Disallow: /"]
 _REDIRECTS = 5
 _LONGEST_PAUSE = 60.0  # seconds that a Retry-After may ask for before the host's rows are left for another run
 _SLOW_AFTER, _SLOW_RATE = 3.0, 1000  # a body must bring so many bytes a second after so many seconds
-_TLS = ssl.create_default_context()  # 20 ms each time: one a run, which forked workers share, not one an image
+_CLOSE = {"Connection": "close"}
 _INLINE_BYTES = 400_000  # larger files are decoded in a thread, so that other transfers go on
 
 
@@ -114,7 +115,6 @@ class Fetcher:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,  # the host queue limits
-                ssl=_TLS,
                 ttl_dns_cache=600,
                 socket_factory=None if self.options.allow_private else guard_address,
             ),
@@ -128,11 +128,15 @@ class Fetcher:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def fetch(self, url: str) -> Fetched:
-        """Fetch and check one picture; never raises for what a URL or a server does."""
+    async def fetch(self, url: str, last: bool = False) -> Fetched:
+        """Fetch and check one picture; never raises for what a URL or a server does.
+
+        Args:
+            last: nothing more is wanted of this host: the connection, 100 kB with TLS, need not stay open.
+        """
         start = time.perf_counter()
         try:
-            data, http = await asyncio.wait_for(self._get(url), self.options.timeout)
+            data, http = await asyncio.wait_for(self._get(url, _CLOSE if last else None), self.options.timeout)
             picture = await self._check(data)
             return Fetched("ok", http, "", picture, len(data), time.perf_counter() - start)
         except FetchError as error:
@@ -151,7 +155,7 @@ class Fetcher:
         work = partial(shrink_image, data, resize, most) if resize else partial(check_image, data, most)
         return work() if len(data) < _INLINE_BYTES else await asyncio.to_thread(work)
 
-    async def _get(self, text: str) -> tuple[bytes, int]:
+    async def _get(self, text: str, headers: dict[str, str] | None) -> tuple[bytes, int]:
         url = URL(text)
         for _ in range(_REDIRECTS + 1):
             if url.scheme not in ("http", "https"):
@@ -160,7 +164,7 @@ class Fetcher:
                 raise FetchError("bad_url", f"no host in {text[:100]!r}")
             if self.options.robots and not await self._allowed(url):
                 raise FetchError("robots", f"robots.txt of {url.host} does not allow it")
-            async with self._session.get(url, allow_redirects=False) as response:
+            async with self._session.get(url, allow_redirects=False, headers=headers) as response:
                 if response.status in (301, 302, 303, 307, 308):
                     if not (location := response.headers.get("Location")):
                         raise FetchError("redirect", "a redirect to nowhere", response.status)
@@ -290,21 +294,22 @@ def host_of(url: str) -> str:
 async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> AsyncIterator[tuple[Any, str, Fetched]]:
     """Fetch many (row, url); yields (row, url, result) as they come.
 
-    Each host has up to `per_host` lanes. All lanes queue for the same slots, first come, first served, so that
-    hosts take turns and no large one keeps the small ones waiting.
+    Each host has up to `per_host` lanes, and each lane its connection. Hosts take turns, so that no large one keeps
+    the small ones waiting; second and further lanes only get what the first ones leave free: connections are dear.
     """
     hosts: dict[str, _Host] = {}
     for row, url in rows:
         hosts.setdefault(host_of(url), _Host()).rows.append((row, url, 0))
     results: asyncio.Queue[tuple[Any, str, Fetched] | None] = asyncio.Queue()
-    slots = asyncio.Semaphore(options.concurrency)
+    lanes: asyncio.PriorityQueue[tuple[int, int, _Host]] = asyncio.PriorityQueue()
+    turn, left = count(), sum(len(host.rows) for host in hosts.values())
 
     async def serve(fetcher: Fetcher, host: _Host) -> None:
         row, url, tries = host.rows.popleft()
         if host.closed:
             fetched = Fetched("rate_limited", 0, host.closed, None, 0, 0.0)
         else:
-            fetched = await fetcher.fetch(url)
+            fetched = await fetcher.fetch(url, last=not host.rows)
         if fetched.pause is not None and fetched.pause > _LONGEST_PAUSE:
             host.closed = f"its host asked for a pause of {fetched.pause:.0f} s"
         elif is_transient(fetched) and tries < options.retries:
@@ -314,32 +319,34 @@ async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> A
             return
         results.put_nowait((row, url, fetched))
 
-    async def lane(fetcher: Fetcher, host: _Host) -> None:
-        while host.rows:
-            async with slots:
-                wait = host.resume - time.monotonic()
-                if wait <= 0 and host.rows:
-                    await serve(fetcher, host)
-            if wait > 0:
-                await asyncio.sleep(wait)
+    async def work(fetcher: Fetcher) -> None:
+        while True:
+            lane, _, host = await lanes.get()
+            if (wait := host.resume - time.monotonic()) <= 0 and host.rows:
+                await serve(fetcher, host)
+            if host.rows:  # else the lane ends
+                asyncio.get_running_loop().call_later(max(wait, 0), lanes.put_nowait, (lane, next(turn), host))
 
     async def run() -> None:
         try:
             async with Fetcher(options) as fetcher:
-                lanes = (lane(fetcher, host) for host in hosts.values()
-                         for _ in range(min(options.per_host, len(host.rows))))  # fmt: skip
-                await asyncio.gather(*lanes)
+                await asyncio.gather(*(work(fetcher) for _ in range(min(left, options.concurrency))))
         finally:
             results.put_nowait(None)
 
+    for host in hosts.values():
+        for lane in range(min(options.per_host, len(host.rows))):
+            lanes.put_nowait((lane, next(turn), host))
     task = asyncio.create_task(run())
     try:
-        while (result := await results.get()) is not None:
+        while left and (result := await results.get()) is not None:
+            left -= 1
             yield result
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    task.result()
+    if left:
+        task.result()
 
 
 def is_transient(fetched: Fetched) -> bool:

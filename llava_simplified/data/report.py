@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -95,7 +94,7 @@ def download_report(manifest: Path, settings: dict[str, Any], to_json: Path, to_
             *(batch[name].to_pylist() for name in ("index", "url", "error", "detail", "captions"))
         ):
             outcomes[error or "ok"] += 1
-            host = urlsplit(url).netloc if url.count("[") == url.count("]") else ""
+            host = url.partition("://")[2].partition("/")[0]
             rows_by_host[host] += 1
             if error:
                 hosts.setdefault(host, Counter())[error] += 1

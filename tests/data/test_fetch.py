@@ -141,13 +141,13 @@ def test_at_most_four_requests_to_a_host_and_hosts_take_turns(server: Server, mo
     order: list[str] = []
     real = fetch.Fetcher._get
 
-    async def watched(self: fetch.Fetcher, url: str) -> tuple[bytes, int]:
+    async def watched(self: fetch.Fetcher, url: str, headers: dict[str, str] | None) -> tuple[bytes, int]:
         host = fetch.host_of(url)
         order.append(host)
         under_way[host] += 1
         most[host] = max(most[host], under_way[host])
         try:
-            return await real(self, url)
+            return await real(self, url, headers)
         finally:
             under_way[host] -= 1
 
