@@ -97,9 +97,11 @@ def make_vision_model(kind: str):
     if kind == "convnext":
         return t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2))
     if kind == "efficientnet":
-        return t.EfficientNetModel(
-            t.EfficientNetConfig(image_size=64, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320)
-        )
+        size = {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320}
+        config = t.EfficientNetConfig(image_size=64, initializer_range=0.3, **size)
+        model = t.EfficientNetModel(config).train()
+        model(torch.randn(8, 3, 64, 64))  # gives the batch norms their statistics: without, the features are 0
+        return model.eval()
     raise ValueError(kind)
 
 

@@ -53,6 +53,53 @@ def test_an_unknown_key_in_the_file_is_an_error(tmp_path: Path) -> None:
         parse_arguments(["--config", str(tmp_path / "c.yaml")])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stray", "--bf16", "True"], "'stray' belongs to no option"),
+        (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end: image start and end tokens is not part"),
+        (["--config", "gone.yaml"], "gone.yaml: no such file"),
+        (["--config", "list.yaml"], "must be a mapping"),
+        (["--config", "broken.yaml"], "not YAML"),
+    ],
+)
+def test_what_is_no_option_is_said(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("- lora_r\n")
+    Path("broken.yaml").write_text("a: [\n")
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(words)
+
+
+def test_names_of_older_versions_are_translated() -> None:
+    _, _, training = parse_arguments(["--group_by_length", "True", "--no_cuda", "True"])
+    assert training.train_sampling_strategy == "group_by_length" and training.use_cpu
+    assert parse_arguments(["--group_by_length", "False"])[2].train_sampling_strategy == "random"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "message"),
+    [
+        ({}, ["--deepspeed", "ds_configs/zero2.json"], "--deepspeed needs its launcher"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, [], "several processes and started one"),
+        (
+            {"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
+            ["--deepspeed", "ds_configs/zero2.json"],
+            "under an accelerate launch that has a DeepSpeed configuration",
+        ),
+    ],
+)
+def test_a_launch_that_would_do_something_else_is_refused(
+    environment: dict[str, str], words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(words)
+
+
 def test_the_output_folder_has_a_default() -> None:
     *_, training = parse_arguments(["--vision_tower", "openai/clip-vit-base-patch16"])
     assert training.output_dir == "output/mistral-7b-instruct-v0.1-clip-vit-base-patch16"

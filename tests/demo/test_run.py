@@ -1,0 +1,61 @@
+"""`llava demo`: every one of its commands, on tiny models in place of the real ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_simplified.demo import run
+from llava_simplified.demo.assets import DemoAssets
+from llava_simplified.model.llava import Llava
+
+
+@pytest.mark.slow
+def test_the_whole_way_ends_with_a_model_and_a_report(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipes = tmp_path / "configs"
+    recipes.mkdir()
+    for recipe in ("demo_projector.yaml", "demo.yaml"):  # but for the layers: the tiny tower has no eleventh
+        text = (run.CONFIGS / recipe).read_text().replace("[-1, 11, 5, 1]", "[-1, 1]")
+        (recipes / recipe).write_text(text.replace("compile_layers: true", "compile_layers: false"))
+    data = data_folder / "images"
+    tiny = DemoAssets(
+        models_folder / "llama",
+        models_folder / "efficientnet",
+        data,
+        data_folder / "train.json",
+        data_folder / "val.json",
+    )
+    monkeypatch.setattr(run, "CONFIGS", recipes)
+    monkeypatch.setattr(run, "fetch", lambda _: tiny)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where features are cached
+    output = tmp_path / "it's here"
+    assert run.main(["--output", str(output), "--max-steps", "2", "--limit", "3"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("$ llava ") == 5 and "word F1" in said and "report.html" in said
+    assert len(json.loads((output / "predictions.json").read_text())) == 3
+    assert (output / "report.html").stat().st_size > 10_000
+    assert isinstance(Llava.from_pretrained(output / "model", device="cpu").caption(data / "0.jpg"), str)
+
+
+def test_a_command_that_fails_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "fetch", lambda _: DemoAssets(*[tmp_path] * 5))
+    ran = []
+    monkeypatch.setattr(run.cli, "main", lambda words: ran.append(words[0]) or len(ran) // 2)
+    assert run.main(["--output", str(tmp_path)]) == 1
+    assert ran == ["inspect", "train"]
+
+
+def test_an_installation_without_recipes_says_where_the_demo_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "CONFIGS", tmp_path / "gone")
+    with pytest.raises(ValueError, match="runs from a checkout"):
+        run.main([])
