@@ -1,6 +1,6 @@
 """`llava clean`: which records the trainer can really use, and why not the others.
 
-Every record goes through what training does with it: the one decoder and the tower's own transform. What fails
+Every picture gets the verdict of the one decoder and of the tower's own transform, as in training. What fails
 is set aside with its reason, in a file beside the output; nothing is deleted. Work goes by chunks of records,
 whose verdicts stay on disk until the end, so that a killed run goes on where it was.
 """
@@ -27,12 +27,20 @@ from PIL import Image
 
 from llava_simplified.data.convert import RecordWriter
 from llava_simplified.data.engines import add_engine_arguments, run_shards, shard_slice
-from llava_simplified.data.images import FORMATS, MAX_PIXELS, ImageError, ImageTransform, decode_image, read_image_bytes
+from llava_simplified.data.images import (
+    FORMATS,
+    MAX_PIXELS,
+    ImageError,
+    ImageTransform,
+    check_image,
+    decode_image,
+    read_image_bytes,  # fmt: skip
+    shrink_image,
+)
 from llava_simplified.data.records import Record
 from llava_simplified.data.report import thumbnail, write_page
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.data.shards import ShardWriter
-from llava_simplified.data.shrink import check_image, shrink_image
 
 CHUNK = 500  # records whose verdicts are written at once
 SHARD = 5_000  # records of a compacted shard
@@ -69,17 +77,15 @@ class Verdict(NamedTuple):
 
 
 def judge(row: dict[str, Any], where: str, folder: Path, transform: ImageTransform | None, rules: Rules) -> Verdict:
-    """Do with a record what training does, and say what came of it."""
+    """What training would make of a record."""
     try:
         record = Record.from_json(row, where)
         whole, look = hashlib.sha256(), b""
         for name in record.images:
             data = read_image_bytes(name, folder)
-            pixels = _usable(data, rules)
-            if transform is not None:
-                transform(pixels)
+            _check(data, transform, rules)
             whole.update(data)
-            look = appearance(pixels) if rules.perceptual else b""
+            look = appearance(decode_image(data)) if rules.perceptual else b""
     except ImageError as error:
         return Verdict(error.kind, str(error))
     except ValueError as error:
@@ -91,19 +97,19 @@ def judge(row: dict[str, Any], where: str, folder: Path, transform: ImageTransfo
     return Verdict("", ", ".join(sorted(set(bad.values()))), tuple(bad), digest, look or None)
 
 
-def _usable(data: bytes, rules: Rules) -> np.ndarray:
-    """The decoded picture, or an ImageError that says what rule it breaks."""
-    pixels = decode_image(data, max_pixels=rules.max_pixels)
-    height, width = pixels.shape[:2]
+def _check(data: bytes, transform: ImageTransform | None, rules: Rules) -> None:
+    """An ImageError that says what rule a picture breaks, if it breaks one."""
+    _, suffix, width, height = check_image(data, rules.max_pixels)
     if min(height, width) < rules.min_side:
         raise ImageError("too_small", f"{width}x{height} pixels, --min-side is {rules.min_side}")
     if max(height, width) > rules.max_aspect * min(height, width):
         raise ImageError("aspect", f"{width}x{height} pixels, --max-aspect is {rules.max_aspect:g}")
-    if data[:2] != b"\xff\xd8":
+    if transform is not None:
+        transform.resized(height, width)  # all that it can fail at
+    if suffix != "jpg":
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 raise ImageError("animated", f"{frames} frames")
-    return pixels
 
 
 def _unusable(caption: str, rules: Rules) -> str:
@@ -165,7 +171,7 @@ class Chunk:
     start: int
     stop: int
     folder: str
-    vision_tower: str
+    transform: ImageTransform | None
     rules: Rules
     path: str
 
@@ -175,21 +181,11 @@ def _rows(path: str) -> RowFile:
     return open_rows(path)
 
 
-@lru_cache(maxsize=1)
-def _transform(vision_tower: str) -> ImageTransform | None:
-    if not vision_tower:
-        return None
-    import torch
-
-    torch.set_num_threads(1)  # there are as many processes as CPUs
-    return ImageTransform.from_pretrained(vision_tower)
-
-
 def judge_chunk(chunk: Chunk) -> dict[str, int]:
     """Write the verdicts on a chunk, unless they are there; returns how many there are of each."""
     path = Path(chunk.path)
     if not path.exists():
-        rows, folder, transform = _rows(chunk.records), Path(chunk.folder), _transform(chunk.vision_tower)
+        rows, folder = _rows(chunk.records), Path(chunk.folder)
         verdicts = []
         for index in range(chunk.start, chunk.stop):
             try:
@@ -197,7 +193,7 @@ def judge_chunk(chunk: Chunk) -> dict[str, int]:
             except ValueError as error:
                 verdicts.append(Verdict("not_a_record", str(error)))
                 continue
-            verdicts.append(judge(row, rows.where(index), folder, transform, chunk.rules))
+            verdicts.append(judge(row, rows.where(index), folder, chunk.transform, chunk.rules))
         table = pa.Table.from_pylist([verdict._asdict() for verdict in verdicts], _VERDICTS)
         pq.write_table(table, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
@@ -276,15 +272,14 @@ def clean(
     """
     rows = open_rows(source)
     folder = image_folder or (source if source.is_dir() else source.parent)
-    stat, local = rows.path.stat(), Path(vision_tower, "preprocessor_config.json")
-    tower = [vision_tower, local.read_text() if vision_tower and local.is_file() else ""]
-    facts = [str(rows.path), stat.st_size, stat.st_mtime_ns, str(folder), tower, asdict(rules)]
+    stat, transform = rows.path.stat(), ImageTransform.from_pretrained(vision_tower) if vision_tower else None
+    facts = [str(rows.path), stat.st_size, stat.st_mtime_ns, str(folder), str(transform), asdict(rules)]
     work = output.with_name(f"{output.name}.work") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
     chunks = []
     for number, start in enumerate(range(0, len(rows), CHUNK)):
         stop, path = min(start + CHUNK, len(rows)), str(work / f"{number:06d}.parquet")
-        chunks.append(Chunk(str(source), start, stop, str(folder), vision_tower, rules, path))
+        chunks.append(Chunk(str(source), start, stop, str(folder), transform, rules, path))
     mine = [chunks[i] for i in shard_slice(shards, len(chunks))]
     _run(judge_chunk, mine, engine, workers, progress)
     if shards:

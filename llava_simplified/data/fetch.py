@@ -28,8 +28,7 @@ from urllib.robotparser import RobotFileParser
 import aiohttp
 from yarl import URL
 
-from llava_simplified.data.images import MAX_PIXELS, ImageError
-from llava_simplified.data.shrink import Picture, check_image, shrink_image
+from llava_simplified.data.images import MAX_PIXELS, ImageError, Picture, check_image, shrink_image
 
 AGENT = "llava-simplified"
 _OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}

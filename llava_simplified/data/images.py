@@ -6,7 +6,7 @@ import io
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -22,13 +22,15 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no EPS: Pillow runs Ghostscript on it
 _ORIENTATION = 274  # the EXIF tag
+_SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+_QUALITY = 95
 Image.init()  # its plugins now: forked workers share them
 # What Pillow and its decoders raise for bytes that are no whole picture; `make fuzz` knows of no other.
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError, RuntimeError)
 
 
 class ImageError(ValueError):
-    """An image that can't be used. `kind` is one of missing, unsafe, not_image, too_large, corrupt."""
+    """An image that can't be used. `kind` is one of missing, unsafe, html, not_image, too_large, truncated, corrupt."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -65,6 +67,15 @@ def read_image_bytes(image: str, folder: str | Path) -> bytes:
     return place.read_bytes()
 
 
+class Picture(NamedTuple):
+    """An image file that decodes: its bytes, what they are (jpg, png, ...), its size in pixels."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+
+
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode to uint8 RGB (height, width, 3), upright, first frame, transparency on white.
 
@@ -72,29 +83,73 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     reads everything else. The size is checked in the header, before any pixel is allocated.
 
     Raises:
-        ImageError: not_image, too_large (over `max_pixels`) or corrupt.
+        ImageError: html, not_image, too_large (over `max_pixels`), truncated or corrupt.
     """
+    return _pixels(_header(data, max_pixels), data)
+
+
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Say of an image what `decode_image` does, for less: a JPEG is decoded at an eighth of its size.
+
+    Every coded bit is read all the same, which is what finds cut and damaged files.
+    """
+    image = _header(data, max_pixels)
+    _pixels(image, data, (1, 1))
+    return Picture(data, _SUFFIX.get(str(image.format), str(image.format).lower()), *image.size)
+
+
+def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Picture:
+    """An upright JPEG whose shorter side is `side` pixels; an image that isn't larger keeps its bytes.
+
+    A large JPEG is decoded at the smallest of libjpeg's own scales that is not below `side`.
+    """
+    image = _header(data, max_pixels)
+    shorter = min(image.size)
+    if shorter <= side:
+        return check_image(data, max_pixels)
+    width, height = (round(length * side / shorter) for length in image.size)
+    pixels = _pixels(image, data, (height, width))
+    if (pixels.shape[1] > pixels.shape[0]) != (width > height):  # EXIF turned it
+        width, height = height, width
+    small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=_QUALITY, colorspace="RGB")
+    return Picture(encoded, "jpg", width, height)
+
+
+def _header(data: bytes, max_pixels: int) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of size, where max_pixels is the rule, and of EXIF that is torn
+        warnings.simplefilter("ignore")  # of size, where max_pixels is the rule
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            raise ImageError("not_image", f"not an image: {len(data)} bytes beginning {data[:16]!r}") from None
+            kind = "html" if data[:512].lstrip()[:1] == b"<" else "not_image"
+            raise ImageError(kind, f"not an image: {len(data)} bytes beginning {data[:16]!r}") from None
         except Image.DecompressionBombError as error:
             raise ImageError("too_large", str(error)) from None
         except _BROKEN as error:
-            raise ImageError("corrupt", f"corrupt header: {error}") from error
-        width, height = image.size
-        if width * height > max_pixels:
-            raise ImageError("too_large", f"{width}x{height} pixels, the limit is {max_pixels}")
+            raise _broken(f"corrupt header: {error}") from error
+    if image.width * image.height > max_pixels:
+        raise ImageError("too_large", f"{image.width}x{image.height} pixels, the limit is {max_pixels}")
+    return image
+
+
+def _pixels(image: Image.Image, data: bytes, least: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """All of the image; with `least` (height, width), of a JPEG the smallest of its scales that is not below it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of EXIF that is torn
         try:
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+                pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], strict=True)
                 orientation = image.getexif().get(_ORIENTATION, 1)
                 return pixels if orientation == 1 else _upright(Image.fromarray(pixels), orientation)
             return np.asarray(_on_white(ImageOps.exif_transpose(image)))
         except _BROKEN as error:
-            raise ImageError("corrupt", f"corrupt {image.format}: {error}") from error
+            raise _broken(f"corrupt {image.format}: {error}") from error
+
+
+def _broken(message: str) -> ImageError:
+    cut = "Premature end" in message or "truncated" in message
+    return ImageError("truncated" if cut else "corrupt", message)
 
 
 def _upright(image: Image.Image, orientation: int) -> np.ndarray:
@@ -197,20 +252,28 @@ class ImageTransform:
 
         image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
         height, width = image.shape[-2:]
-        target = self._resized(height, width)
+        target = self.resized(height, width)
         if target != (height, width):
             image = interpolate(image, size=target, mode=self.interpolation, antialias=True)
         return _center_crop(image[0], self.crop).contiguous()
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size of a picture before the crop.
+
+        Raises:
+            ImageError: too_large, of a strip that would be blown up past `MAX_PIXELS`.
+        """
         if not isinstance(self.resize, int):
             return self.resize
         short = min(height, width)
-        return self.resize * height // short, self.resize * width // short
+        tall, wide = self.resize * height // short, self.resize * width // short
+        if tall * wide > MAX_PIXELS:
+            raise ImageError("too_large", f"{width}x{height} pixels become {wide}x{tall} when they are resized")
+        return tall, wide
 
     def region(self, height: int, width: int) -> tuple[float, float, float, float]:
         """What of a picture of this size the tower is shown: (left, top, right, bottom), its sides being 1 long."""
-        tall, wide = self._resized(height, width)
+        tall, wide = self.resized(height, width)
         half_y, half_x = self.crop[0] / tall / 2, self.crop[1] / wide / 2
         return 0.5 - half_x, 0.5 - half_y, 0.5 + half_x, 0.5 + half_y
 

@@ -34,7 +34,9 @@ from llava_simplified.serve.batching import Busy, Worker
 SAMPLED = 0.7  # the temperature of several different answers, as in `Llava.caption`
 UNREADABLE = {
     "not_image": "This file is no picture. JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF can be read.",
-    "corrupt": "This picture is damaged: a part of the file is missing or broken ({}). Try another copy of it.",
+    "corrupt": "This picture is damaged: a part of the file is broken ({}). Try another copy of it.",
+    "html": "This file is a web page, no picture.",
+    "truncated": "This picture is damaged: a part of the file is missing ({}). Try another copy of it.",
     "too_large": "This picture is too large: {}.",
     "missing": "This picture is no longer here: choose it again.",
 }

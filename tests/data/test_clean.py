@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from llava_simplified.data import clean as module
-from llava_simplified.data.clean import Rules, appearance, clean, find_duplicates, judge_chunk, main
-from llava_simplified.data.images import decode_image, read_image_bytes
+from llava_simplified.data.clean import Rules, appearance, clean, find_duplicates, main
+from llava_simplified.data.images import ImageError, ImageTransform, decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 
 
@@ -43,8 +43,8 @@ def bad_pictures(folder: Path) -> dict[str, str]:
     png = io.BytesIO()
     photo(4).save(png, "PNG")
     (folder / "cut.png").write_bytes(png.getvalue()[: len(png.getvalue()) // 2])
-    return {"cut.jpg": "corrupt", "mid.jpg": "corrupt", "page.jpg": "not_image", "empty.jpg": "not_image",
-            "small.png": "too_small", "wide.png": "aspect", "moving.gif": "animated", "cut.png": "corrupt",
+    return {"cut.jpg": "truncated", "mid.jpg": "corrupt", "page.jpg": "html", "empty.jpg": "not_image",
+            "small.png": "too_small", "wide.png": "aspect", "moving.gif": "animated", "cut.png": "truncated",
             "gone.jpg": "missing", "../secret.jpg": "unsafe"}  # fmt: skip
 
 
@@ -237,22 +237,15 @@ def test_slices_are_put_together_by_a_last_call(mixed: tuple, monkeypatch: pytes
     assert clean(folder / "records.json", folder / "out.json", **options)["ok"] == 10
 
 
-def test_the_towers_transform_is_run(mixed: tuple, models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, _, _ = mixed
-    seen: list[tuple[int, ...]] = []
-    real = module.ImageTransform.__call__
-
-    def watched(self: Any, pixels: np.ndarray) -> Any:
-        result = real(self, pixels)
-        seen.append(tuple(result.shape))
-        return result
-
-    monkeypatch.setattr(module.ImageTransform, "__call__", watched)
-    monkeypatch.setattr(module, "_run", lambda function, specs, *_: [judge_chunk(spec) for spec in specs])
-    clean(
-        folder / "records.json",
-        folder / "out.json",
-        image_folder=folder / "images",
-        vision_tower=str(models_folder / "clip"),
-    )
-    assert seen == [(3, 32, 32)] * 10
+def test_what_the_towers_transform_cannot_take_is_set_aside(tmp_path: Path, models_folder: Path) -> None:
+    """A strip of a few kB, whose shorter side of a pixel would be blown up: the trainer says the same of it."""
+    strip = np.zeros((1, 60_000, 3), np.uint8)
+    Image.fromarray(strip).save(tmp_path / "strip.png")
+    (tmp_path / "1.jpg").write_bytes(jpeg(photo(1)))
+    (tmp_path / "records.json").write_text(json.dumps([row("strip.png", "x"), row("1.jpg", "y")]))
+    rules, tower = Rules(min_side=1, max_aspect=1e6), str(models_folder / "clip")
+    counts = clean(tmp_path / "records.json", tmp_path / "out.json", rules=rules, vision_tower=tower, workers=1)
+    assert counts == {"too_large": 1, "ok": 1}
+    with pytest.raises(ImageError, match="60000x1 pixels become"):
+        ImageTransform.from_pretrained(tower)(strip)
+    assert clean(tmp_path / "records.json", tmp_path / "out.json", rules=rules, workers=1) == {"ok": 2}

@@ -203,7 +203,7 @@ def test_names_that_do_not_resolve_and_ports_that_are_closed() -> None:
 
 @pytest.mark.parametrize("size", [(60_000, 60_000), (8_000, 8_000)])
 def test_a_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
-    from llava_simplified.data.shrink import check_image
+    from llava_simplified.data.images import check_image
 
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"pixels") as error:
