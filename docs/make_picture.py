@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = fetch(args.cache_dir).images
     rows = json.loads(args.predictions.read_text(encoding="utf-8"))
-    chosen = rows[:: len(rows) // 16][:16]  # evenly spread, not picked by hand
+    chosen = rows[:: max(1, len(rows) // 16)][:16]  # evenly spread, not picked by hand
     figure, axes = plt.subplots(2, 8, figsize=(13, 5.6), dpi=75)
     for axis, row in zip(axes.flat, chosen):
         image = Image.open(folder / row["image"]).convert("RGBA")

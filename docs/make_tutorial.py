@@ -8,9 +8,11 @@ Every number in the text comes from running the code, so that the text can't say
 from __future__ import annotations
 
 import argparse
-import json
+import inspect
 import logging
+from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import matplotlib
@@ -33,7 +35,7 @@ from llava_simplified.model.language_model import who_sees_whom
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
-from llava_simplified.serve.attention import look
+from llava_simplified.serve.attention import WORD, look
 
 HERE = Path(__file__).parent
 PICTURES = HERE / "img"
@@ -80,7 +82,9 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     seen |= {"input_ids": batch["input_ids"][0].tolist(), "positions": batch["positions"].tolist()}
     # the same sample as the tutorial's tower would see it: its shapes are known without its weights
     clip = CLIPVisionConfig(image_size=224, patch_size=16)
-    tower = VisionTower.from_config(clip, model.vision_tower.transform, select_layer=-2)
+    tower = VisionTower.from_config(
+        clip, replace(model.vision_tower.transform, resize=224, crop=(224, 224)), select_layer=-2
+    )
     wide = Collator(tower.num_tokens, model.prompt.end_id)([example])
     seen["clip"] = {"tokens": tower.num_tokens, "width": tower.width, "grid": tower.grid[0],
                     "length": wide["input_ids"].shape[1], "positions": wide["positions"].tolist()}  # fmt: skip
@@ -122,19 +126,35 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     )
     seen["mask"] = who_sees_whom(shared["segment_ids"], shared["branch_ids"], shared["position_ids"])[0, 0]
     seen["places"] = shared["position_ids"][0].tolist()
-    seen["words"] = look(model, record.turns[-1].text, [assets.images / image], seen["said"])
+    grids = look(model, record.turns[-1].text, [assets.images / image], seen["said"])[:, 0].numpy()
     draw_patches(pixels, tensor.permute(1, 2, 0).numpy(), model.vision_tower.grid[0], tower.grid[0])
     draw_sequence(seen["tokens"], seen["input_ids"], seen["positions"])
     draw_mask(seen["mask"].numpy())
-    draw_attention(tensor.permute(1, 2, 0).numpy(), seen["words"])
-    manifest = json.loads((checkpoint / "llava.json").read_text(encoding="utf-8"))
+    draw_attention(tensor.permute(1, 2, 0).numpy(), WORD.findall(seen["said"]), grids)
     seen["files"] = [
         (path.relative_to(checkpoint).as_posix(), path.stat().st_size)
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and "trainer" not in path.name
+        if path.is_file() and "trainer" not in path.name and path.parent.name != "eval_captions"
     ]
-    seen["trained"] = manifest["trained"]
+    owners = {"projector": model.projector, "tower": model.vision_tower, "language model": model.language_model}
+    seen["parameters"] = {
+        name: sum(p.numel() for n, p in part.named_parameters() if "lora_" not in n) for name, part in owners.items()
+    }
+    seen["parameters"]["adapter"] = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    seen["matrices"] = [tuple(p.shape) for p in model.projector.parameters() if p.dim() == 2]
     return seen
+
+
+def splice_code() -> str:
+    """The statements of `Llava.splice` that do the work, from the code itself."""
+    lines = inspect.getsource(Llava.splice).partition('"""\n')[2].rpartition('"""\n')[2].splitlines()
+    kept = [
+        line.strip()
+        for line in lines
+        if line.lstrip().startswith(("is_image =", "embeds =", "image_tokens =", "return embeds.masked"))
+    ]
+    assert len(kept) == 4, "the splice is written otherwise now"
+    return indent("\n".join(kept), "    ")
 
 
 def save(name: str) -> None:
@@ -209,10 +229,9 @@ def draw_mask(mask: np.ndarray) -> None:
     save("mask.png")
 
 
-def draw_attention(picture: np.ndarray, words: list[Any]) -> None:
+def draw_attention(picture: np.ndarray, words: list[str], grids: np.ndarray) -> None:
     """Under each word of the caption, the share of attention that went to each place: what the mean of the words had is
     taken off, since some places (corners) are looked at whatever is said."""
-    grids = np.stack([word.grids[0].numpy() for word in words])
     offset = grids - grids.mean(0)
     _, axes = plt.subplots(1, len(words), figsize=(1.7 * len(words), 2.2), squeeze=False)
     for axis, word, grid, share in zip(axes[0], words, offset, grids):
@@ -226,7 +245,7 @@ def draw_attention(picture: np.ndarray, words: list[Any]) -> None:
             vmax=abs(offset).max(),
             interpolation="bilinear",
         )
-        axis.set_title(f"{word.text.strip()}\n{share.sum():.0%}", fontsize=8)
+        axis.set_title(f"{word.strip()}\n{share.sum():.0%}", fontsize=8)
         axis.set(xticks=[], yticks=[])
     save("attention.png")
 
@@ -261,21 +280,33 @@ def write(seen: dict[str, Any]) -> str:
     files = "\n".join(f"| `{name}` | {size:,} |" for name, size in seen["files"])
     last = seen["positions"][0]
     places = " ".join(map(str, seen["places"]))
+    millions = {name: f"{number / 1e6:.1f} million" for name, number in seen["parameters"].items()}
+    saved = sum(size for _, size in seen["files"]) / 1e6
     return f"""# One picture, followed through the code
+
+LLaVA in a sentence: a vision model that was trained before turns a picture into a grid of vectors, a small network maps each of them into the space of word embeddings, and there they
+stand among the words of a prompt, for a language model that was trained before as well and now learns to say what they show.
+
+    picture -> vision tower -> projector -> {count:>3} image tokens ----+
+               (frozen)        (trained)                         |
+                                                                 +-> language model -> the answer
+                                                                 |   (frozen; LoRA, beside its matrices, is trained)
+    prompt -> word embeddings, <image> among them gives way -----+
 
 This page is written by `docs/make_tutorial.py`, which runs the code on one drawing of the demo that the model never saw, `{seen["image"]}`:
 "{seen["caption"]}". Open the named files beside it. You should know PyTorch; LLaVA you will know at the end. [The notebook](tutorial.ipynb) does the same on
-models so small that it trains one in seconds, and its cells are yours to break.
+models so small that it trains one in seconds, and its cells are yours to break. Beside the demo's small tower stand the figures of CLIP ViT-B/16, the one
+that is usual for photographs.
 
 What to look for, and where it is answered:
 
-| | the demo's model | with CLIP ViT-B/16, as the tutorial has it | station |
+| | the demo's model | with CLIP ViT-B/16 | station |
 |---|---|---|---|
-| Where do the image tokens enter? | {count} of them take the place of `<image>` among the word embeddings | {clip["tokens"]}, in the same way | [5](#5-the-splice-llavasplice-in-modelllavapy) |
+| Where do the image tokens enter? | {count} of them take the place of `<image>` among the word embeddings | {clip["tokens"]}, in the same way | [2](#2-pixels-become-patch-features-modelvisionpy), [5](#5-the-splice-llavasplice-in-modelllavapy) |
 | Which tokens are trained? | the answer and its end token: {trained} of {seen["embeds"][1]} positions | the same {trained}, of {clip["length"]} | [4](#4-text-becomes-ids-and-labels-promptpy), [6](#6-the-loss-llavaforward) |
-| What is frozen? | the vision tower, and the language model's own weights | the same | [7](#7-the-gradient-modellorapy) |
-| What trains? | the projector, and LoRA's matrices beside the language model's | the same | [7](#7-the-gradient-modellorapy) |
-| What is saved? | what trains, and the names of what does not | the same | [10](#10-what-is-saved-modelcheckpointpy) |
+| What is frozen? | the vision tower ({millions["tower"]} parameters), and the language model's own weights ({millions["language model"]}) | the same parts | [2](#2-pixels-become-patch-features-modelvisionpy), [7](#7-the-gradient-modellorapy) |
+| What trains? | the projector ({millions["projector"]}), and LoRA's matrices beside the language model's ({millions["adapter"]}) | the same parts | [3](#3-features-become-image-tokens-modelprojectorpy), [7](#7-the-gradient-modellorapy) |
+| What is saved? | what trains, {saved:.0f} MB with the tokenizer; of what does not, name and fingerprint | the same | [10](#10-what-is-saved-modelcheckpointpy) |
 
 ## 1. Bytes become pixels: `data/images.py`
 
@@ -285,9 +316,10 @@ pixels are on the device: a quarter of the bytes to carry.
 
 ## 2. Pixels become patch features: `model/vision.py`
 
-`VisionTower` runs a pretrained vision model and keeps, of its hidden states {list(seen["layers"])}, one vector for each place in the picture:
-{seen["features"]}: one picture, {count} places, {seen["features"][2]:,} numbers each. CLIP ViT-B/16 cuts the picture into {clip["grid"]} x {clip["grid"]} patches of 16 x 16
-pixels: (1, {clip["tokens"]}, {clip["width"]}). The demo's tower is a small convolutional one, pooled to {int(count**0.5)} x {int(count**0.5)}.
+`VisionTower` runs a pretrained vision model and keeps one vector for each place in the picture, its **patch features**. CLIP ViT-B/16 cuts the 224 x 224 pixels
+into {clip["grid"]} x {clip["grid"]} patches of 16 x 16, and its transformer gives one vector of {clip["width"]} numbers for each, taken from the last layer but one: (1, {clip["tokens"]}, {clip["width"]}). (A
+{clip["tokens"] + 1}th vector, which sums the picture up, is left out.) These are the {clip["tokens"]} that you will meet again. The demo's tower is a small convolutional one: of its hidden states
+{list(seen["layers"])}, side by side and pooled to a grid of {int(count**0.5)} x {int(count**0.5)}, come {seen["features"]}: one picture, {count} places, {seen["features"][2]:,} numbers each.
 
 ![the drawing, and the grids of two towers](img/patches.png)
 
@@ -295,7 +327,8 @@ The tower is **frozen**: it never learns, so the trainer runs it once per pictur
 
 ## 3. Features become image tokens: `model/projector.py`
 
-The projector, two matrices and a GELU, maps them to the width of the language model's own embeddings: {seen["image_tokens"]}. Nothing says
+The projector, two matrices {" and ".join(map(str, seen["matrices"]))} with a GELU between them, maps each vector to the width of the language model's own embeddings: {seen["image_tokens"]}. As
+many vectors come out as went in: a patch is a token. Nothing says
 that such a vector must mean a word; but it should begin at their size, or the first steps are spent on it: `fit_to_embeddings` starts the image tokens with the
 embeddings' deviation, {seen["deviation"][1]:.3f}. (Here, after training, they deviate by {seen["deviation"][0]:.3f}: the model has found it useful to speak up.) The
 projector is **trained**.
@@ -309,16 +342,21 @@ One place renders all prompts. `<image>` is one id here, {IMAGE_INDEX}, that no 
 {rows}
 
 **Trained are {trained} of {len(seen["tokens"])} tokens**: the answer and the token that ends it, nothing else. The labels are right by construction: the
-answer is encoded on its own, and where it begins the labels begin. Everywhere else the label is {IGNORE_INDEX}.
+answer is encoded on its own, and where it begins the labels begin. Everywhere else the label is {IGNORE_INDEX}, which PyTorch's cross entropy passes over: neither the picture nor the question is to be
+said, so nothing is learned from them as words.
 
 ## 5. The splice: `Llava.splice` in `model/llava.py`
 
-The collator repeats the image's id once per image token: {len(seen["input_ids"])} ids. Embedding them gives {seen["embeds"]}; then the image tokens take the
-places of their ids. That is where the {count} tokens enter, between two words of the prompt, and it is all that LLaVA does to a language model:
+The collator repeats the image's id once per image token: {len(seen["input_ids"])} ids, {count} of them {IMAGE_INDEX}:
 
     [{", ".join("image" if token == IMAGE_INDEX else str(token) for token in seen["input_ids"])}]
 
-With CLIP ViT-B/16 the same sample has {clip["length"]} positions, {clip["tokens"]} of them image. The language model does not know which is which: it reads vectors.
+Embedding them gives {seen["embeds"]}; then the image tokens take the places of their ids. That is where the {count} tokens enter, between two words of the prompt, before the language
+model's first layer, and it is all that LLaVA does to a language model:
+
+{splice_code()}
+
+With CLIP ViT-B/16 the same sample has {clip["length"]} positions, {clip["tokens"]} of them image: the {clip["tokens"]} patch features enter just here. The language model does not know which is which: it reads vectors.
 
 ![input ids, the sequence after the splice, and the labels](img/sequence.png)
 
@@ -340,8 +378,8 @@ The loss is summed, here {seen["loss"][0]:.2f}, and divided by the trained token
 |---|---|---|
 {gradients}
 
-It flows back through the frozen language model into LoRA's small matrices and, through the image tokens, into the projector; there it ends.
-`check_trainable` asserts that table at every start.
+It flows back through the frozen language model into LoRA's small matrices (each large matrix W is used as W + BA, with A and B of few rows and columns; only they learn) and, through the image
+tokens, into the projector; there it ends. `check_trainable` asserts that table at every start.
 
 ## 8. The caption: `model/generation.py`
 
@@ -369,13 +407,14 @@ sequences, to 1e-10 in float64 (`tests/model/test_sharing.py`); [why](design.md#
 
 ## 10. What is saved: `model/checkpoint.py`
 
-What was trained ({seen["trained"]} and projector), and in `llava.json` the names and fingerprints of what was not:
+What was trained: the projector and the adapter, {millions["projector"]} and {millions["adapter"]} parameters. Beside them the tokenizer and how to prepare a picture; and in `llava.json` the
+choices of the run, and the names and fingerprints of the two models that were not trained.
 
 | file | bytes |
 |---|---|
 {files}
 
-The language model ({sum(size for _, size in seen["files"]) / 1e6:.0f} MB are saved, without its hundreds) and the tower are found again by name, and refused if they are not the ones
+Together {saved:.0f} MB. The language model's own {millions["language model"]} weights and the tower's {millions["tower"]} are not among them: both models are found again by name, and refused if their weights are not the ones
 of the training. `Llava.from_pretrained(folder)` needs nothing else. `llava export` writes the whole in the form that other tools load.
 
 ## Exercises

@@ -75,6 +75,8 @@ def command_page() -> str:
         parser = parser_of(target)
         actions = parser._actions
         parts += [f"## llava {name} {{ #{name} }}", what[0].upper() + what[1:] + "."]
+        if name == "plan":
+            parts.append("It takes the options of [llava train](#train), and these:")
         if name != "train":
             parts.append("\n".join(option_rows(actions)))
             continue

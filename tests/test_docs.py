@@ -27,6 +27,8 @@ def options_of(command: str) -> frozenset[str]:
     from reference import parser_of
 
     names = (name for action in parser_of(COMMANDS[command][0])._actions for name in action.option_strings)
+    if command == "plan":  # the options of a run, and its own
+        return frozenset(names) | options_of("train")
     return frozenset(names) | (ELSEWHERE | TRANSLATED if command == "train" else {"--help"})
 
 

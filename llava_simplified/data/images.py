@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -225,22 +225,6 @@ class ImageTransform:
             _triple((m + offset) / scale for m in processor.image_mean),
             _triple(s / scale for s in processor.image_std),
         )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ImageTransform:
-        """The inverse of `to_dict`, through JSON."""
-        resize = values["resize"]
-        return cls(
-            resize if isinstance(resize, int) else tuple(resize),
-            tuple(values["crop"]),
-            values["interpolation"],
-            _triple(values["mean"]),
-            _triple(values["std"]),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; a checkpoint keeps them."""
-        return asdict(self)
 
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
         """uint8 (height, width, 3) -> uint8 (3, crop height, crop width). Four times smaller than floats to move.

@@ -337,9 +337,3 @@ def choose_held_out(digests: dict[str, str], count: int) -> set[str]:
     if len(chosen) < count or len(chosen) == len(digests):
         raise ValueError(f"cannot hold out {count} of {len(digests)} pictures")
     return chosen
-
-
-def unseen_captions(train_json: Path, val_json: Path) -> list[bool]:
-    """For each row of `val_json`: does its caption, lower-cased, never occur as a caption of `train_json`?"""
-    seen = {row["response"].lower() for row in json.loads(train_json.read_text(encoding="utf-8"))}
-    return [row["response"].lower() not in seen for row in json.loads(val_json.read_text(encoding="utf-8"))]

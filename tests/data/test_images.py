@@ -176,7 +176,6 @@ def test_the_transform_equals_the_stock_processor(tmp_path: Path, kind: str, siz
     processor = processors()[kind]
     processor.save_pretrained(tmp_path)
     transform = ImageTransform.from_pretrained(tmp_path)
-    assert ImageTransform.from_dict(transform.to_dict()) == transform
     image = photo(*size)
     expected = torch.as_tensor(np.asarray(processor(image, return_tensors="pt")["pixel_values"][0]))
     got = transform.normalize(transform(np.asarray(image)))

@@ -288,12 +288,6 @@ def test_cannot_hold_out_everything() -> None:
         assets.choose_held_out({name: name for name in "abc"}, 3)
 
 
-def test_captions_that_training_never_saw(tmp_path: Path) -> None:
-    for file, captions in (("train", ["a cat", "a dog"]), ("val", ["A Cat", "a cat surfing", "dog"])):
-        (tmp_path / file).write_text(json.dumps([{"response": caption} for caption in captions]))
-    assert assets.unseen_captions(tmp_path / "train", tmp_path / "val") == [False, True, True]
-
-
 def test_a_wrong_checksum_names_both(registries: Path, tmp_path: Path) -> None:
     package = replace(assets.PACKAGES["names"], sha256="0" * 64)
     real = assets.PACKAGES["names"].sha256

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from llava_simplified.demo import run
 from llava_simplified.demo.assets import DemoAssets
 from llava_simplified.model.llava import Llava
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.slow
@@ -43,6 +47,26 @@ def test_the_whole_way_ends_with_a_model_and_a_report(
     assert len(json.loads((output / "predictions.json").read_text())) == 3
     assert (output / "report.html").stat().st_size > 10_000
     assert isinstance(Llava.from_pretrained(output / "model", device="cpu").caption(data / "0.jpg"), str)
+
+    # `make docs`: the tutorial and the README's picture, of this model
+    monkeypatch.syspath_prepend(DOCS)
+    import make_picture
+    import make_tutorial
+
+    for script, words in (
+        (make_tutorial, ["--checkpoint", str(output / "model"), "--image", "12.jpg"]),
+        (make_picture, ["--predictions", str(output / "predictions.json"), "--output", str(tmp_path / "demo.png")]),
+    ):
+        monkeypatch.setattr(script, "fetch", lambda _: tiny)
+        monkeypatch.setattr(sys, "argv", [script.__name__, *words])
+        monkeypatch.setattr(script, "HERE", tmp_path, raising=False)
+        monkeypatch.setattr(script, "PICTURES", tmp_path / "img", raising=False)
+        script.main()
+    page = (tmp_path / "tutorial.md").read_text()
+    headings = [line for line in (DOCS / "tutorial.md").read_text().splitlines() if line.startswith("## ")]
+    assert [line for line in page.splitlines() if line.startswith("## ")] == headings
+    assert {path.name for path in (tmp_path / "img").iterdir()} >= set(re.findall(r"\(img/([^)]+)\)", page))
+    assert (tmp_path / "demo.png").is_file()
 
 
 def test_a_command_that_fails_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

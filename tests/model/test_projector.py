@@ -50,3 +50,11 @@ def test_a_channel_that_was_silent_at_the_start_does_not_drown_the_others_later(
     projector = build_projector(kind, 16, 32)
     fit_to_embeddings(projector, features, embeddings)
     assert projector(torch.randn(8, 5, 16)).std() < 1
+
+
+def test_a_tower_most_of_whose_channels_are_silent_is_scaled_by_the_others() -> None:
+    features = torch.randn(8, 5, 16)
+    features[..., 3:] = 0  # their median deviation is none
+    projector = build_projector("mlp2x_gelu", 16, 32)
+    fit_to_embeddings(projector, features, torch.randn(100, 32) * 0.1)
+    assert 0.05 < projector(features).std() < 0.2
