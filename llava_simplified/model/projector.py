@@ -53,8 +53,8 @@ def fit_to_embeddings(projector: nn.Module, features: torch.Tensor, embeddings: 
     first, last = linears[0], linears[-1]
     # A channel that is silent in all of these pictures is not in all others: a floor keeps it from being shouted.
     deviation = features.std(0)
-    usual = float(deviation.median()) or float(deviation.mean())  # most may be silent, behind a ReLU
-    first.weight.div_(deviation.clamp_min(0.1 * usual))
+    # And most may be silent, behind a ReLU.
+    first.weight.div_(deviation.clamp_min(0.1 * (float(deviation.median()) or float(deviation.mean()))))
     first.bias.sub_(first.weight @ features.mean(0))
     scale = embeddings.float().std() / projector(features).std()
     last.weight.mul_(scale)

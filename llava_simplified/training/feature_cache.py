@@ -15,7 +15,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,7 @@ class FeatureCache:
 
 def cache_key(tower: VisionTower, weights: str, pixels: bool = False) -> str:
     """A name for everything that decides a row's value."""
-    parts: list[Any] = [asdict(tower.transform)]
+    parts: list[Any] = [vars(tower.transform)]
     if not pixels:
         parts += [weights, tower.select_layers, tower.select_feature, tower.token_pool, str(tower.dtype)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
