@@ -8,6 +8,8 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,19 +79,18 @@ class RowFile(Sequence[dict[str, Any]]):
 
 def _line_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Where each line that isn't blank begins, and its length."""
-    breaks, position = [np.array([-1])], 0
+    starts, lengths, position = [], [], 0
     with path.open("rb") as file:
-        bom = len(BOM) if file.read(3) == BOM else 0
+        before = len(BOM) - 1 if file.read(3) == BOM else -1  # the place of the last line break
         file.seek(0)
-        while block := file.read(1 << 24):
-            breaks.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position)
-            position += len(block)
-    ends = np.append(np.concatenate(breaks), position)
-    starts, lengths = ends[:-1] + 1, np.diff(ends) - 1
-    starts[0] += bom
-    lengths[0] -= bom
-    keep = lengths > 1  # the shortest row is {}; a blank line holds a carriage return at most
-    return starts[keep], lengths[keep].astype(np.int32)
+        for block in chain(iter(partial(file.read, 1 << 22), b""), [b"\n"]):  # the last line may lack its break
+            breaks = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position
+            edges = np.concatenate([[before], breaks])
+            keep = np.diff(edges) > 2  # the shortest row is {}; a blank line holds a carriage return at most
+            starts.append(edges[:-1][keep] + 1)
+            lengths.append((np.diff(edges)[keep] - 1).astype(np.int32))
+            before, position = edges[-1], position + len(block)
+    return np.concatenate(starts), np.concatenate(lengths)
 
 
 def _array_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -199,12 +200,12 @@ def _parquet_as_jsonl(path: Path) -> Path:
         return cached
     for outdated in cache.glob(f"{place}-*.jsonl"):
         outdated.unlink()
-    table = pq.ParquetFile(path)
+    table = pq.ParquetFile(path, buffer_size=1 << 20)  # a window over each column, not the whole row group
     pictures = {field.name for field in table.schema_arrow if "binary" in str(field.type)}
     columns = [name for name in table.schema_arrow.names if name not in pictures]
     partial, number = cached.with_suffix(f".{os.getpid()}.part"), 0
     with partial.open("w", encoding="utf-8") as file:
-        for batch in table.iter_batches(8192, columns=columns):
+        for batch in table.iter_batches(1024, columns=columns, use_threads=False):
             for values in batch.to_pylist():
                 row = {name: value for name, value in values.items() if value is not None}
                 if pictures:
