@@ -426,7 +426,7 @@ Each runs as it stands after `make demo`, and [in the notebook](tutorial.ipynb),
 
 1. **Swap the tower.** One of CLIP ViT-B/16's shape, its weights random, for it is the shapes that you are to see:
 
-        python -c "from transformers import *; CLIPVisionModel(CLIPVisionConfig(patch_size=16)).save_pretrained('clip'); CLIPImageProcessorPil().save_pretrained('clip')"
+        python -c "from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel as Tower; Tower(CLIPVisionConfig(patch_size=16)).save_pretrained('clip'); CLIPImageProcessorPil().save_pretrained('clip')"
         llava inspect --data $ASSETS/pictures/train.json --model_name_or_path $ASSETS/language_model --vision_tower clip --count 1
 
     What changed in station 2, and what nowhere else? How long would five captions of a picture be, apart and on a shared prompt?

@@ -68,7 +68,7 @@ def run_command(target: str, argv: list[str] | None) -> int:
     try:
         module, _, function = target.partition(":")
         return getattr(importlib.import_module(module), function)(argv)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:  # OSError: a model that is not there, a full disk
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -60,6 +60,15 @@ def test_an_image_takes_the_tokens_its_tower_gives(
     assert table(capsys.readouterr().out)["of images"] == ("12", "48")
 
 
+def test_a_tower_that_is_not_there_is_said_without_a_traceback(
+    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path, row("a red car"))
+    model = ("--model_name_or_path", models_folder / "mistral")
+    assert inspect("--data", data, *model, "--vision_tower", tmp_path / "gone") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_the_totals_are_those_of_the_examples(
     models_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
