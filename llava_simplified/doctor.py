@@ -10,23 +10,22 @@ import shutil
 import urllib.request
 from pathlib import Path
 
-NEEDED = (
-    "llava-simplified",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "tokenizers",
-    "safetensors",
-    "simplejpeg",
-    "pyarrow",
-)
+from packaging.requirements import Requirement
+
+# What each extra of pyproject.toml gives; the packages in it are read from the installation.
 EXTRAS = {
-    "deepspeed": ("deepspeed", "ZeRO-2 and ZeRO-3: `deepspeed train.py --deepspeed ds_configs/...`"),
-    "ray": ("ray", "`--engine ray`: downloads and captions on a cluster"),
-    "wandb": ("wandb", "`--report_to wandb`"),
-    "tensorboard": ("tensorboard", "`--report_to tensorboard`"),
+    "deepspeed": "ZeRO-2 and ZeRO-3: `deepspeed train.py --deepspeed ds_configs/...`",
+    "ray": "`--engine ray`: downloads and captions on a cluster",
+    "serve": "`llava serve`: the web page, and an API that OpenAI's clients speak",
+    "quant": "`--bits 4` (QLoRA) and `--bits 8`",
+    "liger": "`--use_liger_kernel`: fused layers on a GPU",
+    "wandb": "`--report_to wandb`",
+    "dev": "tests, linters and `--report_to tensorboard`",
+    "fuzz": "`make fuzz`",
+    "docs": "the documentation as a web site",
+    "bench": "TRL, to measure against",
 }
+ALONE = {"flash-attn": "`--attn_implementation flash_attention_2` on a CUDA GPU: pip install flash-attn"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,11 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     print(f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
-    missing = 0
-    for name in NEEDED:
-        version = _version(name)
-        missing += version is None
-        print(f"  {name:<18}{version or 'MISSING: pip install ' + name}")
+    needs = [Requirement(need) for need in importlib.metadata.requires("llava-simplified") or ()]
+    faults = {need.name: _fault(need) for need in needs}
+    plain = [need for need in needs if need.marker is None]
+    for name in ("llava-simplified", *(need.name for need in plain)):
+        print(f"  {name:<18}{faults.get(name) or _version(name)}")
     print("devices")
     if torch.accelerator.is_available():
         for index in range(torch.accelerator.device_count()):
@@ -53,13 +52,25 @@ def main(argv: list[str] | None = None) -> int:
     print(f"  bfloat16 on this CPU: {'fast' if _fast_bf16() else 'slow, use --bf16 False'}")
     print(f"  --compile_layers: {'ready' if shutil.which(compiler) else f'needs the C++ compiler {compiler}'}")
     print("extras (pip install 'llava-simplified[name]')")
-    for extra, (package, gives) in EXTRAS.items():
-        version = _version(package)
-        print(f"  {extra:<18}{version or 'not installed'}; gives {gives}")
+    for extra, gives in EXTRAS.items():
+        parts = [need.name for need in needs if need.marker and need.marker.evaluate({"extra": extra})]
+        lacking = ", ".join(name for name in parts if faults[name])
+        print(f"  {extra:<18}{'lacks ' + lacking if lacking else 'installed'}; gives {gives}")
+    for name, gives in ALONE.items():
+        print(f"  {name:<18}{_version(name) or 'not installed'}; gives {gives}")
     print(f"hub\n  {_hub()}")
     usage = shutil.disk_usage(args.cache_dir if args.cache_dir.exists() else Path.home())
     print(f"disk\n  {args.cache_dir}: {usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f}")
-    return 1 if missing else 0
+    return 1 if any(faults[need.name] for need in plain) else 0
+
+
+def _fault(need: Requirement) -> str | None:
+    """What is wrong with a package that is asked for; None: nothing."""
+    version = _version(need.name)
+    if version is None:
+        return f"MISSING: pip install '{need.name}{need.specifier}'"
+    fits = need.specifier.contains(version, prereleases=True)
+    return None if fits else f"{version}, but {need.specifier} is needed"
 
 
 def _version(package: str) -> str | None:
@@ -111,5 +122,7 @@ def _hub() -> str:
             "*.safetensors and tokenizer or preprocessor files, and set HF_HUB_OFFLINE=1"
         )
     return "reachable; " + (
-        "logged in" if get_token() else "not logged in: gated models (Llama, Mistral) need `hf auth login`"
+        "logged in; a gated model (Llama, Mistral) is given once its terms are accepted on its page"
+        if get_token()
+        else "not logged in: gated models (Llama, Mistral) need their terms accepted on their page and `hf auth login`"
     )

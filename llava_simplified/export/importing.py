@@ -9,14 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
 
 from llava_simplified.data.images import ImageTransform
-from llava_simplified.model.checkpoint import Architecture, assemble, fingerprint, load_tokenizer, save_checkpoint
+from llava_simplified.model.checkpoint import (
+    Architecture,
+    assemble,
+    fingerprint,
+    load_tokenizer,
+    same_weights,
+    save_checkpoint,
+)
 from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.vision import VisionTower
@@ -56,12 +66,30 @@ def import_checkpoint(
     """
     if output.exists():
         raise ValueError(f"{output} exists: choose another --output")
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, output, ignore_errors=True)
+        report = _convert(source, output, model_base, vision_tower, template, instruction)
+        undo.pop_all()
+    return report
+
+
+def _convert(
+    source: Path, output: Path, model_base: str | None, vision_tower: str | None, template: str, instruction: str
+) -> list[str]:
     folder = source if source.is_dir() else source.parent
     config = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
     weights = read_weights(source)
     text, projector, vision = split_weights(weights)
     report = [f"{len(group):,} weights of the {name}" for name, group in
               (("language model", text), ("projector", projector), ("vision tower", vision)) if group]  # fmt: skip
+    if config.get("mm_use_im_start_end") or config.get("mm_use_im_patch_token"):
+        raise ValueError(
+            f"{source}: marks its pictures with tokens of their own (mm_use_im_start_end), which is not done here"
+        )
+    if (ratio := config.get("image_aspect_ratio", "square")) != "square":
+        report.append(
+            f"beware: trained with image_aspect_ratio {ratio}; here the vision tower's own preprocessor crops"
+        )
     if not projector:
         raise ValueError(f"{source}: no projector among its {len(weights)} weights: {sorted(weights)[:5]}")
 
@@ -92,18 +120,22 @@ def import_checkpoint(
         mm_vision_select_feature="cls_patch" if full else "patch",
         template=template,
         instruction=instruction,
+        dtype=str(next(iter(text.values())).dtype).removeprefix("torch.") if whole else "float32",
         fingerprints={
             "vision_tower": fingerprint(tower_name),
             **({} if whole else {"language_model": fingerprint(base)}),
         },
     )
     model = _whole_model(architecture, config, text, folder) if whole else assemble(architecture)
+    # what lies in the checkpoint is what counts as trained
+    model.vision_tower.requires_grad_(stock and bool(vision))
+    model.language_model.requires_grad_(whole)
     if vision and not stock:
         report.append(_check_tower(model.vision_tower, vision))
     _fill(model.projector, projector, "projector")
     if lora.is_file():
         _add_adapter(model, lora, text)
-    save_checkpoint(model, output, architecture, {"imported_from": str(source)})
+    save_checkpoint(model, output, architecture, {"imported_from": source.name})
     return report
 
 
@@ -131,7 +163,7 @@ def read_weights(source: Path) -> Weights:
             loaded = (
                 load_file(path)
                 if path.suffix == ".safetensors"
-                else torch.load(path, "cpu", weights_only=True, mmap=True)
+                else torch.load(path, "cpu", weights_only=True, mmap=is_zipfile(path))
             )
         except (UnpicklingError, RuntimeError, OSError) as error:
             raise ValueError(f"{path}: not a file of tensors: {error}") from error
@@ -171,7 +203,8 @@ def _whole_model(architecture: Architecture, config: dict[str, Any], text: Weigh
     kind = settings.pop("model_type").replace("llava_", "").replace("llava", "llama")
     own = {key: value for key, value in settings.items() if not key.startswith("mm_") and key != "architectures"}
     text_config = AutoConfig.for_model(kind, **own)
-    language_model = AutoModelForCausalLM.from_config(text_config, dtype=torch.float32)
+    dtype = getattr(torch, architecture.dtype)
+    language_model = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
     if text_config.tie_word_embeddings and "lm_head.weight" not in text:
         text = {**text, "lm_head.weight": text["model.embed_tokens.weight"]}
     _fill(language_model, text, "language model")
@@ -179,23 +212,17 @@ def _whole_model(architecture: Architecture, config: dict[str, Any], text: Weigh
         "select_layer": architecture.mm_vision_select_layer,
         "select_feature": architecture.mm_vision_select_feature,
     }
-    tower = VisionTower.from_pretrained(architecture.vision_tower, dtype=torch.float32, **choices)
+    tower = VisionTower.from_pretrained(architecture.vision_tower, dtype=dtype, **choices)
     projector = build_projector(architecture.mm_projector_type, tower.width, text_config.hidden_size)
     tokenizer = load_tokenizer(str(folder))
-    return Llava(tower, projector, language_model.requires_grad_(True), tokenizer, architecture.template)
+    return Llava(tower, projector, language_model, tokenizer, architecture.template)
 
 
 def _fill(module: nn.Module, weights: Weights, name: str) -> None:
     expected = module.state_dict()
     if set(weights) != set(expected) and len(expected) == 2 and {"0.weight", "0.bias"} == set(weights):
         weights = {key.removeprefix("0."): value for key, value in weights.items()}  # a Sequential of one layer
-    missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-    shapes = [key for key in set(expected) & set(weights) if expected[key].shape != weights[key].shape]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"{name}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}, of another shape "
-            f"{sorted(shapes)[:5] or 'none'}"
-        )
+    same_weights(weights, expected, name)
     module.load_state_dict(weights)
 
 
@@ -240,8 +267,5 @@ def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     model.language_model = get_peft_model(model.language_model, PeftConfig.from_pretrained(str(config.parent)))
-    expected = get_peft_model_state_dict(model.language_model)
-    if set(weights) != set(expected):
-        missing, unexpected = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-        raise ValueError(f"adapter: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}")
+    same_weights(weights, get_peft_model_state_dict(model.language_model), "adapter")
     set_peft_model_state_dict(model.language_model, weights)

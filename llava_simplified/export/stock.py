@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import nn
 from llava_simplified.data.images import ImageError, ImageSource, decode_image, load_pixels, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import read_manifest
+from llava_simplified.model.generation import Decoding, GenerationOptions
 from llava_simplified.model.language_model import head_at
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES, Message
@@ -67,11 +70,13 @@ def export_stock(
             f"{checkpoint}: its adapter belongs to weights of {bits} bits, which stock LLaVA has not: use hf"
         )
     pictures, kind = _pictures(manifest["training"], images)
+    return_what_is_freed()
     with whole(Path(output)) as part:
         model = Llava.from_pretrained(checkpoint, device="cpu", dtype=dtype, merge=not adapter, **where)
         tower, text = cast(Any, model.vision_tower), cast(Any, model.language_model)
         if isinstance(tower.model, PeftModel):
             tower.model = tower.model.merge_and_unload()  # the adapter that is written is the language model's
+        model.projector.to(tower.dtype)  # as it is written
         settings = describe(model)
         expected = [_say(model, picture) for picture in pictures]
         if adapter:
@@ -82,15 +87,15 @@ def export_stock(
         del model, tower, text
         _write_processor(checkpoint, base, settings, template)
         if adapter:
-            _write_adapter(Path(checkpoint) / "adapter", part / "adapter", Path(output).resolve() / "base")
-        difference = _compare(base, part / "adapter" if adapter else None, pictures, expected)
-    return {"logits differ by": difference, f"equal greedy captions of {kind}": len(pictures)}
+            _write_adapter(Path(checkpoint) / "adapter", part / "adapter", f"{Path(output).name}/base")
+        largest, equal = _compare(base, part / "adapter" if adapter else None, pictures, expected)
+    return {"logits differ by": largest, f"equal greedy captions of {len(pictures)} {kind}": equal}
 
 
 def _pictures(training: dict[str, Any], images: Sequence[ImageSource]) -> tuple[list[np.ndarray], str]:
     """What the two models are compared on, and what that is."""
     if images:
-        return [load_pixels(image) for image in images], "the pictures named"
+        return [load_pixels(image) for image in images], "pictures named"
     data = Path(training.get("train_data_path") or "")
     if data.is_file():
         names = [name for record in open_records(data)[:16] for name in record.images][:2]
@@ -98,7 +103,9 @@ def _pictures(training: dict[str, Any], images: Sequence[ImageSource]) -> tuple[
             folder = training.get("train_image_folder") or data.parent
             if found := [decode_image(read_image_bytes(name, folder)) for name in names]:
                 return found, "training pictures"
-    return [np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8) for seed in range(2)], "noise"
+    return [
+        np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8) for seed in range(2)
+    ], "pictures of noise"
 
 
 @contextmanager
@@ -114,6 +121,13 @@ def whole(output: Path) -> Iterator[Path]:
         part.rename(output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def return_what_is_freed() -> None:
+    """From now on, every block above 64 kB goes back to the system when it is freed. By itself glibc keeps those of up to
+    32 MB for later: of merging and converting, half of a small model."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD of malloc.h
 
 
 def own_template(model: Llava) -> str:
@@ -195,6 +209,8 @@ def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
         for table in (text.get_input_embeddings().weight, text.get_output_embeddings().weight):
             table[rows:] = 0
     text.config.architectures = [type(text).__name__]
+    for part in (text.config, model.vision_tower.model.config):
+        part._name_or_path = ""  # a folder of this machine
     config = LlavaConfig(
         vision_config=model.vision_tower.model.config,
         text_config=text.config,
@@ -246,24 +262,35 @@ def _write_processor(checkpoint: str | Path, folder: Path, settings: dict[str, A
 
 @torch.inference_mode()
 def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
-    """The prompt's ids, the pixels, the logits of the next token, and the greedy caption."""
+    """The prompt's ids, the pixels, the logits of the next token, and the greedy caption's tokens."""
     prompt = model.prompt.render([Message("user", f"{IMAGE_PLACEHOLDER}\n{model.instruction}")], None).input_ids
-    pixels = model.vision_tower.transform.normalize(model.vision_tower.transform(picture)[None])
+    transform = model.vision_tower.transform
+    pixels = transform.normalize(transform(picture)[None])
     place = prompt.index(IMAGE_INDEX)
     ids = [*prompt[:place], *[IMAGE_INDEX] * model.vision_tower.num_tokens, *prompt[place + 1 :]]
     features = model.vision_tower(pixels)
     with head_at(model.language_model, torch.tensor([len(ids) - 1])):
         embeds = model.splice(torch.tensor([ids]), features)
         logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits.flatten()
-    caption = model.caption(picture, max_new_tokens=16)
-    return {"ids": ids, "pixels": pixels, "logits": logits, "caption": caption, "instruction": model.instruction}
+    decoding = Decoding(model, [prompt], features, GenerationOptions(max_new_tokens=16))
+    while decoding.live:
+        decoding.step()
+    grey_level = torch.tensor(transform.std).mul(255).reciprocal().view(3, 1, 1)
+    return {
+        "ids": ids,
+        "pixels": pixels,
+        "grey_level": grey_level,
+        "logits": logits,
+        "said": decoding.tokens[0],
+        "instruction": model.instruction,
+    }
 
 
 @torch.inference_mode()
 def _compare(
     folder: Path, adapter: Path | None, pictures: Sequence[np.ndarray], expected: Sequence[dict[str, Any]]
-) -> float:
-    """Load the folder as anybody would; returns the largest difference of logits.
+) -> tuple[float, int]:
+    """Load the folder as anybody would; returns the largest difference of logits, and how many captions are equal.
 
     Raises:
         ValueError: prompt, pixels, logits or caption differ from the checkpoint's.
@@ -276,8 +303,8 @@ def _compare(
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    tolerance = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
-    largest = 0.0
+    tolerance = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    largest, equal = 0.0, 0
     for picture, wanted in zip(pictures, expected):
         content = [
             {"type": "image", "image": Image.fromarray(picture)},
@@ -291,11 +318,12 @@ def _compare(
         ids = [IMAGE_INDEX if i == image_token else i for i in inputs["input_ids"][0].tolist()]
         if ids != wanted["ids"]:
             raise ValueError(f"the stock processor renders another prompt: {ids}, trained on {wanted['ids']}")
-        # two grey levels; resizing may differ by more at a few sharp edges
-        if (pixels := (inputs["pixel_values"] - wanted["pixels"]).abs().flatten().quantile(0.99)) > 0.05:
-            raise ValueError(f"the stock processor's pixels differ by {pixels:.3f} standard deviations")
+        # torch's resize rounds its weights to 16 bits, Pillow's to 22: two grey levels at most, whatever the picture
+        levels = ((inputs["pixel_values"] - wanted["pixels"]).abs() / wanted["grey_level"]).max()
+        if levels > 2.01:
+            raise ValueError(f"the stock processor's pixels differ by {levels:.1f} grey levels, at most 2 are rounding")
         inputs["pixel_values"] = wanted["pixels"].to(dtype)
-        logits = model(**inputs).logits[0, -1]
+        logits = model(**inputs, logits_to_keep=1).logits[0, -1]
         scale = wanted["logits"].abs().max().clamp_min(1)
         largest = max(largest, float((logits[: len(wanted["logits"])] - wanted["logits"]).abs().max()))
         if largest > tolerance * scale:
@@ -303,14 +331,19 @@ def _compare(
                 f"the exported model's logits differ by {largest:.2g}, at most {tolerance * scale:.2g} is rounding: "
                 "the language model does something to its logits that stock LLaVA does not"
             )
-        said = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, len(ids) :]
-        text = processor.tokenizer.decode(said, skip_special_tokens=True).strip()
-        if text != wanted["caption"] and dtype == torch.float32:
-            raise ValueError(f"the exported model says {text!r}, the checkpoint {wanted['caption']!r}")
-    return largest
+        said = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
+        equal += said == wanted["said"]
+        if said != wanted["said"]:  # may part where two words are as good as each other, and nowhere else
+            same = next(i for i, (ours, theirs) in enumerate(zip(wanted["said"], said)) if ours != theirs)
+            longer = torch.cat([inputs["input_ids"], torch.tensor([said[:same]], dtype=torch.long)], dim=1)
+            logits = model(input_ids=longer, pixel_values=inputs["pixel_values"], logits_to_keep=1).logits[0, -1]
+            if logits[said[same]] - logits[wanted["said"][same]] > tolerance * scale:
+                text = [processor.decode(words, skip_special_tokens=True) for words in (said, wanted["said"])]
+                raise ValueError(f"the exported model says {text[0]!r}, the checkpoint {text[1]!r}")
+    return largest, equal
 
 
-def _write_adapter(source: Path, folder: Path, base: Path) -> None:
+def _write_adapter(source: Path, folder: Path, base: str) -> None:
     from safetensors.torch import load_file, save_file
 
     folder.mkdir()
@@ -322,6 +355,6 @@ def _write_adapter(source: Path, folder: Path, base: Path) -> None:
     config["target_modules"] = sorted(
         {name.replace("model.", "model.language_model.", 1) for name in config["target_modules"]}
     )
-    config["base_model_name_or_path"] = str(base)
+    config["base_model_name_or_path"] = base
     config["task_type"] = None  # PEFT wraps LLaVA as it is, without the extras of a text model
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -154,6 +154,7 @@ def save_checkpoint(
         )
     elif trained == "language_model":
         text.save_pretrained(str(part / "language_model"), state_dict=_under(weights, "language_model."))
+        model.tokenizer.save_pretrained(str(part / "language_model"))  # a model folder like others
     model.tokenizer.save_pretrained(str(part))
     processor = str(cached_file(architecture.vision_tower, "preprocessor_config.json"))
     shutil.copyfile(processor, part / "preprocessor_config.json")
@@ -303,9 +304,9 @@ def load_trained_weights(model: Llava, folder: str | Path) -> None:
     if manifest.get("trained_tower", "off") != "off":
         parts.append((model.vision_tower.model, "vision_adapter", "vision_tower"))
     for part, adapter, whole in parts:
-        if isinstance(part, PeftModel):
+        if isinstance(part, PeftModel) and (folder / adapter).is_dir():
             _load_adapter(part, folder / adapter)
-        else:
+        elif not isinstance(part, PeftModel):  # else a new adapter, on weights that were loaded from there
             stored, report = type(part).from_pretrained(folder / whole, dtype=part.dtype, output_loading_info=True)
             refuse_random(str(folder / whole), report["missing_keys"])
             part.load_state_dict(stored.state_dict())
@@ -321,8 +322,11 @@ def _with_adapter(model: Any, folder: Path, merge: bool) -> Any:
 
 def _load_adapter(model: PeftModel, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
+    now, before = model.peft_config["default"], PeftConfig.from_pretrained(str(folder))
+    if (now.r, now.lora_alpha) != (before.r, before.lora_alpha):
+        raise ValueError(f"{folder}: --lora_r {before.r} --lora_alpha {before.lora_alpha:g}, as it was trained with")
     stored = load_file(path)
-    _same_keys(stored.keys(), get_peft_model_state_dict(model).keys(), path)
+    same_weights(stored, get_peft_model_state_dict(model), str(path))
     set_peft_model_state_dict(model, stored)
 
 
@@ -335,18 +339,24 @@ def load_projector(projector: nn.Module, folder: str | Path) -> None:
     path = Path(folder) / "projector.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder}: no projector.safetensors: this is not a checkpoint")
-    stored, expected = load_file(path), projector.state_dict()
-    _same_keys(stored.keys(), expected.keys(), path)
-    for name, tensor in stored.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, this model needs {tuple(expected[name].shape)}")
+    stored = load_file(path)
+    same_weights(stored, projector.state_dict(), str(path))
     projector.load_state_dict(stored)
 
 
-def _same_keys(stored: Any, expected: Any, where: Path) -> None:
+def same_weights(stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise ValueError, naming them, where weights are missing, have no place, or have another shape."""
     missing, unexpected = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
-    if missing or unexpected:
-        raise ValueError(f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}")
+    shapes = [
+        f"{name} is {tuple(stored[name].shape)}, this model needs {tuple(expected[name].shape)}"
+        for name in sorted(set(expected) & set(stored))
+        if stored[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}"
+            + "".join(f"; {shape}" for shape in shapes[:5])
+        )
 
 
 def fingerprint(name_or_path: str) -> str:

@@ -172,7 +172,7 @@ def processors() -> dict[str, object]:
 @pytest.mark.parametrize("kind", list(processors()))
 @pytest.mark.parametrize("size", [(300, 200), (150, 400), (64, 64)])
 def test_the_transform_equals_the_stock_processor(tmp_path: Path, kind: str, size: tuple[int, int]) -> None:
-    """To a grey level in 255; more at a sharp edge where one side grows while the other shrinks."""
+    """To two grey levels of 255, where Pillow's weights have 22 bits and torch's 16."""
     processor = processors()[kind]
     processor.save_pretrained(tmp_path)
     transform = ImageTransform.from_pretrained(tmp_path)
@@ -181,7 +181,7 @@ def test_the_transform_equals_the_stock_processor(tmp_path: Path, kind: str, siz
     got = transform.normalize(transform(np.asarray(image)))
     assert got.shape == expected.shape == (3, *transform.crop)
     levels = (got - expected).abs() * 255 * torch.tensor(transform.std).view(3, 1, 1)
-    assert levels.quantile(0.995) < 2.5
+    assert levels.max() < 2.01
     assert levels.mean() < 0.2
 
 

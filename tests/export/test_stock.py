@@ -11,13 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_commands import ENVIRONMENT
+from tiny import make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from llava_simplified import cli
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.data.images import decode_image
 from llava_simplified.export.run import export_main, merge_main, push_main
 from llava_simplified.export.stock import export_stock
+from llava_simplified.model.checkpoint import Architecture, assemble, save_checkpoint
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.lora import add_lora, freeze
 from llava_simplified.training.run import train
 
 PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
@@ -255,9 +261,113 @@ def test_the_command_writes_a_card(
     words = [str(checkpoint), "--output", str(output), "--scores", str(tmp_path / "scores.json")]
     assert export_main(words) == 0
     card = (output / "README.md").read_text()
-    assert "| CIDEr-D | 0.5000 |" in card and "Generate a caption of this image:" in card and "- steps: `5`" in card
+    assert "| CIDEr-D | 0.5000 | 0.4000 to 0.6000 |" in card and "Generate a caption of this image:" in card
+    assert "LoRA on the language model. 5 steps" in card and "# llama that sees through clip" in card
     assert (output / "training.png").is_file()
+    for path in output.iterdir():
+        assert str(tmp_path.parent).encode() not in path.read_bytes(), f"{path.name} tells a folder of this machine"
     assert push_main([str(output), "me/model", "--dry-run"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
     with pytest.raises(ValueError, match="exists"):
         export_main(words)
+
+
+CAPTIONS = """
+import json, sys
+sys.modules["llava_simplified"] = None
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, instruction, *images = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
+said = []
+for image in images:
+    content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": instruction}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    said.append(processor.decode(ids, skip_special_tokens=True).strip())
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_the_demos_commands_with_a_clip_tower_then_fifty_captions_by_a_stranger(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Both stages of the demo, in bfloat16 and packed; exported by the command; all that is tiny are the models."""
+    configs = Path(__file__).parents[2] / "configs"
+    parts = ["--model_name_or_path", models_folder / "llama", "--vision_tower", models_folder / "clip"]
+    parts += ["--train_data_path", data_folder / "train.json", "--train_image_folder", data_folder / "images"]
+    parts += ["--eval_data_path", data_folder / "val.json", "--val_image_folder", data_folder / "images"]
+    parts += ["--mm_token_pool", 0, "--mm_vision_select_layer", -2, "--compile_layers", False, "--disable_tqdm", True]
+    parts += ["--max_steps", 4, "--cache_vision_features", "memory", "--pack_length", 96]
+    first, second, output = tmp_path / "projector", tmp_path / "model", tmp_path / "stock"
+    stages = [
+        ["--config", configs / "demo_projector.yaml", "--output_dir", first],
+        ["--config", configs / "demo.yaml", "--pretrain_mm_mlp_adapter", first, "--output_dir", second],
+    ]
+    for stage in stages:
+        assert cli.main(["train", *map(str, [*stage, *parts])]) == 0
+    assert cli.main(["export", str(second), "--format", "hf", "--dtype", "float32", "--output", str(output)]) == 0
+    pictures, random = [], np.random.default_rng(0)
+    for number in range(50):
+        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((32, 32)).save(path := tmp_path / f"{number}.png")
+        pictures.append(path)
+    model = Llava.from_pretrained(second, dtype="float32")
+    words = [sys.executable, "-I", "-c", CAPTIONS, output, model.instruction, *pictures]
+    done = subprocess.run(list(map(str, words)), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said == model.caption(pictures, max_new_tokens=8)
+    assert len(set(said)) > 10, "the pictures decide what is said"
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+from llava_simplified.export.stock import export_stock
+small, large, output = sys.argv[1:]
+
+def held():  # what can't be read again from a file
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while not done:
+        peaks.append(held())
+        time.sleep(0.002)
+
+export_stock(small, output + "-small", "float16")  # all that is imported and kept anyway
+before, peaks, done = held(), [], False
+thread = threading.Thread(target=watch)
+thread.start()
+export_stock(large, output, "float16")
+done = True
+thread.join()
+print((max(peaks) - before) / sum(path.stat().st_size for path in Path(output).glob("*.safetensors")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured as Linux tells it")
+def test_an_export_holds_the_model_once(models_folder: Path, tmp_path: Path) -> None:
+    """Loading, converting, merging, writing, reading back: 220 MB of weights, and never a fifth more."""
+    tokenizer = make_tokenizer()
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8}
+    large = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer))).bfloat16()
+    large.save_pretrained(tmp_path / "large")
+    tokenizer.save_pretrained(tmp_path / "large")
+    for name, text in (("a", models_folder / "llama"), ("b", tmp_path / "large")):
+        parts = {"language_model": str(text), "vision_tower": str(models_folder / "clip")}
+        model = assemble(architecture := Architecture(**parts, dtype="bfloat16"))
+        freeze(model, language_model=True, vision_tower=True)
+        add_lora(model, 16, 32, 0.0, "none")
+        save_checkpoint(model, tmp_path / name, architecture)
+    del large, model
+    words = [sys.executable, "-c", PEAK, tmp_path / "a", tmp_path / "b", tmp_path / "stock"]
+    done = subprocess.run(list(map(str, words)), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.splitlines()[-1]) < 1.2
