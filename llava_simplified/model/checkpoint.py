@@ -322,7 +322,8 @@ def _with_adapter(model: Any, folder: Path, merge: bool) -> Any:
 
 def _load_adapter(model: PeftModel, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
-    now, before = model.peft_config["default"], PeftConfig.from_pretrained(str(folder))
+    now: Any = model.peft_config["default"]
+    before: Any = PeftConfig.from_pretrained(str(folder))
     if (now.r, now.lora_alpha) != (before.r, before.lora_alpha):
         raise ValueError(f"{folder}: --lora_r {before.r} --lora_alpha {before.lora_alpha:g}, as it was trained with")
     stored = load_file(path)
