@@ -234,13 +234,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _architecture(manifest: Mapping[str, Any]) -> Architecture:
-    values = dict(manifest["architecture"])
-    if isinstance(values["mm_vision_select_layer"], list):
-        values["mm_vision_select_layer"] = tuple(values["mm_vision_select_layer"])
-    return Architecture(**values)
-
-
 def load_checkpoint(
     folder: str | Path,
     *,
@@ -264,9 +257,8 @@ def load_checkpoint(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    architecture = _architecture(manifest)
     changes = {"language_model": model_base, "vision_tower": vision_tower, "dtype": dtype, "bits": bits}
-    architecture = Architecture(**{**asdict(architecture), **{k: v for k, v in changes.items() if v}})
+    architecture = Architecture(**{**manifest["architecture"], **{k: v for k, v in changes.items() if v}})
     kind = manifest["trained"]
     tower_kind = manifest.get("trained_tower", "off")
     inside = {  # parts that were trained whole lie in the checkpoint
@@ -321,13 +313,11 @@ def _with_adapter(model: Any, folder: Path, merge: bool) -> Any:
 
 
 def _load_adapter(model: PeftModel, folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
-    now: Any = model.peft_config["default"]
-    before: Any = PeftConfig.from_pretrained(str(folder))
+    now, before = cast(Any, model.peft_config["default"]), cast(Any, PeftConfig.from_pretrained(str(folder)))
     if (now.r, now.lora_alpha) != (before.r, before.lora_alpha):
         raise ValueError(f"{folder}: --lora_r {before.r} --lora_alpha {before.lora_alpha:g}, as it was trained with")
-    stored = load_file(path)
-    same_weights(stored, get_peft_model_state_dict(model), str(path))
+    stored = load_file(folder / "adapter_model.safetensors")
+    same_weights(stored, get_peft_model_state_dict(model), str(folder))
     set_peft_model_state_dict(model, stored)
 
 
@@ -348,16 +338,13 @@ def load_projector(projector: nn.Module, folder: str | Path) -> None:
 def same_weights(stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise ValueError, naming them, where weights are missing, have no place, or have another shape."""
     missing, unexpected = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
-    shapes = [
-        f"{name} is {tuple(stored[name].shape)}, this model needs {tuple(expected[name].shape)}"
-        for name in sorted(set(expected) & set(stored))
-        if stored[name].shape != expected[name].shape
-    ]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}"
-            + "".join(f"; {shape}" for shape in shapes[:5])
-        )
+    if missing or unexpected:
+        raise ValueError(f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}")
+    for name, weight in stored.items():
+        if weight.shape != expected[name].shape:
+            raise ValueError(
+                f"{where}: {name} is {tuple(weight.shape)}, this model needs {tuple(expected[name].shape)}"
+            )
 
 
 def fingerprint(name_or_path: str) -> str:

@@ -209,14 +209,12 @@ def start_trained_parts(
                 f"--init_from {args.init_from}: its vision tower was trained too: --tune_vision_tower {tower}, or "
                 f"--vision_tower {start} to go on with it frozen" + " (`llava merge` writes it)" * (tower == "lora")
             )
-        whole = Path(args.init_from) / "language_model"  # an adapter may be put on what was trained whole
-        on_top = before == "language_model" and Path(args.model_name_or_path).resolve() == whole.resolve()
-        if before not in (now, "projector") and not on_top:
+        own = Path(args.init_from) / "language_model"  # an adapter may be put on what was trained whole
+        on_it = before == "language_model" and Path(args.model_name_or_path).resolve() == own.resolve()
+        if before not in (now, "projector") and not on_it:
             raise ValueError(
-                f"--init_from {args.init_from}: trained its {before}, this run trains the {now}; "
-                + ("`llava merge` puts an adapter into the weights" if before == "adapter"
-                   else f"--model_name_or_path {whole} to train that on top of it")
-            )  # fmt: skip
+                f"{args.init_from}: trained its {before}, this run trains the {now}; `llava merge`, or start at {own}"
+            )
         load_trained_weights(model, args.init_from)
     elif args.pretrain_mm_mlp_adapter:
         load_projector(model.projector, args.pretrain_mm_mlp_adapter)
