@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import aiohttp
 import pytest
@@ -158,6 +161,26 @@ def test_at_most_four_requests_to_a_host_and_hosts_take_turns(server: Server, mo
     assert {fetched.kind for fetched in results} == {"ok"}
     assert most["127.0.0.1"] == 4
     assert set(order[:16]) >= {f"127.0.0.{i}" for i in range(2, 12)}, "the small hosts did not wait"
+
+
+def test_a_host_gets_a_second_connection_only_where_slots_are_free(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten hosts, five slots: one connection serves a host's four rows, and the last of them closes it."""
+    made: Counter[str] = Counter()
+    real = aiohttp.TCPConnector._create_connection
+
+    async def counted(self: Any, request: Any, *rest: Any) -> Any:
+        made[request.url.host] += 1
+        return await real(self, request, *rest)
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", counted)
+    hosts = [f"127.0.0.{i}" for i in range(1, 11)]
+    results = get([server.url(f"ok/{i}.jpg", host) for i in range(4) for host in hosts], replace(OPEN, concurrency=5))
+    assert {fetched.kind for fetched in results} == {"ok"}
+    assert made == dict.fromkeys(hosts, 1)
+    closing = [request for request in server.requests if "connection: close" in request.lower()]
+    assert sorted(re.search(r"Host: ([\d.]+)", request)[1] for request in closing) == sorted(hosts)
 
 
 def test_retry_after_is_waited_for(server: Server) -> None:
