@@ -62,7 +62,7 @@ def run_command(target: str, argv: list[str] | None) -> int:
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # Arrow's own allocator keeps 10 MB in every worker
     if "OMP_WAIT_POLICY" not in os.environ and _shares_its_cores():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
     # where it is installed, it tells at every import of a kernel for CPUs that is not
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -382,4 +382,4 @@ def check_fingerprint(part: str, name_or_path: str, digest: str) -> None:
 
 
 def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
