@@ -164,7 +164,7 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, sample
             digests[part] = fingerprint(name)
         except OSError as error:
             option = "--model_name_or_path" if part == "language_model" else "--vision_tower"
-            raise ValueError(f"{option} {name}: not a model folder, nor to be had from the hub: {error}") from error
+            raise ValueError(f"{option} {name}: no config.json; name a folder with all its files: {error}") from error
     return Architecture(
         language_model=_absolute(model.model_name_or_path),
         vision_tower=_absolute(model.vision_tower),

@@ -283,8 +283,8 @@ def test_bad_images_are_replaced_counted_and_over_budget_fatal(
     [
         ({"train_data_path": "nowhere.json"}, "nowhere.json: no such file"),
         ({"train_image_folder": "nowhere"}, "--train_image_folder nowhere: no such folder"),
-        ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere: not a model folder"),
-        ({"vision_tower": "nowhere"}, "--vision_tower nowhere: not a model folder"),
+        ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere: no config.json; name a folder"),
+        ({"vision_tower": "nowhere"}, "--vision_tower nowhere: no config.json; name a folder"),
         ({"mm_projector_type": "magic"}, "mm_projector_type is linear"),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature is patch or cls_patch"),
         ({"mm_use_im_start_end": "True"}, "--mm_use_im_start_end"),
