@@ -50,13 +50,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# each against its peers, one after the other, for an hour or more: nothing else should compute meanwhile
 bench: $(STAMP)
 	$(PIP) -e '.[bench]'
-	$(BIN)/python benchmarks/bench_metrics.py
-	$(BIN)/python benchmarks/bench_convert.py
-	$(BIN)/python benchmarks/bench_download.py
-	$(BIN)/python benchmarks/bench_train.py
-	$(BIN)/python benchmarks/bench_caption.py
+	$(BIN)/python benchmarks/all.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -279,7 +279,10 @@ def one_run(folder: Path, models: tuple[str, str], name: str, batch: int, steps:
 
 
 def step_flops(folder: Path, models: tuple[str, str], images: int, captions: int) -> float:
-    """What one of our steps with everything on has to compute: frozen weights twice, LoRA three times, no tower."""
+    """What one of our steps with everything on has to compute: frozen weights twice, LoRA three times, no tower.
+
+    Of attention the half below the diagonal, three times.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     from llava_simplified.prompt import Message, Prompt
@@ -291,13 +294,16 @@ def step_flops(folder: Path, models: tuple[str, str], images: int, captions: int
     body = config.num_hidden_layers * sum(a * b for a, b in shapes)
     lora = config.num_hidden_layers * sum((a + b) * LORA["lora_r"] for a, b in shapes)
     rows = json.loads((folder / "train.json").read_text())
-    length = trained = 0
+    length = trained = pairs = 0
     for row in rows:
         prefix, answers = prompt.render_branches([Message("user", f"<image>\n{row['instruction']}")], row["responses"])
         trained += sum(map(len, answers))
-        length += len(prefix.input_ids) + 195 + sum(map(len, answers))
+        before = len(prefix.input_ids) + 195
+        length += before + sum(map(len, answers))
+        pairs += before**2 / 2 + sum(len(answer) * (before + len(answer) / 2) for answer in answers)
+    attention = 12 * pairs * d * config.num_hidden_layers  # scores and sums, a multiplication and an addition each
     share = images / len(rows)
-    return share * (length * (4 * body + 6 * lora) + 4 * trained * d * config.vocab_size)
+    return share * (length * (4 * body + 6 * lora) + attention + 4 * trained * d * config.vocab_size)
 
 
 def main() -> None:

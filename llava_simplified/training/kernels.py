@@ -91,6 +91,12 @@ def compile_layers(language_model: nn.Module) -> None:
         layer.compile(dynamic=True)
 
 
+def choose_attention(language_model: Any, chosen: str | None, device_type: str) -> None:
+    """On a CPU, where no kernel is asked for and sdpa would run: `short_attention`."""
+    if chosen is None and device_type == "cpu" and language_model.config._attn_implementation == "sdpa":
+        language_model.set_attn_implementation("short")
+
+
 def use_liger_kernels(language_model: nn.Module) -> None:
     """Liger's norms, rotary positions and gated products in the layers (Hsu et al., 2024), before LoRA wraps them.
 

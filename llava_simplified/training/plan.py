@@ -37,6 +37,7 @@ from llava_simplified.model.lora import check_trainable, parts
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+from llava_simplified.training.kernels import choose_attention
 from llava_simplified.training.run import prepare
 
 SAMPLED = 2000  # records whose tokens are counted: half of them the longest texts, half evenly spread
@@ -167,6 +168,7 @@ def skeleton(model_args: ModelArguments, args: TrainingArguments) -> Llava:
     kernel = model_args.attn_implementation if model_args.attn_implementation in (None, "eager") else "sdpa"
     with torch.device("meta"):
         text: Any = AutoModelForCausalLM.from_config(text_config, dtype=dtype, attn_implementation=kernel)
+        choose_attention(text, model_args.attn_implementation, args.device.type)
         width = text.get_input_embeddings().weight.shape[1]
         projector = build_projector(model_args.mm_projector_type, tower.width, width)
         model = Llava(tower, projector, text, load_tokenizer(model_args.model_name_or_path), model_args.template)

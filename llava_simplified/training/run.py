@@ -32,7 +32,7 @@ from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainabl
 from llava_simplified.model.projector import fit_to_embeddings
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
 from llava_simplified.training.feature_cache import cache_features
-from llava_simplified.training.kernels import check_kernels, compile_layers, use_liger_kernels
+from llava_simplified.training.kernels import check_kernels, choose_attention, compile_layers, use_liger_kernels
 from llava_simplified.training.plots import plot_training
 from llava_simplified.training.resume import check_same_run, resume_folder
 from llava_simplified.training.trainer import LlavaTrainer
@@ -93,6 +93,7 @@ def build(
     Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
 
     model = assemble(architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation)
+    choose_attention(model.language_model, model_args.attn_implementation, args.device.type)
     if args.use_liger_kernel:
         use_liger_kernels(model.language_model)
 

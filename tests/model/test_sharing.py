@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_llava import LANGUAGE_MODELS, build, pictures
+from torch.nn.functional import scaled_dot_product_attention
 
 from llava_simplified.data.batching import Collator, Example
-from llava_simplified.model.language_model import who_sees_whom
+from llava_simplified.model import language_model
+from llava_simplified.model.language_model import short_attention, who_sees_whom
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, freeze
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message
@@ -68,8 +70,8 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         torch.testing.assert_close(value, other[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
-KERNELS = [(text, kernel) for text in LANGUAGE_MODELS for kernel in ("sdpa", "eager")]
-KERNELS.remove(("gemma2", "sdpa"))  # its soft cap is eager's only
+KERNELS = [(text, kernel) for text in LANGUAGE_MODELS for kernel in ("sdpa", "eager", "short")]
+KERNELS = [pair for pair in KERNELS if pair[0] != "gemma2" or pair[1] == "eager"]  # its soft cap is eager's only
 
 
 @pytest.mark.parametrize(("text", "attention"), KERNELS)
@@ -226,6 +228,36 @@ def test_flex_attention_sees_what_sdpa_sees(models_folder: Path, text: str, monk
         wanted = model(**batch).logits
         model.config._attn_implementation = "flex_attention"
         torch.testing.assert_close(model(**batch).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_short_attention_is_scaled_dot_product_attention(masked: bool) -> None:
+    """In float64, values and gradients; heads share keys, and some padding sees nothing, which must not spread."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 7, 4, dtype=torch.float64).requires_grad_() for heads in (6, 2, 2))
+    mask, seen = None, slice(None)
+    if masked:
+        mask, seen = (torch.rand(2, 1, 7, 7) > 0.4) | torch.eye(7, dtype=torch.bool), slice(0, 5)
+        mask[..., 5:, :] = mask[..., 5:] = False
+    out, _ = short_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    found = torch.autograd.grad(out[:, seen].cos().sum(), (query, key, value))
+    options = {"is_causal": True} if mask is None else {"attn_mask": mask[:, :, seen]}
+    wanted = scaled_dot_product_attention(query[:, :, seen], key, value, scale=0.3, enable_gqa=True, **options)
+    torch.testing.assert_close(out[:, seen], wanted.transpose(1, 2), rtol=1e-12, atol=1e-12)
+    for one, other in zip(found, torch.autograd.grad(wanted.cos().sum(), (query, key, value))):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_not_short_or_does_not_train_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(language_model, "sdpa_attention_forward", lambda *args, **_: called.append(args[1].shape[2]))
+    query, longer = torch.randn(1, 2, 5, 4), torch.randn(1, 2, language_model.SHORT + 1, 4)
+    with torch.no_grad():
+        short_attention(torch.nn.Module(), query, query, query, None)
+    short_attention(torch.nn.Module(), longer, longer, longer, None)
+    short_attention(torch.nn.Module(), query, query, query, None, dropout=0.1)
+    short_attention(torch.nn.Module(), query, query, query, None, softcap=50.0)
+    assert called == [5, language_model.SHORT + 1, 5, 5]
 
 
 def test_flash_attention_refuses_a_shared_prompt(models_folder: Path) -> None:
