@@ -49,7 +49,7 @@ def test_the_tree_names_every_module_with_its_lines_of_code() -> None:
 def test_the_heart_stays_within_its_reading_budget() -> None:
     files = package_files()
     heart = ("prompt.py", "model/", "training/")
-    assert sum(lines_of_code(path) for name, path in files.items() if name.startswith(heart)) < 2780
+    assert sum(lines_of_code(path) for name, path in files.items() if name.startswith(heart)) < 2900
 
 
 def rewrite() -> None:

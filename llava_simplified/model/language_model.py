@@ -130,7 +130,7 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, chances = ctx.saved_tensors
-        batch, heads, length, _ = ctx.shape
+        batch, _, length, _ = ctx.shape
         gradient = gradient.reshape(len(chances), -1, value.shape[-1])
         of_chances = torch.bmm(gradient, value.mT)
         of_scores = torch._softmax_backward_data(of_chances, chances, -1, chances.dtype).mul_(ctx.scale)

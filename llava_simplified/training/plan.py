@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
@@ -42,10 +42,14 @@ from llava_simplified.training.run import prepare
 
 SAMPLED = 2000  # records whose tokens are counted: half of them the longest texts, half evenly spread
 ASSUMED = "a caption of about a dozen words, as those of Conceptual Captions are"
-CPU_ATTENTION: dict[Any, Any] = {  # torch counts other devices' attention alone
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *x, **_: sdpa_backward_flop_count(
-        *x[:4]
+_aten: Any = torch.ops.aten
+FLOPS: dict[Any, Any] = {
+    **flop_registry,  # which counts attention on other devices alone
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *qkv, **_: sdpa_backward_flop_count(
+        *(tensor.shape for tensor in qkv[:4])
     ),
 }
 
@@ -98,11 +102,14 @@ class Lengths:
 
 
 class Ledger(TorchDispatchMode):
-    """Keeps account of the bytes of all storages that live, while operations run on tensors with or without data."""
+    """Keeps account of the bytes of all storages that live, and of FLOPs, while operations run on tensors with or without data.
+
+    torch's own counter of FLOPs keeps what gradient checkpointing computes anew alive.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self.at_peak: list[tuple[int, tuple[int, ...]]] = []
         self._sizes: dict[int, tuple[int, tuple[int, ...]]] = {}
 
@@ -110,7 +117,10 @@ class Ledger(TorchDispatchMode):
         self.live -= self._sizes.pop(key)[0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if count := FLOPS.get(func._overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -252,8 +262,7 @@ def make_plan(
     )
     cached = cached and tower.frozen
     step, kind = _Step(model), getattr(torch, args.frozen_dtype)
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger, counter:
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
         fake = {
             name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
             for name, tensor in (*step.named_parameters(), *step.named_buffers())
@@ -292,7 +301,7 @@ def make_plan(
         positions=lengths.mean[0],
         longest=lengths.longest[0],
         trained=lengths.mean[1],
-        flops=counter.get_total_flops() * lengths.mean[0] / in_batch,
+        flops=ledger.flops * lengths.mean[0] / in_batch,
         samples=round(steps * samples_a_step * a_row),
         steps=steps,
         checkpoint=(4 + _optimizer_bytes(args.optim)) * trained,

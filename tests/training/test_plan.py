@@ -57,7 +57,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured as Linux counts it")
-@pytest.mark.parametrize("more", [{}, {"lora_enable": False, "freeze_backbone": False}], ids=["LoRA", "full"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"lora_enable": False, "freeze_backbone": False}, {"gradient_checkpointing": True}],
+    ids=["LoRA", "full", "checkpointing"],
+)
 def test_memory_is_foreseen_within_a_fifth(
     models_folder: Path, data_folder: Path, large: Path, tmp_path: Path, more: dict[str, object]
 ) -> None:
