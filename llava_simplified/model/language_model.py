@@ -169,7 +169,7 @@ def short_attention(
     if attention_mask is None:
         attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: torch.Tensor = _ShortAttention.apply(query, key, value, attention_mask, scale)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _ShortAttention.apply(query, key, value, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
 
 
