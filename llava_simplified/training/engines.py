@@ -48,7 +48,7 @@ def whole_weights(model: Llava) -> Iterator[tuple[str, torch.Tensor]]:
     if tower_of(model) == "full":  # its folder holds the layers behind the last that is trained, too
         for name, tensor in model.vision_tower.state_dict(keep_vars=True, prefix="vision_tower.").items():
             if hasattr(tensor, "ds_id") and not tensor.requires_grad:
-                from deepspeed.zero import GatheredParameters
+                from deepspeed.runtime.zero import GatheredParameters
 
                 with GatheredParameters([tensor]):
                     yield name, tensor.detach().clone()

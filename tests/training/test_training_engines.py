@@ -129,3 +129,25 @@ def test_two_processes_of_batch_1_are_one_of_batch_2(
     single = options(models_folder, data_folder, tmp_path / "single", **{**mixed, "per_device_train_batch_size": 2})
     assert_same(alone, run([*single, *start]), rtol=1e-4, atol=5e-6)
     assert "another number of processes" in capsys.readouterr().err
+
+
+WHOLE = {"lora_enable": False, "freeze_backbone": False, "tune_vision_tower": "full", "learning_rate": 1e-3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "more"),
+    [("zero3", WHOLE), ("fsdp", {"cache_vision_features": "memory"})],
+    ids=["zero3 trains all", "fsdp with features"],
+)
+def test_so_they_are_with_all_weights_trained_and_with_cached_features(
+    models_folder: Path, data_folder: Path, tmp_path: Path, mixed: dict, engine: str, more: dict
+) -> None:
+    """Also where a process has no picture at all: what stands in for one has the form of the others."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
+    more = {**mixed, **more, "max_steps": 3}
+    one = run(options(models_folder, data_folder, tmp_path / "one", **{**more, "per_device_train_batch_size": 2}))
+    run_twofold(options(models_folder, data_folder, tmp_path / "two", **more, **ENGINES[engine]))
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=2e-6)
+    assert_same(one, tmp_path / "two", rtol=1e-4, atol=2e-5)
