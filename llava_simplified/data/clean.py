@@ -34,7 +34,7 @@ from llava_simplified.data.images import (
     ImageTransform,
     check_image,
     decode_image,
-    read_image_bytes,  # fmt: skip
+    read_image_bytes,
     shrink_image,
 )
 from llava_simplified.data.records import Record
