@@ -308,12 +308,12 @@ def _current_names(name: str, values: list[str]) -> list[str]:
 
 
 def describe(*groups: Any) -> dict[str, Any]:
-    """The options that differ from their defaults, for the log and the checkpoint."""
+    """The options that differ from their defaults, for the log and the checkpoint; a token is nobody's to read."""
     return {
         f.name: getattr(group, f.name)
         for group in groups
         for f in fields(group)
-        if f.init and getattr(group, f.name) != _default(f)
+        if f.init and not f.name.endswith("_token") and getattr(group, f.name) != _default(f)
     }
 
 

@@ -6,9 +6,10 @@ import argparse
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
-from llava_simplified.model.checkpoint import read_manifest
+from llava_simplified.model.checkpoint import MANIFEST, read_manifest
 
 
 def export_main(argv: list[str] | None = None) -> int:
@@ -93,6 +94,11 @@ def push_main(argv: list[str] | None = None) -> int:
     left_out = ("trainer_state/*", "checkpoint-*")
     if not args.folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
         raise ValueError(f"a folder and owner/name are needed, not {args.folder} and {args.repository}")
+    if (args.folder / MANIFEST).is_file():  # a checkpoint as it was trained, which remembers where
+        manifest = read_manifest(args.folder)
+        values = map(str, [*manifest["architecture"].values(), *manifest["training"].values()])
+        if named := sorted({value for value in values if Path(value).is_absolute()}):
+            print(f"warning: this tells of your machine {', '.join(named)}; an export does not", file=sys.stderr)
     if args.dry_run:
         files = [p for p in sorted(args.folder.rglob("*")) if p.is_file()]
         files = [p for p in files if not any(p.relative_to(args.folder).match(f"{out}/**") or

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, cast
 
 import numpy as np
@@ -205,9 +206,12 @@ def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
     image_token: Any = model.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     rows = text.config.vocab_size
     if image_token >= rows:  # its embedding is never read, but its id is looked up
-        text.resize_token_embeddings(image_token + 1, mean_resizing=False)
-        for table in (text.get_input_embeddings().weight, text.get_output_embeddings().weight):
-            table[rows:] = 0
+        text.config.vocab_size, width = image_token + 1, text.get_input_embeddings().weight.shape[1]
+        for table in {text.get_input_embeddings().weight, text.get_output_embeddings().weight}:  # one, where tied
+            with NamedTemporaryFile(dir=folder.parent) as file:  # mapped, its new rows zero: no table is held twice
+                longer = torch.from_file(file.name, True, (image_token + 1) * width, dtype=table.dtype).view(-1, width)
+            longer[:rows] = table
+            table.data = longer
     text.config.architectures = [type(text).__name__]
     for part in (text.config, model.vision_tower.model.config):
         part._name_or_path = ""  # a folder of this machine
@@ -275,11 +279,10 @@ def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
     decoding = Decoding(model, [prompt], features, GenerationOptions(max_new_tokens=16))
     while decoding.live:
         decoding.step()
-    grey_level = torch.tensor(transform.std).mul(255).reciprocal().view(3, 1, 1)
     return {
         "ids": ids,
         "pixels": pixels,
-        "grey_level": grey_level,
+        "grey_level": torch.tensor(transform.std).mul(255).reciprocal().view(3, 1, 1),
         "logits": logits,
         "said": decoding.tokens[0],
         "instruction": model.instruction,
@@ -306,12 +309,9 @@ def _compare(
     tolerance = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     largest, equal = 0.0, 0
     for picture, wanted in zip(pictures, expected):
-        content = [
-            {"type": "image", "image": Image.fromarray(picture)},
-            {"type": "text", "text": wanted["instruction"]},
-        ]
+        parts = [{"type": "image", "image": Image.fromarray(picture)}, {"type": "text", "text": wanted["instruction"]}]
         inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            [{"role": "user", "content": parts}],
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         )  # fmt: skip
         image_token = model.config.image_token_index

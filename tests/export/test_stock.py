@@ -255,7 +255,7 @@ def test_the_command_writes_a_card(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
-    checkpoint = trained(models_folder, data_folder, tmp_path / "out", **parts)
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", hub_token="hf_secret", **parts)
     (tmp_path / "scores.json").write_text(json.dumps({"a": {"mean": {"CIDEr-D": [0.5, 0.4, 0.6]}}}))
     output = tmp_path / "stock"
     words = [str(checkpoint), "--output", str(output), "--scores", str(tmp_path / "scores.json")]
@@ -268,6 +268,10 @@ def test_the_command_writes_a_card(
         assert str(tmp_path.parent).encode() not in path.read_bytes(), f"{path.name} tells a folder of this machine"
     assert push_main([str(output), "me/model", "--dry-run"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
+    assert push_main([str(checkpoint), "me/model", "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert str(models_folder / "llama") in told.err and str(data_folder / "train.json") in told.err
+    assert "llava.json" in told.out and "hf_secret" not in (checkpoint / "llava.json").read_text()
     with pytest.raises(ValueError, match="exists"):
         export_main(words)
 
