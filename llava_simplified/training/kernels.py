@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
@@ -78,6 +79,8 @@ def _cpp_compiler() -> str:
 def compile_layers(language_model: nn.Module) -> None:
     """Compile each decoder layer, in place: all are alike, so the compiler works for seconds, not minutes.
 
+    What is cheap to compute again on the way back is not kept: a tenth less memory for no time.
+
     Raises:
         ValueError: a model that does not say what its layers are.
     """
@@ -87,6 +90,7 @@ def compile_layers(language_model: nn.Module) -> None:
         raise ValueError(
             f"--compile_layers: {type(language_model).__name__} does not say which of its modules are layers"
         )
+    torch._functorch.config.activation_memory_budget = 0.9  # read when a layer is compiled, at its first call
     for layer in layers:
         layer.compile(dynamic=True)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 
 def plot_training(log: Path, output: Path) -> None:
     """Training and validation loss, CIDEr where captions were watched, and the learning rate, from `trainer_log.jsonl`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     panels = [
         ("loss per token (nats)", 3, (("loss", "training", "-"), ("eval_loss", "validation", "o-"))),
