@@ -12,6 +12,7 @@ reaches on this machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -324,13 +325,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        models = tuple(map(str, write_models(root, args.language_model)))
+        with contextlib.redirect_stdout(sys.stderr):  # the tables alone are the result
+            models = tuple(map(str, write_models(root, args.language_model)))
         for captions in args.captions:
             folder = root / str(captions)
             folder.mkdir()
             images = args.batch if captions == 1 else args.batch // 2
             write_data(folder, images * (WARM_UP + 1 + args.steps), captions)
-            write_projector(folder, models)  # type: ignore[arg-type]
+            with contextlib.redirect_stdout(sys.stderr):
+                write_projector(folder, models)  # type: ignore[arg-type]
             names = [*PEERS, *OURS]
             results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
             for _ in range(args.rounds):

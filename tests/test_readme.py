@@ -46,10 +46,19 @@ def test_the_tree_names_every_module_with_its_lines_of_code() -> None:
     assert stated == {name: lines_of_code(path) for name, path in package_files().items()}
 
 
-def test_the_heart_stays_within_its_reading_budget() -> None:
+def test_the_way_of_a_sample_can_be_read_in_an_afternoon() -> None:
+    """From a record to a gradient, in the order that the README gives, without a detour."""
     files = package_files()
-    heart = ("prompt.py", "model/", "training/")
-    assert sum(lines_of_code(path) for name, path in files.items() if name.startswith(heart)) < 2900
+    way = re.search(r"One sample's way: (.*?)\.\n\n", README.read_text(encoding="utf-8"), re.S)
+    assert way
+    names = re.findall(r"`(\S+\.py)`", way[1])
+    assert "model/llava.py" in names and "training/trainer.py" in names
+    assert sum(lines_of_code(files[name]) for name in names) < 1500
+
+
+def test_the_package_grows_no_further() -> None:
+    """A new subject pays with lines that go elsewhere."""
+    assert sum(map(lines_of_code, package_files().values())) < 9500
 
 
 def rewrite() -> None:

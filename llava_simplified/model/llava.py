@@ -143,14 +143,17 @@ class Llava(nn.Module):
         if image_features is None:
             return embeds
         image_tokens = self.projector(image_features.to(self._projector_dtype(embeds)))
-        room = int(is_image.sum())
-        blank = len(image_features) == 1 and not room  # see `Collator`: it passes through all layers, into no text
-        if image_tokens.shape[:2].numel() != room and not blank:
-            raise ValueError(
-                f"{len(image_features)} image(s) of {image_features.shape[1]} tokens, but the text has room for "
-                f"{room} image tokens"
-            )
+        self.check_room(is_image, image_features)
         return embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
+
+    def check_room(self, is_image: torch.Tensor, image_features: torch.Tensor) -> None:
+        """Raise ValueError where placeholders and features are not as many: what is spliced would be the wrong picture."""
+        room, (images, tokens, _) = int(is_image.sum()), image_features.shape
+        blank = images == 1 and not room  # see `Collator`: it passes through all layers, into no text
+        if images * tokens != room and not blank:
+            raise ValueError(
+                f"{images} image(s) of {tokens} tokens, but the text has room for {room} image tokens"
+            )
 
     def _projector_dtype(self, embeds: torch.Tensor) -> torch.dtype:
         return next((p.dtype for p in self.projector.parameters()), embeds.dtype)

@@ -31,7 +31,6 @@ from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.images import ImageTransform
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.model.checkpoint import load_tokenizer
-from llava_simplified.model.language_model import attention_of, head_at
 from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
 from llava_simplified.model.lora import check_trainable, parts
 from llava_simplified.model.projector import build_projector
@@ -134,29 +133,15 @@ class Ledger(TorchDispatchMode):
 
 
 class _Step(nn.Module):
-    """`Llava.forward`, but for its look at the data, and the way back: checkpointing needs the weights there too."""
+    """Forward and back: checkpointing needs the weights on the way back too."""
 
     def __init__(self, model: Llava) -> None:
         super().__init__()
         self.model = model
+        model.check_room = lambda *_: None  # type: ignore[method-assign]  # there is no data to look at
 
     def forward(self, batch: dict[str, torch.Tensor]) -> None:
-        text: Any = self.model.language_model
-        features = batch["images"]
-        if features.dtype == torch.uint8:
-            features = self.model.vision_tower(features)
-        embeds = text.get_input_embeddings()(batch["ids"])
-        tokens = self.model.projector(features.to(self.model._projector_dtype(embeds)))
-        embeds = embeds.masked_scatter(batch["is_image"][..., None], tokens.to(embeds.dtype))
-        attention: dict[str, Any] = {"attention_mask": None}
-        if "segments" in batch:
-            three = batch["segments"], batch["segments"], batch["ids"]
-            attention = attention_of(self.model.config, *three, embeds.dtype)
-        with head_at(text, batch["positions"]):
-            out = text(inputs_embeds=embeds, position_ids=batch["ids"], use_cache=False, **attention)
-        logits = out.logits.flatten(0, -2)
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        torch.nn.functional.cross_entropy(exact, batch["labels"], reduction="sum").backward()
+        self.model(**batch).loss.backward()
 
 
 def skeleton(model_args: ModelArguments, args: TrainingArguments) -> Llava:
@@ -224,18 +209,19 @@ def _batch(model: Llava, lengths: Lengths, data: DataArguments, rows: int, cache
     if data.packing:
         fit = data.pack_length / lengths.mean[0]
         length, trained, images = data.pack_length, round(fit * lengths.mean[1]), max(1, round(fit * images))
-    shape = (rows * images, 3, *tower.transform.crop)
+    text = torch.zeros(rows, length, dtype=torch.long)
     batch = {
-        "ids": torch.zeros(rows, length, dtype=torch.long),
-        "is_image": torch.zeros(rows, length, dtype=torch.bool),
+        "input_ids": text,
         "positions": torch.zeros(rows * trained, dtype=torch.long),
         "labels": torch.zeros(rows * trained, dtype=torch.long),
-        "images": torch.empty(rows * images, tower.num_tokens, tower.width, dtype=tower.dtype)
-        if cached
-        else torch.empty(shape, dtype=torch.uint8),
+        "position_ids": text,
     }
+    if cached:
+        batch["image_features"] = torch.empty(rows * images, tower.num_tokens, tower.width, dtype=tower.dtype)
+    else:
+        batch["pixel_values"] = torch.empty(rows * images, 3, *tower.transform.crop, dtype=torch.uint8)
     if data.packing or lengths.branches:
-        batch["segments"] = torch.zeros(rows, length, dtype=torch.long)
+        batch |= {"segment_ids": text, "branch_ids": text}
     return batch
 
 
