@@ -103,6 +103,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     import numpy as np
     from PIL import Image
+
     with contextlib.redirect_stdout(sys.stderr):  # where libraries speak as they are imported
         from tiny import save_language_model, save_vision_model
 
@@ -111,7 +112,9 @@ def main() -> None:
         folder = Path(temporary)
         with contextlib.redirect_stdout(sys.stderr):
             models = save_language_model("mistral", folder / "text"), save_vision_model("clip", folder / "clip")
-        print(f"{'records':>10}{'samples/s':>11}{'trainer MB':>12}{'worker MB':>11}{'to first step':>15}   to the smallest")
+        print(
+            f"{'records':>10}{'samples/s':>11}{'trainer MB':>12}{'worker MB':>11}{'to first step':>15}   to the smallest"
+        )
         for index in range(64):
             pixels = np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{index}.png")

@@ -151,9 +151,7 @@ class Llava(nn.Module):
         room, (images, tokens, _) = int(is_image.sum()), image_features.shape
         blank = images == 1 and not room  # see `Collator`: it passes through all layers, into no text
         if images * tokens != room and not blank:
-            raise ValueError(
-                f"{images} image(s) of {tokens} tokens, but the text has room for {room} image tokens"
-            )
+            raise ValueError(f"{images} image(s) of {tokens} tokens, but the text has room for {room} image tokens")
 
     def _projector_dtype(self, embeds: torch.Tensor) -> torch.dtype:
         return next((p.dtype for p in self.projector.parameters()), embeds.dtype)
