@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from test_run import adapter, losses, options, run
 
 from llava_simplified.evaluation.metrics import evaluate
@@ -126,6 +127,27 @@ def test_tensorboard_gets_pictures_and_captions(
     rows = [json.loads(line) for line in (tmp_path / "out" / "eval_captions" / "step-8.jsonl").read_text().splitlines()]
     assert rows[1]["pred_output"] in said[1].tensor_proto.string_val[0].decode()
     assert [event.step for event in events.Scalars("eval/cider")] == [4, 8]
+
+
+def test_wandb_gets_pictures_and_captions(
+    models_folder: Path, data_folder: Path, tmp_path: Path, watched: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one, offline: it writes what it would send."""
+    wandb = pytest.importorskip("wandb", reason="the wandb extra is not installed")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    more = {**watched, "eval_captions": 2, "report_to": "wandb", "max_steps": 8}
+    run(options(models_folder, data_folder, tmp_path / "out", **more))
+    wandb.finish()
+    wandb.teardown()  # its service writes on until then
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    pictures = sorted((folder / "files" / "media" / "images").glob("eval_captions_*.png"))
+    assert len(pictures) == 2 * 2, "two pictures at two evaluations"
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (32, 32)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "eval_captions" / "step-8.jsonl").read_text().splitlines()]
+    (record,) = folder.glob("run-*.wandb")
+    assert all(f"true: {row['gt_caption']}".encode() in record.read_bytes() for row in rows)
 
 
 @pytest.mark.parametrize(
