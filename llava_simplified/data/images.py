@@ -196,6 +196,10 @@ class ImageTransform:
         try:
             processor: Any = AutoImageProcessor.from_pretrained(str(name_or_path), backend="pil")
         except OSError as error:
+            if Path(name_or_path).is_dir() and not (Path(name_or_path) / "preprocessor_config.json").is_file():
+                raise ValueError(
+                    f"the vision tower's preprocessor_config.json is missing: put it into {name_or_path}"
+                ) from error
             raise ValueError(f"{name_or_path}: no preprocessor_config.json to read: {error}") from error
         if getattr(processor, "do_pad", False) or not processor.do_normalize or not processor.do_rescale:
             raise ValueError(f"{name_or_path}: image processors that pad, or don't normalise, are not supported")

@@ -54,10 +54,15 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if Path(name_or_path).is_dir() and not (Path(name_or_path) / "tokenizer.json").is_file():
+            raise ValueError(f"the tokenizer's tokenizer.json is missing: put it into {name_or_path}") from error
         raise ValueError(f"{name_or_path}: no tokenizer to load: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{name_or_path}: the tokenizer has no end-of-sequence token: a caption could never end")
+        raise ValueError(
+            f"{name_or_path}: the tokenizer has no end-of-sequence token (tokenizer_config.json names it): a caption "
+            "could never end"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -347,15 +352,47 @@ def same_weights(stored: Mapping[str, torch.Tensor], expected: Mapping[str, torc
             )
 
 
+def weight_files(name_or_path: str) -> list[Path]:
+    """The files that a model's weights are read from, in the order in which transformers looks for them; a hub's are fetched.
+
+    Raises:
+        OSError: one is missing (the message says which, and where it belongs).
+    """
+    here = Path(name_or_path).is_dir()
+
+    def has(name: str) -> bool:
+        return cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False) is not None
+
+    def find(name: str) -> Path:
+        try:
+            path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=not here)
+        except OSError as error:
+            raise OSError(f"no {name}; name a folder with all its files: {error}") from error
+        if path is None:
+            raise FileNotFoundError(f"{name} is missing: put it into {name_or_path}")
+        return Path(path)
+
+    find("config.json")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if has(name):
+            return [find(name)]
+        if has(index := f"{name}.index.json"):
+            shards = json.loads(find(index).read_text(encoding="utf-8"))["weight_map"].values()
+            return [find(shard) for shard in sorted(set(shards))]
+    in_shards = here and any(Path(name_or_path).glob("*-of-*"))
+    return [find("model.safetensors.index.json" if in_shards else "model.safetensors")]
+
+
 def fingerprint(name_or_path: str) -> str:
     """A digest that tells base weights apart: names, sizes, and samples of every weight file.
 
     Samples, since reading 14 GB to load an adapter of 100 MB would take longer than the loading.
+
+    Raises:
+        OSError: a file is missing.
     """
-    config = cached_file(name_or_path, "config.json")
-    files = sorted(p for p in Path(str(config)).parent.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
     digest = hashlib.sha256()
-    for path in files:
+    for path in weight_files(name_or_path):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as stream:
@@ -371,9 +408,7 @@ def check_fingerprint(part: str, name_or_path: str, digest: str) -> None:
         found = fingerprint(name_or_path)
     except OSError as error:
         option = "--model-base" if part == "language_model" else "--vision-tower"
-        raise ValueError(
-            f"the checkpoint's {part} {name_or_path} is not here; name it with {option}: {error}"
-        ) from error
+        raise ValueError(f"the checkpoint's {part} {name_or_path}: {error}. Where it is now: {option}") from error
     if found != digest:
         raise ValueError(
             f"{part} {name_or_path}: other weights than those that this checkpoint was trained with; "

@@ -85,7 +85,7 @@ def build(
     )
     architecture = describe_architecture(model_args, args, train_records[0])
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    Prompt(tokenizer, model_args.template)  # a template that does not fit fails here, not after 14 GB of weights
+    Prompt(tokenizer, model_args.template)  # a template that does not fit fails here, before 14 GB are loaded
     settings = {**describe(model_args, data_args, args), "processes": args.world_size}
     resumed = resume_folder(args)
     for difference in check_same_run(resumed, architecture, settings) if resumed else ():
@@ -165,7 +165,7 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, sample
             digests[part] = fingerprint(name)
         except OSError as error:
             option = "--model_name_or_path" if part == "language_model" else "--vision_tower"
-            raise ValueError(f"{option} {name}: no config.json; name a folder with all its files: {error}") from error
+            raise ValueError(f"{option} {name}: {error}") from error
     return Architecture(
         language_model=_absolute(model.model_name_or_path),
         vision_tower=_absolute(model.vision_tower),

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llava_simplified import cli
 from llava_simplified.model.checkpoint import (
     Architecture,
     assemble,
@@ -180,6 +182,60 @@ def test_a_base_that_is_gone_names_the_option(models_folder: Path, tmp_path: Pat
     (tmp_path / "c" / "llava.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="--model-base"):
         load_checkpoint(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("language", "tokenizer.json"),
+        ("language", "config.json"),
+        ("language", "model-00002-of-00004.safetensors"),
+        ("language", "model.safetensors.index.json"),
+        ("vision", "config.json"),
+        ("vision", "model.safetensors"),
+        ("vision", "preprocessor_config.json"),
+    ],
+)
+def test_a_lone_file_that_is_missing_is_named_before_training_and_after(
+    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, name: str
+) -> None:
+    AutoModelForCausalLM.from_pretrained(models_folder / "llama").save_pretrained(
+        tmp_path / "language", max_shard_size="40KB"
+    )
+    AutoTokenizer.from_pretrained(models_folder / "llama").save_pretrained(tmp_path / "language")
+    shutil.copytree(models_folder / "clip", tmp_path / "vision")
+    parts = {"language_model": str(tmp_path / "language"), "vision_tower": str(tmp_path / "vision")}
+    prints = {key: fingerprint(folder) for key, folder in parts.items()}
+    architecture = Architecture(**parts, fingerprints=prints)
+    freeze(model := assemble(architecture), language_model=True, vision_tower=True)
+    save_checkpoint(model, tmp_path / "c", architecture)
+    (tmp_path / part / name).unlink()
+    words = ["--model_name_or_path", parts["language_model"], "--vision_tower", parts["vision_tower"]]
+    words += ["--train_data_path", data_folder / "train.json", "--train_image_folder", data_folder / "images"]
+    assert cli.main(["train", *map(str, [*words, "--output_dir", tmp_path / "out"])]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{name} is missing: put it into {tmp_path / part}" in said
+    assert said.startswith("error: --" if "token" not in name and "processor" not in name else "error: the ")
+    if name != "tokenizer.json":  # the checkpoint has its own
+        with pytest.raises(ValueError, match=f"{name} is missing: put it into {tmp_path / part}"):
+            load_checkpoint(tmp_path / "c")
+
+
+def test_a_hubs_weights_are_told_apart_by_the_files_that_are_loaded(
+    models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--me--clip" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--me--clip" / "refs").mkdir()
+    (tmp_path / "models--me--clip" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    shutil.copy(models_folder / "clip" / "config.json", snapshot)
+    with pytest.raises(OSError, match=r"no model\.safetensors"):  # not the digest of no weights
+        fingerprint("me/clip")
+    shutil.copy(models_folder / "clip" / "model.safetensors", snapshot)
+    (snapshot / "tf_model.bin").write_bytes(b"of another library")
+    assert fingerprint("me/clip") == fingerprint(str(models_folder / "clip"))
 
 
 def test_a_folder_that_is_no_checkpoint(models_folder: Path, tmp_path: Path) -> None:
