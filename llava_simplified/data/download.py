@@ -198,7 +198,7 @@ def _reopen(done: list[dict[str, Any]], retry: tuple[str, ...], journal: Path, t
     """Make a journal of a finished shard, without the failures that are to be tried again."""
     kept = [row for row in done if not _matches(row["error"], retry)]
     rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if k not in ("url", "captions")} for row in kept]
-    if tar_size:
+    if tar_size > len(END):
         rows.append({"index": -1, "end": tar_size - len(END)})
     journal.with_suffix(".new").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     journal.with_suffix(".new").replace(journal)

@@ -111,6 +111,13 @@ def test_what_was_missing_can_come_later(server: Server, tmp_path: Path) -> None
     check(tmp_path / "out", [(url, "ok", int(url[-1]) if int(url[-1]) % 2 else 1) for url in urls])
 
 
+def test_a_shard_of_failures_alone_is_tried_again(server: Server, tmp_path: Path) -> None:
+    tsv, jobs = source(tmp_path, server.port, 4, {"ok": 100})
+    assert run(tsv, tmp_path / "out", FetchOptions(retries=0))["outcomes"] == {"blocked_address": 4}
+    assert run(tsv, tmp_path / "out", retry=("blocked_address",))["outcomes"] == {"ok": 4}
+    check(tmp_path / "out", jobs)
+
+
 def test_plain_files_and_the_tutorials_json(server: Server, tmp_path: Path) -> None:
     tsv, jobs = source(tmp_path, server.port, 60)
     run(tsv, tmp_path / "out", files=True)
