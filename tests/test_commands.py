@@ -13,6 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
+LAUNCHERS = {
+    "deepspeed": "deepspeed --num_accelerators 2 --master_port 29871",
+    "torchrun": "torchrun --nproc_per_node 2 --master_port 29872",
+    "accelerate": "accelerate launch --multi_gpu --num_processes 2 --main_process_port 29873",
+}
+
 
 def call(*words: object, folder: Path, **environment: object) -> str:
     done = subprocess.run(
@@ -70,15 +76,13 @@ def test_the_launch_scripts_train_and_predict_as_written(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_are_one_training(models_folder: Path, data_folder: Path, tmp_path: Path, launcher: str) -> None:
     """One training of two processes, not two trainings: 2 steps x 2 processes x 2 pictures are seen."""
+    start = [*LAUNCHERS[launcher].split(), ROOT / "train.py"]
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
-        start = ["deepspeed", "--num_accelerators", 2, "--master_port", 29871, ROOT / "train.py"]
         start += ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
-    else:
-        start = ["torchrun", "--nproc_per_node", 2, "--master_port", 29872, ROOT / "train.py"]
     words = [*tutorial(models_folder, data_folder), "--per_device_train_batch_size", 2, "--logging_steps", 1]
     call(*start, *words, "--learning_rate", 1e-2, "--output_dir", tmp_path / "two", folder=tmp_path)
     assert len(predict(tmp_path / "two", data_folder, tmp_path)) == 12
