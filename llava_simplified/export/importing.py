@@ -255,8 +255,8 @@ def _check_tower(tower: VisionTower, vision: Weights) -> str:
     ours = {name.removeprefix("vision_model."): value for name, value in tower.model.state_dict().items()}
     for name, value in vision.items():
         own = ours.get(name.removeprefix("vision_model."))
-        slack = {"rtol": 2**-8, "atol": 1e-3}  # one of the two may have been rounded to bfloat16
-        if own is None or own.shape != value.shape or not torch.allclose(own.float(), value.float(), **slack):
+        rounding = 2**-8  # of bfloat16, in which either may have been kept
+        if own is None or own.shape != value.shape or not torch.allclose(own.float(), value.float(), rounding, 1e-3):
             raise ValueError(
                 f"vision tower: {name} is not the weight of the tower named: it was trained too, or another one was used; "
                 "name a folder of the right one with --vision-tower"
