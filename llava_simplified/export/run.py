@@ -91,7 +91,7 @@ def push_main(argv: list[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded; needs no network")
     args = parser.parse_args(argv)
-    left_out = ("trainer_state/*", "checkpoint-*")
+    left_out = ["trainer_state/*", "checkpoint-*"]
     if not args.folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
         raise ValueError(f"a folder and owner/name are needed, not {args.folder} and {args.repository}")
     if (args.folder / MANIFEST).is_file():  # a checkpoint as it was trained, which remembers where
@@ -99,22 +99,24 @@ def push_main(argv: list[str] | None = None) -> int:
         values = map(str, [*manifest["architecture"].values(), *manifest["training"].values()])
         if named := sorted({value for value in values if Path(value).is_absolute()}):
             print(f"warning: this tells of your machine {', '.join(named)}; an export does not", file=sys.stderr)
-    if args.dry_run:
-        files = [p for p in sorted(args.folder.rglob("*")) if p.is_file()]
-        files = [p for p in files if not any(p.relative_to(args.folder).match(f"{out}/**") or
-                                             p.relative_to(args.folder).match(out) for out in left_out)]  # fmt: skip
-        for path in files:
-            print(f"{path.stat().st_size:>14,}  {path.relative_to(args.folder)}")
-        print(f"{sum(path.stat().st_size for path in files):>14,}  bytes to {args.repository}; nothing was sent")
-        return 0
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError  # of httpx, or what took its place
+    from huggingface_hub.utils import filter_repo_objects
 
+    if args.dry_run:
+        names = sorted(p.relative_to(args.folder).as_posix() for p in args.folder.rglob("*") if p.is_file())
+        sizes = {
+            name: (args.folder / name).stat().st_size for name in filter_repo_objects(names, ignore_patterns=left_out)
+        }
+        for name, size in sizes.items():
+            print(f"{size:>14,}  {name}")
+        print(f"{sum(sizes.values()):>14,}  bytes to {args.repository}; nothing was sent")
+        return 0
     try:
         api = HfApi()
         api.create_repo(args.repository, private=args.private, exist_ok=True)
-        print(api.upload_folder(repo_id=args.repository, folder_path=args.folder, ignore_patterns=list(left_out)))
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        print(api.upload_folder(repo_id=args.repository, folder_path=args.folder, ignore_patterns=left_out))
+    except (HTTPError, OSError) as error:
         raise ValueError(f"the hub did not take {args.folder}: {error}. `hf auth login` stores a token") from error
     return 0
 
