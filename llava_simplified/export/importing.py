@@ -18,7 +18,6 @@ from zipfile import is_zipfile
 import torch
 from torch import nn
 
-from llava_simplified.data.images import ImageTransform
 from llava_simplified.model.checkpoint import (
     Architecture,
     assemble,
@@ -44,10 +43,7 @@ def import_main(argv: list[str] | None = None) -> int:
     parser.add_argument("--template", default="auto", help="auto, chat, plain or bare: what it was trained with")
     parser.add_argument("--instruction", default=DEFAULT_INSTRUCTION, help="what to ask where nothing is asked")
     args = parser.parse_args(argv)
-    report = import_checkpoint(
-        args.source, args.output, args.model_base, args.vision_tower, args.template, args.instruction
-    )
-    print("\n".join([*report, f"-> {args.output}"]))
+    print("\n".join([*import_checkpoint(**vars(args)), f"-> {args.output}"]))
     return 0
 
 
@@ -149,25 +145,17 @@ def read_weights(source: Path) -> Weights:
 
     from safetensors.torch import load_file
 
-    files = [source]
-    if source.is_dir():
-        found = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".bin"))
-        files = [
-            p
-            for p in found
-            if re.match(r"(pytorch_model|model|adapter_model|non_lora_trainables|mm_projector)\b", p.name)
-        ]
+    names = r"(pytorch_model|model|adapter_model|non_lora_trainables|mm_projector)\b.*\.(safetensors|bin)"
+    files = [p for p in sorted(source.iterdir()) if re.fullmatch(names, p.name)] if source.is_dir() else [source]
     weights: Weights = {}
     for path in files:
         try:
-            loaded = (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, "cpu", weights_only=True, mmap=is_zipfile(path))
-            )
+            if path.suffix == ".safetensors":
+                weights |= load_file(path)
+            else:
+                weights |= torch.load(path, "cpu", weights_only=True, mmap=is_zipfile(path))
         except (UnpicklingError, RuntimeError, OSError) as error:
             raise ValueError(f"{path}: not a file of tensors: {error}") from error
-        weights.update(loaded)
     if not weights:
         raise ValueError(f"{source}: no weights (.safetensors or .bin) there")
     return weights
@@ -228,25 +216,15 @@ def _fill(module: nn.Module, weights: Weights, name: str) -> None:
 
 def _write_tower(config: dict[str, Any], vision: Weights, folder: Path, target: Path) -> str:
     """A stock folder carries its tower: it becomes a model folder of its own."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     settings = dict(config)
     tower = AutoModel.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32)
-    prefix = "vision_model."  # there in some versions of transformers, not in others
-    names = tower.state_dict().keys()
-    has = any(name.startswith(prefix) for name in names)
-    given = {name.removeprefix(prefix): value for name, value in vision.items()}
-    _fill(tower, {(prefix if has else "") + name: value for name, value in given.items()}, "vision tower")
+    own = {name.removeprefix("vision_model."): name for name in tower.state_dict()}  # a prefix of some versions only
+    bare = {name.removeprefix("vision_model."): value for name, value in vision.items()}
+    _fill(tower, {own.get(name, name): value for name, value in bare.items()}, "vision tower")
     tower.save_pretrained(target)
-    ImageTransform.from_pretrained(folder)  # a folder that does not say how pictures are prepared fails here
-    processor = folder / "preprocessor_config.json"
-    nested = folder / "processor_config.json"
-    text = (
-        processor.read_text("utf-8")
-        if processor.is_file()
-        else json.dumps(json.loads(nested.read_text("utf-8"))["image_processor"])
-    )
-    (target / "preprocessor_config.json").write_text(text, "utf-8")
+    AutoImageProcessor.from_pretrained(str(folder), backend="pil").save_pretrained(target)
     return str(target)
 
 

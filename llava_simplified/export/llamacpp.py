@@ -23,12 +23,8 @@ from llava_simplified.prompt import Message
 Weights = dict[str, torch.Tensor]
 Settings = dict[str, Any]
 
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-}  # by Hugging Face's model_type
+# By Hugging Face's model_type.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # How a byte-level tokenizer cuts a text into words before it merges -> the name that llama.cpp knows it by.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS = {
@@ -77,9 +73,8 @@ def export_gguf(checkpoint: str | Path, output: str | Path, dtype: str | None = 
 def _text_settings(model: Llava, architecture: str) -> Settings:
     config: Any = model.language_model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = getattr(
-        config, "sliding_window", None
-    )  # llama.cpp has none for these: it sees all, so it must not go beyond
+    # llama.cpp has no window for these: it sees all, so it must not go beyond
+    window = getattr(config, "sliding_window", None)
     values = {
         "vocab_size": config.vocab_size,
         "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings),
