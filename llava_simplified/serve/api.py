@@ -231,7 +231,8 @@ class ChatCompletions:
 
         try:
             with self.worker.place() as place:
-                body = await asyncio.wait_for(self._body(Request(scope, receive)), place.left)
+                async with place.deadline():
+                    body = await self._body(Request(scope, receive))
                 await _while_there(receive, self._answer(body, place, reply), place.left + _GRACE)
             status = 200
         except ClientDisconnect:

@@ -13,13 +13,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from contextlib import AbstractAsyncContextManager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
 
 from llava_simplified.data.images import ImageSource
 from llava_simplified.model.generation import Decoding, GenerationOptions, content_keys, encode
@@ -83,6 +90,14 @@ class Place:
         """Seconds until its time is up."""
         return self._start + self._worker.timeout - time.monotonic()
 
+    def deadline(self) -> AbstractAsyncContextManager[Any]:
+        """What is awaited within it raises TimeoutError when the time is up.
+
+        Not `asyncio.wait_for`: before Python 3.12 that loses a cancellation which comes together with the result, and
+        who has left would be answered to the end.
+        """
+        return timeout(self.left)
+
     async def ask(
         self,
         turns: str | Sequence[Message],
@@ -106,7 +121,8 @@ class Place:
         if self.options.num_beams > 1 or self.options.num_return_sequences > worker.batch_size:
             raise ValueError(f"one beam, and {worker.batch_size} answers at most, are decoded here")
         reading = loop.run_in_executor(worker.readers, self._read, turns, images)
-        await asyncio.wait_for(reading, self.left)
+        async with self.deadline():
+            await reading
         worker.enqueue(self)
 
     def _read(self, turns: str | Sequence[Message], images: Sequence[ImageSource]) -> None:
@@ -132,7 +148,8 @@ class Place:
         """
         going_on = self.options.num_return_sequences
         while going_on:
-            piece = await asyncio.wait_for(self._pieces.get(), self.left)
+            async with self.deadline():
+                piece = await self._pieces.get()
             if isinstance(piece, Exception):
                 raise RuntimeError("the model failed") from piece
             going_on -= bool(piece.finish)

@@ -14,7 +14,7 @@ from llava_simplified.data.images import ImageError
 from llava_simplified.model.generation import Decoding, GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
-from llava_simplified.serve.batching import Busy, Worker
+from llava_simplified.serve.batching import Busy, Piece, Place, Worker
 
 T = TypeVar("T")
 
@@ -117,6 +117,30 @@ def test_who_leaves_early_frees_the_rows_and_the_others_go_on(model: Llava, phot
         serve(model, use, batch_size=4)
     finally:
         model.prompt.stop_ids = stop_ids
+
+
+@pytest.mark.parametrize("ticks", range(5))
+def test_who_leaves_as_a_piece_comes_has_left(model: Llava, ticks: int) -> None:
+    async def use(worker: Worker) -> None:
+        async def read() -> None:
+            with worker.place() as place:
+                places.append(place)
+                async for _ in place:
+                    pass
+
+        places: list[Place] = []
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0.01)
+        places[0].put(Piece(0, "a", 1, ""))
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        reader.cancel()
+        done, _ = await asyncio.wait([reader], timeout=5)
+        if not done:
+            reader.cancel()
+        assert done, "the cancellation was lost"
+
+    serve(model, use)
 
 
 def test_limits(model: Llava, photos: list[bytes]) -> None:
