@@ -13,6 +13,7 @@ import errno
 import ipaddress
 import socket
 import ssl
+import sys
 import time
 import zlib
 from collections import deque
@@ -29,6 +30,11 @@ import aiohttp
 from yarl import URL
 
 from llava_simplified.data.images import MAX_PIXELS, ImageError, Picture, check_image, shrink_image
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
 
 AGENT = "llava-simplified"
 _OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
@@ -135,7 +141,8 @@ class Fetcher:
         """
         start = time.perf_counter()
         try:
-            data, http = await asyncio.wait_for(self._get(url, _CLOSE if last else None), self.options.timeout)
+            async with timeout(self.options.timeout):  # before Python 3.12, wait_for loses cancellations
+                data, http = await self._get(url, _CLOSE if last else None)
             picture = await self._check(data)
             return Fetched("ok", http, "", picture, len(data), time.perf_counter() - start)
         except FetchError as error:

@@ -163,6 +163,26 @@ def test_at_most_four_requests_to_a_host_and_hosts_take_turns(server: Server, mo
     assert set(order[:16]) >= {f"127.0.0.{i}" for i in range(2, 12)}, "the small hosts did not wait"
 
 
+def test_who_wants_no_more_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transfers under way are cancelled, some in the moment in which they end; none may miss it."""
+
+    async def soon(self: fetch.Fetcher, url: str, headers: dict[str, str] | None) -> tuple[bytes, int]:
+        await asyncio.sleep(0)
+        return b"no picture", 200
+
+    async def run() -> None:
+        for wanted in range(1, 21):
+            results = fetch_all(((i, f"http://{i % 64}.test/{i}") for i in range(640)), replace(OPEN, concurrency=64))
+            for _ in range(wanted):
+                assert (await anext(results))[2].kind == "not_image"
+            closing = asyncio.create_task(results.aclose())  # type: ignore[attr-defined]
+            done, _ = await asyncio.wait([closing], timeout=5)
+            assert done, "a worker goes on"
+
+    monkeypatch.setattr(fetch.Fetcher, "_get", soon)
+    asyncio.run(run())
+
+
 def test_a_host_gets_a_second_connection_only_where_slots_are_free(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
