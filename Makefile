@@ -36,9 +36,10 @@ docs: $(STAMP)
 site: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# with what of the package it ran, branches too: under 90 % it fails
+# what of the package the quick tests run, branches too: under 90 % it fails. The slow ones are slow enough without counting
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # ten minutes each: bytes that nobody meant, at the decoder, the tar reader and the caption sources
 fuzz: $(STAMP)
