@@ -19,6 +19,7 @@ import pytest
 from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
 
 from llava_simplified.data.download import (
+    Progress,
     ShardSpec,
     Store,
     download,
@@ -175,6 +176,40 @@ def test_if_the_first_500_fail_the_same_way_the_run_stops_and_says_why(tmp_path:
     with pytest.raises(ValueError, match=r"first \d+ rows all failed with 'blocked_address'.*--allow-private"):
         run(path, tmp_path / "out", FetchOptions(), shard_size=20_000)
     assert not server.served
+
+
+def test_the_live_line_counts_what_this_run_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of an earlier run are done, but say nothing of the speed; a line that is half written is no row yet."""
+
+    def write(shard: int, text: str) -> None:
+        with (tmp_path / f"{shard:05d}.journal").open("a") as file:
+            file.write(text)
+
+    def line() -> str:
+        progress.tick()
+        return capsys.readouterr().err.strip("\r ")
+
+    def row(index: int, error: str | None = None) -> str:
+        return json.dumps({"index": index, "error": error}) + "\n"
+
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    write(0, "".join(map(row, range(1000))))
+    progress = Progress(tmp_path, 100_000, True)
+    now[0] += 10
+    write(0, row(1000) + row(1001, "html") + row(1002)[:9])
+    write(1, row(2000, "timeout"))
+    assert line() == "1,003 of 100,000 rows, 0/s, 1,001 good, 2 bad, 91:39:50 left"
+    write(0, row(1002)[9:])
+    write(1, "".join(row(2001 + i) for i in range(96)))
+    assert line() == "1,100 of 100,000 rows, 10/s, 1,098 good, 2 bad, 2:44:50 left"
+    (tmp_path / "00001.journal").unlink()
+    progress.finished(1, {"ok": 96, "timeout": 1})
+    assert line() == "1,100 of 100,000 rows, 10/s, 1,098 good, 2 bad, 2:44:50 left"
+    Progress(tmp_path, 100_000, False).tick()
+    assert not capsys.readouterr().err, "a pipe gets no line"
 
 
 def test_a_source_without_urls_is_refused(tmp_path: Path) -> None:
