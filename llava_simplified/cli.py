@@ -60,7 +60,8 @@ def run_command(target: str, argv: list[str] | None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # Arrow's own allocator keeps 10 MB in every worker
-    if "OMP_WAIT_POLICY" not in os.environ and _shares_its_cores():
+    # it looks for a fifth of a second, which only what computes with torch needs
+    if "OMP_WAIT_POLICY" not in os.environ and ".data." not in target and _shares_its_cores():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
     # where it is installed, it tells at every import of a kernel for CPUs that is not
