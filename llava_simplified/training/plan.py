@@ -36,8 +36,8 @@ from llava_simplified.model.lora import check_trainable, parts
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+from llava_simplified.training.build import prepare
 from llava_simplified.training.kernels import choose_attention
-from llava_simplified.training.run import prepare
 
 SAMPLED = 2000  # records whose tokens are counted: half of them the longest texts, half evenly spread
 ASSUMED = "a caption of about a dozen words, as those of Conceptual Captions are"

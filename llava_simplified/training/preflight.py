@@ -27,8 +27,8 @@ from llava_simplified.data.dataset import open_data
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import load_checkpoint
+from llava_simplified.training.build import build
 from llava_simplified.training.plan import Plan, duration, make_plan
-from llava_simplified.training.run import build
 
 MANY_STEPS = 2000  # `auto`: a run of fewer has soon shown by itself what is wrong with it
 STEPS = 2  # the first one allocates and compiles, the second is timed

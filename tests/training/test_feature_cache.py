@@ -13,8 +13,8 @@ from test_run import options, run
 
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.vision import VisionTower
+from llava_simplified.training.build import blank_image
 from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures, cache_key, encode_main
-from llava_simplified.training.run import blank_image
 
 
 def tower(models_folder: Path, dtype: torch.dtype = torch.float32, **choices) -> VisionTower:
