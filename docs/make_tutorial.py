@@ -2,7 +2,8 @@
 
     make docs          # after `make demo`; or: python docs/make_tutorial.py --checkpoint output/demo/model
 
-Every number in the text comes from running the code, so that the text can't say what the code does not do.
+Every number in the text comes from running the code, so that the text can't say what the code does not do; but for the
+exercises' few, which take minutes: "some".
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     seen["files"] = [
         (path.relative_to(checkpoint).as_posix(), path.stat().st_size)
         for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and "trainer" not in path.name and path.parent.name != "eval_captions"
+        if path.is_file() and "train" not in path.name and path.parent.name != "eval_captions"
     ]
     owners = {"projector": model.projector, "tower": model.vision_tower, "language model": model.language_model}
     seen["parameters"] = {
@@ -162,7 +163,7 @@ def save(name: str) -> None:
     PICTURES.mkdir(exist_ok=True)
     plt.savefig(PICTURES / name, dpi=110, bbox_inches="tight")
     plt.close()
-    Image.open(PICTURES / name).convert("RGB").quantize(64).save(PICTURES / name, optimize=True)
+    Image.open(PICTURES / name).convert("RGB").quantize(256).save(PICTURES / name, optimize=True)
 
 
 def draw_patches(decoded: np.ndarray, resized: np.ndarray, ours: int, clips: int) -> None:
@@ -186,9 +187,8 @@ def draw_patches(decoded: np.ndarray, resized: np.ndarray, ours: int, clips: int
 def boxes(axis: Axes, row: float, texts: list[str], colours: list[str]) -> None:
     for column, (text, colour) in enumerate(zip(texts, colours)):
         axis.add_patch(plt.Rectangle((column + 0.04, row), 0.92, 0.8, facecolor=colour, edgecolor="#868e96", lw=0.6))
-        axis.text(
-            column + 0.5, row + 0.4, text, ha="center", va="center", fontsize=6.5, rotation=90 if len(text) > 3 else 0
-        )
+        size, turn = 5 if len(text) > 9 else 6.5, 90 if len(text) > 3 else 0
+        axis.text(column + 0.5, row + 0.4, text, ha="center", va="center", fontsize=size, rotation=turn)
 
 
 def draw_sequence(tokens: list[tuple[str, int, bool]], input_ids: list[int], positions: list[int]) -> None:
@@ -236,15 +236,7 @@ def draw_attention(picture: np.ndarray, words: list[str], grids: np.ndarray) -> 
     _, axes = plt.subplots(1, len(words), figsize=(1.7 * len(words), 2.2), squeeze=False)
     for axis, word, grid, share in zip(axes[0], words, offset, grids):
         axis.imshow(picture, extent=(0, 1, 0, 1))
-        axis.imshow(
-            grid,
-            extent=(0, 1, 0, 1),
-            cmap="bwr",
-            alpha=0.45,
-            vmin=-abs(offset).max(),
-            vmax=abs(offset).max(),
-            interpolation="bilinear",
-        )
+        axis.imshow(grid, extent=(0, 1, 0, 1), cmap="bwr", alpha=0.45, vmin=-abs(offset).max(), vmax=abs(offset).max())
         axis.set_title(f"{word.strip()}\n{share.sum():.0%}", fontsize=8)
         axis.set(xticks=[], yticks=[])
     save("attention.png")
@@ -306,6 +298,8 @@ What to look for, and where it is answered:
 | Which tokens are trained? | the answer and its end token: {trained} of {seen["embeds"][1]} positions | the same {trained}, of {clip["length"]} | [4](#4-text-becomes-ids-and-labels-promptpy), [6](#6-the-loss-llavaforward) |
 | What is frozen? | the vision tower ({millions["tower"]} parameters), and the language model's own weights ({millions["language model"]}) | the same parts | [2](#2-pixels-become-patch-features-modelvisionpy), [7](#7-the-gradient-modellorapy) |
 | What trains? | the projector ({millions["projector"]}), and LoRA's matrices beside the language model's ({millions["adapter"]}) | the same parts | [3](#3-features-become-image-tokens-modelprojectorpy), [7](#7-the-gradient-modellorapy) |
+| How is a caption made? | image and prompt are run once, then token after token is chosen | in the same way | [8](#8-the-caption-modelgenerationpy) |
+| Why do captions share a prompt? | five take {seen["embeds"][1] + 4 * trained} positions, not {5 * seen["embeds"][1]} | {clip["length"] + 4 * trained}, not {5 * clip["length"]:,} | [9](#9-several-captions-of-one-picture-modellanguage_modelpy) |
 | What is saved? | what trains, {saved:.0f} MB with the tokenizer; of what does not, name and fingerprint | the same | [10](#10-what-is-saved-modelcheckpointpy) |
 
 ## 1. Bytes become pixels: `data/images.py`
@@ -316,10 +310,10 @@ pixels are on the device: a quarter of the bytes to carry.
 
 ## 2. Pixels become patch features: `model/vision.py`
 
-`VisionTower` runs a pretrained vision model and keeps one vector for each place in the picture, its **patch features**. CLIP ViT-B/16 cuts the 224 x 224 pixels
-into {clip["grid"]} x {clip["grid"]} patches of 16 x 16, and its transformer gives one vector of {clip["width"]} numbers for each, taken from the last layer but one: (1, {clip["tokens"]}, {clip["width"]}). (A
-{clip["tokens"] + 1}th vector, which sums the picture up, is left out.) These are the {clip["tokens"]} that you will meet again. The demo's tower is a small convolutional one: of its hidden states
-{list(seen["layers"])}, side by side and pooled to a grid of {int(count**0.5)} x {int(count**0.5)}, come {seen["features"]}: one picture, {count} places, {seen["features"][2]:,} numbers each.
+`VisionTower` runs a pretrained vision model and keeps one vector for each place in the picture, its **patch features**. CLIP ViT-B/16 cuts 224 x 224 pixels
+into patches of 16 x 16: 224 / 16 = {clip["grid"]} in a row, **{clip["grid"]} x {clip["grid"]} = {clip["tokens"]} in all**. Its transformer gives a vector of {clip["width"]} numbers for each, taken from the last layer but one:
+(1, {clip["tokens"]}, {clip["width"]}). (One vector more, CLS, sums the picture up; LLaVA leaves it out.) The demo's tower is a small convolutional one. It has feature maps in place of patches: those of its hidden states
+{list(seen["layers"])}, averaged down to a grid of {int(count**0.5)} x {int(count**0.5)} (few tokens train fast on two cores) and laid side by side, give {seen["features"]}: one picture, {count} places, {seen["features"][2]:,} numbers each.
 
 ![the drawing, and the grids of two towers](img/patches.png)
 
@@ -335,13 +329,14 @@ projector is **trained**.
 
 ## 4. Text becomes ids and labels: `prompt.py`
 
-One place renders all prompts. `<image>` is one id here, {IMAGE_INDEX}, that no vocabulary has. (Ġ is a space before the word, Ċ a line's end.)
+One place renders all prompts. `<image>` is one id here, {IMAGE_INDEX}, that no vocabulary has. (Ġ is a space before the word, Ċ a line's end. The demo's template is `bare`; with a model's own chat
+template, words like `user` and `assistant` stand around the same texts.)
 
 | token | id | |
 |---|---|---|
 {rows}
 
-**Trained are {trained} of {len(seen["tokens"])} tokens**: the answer and the token that ends it, nothing else. The labels are right by construction: the
+**Trained are {trained} of these {len(seen["tokens"])}**: the answer and the token that ends it, nothing else. The labels are right by construction: the
 answer is encoded on its own, and where it begins the labels begin. Everywhere else the label is {IGNORE_INDEX}, which PyTorch's cross entropy passes over: neither the picture nor the question is to be
 said, so nothing is learned from them as words.
 
@@ -351,26 +346,26 @@ The collator repeats the image's id once per image token: {len(seen["input_ids"]
 
     [{", ".join("image" if token == IMAGE_INDEX else str(token) for token in seen["input_ids"])}]
 
-Embedding them gives {seen["embeds"]}; then the image tokens take the places of their ids. That is where the {count} tokens enter, between two words of the prompt, before the language
-model's first layer, and it is all that LLaVA does to a language model:
+Embedding them gives {seen["embeds"]}; then the image tokens take the places of their ids, in reading order. That is where the {count} tokens enter, between two words of the prompt, before the language
+model's first layer. What LLaVA does to a language model's input is these four lines:
 
 {splice_code()}
 
-With CLIP ViT-B/16 the same sample has {clip["length"]} positions, {clip["tokens"]} of them image: the {clip["tokens"]} patch features enter just here. The language model does not know which is which: it reads vectors.
+With CLIP ViT-B/16 the same sample has {clip["length"]} positions, {clip["tokens"]} of them image: the {clip["tokens"]} patches of station 2, projected, enter just here. The language model does not know which is which: it reads vectors.
 
 ![input ids, the sequence after the splice, and the labels](img/sequence.png)
 
 ## 6. The loss: `Llava.forward`
 
 A token is predicted from the position before it (the green row of the picture). The collator lists those positions, {seen["positions"]}, and the head, a matrix as
-large as the vocabulary, runs there and nowhere else: logits of {seen["loss"][1]} instead of ({seen["embeds"][1]}, {seen["loss"][1][1]:,}). The first trained token is
+large as the vocabulary, runs there and nowhere else: logits of ({seen["loss"][1][0]}, {seen["loss"][1][1]:,}) instead of ({seen["embeds"][1]}, {seen["loss"][1][1]:,}). The first trained token is
 predicted at position {last}, the last one of the prompt. With CLIP ViT-B/16 they are {clip["positions"][0]} to {clip["positions"][-1]}: {trained / clip["length"]:.0%} of all.
 
 | token to say | loss without the adapter | with it |
 |---|---|---|
 {losses}
 
-The loss is summed, here {seen["loss"][0]:.2f}, and divided by the trained tokens of the whole step: four batches of one are then one batch of four.
+(Without the adapter stands the language model as it came, behind the same trained projector.) The loss is summed, here {seen["loss"][0]:.2f}, and divided by the trained tokens of the whole step: four batches of one are then one batch of four.
 
 ## 7. The gradient: `model/lora.py`
 
@@ -378,12 +373,13 @@ The loss is summed, here {seen["loss"][0]:.2f}, and divided by the trained token
 |---|---|---|
 {gradients}
 
-It flows back through the frozen language model into LoRA's small matrices (each large matrix W is used as W + BA, with A and B of few rows and columns; only they learn) and, through the image
-tokens, into the projector; there it ends. `check_trainable` asserts that table at every start.
+The gradient flows back through the frozen language model into LoRA's small matrices (each large matrix W is used as W + BA, with A and B of few rows and columns; only they learn) and, through the image
+tokens, into the projector; there it ends. LLaVA trains in two stages, and so does the demo: first the projector alone (`configs/demo_projector.yaml`), then LoRA and the projector together
+(`configs/demo.yaml`). `check_trainable` asserts at every start that just these parts train.
 
 ## 8. The caption: `model/generation.py`
 
-The prompt is run once, its keys and values are kept, and one token after another is chosen:
+The prompt, image tokens in it, is run once, its keys and values are kept, and one token after another is chosen, here always the likeliest, until it is the end token:
 
 | chosen | the three most likely |
 |---|---|
@@ -398,17 +394,18 @@ Where it looked while it chose each word (`serve/attention.py`): the share of at
 
 ## 9. Several captions of one picture: `model/language_model.py`
 
-Image and prompt need not be computed once per caption. Captions a and b are branches that see the prompt and themselves:
+COCO has five captions for a picture. As five sequences, each computes the same image and prompt again, which are nearly all of its positions: with CLIP ViT-B/16 and captions as long as this one,
+5 x {clip["length"]} = {5 * clip["length"]:,}. Computed once, with the captions as branches behind them, it is {clip["length"] - trained} + 5 x {trained} = {clip["length"] + 4 * trained}. Captions a and b see the prompt and themselves, not each other:
 
 ![who sees whom in a shared prompt](img/mask.png)
 
-The places in the text that the model is told are `{places}`: behind the prompt they start anew. Loss and gradients are those of separate
-sequences, to 1e-10 in float64 (`tests/model/test_sharing.py`); [why](design.md#captions-of-one-picture-on-a-shared-prompt).
+The places in the text that the model is told are `{places}`: every caption counts on from the prompt's end, and its first token is predicted from there. So each
+sees what it would see alone, and loss and gradients are those of separate sequences, to 1e-10 in float64 (`tests/model/test_sharing.py`; [the argument](design.md#captions-of-one-picture-on-a-shared-prompt)).
 
 ## 10. What is saved: `model/checkpoint.py`
 
 What was trained: the projector and the adapter, {millions["projector"]} and {millions["adapter"]} parameters. Beside them the tokenizer and how to prepare a picture; and in `llava.json` the
-choices of the run, and the names and fingerprints of the two models that were not trained.
+choices of the run, and the names and fingerprints of the two models that were not trained. (The run's log and curves lie there too.)
 
 | file | bytes |
 |---|---|
@@ -419,28 +416,32 @@ of the training. `Llava.from_pretrained(folder)` needs nothing else. `llava expo
 
 ## Exercises
 
-Each runs as it stands after `make demo`, and [in the notebook](tutorial.ipynb), where no demo is needed. `ASSETS` is where the demo keeps its models and pictures:
+Each runs as it stands after `make demo` in the project's folder, and [in the notebook](tutorial.ipynb), where no demo is needed. First, where the demo keeps its models and pictures, and its first stage as a command to vary:
 
+    . .venv/bin/activate
     ASSETS=~/.cache/llava-simplified/demo-v1
-    PARTS="--model_name_or_path $ASSETS/language_model --train_data_path $ASSETS/pictures/train.json --train_image_folder $ASSETS/pictures/images"
+    stage1() {{ "$@" --config configs/demo_projector.yaml --model_name_or_path $ASSETS/language_model --vision_tower $ASSETS/vision_tower \\
+        --train_data_path $ASSETS/pictures/train.json --train_image_folder $ASSETS/pictures/images; }}
 
-1. **Swap the tower.** One of CLIP ViT-B/16's shape, its weights random, for it is the shapes that you are to see:
+1. **Swap the tower.** One of CLIP ViT-B/16's shape, its weights random, for it is the shapes that you are to see; then the demo's:
 
-        python -c "from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel as Tower; Tower(CLIPVisionConfig(patch_size=16)).save_pretrained('clip'); CLIPImageProcessorPil().save_pretrained('clip')"
-        llava inspect --data $ASSETS/pictures/train.json --model_name_or_path $ASSETS/language_model --vision_tower clip --count 1
+        python -c "from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel as Tower; Tower(CLIPVisionConfig(patch_size=16)).save_pretrained('output/clip'); CLIPImageProcessorPil().save_pretrained('output/clip')"
+        inspect_with() {{ llava inspect --data $ASSETS/pictures/train.json --model_name_or_path $ASSETS/language_model --template bare --count 1 --vision_tower "$@"; }}
+        inspect_with output/clip
+        inspect_with $ASSETS/vision_tower --mm_token_pool 3
 
-    What changed in station 2, and what nowhere else? How long would five captions of a picture be, apart and on a shared prompt?
+    `<image> x 9` becomes `<image> x 196`, and the same 5 tokens are trained. What else of stations 1 to 6 changes with the tower, and what does not? How much of the whole file is pictures?
 
-2. **Change the projector.** Which of the two matrices of station 3 is worth its parameters?
+2. **Change the projector.** Is the second matrix of station 3 worth its parameters? (A minute or two.)
 
-        llava train --config configs/demo_projector.yaml $PARTS --vision_tower $ASSETS/vision_tower --max_steps 100 --output_dir output/two
-        llava train --config configs/demo_projector.yaml $PARTS --vision_tower $ASSETS/vision_tower --max_steps 100 --mm_projector_type linear --output_dir output/one
+        stage1 llava train --mm_projector_type linear --output_dir output/linear
 
-    Compare the losses in the two `trainer_log.jsonl`.
+    Compare `trainer_log.jsonl` in `output/linear` and in `output/demo/projector`, the same run with two matrices: one alone is ahead here, after 40 steps at a loss of some 3.4 against 4.1. Would it
+    be after both stages?
 
 3. **Break the label mask, and see the loss lie.** Train on the prompt as well:
 
-        python - $PARTS --config configs/demo_projector.yaml --vision_tower $ASSETS/vision_tower --max_steps 100 --output_dir output/lie <<'END'
+        stage1 python - --output_dir output/lie <<'END'
         import sys
         from llava_simplified.prompt import IGNORE_INDEX, Prompt, Rendered
         from llava_simplified.training.run import main
@@ -452,11 +453,14 @@ Each runs as it stands after `make demo`, and [in the notebook](tutorial.ipynb),
         main(sys.argv[1:])
         END
 
-    The loss is lower from the first steps on. Did it learn more? (The prompt is the same in every sample: after a few steps its tokens cost nothing, and they are
-    averaged in. The notebook measures both models by the same, honest loss.)
+    From the first steps on the loss is lower than in `output/demo/projector`, at the end some 2.4 against 4.1. Did it learn more? No: 6 of some 13 trained tokens are the prompt's now, the same in every sample. They soon
+    cost nothing, and are averaged in: 2.4 x 13 / 7 is 4.4 for a token of the answer. (The notebook measures both models by the same, honest loss.)
 
-4. **Shuffle the pictures.** `llava evaluate` prints a column *shuffled*: every picture with another one's caption. What would you think of a model whose score stays
-    the same there?
+4. **Shuffle the pictures.** The column *shuffled* is the score of every caption beside another picture's name:
+
+        llava evaluate output/demo/predictions.json
+
+    It falls to next to nothing. What would you think of a model whose score stays the same there?
 """
 
 
