@@ -16,12 +16,12 @@ def oldest(session: nox.Session) -> None:
     """Every lower bound of the dependencies, in its last patch."""
     needs = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
     pinned = [re.sub(r"^([^<>=,]+)>=([^,]+).*", r"\1==\2.*", need) for need in needs]
-    session.install(*pinned, "-e", ".[dev,docs]")
+    session.install(*pinned, "-e", ".[dev,docs,serve]")
     session.run("pytest", *TESTS, *session.posargs)
 
 
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
     """The latest releases below the upper bounds."""
-    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[dev,docs]")
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[dev,docs,serve]")
     session.run("pytest", *TESTS, *session.posargs)

@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="http,resize,https")
     parser.add_argument("--threads", default="128,256", help="img2dataset's settings to try; the best one counts")
-    parser.add_argument("--concurrency", default="128", help="ours, for each of the four shards under way")
+    parser.add_argument("--concurrency", default="256", help="ours, for each of the two shards under way")
     parser.add_argument("--tutorial", action="store_true", help="the tutorial's way too")
     parser.add_argument("--peer-venv", type=Path, default=cache / "img2dataset")
     args = parser.parse_args()
@@ -134,14 +134,13 @@ def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> N
         columns = {"url": [url for url, _, _ in jobs], "caption": [f"caption {n}" for _, _, n in jobs]}
         pq.write_table(pa.table({**columns, "row": list(range(count))}), table)
         side = "256" if case == "resize" else "0"
-        shard = str(max(250, count // 4))
+        half = str(count // 2)  # one shard for each of two processes, theirs and ours: it waits for hangs once
         for turn in range(args.rounds):
             runs: dict[str, list[str]] = {}
             ours = [str(tsv), "--output", "OUT", "--timeout", str(TIMEOUT), "--retries", "0", "--allow-private"]
-            ours += ["--shard-size", shard, "--resize", side, "--concurrency", args.concurrency]
+            ours += ["--shard-size", half, "--resize", side, "--concurrency", args.concurrency]
             runs["llava download"] = [sys.executable, "-m", "llava_simplified.cli", "download", *ours]
             here = Path(__file__).parent
-            half = str(count // 2)  # one shard for each of its processes: it waits for hangs once
             for threads in args.threads.split(","):
                 command = [str(peer), str(here / "peer_img2dataset.py"), str(table), "OUT"]
                 command += [threads, side, half]
