@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
@@ -67,13 +69,25 @@ def _rule(
 
 
 def attention_of(
-    config: Any, segment_ids: torch.Tensor, branch_ids: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype
+    language_model: Any,
+    segment_ids: torch.Tensor,
+    branch_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """`who_sees_whom` as the arguments that a language model's layers and its attention kernel take.
 
     Raises:
-        ValueError: the kernel, or a kind of layer, can't be told who sees whom.
+        ValueError: the kernel, or a kind of layer, can't be told who sees whom; or the model counts places by itself.
     """
+    config = language_model.config
+    own = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
+    # ALiBi (MPT, Bloom), GPT-Neo's local layers and decoders of the past go by the distance in the row
+    by_distance = getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ())
+    if by_distance or "position_ids" not in inspect.signature(own.forward).parameters:
+        raise ValueError(
+            f"{config.model_type} can't be told the places of its tokens: neither --packing nor --share_prefix"
+        )
     kernel = config._attn_implementation
     if kernel == "flash_attention_2":
         if branch_ids.any():

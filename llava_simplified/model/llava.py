@@ -116,7 +116,7 @@ class Llava(nn.Module):
         inputs_embeds = self.splice(input_ids, image_features)
         attention: dict[str, Any] = {"attention_mask": attention_mask}
         if segment_ids is not None and branch_ids is not None and position_ids is not None:
-            attention = attention_of(self.config, segment_ids, branch_ids, position_ids, inputs_embeds.dtype)
+            attention = attention_of(self.language_model, segment_ids, branch_ids, position_ids, inputs_embeds.dtype)
         # In a caption of 12 tokens behind 196 patches, 94 % of the positions train nothing. The head, a matrix as
         # large as the vocabulary, runs only where a token is trained.
         with head_at(self.language_model, positions):
