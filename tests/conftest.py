@@ -29,7 +29,7 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for kind in ("mistral", "llama", "qwen2", "gemma2", "phi"):
         save_language_model(kind, root / kind)
-    for kind in ("clip", "siglip", "dinov2", "vit", "convnext", "efficientnet"):
+    for kind in ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet"):
         save_vision_model(kind, root / kind)
     return root
 

@@ -94,6 +94,9 @@ def make_vision_model(kind: str):
         return t.Dinov2Model(t.Dinov2Config(**common))
     if kind == "vit":
         return t.ViTModel(t.ViTConfig(**common))
+    if kind == "swin":
+        heads = {"embed_dim": 12, "depths": [1, 1, 1], "num_heads": [2, 2, 2], "window_size": 4}
+        return t.SwinModel(t.SwinConfig(image_size=32, patch_size=2, **heads))
     if kind == "convnext":
         return t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2))
     if kind == "efficientnet":

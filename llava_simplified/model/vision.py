@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,6 +124,8 @@ class VisionTower(nn.Module):
             return self._from_maps(outputs)
         features = torch.cat([outputs.hidden_states[layer] for layer in self.select_layers], dim=-1)
         height, width = (side // patch for side, patch in zip(pixel_values.shape[-2:], _patch_size(model)))
+        merged = isqrt(height * width // features.shape[1]) or 1  # neighbours become one on the way up: Swin, FocalNet
+        height, width = height // merged, width // merged
         others = features.shape[1] - height * width  # CLS and register tokens stand in front of the patches
         if self.select_feature == "cls_patch":
             if self.token_pool or not others:
@@ -165,13 +168,18 @@ class VisionTower(nn.Module):
             pixels = torch.empty(1, 3, *self.transform.crop)
             try:
                 features, grid = self._select(skeleton, pixels)
+                names, parameters = zip(*skeleton.named_parameters())
+                gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
             except IndexError:
                 count = len(skeleton(pixels, output_hidden_states=True).hidden_states)
                 raise ValueError(
                     f"mm_vision_select_layer {self.select_layers} is out of range: the tower has {count} hidden states"
                 ) from None
-            names, parameters = zip(*skeleton.named_parameters())
-            gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+            except (AttributeError, RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"a {self.model.config.model_type} can't be the vision tower: from `pixel_values` alone it gives no "
+                    f"grid of features ({type(error).__name__}: {error})"
+                ) from error
         reached = frozenset(name for name, gradient in zip(names, gradients) if gradient is not None)
         return features.shape[1], features.shape[2], grid, reached
 

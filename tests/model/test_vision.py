@@ -9,13 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import adaptive_avg_pool2d
+from transformers import ViTMAEConfig, ViTMAEModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_simplified.model.vision import VisionTower
 
 PIXELS = {
     kind: (64 if kind == "efficientnet" else 32)
-    for kind in ("clip", "siglip", "dinov2", "vit", "convnext", "efficientnet")
+    for kind in ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet")
 }
+
+
+HIDING = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def tower(folder: Path, kind: str, **choices) -> VisionTower:
@@ -24,13 +29,13 @@ def tower(folder: Path, kind: str, **choices) -> VisionTower:
 
 @pytest.mark.parametrize(
     ("kind", "tokens"),
-    [("clip", 16), ("siglip", 16), ("dinov2", 16), ("vit", 16), ("convnext", 4), ("efficientnet", 4)],
+    [("clip", 16), ("siglip", 16), ("dinov2", 16), ("vit", 16), ("swin", 16), ("convnext", 4), ("efficientnet", 4)],
 )
 def test_the_count_from_the_config_is_the_count_of_the_features(models_folder: Path, kind: str, tokens: int) -> None:
     vision = tower(models_folder, kind, select_layer=-1)
     features = vision(torch.zeros(2, 3, PIXELS[kind], PIXELS[kind], dtype=torch.uint8))
     assert features.shape == (2, vision.num_tokens, vision.width)
-    assert vision.num_tokens == tokens
+    assert vision.num_tokens == tokens == vision.grid[0] * vision.grid[1]
 
 
 def test_patch_drops_the_cls_token_and_cls_patch_keeps_it(models_folder: Path) -> None:
@@ -88,6 +93,14 @@ def test_token_pool_averages_neighbouring_patches(models_folder: Path) -> None:
 def test_a_layer_out_of_range_is_named(models_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"mm_vision_select_layer \(-9,\) is out of range: the tower has 4"):
         tower(models_folder, "clip", select_layer=-9)
+
+
+def test_a_model_that_gives_no_grid_of_features_is_named(tmp_path: Path) -> None:
+    """It hides most patches, others at every call."""
+    ViTMAEModel(ViTMAEConfig(**HIDING)).save_pretrained(tmp_path)
+    CLIPImageProcessorPil().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a vit_mae can't be the vision tower"):
+        VisionTower.from_pretrained(str(tmp_path))
 
 
 def test_a_language_model_is_no_tower(models_folder: Path) -> None:
