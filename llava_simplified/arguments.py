@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -216,6 +217,8 @@ RENAMED = {
     "mm_projector_learning_rate": "mm_projector_lr",
     "mm_vision_tower_lr": "vision_lr",
     "torch_compile": "compile_layers",
+    "data_path": "train_data_path",
+    "image_folder": "train_image_folder",
 }
 NO_EFFECT = {
     "lazy_preprocess": "samples are always read lazily",
@@ -244,7 +247,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if "output_dir" not in given:
         parts = (given.get(f, [getattr(ModelArguments, f)]) for f in ("model_name_or_path", "vision_tower"))
         options.append(("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))]))
-    parser = transformers.HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
+    kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
+    parser = transformers.HfArgumentParser(kinds, allow_abbrev=False)  # a shortened --config would be read by nobody
     parser.prog = "train.py"
     words = [word for option in options for word in _current_names(*option)]
     *groups, unknown = parser.parse_args_into_dataclasses(
@@ -272,19 +276,30 @@ def _options(argv: list[str]) -> list[tuple[str, list[str]]]:
     return options
 
 
+class _Yaml(yaml.SafeLoader):
+    """`off` and `no` are values of options, and not all of them mean False."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in forms if not tag.endswith(":bool")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _from_yaml(path: Path) -> list[str]:
     """A YAML mapping as words of a command line: argparse then converts `1e-3` or `true` as it does there."""
     if not path.is_file():
         raise ValueError(f"--config {path}: no such file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: must be a mapping of options")
     words: list[str] = []
     for key, value in values.items():
-        if value is not None:
+        if isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value)]
+        elif value is not None:
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
@@ -299,8 +314,8 @@ def _current_names(name: str, values: list[str]) -> list[str]:
     if name in NO_EFFECT:
         print(f"--{name} has no effect: {NO_EFFECT[name]}", file=sys.stderr)
         return []
-    if name == "group_by_length":
-        return ["--train_sampling_strategy", "group_by_length"] if on else []
+    if name in ("group_by_length", "group_by_modality_length"):  # a picture counts as its tokens: one is the other
+        return ["--train_sampling_strategy", "group_by_length" if on else "random"]
     if name == "local_rank":  # DeepSpeed's launcher passes it; torch.distributed reads the environment
         os.environ.setdefault("LOCAL_RANK", values[0])
         return []

@@ -47,6 +47,26 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert data.train_data_path == "a.json"
 
 
+def test_the_file_says_off_no_and_mappings_as_the_command_line_does(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "cache_vision_features: off\ntune_vision_tower: off\neval_strategy: no\npacking: yes\ngroup_by_length: true\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 0.1}\naccelerator_config: {even_batches: false}\nrun_name: null\n"
+    )
+    model, data, training = parse_arguments(["--config", str(config), "--group_by_length", "False"])
+    assert (model.tune_vision_tower, data.cache_vision_features, training.eval_strategy) == ("off", "off", "no")
+    assert data.packing
+    assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert training.accelerator_config.even_batches is False  # type: ignore[union-attr]
+    assert training.train_sampling_strategy == "random"
+
+
+def test_a_shortened_name_is_no_option(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("lora_r: 7\n")
+    with pytest.raises(ValueError, match="unknown option --conf;"):
+        parse_arguments(["--conf", str(tmp_path / "c.yaml")])
+
+
 def test_an_unknown_key_in_the_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("learnin_rate: 1e-3\n")
     with pytest.raises(ValueError, match="unknown option --learnin_rate"):
@@ -77,6 +97,10 @@ def test_names_of_older_versions_are_translated() -> None:
     _, _, training = parse_arguments(["--group_by_length", "True", "--no_cuda", "True"])
     assert training.train_sampling_strategy == "group_by_length" and training.use_cpu
     assert parse_arguments(["--group_by_length", "False"])[2].train_sampling_strategy == "random"
+    words = ["--data_path", "x.json", "--image_folder", "y", "--group_by_modality_length", "True"]
+    _, data, training = parse_arguments(words)
+    assert (data.train_data_path, data.train_image_folder) == ("x.json", "y")
+    assert training.train_sampling_strategy == "group_by_length"
 
 
 @pytest.mark.parametrize(
