@@ -329,7 +329,7 @@ def _compare(
         if largest > tolerance * scale:
             raise ValueError(
                 f"the exported model's logits differ by {largest:.2g}, at most {tolerance * scale:.2g} is rounding: "
-                "the language model does something to its logits that stock LLaVA does not"
+                "the projector, or the language model with its logits, does something that stock LLaVA does not"
             )
         said = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
         equal += said == wanted["said"]
