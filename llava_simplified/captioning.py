@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 
 from llava_simplified.data.engines import run_shards
 from llava_simplified.data.images import ImageError, decode_image, load_pixels, read_image_bytes
-from llava_simplified.data.records import Record, open_records, prediction_row
+from llava_simplified.data.records import Record, open_records, place_images, prediction_row
 from llava_simplified.data.shards import shard_index
 from llava_simplified.model.generation import GenerationOptions, content_keys, encode, generate_from
 from llava_simplified.model.llava import Llava
-from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+from llava_simplified.prompt import Message
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 WINDOW = 8  # batches that are sorted together, so that prompts of one length meet
@@ -52,8 +52,7 @@ class Pictures(Sequence[Record]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         name, question = self.names[index // len(self.questions)], self.questions[index % len(self.questions)]
-        text = question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n{question}"
-        return Record((name,), (Message("user", text),), (), name)
+        return Record((name,), place_images([Message("user", question)], 1, name), (), name)
 
 
 def open_source(source: str, image_folder: str | None, questions: Sequence[str]) -> tuple[Sequence[Record], str]:

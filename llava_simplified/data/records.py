@@ -48,7 +48,7 @@ class Record:
             turns, responses = _conversation(row["conversations"], where)
         else:
             turns, responses = _instruction(row, where)
-        return cls(images, _place_images(turns, len(images), where), responses, where)
+        return cls(images, place_images(turns, len(images), where), responses, where)
 
 
 def _images(row: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -86,11 +86,14 @@ def _conversation(rows: Any, where: str) -> tuple[list[Message], tuple[str, ...]
     return turns, ()
 
 
-def _place_images(turns: list[Message], count: int, where: str) -> tuple[Message, ...]:
-    """Put `<image>` before the first user text when the row has images and its text names none."""
-    named = count_images(turns)
-    if named == 0 and count:
-        first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+def place_images(turns: Sequence[Message], count: int, where: str) -> tuple[Message, ...]:
+    """Put `<image>` before the first user text where there are images and no text names one.
+
+    Raises:
+        ValueError: the texts name another number of images.
+    """
+    named, first = count_images(turns), next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is not None and count and not named:
         lines = f"{IMAGE_PLACEHOLDER}\n" * count
         turns = [*turns[:first], Message("user", lines + turns[first].text), *turns[first + 1 :]]
     elif named != count:

@@ -23,7 +23,7 @@ from llava_simplified.model.checkpoint import read_manifest
 from llava_simplified.model.generation import Decoding, GenerationOptions
 from llava_simplified.model.language_model import head_at
 from llava_simplified.model.llava import Llava
-from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES, Message
+from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES
 
 SHARD_SIZE = "5GB"
 # A stock processor is given a list of parts as a user's content, a tokenizer's template one text.
@@ -267,9 +267,10 @@ def _write_processor(checkpoint: str | Path, folder: Path, settings: dict[str, A
 @torch.inference_mode()
 def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
     """The prompt's ids, the pixels, the logits of the next token, and the greedy caption's tokens."""
-    prompt = model.prompt.render([Message("user", f"{IMAGE_PLACEHOLDER}\n{model.instruction}")], None).input_ids
+    instruction = model.instruction.replace(IMAGE_PLACEHOLDER, "").strip()  # the picture in front, wherever it was
+    prompt, shown = model.ask(instruction, [picture])
     transform = model.vision_tower.transform
-    pixels = transform.normalize(transform(picture)[None])
+    pixels = transform.normalize(cast(torch.Tensor, shown))
     place = prompt.index(IMAGE_INDEX)
     ids = [*prompt[:place], *[IMAGE_INDEX] * model.vision_tower.num_tokens, *prompt[place + 1 :]]
     features = model.vision_tower(pixels)
@@ -285,7 +286,7 @@ def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
         "grey_level": torch.tensor(transform.std).mul(255).reciprocal().view(3, 1, 1),
         "logits": logits,
         "said": decoding.tokens[0],
-        "instruction": model.instruction,
+        "instruction": instruction,
     }
 
 

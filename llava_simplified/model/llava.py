@@ -25,9 +25,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from llava_simplified.data.images import ImageSource, load_pixels
+from llava_simplified.data.records import place_images
 from llava_simplified.model.generation import GenerationOptions, generate, stream
 from llava_simplified.model.language_model import attention_of, head_at
-from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, Message, Prompt, count_images
+from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -205,7 +206,7 @@ class Llava(nn.Module):
 
         Args:
             turns: a question, or the conversation so far; the last turn is the user's.
-            images: one for each `<image>` in the user's turns; without any, they go in front of the first turn.
+            images: one for each `<image>` in the user's turns; without any, they go in front of the first of these.
             options: fields of `GenerationOptions`, one beam and one sequence.
         """
         prompt, pixels = self.ask(turns, images)
@@ -218,13 +219,10 @@ class Llava(nn.Module):
         self, turns: str | Sequence[Message], images: Sequence[ImageSource]
     ) -> tuple[list[int], torch.Tensor | None]:
         """The prompt's ids, one IMAGE_INDEX per image, and the pixels."""
-        first, *others = [Message("user", turns)] if isinstance(turns, str) else turns
-        if not count_images([first, *others]):
-            first = first._replace(text=f"{IMAGE_PLACEHOLDER}\n" * len(images) + first.text)
-        if (count := count_images([first, *others])) != len(images):
-            raise ValueError(f"{len(images)} picture(s) for {count} {IMAGE_PLACEHOLDER} in the user's turns")
+        said = [Message("user", turns)] if isinstance(turns, str) else turns
+        placed = place_images(said, len(images), "the conversation")
         pixels = [self.vision_tower.transform(load_pixels(image)) for image in images]
-        return self.prompt.render([first, *others], None).input_ids, torch.stack(pixels) if pixels else None
+        return self.prompt.render(placed, None).input_ids, torch.stack(pixels) if pixels else None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Llava:

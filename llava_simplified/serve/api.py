@@ -29,8 +29,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_simplified.data.fetch import Fetcher, FetchOptions
+from llava_simplified.data.records import place_images
 from llava_simplified.model.generation import GenerationOptions
-from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+from llava_simplified.prompt import Message
 from llava_simplified.serve.batching import Busy, Piece, Place, Worker
 
 _GRACE = 5.0  # seconds beyond its time for a client to read its answer
@@ -109,11 +110,10 @@ class Turn(_Given):
         count = len(self.images)
         if count and self.role != "user":
             raise ValueError(f"pictures belong to the user's messages, not to the {self.role}'s")
-        if count and IMAGE_PLACEHOLDER not in text:
-            text = f"{IMAGE_PLACEHOLDER}\n" * count + (text if text.strip() else instruction)
-        if self.role == "user" and text.count(IMAGE_PLACEHOLDER) != count:
-            raise ValueError(f"{count} picture(s) for {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} in a message")
-        return Message("system" if self.role == "developer" else self.role, text)
+        message = Message("system" if self.role == "developer" else self.role, text)
+        if count and not text.strip():
+            message = message._replace(text=instruction)
+        return place_images([message], count, "a message")[0]
 
 
 class StreamOptions(_Given):

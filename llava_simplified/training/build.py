@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def build(
         if data_args.eval_data_path
         else (None, "")
     )
-    architecture = describe_architecture(model_args, args, train_records[0])
+    architecture = describe_architecture(model_args, args, train_records)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     Prompt(tokenizer, model_args.template)  # a template that does not fit fails here, before 14 GB are loaded
     settings = {**describe(model_args, data_args, args), "processes": args.world_size}
@@ -123,9 +124,11 @@ def check_options(model: ModelArguments, data: DataArguments, args: TrainingArgu
     check_kernels(model, data, args)
 
 
-def describe_architecture(model: ModelArguments, args: TrainingArguments, sample: Record) -> Architecture:
+def describe_architecture(model: ModelArguments, args: TrainingArguments, records: Sequence[Record]) -> Architecture:
     """What the checkpoint will say of the model's parts."""
     layers = tuple(model.mm_vision_select_layer)
+    sample = next((record for record in islice(records, 1000) if record.images), records[0])
+    question = next(turn.text for turn in sample.turns if turn.role == "user")
     digests = {}
     for part in ("language_model", "vision_tower"):
         name = model.model_name_or_path if part == "language_model" else model.vision_tower
@@ -142,7 +145,7 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, sample
         mm_vision_select_feature=model.mm_vision_select_feature,
         mm_token_pool=model.mm_token_pool,
         template=model.template,
-        instruction=sample.turns[-1].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n"),
+        instruction=question.removeprefix(f"{IMAGE_PLACEHOLDER}\n" * len(sample.images)),
         dtype=args.frozen_dtype,
         bits=model.bits,
         fingerprints=digests,

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +187,10 @@ def trial(argv: Sequence[str]) -> None:
     if not difference < (1e-3 if args.frozen_dtype == "float32" else 3e-2):
         raise ValueError(f"the saved checkpoint gives other logits than the trained model: off by {difference:.2%}")
     caption = None
-    for image in open_records(str(data.train_data_path))[0].images[:1]:
-        try:
-            picture = read_image_bytes(image, str(data.train_image_folder))
-            caption = fresh.caption(picture, max_new_tokens=16)
-        except ImageError:
-            pass  # counted, and reported, when training meets it
+    if (record := open_records(str(data.train_data_path))[0]).images:
+        with suppress(ImageError):  # counted, and reported, when training meets it
+            pictures = [read_image_bytes(name, str(data.train_image_folder)) for name in record.images]
+            caption = fresh.chat(record.turns, pictures, max_new_tokens=16)
     found = {"seconds": seconds, "peak": peak, "caption": caption}
     (output.parent / "report.json").write_text(json.dumps(found))
 

@@ -130,6 +130,10 @@ def test_our_own_templates_are_rendered_by_the_stock_processor(
     models_folder: Path, data_folder: Path, tmp_path: Path, template: str
 ) -> None:
     parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
+    rows = json.loads((data_folder / "train.json").read_text())  # half of LLaVA's own have the picture behind
+    rows = [{**row, "instruction": "Say what is there.\n<image>"} for row in rows]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    parts["train_data_path"] = tmp_path / "train.json"
     export_stock(trained(models_folder, data_folder, tmp_path / "out", template=template, **parts), tmp_path / "stock")
 
 

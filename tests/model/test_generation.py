@@ -229,8 +229,11 @@ def test_a_conversation_goes_on(models_folder: Path) -> None:
     assert model.chat(placed, [first], max_new_tokens=6) == answer
     assert model.chat(turns[:1], [first], max_new_tokens=6) != answer, "it heard the rest"
     assert model.chat(turns, [second], max_new_tokens=6) != answer, "it saw the picture"
-    with pytest.raises(ValueError, match="2 picture.* for 1 <image>"):
+    with pytest.raises(ValueError, match=r"2 image\(s\), but the text says <image> 1 time"):
         model.chat(placed, [first, second])
+    system = Message("system", "Be brief.")
+    answer = model.chat([system, *turns], [first], max_new_tokens=6)
+    assert model.chat([system, *placed], [first], max_new_tokens=6) == answer
 
 
 def test_many_pictures_are_captioned_batch_by_batch(models_folder: Path) -> None:

@@ -32,7 +32,7 @@ from starlette.applications import Starlette
 from llava_simplified.data.fetch import FetchOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
-from llava_simplified.serve.api import Limits, create_app
+from llava_simplified.serve.api import Limits, Turn, create_app
 from llava_simplified.serve.batching import Worker
 
 CHAT = "/v1/chat/completions"
@@ -231,7 +231,7 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user"}]}, 400, r"messages\[0\]\.content: .*required"),
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, r"messages\[0\]\.content\[0\]: "),
     ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "the user's last"),
-    ({"messages": [{"role": "user", "content": "<image>"}]}, 400, "0 picture.* for 1 <image>"),
+    ({"messages": [{"role": "user", "content": "<image>"}]}, 400, "0 image.* the text says <image> 1 time"),
     ({"messages": [{"role": "system", "content": PICTURE}]}, 400, "belong to the user"),
     ({"messages": [{"role": "user", "content": PICTURE}]}, 400, "not an image"),
     ({"messages": [{"role": "user", "content": PICTURE * 9}]}, 400, "9 pictures; 8 may"),
@@ -246,6 +246,12 @@ def test_what_is_wrong_is_named(server: Live, photos: list[bytes], wrong: dict, 
     error = answer.json()["error"]
     assert (answer.status_code, set(error)) == (status, {"message", "type", "param", "code"})
     assert re.search(message, error["message"]), error
+
+
+def test_a_picture_without_words_is_asked_what_the_model_was_trained_on() -> None:
+    turn = Turn.model_validate_json(json.dumps({"role": "user", "content": PICTURE}))
+    assert turn.message("What is it?").text == "<image>\nWhat is it?"
+    assert turn.message("What is it?\n<image>").text == "What is it?\n<image>"
 
 
 @pytest.mark.parametrize(

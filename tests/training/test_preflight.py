@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,11 @@ def left_behind(folder: Path) -> list[Path]:
 def test_the_run_behind_it_is_bit_for_bit_the_run_without(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    rows = json.loads((data_folder / "train.json").read_text())
+    two = {"instruction": "What have <image> and <image> in common?"}  # of one picture it can't be asked
+    (tmp_path / "two.json").write_text(json.dumps([{**row, **two, "image": [row["image"], "0.jpg"]} for row in rows]))
     for choice in ("true", "false"):
-        more = {"preflight": choice, "lora_dropout": 0.1}
+        more = {"preflight": choice, "lora_dropout": 0.1, "train_data_path": tmp_path / "two.json"}
         assert main(options(models_folder, data_folder, tmp_path / choice, **more)) == 0
         assert ("saved, loaded, the same logits" in capsys.readouterr().out) == (choice == "true")
     assert losses(tmp_path / "true") == losses(tmp_path / "false")

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from llava_simplified.arguments import parse_arguments
+from llava_simplified.data.records import Record
 from llava_simplified.model.checkpoint import load_checkpoint
+from llava_simplified.prompt import Message
+from llava_simplified.training.build import describe_architecture
 from llava_simplified.training.kernels import can_compile
 from llava_simplified.training.run import train
 
@@ -310,6 +313,25 @@ def test_faults_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run(options(models_folder, data_folder, tmp_path / "out", **change))
+
+
+PICTURE = Message("user", "<image>\nWhat is it?")
+ASKED = [
+    ((PICTURE,), 1, "What is it?"),
+    ((Message("user", "<image>\n<image>\n<image>\nCompare."),), 3, "Compare."),
+    ((Message("user", "What is it?\n<image>"),), 1, "What is it?\n<image>"),
+    ((Message("system", "Be brief."), PICTURE, Message("assistant", "A cat."), Message("user", "Where?")), 1, "What is it?"),
+]
+
+
+@pytest.mark.parametrize(("turns", "images", "question"), ASKED)
+def test_what_is_asked_where_nothing_is_said_is_what_the_first_picture_was_asked(
+    models_folder: Path, data_folder: Path, tmp_path: Path, turns: tuple, images: int, question: str
+) -> None:
+    model_args, _, args = parse_arguments(options(models_folder, data_folder, tmp_path / "out"))
+    without = Record((), (Message("user", "Say hello."),), ("hello",), "0")
+    records = [without, Record(("a.jpg",) * images, turns, ("a cat",), "1")]
+    assert describe_architecture(model_args, args, records).instruction == question
 
 
 def test_an_image_folder_without_the_images(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
