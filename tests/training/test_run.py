@@ -320,7 +320,11 @@ ASKED = [
     ((PICTURE,), 1, "What is it?"),
     ((Message("user", "<image>\n<image>\n<image>\nCompare."),), 3, "Compare."),
     ((Message("user", "What is it?\n<image>"),), 1, "What is it?\n<image>"),
-    ((Message("system", "Be brief."), PICTURE, Message("assistant", "A cat."), Message("user", "Where?")), 1, "What is it?"),
+    (
+        (Message("system", "Be brief."), PICTURE, Message("assistant", "A cat."), Message("user", "Where?")),
+        1,
+        "What is it?",
+    ),
 ]
 
 
