@@ -32,6 +32,7 @@ EXPECTED = {
     "webp": "ok",
     "moved": "ok",
     "gzip": "ok",
+    "ungzipped": "ok",  # says that it is packed, and is not
     "missing": "http_404",
     "forbidden": "http_403",
     "broken": "http_500",
@@ -184,6 +185,7 @@ class _Handler(asyncio.Protocol):
             body = self.targets.get("robots", "").encode()
         if kind in ("gzip", "gzipbomb"):
             body = zlib.compress(b"\0" * 60_000_000 if kind == "gzipbomb" else body)
+        if kind in ("gzip", "ungzipped", "gzipbomb"):
             extra = "Content-Encoding: deflate\r\n"
         content = "text/html" if kind == "html" else "image/jpeg"
         extra += "Connection: close\r\n" if self.last else ""

@@ -9,8 +9,10 @@ training.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
+import math
 import socket
 import ssl
 import sys
@@ -40,9 +42,10 @@ AGENT = "llava-simplified"
 _OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
 _NOTHING = ["User-agent: *", "Disallow: /"]
 _REDIRECTS = 5
-_LONGEST_PAUSE = 60.0  # seconds that a Retry-After may ask for before the host's rows are left for another run
+_LONGEST_PAUSE = 60.0  # seconds that a host may ask for, in a row, before its rows are left for another run
 _SLOW_AFTER, _SLOW_RATE = 3.0, 1000  # a body must bring so many bytes a second after so many seconds
 _CLOSE = {"Connection": "close"}
+_UNICAST, _NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
 _INLINE_BYTES = 400_000  # larger files are decoded in a thread, so that other transfers go on
 
 
@@ -99,10 +102,11 @@ def guard_address(info: tuple[Any, ...]) -> socket.socket:
 def _is_public(text: str) -> bool:
     address: Any = ipaddress.ip_address(text.partition("%")[0])
     if address.version == 6:
-        translated = ipaddress.ip_address(int(address) & 0xFFFFFFFF) if text.lower().startswith("64:ff9b:") else None
-        address = (
-            address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1] or translated or address
-        )
+        translated = ipaddress.ip_address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1] or translated
+        if inner is None:  # Python calls much global that nobody routes: what is not unicast is somebody's own
+            return address in _UNICAST and address.is_global
+        address = inner
     return address.is_global and not address.is_multicast
 
 
@@ -198,7 +202,8 @@ class Fetcher:
                 raise FetchError("too_slow", f"{size} bytes in {seconds:.1f} s", 200)
         data = b"".join(chunks)
         if response.headers.get("Content-Encoding", "identity").lower() in ("gzip", "deflate"):  # not asked for
-            data = zlib.decompressobj(47).decompress(data, most + 1)
+            with contextlib.suppress(zlib.error):  # some say so of what is not packed: the decoder will see
+                data = zlib.decompressobj(47).decompress(data, most + 1)
             if len(data) > most:
                 raise FetchError("too_large", f"over {most} bytes when unpacked", 200)
         if not data:
@@ -216,7 +221,9 @@ class Fetcher:
         rules = RobotFileParser()
         try:
             async with self._session.get(origin / "robots.txt", timeout=aiohttp.ClientTimeout(5)) as response:
-                text = await response.content.read(500_000) if response.status == 200 else b""
+                text = b""
+                while response.status == 200 and len(text) < 500_000 and (chunk := await response.content.readany()):
+                    text += chunk
                 rules.parse(text.decode("utf-8", "replace").splitlines())
                 if response.status >= 500:
                     rules.parse(_NOTHING)
@@ -267,7 +274,7 @@ def _retry_after(value: str | None) -> float | None:
     """Seconds, from a number or an HTTP date."""
     if value is None:
         return None
-    if value.strip().isdigit():
+    if value.strip().isdecimal():
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
@@ -281,6 +288,7 @@ class _Host:
 
     rows: deque[tuple[Any, str, int]] = field(default_factory=deque)  # (row, URL, tries so far)
     resume: float = 0.0  # it is left alone until then, by the monotonic clock
+    asked: float = math.inf  # since when it has answered with nothing but Retry-After
     closed: str = ""  # why its rows are left for another run
 
 
@@ -300,8 +308,9 @@ def host_of(url: str) -> str:
 async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> AsyncIterator[tuple[Any, str, Fetched]]:
     """Fetch many (row, url); yields (row, url, result) as they come.
 
-    Each host has up to `per_host` lanes, and each lane its connection. Hosts take turns, so that no large one keeps
-    the small ones waiting; second and further lanes only get what the first ones leave free: connections are dear.
+    Each host has up to `per_host` lanes, and each lane its connection. A lane goes on to the host's last row, or until the
+    host asks for a pause, so that few connections wait unused: they are dear, and a process may open only so many. Second
+    and further lanes get what the first ones leave free, so that no large host keeps the small ones waiting.
     """
     hosts: dict[str, _Host] = {}
     for row, url in rows:
@@ -316,22 +325,25 @@ async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> A
             fetched = Fetched("rate_limited", 0, host.closed, None, 0, 0.0)
         else:
             fetched = await fetcher.fetch(url, last=not host.rows)
-        if fetched.pause is not None and fetched.pause > _LONGEST_PAUSE:
-            host.closed = f"its host asked for a pause of {fetched.pause:.0f} s"
-        elif is_transient(fetched) and tries < options.retries:
+        now = time.monotonic()
+        host.asked = math.inf if fetched.pause is None else min(host.asked, now)
+        if fetched.pause is not None and now + fetched.pause > host.asked + _LONGEST_PAUSE:
+            host.closed = f"its host asked for a pause of {now + fetched.pause - host.asked:.0f} s"
+        again = is_transient(fetched) and tries < options.retries and not host.closed
+        if again or (fetched.pause and not host.closed):
+            host.resume = max(host.resume, now + (1.0 if fetched.pause is None else fetched.pause))
+        if again:
             host.rows.append((row, url, tries + 1))
-            pause = 1.0 if fetched.pause is None else fetched.pause
-            host.resume = max(host.resume, time.monotonic() + pause)
-            return
-        results.put_nowait((row, url, fetched))
+        else:
+            results.put_nowait((row, url, fetched))
 
     async def work(fetcher: Fetcher) -> None:
         while True:
             lane, _, host = await lanes.get()
-            if (wait := host.resume - time.monotonic()) <= 0 and host.rows:
+            while host.rows and (wait := host.resume - time.monotonic()) <= 0:
                 await serve(fetcher, host)
             if host.rows:  # else the lane ends
-                asyncio.get_running_loop().call_later(max(wait, 0), lanes.put_nowait, (lane, next(turn), host))
+                asyncio.get_running_loop().call_later(wait, lanes.put_nowait, (lane, next(turn), host))
 
     async def run() -> None:
         try:

@@ -212,6 +212,16 @@ def test_the_live_line_counts_what_this_run_did(
     assert not capsys.readouterr().err, "a pipe gets no line"
 
 
+def test_as_many_connections_as_asked_for_can_be_opened(server: Server, tmp_path: Path) -> None:
+    """Where the shell's limit on open files is low, it is raised; where it can't be, nothing is blamed on the servers."""
+    tsv, _ = source(tmp_path, server.port, 300, {"ok": 1})
+    for hard, said in ((2000, "300 ok"), (200, "the limit is 200 (ulimit -Hn)")):
+        command = f"ulimit -Sn 100; ulimit -Hn {hard}; exec {sys.executable} -m llava_simplified.cli download {tsv} \
+            --output {tmp_path / str(hard)} --allow-private --workers 1 --retries 0 --timeout 60"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert said in done.stdout + done.stderr
+
+
 def test_a_source_without_urls_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('[{"image": "1.jpg", "caption": "a"}]')
     with pytest.raises(ValueError, match="no URL in 1 rows from row 0"):

@@ -105,6 +105,8 @@ def test_a_redirect_to_a_private_address_is_refused(server: Server, host: str, m
         ("::", False), ("::1", False), ("fe80::1%eth0", False), ("fd00::1", False), ("ff02::1", False),
         ("::ffff:10.0.0.1", False), ("2002:7f00:1::", False), ("64:ff9b::7f00:1", False),
         ("2001:0:0:0:0:0:80ff:fffe", False),  # teredo of 127.0.0.1
+        ("64:ff9b:1:7f00:0:100:808:808", False),  # a translator of one's own: only it knows which bits are the address
+        ("fec0::1", False), ("::7f00:1", False), ("::ffff:0:7f00:1", False), ("5f00::1", False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, public: bool) -> None:
@@ -218,6 +220,46 @@ def test_a_host_that_asks_for_a_long_pause_is_left_alone(server: Server) -> None
     assert sum(server.served.values()) == 1
 
 
+def test_a_host_that_asks_for_pause_after_pause_is_left_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pause is short, but two requests for every one of a host's thousand rows would take a night."""
+    monkeypatch.setattr(fetch, "_LONGEST_PAUSE", 1.5)
+    kinds = Counter(fetched.kind for fetched in get([server.url("busy/1.jpg")] * 50))
+    assert kinds["rate_limited"] > 30
+    assert kinds["http_429"] == 50 - kinds["rate_limited"]
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("7", 7), ("\u00b2", None), ("-5", None), ("soon", None), ("Mon, 01 Jan 0001 00:00:00 -0000", 0),
+     ("9" * 400, float("inf")), ("Mon, 01 Jan 2001 00:00:00 +9999", None)],
+)  # fmt: skip
+def test_what_a_retry_after_means(value: str, seconds: float | None) -> None:
+    assert fetch._retry_after(value) == seconds
+
+
+def test_connections_do_not_wait_for_their_hosts_next_turn(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows of each of eighty hosts: a process may open only so many files, and what it can't open it would
+    call the server's fault."""
+    count = most = 0
+
+    def made(handler: Any, transport: asyncio.BaseTransport) -> None:
+        nonlocal count, most
+        count += 1
+        most = max(most, count)
+        begin(handler, transport)
+
+    def lost(handler: Any, error: Exception | None) -> None:
+        nonlocal count
+        count -= 1
+
+    begin = loopback._Handler.connection_made
+    monkeypatch.setattr(loopback._Handler, "connection_made", made)
+    monkeypatch.setattr(loopback._Handler, "connection_lost", lost)
+    urls = [server.url(f"ok/{i}.jpg", f"127.0.1.{i % 80 + 1}") for i in range(240)]
+    assert {fetched.kind for fetched in get(urls, replace(OPEN, concurrency=8, timeout=20))} == {"ok"}
+    assert most <= 16
+
+
 def test_resets_and_server_errors_are_tried_again_timeouts_are_not(server: Server) -> None:
     urls = [
         server.url("reset/1.jpg"),
@@ -232,7 +274,7 @@ def test_resets_and_server_errors_are_tried_again_timeouts_are_not(server: Serve
 
 
 def test_robots_txt_is_obeyed_when_asked(server: Server) -> None:
-    server.targets["robots"] = "User-agent: *\nDisallow: /png/\n"
+    server.targets["robots"] = "User-agent: *\n" + "# does not come in one piece\n" * 10_000 + "Disallow: /png/\n"
     urls = [server.url("ok/1.jpg"), server.url("png/1.jpg"), server.url("png/2.jpg")]
     kinds = [fetched.kind for fetched in get(urls, FetchOptions(allow_private=True, robots=True))]
     assert kinds == ["ok", "robots", "robots"]
