@@ -1,6 +1,6 @@
 """Fetch 6,000 URLs with mixed faults from a server on this machine: three programs.
 
-    python benchmarks/bench_download.py [--count 6000] [--only http,https,resize] [--rounds 2] [--tutorial]
+    python benchmarks/bench_download.py [--count 6000] [--only http,https,resize] [--rounds 2] [--no-tutorial]
 
 Interleaved runs; for each the wall time, the CPU time a response, the peak memory of all its processes
 (proportional set size, shared pages counted once) and, URL by URL, whether the outcome is the one the
@@ -110,7 +110,9 @@ def main() -> None:
     parser.add_argument("--only", default="http,resize,https")
     parser.add_argument("--threads", default="128,256", help="img2dataset's settings to try; the best one counts")
     parser.add_argument("--concurrency", default="256", help="ours, for each of the two shards under way")
-    parser.add_argument("--tutorial", action="store_true", help="the tutorial's way too")
+    parser.add_argument(
+        "--tutorial", action=argparse.BooleanOptionalAction, default=True, help="http the tutorial's way too"
+    )
     parser.add_argument("--peer-venv", type=Path, default=cache / "img2dataset")
     args = parser.parse_args()
     peer = peer_python(args.peer_venv)
