@@ -162,11 +162,11 @@ class Prompt:
         ids: list[int] = []
         labels: list[int] = []
         text = ""
-        for part in [*_fill(self._layout(turns, where).prefix, turns), None]:
+        for part in [*_fill(self._layout(turns, where).prefix, turns), None]:  # None: the end, for the text before it
             if isinstance(part, str):
                 text += part
                 continue
-            if text:
+            if text:  # behind a control token it is encoded with the anchor, whose own id is left out again
                 new = self._encode(self._text, self._anchor + text if ids else text, where)[bool(ids) :]
                 ids, labels, text = ids + new, labels + [IGNORE_INDEX] * len(new), ""
             if isinstance(part, Slot):

@@ -57,17 +57,17 @@ def pad(rows: Sequence[np.ndarray], value: int, side: str = "right") -> torch.Te
     return torch.from_numpy(out)
 
 
-class Layout(NamedTuple):
-    """An example, position by position. All arrays are (length,) but the last two, which are (trained,)."""
+class LaidOut(NamedTuple):
+    """An example, position by position, by the batch's names. All arrays are (length,) but the last two, which are (trained,)."""
 
-    ids: np.ndarray
-    branches: np.ndarray
-    positions: np.ndarray  # counted on from the prompt's last in every branch
-    sources: np.ndarray  # where a trained token is predicted
-    targets: np.ndarray  # that token
+    input_ids: np.ndarray
+    branch_ids: np.ndarray
+    position_ids: np.ndarray  # counted on from the prompt's last in every branch
+    positions: np.ndarray  # from which a trained token is predicted
+    labels: np.ndarray  # that token
 
 
-def lay_out(example: Example, tokens_per_image: int) -> Layout:
+def lay_out(example: Example, tokens_per_image: int) -> LaidOut:
     """Make room for the patch features, and say which token is predicted where.
 
     The first token of every branch follows the prompt's last: no shift of the labels can express that, so each
@@ -76,7 +76,7 @@ def lay_out(example: Example, tokens_per_image: int) -> Layout:
     ids = expand_images(example.input_ids, tokens_per_image)
     labels = expand_images(example.input_ids, tokens_per_image, example.labels)
     index = np.arange(len(ids))
-    before, positions, branches = index - 1, index, np.zeros_like(ids)
+    before, position_ids, branches = index - 1, index, np.zeros_like(ids)
     answers = 1
     if example.branches is not None:
         branches = expand_images(example.input_ids, tokens_per_image, example.branches)
@@ -84,12 +84,12 @@ def lay_out(example: Example, tokens_per_image: int) -> Layout:
         answers, prompt = len(starts), starts[0]
         before[starts] = prompt - 1
         own_start = np.concatenate([[0], starts])[np.searchsorted(starts, index, side="right")]
-        positions = np.where(branches == 0, index, prompt + index - own_start)
+        position_ids = np.where(branches == 0, index, prompt + index - own_start)
     trained = np.flatnonzero(labels != IGNORE_INDEX)
-    trained = trained[trained > 0]
+    trained = trained[trained > 0]  # nothing stands before the first
     # an earlier answer inside the shared prompt is trained as often as if every branch had its own prompt
     trained = np.repeat(trained, np.where(branches[trained] == 0, answers, 1))
-    return Layout(ids, branches, positions, before[trained], labels[trained])
+    return LaidOut(ids, branches, position_ids, before[trained], labels[trained])
 
 
 class Collator:
@@ -118,31 +118,31 @@ class Collator:
         packs = [[row] if isinstance(row, Example) else list(row) for row in rows]
         laid = [[lay_out(example, self.tokens_per_image) for example in pack] for pack in packs]
         examples = [example for pack in packs for example in pack]
-        input_ids = pad([np.concatenate([s.ids for s in pack]) for pack in laid], self.pad_id)
-        sources, targets = [], []
+        input_ids = pad([np.concatenate([s.input_ids for s in pack]) for pack in laid], self.pad_id)
+        positions, labels = [], []
         for row, pack in enumerate(laid):
             start = row * input_ids.shape[1]
             for sequence in pack:
-                sources.append(start + sequence.sources)
-                targets.append(sequence.targets)
-                start += len(sequence.ids)
+                positions.append(start + sequence.positions)
+                labels.append(sequence.labels)
+                start += len(sequence.input_ids)
         batch: dict[str, Any] = {
             "input_ids": input_ids,
-            "positions": torch.from_numpy(np.concatenate(sources)),
-            "labels": torch.from_numpy(np.concatenate(targets)),
+            "positions": torch.from_numpy(np.concatenate(positions)),
+            "labels": torch.from_numpy(np.concatenate(labels)),
             "about": {
                 "ids": [example.id for example in examples],
                 "notes": [note for example in examples for note in example.notes],
-                "tokens": sum(len(sequence.ids) for pack in laid for sequence in pack),
+                "tokens": sum(len(sequence.input_ids) for pack in laid for sequence in pack),
             },
         }
         if len(examples) == len(packs) and all(example.branches is None for example in examples):
-            batch["attention_mask"] = pad([np.ones(len(pack[0].ids)) for pack in laid], 0)
+            batch["attention_mask"] = pad([np.ones(len(pack[0].input_ids)) for pack in laid], 0)
         else:
-            segments = [[np.full(len(s.ids), n) for n, s in enumerate(pack, start=1)] for pack in laid]
+            segments = [[np.full(len(s.input_ids), n) for n, s in enumerate(pack, start=1)] for pack in laid]
             batch["segment_ids"] = pad([np.concatenate(pack) for pack in segments], 0)
-            batch["branch_ids"] = pad([np.concatenate([s.branches for s in pack]) for pack in laid], 0)
-            batch["position_ids"] = pad([np.concatenate([s.positions for s in pack]) for pack in laid], 0)
+            batch["branch_ids"] = pad([np.concatenate([s.branch_ids for s in pack]) for pack in laid], 0)
+            batch["position_ids"] = pad([np.concatenate([s.position_ids for s in pack]) for pack in laid], 0)
         for name in ("pixel_values", "image_features"):
             images = [getattr(e, name) for e in examples if getattr(e, name) is not None]
             if images:

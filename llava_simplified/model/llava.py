@@ -183,7 +183,8 @@ class Llava(nn.Module):
         """
         many = isinstance(images, (list, tuple))
         sources: Any = images if many else [images]
-        prompt, _ = self.ask(self.instruction if instruction is None else instruction, sources[:1])
+        asked = [Message("user", self.instruction if instruction is None else instruction)]
+        prompt = self.prompt.render(place_images(asked, 1, "the instruction"), None).input_ids
         if n > 1 and not options.get("num_beams"):
             options = {"temperature": 0.7, **options}
         decoding = GenerationOptions(num_return_sequences=n, **options)
@@ -218,7 +219,7 @@ class Llava(nn.Module):
     def ask(
         self, turns: str | Sequence[Message], images: Sequence[ImageSource]
     ) -> tuple[list[int], torch.Tensor | None]:
-        """The prompt's ids, one IMAGE_INDEX per image, and the pixels."""
+        """The prompt's ids, one IMAGE_INDEX per image, and the pixels: uint8 (images, 3, height, width), None without any."""
         said = [Message("user", turns)] if isinstance(turns, str) else turns
         placed = place_images(said, len(images), "the conversation")
         pixels = [self.vision_tower.transform(load_pixels(image)) for image in images]

@@ -190,7 +190,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
     def examples(of: Sequence[Record]) -> list[tuple[int, int, int]]:
         dataset = CaptionDataset(of, model.prompt, "", transform, args.model_max_length, data.share_prefix)
         laid = [lay_out(dataset.text(*dataset.locate(i)), model.vision_tower.num_tokens) for i in range(len(dataset))]
-        return [(len(s.ids), len(s.targets), int(s.branches.any())) for s in laid]
+        return [(len(s.input_ids), len(s.labels), int(s.branch_ids.any())) for s in laid]
 
     mean, longest = np.array(examples(chosen[:spread])), max(examples(chosen))
     return Lengths(

@@ -297,7 +297,12 @@ class LlavaTrainer(transformers.Trainer):
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """`checkpoint-N` with `trainer_state/` in it, under a temporary name until all of it is written."""
+        """`checkpoint-N` with `trainer_state/` in it, under a temporary name until all of it is written.
+
+        The stock method writes into the folder that `_get_output_dir` names, and calls `save_model`: what it writes itself
+        (optimizer, schedule, random states) becomes .saving/checkpoint-N, our checkpoint .saving/model. Then the first is
+        put into the second, and that takes its place beside the run's others.
+        """
         output_dir = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = staging = output_dir / ".saving"
