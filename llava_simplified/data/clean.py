@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,12 +80,13 @@ def judge(row: dict[str, Any], where: str, folder: Path, transform: ImageTransfo
     """What training would make of a record."""
     try:
         record = Record.from_json(row, where)
-        whole, look = hashlib.sha256(), b""
+        whole, data = hashlib.sha256(), b""
         for name in record.images:
             data = read_image_bytes(name, folder)
             _check(data, transform, rules)
             whole.update(data)
-            look = appearance(decode_image(data)) if rules.perceptual else b""
+        digest = whole.digest() if record.images else None
+        look = appearance(decode_image(data)) if rules.perceptual and len(record.images) == 1 else digest
     except ImageError as error:
         return Verdict(error.kind, str(error))
     except ValueError as error:
@@ -93,8 +94,7 @@ def judge(row: dict[str, Any], where: str, folder: Path, transform: ImageTransfo
     bad = {i: why for i, text in enumerate(record.responses) if (why := _unusable(text, rules))}
     if len(bad) == len(record.responses):
         return Verdict(bad.get(0, "no_caption"), repr(record.responses)[:200])
-    digest = whole.digest()[:16] if record.images else None
-    return Verdict("", ", ".join(sorted(set(bad.values()))), tuple(bad), digest, look or None)
+    return Verdict("", ", ".join(sorted(set(bad.values()))), tuple(bad), digest and digest[:16], look and look[:19])
 
 
 def _check(data: bytes, transform: ImageTransform | None, rules: Rules) -> None:
@@ -265,11 +265,13 @@ def clean(
     Args:
         image_folder: where the pictures are; by default, where `source` is.
         vision_tower: whose transform every picture must pass; none if empty.
-        dedupe: `exact` (same bytes), `perceptual` (looks the same), or "".
+        dedupe: `exact` (same bytes), `perceptual` (looks the same), or "". Other words about a picture are no duplicate.
         compact: a folder for shards of the survivors, their shorter side shrunk to `compact_size` (0 keeps the
             bytes); then `output` names the pictures there.
         shards: `i/n`, judge only this slice; a last call without it puts everything together.
     """
+    if rules.max_pixels > MAX_PIXELS:
+        raise ValueError(f"--max-pixels {rules.max_pixels}: training opens no picture of more than {MAX_PIXELS}")
     rows = open_rows(source)
     folder = image_folder or (source if source.is_dir() else source.parent)
     stat, transform = rows.path.stat(), ImageTransform.from_pretrained(vision_tower) if vision_tower else None
@@ -312,9 +314,13 @@ def _verdicts(chunks: list[Chunk], rows: RowFile, duplicates: dict[int, int]) ->
     for chunk in chunks:
         for index, values in enumerate(pq.read_table(chunk.path).to_pylist(), chunk.start):
             verdict = Verdict(**values)
-            if index in duplicates:
+            if index in duplicates and not _other_words(rows[index], rows[duplicates[index]]):
                 verdict = verdict._replace(reason="duplicate", detail=f"of {rows.where(duplicates[index])}")
             yield verdict
+
+
+def _other_words(row: dict[str, Any], first: dict[str, Any]) -> bool:
+    return row != first and all(row.get(name) == first.get(name) for name in ("image", "images"))
 
 
 def _run(function: Any, specs: list[Any], engine: str, workers: int, progress: bool) -> None:
@@ -360,13 +366,19 @@ def _readable(text: str) -> Any:
 
 
 def _compact(records: Path, folder: Path, output: Path, side: int, engine: str, workers: int, progress: bool) -> None:
+    """A shard that is there whole is taken as it is: the mark says that it was made of the same rows."""
     output.mkdir(parents=True, exist_ok=True)
+    mark, made_of = output / "made_of", hashlib.sha256(f"{folder} {side}".encode())
+    with records.open("rb") as file:
+        for block in iter(partial(file.read, 1 << 20), b""):
+            made_of.update(block)
+    if any(output.iterdir()) and not (mark.is_file() and mark.read_text() == made_of.hexdigest()):
+        raise ValueError(f"--compact {output}: what is there was made of other records; empty it, or name another folder")
+    mark.write_text(made_of.hexdigest())
     specs, count = [], len(open_rows(records))
     for number, start in enumerate(range(0, count, SHARD)):
         stop = min(start + SHARD, count)
         specs.append(CompactShard(str(records), start, stop, str(folder), str(output), number, side))
-    if stray := [path.name for path in output.glob("*.parquet") if int(path.stem) >= len(specs)]:
-        raise ValueError(f"--compact {output}: shards of another run are there ({stray[0]}); empty it first")
     _run(compact_shard, specs, engine, workers, progress)
 
 

@@ -57,14 +57,14 @@ def read_image_bytes(image: str, folder: str | Path) -> bytes:
     place = Path(folder) / path
     if path.is_absolute() and not path.is_relative_to(Path(folder).absolute()):
         place = Path(folder) / path.name
-    if in_shard:
-        try:
+    try:
+        if in_shard:
             return read_shard_image(place, key)
-        except ValueError as error:
-            raise ImageError("missing", str(error)) from error
-    if not place.is_file():
-        raise ImageError("missing", f"no image {place}; is the image folder right?")
-    return place.read_bytes()
+        if place.is_file():  # and no pipe, which would be waited for
+            return place.read_bytes()
+    except (OSError, ValueError) as error:  # too long a name, no right to read it, a disk that fails
+        raise ImageError("missing", str(error)) from error
+    raise ImageError("missing", f"no image {place}; is the image folder right?")
 
 
 class Picture(NamedTuple):

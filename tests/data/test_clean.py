@@ -45,7 +45,7 @@ def bad_pictures(folder: Path) -> dict[str, str]:
     (folder / "cut.png").write_bytes(png.getvalue()[: len(png.getvalue()) // 2])
     return {"cut.jpg": "truncated", "mid.jpg": "corrupt", "page.jpg": "html", "empty.jpg": "not_image",
             "small.png": "too_small", "wide.png": "aspect", "moving.gif": "animated", "cut.png": "truncated",
-            "gone.jpg": "missing", "../secret.jpg": "unsafe"}  # fmt: skip
+            "gone.jpg": "missing", "../secret.jpg": "unsafe", "a caption " * 40: "missing"}  # fmt: skip
 
 
 def row(image: str, *captions: str) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def test_compacted_survivors_are_read_by_the_trainer(
                    "--image-folder", str(folder / "images"), "--compact", str(folder / "shards"),
                    "--compact-size", size])  # fmt: skip
     assert status == 0
-    assert "10 ok" in capsys.readouterr().out
+    assert "11 ok" in capsys.readouterr().out
     records = open_records(folder / "out.json")
     assert [record.responses[0] for record in records] == [entry["response"] for entry in rows[::2]]
     for index, record in enumerate(records):
@@ -212,8 +212,8 @@ def test_a_killed_run_goes_on_where_it_was(mixed: tuple, monkeypatch: pytest.Mon
     (folder / "images" / "0.jpg").unlink()  # judged already: its verdict is not asked for again
     monkeypatch.setattr(module, "_run", everything)
     counts = clean(folder / "records.json", folder / "out.json", image_folder=folder / "images", workers=2)
-    assert counts["ok"] == 10
-    assert len(chunks) == 5
+    assert counts["ok"] == 11
+    assert len(chunks) == 6
 
 
 def test_other_rules_do_not_meet_the_verdicts_of_these(mixed: tuple) -> None:
@@ -234,7 +234,7 @@ def test_slices_are_put_together_by_a_last_call(mixed: tuple, monkeypatch: pytes
     assert sum(first.values()) + sum(second.values()) == len(rows)
     monkeypatch.setattr(module, "judge_chunk", None)
     monkeypatch.setattr(module, "_run", lambda *_: None)
-    assert clean(folder / "records.json", folder / "out.json", **options)["ok"] == 10
+    assert clean(folder / "records.json", folder / "out.json", **options)["ok"] == 11
 
 
 def test_what_the_towers_transform_cannot_take_is_set_aside(tmp_path: Path, models_folder: Path) -> None:
@@ -249,3 +249,37 @@ def test_what_the_towers_transform_cannot_take_is_set_aside(tmp_path: Path, mode
     with pytest.raises(ImageError, match="60000x1 pixels become"):
         ImageTransform.from_pretrained(tower)(strip)
     assert clean(tmp_path / "records.json", tmp_path / "out.json", rules=rules, workers=1) == {"ok": 2}
+
+
+def test_compacted_shards_of_other_records_are_never_taken_for_these(tmp_path: Path) -> None:
+    """Else the captions of one run would be given the pictures of another."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(photo(ord(name))))
+        (tmp_path / f"{name}.json").write_text(json.dumps([row(f"{name}.jpg", name)]))
+    options: dict[str, Any] = {"compact": tmp_path / "shards", "workers": 1}
+    clean(tmp_path / "a.json", tmp_path / "out.json", **options)
+    clean(tmp_path / "a.json", tmp_path / "out.json", **options)  # the same again is no fault
+    for records, size in (("b.json", 224), ("a.json", 64)):
+        with pytest.raises(ValueError, match="made of other records"):
+            clean(tmp_path / records, tmp_path / "out.json", compact_size=size, **options)
+
+
+@pytest.mark.parametrize("dedupe", ["exact", "perceptual"])
+def test_other_words_about_a_picture_and_other_pictures_beside_it_are_no_duplicates(
+    tmp_path: Path, dedupe: str
+) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(photo(i)))
+    (tmp_path / "copy.jpg").write_bytes(jpeg(photo(0)))
+    rows = [row("0.jpg", "a"), row("0.jpg", "b"), row("0.jpg", "a"), row("copy.jpg", "c")]
+    rows += [{**row("", "d"), "image": names} for names in (["0.jpg", "2.jpg"], ["1.jpg", "2.jpg"])]
+    (tmp_path / "records.json").write_text(json.dumps(rows))
+    rules = Rules(perceptual=dedupe == "perceptual")
+    clean(tmp_path / "records.json", tmp_path / "out.json", dedupe=dedupe, rules=rules, workers=1)
+    assert json.loads((tmp_path / "out.json").read_text()) == [rows[0], rows[1], rows[4], rows[5]]
+
+
+def test_more_pixels_than_training_opens_are_not_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "records.json").write_text(json.dumps([row("1.jpg", "x")]))
+    with pytest.raises(ValueError, match="training opens no picture of more than"):
+        clean(tmp_path / "records.json", tmp_path / "out.json", rules=Rules(max_pixels=100_000_000))
