@@ -373,7 +373,9 @@ def _compact(records: Path, folder: Path, output: Path, side: int, engine: str, 
         for block in iter(partial(file.read, 1 << 20), b""):
             made_of.update(block)
     if any(output.iterdir()) and not (mark.is_file() and mark.read_text() == made_of.hexdigest()):
-        raise ValueError(f"--compact {output}: what is there was made of other records; empty it, or name another folder")
+        raise ValueError(
+            f"--compact {output}: what is there was made of other records; empty it, or name another folder"
+        )
     mark.write_text(made_of.hexdigest())
     specs, count = [], len(open_rows(records))
     for number, start in enumerate(range(0, count, SHARD)):
