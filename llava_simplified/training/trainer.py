@@ -290,6 +290,12 @@ class LlavaTrainer(transformers.Trainer):
         elif self.args.should_save:
             copy_checkpoint(best, str(self.args.output_dir))
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """The stock one; what will be wanted at the end is saved now, be it a step of `--save_steps` or not."""
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best and self.args.load_best_model_at_end
+        return best
+
     def _load_best_model(self) -> None:
         """Nothing is loaded: `save_final` copies the checkpoint, which works whatever engine holds the weights."""
 
@@ -316,8 +322,8 @@ class LlavaTrainer(transformers.Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.state.best_global_step:
-                best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.name == name or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(staging / name / "trainer_state.json"))
             (staging / name).rename(staging / "model" / "trainer_state")
