@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 import weakref
 from collections.abc import Sequence
@@ -84,8 +85,8 @@ class Plan:
         """How many checkpoints lie on the disk at the end."""
         if args.save_strategy == "no":
             return 0
-        every = max(1, int(args.save_steps))
-        saves = self.steps // every if args.save_strategy == "steps" else int(args.num_train_epochs)
+        every = math.ceil(args.save_steps * (self.steps if args.save_steps < 1 else 1))  # below 1: share of all steps
+        saves = math.ceil(self.steps / every) if args.save_strategy == "steps" else math.ceil(args.num_train_epochs)
         return min(args.save_total_limit or saves, saves)
 
 

@@ -25,9 +25,9 @@ def plot_training(log: Path, output: Path) -> None:
     )
     for axes, (title, _, lines) in zip(all_axes[:, 0], panels):
         for key, label, style in lines:
-            points = [(row["step"], row[key]) for row in rows if key in row]
+            points = {row["step"]: row[key] for row in rows if key in row}  # steps that a resumed run repeats: as it was last
             if points:
-                axes.plot(*zip(*points), style, label=label, markersize=4)
+                axes.plot(*zip(*sorted(points.items())), style, label=label, markersize=4)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import options
+from test_run import options, run
 from tiny import make_tokenizer
 
 from llava_simplified.arguments import parse_arguments
@@ -130,3 +130,18 @@ def test_flops_are_those_of_the_matrices(models_folder: Path, data_folder: Path,
     expected = per_position * plan.positions + 2 * 2 * projector + 4 * plan.trained * 32 * vocabulary
     assert plan.flops == pytest.approx(expected, rel=0.1)
     assert torch.is_grad_enabled()
+
+
+def test_checkpoints_are_counted_as_the_run_saves_them(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    for more, kept in (
+        ({"save_steps": 0.3, "max_steps": 10}, 4),  # after 3, 6, 9, and at the end
+        ({"save_steps": 4, "max_steps": 10}, 3),
+        ({"save_steps": 4, "max_steps": 10, "save_total_limit": 1}, 1),
+        ({"save_strategy": "no"}, 0),
+    ):
+        argv = options(models_folder, data_folder, tmp_path / str(kept), **{"save_strategy": "steps", **more})
+        groups = parse_arguments(argv)
+        assert make_plan(*groups).kept(groups[2]) == kept
+        if kept == 4:
+            run(argv)
+            assert len(list((tmp_path / "4").glob("checkpoint-*"))) == 4

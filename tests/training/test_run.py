@@ -15,6 +15,7 @@ from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.prompt import Message
 from llava_simplified.training.build import describe_architecture
 from llava_simplified.training.kernels import can_compile
+from llava_simplified.training.plots import plot_training
 from llava_simplified.training.run import train
 
 
@@ -223,6 +224,16 @@ def test_the_projector_has_its_own_learning_rate(models_folder: Path, data_folde
     before, after = adapter(start), adapter(moved)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"weight", "bias"}
+    assert losses(moved, "learning_rate") == [0, 0], "what is logged is that of the option of this name"
+
+
+def test_steps_that_a_resumed_run_repeats_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"step": step, "loss": loss} for step, loss in ((1, 9), (2, 8), (3, 7), (2, 6), (3, 5))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn: list[tuple] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, *points, **_: drawn.append(points[:2]))
+    plot_training(tmp_path / "log.jsonl", tmp_path / "plot.png")
+    assert drawn == [((1, 2, 3), (9, 6, 5))]
 
 
 def tower(folder: Path, how: str) -> dict[str, torch.Tensor]:
