@@ -25,7 +25,9 @@ def plot_training(log: Path, output: Path) -> None:
     )
     for axes, (title, _, lines) in zip(all_axes[:, 0], panels):
         for key, label, style in lines:
-            points = {row["step"]: row[key] for row in rows if key in row}  # steps that a resumed run repeats: as it was last
+            points = {
+                row["step"]: row[key] for row in rows if key in row
+            }  # steps that a resumed run repeats: as it was last
             if points:
                 axes.plot(*zip(*sorted(points.items())), style, label=label, markersize=4)
         axes.set_ylabel(title)
