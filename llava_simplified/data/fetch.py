@@ -352,7 +352,7 @@ async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> A
         finally:
             results.put_nowait(None)
 
-    for host in hosts.values():
+    for host in sorted(hosts.values(), key=lambda host: -len(host.rows)):  # begun last, the largest would end alone
         for lane in range(min(options.per_host, len(host.rows))):
             lanes.put_nowait((lane, next(turn), host))
     task = asyncio.create_task(run())
