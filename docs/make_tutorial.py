@@ -187,7 +187,7 @@ def draw_patches(decoded: np.ndarray, resized: np.ndarray, ours: int, clips: int
 def boxes(axis: Axes, row: float, texts: list[str], colours: list[str]) -> None:
     for column, (text, colour) in enumerate(zip(texts, colours)):
         axis.add_patch(plt.Rectangle((column + 0.04, row), 0.92, 0.8, facecolor=colour, edgecolor="#868e96", lw=0.6))
-        size, turn = 5 if len(text) > 9 else 6.5, 90 if len(text) > 3 else 0
+        size, turn = 5.5 if len(text) > 9 else 7, 90 if len(text) > 3 else 0
         axis.text(column + 0.5, row + 0.4, text, ha="center", va="center", fontsize=size, rotation=turn)
 
 
@@ -197,7 +197,7 @@ def draw_sequence(tokens: list[tuple[str, int, bool]], input_ids: list[int], pos
     many = input_ids.count(IMAGE_INDEX)
     names = [word.replace("Ġ", "").replace("Ċ", "line") for word, _, _ in tokens]
     spliced = names[:place] + ["image"] * many + names[place + 1 :]
-    figure, axis = plt.subplots(figsize=(11, 3.4))
+    figure, axis = plt.subplots(figsize=(7.2, 3.2))
     figure.subplots_adjust(0, 0, 1, 1)
     boxes(axis, 4, names, [IMAGE_COLOUR if i == place else TEXT_COLOUR for i in range(len(names))])
     boxes(axis, 2, spliced, [IMAGE_COLOUR if place <= i < place + many else TEXT_COLOUR for i in range(len(spliced))])
@@ -279,11 +279,9 @@ def write(seen: dict[str, Any]) -> str:
 LLaVA in a sentence: a vision model that was trained before turns a picture into a grid of vectors, a small network maps each of them into the space of word embeddings, and there they
 stand among the words of a prompt, for a language model that was trained before as well and now learns to say what they show.
 
-    picture -> vision tower -> projector -> {count:>3} image tokens ----+
-               (frozen)        (trained)                         |
-                                                                 +-> language model -> the answer
-                                                                 |   (frozen; LoRA, beside its matrices, is trained)
-    prompt -> word embeddings, <image> among them gives way -----+
+    picture -> vision tower -> projector -> {count:>2} tokens --+
+               (frozen)        (trained)                +-> language model -> answer
+    prompt  -> word embeddings, <image> gives way ------+   (frozen; LoRA trained)
 
 This page is written by `docs/make_tutorial.py`, which runs the code on one drawing of the demo that the model never saw, `{seen["image"]}`:
 "{seen["caption"]}". Open the named files beside it. You should know PyTorch; LLaVA you will know at the end. [The notebook](tutorial.ipynb) does the same on
@@ -342,11 +340,7 @@ said, so nothing is learned from them as words.
 
 ## 5. The splice: `Llava.splice` in `model/llava.py`
 
-The collator repeats the image's id once per image token: {len(seen["input_ids"])} ids, {count} of them {IMAGE_INDEX}:
-
-    [{", ".join("image" if token == IMAGE_INDEX else str(token) for token in seen["input_ids"])}]
-
-Embedding them gives {seen["embeds"]}; then the image tokens take the places of their ids, in reading order. That is where the {count} tokens enter, between two words of the prompt, before the language
+The collator repeats the image's id once per image token: {len(seen["input_ids"])} ids, {count} of them {IMAGE_INDEX}. Embedding them gives {seen["embeds"]}; then the image tokens take the places of their ids, in reading order. That is where the {count} tokens enter, between two words of the prompt, before the language
 model's first layer. What LLaVA does to a language model's input is these four lines:
 
 {splice_code()}
@@ -412,7 +406,7 @@ choices of the run, and the names and fingerprints of the two models that were n
 {files}
 
 Together {saved:.0f} MB. The language model's own {millions["language model"]} weights and the tower's {millions["tower"]} are not among them: both models are found again by name, and refused if their weights are not the ones
-of the training. `Llava.from_pretrained(folder)` needs nothing else. `llava export` writes the whole in the form that other tools load.
+of the training. `Llava.from_pretrained(folder)` needs no other argument. `llava export` writes the whole in the form that other tools load.
 
 ## Exercises
 
