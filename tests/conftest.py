@@ -27,7 +27,7 @@ def two_threads() -> None:
 def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds `mistral`, `llama`, `clip`, ... as they would come from a hub."""
     root = tmp_path_factory.mktemp("models")
-    for kind in ("mistral", "llama", "qwen2", "gemma2", "phi"):
+    for kind in ("mistral", "llama", "qwen2", "gemma2", "phi", "opt"):
         save_language_model(kind, root / kind)
     for kind in ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet"):
         save_vision_model(kind, root / kind)

@@ -62,6 +62,11 @@ def make_language_model(kind: str, vocabulary: int):
         return t.Gemma2ForCausalLM(t.Gemma2Config(**common, head_dim=8, final_logit_softcapping=5.0))
     if kind == "phi":
         return t.PhiForCausalLM(t.PhiConfig(**common))
+    if kind == "opt":
+        return t.OPTForCausalLM(
+            t.OPTConfig(vocab_size=vocabulary, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                        num_attention_heads=4, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+        )  # fmt: skip
     raise ValueError(kind)
 
 

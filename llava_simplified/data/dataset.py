@@ -166,9 +166,9 @@ def open_data(path: str, folder: str | None, option: str) -> tuple[Sequence[Reco
         option: the name of the folder's option, for the errors.
 
     Raises:
-        ValueError: no records, no such folder, or none of the first images can be read.
+        ValueError: no records, one without an answer, no such folder, or none of the first images can be read.
     """
-    records = open_records(path)
+    records = open_records(path, answered=True)
     if not len(records):
         raise ValueError(f"{path}: no records in it")
     folder = folder or str(Path(path).parent)

@@ -136,16 +136,21 @@ class Records(Sequence[Record]):
         return self.rows.longest(count)
 
 
-def open_records(path: str | Path) -> Records:
+def open_records(path: str | Path, answered: bool = False) -> Records:
     """All records of a `.json` array, a `.jsonl` or `.parquet` file, or of a folder of `llava download`.
 
     Up to `CHECK_ALL` rows are checked at once, of larger files that many, evenly spread, so that a wrong file
     is refused here and not in the middle of a run.
+
+    Args:
+        answered: a row without an answer, or with an empty one, is wrong too.
 
     Raises:
         ValueError: names the file, the row and what is wrong with it.
     """
     records = Records(open_rows(path))
     for index in np.linspace(0, len(records) - 1, min(len(records), CHECK_ALL)).astype(int):
-        records[int(index)]
+        record = records[int(index)]
+        if answered and not (record.responses and all(map(str.strip, record.responses))):
+            raise ValueError(f"{record.id}: no answer to learn from, or an empty one; `llava clean` sets such rows aside")
     return records

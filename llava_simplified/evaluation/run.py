@@ -62,9 +62,9 @@ def _own_references(row: dict[str, Any], where: str) -> list[str]:
 
 
 def _references_of(image: str, references: Mapping[str, Sequence[str]], where: str) -> Sequence[str]:
-    name = Path(image).name
-    digits = re.findall(r"\d+", Path(image).stem)
-    for key in (name, Path(image).stem, str(int(digits[-1])) if digits else ""):
+    name, stem = Path(image).name, Path(image).stem
+    number = re.fullmatch(r"(?:COCO_\w+_)?0*(\d+)", stem)  # in other names it may count anything
+    for key in (name, stem, number[1] if number else ""):
         if key in references:
             return references[key]
     raise ValueError(f"{where}: the references hold no caption of {name!r}, neither by name nor by number")

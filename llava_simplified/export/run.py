@@ -52,13 +52,16 @@ def merge_main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
+    parser.add_argument("--vision-tower", help="the vision tower, likewise")
     args = parser.parse_args(argv)
-    merge(args.checkpoint, args.output, args.model_base)
+    merge(args.checkpoint, args.output, args.model_base, args.vision_tower)
     print(f"{args.output}: of the base models, only those are needed that were not trained")
     return 0
 
 
-def merge(checkpoint: str | Path, output: Path, model_base: str | None = None) -> None:
+def merge(
+    checkpoint: str | Path, output: Path, model_base: str | None = None, vision_tower: str | None = None
+) -> None:
     """Write a checkpoint of the same model without adapters: `language_model/`, `vision_tower/` in their place.
 
     Raises:
@@ -73,11 +76,14 @@ def merge(checkpoint: str | Path, output: Path, model_base: str | None = None) -
         raise ValueError(f"{checkpoint}: has no adapter to merge")
     if output.exists():
         raise ValueError(f"{output} exists: choose another --output")
-    model = Llava.from_pretrained(checkpoint, model_base=model_base, device="cpu", merge=True)
+    where = {"model_base": model_base, "vision_tower": vision_tower}
+    model = Llava.from_pretrained(checkpoint, device="cpu", merge=True, **where)
     # trained whole, as far as saving goes
     model.language_model.requires_grad_(text != "projector")
     model.vision_tower.requires_grad_(tower != "off")
     parts = dict(manifest["architecture"])
+    for name, moved in (("language_model", model_base), ("vision_tower", vision_tower)):
+        parts[name] = str(Path(moved).resolve()) if moved and Path(moved).is_dir() else moved or parts[name]
     if text != "projector":
         parts["bits"] = 16
     save_checkpoint(model, output, Architecture(**parts), manifest["training"])

@@ -148,6 +148,8 @@ def describe(model: Llava) -> dict[str, Any]:
         raise ValueError("stock LLaVA has no convolutional vision towers: train with a ViT (CLIP, SigLIP, DINOv2)")
     if vision.token_pool:
         raise ValueError("stock LLaVA does not pool image tokens: train with --mm_token_pool 0")
+    if not any(name.endswith("model.embed_tokens") for name, _ in text.named_modules()):
+        raise ValueError(f"stock LLaVA has no place for a {text.config.model_type}: train with another language model")
     grid = (vision.transform.crop[0] // vision.model.config.patch_size) ** 2
     with torch.no_grad():
         total = vision.model(torch.zeros(1, 3, *vision.transform.crop, dtype=vision.dtype)).last_hidden_state.shape[1]

@@ -73,8 +73,9 @@ def test_references_of_a_coco_file(tmp_path: Path, image: str) -> None:
 def test_references_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "coco.json").write_text('{"annotations": [{"image_id": 1, "caption": "a"}]}')
     references = read_references(tmp_path / "coco.json")
-    with pytest.raises(ValueError, match=r"row 0: the references hold no caption of '000000000042\.jpg'"):
-        read_predictions(_write(tmp_path / "p.json", _rows("a")), references)
+    for image in ("000000000042.jpg", "photo_1.jpg"):
+        with pytest.raises(ValueError, match=rf"row 0: the references hold no caption of '{image}'"):
+            read_predictions(_write(tmp_path / "p.json", _rows("a", image=image)), references)
     (tmp_path / "bad.json").write_text('[{"image": "a.jpg"}]')
     with pytest.raises(ValueError, match=r"bad\.json: not a COCO caption file"):
         read_references(tmp_path / "bad.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,7 @@ def test_a_stranger_gets_the_same_from_the_adapter(models_folder: Path, data_fol
         ({"mm_projector_type": "mlp3x_gelu"}, "has two layers, this one 3"),
         ({"model_name_or_path": "gemma2"}, "logits differ by .*stock LLaVA does not"),
         ({"model_name_or_path": "phi"}, "head has no bias"),
+        ({"model_name_or_path": "opt"}, "no place for a opt"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -229,13 +231,20 @@ def test_the_folder_has_what_vllms_loader_looks_for(
     assert (tmp_path / "stock" / "preprocessor_config.json").is_file()
 
 
-def test_merging_keeps_every_word(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
-    parts = {"model_name_or_path": models_folder / "qwen2", "vision_tower": models_folder / "clip"}
-    checkpoint = trained(models_folder, data_folder, tmp_path / "out", **parts)
-    assert merge_main([str(checkpoint), "--output", str(tmp_path / "merged")]) == 0
+def test_merging_keeps_every_word_though_the_bases_have_moved(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    here, there = ({"model_name_or_path": tmp_path / f / "qwen2", "vision_tower": tmp_path / f / "clip"} for f in "ab")
+    for folder in here.values():
+        shutil.copytree(models_folder / folder.name, folder)
+    checkpoint = trained(models_folder, data_folder, tmp_path / "out", **here)
+    (tmp_path / "a").rename(tmp_path / "b")
+    where = ["--model-base", str(there["model_name_or_path"]), "--vision-tower", str(there["vision_tower"])]
+    assert merge_main([str(checkpoint), "--output", str(tmp_path / "merged"), *where]) == 0
     assert not (tmp_path / "merged" / "adapter").exists()
     image = data_folder / "images" / "2.jpg"
-    one, other = Llava.from_pretrained(checkpoint), Llava.from_pretrained(tmp_path / "merged")
+    one = Llava.from_pretrained(checkpoint, model_base=where[1], vision_tower=where[3])
+    other = Llava.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(own_logits(one, image), own_logits(other, image), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no adapter to merge"):
         merge_main([str(tmp_path / "merged"), "--output", str(tmp_path / "again")])

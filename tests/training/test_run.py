@@ -349,6 +349,19 @@ def test_what_is_asked_where_nothing_is_said_is_what_the_first_picture_was_asked
     assert describe_architecture(model_args, args, records).instruction == question
 
 
+@pytest.mark.parametrize("option", ["train_data_path", "eval_data_path"])
+@pytest.mark.parametrize("change", [{"response": " "}, {"response": None}, {"responses": ["a cat", ""]}])
+def test_a_record_without_an_answer_is_named_before_anything_is_loaded(
+    models_folder: Path, data_folder: Path, tmp_path: Path, option: str, change: dict
+) -> None:
+    rows = json.loads((data_folder / "train.json").read_text())
+    rows[7] = {key: value for key, value in {**rows[7], **change}.items() if value is not None}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    more = {"model_name_or_path": "nowhere", "val_image_folder": data_folder / "images", option: tmp_path / "rows.json"}
+    with pytest.raises(ValueError, match=r"rows.json row 7: no answer to learn from"):
+        run(options(models_folder, data_folder, tmp_path / "out", **more))
+
+
 def test_an_image_folder_without_the_images(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of the first images can be read"):
         run(options(models_folder, data_folder, tmp_path / "out", train_image_folder=tmp_path))
