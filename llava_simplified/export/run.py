@@ -59,9 +59,7 @@ def merge_main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def merge(
-    checkpoint: str | Path, output: Path, model_base: str | None = None, vision_tower: str | None = None
-) -> None:
+def merge(checkpoint: str | Path, output: Path, model_base: str | None = None, vision_tower: str | None = None) -> None:
     """Write a checkpoint of the same model without adapters: `language_model/`, `vision_tower/` in their place.
 
     Raises:
