@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from llava_simplified.data.rows import open_rows
+from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.data.sources import Columns, Oddities, SourceRow, read_source
 
 INSTRUCTION = "Generate a caption of this image:"
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+_ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 
 
 def group_captions(read: Callable[[Oddities], Iterator[SourceRow]], odd: Oddities) -> Iterator[SourceRow]:
@@ -75,9 +77,15 @@ def to_records(
         if row.record is None and not image:
             odd.note("row without an image (left out)", row.number, row.captions)
             continue
+        if _ABSOLUTE.match(image):
+            if image_folder is not None and Path(image).is_relative_to(image_folder.absolute()):
+                image = str(Path(image).relative_to(image_folder.absolute()))
+            else:  # of the machine that wrote it
+                odd.note("absolute path, not in --image-folder (base name kept)", row.number, image)
+                image = re.split(r"[/\\]", image)[-1]
         if image_folder is not None and image and "#" not in image:
             stem = image.rpartition(".")[0]  # what a URL held, only its first bytes can tell
-            names = [image] if row.image else [stem + suffix for suffix in _SUFFIXES]
+            names = [image] if row.image else [f"{stem}.{suffix}" for suffix in IMAGE_SUFFIXES]
             found = next((name for name in names if (image_folder / name).is_file()), None)
             if found is None:
                 odd.note(f"image not in {image_folder} (left out)", row.number, image)
@@ -218,14 +226,14 @@ def convert(
 
 
 def reduce(source: Path, output: Path, count: int, seed: int) -> int:
-    """A random sample of `count` records, in their order, as they stand in the file; returns how many."""
+    """A random sample of `count` records, in their order; returns how many."""
     rows = open_rows(source)
     if count < 1:
         raise ValueError(f"--count {count}: at least 1")
     chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
     with RecordWriter(output) as writer:
         for index in chosen:
-            writer.write_text(rows.raw(index).decode())
+            writer.write(rows[index])
     return len(chosen)
 
 

@@ -15,6 +15,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from llava_simplified.data.shards import picture_column
+
 BOM = b"\xef\xbb\xbf"
 _AFTER = tuple(",:]} \t\r\n")  # what may follow a JSON value
 _LARGEST = 1 << 26  # bytes of one JSON value; what is longer is taken for broken JSON
@@ -26,14 +28,18 @@ def open_rows(path: str | Path) -> RowFile:
     Raises:
         ValueError: where there is no such file, or it isn't JSON.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "records.jsonl"
+    path = records_of(Path(path))
     if not path.is_file():
         raise ValueError(f"{path}: no such file of records (a .json array, .jsonl or .parquet)")
     if path.suffix not in (".json", ".jsonl", ".parquet"):
         raise ValueError(f"{path}: a file of records ends .json, .jsonl or .parquet; see `llava convert`")
     return RowFile(_parquet_as_jsonl(path) if path.suffix == ".parquet" else path, path.name)
+
+
+def records_of(path: Path) -> Path:
+    """Of a folder of `llava download` its records, of shards or of plain files; a file is itself."""
+    names = ("records.json", "records.jsonl") if path.is_dir() else ()
+    return next((path / name for name in names if (path / name).is_file()), path / names[-1] if names else path)
 
 
 class RowFile(Sequence[dict[str, Any]]):
@@ -201,8 +207,8 @@ def _parquet_as_jsonl(path: Path) -> Path:
     for outdated in cache.glob(f"{place}-*.jsonl"):
         outdated.unlink()
     table = pq.ParquetFile(path, buffer_size=1 << 20)  # a window over each column, not the whole row group
-    pictures = {field.name for field in table.schema_arrow if "binary" in str(field.type)}
-    columns = [name for name in table.schema_arrow.names if name not in pictures]
+    pictures = picture_column(table.schema_arrow)
+    columns = [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
     partial, number = cached.with_suffix(f".{os.getpid()}.part"), 0
     with partial.open("w", encoding="utf-8") as file:
         for batch in table.iter_batches(1024, columns=columns, use_threads=False):
@@ -210,7 +216,7 @@ def _parquet_as_jsonl(path: Path) -> Path:
                 row = {name: value for name, value in values.items() if value is not None}
                 if pictures:
                     row["image"] = f"{path.name}#{number}"
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 number += 1
     partial.replace(cached)
     return cached

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+_PICTURE_COLUMNS = {*IMAGE_SUFFIXES, "image", "img", "picture", "photo", "data", "content", "bytes", "image_bytes"}
 _BLOCK = 512
 END = b"\0" * (2 * _BLOCK)  # of a tar
 
@@ -205,12 +206,20 @@ def read_shard_image(path: Path, key: str) -> bytes:
     return read_range(path, *place)
 
 
+def picture_column(schema: Any) -> str:
+    """The column of a Parquet file that holds pictures, "" where none does: other bytes may be a hash, an embedding."""
+    fields = [field for field in schema if "binary" in str(field.type)]
+    structs = [field.name for field in fields if str(field.type).startswith("struct<") and "bytes: " in str(field.type)]
+    return next(iter(structs + [field.name for field in fields if field.name.lower() in _PICTURE_COLUMNS]), "")
+
+
 @lru_cache(maxsize=2)
 def _picture_column(path: Path, group: int) -> tuple[Any, ...]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(path)
-    column = next(field.name for field in table.schema_arrow if "binary" in str(field.type))
+    if not (column := picture_column(table.schema_arrow)):
+        raise ValueError(f"{path}: no column of pictures")
     return tuple(table.read_row_group(group, columns=[column])[0].to_pylist())
 
 

@@ -27,14 +27,14 @@ from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from llava_simplified.data.rows import BOM, scan_json
-from llava_simplified.data.shards import IMAGE_SUFFIXES, read_range, tar_samples
+from llava_simplified.data.rows import BOM, records_of, scan_json
+from llava_simplified.data.shards import IMAGE_SUFFIXES, picture_column, read_range, tar_samples
 
 URL_NAMES = ("url", "image_url", "coco_url", "flickr_url", "img_url", "link")
 IMAGE_NAMES = ("image", "file_name", "filename", "image_name", "image_path", "file", "path", "filepath", "img")
 CAPTION_NAMES = ("caption", "text", "captions", "alt_text", "sentence", "comment", "description", "title", "raw")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_PICTURE = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?)([.#]\w+)*$", re.IGNORECASE)
+_PICTURE = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+)*$", re.IGNORECASE)
 
 
 class SourceRow(NamedTuple):
@@ -91,11 +91,9 @@ def read_source(source: str, odd: Oddities, columns: Columns) -> Iterator[Source
         if not _is_unicode(row):
             odd.note("half of a surrogate pair, no character (left out)", row.number, row.record or row.captions)
             continue
-        if row.image.startswith(("/", "\\")) or row.image[1:3] == ":\\":  # of the machine that wrote it
-            odd.note("absolute image path (base name kept)", row.number, row.image)
-            row = row._replace(image=re.split(r"[/\\]", row.image)[-1])
         if not all(row.captions):
-            odd.note("empty caption (left out)", row.number, row.url or row.image)
+            kind = "empty caption (left out)" if row.record is None else "record with an empty answer (kept)"
+            odd.note(kind, row.number, row.url or row.image)
             row = row._replace(captions=tuple(caption for caption in row.captions if caption))
         yield row
 
@@ -115,7 +113,7 @@ def _read(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
     folder = Path(source)
     if folder.is_dir():
         yield from _folder(folder, odd, columns)
-    elif any(mark in source for mark in "*?["):
+    elif "://" not in source and not folder.is_file() and any(mark in source for mark in "*?["):
         parts = sorted(glob.glob(source))  # noqa: PTH207 - absolute patterns too
         if not parts:
             raise ValueError(f"{source}: no file matches")
@@ -124,14 +122,15 @@ def _read(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
     elif "://" not in source and not folder.is_file():
         raise ValueError(f"{source}: no such file or folder")
     else:
-        suffix = Path(re.sub(r"\.(gz|bz2|xz)$", "", source.lower())).suffix
+        name = source.lower().partition("?")[0] if "://" in source else source.lower()
+        suffix = Path(re.sub(r"\.(gz|bz2|xz)$", "", name)).suffix
         readers = {".parquet": _parquet, ".tar": _tar, ".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl}
         yield from readers.get(suffix, _table)(source, odd, columns)
 
 
 def _folder(folder: Path, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
-    if (folder / "records.jsonl").is_file():  # written by `llava download`
-        yield from _jsonl(str(folder / "records.jsonl"), odd, columns)
+    if (records := records_of(folder)).is_file():
+        yield from _read(str(records), odd, columns)
         return
     names = {f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet")}
     if metadata := sorted(path for path in folder.rglob("metadata.*") if path.name in names):
@@ -141,7 +140,7 @@ def _folder(folder: Path, odd: Oddities, columns: Columns) -> Iterator[SourceRow
                 yield row._replace(image=str(below / row.image) if row.image else "")
         return
     for suffixes in ((".tar",), (".parquet",), (".tsv", ".csv", ".txt"), (".jsonl",), (".json",)):
-        if parts := sorted(path for path in folder.iterdir() if path.suffix in suffixes):
+        if parts := sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes):
             for part in parts:
                 yield from _read(str(part), odd, columns)
             return
@@ -276,6 +275,11 @@ def _layout(source: str, sample: list[list[str]], columns: Columns) -> tuple[int
             names.index(caption),
             len(names),
             True,
+        )
+    if len(sample) > 1 and len(first) > 2 and {len(row) for row in sample} == {len(first)}:
+        raise ValueError(
+            f"{source}: {len(first)} fields in every row, and no header says which is the caption: put a line of names "
+            f"(url, caption, ...) before the first row, which is {first}"
         )
     rows = [[row[0], row[-1]] for row in sample if len(row) > 1] or [["", ""]]
     for column, pattern in ((0, _URL), (1, _URL), (0, _PICTURE), (1, _PICTURE)):
@@ -413,9 +417,10 @@ def _listed(value: object) -> list[Any]:
 def _from_mapping(value: dict[str, Any], number: int, named: tuple[str, str, str] | None) -> SourceRow:
     split = _text(value.get("split"))
     if "sentences" in value:  # Karpathy
-        image = "/".join(part for part in (_text(value.get("filepath")), _text(value.get("filename"))) if part)
-        sentences = [each for each in _listed(value["sentences"]) if isinstance(each, dict)]
-        return SourceRow(number, image, "", tuple(_text(each.get("raw")) for each in sentences), split)
+        parts = [_text(value.get(name)) for name in ("filepath", "filename")]
+        image = _text(value.get("image")) or "/".join(filter(None, parts))
+        said = (each.get("raw") if isinstance(each, dict) else each for each in _listed(value["sentences"]))
+        return SourceRow(number, image, _text(value.get("url")), tuple(map(_text, said)), split)
     if _is_record(value):
         image = value.get("image") or ""
         texts = _listed(value.get("responses") or value.get("response"))
@@ -443,11 +448,11 @@ def _parquet(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow
 
 def _parquet_rows(table: Any, source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
     schema = table.schema_arrow
-    pictures = [field.name for field in schema if "binary" in str(field.type)]
-    names = [name for name in schema.names if name not in pictures]
+    pictures = picture_column(schema)
+    names = [field.name for field in schema if "binary" not in str(field.type)]
     manifest = {"key", "status"} <= set(names)
     wanted, named = names, None
-    if not _is_record(dict.fromkeys(names)):
+    if "sentences" not in names and not _is_record(dict.fromkeys(names)):
         first = next(iter(table.iter_batches(1, columns=names)), None)
         shown = first.to_pylist()[0] if first is not None and first.num_rows else schema.names
         virtual = [*names, "image"] if pictures or manifest else names
@@ -473,12 +478,18 @@ def _tar(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
     named: tuple[str, str, str] | None = None
     for number, (key, members) in enumerate(tar_samples(path)):
         picture = next((suffix for suffix in members if suffix in IMAGE_SUFFIXES), None)
-        text = next((suffix for suffix in ("txt", "caption", "json") if suffix in members), None)
-        if picture is None or text is None:
+        texts = {
+            suffix: read_range(path, *members[suffix]).decode("utf-8", "replace")
+            for suffix in ("txt", "caption", "json")
+            if suffix in members
+        }
+        if picture is None or not texts:
             odd.note(f"sample without {'an image' if picture is None else 'a caption'} (left out)", number, key)
             continue
-        caption = read_range(path, *members[text]).decode("utf-8", "replace")
-        row = _object(caption) if text == "json" else {"caption": caption}
+        text, caption = next(iter(texts.items()))
+        row = _object(texts.get("json", ""))
+        if text != "json" and not isinstance((row or {}).get("captions"), list):  # several, one a line in our .txt
+            row = {"caption": caption}
         if row is None:
             odd.note("not a JSON object (left out)", number, key)
             continue

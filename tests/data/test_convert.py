@@ -10,6 +10,7 @@ import pytest
 
 from llava_simplified.data.convert import convert, file_name, fraction, main, reduce, reduce_main
 from llava_simplified.data.records import open_records
+from llava_simplified.data.shards import IMAGE_SUFFIXES
 
 
 def source(folder: Path, count: int = 400, each: int = 1) -> Path:
@@ -150,3 +151,32 @@ def test_the_command_tells_counts_and_oddities(tmp_path: Path, capsys: pytest.Ca
     assert "2 records" in told
     assert "1 ragged: too few fields (left out) (first: row 2: 'lost')" in told
     assert "3 CRLF line end" in told
+
+
+def test_a_path_below_the_image_folder_stays_whole_and_another_machines_keeps_its_base_name(tmp_path: Path) -> None:
+    """Pictures of two folders may have one base name: their captions are not joined."""
+    for name in ("train/1.jpg", "val/1.jpg"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        (tmp_path / "images" / name).write_bytes(b"x")
+    rows = [f"{tmp_path}/images/train/1.jpg,a cat", f"{tmp_path}/images/val/1.jpg,a dog", "C:/x/3.jpg,c", "C:\\x\\4.jpg,d"]
+    (tmp_path / "x.csv").write_text("image,caption\n" + "\n".join(rows))
+    convert(str(tmp_path / "x.csv"), tmp_path / "o.json", image_folder=tmp_path / "images")
+    records = open_records(tmp_path / "o.json")
+    assert [(*r.images, *r.responses) for r in records] == [("train/1.jpg", "a cat"), ("val/1.jpg", "a dog")]
+    _, odd = convert(str(tmp_path / "x.csv"), tmp_path / "o.json")
+    assert [r.images for r in open_records(tmp_path / "o.json")] == [("1.jpg",), ("1.jpg",), ("3.jpg",), ("4.jpg",)]
+    assert odd.counts == {"absolute path, not in --image-folder (base name kept)": 4}
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_kind_of_picture_that_is_downloaded_is_found(tmp_path: Path, suffix: str) -> None:
+    name = file_name(0, "http://a.example/0.jpg").replace("jpg", suffix)
+    (tmp_path / name).write_bytes(b"x")
+    convert(str(source(tmp_path, 1)), tmp_path / "o.json", image_folder=tmp_path)
+    assert open_records(tmp_path / "o.json")[0].images == (name,)
+
+
+def test_a_row_that_is_no_json_is_named_by_the_sample_too(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"image": "1.jpg", "response": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl row 0: not JSON"):
+        reduce(tmp_path / "x.jsonl", tmp_path / "o.jsonl", 1, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -123,3 +124,11 @@ def test_what_is_no_file_of_records_is_refused(tmp_path: Path, name: str) -> Non
     (tmp_path / "captions.tsv").write_text("a\tb\n")
     with pytest.raises(ValueError, match=name):
         open_records(tmp_path / name)
+
+
+def test_dates_of_a_parquet_file_are_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    row = {"image": "1.jpg", "instruction": "Say:", "response": "a cat", "embedding": b"1", "at": datetime(2026, 1, 2)}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+    assert open_rows(tmp_path / "x.parquet")[0]["at"] == "2026-01-02 00:00:00"
+    assert open_records(tmp_path / "x.parquet")[0].images == ("1.jpg",), "no picture out of the embedding"

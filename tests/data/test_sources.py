@@ -10,12 +10,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from llava_simplified.data.records import open_records
+from llava_simplified.data.shards import ShardWriter, read_shard_image
 from llava_simplified.data.sources import Columns, Oddities, SourceRow, read_source
 
 
@@ -96,6 +99,47 @@ def test_parquet_with_pictures_in_it_names_the_row(tmp_path: Path) -> None:
     assert image_captions(tmp_path / "train.parquet") == [("train.parquet#0", "a cat"), ("train.parquet#1", "a dog")]
 
 
+def test_other_bytes_of_a_parquet_file_are_no_pictures(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": [U], "text": ["a cat"], "phash": [b"123"]}), tmp_path / "laion.parquet")
+    assert read(tmp_path / "laion.parquet")[0] == [SourceRow(0, "", U, ("a cat",))]
+    both = {"embedding": [b"123"], "image": [{"bytes": b"x", "path": "1.jpg"}], "text": ["a cat"]}
+    pq.write_table(pa.table(both), tmp_path / "train.parquet")
+    assert read_shard_image(tmp_path / "train.parquet", "0") == b"x"
+    pq.write_table(pa.table({"text": ["a cat"], "embedding": [b"123"]}), tmp_path / "no.parquet")
+    with pytest.raises(ValueError, match="no url or image column among text"):
+        read(tmp_path / "no.parquet")
+    with pytest.raises(ValueError, match="no column of pictures"):
+        read_shard_image(tmp_path / "no.parquet", "0")
+
+
+def test_karpathys_sentences_as_plain_texts(tmp_path: Path) -> None:
+    """As his split stands on the hub, in Parquet."""
+    columns = {"filepath": ["val2014"], "filename": ["1.jpg"], "sentences": [["A cat.", "A pet."]], "url": [U]}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet")[0] == [SourceRow(0, "val2014/1.jpg", U, ("A cat.", "A pet."))]
+
+
+def test_a_name_with_brackets_is_a_file_and_a_question_mark_of_a_url_no_glob(tmp_path: Path) -> None:
+    (tmp_path / "train[1].tsv").write_text(f"a cat\t{U}\n")
+    assert image_captions(tmp_path / "train[1].tsv") == [(U, "a cat")]
+    with fsspec.open("memory://train.jsonl?download=true", "w") as file:
+        file.write(json.dumps({"url": U, "caption": "a cat"}))
+    rows = read_source("memory://train.jsonl?download=true", Oddities(), Columns())
+    assert [(row.url, row.captions) for row in rows] == [(U, ("a cat",))]
+
+
+@pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
+def test_a_folder_of_a_download_is_its_records(tmp_path: Path, name: str) -> None:
+    """Not its manifests, which name the pictures of shards."""
+    (tmp_path / name).write_text(f"{'[' * (name[-1] == 'n')}{json.dumps(RECORD)}{']' * (name[-1] == 'n')}")
+    pq.write_table(pa.table({"key": ["0"], "status": ["ok"], "captions": [["x"]]}), tmp_path / "00000.parquet")
+    assert image_captions(tmp_path) == [("images/0_7.jpg", "a cat")]
+    assert open_records(tmp_path)[0].images == ("images/0_7.jpg",)
+
+
+RECORD = {"image": "images/0_7.jpg", "instruction": "Say:", "response": "a cat"}
+
+
 def test_imagefolder_with_metadata(tmp_path: Path) -> None:
     (tmp_path / "train" / "sub").mkdir(parents=True)
     (tmp_path / "train" / "metadata.csv").write_text("file_name,text\nsub/1.jpg,a cat\n")
@@ -117,6 +161,14 @@ def test_a_webdataset_tar_with_texts_or_json(tmp_path: Path) -> None:
     rows, odd = read(path)
     assert [(row.image, *row.captions) for row in rows] == [("00000.tar#0", "a cat"), ("00000.tar#1", "a dog")]
     assert odd.counts == {"sample without a caption (left out)": 1}
+
+
+def test_several_captions_of_a_sample_are_apart_without_the_manifest_too(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "00000.tar")
+    for key, captions in (("0", ("a cat", "a pet")), ("1", ("a dog",))):
+        writer.add(key, b"x", "jpg", captions, {"captions": captions})
+    writer.close()
+    assert image_captions(tmp_path / "00000.tar") == [("00000.tar#0", "a cat", "a pet"), ("00000.tar#1", "a dog")]
 
 
 def test_the_manifest_of_img2dataset_is_used(tmp_path: Path) -> None:
@@ -158,12 +210,13 @@ def test_an_oddity_is_counted_named_and_costs_no_neighbour(tmp_path: Path, name:
     assert odd.first[kind].startswith("row ")
 
 
-def test_an_empty_caption_and_an_absolute_path_are_noted(tmp_path: Path) -> None:
-    rows = [{"image": "/data/somebody/1.jpg", "caption": "a cat"}, {"image": "2.jpg", "caption": " "}]
+def test_an_empty_caption_is_noted(tmp_path: Path) -> None:
+    rows = [{"image": "1.jpg", "caption": "a cat"}, {"image": "2.jpg", "caption": " "}]
+    rows.append({"image": "3.jpg", "instruction": "Say:", "response": ""})
     (tmp_path / "x.json").write_text(json.dumps(rows))
     read_rows, odd = read(tmp_path / "x.json")
-    assert [(row.image, row.captions) for row in read_rows] == [("1.jpg", ("a cat",)), ("2.jpg", ())]
-    assert odd.counts == {"absolute image path (base name kept)": 1, "empty caption (left out)": 1}
+    assert [(row.image, row.captions) for row in read_rows] == [("1.jpg", ("a cat",)), ("2.jpg", ()), ("3.jpg", ())]
+    assert odd.counts == {"empty caption (left out)": 1, "record with an empty answer (kept)": 1}
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "train/../../1.jpg"])
@@ -196,6 +249,7 @@ def test_a_line_break_inside_csv_quotes_is_one_row(tmp_path: Path) -> None:
         ("x.csv", f"url,words\n{U},x\n", "no caption column among url, words"),
         ("x.jsonl", '{"link_to": "x", "caption": "y"}\n', "no url or image column among link_to, caption"),
         ("x.tsv", "", "empty file"),
+        ("x.tsv", f"{U}\ta cat\t0.31\n{V}\ta dog\t0.29\n", "3 fields in every row, and no header"),
         ("x.json", '{"captions": ["a"], "image_urls": []}', "0 'image_urls', but 1 'captions'"),
         ("x.json", '{"annotations": [{"image_id": 1, "bbox": []}]}', "not the captions file"),
     ],
