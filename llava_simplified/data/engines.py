@@ -84,6 +84,11 @@ def run_shards(
         backend.close()
 
 
+def _cpus() -> int:
+    """Those that this job was given, where the system tells; of a shared machine that is not all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Worker(NamedTuple):
     process: Any
     pipe: connection.Connection
@@ -96,13 +101,13 @@ class _Local:
     """
 
     def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
-        self._function, self.slots = function, workers or per_cpu * (os.cpu_count() or 1)
+        self._function, self.slots = function, workers or per_cpu * _cpus()
         # Forked processes share what is imported; but torch's threads do not survive a fork.
         fork = sys.platform == "linux" and "torch" not in sys.modules
         self._context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         gc.freeze()  # else the collector's marks unshare the pages
         self._workers: list[_Worker] = []
-        self._idle = [self._start() for _ in range(self.slots)]
+        self._idle: list[_Worker] = []
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -113,7 +118,7 @@ class _Local:
         return self._workers[-1]
 
     def submit(self, spec: Any) -> _Worker:
-        worker = self._idle.pop()
+        worker = self._idle.pop() if self._idle else self._start()
         with contextlib.suppress(OSError):  # it has just died: `answer` will see that and say so
             worker.pipe.send(spec)
         return worker
@@ -130,7 +135,6 @@ class _Local:
             worker.process.join()
             answer = None, OSError(f"its process died with exit code {worker.process.exitcode}")
             self._workers.remove(worker)
-            self._idle.append(self._start())
         return answer
 
     def close(self) -> None:
@@ -172,7 +176,7 @@ class _Ray:
         self._ray, self._ours = ray, not ray.is_initialized()
         if self._ours:
             address = os.environ.get("RAY_ADDRESS")
-            own: dict[str, Any] = {} if address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+            own: dict[str, Any] = {} if address else {"num_cpus": _cpus(), "include_dashboard": False}
             ray.init(address=address, log_to_driver=False, **own)
         self.slots = workers or max(1, per_cpu * int(ray.cluster_resources().get("CPU", 1)))
         self._remote = ray.remote(num_cpus=1 / per_cpu, max_retries=0)(function)

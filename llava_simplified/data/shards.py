@@ -80,11 +80,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
                 yield member
                 last = f"member {member.name!r}"
                 archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header it has seen
-    except (
-        tarfile.TarError,
-        ValueError,
-        OverflowError,
-    ) as error:  # of numbers in extended headers: tarfile trusts them
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # numbers in extended headers: tarfile trusts them
         raise ValueError(f"{path}: not a whole tar: {error}, after {last}") from None
 
 

@@ -33,6 +33,7 @@ from llava_simplified.data.shards import IMAGE_SUFFIXES, picture_column, read_ra
 URL_NAMES = ("url", "image_url", "coco_url", "flickr_url", "img_url", "link")
 IMAGE_NAMES = ("image", "file_name", "filename", "image_name", "image_path", "file", "path", "filepath", "img")
 CAPTION_NAMES = ("caption", "text", "captions", "alt_text", "sentence", "comment", "description", "title", "raw")
+_TEXTS = ("txt", "caption", "json")  # of a tar's sample, the first there is
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PICTURE = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+)*$", re.IGNORECASE)
 
@@ -268,14 +269,8 @@ def _layout(source: str, sample: list[list[str]], columns: Columns) -> tuple[int
     names = [field.strip().lower() for field in first]
     known = {*URL_NAMES, *IMAGE_NAMES, *CAPTION_NAMES, *(name.lower() for name in columns if name)}
     if known & set(names) and not any(_URL.match(field) for field in first):
-        url, image, caption = _named(source, names, columns, first)
-        return (
-            names.index(url) if url else -1,
-            names.index(image) if image else -1,
-            names.index(caption),
-            len(names),
-            True,
-        )
+        url, image, caption = (names.index(name) if name else -1 for name in _named(source, names, columns, first))
+        return url, image, caption, len(names), True
     if len(sample) > 1 and len(first) > 2 and {len(row) for row in sample} == {len(first)}:
         raise ValueError(
             f"{source}: {len(first)} fields in every row, and no header says which is the caption: put a line of names "
@@ -478,11 +473,7 @@ def _tar(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
     named: tuple[str, str, str] | None = None
     for number, (key, members) in enumerate(tar_samples(path)):
         picture = next((suffix for suffix in members if suffix in IMAGE_SUFFIXES), None)
-        texts = {
-            suffix: read_range(path, *members[suffix]).decode("utf-8", "replace")
-            for suffix in ("txt", "caption", "json")
-            if suffix in members
-        }
+        texts = {s: read_range(path, *members[s]).decode("utf-8", "replace") for s in _TEXTS if s in members}
         if picture is None or not texts:
             odd.note(f"sample without {'an image' if picture is None else 'a caption'} (left out)", number, key)
             continue

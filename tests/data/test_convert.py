@@ -158,7 +158,12 @@ def test_a_path_below_the_image_folder_stays_whole_and_another_machines_keeps_it
     for name in ("train/1.jpg", "val/1.jpg"):
         (tmp_path / "images" / name).parent.mkdir(parents=True)
         (tmp_path / "images" / name).write_bytes(b"x")
-    rows = [f"{tmp_path}/images/train/1.jpg,a cat", f"{tmp_path}/images/val/1.jpg,a dog", "C:/x/3.jpg,c", "C:\\x\\4.jpg,d"]
+    rows = [
+        f"{tmp_path}/images/train/1.jpg,a cat",
+        f"{tmp_path}/images/val/1.jpg,a dog",
+        "C:/x/3.jpg,c",
+        "C:\\x\\4.jpg,d",
+    ]
     (tmp_path / "x.csv").write_text("image,caption\n" + "\n".join(rows))
     convert(str(tmp_path / "x.csv"), tmp_path / "o.json", image_folder=tmp_path / "images")
     records = open_records(tmp_path / "o.json")

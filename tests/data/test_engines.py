@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llava_simplified.data.engines import run_shards, shard_slice
@@ -126,3 +127,16 @@ def test_ray_runs_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(d.result for d in run_shards(die_once, paths, engine="ray", workers=2)) == sorted(paths)
     (done,) = run_shards(always_wrong, [7], engine="ray", workers=1)
     assert "row 7 can't be" in done.error
+
+
+def processes(_: int) -> int:
+    """How many workers are there, seen from one of them."""
+    time.sleep(0.2)
+    return len(psutil.Process(os.getppid()).children())
+
+
+def test_no_more_processes_than_shards_or_than_the_job_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(psutil.Process().children())
+    assert [d.result for d in run_shards(processes, [0], workers=9)] == [before + 1]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
+    assert {d.result for d in run_shards(processes, range(9))} == {before + 3}
