@@ -40,7 +40,7 @@ from llava_simplified.data.engines import add_engine_arguments, run_shards, shar
 from llava_simplified.data.fetch import Fetched, FetchOptions, fetch_all
 from llava_simplified.data.images import MAX_PIXELS
 from llava_simplified.data.report import download_report
-from llava_simplified.data.shards import END, ShardWriter
+from llava_simplified.data.shards import END, ShardWriter, write_all
 from llava_simplified.data.sources import Columns, Oddities, read_source
 
 EARLY = 500  # so many first failures of one kind, and no picture, stop a run
@@ -84,9 +84,10 @@ class Store:
     def __init__(self, output: str) -> None:
         self.fs, self.root = fsspec.core.url_to_fs(output)
         self.local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
+        self.fs.invalidate_cache()  # of listings: other processes write here too
         self.fs.makedirs(self.root, exist_ok=True)
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_simplified" / "download"
-        place = hashlib.sha256(self.root.encode()).hexdigest()[:16]
+        place = hashlib.sha256(self.fs.unstrip_protocol(self.root).encode()).hexdigest()[:16]
         self.work = Path(self.root, "_work") if self.local else cache / place
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -172,8 +173,8 @@ def fetch_shard(spec: ShardSpec) -> dict[str, int]:
         table = _manifest([{**outcomes[row["index"]], **row} for row in rows])
         pq.write_table(table, work / f"{name}.parquet.part", compression="zstd")
         store.publish(work / f"{name}.parquet.part")
-        journal.unlink()
         plan.unlink(missing_ok=True)
+        journal.unlink()
     return _count(outcomes.values())
 
 
@@ -263,7 +264,7 @@ async def _fetch_rows(
 ) -> None:
     """Fetch rows; keep each picture, then write its line in the journal."""
     captions = {row["index"]: tuple(row["captions"]) for row in rows}
-    folder = Path(spec.output, "images")
+    folder = Path(Store(spec.output).root, "images")
     async for index, url, fetched in fetch_all(((row["index"], row["url"]) for row in rows), spec.options):
         outcome = outcomes[index] = _outcome(index, fetched)
         end = 0
@@ -278,7 +279,7 @@ async def _fetch_rows(
                 about = {"url": url, "captions": captions[index], **{k: outcome[k] for k in _ABOUT}}
                 outcome["offset"] = writer.add(outcome["key"], data, suffix, captions[index], about)
                 end = writer.end
-        os.write(journal, (json.dumps({**outcome, "end": end}, ensure_ascii=False) + "\n").encode())
+        write_all(journal, (json.dumps({**outcome, "end": end}, ensure_ascii=False) + "\n").encode())
 
 
 _ABOUT = ("key", "sha256", "width", "height")  # what a sample's .json repeats of the manifest
@@ -335,14 +336,16 @@ def download(
         ValueError: for a source without URLs, settings other than those the output was begun with, a shard
             that failed every attempt, or when the first `EARLY` rows all fail the same way.
     """
+    if min(options.concurrency, options.per_host, shard_size) < 1 or limit < 0:
+        raise ValueError("--concurrency, --per-host and --shard-size must be at least 1, --limit not below 0")
     store = Store(output)
     if files and not store.local:
         raise ValueError(f"{output}: plain files need a local folder; shards can be written anywhere")
     settings = {"source": source, "files": files, "shard_size": shard_size, "limit": limit}
-    settings["resize"] = options.resize
+    settings["resize"], settings["bytes"] = options.resize, Path(source).stat().st_size if Path(source).is_file() else 0
     known = store.settings()
-    if known and (other := {key: value for key, value in settings.items() if known[key] != value}):
-        was = {key: known[key] for key in other}
+    if known and (other := {key: value for key, value in settings.items() if known.get(key) != value}):
+        was = {key: known.get(key) for key in other}
         raise ValueError(f"{output} was begun with {was}, not {other}; use that, or another --output")
     if not known or not _planned(store, shard_slice(shards, known["shards"])):
         known = plan_shards(source, columns, store, settings, shards)
@@ -350,7 +353,8 @@ def download(
         Path(store.root, "images").mkdir(exist_ok=True)
     numbers = shard_slice(shards, known["shards"])
     specs = [ShardSpec(number, output, files, retry, options) for number in numbers]
-    watch, failed = Progress(store.work, 0 if shards else known["rows"], progress), []
+    old = {int(name.removesuffix(".parquet")) for name in store.manifests()}
+    watch, failed = Progress(store.work, numbers, old, 0 if shards else known["rows"], progress), []
     for done in run_shards(fetch_shard, specs, engine=engine, workers=workers, per_cpu=2, tick=watch.tick):
         if done.result is None:
             failed.append(f"shard {done.spec.number:05d}: {done.error}")
@@ -423,8 +427,8 @@ def merge_manifests(output: str) -> dict[str, Any]:
 class Progress:
     """Reads the journals as they grow, wherever their writers run: the live line, and the early stop."""
 
-    def __init__(self, work: Path, rows: int, shown: bool) -> None:
-        self._work, self._rows, self._shown = work, rows, shown
+    def __init__(self, work: Path, numbers: range, old: set[int], rows: int, shown: bool) -> None:
+        self._work, self._numbers, self._old, self._rows, self._shown = work, numbers, old, rows, shown
         self._read: Counter[Path] = Counter()
         self._counts: dict[int, Counter[str]] = {}
         self._take()
@@ -432,6 +436,8 @@ class Progress:
 
     def _take(self) -> None:
         for path in self._work.glob("*.journal"):
+            if int(path.stem) not in self._numbers:  # another job's
+                continue
             try:
                 with path.open("rb") as file:
                     file.seek(self._read[path])
@@ -455,8 +461,10 @@ class Progress:
         self.show()
 
     def finished(self, number: int, outcomes: dict[str, int]) -> None:
-        """A shard's own count replaces what its journal has said."""
+        """A shard's own count replaces what its journal has said; `old` ones were finished before this run."""
         self._counts[number] = Counter(outcomes)
+        if number in self._old:
+            self._before += self._counts[number]
 
     def total(self) -> Counter[str]:
         """Rows by outcome, so far."""

@@ -43,17 +43,21 @@ class ShardWriter:
             (f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode()),
         )
         sample = b"".join(_member(name, data) for name, data in members)
-        written = os.write(self._file, sample)
-        while written < len(sample):  # a full disk raises; a signal may split a write
-            written += os.write(self._file, sample[written:])
+        write_all(self._file, sample)
         offset, self.end = self.end + _BLOCK, self.end + len(sample)
         return offset
 
     def close(self) -> None:
         """Write the end mark and wait until the disk has everything."""
-        os.write(self._file, END)
+        write_all(self._file, END)
         os.fsync(self._file)
         os.close(self._file)
+
+
+def write_all(file: int, data: bytes) -> None:
+    """A disk that is nearly full takes a part of what it is given, before it raises."""
+    while data:
+        data = data[os.write(file, data) :]
 
 
 def _member(name: str, data: bytes) -> bytes:

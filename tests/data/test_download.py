@@ -11,9 +11,11 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
@@ -119,9 +121,10 @@ def test_a_shard_of_failures_alone_is_tried_again(server: Server, tmp_path: Path
     check(tmp_path / "out", jobs)
 
 
-def test_plain_files_and_the_tutorials_json(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_plain_files_and_the_tutorials_json(server: Server, tmp_path: Path, scheme: str) -> None:
     tsv, jobs = source(tmp_path, server.port, 60)
-    run(tsv, tmp_path / "out", files=True)
+    download(str(tsv), f"{scheme}{tmp_path / 'out'}", OPEN, files=True, shard_size=50, workers=2)
     records = json.loads((tmp_path / "out" / "records.json").read_text())
     assert len(records) == sum(loopback.EXPECTED[kind] == "ok" for _, kind, _ in jobs)
     for record in records:
@@ -154,7 +157,10 @@ def test_several_captions_of_one_url_are_one_request(server: Server, tmp_path: P
 
 def test_slices_and_their_merging(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tsv, jobs = source(tmp_path, server.port, 160)
-    run(tsv, tmp_path / "out", shards="1/2")
+    (tmp_path / "out" / "_work").mkdir(parents=True)
+    (tmp_path / "out" / "_work" / "00002.journal").write_text('{"index": 100, "error": "dns"}\n')  # another job's
+    assert sum(run(tsv, tmp_path / "out", shards="1/2")["outcomes"].values()) == 60
+    (tmp_path / "out" / "_work" / "00002.journal").unlink()
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00001.tar", "00003.tar"]
     assert merge_main([str(tmp_path / "out")]) == 1, "unfinished"
     assert "2 shards are not finished yet" in capsys.readouterr().out
@@ -168,6 +174,16 @@ def test_another_source_or_size_for_the_same_output_is_refused(server: Server, t
     run(tsv, tmp_path / "out")
     with pytest.raises(ValueError, match=r"was begun with {'shard_size': 50}, not {'shard_size': 60}"):
         run(tsv, tmp_path / "out", shard_size=60)
+    size = tsv.stat().st_size
+    tsv.write_text(tsv.read_text() + "one more\thttp://127.0.0.1/1.jpg\n")  # it would never be fetched
+    with pytest.raises(ValueError, match=f"was begun with {{'bytes': {size}}}"):
+        run(tsv, tmp_path / "out")
+
+
+def test_what_would_fetch_nothing_is_refused(tmp_path: Path) -> None:
+    for more in ({"options": replace(OPEN, per_host=0)}, {"options": replace(OPEN, concurrency=0)}, {"limit": -1}):
+        with pytest.raises(ValueError, match="at least 1"):
+            run(tmp_path / "x.tsv", tmp_path / "out", **more)
 
 
 def test_if_the_first_500_fail_the_same_way_the_run_stops_and_says_why(tmp_path: Path, server: Server) -> None:
@@ -197,7 +213,7 @@ def test_the_live_line_counts_what_this_run_did(
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     write(0, "".join(map(row, range(1000))))
-    progress = Progress(tmp_path, 100_000, True)
+    progress = Progress(tmp_path, range(5), {3}, 100_000, True)
     now[0] += 10
     write(0, row(1000) + row(1001, "html") + row(1002)[:9])
     write(1, row(2000, "timeout"))
@@ -208,7 +224,9 @@ def test_the_live_line_counts_what_this_run_did(
     (tmp_path / "00001.journal").unlink()
     progress.finished(1, {"ok": 96, "timeout": 1})
     assert line() == "1,100 of 100,000 rows, 10/s, 1,098 good, 2 bad, 2:44:50 left"
-    Progress(tmp_path, 100_000, False).tick()
+    progress.finished(3, {"ok": 2000})  # it was there before: what a second of this run does is still the same
+    assert line() == "3,100 of 100,000 rows, 10/s, 3,098 good, 2 bad, 2:41:30 left"
+    Progress(tmp_path, range(5), set(), 100_000, False).tick()
     assert not capsys.readouterr().err, "a pipe gets no line"
 
 
@@ -232,7 +250,7 @@ def test_any_place_that_fsspec_can_write(server: Server, tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tsv, jobs = source(tmp_path, server.port, 40)
     store = Store("memory://bucket/cc3m")
-    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0}
+    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0, "bytes": 0}
     plan_shards(str(tsv), Columns(), store, settings, "")
     fetch_shard(ShardSpec(0, "memory://bucket/cc3m", False, (), OPEN))
     report = merge_manifests("memory://bucket/cc3m")
@@ -242,6 +260,35 @@ def test_any_place_that_fsspec_can_write(server: Server, tmp_path: Path, monkeyp
                      "report.json", "report.html"}  # fmt: skip
     store.fs.get(store.root, str(tmp_path / "copy"), recursive=True)
     check(tmp_path / "copy", jobs)
+
+
+def test_what_other_processes_have_written_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File systems of buckets remember what a folder held when it was last listed."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remembered: dict[str, list] = {}
+    ls = MemoryFileSystem.ls
+    monkeypatch.setattr(MemoryFileSystem, "ls", lambda fs, path, **more: remembered.setdefault(path, ls(fs, path, **more)))
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda *_: remembered.clear())
+    assert Store("memory://other").manifests() == []
+    MemoryFileSystem().pipe_file("/other/00000.parquet", b"x")
+    assert Store("memory://other").manifests() == ["00000.parquet"]
+
+
+def test_two_buckets_of_one_path_have_two_work_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Other(MemoryFileSystem):
+        protocol = "other"
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.replace("other://", "memory://"))
+
+    fsspec.register_implementation("other", Other, clobber=True)
+    assert Store("memory://bucket/cc3m").work != Store("other://bucket/cc3m").work
 
 
 def test_a_torn_journal_line_is_cut_and_a_lost_picture_fetched_again(tmp_path: Path) -> None:
@@ -267,7 +314,7 @@ def test_a_shard_killed_while_it_is_finished(
     """Between the last row and the end there are three moments; after each, everything is there and nothing twice."""
     tsv, jobs = source(tmp_path, server.port, 40)
     store = Store(str(tmp_path / "out"))
-    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0}
+    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0, "bytes": 0}
     plan_shards(str(tsv), Columns(), store, settings, "")
     spec = ShardSpec(0, str(tmp_path / "out"), False, (), OPEN)
     publish = Store.publish

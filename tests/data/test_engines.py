@@ -139,4 +139,4 @@ def test_no_more_processes_than_shards_or_than_the_job_was_given(monkeypatch: py
     before = len(psutil.Process().children())
     assert [d.result for d in run_shards(processes, [0], workers=9)] == [before + 1]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
-    assert {d.result for d in run_shards(processes, range(9))} == {before + 3}
+    assert max(d.result for d in run_shards(processes, range(9))) == before + 3

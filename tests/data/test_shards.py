@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -167,3 +168,13 @@ def test_an_absolute_path_is_its_base_name_unless_it_lies_in_the_folder(tmp_path
     assert read_image_bytes(str(tmp_path / "sub" / "1.jpg"), tmp_path) == b"deeper"
     with pytest.raises(ImageError, match="no image .*passwd"):
         read_image_bytes("/etc/passwd", tmp_path)
+
+
+def test_writes_that_the_disk_cuts_short_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:300]))
+    writer = ShardWriter(tmp_path / "0.tar")
+    writer.add("0", b"x" * 3000, "jpg", ("a cat",), {})
+    writer.close()
+    monkeypatch.undo()
+    assert [member.name for member in tar_members(tmp_path / "0.tar")] == ["0.jpg", "0.txt", "0.json"]
