@@ -269,7 +269,9 @@ def test_what_other_processes_have_written_is_seen(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     remembered: dict[str, list] = {}
     ls = MemoryFileSystem.ls
-    monkeypatch.setattr(MemoryFileSystem, "ls", lambda fs, path, **more: remembered.setdefault(path, ls(fs, path, **more)))
+    monkeypatch.setattr(
+        MemoryFileSystem, "ls", lambda fs, path, **more: remembered.setdefault(path, ls(fs, path, **more))
+    )
     monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda *_: remembered.clear())
     assert Store("memory://other").manifests() == []
     MemoryFileSystem().pipe_file("/other/00000.parquet", b"x")
