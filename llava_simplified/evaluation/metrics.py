@@ -255,17 +255,6 @@ def word_f1(caption: str, references: Sequence[str]) -> float:
     return best
 
 
-def perplexity(nll: float, tokens: int) -> float:
-    """exp(mean negative log likelihood) from a sum in nats over `tokens` trained tokens.
-
-    Raises:
-        ValueError: no tokens.
-    """
-    if tokens <= 0:
-        raise ValueError(f"perplexity of {tokens} tokens: the validation set has no trained token")
-    return math.exp(nll / tokens) if nll / tokens < 700 else math.inf
-
-
 def clip_scores(
     model: Path, images: Sequence[bytes], captions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from llava_simplified.model.checkpoint import (
     Architecture,
+    absolute,
     assemble,
     fingerprint,
     load_tokenizer,
@@ -109,8 +110,8 @@ def _convert(
     if full and stock and config["vision_config"].get("model_type", "").startswith("siglip"):
         full = False
     architecture = Architecture(
-        language_model=base if not whole else str(output.resolve() / "language_model"),
-        vision_tower=str(Path(tower_name).resolve()) if Path(tower_name).is_dir() else tower_name,
+        language_model=absolute(base) if not whole else str(output.resolve() / "language_model"),
+        vision_tower=absolute(tower_name),
         mm_projector_type="linear" if depth == 1 else f"mlp{depth}x_gelu",
         mm_vision_select_layer=tuple(layer) if isinstance(layer, list) else layer,
         mm_vision_select_feature="cls_patch" if full else "patch",

@@ -65,7 +65,7 @@ def merge(checkpoint: str | Path, output: Path, model_base: str | None = None, v
     Raises:
         ValueError: there is no adapter, or the folder exists.
     """
-    from llava_simplified.model.checkpoint import Architecture, save_checkpoint
+    from llava_simplified.model.checkpoint import Architecture, absolute, save_checkpoint
     from llava_simplified.model.llava import Llava
 
     manifest = read_manifest(checkpoint)
@@ -81,7 +81,7 @@ def merge(checkpoint: str | Path, output: Path, model_base: str | None = None, v
     model.vision_tower.requires_grad_(tower != "off")
     parts = dict(manifest["architecture"])
     for name, moved in (("language_model", model_base), ("vision_tower", vision_tower)):
-        parts[name] = str(Path(moved).resolve()) if moved and Path(moved).is_dir() else moved or parts[name]
+        parts[name] = absolute(moved or parts[name])
     if text != "projector":
         parts["bits"] = 16
     save_checkpoint(model, output, Architecture(**parts), manifest["training"])

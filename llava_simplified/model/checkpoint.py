@@ -416,5 +416,10 @@ def check_fingerprint(part: str, name_or_path: str, digest: str) -> None:
         )
 
 
+def absolute(name: str) -> str:
+    """A local folder by its full path, so that a checkpoint finds it from anywhere; a hub name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def _default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -19,6 +19,7 @@ from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record
 from llava_simplified.model.checkpoint import (
     Architecture,
+    absolute,
     assemble,
     fingerprint,
     kind_of,
@@ -138,8 +139,8 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, record
             option = "--model_name_or_path" if part == "language_model" else "--vision_tower"
             raise ValueError(f"{option} {name}: {error}") from error
     return Architecture(
-        language_model=_absolute(model.model_name_or_path),
-        vision_tower=_absolute(model.vision_tower),
+        language_model=absolute(model.model_name_or_path),
+        vision_tower=absolute(model.vision_tower),
         mm_projector_type=model.mm_projector_type,
         mm_vision_select_layer=layers[0] if len(layers) == 1 else layers,
         mm_vision_select_feature=model.mm_vision_select_feature,
@@ -224,8 +225,3 @@ def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
         # through the module: Gemma's multiplies the table by a constant
         words = embed(torch.arange(0, embed.num_embeddings, 7, device=embed.weight.device))
         fit_to_embeddings(model.projector, torch.cat(features).to(words.device), words)
-
-
-def _absolute(name: str) -> str:
-    """A local folder by its full path, so that the checkpoint finds it from anywhere; a hub name as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llava_simplified.evaluation import metrics
-from llava_simplified.evaluation.metrics import Sample, evaluate, perplexity, word_f1
+from llava_simplified.evaluation.metrics import Sample, evaluate, word_f1
 from llava_simplified.evaluation.ptb import tokenize
 
 from .coco import make_samples, needs_java
@@ -193,12 +193,6 @@ def test_samples_that_cannot_be_scored() -> None:
         evaluate([_sample("a")], java=False)
     with pytest.raises(ValueError, match=r"'1.jpg'.* has 1 captions, '0.jpg' has 2: .*run to its end"):
         evaluate([_sample(("a", "b"), "a"), _sample("a", "a", index=1)], java=False)
-
-
-def test_perplexity_is_two_where_each_token_costs_ln_2() -> None:
-    assert perplexity(math.log(2) * 10, 10) == pytest.approx(2)
-    with pytest.raises(ValueError, match="no trained token"):
-        perplexity(0.0, 0)
 
 
 def test_clip_score_equals_the_two_tower_model(tmp_path: Path) -> None:

@@ -205,16 +205,20 @@ def test_a_lora_folder(
 
 
 @pytest.mark.slow
-def test_a_lone_projector(source, models_folder: Path, data_folder: Path, picture: Path, tmp_path: Path) -> None:
+def test_a_lone_projector(
+    source, models_folder: Path, data_folder: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint, _ = source
     clip = models_folder / "clip"
     base = json.loads((checkpoint / "llava.json").read_text())["architecture"]["language_model"]
     weights = projector_weights(checkpoint, "model.mm_projector.")
     torch.save(weights, tmp_path / "mm_projector.bin")
-    words = [str(tmp_path / "mm_projector.bin"), "--output", str(tmp_path / "ours"), "--model-base", base]
+    monkeypatch.chdir(base)
+    words = [str(tmp_path / "mm_projector.bin"), "--output", str(tmp_path / "ours"), "--model-base", "."]
     with pytest.raises(ValueError, match="--vision-tower"):
         import_main(words)
     assert import_main([*words, "--vision-tower", str(clip)]) == 0
+    monkeypatch.chdir(tmp_path)
     said = by_hand(AutoModelForCausalLM.from_pretrained(base), weights, clip, Path(base), picture)
     parts = {"model_name_or_path": base, "vision_tower": clip, "mm_projector_type": "mlp2x_gelu"}
     assert_works(tmp_path / "ours", said, picture, data_folder, tmp_path, **parts)
