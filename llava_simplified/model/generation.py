@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from transformers.generation import logits_process
 
 from llava_simplified.data.batching import expand_images, pad
-from llava_simplified.model.language_model import head_at
+from llava_simplified.model.language_model import cache_name, head_at
 from llava_simplified.prompt import IMAGE_INDEX
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Decoding:
         self._generators: dict[int, torch.Generator] = {}
         self._mask = self._next = self._logits = torch.empty(0)
         self._cache: Any = None
+        self._cache_name = cache_name(model.language_model)
         self.join(prompts, image_features, options, keys)
 
     @torch.inference_mode()
@@ -127,8 +128,8 @@ class Decoding:
                 inputs_embeds=model.splice(input_ids, image_features),
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_name: cache},
             )
 
         # One column more than anybody sees: transformers drops a mask that hides nothing, and without one PyTorch's
@@ -179,12 +180,13 @@ class Decoding:
             last = torch.tensor([[self.tokens[row][-1]] for row in self.live], device=self.model.device)
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.live), 1)], dim=1)
             text_model: Any = self.model.language_model
+            attends = any(isinstance(layer, DynamicLayer) for layer in self._cache.layers)
             outputs = text_model(
                 input_ids=last,
-                attention_mask=self._mask,
+                attention_mask=self._mask if attends else None,  # a state (Mamba) has no columns to hide
                 position_ids=self._next[:, None],
-                past_key_values=self._cache,
                 use_cache=True,
+                **{self._cache_name: self._cache},
             )
             self._logits = outputs.logits[:, -1]
             self._next = self._next + 1

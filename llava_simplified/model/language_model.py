@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,24 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+
+def takes(language_model: Any) -> Collection[str]:
+    """The names of its forward's arguments: what is not among them, it would swallow without a word."""
+    own = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
+    return inspect.signature(own.forward).parameters
+
+
+def cache_name(language_model: Any) -> str:
+    """What its forward calls the keys and values, or states, that it goes on from; transformers is about to rename them.
+
+    Raises:
+        ValueError: it goes on from nothing, or from something of its own.
+    """
+    for name in ("cache", "past_key_values"):
+        if name in takes(language_model):
+            return name
+    raise ValueError(f"{language_model.config.model_type} takes no cache: it can be trained, but not be asked")
 
 
 @contextmanager
@@ -81,10 +99,9 @@ def attention_of(
         ValueError: the kernel, or a kind of layer, can't be told who sees whom; or the model counts places by itself.
     """
     config = language_model.config
-    own = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
     # ALiBi (MPT, Bloom), GPT-Neo's local layers and decoders of the past go by the distance in the row
     by_distance = getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ())
-    if by_distance or "position_ids" not in inspect.signature(own.forward).parameters:
+    if by_distance or "position_ids" not in takes(language_model):
         raise ValueError(
             f"{config.model_type} can't be told the places of its tokens: neither --packing nor --share_prefix"
         )

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from llava_simplified.data.batching import expand_images
 from llava_simplified.data.images import ImageSource
 from llava_simplified.model.generation import encode
-from llava_simplified.model.language_model import head_at
+from llava_simplified.model.language_model import cache_name, head_at
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message
 
@@ -44,15 +44,13 @@ def attention_grids(
     embeds = model.splice(torch.from_numpy(ids)[None].to(model.device), image_features)
     start = embeds.shape[1] - len(answer)
     text_model: Any = model.language_model
-    cache: Any = DynamicCache(config=model.config)
+    cache: Any = {cache_name(text_model): DynamicCache(config=model.config)}
     kernel = model.config._attn_implementation
     with head_at(text_model, torch.tensor([0], device=model.device)):
-        text_model(inputs_embeds=embeds[:, :start], past_key_values=cache, use_cache=True)
+        text_model(inputs_embeds=embeds[:, :start], use_cache=True, **cache)
         model.config._attn_implementation = "eager"
         try:
-            outputs = text_model(
-                inputs_embeds=embeds[:, start:], past_key_values=cache, use_cache=True, output_attentions=True
-            )
+            outputs = text_model(inputs_embeds=embeds[:, start:], use_cache=True, output_attentions=True, **cache)
         finally:
             model.config._attn_implementation = kernel
     # a layer with a sliding window has forgotten what came first: its columns are the last ones
