@@ -156,12 +156,7 @@ class LlavaTrainer(transformers.Trainer):
         }
         if self.captions:
             metrics[f"{metric_key_prefix}_cider"] = self._caption(self.captions)
-        return EvalLoopOutput(
-            predictions=None,  # type: ignore[arg-type]
-            label_ids=None,
-            metrics=metrics,
-            num_samples=self.num_examples(dataloader),
-        )
+        return EvalLoopOutput(None, None, metrics, self.num_examples(dataloader))  # type: ignore[arg-type]
 
     def _without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
         """All processes get as many batches: the last are filled up with rows from the first, which count no second time."""
