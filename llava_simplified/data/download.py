@@ -21,6 +21,7 @@ import re
 import resource
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,13 +101,13 @@ class Store:
         return bool(self.fs.exists(self.path(name)))
 
     def publish(self, local: Path) -> None:
-        """Move a finished file (less a `.part` in its name) here; nobody ever sees half of it."""
-        name = local.name.removesuffix(".part")
+        """Move a finished file (less `.part` and what follows in its name) here; nobody ever sees half of it."""
+        name, _, mine = local.name.partition(".part")
         if self.local:
             local.replace(self.path(name))
         else:
-            self.fs.put_file(str(local), self.path(f"{name}.part"))
-            self.fs.mv(self.path(f"{name}.part"), self.path(name))
+            self.fs.put_file(str(local), self.path(f"{name}.part{mine}"))
+            self.fs.mv(self.path(f"{name}.part{mine}"), self.path(name))
             local.unlink()
 
     def fetch(self, name: str, local: Path) -> None:
@@ -286,24 +287,13 @@ _ABOUT = ("key", "sha256", "width", "height")  # what a sample's .json repeats o
 
 
 def _outcome(index: int, fetched: Fetched) -> dict[str, Any]:
-    picture = fetched.picture
-    return {
-        "index": index,
-        "key": f"{index:09d}",
-        "status": "ok" if picture else "failed",
-        "error": None if picture else fetched.kind,
-        "detail": fetched.detail,
-        "http": fetched.http,
-        "sha256": hashlib.sha256(picture.data).hexdigest() if picture else None,
-        "bytes": fetched.received,
-        "width": picture.width if picture else None,
-        "height": picture.height if picture else None,
-        "file": None,
-        "offset": None,
-        "length": len(picture.data) if picture else None,
-        "seconds": round(fetched.seconds, 3),
-        "at": round(time.time(), 2),
-    }
+    outcome: dict[str, Any] = dict.fromkeys(MANIFEST.names[len(_ROW) :]) | {"index": index, "key": f"{index:09d}"}
+    outcome |= {"status": "failed", "error": fetched.kind, "detail": fetched.detail, "http": fetched.http}
+    outcome |= {"bytes": fetched.received, "seconds": round(fetched.seconds, 3), "at": round(time.time(), 2)}
+    if picture := fetched.picture:
+        outcome |= {"status": "ok", "error": None, "width": picture.width, "height": picture.height}
+        outcome |= {"sha256": hashlib.sha256(picture.data).hexdigest(), "length": len(picture.data)}
+    return outcome
 
 
 # ---- all shards
@@ -391,8 +381,9 @@ def plan_shards(source: str, columns: Columns, store: Store, settings: dict[str,
     if not total:
         raise ValueError(f"{source}: no rows")
     known = {**settings, "rows": total, "shards": number, "oddities": odd.lines()}
-    (store.work / "download.json.part").write_text(json.dumps(known, indent=1, ensure_ascii=False))
-    store.publish(store.work / "download.json.part")
+    written = store.work / f"download.json.part{uuid.uuid4().hex}"  # the jobs of an array may plan at one moment
+    written.write_text(json.dumps(known, indent=1, ensure_ascii=False))
+    store.publish(written)
     return known
 
 

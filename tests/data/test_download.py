@@ -169,6 +169,22 @@ def test_slices_and_their_merging(server: Server, tmp_path: Path, capsys: pytest
     check(tmp_path / "out", jobs)
 
 
+def test_the_jobs_of_an_array_plan_at_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one publishes its plan between this one's writing and publishing."""
+    (tmp_path / "x.tsv").write_text("a cat\thttp://127.0.0.1/1.jpg\n")
+    settings = {"source": "x.tsv", "files": False, "shard_size": 50, "limit": 0, "resize": 0, "bytes": 0}
+    store, publish = Store(str(tmp_path / "out")), Store.publish
+
+    def meanwhile(self: Store, local: Path) -> None:
+        monkeypatch.setattr(Store, "publish", publish)
+        plan_shards(str(tmp_path / "x.tsv"), Columns(), store, settings, "")
+        publish(self, local)
+
+    monkeypatch.setattr(Store, "publish", meanwhile)
+    plan_shards(str(tmp_path / "x.tsv"), Columns(), store, settings, "")
+    assert store.settings()["rows"] == 1
+
+
 def test_another_source_or_size_for_the_same_output_is_refused(server: Server, tmp_path: Path) -> None:
     tsv, _ = source(tmp_path, server.port, 20)
     run(tsv, tmp_path / "out")
