@@ -249,7 +249,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         options.append(("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))]))
     kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
     parser = transformers.HfArgumentParser(kinds, allow_abbrev=False)  # a shortened --config would be read by nobody
-    parser.prog = "train.py"
+    parser.usage = "llava train (or python train.py, llava encode) [options]"  # whole, it would bury an error
     words = [word for option in options for word in _current_names(*option)]
     *groups, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False

@@ -20,9 +20,10 @@ from typing import Any, overload
 import torch
 from tqdm.auto import tqdm
 
+from llava_simplified.data.dataset import open_data
 from llava_simplified.data.engines import run_shards
 from llava_simplified.data.images import ImageError, decode_image, load_pixels, read_image_bytes
-from llava_simplified.data.records import Record, open_records, place_images, prediction_row
+from llava_simplified.data.records import Record, place_images, prediction_row
 from llava_simplified.data.shards import shard_index
 from llava_simplified.model.generation import GenerationOptions, content_keys, encode, generate_from
 from llava_simplified.model.llava import Llava
@@ -69,7 +70,7 @@ def open_source(source: str, image_folder: str | None, questions: Sequence[str])
     if path.suffix in (".json", ".jsonl", ".parquet"):
         if questions:
             raise ValueError(f"--prompt: the records of {source} bring their own questions")
-        return open_records(path), image_folder or str(path.parent)
+        return open_data(source, image_folder, "--image-folder")
     folder = Path()
     if path.is_dir():
         folder, found = path, sorted(path.rglob("*"))

@@ -58,7 +58,6 @@ def run_command(target: str, argv: list[str] | None) -> int:
     """Call "module:function" with `argv`; what our code raises for what a user can mend becomes one line."""
     # Without torchvision, transformers warns of each of its hundred image processors: ours need none of them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # Arrow's own allocator keeps 10 MB in every worker
     # it looks for a fifth of a second, which only what computes with torch needs
     if "OMP_WAIT_POLICY" not in os.environ and ".data." not in target and _shares_its_cores():
@@ -66,13 +65,16 @@ def run_command(target: str, argv: list[str] | None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
     # where it is installed, it tells at every import of a kernel for CPUs that is not
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # where DeepSpeed is installed, it tells whoever saves a model that there is no GPU
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     try:
         module, _, function = target.partition(":")
         return getattr(importlib.import_module(module), function)(argv)
     except (ValueError, FloatingPointError, OSError) as error:  # OSError: a model that is not there, a full disk
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        of_a_file = isinstance(error, OSError) and error.filename and error.strerror
+        print(f"error: {error.filename}: {error.strerror}" if of_a_file else f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -85,7 +85,10 @@ def test_every_kind_of_source(folder: Path, data_folder: Path, monkeypatch: pyte
     for source in (folder, folder / "1.jpg", "00000.tar", "*.tar", "[0-2].jpg", folder / "*.jpg"):
         records, where = open_source(str(source), None, ["What?"])
         assert read_image_bytes(records[0].images[0], where)
-    assert len(open_source(str(data_folder / "val.json"), None, [])[0]) == 4
+    assert len(open_source(str(data_folder / "val.json"), str(data_folder / "images"), [])[0]) == 4
+    for wrong, message in ((None, "none of the first images"), ("nowhere", "--image-folder nowhere: no such folder")):
+        with pytest.raises(ValueError, match=message):
+            open_source(str(data_folder / "val.json"), wrong, [])
     with pytest.raises(ValueError, match="bring their own questions"):
         open_source(str(data_folder / "val.json"), None, ["What?"])
     with pytest.raises(ValueError, match="nothing-here: no picture, folder"):

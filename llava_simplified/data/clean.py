@@ -427,10 +427,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--output", type=Path, required=True, help="the good records: .json, .jsonl or .parquet")
     add("--image-folder", type=Path, help="where the pictures are (default: with the records)")
     add("--vision_tower", "--vision-tower", default="", help="whose transform the pictures must pass")
-    add("--min-side", type=int, default=rules.min_side, help="pixels of the shorter side")
-    add("--max-aspect", type=float, default=rules.max_aspect, help="longer side over shorter side")
-    add("--max-caption", type=int, default=rules.max_caption, help="characters")
-    add("--max-pixels", type=int, default=rules.max_pixels)
+    add("--min-side", type=int, default=rules.min_side, help="pixels of the shorter side (%(default)s)")
+    add("--max-aspect", type=float, default=rules.max_aspect, help="longer side over shorter side (%(default)s)")
+    add("--max-caption", type=int, default=rules.max_caption, help="characters (%(default)s)")
+    add("--max-pixels", type=int, default=rules.max_pixels, help="(%(default)s)")
     add("--dedupe", choices=["exact", "perceptual"], default="", help="keep the first of equal pictures")
     add("--compact", type=Path, metavar="SHARDS", help="also write the kept pictures, smaller, to shards here")
     add("--compact-size", default="224", help="their shorter side, 224 or 256; exact keeps the bytes")
@@ -454,4 +454,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
         sys.stdout.write(f"{count:>9,} {reason or 'ok'}\n")
+    if not args.shards:
+        sys.stdout.write(f"{counts.get('ok', 0):>9,} records -> {args.output}\n")
     return 0

@@ -210,6 +210,8 @@ def convert(
             part = ""
             if split == "source":
                 part = {"restval": "train", "": "train"}.get(row.split, row.split)
+                if not row.split:
+                    odd.note("row without a split of its own (taken for training)", row.number, row.image)
             elif shares:
                 part, place = "train", fraction(str(record.get("image") or row.number))
                 for name, share in shares.items():

@@ -485,15 +485,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("source", help="TSV (either order), CSV, JSONL, JSON, Parquet, a folder or a glob of them")
     add("--output", required=True, help="a folder, or any fsspec URL")
     add("--output-format", choices=["shards", "files"], default="shards")
-    add("--shard-size", type=int, default=10_000, help="rows in a shard")
+    add("--shard-size", type=int, default=10_000, help="rows in a shard (%(default)s)")
     add("--limit", type=int, default=0, help="only the first so many rows")
     add("--retry", default="", metavar="KINDS", help="fetch failures again: timeout,5xx,dns,... or all")
-    add("--concurrency", type=int, default=256, help="requests under way for each shard")
-    add("--per-host", type=int, default=4, help="of these, at most so many to one host")
-    add("--timeout", type=float, default=10.0, help="seconds for one picture, redirects included")
-    add("--retries", type=int, default=1, help="more tries at once after a reset, 429 or 5xx")
-    add("--max-bytes", type=int, default=20_000_000)
-    add("--max-pixels", type=int, default=MAX_PIXELS)
+    add("--concurrency", type=int, default=256, help="requests under way for each shard (%(default)s)")
+    add("--per-host", type=int, default=4, help="of these, at most so many to one host (%(default)s)")
+    add("--timeout", type=float, default=10.0, help="seconds for one picture, redirects included (%(default)s)")
+    add("--retries", type=int, default=1, help="more tries at once after a reset, 429 or 5xx (%(default)s)")
+    add("--max-bytes", type=int, default=20_000_000, help="of a picture (%(default)s)")
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="(%(default)s)")
     add("--resize", type=int, default=0, help="shorter side, only shrinking; 0 keeps the bytes")
     add("--user-agent-contact", dest="contact", default="", help="a URL or address, told to the servers")
     add("--robots", action="store_true", help="ask each host's robots.txt")
@@ -523,7 +523,11 @@ def main(argv: list[str] | None = None) -> int:
         progress=sys.stderr.isatty(),
     )
     _tell(report, output)
-    return 0
+    if report["outcomes"].get("ok"):
+        return 0
+    kind = max(report["outcomes"], key=report["outcomes"].__getitem__)
+    print(f"not one picture came. {_ADVICE.get(kind, '')} Then ask again with --retry {kind}", file=sys.stderr)
+    return 1
 
 
 def merge_main(argv: list[str] | None = None) -> int:

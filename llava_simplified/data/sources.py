@@ -178,7 +178,7 @@ def _lines(source: str, odd: Oddities) -> Iterator[tuple[int, str]]:
             text = text.rstrip("\n")
             if text.endswith("\r"):
                 text = text[:-1]
-                odd.note("CRLF line end", number, text)
+                odd.note("CRLF line end (removed)", number, text)
             if "\0" in text:
                 text = text.replace("\0", "")
                 odd.note("NUL byte (removed)", number, text)

@@ -63,7 +63,8 @@ def _own_references(row: dict[str, Any], where: str) -> list[str]:
 
 def _references_of(image: str, references: Mapping[str, Sequence[str]], where: str) -> Sequence[str]:
     name, stem = Path(image).name, Path(image).stem
-    number = re.fullmatch(r"(?:COCO_\w+_)?0*(\d+)", stem)  # in other names it may count anything
+    # in other names it may count anything, and the number of a shard is no picture's
+    number = None if "#" in name else re.fullmatch(r"(?:COCO_\w+_)?0*(\d+)", stem)
     for key in (name, stem, number[1] if number else ""):
         if key in references:
             return references[key]
@@ -168,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     references = read_references(options.references) if options.references else None
     known = read_train_captions(options.train_captions) if options.train_captions else None
+    if all(path.stem[-1:].isdigit() for path in options.predictions):  # a shell puts step-1000 before step-500
+        options.predictions.sort(key=lambda path: int(re.findall(r"\d+", path.stem)[-1]))
     runs = []
     for path, name in zip(options.predictions, run_names(options.predictions)):
         samples = read_predictions(path, references)

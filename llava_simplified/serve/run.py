@@ -53,6 +53,12 @@ def serve(args: argparse.Namespace) -> int:
     from llava_simplified.serve.api import Limits, create_app
     from llava_simplified.serve.batching import Worker
 
+    try:  # before minutes of loading
+        socket.create_server(
+            (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        ).close()
+    except OSError as error:
+        raise ValueError(f"{args.host}:{args.port}: {error.strerror}; another --port?") from error
     if not args.no_page:
         from llava_simplified.serve.page import example_pictures, mount_page
 

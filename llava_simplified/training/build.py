@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def check_options(model: ModelArguments, data: DataArguments, args: TrainingArgu
         raise ValueError(
             "--tune_vision_tower changes the features with every step: --cache_vision_features pixels, auto or off"
         )
+    for name in ("wandb", "tensorboard"):
+        if name in args.report_to and find_spec(name) is None:
+            raise ValueError(f"--report_to {name}: not installed here: pip install {name}")
     check_kernels(model, data, args)
 
 

@@ -63,7 +63,7 @@ class Plan:
         memory: weights, optimizer, gradients, activations, logits.
         peak: the most at a time: gradients come as activations go.
         positions, trained: of a mean sample, image tokens included; `longest`: of the longest one.
-        samples, steps: of the whole run.
+        samples, steps: of the whole run; of one step where nothing says how many there will be (not `counted`).
         checkpoint, features: bytes on disk, of a checkpoint and of a feature cache of all pictures.
         cached: the tower runs before the steps, not in them.
     """
@@ -77,6 +77,7 @@ class Plan:
     flops: float
     samples: int
     steps: int
+    counted: bool
     checkpoint: int
     features: int
     cached: bool
@@ -279,6 +280,8 @@ def make_plan(
     a_row = data.pack_length / lengths.mean[0] if data.packing else 1
     steps = args.max_steps if args.max_steps > 0 else -(-round(lengths.count / a_row) // samples_a_step)
     steps = steps if args.max_steps > 0 else round(steps * args.num_train_epochs)
+    counted = args.max_steps > 0 or data.train_data_path is not None
+    steps = steps if counted else 1
     in_batch = rows * (data.pack_length if data.packing else lengths.longest[0])
     full = not (model_args.freeze_backbone or model_args.lora_enable or model_args.tune_mm_mlp_adapter)
     return Plan(
@@ -291,6 +294,7 @@ def make_plan(
         flops=ledger.flops * lengths.mean[0] / in_batch,
         samples=round(steps * samples_a_step * a_row),
         steps=steps,
+        counted=counted,
         checkpoint=(4 + _optimizer_bytes(args.optim)) * trained,
         features=features,
         cached=cached,
@@ -318,17 +322,22 @@ def describe_plan(plan: Plan, args: TrainingArguments, tflops: float, mfu: float
     """The plan as people read it."""
     gb = 1e9
     seconds = plan.flops * plan.samples / (tflops * 1e12 * mfu * devices)
+    samples, pflop = f"{plan.samples:,} samples", f"{plan.flops * plan.samples / 1e15:,.2f} PFLOP"
+    run, disk = f"the run           {plan.steps:,} steps, {samples}, {pflop}", f", {plan.kept(args)} kept"
+    cache = f"; {plan.features / gb:.2f} GB where the features of all pictures are cached"
+    if not plan.counted:
+        run, disk = f"a step            {samples}, {pflop}; --train_data_path says how many there are", ""
+        cache = f"; {plan.features / 1e3:.0f} KB a picture whose features are cached"
     lines = [
         plan.table,
         f"a sample          {plan.positions:.0f} positions (longest {plan.longest}), {plan.trained:.0f} trained, "
         f"{plan.flops / 1e9:,.1f} GFLOP",
-        f"the run           {plan.steps:,} steps, {plan.samples:,} samples, {plan.flops * plan.samples / 1e15:,.2f} PFLOP",
+        run,
         f"time              {duration(seconds)} on {devices} device(s) of {tflops:.3g} TFLOP/s at {mfu:.0%} of that",
         "memory, each device, at the longest batch:",
         *(f"  {name:<16}{size / gb:>8.2f} GB" for name, size in plan.memory.items()),
         f"  {'at the peak':<16}{plan.peak / gb:>8.2f} GB, without what libraries and the allocator keep for themselves",
-        f"disk              {plan.checkpoint / gb:.2f} GB a checkpoint, {plan.kept(args)} kept; {plan.features / gb:.2f} GB "
-        "where the features of all pictures are cached",
+        f"disk              {plan.checkpoint / gb:.2f} GB a checkpoint{disk}{cache}",
     ]
     return "\n".join(lines)
 
@@ -338,7 +347,7 @@ def duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds > 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.3g} seconds"
 
 
 def zero_stage(config: Path | None) -> int:
@@ -350,7 +359,7 @@ def zero_stage(config: Path | None) -> int:
     try:
         return int(json.loads(config.read_text(encoding="utf-8"))["zero_optimization"]["stage"]) if config else 0
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--deepspeed {config}: names no ZeRO stage: {error!r}") from error
+        raise ValueError(f"--deepspeed {config}: no ZeRO stage can be read there: {error!r}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -81,6 +81,11 @@ class LlavaTrainer(transformers.Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of one step, and how many trained tokens they hold on all devices together."""
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # finished, and resumed: the stock loop would take one step more
+            self.control.should_training_stop = True
+            return [], torch.zeros(())
         self.meter.begin()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:

@@ -114,7 +114,8 @@ class EvalCaptions:
         self.rows: list[tuple[int, Record]] = []
         self._drawn = False
         count = len(dataset.records)
-        for index in range(0, count, -(-count // number)):
+        number = min(number, count)
+        for index in (place * count // number for place in range(number)):
             record = dataset.records[index]
             if record.images and record.responses:
                 try:

@@ -83,6 +83,13 @@ def test_karpathys_own_split(tmp_path: Path) -> None:
     assert {Path(path).name: n for path, n in counts.items()} == {"o_train.json": 2, "o_val.json": 1, "o_test.json": 1}
 
 
+def test_a_source_without_a_split_of_its_own_says_so(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("a cat\thttp://a.example/1.jpg\n")
+    counts, odd = convert(str(tmp_path / "x.tsv"), tmp_path / "o.json", split="source")
+    assert counts == {str(tmp_path / "o_train.json"): 1}
+    assert odd.counts["row without a split of its own (taken for training)"] == 1
+
+
 def test_instructions_are_drawn_from_a_file_and_stay(tmp_path: Path) -> None:
     (tmp_path / "templates.txt").write_text(
         "Say what you see:\n\nDescribe it.\n<image>\\n?\n".replace("<image>\\n?\n", "What?\n")

@@ -26,6 +26,7 @@ from llava_simplified.data.download import (
     Store,
     download,
     fetch_shard,
+    main,
     merge_main,
     merge_manifests,
     plan_shards,
@@ -208,6 +209,16 @@ def test_if_the_first_500_fail_the_same_way_the_run_stops_and_says_why(tmp_path:
     with pytest.raises(ValueError, match=r"first \d+ rows all failed with 'blocked_address'.*--allow-private"):
         run(path, tmp_path / "out", FetchOptions(), shard_size=20_000)
     assert not server.served
+
+
+def test_where_nothing_came_it_says_why_and_how_to_ask_again(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.tsv").write_text(f"caption\t{server.url('ok/1.jpg')}\n")
+    words = [str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "--allow-private. Then ask again with --retry blocked_address" in capsys.readouterr().err
+    assert main([*words, "--allow-private", "--retry", "blocked_address"]) == 0
 
 
 def test_the_live_line_counts_what_this_run_did(

@@ -189,7 +189,7 @@ def test_gzip_is_seen_through(tmp_path: Path) -> None:
 
 ODD: dict[str, tuple[bytes, list[str], str]] = {
     "byte order mark": (b"\xef\xbb\xbfone\tURL0\ntwo\tURL1\n", ["one", "two"], "byte order mark (removed)"),
-    "CRLF": (b"one\tURL0\r\ntwo\tURL1\r\n", ["one", "two"], "CRLF line end"),
+    "CRLF": (b"one\tURL0\r\ntwo\tURL1\r\n", ["one", "two"], "CRLF line end (removed)"),
     "embedded tab": (b"one\tand more\tURL0\ntwo\tURL1\n", ["one and more", "two"], "'\\t' inside a caption (kept)"),
     "quotes": (b'"one\tURL0\ntwo" "\tURL1\n', ['"one', 'two" "'], "quote character (kept as text)"),
     "ragged": (b"one\tURL0\nlost\ntwo\tURL1\n", ["one", "two"], "ragged: too few fields (left out)"),

@@ -73,7 +73,7 @@ def test_references_of_a_coco_file(tmp_path: Path, image: str) -> None:
 def test_references_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "coco.json").write_text('{"annotations": [{"image_id": 1, "caption": "a"}]}')
     references = read_references(tmp_path / "coco.json")
-    for image in ("000000000042.jpg", "photo_1.jpg"):
+    for image in ("000000000042.jpg", "photo_1.jpg", "00001.tar#000000001"):
         with pytest.raises(ValueError, match=rf"row 0: the references hold no caption of '{image}'"):
             read_predictions(_write(tmp_path / "p.json", _rows("a", image=image)), references)
     (tmp_path / "bad.json").write_text('[{"image": "a.jpg"}]')
@@ -90,7 +90,7 @@ def test_the_command_scores_several_files_and_writes_a_report(
     tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, val = (json.loads((data_folder / f"{name}.json").read_text()) for name in ("train", "val"))
-    for step, right in ((100, 1), (200, 3)):
+    for step, right in ((100, 1), (1000, 3)):
         rows = [
             {"index": i, "image": f"/elsewhere/{row['image']}", "instruction": row["instruction"],
              "gt_caption": row["response"], "pred_output": row["response"] if i < right else "a red car"}
@@ -98,18 +98,19 @@ def test_the_command_scores_several_files_and_writes_a_report(
         ]  # fmt: skip
         _write(tmp_path / f"checkpoint-{step}.json", rows)
     (tmp_path / "log.jsonl").write_text('{"step": 10, "loss": 2.5, "epoch": 1}\n{"step": 10, "eval_loss": 2.25}\n')
-    files = [str(tmp_path / f"checkpoint-{step}.json") for step in (100, 200)]
+    files = [str(tmp_path / f"checkpoint-{step}.json") for step in (1000, 100)]
     extra = ["--train-captions", str(data_folder / "train.json"), "--image-folder", str(data_folder / "images")]
     wanted = ["--output", str(tmp_path / "scores.json"), "--report", str(tmp_path / "report.html")]
     assert main([*files, *extra, *wanted, "--log", str(tmp_path / "log.jsonl"), "--no-java", "--resamples", "50"]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["checkpoint-100"]["mean"]["exact match"][0] == 0.25
-    assert scores["checkpoint-200"]["mean"]["exact match"][0] == 0.75
+    assert scores["checkpoint-1000"]["mean"]["exact match"][0] == 0.75
     known = {row["response"] for row in train}
     unseen = sum(row["response"] not in known for row in val) / len(val)
-    assert scores["checkpoint-200"]["shares"]["unseen references"] == unseen
+    assert scores["checkpoint-1000"]["shares"]["unseen references"] == unseen
     printed = capsys.readouterr().out
     assert "CIDEr-D" in printed
+    assert list(scores) == ["checkpoint-100", "checkpoint-1000"], "in the order of their steps"
     assert "note: only 4 pictures" in printed
     report = (tmp_path / "report.html").read_text()
     assert report.count("data:image/webp;base64,") == 4

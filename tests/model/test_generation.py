@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,6 +224,13 @@ def test_a_streamed_answer_is_the_whole_one_in_pieces(models_folder: Path) -> No
     pieces = list(model.stream("What is this?", [image], max_new_tokens=12))
     assert len(pieces) > 3
     assert "".join(pieces).strip() == model.caption(image, "What is this?", max_new_tokens=12)
+
+
+def test_nothing_is_called_by_a_name_that_was_given_up(models_folder: Path) -> None:
+    model = build(models_folder, "mistral")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model.caption(pictures(model, 1)[0].permute(1, 2, 0).numpy(), max_new_tokens=2)
 
 
 def test_a_conversation_goes_on(models_folder: Path) -> None:

@@ -29,6 +29,7 @@ import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 
+from llava_simplified.cli import main as llava
 from llava_simplified.data.fetch import FetchOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
@@ -472,6 +473,14 @@ def command(checkpoint: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[s
     for process in started:
         process.kill()
         process.wait()
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert llava(["serve", "nothing-to-load", "--port", str(port := taken.getsockname()[1]), "--no-page"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: 127.0.0.1:{port}: Address already in use")
+    assert "another --port?" in said
 
 
 @pytest.mark.slow

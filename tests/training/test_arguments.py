@@ -124,6 +124,14 @@ def test_a_launch_that_would_do_something_else_is_refused(
         parse_arguments(words)
 
 
+def test_a_wrong_value_is_said_in_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--learning_rate", "fast"])
+    said = capsys.readouterr().err
+    assert "--learning_rate/--learning-rate: invalid float value: 'fast'" in said
+    assert said.count("\n") < 5
+
+
 def test_the_output_folder_has_a_default() -> None:
     *_, training = parse_arguments(["--vision_tower", "openai/clip-vit-base-patch16"])
     assert training.output_dir == "output/mistral-7b-instruct-v0.1-clip-vit-base-patch16"

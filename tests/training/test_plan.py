@@ -101,6 +101,13 @@ def test_a_plan_needs_no_weights(
     printed = capsys.readouterr().out
     assert "on 2 device(s) of 100 TFLOP/s at 50% of that" in printed
     assert "LoRA adapter" in printed
+    assert "the run           1 steps, 16 samples" in printed
+    at = bare.index("--train_data_path")
+    assert main([*bare[:at], *bare[at + 2 :], "--tflops", "100"]) == 0  # nothing says how much there is to do
+    printed = capsys.readouterr().out
+    assert "a step            8 samples" in printed
+    assert "the run" not in printed
+    assert "kept" not in printed
 
 
 def test_what_costs_more_is_said_to_cost_more(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:

@@ -131,6 +131,10 @@ def test_resume_repeats_the_straight_run_bit_for_bit(models_folder: Path, data_f
     resumed = run([*words, "--resume_from_checkpoint", str(straight / "checkpoint-4")])
     for name, weight in adapter(straight).items():
         assert torch.equal(weight, adapter(resumed)[name]), name
+    again = run([*words, "--resume_from_checkpoint", "true"])  # there is nothing left to do
+    assert not (again / "checkpoint-7").exists()
+    for name, weight in adapter(straight).items():
+        assert torch.equal(weight, adapter(again)[name]), name
 
 
 def test_length_grouped_batches_resume_in_the_second_epoch(
@@ -317,6 +321,7 @@ def test_bad_images_are_replaced_counted_and_over_budget_fatal(
         ({"torch_compile_backend": "eager"}, "--torch_compile_...: the layers are compiled one by one"),
         ({"label_smoothing_factor": "0.1"}, "--label_smoothing_factor"),
         ({"bits": "3"}, "--bits is 4, 8 or 16"),
+        ({"pretrain_mm_mlp_adapter": "mm_projector.bin"}, "not a checkpoint .*llava import"),
     ],
 )
 def test_faults_are_named(

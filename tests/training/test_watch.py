@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from PIL import Image
 from test_run import adapter, losses, options, run
 
+from llava_simplified.data.records import open_records
 from llava_simplified.evaluation.metrics import evaluate
 from llava_simplified.evaluation.run import read_predictions
 from llava_simplified.model.checkpoint import load_checkpoint, read_manifest
 from llava_simplified.prompt import Message
-from llava_simplified.training.watch import GradientAlarm
+from llava_simplified.training.watch import EvalCaptions, GradientAlarm
 
 
 @pytest.fixture
@@ -48,6 +50,12 @@ def test_captions_are_the_checkpoints_own_and_change_nothing(
     assert not (blind / "eval_captions").exists()
     for name, weight in adapter(blind).items():
         assert torch.equal(weight, adapter(output)[name]), name
+
+
+def test_as_many_pictures_are_watched_as_asked_for(data_folder: Path, tmp_path: Path) -> None:
+    dataset: Any = SimpleNamespace(records=open_records(data_folder / "val.json"), images=lambda record: None)
+    for number, watched in ((1, [0]), (2, [0, 2]), (3, [0, 1, 2]), (9, [0, 1, 2, 3])):
+        assert [index for index, _ in EvalCaptions(dataset, number, tmp_path).rows] == watched
 
 
 @pytest.mark.parametrize("wanted", [True, False])
