@@ -35,9 +35,7 @@ class ModelArguments:
     mm_token_pool: int = field(default=0, metadata={"help": "Average the patch grid to K x K tokens; 0 keeps it."})
     template: str = field(
         default="auto",
-        metadata={
-            "help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain; bare: no roles."
-        },
+        metadata={"help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain; bare: no roles"},
     )
     pretrain_mm_mlp_adapter: str | None = field(
         default=None, metadata={"help": "Start with the projector of this checkpoint folder."}
@@ -94,9 +92,7 @@ class DataArguments:
         default=False,
         metadata={"help": "Fill each sequence of a batch with several examples, which do not see each other."},
     )
-    pack_length: int = field(
-        default=4096, metadata={"help": "Most positions of a packed sequence, image tokens included."}
-    )
+    pack_length: int = field(default=4096, metadata={"help": "Most positions of a pack, image tokens included."})
     cache_vision_features: str = field(
         default="auto",
         metadata={
@@ -139,9 +135,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False,
         metadata={"help": "torch.compile each layer of the language model (needs a C++ compiler, or Triton on GPUs)."},
     )
-    model_max_length: int = field(
-        default=2048, metadata={"help": "Most text tokens of a sample, an image counting as one."}
-    )
+    model_max_length: int = field(default=2048, metadata={"help": "Most text tokens of a sample; an image is one."})
     eval_captions: int = field(
         default=32,
         metadata={"help": "Validation pictures captioned at every evaluation: eval_cider in the log; 0: none."},

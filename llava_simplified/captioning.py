@@ -129,9 +129,7 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
     if output.exists():
         old = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else {}
         if other := [name for name in settings if name not in old or old[name] != settings[name]]:
-            raise ValueError(
-                f"{output} was begun with another {', '.join(other)}: delete it, or choose another --output"
-            )
+            raise ValueError(f"{output} was begun with another {', '.join(other)}: delete it, or give another --output")
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         bad_path.unlink(missing_ok=True)

@@ -18,18 +18,12 @@ COMMANDS = {
     "encode": ("llava_simplified.training.feature_cache:encode_main", "run the vision tower ahead of training, once"),
     "plan": ("llava_simplified.training.plan:main", "memory, time and disk of a run, before it is begun"),
     "train": ("llava_simplified.training.run:main", "fine-tune a language model to see"),
-    "caption": (
-        "llava_simplified.captioning:caption_main",
-        "a picture, folder, shard or records -> captions, resumable",
-    ),
+    "caption": ("llava_simplified.captioning:caption_main", "a picture, folder, shard, records -> captions, resumable"),
     "chat": ("llava_simplified.captioning:chat_main", "talk about a picture on the terminal"),
     "predict": ("llava_simplified.captioning:main", "caption the pictures of a data file, or one picture"),
     "evaluate": ("llava_simplified.evaluation.run:main", "score predictions against references"),
     "serve": ("llava_simplified.serve.run:main", "answer over HTTP, as OpenAI's API does, and on a page"),
-    "export": (
-        "llava_simplified.export.run:export_main",
-        "a checkpoint -> stock LLaVA or PEFT, compared after writing",
-    ),
+    "export": ("llava_simplified.export.run:export_main", "a checkpoint -> stock LLaVA, PEFT, GGUF, and compared"),
     "import": ("llava_simplified.export.importing:import_main", "LLaVA checkpoints of other codebases -> ours"),
     "merge": ("llava_simplified.export.run:merge_main", "put a checkpoint's adapter into its weights"),
     "push": ("llava_simplified.export.run:push_main", "upload a folder to the hub"),
@@ -73,8 +67,7 @@ def run_command(target: str, argv: list[str] | None) -> int:
     except (ValueError, FloatingPointError, OSError) as error:  # OSError: a model that is not there, a full disk
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
-        of_a_file = isinstance(error, OSError) and error.filename and error.strerror
-        print(f"error: {error.filename}: {error.strerror}" if of_a_file else f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

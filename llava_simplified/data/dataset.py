@@ -101,9 +101,7 @@ class CaptionDataset(Dataset[Example]):
         """
         if record.images and self.features is not None:
             if missing := next((name for name in record.images if name not in self.features), None):
-                raise ImageError(
-                    "corrupt", f"{missing} could not be read when the features of all pictures were computed"
-                )
+                raise ImageError("corrupt", f"{missing} could not be read when the features of all were computed")
             rows = torch.stack([self.features[name] for name in record.images])
             return (rows, None) if rows.dtype == torch.uint8 else (None, rows)
         return record_pixels(record, self.image_folder, self.transform), None

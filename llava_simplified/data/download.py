@@ -523,11 +523,10 @@ def main(argv: list[str] | None = None) -> int:
         progress=sys.stderr.isatty(),
     )
     _tell(report, output)
-    if report["outcomes"].get("ok"):
-        return 0
-    kind = max(report["outcomes"], key=report["outcomes"].__getitem__)
-    print(f"not one picture came. {_ADVICE.get(kind, '')} Then ask again with --retry {kind}", file=sys.stderr)
-    return 1
+    if none := not report["outcomes"].get("ok"):
+        kind = max(report["outcomes"], key=report["outcomes"].__getitem__)
+        print(f"not one picture came. {_ADVICE.get(kind, '')} Then ask again with --retry {kind}", file=sys.stderr)
+    return int(none)
 
 
 def merge_main(argv: list[str] | None = None) -> int:

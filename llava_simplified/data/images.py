@@ -191,11 +191,10 @@ class ImageTransform:
         Raises:
             ValueError: where the processor does something this transform can't (padding to a multiple, tiling).
         """
-        from transformers import AutoImageProcessor
-        from transformers.utils import cached_file
+        from transformers import AutoImageProcessor, utils
 
         try:
-            cached_file(str(name_or_path), "preprocessor_config.json")  # says why it can't be had, at once
+            utils.cached_file(str(name_or_path), "preprocessor_config.json")  # says why it can't be had, at once
             processor: Any = AutoImageProcessor.from_pretrained(str(name_or_path), backend="pil")
         except OSError as error:
             if Path(name_or_path).is_dir() and not (Path(name_or_path) / "preprocessor_config.json").is_file():

@@ -152,7 +152,5 @@ def open_records(path: str | Path, answered: bool = False) -> Records:
     for index in np.linspace(0, len(records) - 1, min(len(records), CHECK_ALL)).astype(int):
         record = records[int(index)]
         if answered and not (record.responses and all(map(str.strip, record.responses))):
-            raise ValueError(
-                f"{record.id}: no answer to learn from, or an empty one; `llava clean` sets such rows aside"
-            )
+            raise ValueError(f"{record.id}: no answer to learn from, or an empty one; `llava clean` sets those aside")
     return records

@@ -269,14 +269,11 @@ def clip_scores(
     from llava_simplified.data.images import decode_image
 
     try:
-        clip, report = CLIPModel.from_pretrained(model, output_loading_info=True)
-        if missing := report["missing_keys"]:  # drawn at random they would score all the same
-            raise ValueError(f"no {min(missing)}")
+        clip = CLIPModel.from_pretrained(model).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)
         processor = CLIPImageProcessorPil.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"{model}: not a folder of a CLIP model (a vision tower alone is none): {error}") from None
-    clip.eval()
     texts = sorted({text for group in [*captions, *references] for text in group})
     row = {text: number for number, text in enumerate(texts)}
 

@@ -84,9 +84,7 @@ def _convert(
             f"{source}: marks its pictures with tokens of their own (mm_use_im_start_end), which is not done here"
         )
     if (ratio := config.get("image_aspect_ratio", "square")) != "square":
-        report.append(
-            f"beware: trained with image_aspect_ratio {ratio}; here the vision tower's own preprocessor crops"
-        )
+        report.append(f"beware: trained with image_aspect_ratio {ratio}; here the tower's own preprocessor crops")
     if not projector:
         raise ValueError(f"{source}: no projector among its {len(weights)} weights: {sorted(weights)[:5]}")
 

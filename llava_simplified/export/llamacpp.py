@@ -117,9 +117,7 @@ def _rope_factors(text: Any, architecture: str) -> Weights:
     if torch.allclose(factors, torch.ones(())) and rope.attention_scaling == 1:
         return {}
     if architecture != "llama" or rope.attention_scaling != 1:
-        raise ValueError(
-            f"no GGUF for the rotary scaling {text.config.rope_parameters} of a {architecture} model: use hf"
-        )
+        raise ValueError(f"no GGUF for the rotary scaling {text.config.rope_parameters} of {architecture}: use hf")
     return {"rope_freqs.weight": factors}
 
 

@@ -335,7 +335,7 @@ def load_projector(projector: nn.Module, folder: str | Path) -> None:
     path = Path(folder) / "projector.safetensors"
     if not path.is_file():
         raise ValueError(
-            f"{folder}: no projector.safetensors: not a checkpoint (`llava import` makes one of a mm_projector.bin)"
+            f"{folder}: no projector.safetensors: no checkpoint; `llava import` makes one of mm_projector.bin"
         )
     stored = load_file(path)
     same_weights(stored, projector.state_dict(), str(path))
@@ -349,9 +349,7 @@ def same_weights(stored: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         raise ValueError(f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}")
     for name, weight in stored.items():
         if weight.shape != expected[name].shape:
-            raise ValueError(
-                f"{where}: {name} is {tuple(weight.shape)}, this model needs {tuple(expected[name].shape)}"
-            )
+            raise ValueError(f"{where}: {name} is {tuple(weight.shape)}, the model needs {tuple(expected[name].shape)}")
 
 
 def weight_files(name_or_path: str) -> list[Path]:

@@ -102,9 +102,7 @@ def attention_of(
     # ALiBi (MPT, Bloom), GPT-Neo's local layers and decoders of the past go by the distance in the row
     by_distance = getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ())
     if by_distance or "position_ids" not in takes(language_model):
-        raise ValueError(
-            f"{config.model_type} can't be told the places of its tokens: neither --packing nor --share_prefix"
-        )
+        raise ValueError(f"{config.model_type} can't be told its tokens' places: neither --packing nor --share_prefix")
     kernel = config._attn_implementation
     if kernel == "flash_attention_2":
         if branch_ids.any():

@@ -20,9 +20,7 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
         return nn.Linear(vision_width, text_width)
     if kind == "identity":
         if vision_width != text_width:
-            raise ValueError(
-                f"mm_projector_type identity needs equal widths, these are {vision_width} and {text_width}"
-            )
+            raise ValueError(f"mm_projector_type identity needs equal widths, not {vision_width} and {text_width}")
         return nn.Identity()
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if match is None:

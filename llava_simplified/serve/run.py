@@ -15,9 +15,7 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of `llava serve`."""
-    parser = argparse.ArgumentParser(
-        "llava serve", description="Answer over HTTP, as OpenAI's API does, and on a page."
-    )
+    parser = argparse.ArgumentParser("llava serve", description="Answer over HTTP, as OpenAI's API does, and on a page")
     parser.add_argument("checkpoint", help="folder that training wrote")
     parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
     parser.add_argument("--vision-tower", help="the vision tower, likewise")
@@ -53,12 +51,8 @@ def serve(args: argparse.Namespace) -> int:
     from llava_simplified.serve.api import Limits, create_app
     from llava_simplified.serve.batching import Worker
 
-    try:  # before minutes of loading
-        socket.create_server(
-            (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        ).close()
-    except OSError as error:
-        raise ValueError(f"{args.host}:{args.port}: {error.strerror}; another --port?") from error
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    socket.create_server((args.host, args.port), family=family).close()  # one that is taken shows before the loading
     if not args.no_page:
         from llava_simplified.serve.page import example_pictures, mount_page
 

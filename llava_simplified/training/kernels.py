@@ -26,9 +26,7 @@ def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArgu
     device, kernel = args.device.type, model.attn_implementation
     if kernel == "flash_attention_2":
         if not is_flash_attn_2_available():
-            raise ValueError(
-                f"--attn_implementation {kernel}: needs an NVIDIA GPU and `pip install flash-attn`; or sdpa"
-            )
+            raise ValueError(f"--attn_implementation {kernel}: needs an NVIDIA GPU, `pip install flash-attn`; or sdpa")
         if not (args.bf16 or args.fp16):
             raise ValueError(f"--attn_implementation {kernel} knows 16-bit numbers only: --bf16 True, or sdpa")
         if data.share_prefix:
@@ -47,13 +45,9 @@ def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArgu
     if model.bits != 16:
         quantization(model.bits, torch.float32)
         if not (model.lora_enable or model.freeze_backbone):
-            raise ValueError(
-                f"--bits {model.bits}: quantised weights can't be trained; --lora_enable True, or --bits 16"
-            )
+            raise ValueError(f"--bits {model.bits}: quantised weights can't train; --lora_enable True, or --bits 16")
         if args.fsdp or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                f"--bits {model.bits}: quantised weights can't be spread over devices; ZeRO-2, or --bits 16"
-            )
+            raise ValueError(f"--bits {model.bits}: quantised weights can't be sharded; ZeRO-2, or --bits 16")
     if args.use_liger_kernel and (device != "cuda" or not find_spec("liger_kernel")):
         raise ValueError(
             f"--use_liger_kernel: Triton kernels for CUDA, this is a {device}"
@@ -87,9 +81,7 @@ def compile_layers(language_model: nn.Module) -> None:
     kinds = set(language_model._no_split_modules or ())  # type: ignore[arg-type]
     layers = [module for module in language_model.modules() if type(module).__name__ in kinds]
     if not layers:
-        raise ValueError(
-            f"--compile_layers: {type(language_model).__name__} does not say which of its modules are layers"
-        )
+        raise ValueError(f"--compile_layers: {type(language_model).__name__} does not say which modules are layers")
     torch._functorch.config.activation_memory_budget = 0.9  # read when a layer is compiled, at its first call
     for layer in layers:
         layer.compile(dynamic=True)

@@ -63,7 +63,7 @@ class Plan:
         memory: weights, optimizer, gradients, activations, logits.
         peak: the most at a time: gradients come as activations go.
         positions, trained: of a mean sample, image tokens included; `longest`: of the longest one.
-        samples, steps: of the whole run; of one step where nothing says how many there will be (not `counted`).
+        samples, steps: of the whole run; where nothing says how many there will be: of one step, and 0.
         checkpoint, features: bytes on disk, of a checkpoint and of a feature cache of all pictures.
         cached: the tower runs before the steps, not in them.
     """
@@ -77,7 +77,6 @@ class Plan:
     flops: float
     samples: int
     steps: int
-    counted: bool
     checkpoint: int
     features: int
     cached: bool
@@ -280,8 +279,7 @@ def make_plan(
     a_row = data.pack_length / lengths.mean[0] if data.packing else 1
     steps = args.max_steps if args.max_steps > 0 else -(-round(lengths.count / a_row) // samples_a_step)
     steps = steps if args.max_steps > 0 else round(steps * args.num_train_epochs)
-    counted = args.max_steps > 0 or data.train_data_path is not None
-    steps = steps if counted else 1
+    steps = steps if args.max_steps > 0 or data.train_data_path else 0
     in_batch = rows * (data.pack_length if data.packing else lengths.longest[0])
     full = not (model_args.freeze_backbone or model_args.lora_enable or model_args.tune_mm_mlp_adapter)
     return Plan(
@@ -292,9 +290,8 @@ def make_plan(
         longest=lengths.longest[0],
         trained=lengths.mean[1],
         flops=ledger.flops * lengths.mean[0] / in_batch,
-        samples=round(steps * samples_a_step * a_row),
+        samples=round(max(1, steps) * samples_a_step * a_row),
         steps=steps,
-        counted=counted,
         checkpoint=(4 + _optimizer_bytes(args.optim)) * trained,
         features=features,
         cached=cached,
@@ -322,22 +319,23 @@ def describe_plan(plan: Plan, args: TrainingArguments, tflops: float, mfu: float
     """The plan as people read it."""
     gb = 1e9
     seconds = plan.flops * plan.samples / (tflops * 1e12 * mfu * devices)
-    samples, pflop = f"{plan.samples:,} samples", f"{plan.flops * plan.samples / 1e15:,.2f} PFLOP"
-    run, disk = f"the run           {plan.steps:,} steps, {samples}, {pflop}", f", {plan.kept(args)} kept"
-    cache = f"; {plan.features / gb:.2f} GB where the features of all pictures are cached"
-    if not plan.counted:
-        run, disk = f"a step            {samples}, {pflop}; --train_data_path says how many there are", ""
-        cache = f"; {plan.features / 1e3:.0f} KB a picture whose features are cached"
+    run = f"the run           {plan.steps:,} steps, "
+    disk = f", {plan.kept(args)} kept; {plan.features / gb:.2f} GB where all"
+    if not plan.steps:  # nothing says how many there will be
+        run, disk = (
+            "one step          (--train_data_path says how many) ",
+            f"; {plan.features / 1e3:.0f} KB a picture where",
+        )
     lines = [
         plan.table,
         f"a sample          {plan.positions:.0f} positions (longest {plan.longest}), {plan.trained:.0f} trained, "
         f"{plan.flops / 1e9:,.1f} GFLOP",
-        run,
+        f"{run}{plan.samples:,} samples, {plan.flops * plan.samples / 1e15:,.2f} PFLOP",
         f"time              {duration(seconds)} on {devices} device(s) of {tflops:.3g} TFLOP/s at {mfu:.0%} of that",
         "memory, each device, at the longest batch:",
         *(f"  {name:<16}{size / gb:>8.2f} GB" for name, size in plan.memory.items()),
         f"  {'at the peak':<16}{plan.peak / gb:>8.2f} GB, without what libraries and the allocator keep for themselves",
-        f"disk              {plan.checkpoint / gb:.2f} GB a checkpoint{disk}{cache}",
+        f"disk              {plan.checkpoint / gb:.2f} GB a checkpoint{disk} features are cached",
     ]
     return "\n".join(lines)
 

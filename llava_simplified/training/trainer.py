@@ -81,9 +81,8 @@ class LlavaTrainer(transformers.Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor]:
         """The micro-batches of one step, and how many trained tokens they hold on all devices together."""
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # finished, and resumed: the stock loop would take one step more
+        # a finished run, resumed: the stock loop would take one step more
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], torch.zeros(())
         self.meter.begin()

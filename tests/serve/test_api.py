@@ -478,9 +478,9 @@ def command(checkpoint: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[s
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert llava(["serve", "nothing-to-load", "--port", str(port := taken.getsockname()[1]), "--no-page"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: 127.0.0.1:{port}: Address already in use")
-    assert "another --port?" in said
+    assert (
+        f"Address already in use (while attempting to bind on address ('127.0.0.1', {port}))" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

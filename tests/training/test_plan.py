@@ -105,7 +105,7 @@ def test_a_plan_needs_no_weights(
     at = bare.index("--train_data_path")
     assert main([*bare[:at], *bare[at + 2 :], "--tflops", "100"]) == 0  # nothing says how much there is to do
     printed = capsys.readouterr().out
-    assert "a step            8 samples" in printed
+    assert "one step          (--train_data_path says how many) 8 samples" in printed
     assert "the run" not in printed
     assert "kept" not in printed
 
