@@ -107,7 +107,7 @@ def test_a_model_that_counts_places_by_itself_is_refused(config: transformers.Pr
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     ids = torch.zeros(1, 3, dtype=torch.long)
     for text in (model, adapted):
-        with pytest.raises(ValueError, match=f"{config.model_type} can't be told the places"):
+        with pytest.raises(ValueError, match=f"{config.model_type} can't be told its tokens' places"):
             attention_of(text, ids, ids, ids, torch.float32)
 
 
