@@ -412,7 +412,7 @@ def check_fingerprint(part: str, name_or_path: str, digest: str) -> None:
     if found != digest:
         raise ValueError(
             f"{part} {name_or_path}: other weights than those that this checkpoint was trained with; "
-            "an adapter fits only the weights that it was trained on"
+            "what it trained fits only them"
         )
 
 

@@ -22,6 +22,7 @@ from llava_simplified.model.checkpoint import (
     Architecture,
     absolute,
     assemble,
+    check_fingerprint,
     fingerprint,
     kind_of,
     load_projector,
@@ -125,7 +126,28 @@ def check_options(model: ModelArguments, data: DataArguments, args: TrainingArgu
         )
     if "wandb" in args.report_to and find_spec("wandb") is None:
         raise ValueError("--report_to wandb: it is not installed: pip install wandb")
+    if model.init_from and model.pretrain_mm_mlp_adapter:
+        raise ValueError("--init_from brings a projector along: leave --pretrain_mm_mlp_adapter away")
+    if origin := model.init_from or model.pretrain_mm_mlp_adapter:
+        check_origin(model, origin)
     check_kernels(model, data, args)
+
+
+def check_origin(model: ModelArguments, folder: str) -> None:
+    """Raise ValueError where what a checkpoint trained would meet features or weights that it never saw."""
+    manifest = read_manifest(folder)
+    before = manifest["architecture"]
+    layers = before["mm_vision_select_layer"]
+    layers = layers if isinstance(layers, list) else [layers]
+    if layers != model.mm_vision_select_layer:
+        raise ValueError(f"{folder}: its projector was trained with --mm_vision_select_layer {' '.join(map(str, layers))}")
+    parts = {"vision_tower": model.vision_tower}
+    if model.init_from and manifest["trained"] == "adapter":
+        parts["language_model"] = model.model_name_or_path
+    for part, name in parts.items():
+        inside = Path(name).resolve().parent == Path(folder).resolve()  # the checkpoint's own, trained or merged
+        if not inside and (digest := before["fingerprints"].get(part)):
+            check_fingerprint(part, name, digest)
 
 
 def describe_architecture(model: ModelArguments, args: TrainingArguments, records: Sequence[Record]) -> Architecture:

@@ -194,6 +194,13 @@ def test_projector_stage_then_lora_stage(models_folder: Path, data_folder: Path,
     second = run(options(models_folder, data_folder, tmp_path / "2", **more))
     before, after = load_file(first / "projector.safetensors"), load_file(second / "projector.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+    for change, message in (  # of the same shapes, all of them
+        ({"mm_vision_select_layer": -1}, "its projector was trained with --mm_vision_select_layer -2"),
+        ({"vision_tower": models_folder / "siglip"}, "vision_tower .*siglip: other weights"),
+        ({"init_from": second}, "--init_from brings a projector along"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(options(models_folder, data_folder, tmp_path / "3", **more, **change))
 
 
 def test_a_new_run_starts_from_all_that_a_checkpoint_trained(
@@ -204,6 +211,9 @@ def test_a_new_run_starts_from_all_that_a_checkpoint_trained(
     second = run(options(models_folder, data_folder, tmp_path / "second", init_from=first, **still))
     for name, weight in adapter(first).items():
         assert torch.equal(weight, adapter(second)[name]), name
+    other = {"init_from": first, "model_name_or_path": models_folder / "qwen2"}
+    with pytest.raises(ValueError, match="language_model .*qwen2: other weights"):
+        run(options(models_folder, data_folder, tmp_path / "other", **other))
     alone = {"tune_mm_mlp_adapter": True, **still}
     with pytest.raises(ValueError, match="trained its adapter, this run trains the projector; `llava merge`"):
         run(options(models_folder, data_folder, tmp_path / "third", init_from=first, **alone))
