@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, overload
 
@@ -136,9 +136,7 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
         begun.write_text(json.dumps(settings), encoding="utf-8")
     done = _whole_records(output, job.options.num_return_sequences) | _whole_records(bad_path, 1)
 
-    model = model or Llava.from_pretrained(
-        job.model_path, model_base=job.model_base, vision_tower=job.vision_tower, bits=job.bits
-    )
+    model = model or _load(job)
     if isinstance(records, Pictures) and not job.questions:
         records.questions = (model.instruction,)
     indices = range(min(len(records), job.limit or len(records)))[job.chunk :: job.chunks]
@@ -278,11 +276,8 @@ def _parser(name: str, what: str, *, temperature: float) -> argparse.ArgumentPar
 
 
 def _options(args: argparse.Namespace, trials: int) -> GenerationOptions:
-    names = [
-        *("temperature", "top_p", "top_k", "repetition_penalty", "num_beams", "length_penalty"),
-        *("min_new_tokens", "max_new_tokens", "seed"),
-    ]
-    return GenerationOptions(num_return_sequences=trials, **{name: getattr(args, name) for name in names})
+    given = {f.name: getattr(args, f.name) for f in fields(GenerationOptions) if f.name != "num_return_sequences"}
+    return GenerationOptions(num_return_sequences=trials, **given)
 
 
 def _job(args: argparse.Namespace, source: str, output: Path, options: GenerationOptions, **more: Any) -> Job:
@@ -390,10 +385,9 @@ def _read_line(sign: str) -> str:
     return sys.stdin.readline().strip()
 
 
-def _load(args: argparse.Namespace) -> Llava:
-    return Llava.from_pretrained(
-        args.model_path, model_base=args.model_base, vision_tower=args.vision_tower, bits=args.bits
-    )
+def _load(asked: argparse.Namespace | Job) -> Llava:
+    where = {name: getattr(asked, name) for name in ("model_base", "vision_tower", "bits")}
+    return Llava.from_pretrained(asked.model_path, **where)
 
 
 def _say(args: argparse.Namespace, image: str, questions: Sequence[str], options: GenerationOptions) -> int:

@@ -54,7 +54,7 @@ def merge_main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
     parser.add_argument("--vision-tower", help="the vision tower, likewise")
     args = parser.parse_args(argv)
-    merge(args.checkpoint, args.output, args.model_base, args.vision_tower)
+    merge(**vars(args))
     print(f"{args.output}: of the base models, only those are needed that were not trained")
     return 0
 

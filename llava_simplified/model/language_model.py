@@ -120,12 +120,10 @@ def attention_of(
             batch, length = segment_ids.shape
             return create_block_mask(rule, batch, None, length, length, device=str(segment_ids.device))
         seen = who_sees_whom(segment_ids, branch_ids, position_ids, window)
+        if kernel in ("sdpa", "short"):
+            return seen
         # the eager kernel adds its mask; a bool one would silently let everybody see everybody
-        return (
-            seen
-            if kernel in ("sdpa", "short")
-            else torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-        )
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])

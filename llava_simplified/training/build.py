@@ -138,13 +138,10 @@ def check_origin(model: ModelArguments, folder: str) -> None:
     manifest = read_manifest(folder)
     before = manifest["architecture"]
     layers = before["mm_vision_select_layer"]
-    layers = layers if isinstance(layers, list) else [layers]
-    if layers != model.mm_vision_select_layer:
-        raise ValueError(f"{folder}: its projector was trained with --mm_vision_select_layer {' '.join(map(str, layers))}")
-    parts = {"vision_tower": model.vision_tower}
-    if model.init_from and manifest["trained"] == "adapter":
-        parts["language_model"] = model.model_name_or_path
-    for part, name in parts.items():
+    if model.mm_vision_select_layer != (layers if isinstance(layers, list) else [layers]):
+        raise ValueError(f"{folder}: its projector was trained with --mm_vision_select_layer {layers}")
+    parts = [("vision_tower", model.vision_tower), ("language_model", model.model_name_or_path)]
+    for part, name in parts if model.init_from and manifest["trained"] == "adapter" else parts[:1]:
         inside = Path(name).resolve().parent == Path(folder).resolve()  # the checkpoint's own, trained or merged
         if not inside and (digest := before["fingerprints"].get(part)):
             check_fingerprint(part, name, digest)
@@ -156,13 +153,11 @@ def describe_architecture(model: ModelArguments, args: TrainingArguments, record
     sample = next((record for record in islice(records, 1000) if record.images), records[0])
     question = next(turn.text for turn in sample.turns if turn.role == "user")
     digests = {}
-    for part in ("language_model", "vision_tower"):
-        name = model.model_name_or_path if part == "language_model" else model.vision_tower
+    for part, option in (("language_model", "model_name_or_path"), ("vision_tower", "vision_tower")):
         try:
-            digests[part] = fingerprint(name)
+            digests[part] = fingerprint(name := getattr(model, option))
         except OSError as error:
-            option = "--model_name_or_path" if part == "language_model" else "--vision_tower"
-            raise ValueError(f"{option} {name}: {error}") from error
+            raise ValueError(f"--{option} {name}: {error}") from error
     return Architecture(
         language_model=absolute(model.model_name_or_path),
         vision_tower=absolute(model.vision_tower),

@@ -49,10 +49,9 @@ def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArgu
         if args.fsdp or is_deepspeed_zero3_enabled():
             raise ValueError(f"--bits {model.bits}: quantised weights can't be sharded; ZeRO-2, or --bits 16")
     if args.use_liger_kernel and (device != "cuda" or not find_spec("liger_kernel")):
+        lacks = "pip install 'llava-simplified[liger]'"
         raise ValueError(
-            f"--use_liger_kernel: Triton kernels for CUDA, this is a {device}"
-            if device != "cuda"
-            else "--use_liger_kernel: pip install 'llava-simplified[liger]'"
+            f"--use_liger_kernel: {lacks if device == 'cuda' else f'Triton kernels for CUDA, this is a {device}'}"
         )
     if args.torch_compile:  # its backend or mode was given
         raise ValueError("--torch_compile_...: the layers are compiled one by one, by --compile_layers True alone")
