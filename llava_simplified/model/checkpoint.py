@@ -231,7 +231,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         found = sorted(Path(folder).glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
-        hint = f"; did you mean {found[-1].parent}?" if found else ""
+        hint = f"; did you mean {found[-1].parent}?" if found else "; `llava import` makes one of mm_projector.bin"
         raise ValueError(f"{folder}: no checkpoint here ({MANIFEST} is missing){hint}")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -334,9 +334,7 @@ def load_projector(projector: nn.Module, folder: str | Path) -> None:
     """
     path = Path(folder) / "projector.safetensors"
     if not path.is_file():
-        raise ValueError(
-            f"{folder}: no projector.safetensors: no checkpoint; `llava import` makes one of mm_projector.bin"
-        )
+        raise ValueError(f"{folder}: no projector.safetensors: this is not a checkpoint")
     stored = load_file(path)
     same_weights(stored, projector.state_dict(), str(path))
     projector.load_state_dict(stored)
