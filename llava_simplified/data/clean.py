@@ -341,20 +341,19 @@ def _write(
     aside = output.with_name(f"{output.stem}_quarantine.jsonl")
     with RecordWriter(kept) as good, RecordWriter(aside) as bad:
         for index, verdict in enumerate(verdicts):
-            text = rows.raw(index).decode("utf-8", "replace")
             counts[verdict.reason or "ok"] += 1
             if verdict.reason:
+                text = rows.raw(index).decode("utf-8", "replace")
                 bad.write({"reason": verdict.reason, "detail": verdict.detail, "record": _readable(text)})
                 if len(seen := examples.setdefault(verdict.reason, [])) < 12:
                     seen.append({"name": rows.where(index), "detail": verdict.detail, **_shown(text, folder)})
                 continue
+            row = rows[index]
             if verdict.bad:  # some of its captions can't be used, the others can
-                row = json.loads(text)
                 unusable = [row["responses"][i] for i in verdict.bad]
                 bad.write({"reason": verdict.detail, "detail": "", "record": {**row, "responses": unusable}})
                 row["responses"] = [r for i, r in enumerate(row["responses"]) if i not in verdict.bad]
-                text = json.dumps(row, ensure_ascii=False)
-            good.write_text(text)
+            good.write(row)
     return counts, examples
 
 

@@ -116,20 +116,14 @@ class RecordWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record."""
-        self.write_text(record if self._file is None else self._encode(record))
-
-    def write_text(self, text: str | dict[str, Any]) -> None:
-        """Add one record that is JSON already (a dict for Parquet)."""
-        if isinstance(text, str) and "\n" in text:  # of an indented file: one row is one line here
-            text = self._encode(json.loads(text))
         if self._file is None:
-            self._rows.append(json.loads(text) if isinstance(text, str) else text)
+            self._rows.append(record)
             if len(self._rows) == 8192:
                 self._flush()
         elif self.path.suffix == ".jsonl":
-            self._file.write(f"{text}\n")
+            self._file.write(f"{self._encode(record)}\n")
         else:
-            self._file.write(f"{',' if self.count else '['}\n{text}")
+            self._file.write(f"{',' if self.count else '['}\n{self._encode(record)}")
         self.count += 1
 
     def _flush(self) -> None:

@@ -371,8 +371,8 @@ def plan_shards(source: str, columns: Columns, store: Store, settings: dict[str,
     planned = ({"index": index, "url": row.url, "captions": row.captions} for index, row in enumerate(rows))
     first = islice(planned, settings["limit"] or None)
     while chunk := list(islice(first, settings["shard_size"])):
-        if not any(row["url"] for row in chunk):
-            raise ValueError(f"{source}: no URL in {len(chunk)} rows from row {chunk[0]['index']}")
+        if not number and not any(row["url"] for row in chunk):
+            raise ValueError(f"{source}: no URL in the first {len(chunk)} rows")
         path = store.work / f"{number:05d}.plan"
         if number in shard_slice(shards, number + 1) and f"{number:05d}.parquet" not in finished:
             path.with_suffix(".new").write_text("".join(f"{json.dumps(row)}\n" for row in chunk))

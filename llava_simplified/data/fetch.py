@@ -169,7 +169,8 @@ class Fetcher:
         url = URL(text)
         for _ in range(_REDIRECTS + 1):
             if url.scheme not in ("http", "https"):
-                raise FetchError("scheme", f"only http and https are fetched, not {url.scheme or text[:40]!r}")
+                kind = "scheme" if url.scheme else "bad_url"
+                raise FetchError(kind, f"only http and https are fetched, not {url.scheme or text[:40]!r}")
             if not url.host:
                 raise FetchError("bad_url", f"no host in {text[:100]!r}")
             if self.options.robots and not await self._allowed(url):

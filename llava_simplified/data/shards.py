@@ -214,13 +214,14 @@ def picture_column(schema: Any) -> str:
 
 
 @lru_cache(maxsize=2)
-def _picture_column(path: Path, group: int) -> tuple[Any, ...]:
+def _picture_column(path: Path, group: int) -> Any:
+    """An Arrow column: to make Python bytes of a thousand pictures takes longer than to read them."""
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(path)
+    table = pq.ParquetFile(path, memory_map=True)
     if not (column := picture_column(table.schema_arrow)):
         raise ValueError(f"{path}: no column of pictures")
-    return tuple(table.read_row_group(group, columns=[column])[0].to_pylist())
+    return table.read_row_group(group, columns=[column], use_threads=False)[0]
 
 
 def _parquet_image(path: Path, row: int) -> bytes:
@@ -231,7 +232,7 @@ def _parquet_image(path: Path, row: int) -> bytes:
     if not 0 <= row < metadata.num_rows:
         raise ValueError(f"{path}: no row {row}, it has {metadata.num_rows}")
     group = int(np.searchsorted(ends, row, side="right"))
-    value = _picture_column(path, group)[row - (int(ends[group - 1]) if group else 0)]
+    value = _picture_column(path, group)[row - (int(ends[group - 1]) if group else 0)].as_py()
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is None:
         raise ValueError(f"{path}: row {row} holds no picture")

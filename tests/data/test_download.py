@@ -267,9 +267,15 @@ def test_as_many_connections_as_asked_for_can_be_opened(server: Server, tmp_path
         assert said in done.stdout + done.stderr
 
 
+def test_a_row_without_a_url_is_an_outcome_wherever_it_stands(server: Server, tmp_path: Path) -> None:
+    """Also where it is all of a shard."""
+    (tmp_path / "x.tsv").write_text("".join(f"a\t{url}\n" for url in (*map(server.url, ("ok/1.jpg", "ok/2.jpg")), "")))
+    assert run(tmp_path / "x.tsv", tmp_path / "out", shard_size=1)["outcomes"] == {"ok": 2, "bad_url": 1}
+
+
 def test_a_source_without_urls_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('[{"image": "1.jpg", "caption": "a"}]')
-    with pytest.raises(ValueError, match="no URL in 1 rows from row 0"):
+    with pytest.raises(ValueError, match="no URL in the first 1 rows"):
         run(tmp_path / "x.json", tmp_path / "out")
 
 
