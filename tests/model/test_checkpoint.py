@@ -158,7 +158,7 @@ def test_an_unexpected_weight_and_a_wrong_shape_are_named(models_folder: Path, t
     with pytest.raises(ValueError, match=r"unexpected \['extra'\]"):
         load_checkpoint(tmp_path / "c")
     save_file({**tensors, "bias": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"bias is \(3,\), this model needs \(32,\)"):
+    with pytest.raises(ValueError, match=r"bias is \(3,\), the model needs \(32,\)"):
         load_checkpoint(tmp_path / "c")
 
 
