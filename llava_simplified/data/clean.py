@@ -39,7 +39,7 @@ from llava_simplified.data.images import (
 )
 from llava_simplified.data.records import Record
 from llava_simplified.data.report import thumbnail, write_page
-from llava_simplified.data.rows import RowFile, open_rows
+from llava_simplified.data.rows import RowFile, open_rows, records_of
 from llava_simplified.data.shards import ShardWriter
 
 CHUNK = 500  # records whose verdicts are written at once
@@ -273,7 +273,7 @@ def clean(
     if rules.max_pixels > MAX_PIXELS:
         raise ValueError(f"--max-pixels {rules.max_pixels}: training opens no picture of more than {MAX_PIXELS}")
     rows = open_rows(source)
-    folder = image_folder or (source if source.is_dir() else source.parent)
+    folder = image_folder or records_of(source).parent
     stat, transform = rows.path.stat(), ImageTransform.from_pretrained(vision_tower) if vision_tower else None
     facts = [str(rows.path), stat.st_size, stat.st_mtime_ns, str(folder), str(transform), asdict(rules)]
     work = output.with_name(f"{output.name}.work") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from llava_simplified.data.batching import Example
 from llava_simplified.data.images import ImageError, ImageTransform, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, open_records
+from llava_simplified.data.rows import records_of
 from llava_simplified.prompt import IMAGE_INDEX, Prompt
 
 
@@ -169,7 +170,7 @@ def open_data(path: str, folder: str | None, option: str) -> tuple[Sequence[Reco
     records = open_records(path, answered=True)
     if not len(records):
         raise ValueError(f"{path}: no records in it")
-    folder = folder or str(Path(path).parent)
+    folder = folder or str(records_of(Path(path)).parent)
     if not Path(folder).is_dir():
         raise ValueError(f"{option} {folder}: no such folder")
     names = [name for index in range(min(20, len(records))) for name in records[index].images]

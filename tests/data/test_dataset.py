@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_tokenizer
 
-from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.data.dataset import CaptionDataset, open_data
 from llava_simplified.data.images import ImageTransform
 from llava_simplified.data.records import Record
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Prompt
@@ -110,3 +112,11 @@ def test_features_computed_before_open_no_picture(data_folder: Path) -> None:
     example = dataset(data_folder, [row()], features=features)[0]
     assert torch.equal(example.image_features[0], features["0.jpg"])
     assert example.pixel_values is None
+
+
+@pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
+def test_a_folder_of_a_download_holds_records_and_pictures(data_folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copy(data_folder / "images" / "0.jpg", tmp_path)
+    (tmp_path / name).write_text(json.dumps([row()])[name[-1] == "l" :].removesuffix("]" * (name[-1] == "l")))
+    records, folder = open_data(str(tmp_path), None, "--train_image_folder")
+    assert (records[0].images, folder) == (("0.jpg",), str(tmp_path))
