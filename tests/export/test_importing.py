@@ -275,7 +275,7 @@ def test_a_stock_folder(
 FAULTS = {
     "missing": (lambda w, key: w.pop(key), r"missing \['{name}'\]"),
     "unexpected": (lambda w, key: w.update({f"{key}_too": w[key].clone()}), r"unexpected \['{name}_too'\]"),
-    "shape": (lambda w, key: w.update({key: w[key][:-1].clone()}), r"{name} is \(.+this model needs \("),
+    "shape": (lambda w, key: w.update({key: w[key][:-1].clone()}), r"{name} is \(.+the model needs \("),
 }
 PARTS = {
     "language model": ("whole", "model.norm.weight", "model.norm.weight"),
