@@ -95,7 +95,8 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
     """
     image = _header(data, max_pixels)
     _pixels(image, data, (1, 1))
-    return Picture(data, _SUFFIX.get(str(image.format), str(image.format).lower()), *image.size)
+    size = image.size[::-1] if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8) else image.size  # as it is seen, upright
+    return Picture(data, _SUFFIX.get(str(image.format), str(image.format).lower()), *size)
 
 
 def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Picture:

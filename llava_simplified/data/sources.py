@@ -466,12 +466,18 @@ def _parquet_rows(table: Any, source: str, odd: Oddities, columns: Columns) -> I
 
 
 def _tar(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
-    path, manifest = Path(source), Path(source).with_suffix(".parquet")
+    path, manifest, seen = Path(source), Path(source).with_suffix(".parquet"), set[str]()
+    if "://" in source:
+        raise ValueError(f"{source}: the pictures of a tar are read at random, from a local file: copy it first")
     if manifest.is_file():
         yield from _parquet(str(manifest), odd, columns)
         return
     named: tuple[str, str, str] | None = None
     for number, (key, members) in enumerate(tar_samples(path)):
+        if key in seen:  # of tars put together: the key means the first one's picture
+            odd.note("second sample of one key (left out)", number, key)
+            continue
+        seen.add(key)
         picture = next((suffix for suffix in members if suffix in IMAGE_SUFFIXES), None)
         texts = {s: read_range(path, *members[s]).decode("utf-8", "replace") for s in _TEXTS if s in members}
         if picture is None or not texts:

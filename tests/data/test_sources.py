@@ -171,6 +171,22 @@ def test_several_captions_of_a_sample_are_apart_without_the_manifest_too(tmp_pat
     assert image_captions(tmp_path / "00000.tar") == [("00000.tar#0", "a cat", "a pet"), ("00000.tar#1", "a dog")]
 
 
+def test_captions_of_tars_put_together_stay_with_their_pictures(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, data in (("1.jpg", b"x"), ("1.txt", b"a cat"), ("2.jpg", b"y"), ("2.txt", b"a dog"),
+                           ("1.jpg", b"z"), ("1.txt", b"a bird")):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert image_captions(tmp_path / "x.tar") == [("x.tar#1", "a cat"), ("x.tar#2", "a dog")]
+    assert read_shard_image(tmp_path / "x.tar", "1") == b"x"
+
+
+def test_a_tar_far_away_is_refused() -> None:
+    with pytest.raises(ValueError, match="copy it first"):
+        list(read_source("memory://x.tar", Oddities(), Columns()))
+
+
 def test_the_manifest_of_img2dataset_is_used(tmp_path: Path) -> None:
     tar_of(tmp_path / "00000.tar", {"000000000.jpg": b"x", "000000000.txt": b"a cat"})
     rows = {
