@@ -95,7 +95,9 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
     """
     image = _header(data, max_pixels)
     _pixels(image, data, (1, 1))
-    size = image.size[::-1] if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8) else image.size  # as it is seen, upright
+    size = (
+        image.size[::-1] if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8) else image.size
+    )  # as it is seen, upright
     return Picture(data, _SUFFIX.get(str(image.format), str(image.format).lower()), *size)
 
 

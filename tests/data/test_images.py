@@ -70,7 +70,7 @@ def test_pictures_stand_upright(orientation: int, kind: str) -> None:
     got = decode_image(data).astype(int)
     assert got.shape == expected.shape
     assert np.abs(got - expected).mean() < 1
-    assert check_image(data)[2:] == expected.shape[1::-1], 'width and height as it is seen'
+    assert check_image(data)[2:] == expected.shape[1::-1], "width and height as it is seen"
 
 
 def test_a_truncated_jpeg_is_corrupt_at_every_length() -> None:
