@@ -309,8 +309,10 @@ def main(argv: list[str] | None = None) -> int:
     if as_array:
         rows = [json.loads(line) for line in rows_path.read_text(encoding="utf-8").splitlines()]
         output.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        named = Path(f"{output}.bad.jsonl")
+        named.unlink(missing_ok=True)  # what an earlier file said
         if bad:
-            Path(f"{rows_path}.bad.jsonl").replace(f"{output}.bad.jsonl")
+            Path(f"{rows_path}.bad.jsonl").replace(named)
         rows_path.unlink()
         Path(f"{rows_path}.settings.json").unlink()
     return _report(count, bad, args.output)

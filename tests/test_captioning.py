@@ -170,6 +170,20 @@ def test_a_file_that_is_deleted_is_begun_anew(model: Llava, folder: Path, tmp_pa
     assert not Path(job.output + ".bad.jsonl").exists()
 
 
+def test_an_array_that_is_written_anew_names_what_is_bad_now(
+    model: Llava, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captioning, "_load", lambda asked: model)
+    records = json.loads((data_folder / "val.json").read_text())[:2]
+    data, output = tmp_path / "data.json", tmp_path / "out.json"
+    words = ["--data-path", data, "--image-folder", data_folder / "images", "--output", output, "--max-new-tokens", 2]
+    for image, bad in (("gone.jpg", True), ("0.jpg", False)):
+        data.write_text(json.dumps([{**records[0], "image": image}, records[1]]))
+        assert captioning.main(["--model-path", "", *map(str, words), "--temperature", "0"]) == 0
+        assert (tmp_path / "out.json.bad.jsonl").exists() == bad
+        assert len(json.loads(output.read_text())) == 2 - bad
+
+
 def test_a_picture_is_encoded_once_and_captions_come_early(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
