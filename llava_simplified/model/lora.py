@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,9 +9,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llava_simplified.model.llava import Llava
-
-# PEFT asks for it whenever it loads an adapter, under a name that transformers has given up
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 class Part(NamedTuple):

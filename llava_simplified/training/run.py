@@ -42,4 +42,5 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
 
 
 def _counted(trainer: LlavaTrainer) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in sorted(trainer.seen.items())) + " seen by this process"
+    found = [f"{count:,} {kind}" for kind, count in sorted(trainer.seen.items())]
+    return f"{', '.join(found) or 'nothing was left to be'} seen by this process"
