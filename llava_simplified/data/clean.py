@@ -274,6 +274,8 @@ def clean(
         raise ValueError(f"--max-pixels {rules.max_pixels}: training opens no picture of more than {MAX_PIXELS}")
     rows = open_rows(source)
     folder = image_folder or records_of(source).parent
+    if not folder.is_dir():
+        raise ValueError(f"--image-folder {folder}: no such folder")
     stat, transform = rows.path.stat(), ImageTransform.from_pretrained(vision_tower) if vision_tower else None
     facts = [str(rows.path), stat.st_size, stat.st_mtime_ns, str(folder), str(transform), asdict(rules)]
     work = output.with_name(f"{output.name}.work") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]

@@ -147,6 +147,13 @@ def test_duplicates_of_an_earlier_picture_are_set_aside(tmp_path: Path, dedupe: 
     assert aside == expected
 
 
+def test_a_folder_that_is_not_there_is_no_reason_to_set_everything_aside(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"image": "1.jpg", "instruction": "What?", "response": "a cat"}]')
+    with pytest.raises(ValueError, match="--image-folder .*nowhere: no such folder"):
+        clean(tmp_path / "x.json", tmp_path / "good.json", image_folder=tmp_path / "nowhere")
+    assert not (tmp_path / "good.json").exists()
+
+
 def test_looks_are_compared_as_brute_force_does() -> None:
     rng = np.random.default_rng(0)
     base = rng.integers(0, 256, (300, 19), dtype=np.uint8)
