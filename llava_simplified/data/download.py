@@ -159,12 +159,13 @@ def fetch_shard(spec: ShardSpec) -> dict[str, int]:
     if done is not None and not journal.exists():
         if not any(_matches(row["error"], spec.retry) for row in done):
             return _count(done)
-        _reopen(done, spec.retry, journal, 0 if spec.files else store.fs.size(store.path(f"{name}.tar")))
+        _reopen(done, journal, 0 if spec.files else store.fs.size(store.path(f"{name}.tar")))
     rows = [{name: row[name] for name in _ROW} for row in done or map(json.loads, plan.open())]
     with _locked(journal) as file:
         if not spec.files and not tar.exists() and store.exists(f"{name}.tar"):
             store.fetch(f"{name}.tar", tar)  # to retry, or killed between the last two renames
         outcomes, end = read_journal(journal, 0 if spec.files or not tar.exists() else tar.stat().st_size)
+        outcomes = {index: row for index, row in outcomes.items() if not _matches(row["error"], spec.retry)}
         writer = None if spec.files else ShardWriter(tar, end)
         missing = [row for row in rows if row["index"] not in outcomes]
         asyncio.run(_fetch_rows(missing, spec, file, writer, outcomes))
@@ -208,10 +209,9 @@ def _matches(error: str | None, kinds: tuple[str, ...]) -> bool:
     return not names.isdisjoint(kinds) or (error.startswith("http_") and f"{error[5]}xx" in kinds)
 
 
-def _reopen(done: list[dict[str, Any]], retry: tuple[str, ...], journal: Path, tar_size: int) -> None:
-    """Make a journal of a finished shard, without the failures that are to be tried again."""
-    kept = [row for row in done if not _matches(row["error"], retry)]
-    rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if k not in ("url", "captions")} for row in kept]
+def _reopen(done: list[dict[str, Any]], journal: Path, tar_size: int) -> None:
+    """Make a journal of a finished shard: what is tried again gets a second line, which counts."""
+    rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if k not in ("url", "captions")} for row in done]
     if tar_size > len(END):
         rows.append({"index": -1, "end": tar_size - len(END)})
     journal.with_suffix(".new").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

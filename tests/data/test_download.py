@@ -104,6 +104,17 @@ def test_a_second_run_asks_for_nothing_and_retry_for_what_it_names(server: Serve
     assert all(row["offset"] == before[row["key"]]["offset"] for row in kept), "places stay true while retrying"
 
 
+def test_retry_asks_for_the_failures_of_an_unfinished_shard_too(server: Server, tmp_path: Path) -> None:
+    tsv, jobs = source(tmp_path, server.port, 4, {"ok": 1})
+    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0, "bytes": tsv.stat().st_size}
+    store = Store(str(tmp_path / "out"))
+    plan_shards(str(tsv), Columns(), store, settings, "")
+    failed = {"index": 2, "key": "000000002", "error": "timeout", "status": "failed", "file": None, "offset": None}
+    (store.work / "00000.journal").write_text(json.dumps({**failed, "length": None}) + "\n")  # a run was killed here
+    assert run(tsv, tmp_path / "out", retry=("timeout",))["outcomes"] == {"ok": 4}
+    check(tmp_path / "out", jobs)
+
+
 def test_what_was_missing_can_come_later(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "x.tsv"
     urls = [server.url(f"redirect/{i}", "127.0.0.2") for i in range(6)]
