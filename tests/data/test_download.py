@@ -106,7 +106,14 @@ def test_a_second_run_asks_for_nothing_and_retry_for_what_it_names(server: Serve
 
 def test_retry_asks_for_the_failures_of_an_unfinished_shard_too(server: Server, tmp_path: Path) -> None:
     tsv, jobs = source(tmp_path, server.port, 4, {"ok": 1})
-    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0, "bytes": tsv.stat().st_size}
+    settings = {
+        "source": str(tsv),
+        "files": False,
+        "shard_size": 50,
+        "limit": 0,
+        "resize": 0,
+        "bytes": tsv.stat().st_size,
+    }
     store = Store(str(tmp_path / "out"))
     plan_shards(str(tsv), Columns(), store, settings, "")
     failed = {"index": 2, "key": "000000002", "error": "timeout", "status": "failed", "file": None, "offset": None}
