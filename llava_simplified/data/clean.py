@@ -387,8 +387,7 @@ def _compact(records: Path, folder: Path, output: Path, side: int, engine: str, 
 
 def _write_compacted(survivors: RowFile, output: Path) -> None:
     with RecordWriter(output) as writer:
-        for index in range(len(survivors)):
-            row = survivors[index]
+        for index, row in enumerate(survivors):
             name = "image" if "image" in row else "images"
             several = isinstance(row.get(name), list)
             count = len(row[name]) if several else int(bool(row.get(name)))

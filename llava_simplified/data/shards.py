@@ -101,9 +101,7 @@ def tar_members(path: Path) -> Iterator[Member]:
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
-            raise ValueError(
-                f"{path}: member {member.name!r} is a link, a device or sparse, not a plain file; not a shard"
-            )
+            raise ValueError(f"{path}: member {member.name!r} is a link, a device or sparse, not a plain file")
         if member.name.startswith("/") or ".." in Path(member.name).parts:
             raise ValueError(f"{path}: member {member.name!r} points out of the archive; refused")
         if member.offset_data + member.size > length:

@@ -118,8 +118,11 @@ def _read(source: str, odd: Oddities, columns: Columns) -> Iterator[SourceRow]:
         parts = sorted(glob.glob(source))  # noqa: PTH207 - absolute patterns too
         if not parts:
             raise ValueError(f"{source}: no file matches")
+        fixed = Path(re.split(r"[*?[]", source)[0] + "x").parent
         for part in parts:
-            yield from _read(part, odd, columns)
+            below = Path(part).parent.relative_to(fixed)  # shards of two folders may have one name
+            for row in _read(part, odd, columns):
+                yield row._replace(image=str(below / row.image)) if "#" in row.image else row
     elif "://" not in source and not folder.is_file():
         raise ValueError(f"{source}: no such file or folder")
     else:
@@ -272,10 +275,7 @@ def _layout(source: str, sample: list[list[str]], columns: Columns) -> tuple[int
         url, image, caption = (names.index(name) if name else -1 for name in _named(source, names, columns, first))
         return url, image, caption, len(names), True
     if len(sample) > 1 and len(first) > 2 and {len(row) for row in sample} == {len(first)}:
-        raise ValueError(
-            f"{source}: {len(first)} fields in every row, and no header says which is the caption: put a line of names "
-            f"(url, caption, ...) before the first row, which is {first}"
-        )
+        raise ValueError(f"{source}: {len(first)} fields in every row, but no line of names before the first: {first}")
     rows = [[row[0], row[-1]] for row in sample if len(row) > 1] or [["", ""]]
     for column, pattern in ((0, _URL), (1, _URL), (0, _PICTURE), (1, _PICTURE)):
         here, there = (sum(bool(pattern.search(row[k])) for row in rows) / len(rows) for k in (column, 1 - column))

@@ -171,6 +171,14 @@ def test_several_captions_of_a_sample_are_apart_without_the_manifest_too(tmp_pat
     assert image_captions(tmp_path / "00000.tar") == [("00000.tar#0", "a cat", "a pet"), ("00000.tar#1", "a dog")]
 
 
+def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    for folder, caption in (("a", b"a cat"), ("b", b"a dog")):
+        (tmp_path / folder).mkdir()
+        tar_of(tmp_path / folder / "0.tar", {"1.jpg": b"x", "1.txt": caption})
+    assert image_captions(tmp_path / "*" / "0.tar") == [("a/0.tar#1", "a cat"), ("b/0.tar#1", "a dog")]
+    assert image_captions(tmp_path / "a" / "*.tar") == [("0.tar#1", "a cat")]
+
+
 def test_captions_of_tars_put_together_stay_with_their_pictures(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for name, data in (("1.jpg", b"x"), ("1.txt", b"a cat"), ("2.jpg", b"y"), ("2.txt", b"a dog"),
@@ -265,7 +273,7 @@ def test_a_line_break_inside_csv_quotes_is_one_row(tmp_path: Path) -> None:
         ("x.csv", f"url,words\n{U},x\n", "no caption column among url, words"),
         ("x.jsonl", '{"link_to": "x", "caption": "y"}\n', "no url or image column among link_to, caption"),
         ("x.tsv", "", "empty file"),
-        ("x.tsv", f"{U}\ta cat\t0.31\n{V}\ta dog\t0.29\n", "3 fields in every row, and no header"),
+        ("x.tsv", f"{U}\ta cat\t0.31\n{V}\ta dog\t0.29\n", "3 fields in every row, but no line of names"),
         ("x.json", '{"captions": ["a"], "image_urls": []}', "0 'image_urls', but 1 'captions'"),
         ("x.json", '{"annotations": [{"image_id": 1, "bbox": []}]}', "not the captions file"),
     ],
