@@ -369,7 +369,7 @@ def _readable(text: str) -> Any:
 def _compact(records: Path, folder: Path, output: Path, side: int, engine: str, workers: int, progress: bool) -> None:
     """A shard that is there whole is taken as it is: the mark says that it was made of the same rows."""
     output.mkdir(parents=True, exist_ok=True)
-    mark, made_of = output / "made_of", hashlib.sha256(f"{folder} {side}".encode())
+    mark, made_of = output / "made_of", hashlib.sha256(f"{folder.resolve()} {side}".encode())
     with records.open("rb") as file:
         for block in iter(partial(file.read, 1 << 20), b""):
             made_of.update(block)

@@ -157,9 +157,10 @@ def fetch_shard(spec: ShardSpec) -> dict[str, int]:
     journal, plan, tar = (work / f"{name}.{suffix}" for suffix in ("journal", "plan", "tar.part"))
     done = store.read_manifest(f"{name}.parquet").to_pylist() if store.exists(f"{name}.parquet") else None
     if done is not None and not journal.exists():
-        if not any(_matches(row["error"], spec.retry) for row in done):
+        kept = [row for row in done if not _matches(row["error"], spec.retry)]
+        if len(kept) == len(done):
             return _count(done)
-        _reopen(done, journal, 0 if spec.files else store.fs.size(store.path(f"{name}.tar")))
+        _reopen(kept, journal, 0 if spec.files else store.fs.size(store.path(f"{name}.tar")))
     rows = [{name: row[name] for name in _ROW} for row in done or map(json.loads, plan.open())]
     with _locked(journal) as file:
         if not spec.files and not tar.exists() and store.exists(f"{name}.tar"):
@@ -209,9 +210,9 @@ def _matches(error: str | None, kinds: tuple[str, ...]) -> bool:
     return not names.isdisjoint(kinds) or (error.startswith("http_") and f"{error[5]}xx" in kinds)
 
 
-def _reopen(done: list[dict[str, Any]], journal: Path, tar_size: int) -> None:
-    """Make a journal of a finished shard: what is tried again gets a second line, which counts."""
-    rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if k not in ("url", "captions")} for row in done]
+def _reopen(kept: list[dict[str, Any]], journal: Path, tar_size: int) -> None:
+    """Make a journal of the rows of a finished shard that are not tried again."""
+    rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if k not in ("url", "captions")} for row in kept]
     if tar_size > len(END):
         rows.append({"index": -1, "end": tar_size - len(END)})
     journal.with_suffix(".new").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
