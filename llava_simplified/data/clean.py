@@ -438,19 +438,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.compact_size != "exact" and not args.compact_size.isdigit():
         raise ValueError(f"--compact-size {args.compact_size!r}: a number of pixels, or exact")
+    same = ("image_folder", "vision_tower", "dedupe", "compact", "engine", "workers", "shards")
     counts = clean(
         args.records,
         args.output,
-        image_folder=args.image_folder,
-        vision_tower=args.vision_tower,
         rules=Rules(args.min_side, args.max_aspect, args.max_caption, args.max_pixels, args.dedupe == "perceptual"),
-        dedupe=args.dedupe,
-        compact=args.compact,
         compact_size=0 if args.compact_size == "exact" else int(args.compact_size),
-        engine=args.engine,
-        workers=args.workers,
-        shards=args.shards,
         progress=sys.stderr.isatty(),
+        **{name: getattr(args, name) for name in same},
     )
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
         sys.stdout.write(f"{count:>9,} {reason or 'ok'}\n")

@@ -515,13 +515,9 @@ def main(argv: list[str] | None = None) -> int:
         FetchOptions(**{field.name: getattr(args, field.name) for field in fields(FetchOptions)}),
         columns=Columns(args.url_column, args.image_column, args.caption_column),
         files=args.output_format == "files",
-        shard_size=args.shard_size,
-        limit=args.limit,
         retry=tuple(kind for kind in args.retry.split(",") if kind),
-        engine=args.engine,
-        workers=args.workers,
-        shards=args.shards,
         progress=sys.stderr.isatty(),
+        **{name: getattr(args, name) for name in ("shard_size", "limit", "engine", "workers", "shards")},
     )
     _tell(report, output)
     if none := not report["outcomes"].get("ok"):

@@ -158,8 +158,8 @@ def _work(pipe: connection.Connection, function: Callable[[Any], Any], parent: i
         answer: tuple[Any, Exception | None]
         try:
             answer = function(spec), None
-        except ValueError as error:  # written for the user; others need the traceback
-            answer = None, ValueError(str(error))
+        except (ValueError, OSError) as error:  # written for the user, or by the system; others need the traceback
+            answer = None, (ValueError if isinstance(error, ValueError) else OSError)(str(error))
         except Exception:  # noqa: BLE001 - whatever it is, the parent decides
             answer = None, RuntimeError(traceback.format_exc())
         pipe.send(answer)

@@ -18,7 +18,7 @@ import ssl
 import sys
 import time
 import zlib
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -43,6 +43,7 @@ _OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
 _NOTHING = ["User-agent: *", "Disallow: /"]
 _REDIRECTS = 5
 _LONGEST_PAUSE = 60.0  # seconds that a host may ask for, in a row, before its rows are left for another run
+_SILENCES = 10  # a host that is down would cost a timeout for each of its rows
 _SLOW_AFTER, _SLOW_RATE = 3.0, 1000  # a body must bring so many bytes a second after so many seconds
 _CLOSE = {"Connection": "close"}
 _UNICAST, _NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
@@ -79,9 +80,9 @@ class Fetched(NamedTuple):
     kind: str
     http: int
     detail: str
-    picture: Picture | None
-    received: int
-    seconds: float
+    picture: Picture | None = None
+    received: int = 0
+    seconds: float = 0.0
     pause: float | None = None
 
 
@@ -119,6 +120,8 @@ class Fetcher:
         self._headers = {"User-Agent": f"{AGENT}/{version('llava-simplified')}{contact}",
                          "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}  # fmt: skip
         self._robots: dict[URL, asyncio.Task[RobotFileParser]] = {}
+        self._slots = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(options.per_host))
+        self._silent = Counter[str]()  # timeouts in a row, by host
 
     async def __aenter__(self) -> Fetcher:
         self._session = aiohttp.ClientSession(
@@ -145,8 +148,7 @@ class Fetcher:
         """
         start = time.perf_counter()
         try:
-            async with timeout(self.options.timeout):  # before Python 3.12, wait_for loses cancellations
-                data, http = await self._get(url, _CLOSE if last else None)
+            data, http = await self._get(url, _CLOSE if last else None)
             picture = await self._check(data)
             return Fetched("ok", http, "", picture, len(data), time.perf_counter() - start)
         except FetchError as error:
@@ -166,7 +168,7 @@ class Fetcher:
         return work() if len(data) < _INLINE_BYTES else await asyncio.to_thread(work)
 
     async def _get(self, text: str, headers: dict[str, str] | None) -> tuple[bytes, int]:
-        url = URL(text)
+        url, left = URL(text), self.options.timeout
         for _ in range(_REDIRECTS + 1):
             if url.scheme not in ("http", "https"):
                 kind = "scheme" if url.scheme else "bad_url"
@@ -175,19 +177,36 @@ class Fetcher:
                 raise FetchError("bad_url", f"no host in {text[:100]!r}")
             if self.options.robots and not await self._allowed(url):
                 raise FetchError("robots", f"robots.txt of {url.host} does not allow it")
-            async with self._session.get(url, allow_redirects=False, headers=headers) as response:
-                if response.status in (301, 302, 303, 307, 308):
-                    if not (location := response.headers.get("Location")):
-                        raise FetchError("redirect", "a redirect to nowhere", response.status)
-                    url = url.join(URL(location))
-                    continue
-                if response.status != 200:
-                    pause = _retry_after(response.headers.get("Retry-After"))
-                    raise FetchError(f"http_{response.status}", str(response.reason), response.status, pause)
-                if reason := opted_out(response.headers):
-                    raise FetchError("opt_out", reason, response.status)
-                return await self._body(response), response.status
+            async with self._slots[url.host]:  # many hosts may send to one; to wait for it takes none of the row's time
+                if self._silent[url.host] >= _SILENCES:
+                    raise FetchError("timeout", f"not asked for: {url.host} was silent {_SILENCES} times in a row")
+                begun = time.monotonic()
+                try:
+                    async with timeout(left):  # before Python 3.12, wait_for loses cancellations
+                        answer = await self._ask(url, headers)
+                except (TimeoutError, asyncio.TimeoutError):
+                    self._silent[url.host] += 1
+                    raise
+                left -= time.monotonic() - begun
+            if not isinstance(answer, URL):
+                return answer
+            url = answer
         raise FetchError("redirect", f"more than {_REDIRECTS} redirects", 302)
+
+    async def _ask(self, url: URL, headers: dict[str, str] | None) -> URL | tuple[bytes, int]:
+        """Where to go on, or the body and the status."""
+        async with self._session.get(url, allow_redirects=False, headers=headers) as response:
+            self._silent.pop(str(url.host), None)
+            if response.status in (301, 302, 303, 307, 308):
+                if not (location := response.headers.get("Location")):
+                    raise FetchError("redirect", "a redirect to nowhere", response.status)
+                return url.join(URL(location))
+            if response.status != 200:
+                pause = _retry_after(response.headers.get("Retry-After"))
+                raise FetchError(f"http_{response.status}", str(response.reason), response.status, pause)
+            if reason := opted_out(response.headers):
+                raise FetchError("opt_out", reason, response.status)
+            return await self._body(response), response.status
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         most, chunks, size, start = self.options.max_bytes, list[bytes](), 0, time.perf_counter()
@@ -290,7 +309,7 @@ class _Host:
     rows: deque[tuple[Any, str, int]] = field(default_factory=deque)  # (row, URL, tries so far)
     resume: float = 0.0  # it is left alone until then, by the monotonic clock
     asked: float = math.inf  # since when it has answered with nothing but Retry-After
-    closed: str = ""  # why its rows are left for another run
+    closed: Fetched | None = None  # what its other rows are left with, for another run
 
 
 @lru_cache(maxsize=4096)
@@ -322,14 +341,12 @@ async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> A
 
     async def serve(fetcher: Fetcher, host: _Host) -> None:
         row, url, tries = host.rows.popleft()
-        if host.closed:
-            fetched = Fetched("rate_limited", 0, host.closed, None, 0, 0.0)
-        else:
-            fetched = await fetcher.fetch(url, last=not host.rows)
+        fetched = host.closed or await fetcher.fetch(url, last=not host.rows)
         now = time.monotonic()
         host.asked = math.inf if fetched.pause is None else min(host.asked, now)
         if fetched.pause is not None and now + fetched.pause > host.asked + _LONGEST_PAUSE:
-            host.closed = f"its host asked for a pause of {now + fetched.pause - host.asked:.0f} s"
+            pause = now + fetched.pause - host.asked
+            host.closed = Fetched("rate_limited", 0, f"its host asked for a pause of {pause:.0f} s")
         again = is_transient(fetched) and tries < options.retries and not host.closed
         if again or (fetched.pause and not host.closed):
             host.resume = max(host.resume, now + (1.0 if fetched.pause is None else fetched.pause))

@@ -288,7 +288,7 @@ def load_checkpoint(
         tower.requires_grad_(False)
     if not trainable:
         model.requires_grad_(False)
-    return model.eval().to(device or _default_device())
+    return model.eval().to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def load_trained_weights(model: Llava, folder: str | Path) -> None:
@@ -417,7 +417,3 @@ def check_fingerprint(part: str, name_or_path: str, digest: str) -> None:
 def absolute(name: str) -> str:
     """A local folder by its full path, so that a checkpoint finds it from anywhere; a hub name as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

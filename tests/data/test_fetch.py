@@ -214,6 +214,43 @@ def test_the_host_with_most_rows_is_begun_first(server: Server) -> None:
     assert "Host: 127.0.0.1:" in "".join(server.requests[:4])
 
 
+def test_at_most_four_requests_to_a_host_that_many_redirect_to(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for it is not the row's time: forty rows, four at a time, take far longer than one may."""
+    under_way = most = 0
+    real = fetch.Fetcher._ask
+
+    async def watched(self: fetch.Fetcher, url: Any, headers: dict[str, str] | None) -> Any:
+        nonlocal under_way, most
+        there = url.host == "127.0.0.1"
+        under_way += there
+        most = max(most, under_way)
+        await asyncio.sleep(0.1)
+        try:
+            return await real(self, url, headers)
+        finally:
+            under_way -= there
+
+    assert get(server.url("ok/1.jpg"))[0].kind == "ok"  # the first has the server draw its pictures
+    monkeypatch.setattr(fetch.Fetcher, "_ask", watched)
+    server.targets["there"] = f"http://127.0.0.1:{server.port}/ok/1.jpg"
+    urls = [server.url("redirect/there", f"127.0.2.{i}") for i in range(1, 41)]
+    assert {fetched.kind for fetched in get(urls, replace(OPEN, timeout=0.8))} == {"ok"}
+    assert most == 4
+
+
+def test_a_host_that_is_down_is_given_up(server: Server) -> None:
+    """It would cost a timeout for each of its rows; a host that answers now and then goes on."""
+    down = [server.url(f"hang/{i}.jpg", "127.0.0.2") for i in range(100)]
+    mixed = [server.url(f"{'hang' if i % 3 else 'missing'}/{i}.jpg", "127.0.0.3") for i in range(30)]
+    results = get([*down, *mixed], replace(OPEN, timeout=0.2))
+    assert {fetched.kind for fetched in results[:100]} == {"timeout"}
+    assert sum("/hang/" in request and "127.0.0.2" in request for request in server.requests) <= 10 + OPEN.per_host
+    assert "127.0.0.2 was silent 10 times in a row" in results[99].detail
+    assert sum("127.0.0.3" in request for request in server.requests) == 30
+
+
 def test_retry_after_is_waited_for(server: Server) -> None:
     start = time.monotonic()
     (fetched,) = get(server.url("busy/1.jpg"), FetchOptions(allow_private=True, retries=1))
