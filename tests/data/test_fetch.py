@@ -214,9 +214,7 @@ def test_the_host_with_most_rows_is_begun_first(server: Server) -> None:
     assert "Host: 127.0.0.1:" in "".join(server.requests[:4])
 
 
-def test_at_most_four_requests_to_a_host_that_many_redirect_to(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_at_most_four_requests_to_a_host_that_many_redirect_to(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for it is not the row's time: forty rows, four at a time, take far longer than one may."""
     under_way = most = 0
     real = fetch.Fetcher._ask
