@@ -70,7 +70,7 @@ def open_source(source: str, image_folder: str | None, questions: Sequence[str])
     if path.suffix in (".json", ".jsonl", ".parquet"):
         if questions:
             raise ValueError(f"--prompt: the records of {source} bring their own questions")
-        return open_data(source, image_folder, "--image-folder")
+        return open_data(source, image_folder, "--image-folder", answered=False)
     folder = Path()
     if path.is_dir():
         folder, found = path, sorted(path.rglob("*"))

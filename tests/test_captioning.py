@@ -68,6 +68,9 @@ def test_every_kind_of_source(folder: Path, data_folder: Path, monkeypatch: pyte
     def images(source: object) -> list[str]:
         return [record.images[0] for record in open_source(str(source), None, ["What?"])[0]]
 
+    def images_of_records(source: Path) -> list[str]:
+        return [record.images[0] for record in open_source(str(source), None, [])[0]]
+
     assert images(folder) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "bad.jpg", "more/5.JPG"]
     assert images(folder / "1.jpg") == ["1.jpg"]
     assert images(folder / "[0-2].jpg") == [str(folder / f"{n}.jpg") for n in range(3)]
@@ -86,6 +89,9 @@ def test_every_kind_of_source(folder: Path, data_folder: Path, monkeypatch: pyte
         records, where = open_source(str(source), None, ["What?"])
         assert read_image_bytes(records[0].images[0], where)
     assert len(open_source(str(data_folder / "val.json"), str(data_folder / "images"), [])[0]) == 4
+    unanswered = folder / "unanswered.jsonl"  # what is to be captioned need not have been
+    unanswered.write_text(json.dumps({"image": "1.jpg", "instruction": "What?"}) + "\n")
+    assert images_of_records(unanswered) == ["1.jpg"]
     for wrong, message in ((None, "none of the first images"), ("nowhere", "--image-folder nowhere: no such folder")):
         with pytest.raises(ValueError, match=message):
             open_source(str(data_folder / "val.json"), wrong, [])

@@ -156,18 +156,19 @@ def record_pixels(record: Record, folder: str | Path, transform: ImageTransform)
     return torch.stack([transform(decode_image(read_image_bytes(name, folder))) for name in record.images])
 
 
-def open_data(path: str, folder: str | None, option: str) -> tuple[Sequence[Record], str]:
+def open_data(path: str, folder: str | None, option: str, answered: bool = True) -> tuple[Sequence[Record], str]:
     """Records and the folder of their images (the data file's own where `folder` is None).
 
     The first images are opened as well: a wrong folder shows now, not in an hour.
 
     Args:
         option: the name of the folder's option, for the errors.
+        answered: every record must have its answers, as training needs them.
 
     Raises:
         ValueError: no records, one without an answer, no such folder, or none of the first images can be read.
     """
-    records = open_records(path, answered=True)
+    records = open_records(path, answered)
     if not len(records):
         raise ValueError(f"{path}: no records in it")
     folder = folder or str(records_of(Path(path)).parent)
