@@ -169,7 +169,7 @@ def fetch_shard(spec: ShardSpec) -> dict[str, int]:
         outcomes = {index: row for index, row in outcomes.items() if not _matches(row["error"], spec.retry)}
         writer = None if spec.files else ShardWriter(tar, end)
         missing = [row for row in rows if row["index"] not in outcomes]
-        asyncio.run(_fetch_rows(missing, spec, file, writer, outcomes))
+        asyncio.run(_fetch_rows(missing, spec, Path(store.root, "images"), file, writer, outcomes))
         if writer:
             writer.close()
             store.publish(tar)
@@ -260,13 +260,13 @@ def read_journal(journal: Path, tar_size: int) -> tuple[dict[int, dict[str, Any]
 async def _fetch_rows(
     rows: list[dict[str, Any]],
     spec: ShardSpec,
+    folder: Path,
     journal: int,
     writer: ShardWriter | None,
     outcomes: dict[int, dict[str, Any]],
 ) -> None:
     """Fetch rows; keep each picture, then write its line in the journal."""
     captions = {row["index"]: tuple(row["captions"]) for row in rows}
-    folder = Path(Store(spec.output).root, "images")
     async for index, url, fetched in fetch_all(((row["index"], row["url"]) for row in rows), spec.options):
         outcome = outcomes[index] = _outcome(index, fetched)
         end = 0

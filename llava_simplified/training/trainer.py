@@ -250,18 +250,13 @@ class LlavaTrainer(transformers.Trainer):
                 rate = rates.get(name.partition(".")[0])
                 key = (self.args.learning_rate if rate is None else rate, name in decayed)
                 groups.setdefault(key, []).append(parameter)
-            first = sorted(
-                groups, key=lambda key: key[0] != self.args.learning_rate
-            )  # the log tells the first one's rate
+            # the log tells the first one's rate
+            ordered = sorted(groups.items(), key=lambda group: group[0][0] != self.args.learning_rate)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
             self.optimizer = cls(
                 [
-                    {
-                        "params": groups[rate, decay],
-                        "lr": rate,
-                        "weight_decay": self.args.weight_decay if decay else 0.0,
-                    }
-                    for rate, decay in first
+                    {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+                    for (rate, decay), parameters in ordered
                 ],
                 **options,
             )
