@@ -95,9 +95,8 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
     """
     image = _header(data, max_pixels)
     _pixels(image, data, (1, 1))
-    size = (
-        image.size[::-1] if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8) else image.size
-    )  # as it is seen, upright
+    turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # it is seen, and cropped, upright
+    size = image.size[::-1] if turned else image.size
     return Picture(data, _SUFFIX.get(str(image.format), str(image.format).lower()), *size)
 
 
