@@ -3,7 +3,7 @@
     python benchmarks/bench_caption.py [--language-model FOLDER] [--images 48] [--batch 16] [--rounds 2]
 
 The same weights on all sides (SmolLM2-135M, which is fetched where no folder is given, and a random tower of CLIP
-ViT-B/16's shape), bfloat16, the same pixels and prompts. A random projector makes the model ramble, so the length at which a picture's captions
+ViT-B/16's shape), bfloat16 where the machine is fast in it, the same pixels and prompts. A random projector makes the model ramble, so the length at which a picture's captions
 end is drawn beforehand, the same for all sides, as the lengths of Conceptual Captions are: 6 to 37 tokens, 12 in the mean. The
 tutorial's loop takes a picture at a time, and encodes and prefills it anew for every trial. Every run is a process of its own.
 Prints captions per second as ratios, and peak memory; the greedy captions of all sides, in float32, must be the same.
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_train import write_data, write_models
+from bench_train import number_type, write_data, write_models
 
 TRIALS = 3
 LONGEST = 37  # tokens
@@ -36,7 +36,9 @@ def build(models: tuple[str, str]) -> Any:
     from llava_simplified.model.checkpoint import Architecture, assemble
 
     torch.manual_seed(1)
-    return assemble(Architecture(*models, mm_projector_type="mlp2x_gelu", dtype="bfloat16")).to(torch.bfloat16).eval()
+    dtype = number_type()
+    architecture = Architecture(*models, mm_projector_type="mlp2x_gelu", dtype=dtype)
+    return assemble(architecture).to(getattr(torch, dtype)).eval()
 
 
 def stock_model(model: Any) -> tuple[Any, int]:
@@ -50,7 +52,7 @@ def stock_model(model: Any) -> tuple[Any, int]:
     config = LlavaConfig(
         vision_config=tower.config, text_config=text.config, image_token_id=image_token, vision_feature_layer=-2
     )
-    stock = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    stock = LlavaForConditionalGeneration(config).to(getattr(torch, number_type()))
     stock.model.vision_tower, stock.model.language_model, stock.lm_head = tower, text.model, text.lm_head
     names = {"0.": "linear_1.", "2.": "linear_2."}
     weights = {names[k[:2]] + k[2:]: v for k, v in model.projector.state_dict().items()}
@@ -163,6 +165,7 @@ def main() -> None:
         folder = root / "pictures"
         folder.mkdir()
         write_data(folder, args.images, 1)
+        print(f"{args.images} pictures, {TRIALS} samples each, batches of {args.batch}, {number_type()}", flush=True)
         results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for _ in range(args.rounds):
             for side in SIDES:
@@ -172,7 +175,6 @@ def main() -> None:
                     sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
                 results[side].append(json.loads((folder / "result.json").read_text()))
     best = {side: max(runs, key=lambda run: run["rate"]) for side, runs in results.items()}
-    print(f"{args.images} pictures, {TRIALS} samples each, batches of {args.batch}")
     for side, run in best.items():
         print(
             f"{side:22}{run['rate']:8.2f} captions/s   ours is {best['ours']['rate'] / run['rate']:5.2f}x   "

@@ -2,7 +2,8 @@
 
     python benchmarks/bench_serve.py [--language-model FOLDER] [--clients 1 4 16] [--requests 24]
 
-SmolLM2-135M (fetched where no folder is given) and a random tower of CLIP ViT-B/16's shape, bfloat16. A random projector makes
+SmolLM2-135M (fetched where no folder is given) and a random tower of CLIP ViT-B/16's shape, bfloat16 where
+the machine is fast in it. A random projector makes
 the model ramble, so the longest that a picture's answer may be is drawn beforehand, the same for both sides, as the lengths of
 Conceptual Captions are. Each client sends its next request when it has its answer. Prints the seconds of an answer at the
 median and at 95 %, and the ratio of the sides, which are processes of their own.
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_caption import lengths
-from bench_train import write_data, write_models
+from bench_train import number_type, write_data, write_models
 
 
 def write_checkpoint(root: Path, language_model: Path | None) -> Path:
@@ -38,7 +39,7 @@ def write_checkpoint(root: Path, language_model: Path | None) -> Path:
 
     text, tower = write_models(root, language_model)
     torch.manual_seed(1)
-    architecture = Architecture(str(text), str(tower), mm_projector_type="mlp2x_gelu", dtype="bfloat16")
+    architecture = Architecture(str(text), str(tower), mm_projector_type="mlp2x_gelu", dtype=number_type())
     save_checkpoint(assemble(architecture).requires_grad_(False), root / "model", architecture)
     return root / "model"
 

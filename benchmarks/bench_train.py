@@ -1,11 +1,11 @@
 """A training step: `llava train` against stock LLaVA under transformers' Trainer and PEFT, under TRL, and against the tutorial's recipe.
 
-    python benchmarks/bench_train.py [--language-model FOLDER] [--captions 1 5] [--steps 4] [--rounds 1]
+    python benchmarks/bench_train.py [--language-model FOLDER] [--captions 1 5] [--steps 2] [--rounds 1]
 
 The same weights on both sides (SmolLM2-135M, which is fetched where no folder is given, and a random tower of CLIP
 ViT-B/16's shape), the same 224-pixel pictures, tokens, optimizer and number of updates; frozen weights in bfloat16, bfloat16
-autocast; the losses of the first step must agree. Every run is a process of its own, measured from its third step on, input
-included. Prints captions per second and peak memory as ratios, and the share of what a large bfloat16 matrix product
+autocast (float32 on a machine that is slow in bfloat16); the losses of the first step must agree. Every run is a process of its own, measured from its third step on, input
+included. Prints captions per second and peak memory as ratios, and the share of what a large matrix product
 reaches on this machine.
 """
 
@@ -34,6 +34,15 @@ OURS = {  # one lever more in each line
     "+ shared prefixes": {"cache_vision_features": "memory"},
     "+ compiled layers": {"cache_vision_features": "memory", "compile_layers": True},
 }
+
+
+def number_type() -> str:
+    """What every side computes in: bfloat16, or float32 on a machine that is slow in it. The runs inherit what was measured."""
+    from llava_simplified.doctor import fast_bf16
+
+    if "BENCH_DTYPE" not in os.environ:
+        os.environ["BENCH_DTYPE"] = "bfloat16" if fast_bf16() else "float32"
+    return os.environ["BENCH_DTYPE"]
 
 
 def write_models(folder: Path, language_model: Path | None) -> tuple[Path, Path]:
@@ -103,7 +112,7 @@ def common(steps: int) -> dict[str, Any]:
         "max_steps": steps,
         "learning_rate": 2e-4,
         "warmup_steps": 0,
-        "bf16": True,
+        "bf16": number_type() == "bfloat16",
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
@@ -129,15 +138,16 @@ def stock_model(folder: Path, models: tuple[str, str]) -> tuple[Any, Any, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    text = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.bfloat16)
+    dtype = getattr(torch, number_type())
+    text = AutoModelForCausalLM.from_pretrained(models[0], dtype=dtype)
     text.resize_token_embeddings(len(tokenizer))
-    tower = CLIPVisionModel.from_pretrained(models[1], dtype=torch.bfloat16)
+    tower = CLIPVisionModel.from_pretrained(models[1], dtype=dtype)
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=tower.config, text_config=text.config, image_token_id=image_token, projector_hidden_act="gelu"
         )
-    ).to(torch.bfloat16)
+    ).to(dtype)
     model.model.vision_tower, model.model.language_model, model.lm_head = tower, text.model, text.lm_head
     weights = load_file(folder / "projector" / "projector.safetensors")
     names = {"0.": "linear_1.", "2.": "linear_2."}
@@ -248,10 +258,10 @@ def write_projector(folder: Path, models: tuple[str, str]) -> None:
 
 
 def matmul_limit() -> float:
-    """FLOP/s of a large bfloat16 matrix product."""
+    """FLOP/s of a large matrix product."""
     import torch
 
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    a = torch.randn(2048, 2048, dtype=getattr(torch, number_type()))
     best = 0.0
     for _ in range(8):
         start = time.perf_counter()
@@ -314,7 +324,7 @@ def main() -> None:
     parser.add_argument(
         "--batch", type=int, default=4, help="images in a batch; half as many where they have several captions"
     )
-    parser.add_argument("--steps", type=int, default=4, help="measured steps")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -354,7 +364,7 @@ def print_table(results: dict[str, list[dict[str, Any]]], captions: int, samples
     best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in results.items()}
     stock, trl, tutorial = (best[name] for name in PEERS)
     limit = max(run["limit"] for runs in results.values() for run in runs)
-    print(f"\n{captions} caption(s) an image, {samples} captions an update")
+    print(f"\n{captions} caption(s) an image, {samples} captions an update, {number_type()}")
     heads = ("captions/s", "x Trainer", "x TRL", "x tutorial", "memory", "first loss", "of matmul")
     print(f"{'':32}" + "".join(f"{head:>12}" for head in heads))
     for name, run in best.items():

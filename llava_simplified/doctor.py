@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print("  no accelerator: everything runs on the CPU")
     compiler = os.environ.get("CXX") or "g++"
-    print(f"  bfloat16 on this CPU: {'fast' if _fast_bf16() else 'slow, use --bf16 False'}")
+    print(f"  bfloat16 on this CPU: {'fast' if fast_bf16() else 'slow, use --bf16 False'}")
     print(f"  --compile_layers: {'ready' if shutil.which(compiler) else f'needs the C++ compiler {compiler}'}")
     print("extras (pip install 'llava-simplified[name]')")
     for extra, gives in EXTRAS.items():
@@ -90,8 +90,8 @@ def _device(device: object) -> str:
     return str(device)
 
 
-def _fast_bf16() -> bool:
-    """Is a bfloat16 matrix product at least as fast as a float32 one?"""
+def fast_bf16() -> bool:
+    """Is a bfloat16 matrix product on this CPU at least as fast as a float32 one? Without AVX512 it takes eight times as long."""
     import torch
     from torch.utils.benchmark import Timer
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llava_simplified import cli
 from llava_simplified.demo.assets import DemoAssets, fetch
+from llava_simplified.doctor import fast_bf16
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None) -> list[tuple[str, list[str]]]:
     """Every command of the demo, in order: what a person would type."""
+    import torch
+
     q = shlex.quote
     train, val, images = q(str(assets.train_json)), q(str(assets.val_json)), q(str(assets.images))
     parts = f"--model_name_or_path {q(str(assets.language_model))} --vision_tower {q(str(assets.vision_tower))}"
@@ -50,6 +53,9 @@ def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         print("no C++ compiler here: the layers are not compiled, training takes half as long again")
         more += " --compile_layers False"
+    if not torch.accelerator.is_available() and not fast_bf16():
+        print("bfloat16 is slow on this CPU: training is in float32")
+        more += " --bf16 False"
     first, second, out = q(str(output / "projector")), q(str(output / "model")), q(str(output))
     configs = q(str(CONFIGS))
     lines = {

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from llava_simplified.arguments import parse_arguments
 from llava_simplified.demo import run
 from llava_simplified.demo.assets import DemoAssets
 from llava_simplified.model.llava import Llava
@@ -67,6 +69,19 @@ def test_the_whole_way_ends_with_a_model_and_a_report(
     assert [line for line in page.splitlines() if line.startswith("## ")] == headings
     assert {path.name for path in (tmp_path / "img").iterdir()} >= set(re.findall(r"\(img/([^)]+)\)", page))
     assert (tmp_path / "demo.png").is_file()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_demo_trains_in_the_numbers_that_this_machine_is_fast_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(run, "fast_bf16", lambda: fast)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    lines = [words for _, words in run.commands(DemoAssets(*[tmp_path] * 5), tmp_path, None, None)]
+    trains = [words for words in lines if words[0] == "train"]
+    assert len(trains) == 2
+    for words in trains:
+        assert parse_arguments(words[1:])[2].frozen_dtype == ("bfloat16" if fast else "float32")
 
 
 def test_a_command_that_fails_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -360,7 +360,7 @@ def watch():
 
 export_stock(small, output + "-small", "float16")  # all that is imported and kept anyway
 before, peaks, done = held(), [], False
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)  # it ends with an export that fails
 thread.start()
 export_stock(large, output, "float16")
 done = True
