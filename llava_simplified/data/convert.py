@@ -200,6 +200,13 @@ def convert(
     rows = group_captions(lambda notes: read_source(source, notes, columns), odd)
     writers: dict[str, RecordWriter] = {}
     with ExitStack() as stack:
+
+        def begin(part: str) -> None:
+            path = output.with_name(f"{output.stem}_{part}{output.suffix}") if part else output
+            writers[part] = stack.enter_context(RecordWriter(path))
+
+        for part in ("train", *shares) if shares else ():  # a share that gets nothing leaves no older file in its place
+            begin(part)
         for record, row in to_records(rows, odd, instructions, image_folder):
             part = ""
             if split == "source":
@@ -213,10 +220,9 @@ def convert(
                         part = name
                     place -= share
             if part not in writers:
-                path = output.with_name(f"{output.stem}_{part}{output.suffix}") if part else output
-                writers[part] = stack.enter_context(RecordWriter(path))
+                begin(part)
             writers[part].write(record)
-        if not writers:
+        if not any(writer.count for writer in writers.values()):
             raise ValueError(f"{source}: no record came of it\n" + "\n".join(odd.lines()))
     return {str(writer.path): writer.count for writer in writers.values()}, odd
 

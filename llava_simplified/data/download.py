@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 
 from llava_simplified.data.convert import INSTRUCTION, RecordWriter, file_name, group_captions, make_record
 from llava_simplified.data.engines import add_engine_arguments, run_shards, shard_slice
-from llava_simplified.data.fetch import Fetched, FetchOptions, fetch_all
+from llava_simplified.data.fetch import KINDS, Fetched, FetchOptions, fetch_all
 from llava_simplified.data.images import MAX_PIXELS
 from llava_simplified.data.report import download_report
 from llava_simplified.data.shards import END, ShardWriter, write_all
@@ -329,6 +329,8 @@ def download(
     """
     if min(options.concurrency, options.per_host, shard_size) < 1 or limit < 0:
         raise ValueError("--concurrency, --per-host and --shard-size must be at least 1, --limit not below 0")
+    if unknown := [kind for kind in retry if kind not in KINDS and not re.fullmatch(r"all|(http_)?\d{3}|\dxx", kind)]:
+        raise ValueError(f"--retry {','.join(unknown)}: failures are called 404, 5xx, {', '.join(KINDS)}; or say all")
     store = Store(output)
     if files and not store.local:
         raise ValueError(f"{output}: plain files need a local folder; shards can be written anywhere")
@@ -393,10 +395,11 @@ def merge_manifests(output: str) -> dict[str, Any]:
 
     The records are `records.jsonl` for shards, `records.json` (the tutorial's form) for plain files.
     """
-    store = Store(output)
-    work, known, names = store.work, store.settings(), store.manifests()
-    if not known or not names:
+    fs, root = fsspec.core.url_to_fs(output)
+    store = Store(output) if fs.exists(root) else None  # which would make the folder
+    if not store or not (known := store.settings()) or not (names := store.manifests()):
         raise ValueError(f"{output}: no finished shard (00000.parquet) of `llava download` is here")
+    work = store.work
     records = work / ("records.json" if known["files"] else "records.jsonl")
     merged = work / "manifest.parquet"
     with RecordWriter(records) as writer, pq.ParquetWriter(merged, MANIFEST, compression="zstd") as whole:

@@ -39,6 +39,12 @@ else:
     from async_timeout import timeout
 
 AGENT = "llava-simplified"
+KINDS = (
+    *("bad_url", "scheme", "blocked_address", "robots", "dns", "connect", "refused", "tls", "connection", "protocol"),
+    *("timeout", "too_slow", "rate_limited", "redirect", "opt_out", "empty", "html", "not_image", "too_large"),
+    *("truncated", "corrupt"),
+)
+"""Why a URL gives no picture; besides, http_404 and what else a server answers."""
 _OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
 _NOTHING = ["User-agent: *", "Disallow: /"]
 _REDIRECTS = 5
@@ -67,7 +73,7 @@ class FetchOptions:
 
 
 class FetchError(Exception):
-    """Why a URL gave no picture: `kind` is what reports count and `--retry` names."""
+    """Why a URL gave no picture: `kind`, of KINDS or `http_404`, is what reports count and `--retry` names."""
 
     def __init__(self, kind: str, detail: str, http: int = 0, pause: float | None = None) -> None:
         super().__init__(detail)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_simplified.data.convert import convert, file_name, fraction, main, reduce, reduce_main
-from llava_simplified.data.records import open_records
+from llava_simplified.data.records import open_records, open_rows
 from llava_simplified.data.shards import IMAGE_SUFFIXES
 
 
@@ -65,6 +65,19 @@ def test_the_hash_is_uniform_and_fixed() -> None:
     numbers = [fraction(f"{i}.jpg") for i in range(10_000)]
     assert abs(sum(numbers) / 10_000 - 0.5) < 0.02
     assert fraction("0.jpg") == 0x4BF7B45967DB2132 / 2**64, "as b2sum -l 64 says"
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_a_share_that_gets_nothing_is_an_empty_file(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "x.tsv").write_text("a caption\thttp://a/1.jpg\n")
+    (older := tmp_path / f"o_val.{suffix}").write_text("of another run")
+    counts, _ = convert(str(tmp_path / "x.tsv"), tmp_path / f"o.{suffix}", split="val=0.000001")
+    assert counts == {str(tmp_path / f"o_train.{suffix}"): 1, str(older): 0}
+    assert len(open_rows(older)) == 0
+    (tmp_path / "x.tsv").write_text("\thttp://a/1.jpg\n")
+    with pytest.raises(ValueError, match="no record came of it"):
+        convert(str(tmp_path / "x.tsv"), tmp_path / f"o.{suffix}", split="val=0.5")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.tsv", f"o_train.{suffix}", f"o_val.{suffix}"}
 
 
 @pytest.mark.parametrize("split", ["val", "val=2", "val=0.6,test=0.5", "val=x"])

@@ -32,7 +32,7 @@ from llava_simplified.data.download import (
     plan_shards,
     read_journal,
 )
-from llava_simplified.data.fetch import FetchOptions
+from llava_simplified.data.fetch import KINDS, FetchOptions
 from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.data.sources import Columns
@@ -237,6 +237,24 @@ def test_where_nothing_came_it_says_why_and_how_to_ask_again(
     assert main(words) == 1
     assert "--allow-private. Then ask again with --retry blocked_address" in capsys.readouterr().err
     assert main([*words, "--allow-private", "--retry", "blocked_address"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["404,tiemout", "http_5xx", "4"])
+def test_a_failure_that_nobody_knows_is_not_asked_for_again(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"--retry {kind.split(',')[-1]}: failures are called 404, 5xx, bad_url, .*timeout"
+    ):
+        run(tmp_path / "x.tsv", tmp_path / "out", retry=tuple(kind.split(",")))
+    assert not (tmp_path / "out").exists()
+    assert {kind for kind in loopback.EXPECTED.values() if not kind.startswith("http_")} <= {"ok", *KINDS}
+
+
+def test_nothing_to_merge_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in ("wrong", "empty"):
+        with pytest.raises(ValueError, match=f"{place}: no finished shard"):
+            merge_manifests(str(tmp_path / place))
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_the_live_line_counts_what_this_run_did(
