@@ -202,7 +202,7 @@ def convert(
     with ExitStack() as stack:
 
         def begin(part: str) -> None:
-            path = output.with_name(f"{output.stem}_{part}{output.suffix}") if part else output
+            path = output.with_stem(f"{output.stem}_{part}") if part else output
             writers[part] = stack.enter_context(RecordWriter(path))
 
         for part in ("train", *shares) if shares else ():  # a share that gets nothing leaves no older file in its place
@@ -273,6 +273,5 @@ def reduce_main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="default: the same name with _COUNT added")
     args = parser.parse_args(argv)
     output = args.output or args.records.with_name(f"{args.records.stem}_{args.count}{args.records.suffix}")
-    count = reduce(args.records, output, args.count, args.seed)
-    sys.stdout.write(f"{count:>9,} records -> {output}\n")
+    sys.stdout.write(f"{reduce(args.records, output, args.count, args.seed):>9,} records -> {output}\n")
     return 0

@@ -54,10 +54,8 @@ def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int
         print("no C++ compiler here: the layers are not compiled, training takes half as long again")
         more += " --compile_layers False"
     if not torch.accelerator.is_available() and not fast_bf16():
-        print("bfloat16 is slow on this CPU: training is in float32")
-        more += " --bf16 False"
-    first, second, out = q(str(output / "projector")), q(str(output / "model")), q(str(output))
-    configs = q(str(CONFIGS))
+        more += " --bf16 False"  # bfloat16 would take far longer
+    first, second, out, configs = (q(str(path)) for path in (output / "projector", output / "model", output, CONFIGS))
     lines = {
         "what the model is shown, and which tokens it is trained on": (
             f"inspect --data {train} --image_folder {images} --template bare --count 1 --mm_token_pool 3 {parts}"

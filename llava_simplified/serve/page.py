@@ -108,31 +108,24 @@ def _words(answer: str) -> str:
     )
 
 
-class Page:
-    """What the page's events call. One serves all visitors; what is theirs alone comes as an argument.
+Updates = AsyncIterator[tuple[str, Any]]
+"""The conversation's HTML, and what the question box is to hold, as they change."""
 
-    The generators yield the conversation's HTML and what the question box is to hold.
-    """
+
+class Page:
+    """What the page's events call. One serves all visitors; what is theirs alone comes as an argument."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.instruction = worker.model.instruction
 
-    async def begin(
-        self,
-        conversation: Conversation,
-        picture: str | None,
-        question: str,
-        temperature: float,
-        samples: int,
-        length: int,
-    ) -> AsyncIterator[tuple[str, Any]]:
-        """A picture has come, or has gone: a new conversation."""
+    async def begin(self, conversation: Conversation, picture: str | None, *question: Any) -> Updates:
+        """A picture has come, or has gone: a new conversation. `question` and what follows are those of `ask`."""
         conversation.exchanges, conversation.writing = [], None
         if picture is None:
             yield render(conversation, self.instruction), gr.skip()
             return
-        async for update in self.ask(conversation, picture, question, temperature, samples, length):
+        async for update in self.ask(conversation, picture, *question):
             yield update
 
     async def ask(
@@ -143,7 +136,7 @@ class Page:
         temperature: float,
         samples: int,
         length: int,
-    ) -> AsyncIterator[tuple[str, Any]]:
+    ) -> Updates:
         """Ask one question more; without words, begin anew with the question that it was trained with."""
         if not (question := question.strip()):
             conversation.exchanges = []
