@@ -3,9 +3,10 @@
     python benchmarks/bench_caption.py [--language-model FOLDER] [--images 48] [--batch 16] [--rounds 2]
 
 The same weights on all sides (SmolLM2-135M, which is fetched where no folder is given, and a random tower of CLIP
-ViT-B/16's shape), bfloat16 where the machine is fast in it, the same pixels and prompts. A random projector makes the model ramble, so the length at which a picture's captions
-end is drawn beforehand, the same for all sides, as the lengths of Conceptual Captions are: 6 to 37 tokens, 12 in the mean. The
-tutorial's loop takes a picture at a time, and encodes and prefills it anew for every trial. Every run is a process of its own.
+ViT-B/16's shape), bfloat16 where the machine is fast in it, the same pixels and prompts. A random projector makes the model
+ramble, so the length at which a picture's captions end is drawn beforehand, the same for all sides, as the lengths of
+Conceptual Captions are: 6 to 37 tokens, 12 in the mean. The tutorial's loop takes a picture at a time, and encodes and
+prefills it anew for every trial. Every run is a process of its own.
 Prints captions per second as ratios, and peak memory; the greedy captions of all sides, in float32, must be the same.
 """
 

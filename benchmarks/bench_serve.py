@@ -2,11 +2,10 @@
 
     python benchmarks/bench_serve.py [--language-model FOLDER] [--clients 1 4 16] [--requests 24]
 
-SmolLM2-135M (fetched where no folder is given) and a random tower of CLIP ViT-B/16's shape, bfloat16 where
-the machine is fast in it. A random projector makes
-the model ramble, so the longest that a picture's answer may be is drawn beforehand, the same for both sides, as the lengths of
-Conceptual Captions are. Each client sends its next request when it has its answer. Prints the seconds of an answer at the
-median and at 95 %, and the ratio of the sides, which are processes of their own.
+SmolLM2-135M (fetched where no folder is given) and a random tower of CLIP ViT-B/16's shape, bfloat16 where the machine is
+fast in it. A random projector makes the model ramble, so the longest that a picture's answer may be is drawn beforehand, the
+same for both sides, as the lengths of Conceptual Captions are. Each client sends its next request when it has its answer.
+Prints the seconds of an answer at the median and at 95 %, and the ratio of the sides, which are processes of their own.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 The same weights on both sides (SmolLM2-135M, which is fetched where no folder is given, and a random tower of CLIP
 ViT-B/16's shape), the same 224-pixel pictures, tokens, optimizer and number of updates; frozen weights in bfloat16, bfloat16
-autocast (float32 on a machine that is slow in bfloat16); the losses of the first step must agree. Every run is a process of its own, measured from its third step on, input
-included. Prints captions per second and peak memory as ratios, and the share of what a large matrix product
-reaches on this machine.
+autocast (float32 on a machine that is slow in bfloat16); the losses of the first step must agree. Every run is a process of
+its own, measured from its third step on, input included. Prints captions per second and peak memory as ratios, and the share
+of what a large matrix product reaches on this machine.
 """
 
 from __future__ import annotations

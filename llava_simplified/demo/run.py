@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     assets = fetch(args.cache_dir)
     for title, words in commands(assets, args.output, args.max_steps, args.limit):
         print(f"\n== {title} ({time.monotonic() - start:.0f} s)\n$ llava {shlex.join(words)}", flush=True)
-        status = cli.main(words)
-        if status:
+        if status := cli.main(words):
             return status
     scores = json.loads((args.output / "scores.json").read_text(encoding="utf-8"))
     print(summary(next(iter(scores.values())), args.output, time.monotonic() - start))
@@ -54,7 +53,8 @@ def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int
         print("no C++ compiler here: the layers are not compiled, training takes half as long again")
         more += " --compile_layers False"
     if not torch.accelerator.is_available() and not fast_bf16():
-        more += " --bf16 False"  # bfloat16 would take far longer
+        print("bfloat16 is slow on this CPU: training is in float32")
+        more += " --bf16 False"
     first, second, out, configs = (q(str(path)) for path in (output / "projector", output / "model", output, CONFIGS))
     lines = {
         "what the model is shown, and which tokens it is trained on": (
