@@ -138,7 +138,7 @@ class Fetcher:
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.options.timeout),
+            timeout=aiohttp.ClientTimeout(total=None),
             auto_decompress=False,
         )
         return self

@@ -113,7 +113,8 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Pictur
     pixels = _pixels(image, data, (height, width))
     if (pixels.shape[1] > pixels.shape[0]) != (width > height):  # EXIF turned it
         width, height = height, width
-    small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    # bicubic takes 1.6 times as long, to be a thirtieth nearer to what the tower sees of the unshrunk picture
+    small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
     encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=_QUALITY, colorspace="RGB")
     return Picture(encoded, "jpg", width, height)
 
