@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -355,9 +356,9 @@ def _write_adapter(source: Path, folder: Path, base: str) -> None:
     weights = {k.replace(old, new, 1): v for k, v in load_file(source / "adapter_model.safetensors").items()}
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    config["target_modules"] = sorted(
-        {name.replace("model.", "model.language_model.", 1) for name in config["target_modules"]}
-    )
+    # an expression, for PEFT shortens many names to their endings, which the tower's layers may have too
+    names = "|".join(re.escape(name.removeprefix("model.")) for name in sorted(config["target_modules"]))
+    config["target_modules"] = rf"model\.language_model\.(.*\.)?({names})"
     config["base_model_name_or_path"] = base
     config["task_type"] = None  # PEFT wraps LLaVA as it is, without the extras of a text model
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
