@@ -340,7 +340,7 @@ said, so nothing is learned from them as words.
 
 ## 5. The splice: `Llava.splice` in `model/llava.py`
 
-The collator repeats the image's id once per image token: {len(seen["input_ids"])} ids, {count} of them {IMAGE_INDEX}. Embedding them gives {seen["embeds"]}; then the image tokens take the places of their ids, in reading order. That is where the {count} tokens enter, between two words of the prompt, before the language
+The collator repeats the image's id once per image token: {len(seen["input_ids"])} ids, {count} of them {IMAGE_INDEX}. Embedding them gives {seen["embeds"]}; then the image tokens take the places of their ids, in reading order. That is where the {count} tokens enter, in the midst of the prompt, before the language
 model's first layer. What LLaVA does to a language model's input is these four lines:
 
 {splice_code()}
@@ -393,13 +393,13 @@ COCO has five captions for a picture. As five sequences, each computes the same 
 
 ![who sees whom in a shared prompt](img/mask.png)
 
-The places in the text that the model is told are `{places}`: every caption counts on from the prompt's end, and its first token is predicted from there. So each
+The places in the text that the model is told are, of the figure's prompt of four and its two captions, `{places}`: every caption counts on from the prompt's end, and its first token is predicted from there. So each
 sees what it would see alone, and loss and gradients are those of separate sequences, to 1e-10 in float64 (`tests/model/test_sharing.py`; [the argument](design.md#captions-of-one-picture-on-a-shared-prompt)).
 
 ## 10. What is saved: `model/checkpoint.py`
 
 What was trained: the projector and the adapter, {millions["projector"]} and {millions["adapter"]} parameters. Beside them the tokenizer and how to prepare a picture; and in `llava.json` the
-choices of the run, and the names and fingerprints of the two models that were not trained. (The run's log and curves lie there too.)
+choices of the run, and the names and fingerprints of the two models that were not trained. (The run's log and curves lie there too; after stage 1 there is no adapter.)
 
 | file | bytes |
 |---|---|
@@ -424,7 +424,7 @@ Each runs as it stands after `make demo` in the project's folder, and [in the no
         inspect_with output/clip
         inspect_with $ASSETS/vision_tower --mm_token_pool 3
 
-    `<image> x 9` becomes `<image> x 196`, and the same 5 tokens are trained. What else of stations 1 to 6 changes with the tower, and what does not? How much of the whole file is pictures?
+    Of the file's first record, `<image> x 196` becomes `<image> x 9`, and the same 5 tokens are trained. What else of stations 1 to 6 changes with the tower, and what does not? How much of the whole file is pictures?
 
 2. **Change the projector.** Is the second matrix of station 3 worth its parameters? (A minute or two.)
 
@@ -448,7 +448,7 @@ Each runs as it stands after `make demo` in the project's folder, and [in the no
         END
 
     From the first steps on the loss is lower than in `output/demo/projector`, at the end some 2.4 against 4.1. Did it learn more? No: 6 of some 13 trained tokens are the prompt's now, the same in every sample. They soon
-    cost nothing, and are averaged in: 2.4 x 13 / 7 is 4.4 for a token of the answer. (The notebook measures both models by the same, honest loss.)
+    cost nothing, and are averaged in: 2.4 x 13 / 7 is some 4.5 for a token of the answer. (The notebook measures both models by the same, honest loss.)
 
 4. **Shuffle the pictures.** The column *shuffled* is the score of every caption beside another picture's name:
 
