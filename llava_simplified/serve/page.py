@@ -255,7 +255,8 @@ def mount_page(
         asked = gr.on([send.click, question.submit], page.ask, asking, [view, question], **many)
         stop.click(page.stop, conversation, view, cancels=[begun, asked], **quiet)
         view.look(page.look, [conversation, picture], view, trigger_mode="always_last", **quiet)
-        samples.change(lambda count, heat: heat or SAMPLED * (count > 1), [samples, temperature], temperature, **quiet)
+        # in the browser: the answer of the server could overwrite what has been chosen meanwhile
+        samples.input(None, [samples, temperature], temperature, js=f"(n, t) => t || (n > 1 ? {SAMPLED} : 0)", **quiet)
     blocks.queue(max_size=None)
     gr.mount_gradio_app(
         app,

@@ -279,7 +279,7 @@ def test_a_bad_file_is_explained_and_the_next_one_is_answered(
 
 @pytest.mark.slow
 def test_questions_samples_and_what_looks_like_markup(
-    visit: Callable[..., Any], model: Llava, photos: Sequence[bytes]
+    visit: Callable[..., Any], server: Live, model: Llava, photos: Sequence[bytes]
 ) -> None:
     page = visit()
     show(page, photos[5])
@@ -294,10 +294,14 @@ def test_questions_samples_and_what_looks_like_markup(
     assert words(page) == model.chat(turns, [photos[5]], max_new_tokens=64)
 
     page.get_by_text("Settings").click()
-    number = page.get_by_label("number input for Answers")
-    number.fill("3")
-    number.press("Enter")
-    page.wait_for_function("document.querySelector('[aria-label*=\"for Temperature\"]').value == 0.7")
+    number, temperature = (page.get_by_label(f"number input for {name}") for name in ("Answers", "Temperature"))
+
+    def typed() -> bool:
+        number.fill("3")
+        page.wait_for_timeout(100)
+        return temperature.input_value() == "0.7"
+
+    server.wait(typed)  # what is typed within milliseconds of the click is lost: Gradio still builds the settings
     page.locator("#send").click()
     page.locator(READY).nth(2).wait_for()
     assert page.locator("#view .answer").count() == 3 and page.locator("#view .question").count() == 0
