@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,22 +20,22 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def takes(language_model: Any) -> Collection[str]:
-    """The names of its forward's arguments: what is not among them, it would swallow without a word."""
+def takes(language_model: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments of its forward: what is not among them, it would swallow without a word."""
     own = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
     return inspect.signature(own.forward).parameters
 
 
 def cache_name(language_model: Any) -> str:
-    """What its forward calls the keys and values, or states, that it goes on from; transformers is about to rename them.
+    """What its forward calls the keys and values, or states, that it goes on from: each release renames some.
 
     Raises:
-        ValueError: it goes on from nothing, or from something of its own.
+        ValueError: it goes on from nothing, or from something of its own (xLSTM).
     """
-    for name in ("cache", "past_key_values"):
-        if name in takes(language_model):
+    for name, its in takes(language_model).items():
+        if name in ("cache", "past_key_values", "cache_params") and "transformers.models" not in str(its.annotation):
             return name
-    raise ValueError(f"{language_model.config.model_type} takes no cache: it can be trained, but not be asked")
+    raise ValueError(f"{language_model.config.model_type} takes no DynamicCache: it can be trained, but not be asked")
 
 
 @contextmanager

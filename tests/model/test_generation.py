@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from test_llava import LANGUAGE_MODELS, build, pictures
-from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    xLSTMConfig,
+    xLSTMForCausalLM,
+)
 
 from llava_simplified.data.batching import expand_images, pad
 from llava_simplified.model.generation import Decoding, GenerationOptions, generate
@@ -87,6 +96,19 @@ def test_greedy_is_transformers_greedy(models_folder: Path, text: str, options: 
     assert len({len(row) for row in ours}) > 1 or options or text not in LANGUAGE_MODELS, (
         "rows must end at different steps"
     )
+
+
+@pytest.mark.parametrize("text", ["rwkv", "xlstm"])
+def test_a_model_that_goes_on_from_something_of_its_own_is_refused(models_folder: Path, text: str) -> None:
+    model = build(models_folder, "llama")
+    common = {"vocab_size": model.config.vocab_size, "hidden_size": 32, "num_hidden_layers": 2}
+    model.language_model = (
+        RwkvForCausalLM(RwkvConfig(**common))
+        if text == "rwkv"
+        else xLSTMForCausalLM(xLSTMConfig(**common, num_heads=2))
+    )
+    with pytest.raises(ValueError, match=f"{text} takes no DynamicCache: it can be trained, but not be asked"):
+        model.chat([Message("user", "What?")])
 
 
 def test_samples_of_one_prefill_depend_on_seed_picture_and_prompt_alone(models_folder: Path) -> None:
