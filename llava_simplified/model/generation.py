@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from llava_simplified.model.llava import Llava
 
 
+SAMPLED = 0.7  # the temperature of several answers to one question, where none is given
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
     """How to decode.

@@ -27,11 +27,12 @@ def takes(language_model: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def cache_name(language_model: Any) -> str:
-    """What its forward calls the keys and values, or states, that it goes on from: each release renames some.
+    """What its forward calls the keys and values, or states, that it goes on from; transformers is about to give them one.
 
     Raises:
         ValueError: it goes on from nothing, or from something of its own (xLSTM).
     """
+    # a class of a model's own module (xLSTM's) is none that a DynamicCache can stand in for
     for name, its in takes(language_model).items():
         if name in ("cache", "past_key_values", "cache_params") and "transformers.models" not in str(its.annotation):
             return name

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from llava_simplified.data.images import ImageSource, load_pixels
 from llava_simplified.data.records import place_images
-from llava_simplified.model.generation import GenerationOptions, generate, stream
+from llava_simplified.model.generation import SAMPLED, GenerationOptions, generate, stream
 from llava_simplified.model.language_model import attention_of, head_at
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
@@ -186,7 +186,7 @@ class Llava(nn.Module):
         asked = [Message("user", self.instruction if instruction is None else instruction)]
         prompt = self.prompt.render(place_images(asked, 1, "the instruction"), None).input_ids
         if n > 1 and not options.get("num_beams"):
-            options = {"temperature": 0.7, **options}
+            options = {"temperature": SAMPLED, **options}
         decoding = GenerationOptions(num_return_sequences=n, **options)
         captions: list[list[str]] = []
         for first in range(0, len(sources), batch_size):

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_simplified.data.fetch import Fetcher, FetchOptions
 from llava_simplified.data.records import place_images
-from llava_simplified.model.generation import GenerationOptions
+from llava_simplified.model.generation import SAMPLED, GenerationOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.batching import Busy, Piece, Place, Worker
 
@@ -159,7 +159,7 @@ class ChatRequest(_Given):
         if most > longest:
             raise ValueError(f"an answer has {longest} tokens at most here, {most} are asked for")
         count = self.n or 1
-        temperature = self.temperature if self.temperature is not None else 0.7 * (count > 1)
+        temperature = self.temperature if self.temperature is not None else SAMPLED * (count > 1)
         return GenerationOptions(
             max_new_tokens=most,
             temperature=temperature if temperature >= 1e-3 else 0.0,  # lower, the scores overflow: greedy is the limit

@@ -25,13 +25,12 @@ from starlette.applications import Starlette
 
 from llava_simplified.captioning import PICTURES
 from llava_simplified.data.images import ImageError, load_pixels
-from llava_simplified.model.generation import GenerationOptions
+from llava_simplified.model.generation import SAMPLED, GenerationOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.api import Limits
 from llava_simplified.serve.attention import WORD, look
 from llava_simplified.serve.batching import Busy, Worker
 
-SAMPLED = 0.7  # the temperature of several different answers, as in `Llava.caption`
 UNREADABLE = {
     "not_image": "This file is no picture. JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF can be read.",
     "corrupt": "This picture is damaged: a part of the file is broken ({}). Try another copy of it.",

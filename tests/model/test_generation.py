@@ -10,16 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_llava import LANGUAGE_MODELS, build, pictures
-from transformers import (
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    RwkvConfig,
-    RwkvForCausalLM,
-    xLSTMConfig,
-    xLSTMForCausalLM,
-)
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, RwkvConfig, xLSTMConfig
 
 from llava_simplified.data.batching import expand_images, pad
 from llava_simplified.model.generation import Decoding, GenerationOptions, generate
@@ -58,7 +49,7 @@ def run(decoding: Decoding) -> list[list[int]]:
 
 
 def with_states(folder: Path, text: str) -> Llava:
-    """`build`, or a model with a state in place of keys and values: in some of its layers (lfm2), or in all (mamba)."""
+    """`build`, or a model with a state in place of keys and values: in some of its layers (lfm2), or in all."""
     if text in LANGUAGE_MODELS:
         return build(folder, text)
     model = build(folder, "llama")
@@ -68,13 +59,15 @@ def with_states(folder: Path, text: str) -> Llava:
         "num_hidden_layers": 2,
         "initializer_range": 0.3,
     }
+    heads = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    configs = {
+        "lfm2": Lfm2Config(**common, **heads, layer_types=["conv", "full_attention"]),
+        "mamba": MambaConfig(**common),
+        "rwkv": RwkvConfig(**common),
+        "xlstm": xLSTMConfig(**common, num_heads=2),
+    }
     torch.manual_seed(0)
-    if text == "mamba":
-        model.language_model = MambaForCausalLM(MambaConfig(**common))
-    else:
-        heads = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-        config = Lfm2Config(**common, **heads, layer_types=["conv", "full_attention"])
-        model.language_model = Lfm2ForCausalLM(config)
+    model.language_model = AutoModelForCausalLM.from_config(configs[text])
     return model.eval()
 
 
@@ -100,15 +93,8 @@ def test_greedy_is_transformers_greedy(models_folder: Path, text: str, options: 
 
 @pytest.mark.parametrize("text", ["rwkv", "xlstm"])
 def test_a_model_that_goes_on_from_something_of_its_own_is_refused(models_folder: Path, text: str) -> None:
-    model = build(models_folder, "llama")
-    common = {"vocab_size": model.config.vocab_size, "hidden_size": 32, "num_hidden_layers": 2}
-    model.language_model = (
-        RwkvForCausalLM(RwkvConfig(**common))
-        if text == "rwkv"
-        else xLSTMForCausalLM(xLSTMConfig(**common, num_heads=2))
-    )
     with pytest.raises(ValueError, match=f"{text} takes no DynamicCache: it can be trained, but not be asked"):
-        model.chat([Message("user", "What?")])
+        with_states(models_folder, text).chat([Message("user", "What?")])
 
 
 def test_samples_of_one_prefill_depend_on_seed_picture_and_prompt_alone(models_folder: Path) -> None:
