@@ -5,4 +5,4 @@ import sys
 from llava_simplified.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("llava_simplified.training.run:main", None))
+    sys.exit(run_command("llava_simplified.training.train_command:main", None))

@@ -34,12 +34,13 @@ SIDES = ("ours", "stock, batched", "the tutorial's loop")
 def build(models: tuple[str, str]) -> Any:
     import torch
 
-    from llava_simplified.model.checkpoint import Architecture, assemble
+    from llava_simplified.model.build import build_model
+    from llava_simplified.model.config import LlavaConfig
 
     torch.manual_seed(1)
     dtype = number_type()
-    architecture = Architecture(*models, mm_projector_type="mlp2x_gelu", dtype=dtype)
-    return assemble(architecture).to(getattr(torch, dtype)).eval()
+    architecture = LlavaConfig(*models, mm_projector_type="mlp2x_gelu", dtype=dtype)
+    return build_model(architecture).to(getattr(torch, dtype)).eval()
 
 
 def stock_model(model: Any) -> tuple[Any, int]:
@@ -73,7 +74,7 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
     from transformers import StoppingCriteria
 
     from llava_simplified.data.images import decode_image
-    from llava_simplified.model.generation import Decoding, GenerationOptions
+    from llava_simplified.model.generation import DecodingBatch, GenerationOptions
     from llava_simplified.prompt import IMAGE_INDEX, Message
 
     model = build(models)
@@ -100,7 +101,7 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
             GenerationOptions(ends[p], temperature=temperature, num_return_sequences=trials, seed=0) for p in places
         ]
         with torch.inference_mode():
-            decoding = Decoding(model, [prompt] * len(places), model.vision_tower(pixels[places]), options)
+            decoding = DecodingBatch(model, [prompt] * len(places), model.vision_tower(pixels[places]), options)
         while decoding.live:
             decoding.step()
         return list(decoding.tokens.values())

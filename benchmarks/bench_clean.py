@@ -72,7 +72,8 @@ def pixel_difference(folder: Path, names: list[str]) -> int:
     from PIL import Image
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from llava_simplified.data.images import ImageTransform, decode_image
+    from llava_simplified.data.images import decode_image
+    from llava_simplified.data.transforms import ImageTransform
 
     processor = CLIPImageProcessorPil()
     mean, std = np.array(processor.image_mean), np.array(processor.image_std)

@@ -14,7 +14,8 @@ import io
 import random
 import time
 
-from llava_simplified.evaluation import metrics, ptb
+from llava_simplified.evaluation import metrics
+from llava_simplified.evaluation import ptb_tokenizer as ptb
 
 WORDS = [
     *("a", "the", "on", "in", "of", "with", "and", "man", "woman", "dog", "cat", "horse", "child", "red", "green"),

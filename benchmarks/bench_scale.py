@@ -70,7 +70,7 @@ def one_run(words: list[str], begun: float) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     from llava_simplified.arguments import parse_arguments
-    from llava_simplified.training.build import build
+    from llava_simplified.training.build_trainer import build
 
     seen: dict[str, Any] = {"workers": 0.0}
 

@@ -34,12 +34,14 @@ from bench_train import number_type, write_data, write_models
 def write_checkpoint(root: Path, language_model: Path | None) -> Path:
     import torch
 
-    from llava_simplified.model.checkpoint import Architecture, assemble, save_checkpoint
+    from llava_simplified.model.build import build_model
+    from llava_simplified.model.checkpoint import save_checkpoint
+    from llava_simplified.model.config import LlavaConfig
 
     text, tower = write_models(root, language_model)
     torch.manual_seed(1)
-    architecture = Architecture(str(text), str(tower), mm_projector_type="mlp2x_gelu", dtype=number_type())
-    save_checkpoint(assemble(architecture).requires_grad_(False), root / "model", architecture)
+    architecture = LlavaConfig(str(text), str(tower), mm_projector_type="mlp2x_gelu", dtype=number_type())
+    save_checkpoint(build_model(architecture).requires_grad_(False), root / "model", architecture)
     return root / "model"
 
 

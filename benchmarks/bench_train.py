@@ -91,7 +91,7 @@ def watch_steps(seen: list[tuple[float, float]]) -> None:
 
 def train_ours(folder: Path, models: tuple[str, str], batch: int, steps: int, levers: dict[str, Any]) -> None:
     from llava_simplified.arguments import parse_arguments
-    from llava_simplified.training.run import train
+    from llava_simplified.training.train_command import train
 
     more = {
         "model_name_or_path": models[0],
@@ -243,7 +243,7 @@ def write_projector(folder: Path, models: tuple[str, str]) -> None:
     levers = {**OURS["ours: logits where trained"], "mm_projector_type": "mlp2x_gelu", "tune_mm_mlp_adapter": True}
     (folder / "projector").mkdir()
     from llava_simplified.arguments import parse_arguments
-    from llava_simplified.training.run import train
+    from llava_simplified.training.train_command import train
 
     more = {
         "model_name_or_path": models[0],

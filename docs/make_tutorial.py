@@ -26,17 +26,17 @@ from matplotlib.axes import Axes
 from PIL import Image
 from transformers import CLIPVisionConfig
 
-from llava_simplified.data.batching import Collator, Example
+from llava_simplified.data.collate import Collator, Example
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.demo.assets import fetch
 from llava_simplified.model.generation import Decoding, GenerationOptions
-from llava_simplified.model.language_model import who_sees_whom
+from llava_simplified.model.language_model import shared_prefix_mask
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
-from llava_simplified.serve.attention import WORD, look
+from llava_simplified.serve.attention_map import WORD, look
 
 HERE = Path(__file__).parent
 PICTURES = HERE / "img"
@@ -79,8 +79,8 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
         for token, label in zip(example.input_ids, example.labels)
     ]
     batch = Collator(model.vision_tower.num_tokens, model.prompt.end_id)([example])
-    batch.pop("about")
-    seen |= {"input_ids": batch["input_ids"][0].tolist(), "positions": batch["positions"].tolist()}
+    batch.pop("metadata")
+    seen |= {"input_ids": batch["input_ids"][0].tolist(), "logit_positions": batch["logit_positions"].tolist()}
     # the same sample as the tutorial's tower would see it: its shapes are known without its weights
     clip = CLIPVisionConfig(image_size=224, patch_size=16)
     tower = VisionTower.from_config(
@@ -88,7 +88,7 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     )
     wide = Collator(tower.num_tokens, model.prompt.end_id)([example])
     seen["clip"] = {"tokens": tower.num_tokens, "width": tower.width, "grid": tower.grid[0],
-                    "length": wide["input_ids"].shape[1], "positions": wide["positions"].tolist()}  # fmt: skip
+                    "length": wide["input_ids"].shape[1], "logit_positions": wide["logit_positions"].tolist()}  # fmt: skip
     seen["embeds"] = tuple(model.splice(batch["input_ids"], features).shape)
 
     def losses() -> list[float]:
@@ -125,11 +125,11 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     shared = Collator(2, 0)(
         [Example([7, IMAGE_INDEX, 8, 1, 2, 3, 4], [IGNORE_INDEX] * 3 + [1, 2, 3, 4], branches=[0, 0, 0, 1, 1, 2, 2])]
     )
-    seen["mask"] = who_sees_whom(shared["segment_ids"], shared["branch_ids"], shared["position_ids"])[0, 0]
+    seen["mask"] = shared_prefix_mask(shared["segment_ids"], shared["branch_ids"], shared["position_ids"])[0, 0]
     seen["places"] = shared["position_ids"][0].tolist()
-    grids = look(model, record.turns[-1].text, [assets.images / image], seen["said"])[:, 0].numpy()
+    grids = look(model, record.turns[-1].content, [assets.images / image], seen["said"])[:, 0].numpy()
     draw_patches(pixels, tensor.permute(1, 2, 0).numpy(), model.vision_tower.grid[0], tower.grid[0])
-    draw_sequence(seen["tokens"], seen["input_ids"], seen["positions"])
+    draw_sequence(seen["tokens"], seen["input_ids"], seen["logit_positions"])
     draw_mask(seen["mask"].numpy())
     draw_attention(tensor.permute(1, 2, 0).numpy(), WORD.findall(seen["said"]), grids)
     seen["files"] = [
@@ -270,7 +270,7 @@ def write(seen: dict[str, Any]) -> str:
 
     gradients = "\n".join(f"| {name} | {len(grads)} | {norm(grads)} |" for name, grads in seen["gradients"].items())
     files = "\n".join(f"| `{name}` | {size:,} |" for name, size in seen["files"])
-    last = seen["positions"][0]
+    last = seen["logit_positions"][0]
     places = " ".join(map(str, seen["places"]))
     millions = {name: f"{number / 1e6:.1f} million" for name, number in seen["parameters"].items()}
     saved = sum(size for _, size in seen["files"]) / 1e6
@@ -321,7 +321,7 @@ The tower is **frozen**: it never learns, so the trainer runs it once per pictur
 
 The projector, two matrices {" and ".join(map(str, seen["matrices"]))} with a GELU between them, maps each vector to the width of the language model's own embeddings: {seen["image_tokens"]}. As
 many vectors come out as went in: a patch is a token. Nothing says
-that such a vector must mean a word; but it should begin at their size, or the first steps are spent on it: `fit_to_embeddings` starts the image tokens with the
+that such a vector must mean a word; but it should begin at their size, or the first steps are spent on it: `init_projector_scale` starts the image tokens with the
 embeddings' deviation, {seen["deviation"][1]:.3f}. (Here, after training, they deviate by {seen["deviation"][0]:.3f}: the model has found it useful to speak up.) The
 projector is **trained**.
 
@@ -351,9 +351,9 @@ With CLIP ViT-B/16 the same sample has {clip["length"]} positions, {clip["tokens
 
 ## 6. The loss: `Llava.forward`
 
-A token is predicted from the position before it (the green row of the picture). The collator lists those positions, {seen["positions"]}, and the head, a matrix as
+A token is predicted from the position before it (the green row of the picture). The collator lists those positions, {seen["logit_positions"]}, and the head, a matrix as
 large as the vocabulary, runs there and nowhere else: logits of ({seen["loss"][1][0]}, {seen["loss"][1][1]:,}) instead of ({seen["embeds"][1]}, {seen["loss"][1][1]:,}). The first trained token is
-predicted at position {last}, the last one of the prompt. With CLIP ViT-B/16 they are {clip["positions"][0]} to {clip["positions"][-1]}: {trained / clip["length"]:.0%} of all.
+predicted at position {last}, the last one of the prompt. With CLIP ViT-B/16 they are {clip["logit_positions"][0]} to {clip["logit_positions"][-1]}: {trained / clip["length"]:.0%} of all.
 
 | token to say | loss without the adapter | with it |
 |---|---|---|

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     records = Records(open_rows(args.data))
-    from llava_simplified.model.checkpoint import load_tokenizer  # from here on it takes seconds
+    from llava_simplified.model.build import load_tokenizer
 
     tokenizer = load_tokenizer(args.model_name_or_path)
     prompt = Prompt(tokenizer, args.template)
@@ -109,7 +109,7 @@ def image_tokens(name_or_path: str, select_layer: Sequence[int], select_feature:
     """How many tokens this vision tower makes of an image; its weights are not read."""
     from transformers import AutoConfig
 
-    from llava_simplified.data.images import ImageTransform
+    from llava_simplified.data.transforms import ImageTransform
     from llava_simplified.model.vision import VisionTower
 
     config = AutoConfig.from_pretrained(name_or_path)

@@ -48,10 +48,10 @@ FIXED_DATE = "{%- macro strftime_now(format) %}{{ '2024-07-26' if '-' in format 
 
 class Message(NamedTuple):
     role: Literal["system", "user", "assistant"]
-    text: str
+    content: str
 
 
-class Rendered(NamedTuple):
+class TokenizedPrompt(NamedTuple):
     """One sequence, two lists of the same length. A label is the id itself where that is trained,
     IGNORE_INDEX elsewhere, and is not shifted. IMAGE_INDEX stands in `input_ids` once for each image."""
 
@@ -77,7 +77,7 @@ class Layout(NamedTuple):
 
 def count_images(turns: Sequence[Message]) -> int:
     """How many images the turns ask for: `<image>` counts in the user's text; anywhere else it is text."""
-    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+    return sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
 
 
 class Prompt:
@@ -130,7 +130,7 @@ class Prompt:
         )
         self._lead = self._layout([Message("user", "")], "").answer.lead
 
-    def render(self, turns: Sequence[Message], response: str | None, where: str = "") -> Rendered:
+    def render(self, turns: Sequence[Message], response: str | None, where: str = "") -> TokenizedPrompt:
         """The training sequence; with `response` None the generation prompt, which is exactly its beginning.
 
         Trained are the response, the earlier assistant turns, and the end token of each. `where` names the
@@ -138,13 +138,13 @@ class Prompt:
         """
         if response is None:
             ids = self._prefix(turns, where).input_ids
-            return Rendered(ids, [IGNORE_INDEX] * len(ids))
+            return TokenizedPrompt(ids, [IGNORE_INDEX] * len(ids))
         prefix, (branch,) = self.render_branches(turns, [response], where)
-        return Rendered(prefix.input_ids + branch, prefix.labels + branch)
+        return TokenizedPrompt(prefix.input_ids + branch, prefix.labels + branch)
 
     def render_branches(
         self, turns: Sequence[Message], responses: Sequence[str], where: str = ""
-    ) -> tuple[Rendered, list[list[int]]]:
+    ) -> tuple[TokenizedPrompt, list[list[int]]]:
         """Several answers to the same turns: the shared prompt once, and each answer's trained ids with the
         end token. The prompt and one of them are what `render` gives."""
         slot = self._layout(turns, where).answer
@@ -157,7 +157,7 @@ class Prompt:
         decode, x = self._tokenizer.backend_tokenizer.decode, self._inner_text.encode("x").ids
         return decode([*x, *ids[:end]])[len(decode(x)) :].removeprefix(self._lead)
 
-    def _prefix(self, turns: Sequence[Message], where: str) -> Rendered:
+    def _prefix(self, turns: Sequence[Message], where: str) -> TokenizedPrompt:
         """What stands before the last answer. Text between two control tokens is encoded in one piece."""
         ids: list[int] = []
         labels: list[int] = []
@@ -170,11 +170,11 @@ class Prompt:
                 new = self._encode(self._text, self._anchor + text if ids else text, where)[bool(ids) :]
                 ids, labels, text = ids + new, labels + [IGNORE_INDEX] * len(new), ""
             if isinstance(part, Slot):
-                new = self._answer_ids(part, turns[part.turn].text, where)
+                new = self._answer_ids(part, turns[part.turn].content, where)
                 ids, labels = ids + new, labels + new
             elif part is not None:
                 ids, labels = [*ids, part], [*labels, IGNORE_INDEX]
-        return Rendered(ids, labels)
+        return TokenizedPrompt(ids, labels)
 
     def _answer_ids(self, slot: Slot, text: str, where: str) -> list[int]:
         ids = self._encode(self._inner_text, slot.lead + text, where)
@@ -277,9 +277,9 @@ def _fill(parts: Sequence[Part], turns: Sequence[Message]) -> Iterator[Part]:
         if not isinstance(part, Slot) or turns[part.turn].role == "assistant":
             yield part
         elif turns[part.turn].role == "system":
-            yield turns[part.turn].text
+            yield turns[part.turn].content
         else:
-            text, *after_images = turns[part.turn].text.split(IMAGE_PLACEHOLDER)
+            text, *after_images = turns[part.turn].content.split(IMAGE_PLACEHOLDER)
             yield text
             for text in after_images:
                 yield from (IMAGE_INDEX, text)

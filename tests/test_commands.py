@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.training.run import train
+from llava_simplified.training.train_command import train
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

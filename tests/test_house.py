@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llava_simplified"
-# From left to right. A name is a room (folder) or a single file; two of one line do not import each other, a room's own
-# files do. The scores of texts need no model: training, which watches them, may import them though they live in `evaluation`.
+# From left to right. A name is a package (folder) or a single file; two on one line do not import each other, the
+# files of one package do. `prepare` writes what `data` reads, so it uses the formats and the decoder of `data`. The
+# scores of texts need no model: training, which reports them, may import them though they live in `evaluation`.
 ORDER = [
-    ("prompt", "evaluation/ptb"),
+    ("prompt", "workers", "evaluation/ptb_tokenizer"),
     ("data",),
-    ("model", "evaluation/metrics"),
+    ("prepare", "evaluation/metrics"),
+    ("model",),
     ("arguments",),
     ("training",),
     ("inspection", "captioning"),

@@ -72,7 +72,7 @@ def test_a_tower_that_is_not_there_is_said_without_a_traceback(
 def test_the_totals_are_those_of_the_examples(
     models_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llava_simplified.model.checkpoint import load_tokenizer
+    from llava_simplified.model.build import load_tokenizer
     from llava_simplified.prompt import Message, Prompt
 
     prompt = Prompt(load_tokenizer(str(models_folder / "mistral")))

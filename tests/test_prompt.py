@@ -311,7 +311,7 @@ def reference(name: str, messages: list[Message], **kwargs: Any) -> list[int]:
     """The ids of `apply_chat_template`, where `<image>` is a control token as in stock LLaVA."""
     tokenizer, image = with_image_token(name)
     ids = tokenizer.apply_chat_template(
-        [{"role": message.role, "content": message.text} for message in messages],
+        [{"role": message.role, "content": message.content} for message in messages],
         enable_thinking=False,
         date_string="26 Jul 2024",
         **kwargs,
@@ -458,7 +458,7 @@ def test_a_conversation_has_the_ids_of_apply_chat_template(name: str) -> None:
         "always-tight",
     ):  # which put the system elsewhere, see below
         talk = [Message("system", "You are brief."), *talk]
-    ours = family(name).prompt.render(talk[:-1], talk[-1].text).input_ids
+    ours = family(name).prompt.render(talk[:-1], talk[-1].content).input_ids
     assert reference(name, talk)[: len(ours)] == ours
 
 

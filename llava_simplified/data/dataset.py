@@ -11,18 +11,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from llava_simplified.data.batching import Example
-from llava_simplified.data.images import ImageError, ImageTransform, decode_image, read_image_bytes
+from llava_simplified.data.collate import Example
+from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.data.rows import records_of
+from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prompt import IMAGE_INDEX, Prompt
 
 
-class Stored(Protocol):
-    """Images by name: features (tokens, width), or uint8 pixels (3, height, width); `blank`: one of nothing."""
+class FeatureStore(Protocol):
+    """Images by name: features (tokens, width), or uint8 pixels (3, height, width); `dummy_image`: one of nothing."""
 
     @property
-    def blank(self) -> torch.Tensor: ...
+    def dummy_image(self) -> torch.Tensor: ...
     def __contains__(self, image: str, /) -> bool: ...
     def __getitem__(self, image: str, /) -> torch.Tensor: ...
 
@@ -49,7 +50,7 @@ class CaptionDataset(Dataset[Example]):
         transform: ImageTransform,
         max_length: int = 2048,
         share_prefix: bool = True,
-        features: Stored | None = None,
+        features: FeatureStore | None = None,
     ) -> None:
         self.records = records
         self.prompt = prompt
@@ -67,18 +68,18 @@ class CaptionDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         """The example at `index`; where its image can't be read, the next one that can, and a note that says so."""
-        notes: list[str] = []
+        warnings: list[str] = []
         for offset in range(len(self)):
             record, responses = self.locate((index + offset) % len(self))
             example = self.text(record, responses)
             try:
                 example.pixel_values, example.image_features = self.images(record)
             except ImageError as error:
-                notes.append(f"bad image, {record.id}: {error}")
+                warnings.append(f"bad image, {record.id}: {error}")
                 continue
-            example.notes = notes + example.notes
+            example.warnings = warnings + example.warnings
             return example
-        raise ValueError(f"no image of {len(self)} could be read; the first: {notes[0]}")
+        raise ValueError(f"no image of {len(self)} could be read; the first: {warnings[0]}")
 
     def lengths(self, tokens_per_image: int) -> np.ndarray:
         """Positions that each example takes. All text is tokenised for it: some 20,000 examples a second."""
@@ -115,20 +116,20 @@ class CaptionDataset(Dataset[Example]):
         """
         if not responses:
             raise ValueError(f"{record.id}: no response to train on")
-        notes: list[str] = []
+        warnings: list[str] = []
         prefix, answers = self.prompt.render_branches(record.turns, responses, record.id)
         ids, labels = list(prefix.input_ids), list(prefix.labels)
         branches = [0] * len(ids)
         for number, (answer, text) in enumerate(zip(answers, responses), start=1):
             if len(prefix.input_ids) + len(answer) > self.max_length:
-                answer = self._shorten(record, text, self.max_length - len(prefix.input_ids))
-                notes.append(f"cut, {record.id}: an answer longer than model_max_length, {self.max_length} tokens")
+                answer = self._truncate(record, text, self.max_length - len(prefix.input_ids))
+                warnings.append(f"cut, {record.id}: an answer longer than model_max_length, {self.max_length} tokens")
             ids += answer
             labels += answer
             branches += [number] * len(answer)
-        return Example(ids, labels, notes=notes, branches=branches if len(answers) > 1 else None, id=record.id)
+        return Example(ids, labels, warnings=warnings, branches=branches if len(answers) > 1 else None, id=record.id)
 
-    def _shorten(self, record: Record, text: str, room: int) -> list[int]:
+    def _truncate(self, record: Record, text: str, room: int) -> list[int]:
         """As many whole words as fit, and the end token: what is learned from it still stops."""
         if room < 2:
             raise ValueError(

@@ -48,7 +48,7 @@ class Record:
             turns, responses = _conversation(row["conversations"], where)
         else:
             turns, responses = _instruction(row, where)
-        return cls(images, place_images(turns, len(images), where), responses, where)
+        return cls(images, insert_image_placeholders(turns, len(images), where), responses, where)
 
 
 def _images(row: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -82,11 +82,11 @@ def _conversation(rows: Any, where: str) -> tuple[list[Message], tuple[str, ...]
     if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2) or not spoken:
         raise ValueError(f"{where}: turns must alternate human, gpt, human, ...; they are {', '.join(spoken)}")
     if turns[-1].role == "assistant":
-        return turns[:-1], (turns[-1].text,)
+        return turns[:-1], (turns[-1].content,)
     return turns, ()
 
 
-def place_images(turns: Sequence[Message], count: int, where: str) -> tuple[Message, ...]:
+def insert_image_placeholders(turns: Sequence[Message], count: int, where: str) -> tuple[Message, ...]:
     """Put `<image>` before the first user text where there are images and no text names one.
 
     Raises:
@@ -95,7 +95,7 @@ def place_images(turns: Sequence[Message], count: int, where: str) -> tuple[Mess
     named, first = count_images(turns), next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     if first is not None and count and not named:
         lines = f"{IMAGE_PLACEHOLDER}\n" * count
-        turns = [*turns[:first], Message("user", lines + turns[first].text), *turns[first + 1 :]]
+        turns = [*turns[:first], Message("user", lines + turns[first].content), *turns[first + 1 :]]
     elif named != count:
         raise ValueError(f"{where}: {count} image(s), but the text says {IMAGE_PLACEHOLDER} {named} time(s)")
     return tuple(turns)
@@ -107,7 +107,7 @@ def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
     return {
         "index": index,
         "image": record.images[0] if record.images else None,
-        "instruction": record.turns[-1].text.replace(f"{IMAGE_PLACEHOLDER}\n", ""),
+        "instruction": record.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", ""),
         "gt_caption": truth,
         "pred_output": text,
     }

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_simplified.evaluation.ptb import tokenize
+from llava_simplified.evaluation.ptb_tokenizer import tokenize
 
 UNSTABLE_BELOW = 50
 """Pictures: CIDEr weighs n-grams by how many pictures' references hold them, so few won't do."""

@@ -18,18 +18,13 @@ from zipfile import is_zipfile
 import torch
 from torch import nn
 
-from llava_simplified.model.checkpoint import (
-    Architecture,
-    absolute,
-    assemble,
-    fingerprint,
-    load_tokenizer,
-    same_weights,
-    save_checkpoint,
-)
+from llava_simplified.model.build import build_model, load_tokenizer
+from llava_simplified.model.checkpoint import save_checkpoint
+from llava_simplified.model.config import LlavaConfig, resolve_path
 from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.vision import VisionTower
+from llava_simplified.model.weights import weights_digest, check_state_dict
 
 Weights = dict[str, torch.Tensor]
 
@@ -107,9 +102,9 @@ def _convert(
     # a tower without a CLS token has nothing to drop: its patches are all there is
     if full and stock and config["vision_config"].get("model_type", "").startswith("siglip"):
         full = False
-    architecture = Architecture(
-        language_model=absolute(base) if not whole else str(output.resolve() / "language_model"),
-        vision_tower=absolute(tower_name),
+    architecture = LlavaConfig(
+        language_model=resolve_path(base) if not whole else str(output.resolve() / "language_model"),
+        vision_tower=resolve_path(tower_name),
         mm_projector_type="linear" if depth == 1 else f"mlp{depth}x_gelu",
         mm_vision_select_layer=tuple(layer) if isinstance(layer, list) else layer,
         mm_vision_select_feature="cls_patch" if full else "patch",
@@ -117,11 +112,11 @@ def _convert(
         instruction=instruction,
         dtype=str(next(iter(text.values())).dtype).removeprefix("torch.") if whole else "float32",
         fingerprints={
-            "vision_tower": fingerprint(tower_name),
-            **({} if whole else {"language_model": fingerprint(base)}),
+            "vision_tower": weights_digest(tower_name),
+            **({} if whole else {"language_model": weights_digest(base)}),
         },
     )
-    model = _whole_model(architecture, config, text, folder) if whole else assemble(architecture)
+    model = _whole_model(architecture, config, text, folder) if whole else build_model(architecture)
     # what lies in the checkpoint is what counts as trained
     model.vision_tower.requires_grad_(stock and bool(vision))
     model.language_model.requires_grad_(whole)
@@ -182,7 +177,7 @@ def split_weights(weights: Weights) -> tuple[Weights, Weights, Weights]:
     return text, projector, vision
 
 
-def _whole_model(architecture: Architecture, config: dict[str, Any], text: Weights, folder: Path) -> Llava:
+def _whole_model(architecture: LlavaConfig, config: dict[str, Any], text: Weights, folder: Path) -> Llava:
     """A model whose language model's weights come with it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -209,7 +204,7 @@ def _fill(module: nn.Module, weights: Weights, name: str) -> None:
     expected = module.state_dict()
     if set(weights) != set(expected) and len(expected) == 2 and {"0.weight", "0.bias"} == set(weights):
         weights = {key.removeprefix("0."): value for key, value in weights.items()}  # a Sequential of one layer
-    same_weights(weights, expected, name)
+    check_state_dict(weights, expected, name)
     module.load_state_dict(weights)
 
 
@@ -245,5 +240,5 @@ def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     model.language_model = get_peft_model(model.language_model, PeftConfig.from_pretrained(str(config.parent)))
-    same_weights(weights, get_peft_model_state_dict(model.language_model), "adapter")
+    check_state_dict(weights, get_peft_model_state_dict(model.language_model), "adapter")
     set_peft_model_state_dict(model.language_model, weights)

@@ -20,9 +20,9 @@ from torch import nn
 
 from llava_simplified.data.images import ImageError, ImageSource, decode_image, load_pixels, read_image_bytes
 from llava_simplified.data.records import open_records
-from llava_simplified.model.checkpoint import read_manifest
-from llava_simplified.model.generation import Decoding, GenerationOptions
-from llava_simplified.model.language_model import head_at
+from llava_simplified.model.config import read_checkpoint_config
+from llava_simplified.model.generation import DecodingBatch, GenerationOptions
+from llava_simplified.model.language_model import lm_head_at_positions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES
 
@@ -38,7 +38,7 @@ FLATTEN_CONTENT = (
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
 # Where our own templates stand, the answer's beginning has to be asked for.
-OPENING = {"plain": "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}", "bare": ""}
+GENERATION_PROMPT = {"plain": "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}", "bare": ""}
 
 
 def export_stock(
@@ -64,7 +64,7 @@ def export_stock(
         ValueError: stock LLaVA has no form for this model (and what to do); or the folder says something else than the
             checkpoint: it is not left behind.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = read_checkpoint_config(checkpoint)
     if adapter and manifest["trained"] != "adapter":
         raise ValueError(f"{checkpoint}: has no adapter (its language model was trained whole, or not at all): use hf")
     if adapter and (bits := manifest["architecture"].get("bits", 16)) != 16:
@@ -72,8 +72,8 @@ def export_stock(
             f"{checkpoint}: its adapter belongs to weights of {bits} bits, which stock LLaVA has not: use hf"
         )
     pictures, kind = _pictures(manifest["training"], images)
-    return_what_is_freed()
-    with whole(Path(output)) as part:
+    tune_malloc()
+    with atomic_output_dir(Path(output)) as part:
         model = Llava.from_pretrained(checkpoint, device="cpu", dtype=dtype, merge=not adapter, **where)
         tower, text = cast(Any, model.vision_tower), cast(Any, model.language_model)
         if isinstance(tower.model, PeftModel):
@@ -84,7 +84,7 @@ def export_stock(
         if adapter:
             model.language_model = text.unload()  # leaves it as it was before training
         base = part / "base" if adapter else part
-        template = FLATTEN_CONTENT + own_template(model)
+        template = FLATTEN_CONTENT + chat_template_of(model)
         _write(model, base, settings)
         del model, tower, text
         _write_processor(checkpoint, base, settings, template)
@@ -111,7 +111,7 @@ def _pictures(training: dict[str, Any], images: Sequence[ImageSource]) -> tuple[
 
 
 @contextmanager
-def whole(output: Path) -> Iterator[Path]:
+def atomic_output_dir(output: Path) -> Iterator[Path]:
     """A folder to write to; it becomes `output` when all went well, and is gone when not."""
     if output.exists():
         raise ValueError(f"{output} exists: an export is written whole, into a folder of its own")
@@ -125,17 +125,17 @@ def whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def return_what_is_freed() -> None:
+def tune_malloc() -> None:
     """From now on, every block above 64 kB goes back to the system when it is freed. By itself glibc keeps those of up to
     32 MB for later: of merging and converting, half of a small model."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD of malloc.h
 
 
-def own_template(model: Llava) -> str:
+def chat_template_of(model: Llava) -> str:
     """The chat template that the model was trained with, as one that any tokenizer renders."""
     own, name = TEMPLATES.get(model.prompt.name), model.prompt.name
-    return own + OPENING[name] if own else model.tokenizer.get_chat_template()
+    return own + GENERATION_PROMPT[name] if own else model.tokenizer.get_chat_template()
 
 
 def describe(model: Llava) -> dict[str, Any]:
@@ -277,10 +277,10 @@ def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
     place = prompt.index(IMAGE_INDEX)
     ids = [*prompt[:place], *[IMAGE_INDEX] * model.vision_tower.num_tokens, *prompt[place + 1 :]]
     features = model.vision_tower(pixels)
-    with head_at(model.language_model, torch.tensor([len(ids) - 1])):
+    with lm_head_at_positions(model.language_model, torch.tensor([len(ids) - 1])):
         embeds = model.splice(torch.tensor([ids]), features)
         logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits.flatten()
-    decoding = Decoding(model, [prompt], features, GenerationOptions(max_new_tokens=16))
+    decoding = DecodingBatch(model, [prompt], features, GenerationOptions(max_new_tokens=16))
     while decoding.live:
         decoding.step()
     return {

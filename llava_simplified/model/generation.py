@@ -21,15 +21,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.generation import logits_process
 
-from llava_simplified.data.batching import expand_images, pad
-from llava_simplified.model.language_model import cache_name, head_at
+from llava_simplified.data.collate import expand_images, pad
+from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
 from llava_simplified.prompt import IMAGE_INDEX
 
 if TYPE_CHECKING:
     from llava_simplified.model.llava import Llava
 
 
-SAMPLED = 0.7  # the temperature of several answers to one question, where none is given
+DEFAULT_TEMPERATURE = 0.7  # the temperature of several answers to one question, where none is given
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class GenerationOptions:
             raise ValueError("several different captions of a picture need temperature > 0, or as many beams")
 
 
-class Decoding:
+class DecodingBatch:
     """A batch under way. `step` gives every live row one token more; rows that have ended leave, others may join.
 
     Args:
@@ -100,7 +100,7 @@ class Decoding:
         self._generators: dict[int, torch.Generator] = {}
         self._mask = self._next = self._logits = torch.empty(0)
         self._cache: Any = None
-        self._cache_name = cache_name(model.language_model)
+        self._cache_kwarg_name = cache_kwarg_name(model.language_model)
         self.join(prompts, image_features, options, keys)
 
     @torch.inference_mode()
@@ -126,13 +126,13 @@ class Decoding:
         last = torch.arange(1, len(rows) + 1, device=device) * mask.shape[1] - 1
         text_model: Any = model.language_model
         cache: Any = DynamicCache(config=model.config)
-        with head_at(text_model, last):
+        with lm_head_at_positions(text_model, last):
             outputs = text_model(
                 inputs_embeds=model.splice(input_ids, image_features),
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=True,
-                **{self._cache_name: cache},
+                **{self._cache_kwarg_name: cache},
             )
 
         # One column more than anybody sees: transformers drops a mask that hides nothing, and without one PyTorch's
@@ -189,7 +189,7 @@ class Decoding:
                 attention_mask=self._mask if attends else None,  # a state (Mamba) has no columns to hide
                 position_ids=self._next[:, None],
                 use_cache=True,
-                **{self._cache_name: self._cache},
+                **{self._cache_kwarg_name: self._cache},
             )
             self._logits = outputs.logits[:, -1]
             self._next = self._next + 1
@@ -225,7 +225,7 @@ class Decoding:
             scores = self._logits[places].float()
             if said < options.min_new_tokens:
                 scores[:, self.model.prompt.stop_ids] = -torch.inf
-            scores = process_scores(scores, [self.tokens[row] for row in rows], options)
+            scores = process_logits(scores, [self.tokens[row] for row in rows], options)
             drawn = _draw(scores, [self._generators[row] for row in rows]) if options.temperature else scores.argmax(-1)
             chosen[places] = drawn.cpu()
         return chosen.tolist()
@@ -257,7 +257,7 @@ def _append(cache: Any, added: Any) -> None:
                 states.update({i: torch.cat([state, more[i]]) for i, state in states.items() if state is not None})
 
 
-def process_scores(scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions) -> torch.Tensor:
+def process_logits(scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions) -> torch.Tensor:
     """Next-token scores (rows, vocabulary) under penalty, temperature, top-k and top-p, in transformers' order."""
     ids = torch.tensor(said, device=scores.device, dtype=torch.long)
     processors: list[Any] = []
@@ -291,7 +291,7 @@ def _generator(seed: int | None, key: bytes, sample: int, device: torch.device) 
 @torch.inference_mode()
 def encode(model: Llava, pixel_values: torch.Tensor) -> torch.Tensor:
     """Patch features (images, tokens, width) of pictures, uint8 (images, 3, height, width)."""
-    with _evaluating(model):
+    with eval_mode(model):
         return model.vision_tower(pixel_values.to(model.device))
 
 
@@ -308,7 +308,7 @@ def generate(
         For each prompt, `num_return_sequences` texts, without special tokens and outer white space.
     """
     features = None if pixel_values is None else encode(model, pixel_values)
-    return generate_from(model, prompts, features, options, content_keys(prompts, pixel_values))
+    return generate_from(model, prompts, features, options, prompt_hashes(prompts, pixel_values))
 
 
 @torch.inference_mode()
@@ -319,12 +319,12 @@ def generate_from(
     options: GenerationOptions,
     keys: Sequence[bytes],
 ) -> list[list[str]]:
-    """`generate`, of pictures that are encoded already; `keys` as `Decoding` takes them."""
-    with _evaluating(model):
+    """`generate`, of pictures that are encoded already; `keys` as `DecodingBatch` takes them."""
+    with eval_mode(model):
         if options.num_beams > 1:
             answers = _beam_search(model, prompts, image_features, options)
         else:
-            decoding = Decoding(model, prompts, image_features, options, keys)
+            decoding = DecodingBatch(model, prompts, image_features, options, keys)
             while decoding.live:
                 decoding.step()
             answers = list(decoding.tokens.values())
@@ -339,9 +339,9 @@ def stream(
     """One answer, as `generate` gives it: all of it so far, again and again, longer each time."""
     if options.num_return_sequences > 1:
         raise ValueError("one answer can be streamed, not several")
-    with _evaluating(model):
+    with eval_mode(model):
         features = None if pixel_values is None else encode(model, pixel_values)
-        decoding = Decoding(model, [prompt], features, options, content_keys([prompt], pixel_values))
+        decoding = DecodingBatch(model, [prompt], features, options, prompt_hashes([prompt], pixel_values))
         while decoding.live:
             decoding.step()
             text = model.prompt.decode(decoding.tokens[0])
@@ -350,7 +350,7 @@ def stream(
 
 
 @contextmanager
-def _evaluating(model: Llava) -> Iterator[None]:
+def eval_mode(model: Llava) -> Iterator[None]:
     """No dropout meanwhile."""
     was_training = model.training
     model.eval()
@@ -360,7 +360,7 @@ def _evaluating(model: Llava) -> Iterator[None]:
         model.train(was_training)
 
 
-def content_keys(
+def prompt_hashes(
     prompts: Sequence[Sequence[int]], pixel_values: torch.Tensor | Sequence[torch.Tensor] | None
 ) -> list[bytes]:
     """For each prompt a digest of its text and its pictures: the same in whatever batch they come."""

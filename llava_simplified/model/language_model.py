@@ -13,34 +13,35 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from llava_simplified.model.cpu_attention import cpu_matmul_attention
 
 # PEFT asks for it whenever it loads an adapter, under a name that transformers has given up
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def takes(language_model: Any) -> Mapping[str, inspect.Parameter]:
+def forward_parameters(language_model: Any) -> Mapping[str, inspect.Parameter]:
     """The arguments of its forward: what is not among them, it would swallow without a word."""
     own = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
     return inspect.signature(own.forward).parameters
 
 
-def cache_name(language_model: Any) -> str:
+def cache_kwarg_name(language_model: Any) -> str:
     """What its forward calls the keys and values, or states, that it goes on from; transformers is about to give them one.
 
     Raises:
         ValueError: it goes on from nothing, or from something of its own (xLSTM).
     """
     # a class of a model's own module (xLSTM's) is none that a DynamicCache can stand in for
-    for name, its in takes(language_model).items():
+    for name, its in forward_parameters(language_model).items():
         if name in ("cache", "past_key_values", "cache_params") and "transformers.models" not in str(its.annotation):
             return name
     raise ValueError(f"{language_model.config.model_type} takes no DynamicCache: it can be trained, but not be asked")
 
 
 @contextmanager
-def head_at(language_model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+def lm_head_at_positions(language_model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
     """Within this, the language model computes logits only at the given flat positions (trained,).
 
     Done where every causal language model must pass, at the input of its output layer, so that what a family does
@@ -57,7 +58,7 @@ def head_at(language_model: nn.Module, positions: torch.Tensor) -> Iterator[None
         handle.remove()
 
 
-def who_sees_whom(
+def shared_prefix_mask(
     segment_ids: torch.Tensor, branch_ids: torch.Tensor, position_ids: torch.Tensor, window: int | None = None
 ) -> torch.Tensor:
     """Every token sees what came before it in its own example: of the prompt all, of the answers only its own.
@@ -74,14 +75,14 @@ def who_sees_whom(
         bool (batch, 1, length, length): row sees column.
     """
     batch, place = (torch.arange(size, device=segment_ids.device) for size in segment_ids.shape)
-    sees = _rule(segment_ids, branch_ids, position_ids, window)
+    sees = _mask_mod(segment_ids, branch_ids, position_ids, window)
     return sees(batch[:, None, None, None], 0, place[:, None], place)
 
 
-def _rule(
+def _mask_mod(
     segments: torch.Tensor, branches: torch.Tensor, positions: torch.Tensor, window: int | None
 ) -> Callable[[Any, Any, Any, Any], torch.Tensor]:
-    """`who_sees_whom` of single indices, or of index tensors that broadcast: what flex_attention asks for."""
+    """`shared_prefix_mask` of single indices, or of index tensors that broadcast: what flex_attention asks for."""
 
     def sees(batch: Any, head: Any, row: Any, column: Any) -> torch.Tensor:
         seen = (row >= column) & (segments[batch, row] == segments[batch, column])
@@ -91,14 +92,14 @@ def _rule(
     return sees
 
 
-def attention_of(
+def attention_kwargs(
     language_model: Any,
     segment_ids: torch.Tensor,
     branch_ids: torch.Tensor,
     position_ids: torch.Tensor,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """`who_sees_whom` as the arguments that a language model's layers and its attention kernel take.
+    """`shared_prefix_mask` as the arguments that a language model's layers and its attention kernel take.
 
     Raises:
         ValueError: the kernel, or a kind of layer, can't be told who sees whom; or the model counts places by itself.
@@ -106,7 +107,7 @@ def attention_of(
     config = language_model.config
     # ALiBi (MPT, Bloom), GPT-Neo's local layers and decoders of the past go by the distance in the row
     by_distance = getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ())
-    if by_distance or "position_ids" not in takes(language_model):
+    if by_distance or "position_ids" not in forward_parameters(language_model):
         raise ValueError(f"{config.model_type} can't be told its tokens' places: neither --packing nor --share_prefix")
     kernel = config._attn_implementation
     if kernel == "flash_attention_2":
@@ -121,11 +122,11 @@ def attention_of(
 
     def mask(window: int | None) -> Any:
         if kernel == "flex_attention":
-            rule = _rule(segment_ids, branch_ids, position_ids, window)
+            rule = _mask_mod(segment_ids, branch_ids, position_ids, window)
             batch, length = segment_ids.shape
             return create_block_mask(rule, batch, None, length, length, device=str(segment_ids.device))
-        seen = who_sees_whom(segment_ids, branch_ids, position_ids, window)
-        if kernel in ("sdpa", "short"):
+        seen = shared_prefix_mask(segment_ids, branch_ids, position_ids, window)
+        if kernel in ("sdpa", "cpu_matmul"):
             return seen
         # the eager kernel adds its mask; a bool one would silently let everybody see everybody
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
@@ -140,70 +141,11 @@ def attention_of(
     return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1]}
 
 
-SHORT = 512  # tokens; the probabilities of longer texts take too much memory, and torch's own kernel less time
 
 
-class _ShortAttention(torch.autograd.Function):
-    """Attention in plain matrix products, the heads that share keys in one; probabilities are kept for the way back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        shape, length, groups = query.shape, query.shape[2], key.shape[0] * key.shape[1]
-        query, key, value = (x.reshape(groups, -1, x.shape[-1]) for x in (query, key, value))
-        scores = torch.bmm(query, key.mT).mul_(scale).view(*shape[:3], length)
-        # the least number, not -inf: where padding sees nothing it would make NaN
-        chances = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min).softmax(-1).view(groups, -1, length)
-        ctx.save_for_backward(query, key, value, chances)
-        ctx.scale, ctx.shape = scale, shape
-        return torch.bmm(chances, value).view(*shape[:3], -1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, chances = ctx.saved_tensors
-        batch, _, length, _ = ctx.shape
-        gradient = gradient.reshape(len(chances), -1, value.shape[-1])
-        of_chances = torch.bmm(gradient, value.mT)
-        of_scores = torch._softmax_backward_data(of_chances, chances, -1, chances.dtype).mul_(ctx.scale)
-        of_query = torch.bmm(of_scores, key).view(ctx.shape)
-        of_key, of_value = torch.bmm(of_scores.mT, query), torch.bmm(chances.mT, gradient)
-        return of_query, *(x.view(batch, -1, length, x.shape[-1]) for x in (of_key, of_value)), None, None
 
 
-def short_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """sdpa, but for short texts that train on a CPU: there torch's kernel spends most of its time on the way back.
-
-    An attention kernel as transformers calls them, by the name "short". In bfloat16 a step of 250 tokens takes half as
-    long, one of 50 a sixth (of the attention alone).
-
-    Args:
-        query: (batch, heads, length, width); key, value: (batch, key heads, length, width).
-        attention_mask: bool (batch, 1, length, length), row sees column; None: what came before.
-
-    Returns:
-        (batch, length, heads, width), and None for the probabilities.
-    """
-    length = query.shape[2]
-    short = query.device.type == "cpu" and torch.is_grad_enabled() and 1 < length == key.shape[2] <= SHORT
-    plain = not dropout and options.get("softcap") is None and options.get("position_bias") is None
-    if not (short and plain and (attention_mask is not None or getattr(module, "is_causal", True))):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
-    if attention_mask is None:
-        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: torch.Tensor = _ShortAttention.apply(query, key, value, attention_mask, scale)
-    return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("short", short_attention)
-AttentionMaskInterface.register("short", sdpa_mask)
+AttentionInterface.register("cpu_matmul", cpu_matmul_attention)
+AttentionMaskInterface.register("cpu_matmul", sdpa_mask)

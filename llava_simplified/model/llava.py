@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from llava_simplified.data.images import ImageSource, load_pixels
-from llava_simplified.data.records import place_images
-from llava_simplified.model.generation import SAMPLED, GenerationOptions, generate, stream
-from llava_simplified.model.language_model import attention_of, head_at
+from llava_simplified.data.records import insert_image_placeholders
+from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions, generate, stream
+from llava_simplified.model.language_model import attention_kwargs, lm_head_at_positions
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Llava(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        positions: torch.Tensor,
+        logit_positions: torch.Tensor,
         labels: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
@@ -102,7 +102,7 @@ class Llava(nn.Module):
 
         Args:
             input_ids: (batch, length), IMAGE_INDEX where a patch feature goes.
-            positions: (trained,) flat indices into batch x length, from which a token is predicted.
+            logit_positions: (trained,) flat indices into batch x length, from which a token is predicted.
             labels: (trained,) the token that comes next there.
             pixel_values: (images, 3, height, width), the batch's images in reading order.
             image_features: (images, tokens, vision width), where the tower has run before.
@@ -117,10 +117,10 @@ class Llava(nn.Module):
         inputs_embeds = self.splice(input_ids, image_features)
         attention: dict[str, Any] = {"attention_mask": attention_mask}
         if segment_ids is not None and branch_ids is not None and position_ids is not None:
-            attention = attention_of(self.language_model, segment_ids, branch_ids, position_ids, inputs_embeds.dtype)
+            attention = attention_kwargs(self.language_model, segment_ids, branch_ids, position_ids, inputs_embeds.dtype)
         # In a caption of 12 tokens behind 196 patches, 94 % of the positions train nothing. The head, a matrix as
         # large as the vocabulary, runs only where a token is trained.
-        with head_at(self.language_model, positions):
+        with lm_head_at_positions(self.language_model, logit_positions):
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False, **attention
             )
@@ -144,10 +144,10 @@ class Llava(nn.Module):
         if image_features is None:
             return embeds
         image_tokens = self.projector(image_features.to(self._projector_dtype(embeds)))
-        self.check_room(is_image, image_features)
+        self.check_image_token_count(is_image, image_features)
         return embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
 
-    def check_room(self, is_image: torch.Tensor, image_features: torch.Tensor) -> None:
+    def check_image_token_count(self, is_image: torch.Tensor, image_features: torch.Tensor) -> None:
         """Raise ValueError where placeholders and features are not as many: what is spliced would be the wrong picture."""
         room, (images, tokens, _) = int(is_image.sum()), image_features.shape
         blank = images == 1 and not room  # see `Collator`: it passes through all layers, into no text
@@ -184,9 +184,9 @@ class Llava(nn.Module):
         many = isinstance(images, (list, tuple))
         sources: Any = images if many else [images]
         asked = [Message("user", self.instruction if instruction is None else instruction)]
-        prompt = self.prompt.render(place_images(asked, 1, "the instruction"), None).input_ids
+        prompt = self.prompt.render(insert_image_placeholders(asked, 1, "the instruction"), None).input_ids
         if n > 1 and not options.get("num_beams"):
-            options = {"temperature": SAMPLED, **options}
+            options = {"temperature": DEFAULT_TEMPERATURE, **options}
         decoding = GenerationOptions(num_return_sequences=n, **options)
         captions: list[list[str]] = []
         for first in range(0, len(sources), batch_size):
@@ -221,7 +221,7 @@ class Llava(nn.Module):
     ) -> tuple[list[int], torch.Tensor | None]:
         """The prompt's ids, one IMAGE_INDEX per image, and the pixels: uint8 (images, 3, height, width), None without any."""
         said = [Message("user", turns)] if isinstance(turns, str) else turns
-        placed = place_images(said, len(images), "the conversation")
+        placed = insert_image_placeholders(said, len(images), "the conversation")
         pixels = [self.vision_tower.transform(load_pixels(image)) for image in images]
         return self.prompt.render(placed, None).input_ids, torch.stack(pixels) if pixels else None
 

@@ -20,7 +20,7 @@ class Part(NamedTuple):
     dtypes: str
 
 
-def adapted_layers(language_model: nn.Module) -> list[str]:
+def find_linear_modules(language_model: nn.Module) -> list[str]:
     """Full paths of all linear layers of a language model but its head (Dettmers et al., QLoRA: adapt them all).
 
     Full paths, since a bare "all-linear" or "q_proj" would also match the layers of a vision tower.
@@ -40,13 +40,13 @@ def add_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: 
         bias: "none", "all" or "lora_only": which of the linear layers' biases are trained as well.
     """
     text = model.language_model
-    model.language_model = _adapt(text, adapted_layers(text), rank, alpha, dropout, bias, "CAUSAL_LM")
+    model.language_model = _adapt(text, find_linear_modules(text), rank, alpha, dropout, bias, "CAUSAL_LM")
 
 
 def add_tower_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Wrap the vision tower in an adapter of its own, on the linear layers that its features come through."""
     tower = model.vision_tower
-    layers = [n for n, m in tower.model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in tower.reached]
+    layers = [n for n, m in tower.model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in tower.used_parameters]
     tower.model = _adapt(tower.model, layers, rank, alpha, dropout, "none", None)
 
 
@@ -72,7 +72,7 @@ def freeze(model: Llava, *, language_model: bool, vision_tower: bool = True) -> 
     tower = model.vision_tower.requires_grad_(False)
     if not vision_tower:
         for name, parameter in tower.float().model.named_parameters():
-            parameter.requires_grad_(name in tower.reached)
+            parameter.requires_grad_(name in tower.used_parameters)
     tower.eval()
     model.projector.requires_grad_(True).float()
     if language_model:
@@ -81,7 +81,7 @@ def freeze(model: Llava, *, language_model: bool, vision_tower: bool = True) -> 
         model.language_model.requires_grad_(True).float()
 
 
-def parts(model: Llava) -> list[Part]:
+def count_parameters(model: Llava) -> list[Part]:
     """Count the parameters: vision tower and its adapter, projector, language model and its adapter."""
     tower, text = model.vision_tower.named_parameters(), model.language_model.named_parameters()
     groups: dict[str, list[nn.Parameter]] = {"vision tower": [], "vision adapter": []}
@@ -113,10 +113,10 @@ def check_trainable(model: Llava, *, language_model: bool = False, vision_tower:
     """
     text, tower = model.language_model, model.vision_tower
     biases = isinstance(text, PeftModel) and text.peft_config["default"].bias != "none"
-    reached = sum(p.numel() for n, p in tower.model.named_parameters() if n in tower.reached)
-    rows = parts(model)
+    used_parameters = sum(p.numel() for n, p in tower.model.named_parameters() if n in tower.used_parameters)
+    rows = count_parameters(model)
     should = {row.name: row.parameters for row in rows}
-    should |= {"vision tower": reached if vision_tower else 0}
+    should |= {"vision tower": used_parameters if vision_tower else 0}
     should |= {} if language_model else {"language model": 0}
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}  dtype"]
     for part in rows:

@@ -32,7 +32,7 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
 
 
 @torch.no_grad()
-def fit_to_embeddings(projector: nn.Module, features: torch.Tensor, embeddings: torch.Tensor) -> None:
+def init_projector_scale(projector: nn.Module, features: torch.Tensor, embeddings: torch.Tensor) -> None:
     """Start a fresh projector where training is easy: on the scale of what it reads and of what it feeds.
 
     Feature channels differ a hundredfold in scale between towers, and token embeddings are small (SmolLM2's have a

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
-from llava_simplified.data.images import ImageTransform
+from llava_simplified.data.transforms import ImageTransform
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -34,7 +34,7 @@ class VisionTower(nn.Module):
 
     Attributes:
         num_tokens, width: the features of one image are (num_tokens, width).
-        reached: the model's parameters that they depend on. Those of the layers above the selected one have no part in it.
+        used_parameters: the model's parameters that they depend on. Those of the layers above the selected one have no part in it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class VisionTower(nn.Module):
         self.select_layers = (select_layer,) if isinstance(select_layer, int) else tuple(select_layer)
         self.select_feature = select_feature
         self.token_pool = token_pool
-        self.num_tokens, self.width, self.grid, self.reached = self._trace()
+        self.num_tokens, self.width, self.grid, self.used_parameters = self._trace()
 
     @classmethod
     def from_pretrained(
@@ -73,7 +73,7 @@ class VisionTower(nn.Module):
             raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
         model, report = model_class.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
         tower = cls(model, transform, **choices)  # type: ignore[arg-type]
-        refuse_random(name_or_path, tower.reached & set(report["missing_keys"]))  # a pooling head may well be missing
+        check_missing_keys(name_or_path, tower.used_parameters & set(report["missing_keys"]))  # a pooling head may well be missing
         return tower
 
     @classmethod
@@ -180,11 +180,11 @@ class VisionTower(nn.Module):
                     f"a {self.model.config.model_type} can't be the vision tower: from `pixel_values` alone it gives no "
                     f"grid of features ({type(error).__name__}: {error})"
                 ) from error
-        reached = frozenset(name for name, gradient in zip(names, gradients) if gradient is not None)
-        return features.shape[1], features.shape[2], grid, reached
+        used_parameters = frozenset(name for name, gradient in zip(names, gradients) if gradient is not None)
+        return features.shape[1], features.shape[2], grid, used_parameters
 
 
-def refuse_random(source: str, missing: Collection[str]) -> None:
+def check_missing_keys(source: str, missing: Collection[str]) -> None:
     """Raise ValueError where weights are missing: transformers would only warn, and draw them at random."""
     if missing:
         raise ValueError(f"{source}: weights are missing: {', '.join(sorted(missing)[:5])}")

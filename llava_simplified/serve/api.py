@@ -28,11 +28,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llava_simplified.data.fetch import Fetcher, FetchOptions
-from llava_simplified.data.records import place_images
-from llava_simplified.model.generation import SAMPLED, GenerationOptions
+from llava_simplified.data.records import insert_image_placeholders
+from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions
+from llava_simplified.prepare.fetch import Fetcher, FetchOptions
 from llava_simplified.prompt import Message
-from llava_simplified.serve.batching import Busy, Piece, Place, Worker
+from llava_simplified.serve.engine import Busy, Piece, Place, Worker
 
 _GRACE = 5.0  # seconds beyond its time for a client to read its answer
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
@@ -112,8 +112,8 @@ class Turn(_Given):
             raise ValueError(f"pictures belong to the user's messages, not to the {self.role}'s")
         message = Message("system" if self.role == "developer" else self.role, text)
         if count and not text.strip():
-            message = message._replace(text=instruction)
-        return place_images([message], count, "a message")[0]
+            message = message._replace(content=instruction)
+        return insert_image_placeholders([message], count, "a message")[0]
 
 
 class StreamOptions(_Given):
@@ -159,7 +159,7 @@ class ChatRequest(_Given):
         if most > longest:
             raise ValueError(f"an answer has {longest} tokens at most here, {most} are asked for")
         count = self.n or 1
-        temperature = self.temperature if self.temperature is not None else SAMPLED * (count > 1)
+        temperature = self.temperature if self.temperature is not None else DEFAULT_TEMPERATURE * (count > 1)
         return GenerationOptions(
             max_new_tokens=most,
             temperature=temperature if temperature >= 1e-3 else 0.0,  # lower, the scores overflow: greedy is the limit

@@ -23,13 +23,13 @@ from uuid import uuid4
 import gradio as gr
 from starlette.applications import Starlette
 
-from llava_simplified.captioning import PICTURES
+from llava_simplified.captioning.inputs import PICTURES
 from llava_simplified.data.images import ImageError, load_pixels
-from llava_simplified.model.generation import SAMPLED, GenerationOptions
+from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.api import Limits
-from llava_simplified.serve.attention import WORD, look
-from llava_simplified.serve.batching import Busy, Worker
+from llava_simplified.serve.attention_map import WORD, look
+from llava_simplified.serve.engine import Busy, Worker
 
 UNREADABLE = {
     "not_image": "This file is no picture. JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF can be read.",
@@ -255,7 +255,7 @@ def mount_page(
         stop.click(page.stop, conversation, view, cancels=[begun, asked], **quiet)
         view.look(page.look, [conversation, picture], view, trigger_mode="always_last", **quiet)
         # in the browser: the answer of the server could overwrite what has been chosen meanwhile
-        samples.input(None, [samples, temperature], temperature, js=f"(n, t) => t || (n > 1 ? {SAMPLED} : 0)", **quiet)
+        samples.input(None, [samples, temperature], temperature, js=f"(n, t) => t || (n > 1 ? {DEFAULT_TEMPERATURE} : 0)", **quiet)
     blocks.queue(max_size=None)
     gr.mount_gradio_app(
         app,

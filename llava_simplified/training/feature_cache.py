@@ -26,10 +26,11 @@ from tqdm.auto import tqdm
 
 from llava_simplified.arguments import DataArguments, TrainingArguments, parse_arguments
 from llava_simplified.data.dataset import CaptionDataset, open_data
-from llava_simplified.data.images import ImageError, ImageTransform, decode_image, read_image_bytes
+from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record
-from llava_simplified.model.checkpoint import fingerprint
+from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.model.vision import VisionTower
+from llava_simplified.model.weights import weights_digest
 
 _HASH_BYTES = 32
 
@@ -200,7 +201,7 @@ class ImageFeatures:
         self._cache, self._keys, self._rows = cache, keys[order], np.array(rows, np.int64)[order]
 
     @property
-    def blank(self) -> torch.Tensor:
+    def dummy_image(self) -> torch.Tensor:
         """An image of nothing, in the form of the others."""
         return torch.zeros(self._cache.shape, dtype=self._cache.dtype)
 
@@ -275,7 +276,7 @@ def encode_main(argv: list[str] | None = None) -> int:
     )
     mode = "pixels" if data.cache_vision_features == "pixels" else "disk"
     names = [image_names(records) for records, _ in opened]
-    weights = fingerprint(model.vision_tower)
+    weights = weights_digest(model.vision_tower)
     cache = _open_cache(tower.requires_grad_(False), weights, mode, data, args, sum(map(len, names)))
     found = [len(_fill_together(cache, images, folder, args)) for images, (_, folder) in zip(names, opened)]
     print(f"{sum(found):,} pictures are there, {sum(map(len, names)) - sum(found):,} can't be read. Train with the same "

@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.model.checkpoint import quantization
+from llava_simplified.model.build import quantization
 
 
 def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
@@ -87,9 +87,9 @@ def compile_layers(language_model: nn.Module) -> None:
 
 
 def choose_attention(language_model: Any, chosen: str | None, device_type: str) -> None:
-    """On a CPU, where no kernel is asked for and sdpa would run: `short_attention`."""
+    """On a CPU, where no kernel is asked for and sdpa would run: `cpu_matmul_attention`."""
     if chosen is None and device_type == "cpu" and language_model.config._attn_implementation == "sdpa":
-        language_model.set_attn_implementation("short")
+        language_model.set_attn_implementation("cpu_matmul")
 
 
 def use_liger_kernels(language_model: nn.Module) -> None:

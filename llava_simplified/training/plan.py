@@ -27,17 +27,17 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from llava_simplified.data.batching import lay_out
+from llava_simplified.data.collate import expand_example
 from llava_simplified.data.dataset import CaptionDataset
-from llava_simplified.data.images import ImageTransform
 from llava_simplified.data.records import Record, open_records
-from llava_simplified.model.checkpoint import load_tokenizer
+from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.model.build import load_tokenizer
 from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
-from llava_simplified.model.lora import check_trainable, parts
+from llava_simplified.model.lora import check_trainable, count_parameters
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
-from llava_simplified.training.build import prepare
+from llava_simplified.training.build_trainer import prepare
 from llava_simplified.training.kernels import choose_attention
 
 SAMPLED = 2000  # records whose tokens are counted: half of them the longest texts, half evenly spread
@@ -101,7 +101,7 @@ class Lengths:
     branches: bool
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Keeps account of the bytes of all storages that live, and of FLOPs, while operations run on tensors with or without data.
 
     torch's own counter of FLOPs keeps what gradient checkpointing computes anew alive.
@@ -139,13 +139,13 @@ class _Step(nn.Module):
     def __init__(self, model: Llava) -> None:
         super().__init__()
         self.model = model
-        model.check_room = lambda *_: None  # type: ignore[method-assign]  # there is no data to look at
+        model.check_image_token_count = lambda *_: None  # type: ignore[method-assign]  # there is no data to look at
 
     def forward(self, batch: dict[str, torch.Tensor]) -> None:
         self.model(**batch).loss.backward()
 
 
-def skeleton(model_args: ModelArguments, args: TrainingArguments) -> Llava:
+def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Llava:
     """The model of a run without its weights, on the meta device: configurations and tokenizer are all it needs."""
     dtype = getattr(torch, args.frozen_dtype)
     try:
@@ -190,7 +190,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
 
     def examples(of: Sequence[Record]) -> list[tuple[int, int, int]]:
         dataset = CaptionDataset(of, model.prompt, "", transform, args.model_max_length, data.share_prefix)
-        laid = [lay_out(dataset.text(*dataset.locate(i)), model.vision_tower.num_tokens) for i in range(len(dataset))]
+        laid = [expand_example(dataset.text(*dataset.locate(i)), model.vision_tower.num_tokens) for i in range(len(dataset))]
         return [(len(s.input_ids), len(s.labels), int(s.branch_ids.any())) for s in laid]
 
     mean, longest = np.array(examples(chosen[:spread])), max(examples(chosen))
@@ -213,7 +213,7 @@ def _batch(model: Llava, lengths: Lengths, data: DataArguments, rows: int, cache
     text = torch.zeros(rows, length, dtype=torch.long)
     batch = {
         "input_ids": text,
-        "positions": torch.zeros(rows * trained, dtype=torch.long),
+        "logit_positions": torch.zeros(rows * trained, dtype=torch.long),
         "labels": torch.zeros(rows * trained, dtype=torch.long),
         "position_ids": text,
     }
@@ -238,7 +238,7 @@ def make_plan(
     Raises:
         ValueError: a configuration, the tokenizer or the data can't be read.
     """
-    model = skeleton(model_args, args)
+    model = build_meta_model(model_args, args)
     lengths = measure_lengths(model, data, args)
     tower, rows = model.vision_tower, args.per_device_train_batch_size
     features = lengths.count * lengths.images * tower.num_tokens * tower.width * tower.dtype.itemsize
@@ -249,7 +249,7 @@ def make_plan(
     )
     cached = cached and tower.frozen
     step, kind = _Step(model), getattr(torch, args.frozen_dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True), Ledger() as ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as ledger:
         fake = {
             name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
             for name, tensor in (*step.named_parameters(), *step.named_buffers())
@@ -260,7 +260,7 @@ def make_plan(
             functional_call(step, fake, (batch,))
     vocabulary = model.language_model.get_output_embeddings().weight.shape[0]
     logits = sum(size for size, shape in ledger.at_peak if len(shape) > 1 and shape[-1] == vocabulary)
-    trained = sum(part.trained for part in parts(model))
+    trained = sum(part.trained for part in count_parameters(model))
     share = 1 / devices
     adapted = sum(p.nbytes for name, p in model.language_model.named_parameters() if name.endswith("base_layer.weight"))
     weights -= round(adapted * (1 - model_args.bits / 16))  # those are kept quantized; the head and the norms are not

@@ -28,7 +28,7 @@ from llava_simplified.data.dataset import open_data
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import load_checkpoint
-from llava_simplified.training.build import build
+from llava_simplified.training.build_trainer import build
 from llava_simplified.training.plan import Plan, duration, make_plan
 
 MANY_STEPS = 2000  # `auto`: a run of fewer has soon shown by itself what is wrong with it
@@ -163,7 +163,7 @@ def _try(words: list[str], scratch: Path, plan: Plan, args: TrainingArguments) -
     raise ValueError(f"preflight: the run fails in its first steps: {lines[-1].removeprefix('error: ')}")
 
 
-def trial(argv: Sequence[str]) -> None:
+def dry_run(argv: Sequence[str]) -> None:
     """In a process of its own: two steps, a save, a load, a caption; what was found goes to `report.json`.
 
     Raises:
@@ -206,7 +206,7 @@ def _train(
     model: Any = trainer.model
     examples: Any = trainer.train_dataset
     batch: Any = trainer._prepare_inputs(trainer.data_collator([examples[i] for i in range(min(2, len(examples)))]))
-    batch.pop("about")
+    batch.pop("metadata")
     with torch.no_grad(), precision:
         logits = model.eval()(**batch).logits.float()
     trainer.save_final()
@@ -232,6 +232,6 @@ def _peak_rss() -> int:
 
 if __name__ == "__main__":
     try:
-        trial(sys.argv[1:])
+        dry_run(sys.argv[1:])
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from llava_simplified.arguments import TrainingArguments
-from llava_simplified.model.checkpoint import Architecture, read_manifest
+from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
 
 # Changed, these would make one run out of two: other weights, other samples, or samples that come twice or never.
 _FIXED = (
@@ -44,13 +44,13 @@ def resume_folder(args: TrainingArguments) -> Path | None:
     return Path(wanted)
 
 
-def check_same_run(folder: Path, architecture: Architecture, settings: Mapping[str, Any]) -> list[str]:
+def check_same_run(folder: Path, architecture: LlavaConfig, settings: Mapping[str, Any]) -> list[str]:
     """What differs between the run that wrote the checkpoint in `folder` and this one, a line each.
 
     Raises:
         ValueError: with that difference it would be another run; its trained weights can still start a new one.
     """
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_config(folder)
     before, now = manifest["training"], dict(settings)
     changed = [
         (name, before.get(name, "default"), now.get(name, "default"))

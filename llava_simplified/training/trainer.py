@@ -21,12 +21,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
 from llava_simplified.arguments import TrainingArguments
-from llava_simplified.data.batching import LengthGroupedSampler
-from llava_simplified.model.checkpoint import Architecture, copy_checkpoint, save_checkpoint
+from llava_simplified.data.samplers import LengthGroupedSampler
+from llava_simplified.model.checkpoint import copy_checkpoint, save_checkpoint
+from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX
-from llava_simplified.training.engines import restore_state, shard_on_cpus, whole_state, whole_weights
-from llava_simplified.training.watch import EvalCaptions, GradientAlarm, Meter, ProgressLine
+from llava_simplified.training.callbacks import EvalCaptions, GradientAlarm, Meter, ProgressLine
+from llava_simplified.training.sharding import load_optimizer_state_dict, shard_on_cpus, full_optimizer_state_dict, full_state_dict
 
 
 class LlavaTrainer(transformers.Trainer):
@@ -43,7 +44,7 @@ class LlavaTrainer(transformers.Trainer):
         self,
         model: Llava,
         args: TrainingArguments,
-        architecture: Architecture,
+        architecture: LlavaConfig,
         settings: Mapping[str, Any],
         max_bad_images: float = 0.01,
         **options: Any,
@@ -89,11 +90,11 @@ class LlavaTrainer(transformers.Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             self._read_notes(batch)
-        self._ids = [name for batch in batches for name in batch["about"]["ids"]]
+        self._ids = [name for batch in batches for name in batch["metadata"]["ids"]]
         counts = [
             sum(len(batch["labels"]) for batch in batches),
             len(self._ids),
-            sum(batch["about"]["tokens"] for batch in batches),
+            sum(batch["metadata"]["tokens"] for batch in batches),
             sum(batch["input_ids"].numel() for batch in batches),
         ]
         trained, *others = self.accelerator.reduce(torch.tensor(counts, device=device), "sum").unbind()
@@ -108,7 +109,7 @@ class LlavaTrainer(transformers.Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Sum of the micro-batch's token losses over the tokens of the whole step: accumulation averages tokens."""
-        ids = inputs.pop("about")["ids"]
+        ids = inputs.pop("metadata")["ids"]
         outputs = model(**inputs)
         tokens = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
         # engines average gradients over processes: undo it, the tokens were counted over all of them
@@ -148,8 +149,8 @@ class LlavaTrainer(transformers.Trainer):
         total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         for batch in dataloader:
             self._read_notes(batch)
-            batch.pop("about")
-            inputs = self._prepare_inputs(self._without_repeats(batch))
+            batch.pop("metadata")
+            inputs = self._prepare_inputs(self.drop_padding_samples(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
                 total += torch.stack([model(**inputs).loss.double(), total.new_tensor(len(inputs["labels"]))])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -162,13 +163,13 @@ class LlavaTrainer(transformers.Trainer):
             metrics[f"{metric_key_prefix}_cider"] = self._caption(self.captions)
         return EvalLoopOutput(None, None, metrics, self.num_examples(dataloader))  # type: ignore[arg-type]
 
-    def _without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def drop_padding_samples(self, batch: dict[str, Any]) -> dict[str, Any]:
         """All processes get as many batches: the last are filled up with rows from the first, which count no second time."""
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:
             rows, length = batch["input_ids"].shape
-            new = batch["positions"] // length < state.remainder - self.accelerator.process_index * rows
-            batch = {**batch, "positions": batch["positions"][new], "labels": batch["labels"][new]}
+            new = batch["logit_positions"] // length < state.remainder - self.accelerator.process_index * rows
+            batch = {**batch, "logit_positions": batch["logit_positions"][new], "labels": batch["labels"][new]}
         return batch
 
     def _watched_pictures(self) -> EvalCaptions | None:
@@ -211,10 +212,10 @@ class LlavaTrainer(transformers.Trainer):
 
     def _read_notes(self, batch: dict[str, Any]) -> None:
         """Say what the examples of a batch want said; stop when too many images are bad."""
-        notes: list[str] = batch["about"]["notes"]
+        warnings: list[str] = batch["metadata"]["warnings"]
         placeholders = int((batch["input_ids"] == IMAGE_INDEX).sum())
         self.seen["images"] += placeholders // cast(Any, self.data_collator).tokens_per_image
-        for note in notes:
+        for note in warnings:
             kind = note.partition(",")[0]
             self.seen[kind] += 1
             if self.seen[kind] <= 10:
@@ -224,7 +225,7 @@ class LlavaTrainer(transformers.Trainer):
         if bad > self.max_bad_images * max(self.seen["images"], 100):
             raise ValueError(
                 f"{bad} bad images among the first {self.seen['images'] + bad}, more than --max_bad_images "
-                f"{self.max_bad_images:g}; the last: {notes[-1] if notes else ''}. `llava clean` sets them aside."
+                f"{self.max_bad_images:g}; the last: {warnings[-1] if warnings else ''}. `llava clean` sets them aside."
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -267,14 +268,14 @@ class LlavaTrainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Every save, the intermediate ones too, is a checkpoint that loads with one call."""
         model: Llava = self.accelerator.unwrap_model(self.model)
-        weights = self._on_main_process(whole_weights(model))
+        weights = self._on_main_process(full_state_dict(model))
         if self.args.should_save:
             training = {"steps": self.state.global_step, "epochs": self.state.epoch, **self.settings}
             folder = self._staging / "model" if self._staging else Path(output_dir or str(self.args.output_dir))
             save_checkpoint(model, folder, self.architecture, training, weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = self._on_main_process(whole_state(self.accelerator.unwrap_model(self.model), self.optimizer))
+        state = self._on_main_process(full_optimizer_state_dict(self.accelerator.unwrap_model(self.model), self.optimizer))
         if self.args.should_save:
             save_file(state, Path(output_dir) / "optimizer.safetensors")
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
@@ -346,7 +347,7 @@ class LlavaTrainer(transformers.Trainer):
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             state = load_file(folder / "optimizer.safetensors")
-            restore_state(self.accelerator.unwrap_model(self.model), self.optimizer, state)
+            load_optimizer_state_dict(self.accelerator.unwrap_model(self.model), self.optimizer, state)
             self._restore_schedule(torch.load(folder / "scheduler.pt", weights_only=True))
             self._load_scaler(resume_from_checkpoint)
         return prepared

@@ -11,8 +11,8 @@ import torch
 from tiny import make_tokenizer
 
 from llava_simplified.data.dataset import CaptionDataset, open_data
-from llava_simplified.data.images import ImageTransform
 from llava_simplified.data.records import Record
+from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Prompt
 
 TRANSFORM = ImageTransform(32, (32, 32), "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -59,7 +59,7 @@ def test_the_responses_of_a_record_share_its_prompt(data_folder: Path) -> None:
 def test_a_bad_image_gives_way_to_the_next_and_says_so(data_folder: Path) -> None:
     data = dataset(data_folder, [row("gone.jpg"), row("1.jpg", response="two dogs")])
     example = data[0]
-    assert example.notes[0].startswith("bad image, row 0: ")
+    assert example.warnings[0].startswith("bad image, row 0: ")
     assert torch.equal(example.pixel_values, data[1].pixel_values)
     assert example.labels == data[1].labels, "the caption must go with the picture"
 
@@ -72,7 +72,7 @@ def test_a_long_answer_loses_words_loudly_and_keeps_its_end_token(data_folder: P
     answer = [label for label in example.labels if label != IGNORE_INDEX]
     assert ("a bedroom with a double bed " * 5).startswith(data.prompt.decode(answer) + " ")
     assert len(answer) > 5
-    assert example.notes[0].startswith("cut, row 0: ")
+    assert example.warnings[0].startswith("cut, row 0: ")
 
 
 def test_a_word_without_end_is_cut_inside(data_folder: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from llava_simplified.data.images import ImageError, ImageTransform, check_image, decode_image, read_image_bytes
+from llava_simplified.data.images import ImageError, check_image, decode_image, read_image_bytes
+from llava_simplified.data.transforms import ImageTransform
 
 
 def photo(width: int = 90, height: int = 60, mode: str = "RGB") -> Image.Image:

@@ -8,8 +8,8 @@ import pytest
 from tiny import make_tokenizer
 
 from llava_simplified.data.dataset import CaptionDataset
-from llava_simplified.data.images import ImageTransform
 from llava_simplified.data.records import Record, prediction_row
+from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message, Prompt
 
 TALK = [
@@ -51,7 +51,7 @@ def test_llavas_conversation_trains_every_answer_and_nothing_else(data_folder: P
 )
 def test_images_stand_before_the_first_question_unless_it_says_where(row: dict, turns: list, responses: tuple) -> None:
     record = Record.from_json(row, "row 0")
-    assert [(turn.role, turn.text) for turn in record.turns] == turns
+    assert [(turn.role, turn.content) for turn in record.turns] == turns
     assert record.responses == responses
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.demo import run
+from llava_simplified.demo import demo_command as run
 from llava_simplified.demo.assets import DemoAssets
 from llava_simplified.model.llava import Llava
 

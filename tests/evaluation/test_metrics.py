@@ -11,7 +11,7 @@ import pytest
 
 from llava_simplified.evaluation import metrics
 from llava_simplified.evaluation.metrics import Sample, evaluate, word_f1
-from llava_simplified.evaluation.ptb import tokenize
+from llava_simplified.evaluation.ptb_tokenizer import tokenize
 
 from .coco import make_samples, needs_java
 

@@ -24,15 +24,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionModel,
-    LlavaConfig,
+    LlavaConfig as StockLlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava_simplified.captioning import main as predict_main
+from llava_simplified.captioning.caption_command import main as predict_main
 from llava_simplified.export.importing import import_checkpoint, import_main
-from llava_simplified.export.run import merge
+from llava_simplified.export.merge import merge
 from llava_simplified.model.llava import Llava
 
 INSTRUCTION = "Generate a caption of this image:"
@@ -247,7 +247,7 @@ def test_a_stock_folder(
     }
     torch.manual_seed(3)
     image_token = len(tokenizer) - 1
-    stock = LlavaForConditionalGeneration(LlavaConfig(**parts, image_token_index=image_token)).eval()
+    stock = LlavaForConditionalGeneration(StockLlavaConfig(**parts, image_token_index=image_token)).eval()
     for parameter in stock.parameters():
         parameter.data.normal_(0, 0.3)  # wild enough that the picture changes what is said
     folder = tmp_path / "llava-tiny-hf"

@@ -21,12 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llava_simplified import cli
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.data.images import decode_image
-from llava_simplified.export.run import export_main, merge_main, push_main
+from llava_simplified.export.export_command import export_main, merge_main, push_main
 from llava_simplified.export.stock import export_stock
-from llava_simplified.model.checkpoint import Architecture, assemble, save_checkpoint
+from llava_simplified.model.build import build_model
+from llava_simplified.model.checkpoint import save_checkpoint
+from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, freeze
-from llava_simplified.training.run import train
+from llava_simplified.training.train_command import train
 
 PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
 STRANGER = """
@@ -394,7 +396,7 @@ def test_an_export_holds_the_model_once(models_folder: Path, tmp_path: Path) -> 
     tokenizer.save_pretrained(tmp_path / "large")
     for name, text in (("a", models_folder / "llama"), ("b", tmp_path / "large")):
         parts = {"language_model": str(text), "vision_tower": str(models_folder / "clip")}
-        model = assemble(architecture := Architecture(**parts, dtype="bfloat16"))
+        model = build_model(architecture := LlavaConfig(**parts, dtype="bfloat16"))
         freeze(model, language_model=True, vision_tower=True)
         add_lora(model, 4, 8, 0.0, "none")
         save_checkpoint(model, tmp_path / name, architecture)

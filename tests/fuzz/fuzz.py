@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["PIL", "tarfile", "llava_simplified"]):
 
     from llava_simplified.data.images import ImageError, decode_image
     from llava_simplified.data.shards import read_range, read_shard_image, tar_samples
-    from llava_simplified.data.sources import Columns, Oddities, read_source
+    from llava_simplified.prepare.sources import Columns, ParseIssues, read_source
 
 WORK = Path(tempfile.mkdtemp(prefix="fuzz-"))
 FORMS = ("tsv", "csv", "json", "jsonl", "parquet", "tar", "tsv.gz", "json.xz", "jsonl.bz2")
@@ -61,7 +61,7 @@ def sources(data: bytes) -> None:
     path = WORK / f"x.{FORMS[data[0] % len(FORMS)]}"
     path.write_bytes(data[1:])
     try:
-        for row in read_source(str(path), Oddities(), Columns()):
+        for row in read_source(str(path), ParseIssues(), Columns()):
             json.dumps(row._asdict(), ensure_ascii=False).encode()
     except ValueError as error:
         assert path.name in str(error), error

@@ -12,16 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_simplified import cli
-from llava_simplified.model.checkpoint import (
-    Architecture,
-    assemble,
-    fingerprint,
-    load_checkpoint,
-    load_trained_weights,
-    save_checkpoint,
-)
+from llava_simplified.model.build import build_model
+from llava_simplified.model.checkpoint import load_checkpoint, load_trained_weights, save_checkpoint
+from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, freeze
+from llava_simplified.model.weights import weights_digest
 from llava_simplified.prompt import IMAGE_INDEX
 
 
@@ -34,11 +30,11 @@ def logits(model: Llava) -> torch.Tensor:
         return model.language_model(inputs_embeds=model.splice(ids, features)).logits
 
 
-def trained_model(folder: Path, how: str, tower_how: str = "off", **choices) -> tuple[Llava, Architecture]:
+def trained_model(folder: Path, how: str, tower_how: str = "off", **choices) -> tuple[Llava, LlavaConfig]:
     text, tower = str(folder / "mistral"), str(folder / "clip")
-    prints = {"language_model": fingerprint(text), "vision_tower": fingerprint(tower)}
-    architecture = Architecture(text, tower, fingerprints=prints, **choices)
-    model = assemble(architecture)
+    prints = {"language_model": weights_digest(text), "vision_tower": weights_digest(tower)}
+    architecture = LlavaConfig(text, tower, fingerprints=prints, **choices)
+    model = build_model(architecture)
     freeze(model, language_model=how != "language_model", vision_tower=tower_how != "full")
     if tower_how == "lora":
         add_tower_lora(model, 2, 4)
@@ -94,7 +90,7 @@ def test_missing_weights_of_a_language_model_are_refused(models_folder: Path, tm
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"weights are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
-        assemble(Architecture(str(tmp_path / "llama"), str(models_folder / "clip")))
+        build_model(LlavaConfig(str(tmp_path / "llama"), str(models_folder / "clip")))
 
 
 def test_an_adapter_can_be_trained_further(models_folder: Path, tmp_path: Path) -> None:
@@ -205,9 +201,9 @@ def test_a_lone_file_that_is_missing_is_named_before_training_and_after(
     AutoTokenizer.from_pretrained(models_folder / "llama").save_pretrained(tmp_path / "language")
     shutil.copytree(models_folder / "clip", tmp_path / "vision")
     parts = {"language_model": str(tmp_path / "language"), "vision_tower": str(tmp_path / "vision")}
-    prints = {key: fingerprint(folder) for key, folder in parts.items()}
-    architecture = Architecture(**parts, fingerprints=prints)
-    freeze(model := assemble(architecture), language_model=True, vision_tower=True)
+    prints = {key: weights_digest(folder) for key, folder in parts.items()}
+    architecture = LlavaConfig(**parts, fingerprints=prints)
+    freeze(model := build_model(architecture), language_model=True, vision_tower=True)
     save_checkpoint(model, tmp_path / "c", architecture)
     (tmp_path / part / name).unlink()
     words = ["--model_name_or_path", parts["language_model"], "--vision_tower", parts["vision_tower"]]
@@ -232,10 +228,10 @@ def test_a_hubs_weights_are_told_apart_by_the_files_that_are_loaded(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.copy(models_folder / "clip" / "config.json", snapshot)
     with pytest.raises(OSError, match=r"no model\.safetensors"):  # not the digest of no weights
-        fingerprint("me/clip")
+        weights_digest("me/clip")
     shutil.copy(models_folder / "clip" / "model.safetensors", snapshot)
     (snapshot / "tf_model.bin").write_bytes(b"of another library")
-    assert fingerprint("me/clip") == fingerprint(str(models_folder / "clip"))
+    assert weights_digest("me/clip") == weights_digest(str(models_folder / "clip"))
 
 
 def test_a_folder_that_is_no_checkpoint(models_folder: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from test_llava import LANGUAGE_MODELS, build, pictures
 from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, RwkvConfig, xLSTMConfig
 
-from llava_simplified.data.batching import expand_images, pad
-from llava_simplified.model.generation import Decoding, GenerationOptions, generate
+from llava_simplified.data.collate import expand_images, pad
+from llava_simplified.model.generation import DecodingBatch, GenerationOptions, generate
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 
@@ -42,7 +42,7 @@ def stock(model: Llava, prompts: list[list[int]], pixels: torch.Tensor | None, *
     return [row[:end] for row, end in zip(ids, ends)]
 
 
-def run(decoding: Decoding) -> list[list[int]]:
+def run(decoding: DecodingBatch) -> list[list[int]]:
     while decoding.live:
         decoding.step()
     return list(decoding.tokens.values())
@@ -79,7 +79,7 @@ def test_greedy_is_transformers_greedy(models_folder: Path, text: str, options: 
     model = with_states(models_folder, text)
     model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 130)]  # a random model would never end
     prompts, pixels = ask(model)
-    ours = run(Decoding(model, prompts, model.vision_tower(pixels), GenerationOptions(max_new_tokens=16, **options)))
+    ours = run(DecodingBatch(model, prompts, model.vision_tower(pixels), GenerationOptions(max_new_tokens=16, **options)))
     # one by one: in a padded batch transformers 5 counts the padding off what is penalised
     alone = [
         stock(model, [prompt], images, max_new_tokens=16, **options)[0]
@@ -116,7 +116,7 @@ def test_samples_follow_the_models_distribution(models_folder: Path) -> None:
     model = build(models_folder, "llama")
     prompts, pixels = ask(model, ["<image> What?"])
     options = GenerationOptions(1, temperature=3.0, top_p=0.8, top_k=20, num_return_sequences=4000, seed=0)
-    drawn = torch.tensor([row[0] for row in run(Decoding(model, prompts, model.vision_tower(pixels), options))])
+    drawn = torch.tensor([row[0] for row in run(DecodingBatch(model, prompts, model.vision_tower(pixels), options))])
     ids = torch.from_numpy(expand_images(prompts[0], model.vision_tower.num_tokens))[None]
     with torch.no_grad():
         scores = model.language_model(inputs_embeds=model.splice(ids, model.vision_tower(pixels))).logits[:, -1]
@@ -138,11 +138,11 @@ def test_every_row_has_its_own_options(models_folder: Path) -> None:
         GenerationOptions(6, repetition_penalty=1.5),
     ]
     keys = [b"a", b"b", b"c"]
-    together = run(Decoding(model, prompts, features, options, keys))
+    together = run(DecodingBatch(model, prompts, features, options, keys))
     alone = [
         row
         for i, pictures_of in enumerate((None, features[:1], features[1:]))
-        for row in run(Decoding(model, [prompts[i]], pictures_of, options[i], [keys[i]]))
+        for row in run(DecodingBatch(model, [prompts[i]], pictures_of, options[i], [keys[i]]))
     ]
     assert together == alone
     assert [len(row) for row in together] == [4, 9, 9, 6]
@@ -160,8 +160,8 @@ def test_rows_join_a_batch_under_way(models_folder: Path, text: str) -> None:
         (prompts[1], features[:1], GenerationOptions(6, temperature=0.7, num_return_sequences=2, seed=1)),
         (prompts[0], None, GenerationOptions(5)),
     ]
-    wanted = [row for prompt, images, options in asked for row in run(Decoding(model, [prompt], images, options))]
-    decoding = Decoding(model, [asked[0][0]], *asked[0][1:])
+    wanted = [row for prompt, images, options in asked for row in run(DecodingBatch(model, [prompt], images, options))]
+    decoding = DecodingBatch(model, [asked[0][0]], *asked[0][1:])
     for number, (prompt, images, options) in enumerate(asked[1:], start=1):
         decoding.step()
         assert decoding.join([prompt], images, options) == ([number] if number < 2 else [2, 3] if number < 3 else [4])
@@ -171,8 +171,8 @@ def test_rows_join_a_batch_under_way(models_folder: Path, text: str) -> None:
 def test_a_batch_that_never_empties_keeps_its_size(models_folder: Path) -> None:
     model = build(models_folder, "mistral")
     prompts, _ = ask(model, ["What?"])
-    wanted = run(Decoding(model, prompts, None, GenerationOptions(6, min_new_tokens=6)))[0]
-    decoding = Decoding(model, prompts, None, GenerationOptions(6, min_new_tokens=6))
+    wanted = run(DecodingBatch(model, prompts, None, GenerationOptions(6, min_new_tokens=6)))[0]
+    decoding = DecodingBatch(model, prompts, None, GenerationOptions(6, min_new_tokens=6))
     for _ in range(30):
         decoding.step()
         decoding.step()
@@ -188,8 +188,8 @@ def test_a_dropped_row_leaves_and_the_others_go_on(models_folder: Path) -> None:
     model = build(models_folder, "gemma2")
     prompts, pixels = ask(model)
     features = model.vision_tower(pixels)
-    whole = run(Decoding(model, prompts, features, GenerationOptions(8)))
-    decoding = Decoding(model, prompts, features, GenerationOptions(8))
+    whole = run(DecodingBatch(model, prompts, features, GenerationOptions(8)))
+    decoding = DecodingBatch(model, prompts, features, GenerationOptions(8))
     assert [row for row, _ in decoding.step()] == [0, 1, 2]
     decoding.drop(1)
     decoding.drop(1)  # a second time does no harm

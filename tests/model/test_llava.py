@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny import CAPTIONS, make_language_model, make_vision_model
 from torch.nn.functional import cross_entropy
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig as StockLlavaConfig, LlavaForConditionalGeneration
 
-from llava_simplified.data.batching import Collator, Example, expand_images, pad
-from llava_simplified.model.checkpoint import Architecture, assemble
+from llava_simplified.data.collate import Collator, Example, expand_images, pad
+from llava_simplified.model.build import build_model
+from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.generation import GenerationOptions, generate
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message
@@ -22,7 +23,7 @@ LANGUAGE_MODELS = ["mistral", "llama", "qwen2", "gemma2", "phi"]
 
 def build(folder: Path, text: str = "mistral", tower: str = "clip", **choices) -> Llava:
     torch.manual_seed(2)
-    model = assemble(Architecture(str(folder / text), str(folder / tower), **choices))
+    model = build_model(LlavaConfig(str(folder / text), str(folder / tower), **choices))
     # random models of 0.02 deviation see no difference between pictures: make the image tokens loud
     for parameter in model.projector.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -49,7 +50,7 @@ def examples(model: Llava, pixels: torch.Tensor) -> list[Example]:
 
 def collate(model: Llava, samples: list[Example]) -> dict[str, torch.Tensor]:
     batch = Collator(model.vision_tower.num_tokens, 1)(samples)
-    batch.pop("about")
+    batch.pop("metadata")
     return batch
 
 
@@ -116,7 +117,7 @@ def test_the_splice_equals_stock_llava(models_folder: Path, text: str, feature: 
     )
     image_token = model.language_model.config.vocab_size - 1
     stock = LlavaForConditionalGeneration(
-        LlavaConfig(
+        StockLlavaConfig(
             vision_config=model.vision_tower.model.config,
             text_config=model.language_model.config,
             image_token_index=image_token,

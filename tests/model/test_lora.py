@@ -9,19 +9,20 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from llava_simplified.model.checkpoint import Architecture, assemble
+from llava_simplified.model.build import build_model
+from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
-from llava_simplified.model.lora import adapted_layers, add_lora, add_tower_lora, check_trainable, freeze
+from llava_simplified.model.lora import find_linear_modules, add_lora, add_tower_lora, check_trainable, freeze
 
 
 def build(folder: Path, text: str = "mistral", dtype: str = "float32") -> Llava:
-    return assemble(Architecture(str(folder / text), str(folder / "clip"), dtype=dtype))
+    return build_model(LlavaConfig(str(folder / text), str(folder / "clip"), dtype=dtype))
 
 
 @pytest.mark.parametrize("text", ["mistral", "llama", "qwen2", "phi"])
 def test_all_linear_layers_but_the_head_by_their_full_paths(models_folder: Path, text: str) -> None:
     model = build(models_folder, text)
-    layers = adapted_layers(model.language_model)
+    layers = find_linear_modules(model.language_model)
     linears = [n for n, m in model.language_model.named_modules() if isinstance(m, nn.Linear)]
     assert set(linears) - set(layers) == {"lm_head"}
     add_lora(model, 2, 4)
@@ -84,7 +85,7 @@ def test_a_tower_that_trains_whole_trains_what_its_features_depend_on(models_fol
     model = build(models_folder, dtype="bfloat16")
     freeze(model, language_model=True, vision_tower=False)
     tower = {n.removeprefix("vision_tower.model.") for n in trained_names(model) if n.startswith("vision_tower.")}
-    assert tower == set(model.vision_tower.reached)
+    assert tower == set(model.vision_tower.used_parameters)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     table = check_trainable(model, vision_tower=True)
     assert f"{sum(p.numel() for p in model.vision_tower.parameters() if p.requires_grad):,}" in table
@@ -109,7 +110,7 @@ def test_each_model_has_an_adapter_of_its_own(models_folder: Path, text_too: boo
     adapted = {
         n.split(".lora_")[0].removeprefix("vision_tower.model.base_model.model.") for n in names if "vision" in n
     }
-    assert adapted and all(f"{name}.weight" in model.vision_tower.reached for name in adapted)
+    assert adapted and all(f"{name}.weight" in model.vision_tower.used_parameters for name in adapted)
     assert not model.vision_tower.frozen
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert "vision adapter" in check_trainable(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llava_simplified.model.projector import build_projector, fit_to_embeddings
+from llava_simplified.model.projector import build_projector, init_projector_scale
 
 
 def test_each_kind_has_the_layers_that_its_name_says() -> None:
@@ -32,7 +32,7 @@ def test_a_fresh_projector_starts_on_the_embeddings_scale(kind: str) -> None:
     features = (torch.randn(8, 5, 16) * torch.logspace(-1, 2, 16) + 30).requires_grad_()
     embeddings = torch.randn(100, 32) * 0.1
     projector = build_projector(kind, 16, 32)
-    fit_to_embeddings(projector, features, embeddings)
+    init_projector_scale(projector, features, embeddings)
     out = projector(features)
     places = out.flatten(0, 1).std(0).mean()  # what differs from place to place, not an offset that all have
     assert 0.03 < places < 0.2 and 0.05 < out.std() < 0.2
@@ -49,7 +49,7 @@ def test_a_channel_that_was_silent_at_the_start_does_not_drown_the_others_later(
     features[..., 3] = 0  # as the rectified channels of a convolutional tower are in most pictures
     embeddings = torch.randn(100, 32) * 0.1
     projector = build_projector(kind, 16, 32)
-    fit_to_embeddings(projector, features, embeddings)
+    init_projector_scale(projector, features, embeddings)
     assert projector(torch.randn(8, 5, 16)).std() < 1
 
 
@@ -57,5 +57,5 @@ def test_a_tower_most_of_whose_channels_are_silent_is_scaled_by_the_others() -> 
     features = torch.randn(8, 5, 16)
     features[..., 3:] = 0  # their median deviation is none
     projector = build_projector("mlp2x_gelu", 16, 32)
-    fit_to_embeddings(projector, features, torch.randn(100, 32) * 0.1)
+    init_projector_scale(projector, features, torch.randn(100, 32) * 0.1)
     assert 0.05 < projector(features).std() < 0.2

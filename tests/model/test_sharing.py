@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 from test_llava import LANGUAGE_MODELS, build, pictures
 from torch.nn.functional import scaled_dot_product_attention
 
-from llava_simplified.data.batching import Collator, Example
-from llava_simplified.model import language_model
-from llava_simplified.model.language_model import attention_of, short_attention, who_sees_whom
+from llava_simplified.data.collate import Collator, Example
+from llava_simplified.model import cpu_attention
+from llava_simplified.model.cpu_attention import cpu_matmul_attention
+from llava_simplified.model.language_model import attention_kwargs, shared_prefix_mask
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, freeze
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message
@@ -57,7 +58,7 @@ def samples(model: Llava) -> tuple[list[Example], list[Example]]:
 
 def loss_and_gradients(model: Llava, rows: list) -> dict[str, torch.Tensor]:
     batch = Collator(model.vision_tower.num_tokens, 1)(rows)
-    batch.pop("about")
+    batch.pop("metadata")
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
@@ -72,7 +73,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         torch.testing.assert_close(value, other[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
-KERNELS = [(text, kernel) for text in LANGUAGE_MODELS for kernel in ("sdpa", "eager", "short")]
+KERNELS = [(text, kernel) for text in LANGUAGE_MODELS for kernel in ("sdpa", "eager", "cpu_matmul")]
 KERNELS = [pair for pair in KERNELS if pair[0] != "gemma2" or pair[1] == "eager"]  # its soft cap is eager's only
 
 
@@ -108,7 +109,7 @@ def test_a_model_that_counts_places_by_itself_is_refused(config: transformers.Pr
     ids = torch.zeros(1, 3, dtype=torch.long)
     for text in (model, adapted):
         with pytest.raises(ValueError, match=f"{config.model_type} can't be told its tokens' places"):
-            attention_of(text, ids, ids, ids, torch.float32)
+            attention_kwargs(text, ids, ids, ids, torch.float32)
 
 
 def test_the_sliding_window_is_shorter_than_what_is_tested(models_folder: Path) -> None:
@@ -125,7 +126,7 @@ def test_one_example_of_a_pack_never_moves_another(models_folder: Path) -> None:
 
     def logits(rows: list) -> torch.Tensor:
         batch = Collator(model.vision_tower.num_tokens, 1)(rows)
-        batch.pop("about")
+        batch.pop("metadata")
         with torch.no_grad():
             return model(**batch).logits
 
@@ -148,10 +149,10 @@ def test_who_sees_whom() -> None:
     def ids(text: str) -> torch.Tensor:
         return torch.tensor([[int(letter) for letter in text]])
 
-    seen = who_sees_whom(ids("11111220"), ids("00122000"), ids("01223010"))[0, 0]
+    seen = shared_prefix_mask(ids("11111220"), ids("00122000"), ids("01223010"))[0, 0]
     drawn = ["".join("x" if cell else "." for cell in row) for row in seen.tolist()]
     assert drawn == ["x.......", "xx......", "xxx.....", "xx.x....", "xx.xx...", ".....x..", ".....xx.", ".......x"]
-    near = who_sees_whom(ids("1111"), ids("0012"), ids("0122"), window=2)[0, 0]
+    near = shared_prefix_mask(ids("1111"), ids("0012"), ids("0122"), window=2)[0, 0]
     assert near.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
 
 
@@ -176,9 +177,9 @@ def test_however_packed_a_token_is_predicted_from_what_it_would_see_alone(rows: 
         branches, places = torch.zeros_like(segments), torch.arange(segments.shape[1]).expand_as(segments)
     else:
         segments, branches, places = batch["segment_ids"], batch["branch_ids"], batch["position_ids"]
-    mask = who_sees_whom(segments, branches, places)[:, 0].numpy()
+    mask = shared_prefix_mask(segments, branches, places)[:, 0].numpy()
     ids, places, found = batch["input_ids"].numpy(), places.numpy(), []
-    for position, target in zip(batch["positions"].tolist(), batch["labels"].tolist()):
+    for position, target in zip(batch["logit_positions"].tolist(), batch["labels"].tolist()):
         row, column = divmod(position, segments.shape[1])
         seen = mask[row, column]
         found.append((ids[row, seen].tolist(), places[row, seen].tolist(), target))
@@ -245,7 +246,7 @@ def test_flex_attention_sees_what_sdpa_sees(models_folder: Path, text: str, monk
     model.language_model.set_attn_implementation("eager")
     shared, apart = samples(model)
     batch = Collator(model.vision_tower.num_tokens, 1)([[shared[0], shared[1]], [apart[0], shared[2]]])
-    batch.pop("about")
+    batch.pop("metadata")
     with torch.no_grad():
         wanted = model(**batch).logits
         model.config._attn_implementation = "flex_attention"
@@ -261,7 +262,7 @@ def test_short_attention_is_scaled_dot_product_attention(masked: bool) -> None:
     if masked:
         mask, seen = (torch.rand(2, 1, 7, 7) > 0.4) | torch.eye(7, dtype=torch.bool), slice(0, 5)
         mask[..., 5:, :] = mask[..., 5:] = False
-    out, _ = short_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    out, _ = cpu_matmul_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
     found = torch.autograd.grad(out[:, seen].cos().sum(), (query, key, value))
     options = {"is_causal": True} if mask is None else {"attn_mask": mask[:, :, seen]}
     wanted = scaled_dot_product_attention(query[:, :, seen], key, value, scale=0.3, enable_gqa=True, **options)
@@ -272,14 +273,14 @@ def test_short_attention_is_scaled_dot_product_attention(masked: bool) -> None:
 
 def test_what_is_not_short_or_does_not_train_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr(language_model, "sdpa_attention_forward", lambda *args, **_: called.append(args[1].shape[2]))
-    query, longer = torch.randn(1, 2, 5, 4), torch.randn(1, 2, language_model.SHORT + 1, 4)
+    monkeypatch.setattr(cpu_attention, "sdpa_attention_forward", lambda *args, **_: called.append(args[1].shape[2]))
+    query, longer = torch.randn(1, 2, 5, 4), torch.randn(1, 2, cpu_attention.CPU_ATTENTION_MAX_LENGTH + 1, 4)
     with torch.no_grad():
-        short_attention(torch.nn.Module(), query, query, query, None)
-    short_attention(torch.nn.Module(), longer, longer, longer, None)
-    short_attention(torch.nn.Module(), query, query, query, None, dropout=0.1)
-    short_attention(torch.nn.Module(), query, query, query, None, softcap=50.0)
-    assert called == [5, language_model.SHORT + 1, 5, 5]
+        cpu_matmul_attention(torch.nn.Module(), query, query, query, None)
+    cpu_matmul_attention(torch.nn.Module(), longer, longer, longer, None)
+    cpu_matmul_attention(torch.nn.Module(), query, query, query, None, dropout=0.1)
+    cpu_matmul_attention(torch.nn.Module(), query, query, query, None, softcap=50.0)
+    assert called == [5, cpu_attention.CPU_ATTENTION_MAX_LENGTH + 1, 5, 5]
 
 
 def test_flash_attention_refuses_a_shared_prompt(models_folder: Path) -> None:
@@ -287,6 +288,6 @@ def test_flash_attention_refuses_a_shared_prompt(models_folder: Path) -> None:
     shared, _ = samples(model)
     model.config._attn_implementation = "flash_attention_2"
     batch = Collator(model.vision_tower.num_tokens, 1)([shared[0]])
-    batch.pop("about")
+    batch.pop("metadata")
     with pytest.raises(ValueError, match="flash_attention_2 .*--share_prefix False"):
         model(**batch)

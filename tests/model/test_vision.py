@@ -134,8 +134,8 @@ def test_what_the_features_depend_on_is_what_gets_a_gradient(models_folder: Path
     vision = tower(models_folder, kind, select_layer=layer)
     vision(torch.rand(2, 3, PIXELS[kind], PIXELS[kind])).sum().backward()
     moved = {name for name, parameter in vision.model.named_parameters() if parameter.grad is not None}
-    assert vision.reached == moved and moved
-    assert kind != "clip" or layer != -2 or not any("layers.2." in name for name in vision.reached)
+    assert vision.used_parameters == moved and moved
+    assert kind != "clip" or layer != -2 or not any("layers.2." in name for name in vision.used_parameters)
 
 
 def test_a_tower_in_training_keeps_the_statistics_of_its_batch_norms(models_folder: Path) -> None:

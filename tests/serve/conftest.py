@@ -10,15 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_simplified.model.checkpoint import Architecture, assemble, save_checkpoint
+from llava_simplified.model.build import build_model
+from llava_simplified.model.checkpoint import save_checkpoint
+from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
 
 
 @pytest.fixture(scope="session")
 def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    architecture = Architecture(str(models_folder / "mistral"), str(models_folder / "clip"))
+    architecture = LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip"))
     torch.manual_seed(2)
-    model = assemble(architecture).requires_grad_(False)
+    model = build_model(architecture).requires_grad_(False)
     for parameter in model.projector.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     folder = tmp_path_factory.mktemp("served") / "tiny"

@@ -30,11 +30,11 @@ from PIL import Image
 from starlette.applications import Starlette
 
 from llava_simplified.cli import main as llava
-from llava_simplified.data.fetch import FetchOptions
 from llava_simplified.model.llava import Llava
+from llava_simplified.prepare.fetch import FetchOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.api import Limits, Turn, create_app
-from llava_simplified.serve.batching import Worker
+from llava_simplified.serve.engine import Worker
 
 CHAT = "/v1/chat/completions"
 DEFAULTS = Limits()
@@ -252,8 +252,8 @@ def test_what_is_wrong_is_named(server: Live, photos: list[bytes], wrong: dict, 
 
 def test_a_picture_without_words_is_asked_what_the_model_was_trained_on() -> None:
     turn = Turn.model_validate_json(json.dumps({"role": "user", "content": PICTURE}))
-    assert turn.message("What is it?").text == "<image>\nWhat is it?"
-    assert turn.message("What is it?\n<image>").text == "What is it?\n<image>"
+    assert turn.message("What is it?").content == "<image>\nWhat is it?"
+    assert turn.message("What is it?\n<image>").content == "What is it?\n<image>"
 
 
 @pytest.mark.parametrize(

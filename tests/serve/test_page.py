@@ -23,8 +23,8 @@ from test_api import Limits, Live, command, endless, live  # noqa: F401
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
-from llava_simplified.serve.attention import look
-from llava_simplified.serve.batching import Busy, Worker
+from llava_simplified.serve.attention_map import look
+from llava_simplified.serve.engine import Busy, Worker
 from llava_simplified.serve.page import Conversation, Exchange, Page, example_pictures, mount_page, render, turns_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -46,7 +46,7 @@ def test_whatever_is_said_is_text() -> None:
 
 def test_the_next_question_stands_behind_the_answers_that_there_were() -> None:
     exchanges = [Exchange("a?", ["1", "2"]), Exchange("b?", [""]), Exchange("c?", ["3"]), Exchange("d?", [""])]
-    assert [turn.text for turn in turns_of(exchanges)] == ["a?", "1", "c?", "3", "d?"]
+    assert [turn.content for turn in turns_of(exchanges)] == ["a?", "1", "c?", "3", "d?"]
 
 
 def test_examples_are_spread_over_the_folder(tmp_path: Path) -> None:

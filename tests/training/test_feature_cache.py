@@ -13,7 +13,7 @@ from test_run import options, run
 
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.vision import VisionTower
-from llava_simplified.training.build import blank_image
+from llava_simplified.training.build_trainer import dummy_image_batch
 from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures, cache_key, encode_main
 
 
@@ -152,9 +152,9 @@ def test_a_blank_image_has_the_form_of_what_is_kept(
     """Else, of processes that share a model's weights, one runs the tower for a text and waits for the others for ever."""
     vision = tower(models_folder, torch.bfloat16)
     data = SimpleNamespace(features=None)
-    assert blank_image(SimpleNamespace(vision_tower=vision), data).keys() == {"pixel_values"}  # type: ignore[arg-type]
+    assert dummy_image_batch(SimpleNamespace(vision_tower=vision), data).keys() == {"pixel_values"}  # type: ignore[arg-type]
     data.features = FeatureCache(vision, "w", pixels=pixels).fill(["0.jpg"], data_folder / "images", progress=False)
-    ((name, blank),) = blank_image(SimpleNamespace(vision_tower=vision), data).items()  # type: ignore[arg-type]
+    ((name, blank),) = dummy_image_batch(SimpleNamespace(vision_tower=vision), data).items()  # type: ignore[arg-type]
     assert name == ("pixel_values" if pixels else "image_features")
     assert (blank.shape[1:], blank.dtype) == (data.features["0.jpg"].shape, data.features["0.jpg"].dtype)
     assert not blank.any()

@@ -13,7 +13,7 @@ from llava_simplified.arguments import parse_arguments
 from llava_simplified.training import preflight as module
 from llava_simplified.training.plan import make_plan
 from llava_simplified.training.preflight import preflight
-from llava_simplified.training.run import main
+from llava_simplified.training.train_command import main
 
 
 def left_behind(folder: Path) -> list[Path]:

@@ -10,9 +10,9 @@ import torch
 from test_run import losses, options, run
 from torch import nn
 
-from llava_simplified.export.run import merge_main
+from llava_simplified.export.export_command import merge_main
 from llava_simplified.export.stock import export_stock
-from llava_simplified.model import checkpoint
+from llava_simplified.model import build
 from llava_simplified.model.llava import Llava
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -66,6 +66,6 @@ def test_what_can_not_be_quantised_is_refused(
     monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"})
     with pytest.raises(ValueError, match="does not know this machine's devices"):
         run(options(models_folder, data_folder, tmp_path / "out", bits=4))
-    monkeypatch.setattr(checkpoint, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(build, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match="needs bitsandbytes: pip install"):
         run(options(models_folder, data_folder, tmp_path / "out", bits=4))

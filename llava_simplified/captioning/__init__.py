@@ -1,0 +1,1 @@
+"""Caption images: files of records, folders, shards, or a single image."""

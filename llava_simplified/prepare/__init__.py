@@ -1,0 +1,1 @@
+"""From URLs and caption files to records and shards of images."""
