@@ -30,7 +30,9 @@ def main() -> None:
         sys.exit(f"no benchmark {', '.join(sorted(unknown))}: there are {', '.join(ALL)}")
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
     tables = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S))
-    where = f"{os.cpu_count()} cores, torch {version('torch')}, transformers {version('transformers')}"
+    where = (
+        f"{os.cpu_count()} cores, torch {version('torch')}, transformers {version('transformers')}"
+    )
     for name in names:
         print(f"== {name}", flush=True)
         command = [sys.executable, str(HERE / f"bench_{name}.py")]
@@ -38,13 +40,20 @@ def main() -> None:
             lines = []
             for line in run.stdout or ():
                 print(line, end="", flush=True)
-                if "real_accelerator.py" not in line:  # deepspeed says on import that there is no GPU
+                if (
+                    "real_accelerator.py" not in line
+                ):  # deepspeed says on import that there is no GPU
                     lines.append(line)
         if run.returncode:
             sys.exit(f"bench_{name}.py failed; {RESULTS.name} keeps what was measured before it")
         shown = "".join(lines).strip("\n")
-        tables[name] = f"\n    python benchmarks/bench_{name}.py\n\n{where}\n\n```\n{shown}\n```\n\n"
-        RESULTS.write_text(HEAD + "\n" + "".join(f"## {n}\n{tables[n]}" for n in ALL if n in tables), encoding="utf-8")
+        tables[name] = (
+            f"\n    python benchmarks/bench_{name}.py\n\n{where}\n\n```\n{shown}\n```\n\n"
+        )
+        RESULTS.write_text(
+            HEAD + "\n" + "".join(f"## {n}\n{tables[n]}" for n in ALL if n in tables),
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

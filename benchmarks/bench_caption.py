@@ -52,10 +52,17 @@ def stock_model(model: Any) -> tuple[Any, int]:
     image_token = text.config.vocab_size
     text.resize_token_embeddings(image_token + 1)
     config = LlavaConfig(
-        vision_config=tower.config, text_config=text.config, image_token_id=image_token, vision_feature_layer=-2
+        vision_config=tower.config,
+        text_config=text.config,
+        image_token_id=image_token,
+        vision_feature_layer=-2,
     )
     stock = LlavaForConditionalGeneration(config).to(getattr(torch, number_type()))
-    stock.model.vision_tower, stock.model.language_model, stock.lm_head = tower, text.model, text.lm_head
+    stock.model.vision_tower, stock.model.language_model, stock.lm_head = (
+        tower,
+        text.model,
+        text.lm_head,
+    )
     names = {"0.": "linear_1.", "2.": "linear_2."}
     weights = {names[k[:2]] + k[2:]: v for k, v in model.projector.state_dict().items()}
     stock.model.multi_modal_projector.load_state_dict(weights)
@@ -78,36 +85,51 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
     from llava_simplified.prompt import IMAGE_INDEX, Message
 
     model = build(models)
-    prompt = model.prompt.render([Message("user", "<image>\nGenerate a caption of this image:")], None).input_ids
+    prompt = model.prompt.render(
+        [Message("user", "<image>\nGenerate a caption of this image:")], None
+    ).input_ids
     names = sorted(folder.glob("*.png"))
-    pixels = torch.stack([model.vision_tower.transform(decode_image(path.read_bytes())) for path in names])
+    pixels = torch.stack(
+        [model.vision_tower.transform(decode_image(path.read_bytes())) for path in names]
+    )
     ends = lengths(len(names))
     if side != "ours":
         stock, image_token = stock_model(model)
         place = prompt.index(IMAGE_INDEX)
-        ids = torch.tensor(prompt[:place] + [image_token] * model.vision_tower.num_tokens + prompt[place + 1 :])
+        ids = torch.tensor(
+            prompt[:place] + [image_token] * model.vision_tower.num_tokens + prompt[place + 1 :]
+        )
 
     class EndsAt(StoppingCriteria):
         """Each row ends at its picture's length."""
 
         def __init__(self, places: list[int], trials: int) -> None:
-            self.limits = torch.tensor([len(ids) + ends[place] for place in places]).repeat_interleave(trials)
+            self.limits = torch.tensor(
+                [len(ids) + ends[place] for place in places]
+            ).repeat_interleave(trials)
 
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             return input_ids.shape[1] >= self.limits
 
     def ours(places: list[int], trials: int, temperature: float) -> list[list[int]]:
         options = [
-            GenerationOptions(ends[p], temperature=temperature, num_return_sequences=trials, seed=0) for p in places
+            GenerationOptions(ends[p], temperature=temperature, num_return_sequences=trials, seed=0)
+            for p in places
         ]
         with torch.inference_mode():
-            decoding = DecodingBatch(model, [prompt] * len(places), model.vision_tower(pixels[places]), options)
+            decoding = DecodingBatch(
+                model, [prompt] * len(places), model.vision_tower(pixels[places]), options
+            )
         while decoding.live:
             decoding.step()
         return list(decoding.tokens.values())
 
     def theirs(places: list[int], trials: int, temperature: float) -> list[list[int]]:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0}
+            if temperature
+            else {"do_sample": False}
+        )
         with torch.inference_mode():
             out = stock.generate(
                 input_ids=ids.expand(len(places), -1),
@@ -122,7 +144,8 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
             )
         rows = out[:, len(ids) :].tolist()
         stops = [
-            next((i + 1 for i, token in enumerate(row) if token in model.prompt.stop_ids), LONGEST) for row in rows
+            next((i + 1 for i, token in enumerate(row) if token in model.prompt.stop_ids), LONGEST)
+            for row in rows
         ]
         return [row[: min(stops[i], ends[places[i // trials]])] for i, row in enumerate(rows)]
 
@@ -144,7 +167,11 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
         stock.float()
     shown = list(range(min(GREEDY, len(names))))
     one_by_one = side == "the tutorial's loop"
-    greedy = [row for places in ([[i] for i in shown] if one_by_one else [shown]) for row in run(places, 1, 0.0)]
+    greedy = [
+        row
+        for places in ([[i] for i in shown] if one_by_one else [shown])
+        for row in run(places, 1, 0.0)
+    ]
     return {"rate": rate, "memory": memory, "greedy": greedy}
 
 
@@ -167,11 +194,23 @@ def main() -> None:
         folder = root / "pictures"
         folder.mkdir()
         write_data(folder, args.images, 1)
-        print(f"{args.images} pictures, {TRIALS} samples each, batches of {args.batch}, {number_type()}", flush=True)
+        print(
+            f"{args.images} pictures, {TRIALS} samples each, batches of {args.batch}, {number_type()}",
+            flush=True,
+        )
         results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
         for _ in range(args.rounds):
             for side in SIDES:
-                words = [sys.executable, __file__, "--batch", args.batch, "--run", side, *models, folder]
+                words = [
+                    sys.executable,
+                    __file__,
+                    "--batch",
+                    args.batch,
+                    "--run",
+                    side,
+                    *models,
+                    folder,
+                ]
                 done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
@@ -183,7 +222,9 @@ def main() -> None:
             f"memory {run['memory'] / 1e9:.2f} GB"
         )
         if run["greedy"] != best["ours"]["greedy"]:
-            sys.exit(f"{side}: other greedy captions than ours: the sides do not compute the same thing")
+            sys.exit(
+                f"{side}: other greedy captions than ours: the sides do not compute the same thing"
+            )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,11 @@ OURS = "import sys; from llava_simplified.data.clean import main; sys.exit(main(
 
 def write_pictures(folder: Path, count: int, photos: Path | None) -> dict[str, str]:
     """{file name: what it is}."""
-    good = [path.read_bytes() for path in sorted(photos.glob("*.jpg"))] if photos else loopback.pictures()
+    good = (
+        [path.read_bytes() for path in sorted(photos.glob("*.jpg"))]
+        if photos
+        else loopback.pictures()
+    )
     kinds = {}
     for index in range(count):
         data, kind = good[index % len(good)], "good"
@@ -80,7 +84,9 @@ def pixel_difference(folder: Path, names: list[str]) -> int:
     transform = ImageTransform(224, (224, 224), "bicubic", tuple(mean), tuple(std))
     worst = 0.0
     for name in names:
-        theirs = processor(Image.open(folder / name).convert("RGB"), return_tensors="np")["pixel_values"][0]
+        theirs = processor(Image.open(folder / name).convert("RGB"), return_tensors="np")[
+            "pixel_values"
+        ][0]
         ours = transform.normalize(transform(decode_image((folder / name).read_bytes()))).numpy()
         worst = max(worst, float((np.abs(ours - theirs) * std[:, None, None]).max() * 255))
     return round(worst)
@@ -88,7 +94,9 @@ def pixel_difference(folder: Path, names: list[str]) -> int:
 
 def main() -> None:
     """Run both in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=6000)
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
@@ -104,10 +112,24 @@ def main() -> None:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         CLIPImageProcessorPil().save_pretrained(tower)
-        ours = ["--output", f"{name}/ours.json", "--image-folder", str(folder), "--vision_tower", str(tower)]
+        ours = [
+            "--output",
+            f"{name}/ours.json",
+            "--image-folder",
+            str(folder),
+            "--vision_tower",
+            str(tower),
+        ]
         commands = {
             "llava clean": [sys.executable, "-c", OURS, str(records), *ours],
-            "the tutorial's way": [sys.executable, "-c", PEER, str(records), str(folder), f"{name}/theirs.json"],
+            "the tutorial's way": [
+                sys.executable,
+                "-c",
+                PEER,
+                str(records),
+                str(folder),
+                f"{name}/theirs.json",
+            ],
         }
         everything = records.read_text()
         records.write_text(json.dumps(rows[:1]))
@@ -123,13 +145,17 @@ def main() -> None:
         first, second = best.values()
         net = [[total - start for total, start in zip(best[k], startup[k])] for k in commands]
         ratios = [second[0] / first[0], net[1][0] / net[0][0], net[1][1] / net[0][1]]
-        print("ratios: wall {:.2f}, wall once started {:.2f}, CPU once started {:.2f}".format(*ratios))
+        print(
+            "ratios: wall {:.2f}, wall once started {:.2f}, CPU once started {:.2f}".format(*ratios)
+        )
         kept = {
             who: {row["image"] for row in json.loads(Path(name, f"{who}.json").read_text())}
             for who in ("ours", "theirs")
         }
         extra = sorted({kinds[image] for image in kept["theirs"] - kept["ours"]})
-        wrong = [image for image, kind in kinds.items() if (kind == "good") != (image in kept["ours"])]
+        wrong = [
+            image for image, kind in kinds.items() if (kind == "good") != (image in kept["ours"])
+        ]
         print(f"set aside here and not there: {len(kept['theirs'] - kept['ours'])} {extra}; "
               f"there and not here: {len(kept['ours'] - kept['theirs'])}; our wrong verdicts: {len(wrong)}")  # fmt: skip
         good = [image for image in kinds if kinds[image] == "good"][:60]

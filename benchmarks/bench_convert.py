@@ -70,7 +70,9 @@ def write_tsv(path: Path, rows: int) -> None:
 def measured(command: list[str]) -> tuple[float, float]:
     """(seconds, peak resident MB) of a command."""
     start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-c", TIMED, *command], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", TIMED, *command], check=True, capture_output=True, text=True
+    ).stdout
     return time.perf_counter() - start, int(out) / 1024
 
 
@@ -86,15 +88,25 @@ def main() -> None:
         convert = [sys.executable, "-c", "from llava_simplified.data.convert import main; main()"]
         for suffix in (".json", ".jsonl", ".parquet"):
             output = Path(folder, f"records{suffix}")
-            seconds, memory = measured([*convert, str(source), "--output", str(output), "--split", "val=0.01"])
+            seconds, memory = measured(
+                [*convert, str(source), "--output", str(output), "--split", "val=0.01"]
+            )
             rate = args.rows / seconds
-            print(f"llava convert -> {suffix:8} {seconds:5.1f} s, {rate:9,.0f} rows/s, {memory:5.0f} MB peak")
+            print(
+                f"llava convert -> {suffix:8} {seconds:5.1f} s, {rate:9,.0f} rows/s, {memory:5.0f} MB peak"
+            )
             train = output.with_name(f"records_train{suffix}")
-            print(subprocess.check_output([sys.executable, "-c", OPEN, str(train)], text=True), end="", flush=True)
+            print(
+                subprocess.check_output([sys.executable, "-c", OPEN, str(train)], text=True),
+                end="",
+                flush=True,
+            )
         plain = Path(folder, "plain.json")
         seconds, memory = measured([sys.executable, "-c", PEER, str(source), str(plain)])
         rate = args.rows / seconds
-        print(f"csv + json.dump in memory  {seconds:5.1f} s, {rate:9,.0f} rows/s, {memory:5.0f} MB peak")
+        print(
+            f"csv + json.dump in memory  {seconds:5.1f} s, {rate:9,.0f} rows/s, {memory:5.0f} MB peak"
+        )
         start = time.perf_counter()
         rows = json.loads(plain.read_bytes())
         print(f"  json.load {time.perf_counter() - start:5.1f} s for {len(rows):,} rows")

@@ -40,7 +40,11 @@ def measured(command: list[str], environment: dict[str, str]) -> tuple[float, fl
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
     reader.start()
-    before, peak, root = resource.getrusage(resource.RUSAGE_CHILDREN), 0.0, psutil.Process(process.pid)
+    before, peak, root = (
+        resource.getrusage(resource.RUSAGE_CHILDREN),
+        0.0,
+        psutil.Process(process.pid),
+    )
     while process.poll() is None:
         memory = 0
         for one in [root, *_children(root)]:
@@ -103,15 +107,24 @@ def peer_python(folder: Path) -> Path:
 
 def main() -> None:
     """Run what was asked for, print ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_simplified"
     parser.add_argument("--count", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="http,resize,https")
-    parser.add_argument("--threads", default="128,256", help="img2dataset's settings to try; the best one counts")
-    parser.add_argument("--concurrency", default="256", help="ours, for each of the two shards under way")
     parser.add_argument(
-        "--tutorial", action=argparse.BooleanOptionalAction, default=True, help="http the tutorial's way too"
+        "--threads", default="128,256", help="img2dataset's settings to try; the best one counts"
+    )
+    parser.add_argument(
+        "--concurrency", default="256", help="ours, for each of the two shards under way"
+    )
+    parser.add_argument(
+        "--tutorial",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="http the tutorial's way too",
     )
     parser.add_argument("--peer-venv", type=Path, default=cache / "img2dataset")
     args = parser.parse_args()
@@ -123,7 +136,9 @@ def main() -> None:
 
 def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> None:
     """One of http, resize, https: every program in turn, the best round of each."""
-    count = args.count if case != "https" else min(args.count, 3000)  # of which img2dataset does 50 a second
+    count = (
+        args.count if case != "https" else min(args.count, 3000)
+    )  # of which img2dataset does 50 a second
     environment, tls = dict(os.environ), folder if case == "https" else None
     if tls:
         environment["SSL_CERT_FILE"] = str(loopback.trust_store(folder))
@@ -133,27 +148,55 @@ def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> N
         jobs = loopback.urls(count, port, "https" if tls else "http")
         tsv, table = folder / "urls.tsv", folder / "urls.parquet"
         tsv.write_text("".join(f"caption {number}\t{url}\n" for url, _, number in jobs))
-        columns = {"url": [url for url, _, _ in jobs], "caption": [f"caption {n}" for _, _, n in jobs]}
+        columns = {
+            "url": [url for url, _, _ in jobs],
+            "caption": [f"caption {n}" for _, _, n in jobs],
+        }
         pq.write_table(pa.table({**columns, "row": list(range(count))}), table)
         side = "256" if case == "resize" else "0"
-        half = str(count // 2)  # one shard for each of two processes, theirs and ours: it waits for hangs once
+        half = str(
+            count // 2
+        )  # one shard for each of two processes, theirs and ours: it waits for hangs once
         for turn in range(args.rounds):
             runs: dict[str, list[str]] = {}
-            ours = [str(tsv), "--output", "OUT", "--timeout", str(TIMEOUT), "--retries", "0", "--allow-private"]
+            ours = [
+                str(tsv),
+                "--output",
+                "OUT",
+                "--timeout",
+                str(TIMEOUT),
+                "--retries",
+                "0",
+                "--allow-private",
+            ]
             ours += ["--shard-size", half, "--resize", side, "--concurrency", args.concurrency]
-            runs["llava download"] = [sys.executable, "-m", "llava_simplified.cli", "download", *ours]
+            runs["llava download"] = [
+                sys.executable,
+                "-m",
+                "llava_simplified.cli",
+                "download",
+                *ours,
+            ]
             here = Path(__file__).parent
             for threads in args.threads.split(","):
                 command = [str(peer), str(here / "peer_img2dataset.py"), str(table), "OUT"]
                 command += [threads, side, half]
                 runs[f"img2dataset, 2x{threads}"] = [*command, str(TIMEOUT)]
             if args.tutorial and case == "http" and not turn:
-                command = [sys.executable, str(here / "peer_requests.py"), str(tsv), "OUT", str(TIMEOUT)]
+                command = [
+                    sys.executable,
+                    str(here / "peer_requests.py"),
+                    str(tsv),
+                    "OUT",
+                    str(TIMEOUT),
+                ]
                 runs["process pool + requests"] = command
             for label, command in runs.items():
                 output = folder / "out"
                 shutil.rmtree(output, ignore_errors=True)
-                result = measured([str(output) if part == "OUT" else part for part in command], environment)
+                result = measured(
+                    [str(output) if part == "OUT" else part for part in command], environment
+                )
                 if label not in best or result < best[label]:
                     best[label] = result
                 if label == "llava download":
@@ -165,9 +208,15 @@ def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> N
         rate = f"{count / seconds:7,.0f} responses/s, {cpu / count * 1000:6.2f} ms CPU each, {peak:6.0f} MB"
         print(f"  {label:24} {rate}; {notes.get(label, '')}")
     mine = best["llava download"]
-    label, other = min(((k, v) for k, v in best.items() if k.startswith("img2")), key=lambda item: item[1])
+    label, other = min(
+        ((k, v) for k, v in best.items() if k.startswith("img2")), key=lambda item: item[1]
+    )
     ratios = {"speed": other[0] / mine[0], "cpu": mine[1] / other[1], "memory": mine[2] / other[2]}
-    print(f"  against {label}: " + json.dumps({key: round(value, 2) for key, value in ratios.items()}), flush=True)
+    print(
+        f"  against {label}: "
+        + json.dumps({key: round(value, 2) for key, value in ratios.items()}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -18,9 +18,53 @@ from llava_simplified.evaluation import metrics
 from llava_simplified.evaluation import ptb_tokenizer as ptb
 
 WORDS = [
-    *("a", "the", "on", "in", "of", "with", "and", "man", "woman", "dog", "cat", "horse", "child", "red", "green"),
-    *("old", "young", "two", "three", "sits", "stands", "runs", "holds", "near", "under", "street", "beach", "it's"),
-    *("table", "grass", "water", "field", "snow", "city", "train", "boat", "sky", "tree", "hat", "ball", "kite"),
+    *(
+        "a",
+        "the",
+        "on",
+        "in",
+        "of",
+        "with",
+        "and",
+        "man",
+        "woman",
+        "dog",
+        "cat",
+        "horse",
+        "child",
+        "red",
+        "green",
+    ),
+    *(
+        "old",
+        "young",
+        "two",
+        "three",
+        "sits",
+        "stands",
+        "runs",
+        "holds",
+        "near",
+        "under",
+        "street",
+        "beach",
+        "it's",
+    ),
+    *(
+        "table",
+        "grass",
+        "water",
+        "field",
+        "snow",
+        "city",
+        "train",
+        "boat",
+        "sky",
+        "tree",
+        "hat",
+        "ball",
+        "kite",
+    ),
 ]
 
 
@@ -30,18 +74,26 @@ def make_corpus(pictures: int, references: int) -> tuple[list[str], list[list[st
 
     def sentence(base: list[str]) -> str:
         words = [word if dice.random() > 0.4 else dice.choice(WORDS) for word in base]
-        words = [word if dice.random() > 0.1 else f"thing{int(dice.expovariate(1 / 2000))}" for word in words]
+        words = [
+            word if dice.random() > 0.1 else f"thing{int(dice.expovariate(1 / 2000))}"
+            for word in words
+        ]
         # Ends in a noun: whether a lone letter keeps its full stop depends, over there, on the next caption.
         return " ".join([*words, "field"]).capitalize() + dice.choice([".", "", ",", " ."])
 
     bases = [dice.choices(WORDS, k=dice.randint(7, 14)) for _ in range(pictures)]
-    return [sentence(base) for base in bases], [[sentence(base) for _ in range(references)] for base in bases]
+    return [sentence(base) for base in bases], [
+        [sentence(base) for _ in range(references)] for base in bases
+    ]
 
 
 def ours(captions: list[str], references: list[list[str]]) -> tuple[dict[str, float], float]:
     ptb._scan_chunk.cache_clear()
     start = time.perf_counter()
-    tokens, true = ([[ptb.tokenize(c) for c in captions]], [[ptb.tokenize(r) for r in group] for group in references])
+    tokens, true = (
+        [[ptb.tokenize(c) for c in captions]],
+        [[ptb.tokenize(r) for r in group] for group in references],
+    )
     tokenised = time.perf_counter() - start
     scores = {}
     for metric in metrics._ngram_metrics(tokens, true):
@@ -69,7 +121,9 @@ def theirs(captions: list[str], references: list[list[str]]) -> tuple[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", type=int, default=5000)
     parser.add_argument("--references", type=int, default=5)
     options = parser.parse_args()
@@ -85,9 +139,15 @@ def main() -> None:
             best[name] = min(best.get(name, (9e9, 0.0)), (seconds, tokenised))
     for name, value in scores["ours"].items():
         if name in scores["pycocoevalcap"]:
-            assert abs(value - scores["pycocoevalcap"][name]) < 1e-6, (name, value, scores["pycocoevalcap"][name])
+            assert abs(value - scores["pycocoevalcap"][name]) < 1e-6, (
+                name,
+                value,
+                scores["pycocoevalcap"][name],
+            )
     for name, (seconds, tokenised) in best.items():
-        print(f"{name:14} {seconds:6.2f} s   tokens {tokenised:5.2f} s, scores {seconds - tokenised:5.2f} s")
+        print(
+            f"{name:14} {seconds:6.2f} s   tokens {tokenised:5.2f} s, scores {seconds - tokenised:5.2f} s"
+        )
     (whole, tokens), (other, other_tokens) = best["ours"], best["pycocoevalcap"]
     alone = (other - other_tokens) / (whole - tokens)
     print(f"{options.pictures} pictures, {options.references} references each:")

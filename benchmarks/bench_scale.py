@@ -54,14 +54,21 @@ def write_data(folder: Path, records: int) -> Path:
     with path.open("w") as file:
         for index in range(records):
             caption = " ".join(draw.choices(WORDS, k=draw.randint(5, 16)))
-            row = {"image": f"{index % 64}.png", "instruction": "Describe the picture.", "response": caption}
+            row = {
+                "image": f"{index % 64}.png",
+                "instruction": "Describe the picture.",
+                "response": caption,
+            }
             file.write(json.dumps(row) + "\n")
     return path
 
 
 def own_megabytes(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1e3
+    return (
+        next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+        / 1e3
+    )
 
 
 def one_run(words: list[str], begun: float) -> dict[str, Any]:
@@ -86,7 +93,11 @@ def one_run(words: list[str], begun: float) -> dict[str, Any]:
     trainer, _ = build(*parse_arguments(words))
     trainer.add_callback(Look())
     trainer.train()
-    rates = [row["samples_per_second"] for row in trainer.state.log_history if "samples_per_second" in row]
+    rates = [
+        row["samples_per_second"]
+        for row in trainer.state.log_history
+        if "samples_per_second" in row
+    ]
     return {**seen, "rate": max(rates), "trainer": own_megabytes(psutil.Process().pid)}
 
 
@@ -111,7 +122,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with contextlib.redirect_stdout(sys.stderr):
-            models = save_language_model("mistral", folder / "text"), save_vision_model("clip", folder / "clip")
+            models = (
+                save_language_model("mistral", folder / "text"),
+                save_vision_model("clip", folder / "clip"),
+            )
         print(
             f"{'records':>10}{'samples/s':>11}{'trainer MB':>12}{'worker MB':>11}{'to first step':>15}   to the smallest"
         )
@@ -140,7 +154,9 @@ def main() -> None:
                 sys.exit(f"{records} records failed:\n{done.stderr[-3000:]}")
             result = json.loads(done.stdout.splitlines()[-1])
             first = first or result
-            ratios = ", ".join(f"{result[k] / first[k]:.2f}" for k in ("rate", "trainer", "workers") if first[k])
+            ratios = ", ".join(
+                f"{result[k] / first[k]:.2f}" for k in ("rate", "trainer", "workers") if first[k]
+            )
             print(
                 f"{records:>10,}{result['rate']:>11.1f}{result['trainer']:>12.0f}{result['workers']:>11.0f}"
                 f"{result['start']:>13.1f} s   {ratios}",

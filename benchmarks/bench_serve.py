@@ -40,7 +40,9 @@ def write_checkpoint(root: Path, language_model: Path | None) -> Path:
 
     text, tower = write_models(root, language_model)
     torch.manual_seed(1)
-    architecture = LlavaConfig(str(text), str(tower), mm_projector_type="mlp2x_gelu", dtype=number_type())
+    architecture = LlavaConfig(
+        str(text), str(tower), mm_projector_type="mlp2x_gelu", dtype=number_type()
+    )
     save_checkpoint(build_model(architecture).requires_grad_(False), root / "model", architecture)
     return root / "model"
 
@@ -51,9 +53,20 @@ def server(checkpoint: Path, batch_size: int) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "llava_simplified.cli", "serve", str(checkpoint), "--port", str(port), "--no-page"]
+    words = [
+        sys.executable,
+        "-m",
+        "llava_simplified.cli",
+        "serve",
+        str(checkpoint),
+        "--port",
+        str(port),
+        "--no-page",
+    ]
     words += ["--batch-size", str(batch_size), "--timeout", "600"]
-    process = subprocess.Popen(words, env=dict(os.environ, LLAVA_API_KEY=""), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        words, env=dict(os.environ, LLAVA_API_KEY=""), stderr=subprocess.DEVNULL
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         while process.poll() is None:
@@ -72,8 +85,15 @@ def server(checkpoint: Path, batch_size: int) -> Iterator[str]:
 
 def ask(url: str, picture: bytes, tokens: int) -> float:
     """The seconds of one answer."""
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(picture).decode()}"}}
-    body = {"model": "model", "messages": [{"role": "user", "content": [image]}], "max_tokens": tokens}
+    image = {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(picture).decode()}"},
+    }
+    body = {
+        "model": "model",
+        "messages": [{"role": "user", "content": [image]}],
+        "max_tokens": tokens,
+    }
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode())
     request.add_header("content-type", "application/json")
     start = time.perf_counter()
@@ -86,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--requests", type=int, default=24, help="at least; two a client (%(default)s)")
+    parser.add_argument(
+        "--requests", type=int, default=24, help="at least; two a client (%(default)s)"
+    )
     args = parser.parse_args()
     found: dict[int, list[np.ndarray]] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,7 +127,9 @@ def main() -> None:
                     with ThreadPoolExecutor(clients) as pool:
                         seconds = list(pool.map(ask, [url] * size, pictures[:size], lengths(size)))
                     rate = size / (time.perf_counter() - start)
-                    found.setdefault(clients, []).append(np.array([*np.percentile(seconds, [50, 95]), 1 / rate]))
+                    found.setdefault(clients, []).append(
+                        np.array([*np.percentile(seconds, [50, 95]), 1 / rate])
+                    )
     for clients, (batched, single) in found.items():
         print(
             f"{clients:3} clients   p50 {batched[0]:6.2f} s   p95 {batched[1]:6.2f} s   {1 / batched[2]:5.2f} answers/s   "

@@ -24,7 +24,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = ("red dog", "a car", "the man", "of two", "woman with", "old street", "on a field", "in the park", "near water")
+WORDS = (
+    "red dog",
+    "a car",
+    "the man",
+    "of two",
+    "woman with",
+    "old street",
+    "on a field",
+    "in the park",
+    "near water",
+)
 WARM_UP = 2  # steps: compilation, caches, allocator
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0}
 PEERS = ("transformers + PEFT", "TRL's SFTTrainer", "the tutorial's recipe")
@@ -68,7 +78,13 @@ def write_data(folder: Path, images: int, captions: int) -> None:
         coarse = np.random.default_rng(index).integers(0, 256, (14, 14, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((224, 224)).save(folder / f"{index}.png")
         texts = [" ".join(draw.choices(WORDS, k=draw.randint(4, 8))) for _ in range(captions)]
-        rows.append({"image": f"{index}.png", "instruction": "Generate a caption of this image:", "responses": texts})
+        rows.append(
+            {
+                "image": f"{index}.png",
+                "instruction": "Generate a caption of this image:",
+                "responses": texts,
+            }
+        )
     (folder / "train.json").write_text(json.dumps(rows))
 
 
@@ -89,7 +105,9 @@ def watch_steps(seen: list[tuple[float, float]]) -> None:
     transformers.Trainer.training_step = watched  # type: ignore[method-assign]
 
 
-def train_ours(folder: Path, models: tuple[str, str], batch: int, steps: int, levers: dict[str, Any]) -> None:
+def train_ours(
+    folder: Path, models: tuple[str, str], batch: int, steps: int, levers: dict[str, Any]
+) -> None:
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.train_command import train
 
@@ -104,7 +122,11 @@ def train_ours(folder: Path, models: tuple[str, str], batch: int, steps: int, le
         **LORA,
         **levers,
     }
-    train(*parse_arguments([word for name, value in more.items() for word in (f"--{name}", str(value))]))
+    train(
+        *parse_arguments(
+            [word for name, value in more.items() for word in (f"--{name}", str(value))]
+        )
+    )
 
 
 def common(steps: int) -> dict[str, Any]:
@@ -145,13 +167,22 @@ def stock_model(folder: Path, models: tuple[str, str]) -> tuple[Any, Any, Any]:
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=tower.config, text_config=text.config, image_token_id=image_token, projector_hidden_act="gelu"
+            vision_config=tower.config,
+            text_config=text.config,
+            image_token_id=image_token,
+            projector_hidden_act="gelu",
         )
     ).to(dtype)
-    model.model.vision_tower, model.model.language_model, model.lm_head = tower, text.model, text.lm_head
+    model.model.vision_tower, model.model.language_model, model.lm_head = (
+        tower,
+        text.model,
+        text.lm_head,
+    )
     weights = load_file(folder / "projector" / "projector.safetensors")
     names = {"0.": "linear_1.", "2.": "linear_2."}
-    model.model.multi_modal_projector.load_state_dict({names[k[:2]] + k[2:]: v for k, v in weights.items()})
+    model.model.multi_modal_projector.load_state_dict(
+        {names[k[:2]] + k[2:]: v for k, v in weights.items()}
+    )
     processor = LlavaProcessor(
         CLIPImageProcessorPil.from_pretrained(models[1]),
         tokenizer,
@@ -175,11 +206,19 @@ def samples(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
         turn = {"role": "user", "content": f"<image>\n{row['instruction']}"}
         prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         for caption in row["responses"]:
-            rows.append({"image": str(folder / row["image"]), "prompt": prompt, "completion": f"{caption}<|im_end|>"})
+            rows.append(
+                {
+                    "image": str(folder / row["image"]),
+                    "prompt": prompt,
+                    "completion": f"{caption}<|im_end|>",
+                }
+            )
     return rows
 
 
-def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, options: dict[str, Any]) -> None:
+def train_stock(
+    folder: Path, models: tuple[str, str], batch: int, steps: int, options: dict[str, Any]
+) -> None:
     """transformers' Trainer with PEFT: every batch padded, logits at every position."""
     import torch
     from peft import get_peft_model
@@ -195,7 +234,9 @@ def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, o
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pictures = [Image.open(row["image"]).convert("RGB") for row in rows]
         texts = [row["prompt"] + row["completion"] for row in rows]
-        inputs = processor(images=pictures, text=texts, padding=True, padding_side="right", return_tensors="pt")
+        inputs = processor(
+            images=pictures, text=texts, padding=True, padding_side="right", return_tensors="pt"
+        )
         trained = [len(processor.tokenizer(row["completion"]).input_ids) for row in rows]
         ends = inputs["attention_mask"].sum(1)
         place = torch.arange(inputs["input_ids"].shape[1])
@@ -214,7 +255,9 @@ def train_stock(folder: Path, models: tuple[str, str], batch: int, steps: int, o
     )
     if options.get("gradient_checkpointing"):
         model.enable_input_require_grads()
-    Trainer(model, args, train_dataset=samples(folder, processor.tokenizer), data_collator=collate).train()  # type: ignore[arg-type]
+    Trainer(
+        model, args, train_dataset=samples(folder, processor.tokenizer), data_collator=collate
+    ).train()  # type: ignore[arg-type]
 
 
 def train_trl(folder: Path, models: tuple[str, str], batch: int, steps: int) -> None:
@@ -225,7 +268,9 @@ def train_trl(folder: Path, models: tuple[str, str], batch: int, steps: int) -> 
     from trl import SFTConfig, SFTTrainer
 
     model, processor, config = stock_model(folder, models)
-    data = Dataset.from_list(samples(folder, processor.tokenizer)).cast_column("image", ImageColumn())
+    data = Dataset.from_list(samples(folder, processor.tokenizer)).cast_column(
+        "image", ImageColumn()
+    )
     args = SFTConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=batch,
@@ -235,12 +280,18 @@ def train_trl(folder: Path, models: tuple[str, str], batch: int, steps: int) -> 
         lr_scheduler_type="cosine",
         **common(steps),
     )
-    SFTTrainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=config).train()
+    SFTTrainer(
+        model, args=args, train_dataset=data, processing_class=processor, peft_config=config
+    ).train()
 
 
 def write_projector(folder: Path, models: tuple[str, str]) -> None:
     """A checkpoint of one step whose projector both sides start with."""
-    levers = {**OURS["ours: logits where trained"], "mm_projector_type": "mlp2x_gelu", "tune_mm_mlp_adapter": True}
+    levers = {
+        **OURS["ours: logits where trained"],
+        "mm_projector_type": "mlp2x_gelu",
+        "tune_mm_mlp_adapter": True,
+    }
     (folder / "projector").mkdir()
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.train_command import train
@@ -254,7 +305,11 @@ def write_projector(folder: Path, models: tuple[str, str]) -> None:
         **common(1),
         **levers,
     }
-    train(*parse_arguments([word for name, value in more.items() for word in (f"--{name}", str(value))]))
+    train(
+        *parse_arguments(
+            [word for name, value in more.items() for word in (f"--{name}", str(value))]
+        )
+    )
 
 
 def matmul_limit() -> float:
@@ -270,7 +325,9 @@ def matmul_limit() -> float:
     return best
 
 
-def one_run(folder: Path, models: tuple[str, str], name: str, batch: int, steps: int) -> dict[str, Any]:
+def one_run(
+    folder: Path, models: tuple[str, str], name: str, batch: int, steps: int
+) -> dict[str, Any]:
     """In a process of its own: seconds per step, the first loss, peak memory, the limit of the machine."""
     seen: list[tuple[float, float]] = []
     watch_steps(seen)
@@ -279,7 +336,13 @@ def one_run(folder: Path, models: tuple[str, str], name: str, batch: int, steps:
     elif "TRL" in name:
         train_trl(folder, models, batch, steps)
     else:
-        train_stock(folder, models, batch, steps, {"gradient_checkpointing": True} if "tutorial" in name else {})
+        train_stock(
+            folder,
+            models,
+            batch,
+            steps,
+            {"gradient_checkpointing": True} if "tutorial" in name else {},
+        )
     times = [start for start, _ in seen]
     return {
         "seconds": (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP),
@@ -298,7 +361,10 @@ def step_flops(folder: Path, models: tuple[str, str], images: int, captions: int
 
     from llava_simplified.prompt import Message, Prompt
 
-    config, prompt = AutoConfig.from_pretrained(models[0]), Prompt(AutoTokenizer.from_pretrained(models[0]))
+    config, prompt = (
+        AutoConfig.from_pretrained(models[0]),
+        Prompt(AutoTokenizer.from_pretrained(models[0])),
+    )
     d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     kv = d // heads * config.num_key_value_heads
     shapes = [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
@@ -307,22 +373,33 @@ def step_flops(folder: Path, models: tuple[str, str], images: int, captions: int
     rows = json.loads((folder / "train.json").read_text())
     length = trained = pairs = 0
     for row in rows:
-        prefix, answers = prompt.render_branches([Message("user", f"<image>\n{row['instruction']}")], row["responses"])
+        prefix, answers = prompt.render_branches(
+            [Message("user", f"<image>\n{row['instruction']}")], row["responses"]
+        )
         trained += sum(map(len, answers))
         before = len(prefix.input_ids) + 195
         length += before + sum(map(len, answers))
         pairs += before**2 / 2 + sum(len(answer) * (before + len(answer) / 2) for answer in answers)
-    attention = 12 * pairs * d * config.num_hidden_layers  # scores and sums, a multiplication and an addition each
+    attention = (
+        12 * pairs * d * config.num_hidden_layers
+    )  # scores and sums, a multiplication and an addition each
     share = images / len(rows)
-    return share * (length * (4 * body + 6 * lora) + attention + 4 * trained * d * config.vocab_size)
+    return share * (
+        length * (4 * body + 6 * lora) + attention + 4 * trained * d * config.vocab_size
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, help="folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--captions", type=int, nargs="+", default=[1, 5], help="captions per image")
     parser.add_argument(
-        "--batch", type=int, default=4, help="images in a batch; half as many where they have several captions"
+        "--captions", type=int, nargs="+", default=[1, 5], help="captions per image"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=4,
+        help="images in a batch; half as many where they have several captions",
     )
     parser.add_argument("--steps", type=int, default=2, help="measured steps")
     parser.add_argument("--rounds", type=int, default=1)
@@ -330,7 +407,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.run:
         folder, language_model, tower, name, batch = args.run
-        result = one_run(Path(folder), (language_model, tower), name, int(batch), WARM_UP + 1 + args.steps)
+        result = one_run(
+            Path(folder), (language_model, tower), name, int(batch), WARM_UP + 1 + args.steps
+        )
         (Path(folder) / "result.json").write_text(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -350,17 +429,33 @@ def main() -> None:
                 for name in names:
                     shared = name.startswith("+ ") and OURS[name].get("share_prefix", True)
                     batch = images * (1 if shared else captions)
-                    words = [sys.executable, __file__, "--steps", args.steps, "--run", folder, *models, name, batch]
+                    words = [
+                        sys.executable,
+                        __file__,
+                        "--steps",
+                        args.steps,
+                        "--run",
+                        folder,
+                        *models,
+                        name,
+                        batch,
+                    ]
                     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
                     if done.returncode:
                         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
                     results[name].append(json.loads((folder / "result.json").read_text()))
-                    print(f"{name}: {results[name][-1]['seconds']:.2f} s a step", file=sys.stderr, flush=True)
+                    print(
+                        f"{name}: {results[name][-1]['seconds']:.2f} s a step",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             flops = step_flops(folder, models, images, captions)  # type: ignore[arg-type]
             print_table(results, captions, images * captions, flops)
 
 
-def print_table(results: dict[str, list[dict[str, Any]]], captions: int, samples: int, flops: float) -> None:
+def print_table(
+    results: dict[str, list[dict[str, Any]]], captions: int, samples: int, flops: float
+) -> None:
     best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in results.items()}
     stock, trl, tutorial = (best[name] for name in PEERS)
     limit = max(run["limit"] for runs in results.values() for run in runs)
@@ -374,7 +469,9 @@ def print_table(results: dict[str, list[dict[str, Any]]], captions: int, samples
         values += [f"{flops / run['seconds'] / limit:.0%}"] if name == list(best)[-1] else []
         print(f"{name:32}" + "".join(f"{value:>12}" for value in values))
         if abs(run["loss"] / stock["loss"] - 1) > 0.01:
-            sys.exit(f"{name}: the first loss is not the stock model's: the sides do not train the same thing")
+            sys.exit(
+                f"{name}: the first loss is not the stock model's: the sides do not train the same thing"
+            )
 
 
 if __name__ == "__main__":

@@ -66,12 +66,16 @@ def pictures() -> list[bytes]:
     """Photo-like JPEGs, 20 to 130 kB: smooth shapes with fine grain."""
     rng, made = np.random.default_rng(0), []
     for index in range(POOL):
-        width, height = [(500, 375), (640, 427), (400, 500), (800, 600), (320, 240), (1024, 683)][index % 6]
+        width, height = [(500, 375), (640, 427), (400, 500), (800, 600), (320, 240), (1024, 683)][
+            index % 6
+        ]
         small = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
         smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
         grain = rng.normal(0, 9, (height, width, 1)).astype(np.float32)
         buffer = io.BytesIO()
-        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=80)
+        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(
+            buffer, "JPEG", quality=80
+        )
         made.append(buffer.getvalue())
     return made
 
@@ -104,11 +108,15 @@ def bomb_png(width: int, height: int) -> bytes:
     """A PNG of a few kB that says it is 60,000 pixels wide."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     lines = zlib.compress(b"\0" * 1_000_000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+    )
 
 
 def expected(kind: str, number: int) -> tuple[str, str]:
@@ -165,7 +173,11 @@ class _Handler(asyncio.Protocol):
         elif kind in ("drip", "endless"):
             length = 100_000 if kind == "drip" else 1 << 40
             self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n")
-            self.pour(b"\xff" if kind == "drip" else b"\xff\xd8\xff" + b"\0" * 200_000, length, kind == "drip")
+            self.pour(
+                b"\xff" if kind == "drip" else b"\xff\xd8\xff" + b"\0" * 200_000,
+                length,
+                kind == "drip",
+            )
         else:
             self.respond(kind, number, name)
 
@@ -207,7 +219,9 @@ async def start(
     host: str | None, port: int, latency: float, context: ssl.SSLContext | None = None
 ) -> tuple[asyncio.Server, type[_Handler]]:
     """A server and its handler class, whose `served` counts requests."""
-    handler = type("Handler", (_Handler,), {"latency": latency, "served": {}, "targets": {}, "requests": []})
+    handler = type(
+        "Handler", (_Handler,), {"latency": latency, "served": {}, "targets": {}, "requests": []}
+    )
     loop = asyncio.get_running_loop()
     server = await loop.create_server(handler, host, port, ssl=context, backlog=4096)
     return server, handler
@@ -228,7 +242,9 @@ def make_certificate(folder: Path) -> Path:
 def trust_store(folder: Path) -> Path:
     """What a machine trusts, and the throw-away certificate: one alone would make contexts cheaper than they are."""
     store, usual = folder / "trusted.pem", ssl.get_default_verify_paths().cafile
-    store.write_text(make_certificate(folder).read_text() + (Path(usual).read_text() if usual else ""))
+    store.write_text(
+        make_certificate(folder).read_text() + (Path(usual).read_text() if usual else "")
+    )
     return store
 
 
@@ -236,7 +252,9 @@ def trust_store(folder: Path) -> Path:
 def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
     """The server in a process of its own; yields its port."""
     command = [sys.executable, str(Path(__file__).resolve()), "--latency", str(latency)]
-    process = subprocess.Popen([*command, *(["--tls", str(tls)] if tls else [])], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *(["--tls", str(tls)] if tls else [])], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     try:
         yield int(process.stdout.readline())
@@ -245,11 +263,16 @@ def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
         process.wait()
 
 
-def urls(count: int, port: int, scheme: str = "http", mix: dict[str, int] = MIX) -> list[tuple[str, str, int]]:
+def urls(
+    count: int, port: int, scheme: str = "http", mix: dict[str, int] = MIX
+) -> list[tuple[str, str, int]]:
     """(url, kind, number), mixed by `mix`, over all hosts."""
     rng = np.random.default_rng(1)
     kinds = rng.choice(list(mix), size=count, p=np.array(list(mix.values())) / sum(mix.values()))
-    return [(f"{scheme}://{HOSTS[i % len(HOSTS)]}:{port}/{kind}/{i}.jpg", str(kind), i) for i, kind in enumerate(kinds)]
+    return [
+        (f"{scheme}://{HOSTS[i % len(HOSTS)]}:{port}/{kind}/{i}.jpg", str(kind), i)
+        for i, kind in enumerate(kinds)
+    ]
 
 
 async def _serve(arguments: argparse.Namespace, told: Callable[[int], None]) -> None:

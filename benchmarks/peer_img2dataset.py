@@ -6,7 +6,11 @@ from img2dataset import download
 
 if __name__ == "__main__":
     source, output, threads, resize, shard, timeout = sys.argv[1:]
-    smaller = {"resize_mode": "keep_ratio", "image_size": int(resize), "resize_only_if_bigger": True}
+    smaller = {
+        "resize_mode": "keep_ratio",
+        "image_size": int(resize),
+        "resize_only_if_bigger": True,
+    }
     raw = {"resize_mode": "no", "disable_all_reencoding": True}
     download(
         url_list=source,

@@ -22,8 +22,15 @@ from llava_simplified.evaluation.metrics import word_f1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--predictions", type=Path, default=Path("output/demo/predictions.json"), help="(%(default)s)")
-    parser.add_argument("--cache-dir", type=Path, help="where `make demo` keeps models and pictures")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        default=Path("output/demo/predictions.json"),
+        help="(%(default)s)",
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, help="where `make demo` keeps models and pictures"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "demo.png")
     args = parser.parse_args()
     folder = fetch(args.cache_dir).images
@@ -40,10 +47,15 @@ def main() -> None:
         axis.set(xticks=[], yticks=[])
         for side in axis.spines.values():
             side.set_visible(False)
-    figure.suptitle("above: what the model says of a drawing it never saw; below: the drawing's name", fontsize=10)
+    figure.suptitle(
+        "above: what the model says of a drawing it never saw; below: the drawing's name",
+        fontsize=10,
+    )
     figure.tight_layout(h_pad=2.5)
     figure.savefig(args.output)
-    Image.open(args.output).convert("RGB").quantize(96).save(args.output, optimize=True)  # the README carries it
+    Image.open(args.output).convert("RGB").quantize(96).save(
+        args.output, optimize=True
+    )  # the README carries it
 
 
 if __name__ == "__main__":

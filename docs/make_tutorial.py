@@ -72,7 +72,9 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     example.pixel_values = tensor[None]
     seen["tokens"] = [
         (
-            "<image>" if token == IMAGE_INDEX else model.tokenizer.convert_ids_to_tokens([token])[0],
+            "<image>"
+            if token == IMAGE_INDEX
+            else model.tokenizer.convert_ids_to_tokens([token])[0],
             token,
             label != IGNORE_INDEX,
         )
@@ -80,7 +82,10 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     ]
     batch = Collator(model.vision_tower.num_tokens, model.prompt.end_id)([example])
     batch.pop("metadata")
-    seen |= {"input_ids": batch["input_ids"][0].tolist(), "logit_positions": batch["logit_positions"].tolist()}
+    seen |= {
+        "input_ids": batch["input_ids"][0].tolist(),
+        "logit_positions": batch["logit_positions"].tolist(),
+    }
     # the same sample as the tutorial's tower would see it: its shapes are known without its weights
     clip = CLIPVisionConfig(image_size=224, patch_size=16)
     tower = VisionTower.from_config(
@@ -94,7 +99,9 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     def losses() -> list[float]:
         with torch.no_grad():
             logits = model(**batch).logits
-            return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none").tolist()
+            return torch.nn.functional.cross_entropy(
+                logits, batch["labels"], reduction="none"
+            ).tolist()
 
     words = model.tokenizer.convert_ids_to_tokens(batch["labels"].tolist())
     with model.language_model.disable_adapter():
@@ -104,13 +111,21 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     output.loss.backward()
     seen["loss"] = (output.loss.item(), tuple(output.logits.shape))
     parts = {"projector": "projector.", "LoRA adapter": "lora_", "vision tower": "vision_tower."}
-    seen["gradients"] = {name: [p.grad for n, p in model.named_parameters() if key in n] for name, key in parts.items()}
+    seen["gradients"] = {
+        name: [p.grad for n, p in model.named_parameters() if key in n]
+        for name, key in parts.items()
+    }
     seen["gradients"]["language model itself"] = [
-        p.grad for n, p in model.named_parameters() if n.startswith("language_model.") and "lora_" not in n
+        p.grad
+        for n, p in model.named_parameters()
+        if n.startswith("language_model.") and "lora_" not in n
     ]
 
     decoding = Decoding(
-        model, [model.prompt.render(record.turns, None).input_ids], features.detach(), GenerationOptions(24)
+        model,
+        [model.prompt.render(record.turns, None).input_ids],
+        features.detach(),
+        GenerationOptions(24),
     )
     seen["steps"] = []
     while decoding.live:
@@ -118,16 +133,29 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
         ((_, token),) = decoding.step()
         names = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
         seen["steps"].append(
-            (model.tokenizer.convert_ids_to_tokens([token])[0], list(zip(names, best.values.tolist())))
+            (
+                model.tokenizer.convert_ids_to_tokens([token])[0],
+                list(zip(names, best.values.tolist())),
+            )
         )
     seen["said"] = model.prompt.decode(decoding.tokens[0])
 
     shared = Collator(2, 0)(
-        [Example([7, IMAGE_INDEX, 8, 1, 2, 3, 4], [IGNORE_INDEX] * 3 + [1, 2, 3, 4], branches=[0, 0, 0, 1, 1, 2, 2])]
+        [
+            Example(
+                [7, IMAGE_INDEX, 8, 1, 2, 3, 4],
+                [IGNORE_INDEX] * 3 + [1, 2, 3, 4],
+                branches=[0, 0, 0, 1, 1, 2, 2],
+            )
+        ]
     )
-    seen["mask"] = shared_prefix_mask(shared["segment_ids"], shared["branch_ids"], shared["position_ids"])[0, 0]
+    seen["mask"] = shared_prefix_mask(
+        shared["segment_ids"], shared["branch_ids"], shared["position_ids"]
+    )[0, 0]
     seen["places"] = shared["position_ids"][0].tolist()
-    grids = look(model, record.turns[-1].content, [assets.images / image], seen["said"])[:, 0].numpy()
+    grids = look(model, record.turns[-1].content, [assets.images / image], seen["said"])[
+        :, 0
+    ].numpy()
     draw_patches(pixels, tensor.permute(1, 2, 0).numpy(), model.vision_tower.grid[0], tower.grid[0])
     draw_sequence(seen["tokens"], seen["input_ids"], seen["logit_positions"])
     draw_mask(seen["mask"].numpy())
@@ -137,22 +165,33 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and "train" not in path.name and path.parent.name != "eval_captions"
     ]
-    owners = {"projector": model.projector, "tower": model.vision_tower, "language model": model.language_model}
-    seen["parameters"] = {
-        name: sum(p.numel() for n, p in part.named_parameters() if "lora_" not in n) for name, part in owners.items()
+    owners = {
+        "projector": model.projector,
+        "tower": model.vision_tower,
+        "language model": model.language_model,
     }
-    seen["parameters"]["adapter"] = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    seen["parameters"] = {
+        name: sum(p.numel() for n, p in part.named_parameters() if "lora_" not in n)
+        for name, part in owners.items()
+    }
+    seen["parameters"]["adapter"] = sum(
+        p.numel() for n, p in model.named_parameters() if "lora_" in n
+    )
     seen["matrices"] = [tuple(p.shape) for p in model.projector.parameters() if p.dim() == 2]
     return seen
 
 
 def splice_code() -> str:
     """The statements of `Llava.splice` that do the work, from the code itself."""
-    lines = inspect.getsource(Llava.splice).partition('"""\n')[2].rpartition('"""\n')[2].splitlines()
+    lines = (
+        inspect.getsource(Llava.splice).partition('"""\n')[2].rpartition('"""\n')[2].splitlines()
+    )
     kept = [
         line.strip()
         for line in lines
-        if line.lstrip().startswith(("is_image =", "embeds =", "image_tokens =", "return embeds.masked"))
+        if line.lstrip().startswith(
+            ("is_image =", "embeds =", "image_tokens =", "return embeds.masked")
+        )
     ]
     assert len(kept) == 4, "the splice is written otherwise now"
     return indent("\n".join(kept), "    ")
@@ -174,7 +213,9 @@ def draw_patches(decoded: np.ndarray, resized: np.ndarray, ours: int, clips: int
         f"the demo's tower: {ours} x {ours}",
         f"CLIP ViT-B/16: {clips} x {clips}",
     )
-    for axis, picture, grid, title in zip(axes, (decoded, resized, resized), (0, ours, clips), titles):
+    for axis, picture, grid, title in zip(
+        axes, (decoded, resized, resized), (0, ours, clips), titles
+    ):
         axis.imshow(picture)
         axis.set_title(title, fontsize=10)
         axis.set(xticks=[], yticks=[])
@@ -186,12 +227,20 @@ def draw_patches(decoded: np.ndarray, resized: np.ndarray, ours: int, clips: int
 
 def boxes(axis: Axes, row: float, texts: list[str], colours: list[str]) -> None:
     for column, (text, colour) in enumerate(zip(texts, colours)):
-        axis.add_patch(plt.Rectangle((column + 0.04, row), 0.92, 0.8, facecolor=colour, edgecolor="#868e96", lw=0.6))
+        axis.add_patch(
+            plt.Rectangle(
+                (column + 0.04, row), 0.92, 0.8, facecolor=colour, edgecolor="#868e96", lw=0.6
+            )
+        )
         size, turn = 5.5 if len(text) > 9 else 7, 90 if len(text) > 3 else 0
-        axis.text(column + 0.5, row + 0.4, text, ha="center", va="center", fontsize=size, rotation=turn)
+        axis.text(
+            column + 0.5, row + 0.4, text, ha="center", va="center", fontsize=size, rotation=turn
+        )
 
 
-def draw_sequence(tokens: list[tuple[str, int, bool]], input_ids: list[int], positions: list[int]) -> None:
+def draw_sequence(
+    tokens: list[tuple[str, int, bool]], input_ids: list[int], positions: list[int]
+) -> None:
     """Ids, the same after the splice, and what is trained: each label under the position that predicts it."""
     place = next(i for i, (_, token, _) in enumerate(tokens) if token == IMAGE_INDEX)
     many = input_ids.count(IMAGE_INDEX)
@@ -200,7 +249,12 @@ def draw_sequence(tokens: list[tuple[str, int, bool]], input_ids: list[int], pos
     figure, axis = plt.subplots(figsize=(7.2, 3.2))
     figure.subplots_adjust(0, 0, 1, 1)
     boxes(axis, 4, names, [IMAGE_COLOUR if i == place else TEXT_COLOUR for i in range(len(names))])
-    boxes(axis, 2, spliced, [IMAGE_COLOUR if place <= i < place + many else TEXT_COLOUR for i in range(len(spliced))])
+    boxes(
+        axis,
+        2,
+        spliced,
+        [IMAGE_COLOUR if place <= i < place + many else TEXT_COLOUR for i in range(len(spliced))],
+    )
     for side in (0, 1):
         axis.plot([place + side, place + side * many], [4, 2.8], color="#f08c00", lw=1)
     labels = [""] * len(spliced)
@@ -218,7 +272,9 @@ def draw_mask(mask: np.ndarray) -> None:
     names = ["prompt", "image", "image", "prompt", "a 1", "a 2", "b 1", "b 2"]
     _, axis = plt.subplots(figsize=(3.4, 3.4))
     colour = np.where(mask, np.where(np.arange(len(mask)) < 4, 1, 2)[None, :], 0)
-    axis.imshow(colour, cmap=matplotlib.colors.ListedColormap(["white", IMAGE_COLOUR, TRAINED_COLOUR]))
+    axis.imshow(
+        colour, cmap=matplotlib.colors.ListedColormap(["white", IMAGE_COLOUR, TRAINED_COLOUR])
+    )
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)
@@ -236,7 +292,14 @@ def draw_attention(picture: np.ndarray, words: list[str], grids: np.ndarray) -> 
     _, axes = plt.subplots(1, len(words), figsize=(1.7 * len(words), 2.2), squeeze=False)
     for axis, word, grid, share in zip(axes[0], words, offset, grids):
         axis.imshow(picture, extent=(0, 1, 0, 1))
-        axis.imshow(grid, extent=(0, 1, 0, 1), cmap="bwr", alpha=0.45, vmin=-abs(offset).max(), vmax=abs(offset).max())
+        axis.imshow(
+            grid,
+            extent=(0, 1, 0, 1),
+            cmap="bwr",
+            alpha=0.45,
+            vmin=-abs(offset).max(),
+            vmax=abs(offset).max(),
+        )
         axis.set_title(f"{word.strip()}\n{share.sum():.0%}", fontsize=8)
         axis.set(xticks=[], yticks=[])
     save("attention.png")
@@ -256,9 +319,12 @@ def write(seen: dict[str, Any]) -> str:
     count, clip = seen["features"][1], seen["clip"]
     trained = sum(flag for *_, flag in seen["tokens"])
     rows = "\n".join(
-        f"| {code(word)} | {number} | {'trained' if flag else ''} |" for word, number, flag in seen["tokens"]
+        f"| {code(word)} | {number} | {'trained' if flag else ''} |"
+        for word, number, flag in seen["tokens"]
     )
-    losses = "\n".join(f"| {code(word)} | {before:.2f} | {after:.2f} |" for word, before, after in seen["losses"])
+    losses = "\n".join(
+        f"| {code(word)} | {before:.2f} | {after:.2f} |" for word, before, after in seen["losses"]
+    )
     steps = "\n".join(
         f"| {code(word)} | {', '.join(f'{code(name)} {share:.2f}' for name, share in best)} |"
         for word, best in seen["steps"]
@@ -268,7 +334,9 @@ def write(seen: dict[str, Any]) -> str:
         squares = [float(grad.norm()) ** 2 for grad in grads if grad is not None]
         return f"{sum(squares) ** 0.5:.3f}" if squares else "none: frozen"
 
-    gradients = "\n".join(f"| {name} | {len(grads)} | {norm(grads)} |" for name, grads in seen["gradients"].items())
+    gradients = "\n".join(
+        f"| {name} | {len(grads)} | {norm(grads)} |" for name, grads in seen["gradients"].items()
+    )
     files = "\n".join(f"| `{name}` | {size:,} |" for name, size in seen["files"])
     last = seen["logit_positions"][0]
     places = " ".join(map(str, seen["places"]))
@@ -460,8 +528,12 @@ Each runs as it stands after `make demo` in the project's folder, and [in the no
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("output/demo/model"), help="(default: %(default)s)")
-    parser.add_argument("--cache-dir", type=Path, help="where `make demo` keeps models and pictures")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("output/demo/model"), help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, help="where `make demo` keeps models and pictures"
+    )
     parser.add_argument("--image", default="1f44b-1f3fd.png", help="a held-out drawing")
     args = parser.parse_args()
     seen = follow(args.checkpoint, args.cache_dir, args.image)

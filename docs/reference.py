@@ -49,12 +49,27 @@ def option_rows(actions: list[argparse.Action]) -> Iterator[str]:
     for action in actions:
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
-        names = [name for name in action.option_strings if "-" not in name[2:]] or action.option_strings
+        names = [
+            name for name in action.option_strings if "-" not in name[2:]
+        ] or action.option_strings
         name = ", ".join(names) or action.dest
-        takes = "" if action.nargs == 0 else f" {action.metavar or '/'.join(map(str, action.choices or ())) or ''}"
+        takes = (
+            ""
+            if action.nargs == 0
+            else f" {action.metavar or '/'.join(map(str, action.choices or ())) or ''}"
+        )
         default = "required" if action.required and action.option_strings else default_of(action)
-        said = " ".join((action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%").split())
-        cells = (f"`{(name + takes).strip()}`".replace("|", "\\|"), default, html.escape(said).replace("|", "\\|"))
+        said = " ".join(
+            (action.help or "")
+            .replace("%(default)s", str(action.default))
+            .replace("%%", "%")
+            .split()
+        )
+        cells = (
+            f"`{(name + takes).strip()}`".replace("|", "\\|"),
+            default,
+            html.escape(said).replace("|", "\\|"),
+        )
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -70,7 +85,10 @@ def command_page() -> str:
     """Every command of `llava`, with every option."""
     from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 
-    parts = ["# Commands", "Made from the parsers of the code. `llava COMMAND --help` says the same in the terminal."]
+    parts = [
+        "# Commands",
+        "Made from the parsers of the code. `llava COMMAND --help` says the same in the terminal.",
+    ]
     for name, (target, what) in COMMANDS.items():
         parser = parser_of(target)
         actions = parser._actions
@@ -85,13 +103,19 @@ def command_page() -> str:
         for title, group in ours.items():
             named = [f.name for f in fields(group) if f.name in group.__annotations__]
             parts += [f"### {title}", "\n".join(option_rows([rest.pop(dest) for dest in named]))]
-        parts += ["### Inherited from transformers.TrainingArguments", "\n".join(option_rows(list(rest.values())))]
+        parts += [
+            "### Inherited from transformers.TrainingArguments",
+            "\n".join(option_rows(list(rest.values()))),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
 def python_page() -> str:
     """Every public name of the package, room by room."""
-    parts = ["# Python", "What each module offers, from its docstrings. `Llava` and `Prompt` are where to begin."]
+    parts = [
+        "# Python",
+        "What each module offers, from its docstrings. `Llava` and `Prompt` are where to begin.",
+    ]
     modules = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
     for module in modules:
         if module.name != "__init__":

@@ -20,7 +20,8 @@ class ModelArguments:
     """Which parts make the model, and how they are joined."""
 
     model_name_or_path: str = field(
-        default="mistralai/Mistral-7B-Instruct-v0.1", metadata={"help": "Language model: any causal one."}
+        default="mistralai/Mistral-7B-Instruct-v0.1",
+        metadata={"help": "Language model: any causal one."},
     )
     vision_tower: str = field(
         default="openai/clip-vit-base-patch16",
@@ -28,37 +29,63 @@ class ModelArguments:
     )
     mm_vision_select_layer: list[int] = field(
         default_factory=lambda: [-2],
-        metadata={"help": "Hidden states shown to the language model: -1 the last; several are concatenated."},
+        metadata={
+            "help": "Hidden states shown to the language model: -1 the last; several are concatenated."
+        },
     )
-    mm_vision_select_feature: str = field(default="patch", metadata={"help": "patch, or cls_patch to keep CLS."})
-    mm_projector_type: str = field(default="linear", metadata={"help": "linear, mlp2x_gelu (any depth), identity."})
-    mm_token_pool: int = field(default=0, metadata={"help": "Average the patch grid to K x K tokens; 0 keeps it."})
+    mm_vision_select_feature: str = field(
+        default="patch", metadata={"help": "patch, or cls_patch to keep CLS."}
+    )
+    mm_projector_type: str = field(
+        default="linear", metadata={"help": "linear, mlp2x_gelu (any depth), identity."}
+    )
+    mm_token_pool: int = field(
+        default=0, metadata={"help": "Average the patch grid to K x K tokens; 0 keeps it."}
+    )
     template: str = field(
         default="auto",
-        metadata={"help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain; bare: no roles"},
+        metadata={
+            "help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain; bare: no roles"
+        },
     )
     pretrain_mm_mlp_adapter: str | None = field(
         default=None, metadata={"help": "Start with the projector of this checkpoint folder."}
     )
-    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Train the projector alone (first stage)."})
+    tune_mm_mlp_adapter: bool = field(
+        default=False, metadata={"help": "Train the projector alone (first stage)."}
+    )
     init_from: str | None = field(
         default=None,
-        metadata={"help": "Start a new run from all that this checkpoint trained (adapter, projector...)."},
+        metadata={
+            "help": "Start a new run from all that this checkpoint trained (adapter, projector...)."
+        },
     )
     freeze_backbone: bool = field(
-        default=True, metadata={"help": "Keep the language model's own weights; False, without LoRA, trains them all."}
+        default=True,
+        metadata={
+            "help": "Keep the language model's own weights; False, without LoRA, trains them all."
+        },
     )
-    lora_enable: bool = field(default=True, metadata={"help": "Adapt the language model with LoRA."})
+    lora_enable: bool = field(
+        default=True, metadata={"help": "Adapt the language model with LoRA."}
+    )
     lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
     lora_alpha: float = field(default=16, metadata={"help": "LoRA scale: alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout at the adapter's input."})
-    lora_bias: str = field(default="none", metadata={"help": "Biases trained too: none, all or lora_only."})
+    lora_bias: str = field(
+        default="none", metadata={"help": "Biases trained too: none, all or lora_only."}
+    )
     tune_vision_tower: str = field(
         default="off",
-        metadata={"help": "Train the vision tower too: full, or lora: an adapter with the options above."},
+        metadata={
+            "help": "Train the vision tower too: full, or lora: an adapter with the options above."
+        },
     )
     bits: int = field(
-        default=16, metadata={"help": "Keep the frozen language model in 4 (QLoRA) or 8 bits; needs bitsandbytes."}
+        default=16,
+        metadata={
+            "help": "Keep the frozen language model in 4 (QLoRA) or 8 bits; needs bitsandbytes."
+        },
     )
     attn_implementation: str | None = field(
         default=None,
@@ -73,13 +100,21 @@ class ModelArguments:
 class DataArguments:
     """What it learns from."""
 
-    train_data_path: str | None = field(default=None, metadata={"help": "Records: .json, .jsonl or .parquet."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Records for the validation loss."})
+    train_data_path: str | None = field(
+        default=None, metadata={"help": "Records: .json, .jsonl or .parquet."}
+    )
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Records for the validation loss."}
+    )
     train_image_folder: str | None = field(
-        default=None, metadata={"help": "Where the training images are; the data file's folder where not given."}
+        default=None,
+        metadata={"help": "Where the training images are; the data file's folder where not given."},
     )
     val_image_folder: str | None = field(
-        default=None, metadata={"help": "Where the validation images are; the eval data file's folder where not given."}
+        default=None,
+        metadata={
+            "help": "Where the validation images are; the eval data file's folder where not given."
+        },
     )
     share_prefix: bool = field(
         default=True,
@@ -90,9 +125,13 @@ class DataArguments:
     )
     packing: bool = field(
         default=False,
-        metadata={"help": "Fill each sequence of a batch with several examples, which do not see each other."},
+        metadata={
+            "help": "Fill each sequence of a batch with several examples, which do not see each other."
+        },
     )
-    pack_length: int = field(default=4096, metadata={"help": "Most positions of a pack, image tokens included."})
+    pack_length: int = field(
+        default=4096, metadata={"help": "Most positions of a pack, image tokens included."}
+    )
     cache_vision_features: str = field(
         default="auto",
         metadata={
@@ -107,7 +146,8 @@ class DataArguments:
     )
     feature_cache_gb: float = field(default=8.0, metadata={"help": "The most that auto may store."})
     max_bad_images: float = field(
-        default=0.01, metadata={"help": "Stop when more than this share of the images can't be read."}
+        default=0.01,
+        metadata={"help": "Stop when more than this share of the images can't be read."},
     )
 
 
@@ -119,29 +159,50 @@ def _bf16_by_default() -> bool:
 class TrainingArguments(transformers.TrainingArguments):
     """transformers.TrainingArguments with LLaVA's defaults and a few options more."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Default: output/<language model>-<vision tower>."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Default: output/<language model>-<vision tower>."}
+    )
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Steps of warm-up; below 1: share of all steps."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Schedule of the learning rate."}
+    )
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Steps of warm-up; below 1: share of all steps."}
+    )
     bf16: bool = field(
         default_factory=_bf16_by_default,
-        metadata={"help": "Frozen weights and activations in bfloat16 (default: where a GPU has it)."},
+        metadata={
+            "help": "Frozen weights and activations in bfloat16 (default: where a GPU has it)."
+        },
     )
     report_to: str = field(default="none", metadata={"help": "wandb, tensorboard or none."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
-    vision_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
+    mm_projector_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector."}
+    )
+    vision_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower."}
+    )
     compile_layers: bool = field(
         default=False,
-        metadata={"help": "torch.compile each layer of the language model (needs a C++ compiler, or Triton on GPUs)."},
+        metadata={
+            "help": "torch.compile each layer of the language model (needs a C++ compiler, or Triton on GPUs)."
+        },
     )
-    model_max_length: int = field(default=2048, metadata={"help": "Most text tokens of a sample; an image is one."})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Most text tokens of a sample; an image is one."}
+    )
     eval_captions: int = field(
         default=32,
-        metadata={"help": "Validation pictures captioned at every evaluation: eval_cider in the log; 0: none."},
+        metadata={
+            "help": "Validation pictures captioned at every evaluation: eval_cider in the log; 0: none."
+        },
     )
     early_stopping_patience: int = field(
-        default=0, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."}
+        default=0,
+        metadata={
+            "help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."
+        },
     )
     preflight: str = field(
         default="auto",
@@ -150,14 +211,20 @@ class TrainingArguments(transformers.TrainingArguments):
             "2000 steps or more are to come."
         },
     )
-    ddp_find_unused_parameters: bool = field(default=False, metadata={"help": "What trains here is always used."})
+    ddp_find_unused_parameters: bool = field(
+        default=False, metadata={"help": "What trains here is always used."}
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress line."})
-    config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})
+    config: str | None = field(
+        default=None, metadata={"help": "YAML file with any of these options."}
+    )
 
     def __post_init__(self) -> None:
         _check_launcher(self.deepspeed is not None)
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # otherwise several processes would each train alone, unaware of the others
+            self.use_cpu = (
+                True  # otherwise several processes would each train alone, unaware of the others
+            )
             if self.tf32:
                 print("tf32 is an NVIDIA format: no effect on this machine", file=sys.stderr)
             self.tf32 = None
@@ -168,19 +235,30 @@ class TrainingArguments(transformers.TrainingArguments):
                 ops.__compatible_ops__["deepspeed_shm_comm"] = False
         elif self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
             raise ValueError("this GPU has no bfloat16: pass --bf16 False --fp16 True")
-        if str(self.fsdp).lower() in ("true", "false"):  # from YAML; the parser takes any word for a kind of sharding
+        if str(self.fsdp).lower() in (
+            "true",
+            "false",
+        ):  # from YAML; the parser takes any word for a kind of sharding
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         self.output_dir = self.output_dir or "output"
-        self.remove_unused_columns = False  # a batch here is more than the arguments of a text model
+        self.remove_unused_columns = (
+            False  # a batch here is more than the arguments of a text model
+        )
         self.average_tokens_across_devices = True
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
-            self.restore_callback_states_from_checkpoint = True  # a resumed run is as patient as the straight one
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every process needs a whole model to start from
+            self.restore_callback_states_from_checkpoint = (
+                True  # a resumed run is as patient as the straight one
+            )
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
+            "false"  # every process needs a whole model to start from
+        )
         super().__post_init__()
         unset_hf_deepspeed_config()  # or `from_pretrained` would load, under ZeRO-3, models cut up already
         if (count := int(os.environ.get("WORLD_SIZE", 1))) != self.world_size:
-            raise ValueError(f"{count} processes were started, and each would train alone: start them with torchrun")
+            raise ValueError(
+                f"{count} processes were started, and each would train alone: start them with torchrun"
+            )
 
     @property
     def frozen_dtype(self) -> str:
@@ -200,7 +278,9 @@ def _check_launcher(deepspeed: bool) -> None:
     if deepspeed and not several:
         raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun)")
     if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise ValueError("--deepspeed, under an accelerate launch that has a DeepSpeed configuration itself: give one")
+        raise ValueError(
+            "--deepspeed, under an accelerate launch that has a DeepSpeed configuration itself: give one"
+        )
 
 
 # What LLaVA's scripts pass, under the names of their time.
@@ -239,11 +319,20 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         options = _options(_from_yaml(Path(config[0] if config else ""))) + options
     given = dict(options)
     if "output_dir" not in given:
-        parts = (given.get(f, [getattr(ModelArguments, f)]) for f in ("model_name_or_path", "vision_tower"))
-        options.append(("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))]))
+        parts = (
+            given.get(f, [getattr(ModelArguments, f)])
+            for f in ("model_name_or_path", "vision_tower")
+        )
+        options.append(
+            ("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))])
+        )
     kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
-    parser = transformers.HfArgumentParser(kinds, allow_abbrev=False)  # a shortened --config would be read by nobody
-    parser.usage = "llava train (or python train.py, llava encode) [options]"  # whole, it would bury an error
+    parser = transformers.HfArgumentParser(
+        kinds, allow_abbrev=False
+    )  # a shortened --config would be read by nobody
+    parser.usage = (
+        "llava train (or python train.py, llava encode) [options]"  # whole, it would bury an error
+    )
     words = [word for option in options for word in _current_names(*option)]
     *groups, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
@@ -303,14 +392,21 @@ def _current_names(name: str, values: list[str]) -> list[str]:
     on = values not in (["False"], ["false"], ["0"])
     if name in MUST_BE_OFF:
         if on:
-            raise ValueError(f"--{name}: {MUST_BE_OFF[name]} is not part of stock LLaVA; leave it False")
+            raise ValueError(
+                f"--{name}: {MUST_BE_OFF[name]} is not part of stock LLaVA; leave it False"
+            )
         return []
     if name in NO_EFFECT:
         print(f"--{name} has no effect: {NO_EFFECT[name]}", file=sys.stderr)
         return []
-    if name in ("group_by_length", "group_by_modality_length"):  # a picture counts as its tokens: one is the other
+    if name in (
+        "group_by_length",
+        "group_by_modality_length",
+    ):  # a picture counts as its tokens: one is the other
         return ["--train_sampling_strategy", "group_by_length" if on else "random"]
-    if name == "local_rank":  # DeepSpeed's launcher passes it; torch.distributed reads the environment
+    if (
+        name == "local_rank"
+    ):  # DeepSpeed's launcher passes it; torch.distributed reads the environment
         os.environ.setdefault("LOCAL_RANK", values[0])
         return []
     return [f"--{RENAMED.get(name, name)}", *values]

@@ -25,13 +25,17 @@ EXTRAS = {
     "docs": "the documentation as a web site",
     "bench": "TRL, to measure against",
 }
-ALONE = {"flash-attn": "`--attn_implementation flash_attention_2` on a CUDA GPU: pip install flash-attn"}
+ALONE = {
+    "flash-attn": "`--attn_implementation flash_attention_2` on a CUDA GPU: pip install flash-attn"
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print it; the exit status is 1 where a needed package is missing."""
     parser = argparse.ArgumentParser("llava doctor", description=main.__doc__)
-    parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache", help="where to look at the disk")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=Path.home() / ".cache", help="where to look at the disk"
+    )
     args = parser.parse_args(argv)
     import torch
 
@@ -50,10 +54,14 @@ def main(argv: list[str] | None = None) -> int:
         print("  no accelerator: everything runs on the CPU")
     compiler = os.environ.get("CXX") or "g++"
     print(f"  bfloat16 on this CPU: {'fast' if fast_bf16() else 'slow, use --bf16 False'}")
-    print(f"  --compile_layers: {'ready' if shutil.which(compiler) else f'needs the C++ compiler {compiler}'}")
+    print(
+        f"  --compile_layers: {'ready' if shutil.which(compiler) else f'needs the C++ compiler {compiler}'}"
+    )
     print("extras (pip install 'llava-simplified[name]')")
     for extra, gives in EXTRAS.items():
-        parts = [need.name for need in needs if need.marker and need.marker.evaluate({"extra": extra})]
+        parts = [
+            need.name for need in needs if need.marker and need.marker.evaluate({"extra": extra})
+        ]
         lacking = ", ".join(name for name in parts if faults[name])
         print(f"  {extra:<18}{'lacks ' + lacking if lacking else 'installed'}; gives {gives}")
     for name, gives in ALONE.items():
@@ -96,7 +104,10 @@ def fast_bf16() -> bool:
     from torch.utils.benchmark import Timer
 
     matrices = [torch.ones(768, 768, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    single, half = (Timer("a @ a", globals={"a": a}).blocked_autorange(min_run_time=0.05).median for a in matrices)
+    single, half = (
+        Timer("a @ a", globals={"a": a}).blocked_autorange(min_run_time=0.05).median
+        for a in matrices
+    )
     return half <= single
 
 

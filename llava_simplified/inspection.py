@@ -29,20 +29,36 @@ NAMED_PROBLEMS = 10  # rows that are named; the others are counted
 def main(argv: list[str] | None = None) -> int:
     """The command line; 1 where a row has a problem, else 0."""
     parser = argparse.ArgumentParser(
-        "llava inspect", description="Show samples as the model sees them: tokens, what is trained, image spans."
+        "llava inspect",
+        description="Show samples as the model sees them: tokens, what is trained, image spans.",
     )
     parser.add_argument("--data", required=True, help="records: .json, .jsonl or .parquet")
-    parser.add_argument("--model_name_or_path", required=True, help="language model, or a checkpoint of ours")
-    parser.add_argument("--image_folder", help="open the shown samples' images from here")
-    parser.add_argument("--vision_tower", help="count the tokens of an image as this vision model gives them")
-    parser.add_argument("--mm_vision_select_layer", type=int, nargs="+", default=[-2])
-    parser.add_argument("--mm_vision_select_feature", default="patch", choices=["patch", "cls_patch"])
-    parser.add_argument("--mm_token_pool", type=int, default=0, help="K x K tokens; 0 keeps the tower's grid")
-    parser.add_argument("--template", default="auto", choices=["auto", "chat", "plain", "bare"])
-    parser.add_argument("--model_max_length", type=int, help="count the examples that this would cut")
-    parser.add_argument("--count", type=int, default=3, help="samples to show (default: %(default)s)")
     parser.add_argument(
-        "--scan", type=int, default=20_000, help="rows to add up, evenly spread; 0: all (default: %(default)s)"
+        "--model_name_or_path", required=True, help="language model, or a checkpoint of ours"
+    )
+    parser.add_argument("--image_folder", help="open the shown samples' images from here")
+    parser.add_argument(
+        "--vision_tower", help="count the tokens of an image as this vision model gives them"
+    )
+    parser.add_argument("--mm_vision_select_layer", type=int, nargs="+", default=[-2])
+    parser.add_argument(
+        "--mm_vision_select_feature", default="patch", choices=["patch", "cls_patch"]
+    )
+    parser.add_argument(
+        "--mm_token_pool", type=int, default=0, help="K x K tokens; 0 keeps the tower's grid"
+    )
+    parser.add_argument("--template", default="auto", choices=["auto", "chat", "plain", "bare"])
+    parser.add_argument(
+        "--model_max_length", type=int, help="count the examples that this would cut"
+    )
+    parser.add_argument(
+        "--count", type=int, default=3, help="samples to show (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scan",
+        type=int,
+        default=20_000,
+        help="rows to add up, evenly spread; 0: all (default: %(default)s)",
     )
     args = parser.parse_args(argv)
 
@@ -52,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(args.model_name_or_path)
     prompt = Prompt(tokenizer, args.template)
     tower = args.vision_tower and image_tokens(
-        args.vision_tower, args.mm_vision_select_layer, args.mm_vision_select_feature, args.mm_token_pool
+        args.vision_tower,
+        args.mm_vision_select_layer,
+        args.mm_vision_select_feature,
+        args.mm_token_pool,
     )
     console = Console(highlight=False)
     shown, scanned = Totals(tower or 1), Totals(tower or 1)
@@ -60,7 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         if record := shown.add(records, index, prompt):
             console.print(*sample(record, tokenizer, prompt, tower), sep="\n")
             if args.image_folder:
-                console.print(*pictures(record, args.image_folder, shown.problems), "", sep="\n", soft_wrap=True)
+                console.print(
+                    *pictures(record, args.image_folder, shown.problems),
+                    "",
+                    sep="\n",
+                    soft_wrap=True,
+                )
     step = max(1.0, len(records) / args.scan) if args.scan else 1.0
     for index in range(round(len(records) / step)):
         scanned.add(records, int(index * step), prompt)
@@ -69,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     for problem in problems[:NAMED_PROBLEMS]:
         console.print(Text(printable(problem), "red"), soft_wrap=True)
     if len(problems) > NAMED_PROBLEMS:
-        console.print(Text(f"... and {len(problems) - NAMED_PROBLEMS:,} more rows with a problem", "red"))
+        console.print(
+            Text(f"... and {len(problems) - NAMED_PROBLEMS:,} more rows with a problem", "red")
+        )
     return 1 if problems else 0
 
 
@@ -82,7 +108,9 @@ class Totals:
     trained: int = 0
     images: int = 0
     lengths: list[int] = field(default_factory=list)  # of each example, an image as one token
-    expanded: list[int] = field(default_factory=list)  # of each example, as the language model sees it
+    expanded: list[int] = field(
+        default_factory=list
+    )  # of each example, as the language model sees it
     problems: list[str] = field(default_factory=list)
 
     def add(self, records: Records, index: int, prompt: Prompt) -> Record | None:
@@ -105,7 +133,9 @@ class Totals:
         return record
 
 
-def image_tokens(name_or_path: str, select_layer: Sequence[int], select_feature: str, token_pool: int) -> int:
+def image_tokens(
+    name_or_path: str, select_layer: Sequence[int], select_feature: str, token_pool: int
+) -> int:
     """How many tokens this vision tower makes of an image; its weights are not read."""
     from transformers import AutoConfig
 
@@ -116,7 +146,11 @@ def image_tokens(name_or_path: str, select_layer: Sequence[int], select_feature:
     config = getattr(config, "vision_config", config)
     transform = ImageTransform.from_pretrained(name_or_path)
     return VisionTower.from_config(
-        config, transform, select_layer=select_layer, select_feature=select_feature, token_pool=token_pool
+        config,
+        transform,
+        select_layer=select_layer,
+        select_feature=select_feature,
+        token_pool=token_pool,
     ).num_tokens
 
 
@@ -125,7 +159,9 @@ def sample(
 ) -> Iterable[Text | Table]:
     """The first example of a record, token by token. `tower`: tokens of an image, where that is known."""
     ids, labels = prompt.render(record.turns, record.responses[0], record.id)
-    table = Table("position", "token", "id", "trained", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(
+        "position", "token", "id", "trained", box=None, header_style="bold", padding=(0, 2, 0, 0)
+    )
     position = 0
     for token, label in zip(ids, labels):
         span = (tower or 1) if token == IMAGE_INDEX else 1
@@ -150,7 +186,9 @@ def token_text(tokenizer: Any, token: int) -> str:
     # Decoded behind an x, as a decoder may drop the first space; bytes that are no letter keep their name.
     x = tokenizer.encode("x", add_special_tokens=False)
     decode = tokenizer.backend_tokenizer.decode
-    text = decode([*x, token], skip_special_tokens=False)[len(decode(x, skip_special_tokens=False)) :]
+    text = decode([*x, token], skip_special_tokens=False)[
+        len(decode(x, skip_special_tokens=False)) :
+    ]
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
         text = tokenizer.convert_ids_to_tokens(token)
     return printable(text).replace(" ", "␣")
@@ -171,7 +209,9 @@ def pictures(record: Record, folder: str, problems: list[str]) -> Iterable[Text]
             problems.append(f"{record.id}: {error}")
 
 
-def summary(shown: Totals, scanned: Totals, rows: int, template: str, model_max_length: int | None) -> Table:
+def summary(
+    shown: Totals, scanned: Totals, rows: int, template: str, model_max_length: int | None
+) -> Table:
     """Totals of the shown samples beside those of the file."""
     part = "the file" if scanned.rows == rows else f"{scanned.rows:,} of {rows:,} rows"
     table = Table("", "shown", part, title=f"{template} template", box=None, padding=(0, 2, 0, 0))
@@ -190,6 +230,9 @@ def summary(shown: Totals, scanned: Totals, rows: int, template: str, model_max_
     row("mean length", lambda t: f"{sum(t.expanded) / max(1, len(t.expanded)):.1f}")
     row("longest", lambda t: f"{max(t.expanded, default=0):,}")
     if model_max_length:
-        row(f"cut at {model_max_length}", lambda t: f"{sum(n > model_max_length for n in t.lengths):,}")
+        row(
+            f"cut at {model_max_length}",
+            lambda t: f"{sum(n > model_max_length for n in t.lengths):,}",
+        )
     row("rows with a problem", lambda t: f"{len(t.problems):,}")
     return table

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 IGNORE_INDEX = -100  # the label of a token that is not trained
-IMAGE_INDEX = -200  # stands in input_ids for one image, until batching makes room for its patch features
+IMAGE_INDEX = (
+    -200
+)  # stands in input_ids for one image, until batching makes room for its patch features
 IMAGE_PLACEHOLDER = "<image>"
 
 # Templates of our own. plain: for base models, which have no chat template, the form of Vicuna v1. bare: no roles at all,
@@ -67,7 +69,9 @@ class Slot(NamedTuple):
     lead: str = ""
 
 
-Part: TypeAlias = "int | str | Slot"  # of a rendered template: control token, the template's own text, data
+Part: TypeAlias = (
+    "int | str | Slot"  # of a rendered template: control token, the template's own text, data
+)
 
 
 class Layout(NamedTuple):
@@ -90,10 +94,14 @@ class Prompt:
 
     def __init__(self, tokenizer: Any, template: str = "auto") -> None:
         if template not in ("auto", "chat", *TEMPLATES):
-            raise ValueError(f"unknown prompt template {template!r}: choose auto, chat, plain or bare")
+            raise ValueError(
+                f"unknown prompt template {template!r}: choose auto, chat, plain or bare"
+            )
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json behind it: convert it first")
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no tokenizer.json behind it: convert it first"
+            )
         if template == "chat" and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: choose the plain one")
         self.name = template
@@ -113,13 +121,16 @@ class Prompt:
         self._control_ids: dict[str, int] = {token.content: i for i, token in added.items()}
         longest_first = sorted(added.values(), key=lambda token: len(token.content), reverse=True)
         control = "|".join(
-            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token in longest_first
+            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+            for token in longest_first
         )
         tail = self._apply_template(("user", "assistant"), "").partition("⟦assistant 1⟧")[2]
         match = re.match(rf"\s*({control})", tail) if control else None
         end = match[1] if match else tokenizer.eos_token
         if end is None:
-            raise ValueError("neither the template nor the tokenizer has a token that ends an answer")
+            raise ValueError(
+                "neither the template nor the tokenizer has a token that ends an answer"
+            )
         self.end_id = self._control_id(end)
         self.stop_ids: list[int] = sorted({self.end_id, tokenizer.eos_token_id} - {None})
         # Text between an answer and its end token (Llama-2 has a space there) is dropped: left untrained, the
@@ -130,7 +141,9 @@ class Prompt:
         )
         self._lead = self._layout([Message("user", "")], "").answer.lead
 
-    def render(self, turns: Sequence[Message], response: str | None, where: str = "") -> TokenizedPrompt:
+    def render(
+        self, turns: Sequence[Message], response: str | None, where: str = ""
+    ) -> TokenizedPrompt:
         """The training sequence; with `response` None the generation prompt, which is exactly its beginning.
 
         Trained are the response, the earlier assistant turns, and the end token of each. `where` names the
@@ -148,7 +161,9 @@ class Prompt:
         """Several answers to the same turns: the shared prompt once, and each answer's trained ids with the
         end token. The prompt and one of them are what `render` gives."""
         slot = self._layout(turns, where).answer
-        return self._prefix(turns, where), [self._answer_ids(slot, text, where) for text in responses]
+        return self._prefix(turns, where), [
+            self._answer_ids(slot, text, where) for text in responses
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, trained or generated, up to its end token: `render_branches` undone."""
@@ -162,12 +177,17 @@ class Prompt:
         ids: list[int] = []
         labels: list[int] = []
         text = ""
-        for part in [*_fill(self._layout(turns, where).prefix, turns), None]:  # None: the end, for the text before it
+        for part in [
+            *_fill(self._layout(turns, where).prefix, turns),
+            None,
+        ]:  # None: the end, for the text before it
             if isinstance(part, str):
                 text += part
                 continue
             if text:  # behind a control token it is encoded with the anchor, whose own id is left out again
-                new = self._encode(self._text, self._anchor + text if ids else text, where)[bool(ids) :]
+                new = self._encode(self._text, self._anchor + text if ids else text, where)[
+                    bool(ids) :
+                ]
                 ids, labels, text = ids + new, labels + [IGNORE_INDEX] * len(new), ""
             if isinstance(part, Slot):
                 new = self._answer_ids(part, turns[part.turn].content, where)
@@ -179,7 +199,9 @@ class Prompt:
     def _answer_ids(self, slot: Slot, text: str, where: str) -> list[int]:
         ids = self._encode(self._inner_text, slot.lead + text, where)
         if not text.strip() or not ids:
-            raise ValueError(_at(where) + "the answer is empty: give it a text or leave the record out")
+            raise ValueError(
+                _at(where) + "the answer is empty: give it a text or leave the record out"
+            )
         return [*ids, self.end_id]
 
     def _encode(self, encoder: Tokenizer, text: str, where: str) -> list[int]:
@@ -195,7 +217,9 @@ class Prompt:
             return self._layouts[roles]
         if not re.fullmatch("(system )?(user assistant )+", " ".join(roles) + " "):
             order = "at most one system turn, then user and assistant in turn, the user's last"
-            raise ValueError(_at(where) + f"the roles of the turns are {list(roles[:-1])}, but must be {order}")
+            raise ValueError(
+                _at(where) + f"the roles of the turns are {list(roles[:-1])}, but must be {order}"
+            )
         rendered, end = self._apply_template(roles, where), 0
         parts: list[Part] = []
         for match in self._parts.finditer(rendered):
@@ -208,7 +232,9 @@ class Prompt:
                 parts.append(Slot(int(match["answer"]), self._lead_after(parts, match["lead"])))
             else:
                 parts.append(self._control_id(match["control"]))
-        last = next(i for i, part in enumerate(parts) if isinstance(part, Slot) and part.turn == len(turns))
+        last = next(
+            i for i, part in enumerate(parts) if isinstance(part, Slot) and part.turn == len(turns)
+        )
         answer = parts[last]
         assert isinstance(answer, Slot)
         return self._layouts.setdefault(roles, Layout(parts[:last], answer))
@@ -245,7 +271,8 @@ class Prompt:
                 return rendered
             problem = "it leaves out or repeats a turn"
         raise ValueError(
-            _at(where) + f"the chat template cannot render {list(roles)}: {problem}. Try the plain template"
+            _at(where)
+            + f"the chat template cannot render {list(roles)}: {problem}. Try the plain template"
         )
 
 
@@ -258,7 +285,9 @@ def _text_encoder(backend: Tokenizer, inner: bool = False) -> Tokenizer:
     encoder = Tokenizer(models.BPE())
     encoder.normalizer, encoder.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     if inner:
-        encoder = Tokenizer.from_str(json.dumps(json.loads(encoder.to_str(), object_hook=_no_first_space)))
+        encoder = Tokenizer.from_str(
+            json.dumps(json.loads(encoder.to_str(), object_hook=_no_first_space))
+        )
     encoder.model = backend.model  # shared, not copied
     return encoder
 

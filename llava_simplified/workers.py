@@ -111,7 +111,9 @@ class _Local:
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, self._function, os.getpid()), daemon=True)
+        process = self._context.Process(
+            target=_work, args=(theirs, self._function, os.getpid()), daemon=True
+        )
         process.start()
         theirs.close()
         self._workers.append(_Worker(process, ours))
@@ -158,7 +160,10 @@ def _work(pipe: connection.Connection, function: Callable[[Any], Any], parent: i
         answer: tuple[Any, Exception | None]
         try:
             answer = function(spec), None
-        except (ValueError, OSError) as error:  # written for the user, or by the system; others need the traceback
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # written for the user, or by the system; others need the traceback
             answer = None, (ValueError if isinstance(error, ValueError) else OSError)(str(error))
         except Exception:  # noqa: BLE001 - whatever it is, the parent decides
             answer = None, RuntimeError(traceback.format_exc())
@@ -172,11 +177,15 @@ class _Ray:
         try:
             import ray
         except ImportError:
-            raise ValueError("--engine ray needs Ray: pip install 'llava-simplified[ray]'") from None
+            raise ValueError(
+                "--engine ray needs Ray: pip install 'llava-simplified[ray]'"
+            ) from None
         self._ray, self._ours = ray, not ray.is_initialized()
         if self._ours:
             address = os.environ.get("RAY_ADDRESS")
-            own: dict[str, Any] = {} if address else {"num_cpus": _cpus(), "include_dashboard": False}
+            own: dict[str, Any] = (
+                {} if address else {"num_cpus": _cpus(), "include_dashboard": False}
+            )
             ray.init(address=address, log_to_driver=False, **own)
         self.slots = workers or max(1, per_cpu * int(ray.cluster_resources().get("CPU", 1)))
         self._remote = ray.remote(num_cpus=1 / per_cpu, max_retries=0)(function)
@@ -216,5 +225,9 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     """`--engine`, `--workers` and `--shards`, the same for every command that works shard by shard."""
     group = parser.add_argument_group("where the shards run")
     group.add_argument("--engine", choices=list(_ENGINES), default="local")
-    group.add_argument("--workers", type=int, default=0, help="shards at a time (default: as the CPUs can take)")
-    group.add_argument("--shards", default="", metavar="i/n", help="only this slice, for a job array: 0/8 .. 7/8")
+    group.add_argument(
+        "--workers", type=int, default=0, help="shards at a time (default: as the CPUs can take)"
+    )
+    group.add_argument(
+        "--shards", default="", metavar="i/n", help="only this slice, for a job array: 0/8 .. 7/8"
+    )

@@ -6,7 +6,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two test processes share two cores: spinning would stall both
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # two test processes share two cores: spinning would stall both
 
 import json
 from pathlib import Path
@@ -45,7 +47,13 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse = random.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((48, 40)).save(root / "images" / f"{index}.jpg", quality=95)
         caption = CAPTIONS[index % len(CAPTIONS)]
-        rows.append({"image": f"{index}.jpg", "instruction": "Generate a caption of this image:", "response": caption})
+        rows.append(
+            {
+                "image": f"{index}.jpg",
+                "instruction": "Generate a caption of this image:",
+                "response": caption,
+            }
+        )
     (root / "train.json").write_text(json.dumps(rows[:12]))
     (root / "val.json").write_text(json.dumps(rows[12:]))
     return root

@@ -37,7 +37,9 @@ def mirror(data_folder: Path, tmp_path: Path) -> Iterator[str]:
 
 def call(*words: object, folder: Path) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([str(word) for word in words], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(word) for word in words], cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -50,22 +52,53 @@ def test_from_a_list_of_urls_to_captions(
     """16 good pictures, a missing one and one that is a page, by `llava` and by the tutorial's scripts."""
     names = [*(f"{i}.jpg" for i in range(16)), "gone.jpg", "page.jpg"]
     captions = [
-        row["response"] for name in ("train", "val") for row in json.loads((data_folder / f"{name}.json").read_text())
+        row["response"]
+        for name in ("train", "val")
+        for row in json.loads((data_folder / f"{name}.json").read_text())
     ]
     tsv = tmp_path / "captions.tsv"
-    tsv.write_text("".join(f"{text}\t{mirror}/{name}\n" for text, name in zip([*captions, "x", "y"], names)))
+    tsv.write_text(
+        "".join(f"{text}\t{mirror}/{name}\n" for text, name in zip([*captions, "x", "y"], names))
+    )
     tower, python = models_folder / "clip", sys.executable
     llava = [python, "-m", "llava_simplified.cli"]
     if way == "shards":
-        told = call(*llava, "download", tsv, "--output", "cc", "--allow-private", "--shard-size", 8, folder=tmp_path)
+        told = call(
+            *llava,
+            "download",
+            tsv,
+            "--output",
+            "cc",
+            "--allow-private",
+            "--shard-size",
+            8,
+            folder=tmp_path,
+        )
         call(*llava, "clean", "cc", "--vision_tower", tower, "--output", "clean.jsonl", "--compact", "small",
              "--compact-size", 36, "--dedupe", "exact", folder=tmp_path)  # fmt: skip
         records, images = tmp_path / "clean.jsonl", tmp_path / "small"
     else:
         scripts = ROOT / "data_preprocessing"
-        told = call(python, scripts / "retrieve_images.py", tsv, "--output", "cc", "--allow-private", folder=tmp_path)
+        told = call(
+            python,
+            scripts / "retrieve_images.py",
+            tsv,
+            "--output",
+            "cc",
+            "--allow-private",
+            folder=tmp_path,
+        )
         images = tmp_path / "cc" / "images"
-        call(python, scripts / "reformat.py", tsv, "--image-folder", images, "--output", "all.json", folder=tmp_path)
+        call(
+            python,
+            scripts / "reformat.py",
+            tsv,
+            "--image-folder",
+            images,
+            "--output",
+            "all.json",
+            folder=tmp_path,
+        )
         call(python, scripts / "clean.py", "all.json", "--image-folder", images, "--vision_tower", tower,
              "--output", "clean.json", folder=tmp_path)  # fmt: skip
         call(python, scripts / "reduce.py", "clean.json", "--count", 12, folder=tmp_path)

@@ -14,7 +14,11 @@ from llava_simplified.arguments import parse_arguments
 from llava_simplified.training.train_command import train
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
 
 LAUNCHERS = {
     "deepspeed": "deepspeed --num_accelerators 2 --master_port 29871",
@@ -46,16 +50,27 @@ def tutorial(models: Path, data: Path) -> list[object]:
 
 
 def predict(checkpoint: Path, data: Path, folder: Path) -> list[dict]:
-    words = ["--model-path", checkpoint, "--data-path", data / "val.json", "--image-folder", data / "images"]
+    words = [
+        "--model-path",
+        checkpoint,
+        "--data-path",
+        data / "val.json",
+        "--image-folder",
+        data / "images",
+    ]
     call(sys.executable, ROOT / "predict.py", *words, "--max-new-tokens", 4, folder=folder)
     return json.loads((folder / "predictions.json").read_text())
 
 
 @pytest.mark.slow
-def test_train_then_predict_as_the_tutorial_says(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_train_then_predict_as_the_tutorial_says(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     call(sys.executable, ROOT / "train.py", *tutorial(models_folder, data_folder), folder=tmp_path)
     rows = predict(tmp_path / "output" / "mistral-clip", data_folder, tmp_path)
-    assert [row["index"] for row in rows] == [i for i in range(4) for _ in range(3)], "three trials a picture"
+    assert [row["index"] for row in rows] == [i for i in range(4) for _ in range(3)], (
+        "three trials a picture"
+    )
     assert set(rows[0]) == {"index", "image", "instruction", "gt_caption", "pred_output"}
 
 
@@ -65,9 +80,16 @@ def test_the_launch_scripts_train_and_predict_as_written(
 ) -> None:
     """Every flag of LLaVA's finetune.sh, in the folders that the tutorial speaks of; only the models are tiny."""
     for split in ("train", "val"):
-        (tmp_path / f"conceptual_captions_instruct_{split}_clean.json").symlink_to(data_folder / f"{split}.json")
+        (tmp_path / f"conceptual_captions_instruct_{split}_clean.json").symlink_to(
+            data_folder / f"{split}.json"
+        )
         (tmp_path / split).symlink_to(data_folder / "images")
-    tiny = ("--model_name_or_path", models_folder / "mistral", "--vision_tower", models_folder / "clip")
+    tiny = (
+        "--model_name_or_path",
+        models_folder / "mistral",
+        "--vision_tower",
+        models_folder / "clip",
+    )
     model = tmp_path / "model"
     more = (*tiny, "--output_dir", model, "--max_steps", 2, "--dataloader_num_workers", 1)
     said = call(ROOT / "finetune.sh", *more, folder=tmp_path, DATA=tmp_path)
@@ -79,10 +101,18 @@ def test_the_launch_scripts_train_and_predict_as_written(
 
 
 @pytest.fixture(scope="module")
-def loss_of_one(models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+def loss_of_one(
+    models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> float:
     """The first loss of one process, four pictures a step."""
     output = tmp_path_factory.mktemp("one")
-    words = [*tutorial(models_folder, data_folder), "--per_device_train_batch_size", 4, "--logging_steps", 1]
+    words = [
+        *tutorial(models_folder, data_folder),
+        "--per_device_train_batch_size",
+        4,
+        "--logging_steps",
+        1,
+    ]
     train(*parse_arguments([*map(str, words), "--seed", "42", "--output_dir", str(output)]))
     return first_loss(output)
 
@@ -101,9 +131,17 @@ def test_two_processes_are_one_training(
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
         start += ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
-    words = [*tutorial(models_folder, data_folder), "--per_device_train_batch_size", 2, "--logging_steps", 1]
+    words = [
+        *tutorial(models_folder, data_folder),
+        "--per_device_train_batch_size",
+        2,
+        "--logging_steps",
+        1,
+    ]
     call(*start, *words, "--seed", 42, "--output_dir", tmp_path / "two", folder=tmp_path)
-    assert first_loss(tmp_path / "two") == pytest.approx(loss_of_one, rel=1e-3), "the same pictures, whoever sees them"
+    assert first_loss(tmp_path / "two") == pytest.approx(loss_of_one, rel=1e-3), (
+        "the same pictures, whoever sees them"
+    )
     assert len(predict(tmp_path / "two", data_folder, tmp_path)) == 12
 
 
@@ -114,6 +152,8 @@ def test_the_help_needs_no_heavy_import() -> None:
 
 def test_a_user_error_is_one_line(tmp_path: Path) -> None:
     words = [sys.executable, ROOT / "predict.py", "--model-path", tmp_path, "--image", "gone.jpg"]
-    done = subprocess.run([str(w) for w in words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [str(w) for w in words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2
     assert done.stderr.strip() == "error: no picture gone.jpg"

@@ -14,10 +14,21 @@ from llava_simplified.arguments import MUST_BE_OFF, NO_EFFECT, RENAMED
 from llava_simplified.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.yaml"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "configs").glob("*.yaml")),
+]
 SCRIPTS = {"train.py": "train", "predict.py": "predict"}
 # of LLaVA's scripts, which `arguments.py` translates, and of other programs that the pages name
-ELSEWHERE = {"--help", "--strict", "--nproc_per_node", "--num_gpus", "--num_accelerators", "--group_by_length"}
+ELSEWHERE = {
+    "--help",
+    "--strict",
+    "--nproc_per_node",
+    "--num_gpus",
+    "--num_accelerators",
+    "--group_by_length",
+}
 TRANSLATED = {f"--{name}" for name in (*RENAMED, *NO_EFFECT, *MUST_BE_OFF)}
 
 
@@ -26,7 +37,11 @@ def options_of(command: str) -> frozenset[str]:
     sys.path.insert(0, str(ROOT / "docs"))
     from reference import parser_of
 
-    names = (name for action in parser_of(COMMANDS[command][0])._actions for name in action.option_strings)
+    names = (
+        name
+        for action in parser_of(COMMANDS[command][0])._actions
+        for name in action.option_strings
+    )
     if command == "plan":  # the options of a run, and its own
         return frozenset(names) | options_of("train")
     return frozenset(names) | (ELSEWHERE | TRANSLATED if command == "train" else {"--help"})
@@ -35,12 +50,14 @@ def options_of(command: str) -> frozenset[str]:
 def commands_in(text: str) -> list[list[str]]:
     """Every `llava X ...`, `train.py ...` and `predict.py ...` in indented lines and in backticks, as words."""
     text = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^#", " ", text))
-    lines = [re.sub(r"\s#.*", "", line) for line in re.findall(r"(?m)^    (.+)$", text)] + re.findall(
-        r"`([^`\n]+)`", text
-    )
+    lines = [
+        re.sub(r"\s#.*", "", line) for line in re.findall(r"(?m)^    (.+)$", text)
+    ] + re.findall(r"`([^`\n]+)`", text)
     found = []
     for line in lines:
-        if match := re.search(r"(?:^|[\s/])(llava [a-z][a-z-]*|train\.py|predict\.py)(\s.*|$)", line):
+        if match := re.search(
+            r"(?:^|[\s/])(llava [a-z][a-z-]*|train\.py|predict\.py)(\s.*|$)", line
+        ):
             name = SCRIPTS.get(match[1], match[1].removeprefix("llava "))
             found.append([name, *shlex.split(match[2].replace("...", ""))])
     return found
@@ -52,10 +69,14 @@ def test_every_command_of_the_pages_exists_with_its_options(page: Path) -> None:
         assert name in COMMANDS, f"{page.name}: llava {name}"
         for word in words:
             option = word.partition("=")[0]
-            assert not option.startswith("--") or option in options_of(name), f"{page.name}: llava {name} {option}"
+            assert not option.startswith("--") or option in options_of(name), (
+                f"{page.name}: llava {name} {option}"
+            )
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "coming-from.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.name != "coming-from.md"], ids=lambda path: path.name
+)
 def test_every_option_that_a_page_names_exists(page: Path) -> None:
     known = frozenset().union(*(options_of(name) for name in COMMANDS)) | ELSEWHERE
     named = set(re.findall(r"`(--[a-z][a-z0-9_-]+)", page.read_text(encoding="utf-8")))

@@ -29,7 +29,10 @@ ORDER = [
 def rank(module: str) -> int:
     """Of `data/images` or `prompt`: the line of ORDER that it stands in; the longest name that fits counts."""
     found = [
-        (len(name), line) for line, names in enumerate(ORDER) for name in names if f"{module}/".startswith(name + "/")
+        (len(name), line)
+        for line, names in enumerate(ORDER)
+        for name in names
+        if f"{module}/".startswith(name + "/")
     ]
     assert found, f"{module} has no place in the house: name it in ORDER"
     return max(found)[1]
@@ -55,14 +58,20 @@ def room(module: str) -> str:
     return module.partition("/")[0]
 
 
-MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+MODULES = sorted(
+    str(p.relative_to(PACKAGE).with_suffix(""))
+    for p in PACKAGE.rglob("*.py")
+    if p.name != "__init__.py"
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_room_imports_only_what_stands_before_it(module: str) -> None:
     for other in imports(PACKAGE / f"{module}.py"):
         same_room = "/" in module and room(other) == room(module)
-        assert same_room or rank(other) < rank(module), f"{module} imports {other}, which stands after it"
+        assert same_room or rank(other) < rank(module), (
+            f"{module} imports {other}, which stands after it"
+        )
 
 
 def test_no_file_is_needed_by_what_it_needs() -> None:

@@ -31,7 +31,9 @@ def table(output: str) -> dict[str, tuple[str, ...]]:
     return {line[0].strip(): tuple(line[1:]) for line in lines if len(line) == 3}
 
 
-def test_a_sample_token_by_token(models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_token_by_token(
+    models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write(tmp_path, row("a red car </s>"))
     assert inspect("--data", data, "--model_name_or_path", models_folder / "mistral") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -40,7 +42,9 @@ def test_a_sample_token_by_token(models_folder: Path, tmp_path: Path, capsys: py
     assert ["5", "<image>", "image"] in tokens
     assert tokens[6][1] == r"\n"
     trained = [line for line in tokens if line[-1] == "yes"]
-    assert "".join(line[1] for line in trained) == "␣a␣red␣car␣</s></s>"  # the first is text, the last the token
+    assert (
+        "".join(line[1] for line in trained) == "␣a␣red␣car␣</s></s>"
+    )  # the first is text, the last the token
     assert [line[2] for line in trained].count("1") == 1  # the id of </s>
     assert [*map(int, (line[0] for line in tokens))] == list(range(len(tokens)))
 
@@ -49,14 +53,28 @@ def test_an_image_takes_the_tokens_its_tower_gives(
     models_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = data_folder / "train.json"
-    model = ("--model_name_or_path", models_folder / "mistral", "--image_folder", data_folder / "images")
-    assert inspect("--data", data, *model, "--vision_tower", models_folder / "clip", "--count", 2) == 0
+    model = (
+        "--model_name_or_path",
+        models_folder / "mistral",
+        "--image_folder",
+        data_folder / "images",
+    )
+    assert (
+        inspect("--data", data, *model, "--vision_tower", models_folder / "clip", "--count", 2) == 0
+    )
     output = capsys.readouterr().out
     assert "5-20      <image> x 16       image" in output
-    assert "0.jpg: 48 x 40 pixels" in output and "train.json row 1" in output and "row 2" not in output
+    assert (
+        "0.jpg: 48 x 40 pixels" in output and "train.json row 1" in output and "row 2" not in output
+    )
     with_tower = table(output)
     assert with_tower["rows"] == ("2", "12") and with_tower["of images"] == ("32", "192")
-    assert inspect("--data", data, *model, "--mm_token_pool", 2, "--vision_tower", models_folder / "clip") == 0
+    assert (
+        inspect(
+            "--data", data, *model, "--mm_token_pool", 2, "--vision_tower", models_folder / "clip"
+        )
+        == 0
+    )
     assert table(capsys.readouterr().out)["of images"] == ("12", "48")
 
 
@@ -89,7 +107,9 @@ def test_the_totals_are_those_of_the_examples(
     assert totals["tokens"] == (str(lengths[0]), str(sum(lengths)))
     assert totals["trained"][1] == str(trained)
     assert totals["share trained"][1] == f"{trained / sum(lengths):.1%}"
-    assert totals["mean length"][1] == f"{sum(lengths) / 12:.1f}" and totals["longest"][1] == str(max(lengths))
+    assert totals["mean length"][1] == f"{sum(lengths) / 12:.1f}" and totals["longest"][1] == str(
+        max(lengths)
+    )
     assert totals[f"cut at {longest}"][1] == str(sum(length > int(longest) for length in lengths))
 
     assert inspect(*data, "--scan", 5) == 0
@@ -106,7 +126,9 @@ def test_several_responses_are_several_examples(
     assert "(the first of 6 responses)" in output and table(output)["examples"] == ("6", "6")
 
 
-def test_rows_with_problems_are_named(models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_with_problems_are_named(
+    models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write(
         tmp_path,
         row("a cat"),
@@ -128,15 +150,23 @@ def test_rows_with_problems_are_named(models_folder: Path, tmp_path: Path, capsy
     assert table(output)["rows with a problem"] == ("3", "5")
 
 
-def test_many_problems_are_counted(models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_problems_are_counted(
+    models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write(tmp_path, *[row("")] * 30)
     assert inspect("--data", data, "--model_name_or_path", models_folder / "mistral") == 1
     output = capsys.readouterr().out
-    assert output.count("the answer is empty") == 10 and "... and 20 more rows with a problem" in output
+    assert (
+        output.count("the answer is empty") == 10
+        and "... and 20 more rows with a problem" in output
+    )
 
 
 def test_colours_tell_what_is_trained_and_data_commands_no_terminal(
-    models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    models_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -155,11 +185,18 @@ def test_colours_tell_what_is_trained_and_data_commands_no_terminal(
     [
         (["--data", "missing.json", "--model_name_or_path", "x"], "missing.json"),
         (["--data", "{rows}", "--model_name_or_path", "no/where"], "no/where"),
-        (["--data", "{rows}", "--model_name_or_path", "{model}", "--vision_tower", "{model}"], "mistral"),
+        (
+            ["--data", "{rows}", "--model_name_or_path", "{model}", "--vision_tower", "{model}"],
+            "mistral",
+        ),
     ],
 )
 def test_what_is_not_there_is_one_line(
-    arguments: list[str], message: str, models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    models_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     places = {"rows": write(tmp_path, row("a cat")), "model": models_folder / "mistral"}
     assert inspect(*(argument.format(**places) for argument in arguments)) == 2

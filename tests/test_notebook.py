@@ -14,7 +14,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_every_cell_of_the_notebook_runs() -> None:
     notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "without outputs: they would say what no code says"
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "docs")}}).execute()
-    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert not any(cell.get("outputs") for cell in notebook.cells), (
+        "without outputs: they would say what no code says"
+    )
+    NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "docs")}}
+    ).execute()
+    text = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
     assert "captions right" in text and "labels broken" in text

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llava_simplified.workers import run_tasks, parse_slice
+from llava_simplified.workers import parse_slice, run_tasks
 
 
 def square(number: int) -> int:
@@ -119,12 +119,16 @@ def test_an_unknown_or_missing_engine_is_an_error(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_ray_runs_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="the ray extra is not installed")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # so that Ray's processes can import this file
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(__file__).parent)
+    )  # so that Ray's processes can import this file
     assert {d.spec: d.result for d in run_tasks(square, range(6), engine="ray", workers=2)} == {
         n: n * n for n in range(6)
     }
     paths = [str(tmp_path / f"{'bad' if i == 1 else 'good'}{i}") for i in range(3)]
-    assert sorted(d.result for d in run_tasks(die_once, paths, engine="ray", workers=2)) == sorted(paths)
+    assert sorted(d.result for d in run_tasks(die_once, paths, engine="ray", workers=2)) == sorted(
+        paths
+    )
     (done,) = run_tasks(always_wrong, [7], engine="ray", workers=1)
     assert "row 7 can't be" in done.error
 
@@ -135,7 +139,9 @@ def processes(_: int) -> int:
     return len(psutil.Process(os.getppid()).children())
 
 
-def test_no_more_processes_than_shards_or_than_the_job_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_processes_than_shards_or_than_the_job_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = len(psutil.Process().children())
     assert [d.result for d in run_tasks(processes, [0], workers=9)] == [before + 1]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)

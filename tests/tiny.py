@@ -28,9 +28,13 @@ def make_tokenizer(template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator([*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"] * 4, trainer)
+    tokenizer.train_from_iterator(
+        [*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"] * 4, trainer
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = template
     return fast
@@ -59,7 +63,9 @@ def make_language_model(kind: str, vocabulary: int):
     if kind == "qwen2":
         return t.Qwen2ForCausalLM(t.Qwen2Config(**common, tie_word_embeddings=True))
     if kind == "gemma2":
-        return t.Gemma2ForCausalLM(t.Gemma2Config(**common, head_dim=8, final_logit_softcapping=5.0))
+        return t.Gemma2ForCausalLM(
+            t.Gemma2Config(**common, head_dim=8, final_logit_softcapping=5.0)
+        )
     if kind == "phi":
         return t.PhiForCausalLM(t.PhiConfig(**common))
     if kind == "opt":
@@ -103,12 +109,16 @@ def make_vision_model(kind: str):
         heads = {"embed_dim": 12, "depths": [1, 1, 1], "num_heads": [2, 2, 2], "window_size": 4}
         return t.SwinModel(t.SwinConfig(image_size=32, patch_size=2, **heads))
     if kind == "convnext":
-        return t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2))
+        return t.ConvNextModel(
+            t.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2)
+        )
     if kind == "efficientnet":
         size = {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320}
         config = t.EfficientNetConfig(image_size=64, initializer_range=0.3, **size)
         model = t.EfficientNetModel(config).train()
-        model(torch.randn(8, 3, 64, 64))  # gives the batch norms their statistics: without, the features are 0
+        model(
+            torch.randn(8, 3, 64, 64)
+        )  # gives the batch norms their statistics: without, the features are 0
         return model.eval()
     raise ValueError(kind)
 
@@ -118,7 +128,7 @@ def save_vision_model(kind: str, folder: Path) -> str:
 
     make_vision_model(kind).save_pretrained(folder)
     size = 64 if kind == "efficientnet" else 32
-    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
-        folder
-    )
+    CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    ).save_pretrained(folder)
     return str(folder)

@@ -31,11 +31,18 @@ class Pictures(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        name, question = self.names[index // len(self.questions)], self.questions[index % len(self.questions)]
-        return Record((name,), insert_image_placeholders([Message("user", question)], 1, name), (), name)
+        name, question = (
+            self.names[index // len(self.questions)],
+            self.questions[index % len(self.questions)],
+        )
+        return Record(
+            (name,), insert_image_placeholders([Message("user", question)], 1, name), (), name
+        )
 
 
-def open_inputs(source: str, image_folder: str | None, questions: Sequence[str]) -> tuple[Sequence[Record], str]:
+def open_inputs(
+    source: str, image_folder: str | None, questions: Sequence[str]
+) -> tuple[Sequence[Record], str]:
     """What SOURCE holds, and the folder that its images are in.
 
     Args:
@@ -67,5 +74,3 @@ def open_inputs(source: str, image_folder: str | None, questions: Sequence[str])
     if not names:
         raise ValueError(f"{source}: no picture, folder of pictures, shard or file of records")
     return Pictures(names, questions), str(folder.absolute())
-
-

@@ -20,17 +20,18 @@ from tqdm.auto import tqdm
 from llava_simplified.captioning.inputs import Pictures, open_inputs
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, prediction_row
-from llava_simplified.model.generation import GenerationOptions, prompt_hashes, encode, generate_from
+from llava_simplified.model.generation import (
+    GenerationOptions,
+    encode,
+    generate_from,
+    prompt_hashes,
+)
 from llava_simplified.model.llava import Llava
 
 WINDOW = 8  # batches that are sorted together, so that prompts of one length meet
 
 
 # ---- what is captioned ----
-
-
-
-
 
 
 # ---- captions, batch by batch ----
@@ -64,15 +65,26 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
     Raises:
         ValueError: nothing to caption, or the file was begun with other settings.
     """
-    output, bad_path, begun = (Path(job.output + end) for end in ("", ".bad.jsonl", ".settings.json"))
+    output, bad_path, begun = (
+        Path(job.output + end) for end in ("", ".bad.jsonl", ".settings.json")
+    )
     records, folder = open_inputs(job.source, job.image_folder, job.questions)
     # of a batch's size a caption knows nothing, and a folder may be moved
-    settings = {**asdict(job), "batch_size": None, "output": None, "model": _written(job.model_path)}
-    settings = json.loads(json.dumps({**settings, "contents of the source": _contents(records, job.source)}))
+    settings = {
+        **asdict(job),
+        "batch_size": None,
+        "output": None,
+        "model": _written(job.model_path),
+    }
+    settings = json.loads(
+        json.dumps({**settings, "contents of the source": _contents(records, job.source)})
+    )
     if output.exists():
         old = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else {}
         if other := [name for name in settings if name not in old or old[name] != settings[name]]:
-            raise ValueError(f"{output} was begun with another {', '.join(other)}: delete it, or give another --output")
+            raise ValueError(
+                f"{output} was begun with another {', '.join(other)}: delete it, or give another --output"
+            )
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         bad_path.unlink(missing_ok=True)
@@ -84,11 +96,15 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
         records.questions = (model.instruction,)
     indices = range(min(len(records), job.limit or len(records)))[job.chunk :: job.chunks]
     todo = [index for index in indices if index not in done]
-    bar = tqdm(total=len(indices), initial=len(indices) - len(todo), unit=" records", dynamic_ncols=True)
+    bar = tqdm(
+        total=len(indices), initial=len(indices) - len(todo), unit=" records", dynamic_ncols=True
+    )
     with output.open("ab") as good, bad_path.open("ab") as rejected, bar:
         for rows, bad in caption_records(model, records, folder, job.options, job.batch_size, todo):
             for stream, batch in ((good, rows), (rejected, bad)):
-                stream.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch))
+                stream.write(
+                    b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch)
+                )
                 stream.flush()
             bar.update(len(rows) // job.options.num_return_sequences + len(bad))
     bad_count = len(_whole_records(bad_path, 1))
@@ -99,7 +115,11 @@ def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
 
 def _written(model_path: str) -> list[int]:
     """When a checkpoint's files were written: trained anew in the same place, it is another model."""
-    return sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors")) if model_path else []
+    return (
+        sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors"))
+        if model_path
+        else []
+    )
 
 
 def _contents(records: Sequence[Record], source: str) -> object:
@@ -154,7 +174,13 @@ def caption_records(
             while head in done:
                 index, record, outcome = numbers[head], window[head], done.pop(head)
                 if isinstance(outcome, ImageError):
-                    bad.append({"index": index, "image": record.images[0], "error": f"{record.id}: {outcome}"})
+                    bad.append(
+                        {
+                            "index": index,
+                            "image": record.images[0],
+                            "error": f"{record.id}: {outcome}",
+                        }
+                    )
                 else:
                     rows += [prediction_row(index, record, text) for text in outcome]
                 head += 1
@@ -162,7 +188,11 @@ def caption_records(
 
 
 def _caption_window(
-    model: Llava, window: Sequence[Record], image_folder: str | Path, options: GenerationOptions, batch_size: int
+    model: Llava,
+    window: Sequence[Record],
+    image_folder: str | Path,
+    options: GenerationOptions,
+    batch_size: int,
 ) -> Iterator[dict[int, list[str] | ImageError]]:
     """Batches of prompts of nearly one length: what was said, or what is wrong with a picture, by place in the window."""
 
@@ -171,7 +201,9 @@ def _caption_window(
 
     prompts = [model.prompt.render(record.turns, None, record.id).input_ids for record in window]
     order = sorted(range(len(window)), key=lambda place: len(prompts[place]))
-    features: dict[str, torch.Tensor] = {}  # a picture is read and encoded once, however much is asked about it
+    features: dict[
+        str, torch.Tensor
+    ] = {}  # a picture is read and encoded once, however much is asked about it
     with ThreadPoolExecutor(1) as reader:  # ahead of the model
         names = dict.fromkeys(name for place in order for name in window[place].images)
         pixels = {name: reader.submit(load, name) for name in names}
@@ -187,7 +219,9 @@ def _caption_window(
             asked = [place for place in places if place not in outcomes]
             wanted = [name for place in asked for name in window[place].images]
             if new := [name for name in dict.fromkeys(wanted) if name not in features]:
-                features.update(zip(new, encode(model, torch.stack([pixels[name].result() for name in new]))))
+                features.update(
+                    zip(new, encode(model, torch.stack([pixels[name].result() for name in new])))
+                )
             if asked:
                 batch = [prompts[place] for place in asked]
                 shown = torch.stack([features[name] for name in wanted]) if wanted else None
@@ -199,24 +233,6 @@ def _caption_window(
 # ---- commands ----
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def load_model(asked: argparse.Namespace | Job) -> Llava:
     where = {name: getattr(asked, name) for name in ("model_base", "vision_tower", "bits")}
     return Llava.from_pretrained(asked.model_path, **where)
-
-
-
-

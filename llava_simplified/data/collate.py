@@ -34,7 +34,9 @@ class Example:
     id: str = ""
 
 
-def expand_images(ids: Sequence[int], tokens_per_image: int, like: Sequence[int] | None = None) -> np.ndarray:
+def expand_images(
+    ids: Sequence[int], tokens_per_image: int, like: Sequence[int] | None = None
+) -> np.ndarray:
     """Repeat every IMAGE_INDEX `tokens_per_image` times: room for the patch features.
 
     Args:
@@ -107,14 +109,21 @@ class Collator:
             are no padding.
     """
 
-    def __init__(self, tokens_per_image: int, pad_id: int, dummy_image: Mapping[str, torch.Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        tokens_per_image: int,
+        pad_id: int,
+        dummy_image: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.tokens_per_image = tokens_per_image
         self.pad_id = pad_id
         self.dummy_image = dummy_image or {}
 
     def __call__(self, rows: Sequence[Example | Sequence[Example]]) -> dict[str, Any]:
         packs = [[row] if isinstance(row, Example) else list(row) for row in rows]
-        laid = [[expand_example(example, self.tokens_per_image) for example in pack] for pack in packs]
+        laid = [
+            [expand_example(example, self.tokens_per_image) for example in pack] for pack in packs
+        ]
         examples = [example for pack in packs for example in pack]
         input_ids = pad([np.concatenate([s.input_ids for s in pack]) for pack in laid], self.pad_id)
         positions, labels = [], []
@@ -137,18 +146,22 @@ class Collator:
         if len(examples) == len(packs) and all(example.branches is None for example in examples):
             batch["attention_mask"] = pad([np.ones(len(pack[0].input_ids)) for pack in laid], 0)
         else:
-            segments = [[np.full(len(s.input_ids), n) for n, s in enumerate(pack, start=1)] for pack in laid]
+            segments = [
+                [np.full(len(s.input_ids), n) for n, s in enumerate(pack, start=1)] for pack in laid
+            ]
             batch["segment_ids"] = pad([np.concatenate(pack) for pack in segments], 0)
-            batch["branch_ids"] = pad([np.concatenate([s.branch_ids for s in pack]) for pack in laid], 0)
-            batch["position_ids"] = pad([np.concatenate([s.position_ids for s in pack]) for pack in laid], 0)
+            batch["branch_ids"] = pad(
+                [np.concatenate([s.branch_ids for s in pack]) for pack in laid], 0
+            )
+            batch["position_ids"] = pad(
+                [np.concatenate([s.position_ids for s in pack]) for pack in laid], 0
+            )
         for name in ("pixel_values", "image_features"):
             images = [getattr(e, name) for e in examples if getattr(e, name) is not None]
             if images:
                 batch[name] = torch.cat(images)
-        return batch if batch.keys() & {"pixel_values", "image_features"} else {**batch, **self.dummy_image}
-
-
-
-
-
-
+        return (
+            batch
+            if batch.keys() & {"pixel_values", "image_features"}
+            else {**batch, **self.dummy_image}
+        )

@@ -60,7 +60,9 @@ class CaptionDataset(Dataset[Example]):
         self.features = features
         self._ends: np.ndarray | None = None
         if not share_prefix:  # all records are read for it
-            counts = np.fromiter((len(r.responses) for r in records), dtype=np.int64, count=len(records))
+            counts = np.fromiter(
+                (len(r.responses) for r in records), dtype=np.int64, count=len(records)
+            )
             self._ends = np.cumsum(counts)
 
     def __len__(self) -> int:
@@ -93,7 +95,9 @@ class CaptionDataset(Dataset[Example]):
             return self.records[index], self.records[index].responses
         row = bisect_right(self._ends, index)
         record = self.records[row]
-        return record, [record.responses[index - int(self._ends[row])]]  # counted from the end: negative
+        return record, [
+            record.responses[index - int(self._ends[row])]
+        ]  # counted from the end: negative
 
     def images(self, record: Record) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Pixels, uint8 (images, 3, height, width), or features, (images, tokens, width), where they are stored already.
@@ -103,7 +107,9 @@ class CaptionDataset(Dataset[Example]):
         """
         if record.images and self.features is not None:
             if missing := next((name for name in record.images if name not in self.features), None):
-                raise ImageError("corrupt", f"{missing} could not be read when the features of all were computed")
+                raise ImageError(
+                    "corrupt", f"{missing} could not be read when the features of all were computed"
+                )
             rows = torch.stack([self.features[name] for name in record.images])
             return (rows, None) if rows.dtype == torch.uint8 else (None, rows)
         return record_pixels(record, self.image_folder, self.transform), None
@@ -123,11 +129,19 @@ class CaptionDataset(Dataset[Example]):
         for number, (answer, text) in enumerate(zip(answers, responses), start=1):
             if len(prefix.input_ids) + len(answer) > self.max_length:
                 answer = self._truncate(record, text, self.max_length - len(prefix.input_ids))
-                warnings.append(f"cut, {record.id}: an answer longer than model_max_length, {self.max_length} tokens")
+                warnings.append(
+                    f"cut, {record.id}: an answer longer than model_max_length, {self.max_length} tokens"
+                )
             ids += answer
             labels += answer
             branches += [number] * len(answer)
-        return Example(ids, labels, warnings=warnings, branches=branches if len(answers) > 1 else None, id=record.id)
+        return Example(
+            ids,
+            labels,
+            warnings=warnings,
+            branches=branches if len(answers) > 1 else None,
+            id=record.id,
+        )
 
     def _truncate(self, record: Record, text: str, room: int) -> list[int]:
         """As many whole words as fit, and the end token: what is learned from it still stops."""
@@ -146,7 +160,9 @@ class CaptionDataset(Dataset[Example]):
             words.pop()
 
 
-def record_pixels(record: Record, folder: str | Path, transform: ImageTransform) -> torch.Tensor | None:
+def record_pixels(
+    record: Record, folder: str | Path, transform: ImageTransform
+) -> torch.Tensor | None:
     """A record's images as the tower takes them: uint8 (images, 3, height, width), or None where it has none.
 
     Raises:
@@ -154,10 +170,14 @@ def record_pixels(record: Record, folder: str | Path, transform: ImageTransform)
     """
     if not record.images:
         return None
-    return torch.stack([transform(decode_image(read_image_bytes(name, folder))) for name in record.images])
+    return torch.stack(
+        [transform(decode_image(read_image_bytes(name, folder))) for name in record.images]
+    )
 
 
-def open_data(path: str, folder: str | None, option: str, answered: bool = True) -> tuple[Sequence[Record], str]:
+def open_data(
+    path: str, folder: str | None, option: str, answered: bool = True
+) -> tuple[Sequence[Record], str]:
     """Records and the folder of their images (the data file's own where `folder` is None).
 
     The first images are opened as well: a wrong folder shows now, not in an hour.
@@ -184,5 +204,7 @@ def open_data(path: str, folder: str | None, option: str, answered: bool = True)
         except ImageError as error:
             errors.append(error)
     if names and len(errors) == len(names):
-        raise ValueError(f"{option} {folder}: none of the first images can be read; the first: {errors[0]}")
+        raise ValueError(
+            f"{option} {folder}: none of the first images can be read; the first: {errors[0]}"
+        )
     return records, folder

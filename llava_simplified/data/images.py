@@ -19,13 +19,30 @@ if TYPE_CHECKING:  # torch takes two seconds to import, and the downloader decod
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 """A path, file bytes, a PIL image, or uint8 RGB (height, width, 3)."""
 MAX_PIXELS = 50_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no EPS: Pillow runs Ghostscript on it
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "AVIF",
+)  # no EPS: Pillow runs Ghostscript on it
 _ORIENTATION = 274  # the EXIF tag
 _SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 _QUALITY = 95
 Image.init()  # its plugins now: forked workers share them
 # What Pillow and its decoders raise for bytes that are no whole picture; `make fuzz` knows of no other.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, MemoryError, RuntimeError)
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    TypeError,
+    MemoryError,
+    RuntimeError,
+)
 
 
 class ImageError(ValueError):
@@ -61,7 +78,10 @@ def read_image_bytes(image: str, folder: str | Path) -> bytes:
             return read_shard_image(place, key)
         if place.is_file():  # and no pipe, which would be waited for
             return place.read_bytes()
-    except (OSError, ValueError) as error:  # too long a name, no right to read it, a disk that fails
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # too long a name, no right to read it, a disk that fails
         raise ImageError("missing", str(error)) from error
     raise ImageError("missing", f"no image {place}; is the image folder right?")
 
@@ -114,7 +134,9 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Pictur
         width, height = height, width
     # bicubic takes 1.6 times as long, to be a thirtieth nearer to what the tower sees of the unshrunk picture
     small = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-    encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=_QUALITY, colorspace="RGB")
+    encoded = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(small), quality=_QUALITY, colorspace="RGB"
+    )
     return Picture(encoded, "jpg", width, height)
 
 
@@ -125,13 +147,17 @@ def _header(data: bytes, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             kind = "html" if data[:512].lstrip()[:1] == b"<" else "not_image"
-            raise ImageError(kind, f"not an image: {len(data)} bytes beginning {data[:16]!r}") from None
+            raise ImageError(
+                kind, f"not an image: {len(data)} bytes beginning {data[:16]!r}"
+            ) from None
         except Image.DecompressionBombError as error:
             raise ImageError("too_large", str(error)) from None
         except _BROKEN as error:
             raise _broken(f"corrupt header: {error}") from error
     if image.width * image.height > max_pixels:
-        raise ImageError("too_large", f"{image.width}x{image.height} pixels, the limit is {max_pixels}")
+        raise ImageError(
+            "too_large", f"{image.width}x{image.height} pixels, the limit is {max_pixels}"
+        )
     return image
 
 
@@ -141,9 +167,13 @@ def _pixels(image: Image.Image, data: bytes, least: tuple[int, int] = (0, 0)) ->
         warnings.simplefilter("ignore")  # of EXIF that is torn
         try:
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], strict=True)
+                pixels = simplejpeg.decode_jpeg(
+                    data, "RGB", min_height=least[0], min_width=least[1], strict=True
+                )
                 orientation = image.getexif().get(_ORIENTATION, 1)
-                return pixels if orientation == 1 else _upright(Image.fromarray(pixels), orientation)
+                return (
+                    pixels if orientation == 1 else _upright(Image.fromarray(pixels), orientation)
+                )
             return np.asarray(_on_white(ImageOps.exif_transpose(image)))
         except _BROKEN as error:
             raise _broken(f"corrupt {image.format}: {error}") from error
@@ -161,18 +191,16 @@ def _upright(image: Image.Image, orientation: int) -> np.ndarray:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a sample: Pillow's convert would clip them, not scale them
-        return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith(
+        "I"
+    ):  # 16 bits a sample: Pillow's convert would clip them, not scale them
+        return Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-
-
-
-
 
 
 def load_pixels(image: ImageSource) -> np.ndarray:
@@ -185,6 +213,8 @@ def load_pixels(image: ImageSource) -> np.ndarray:
         return decode_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an array must be uint8 RGB (height, width, 3), this is {image.dtype} {image.shape}")
+            raise ValueError(
+                f"an array must be uint8 RGB (height, width, 3), this is {image.dtype} {image.shape}"
+            )
         return image
     return np.asarray(image.convert("RGB"))

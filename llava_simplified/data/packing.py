@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 from llava_simplified.data.collate import Example
 
 
-def plan_packs(lengths: Sequence[int], pack_length: int, seed: int, pool: int = 8192) -> list[list[int]]:
+def plan_packs(
+    lengths: Sequence[int], pack_length: int, seed: int, pool: int = 8192
+) -> list[list[int]]:
     """Which examples share a sequence of at most `pack_length` positions: best fit, the longest first.
 
     Planned within random pools, so that a pack says nothing of the order of the data. Every index occurs once. An
@@ -52,7 +54,9 @@ class PackedDataset(Dataset[list[Example]]):
             )
         packs = plan_packs(lengths.tolist(), pack_length, seed)
         # flat, and not as a million lists: forked workers share what nobody counts references of
-        self._order = np.fromiter((index for pack in packs for index in pack), np.int32, len(lengths))
+        self._order = np.fromiter(
+            (index for pack in packs for index in pack), np.int32, len(lengths)
+        )
         self._starts = np.cumsum([0, *map(len, packs)])
         self._lengths = np.add.reduceat(lengths[self._order], self._starts[:-1])
 
@@ -69,6 +73,6 @@ class PackedDataset(Dataset[list[Example]]):
         return len(self._lengths)
 
     def __getitem__(self, index: int) -> list[Example]:
-        return [self.dataset[int(i)] for i in self._order[self._starts[index] : self._starts[index + 1]]]
-
-
+        return [
+            self.dataset[int(i)] for i in self._order[self._starts[index] : self._starts[index + 1]]
+        ]

@@ -13,7 +13,13 @@ from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
 CHECK_ALL = 20_000  # rows that `open_records` parses before it answers
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,47 +69,75 @@ def _images(row: dict[str, Any], where: str) -> tuple[str, ...]:
 
 def _instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
     if not isinstance(row.get("instruction"), str):
-        raise ValueError(f"{where}: no 'instruction' text and no 'conversations'; keys are {sorted(row)}")
-    responses = row["responses"] if "responses" in row else [row["response"]] if "response" in row else []
+        raise ValueError(
+            f"{where}: no 'instruction' text and no 'conversations'; keys are {sorted(row)}"
+        )
+    responses = (
+        row["responses"] if "responses" in row else [row["response"]] if "response" in row else []
+    )
     if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
-        raise ValueError(f"{where}: 'response' must be a text, 'responses' a list of texts, got {responses!r}")
+        raise ValueError(
+            f"{where}: 'response' must be a text, 'responses' a list of texts, got {responses!r}"
+        )
     return [Message("user", row["instruction"])], tuple(responses)
 
 
 def _conversation(rows: Any, where: str) -> tuple[list[Message], tuple[str, ...]]:
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{where}: 'conversations' must be a list of {{from, value}}, got {rows!r}")
+        raise ValueError(
+            f"{where}: 'conversations' must be a list of {{from, value}}, got {rows!r}"
+        )
     turns = []
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or row.get("from") not in _ROLES or not isinstance(row.get("value"), str):
-            raise ValueError(f"{where}: turn {number} needs 'from' (one of {', '.join(_ROLES)}) and a text 'value'")
+        if (
+            not isinstance(row, dict)
+            or row.get("from") not in _ROLES
+            or not isinstance(row.get("value"), str)
+        ):
+            raise ValueError(
+                f"{where}: turn {number} needs 'from' (one of {', '.join(_ROLES)}) and a text 'value'"
+            )
         turns.append(Message(_ROLES[row["from"]], row["value"]))  # type: ignore[arg-type]
     spoken = [turn.role for turn in turns if turn.role != "system"]
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2) or not spoken:
-        raise ValueError(f"{where}: turns must alternate human, gpt, human, ...; they are {', '.join(spoken)}")
+    if (
+        spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2)
+        or not spoken
+    ):
+        raise ValueError(
+            f"{where}: turns must alternate human, gpt, human, ...; they are {', '.join(spoken)}"
+        )
     if turns[-1].role == "assistant":
         return turns[:-1], (turns[-1].content,)
     return turns, ()
 
 
-def insert_image_placeholders(turns: Sequence[Message], count: int, where: str) -> tuple[Message, ...]:
+def insert_image_placeholders(
+    turns: Sequence[Message], count: int, where: str
+) -> tuple[Message, ...]:
     """Put `<image>` before the first user text where there are images and no text names one.
 
     Raises:
         ValueError: the texts name another number of images.
     """
-    named, first = count_images(turns), next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    named, first = (
+        count_images(turns),
+        next((i for i, turn in enumerate(turns) if turn.role == "user"), None),
+    )
     if first is not None and count and not named:
         lines = f"{IMAGE_PLACEHOLDER}\n" * count
         turns = [*turns[:first], Message("user", lines + turns[first].content), *turns[first + 1 :]]
     elif named != count:
-        raise ValueError(f"{where}: {count} image(s), but the text says {IMAGE_PLACEHOLDER} {named} time(s)")
+        raise ValueError(
+            f"{where}: {count} image(s), but the text says {IMAGE_PLACEHOLDER} {named} time(s)"
+        )
     return tuple(turns)
 
 
 def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
     """What a model said of a record, as prediction files hold it: a row a trial."""
-    truth: str | list[str] = list(record.responses) if len(record.responses) > 1 else "".join(record.responses)
+    truth: str | list[str] = (
+        list(record.responses) if len(record.responses) > 1 else "".join(record.responses)
+    )
     return {
         "index": index,
         "image": record.images[0] if record.images else None,
@@ -152,5 +186,7 @@ def open_records(path: str | Path, answered: bool = False) -> Records:
     for index in np.linspace(0, len(records) - 1, min(len(records), CHECK_ALL)).astype(int):
         record = records[int(index)]
         if answered and not (record.responses and all(map(str.strip, record.responses))):
-            raise ValueError(f"{record.id}: no answer to learn from, or an empty one; `llava clean` sets those aside")
+            raise ValueError(
+                f"{record.id}: no answer to learn from, or an empty one; `llava clean` sets those aside"
+            )
     return records

@@ -32,14 +32,19 @@ def open_rows(path: str | Path) -> RowFile:
     if not path.is_file():
         raise ValueError(f"{path}: no such file of records (a .json array, .jsonl or .parquet)")
     if path.suffix not in (".json", ".jsonl", ".parquet"):
-        raise ValueError(f"{path}: a file of records ends .json, .jsonl or .parquet; see `llava convert`")
+        raise ValueError(
+            f"{path}: a file of records ends .json, .jsonl or .parquet; see `llava convert`"
+        )
     return RowFile(_parquet_as_jsonl(path) if path.suffix == ".parquet" else path, path.name)
 
 
 def records_of(path: Path) -> Path:
     """Of a folder of `llava download` its records, of shards or of plain files; a file is itself."""
     names = ("records.json", "records.jsonl") if path.is_dir() else ()
-    return next((path / name for name in names if (path / name).is_file()), path / names[-1] if names else path)
+    return next(
+        (path / name for name in names if (path / name).is_file()),
+        path / names[-1] if names else path,
+    )
 
 
 class RowFile(Sequence[dict[str, Any]]):
@@ -52,7 +57,9 @@ class RowFile(Sequence[dict[str, Any]]):
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
-        self._starts, self._lengths = (_line_spans if path.suffix == ".jsonl" else _array_spans)(path)
+        self._starts, self._lengths = (_line_spans if path.suffix == ".jsonl" else _array_spans)(
+            path
+        )
         self._file: IO[bytes] | None = None
 
     def __len__(self) -> int:
@@ -66,7 +73,9 @@ class RowFile(Sequence[dict[str, Any]]):
         start, length = int(self._starts[index]), int(self._lengths[index])
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
-        return os.pread(self._file.fileno(), length, start)  # leaves no position behind: forked workers share the file
+        return os.pread(
+            self._file.fileno(), length, start
+        )  # leaves no position behind: forked workers share the file
 
     def longest(self, count: int) -> list[int]:
         """The `count` rows of most bytes."""
@@ -89,10 +98,14 @@ def _line_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with path.open("rb") as file:
         before = len(BOM) - 1 if file.read(3) == BOM else -1  # the place of the last line break
         file.seek(0)
-        for block in chain(iter(partial(file.read, 1 << 22), b""), [b"\n"]):  # the last line may lack its break
+        for block in chain(
+            iter(partial(file.read, 1 << 22), b""), [b"\n"]
+        ):  # the last line may lack its break
             breaks = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position
             edges = np.concatenate([[before], breaks])
-            keep = np.diff(edges) > 2  # the shortest row is {}; a blank line holds a carriage return at most
+            keep = (
+                np.diff(edges) > 2
+            )  # the shortest row is {}; a blank line holds a carriage return at most
             starts.append(edges[:-1][keep] + 1)
             lengths.append((np.diff(edges)[keep] - 1).astype(np.int32))
             before, position = edges[-1], position + len(block)
@@ -104,13 +117,17 @@ def _array_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with path.open("rb") as file:
         for key, _, start, end in scan_json(file, path.name):
             if key:
-                raise ValueError(f"{path}: an object with {key!r}, not an array of records; see `llava convert`")
+                raise ValueError(
+                    f"{path}: an object with {key!r}, not an array of records; see `llava convert`"
+                )
             starts.append(start)
             lengths.append(end - start)
     return np.array(starts, np.int64), np.array(lengths, np.int32)
 
 
-def scan_json(file: IO[bytes], name: str, block: int = 1 << 20) -> Iterator[tuple[str, Any, int, int]]:
+def scan_json(
+    file: IO[bytes], name: str, block: int = 1 << 20
+) -> Iterator[tuple[str, Any, int, int]]:
     """Walk a JSON file of any size with one block of it in memory.
 
     Yields (key, value, first byte, end byte) for each element of a top-level array (key "") or, where the top
@@ -122,7 +139,9 @@ def scan_json(file: IO[bytes], name: str, block: int = 1 << 20) -> Iterator[tupl
     text = _Window(file, name, block)
     opening, key = text.peek(), ""
     if opening not in ("[", "{"):
-        raise ValueError(f"{name}: neither a JSON array nor an object: it begins {text.text[:40]!r}")
+        raise ValueError(
+            f"{name}: neither a JSON array nor an object: it begins {text.text[:40]!r}"
+        )
     text.at += 1
     while (letter := text.peek()) not in ("]", "}"):
         if opening == "{":
@@ -150,7 +169,11 @@ class _Window:
 
     def __init__(self, file: IO[bytes], name: str, block: int) -> None:
         self.file, self.name, self.block = file, name, block
-        self.text, self.base, self.at = ("", 0, 0)  # what is seen, the byte it begins at, the place reached in it
+        self.text, self.base, self.at = (
+            "",
+            0,
+            0,
+        )  # what is seen, the byte it begins at, the place reached in it
         self._decode, self._skip = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
         if self._more() and self.text.startswith(BOM.decode("latin-1")):
             self.at = len(BOM)
@@ -158,7 +181,11 @@ class _Window:
     def _more(self) -> bool:
         grown = self.file.read(max(self.block, len(self.text) - self.at))
         if grown:
-            self.text, self.base, self.at = (self.text[self.at :] + grown.decode("latin-1"), self.base + self.at, 0)
+            self.text, self.base, self.at = (
+                self.text[self.at :] + grown.decode("latin-1"),
+                self.base + self.at,
+                0,
+            )
         return bool(grown)
 
     def peek(self) -> str:
@@ -172,7 +199,9 @@ class _Window:
 
     def expect(self, letter: str) -> None:
         if self.peek() != letter:
-            raise ValueError(f"{self.name}: not JSON at byte {self.base + self.at}: {letter!r} expected")
+            raise ValueError(
+                f"{self.name}: not JSON at byte {self.base + self.at}: {letter!r} expected"
+            )
         self.at += 1
 
     def value(self) -> tuple[Any, int, int]:
@@ -180,9 +209,14 @@ class _Window:
         while True:
             try:
                 item, end = self._decode(self.text, self.at)
-                if self.text[end : end + 1] in _AFTER or not self._more():  # 1.5 may look like 1 at a block's end
+                if (
+                    self.text[end : end + 1] in _AFTER or not self._more()
+                ):  # 1.5 may look like 1 at a block's end
                     break
-            except (ValueError, RecursionError) as error:  # the first also of numbers of 5,000 digits
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # the first also of numbers of 5,000 digits
                 place = self.base + getattr(error, "pos", self.at)
                 if len(self.text) - self.at > _LARGEST or not self._more():
                     message = getattr(error, "msg", error)
@@ -198,7 +232,11 @@ def _parquet_as_jsonl(path: Path) -> Path:
     """The rows as JSONL in the cache, without pictures: Parquet can't be read one row at a time."""
     import pyarrow.parquet as pq
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_simplified" / "records"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "llava_simplified"
+        / "records"
+    )
     cache.mkdir(parents=True, exist_ok=True)
     stat, place = path.stat(), hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     cached = cache / f"{place}-{stat.st_size:x}-{stat.st_mtime_ns:x}.jsonl"
@@ -206,7 +244,9 @@ def _parquet_as_jsonl(path: Path) -> Path:
         return cached
     for outdated in cache.glob(f"{place}-*.jsonl"):
         outdated.unlink()
-    table = pq.ParquetFile(path, buffer_size=1 << 20)  # a window over each column, not the whole row group
+    table = pq.ParquetFile(
+        path, buffer_size=1 << 20
+    )  # a window over each column, not the whole row group
     pictures = picture_column(table.schema_arrow)
     columns = [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
     partial, number = cached.with_suffix(f".{os.getpid()}.part"), 0

@@ -34,8 +34,8 @@ class LengthGroupedSampler(Sampler[int]):
         for start in range(0, len(order), pool):
             part = order[start : start + pool]
             order[start : start + pool] = part[np.argsort(self.lengths[part], kind="stable")]
-        whole = len(order) - len(order) % self.batch_size  # the last batch, if it is short, stays the last
+        whole = (
+            len(order) - len(order) % self.batch_size
+        )  # the last batch, if it is short, stays the last
         batches = random.permutation(order[:whole].reshape(-1, self.batch_size))
         return (int(index) for part in (batches.flat, order[whole:]) for index in part)
-
-

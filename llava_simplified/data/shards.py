@@ -19,7 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-_PICTURE_COLUMNS = {*IMAGE_SUFFIXES, "image", "img", "picture", "photo", "data", "content", "bytes", "image_bytes"}
+_PICTURE_COLUMNS = {
+    *IMAGE_SUFFIXES,
+    "image",
+    "img",
+    "picture",
+    "photo",
+    "data",
+    "content",
+    "bytes",
+    "image_bytes",
+}
 _BLOCK = 512
 END = b"\0" * (2 * _BLOCK)  # of a tar
 
@@ -35,7 +45,14 @@ class ShardWriter:
         os.ftruncate(self._file, end)
         self.end = os.lseek(self._file, 0, os.SEEK_END)
 
-    def add(self, key: str, image: bytes, suffix: str, captions: tuple[str, ...], metadata: dict[str, Any]) -> int:
+    def add(
+        self,
+        key: str,
+        image: bytes,
+        suffix: str,
+        captions: tuple[str, ...],
+        metadata: dict[str, Any],
+    ) -> int:
         """Append one sample; returns the offset of the image's first byte."""
         members = (
             (f"{key}.{suffix}", image),
@@ -64,10 +81,16 @@ def _member(name: str, data: bytes) -> bytes:
     """One file of a POSIX tar: header, data, padding. tarfile's own takes 30 us more."""
     if len(name) > 100 or not name.isascii():
         raise ValueError(f"{name!r} does not fit a tar header: at most 100 ASCII letters")
-    begin = name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % len(data)
+    begin = (
+        name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % len(data)
+    )
     header = begin + b"0" * 11 + b"\0" + b" " * 8 + b"0" + b"\0" * 100 + b"ustar\x0000"
     checksum = b"%06o\0 " % sum(header)
-    return header.replace(b" " * 8, checksum, 1).ljust(_BLOCK, b"\0") + data + b"\0" * (-len(data) % _BLOCK)
+    return (
+        header.replace(b" " * 8, checksum, 1).ljust(_BLOCK, b"\0")
+        + data
+        + b"\0" * (-len(data) % _BLOCK)
+    )
 
 
 class Member(NamedTuple):
@@ -84,7 +107,11 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
                 yield member
                 last = f"member {member.name!r}"
                 archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header it has seen
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # numbers in extended headers: tarfile trusts them
+    except (
+        tarfile.TarError,
+        ValueError,
+        OverflowError,
+    ) as error:  # numbers in extended headers: tarfile trusts them
         raise ValueError(f"{path}: not a whole tar: {error}, after {last}") from None
 
 
@@ -101,12 +128,19 @@ def tar_members(path: Path) -> Iterator[Member]:
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
-            raise ValueError(f"{path}: member {member.name!r} is a link, a device or sparse, not a plain file")
+            raise ValueError(
+                f"{path}: member {member.name!r} is a link, a device or sparse, not a plain file"
+            )
         if member.name.startswith("/") or ".." in Path(member.name).parts:
             raise ValueError(f"{path}: member {member.name!r} points out of the archive; refused")
         if member.offset_data + member.size > length:
-            raise ValueError(f"{path}: truncated in member {member.name!r}: {length} bytes are not all of it")
-        last, last_end = (f"member {member.name!r}", member.offset_data + -(-member.size // _BLOCK) * _BLOCK)
+            raise ValueError(
+                f"{path}: truncated in member {member.name!r}: {length} bytes are not all of it"
+            )
+        last, last_end = (
+            f"member {member.name!r}",
+            member.offset_data + -(-member.size // _BLOCK) * _BLOCK,
+        )
         yield Member(member.name, member.offset_data, member.size)
     with path.open("rb") as file:  # tarfile takes a torn header for the end
         file.seek(last_end)
@@ -147,7 +181,9 @@ class ShardIndex(NamedTuple):
 
 
 def _key_bytes(key: str) -> bytes:
-    return key.encode("utf-8", "surrogatepass")  # a tar's names may be in any encoding: tarfile makes surrogates of it
+    return key.encode(
+        "utf-8", "surrogatepass"
+    )  # a tar's names may be in any encoding: tarfile makes surrogates of it
 
 
 def shard_index(path: Path) -> ShardIndex:
@@ -162,7 +198,9 @@ def _shard_index(path: Path, _modified: int, _size: int) -> ShardIndex:
 
     manifest = path.with_suffix(".parquet")
     if manifest.is_file() and {"key", "offset", "length"} <= set(pq.read_schema(manifest).names):
-        table = pq.read_table(manifest, columns=["key", "offset", "length"], use_threads=False).drop_null()
+        table = pq.read_table(
+            manifest, columns=["key", "offset", "length"], use_threads=False
+        ).drop_null()
         names, offsets, sizes = (table[name].to_pylist() for name in ("key", "offset", "length"))
     else:
         pictures = [
@@ -170,10 +208,14 @@ def _shard_index(path: Path, _modified: int, _size: int) -> ShardIndex:
             for key, members in tar_samples(path)
             if any(suffix in members for suffix in IMAGE_SUFFIXES)
         ]
-        names, offsets, sizes = (list(column) for column in zip(*pictures)) if pictures else ([], [], [])
+        names, offsets, sizes = (
+            (list(column) for column in zip(*pictures)) if pictures else ([], [], [])
+        )
     keys = np.array([_key_bytes(name) for name in names], dtype="S")
     order = np.argsort(keys, kind="stable")
-    return ShardIndex(keys[order], np.array(offsets, np.int64)[order], np.array(sizes, np.int32)[order])
+    return ShardIndex(
+        keys[order], np.array(offsets, np.int64)[order], np.array(sizes, np.int32)[order]
+    )
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
@@ -185,7 +227,9 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb", buffering=0) as file:
         data = os.pread(file.fileno(), size, offset)
     if len(data) != size:
-        raise ValueError(f"{path}: truncated: {size} bytes expected at {offset}, {len(data)} are there")
+        raise ValueError(
+            f"{path}: truncated: {size} bytes expected at {offset}, {len(data)} are there"
+        )
     return data
 
 
@@ -207,8 +251,15 @@ def read_shard_image(path: Path, key: str) -> bytes:
 def picture_column(schema: Any) -> str:
     """The column of a Parquet file that holds pictures, "" where none does: other bytes may be a hash, an embedding."""
     fields = [field for field in schema if "binary" in str(field.type)]
-    structs = [field.name for field in fields if str(field.type).startswith("struct<") and "bytes: " in str(field.type)]
-    return next(iter(structs + [field.name for field in fields if field.name.lower() in _PICTURE_COLUMNS]), "")
+    structs = [
+        field.name
+        for field in fields
+        if str(field.type).startswith("struct<") and "bytes: " in str(field.type)
+    ]
+    return next(
+        iter(structs + [field.name for field in fields if field.name.lower() in _PICTURE_COLUMNS]),
+        "",
+    )
 
 
 @lru_cache(maxsize=2)
@@ -226,7 +277,9 @@ def _parquet_image(path: Path, row: int) -> bytes:
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(path)
-    ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+    ends = np.cumsum(
+        [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    )
     if not 0 <= row < metadata.num_rows:
         raise ValueError(f"{path}: no row {row}, it has {metadata.num_rows}")
     group = int(np.searchsorted(ends, row, side="right"))

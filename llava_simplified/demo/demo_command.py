@@ -20,19 +20,34 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def main(argv: list[str] | None = None) -> int:
     """Fetch, inspect, train in two stages, caption 300 pictures the model never saw, score, report."""
     parser = argparse.ArgumentParser("llava demo", description=main.__doc__)
-    parser.add_argument("--cache-dir", type=Path, help="where models and pictures are kept (~/.cache/llava-simplified)")
-    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="(default: %(default)s)")
-    parser.add_argument("--max-steps", type=int, help="stop each stage after so many steps, to try the way through")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        help="where models and pictures are kept (~/.cache/llava-simplified)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/demo"), help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-steps", type=int, help="stop each stage after so many steps, to try the way through"
+    )
     parser.add_argument("--limit", type=int, help="caption only so many pictures")
     args = parser.parse_args(argv)
     if not CONFIGS.is_dir():
-        raise ValueError(f"{CONFIGS} is not there: the demo runs from a checkout of the project (git clone, make demo)")
+        raise ValueError(
+            f"{CONFIGS} is not there: the demo runs from a checkout of the project (git clone, make demo)"
+        )
     start = time.monotonic()
-    for left in args.output.glob("predictions.json.part*"):  # of a demo that was stopped; its model is gone
+    for left in args.output.glob(
+        "predictions.json.part*"
+    ):  # of a demo that was stopped; its model is gone
         left.unlink()
     assets = fetch(args.cache_dir)
     for title, words in commands(assets, args.output, args.max_steps, args.limit):
-        print(f"\n== {title} ({time.monotonic() - start:.0f} s)\n$ llava {shlex.join(words)}", flush=True)
+        print(
+            f"\n== {title} ({time.monotonic() - start:.0f} s)\n$ llava {shlex.join(words)}",
+            flush=True,
+        )
         if status := cli.main(words):
             return status
     scores = json.loads((args.output / "scores.json").read_text(encoding="utf-8"))
@@ -40,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None) -> list[tuple[str, list[str]]]:
+def commands(
+    assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None
+) -> list[tuple[str, list[str]]]:
     """Every command of the demo, in order: what a person would type."""
     import torch
 
@@ -50,12 +67,16 @@ def commands(assets: DemoAssets, output: Path, max_steps: int | None, limit: int
     data = f"--train_data_path {train} --train_image_folder {images} --eval_data_path {val} --val_image_folder {images}"
     more = f"--max_steps {max_steps}" if max_steps else ""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
-        print("no C++ compiler here: the layers are not compiled, training takes half as long again")
+        print(
+            "no C++ compiler here: the layers are not compiled, training takes half as long again"
+        )
         more += " --compile_layers False"
     if not torch.accelerator.is_available() and not fast_bf16():
         print("bfloat16 is slow on this CPU: training is in float32")
         more += " --bf16 False"
-    first, second, out, configs = (q(str(path)) for path in (output / "projector", output / "model", output, CONFIGS))
+    first, second, out, configs = (
+        q(str(path)) for path in (output / "projector", output / "model", output, CONFIGS)
+    )
     lines = {
         "what the model is shown, and which tokens it is trained on": (
             f"inspect --data {train} --image_folder {images} --template bare --count 1 --mm_token_pool 3 {parts}"

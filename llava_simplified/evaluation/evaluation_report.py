@@ -67,19 +67,31 @@ def write_report(
     rows = [sorted(run.samples, key=lambda s: order.get((s.index, s.image), -1)) for run in runs]
     for run, samples in zip(runs, rows):
         if [(s.index, s.image) for s in samples] != list(order):
-            raise ValueError(f"runs {runs[0].name!r} and {run.name!r} are of different pictures; compare them apart")
+            raise ValueError(
+                f"runs {runs[0].name!r} and {run.name!r} are of different pictures; compare them apart"
+            )
     cards = _cards(runs, rows, train_captions)
     notes = list(dict.fromkeys(note for run in runs for note in run.result.notes))
     notes += _attach_pictures(cards, image_folder)
     if len(cards) < len(order):
-        notes.append(f"{len(cards)} of {len(order)} pictures are shown: the best, the worst and an even spread between")
-    html = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    template = html.from_string(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+        notes.append(
+            f"{len(cards)} of {len(order)} pictures are shown: the best, the worst and an even spread between"
+        )
+    html = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = html.from_string(
+        resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    )
     text = template.render(
         title=title,
         runs=[run.name for run in runs],
         result=runs[0].result,
-        tiles=[_tile(name, runs[0].result.mean[name]) for name in HEADLINES if name in runs[0].result.mean],
+        tiles=[
+            _tile(name, runs[0].result.mean[name])
+            for name in HEADLINES
+            if name in runs[0].result.mean
+        ],
         table=_score_table(runs),
         probe=_probe(runs[0].result),
         charts=_charts(runs, log),
@@ -99,7 +111,9 @@ def _show(name: str, value: float) -> str:
 
 
 def _tile(name: str, score: Score) -> dict[str, Any]:
-    interval = "" if math.isnan(score.low) else f"{_show(name, score.low)} – {_show(name, score.high)}"
+    interval = (
+        "" if math.isnan(score.low) else f"{_show(name, score.low)} – {_show(name, score.high)}"
+    )
     return {"name": name, "value": _show(name, score.value), "interval": interval}
 
 
@@ -144,7 +158,9 @@ def _cards(
     f1, cider = (runs[0].result.per_image[name].mean(axis=0) for name in ("word F1", "CIDEr-D"))
     ranked = sorted(range(len(f1)), key=lambda i: (-f1[i], -cider[i], i))
     if len(ranked) > CARDS:
-        spread = np.linspace(CARDS // 4, len(ranked) - 1 - CARDS // 4, CARDS - 2 * (CARDS // 4)).astype(int)
+        spread = np.linspace(
+            CARDS // 4, len(ranked) - 1 - CARDS // 4, CARDS - 2 * (CARDS // 4)
+        ).astype(int)
         ranked = [*ranked[: CARDS // 4], *(ranked[i] for i in spread), *ranked[-(CARDS // 4) :]]
     cards = []
     for i in ranked:
@@ -167,7 +183,9 @@ def _marked(sample: Sample) -> list[dict[str, Any]]:
     marked = []
     for caption, times in Counter(sample.captions).items():
         pieces = re.split(r"(\s+)", caption)
-        words = [(piece, any(word in true for word in WORD.findall(piece.lower()))) for piece in pieces]
+        words = [
+            (piece, any(word in true for word in WORD.findall(piece.lower()))) for piece in pieces
+        ]
         exact = plain(caption) in map(plain, sample.references)
         marked.append({"words": words, "times": times, "exact": exact})
     return marked
@@ -178,7 +196,9 @@ def _attach_pictures(cards: Sequence[dict[str, Any]], folder: Path) -> list[str]
     errors = []
     for card in cards:
         try:
-            card["picture"], card["width"], card["height"] = _thumbnail(read_image_bytes(card["image"], folder))
+            card["picture"], card["width"], card["height"] = _thumbnail(
+                read_image_bytes(card["image"], folder)
+            )
         except ImageError as error:
             card["picture"], card["width"], card["height"] = "", 4, 3
             errors.append(f"{card['image']}: {error}")
@@ -191,7 +211,9 @@ def _thumbnail(data: bytes) -> tuple[str, int, int]:
     image = Image.fromarray(decode_image(data))
     image.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS, reducing_gap=2.0)
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=QUALITY, lossless=max(image.size) <= 96)  # drawings and icons stay sharp
+    image.save(
+        buffer, "WEBP", quality=QUALITY, lossless=max(image.size) <= 96
+    )  # drawings and icons stay sharp
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size
 
 
@@ -205,8 +227,12 @@ def _charts(runs: Sequence[Run], log: Path | None) -> list[dict[str, Any]]:
     if curves:
         charts.append(_chart("Loss", "nats a token", curves))
     if watched:
-        charts.append(_chart("CIDEr-D while training", "of the watched validation pictures", watched))
-    steps = sorted((run.step, run.result.mean["CIDEr-D"].value) for run in runs if run.step is not None)
+        charts.append(
+            _chart("CIDEr-D while training", "of the watched validation pictures", watched)
+        )
+    steps = sorted(
+        (run.step, run.result.mean["CIDEr-D"].value) for run in runs if run.step is not None
+    )
     if len({step for step, _ in steps}) > 1:
         charts.append(_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": steps}))
     return charts
@@ -231,7 +257,9 @@ def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
                     curves[name][row["step"]] = row[key]
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
-                raise ValueError(f"{path} line {number}: not a row of a training log: {error!r}") from None
+                raise ValueError(
+                    f"{path} line {number}: not a row of a training log: {error!r}"
+                ) from None
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
@@ -243,14 +271,23 @@ def _chart(
             for name, points in series.items()}  # fmt: skip
     xs, ys = zip(*(point for points in thin.values() for point in points))
     x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
-    left, right, low, high = min(xs), max(max(xs), min(xs) + 1e-9), y_ticks[0], max(y_ticks[-1], max(ys))
+    left, right, low, high = (
+        min(xs),
+        max(max(xs), min(xs) + 1e-9),
+        y_ticks[0],
+        max(y_ticks[-1], max(ys)),
+    )
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return round(100 * (x - left) / (right - left), 2), round(100 - 100 * (y - low) / (high - low), 2)
+        return round(100 * (x - left) / (right - left), 2), round(
+            100 - 100 * (y - low) / (high - low), 2
+        )
 
     lines = []
     for name, points in thin.items():
-        spots = [(*place(x, y), f"{x:g}" if x == int(x) else f"{x:.0f}", f"{y:.3f}") for x, y in points]
+        spots = [
+            (*place(x, y), f"{x:g}" if x == int(x) else f"{x:.0f}", f"{y:.3f}") for x, y in points
+        ]
         path = "M" + "L".join(f"{x} {y}" for x, y, *_ in spots)
         lines.append({"name": name, "path": path, "spots": spots, "last": f"{points[-1][1]:.3f}"})
     return {
@@ -284,7 +321,9 @@ def _words(samples: Sequence[Sample], most: int = 12) -> dict[str, list[dict[str
     def surprise(word: str) -> float:
         a, b = ours[word], true[word]
         share = (a + b) / (all_ours + all_true)
-        part = sum(n * math.log(n / (share * total)) for n, total in ((a, all_ours), (b, all_true)) if n)
+        part = sum(
+            n * math.log(n / (share * total)) for n, total in ((a, all_ours), (b, all_true)) if n
+        )
         return math.copysign(part, a / all_ours - b / all_true)
 
     ranked = sorted({*ours, *true}, key=lambda word: (surprise(word), word))

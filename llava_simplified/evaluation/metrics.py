@@ -102,16 +102,22 @@ class _NGrams(NamedTuple):
     kinds: int  # how many ids there are
 
     def of(self, chosen: np.ndarray) -> _NGrams:
-        return _NGrams(self.text[chosen], self.gram[chosen], self.order[chosen], self.times[chosen], self.kinds)
+        return _NGrams(
+            self.text[chosen], self.gram[chosen], self.order[chosen], self.times[chosen], self.kinds
+        )
 
     def sums(self, weights: np.ndarray, texts: int) -> np.ndarray:
         """(texts, 4): the weights of the entries, summed per text and order."""
-        return np.bincount(self.text * 4 + self.order, weights, minlength=texts * 4).reshape(texts, 4)
+        return np.bincount(self.text * 4 + self.order, weights, minlength=texts * 4).reshape(
+            texts, 4
+        )
 
 
 def _count_ngrams(texts: Sequence[Sequence[str]]) -> _NGrams:
     vocabulary: dict[str, int] = {}
-    word = np.array([vocabulary.setdefault(w, len(vocabulary)) for text in texts for w in text], np.int64)
+    word = np.array(
+        [vocabulary.setdefault(w, len(vocabulary)) for text in texts for w in text], np.int64
+    )
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     position, gram, size, kinds = np.arange(len(word)), word, len(vocabulary), 0
     parts: list[tuple[np.ndarray, ...]] = []
@@ -159,7 +165,11 @@ def _ngram_metrics(captions: list[list[str]], references: list[list[str]]) -> li
 
 
 def _bleu_statistics(
-    written: list[list[str]], ours: _NGrams, true: list[list[list[str]]], theirs: _NGrams, picture_of: np.ndarray
+    written: list[list[str]],
+    ours: _NGrams,
+    true: list[list[list[str]]],
+    theirs: _NGrams,
+    picture_of: np.ndarray,
 ) -> np.ndarray:
     """(captions, 10): n-grams that a reference has too, n-grams, words, words of the closest reference."""
     key = picture_of[theirs.text] * ours.kinds + theirs.gram
@@ -171,13 +181,19 @@ def _bleu_statistics(
     lengths = np.array([len(words) for words in written])
     targets = []
     for i, length in enumerate(lengths.tolist()):
-        targets.append(min((abs(len(words) - length), len(words)) for words in true[i % len(true)])[1])
+        targets.append(
+            min((abs(len(words) - length), len(words)) for words in true[i % len(true)])[1]
+        )
     guessed = np.maximum(lengths[:, None] - np.arange(4), 0)
     return np.column_stack([correct, guessed, lengths, targets])
 
 
 def _cider(
-    written: list[list[str]], ours: _NGrams, true: list[list[str]], theirs: _NGrams, picture_of: np.ndarray
+    written: list[list[str]],
+    ours: _NGrams,
+    true: list[list[str]],
+    theirs: _NGrams,
+    picture_of: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """CIDEr-D and CIDEr (Vedantam et al. 2015, arXiv:1411.5726) of each caption.
 
@@ -188,18 +204,27 @@ def _cider(
     idf = math.log(pictures) - np.log(np.maximum(1, np.bincount(holds, minlength=ours.kinds)))
     norm = np.sqrt(ours.sums((ours.times * idf[ours.gram]) ** 2, len(written)))
     their_norm = np.sqrt(theirs.sums((theirs.times * idf[theirs.gram]) ** 2, len(true)))
-    bigrams, their_bigrams = (np.maximum([len(words) - 1 for words in texts], 0) for texts in (written, true))
+    bigrams, their_bigrams = (
+        np.maximum([len(words) - 1 for words in texts], 0) for texts in (written, true)
+    )
     key = ours.text * ours.kinds + ours.gram
     sort = np.argsort(key)
     scores = np.zeros((2, len(written)))
     for start in range(0, len(written), pictures):  # a trial: each reference meets one caption
         caption = start + picture_of
-        found = _lookup(key[sort], ours.times[sort], caption[theirs.text] * ours.kinds + theirs.gram)
+        found = _lookup(
+            key[sort], ours.times[sort], caption[theirs.text] * ours.kinds + theirs.gram
+        )
         norms = norm[caption] * their_norm
         penalty = math.e ** (-((bigrams[caption] - their_bigrams) ** 2) / (2 * 6.0**2))
-        for kind, (count, factor) in enumerate(((np.minimum(found, theirs.times), penalty), (found, 1.0))):
+        for kind, (count, factor) in enumerate(
+            ((np.minimum(found, theirs.times), penalty), (found, 1.0))
+        ):
             dot = theirs.sums(count * theirs.times * idf[theirs.gram] ** 2, len(true))
-            cosine = np.divide(dot, norms, out=np.zeros_like(norms), where=norms > 0).mean(axis=1) * factor
+            cosine = (
+                np.divide(dot, norms, out=np.zeros_like(norms), where=norms > 0).mean(axis=1)
+                * factor
+            )
             mean = np.bincount(picture_of, cosine) / np.bincount(picture_of)
             scores[kind, start : start + pictures] = 10 * mean
     return scores[0], scores[1]
@@ -232,7 +257,10 @@ def rouge_l(caption: str, references: Sequence[str]) -> float:
     words = caption.split(" ")
     others = [reference.split(" ") for reference in references]
     common = [_common_subsequence(words, other) for other in others]
-    precision, recall = max(common) / len(words), max(c / len(other) for c, other in zip(common, others))
+    precision, recall = (
+        max(common) / len(words),
+        max(c / len(other) for c, other in zip(common, others)),
+    )
     return (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision) if max(common) else 0.0
 
 
@@ -256,7 +284,10 @@ def word_f1(caption: str, references: Sequence[str]) -> float:
 
 
 def clip_scores(
-    model: Path, images: Sequence[bytes], captions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+    model: Path,
+    images: Sequence[bytes],
+    captions: Sequence[Sequence[str]],
+    references: Sequence[Sequence[str]],
 ) -> tuple[np.ndarray, np.ndarray]:
     """CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv:2104.08718), each (trials, pictures).
 
@@ -273,19 +304,25 @@ def clip_scores(
         tokenizer = AutoTokenizer.from_pretrained(model)
         processor = CLIPImageProcessorPil.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{model}: not a folder of a CLIP model (a vision tower alone is none): {error}") from None
+        raise ValueError(
+            f"{model}: not a folder of a CLIP model (a vision tower alone is none): {error}"
+        ) from None
     texts = sorted({text for group in [*captions, *references] for text in group})
     row = {text: number for number, text in enumerate(texts)}
 
     @torch.inference_mode()
-    def embed(items: Sequence[object], encode: Callable[[Sequence[object]], torch.Tensor]) -> torch.Tensor:
+    def embed(
+        items: Sequence[object], encode: Callable[[Sequence[object]], torch.Tensor]
+    ) -> torch.Tensor:
         parts = [encode(items[at : at + 64]) for at in range(0, len(items), 64)]
         return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1)
 
     def encode_text(batch: Sequence[object]) -> torch.Tensor:
         prompts = [f"A photo depicts {text}" for text in batch]
         limit = clip.config.text_config.max_position_embeddings
-        ids = tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        ids = tokenizer(
+            prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        )
         return clip.text_projection(clip.text_model(**ids).pooler_output)
 
     def encode_image(batch: Sequence[object]) -> torch.Tensor:
@@ -295,13 +332,18 @@ def clip_scores(
     text, image = embed(texts, encode_text), embed(images, encode_image)
     written = torch.stack([text[[row[caption] for caption in trial]] for trial in captions])
     score = 2.5 * (written * image).sum(-1).clamp(min=0).numpy()
-    closest = [(written[:, i] @ text[[row[r] for r in group]].T).amax(-1) for i, group in enumerate(references)]
+    closest = [
+        (written[:, i] @ text[[row[r] for r in group]].T).amax(-1)
+        for i, group in enumerate(references)
+    ]
     nearest = torch.stack(closest, dim=1).clamp(min=0).numpy()
     both = score + nearest
     return score, np.divide(2 * score * nearest, both, out=np.zeros_like(both), where=both > 0)
 
 
-def _java_metrics(captions: list[list[str]], references: list[list[str]]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _java_metrics(
+    captions: list[list[str]], references: list[list[str]]
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """METEOR and SPICE through pycocoevalcap: name -> array, and notes.
 
     A row a trial and one for each picture's best trial; column 0 the corpus score, the others the pictures'.
@@ -309,7 +351,9 @@ def _java_metrics(captions: list[list[str]], references: list[list[str]]) -> tup
     if not shutil.which("java"):
         return {}, ["METEOR and SPICE left out: no java on the PATH"]
     if not importlib.util.find_spec("pycocoevalcap"):
-        return {}, ["METEOR and SPICE left out: pycocoevalcap is not installed (pip install pycocoevalcap)"]
+        return {}, [
+            "METEOR and SPICE left out: pycocoevalcap is not installed (pip install pycocoevalcap)"
+        ]
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.spice import spice
 
@@ -329,7 +373,9 @@ def _java_metrics(captions: list[list[str]], references: list[list[str]]) -> tup
             if trial is None:  # last: each picture's best caption
                 best = np.array(rows)[:, 1:].argmax(axis=0)
                 trial = [captions[choice][picture] for picture, choice in enumerate(best)]
-            corpus, scores = judge.compute_score(true, {i: [caption] for i, caption in enumerate(trial)})
+            corpus, scores = judge.compute_score(
+                true, {i: [caption] for i, caption in enumerate(trial)}
+            )
             rows.append([corpus, *(s["All"]["f"] if name == "SPICE" else s for s in scores)])
         found[name] = np.array(rows)
     return found, notes
@@ -363,21 +409,29 @@ def evaluate(
     count = len(samples)
     captions = [list(trial) for trial in zip(*(sample.captions for sample in samples))]
     references = [sample.references for sample in samples]
-    result = _evaluate(captions, references, resamples, seed, _clip_metrics(clip, images, captions, references))
+    result = _evaluate(
+        captions, references, resamples, seed, _clip_metrics(clip, images, captions, references)
+    )
     if java:
         _add_java(result, captions, references)
     if count < UNSTABLE_BELOW:
-        result.notes.append(f"only {count} pictures with references: CIDEr is unstable under {UNSTABLE_BELOW}")
+        result.notes.append(
+            f"only {count} pictures with references: CIDEr is unstable under {UNSTABLE_BELOW}"
+        )
     if count > 1:
         order = np.random.default_rng(seed).permutation(count)
-        other = dict(zip(order.tolist(), np.roll(order, 1).tolist()))  # one cycle: nobody keeps its own captions
+        other = dict(
+            zip(order.tolist(), np.roll(order, 1).tolist())
+        )  # one cycle: nobody keeps its own captions
         swapped = [[trial[other[i]] for i in range(count)] for trial in captions]
         result.shuffled = _evaluate(swapped, references, resamples, seed).mean
     distinct = [len(set(map(plain, trial))) / count for trial in captions]
     result.shares["distinct captions"] = float(np.mean(distinct))
     if train_captions is not None:
         known = {plain(caption) for caption in train_captions}
-        result.shares["novel captions"] = float(np.mean([plain(c) not in known for t in captions for c in t]))
+        result.shares["novel captions"] = float(
+            np.mean([plain(c) not in known for t in captions for c in t])
+        )
         unseen = [i for i, group in enumerate(references) if known.isdisjoint(map(plain, group))]
         result.shares["unseen references"] = len(unseen) / count
         if unseen:
@@ -393,7 +447,9 @@ def _check(samples: Sequence[Sample]) -> None:
     for sample in samples:
         where = f"picture {sample.image!r} (index {sample.index})"
         if not sample.references:
-            raise ValueError(f"{where} has no reference caption: give 'gt_caption' in its row or --references")
+            raise ValueError(
+                f"{where} has no reference caption: give 'gt_caption' in its row or --references"
+            )
         if len(sample.captions) != len(first.captions):
             raise ValueError(
                 f"{where} has {len(sample.captions)} captions, {first.image!r} has {len(first.captions)}: "
@@ -425,7 +481,10 @@ def _tokens(groups: Iterable[Iterable[str]]) -> list[list[str]]:
 
 
 def _clip_metrics(
-    clip: Path | None, images: Sequence[bytes], captions: list[list[str]], references: Sequence[Sequence[str]]
+    clip: Path | None,
+    images: Sequence[bytes],
+    captions: list[list[str]],
+    references: Sequence[Sequence[str]],
 ) -> list[_Metric]:
     if clip is None:
         return []
@@ -433,14 +492,22 @@ def _clip_metrics(
     return [_mean_metric(name, score) for name, score in zip(("CLIPScore", "RefCLIPScore"), scores)]
 
 
-def _add_java(result: Evaluation, captions: list[list[str]], references: Sequence[Sequence[str]]) -> None:
+def _add_java(
+    result: Evaluation, captions: list[list[str]], references: Sequence[Sequence[str]]
+) -> None:
     found, notes = _java_metrics(_tokens(captions), _tokens(references))
     result.notes += notes
-    for name, rows in found.items():  # without intervals: METEOR's corpus score isn't a mean over pictures
+    for (
+        name,
+        rows,
+    ) in found.items():  # without intervals: METEOR's corpus score isn't a mean over pictures
         result.per_image[name] = rows[:-1, 1:]
         for scores, value in zip(result.trials, rows[:, 0]):
             scores[name] = Score(float(value))
-        result.mean[name], result.best[name] = Score(float(rows[:-1, 0].mean())), Score(float(rows[-1, 0]))
+        result.mean[name], result.best[name] = (
+            Score(float(rows[:-1, 0].mean())),
+            Score(float(rows[-1, 0])),
+        )
 
 
 def _summary(metrics: Sequence[_Metric], pictures: int, resamples: int, seed: int) -> Evaluation:
@@ -450,9 +517,14 @@ def _summary(metrics: Sequence[_Metric], pictures: int, resamples: int, seed: in
     # How often each resample holds each picture. CIDEr's document frequencies stay those of the whole set:
     # pictures that a resample holds twice would make every rare n-gram look common.
     sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    draws = [rng.multinomial(pictures, [1 / pictures] * pictures, size=size).astype(float) for size in sizes]
+    draws = [
+        rng.multinomial(pictures, [1 / pictures] * pictures, size=size).astype(float)
+        for size in sizes
+    ]
     for metric in metrics:
-        single = metric.finish(metric.statistics, 1)  # (trials, pictures, names): each picture a corpus of one
+        single = metric.finish(
+            metric.statistics, 1
+        )  # (trials, pictures, names): each picture a corpus of one
         for column, name in enumerate(metric.names):
             result.per_image[name] = own = single[..., column]
             best = np.take_along_axis(metric.statistics, own.argmax(axis=0)[None, :, None], axis=0)
@@ -460,7 +532,9 @@ def _summary(metrics: Sequence[_Metric], pictures: int, resamples: int, seed: in
             values = metric.finish(statistics.sum(axis=1), pictures)[..., column]
             sums = [np.stack([draw @ trial for trial in statistics], axis=1) for draw in draws]
             drawn = [metric.finish(part, pictures)[..., column] for part in sums]
-            bootstrap = np.concatenate(drawn or [np.full((1, len(values)), np.nan)])  # (resamples, trials + 1)
+            bootstrap = np.concatenate(
+                drawn or [np.full((1, len(values)), np.nan)]
+            )  # (resamples, trials + 1)
             for trial, scores in enumerate(result.trials):
                 scores[name] = _score(values[trial], bootstrap[:, trial])
             result.mean[name] = _score(values[:-1].mean(), bootstrap[:, :-1].mean(axis=1))

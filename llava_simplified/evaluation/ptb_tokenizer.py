@@ -19,26 +19,41 @@ from functools import cache, lru_cache
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 """What the server drops. It would drop brackets, but looks for "-LRB-" in lower-cased tokens: they stay."""
 
-_SECOND = {"cannot": 3, "'twas": 3, "gonna": 2, "gotta": 2, "lemme": 2, "gimme": 2, "wanna": 2, "'tis": 2}
+_SECOND = {
+    "cannot": 3,
+    "'twas": 3,
+    "gonna": 2,
+    "gotta": 2,
+    "lemme": 2,
+    "gimme": 2,
+    "wanna": 2,
+    "'tis": 2,
+}
 """Two words written as one, and the length of the second."""
 
 _WRITTEN = (
     {"{": "-LCB-", "}": "-RCB-", "[": "-LSB-", "]": "-RSB-", "&lt;": "<", "&gt;": ">"}
     | {"¢": "cents", "£": "#", "€": "$", "¤": "$", "₠": "$", "\x80": "$"}
     | {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", '"': "''", "&quot;": "''"}
-    | dict.fromkeys(["–", "—", "―", "\x96", "\x97", "---", "----", "&md;", "&mdash;", "&ndash;"], "--")
+    | dict.fromkeys(
+        ["–", "—", "―", "\x96", "\x97", "---", "----", "&md;", "&mdash;", "&ndash;"], "--"
+    )
 )
 _QUOTES = str.maketrans(
     {"\x91": "`", "‘": "`", "‛": "`", "‹": "`", "\x92": "'", "’": "'", "›": "'"}
     | {"\x93": "``", "“": "``", "«": "``", "\x94": "''", "”": "''", "»": "''"}
 )
 _AMP, _APOS, _NBSP = map(re.compile, ("(?i:&amp;)", "&apos;", "(?i:&nbsp;)"))
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9]*(?=[ \n]|, )")  # most of a caption: no other rule reaches farther here
+_PLAIN = re.compile(
+    r"[A-Za-z][A-Za-z0-9]*(?=[ \n]|, )"
+)  # most of a caption: no other rule reaches farther here
 
 _MONTHS_DAYS = "Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|Mon|Tues?|Wed|Thu|Thurs|Fri"
 _STATES = "Ala|Ariz|Calif|Colo|Conn|Ct|Dak|Fla|Ga|Ind|Kans?|Ky|Md|Mich|Minn|Mo|Mont|Neb|Nev|Okla|Penn|Tenn"
 _STATES += "|Va|Vt|Wisc?|Wyo"
-_CAPITAL_STATES = "A(?i:z|rk)|D(?i:el)|I(?i:ll)|L(?i:a)|M(?i:ass|iss)|O(?i:re)|P(?i:a)|T(?i:ex)|W(?i:ash)"
+_CAPITAL_STATES = (
+    "A(?i:z|rk)|D(?i:el)|I(?i:ll)|L(?i:a)|M(?i:ass|iss)|O(?i:re)|P(?i:a)|T(?i:ex)|W(?i:ash)"
+)
 _FIRMS = "Inc|Cos?|Corp|Ltd|Plc|Rt|Bancorp|Bhd|Assn|Univ|Intl|Sys|tel|est|ext|sq|Jr|Sr|Bros|(?:Ed|Ph)\\.D|Esq"
 _TITLES = (
     "Mr|Mrs|Ms|Drs?|Profs?|Sens?|Reps?|Attys?|Lt|Col|Gen|Messrs|Govs?|Adm|Rev|Maj|Sgt|Cpl|Pvt|Capt|Ste?|Ave|Pres|Lieut"
@@ -67,7 +82,9 @@ def _characters(wanted: Callable[[str, str], bool]) -> str:
 
 def _words(alpha: str) -> list[str]:
     """Words, contractions, elisions. Group `quote`: apostrophes are made plain; group `two`: see _SECOND."""
-    marks = _characters(lambda c, kind: c == "\xad" or ("\xff" < c < "\u0ed0" and kind in ("Mn", "Mc", "Sk")))
+    marks = _characters(
+        lambda c, kind: c == "\xad" or ("\xff" < c < "\u0ed0" and kind in ("Mn", "Mc", "Sk"))
+    )
     letter = rf"(?:[{alpha}{marks}]|&[aeiouAEIOU](?:acute|grave|uml);)"
     word = rf"{letter}(?:{letter}|\d)*(?:[.!?]{letter}(?:{letter}|\d)*)*"
     apos, any_apos = "(?:['\x92’]|(?i:&apos;))", "(?:['`\x91\x92‘’‛]|(?i:&apos;))"
@@ -128,7 +145,15 @@ def _names() -> list[str]:
         rf"((?:(?i:{_TITLES})|M(?i:iss)|{initials}|[A-Za-z])\.)",
         rf"({initials})\s",
         rf"([A-Za-z0-9]+(?:\.[A-Za-z0-9]+)*\.(?i:{_FILES}))[\s.?!,]",
-        *(rf"({form}" for form in (rf"{compound})", rf"{compound}\.)[,;:]", rf"{ampersand}\.)[,;:]", rf"{ampersand})")),
+        *(
+            rf"({form}"
+            for form in (
+                rf"{compound})",
+                rf"{compound}\.)[,;:]",
+                rf"{ampersand}\.)[,;:]",
+                rf"{ampersand})",
+            )
+        ),
     ]
 
 
@@ -209,6 +234,8 @@ def tokenize(caption: str) -> str:
     A token may hold a no-break space ("3\\xa01/2"), as the original's may. Line breaks count as spaces.
     """
     chunks = _NBSP.sub(" ", caption).split()
-    if all(map(_ALONE.fullmatch, chunks)):  # nearly all captions: words are looked up, not read again
+    if all(
+        map(_ALONE.fullmatch, chunks)
+    ):  # nearly all captions: words are looked up, not read again
         return " ".join(filter(None, (_scan_chunk(chunk + "\n") for chunk in chunks)))
     return _scan(" ".join(chunks) + "\n")

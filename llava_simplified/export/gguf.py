@@ -15,7 +15,13 @@ import gguf
 import numpy as np
 import torch
 
-from llava_simplified.export.stock import FLATTEN_CONTENT, describe, chat_template_of, two_layers, atomic_output_dir
+from llava_simplified.export.stock import (
+    FLATTEN_CONTENT,
+    atomic_output_dir,
+    chat_template_of,
+    describe,
+    two_layers,
+)
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import Message
@@ -35,7 +41,9 @@ PRE_TOKENIZERS = {
 }
 
 
-def export_gguf(checkpoint: str | Path, output: str | Path, dtype: str | None = None, **where: Any) -> dict[str, float]:
+def export_gguf(
+    checkpoint: str | Path, output: str | Path, dtype: str | None = None, **where: Any
+) -> dict[str, float]:
     """Write `model.gguf`, `mmproj.gguf` and an Ollama `Modelfile`; read both files back and compare every tensor.
 
     Args:
@@ -58,9 +66,15 @@ def export_gguf(checkpoint: str | Path, output: str | Path, dtype: str | None = 
                 "llama.cpp's own converter for the language model"
             )
         architecture = ARCHITECTURES[text.config.model_type]
-        kind = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[text.dtype]  # gguf.LlamaFileType
+        kind = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[
+            text.dtype
+        ]  # gguf.LlamaFileType
         files: dict[str, tuple[str, Settings, Weights]] = {
-            "model.gguf": (architecture, _text_settings(model, architecture), _text_weights(text, architecture)),
+            "model.gguf": (
+                architecture,
+                _text_settings(model, architecture),
+                _text_weights(text, architecture),
+            ),
             "mmproj.gguf": ("clip", *_tower(model)),
         }
         for name, (kind_of_model, settings, weights) in files.items():
@@ -77,7 +91,9 @@ def _text_settings(model: Llava, architecture: str) -> Settings:
     window = getattr(config, "sliding_window", None)
     values = {
         "vocab_size": config.vocab_size,
-        "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings),
+        "context_length": min(
+            config.max_position_embeddings, window or config.max_position_embeddings
+        ),
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
@@ -89,11 +105,17 @@ def _text_settings(model: Llava, architecture: str) -> Settings:
         "rope.dimension_count": head,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
-    return {"general.type": "model", **{f"{architecture}.{k}": v for k, v in values.items()}, **vocabulary(model)}
+    return {
+        "general.type": "model",
+        **{f"{architecture}.{k}": v for k, v in values.items()},
+        **vocabulary(model),
+    }
 
 
 def _text_weights(text: Any, architecture: str) -> Weights:
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), text.config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(
+        getattr(gguf.MODEL_ARCH, architecture.upper()), text.config.num_hidden_layers
+    )
     weights = _rope_factors(text, architecture)
     for name, weight in text.state_dict().items():
         if name == "lm_head.weight" and text.config.tie_word_embeddings:
@@ -103,7 +125,11 @@ def _text_weights(text: Any, architecture: str) -> Weights:
             raise ValueError(f"GGUF has no name for {name} in a {architecture} model")
         if architecture == "llama" and (match := re.search(r"\.([qk])_proj\.", name)):
             # llama.cpp turns neighbours (0, 1), Hugging Face halves (0, n / 2): rows change places, in place to save memory
-            heads = text.config.num_attention_heads if match[1] == "q" else text.config.num_key_value_heads
+            heads = (
+                text.config.num_attention_heads
+                if match[1] == "q"
+                else text.config.num_key_value_heads
+            )
             weight.copy_(weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2))
         weights[found] = weight
     return _in_float32(weights)
@@ -112,12 +138,16 @@ def _text_weights(text: Any, architecture: str) -> Weights:
 def _rope_factors(text: Any, architecture: str) -> Weights:
     """What the model's rotary frequencies are divided by (Llama 3.1 stretches the slow ones); nothing where that is 1."""
     rope = text.model.rotary_emb
-    plain = 1 / text.config.rope_parameters["rope_theta"] ** (torch.arange(len(rope.inv_freq)) / len(rope.inv_freq))
+    plain = 1 / text.config.rope_parameters["rope_theta"] ** (
+        torch.arange(len(rope.inv_freq)) / len(rope.inv_freq)
+    )
     factors = plain / rope.inv_freq.float()
     if torch.allclose(factors, torch.ones(())) and rope.attention_scaling == 1:
         return {}
     if architecture != "llama" or rope.attention_scaling != 1:
-        raise ValueError(f"no GGUF for the rotary scaling {text.config.rope_parameters} of {architecture}: use hf")
+        raise ValueError(
+            f"no GGUF for the rotary scaling {text.config.rope_parameters} of {architecture}: use hf"
+        )
     return {"rope_freqs.weight": factors}
 
 
@@ -125,26 +155,41 @@ def _tower(model: Llava) -> tuple[Settings, Weights]:
     tower: VisionTower = model.vision_tower
     config: Any = tower.model.config
     if config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise ValueError(f"llama.cpp reads CLIP and SigLIP towers, not {config.model_type}: use --format hf")
+        raise ValueError(
+            f"llama.cpp reads CLIP and SigLIP towers, not {config.model_type}: use --format hf"
+        )
     if tower.select_feature != "patch" or tower.transform.crop[0] != tower.transform.crop[1]:
-        raise ValueError("llama.cpp shows the patches of a square picture alone: no cls_patch, no other shapes")
+        raise ValueError(
+            "llama.cpp shows the patches of a square picture alone: no cls_patch, no other shapes"
+        )
     count = config.num_hidden_layers
-    layers = [layer % (count + 1) for layer in tower.select_layers]  # -2 of 12 layers is the input of the last: 11
-    blocks = min(max(layers) + 1, count)  # one more than needed: that is how llama.cpp finds -2 by itself
+    layers = [
+        layer % (count + 1) for layer in tower.select_layers
+    ]  # -2 of 12 layers is the input of the last: 11
+    blocks = min(
+        max(layers) + 1, count
+    )  # one more than needed: that is how llama.cpp finds -2 by itself
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, blocks)
     weights: Weights = {}
     for name, weight in tower.model.state_dict().items():
         full = f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
-        if not re.search(r"post_layernorm|\.head\.|position_ids", full):  # these stand behind every hidden state
+        if not re.search(
+            r"post_layernorm|\.head\.|position_ids", full
+        ):  # these stand behind every hidden state
             if found := names.get_name(full, try_suffixes=(".weight", ".bias")):
                 weights[found] = weight
             elif int((re.findall(r"layers\.(\d+)\.", full) or [0])[0]) < blocks:
                 raise ValueError(f"GGUF has no name for {name} of a {config.model_type}")
     projector = two_layers(model.projector, 2 * tower.width)["layers"]
-    order = sorted(range(len(layers)), key=layers.__getitem__)  # llama.cpp joins the layers from the lowest up
+    order = sorted(
+        range(len(layers)), key=layers.__getitem__
+    )  # llama.cpp joins the layers from the lowest up
     first = projector[0][0].detach().unflatten(1, (len(layers), -1))[:, order].flatten(1)
     for place, (matrix, bias) in zip((0, 2), ((first, projector[0][1]), projector[1])):
-        weights[f"mm.{place}.weight"], weights[f"mm.{place}.bias"] = matrix.detach().to(tower.dtype), bias.detach()
+        weights[f"mm.{place}.weight"], weights[f"mm.{place}.bias"] = (
+            matrix.detach().to(tower.dtype),
+            bias.detach(),
+        )
     values = {
         "image_size": tower.transform.crop[0],
         "patch_size": config.patch_size,
@@ -171,7 +216,9 @@ def _tower(model: Llava) -> tuple[Settings, Weights]:
 def _in_float32(weights: Weights) -> Weights:
     """llama.cpp multiplies with matrices of any kind, and adds only float32: vectors, positions, the patch filter."""
     return {
-        name: weight.detach() if weight.dim() == 2 and "position" not in name else weight.detach().float()
+        name: weight.detach()
+        if weight.dim() == 2 and "position" not in name
+        else weight.detach().float()
         for name, weight in weights.items()
     }
 
@@ -200,7 +247,11 @@ def vocabulary(model: Llava) -> Settings:
             return kinds.UNKNOWN
         if i in added:
             return kinds.CONTROL if added[i]["special"] else kinds.USER_DEFINED
-        return kinds.BYTE if bpe["byte_fallback"] and re.fullmatch(r"<0x..>", pieces[i]) else kinds.NORMAL
+        return (
+            kinds.BYTE
+            if bpe["byte_fallback"] and re.fullmatch(r"<0x..>", pieces[i])
+            else kinds.NORMAL
+        )
 
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "eot": model.prompt.end_id,
            "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}  # fmt: skip
@@ -208,21 +259,30 @@ def vocabulary(model: Llava) -> Settings:
         "tokens": [pieces.get(i, f"[PAD{i}]") for i in range(rows)],
         "token_type": [int(kind(i)) for i in range(rows)],
         **{f"{name}_token_id": i for name, i in ids.items() if i is not None and i < rows},
-        "add_bos_token": model.prompt.render([Message("user", "a")], None).input_ids[0] == tokenizer.bos_token_id,
+        "add_bos_token": model.prompt.render([Message("user", "a")], None).input_ids[0]
+        == tokenizer.bos_token_id,
         "add_eos_token": False,
     }
     if bpe["byte_fallback"]:
         # sentencepiece gives scores: of two pieces, the one with the higher score is joined first
         rank = {"".join(merge): -float(i) for i, merge in reversed(list(enumerate(merges)))}
-        steps = _steps(spec["normalizer"], "normalizers") + _steps(spec["pre_tokenizer"], "pretokenizers")
+        steps = _steps(spec["normalizer"], "normalizers") + _steps(
+            spec["pre_tokenizer"], "pretokenizers"
+        )
         settings |= {
             "model": "llama",
             "pre": "default",
             "scores": [rank.get(pieces.get(i, ""), -1e6) for i in range(rows)],
-            "add_space_prefix": any(s["type"] == "Prepend" or s.get("prepend_scheme") == "always" for s in steps),
+            "add_space_prefix": any(
+                s["type"] == "Prepend" or s.get("prepend_scheme") == "always" for s in steps
+            ),
         }
     else:
-        settings |= {"model": "gpt2", "pre": _pre_tokenizer(spec), "merges": [" ".join(merge) for merge in merges]}
+        settings |= {
+            "model": "gpt2",
+            "pre": _pre_tokenizer(spec),
+            "merges": [" ".join(merge) for merge in merges],
+        }
     chat = {"tokenizer.chat_template": template_of(model)}
     return {**{f"tokenizer.ggml.{key}": value for key, value in settings.items()}, **chat}
 
@@ -240,7 +300,9 @@ def _pre_tokenizer(spec: dict[str, Any]) -> str:
         elif step["use_regex"]:
             signature.append("words")
     if (known := PRE_TOKENIZERS.get(" ".join(signature))) is None:
-        raise ValueError(f"llama.cpp's name for this tokenizer's way of cutting words is not known here: {steps}")
+        raise ValueError(
+            f"llama.cpp's name for this tokenizer's way of cutting words is not known here: {steps}"
+        )
     return known
 
 
@@ -251,7 +313,9 @@ def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 def template_of(model: Llava) -> str:
     """The chat template, for servers that put a marker where the picture goes, without the line break behind it."""
     once = "one.text | replace('__>\\n', '__>') | replace('__>', '__>\\n')"  # markers: <__media__>, <__media_ab12__>
-    return FLATTEN_CONTENT.replace("'content': one.text", f"'content': {once}") + chat_template_of(model)
+    return FLATTEN_CONTENT.replace("'content': one.text", f"'content': {once}") + chat_template_of(
+        model
+    )
 
 
 def modelfile(model: Llava) -> str:
@@ -280,10 +344,14 @@ def _write(path: Path, architecture: str, settings: Settings, weights: Weights) 
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in settings.items():
         # counts are unsigned there; a list's kind is that of its first number
-        kind = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        kind = (
+            gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        )
         writer.add_key_value(key, value, kind)
     for name, weight in weights.items():
-        writer.add_tensor(name, _array(weight), raw_dtype=_BF16 if weight.dtype == torch.bfloat16 else None)
+        writer.add_tensor(
+            name, _array(weight), raw_dtype=_BF16 if weight.dtype == torch.bfloat16 else None
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -295,13 +363,19 @@ _BF16 = gguf.GGMLQuantizationType.BF16
 
 def _array(weight: torch.Tensor) -> np.ndarray:
     """numpy has no bfloat16: its bytes."""
-    return (weight.contiguous().view(torch.uint8) if weight.dtype == torch.bfloat16 else weight.contiguous()).numpy()
+    return (
+        weight.contiguous().view(torch.uint8)
+        if weight.dtype == torch.bfloat16
+        else weight.contiguous()
+    ).numpy()
 
 
 def _compare(path: Path, weights: Weights) -> None:
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     if found.keys() != weights.keys():
-        raise ValueError(f"{path.name}: reads back with other tensors: {sorted(found.keys() ^ weights.keys())[:5]}")
+        raise ValueError(
+            f"{path.name}: reads back with other tensors: {sorted(found.keys() ^ weights.keys())[:5]}"
+        )
     for name, weight in weights.items():
         if not np.array_equal(found[name], _array(weight)):
             raise ValueError(f"{path.name}: {name} reads back otherwise than it was written")

@@ -24,20 +24,32 @@ from llava_simplified.model.config import LlavaConfig, resolve_path
 from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.vision import VisionTower
-from llava_simplified.model.weights import weights_digest, check_state_dict
+from llava_simplified.model.weights import check_state_dict, weights_digest
 
 Weights = dict[str, torch.Tensor]
 
 
 def import_main(argv: list[str] | None = None) -> int:
     """The command line of `llava import`."""
-    parser = argparse.ArgumentParser("llava import", description="Read a LLaVA checkpoint of another codebase.")
+    parser = argparse.ArgumentParser(
+        "llava import", description="Read a LLaVA checkpoint of another codebase."
+    )
     parser.add_argument("source", type=Path, help="a folder, or mm_projector.bin")
-    parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
-    parser.add_argument("--model-base", help="the language model under a LoRA adapter or a lone projector")
-    parser.add_argument("--vision-tower", help="the vision tower, if it is not where the source says")
-    parser.add_argument("--template", default="auto", help="auto, chat, plain or bare: what it was trained with")
-    parser.add_argument("--instruction", default=DEFAULT_INSTRUCTION, help="what to ask where nothing is asked")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="a folder that does not exist yet"
+    )
+    parser.add_argument(
+        "--model-base", help="the language model under a LoRA adapter or a lone projector"
+    )
+    parser.add_argument(
+        "--vision-tower", help="the vision tower, if it is not where the source says"
+    )
+    parser.add_argument(
+        "--template", default="auto", help="auto, chat, plain or bare: what it was trained with"
+    )
+    parser.add_argument(
+        "--instruction", default=DEFAULT_INSTRUCTION, help="what to ask where nothing is asked"
+    )
     args = parser.parse_args(argv)
     print("\n".join([*import_checkpoint(**vars(args)), f"-> {args.output}"]))
     return 0
@@ -66,10 +78,19 @@ def import_checkpoint(
 
 
 def _convert(
-    source: Path, output: Path, model_base: str | None, vision_tower: str | None, template: str, instruction: str
+    source: Path,
+    output: Path,
+    model_base: str | None,
+    vision_tower: str | None,
+    template: str,
+    instruction: str,
 ) -> list[str]:
     folder = source if source.is_dir() else source.parent
-    config = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
+    config = (
+        json.loads((folder / "config.json").read_text("utf-8"))
+        if (folder / "config.json").is_file()
+        else {}
+    )
     weights = read_weights(source)
     text, projector, vision = split_weights(weights)
     report = [f"{len(group):,} weights of the {name}" for name, group in
@@ -79,31 +100,42 @@ def _convert(
             f"{source}: marks its pictures with tokens of their own (mm_use_im_start_end), which is not done here"
         )
     if (ratio := config.get("image_aspect_ratio", "square")) != "square":
-        report.append(f"beware: trained with image_aspect_ratio {ratio}; here the tower's own preprocessor crops")
+        report.append(
+            f"beware: trained with image_aspect_ratio {ratio}; here the tower's own preprocessor crops"
+        )
     if not projector:
-        raise ValueError(f"{source}: no projector among its {len(weights)} weights: {sorted(weights)[:5]}")
+        raise ValueError(
+            f"{source}: no projector among its {len(weights)} weights: {sorted(weights)[:5]}"
+        )
 
     stock = "text_config" in config
     tower_name = vision_tower or config.get("mm_vision_tower")
     if stock and vision:
         tower_name = _write_tower(config["vision_config"], vision, folder, output / "vision_tower")
     if tower_name is None:
-        raise ValueError(f"{source}: does not say which vision tower it was trained with: name it with --vision-tower")
+        raise ValueError(
+            f"{source}: does not say which vision tower it was trained with: name it with --vision-tower"
+        )
     lora = folder / "adapter_config.json"
     whole = bool(text) and not lora.is_file()
     base = str(folder) if whole else model_base
     if base is None:
-        raise ValueError(f"{source}: holds no language model: name the one it was trained on with --model-base")
+        raise ValueError(
+            f"{source}: holds no language model: name the one it was trained on with --model-base"
+        )
     depth = sum(weight.dim() == 2 for weight in projector.values())
     layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
     full = (
-        config.get("vision_feature_select_strategy") == "full" or config.get("mm_vision_select_feature") == "cls_patch"
+        config.get("vision_feature_select_strategy") == "full"
+        or config.get("mm_vision_select_feature") == "cls_patch"
     )
     # a tower without a CLS token has nothing to drop: its patches are all there is
     if full and stock and config["vision_config"].get("model_type", "").startswith("siglip"):
         full = False
     architecture = LlavaConfig(
-        language_model=resolve_path(base) if not whole else str(output.resolve() / "language_model"),
+        language_model=resolve_path(base)
+        if not whole
+        else str(output.resolve() / "language_model"),
         vision_tower=resolve_path(tower_name),
         mm_projector_type="linear" if depth == 1 else f"mlp{depth}x_gelu",
         mm_vision_select_layer=tuple(layer) if isinstance(layer, list) else layer,
@@ -140,7 +172,11 @@ def read_weights(source: Path) -> Weights:
     from safetensors.torch import load_file
 
     names = r"(pytorch_model|model|adapter_model|non_lora_trainables|mm_projector)\b.*\.(safetensors|bin)"
-    files = [p for p in sorted(source.iterdir()) if re.fullmatch(names, p.name)] if source.is_dir() else [source]
+    files = (
+        [p for p in sorted(source.iterdir()) if re.fullmatch(names, p.name)]
+        if source.is_dir()
+        else [source]
+    )
     weights: Weights = {}
     for path in files:
         try:
@@ -172,18 +208,26 @@ def split_weights(weights: Weights) -> tuple[Weights, Weights, Weights]:
             vision[match[1]] = tensor
         else:
             # stock: language_model.model.layers..., or since transformers 5 model.language_model.layers...
-            renamed = re.sub(r"^model\.language_model\.", "model.", re.sub(r"^language_model\.", "", plain))
+            renamed = re.sub(
+                r"^model\.language_model\.", "model.", re.sub(r"^language_model\.", "", plain)
+            )
             text[renamed] = tensor
     return text, projector, vision
 
 
-def _whole_model(architecture: LlavaConfig, config: dict[str, Any], text: Weights, folder: Path) -> Llava:
+def _whole_model(
+    architecture: LlavaConfig, config: dict[str, Any], text: Weights, folder: Path
+) -> Llava:
     """A model whose language model's weights come with it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = dict(config.get("text_config", config))
     kind = settings.pop("model_type").replace("llava_", "").replace("llava", "llama")
-    own = {key: value for key, value in settings.items() if not key.startswith("mm_") and key != "architectures"}
+    own = {
+        key: value
+        for key, value in settings.items()
+        if not key.startswith("mm_") and key != "architectures"
+    }
     text_config = AutoConfig.for_model(kind, **own)
     dtype = getattr(torch, architecture.dtype)
     language_model = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
@@ -195,15 +239,23 @@ def _whole_model(architecture: LlavaConfig, config: dict[str, Any], text: Weight
         "select_feature": architecture.mm_vision_select_feature,
     }
     tower = VisionTower.from_pretrained(architecture.vision_tower, dtype=dtype, **choices)
-    projector = build_projector(architecture.mm_projector_type, tower.width, text_config.hidden_size)
+    projector = build_projector(
+        architecture.mm_projector_type, tower.width, text_config.hidden_size
+    )
     tokenizer = load_tokenizer(str(folder))
     return Llava(tower, projector, language_model, tokenizer, architecture.template)
 
 
 def _fill(module: nn.Module, weights: Weights, name: str) -> None:
     expected = module.state_dict()
-    if set(weights) != set(expected) and len(expected) == 2 and {"0.weight", "0.bias"} == set(weights):
-        weights = {key.removeprefix("0."): value for key, value in weights.items()}  # a Sequential of one layer
+    if (
+        set(weights) != set(expected)
+        and len(expected) == 2
+        and {"0.weight", "0.bias"} == set(weights)
+    ):
+        weights = {
+            key.removeprefix("0."): value for key, value in weights.items()
+        }  # a Sequential of one layer
     check_state_dict(weights, expected, name)
     module.load_state_dict(weights)
 
@@ -213,8 +265,12 @@ def _write_tower(config: dict[str, Any], vision: Weights, folder: Path, target: 
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     settings = dict(config)
-    tower = AutoModel.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32)
-    own = {name.removeprefix("vision_model."): name for name in tower.state_dict()}  # a prefix of some versions only
+    tower = AutoModel.from_config(
+        AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32
+    )
+    own = {
+        name.removeprefix("vision_model."): name for name in tower.state_dict()
+    }  # a prefix of some versions only
     bare = {name.removeprefix("vision_model."): value for name, value in vision.items()}
     _fill(tower, {own.get(name, name): value for name, value in bare.items()}, "vision tower")
     tower.save_pretrained(target)
@@ -224,11 +280,18 @@ def _write_tower(config: dict[str, Any], vision: Weights, folder: Path, target: 
 
 def _check_tower(tower: VisionTower, vision: Weights) -> str:
     """The original writes its frozen tower along: it must be the one that is used here."""
-    ours = {name.removeprefix("vision_model."): value for name, value in tower.model.state_dict().items()}
+    ours = {
+        name.removeprefix("vision_model."): value
+        for name, value in tower.model.state_dict().items()
+    }
     for name, value in vision.items():
         own = ours.get(name.removeprefix("vision_model."))
         rounding = 2**-8  # of bfloat16, in which either may have been kept
-        if own is None or own.shape != value.shape or not torch.allclose(own.float(), value.float(), rounding, 1e-3):
+        if (
+            own is None
+            or own.shape != value.shape
+            or not torch.allclose(own.float(), value.float(), rounding, 1e-3)
+        ):
             raise ValueError(
                 f"vision tower: {name} is not the weight of the tower named: it was trained too, or another one was used; "
                 "name a folder of the right one with --vision-tower"
@@ -237,8 +300,15 @@ def _check_tower(tower: VisionTower, vision: Weights) -> str:
 
 
 def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import (
+        PeftConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
 
-    model.language_model = get_peft_model(model.language_model, PeftConfig.from_pretrained(str(config.parent)))
+    model.language_model = get_peft_model(
+        model.language_model, PeftConfig.from_pretrained(str(config.parent))
+    )
     check_state_dict(weights, get_peft_model_state_dict(model.language_model), "adapter")
     set_peft_model_state_dict(model.language_model, weights)

@@ -7,7 +7,12 @@ from pathlib import Path
 from llava_simplified.model.config import read_checkpoint_config
 
 
-def merge(checkpoint: str | Path, output: Path, model_base: str | None = None, vision_tower: str | None = None) -> None:
+def merge(
+    checkpoint: str | Path,
+    output: Path,
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+) -> None:
     """Write a checkpoint of the same model without adapters: `language_model/`, `vision_tower/` in their place.
 
     Raises:
@@ -34,5 +39,3 @@ def merge(checkpoint: str | Path, output: Path, model_base: str | None = None, v
     if text != "projector":
         parts["bits"] = 16
     save_checkpoint(model, output, LlavaConfig(**parts), manifest["training"])
-
-

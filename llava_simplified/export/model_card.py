@@ -23,7 +23,11 @@ def write_card(checkpoint: str | Path, folder: Path, form: str, scores: Path | N
     text, tower = public_name(parts["language_model"]), public_name(parts["vision_tower"])
     licence = licence_of(parts["language_model"])
     made = {"adapter": "LoRA on the language model", "language_model": "the whole language model"}
-    steps = f" {training['steps']:,} steps, {training['epochs']:.2f} epochs." if "epochs" in training else ""
+    steps = (
+        f" {training['steps']:,} steps, {training['epochs']:.2f} epochs."
+        if "epochs" in training
+        else ""
+    )
     lines = [
         "---",
         f"license: {licence or 'other'}",
@@ -76,10 +80,16 @@ def public_name(value: object) -> str:
     if match := re.search(r"models--([^/]+)--([^/]+)", str(value)):
         return f"{match[1]}/{match[2]}"
     path = Path(str(value))
-    return path.name if path.is_absolute() or path.parts[:1] in (("..",), ("~",)) or path.is_dir() else str(value)
+    return (
+        path.name
+        if path.is_absolute() or path.parts[:1] in (("..",), ("~",)) or path.is_dir()
+        else str(value)
+    )
 
 
-def _score(value: float | None, low: float | None = None, high: float | None = None) -> tuple[str, str]:
+def _score(
+    value: float | None, low: float | None = None, high: float | None = None
+) -> tuple[str, str]:
     known = f"{low:.4f} to {high:.4f}" if low is not None and high is not None else ""
     return ("" if value is None else f"{value:.4f}"), known
 
@@ -90,5 +100,3 @@ def licence_of(model: str) -> str | None:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.search(r"^license: *(\S+)$", text.partition("\n---")[0], re.MULTILINE)
     return found[1] if found else None
-
-

@@ -18,7 +18,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from llava_simplified.data.images import ImageError, ImageSource, decode_image, load_pixels, read_image_bytes
+from llava_simplified.data.images import (
+    ImageError,
+    ImageSource,
+    decode_image,
+    load_pixels,
+    read_image_bytes,
+)
 from llava_simplified.data.records import open_records
 from llava_simplified.model.config import read_checkpoint_config
 from llava_simplified.model.generation import DecodingBatch, GenerationOptions
@@ -38,7 +44,10 @@ FLATTEN_CONTENT = (
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
 # Where our own templates stand, the answer's beginning has to be asked for.
-GENERATION_PROMPT = {"plain": "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}", "bare": ""}
+GENERATION_PROMPT = {
+    "plain": "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    "bare": "",
+}
 
 
 def export_stock(
@@ -66,7 +75,9 @@ def export_stock(
     """
     manifest = read_checkpoint_config(checkpoint)
     if adapter and manifest["trained"] != "adapter":
-        raise ValueError(f"{checkpoint}: has no adapter (its language model was trained whole, or not at all): use hf")
+        raise ValueError(
+            f"{checkpoint}: has no adapter (its language model was trained whole, or not at all): use hf"
+        )
     if adapter and (bits := manifest["architecture"].get("bits", 16)) != 16:
         raise ValueError(
             f"{checkpoint}: its adapter belongs to weights of {bits} bits, which stock LLaVA has not: use hf"
@@ -74,10 +85,14 @@ def export_stock(
     pictures, kind = _pictures(manifest["training"], images)
     tune_malloc()
     with atomic_output_dir(Path(output)) as part:
-        model = Llava.from_pretrained(checkpoint, device="cpu", dtype=dtype, merge=not adapter, **where)
+        model = Llava.from_pretrained(
+            checkpoint, device="cpu", dtype=dtype, merge=not adapter, **where
+        )
         tower, text = cast(Any, model.vision_tower), cast(Any, model.language_model)
         if isinstance(tower.model, PeftModel):
-            tower.model = tower.model.merge_and_unload()  # the adapter that is written is the language model's
+            tower.model = (
+                tower.model.merge_and_unload()
+            )  # the adapter that is written is the language model's
         model.projector.to(tower.dtype)  # as it is written
         settings = describe(model)
         expected = [_say(model, picture) for picture in pictures]
@@ -89,12 +104,16 @@ def export_stock(
         del model, tower, text
         _write_processor(checkpoint, base, settings, template)
         if adapter:
-            _write_adapter(Path(checkpoint) / "adapter", part / "adapter", f"{Path(output).name}/base")
+            _write_adapter(
+                Path(checkpoint) / "adapter", part / "adapter", f"{Path(output).name}/base"
+            )
         largest, equal = _compare(base, part / "adapter" if adapter else None, pictures, expected)
     return {"logits differ by": largest, f"equal greedy captions of {len(pictures)} {kind}": equal}
 
 
-def _pictures(training: dict[str, Any], images: Sequence[ImageSource]) -> tuple[list[np.ndarray], str]:
+def _pictures(
+    training: dict[str, Any], images: Sequence[ImageSource]
+) -> tuple[list[np.ndarray], str]:
     """What the two models are compared on, and what that is."""
     if images:
         return [load_pixels(image) for image in images], "pictures named"
@@ -106,7 +125,8 @@ def _pictures(training: dict[str, Any], images: Sequence[ImageSource]) -> tuple[
             if found := [decode_image(read_image_bytes(name, folder)) for name in names]:
                 return found, "training pictures"
     return [
-        np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8) for seed in range(2)
+        np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+        for seed in range(2)
     ], "pictures of noise"
 
 
@@ -146,14 +166,20 @@ def describe(model: Llava) -> dict[str, Any]:
     """
     vision, text = model.vision_tower, model.language_model
     if vision.is_convolutional:
-        raise ValueError("stock LLaVA has no convolutional vision towers: train with a ViT (CLIP, SigLIP, DINOv2)")
+        raise ValueError(
+            "stock LLaVA has no convolutional vision towers: train with a ViT (CLIP, SigLIP, DINOv2)"
+        )
     if vision.token_pool:
         raise ValueError("stock LLaVA does not pool image tokens: train with --mm_token_pool 0")
     if not any(name.endswith("model.embed_tokens") for name, _ in text.named_modules()):
-        raise ValueError(f"stock LLaVA has no place for a {text.config.model_type}: train with another language model")
+        raise ValueError(
+            f"stock LLaVA has no place for a {text.config.model_type}: train with another language model"
+        )
     grid = (vision.transform.crop[0] // vision.model.config.patch_size) ** 2
     with torch.no_grad():
-        total = vision.model(torch.zeros(1, 3, *vision.transform.crop, dtype=vision.dtype)).last_hidden_state.shape[1]
+        total = vision.model(
+            torch.zeros(1, 3, *vision.transform.crop, dtype=vision.dtype)
+        ).last_hidden_state.shape[1]
     others = total - grid
     patches_only = vision.select_feature == "patch"
     if others > 1 and patches_only:
@@ -161,7 +187,10 @@ def describe(model: Llava) -> dict[str, Any]:
             f"stock LLaVA drops one token in front of the patches, this tower has {others}: train with "
             "--mm_vision_select_feature cls_patch"
         )
-    if isinstance(text.get_output_embeddings(), nn.Linear) and text.get_output_embeddings().bias is not None:
+    if (
+        isinstance(text.get_output_embeddings(), nn.Linear)
+        and text.get_output_embeddings().bias is not None
+    ):
         raise ValueError(f"stock LLaVA's head has no bias, that of {type(text).__name__} has one")
     layers = vision.select_layers
     return {
@@ -192,7 +221,10 @@ def two_layers(projector: nn.Module, hidden: int) -> dict[str, Any]:
     weight, bias = linears[0].weight, linears[0].bias
     text_width, width = weight.shape
     if hidden < 2 * width:
-        return {"act": "linear", "layers": [(weight, bias), (torch.eye(text_width), torch.zeros(text_width))]}
+        return {
+            "act": "linear",
+            "layers": [(weight, bias), (torch.eye(text_width), torch.zeros(text_width))],
+        }
     first, last = torch.zeros(hidden, width), torch.zeros(text_width, hidden)
     first[:width], first[width : 2 * width] = torch.eye(width), -torch.eye(width)
     last[:, :width], last[:, width : 2 * width] = weight, -weight
@@ -210,9 +242,16 @@ def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
     rows = text.config.vocab_size
     if image_token >= rows:  # its embedding is never read, but its id is looked up
         text.config.vocab_size, width = image_token + 1, text.get_input_embeddings().weight.shape[1]
-        for table in {text.get_input_embeddings().weight, text.get_output_embeddings().weight}:  # one, where tied
-            with NamedTemporaryFile(dir=folder.parent) as file:  # mapped, its new rows zero: no table is held twice
-                longer = torch.from_file(file.name, True, (image_token + 1) * width, dtype=table.dtype).view(-1, width)
+        for table in {
+            text.get_input_embeddings().weight,
+            text.get_output_embeddings().weight,
+        }:  # one, where tied
+            with NamedTemporaryFile(
+                dir=folder.parent
+            ) as file:  # mapped, its new rows zero: no table is held twice
+                longer = torch.from_file(
+                    file.name, True, (image_token + 1) * width, dtype=table.dtype
+                ).view(-1, width)
             longer[:rows] = table
             table.data = longer
     text.config.architectures = [type(text).__name__]
@@ -224,7 +263,12 @@ def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
         image_token_index=image_token,
         projector_hidden_act=settings["projector"]["act"],
         **{
-            key: settings[key] for key in ("vision_feature_layer", "vision_feature_select_strategy", "image_seq_length")
+            key: settings[key]
+            for key in (
+                "vision_feature_layer",
+                "vision_feature_select_strategy",
+                "image_seq_length",
+            )
         },
     )
     with torch.device("meta"):
@@ -240,14 +284,18 @@ def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
         bos_token_id=model.tokenizer.bos_token_id,
         eos_token_id=settings["stop_ids"],
         pad_token_id=model.prompt.end_id,
-        suppress_tokens=sorted({image_token, *range(rows, image_token)}),  # rows that were never trained
+        suppress_tokens=sorted(
+            {image_token, *range(rows, image_token)}
+        ),  # rows that were never trained
     )
     # transformers before 5.6 looks for the towers' names of its time
     stock._weight_conversions = get_model_conversion_mapping(stock, add_legacy=False)
     stock.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
-def _write_processor(checkpoint: str | Path, folder: Path, settings: dict[str, Any], template: str) -> None:
+def _write_processor(
+    checkpoint: str | Path, folder: Path, settings: dict[str, Any], template: str
+) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
@@ -261,16 +309,23 @@ def _write_processor(checkpoint: str | Path, folder: Path, settings: dict[str, A
         chat_template=template,
     )
     processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)  # transformers 4 reads it from a file of its own
+    processor.image_processor.save_pretrained(
+        folder
+    )  # transformers 4 reads it from a file of its own
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n", "utf-8")
+    path.write_text(
+        json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n",
+        "utf-8",
+    )
 
 
 @torch.inference_mode()
 def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
     """The prompt's ids, the pixels, the logits of the next token, and the greedy caption's tokens."""
-    instruction = model.instruction.replace(IMAGE_PLACEHOLDER, "").strip()  # the picture in front, wherever it was
+    instruction = model.instruction.replace(
+        IMAGE_PLACEHOLDER, ""
+    ).strip()  # the picture in front, wherever it was
     prompt, shown = model.ask(instruction, [picture])
     transform = model.vision_tower.transform
     pixels = transform.normalize(cast(torch.Tensor, shown))
@@ -295,7 +350,10 @@ def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _compare(
-    folder: Path, adapter: Path | None, pictures: Sequence[np.ndarray], expected: Sequence[dict[str, Any]]
+    folder: Path,
+    adapter: Path | None,
+    pictures: Sequence[np.ndarray],
+    expected: Sequence[dict[str, Any]],
 ) -> tuple[float, int]:
     """Load the folder as anybody would; returns the largest difference of logits, and how many captions are equal.
 
@@ -313,7 +371,10 @@ def _compare(
     tolerance = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     largest, equal = 0.0, 0
     for picture, wanted in zip(pictures, expected):
-        parts = [{"type": "image", "image": Image.fromarray(picture)}, {"type": "text", "text": wanted["instruction"]}]
+        parts = [
+            {"type": "image", "image": Image.fromarray(picture)},
+            {"type": "text", "text": wanted["instruction"]},
+        ]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": parts}],
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -321,15 +382,21 @@ def _compare(
         image_token = model.config.image_token_index
         ids = [IMAGE_INDEX if i == image_token else i for i in inputs["input_ids"][0].tolist()]
         if ids != wanted["ids"]:
-            raise ValueError(f"the stock processor renders another prompt: {ids}, trained on {wanted['ids']}")
+            raise ValueError(
+                f"the stock processor renders another prompt: {ids}, trained on {wanted['ids']}"
+            )
         # torch's resize rounds its weights to 16 bits, Pillow's to 22: two grey levels at most, whatever the picture
         levels = ((inputs["pixel_values"] - wanted["pixels"]).abs() / wanted["grey_level"]).max()
         if levels > 2.01:
-            raise ValueError(f"the stock processor's pixels differ by {levels:.1f} grey levels, at most 2 are rounding")
+            raise ValueError(
+                f"the stock processor's pixels differ by {levels:.1f} grey levels, at most 2 are rounding"
+            )
         inputs["pixel_values"] = wanted["pixels"].to(dtype)
         logits = model(**inputs, logits_to_keep=1).logits[0, -1]
         scale = wanted["logits"].abs().max().clamp_min(1)
-        largest = max(largest, float((logits[: len(wanted["logits"])] - wanted["logits"]).abs().max()))
+        largest = max(
+            largest, float((logits[: len(wanted["logits"])] - wanted["logits"]).abs().max())
+        )
         if largest > tolerance * scale:
             raise ValueError(
                 f"the exported model's logits differ by {largest:.2g}, at most {tolerance * scale:.2g} is rounding: "
@@ -337,12 +404,23 @@ def _compare(
             )
         said = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
         equal += said == wanted["said"]
-        if said != wanted["said"]:  # may part where two words are as good as each other, and nowhere else
-            same = next(i for i, (ours, theirs) in enumerate(zip(wanted["said"], said)) if ours != theirs)
-            longer = torch.cat([inputs["input_ids"], torch.tensor([said[:same]], dtype=torch.long)], dim=1)
-            logits = model(input_ids=longer, pixel_values=inputs["pixel_values"], logits_to_keep=1).logits[0, -1]
+        if (
+            said != wanted["said"]
+        ):  # may part where two words are as good as each other, and nowhere else
+            same = next(
+                i for i, (ours, theirs) in enumerate(zip(wanted["said"], said)) if ours != theirs
+            )
+            longer = torch.cat(
+                [inputs["input_ids"], torch.tensor([said[:same]], dtype=torch.long)], dim=1
+            )
+            logits = model(
+                input_ids=longer, pixel_values=inputs["pixel_values"], logits_to_keep=1
+            ).logits[0, -1]
             if logits[said[same]] - logits[wanted["said"][same]] > tolerance * scale:
-                text = [processor.decode(words, skip_special_tokens=True) for words in (said, wanted["said"])]
+                text = [
+                    processor.decode(words, skip_special_tokens=True)
+                    for words in (said, wanted["said"])
+                ]
                 raise ValueError(f"the exported model says {text[0]!r}, the checkpoint {text[1]!r}")
     return largest, equal
 
@@ -353,12 +431,19 @@ def _write_adapter(source: Path, folder: Path, base: str) -> None:
     folder.mkdir()
     # the language model hangs one level deeper in LLaVA
     old, new = "base_model.model.model.", "base_model.model.model.language_model."
-    weights = {k.replace(old, new, 1): v for k, v in load_file(source / "adapter_model.safetensors").items()}
+    weights = {
+        k.replace(old, new, 1): v
+        for k, v in load_file(source / "adapter_model.safetensors").items()
+    }
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     # an expression, for PEFT shortens many names to their endings, which the tower's layers may have too
-    names = "|".join(re.escape(name.removeprefix("model.")) for name in sorted(config["target_modules"]))
+    names = "|".join(
+        re.escape(name.removeprefix("model.")) for name in sorted(config["target_modules"])
+    )
     config["target_modules"] = rf"model\.language_model\.(.*\.)?({names})"
     config["base_model_name_or_path"] = base
     config["task_type"] = None  # PEFT wraps LLaVA as it is, without the extras of a text model
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
@@ -26,7 +31,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         if Path(name_or_path).is_dir() and not (Path(name_or_path) / "tokenizer.json").is_file():
-            raise ValueError(f"the tokenizer's tokenizer.json is missing: put it into {name_or_path}") from error
+            raise ValueError(
+                f"the tokenizer's tokenizer.json is missing: put it into {name_or_path}"
+            ) from error
         raise ValueError(f"{name_or_path}: no tokenizer to load: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -66,11 +73,15 @@ def build_model(
         token_pool=architecture.mm_token_pool,
     )
     source = str(language_model or architecture.language_model)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **model_options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, **model_options
+    )
     text, report = loaded
     check_missing_keys(source, report["missing_keys"])
     for module in text.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # rounds the 4-bit weights' scales, in evaluation mode alone
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # rounds the 4-bit weights' scales, in evaluation mode alone
             module.support_avx512bf16_for_cpu = False
     width = text.get_input_embeddings().weight.shape[1]
     projector = build_projector(architecture.mm_projector_type, tower.width, width)
@@ -87,13 +98,18 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     if bits not in (4, 8):
         raise ValueError(f"--bits is 4, 8 or 16, not {bits}")
     if not is_bitsandbytes_available():
-        raise ValueError(f"--bits {bits} needs bitsandbytes: pip install 'llava-simplified[quant]'; or --bits 16")
+        raise ValueError(
+            f"--bits {bits} needs bitsandbytes: pip install 'llava-simplified[quant]'; or --bits 16"
+        )
     if not validate_bnb_backend_availability():
-        raise ValueError(f"--bits {bits}: bitsandbytes does not know this machine's devices: --bits 16")
+        raise ValueError(
+            f"--bits {bits}: bitsandbytes does not know this machine's devices: --bits 16"
+        )
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
-
-

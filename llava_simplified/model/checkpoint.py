@@ -12,26 +12,29 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
 from llava_simplified.model.build import build_model, load_tokenizer
-from llava_simplified.model.config import FORMAT_VERSION, CONFIG_NAME, LlavaConfig, read_checkpoint_config
+from llava_simplified.model.config import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    LlavaConfig,
+    read_checkpoint_config,
+)
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.vision import check_missing_keys
-from llava_simplified.model.weights import filter_prefix, check_weights_digest, check_state_dict
+from llava_simplified.model.weights import check_state_dict, check_weights_digest, filter_prefix
 
 _LIBRARIES = ("llava-simplified", "torch", "transformers", "peft", "safetensors")
-
-
-
-
-
-
-
-
 
 
 def save_checkpoint(
@@ -55,7 +58,11 @@ def save_checkpoint(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     weights = dict(state_dict if state_dict is not None else model.state_dict())
-    save_file(filter_prefix(weights, "projector."), part / "projector.safetensors", metadata={"format": "pt"})
+    save_file(
+        filter_prefix(weights, "projector."),
+        part / "projector.safetensors",
+        metadata={"format": "pt"},
+    )
     text: Any = model.language_model
     trained = kind_of(model)
     if trained == "adapter":
@@ -65,7 +72,9 @@ def save_checkpoint(
             save_embedding_layers=False,  # they are never trained here; "auto" would ask the hub
         )
     elif trained == "language_model":
-        text.save_pretrained(str(part / "language_model"), state_dict=filter_prefix(weights, "language_model."))
+        text.save_pretrained(
+            str(part / "language_model"), state_dict=filter_prefix(weights, "language_model.")
+        )
         model.tokenizer.save_pretrained(str(part / "language_model"))  # a model folder like others
     model.tokenizer.save_pretrained(str(part))
     processor = str(cached_file(architecture.vision_tower, "preprocessor_config.json"))
@@ -74,9 +83,15 @@ def save_checkpoint(
     trained_tower = tower_of(model)
     if trained_tower == "lora":
         state = filter_prefix(weights, "vision_tower.model.")
-        vision.save_pretrained(str(part / "vision_adapter"), state_dict=state, save_embedding_layers=False)
-    elif trained_tower == "full":  # a model folder like others: `--vision_tower CHECKPOINT/vision_tower`
-        vision.save_pretrained(str(part / "vision_tower"), state_dict=filter_prefix(weights, "vision_tower.model."))
+        vision.save_pretrained(
+            str(part / "vision_adapter"), state_dict=state, save_embedding_layers=False
+        )
+    elif (
+        trained_tower == "full"
+    ):  # a model folder like others: `--vision_tower CHECKPOINT/vision_tower`
+        vision.save_pretrained(
+            str(part / "vision_tower"), state_dict=filter_prefix(weights, "vision_tower.model.")
+        )
         shutil.copyfile(processor, part / "vision_tower" / "preprocessor_config.json")
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -86,7 +101,9 @@ def save_checkpoint(
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "training": dict(training or {}),
     }
-    (part / CONFIG_NAME).write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
+    (part / CONFIG_NAME).write_text(
+        json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8"
+    )
     _move_into_place(part, folder)
 
 
@@ -94,7 +111,11 @@ def kind_of(model: Llava) -> str:
     """What is trained beside the projector: "adapter", "language_model", or "projector": nothing."""
     if isinstance(model.language_model, PeftModel):
         return "adapter"
-    return "language_model" if any(p.requires_grad for p in model.language_model.parameters()) else "projector"
+    return (
+        "language_model"
+        if any(p.requires_grad for p in model.language_model.parameters())
+        else "projector"
+    )
 
 
 def tower_of(model: Llava) -> str:
@@ -102,8 +123,6 @@ def tower_of(model: Llava) -> str:
     if isinstance(model.vision_tower.model, PeftModel):
         return "lora"
     return "off" if model.vision_tower.frozen else "full"
-
-
 
 
 def _move_into_place(part: Path, folder: Path) -> None:
@@ -125,8 +144,6 @@ def copy_checkpoint(source: str | Path, folder: str | Path) -> None:
     part = folder.with_name(f".{folder.name}.part{os.getpid()}")
     shutil.copytree(source, part, ignore=shutil.ignore_patterns("trainer_state"))
     _move_into_place(part, folder)
-
-
 
 
 def load_checkpoint(
@@ -152,8 +169,15 @@ def load_checkpoint(
     """
     folder = Path(folder)
     manifest = read_checkpoint_config(folder)
-    changes = {"language_model": model_base, "vision_tower": vision_tower, "dtype": dtype, "bits": bits}
-    architecture = LlavaConfig(**{**manifest["architecture"], **{k: v for k, v in changes.items() if v}})
+    changes = {
+        "language_model": model_base,
+        "vision_tower": vision_tower,
+        "dtype": dtype,
+        "bits": bits,
+    }
+    architecture = LlavaConfig(
+        **{**manifest["architecture"], **{k: v for k, v in changes.items() if v}}
+    )
     kind = manifest["trained"]
     tower_kind = manifest.get("trained_tower", "off")
     inside = {  # parts that were trained whole lie in the checkpoint
@@ -178,7 +202,9 @@ def load_checkpoint(
         tower.requires_grad_(False)
     if not trainable:
         model.requires_grad_(False)
-    return model.eval().to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    return model.eval().to(
+        device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    )
 
 
 def load_trained_weights(model: Llava, folder: str | Path) -> None:
@@ -193,24 +219,35 @@ def load_trained_weights(model: Llava, folder: str | Path) -> None:
     for part, adapter, whole in parts:
         if isinstance(part, PeftModel) and (folder / adapter).is_dir():
             _load_adapter(part, folder / adapter)
-        elif not isinstance(part, PeftModel):  # else a new adapter, on weights that were loaded from there
-            stored, report = type(part).from_pretrained(folder / whole, dtype=part.dtype, output_loading_info=True)
+        elif not isinstance(
+            part, PeftModel
+        ):  # else a new adapter, on weights that were loaded from there
+            stored, report = type(part).from_pretrained(
+                folder / whole, dtype=part.dtype, output_loading_info=True
+            )
             check_missing_keys(str(folder / whole), report["missing_keys"])
             part.load_state_dict(stored.state_dict())
 
 
 def _with_adapter(model: Any, folder: Path, merge: bool) -> Any:
     config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False  # it is saved as True, and would freeze an adapter that is to be trained further
+    config.inference_mode = (
+        False  # it is saved as True, and would freeze an adapter that is to be trained further
+    )
     adapted = get_peft_model(model, config)
     _load_adapter(adapted, folder)
     return cast(Any, adapted).merge_and_unload() if merge else adapted
 
 
 def _load_adapter(model: PeftModel, folder: Path) -> None:
-    now, before = cast(Any, model.peft_config["default"]), cast(Any, PeftConfig.from_pretrained(str(folder)))
+    now, before = (
+        cast(Any, model.peft_config["default"]),
+        cast(Any, PeftConfig.from_pretrained(str(folder))),
+    )
     if (now.r, now.lora_alpha) != (before.r, before.lora_alpha):
-        raise ValueError(f"{folder}: --lora_r {before.r} --lora_alpha {before.lora_alpha:g}, as it was trained with")
+        raise ValueError(
+            f"{folder}: --lora_r {before.r} --lora_alpha {before.lora_alpha:g}, as it was trained with"
+        )
     stored = load_file(folder / "adapter_model.safetensors")
     check_state_dict(stored, get_peft_model_state_dict(model), str(folder))
     set_peft_model_state_dict(model, stored)
@@ -228,13 +265,3 @@ def load_projector(projector: nn.Module, folder: str | Path) -> None:
     stored = load_file(path)
     check_state_dict(stored, projector.state_dict(), str(path))
     projector.load_state_dict(stored)
-
-
-
-
-
-
-
-
-
-

@@ -41,16 +41,20 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         found = sorted(Path(folder).glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime)
-        hint = f"; did you mean {found[-1].parent}?" if found else "; `llava import` makes one of mm_projector.bin"
+        hint = (
+            f"; did you mean {found[-1].parent}?"
+            if found
+            else "; `llava import` makes one of mm_projector.bin"
+        )
         raise ValueError(f"{folder}: no checkpoint here ({CONFIG_NAME} is missing){hint}")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}"
+        )
     return manifest
 
 
 def resolve_path(name: str) -> str:
     """A local folder by its full path, so that a checkpoint finds it from anywhere; a hub name as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-

@@ -18,7 +18,11 @@ import numpy as np
 import torch
 from torch.nn.functional import pad as nn_pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 from transformers.generation import logits_process
 
 from llava_simplified.data.collate import expand_images, pad
@@ -60,12 +64,29 @@ class GenerationOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.num_beams < 1 or self.max_new_tokens < 1:
-            raise ValueError("temperature >= 0, 0 < top_p <= 1, num_beams >= 1 and max_new_tokens >= 1 are needed")
-        if self.top_k < 0 or self.repetition_penalty <= 0 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError("top_k >= 0, repetition_penalty > 0 and min_new_tokens <= max_new_tokens are needed")
-        if self.num_return_sequences > self.num_beams and (self.temperature == 0 or self.num_beams > 1):
-            raise ValueError("several different captions of a picture need temperature > 0, or as many beams")
+        if (
+            self.temperature < 0
+            or not 0 < self.top_p <= 1
+            or self.num_beams < 1
+            or self.max_new_tokens < 1
+        ):
+            raise ValueError(
+                "temperature >= 0, 0 < top_p <= 1, num_beams >= 1 and max_new_tokens >= 1 are needed"
+            )
+        if (
+            self.top_k < 0
+            or self.repetition_penalty <= 0
+            or not 0 <= self.min_new_tokens <= self.max_new_tokens
+        ):
+            raise ValueError(
+                "top_k >= 0, repetition_penalty > 0 and min_new_tokens <= max_new_tokens are needed"
+            )
+        if self.num_return_sequences > self.num_beams and (
+            self.temperature == 0 or self.num_beams > 1
+        ):
+            raise ValueError(
+                "several different captions of a picture need temperature > 0, or as many beams"
+            )
 
 
 class DecodingBatch:
@@ -113,7 +134,9 @@ class DecodingBatch:
     ) -> list[int]:
         """Let more prompts into the batch, whatever its rows have said meanwhile; returns the new rows."""
         model, device = self.model, self.model.device
-        per_prompt = [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
+        per_prompt = (
+            [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
+        )
         if any(option.num_beams > 1 for option in per_prompt):
             raise ValueError("beam search is no matter of single steps: use generate")
         copies = [option.num_return_sequences for option in per_prompt]
@@ -137,12 +160,20 @@ class DecodingBatch:
 
         # One column more than anybody sees: transformers drops a mask that hides nothing, and without one PyTorch's
         # CPU kernel takes six times as long where several heads share their keys.
-        longest = max(mask.shape[1], int(self._mask.sum(1).max()) if self.live else 0) + (device.type == "cpu")
+        longest = max(mask.shape[1], int(self._mask.sum(1).max()) if self.live else 0) + (
+            device.type == "cpu"
+        )
         _set_length(cache, longest)
-        prompt_of = torch.arange(len(rows), device=device).repeat_interleave(torch.tensor(copies, device=device))
+        prompt_of = torch.arange(len(rows), device=device).repeat_interleave(
+            torch.tensor(copies, device=device)
+        )
         if len(prompt_of) > len(rows):
             cache.reorder_cache(prompt_of)
-        new = (nn_pad(mask, (longest - mask.shape[1], 0)), positions[:, -1] + 1, outputs.logits.flatten(0, -2))
+        new = (
+            nn_pad(mask, (longest - mask.shape[1], 0)),
+            positions[:, -1] + 1,
+            outputs.logits.flatten(0, -2),
+        )
         state = [value[prompt_of] for value in new]
         if self.live:
             _set_length(self._cache, longest)
@@ -180,13 +211,17 @@ class DecodingBatch:
             ]
         )
         if self.live:
-            last = torch.tensor([[self.tokens[row][-1]] for row in self.live], device=self.model.device)
+            last = torch.tensor(
+                [[self.tokens[row][-1]] for row in self.live], device=self.model.device
+            )
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.live), 1)], dim=1)
             text_model: Any = self.model.language_model
             attends = any(isinstance(layer, DynamicLayer) for layer in self._cache.layers)
             outputs = text_model(
                 input_ids=last,
-                attention_mask=self._mask if attends else None,  # a state (Mamba) has no columns to hide
+                attention_mask=self._mask
+                if attends
+                else None,  # a state (Mamba) has no columns to hide
                 position_ids=self._next[:, None],
                 use_cache=True,
                 **{self._cache_kwarg_name: self._cache},
@@ -208,7 +243,11 @@ class DecodingBatch:
         before, self.live = self.live, [self.live[place] for place in places]
         for row in set(before) - set(self.live):
             del self._options[row], self._generators[row]
-        self._mask, self._next, self._logits = self._mask[index], self._next[index], self._logits[index]
+        self._mask, self._next, self._logits = (
+            self._mask[index],
+            self._next[index],
+            self._logits[index],
+        )
         if self.live:
             self._cache.reorder_cache(index)
         else:
@@ -226,7 +265,11 @@ class DecodingBatch:
             if said < options.min_new_tokens:
                 scores[:, self.model.prompt.stop_ids] = -torch.inf
             scores = process_logits(scores, [self.tokens[row] for row in rows], options)
-            drawn = _draw(scores, [self._generators[row] for row in rows]) if options.temperature else scores.argmax(-1)
+            drawn = (
+                _draw(scores, [self._generators[row] for row in rows])
+                if options.temperature
+                else scores.argmax(-1)
+            )
             chosen[places] = drawn.cpu()
         return chosen.tolist()
 
@@ -254,15 +297,25 @@ def _append(cache: Any, added: Any) -> None:
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             for name in ("conv_states", "recurrent_states"):
                 states, more = getattr(layer, name), getattr(new, name)
-                states.update({i: torch.cat([state, more[i]]) for i, state in states.items() if state is not None})
+                states.update(
+                    {
+                        i: torch.cat([state, more[i]])
+                        for i, state in states.items()
+                        if state is not None
+                    }
+                )
 
 
-def process_logits(scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions) -> torch.Tensor:
+def process_logits(
+    scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions
+) -> torch.Tensor:
     """Next-token scores (rows, vocabulary) under penalty, temperature, top-k and top-p, in transformers' order."""
     ids = torch.tensor(said, device=scores.device, dtype=torch.long)
     processors: list[Any] = []
     if options.repetition_penalty != 1:
-        processors.append(logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
+        processors.append(
+            logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+        )
     if options.temperature > 0:
         processors.append(logits_process.TemperatureLogitsWarper(float(options.temperature)))
         if options.top_k:
@@ -277,7 +330,9 @@ def process_logits(scores: torch.Tensor, said: Sequence[Sequence[int]], options:
 def _draw(scores: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """A token a row (rows,): the one in whose share of [0, 1) the row's random number falls."""
     sums = scores.softmax(-1).cumsum(-1)
-    numbers = torch.cat([torch.rand(1, generator=random, device=scores.device) for random in generators])
+    numbers = torch.cat(
+        [torch.rand(1, generator=random, device=scores.device) for random in generators]
+    )
     return torch.searchsorted(sums / sums[:, -1:], numbers[:, None], right=True)[:, 0]
 
 
@@ -296,7 +351,10 @@ def encode(model: Llava, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def generate(
-    model: Llava, prompts: Sequence[Sequence[int]], pixel_values: torch.Tensor | None, options: GenerationOptions
+    model: Llava,
+    prompts: Sequence[Sequence[int]],
+    pixel_values: torch.Tensor | None,
+    options: GenerationOptions,
 ) -> list[list[str]]:
     """Continue each prompt.
 
@@ -334,18 +392,25 @@ def generate_from(
 
 
 def stream(
-    model: Llava, prompt: Sequence[int], pixel_values: torch.Tensor | None, options: GenerationOptions
+    model: Llava,
+    prompt: Sequence[int],
+    pixel_values: torch.Tensor | None,
+    options: GenerationOptions,
 ) -> Iterator[str]:
     """One answer, as `generate` gives it: all of it so far, again and again, longer each time."""
     if options.num_return_sequences > 1:
         raise ValueError("one answer can be streamed, not several")
     with eval_mode(model):
         features = None if pixel_values is None else encode(model, pixel_values)
-        decoding = DecodingBatch(model, [prompt], features, options, prompt_hashes([prompt], pixel_values))
+        decoding = DecodingBatch(
+            model, [prompt], features, options, prompt_hashes([prompt], pixel_values)
+        )
         while decoding.live:
             decoding.step()
             text = model.prompt.decode(decoding.tokens[0])
-            if not text.endswith("\ufffd") or not decoding.live:  # else the next token completes a letter
+            if (
+                not text.endswith("\ufffd") or not decoding.live
+            ):  # else the next token completes a letter
                 yield text.lstrip()
 
 
@@ -374,7 +439,10 @@ def prompt_hashes(
 
 
 def _beam_search(
-    model: Llava, prompts: Sequence[Sequence[int]], features: torch.Tensor | None, options: GenerationOptions
+    model: Llava,
+    prompts: Sequence[Sequence[int]],
+    features: torch.Tensor | None,
+    options: GenerationOptions,
 ) -> list[list[int]]:
     """transformers' own; with a temperature, beam sampling. `num_return_sequences` beams of each prompt."""
     rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
@@ -391,7 +459,9 @@ def _beam_search(
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=options.min_new_tokens,
         # not as an option: in a padded batch transformers 5 counts the padding off what is penalised
-        logits_processor=[logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))],
+        logits_processor=[
+            logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+        ],
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
         num_return_sequences=options.num_return_sequences,

@@ -23,7 +23,9 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 def forward_parameters(language_model: Any) -> Mapping[str, inspect.Parameter]:
     """The arguments of its forward: what is not among them, it would swallow without a word."""
-    own = language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
+    own = (
+        language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
+    )
     return inspect.signature(own.forward).parameters
 
 
@@ -35,9 +37,15 @@ def cache_kwarg_name(language_model: Any) -> str:
     """
     # a class of a model's own module (xLSTM's) is none that a DynamicCache can stand in for
     for name, its in forward_parameters(language_model).items():
-        if name in ("cache", "past_key_values", "cache_params") and "transformers.models" not in str(its.annotation):
+        if name in (
+            "cache",
+            "past_key_values",
+            "cache_params",
+        ) and "transformers.models" not in str(its.annotation):
             return name
-    raise ValueError(f"{language_model.config.model_type} takes no DynamicCache: it can be trained, but not be asked")
+    raise ValueError(
+        f"{language_model.config.model_type} takes no DynamicCache: it can be trained, but not be asked"
+    )
 
 
 @contextmanager
@@ -59,7 +67,10 @@ def lm_head_at_positions(language_model: nn.Module, positions: torch.Tensor) -> 
 
 
 def shared_prefix_mask(
-    segment_ids: torch.Tensor, branch_ids: torch.Tensor, position_ids: torch.Tensor, window: int | None = None
+    segment_ids: torch.Tensor,
+    branch_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Every token sees what came before it in its own example: of the prompt all, of the answers only its own.
 
@@ -86,8 +97,14 @@ def _mask_mod(
 
     def sees(batch: Any, head: Any, row: Any, column: Any) -> torch.Tensor:
         seen = (row >= column) & (segments[batch, row] == segments[batch, column])
-        seen = seen & ((branches[batch, column] == 0) | (branches[batch, row] == branches[batch, column]))
-        return seen if window is None else seen & (positions[batch, row] - positions[batch, column] < window)
+        seen = seen & (
+            (branches[batch, column] == 0) | (branches[batch, row] == branches[batch, column])
+        )
+        return (
+            seen
+            if window is None
+            else seen & (positions[batch, row] - positions[batch, column] < window)
+        )
 
     return sees
 
@@ -106,25 +123,42 @@ def attention_kwargs(
     """
     config = language_model.config
     # ALiBi (MPT, Bloom), GPT-Neo's local layers and decoders of the past go by the distance in the row
-    by_distance = getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ())
+    by_distance = getattr(config, "alibi", False) or "local" in getattr(
+        config, "attention_layers", ()
+    )
     if by_distance or "position_ids" not in forward_parameters(language_model):
-        raise ValueError(f"{config.model_type} can't be told its tokens' places: neither --packing nor --share_prefix")
+        raise ValueError(
+            f"{config.model_type} can't be told its tokens' places: neither --packing nor --share_prefix"
+        )
     kernel = config._attn_implementation
     if kernel == "flash_attention_2":
         if branch_ids.any():
-            raise ValueError("flash_attention_2 can't be told that answers share a prompt: --share_prefix False")
+            raise ValueError(
+                "flash_attention_2 can't be told that answers share a prompt: --share_prefix False"
+            )
         # All rows are one, text behind text; a row's padding counts as a text.
-        begins = segment_ids.diff(dim=1, prepend=segment_ids.new_full((len(segment_ids), 1), -1)).flatten().nonzero()
+        begins = (
+            segment_ids.diff(dim=1, prepend=segment_ids.new_full((len(segment_ids), 1), -1))
+            .flatten()
+            .nonzero()
+        )
         ends = nn.functional.pad(begins.flatten(), (0, 1), value=segment_ids.numel()).int()
         longest = int(ends.diff().max())
-        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        lengths = {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
         return {"attention_mask": None, **lengths}
 
     def mask(window: int | None) -> Any:
         if kernel == "flex_attention":
             rule = _mask_mod(segment_ids, branch_ids, position_ids, window)
             batch, length = segment_ids.shape
-            return create_block_mask(rule, batch, None, length, length, device=str(segment_ids.device))
+            return create_block_mask(
+                rule, batch, None, length, length, device=str(segment_ids.device)
+            )
         seen = shared_prefix_mask(segment_ids, branch_ids, position_ids, window)
         if kernel in ("sdpa", "cpu_matmul"):
             return seen
@@ -132,19 +166,16 @@ def attention_kwargs(
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
     window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    kinds = set(
+        getattr(config, "layer_types", None)
+        or ["sliding_attention" if window else "full_attention"]
+    )
     if kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(
             f"{config.model_type} has layers of the kinds {sorted(kinds)}: neither --packing nor --share_prefix"
         )
     masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in sorted(kinds)}
     return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1]}
-
-
-
-
-
-
 
 
 AttentionInterface.register("cpu_matmul", cpu_matmul_attention)

@@ -26,7 +26,12 @@ from torch.nn.functional import cross_entropy
 
 from llava_simplified.data.images import ImageSource, load_pixels
 from llava_simplified.data.records import insert_image_placeholders
-from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions, generate, stream
+from llava_simplified.model.generation import (
+    DEFAULT_TEMPERATURE,
+    GenerationOptions,
+    generate,
+    stream,
+)
 from llava_simplified.model.language_model import attention_kwargs, lm_head_at_positions
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
@@ -77,7 +82,10 @@ class Llava(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """The classes of its layers: FSDP gathers the weights of one at a time."""
-        named = {*(self.language_model._no_split_modules or ()), *(self.vision_tower.model._no_split_modules or ())}
+        named = {
+            *(self.language_model._no_split_modules or ()),
+            *(self.vision_tower.model._no_split_modules or ()),
+        }
         return sorted({type(module).__name__ for module in self.modules()} & named)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
@@ -117,7 +125,9 @@ class Llava(nn.Module):
         inputs_embeds = self.splice(input_ids, image_features)
         attention: dict[str, Any] = {"attention_mask": attention_mask}
         if segment_ids is not None and branch_ids is not None and position_ids is not None:
-            attention = attention_kwargs(self.language_model, segment_ids, branch_ids, position_ids, inputs_embeds.dtype)
+            attention = attention_kwargs(
+                self.language_model, segment_ids, branch_ids, position_ids, inputs_embeds.dtype
+            )
         # In a caption of 12 tokens behind 196 patches, 94 % of the positions train nothing. The head, a matrix as
         # large as the vocabulary, runs only where a token is trained.
         with lm_head_at_positions(self.language_model, logit_positions):
@@ -150,9 +160,13 @@ class Llava(nn.Module):
     def check_image_token_count(self, is_image: torch.Tensor, image_features: torch.Tensor) -> None:
         """Raise ValueError where placeholders and features are not as many: what is spliced would be the wrong picture."""
         room, (images, tokens, _) = int(is_image.sum()), image_features.shape
-        blank = images == 1 and not room  # see `Collator`: it passes through all layers, into no text
+        blank = (
+            images == 1 and not room
+        )  # see `Collator`: it passes through all layers, into no text
         if images * tokens != room and not blank:
-            raise ValueError(f"{images} image(s) of {tokens} tokens, but the text has room for {room} image tokens")
+            raise ValueError(
+                f"{images} image(s) of {tokens} tokens, but the text has room for {room} image tokens"
+            )
 
     def _projector_dtype(self, embeds: torch.Tensor) -> torch.dtype:
         return next((p.dtype for p in self.projector.parameters()), embeds.dtype)
@@ -184,7 +198,9 @@ class Llava(nn.Module):
         many = isinstance(images, (list, tuple))
         sources: Any = images if many else [images]
         asked = [Message("user", self.instruction if instruction is None else instruction)]
-        prompt = self.prompt.render(insert_image_placeholders(asked, 1, "the instruction"), None).input_ids
+        prompt = self.prompt.render(
+            insert_image_placeholders(asked, 1, "the instruction"), None
+        ).input_ids
         if n > 1 and not options.get("num_beams"):
             options = {"temperature": DEFAULT_TEMPERATURE, **options}
         decoding = GenerationOptions(num_return_sequences=n, **options)
@@ -196,7 +212,9 @@ class Llava(nn.Module):
         answers = captions if n > 1 else [texts[0] for texts in captions]
         return answers if many else answers[0]
 
-    def chat(self, turns: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any) -> str:
+    def chat(
+        self, turns: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any
+    ) -> str:
         """The answer to a conversation's last turn; see `stream`."""
         return "".join(self.stream(turns, images, **options)).strip()
 

@@ -33,26 +33,44 @@ def find_linear_modules(language_model: nn.Module) -> list[str]:
     ]
 
 
-def add_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: str = "none") -> None:
+def add_lora(
+    model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: str = "none"
+) -> None:
     """Wrap the language model in a PEFT LoRA adapter; its own weights are frozen, the adapter is float32.
 
     Args:
         bias: "none", "all" or "lora_only": which of the linear layers' biases are trained as well.
     """
     text = model.language_model
-    model.language_model = _adapt(text, find_linear_modules(text), rank, alpha, dropout, bias, "CAUSAL_LM")
+    model.language_model = _adapt(
+        text, find_linear_modules(text), rank, alpha, dropout, bias, "CAUSAL_LM"
+    )
 
 
 def add_tower_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0) -> None:
     """Wrap the vision tower in an adapter of its own, on the linear layers that its features come through."""
     tower = model.vision_tower
-    layers = [n for n, m in tower.model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in tower.used_parameters]
+    layers = [
+        n
+        for n, m in tower.model.named_modules()
+        if isinstance(m, nn.Linear) and f"{n}.weight" in tower.used_parameters
+    ]
     tower.model = _adapt(tower.model, layers, rank, alpha, dropout, "none", None)
 
 
-def _adapt(model: Any, layers: list[str], rank: int, alpha: float, dropout: float, bias: str, task: str | None) -> Any:
+def _adapt(
+    model: Any,
+    layers: list[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    bias: str,
+    task: str | None,
+) -> Any:
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear layer for LoRA: train it whole, or not at all")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer for LoRA: train it whole, or not at all"
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -85,8 +103,15 @@ def count_parameters(model: Llava) -> list[Part]:
     """Count the parameters: vision tower and its adapter, projector, language model and its adapter."""
     tower, text = model.vision_tower.named_parameters(), model.language_model.named_parameters()
     groups: dict[str, list[nn.Parameter]] = {"vision tower": [], "vision adapter": []}
-    groups |= {"projector": list(model.projector.parameters()), "language model": [], "LoRA adapter": []}
-    for whole, adapter, named in (("vision tower", "vision adapter", tower), ("language model", "LoRA adapter", text)):
+    groups |= {
+        "projector": list(model.projector.parameters()),
+        "language model": [],
+        "LoRA adapter": [],
+    }
+    for whole, adapter, named in (
+        ("vision tower", "vision adapter", tower),
+        ("language model", "LoRA adapter", text),
+    ):
         for name, parameter in named:
             groups[adapter if "lora_" in name else whole].append(parameter)
     return [
@@ -101,7 +126,9 @@ def count_parameters(model: Llava) -> list[Part]:
     ]
 
 
-def check_trainable(model: Llava, *, language_model: bool = False, vision_tower: bool = False) -> str:
+def check_trainable(
+    model: Llava, *, language_model: bool = False, vision_tower: bool = False
+) -> str:
     """Assert that exactly what should train does, and return the table as text.
 
     Args:
@@ -113,7 +140,9 @@ def check_trainable(model: Llava, *, language_model: bool = False, vision_tower:
     """
     text, tower = model.language_model, model.vision_tower
     biases = isinstance(text, PeftModel) and text.peft_config["default"].bias != "none"
-    used_parameters = sum(p.numel() for n, p in tower.model.named_parameters() if n in tower.used_parameters)
+    used_parameters = sum(
+        p.numel() for n, p in tower.model.named_parameters() if n in tower.used_parameters
+    )
     rows = count_parameters(model)
     should = {row.name: row.parameters for row in rows}
     should |= {"vision tower": used_parameters if vision_tower else 0}
@@ -121,7 +150,9 @@ def check_trainable(model: Llava, *, language_model: bool = False, vision_tower:
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}  dtype"]
     for part in rows:
         if part.trained != should[part.name] and not (biases and part.name == "language model"):
-            raise RuntimeError(f"{part.name}: {part.trained:,} parameters train, should be {should[part.name]:,}")
+            raise RuntimeError(
+                f"{part.name}: {part.trained:,} parameters train, should be {should[part.name]:,}"
+            )
         lines.append(f"{part.name:<16}{part.parameters:>16,}{part.trained:>16,}  {part.dtypes}")
     total, trained = sum(p.parameters for p in rows), sum(p.trained for p in rows)
     lines.append(f"{'together':<16}{total:>16,}{trained:>16,}  ({trained / total:.2%})")

@@ -20,11 +20,15 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
         return nn.Linear(vision_width, text_width)
     if kind == "identity":
         if vision_width != text_width:
-            raise ValueError(f"mm_projector_type identity needs equal widths, not {vision_width} and {text_width}")
+            raise ValueError(
+                f"mm_projector_type identity needs equal widths, not {vision_width} and {text_width}"
+            )
         return nn.Identity()
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if match is None:
-        raise ValueError(f"mm_projector_type is linear, mlp2x_gelu (any depth) or identity, not {kind!r}")
+        raise ValueError(
+            f"mm_projector_type is linear, mlp2x_gelu (any depth) or identity, not {kind!r}"
+        )
     layers: list[nn.Module] = [nn.Linear(vision_width, text_width)]
     for _ in range(int(match[1]) - 1):
         layers += [nn.GELU(), nn.Linear(text_width, text_width)]
@@ -32,7 +36,9 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
 
 
 @torch.no_grad()
-def init_projector_scale(projector: nn.Module, features: torch.Tensor, embeddings: torch.Tensor) -> None:
+def init_projector_scale(
+    projector: nn.Module, features: torch.Tensor, embeddings: torch.Tensor
+) -> None:
     """Start a fresh projector where training is easy: on the scale of what it reads and of what it feeds.
 
     Feature channels differ a hundredfold in scale between towers, and token embeddings are small (SmolLM2's have a
@@ -52,7 +58,9 @@ def init_projector_scale(projector: nn.Module, features: torch.Tensor, embedding
     # A channel that is silent in all of these pictures is not in all others: a floor keeps it from being shouted.
     deviation = features.std(0)
     # And most may be silent, behind a ReLU.
-    first.weight.div_(deviation.clamp_min(0.1 * (float(deviation.median()) or float(deviation.mean()))))
+    first.weight.div_(
+        deviation.clamp_min(0.1 * (float(deviation.median()) or float(deviation.mean())))
+    )
     first.bias.sub_(first.weight @ features.mean(0))
     scale = embeddings.float().std() / projector(features).std()
     last.weight.mul_(scale)

@@ -47,10 +47,14 @@ class VisionTower(nn.Module):
     ) -> None:
         super().__init__()
         if select_feature not in ("patch", "cls_patch"):
-            raise ValueError(f"mm_vision_select_feature is patch or cls_patch, not {select_feature!r}")
+            raise ValueError(
+                f"mm_vision_select_feature is patch or cls_patch, not {select_feature!r}"
+            )
         self.model = model
         self.transform = transform
-        self.select_layers = (select_layer,) if isinstance(select_layer, int) else tuple(select_layer)
+        self.select_layers = (
+            (select_layer,) if isinstance(select_layer, int) else tuple(select_layer)
+        )
         self.select_feature = select_feature
         self.token_pool = token_pool
         self.num_tokens, self.width, self.grid, self.used_parameters = self._trace()
@@ -71,13 +75,19 @@ class VisionTower(nn.Module):
         model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
             raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
-        model, report = model_class.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
+        model, report = model_class.from_pretrained(
+            name_or_path, config=config, dtype=dtype, output_loading_info=True
+        )
         tower = cls(model, transform, **choices)  # type: ignore[arg-type]
-        check_missing_keys(name_or_path, tower.used_parameters & set(report["missing_keys"]))  # a pooling head may well be missing
+        check_missing_keys(
+            name_or_path, tower.used_parameters & set(report["missing_keys"])
+        )  # a pooling head may well be missing
         return tower
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, transform: ImageTransform, **choices: object) -> VisionTower:
+    def from_config(
+        cls, config: PretrainedConfig, transform: ImageTransform, **choices: object
+    ) -> VisionTower:
         """The tower without its weights, on the meta device: enough to know its shape."""
         with torch.device("meta"):
             return cls(AutoModel.from_config(config), transform, **choices)  # type: ignore[arg-type]
@@ -113,24 +123,36 @@ class VisionTower(nn.Module):
             pixel_values = self.transform.normalize(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         if self.is_convolutional:
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)  # several times faster on CPU
+            pixel_values = pixel_values.contiguous(
+                memory_format=torch.channels_last
+            )  # several times faster on CPU
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self._select(self.model, pixel_values)[0]
 
-    def _select(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    def _select(
+        self, model: PreTrainedModel, pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
         """The features, and the (rows, columns) of places that their last tokens stand for."""
         outputs = model(pixel_values, output_hidden_states=True)
         if outputs.last_hidden_state.dim() == 4:
             return self._from_maps(outputs)
         features = torch.cat([outputs.hidden_states[layer] for layer in self.select_layers], dim=-1)
-        height, width = (side // patch for side, patch in zip(pixel_values.shape[-2:], _patch_size(model)))
-        merged = isqrt(height * width // features.shape[1]) or 1  # neighbours become one on the way up: Swin, FocalNet
+        height, width = (
+            side // patch for side, patch in zip(pixel_values.shape[-2:], _patch_size(model))
+        )
+        merged = (
+            isqrt(height * width // features.shape[1]) or 1
+        )  # neighbours become one on the way up: Swin, FocalNet
         height, width = height // merged, width // merged
-        others = features.shape[1] - height * width  # CLS and register tokens stand in front of the patches
+        others = (
+            features.shape[1] - height * width
+        )  # CLS and register tokens stand in front of the patches
         if self.select_feature == "cls_patch":
             if self.token_pool or not others:
                 raise ValueError(
-                    "cls_patch can't be pooled" if self.token_pool else "this tower has no CLS token: use patch"
+                    "cls_patch can't be pooled"
+                    if self.token_pool
+                    else "this tower has no CLS token: use patch"
                 )
             return features, (height, width)
         features = features[:, others:]
@@ -151,7 +173,9 @@ class VisionTower(nn.Module):
         grid = min((m.shape[-2:] for m in maps), key=lambda size: size.numel())
         if self.token_pool:
             grid = torch.Size((self.token_pool, self.token_pool))
-        maps = [m if m.shape[-2:] == grid else adaptive_avg_pool2d(m, (grid[0], grid[1])) for m in maps]
+        maps = [
+            m if m.shape[-2:] == grid else adaptive_avg_pool2d(m, (grid[0], grid[1])) for m in maps
+        ]
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2), (grid[0], grid[1])
 
     @property
@@ -180,7 +204,9 @@ class VisionTower(nn.Module):
                     f"a {self.model.config.model_type} can't be the vision tower: from `pixel_values` alone it gives no "
                     f"grid of features ({type(error).__name__}: {error})"
                 ) from error
-        used_parameters = frozenset(name for name, gradient in zip(names, gradients) if gradient is not None)
+        used_parameters = frozenset(
+            name for name, gradient in zip(names, gradients) if gradient is not None
+        )
         return features.shape[1], features.shape[2], grid, used_parameters
 
 

@@ -12,17 +12,25 @@ from transformers.utils import cached_file
 
 
 def filter_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v.contiguous() for k, v in weights.items() if k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix): v.contiguous() for k, v in weights.items() if k.startswith(prefix)
+    }
 
 
-def check_state_dict(stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
+def check_state_dict(
+    stored: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str
+) -> None:
     """Raise ValueError, naming them, where weights are missing, have no place, or have another shape."""
     missing, unexpected = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     if missing or unexpected:
-        raise ValueError(f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}")
+        raise ValueError(
+            f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}"
+        )
     for name, weight in stored.items():
         if weight.shape != expected[name].shape:
-            raise ValueError(f"{where}: {name} is {tuple(weight.shape)}, the model needs {tuple(expected[name].shape)}")
+            raise ValueError(
+                f"{where}: {name} is {tuple(weight.shape)}, the model needs {tuple(expected[name].shape)}"
+            )
 
 
 def weight_files(name_or_path: str) -> list[Path]:
@@ -34,7 +42,9 @@ def weight_files(name_or_path: str) -> list[Path]:
     here = Path(name_or_path).is_dir()
 
     def has(name: str) -> bool:
-        return cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False) is not None
+        return (
+            cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False) is not None
+        )
 
     def find(name: str) -> Path:
         try:
@@ -81,11 +91,11 @@ def check_weights_digest(part: str, name_or_path: str, digest: str) -> None:
         found = weights_digest(name_or_path)
     except OSError as error:
         option = "--model-base" if part == "language_model" else "--vision-tower"
-        raise ValueError(f"the checkpoint's {part} {name_or_path}: {error}. Where it is now: {option}") from error
+        raise ValueError(
+            f"the checkpoint's {part} {name_or_path}: {error}. Where it is now: {option}"
+        ) from error
     if found != digest:
         raise ValueError(
             f"{part} {name_or_path}: other weights than those that this checkpoint was trained with; "
             "what it trained fits only them"
         )
-
-

@@ -40,7 +40,7 @@ from llava_simplified.data.shards import ShardWriter
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prepare.convert import RecordWriter
 from llava_simplified.prepare.preparation_report import thumbnail, write_page
-from llava_simplified.workers import add_worker_arguments, run_tasks, parse_slice
+from llava_simplified.workers import add_worker_arguments, parse_slice, run_tasks
 
 CHUNK = 500  # records whose verdicts are written at once
 SHARD = 5_000  # records of a compacted shard
@@ -76,7 +76,9 @@ class ValidationResult(NamedTuple):
     look: bytes | None = None
 
 
-def validate_record(row: dict[str, Any], where: str, folder: Path, transform: ImageTransform | None, rules: Rules) -> ValidationResult:
+def validate_record(
+    row: dict[str, Any], where: str, folder: Path, transform: ImageTransform | None, rules: Rules
+) -> ValidationResult:
     """What training would make of a record."""
     try:
         record = Record.from_json(row, where)
@@ -86,7 +88,11 @@ def validate_record(row: dict[str, Any], where: str, folder: Path, transform: Im
             _check(data, transform, rules)
             whole.update(data)
         digest = whole.digest() if record.images else None
-        look = perceptual_hash(decode_image(data)) if rules.perceptual and len(record.images) == 1 else digest
+        look = (
+            perceptual_hash(decode_image(data))
+            if rules.perceptual and len(record.images) == 1
+            else digest
+        )
     except ImageError as error:
         return ValidationResult(error.kind, str(error))
     except ValueError as error:
@@ -94,7 +100,13 @@ def validate_record(row: dict[str, Any], where: str, folder: Path, transform: Im
     bad = {i: why for i, text in enumerate(record.responses) if (why := _unusable(text, rules))}
     if len(bad) == len(record.responses):
         return ValidationResult(bad.get(0, "no_caption"), repr(record.responses)[:200])
-    return ValidationResult("", ", ".join(sorted(set(bad.values()))), tuple(bad), digest and digest[:16], look and look[:19])
+    return ValidationResult(
+        "",
+        ", ".join(sorted(set(bad.values()))),
+        tuple(bad),
+        digest and digest[:16],
+        look and look[:19],
+    )
 
 
 def _check(data: bytes, transform: ImageTransform | None, rules: Rules) -> None:
@@ -144,11 +156,16 @@ def find_duplicates(rows: np.ndarray, data: np.ndarray, perceptual: bool) -> dic
         keys = np.ascontiguousarray(data).view(f"V{data.shape[1]}").reshape(-1)
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         origin = first[inverse.reshape(-1)]
-        return {int(rows[i]): int(rows[origin[i]]) for i in np.flatnonzero(origin != np.arange(len(rows)))}
+        return {
+            int(rows[i]): int(rows[origin[i]])
+            for i in np.flatnonzero(origin != np.arange(len(rows)))
+        }
     found: dict[int, int] = {}
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.uint8)
     hashes, colors = data[:, :16], data[:, 16:].astype(np.int16)
-    for band in range(0, 16, 2):  # 5 differing bits leave one of 8 bands equal, where both are neighbours
+    for band in range(
+        0, 16, 2
+    ):  # 5 differing bits leave one of 8 bands equal, where both are neighbours
         order = np.lexsort(np.roll(hashes, -band, axis=1).T[::-1])
         for step in range(1, 9):
             one, other = order[:-step], order[step:]
@@ -193,7 +210,9 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
             except ValueError as error:
                 verdicts.append(ValidationResult("not_a_record", str(error)))
                 continue
-            verdicts.append(validate_record(row, rows.where(index), folder, chunk.transform, chunk.rules))
+            verdicts.append(
+                validate_record(row, rows.where(index), folder, chunk.transform, chunk.rules)
+            )
         table = pa.Table.from_pylist([verdict._asdict() for verdict in verdicts], _RESULTS)
         pq.write_table(table, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
@@ -229,7 +248,11 @@ def compact_shard(spec: CompactShard) -> int:
             key = compact_key(index, number)
             about = {"key": key, "source": name, "width": picture.width, "height": picture.height}
             offset = writer.add(key, picture.data, picture.suffix, record.responses, about)
-            place = {"offset": offset, "length": len(picture.data), "file": f"{key}.{picture.suffix}"}
+            place = {
+                "offset": offset,
+                "length": len(picture.data),
+                "file": f"{key}.{picture.suffix}",
+            }
             entries.append({**about, **place, "captions": list(record.responses), "status": "ok"})
     writer.close()
     (output / f"{spec.number:05d}.tar.part").replace(output / f"{spec.number:05d}.tar")
@@ -271,14 +294,29 @@ def clean(
         shards: `i/n`, judge only this slice; a last call without it puts everything together.
     """
     if rules.max_pixels > MAX_PIXELS:
-        raise ValueError(f"--max-pixels {rules.max_pixels}: training opens no picture of more than {MAX_PIXELS}")
+        raise ValueError(
+            f"--max-pixels {rules.max_pixels}: training opens no picture of more than {MAX_PIXELS}"
+        )
     rows = open_rows(source)
     folder = image_folder or records_of(source).parent
     if not folder.is_dir():
         raise ValueError(f"--image-folder {folder}: no such folder")
-    stat, transform = rows.path.stat(), ImageTransform.from_pretrained(vision_tower) if vision_tower else None
-    facts = [str(rows.path), stat.st_size, stat.st_mtime_ns, str(folder), str(transform), asdict(rules)]
-    work = output.with_name(f"{output.name}.work") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    stat, transform = (
+        rows.path.stat(),
+        ImageTransform.from_pretrained(vision_tower) if vision_tower else None,
+    )
+    facts = [
+        str(rows.path),
+        stat.st_size,
+        stat.st_mtime_ns,
+        str(folder),
+        str(transform),
+        asdict(rules),
+    ]
+    work = (
+        output.with_name(f"{output.name}.work")
+        / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    )
     work.mkdir(parents=True, exist_ok=True)
     chunks = []
     for number, start in enumerate(range(0, len(rows), CHUNK)):
@@ -290,7 +328,9 @@ def clean(
         return dict(sum((Counter(validate_chunk(chunk)) for chunk in mine), Counter()))
     duplicates = {}
     if dedupe:
-        duplicates = find_duplicates(*_fingerprints(chunks, dedupe == "perceptual"), dedupe == "perceptual")
+        duplicates = find_duplicates(
+            *_fingerprints(chunks, dedupe == "perceptual"), dedupe == "perceptual"
+        )
     kept = output if compact is None else work / "survivors.jsonl"
     counts, examples = _write(rows, _verdicts(chunks, rows, duplicates), kept, output, folder)
     if compact is not None:
@@ -312,12 +352,16 @@ def _fingerprints(chunks: list[Chunk], perceptual: bool) -> tuple[np.ndarray, np
     return np.concatenate(rows), np.concatenate(data)
 
 
-def _verdicts(chunks: list[Chunk], rows: RowFile, duplicates: dict[int, int]) -> Iterator[ValidationResult]:
+def _verdicts(
+    chunks: list[Chunk], rows: RowFile, duplicates: dict[int, int]
+) -> Iterator[ValidationResult]:
     for chunk in chunks:
         for index, values in enumerate(pq.read_table(chunk.path).to_pylist(), chunk.start):
             verdict = ValidationResult(**values)
             if index in duplicates and not _other_words(rows[index], rows[duplicates[index]]):
-                verdict = verdict._replace(reason="duplicate", detail=f"of {rows.where(duplicates[index])}")
+                verdict = verdict._replace(
+                    reason="duplicate", detail=f"of {rows.where(duplicates[index])}"
+                )
             yield verdict
 
 
@@ -346,15 +390,31 @@ def _write(
             counts[verdict.reason or "ok"] += 1
             if verdict.reason:
                 text = rows.raw(index).decode("utf-8", "replace")
-                bad.write({"reason": verdict.reason, "detail": verdict.detail, "record": _readable(text)})
+                bad.write(
+                    {"reason": verdict.reason, "detail": verdict.detail, "record": _readable(text)}
+                )
                 if len(seen := examples.setdefault(verdict.reason, [])) < 12:
-                    seen.append({"name": rows.where(index), "detail": verdict.detail, **_shown(text, folder)})
+                    seen.append(
+                        {
+                            "name": rows.where(index),
+                            "detail": verdict.detail,
+                            **_shown(text, folder),
+                        }
+                    )
                 continue
             row = rows[index]
             if verdict.bad:  # some of its captions can't be used, the others can
                 unusable = [row["responses"][i] for i in verdict.bad]
-                bad.write({"reason": verdict.detail, "detail": "", "record": {**row, "responses": unusable}})
-                row["responses"] = [r for i, r in enumerate(row["responses"]) if i not in verdict.bad]
+                bad.write(
+                    {
+                        "reason": verdict.detail,
+                        "detail": "",
+                        "record": {**row, "responses": unusable},
+                    }
+                )
+                row["responses"] = [
+                    r for i, r in enumerate(row["responses"]) if i not in verdict.bad
+                ]
             good.write(row)
     return counts, examples
 
@@ -366,7 +426,9 @@ def _readable(text: str) -> Any:
         return text
 
 
-def _compact(records: Path, folder: Path, output: Path, side: int, engine: str, workers: int, progress: bool) -> None:
+def _compact(
+    records: Path, folder: Path, output: Path, side: int, engine: str, workers: int, progress: bool
+) -> None:
     """A shard that is there whole is taken as it is: the mark says that it was made of the same rows."""
     output.mkdir(parents=True, exist_ok=True)
     mark, made_of = output / "made_of", hashlib.sha256(f"{folder.resolve()} {side}".encode())
@@ -381,7 +443,9 @@ def _compact(records: Path, folder: Path, output: Path, side: int, engine: str, 
     specs, count = [], len(open_rows(records))
     for number, start in enumerate(range(0, count, SHARD)):
         stop = min(start + SHARD, count)
-        specs.append(CompactShard(str(records), start, stop, str(folder), str(output), number, side))
+        specs.append(
+            CompactShard(str(records), start, stop, str(folder), str(output), number, side)
+        )
     _run(compact_shard, specs, engine, workers, progress)
 
 
@@ -391,11 +455,15 @@ def _write_compacted(survivors: RowFile, output: Path) -> None:
             name = "image" if "image" in row else "images"
             several = isinstance(row.get(name), list)
             count = len(row[name]) if several else int(bool(row.get(name)))
-            places = [f"{index // SHARD:05d}.tar#{compact_key(index, number)}" for number in range(count)]
+            places = [
+                f"{index // SHARD:05d}.tar#{compact_key(index, number)}" for number in range(count)
+            ]
             writer.write({**row, **({name: places if several else places[0]} if places else {})})
 
 
-def _report(rows: RowFile, counts: Counter[str], examples: dict[str, list[dict[str, Any]]], output: Path) -> None:
+def _report(
+    rows: RowFile, counts: Counter[str], examples: dict[str, list[dict[str, Any]]], output: Path
+) -> None:
     path = output.with_name(f"{output.stem}_report.html")
     facts = [("records", f"{len(rows):,}"), ("kept", f"{counts['ok']:,}")]
     title, ordered = f"Cleaning of {rows.name}", sorted(examples.items())
@@ -421,19 +489,54 @@ def _shown(text: str, folder: Path) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """`llava clean data/cc3m --vision_tower openai/clip-vit-base-patch16 --output cc3m_clean.json`."""
-    parser = argparse.ArgumentParser("llava clean", description="Keep the records that training can use.")
+    parser = argparse.ArgumentParser(
+        "llava clean", description="Keep the records that training can use."
+    )
     add, rules = parser.add_argument, Rules()
-    add("records", type=Path, help="a folder of `llava download`, or .json, .jsonl, .parquet of records")
+    add(
+        "records",
+        type=Path,
+        help="a folder of `llava download`, or .json, .jsonl, .parquet of records",
+    )
     add("--output", type=Path, required=True, help="the good records: .json, .jsonl or .parquet")
     add("--image-folder", type=Path, help="where the pictures are (default: with the records)")
-    add("--vision_tower", "--vision-tower", default="", help="whose transform the pictures must pass")
-    add("--min-side", type=int, default=rules.min_side, help="pixels of the shorter side (%(default)s)")
-    add("--max-aspect", type=float, default=rules.max_aspect, help="longer side over shorter side (%(default)s)")
+    add(
+        "--vision_tower",
+        "--vision-tower",
+        default="",
+        help="whose transform the pictures must pass",
+    )
+    add(
+        "--min-side",
+        type=int,
+        default=rules.min_side,
+        help="pixels of the shorter side (%(default)s)",
+    )
+    add(
+        "--max-aspect",
+        type=float,
+        default=rules.max_aspect,
+        help="longer side over shorter side (%(default)s)",
+    )
     add("--max-caption", type=int, default=rules.max_caption, help="characters (%(default)s)")
     add("--max-pixels", type=int, default=rules.max_pixels, help="(%(default)s)")
-    add("--dedupe", choices=["exact", "perceptual"], default="", help="keep the first of equal pictures")
-    add("--compact", type=Path, metavar="SHARDS", help="also write the kept pictures, smaller, to shards here")
-    add("--compact-size", default="224", help="their shorter side, 224 or 256; exact keeps the bytes")
+    add(
+        "--dedupe",
+        choices=["exact", "perceptual"],
+        default="",
+        help="keep the first of equal pictures",
+    )
+    add(
+        "--compact",
+        type=Path,
+        metavar="SHARDS",
+        help="also write the kept pictures, smaller, to shards here",
+    )
+    add(
+        "--compact-size",
+        default="224",
+        help="their shorter side, 224 or 256; exact keeps the bytes",
+    )
     add_worker_arguments(parser)
     args = parser.parse_args(argv)
     if args.compact_size != "exact" and not args.compact_size.isdigit():
@@ -442,7 +545,13 @@ def main(argv: list[str] | None = None) -> int:
     counts = clean(
         args.records,
         args.output,
-        rules=Rules(args.min_side, args.max_aspect, args.max_caption, args.max_pixels, args.dedupe == "perceptual"),
+        rules=Rules(
+            args.min_side,
+            args.max_aspect,
+            args.max_caption,
+            args.max_pixels,
+            args.dedupe == "perceptual",
+        ),
         compact_size=0 if args.compact_size == "exact" else int(args.compact_size),
         progress=sys.stderr.isatty(),
         **{name: getattr(args, name) for name in same},

@@ -24,7 +24,9 @@ INSTRUCTION = "Generate a caption of this image:"
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 
 
-def group_captions(read: Callable[[ParseIssues], Iterator[SourceRow]], odd: ParseIssues) -> Iterator[SourceRow]:
+def group_captions(
+    read: Callable[[ParseIssues], Iterator[SourceRow]], odd: ParseIssues
+) -> Iterator[SourceRow]:
     """One row an image with all its captions, streaming; `read` is called twice.
 
     The first pass counts how often each image occurs, 8 bytes a row; the second gives a row out when its
@@ -112,7 +114,9 @@ class RecordWriter:
         self._rows: list[dict[str, Any]] = []
         self._parquet: Any = None
         self._encode = json.JSONEncoder(ensure_ascii=False).encode
-        self._file = None if path.suffix == ".parquet" else self._partial.open("w", encoding="utf-8")
+        self._file = (
+            None if path.suffix == ".parquet" else self._partial.open("w", encoding="utf-8")
+        )
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record."""
@@ -136,10 +140,19 @@ class RecordWriter:
                     f"{self.path}: Parquet holds image, instruction and responses, but a row has {sorted(row)}: "
                     "write conversations to .json or .jsonl"
                 )
-        rows = [{**row, "responses": row.get("responses") or [row.get("response")]} for row in self._rows]
-        columns = {"image": pa.string(), "instruction": pa.string(), "responses": pa.list_(pa.string())}
+        rows = [
+            {**row, "responses": row.get("responses") or [row.get("response")]}
+            for row in self._rows
+        ]
+        columns = {
+            "image": pa.string(),
+            "instruction": pa.string(),
+            "responses": pa.list_(pa.string()),
+        }
         table = pa.Table.from_pylist(rows, pa.schema(columns))
-        self._parquet = self._parquet or pq.ParquetWriter(self._partial, table.schema, compression="zstd")
+        self._parquet = self._parquet or pq.ParquetWriter(
+            self._partial, table.schema, compression="zstd"
+        )
         self._parquet.write_table(table)
         self._rows.clear()
 
@@ -163,11 +176,16 @@ class RecordWriter:
 
 def _parse_split(text: str) -> dict[str, float]:
     try:
-        parts = {name.strip(): float(share) for name, _, share in (p.partition("=") for p in text.split(","))}
+        parts = {
+            name.strip(): float(share)
+            for name, _, share in (p.partition("=") for p in text.split(","))
+        }
     except ValueError:
         parts = {}
     if not parts or not all(0 < share < 1 for share in parts.values()) or sum(parts.values()) >= 1:
-        raise ValueError(f"--split {text!r}: give names and shares below 1, as in val=0.01 or val=0.01,test=0.01")
+        raise ValueError(
+            f"--split {text!r}: give names and shares below 1, as in val=0.01 or val=0.01,test=0.01"
+        )
     return parts
 
 
@@ -192,7 +210,11 @@ def convert(
         raise ValueError(f"--image-folder {image_folder}: no such folder")
     instructions = [instruction]
     if instruction.endswith(".txt"):
-        instructions = [line.strip() for line in Path(instruction).read_text("utf-8").splitlines() if line.strip()]
+        instructions = [
+            line.strip()
+            for line in Path(instruction).read_text("utf-8").splitlines()
+            if line.strip()
+        ]
         if not instructions:
             raise ValueError(f"--instruction {instruction}: no template in this file")
     shares = _parse_split(split) if split not in ("", "source") else {}
@@ -205,14 +227,18 @@ def convert(
             path = output.with_stem(f"{output.stem}_{part}") if part else output
             writers[part] = stack.enter_context(RecordWriter(path))
 
-        for part in ("train", *shares) if shares else ():  # a share that gets nothing leaves no older file in its place
+        for part in (
+            ("train", *shares) if shares else ()
+        ):  # a share that gets nothing leaves no older file in its place
             begin(part)
         for record, row in to_records(rows, odd, instructions, image_folder):
             part = ""
             if split == "source":
                 part = {"restval": "train", "": "train"}.get(row.split, row.split)
                 if not row.split:
-                    odd.note("row without a split of its own (taken for training)", row.number, row.image)
+                    odd.note(
+                        "row without a split of its own (taken for training)", row.number, row.image
+                    )
             elif shares:
                 part, place = "train", fraction(str(record.get("image") or row.number))
                 for name, share in shares.items():
@@ -241,14 +267,28 @@ def reduce(source: Path, output: Path, count: int, seed: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """`llava convert SOURCE --output records.json`."""
-    parser = argparse.ArgumentParser("llava convert", description="Make records of any caption source.")
-    parser.add_argument("source", help="TSV, CSV, JSON, JSONL, Parquet, tar, a folder of them, a glob, a URL")
-    parser.add_argument("--output", type=Path, required=True, help="records: .json, .jsonl or .parquet")
-    parser.add_argument("--image-folder", type=Path, help="keep only rows whose picture is in this folder")
-    parser.add_argument("--instruction", default=INSTRUCTION, help="a text, or a .txt of templates, one a line")
-    parser.add_argument("--split", default="", help="val=0.01 (by hash of the image) or source (its own split)")
+    parser = argparse.ArgumentParser(
+        "llava convert", description="Make records of any caption source."
+    )
+    parser.add_argument(
+        "source", help="TSV, CSV, JSON, JSONL, Parquet, tar, a folder of them, a glob, a URL"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="records: .json, .jsonl or .parquet"
+    )
+    parser.add_argument(
+        "--image-folder", type=Path, help="keep only rows whose picture is in this folder"
+    )
+    parser.add_argument(
+        "--instruction", default=INSTRUCTION, help="a text, or a .txt of templates, one a line"
+    )
+    parser.add_argument(
+        "--split", default="", help="val=0.01 (by hash of the image) or source (its own split)"
+    )
     for column in Columns._fields:
-        parser.add_argument(f"--{column}-column", default="", help=f"name of the column with the {column}")
+        parser.add_argument(
+            f"--{column}-column", default="", help=f"name of the column with the {column}"
+        )
     args = parser.parse_args(argv)
     counts, odd = convert(
         args.source,
@@ -266,12 +306,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def reduce_main(argv: list[str] | None = None) -> int:
     """`llava reduce records.json --count 1000 --seed 0`."""
-    parser = argparse.ArgumentParser("llava reduce", description="A random sample of a file of records.")
+    parser = argparse.ArgumentParser(
+        "llava reduce", description="A random sample of a file of records."
+    )
     parser.add_argument("records", type=Path, help=".json, .jsonl or .parquet")
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: the same name with _COUNT added")
     args = parser.parse_args(argv)
-    output = args.output or args.records.with_name(f"{args.records.stem}_{args.count}{args.records.suffix}")
-    sys.stdout.write(f"{reduce(args.records, output, args.count, args.seed):>9,} records -> {output}\n")
+    output = args.output or args.records.with_name(
+        f"{args.records.stem}_{args.count}{args.records.suffix}"
+    )
+    sys.stdout.write(
+        f"{reduce(args.records, output, args.count, args.seed):>9,} records -> {output}\n"
+    )
     return 0

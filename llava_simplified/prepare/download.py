@@ -38,11 +38,17 @@ import pyarrow.parquet as pq
 
 from llava_simplified.data.images import MAX_PIXELS
 from llava_simplified.data.shards import END, ShardWriter, write_all
-from llava_simplified.prepare.convert import INSTRUCTION, RecordWriter, file_name, group_captions, make_record
-from llava_simplified.prepare.fetch import KINDS, FetchResult, FetchOptions, fetch_all
+from llava_simplified.prepare.convert import (
+    INSTRUCTION,
+    RecordWriter,
+    file_name,
+    group_captions,
+    make_record,
+)
+from llava_simplified.prepare.fetch import KINDS, FetchOptions, FetchResult, fetch_all
 from llava_simplified.prepare.preparation_report import download_report
 from llava_simplified.prepare.sources import Columns, ParseIssues, read_source
-from llava_simplified.workers import add_worker_arguments, run_tasks, parse_slice
+from llava_simplified.workers import add_worker_arguments, parse_slice, run_tasks
 
 FAIL_FAST_AFTER = 500  # so many first failures of one kind, and no picture, stop a run
 _ROW = {"index": pa.int64(), "url": pa.string(), "captions": pa.list_(pa.string())}
@@ -87,7 +93,11 @@ class Store:
         self.local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
         self.fs.invalidate_cache()  # of listings: other processes write here too
         self.fs.makedirs(self.root, exist_ok=True)
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_simplified" / "download"
+        cache = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            / "llava_simplified"
+            / "download"
+        )
         place = hashlib.sha256(self.fs.unstrip_protocol(self.root).encode()).hexdigest()[:16]
         self.work = Path(self.root, "_work") if self.local else cache / place
         self.work.mkdir(parents=True, exist_ok=True)
@@ -155,7 +165,11 @@ def fetch_shard(spec: ShardSpec) -> dict[str, int]:
     store, name = Store(spec.output), f"{spec.number:05d}"
     work = store.work
     journal, plan, tar = (work / f"{name}.{suffix}" for suffix in ("journal", "plan", "tar.part"))
-    done = store.read_manifest(f"{name}.parquet").to_pylist() if store.exists(f"{name}.parquet") else None
+    done = (
+        store.read_manifest(f"{name}.parquet").to_pylist()
+        if store.exists(f"{name}.parquet")
+        else None
+    )
     if done is not None and not journal.exists():
         kept = [row for row in done if not _matches(row["error"], spec.retry)]
         if len(kept) == len(done):
@@ -165,8 +179,12 @@ def fetch_shard(spec: ShardSpec) -> dict[str, int]:
     with _locked(journal) as file:
         if not spec.files and not tar.exists() and store.exists(f"{name}.tar"):
             store.fetch(f"{name}.tar", tar)  # to retry, or killed between the last two renames
-        outcomes, end = read_journal(journal, 0 if spec.files or not tar.exists() else tar.stat().st_size)
-        outcomes = {index: row for index, row in outcomes.items() if not _matches(row["error"], spec.retry)}
+        outcomes, end = read_journal(
+            journal, 0 if spec.files or not tar.exists() else tar.stat().st_size
+        )
+        outcomes = {
+            index: row for index, row in outcomes.items() if not _matches(row["error"], spec.retry)
+        }
         writer = None if spec.files else ShardWriter(tar, end)
         missing = [row for row in rows if row["index"] not in outcomes]
         asyncio.run(_fetch_rows(missing, spec, Path(store.root, "images"), file, writer, outcomes))
@@ -188,14 +206,18 @@ def _allow_files(count: int) -> None:
         if soft < count:
             resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
     except ValueError:
-        raise ValueError(f"--concurrency: {count} files may be open then, the limit is {hard} (ulimit -Hn)") from None
+        raise ValueError(
+            f"--concurrency: {count} files may be open then, the limit is {hard} (ulimit -Hn)"
+        ) from None
 
 
 def _manifest(rows: list[dict[str, Any]]) -> pa.Table:
     """Through Arrow's JSON reader: `Table.from_pylist` imports pandas where it is, 50 MB in each worker."""
     lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
     options = pa.json.ReadOptions(use_threads=False, block_size=len(lines))
-    return pa.json.read_json(io.BytesIO(lines), options, pa.json.ParseOptions(explicit_schema=MANIFEST))
+    return pa.json.read_json(
+        io.BytesIO(lines), options, pa.json.ParseOptions(explicit_schema=MANIFEST)
+    )
 
 
 def _count(outcomes: Any) -> dict[str, int]:
@@ -212,7 +234,9 @@ def _matches(error: str | None, kinds: tuple[str, ...]) -> bool:
 
 def _reopen(kept: list[dict[str, Any]], journal: Path, tar_size: int) -> None:
     """Make a journal of the rows of a finished shard that are not tried again."""
-    rows: list[dict[str, Any]] = [{k: v for k, v in row.items() if k not in ("url", "captions")} for row in kept]
+    rows: list[dict[str, Any]] = [
+        {k: v for k, v in row.items() if k not in ("url", "captions")} for row in kept
+    ]
     if tar_size > len(END):
         rows.append({"index": -1, "end": tar_size - len(END)})
     journal.with_suffix(".new").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -267,7 +291,9 @@ async def _fetch_rows(
 ) -> None:
     """Fetch rows; keep each picture, then write its line in the journal."""
     captions = {row["index"]: tuple(row["captions"]) for row in rows}
-    async for index, url, fetched in fetch_all(((row["index"], row["url"]) for row in rows), spec.options):
+    async for index, url, fetched in fetch_all(
+        ((row["index"], row["url"]) for row in rows), spec.options
+    ):
         outcome = outcomes[index] = _outcome(index, fetched)
         end = 0
         if fetched.picture is not None:
@@ -281,16 +307,30 @@ async def _fetch_rows(
                 about = {"url": url, "captions": captions[index], **{k: outcome[k] for k in _ABOUT}}
                 outcome["offset"] = writer.add(outcome["key"], data, suffix, captions[index], about)
                 end = writer.end
-        write_all(journal, (json.dumps({**outcome, "end": end}, ensure_ascii=False) + "\n").encode())
+        write_all(
+            journal, (json.dumps({**outcome, "end": end}, ensure_ascii=False) + "\n").encode()
+        )
 
 
 _ABOUT = ("key", "sha256", "width", "height")  # what a sample's .json repeats of the manifest
 
 
 def _outcome(index: int, fetched: FetchResult) -> dict[str, Any]:
-    outcome: dict[str, Any] = dict.fromkeys(MANIFEST.names[len(_ROW) :]) | {"index": index, "key": f"{index:09d}"}
-    outcome |= {"status": "failed", "error": fetched.kind, "detail": fetched.detail, "http": fetched.http}
-    outcome |= {"bytes": fetched.received, "seconds": round(fetched.seconds, 3), "at": round(time.time(), 2)}
+    outcome: dict[str, Any] = dict.fromkeys(MANIFEST.names[len(_ROW) :]) | {
+        "index": index,
+        "key": f"{index:09d}",
+    }
+    outcome |= {
+        "status": "failed",
+        "error": fetched.kind,
+        "detail": fetched.detail,
+        "http": fetched.http,
+    }
+    outcome |= {
+        "bytes": fetched.received,
+        "seconds": round(fetched.seconds, 3),
+        "at": round(time.time(), 2),
+    }
     if picture := fetched.picture:
         outcome |= {"status": "ok", "error": None, "width": picture.width, "height": picture.height}
         outcome |= {"sha256": hashlib.sha256(picture.data).hexdigest(), "length": len(picture.data)}
@@ -328,18 +368,35 @@ def download(
             that failed every attempt, or when the first `FAIL_FAST_AFTER` rows all fail the same way.
     """
     if min(options.concurrency, options.per_host, shard_size) < 1 or limit < 0:
-        raise ValueError("--concurrency, --per-host and --shard-size must be at least 1, --limit not below 0")
-    if unknown := [kind for kind in retry if kind not in KINDS and not re.fullmatch(r"all|(http_)?\d{3}|\dxx", kind)]:
-        raise ValueError(f"--retry {','.join(unknown)}: failures are called 404, 5xx, {', '.join(KINDS)}; or say all")
+        raise ValueError(
+            "--concurrency, --per-host and --shard-size must be at least 1, --limit not below 0"
+        )
+    if unknown := [
+        kind
+        for kind in retry
+        if kind not in KINDS and not re.fullmatch(r"all|(http_)?\d{3}|\dxx", kind)
+    ]:
+        raise ValueError(
+            f"--retry {','.join(unknown)}: failures are called 404, 5xx, {', '.join(KINDS)}; or say all"
+        )
     store = Store(output)
     if files and not store.local:
-        raise ValueError(f"{output}: plain files need a local folder; shards can be written anywhere")
+        raise ValueError(
+            f"{output}: plain files need a local folder; shards can be written anywhere"
+        )
     settings = {"source": source, "files": files, "shard_size": shard_size, "limit": limit}
-    settings["resize"], settings["bytes"] = options.resize, Path(source).stat().st_size if Path(source).is_file() else 0
+    settings["resize"], settings["bytes"] = (
+        options.resize,
+        Path(source).stat().st_size if Path(source).is_file() else 0,
+    )
     known = store.settings()
-    if known and (other := {key: value for key, value in settings.items() if known.get(key) != value}):
+    if known and (
+        other := {key: value for key, value in settings.items() if known.get(key) != value}
+    ):
         was = {key: known.get(key) for key in other}
-        raise ValueError(f"{output} was begun with {was}, not {other}; use that, or another --output")
+        raise ValueError(
+            f"{output} was begun with {was}, not {other}; use that, or another --output"
+        )
     if not known or not _planned(store, parse_slice(shards, known["shards"])):
         known = plan_shards(source, columns, store, settings, shards)
     if files:
@@ -348,7 +405,9 @@ def download(
     specs = [ShardSpec(number, output, files, retry, options) for number in numbers]
     old = {int(name.removesuffix(".parquet")) for name in store.manifests()}
     watch, failed = Progress(store.work, numbers, old, 0 if shards else known["rows"], progress), []
-    for done in run_tasks(fetch_shard, specs, engine=engine, workers=workers, per_cpu=2, tick=watch.tick):
+    for done in run_tasks(
+        fetch_shard, specs, engine=engine, workers=workers, per_cpu=2, tick=watch.tick
+    ):
         if done.result is None:
             failed.append(f"shard {done.spec.number:05d}: {done.error}")
         else:
@@ -356,7 +415,9 @@ def download(
     watch.show("\n")
     if failed:
         some = "\n".join(failed[:20])
-        raise ValueError(f"{len(failed)} of {len(specs)} shards failed; the same command goes on:\n{some}")
+        raise ValueError(
+            f"{len(failed)} of {len(specs)} shards failed; the same command goes on:\n{some}"
+        )
     return {"outcomes": dict(watch.total())} if shards else merge_manifests(output)
 
 
@@ -366,12 +427,16 @@ def _planned(store: Store, numbers: range) -> bool:
     return all(f"{number:05d}.parquet" in finished | plans for number in numbers)
 
 
-def plan_shards(source: str, columns: Columns, store: Store, settings: dict[str, Any], shards: str) -> dict[str, Any]:
+def plan_shards(
+    source: str, columns: Columns, store: Store, settings: dict[str, Any], shards: str
+) -> dict[str, Any]:
     """Cut the source into shards, a file of JSON lines (index, url, captions) each; returns `download.json`."""
     odd, number, total = ParseIssues(), 0, 0
     finished = set(store.manifests())
     rows = group_captions(lambda notes: read_source(source, notes, columns), odd)
-    planned = ({"index": index, "url": row.url, "captions": row.captions} for index, row in enumerate(rows))
+    planned = (
+        {"index": index, "url": row.url, "captions": row.captions} for index, row in enumerate(rows)
+    )
     first = islice(planned, settings["limit"] or None)
     while chunk := list(islice(first, settings["shard_size"])):
         if not number and not any(row["url"] for row in chunk):
@@ -384,7 +449,9 @@ def plan_shards(source: str, columns: Columns, store: Store, settings: dict[str,
     if not total:
         raise ValueError(f"{source}: no rows")
     known = {**settings, "rows": total, "shards": number, "oddities": odd.lines()}
-    written = store.work / f"download.json.part{uuid.uuid4().hex}"  # the jobs of an array may plan at one moment
+    written = (
+        store.work / f"download.json.part{uuid.uuid4().hex}"
+    )  # the jobs of an array may plan at one moment
     written.write_text(json.dumps(known, indent=1, ensure_ascii=False))
     store.publish(written)
     return known
@@ -402,7 +469,10 @@ def merge_manifests(output: str) -> dict[str, Any]:
     work = store.work
     records = work / ("records.json" if known["files"] else "records.jsonl")
     merged = work / "manifest.parquet"
-    with RecordWriter(records) as writer, pq.ParquetWriter(merged, MANIFEST, compression="zstd") as whole:
+    with (
+        RecordWriter(records) as writer,
+        pq.ParquetWriter(merged, MANIFEST, compression="zstd") as whole,
+    ):
         for name in names:
             table = store.read_manifest(name)
             whole.write_table(table)
@@ -423,7 +493,13 @@ class Progress:
     """Reads the journals as they grow, wherever their writers run: the live line, and the early stop."""
 
     def __init__(self, work: Path, numbers: range, old: set[int], rows: int, shown: bool) -> None:
-        self._work, self._numbers, self._old, self._rows, self._shown = work, numbers, old, rows, shown
+        self._work, self._numbers, self._old, self._rows, self._shown = (
+            work,
+            numbers,
+            old,
+            rows,
+            shown,
+        )
         self._read: Counter[Path] = Counter()
         self._counts: dict[int, Counter[str]] = {}
         self._take()
@@ -451,7 +527,9 @@ class Progress:
         now = self.total() - self._before
         if len(now) == 1 and now.total() >= FAIL_FAST_AFTER and "ok" not in now:
             (kind, count), *_ = now.items()
-            advice = _ADVICE.get(kind, "what they have in common is in the journals, in the work folder")
+            advice = _ADVICE.get(
+                kind, "what they have in common is in the journals, in the work folder"
+            )
             raise ValueError(f"stopped: the first {count} rows all failed with '{kind}': {advice}")
         self.show()
 
@@ -484,22 +562,54 @@ class Progress:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("llava download", description="Fetch the pictures of a list of URLs.")
+    parser = argparse.ArgumentParser(
+        "llava download", description="Fetch the pictures of a list of URLs."
+    )
     add = parser.add_argument
     add("source", help="TSV (either order), CSV, JSONL, JSON, Parquet, a folder or a glob of them")
     add("--output", required=True, help="a folder, or any fsspec URL")
     add("--output-format", choices=["shards", "files"], default="shards")
     add("--shard-size", type=int, default=10_000, help="rows in a shard (%(default)s)")
     add("--limit", type=int, default=0, help="only the first so many rows")
-    add("--retry", default="", metavar="KINDS", help="fetch failures again: timeout,5xx,dns,... or all")
-    add("--concurrency", type=int, default=256, help="requests under way for each shard (%(default)s)")
-    add("--per-host", type=int, default=4, help="of these, at most so many to one host (%(default)s)")
-    add("--timeout", type=float, default=10.0, help="seconds for one picture, redirects included (%(default)s)")
-    add("--retries", type=int, default=1, help="more tries at once after a reset, 429 or 5xx (%(default)s)")
+    add(
+        "--retry",
+        default="",
+        metavar="KINDS",
+        help="fetch failures again: timeout,5xx,dns,... or all",
+    )
+    add(
+        "--concurrency",
+        type=int,
+        default=256,
+        help="requests under way for each shard (%(default)s)",
+    )
+    add(
+        "--per-host",
+        type=int,
+        default=4,
+        help="of these, at most so many to one host (%(default)s)",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=10.0,
+        help="seconds for one picture, redirects included (%(default)s)",
+    )
+    add(
+        "--retries",
+        type=int,
+        default=1,
+        help="more tries at once after a reset, 429 or 5xx (%(default)s)",
+    )
     add("--max-bytes", type=int, default=20_000_000, help="of a picture (%(default)s)")
     add("--max-pixels", type=int, default=MAX_PIXELS, help="(%(default)s)")
     add("--resize", type=int, default=0, help="shorter side, only shrinking; 0 keeps the bytes")
-    add("--user-agent-contact", dest="contact", default="", help="a URL or address, told to the servers")
+    add(
+        "--user-agent-contact",
+        dest="contact",
+        default="",
+        help="a URL or address, told to the servers",
+    )
     add("--robots", action="store_true", help="ask each host's robots.txt")
     add("--allow-private", action="store_true", help="private addresses too: your own mirror")
     for column in Columns._fields:
@@ -520,12 +630,18 @@ def main(argv: list[str] | None = None) -> int:
         files=args.output_format == "files",
         retry=tuple(kind for kind in args.retry.split(",") if kind),
         progress=sys.stderr.isatty(),
-        **{name: getattr(args, name) for name in ("shard_size", "limit", "engine", "workers", "shards")},
+        **{
+            name: getattr(args, name)
+            for name in ("shard_size", "limit", "engine", "workers", "shards")
+        },
     )
     _tell(report, output)
     if none := not report["outcomes"].get("ok"):
         kind = max(report["outcomes"], key=report["outcomes"].__getitem__)
-        print(f"not one picture came. {_ADVICE.get(kind, '')} Then ask again with --retry {kind}", file=sys.stderr)
+        print(
+            f"not one picture came. {_ADVICE.get(kind, '')} Then ask again with --retry {kind}",
+            file=sys.stderr,
+        )
     return int(none)
 
 

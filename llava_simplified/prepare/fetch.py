@@ -40,17 +40,43 @@ else:
 
 AGENT = "llava-simplified"
 KINDS = (
-    *("bad_url", "scheme", "blocked_address", "robots", "dns", "connect", "refused", "tls", "connection", "protocol"),
-    *("timeout", "too_slow", "rate_limited", "redirect", "opt_out", "empty", "html", "not_image", "too_large"),
+    *(
+        "bad_url",
+        "scheme",
+        "blocked_address",
+        "robots",
+        "dns",
+        "connect",
+        "refused",
+        "tls",
+        "connection",
+        "protocol",
+    ),
+    *(
+        "timeout",
+        "too_slow",
+        "rate_limited",
+        "redirect",
+        "opt_out",
+        "empty",
+        "html",
+        "not_image",
+        "too_large",
+    ),
     *("truncated", "corrupt"),
 )
 """Why a URL gives no picture; besides, http_404 and what else a server answers."""
 _OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
 _NOTHING = ["User-agent: *", "Disallow: /"]
 _REDIRECTS = 5
-_LONGEST_PAUSE = 60.0  # seconds that a host may ask for, in a row, before its rows are left for another run
+_LONGEST_PAUSE = (
+    60.0  # seconds that a host may ask for, in a row, before its rows are left for another run
+)
 MAX_CONSECUTIVE_TIMEOUTS = 10  # a host that is down would cost a timeout for each of its rows
-_SLOW_AFTER, _SLOW_RATE = 3.0, 1000  # a body must bring so many bytes a second after so many seconds
+_SLOW_AFTER, _SLOW_RATE = (
+    3.0,
+    1000,
+)  # a body must bring so many bytes a second after so many seconds
 _CLOSE = {"Connection": "close"}
 _UNICAST, _NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
 _INLINE_BYTES = 400_000  # larger files are decoded in a thread, so that other transfers go on
@@ -110,8 +136,15 @@ def _is_public(text: str) -> bool:
     address: Any = ipaddress.ip_address(text.partition("%")[0])
     if address.version == 6:
         translated = ipaddress.ip_address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1] or translated
-        if inner is None:  # Python calls much global that nobody routes: what is not unicast is somebody's own
+        inner = (
+            address.ipv4_mapped
+            or address.sixtofour
+            or (address.teredo or (None, None))[1]
+            or translated
+        )
+        if (
+            inner is None
+        ):  # Python calls much global that nobody routes: what is not unicast is somebody's own
             return address in _UNICAST and address.is_global
         address = inner
     return address.is_global and not address.is_multicast
@@ -126,7 +159,9 @@ class Fetcher:
         self._headers = {"User-Agent": f"{AGENT}/{version('llava-simplified')}{contact}",
                          "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}  # fmt: skip
         self._robots: dict[URL, asyncio.Task[RobotFileParser]] = {}
-        self._slots = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(options.per_host))
+        self._slots = defaultdict[str, asyncio.Semaphore](
+            lambda: asyncio.Semaphore(options.per_host)
+        )
         self._silent = Counter[str]()  # timeouts in a row, by host
 
     async def __aenter__(self) -> Fetcher:
@@ -162,15 +197,31 @@ class Fetcher:
         except ImageError as error:
             kind, http, pause, detail = error.kind, 200, None, str(error)
         except (TimeoutError, asyncio.TimeoutError):
-            kind, http, pause, detail = "timeout", 0, None, f"not done in {self.options.timeout:g} s"
+            kind, http, pause, detail = (
+                "timeout",
+                0,
+                None,
+                f"not done in {self.options.timeout:g} s",
+            )
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            kind, http, pause, detail = name_failure(error), 0, None, f"{type(error).__name__}: {error}"
-        detail = detail[:300].encode(errors="replace").decode()  # headers may hold any bytes, the journal may not
+            kind, http, pause, detail = (
+                name_failure(error),
+                0,
+                None,
+                f"{type(error).__name__}: {error}",
+            )
+        detail = (
+            detail[:300].encode(errors="replace").decode()
+        )  # headers may hold any bytes, the journal may not
         return FetchResult(kind, http, detail, None, 0, time.perf_counter() - start, pause)
 
     async def _check(self, data: bytes) -> Picture:
         resize, most = self.options.resize, self.options.max_pixels
-        work = partial(shrink_image, data, resize, most) if resize else partial(check_image, data, most)
+        work = (
+            partial(shrink_image, data, resize, most)
+            if resize
+            else partial(check_image, data, most)
+        )
         return work() if len(data) < _INLINE_BYTES else await asyncio.to_thread(work)
 
     async def _get(self, text: str, headers: dict[str, str] | None) -> tuple[bytes, int]:
@@ -178,14 +229,21 @@ class Fetcher:
         for _ in range(_REDIRECTS + 1):
             if url.scheme not in ("http", "https"):
                 kind = "scheme" if url.scheme else "bad_url"
-                raise FetchError(kind, f"only http and https are fetched, not {url.scheme or text[:40]!r}")
+                raise FetchError(
+                    kind, f"only http and https are fetched, not {url.scheme or text[:40]!r}"
+                )
             if not url.host:
                 raise FetchError("bad_url", f"no host in {text[:100]!r}")
             if self.options.robots and not await self._allowed(url):
                 raise FetchError("robots", f"robots.txt of {url.host} does not allow it")
-            async with self._slots[url.host]:  # many hosts may send to one; to wait for it takes none of the row's time
+            async with self._slots[
+                url.host
+            ]:  # many hosts may send to one; to wait for it takes none of the row's time
                 if self._silent[url.host] >= MAX_CONSECUTIVE_TIMEOUTS:
-                    raise FetchError("timeout", f"not asked for: {url.host} was silent {MAX_CONSECUTIVE_TIMEOUTS} times in a row")
+                    raise FetchError(
+                        "timeout",
+                        f"not asked for: {url.host} was silent {MAX_CONSECUTIVE_TIMEOUTS} times in a row",
+                    )
                 begun = time.monotonic()
                 try:
                     async with timeout(left):  # before Python 3.12, wait_for loses cancellations
@@ -209,7 +267,9 @@ class Fetcher:
                 return url.join(URL(location))
             if response.status != 200:
                 pause = _retry_after(response.headers.get("Retry-After"))
-                raise FetchError(f"http_{response.status}", str(response.reason), response.status, pause)
+                raise FetchError(
+                    f"http_{response.status}", str(response.reason), response.status, pause
+                )
             if reason := opted_out(response.headers):
                 raise FetchError("opt_out", reason, response.status)
             return await self._body(response), response.status
@@ -217,7 +277,9 @@ class Fetcher:
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         most, chunks, size, start = self.options.max_bytes, list[bytes](), 0, time.perf_counter()
         if (response.content_length or 0) > most:
-            raise FetchError("too_large", f"{response.content_length} bytes announced, the limit is {most}", 200)
+            raise FetchError(
+                "too_large", f"{response.content_length} bytes announced, the limit is {most}", 200
+            )
         async for chunk in response.content.iter_any():
             chunks.append(chunk)
             size += len(chunk)
@@ -227,8 +289,13 @@ class Fetcher:
             if seconds > _SLOW_AFTER and size < _SLOW_RATE * seconds:
                 raise FetchError("too_slow", f"{size} bytes in {seconds:.1f} s", 200)
         data = b"".join(chunks)
-        if response.headers.get("Content-Encoding", "identity").lower() in ("gzip", "deflate"):  # not asked for
-            with contextlib.suppress(zlib.error):  # some say so of what is not packed: the decoder will see
+        if response.headers.get("Content-Encoding", "identity").lower() in (
+            "gzip",
+            "deflate",
+        ):  # not asked for
+            with contextlib.suppress(
+                zlib.error
+            ):  # some say so of what is not packed: the decoder will see
                 data = zlib.decompressobj(47).decompress(data, most + 1)
             if len(data) > most:
                 raise FetchError("too_large", f"over {most} bytes when unpacked", 200)
@@ -246,9 +313,15 @@ class Fetcher:
         """RFC 9309: no such file allows everything, a server that fails to answer allows nothing."""
         rules = RobotFileParser()
         try:
-            async with self._session.get(origin / "robots.txt", timeout=aiohttp.ClientTimeout(5)) as response:
+            async with self._session.get(
+                origin / "robots.txt", timeout=aiohttp.ClientTimeout(5)
+            ) as response:
                 text = b""
-                while response.status == 200 and len(text) < 500_000 and (chunk := await response.content.readany()):
+                while (
+                    response.status == 200
+                    and len(text) < 500_000
+                    and (chunk := await response.content.readany())
+                ):
                     text += chunk
                 rules.parse(text.decode("utf-8", "replace").splitlines())
                 if response.status >= 500:
@@ -260,7 +333,9 @@ class Fetcher:
 
 def name_failure(error: BaseException) -> str:
     """The true cause of a connection or protocol error."""
-    if isinstance(error, aiohttp.ClientConnectorError | OSError) and "address refused" in str(error):
+    if isinstance(error, aiohttp.ClientConnectorError | OSError) and "address refused" in str(
+        error
+    ):
         return "blocked_address"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "dns"
@@ -270,7 +345,9 @@ def name_failure(error: BaseException) -> str:
         return "refused" if getattr(error, "errno", 0) == errno.ECONNREFUSED else "connect"
     if isinstance(error, aiohttp.ClientPayloadError):
         return "truncated"
-    if isinstance(error, aiohttp.InvalidURL | ValueError) and not isinstance(error, aiohttp.ClientResponseError):
+    if isinstance(error, aiohttp.InvalidURL | ValueError) and not isinstance(
+        error, aiohttp.ClientResponseError
+    ):
         return "bad_url"
     if isinstance(error, aiohttp.ClientResponseError):
         return "protocol"
@@ -288,7 +365,9 @@ def opted_out(headers: Any) -> str:
     for value in headers.getall("X-Robots-Tag", ()):
         agent, colon, rest = value.partition(":")
         agent = agent.strip().lower()
-        named = bool(colon) and "," not in agent and not agent.startswith(("unavailable_after", "max-"))
+        named = (
+            bool(colon) and "," not in agent and not agent.startswith(("unavailable_after", "max-"))
+        )
         if named and agent not in (AGENT, "*"):
             continue
         if {word.strip().lower() for word in (rest if named else value).split(",")} & _OPT_OUT:
@@ -331,7 +410,9 @@ def host_of(url: str) -> str:
     return _host("/".join(url.split("/", 3)[:3]))
 
 
-async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> AsyncIterator[tuple[Any, str, FetchResult]]:
+async def fetch_all(
+    rows: Iterable[tuple[Any, str]], options: FetchOptions
+) -> AsyncIterator[tuple[Any, str, FetchResult]]:
     """Fetch many (row, url); yields (row, url, result) as they come.
 
     Each host has up to `per_host` lanes, and each lane its connection. A lane goes on to the host's last row, or until the
@@ -352,7 +433,9 @@ async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> A
         host.asked = math.inf if fetched.pause is None else min(host.asked, now)
         if fetched.pause is not None and now + fetched.pause > host.asked + _LONGEST_PAUSE:
             pause = now + fetched.pause - host.asked
-            host.closed = FetchResult("rate_limited", 0, f"its host asked for a pause of {pause:.0f} s")
+            host.closed = FetchResult(
+                "rate_limited", 0, f"its host asked for a pause of {pause:.0f} s"
+            )
         again = is_transient(fetched) and tries < options.retries and not host.closed
         if again or (fetched.pause and not host.closed):
             host.resume = max(host.resume, now + (1.0 if fetched.pause is None else fetched.pause))
@@ -367,16 +450,22 @@ async def fetch_all(rows: Iterable[tuple[Any, str]], options: FetchOptions) -> A
             while host.rows and (wait := host.resume - time.monotonic()) <= 0:
                 await serve(fetcher, host)
             if host.rows:  # else the lane ends
-                asyncio.get_running_loop().call_later(wait, lanes.put_nowait, (lane, next(turn), host))
+                asyncio.get_running_loop().call_later(
+                    wait, lanes.put_nowait, (lane, next(turn), host)
+                )
 
     async def run() -> None:
         try:
             async with Fetcher(options) as fetcher:
-                await asyncio.gather(*(work(fetcher) for _ in range(min(left, options.concurrency))))
+                await asyncio.gather(
+                    *(work(fetcher) for _ in range(min(left, options.concurrency)))
+                )
         finally:
             results.put_nowait(None)
 
-    for host in sorted(hosts.values(), key=lambda host: -len(host.rows)):  # begun last, the largest would end alone
+    for host in sorted(
+        hosts.values(), key=lambda host: -len(host.rows)
+    ):  # begun last, the largest would end alone
         for lane in range(min(options.per_host, len(host.rows))):
             lanes.put_nowait((lane, next(turn), host))
     task = asyncio.create_task(run())

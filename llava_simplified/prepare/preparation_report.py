@@ -44,7 +44,9 @@ def write_page(path: Path, **parts: Any) -> None:
     defaults: dict[str, Any] = {"oddities": [], "plots": [], "hosts": [], "examples": []}
     outcomes = Counter(parts.pop("outcomes")).most_common()
     total = max(1, sum(count for _, count in outcomes))
-    path.write_text(page.render(**{**defaults, **parts}, outcomes=outcomes, total=total), encoding="utf-8")
+    path.write_text(
+        page.render(**{**defaults, **parts}, outcomes=outcomes, total=total), encoding="utf-8"
+    )
 
 
 _BARS = """<svg viewBox="0 0 640 190" role="img" aria-label="{{ label }}">
@@ -66,7 +68,12 @@ def histogram(values: np.ndarray, label: str, *, rate: bool = False, bins: int =
     counts, edges = np.histogram(values, bins=bins)
     heights = counts / (edges[1] - edges[0] or 1.0) if rate else counts.astype(float)
     template = Environment(autoescape=True).from_string(_BARS)
-    scale = {"top": max(float(heights.max()), 1e-9), "low": edges[0], "high": edges[-1], "width": 590 / bins}
+    scale = {
+        "top": max(float(heights.max()), 1e-9),
+        "low": edges[0],
+        "high": edges[-1],
+        "width": 590 / bins,
+    }
     return Markup(template.render(counts=heights.tolist(), label=label, **scale))
 
 
@@ -81,7 +88,9 @@ def thumbnail(pixels: np.ndarray) -> str:
     return base64.b64encode(data.getvalue()).decode()
 
 
-def download_report(manifest: Path, settings: dict[str, Any], to_json: Path, to_html: Path) -> dict[str, Any]:
+def download_report(
+    manifest: Path, settings: dict[str, Any], to_json: Path, to_html: Path
+) -> dict[str, Any]:
     """Read `manifest.parquet`, write both reports; returns what `report.json` holds."""
     import pyarrow.parquet as pq
 
@@ -100,7 +109,9 @@ def download_report(manifest: Path, settings: dict[str, Any], to_json: Path, to_
                 hosts.setdefault(host, Counter())[error] += 1
                 if len(seen := examples.setdefault(error, [])) < 8:
                     caption = captions[0] if captions else ""
-                    seen.append({"name": f"row {index}", "caption": caption, "detail": f"{url}: {detail}"})
+                    seen.append(
+                        {"name": f"row {index}", "caption": caption, "detail": f"{url}: {detail}"}
+                    )
         names = ("at", "width", "height", "length")  # NaN where there is no picture
         parts.append(np.array([batch[name].to_pylist() for name in names], float))
     at, width, height, lengths = np.concatenate(parts, axis=1)
@@ -128,7 +139,9 @@ def download_report(manifest: Path, settings: dict[str, Any], to_json: Path, to_
         outcomes=outcomes,
         oddities=settings["oddities"],
         plots=_download_plots(at, sides, lengths),
-        hosts=[(host, rows_by_host[host], hosts[host].total(), _causes(hosts[host])) for host in worst],
+        hosts=[
+            (host, rows_by_host[host], hosts[host].total(), _causes(hosts[host])) for host in worst
+        ],
         examples=sorted(examples.items()),
     )
     return report
@@ -138,7 +151,9 @@ def _causes(counts: Counter[str]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in counts.most_common(3))
 
 
-def _download_plots(at: np.ndarray, sides: np.ndarray, lengths: np.ndarray) -> list[tuple[str, str]]:
+def _download_plots(
+    at: np.ndarray, sides: np.ndarray, lengths: np.ndarray
+) -> list[tuple[str, str]]:
     plots = [("Rate over time", histogram(at - at.min(), "rows a second, over seconds", rate=True))]
     if len(sides):
         plots.append(("Shorter side", histogram(sides, "pictures, over pixels")))

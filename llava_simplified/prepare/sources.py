@@ -31,8 +31,28 @@ from llava_simplified.data.rows import BOM, records_of, scan_json
 from llava_simplified.data.shards import IMAGE_SUFFIXES, picture_column, read_range, tar_samples
 
 URL_NAMES = ("url", "image_url", "coco_url", "flickr_url", "img_url", "link")
-IMAGE_NAMES = ("image", "file_name", "filename", "image_name", "image_path", "file", "path", "filepath", "img")
-CAPTION_NAMES = ("caption", "text", "captions", "alt_text", "sentence", "comment", "description", "title", "raw")
+IMAGE_NAMES = (
+    "image",
+    "file_name",
+    "filename",
+    "image_name",
+    "image_path",
+    "file",
+    "path",
+    "filepath",
+    "img",
+)
+CAPTION_NAMES = (
+    "caption",
+    "text",
+    "captions",
+    "alt_text",
+    "sentence",
+    "comment",
+    "description",
+    "title",
+    "raw",
+)
 _TEXTS = ("txt", "caption", "json")  # of a tar's sample, the first there is
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PICTURE = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+)*$", re.IGNORECASE)
@@ -76,7 +96,10 @@ class ParseIssues:
 
     def lines(self) -> list[str]:
         """One line a kind, for people."""
-        return [f"{count:>9,} {kind} (first: {self.first[kind]})" for kind, count in self.counts.most_common()]
+        return [
+            f"{count:>9,} {kind} (first: {self.first[kind]})"
+            for kind, count in self.counts.most_common()
+        ]
 
 
 def read_source(source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
@@ -90,10 +113,18 @@ def read_source(source: str, odd: ParseIssues, columns: Columns) -> Iterator[Sou
             odd.note("image outside its folder, '..' (left out)", row.number, row.image)
             continue
         if not _is_unicode(row):
-            odd.note("half of a surrogate pair, no character (left out)", row.number, row.record or row.captions)
+            odd.note(
+                "half of a surrogate pair, no character (left out)",
+                row.number,
+                row.record or row.captions,
+            )
             continue
         if not all(row.captions):
-            kind = "empty caption (left out)" if row.record is None else "record with an empty answer (kept)"
+            kind = (
+                "empty caption (left out)"
+                if row.record is None
+                else "record with an empty answer (kept)"
+            )
             odd.note(kind, row.number, row.url or row.image)
             row = row._replace(captions=tuple(caption for caption in row.captions if caption))
         yield row
@@ -128,7 +159,13 @@ def _read(source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRow
     else:
         name = source.lower().partition("?")[0] if "://" in source else source.lower()
         suffix = Path(re.sub(r"\.(gz|bz2|xz)$", "", name)).suffix
-        readers = {".parquet": _parquet, ".tar": _tar, ".json": _json, ".jsonl": _jsonl, ".ndjson": _jsonl}
+        readers = {
+            ".parquet": _parquet,
+            ".tar": _tar,
+            ".json": _json,
+            ".jsonl": _jsonl,
+            ".ndjson": _jsonl,
+        }
         yield from readers.get(suffix, _table)(source, odd, columns)
 
 
@@ -148,8 +185,12 @@ def _folder(folder: Path, odd: ParseIssues, columns: Columns) -> Iterator[Source
             for part in parts:
                 yield from _read(str(part), odd, columns)
             return
-    held = ", ".join(sorted(path.name for path in itertools.islice(folder.iterdir(), 8))) or "nothing"
-    raise ValueError(f"{folder}: no metadata file, shard or caption file in this folder; it holds {held}")
+    held = (
+        ", ".join(sorted(path.name for path in itertools.islice(folder.iterdir(), 8))) or "nothing"
+    )
+    raise ValueError(
+        f"{folder}: no metadata file, shard or caption file in this folder; it holds {held}"
+    )
 
 
 @contextmanager
@@ -157,7 +198,12 @@ def _open(source: str) -> Iterator[IO[bytes]]:
     try:
         with fsspec.open(source, "rb", compression="infer") as file:
             yield file
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:  # of a compressed file that is torn
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:  # of a compressed file that is torn
         raise ValueError(f"{source}: can't be read: {error}") from error
 
 
@@ -172,7 +218,9 @@ def _lines(source: str, odd: ParseIssues) -> Iterator[tuple[int, str]]:
                 raw = raw[len(BOM) :]
                 odd.note("byte order mark (removed)", number, "UTF-8")
             elif number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise ValueError(f"{source}: UTF-16 text; make it UTF-8 first (iconv -f UTF-16 -t UTF-8)")
+                raise ValueError(
+                    f"{source}: UTF-16 text; make it UTF-8 first (iconv -f UTF-16 -t UTF-8)"
+                )
             try:
                 text = raw.decode()
             except UnicodeDecodeError:
@@ -205,7 +253,9 @@ def _table(source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRo
     for number, text, fields in itertools.islice(rows, int(has_header), None):
         extra = len(fields) - width
         if extra > 0:  # a separator inside the caption: the other fields never hold one
-            fields[caption : caption + extra + 1] = [separator.join(fields[caption : caption + extra + 1])]
+            fields[caption : caption + extra + 1] = [
+                separator.join(fields[caption : caption + extra + 1])
+            ]
             odd.note(f"{separator!r} inside a caption (kept)", number, text)
         elif extra < 0:
             odd.note("ragged: too few fields (left out)", number, text)
@@ -217,13 +267,17 @@ def _table(source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRo
         yield SourceRow(number, name, fields[url].strip() if url >= 0 else "", (words,))
 
 
-def _tab_fields(lines: Iterator[tuple[int, str]], odd: ParseIssues) -> Iterator[tuple[int, str, list[str]]]:
+def _tab_fields(
+    lines: Iterator[tuple[int, str]], odd: ParseIssues
+) -> Iterator[tuple[int, str, list[str]]]:
     """TSVs of captions know no quoting: a quote is a letter, and a tab always ends a field."""
     for number, text in lines:
         yield number, text, text.split("\t")
 
 
-def _pipe_fields(lines: Iterator[tuple[int, str]], odd: ParseIssues) -> Iterator[tuple[int, str, list[str]]]:
+def _pipe_fields(
+    lines: Iterator[tuple[int, str]], odd: ParseIssues
+) -> Iterator[tuple[int, str, list[str]]]:
     """Flickr30k's results.csv; in one of its rows the second bar is missing."""
     for number, text in lines:
         fields = text.split("|")
@@ -233,7 +287,9 @@ def _pipe_fields(lines: Iterator[tuple[int, str]], odd: ParseIssues) -> Iterator
         yield number, text, fields
 
 
-def _csv_fields(lines: Iterator[tuple[int, str]], odd: ParseIssues) -> Iterator[tuple[int, str, list[str]]]:
+def _csv_fields(
+    lines: Iterator[tuple[int, str]], odd: ParseIssues
+) -> Iterator[tuple[int, str, list[str]]]:
     """CSV with quotes, where a quote that never closes costs one row and not the rest of the file."""
     waiting: list[tuple[int, str]] = []  # looked at, but not part of the row
     while line := waiting.pop(0) if waiting else next(lines, None):
@@ -241,7 +297,9 @@ def _csv_fields(lines: Iterator[tuple[int, str]], odd: ParseIssues) -> Iterator[
         if '"' not in text:
             yield number, text, text.split(",")
             continue
-        reader = csv.reader(piece.replace("\r", " ") + "\n" for piece in _with_followers(text, waiting, lines))
+        reader = csv.reader(
+            piece.replace("\r", " ") + "\n" for piece in _with_followers(text, waiting, lines)
+        )
         try:
             fields = [field.replace("\n", " ") for field in next(reader)]
         except csv.Error:
@@ -254,7 +312,9 @@ def _csv_fields(lines: Iterator[tuple[int, str]], odd: ParseIssues) -> Iterator[
         yield number, text, fields
 
 
-def _with_followers(text: str, waiting: list[tuple[int, str]], lines: Iterator[tuple[int, str]]) -> Iterator[str]:
+def _with_followers(
+    text: str, waiting: list[tuple[int, str]], lines: Iterator[tuple[int, str]]
+) -> Iterator[str]:
     """A line and, as long as the reader asks for more, within a quoted field, the next ones: 20 at most."""
     yield text
     for place in range(20):
@@ -266,21 +326,32 @@ def _with_followers(text: str, waiting: list[tuple[int, str]], lines: Iterator[t
     raise csv.Error("the quote never closes")
 
 
-def _layout(source: str, sample: list[list[str]], columns: Columns) -> tuple[int, int, int, int, bool]:
+def _layout(
+    source: str, sample: list[list[str]], columns: Columns
+) -> tuple[int, int, int, int, bool]:
     """Which field is (url, image, caption), -1 for none; the number of fields; whether there is a header."""
     first = sample[0]
     names = [field.strip().lower() for field in first]
     known = {*URL_NAMES, *IMAGE_NAMES, *CAPTION_NAMES, *(name.lower() for name in columns if name)}
     if known & set(names) and not any(_URL.match(field) for field in first):
-        url, image, caption = (names.index(name) if name else -1 for name in _named(source, names, columns, first))
+        url, image, caption = (
+            names.index(name) if name else -1 for name in _named(source, names, columns, first)
+        )
         return url, image, caption, len(names), True
     if len(sample) > 1 and len(first) > 2 and {len(row) for row in sample} == {len(first)}:
-        raise ValueError(f"{source}: {len(first)} fields in every row, but no line of names before the first: {first}")
+        raise ValueError(
+            f"{source}: {len(first)} fields in every row, but no line of names before the first: {first}"
+        )
     rows = [[row[0], row[-1]] for row in sample if len(row) > 1] or [["", ""]]
     for column, pattern in ((0, _URL), (1, _URL), (0, _PICTURE), (1, _PICTURE)):
-        here, there = (sum(bool(pattern.search(row[k])) for row in rows) / len(rows) for k in (column, 1 - column))
+        here, there = (
+            sum(bool(pattern.search(row[k])) for row in rows) / len(rows)
+            for k in (column, 1 - column)
+        )
         if here > 0.5 and there > 0.5:
-            raise ValueError(f"{source}: both fields look like an image's place; name the columns; first row: {first}")
+            raise ValueError(
+                f"{source}: both fields look like an image's place; name the columns; first row: {first}"
+            )
         if here > 0.5:
             place = (column, -1) if pattern is _URL else (-1, column)
             return *place, 1 - column, 2, False
@@ -290,14 +361,22 @@ def _layout(source: str, sample: list[list[str]], columns: Columns) -> tuple[int
     )
 
 
-def _named(source: str, names: Iterable[str], columns: Columns, first: object) -> tuple[str, str, str]:
+def _named(
+    source: str, names: Iterable[str], columns: Columns, first: object
+) -> tuple[str, str, str]:
     """The (url, image, caption) columns among `names`; url or image may be missing, not both."""
     by_lower = {name.lower(): name for name in names}
 
     def find(asked: str, usual: tuple[str, ...]) -> str:
         if asked and asked.lower() not in by_lower:
-            raise ValueError(f"{source}: no column {asked!r}; the columns are {', '.join(by_lower.values())}")
-        return by_lower[asked.lower()] if asked else next((by_lower[n] for n in usual if n in by_lower), "")
+            raise ValueError(
+                f"{source}: no column {asked!r}; the columns are {', '.join(by_lower.values())}"
+            )
+        return (
+            by_lower[asked.lower()]
+            if asked
+            else next((by_lower[n] for n in usual if n in by_lower), "")
+        )
 
     url, image = find(columns.url, URL_NAMES), find(columns.image, IMAGE_NAMES)
     caption = find(columns.caption, CAPTION_NAMES)
@@ -345,13 +424,18 @@ def _json(source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRow
             elif key == "annotations":
                 number += 1
                 if not isinstance(value.get("caption"), str) and not number:
-                    raise ValueError(f"{source}: COCO annotations without captions (not the captions file?): {value}")
+                    raise ValueError(
+                        f"{source}: COCO annotations without captions (not the captions file?): {value}"
+                    )
                 if str(value.get("image_id")) in images:
                     yield from _coco(images, value, number, odd)
                 else:
                     early.append((number, value))
             elif key == "images" and "sentences" not in value and "id" in value:
-                images[str(value["id"])] = _text(value.get("file_name")), _text(value.get("coco_url"))
+                images[str(value["id"])] = (
+                    _text(value.get("file_name")),
+                    _text(value.get("coco_url")),
+                )
             else:
                 number += 1
                 if "sentences" not in value and not _is_record(value):
@@ -367,7 +451,9 @@ def _json(source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRow
             yield SourceRow(number, "", url, (caption,))
 
 
-def _coco(images: dict[str, tuple[str, str]], value: dict[str, Any], number: int, odd: ParseIssues) -> Iterator[SourceRow]:
+def _coco(
+    images: dict[str, tuple[str, str]], value: dict[str, Any], number: int, odd: ParseIssues
+) -> Iterator[SourceRow]:
     place = images.get(str(value.get("image_id")))
     if place is None:
         odd.note("annotation of an unknown image (left out)", number, value)
@@ -409,19 +495,30 @@ def _listed(value: object) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _from_mapping(value: dict[str, Any], number: int, named: tuple[str, str, str] | None) -> SourceRow:
+def _from_mapping(
+    value: dict[str, Any], number: int, named: tuple[str, str, str] | None
+) -> SourceRow:
     split = _text(value.get("split"))
     if "sentences" in value:  # Karpathy
         parts = [_text(value.get(name)) for name in ("filepath", "filename")]
         image = _text(value.get("image")) or "/".join(filter(None, parts))
-        said = (each.get("raw") if isinstance(each, dict) else each for each in _listed(value["sentences"]))
+        said = (
+            each.get("raw") if isinstance(each, dict) else each
+            for each in _listed(value["sentences"])
+        )
         return SourceRow(number, image, _text(value.get("url")), tuple(map(_text, said)), split)
     if _is_record(value):
         image = value.get("image") or ""
         texts = _listed(value.get("responses") or value.get("response"))
         if "conversations" in value:
-            texts = [turn.get("value") for turn in _listed(value["conversations"])[-1:] if isinstance(turn, dict)]
-        return SourceRow(number, image if isinstance(image, str) else "", "", tuple(map(_text, texts)), "", value)
+            texts = [
+                turn.get("value")
+                for turn in _listed(value["conversations"])[-1:]
+                if isinstance(turn, dict)
+            ]
+        return SourceRow(
+            number, image if isinstance(image, str) else "", "", tuple(map(_text, texts)), "", value
+        )
     assert named is not None
     url, name, caption = (value.get(column) for column in named)
     return SourceRow(number, _text(name), _text(url), tuple(map(_text, _listed(caption))), split)
@@ -441,7 +538,9 @@ def _parquet(source: str, odd: ParseIssues, columns: Columns) -> Iterator[Source
         raise ValueError(f"{source}: no Parquet file that can be read: {error}") from error
 
 
-def _parquet_rows(table: Any, source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
+def _parquet_rows(
+    table: Any, source: str, odd: ParseIssues, columns: Columns
+) -> Iterator[SourceRow]:
     schema = table.schema_arrow
     pictures = picture_column(schema)
     names = [field.name for field in schema if "binary" not in str(field.type)]
@@ -468,7 +567,9 @@ def _parquet_rows(table: Any, source: str, odd: ParseIssues, columns: Columns) -
 def _tar(source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
     path, manifest, seen = Path(source), Path(source).with_suffix(".parquet"), set[str]()
     if "://" in source:
-        raise ValueError(f"{source}: the pictures of a tar are read at random, from a local file: copy it first")
+        raise ValueError(
+            f"{source}: the pictures of a tar are read at random, from a local file: copy it first"
+        )
     if manifest.is_file():
         yield from _parquet(str(manifest), odd, columns)
         return
@@ -479,17 +580,29 @@ def _tar(source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRow]
             continue
         seen.add(key)
         picture = next((suffix for suffix in members if suffix in IMAGE_SUFFIXES), None)
-        texts = {s: read_range(path, *members[s]).decode("utf-8", "replace") for s in _TEXTS if s in members}
+        texts = {
+            s: read_range(path, *members[s]).decode("utf-8", "replace")
+            for s in _TEXTS
+            if s in members
+        }
         if picture is None or not texts:
-            odd.note(f"sample without {'an image' if picture is None else 'a caption'} (left out)", number, key)
+            odd.note(
+                f"sample without {'an image' if picture is None else 'a caption'} (left out)",
+                number,
+                key,
+            )
             continue
         text, caption = next(iter(texts.items()))
         row = _object(texts.get("json", ""))
-        if text != "json" and not isinstance((row or {}).get("captions"), list):  # several, one a line in our .txt
+        if text != "json" and not isinstance(
+            (row or {}).get("captions"), list
+        ):  # several, one a line in our .txt
             row = {"caption": caption}
         if row is None:
             odd.note("not a JSON object (left out)", number, key)
             continue
         row["image"] = f"{path.name}#{key}"
-        named = _names_for(row, named, f"{source} member {key}.{text}", columns._replace(url="", image="image"))
+        named = _names_for(
+            row, named, f"{source} member {key}.{text}", columns._replace(url="", image="image")
+        )
         yield _from_mapping(row, number, ("", *named[1:]))

@@ -29,7 +29,12 @@ else:
     from async_timeout import timeout
 
 from llava_simplified.data.images import ImageSource
-from llava_simplified.model.generation import DecodingBatch, GenerationOptions, prompt_hashes, encode
+from llava_simplified.model.generation import (
+    DecodingBatch,
+    GenerationOptions,
+    encode,
+    prompt_hashes,
+)
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 

@@ -20,15 +20,25 @@ from llava_simplified.data.images import ImageError
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.records import Record
 from llava_simplified.model.build import build_model, load_tokenizer
-from llava_simplified.model.checkpoint import kind_of, load_projector, load_trained_weights, tower_of
-from llava_simplified.model.config import LlavaConfig, resolve_path, read_checkpoint_config
+from llava_simplified.model.checkpoint import (
+    kind_of,
+    load_projector,
+    load_trained_weights,
+    tower_of,
+)
+from llava_simplified.model.config import LlavaConfig, read_checkpoint_config, resolve_path
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainable, freeze
 from llava_simplified.model.projector import init_projector_scale
 from llava_simplified.model.weights import check_weights_digest, weights_digest
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
 from llava_simplified.training.feature_cache import cache_features
-from llava_simplified.training.kernels import check_kernels, choose_attention, compile_layers, use_liger_kernels
+from llava_simplified.training.kernels import (
+    check_kernels,
+    choose_attention,
+    compile_layers,
+    use_liger_kernels,
+)
 from llava_simplified.training.resume import check_same_run, resume_folder
 from llava_simplified.training.trainer import LlavaTrainer
 
@@ -49,33 +59,45 @@ def build(
     )
     architecture = describe_config(model_args, args, train_records)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    Prompt(tokenizer, model_args.template)  # a template that does not fit fails here, before 14 GB are loaded
+    Prompt(
+        tokenizer, model_args.template
+    )  # a template that does not fit fails here, before 14 GB are loaded
     settings = {**describe(model_args, data_args, args), "processes": args.world_size}
     resumed = resume_folder(args)
     for difference in check_same_run(resumed, architecture, settings) if resumed else ():
         print(f"resuming {resumed}: {difference}", file=sys.stderr)
     Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
 
-    model = build_model(architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation)
+    model = build_model(
+        architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation
+    )
     choose_attention(model.language_model, model_args.attn_implementation, args.device.type)
     if args.use_liger_kernel:
         use_liger_kernels(model.language_model)
 
     def dataset(records: Sequence[Record], folder: str) -> CaptionDataset:
         shared, transform = data_args.share_prefix, model.vision_tower.transform
-        return CaptionDataset(records, model.prompt, folder, transform, args.model_max_length, shared)
+        return CaptionDataset(
+            records, model.prompt, folder, transform, args.model_max_length, shared
+        )
 
     train_set = dataset(train_records, train_folder)
     eval_set = dataset(eval_records, eval_folder) if eval_records else None
     prepare(model, model_args)
     sets = [train_set] if eval_set is None else [train_set, eval_set]
-    cache_features(model.vision_tower, data_args, args, architecture.fingerprints["vision_tower"], sets)
+    cache_features(
+        model.vision_tower, data_args, args, architecture.fingerprints["vision_tower"], sets
+    )
     start_trained_parts(model, model_args, train_set, resumed)
     full = not model_args.freeze_backbone and not _uses_lora(model_args)
-    table = check_trainable(model, language_model=full, vision_tower=model_args.tune_vision_tower == "full")
+    table = check_trainable(
+        model, language_model=full, vision_tower=model_args.tune_vision_tower == "full"
+    )
     examples: Any = train_set
     if data_args.packing:
-        examples = PackedDataset(train_set, model.vision_tower.num_tokens, data_args.pack_length, args.seed)
+        examples = PackedDataset(
+            train_set, model.vision_tower.num_tokens, data_args.pack_length, args.seed
+        )
     if args.compile_layers:
         compile_layers(model.language_model)
     trainer = LlavaTrainer(
@@ -86,12 +108,16 @@ def build(
         data_args.max_bad_images,
         train_dataset=examples,
         eval_dataset=eval_set,
-        data_collator=Collator(model.vision_tower.num_tokens, model.prompt.end_id, dummy_image_batch(model, train_set)),
+        data_collator=Collator(
+            model.vision_tower.num_tokens, model.prompt.end_id, dummy_image_batch(model, train_set)
+        ),
     )
     packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
     if args.world_size > 1:
         packs += f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}"
-    trainer.accelerator.print(f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}")
+    trainer.accelerator.print(
+        f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}"
+    )
     return trainer, resumed
 
 
@@ -107,11 +133,17 @@ def check_options(model: ModelArguments, data: DataArguments, args: TrainingArgu
         if metric.removeprefix("eval_") not in ("loss", "perplexity", "cider"):
             raise ValueError(f"--metric_for_best_model is eval_loss or cider, not {metric!r}")
         if args.eval_strategy == "no":
-            raise ValueError("the best checkpoint is known by evaluations: --eval_strategy steps --eval_data_path ...")
+            raise ValueError(
+                "the best checkpoint is known by evaluations: --eval_strategy steps --eval_data_path ..."
+            )
     if args.label_smoothing_factor or args.neftune_noise_alpha:
-        raise ValueError("--label_smoothing_factor and --neftune_noise_alpha: this loss has neither")
+        raise ValueError(
+            "--label_smoothing_factor and --neftune_noise_alpha: this loss has neither"
+        )
     if model.tune_vision_tower not in ("off", "full", "lora"):
-        raise ValueError(f"--tune_vision_tower is off, full or lora, not {model.tune_vision_tower!r}")
+        raise ValueError(
+            f"--tune_vision_tower is off, full or lora, not {model.tune_vision_tower!r}"
+        )
     if model.tune_vision_tower != "off" and data.cache_vision_features in ("memory", "disk"):
         raise ValueError(
             "--tune_vision_tower changes the features with every step: --cache_vision_features pixels, auto or off"
@@ -119,7 +151,9 @@ def check_options(model: ModelArguments, data: DataArguments, args: TrainingArgu
     if "wandb" in args.report_to and find_spec("wandb") is None:
         raise ValueError("--report_to wandb: it is not installed: pip install wandb")
     if model.init_from and model.pretrain_mm_mlp_adapter:
-        raise ValueError("--init_from brings a projector along: leave --pretrain_mm_mlp_adapter away")
+        raise ValueError(
+            "--init_from brings a projector along: leave --pretrain_mm_mlp_adapter away"
+        )
     if origin := model.init_from or model.pretrain_mm_mlp_adapter:
         check_origin(model, origin)
     check_kernels(model, data, args)
@@ -131,21 +165,30 @@ def check_origin(model: ModelArguments, folder: str) -> None:
     before = manifest["architecture"]
     layers = before["mm_vision_select_layer"]
     if model.mm_vision_select_layer != (layers if isinstance(layers, list) else [layers]):
-        raise ValueError(f"{folder}: its projector was trained with --mm_vision_select_layer {layers}")
+        raise ValueError(
+            f"{folder}: its projector was trained with --mm_vision_select_layer {layers}"
+        )
     parts = [("vision_tower", model.vision_tower), ("language_model", model.model_name_or_path)]
     for part, name in parts if model.init_from and manifest["trained"] == "adapter" else parts[:1]:
-        inside = Path(name).resolve().parent == Path(folder).resolve()  # the checkpoint's own, trained or merged
+        inside = (
+            Path(name).resolve().parent == Path(folder).resolve()
+        )  # the checkpoint's own, trained or merged
         if not inside and (digest := before["fingerprints"].get(part)):
             check_weights_digest(part, name, digest)
 
 
-def describe_config(model: ModelArguments, args: TrainingArguments, records: Sequence[Record]) -> LlavaConfig:
+def describe_config(
+    model: ModelArguments, args: TrainingArguments, records: Sequence[Record]
+) -> LlavaConfig:
     """What the checkpoint will say of the model's parts."""
     layers = tuple(model.mm_vision_select_layer)
     sample = next((record for record in islice(records, 1000) if record.images), records[0])
     question = next(turn.content for turn in sample.turns if turn.role == "user")
     digests = {}
-    for part, option in (("language_model", "model_name_or_path"), ("vision_tower", "vision_tower")):
+    for part, option in (
+        ("language_model", "model_name_or_path"),
+        ("vision_tower", "vision_tower"),
+    ):
         try:
             digests[part] = weights_digest(name := getattr(model, option))
         except OSError as error:
@@ -189,13 +232,22 @@ def start_trained_parts(
         manifest = read_checkpoint_config(args.init_from)
         before, now = manifest["trained"], kind_of(model)
         tower, start = manifest.get("trained_tower", "off"), Path(args.init_from) / "vision_tower"
-        if tower not in ("off", tower_of(model)) and Path(args.vision_tower).resolve() != start.resolve():
+        if (
+            tower not in ("off", tower_of(model))
+            and Path(args.vision_tower).resolve() != start.resolve()
+        ):
             raise ValueError(
                 f"--init_from {args.init_from}: its vision tower was trained too: --tune_vision_tower {tower}, or "
-                f"--vision_tower {start} to go on with it frozen" + " (`llava merge` writes it)" * (tower == "lora")
+                f"--vision_tower {start} to go on with it frozen"
+                + " (`llava merge` writes it)"
+                * (tower == "lora")
             )
-        own = Path(args.init_from) / "language_model"  # an adapter may be put on what was trained whole
-        on_it = before == "language_model" and Path(args.model_name_or_path).resolve() == own.resolve()
+        own = (
+            Path(args.init_from) / "language_model"
+        )  # an adapter may be put on what was trained whole
+        on_it = (
+            before == "language_model" and Path(args.model_name_or_path).resolve() == own.resolve()
+        )
         if before not in (now, "projector") and not on_it:
             raise ValueError(
                 f"{args.init_from}: trained its {before}, this run trains the {now}; `llava merge`, or start at {own}"
@@ -210,7 +262,9 @@ def start_trained_parts(
 def dummy_image_batch(model: Llava, train_set: CaptionDataset) -> dict[str, torch.Tensor]:
     """An image of nothing, in the form that the images of the batches have."""
     if train_set.features is None:
-        return {"pixel_values": torch.zeros(1, 3, *model.vision_tower.transform.crop, dtype=torch.uint8)}
+        return {
+            "pixel_values": torch.zeros(1, 3, *model.vision_tower.transform.crop, dtype=torch.uint8)
+        }
     blank = train_set.features.dummy_image[None]
     return {"pixel_values" if blank.dtype == torch.uint8 else "image_features": blank}
 

@@ -39,7 +39,9 @@ class ProgressLine(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         logs = logs or {}
         if "loss" in logs:
             self.bar.set_postfix_str(
@@ -48,7 +50,9 @@ class ProgressLine(TrainerCallback):
             )
         elif "eval_loss" in logs:
             cider = f", CIDEr {logs['eval_cider']:.3f}" if "eval_cider" in logs else ""
-            self.bar.write(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}{cider}")
+            self.bar.write(
+                f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}{cider}"
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
@@ -77,7 +81,11 @@ class Meter(TrainerCallback):
         samples, tokens, positions = self._counts.tolist()
         seconds, padding = max(self._seconds, 1e-9), 1 - tokens / max(positions, 1)
         self._seconds, self._counts = 0.0, torch.zeros(3, dtype=torch.long)
-        return {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds, "padding": padding}
+        return {
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding": padding,
+        }
 
 
 class GradientAlarm:
@@ -124,7 +132,9 @@ class EvalCaptions:
                     continue  # counted, and reported, when its loss is computed
                 self.rows.append((index, record))
 
-    def write(self, model: Llava, step: int, callbacks: Sequence[TrainerCallback], show: int = 3) -> float:
+    def write(
+        self, model: Llava, step: int, callbacks: Sequence[TrainerCallback], show: int = 3
+    ) -> float:
         """Caption them, greedily, and write them down; returns CIDEr-D.
 
         Args:
@@ -133,8 +143,14 @@ class EvalCaptions:
         """
         # compiled for training, the layers would be compiled anew for every length that decoding comes by
         with torch.compiler.set_stance("force_eager"):
-            texts = [text for start in range(0, len(self.rows), 16) for text in self._say(model, start, start + 16)]
-        rows = [prediction_row(index, record, text) for (index, record), text in zip(self.rows, texts)]
+            texts = [
+                text
+                for start in range(0, len(self.rows), 16)
+                for text in self._say(model, start, start + 16)
+            ]
+        rows = [
+            prediction_row(index, record, text) for (index, record), text in zip(self.rows, texts)
+        ]
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (self.folder / f"step-{step}.jsonl").write_text(lines, encoding="utf-8")
@@ -158,8 +174,15 @@ class EvalCaptions:
             seen += [] if features is None else [features.to(model.device)]
             seen += [] if pixels is None else [encode(model, pixels)]
         prompts = [model.prompt.render(record.turns, None).input_ids for record in records]
-        options = GenerationOptions(seed=0)  # without a seed it would draw from the generator that training draws from
-        return [text for (text,) in generate_from(model, prompts, torch.cat(seen), options, [b""] * len(records))]
+        options = GenerationOptions(
+            seed=0
+        )  # without a seed it would draw from the generator that training draws from
+        return [
+            text
+            for (text,) in generate_from(
+                model, prompts, torch.cat(seen), options, [b""] * len(records)
+            )
+        ]
 
     def _pixels(self, record: Record) -> torch.Tensor:
         pixels = record_pixels(record, self.dataset.image_folder, self.dataset.transform)

@@ -50,10 +50,16 @@ class FeatureCache:
     """
 
     def __init__(
-        self, tower: VisionTower, weights: str, folder: str | Path | None = None, pixels: bool = False
+        self,
+        tower: VisionTower,
+        weights: str,
+        folder: str | Path | None = None,
+        pixels: bool = False,
     ) -> None:
         if not (tower.frozen or pixels):
-            raise ValueError("features of a tower that is being trained can't be cached: they change with every step")
+            raise ValueError(
+                "features of a tower that is being trained can't be cached: they change with every step"
+            )
         self.tower = tower
         self.pixels = pixels
         self.dtype = torch.uint8 if pixels else tower.dtype
@@ -81,11 +87,18 @@ class FeatureCache:
             return self._memory[row]
         if self._map is None:  # opened late, so that each worker process maps the file itself
             self._map = np.memmap(self._base.with_suffix(".features"), np.uint8, "r")
-        raw = torch.from_numpy(np.array(self._map[row * self.row_bytes : (row + 1) * self.row_bytes]))
+        raw = torch.from_numpy(
+            np.array(self._map[row * self.row_bytes : (row + 1) * self.row_bytes])
+        )
         return raw.view(self.dtype).view(self.shape)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_map": None, "tower": None, "_rows": {}}  # none of it goes to worker processes
+        return {
+            **self.__dict__,
+            "_map": None,
+            "tower": None,
+            "_rows": {},
+        }  # none of it goes to worker processes
 
     def fill(
         self,
@@ -105,14 +118,20 @@ class FeatureCache:
         pictures = _Pictures(images, image_folder, self.tower.transform, self._rows)
         loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=list)
         found: list[tuple[str, bytes]] = []
-        with tqdm(total=len(images), desc="pictures", disable=not progress, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=len(images), desc="pictures", disable=not progress, dynamic_ncols=True
+        ) as bar:
             for batch in loader:
                 read = [item for item in batch if item is not None]
-                self._append({digest: pixels for _, digest, pixels in read if digest not in self._rows})
+                self._append(
+                    {digest: pixels for _, digest, pixels in read if digest not in self._rows}
+                )
                 found += [(name, digest) for name, digest, _ in read]
                 bar.update(len(batch))
         self._map = None
-        return ImageFeatures(self, [name for name, _ in found], [self._rows[digest] for _, digest in found])
+        return ImageFeatures(
+            self, [name for name, _ in found], [self._rows[digest] for _, digest in found]
+        )
 
     @torch.no_grad()
     def _append(self, pixels: dict[bytes, torch.Tensor]) -> None:
@@ -120,20 +139,31 @@ class FeatureCache:
             return
         rows = torch.stack(list(pixels.values()))
         if not self.pixels:
-            rows = self.tower(rows.to(next(self.tower.parameters()).device)).to(self.dtype).cpu().contiguous()
+            rows = (
+                self.tower(rows.to(next(self.tower.parameters()).device))
+                .to(self.dtype)
+                .cpu()
+                .contiguous()
+            )
         if self._base is None:
             self._memory += list(rows)
             self._rows.update(zip(pixels, range(len(self._rows), len(self._memory))))
             return
         with self._locked():
             new = [(digest, row) for digest, row in zip(pixels, rows) if digest not in self._rows]
-            with _open_at(self._base.with_suffix(".features"), len(self._rows) * self.row_bytes) as stream:
+            with _open_at(
+                self._base.with_suffix(".features"), len(self._rows) * self.row_bytes
+            ) as stream:
                 stream.writelines(row.view(torch.uint8).numpy().tobytes() for _, row in new)
                 stream.flush()
                 os.fsync(stream.fileno())
-            with _open_at(self._base.with_suffix(".hashes"), len(self._rows) * _HASH_BYTES) as stream:
+            with _open_at(
+                self._base.with_suffix(".hashes"), len(self._rows) * _HASH_BYTES
+            ) as stream:
                 stream.writelines(digest for digest, _ in new)
-            self._rows.update({digest: len(self._rows) + number for number, (digest, _) in enumerate(new)})
+            self._rows.update(
+                {digest: len(self._rows) + number for number, (digest, _) in enumerate(new)}
+            )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -158,7 +188,13 @@ def cache_key(tower: VisionTower, weights: str, pixels: bool = False) -> str:
     """A name for everything that decides a row's value."""
     parts: list[Any] = [vars(tower.transform)]
     if not pixels:
-        parts += [weights, tower.select_layers, tower.select_feature, tower.token_pool, str(tower.dtype)]
+        parts += [
+            weights,
+            tower.select_layers,
+            tower.select_feature,
+            tower.token_pool,
+            str(tower.dtype),
+        ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -173,7 +209,9 @@ def _open_at(path: Path, position: int):  # type: ignore[no-untyped-def]
 class _Pictures(Dataset[Any]):
     """(name, sha256, pixels) of each picture; None for one that can't be read, no pixels where `known` has it."""
 
-    def __init__(self, names: Sequence[str], folder: str | Path, transform: ImageTransform, known: Any) -> None:
+    def __init__(
+        self, names: Sequence[str], folder: str | Path, transform: ImageTransform, known: Any
+    ) -> None:
         self.names, self.folder, self.transform, self.known = names, folder, transform, known
 
     def __len__(self) -> int:
@@ -184,7 +222,11 @@ class _Pictures(Dataset[Any]):
         try:
             data = read_image_bytes(name, self.folder)
             digest = hashlib.sha256(data).digest()
-            return name, digest, None if digest in self.known else self.transform(decode_image(data))
+            return (
+                name,
+                digest,
+                None if digest in self.known else self.transform(decode_image(data)),
+            )
         except ImageError:
             return None
 
@@ -218,7 +260,9 @@ class ImageFeatures:
 
     def _find(self, image: str) -> int | None:
         place = np.searchsorted(self._keys, key := np.bytes_(_name_key(image)))
-        return int(self._rows[place]) if place < len(self._keys) and self._keys[place] == key else None
+        return (
+            int(self._rows[place]) if place < len(self._keys) and self._keys[place] == key else None
+        )
 
 
 def _name_key(name: str) -> bytes:
@@ -227,7 +271,11 @@ def _name_key(name: str) -> bytes:
 
 
 def cache_features(
-    vision: VisionTower, data: DataArguments, args: TrainingArguments, weights: str, sets: Sequence[CaptionDataset]
+    vision: VisionTower,
+    data: DataArguments,
+    args: TrainingArguments,
+    weights: str,
+    sets: Sequence[CaptionDataset],
 ) -> None:
     """Run the frozen tower over all pictures now, if that pays and fits, and hand the features to the datasets.
 
@@ -236,12 +284,18 @@ def cache_features(
     """
     mode = data.cache_vision_features
     if mode not in ("auto", "memory", "disk", "pixels", "off"):
-        raise ValueError(f"--cache_vision_features is auto, memory, disk, pixels or off, not {mode!r}")
+        raise ValueError(
+            f"--cache_vision_features is auto, memory, disk, pixels or off, not {mode!r}"
+        )
     budget = data.feature_cache_gb * 1e9
     kinds = ["disk", "pixels"] if vision.frozen else ["pixels"]
-    row_bytes = {kind: FeatureCache(vision, weights, pixels=kind == "pixels").row_bytes for kind in kinds}
+    row_bytes = {
+        kind: FeatureCache(vision, weights, pixels=kind == "pixels").row_bytes for kind in kinds
+    }
     # no picture is shown by twenty records: in 3.3 million of them, the names need not be gathered to see it
-    if mode == "off" or (mode == "auto" and len(sets[0].records) * min(row_bytes.values()) > 20 * budget):
+    if mode == "off" or (
+        mode == "auto" and len(sets[0].records) * min(row_bytes.values()) > 20 * budget
+    ):
         return
     names = [image_names(dataset.records) for dataset in sets]
     if mode == "auto":
@@ -277,8 +331,13 @@ def encode_main(argv: list[str] | None = None) -> int:
     mode = "pixels" if data.cache_vision_features == "pixels" else "disk"
     names = [image_names(records) for records, _ in opened]
     weights = weights_digest(model.vision_tower)
-    cache = _open_cache(tower.requires_grad_(False), weights, mode, data, args, sum(map(len, names)))
-    found = [len(_fill_together(cache, images, folder, args)) for images, (_, folder) in zip(names, opened)]
+    cache = _open_cache(
+        tower.requires_grad_(False), weights, mode, data, args, sum(map(len, names))
+    )
+    found = [
+        len(_fill_together(cache, images, folder, args))
+        for images, (_, folder) in zip(names, opened)
+    ]
     print(f"{sum(found):,} pictures are there, {sum(map(len, names)) - sum(found):,} can't be read. Train with the same "
           f"options and --cache_vision_features {mode}")  # fmt: skip
     return 0
@@ -290,7 +349,12 @@ def image_names(records: Sequence[Record]) -> list[str]:
 
 
 def _open_cache(
-    vision: VisionTower, weights: str, mode: str, data: DataArguments, args: TrainingArguments, count: int
+    vision: VisionTower,
+    weights: str,
+    mode: str,
+    data: DataArguments,
+    args: TrainingArguments,
+    count: int,
 ) -> FeatureCache:
     """The cache of a mode, when its size has been printed.
 
@@ -304,7 +368,9 @@ def _open_cache(
         what = "pictures as the tower takes them" if cache.pixels else "vision features of pictures"
         print(f"{count:,} {what}: {size / 1e9:.2f} GB {f'in {folder}' if folder else 'in memory'}")
     if folder and missing > (free := shutil.disk_usage(folder).free):
-        raise ValueError(f"--feature_cache_dir {folder}: {missing / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
+        raise ValueError(
+            f"--feature_cache_dir {folder}: {missing / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
+        )
     return cache
 
 

@@ -26,7 +26,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+)
 from llava_simplified.data.collate import expand_example
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.records import Record, open_records
@@ -40,7 +45,9 @@ from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 from llava_simplified.training.build_trainer import prepare
 from llava_simplified.training.kernels import choose_attention
 
-SAMPLED = 2000  # records whose tokens are counted: half of them the longest texts, half evenly spread
+SAMPLED = (
+    2000  # records whose tokens are counted: half of them the longest texts, half evenly spread
+)
 ASSUMED = "a caption of about a dozen words, as those of Conceptual Captions are"
 _aten: Any = torch.ops.aten
 FLOPS: dict[Any, Any] = {
@@ -48,8 +55,8 @@ FLOPS: dict[Any, Any] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *qkv, **_: sdpa_backward_flop_count(
-        *(tensor.shape for tensor in qkv[:4])
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *qkv, **_: (
+        sdpa_backward_flop_count(*(tensor.shape for tensor in qkv[:4]))
     ),
 }
 
@@ -85,8 +92,14 @@ class Plan:
         """How many checkpoints lie on the disk at the end."""
         if args.save_strategy == "no":
             return 0
-        every = math.ceil(args.save_steps * (self.steps if args.save_steps < 1 else 1))  # below 1: share of all steps
-        saves = math.ceil(self.steps / every) if args.save_strategy == "steps" else math.ceil(args.num_train_epochs)
+        every = math.ceil(
+            args.save_steps * (self.steps if args.save_steps < 1 else 1)
+        )  # below 1: share of all steps
+        saves = (
+            math.ceil(self.steps / every)
+            if args.save_strategy == "steps"
+            else math.ceil(args.num_train_epochs)
+        )
         return min(args.save_total_limit or saves, saves)
 
 
@@ -149,7 +162,9 @@ def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Lla
     """The model of a run without its weights, on the meta device: configurations and tokenizer are all it needs."""
     dtype = getattr(torch, args.frozen_dtype)
     try:
-        vision, text_config = map(AutoConfig.from_pretrained, (model_args.vision_tower, model_args.model_name_or_path))
+        vision, text_config = map(
+            AutoConfig.from_pretrained, (model_args.vision_tower, model_args.model_name_or_path)
+        )
     except OSError as error:
         raise ValueError(f"no configuration of the model to be had: {error}") from error
     layers = tuple(model_args.mm_vision_select_layer)
@@ -161,13 +176,25 @@ def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Lla
         token_pool=model_args.mm_token_pool,
     ).to(dtype)
     # the other kernels take no tensors without data, and keep as little
-    kernel = model_args.attn_implementation if model_args.attn_implementation in (None, "eager") else "sdpa"
+    kernel = (
+        model_args.attn_implementation
+        if model_args.attn_implementation in (None, "eager")
+        else "sdpa"
+    )
     with torch.device("meta"):
-        text: Any = AutoModelForCausalLM.from_config(text_config, dtype=dtype, attn_implementation=kernel)
+        text: Any = AutoModelForCausalLM.from_config(
+            text_config, dtype=dtype, attn_implementation=kernel
+        )
         choose_attention(text, model_args.attn_implementation, args.device.type)
         width = text.get_input_embeddings().weight.shape[1]
         projector = build_projector(model_args.mm_projector_type, tower.width, width)
-        model = Llava(tower, projector, text, load_tokenizer(model_args.model_name_or_path), model_args.template)
+        model = Llava(
+            tower,
+            projector,
+            text,
+            load_tokenizer(model_args.model_name_or_path),
+            model_args.template,
+        )
         prepare(model, model_args)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(
@@ -189,8 +216,13 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
     transform = model.vision_tower.transform
 
     def examples(of: Sequence[Record]) -> list[tuple[int, int, int]]:
-        dataset = CaptionDataset(of, model.prompt, "", transform, args.model_max_length, data.share_prefix)
-        laid = [expand_example(dataset.text(*dataset.locate(i)), model.vision_tower.num_tokens) for i in range(len(dataset))]
+        dataset = CaptionDataset(
+            of, model.prompt, "", transform, args.model_max_length, data.share_prefix
+        )
+        laid = [
+            expand_example(dataset.text(*dataset.locate(i)), model.vision_tower.num_tokens)
+            for i in range(len(dataset))
+        ]
         return [(len(s.input_ids), len(s.labels), int(s.branch_ids.any())) for s in laid]
 
     mean, longest = np.array(examples(chosen[:spread])), max(examples(chosen))
@@ -203,13 +235,19 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
     )
 
 
-def _batch(model: Llava, lengths: Lengths, data: DataArguments, rows: int, cached: bool) -> dict[str, torch.Tensor]:
+def _batch(
+    model: Llava, lengths: Lengths, data: DataArguments, rows: int, cached: bool
+) -> dict[str, torch.Tensor]:
     """The largest batch of the run, in shapes."""
     length, trained = lengths.longest
     images, tower = lengths.images, model.vision_tower
     if data.packing:
         fit = data.pack_length / lengths.mean[0]
-        length, trained, images = data.pack_length, round(fit * lengths.mean[1]), max(1, round(fit * images))
+        length, trained, images = (
+            data.pack_length,
+            round(fit * lengths.mean[1]),
+            max(1, round(fit * images)),
+        )
     text = torch.zeros(rows, length, dtype=torch.long)
     batch = {
         "input_ids": text,
@@ -218,16 +256,24 @@ def _batch(model: Llava, lengths: Lengths, data: DataArguments, rows: int, cache
         "position_ids": text,
     }
     if cached:
-        batch["image_features"] = torch.empty(rows * images, tower.num_tokens, tower.width, dtype=tower.dtype)
+        batch["image_features"] = torch.empty(
+            rows * images, tower.num_tokens, tower.width, dtype=tower.dtype
+        )
     else:
-        batch["pixel_values"] = torch.empty(rows * images, 3, *tower.transform.crop, dtype=torch.uint8)
+        batch["pixel_values"] = torch.empty(
+            rows * images, 3, *tower.transform.crop, dtype=torch.uint8
+        )
     if data.packing or lengths.branches:
         batch |= {"segment_ids": text, "branch_ids": text}
     return batch
 
 
 def make_plan(
-    model_args: ModelArguments, data: DataArguments, args: TrainingArguments, devices: int = 1, zero: int = 0
+    model_args: ModelArguments,
+    data: DataArguments,
+    args: TrainingArguments,
+    devices: int = 1,
+    zero: int = 0,
 ) -> Plan:
     """Count what a run will need.
 
@@ -241,7 +287,9 @@ def make_plan(
     model = build_meta_model(model_args, args)
     lengths = measure_lengths(model, data, args)
     tower, rows = model.vision_tower, args.per_device_train_batch_size
-    features = lengths.count * lengths.images * tower.num_tokens * tower.width * tower.dtype.itemsize
+    features = (
+        lengths.count * lengths.images * tower.num_tokens * tower.width * tower.dtype.itemsize
+    )
     cached = data.cache_vision_features in ("memory", "disk") or (
         data.cache_vision_features == "auto"
         and (args.num_train_epochs > 1 or args.max_steps > 0)
@@ -259,11 +307,19 @@ def make_plan(
         with torch.autocast("cpu", kind, enabled=kind != torch.float32):
             functional_call(step, fake, (batch,))
     vocabulary = model.language_model.get_output_embeddings().weight.shape[0]
-    logits = sum(size for size, shape in ledger.at_peak if len(shape) > 1 and shape[-1] == vocabulary)
+    logits = sum(
+        size for size, shape in ledger.at_peak if len(shape) > 1 and shape[-1] == vocabulary
+    )
     trained = sum(part.trained for part in count_parameters(model))
     share = 1 / devices
-    adapted = sum(p.nbytes for name, p in model.language_model.named_parameters() if name.endswith("base_layer.weight"))
-    weights -= round(adapted * (1 - model_args.bits / 16))  # those are kept quantized; the head and the norms are not
+    adapted = sum(
+        p.nbytes
+        for name, p in model.language_model.named_parameters()
+        if name.endswith("base_layer.weight")
+    )
+    weights -= round(
+        adapted * (1 - model_args.bits / 16)
+    )  # those are kept quantized; the head and the norms are not
     ledger.peak -= round(adapted * (1 - model_args.bits / 16))
     memory = {
         "weights": weights * (share if zero == 3 else 1),
@@ -273,17 +329,25 @@ def make_plan(
         "logits": logits,
     }
     each = max(memory["activations"] + logits, memory["gradients"])
-    if args.gradient_accumulation_steps > 1:  # those of the micro-batches before are there all the time
+    if (
+        args.gradient_accumulation_steps > 1
+    ):  # those of the micro-batches before are there all the time
         each = memory["activations"] + logits + memory["gradients"]
     samples_a_step = rows * args.gradient_accumulation_steps * devices
     a_row = data.pack_length / lengths.mean[0] if data.packing else 1
-    steps = args.max_steps if args.max_steps > 0 else -(-round(lengths.count / a_row) // samples_a_step)
+    steps = (
+        args.max_steps if args.max_steps > 0 else -(-round(lengths.count / a_row) // samples_a_step)
+    )
     steps = steps if args.max_steps > 0 else round(steps * args.num_train_epochs)
     steps = steps if args.max_steps > 0 or data.train_data_path else 0
     in_batch = rows * (data.pack_length if data.packing else lengths.longest[0])
-    full = not (model_args.freeze_backbone or model_args.lora_enable or model_args.tune_mm_mlp_adapter)
+    full = not (
+        model_args.freeze_backbone or model_args.lora_enable or model_args.tune_mm_mlp_adapter
+    )
     return Plan(
-        table=check_trainable(model, language_model=full, vision_tower=model_args.tune_vision_tower == "full"),
+        table=check_trainable(
+            model, language_model=full, vision_tower=model_args.tune_vision_tower == "full"
+        ),
         memory=memory,
         peak=memory["weights"] + memory["optimizer"] + each,
         positions=lengths.mean[0],
@@ -315,7 +379,9 @@ def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def describe_plan(plan: Plan, args: TrainingArguments, tflops: float, mfu: float, devices: int) -> str:
+def describe_plan(
+    plan: Plan, args: TrainingArguments, tflops: float, mfu: float, devices: int
+) -> str:
     """The plan as people read it."""
     gb = 1e9
     seconds = plan.flops * plan.samples / (tflops * 1e12 * mfu * devices)
@@ -355,22 +421,36 @@ def zero_stage(config: Path | None) -> int:
         ValueError: it names no stage.
     """
     try:
-        return int(json.loads(config.read_text(encoding="utf-8"))["zero_optimization"]["stage"]) if config else 0
+        return (
+            int(json.loads(config.read_text(encoding="utf-8"))["zero_optimization"]["stage"])
+            if config
+            else 0
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--deepspeed {config}: no ZeRO stage can be read there: {error!r}") from error
+        raise ValueError(
+            f"--deepspeed {config}: no ZeRO stage can be read there: {error!r}"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
     """`llava plan`: the options of `llava train`, and what the machine is to be."""
     parser = argparse.ArgumentParser(
-        prog="llava plan", description="What a run will need. All options of `llava train`, and:", allow_abbrev=False
+        prog="llava plan",
+        description="What a run will need. All options of `llava train`, and:",
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--tflops", type=float, help="what a device reaches in a matrix product; default: measured here"
+        "--tflops",
+        type=float,
+        help="what a device reaches in a matrix product; default: measured here",
     )
-    parser.add_argument("--mfu", type=float, default=0.4, help="the share of it that training reaches")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="the share of it that training reaches"
+    )
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--deepspeed", type=Path, help="its configuration: the ZeRO stage is read from it")
+    parser.add_argument(
+        "--deepspeed", type=Path, help="its configuration: the ZeRO stage is read from it"
+    )
     own, rest = parser.parse_known_args(argv)
     groups = parse_arguments(rest)
     args = groups[2]

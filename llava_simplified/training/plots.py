@@ -13,11 +13,17 @@ def plot_training(log: Path, output: Path) -> None:
 
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     panels = [
-        ("loss per token (nats)", 3, (("loss", "training", "-"), ("eval_loss", "validation", "o-"))),
+        (
+            "loss per token (nats)",
+            3,
+            (("loss", "training", "-"), ("eval_loss", "validation", "o-")),
+        ),
         ("CIDEr-D, validation", 2, (("eval_cider", None, "o-"),)),
         ("learning rate", 1, (("learning_rate", None, "-"),)),
     ]
-    panels = panels[:1] + [panel for panel in panels[1:] if any(panel[2][0][0] in row for row in rows)]
+    panels = panels[:1] + [
+        panel for panel in panels[1:] if any(panel[2][0][0] in row for row in rows)
+    ]
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(

@@ -23,7 +23,12 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+)
 from llava_simplified.data.dataset import open_data
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.records import open_records
@@ -33,10 +38,18 @@ from llava_simplified.training.plan import Plan, duration, make_plan
 
 MANY_STEPS = 2000  # `auto`: a run of fewer has soon shown by itself what is wrong with it
 STEPS = 2  # the first one allocates and compiles, the second is timed
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory", "MemoryError")
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "MemoryError",
+)
 
 
-def preflight(argv: Sequence[str], model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
+def preflight(
+    argv: Sequence[str], model: ModelArguments, data: DataArguments, args: TrainingArguments
+) -> None:
     """Try what the command line `argv` asks for, if `--preflight` says so.
 
     Raises:
@@ -55,7 +68,9 @@ def preflight(argv: Sequence[str], model: ModelArguments, data: DataArguments, a
                 "`llava plan --devices N` or --max_steps 20 ahead of it"
             )
         if args.process_index == 0:
-            print("preflight: left out under a launcher; `llava plan --devices N` says what the run needs")
+            print(
+                "preflight: left out under a launcher; `llava plan --devices N` says what the run needs"
+            )
         return
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps = args.max_steps
@@ -68,19 +83,27 @@ def preflight(argv: Sequence[str], model: ModelArguments, data: DataArguments, a
     output.mkdir(parents=True, exist_ok=True)
     _check_room(plan, args)
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=output) as scratch:
-        found = _try([*argv, *_shortened(data, args, plan, Path(scratch))], Path(scratch), plan, args)
+        found = _try(
+            [*argv, *_shortened(data, args, plan, Path(scratch))], Path(scratch), plan, args
+        )
     whole = found["seconds"] * plan.steps * args.gradient_accumulation_steps / _accumulated(args)
     average = whole * (1 if data.packing else plan.positions / plan.longest)
     print(
         f"preflight: {found['seconds']:.2f} s a step on the longest examples: {duration(average)} to {duration(whole)} "
         f"in all; {found['peak'] / 1e9:.2f} GB (planned: {plan.peak / 1e9:.2f}); saved, loaded, the same logits"
-        + (f"; says of a picture, untrained: {found['caption']!r}" if found["caption"] is not None else "")
+        + (
+            f"; says of a picture, untrained: {found['caption']!r}"
+            if found["caption"] is not None
+            else ""
+        )
     )
 
 
 def _check_room(plan: Plan, args: TrainingArguments) -> None:
     if plan.peak > (room := _memory(args)):
-        raise ValueError(_too_large(plan, args, f"it needs {plan.peak / 1e9:.3g} GB, {room / 1e9:.3g} are free"))
+        raise ValueError(
+            _too_large(plan, args, f"it needs {plan.peak / 1e9:.3g} GB, {room / 1e9:.3g} are free")
+        )
     free, needed = shutil.disk_usage(str(args.output_dir)).free, plan.checkpoint * plan.kept(args)
     if needed > free:
         raise ValueError(
@@ -92,24 +115,36 @@ def _check_room(plan: Plan, args: TrainingArguments) -> None:
 
 def _memory(args: TrainingArguments) -> int:
     """Bytes that are free for the run, on its device."""
-    return torch.cuda.mem_get_info(args.device)[0] if args.device.type == "cuda" else psutil.virtual_memory().available
+    return (
+        torch.cuda.mem_get_info(args.device)[0]
+        if args.device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
 
 
 def _too_large(plan: Plan, args: TrainingArguments, what: str) -> str:
     size = args.per_device_train_batch_size
     each = (plan.memory["activations"] + plan.memory["logits"]) / size
     fits = int(size - (plan.peak - _memory(args)) / each)
-    ways = [f"--per_device_train_batch_size {fits} (and more --gradient_accumulation_steps)"] if 0 < fits < size else []
+    ways = (
+        [f"--per_device_train_batch_size {fits} (and more --gradient_accumulation_steps)"]
+        if 0 < fits < size
+        else []
+    )
     ways += [] if args.gradient_checkpointing else ["--gradient_checkpointing True"]
     ways += [] if args.bf16 or args.fp16 else ["--bf16 True"]
     return f"preflight: the longest batch does not fit into memory: {what}. Try {'; '.join([*ways, '--bits 4'])}"
 
 
 def _accumulated(args: TrainingArguments) -> int:
-    return min(2, args.gradient_accumulation_steps)  # the second batch is where gradients and activations meet
+    return min(
+        2, args.gradient_accumulation_steps
+    )  # the second batch is where gradients and activations meet
 
 
-def _shortened(data: DataArguments, args: TrainingArguments, plan: Plan, scratch: Path) -> list[str]:
+def _shortened(
+    data: DataArguments, args: TrainingArguments, plan: Plan, scratch: Path
+) -> list[str]:
     """The options that are not as in the run: the longest examples, few steps, nothing left behind."""
     packed = -(-data.pack_length // int(plan.positions)) if data.packing else 1
     sizes = {"train": args.per_device_train_batch_size * _accumulated(args) * packed, "eval": 2}
@@ -132,7 +167,9 @@ def _shortened(data: DataArguments, args: TrainingArguments, plan: Plan, scratch
         if path := getattr(data, f"{name}_data_path"):
             records: Any
             records, images = open_data(path, getattr(data, folder), f"--{folder}")
-            chosen = records.longest(max(16, sizes[name]))  # no fewer: some of their pictures may be missing
+            chosen = records.longest(
+                max(16, sizes[name])
+            )  # no fewer: some of their pictures may be missing
             rows = [records.rows.raw(index).replace(b"\n", b" ") for index in chosen]
             (scratch / f"{name}.jsonl").write_bytes(b"\n".join(rows))
             values |= {f"{name}_data_path": scratch / f"{name}.jsonl", folder: images}
@@ -160,7 +197,9 @@ def _try(words: list[str], scratch: Path, plan: Plan, args: TrainingArguments) -
         raise ValueError(_too_large(plan, args, "it was tried"))
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
     print(*lines[:-1], sep="\n", file=sys.stderr)
-    raise ValueError(f"preflight: the run fails in its first steps: {lines[-1].removeprefix('error: ')}")
+    raise ValueError(
+        f"preflight: the run fails in its first steps: {lines[-1].removeprefix('error: ')}"
+    )
 
 
 def dry_run(argv: Sequence[str]) -> None:
@@ -180,23 +219,32 @@ def dry_run(argv: Sequence[str]) -> None:
     gc.collect()  # the trained model: memory need not hold two
     if cuda:
         torch.cuda.empty_cache()
-    fresh = load_checkpoint(output, device=args.device, attn_implementation=model.attn_implementation).eval()
+    fresh = load_checkpoint(
+        output, device=args.device, attn_implementation=model.attn_implementation
+    ).eval()
     with torch.no_grad(), precision:
         theirs = fresh(**batch).logits.float()
     difference = float((ours - theirs).abs().max() / ours.abs().max())
     if not difference < (1e-3 if args.frozen_dtype == "float32" else 3e-2):
-        raise ValueError(f"the saved checkpoint gives other logits than the trained model: off by {difference:.2%}")
+        raise ValueError(
+            f"the saved checkpoint gives other logits than the trained model: off by {difference:.2%}"
+        )
     caption = None
     if (record := open_records(str(data.train_data_path))[0]).images:
         with suppress(ImageError):  # counted, and reported, when training meets it
-            pictures = [read_image_bytes(name, str(data.train_image_folder)) for name in record.images]
+            pictures = [
+                read_image_bytes(name, str(data.train_image_folder)) for name in record.images
+            ]
             caption = fresh.chat(record.turns, pictures, max_new_tokens=16)
     found = {"seconds": seconds, "peak": peak, "caption": caption}
     (output.parent / "report.json").write_text(json.dumps(found))
 
 
 def _train(
-    model_args: ModelArguments, data: DataArguments, args: TrainingArguments, precision: torch.autocast
+    model_args: ModelArguments,
+    data: DataArguments,
+    args: TrainingArguments,
+    precision: torch.autocast,
 ) -> tuple[dict[str, Any], torch.Tensor, float]:
     """Steps and a save: a batch, the logits of it, the seconds of the last step."""
     trainer, _ = build(model_args, data, args)
@@ -205,7 +253,9 @@ def _train(
     trainer.train()
     model: Any = trainer.model
     examples: Any = trainer.train_dataset
-    batch: Any = trainer._prepare_inputs(trainer.data_collator([examples[i] for i in range(min(2, len(examples)))]))
+    batch: Any = trainer._prepare_inputs(
+        trainer.data_collator([examples[i] for i in range(min(2, len(examples)))])
+    )
     batch.pop("metadata")
     with torch.no_grad(), precision:
         logits = model.eval()(**batch).logits.float()
@@ -227,7 +277,9 @@ class _Clock(TrainerCallback):
 
 
 def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 if __name__ == "__main__":

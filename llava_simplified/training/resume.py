@@ -20,7 +20,15 @@ _FIXED = (
     "tune_vision_tower",
 )
 _FREE = {
-    *("resume_from_checkpoint", "output_dir", "accelerator_config", "config", "steps", "epochs", "disable_tqdm"),
+    *(
+        "resume_from_checkpoint",
+        "output_dir",
+        "accelerator_config",
+        "config",
+        "steps",
+        "epochs",
+        "disable_tqdm",
+    ),
     "preflight",
 }
 
@@ -40,11 +48,15 @@ def resume_folder(args: TrainingArguments) -> Path | None:
         if wanted is None:
             raise ValueError(f"--resume_from_checkpoint true: no checkpoint in {args.output_dir}")
     if not (Path(wanted) / "trainer_state").is_dir():
-        raise ValueError(f"--resume_from_checkpoint {wanted}: no trainer_state/ in it; it can't be resumed")
+        raise ValueError(
+            f"--resume_from_checkpoint {wanted}: no trainer_state/ in it; it can't be resumed"
+        )
     return Path(wanted)
 
 
-def check_same_run(folder: Path, architecture: LlavaConfig, settings: Mapping[str, Any]) -> list[str]:
+def check_same_run(
+    folder: Path, architecture: LlavaConfig, settings: Mapping[str, Any]
+) -> list[str]:
     """What differs between the run that wrote the checkpoint in `folder` and this one, a line each.
 
     Raises:
@@ -58,10 +70,15 @@ def check_same_run(folder: Path, architecture: LlavaConfig, settings: Mapping[st
         if before.get(name) != now.get(name)
     ]
     parts, stored = asdict(architecture), manifest["architecture"]
-    for name, value in parts.items():  # a model that moved is the same model: its weights' fingerprints tell
+    for (
+        name,
+        value,
+    ) in parts.items():  # a model that moved is the same model: its weights' fingerprints tell
         value = list(value) if isinstance(value, tuple) else value
         if name not in ("language_model", "vision_tower") and value != stored.get(name):
-            raise ValueError(f"{folder}: {name} was {stored.get(name)}, is {value}: that is another model")
+            raise ValueError(
+                f"{folder}: {name} was {stored.get(name)}, is {value}: that is another model"
+            )
     for name, was, value in changed:
         if name in _FIXED:
             raise ValueError(
@@ -70,5 +87,7 @@ def check_same_run(folder: Path, architecture: LlavaConfig, settings: Mapping[st
             )
     notes = [f"--{name} was {was}, is {value}" for name, was, value in changed]
     if before.get("processes") != now.get("processes"):
-        notes.append("another number of processes: with another total batch, samples come twice or never this epoch")
+        notes.append(
+            "another number of processes: with another total batch, samples come twice or never this epoch"
+        )
     return notes

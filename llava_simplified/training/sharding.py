@@ -28,7 +28,10 @@ def shard_on_cpus(accelerator: Accelerator, options: Mapping[str, Any]) -> None:
     Args:
         options: of `FullyShardedDataParallelPlugin`; what `accelerate launch` says comes through the environment.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if (
+        os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        and accelerator.distributed_type == DistributedType.MULTI_CPU
+    ):
         plugin = FullyShardedDataParallelPlugin(**options)
         if accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(accelerator.mixed_precision)
@@ -45,8 +48,12 @@ def full_state_dict(model: Llava) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, safe_get_full_fp32_param(parameter)
         else:
             yield name, _whole(parameter.detach())
-    if tower_of(model) == "full":  # its folder holds the layers behind the last that is trained, too
-        for name, tensor in model.vision_tower.state_dict(keep_vars=True, prefix="vision_tower.").items():
+    if (
+        tower_of(model) == "full"
+    ):  # its folder holds the layers behind the last that is trained, too
+        for name, tensor in model.vision_tower.state_dict(
+            keep_vars=True, prefix="vision_tower."
+        ).items():
             if hasattr(tensor, "ds_id") and not tensor.requires_grad:
                 from deepspeed.runtime.zero import GatheredParameters
 
@@ -56,7 +63,9 @@ def full_state_dict(model: Llava) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, _whole(tensor.detach())
 
 
-def full_optimizer_state_dict(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def full_optimizer_state_dict(
+    model: nn.Module, optimizer: Any
+) -> Iterator[tuple[str, torch.Tensor]]:
     """What the optimizer keeps of every trained weight, as `("projector.weight/exp_avg", tensor)`.
 
     All processes have to go through it: shards are gathered on the way.
@@ -71,7 +80,9 @@ def full_optimizer_state_dict(model: nn.Module, optimizer: Any) -> Iterator[tupl
 
 
 @torch.no_grad()
-def load_optimizer_state_dict(model: nn.Module, optimizer: Any, state: Mapping[str, torch.Tensor]) -> None:
+def load_optimizer_state_dict(
+    model: nn.Module, optimizer: Any, state: Mapping[str, torch.Tensor]
+) -> None:
     """Give an optimizer that has not stepped yet what `full_optimizer_state_dict` read, whichever engine that was."""
     stored: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for path, value in state.items():
@@ -84,24 +95,38 @@ def load_optimizer_state_dict(model: nn.Module, optimizer: Any, state: Mapping[s
     names = {parameter: name for name, parameter in trained.items()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shares = {
-        index: {key: _share(value, parameter) for key, value in stored[names[parameter]].items() if key != _MASTER}
+        index: {
+            key: _share(value, parameter)
+            for key, value in stored[names[parameter]].items()
+            if key != _MASTER
+        }
         for index, parameter in enumerate(order)
         if names[parameter] in stored
     }
-    optimizer.load_state_dict({"state": shares, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": shares, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
-_MASTER = "float32"  # where DeepSpeed trains in a lower precision: the weight that it really updates
+_MASTER = (
+    "float32"  # where DeepSpeed trains in a lower precision: the weight that it really updates
+)
 
 
-def _whole_zero_state(trained: Mapping[str, nn.Parameter], zero: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _whole_zero_state(
+    trained: Mapping[str, nn.Parameter], zero: Any
+) -> Iterator[tuple[str, torch.Tensor]]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     _link(zero)
     keys = next(iter(zero.optimizer.state.values()))
     for name, parameter in trained.items():
         for key, value in keys.items():
-            whole = safe_get_full_optimizer_state(parameter, key) if torch.is_tensor(value) and value.dim() else value
+            whole = (
+                safe_get_full_optimizer_state(parameter, key)
+                if torch.is_tensor(value) and value.dim()
+                else value
+            )
             yield f"{name}/{key}", torch.as_tensor(whole, dtype=torch.float32)
         if parameter.dtype != torch.float32:
             yield f"{name}/{_MASTER}", safe_get_full_fp32_param(parameter)
@@ -113,11 +138,15 @@ def _restore_zero(
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     # its optimizer sees a few flat tensors, this process's shares of all weights behind one another
-    for flat in getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups:
+    for flat in (
+        getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+    ):
         for key, value in next(iter(stored.values())).items():
             if key != _MASTER:
                 device = flat.device if zero.optimizer.defaults.get("fused") else "cpu"
-                zero.optimizer.state[flat][key] = torch.zeros_like(flat) if value.dim() else value.to(device, copy=True)
+                zero.optimizer.state[flat][key] = (
+                    torch.zeros_like(flat) if value.dim() else value.to(device, copy=True)
+                )
     _link(zero)
     for name, parameter in trained.items():
         for key, value in stored[name].items():
@@ -140,7 +169,9 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # an evaluation leaves whole weights in place of those that the optimizer knows
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return (
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    )
 
 
 def _is_zero(parameter: nn.Parameter) -> bool:
@@ -154,4 +185,6 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def _share(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     if not isinstance(parameter, DTensor) or not value.dim():
         return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements
+    )

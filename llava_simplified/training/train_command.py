@@ -5,7 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+)
 from llava_simplified.training.build_trainer import build
 from llava_simplified.training.plots import plot_training
 from llava_simplified.training.preflight import preflight

@@ -27,7 +27,12 @@ from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX
 from llava_simplified.training.callbacks import EvalCaptions, GradientAlarm, Meter, ProgressLine
-from llava_simplified.training.sharding import load_optimizer_state_dict, shard_on_cpus, full_optimizer_state_dict, full_state_dict
+from llava_simplified.training.sharding import (
+    full_optimizer_state_dict,
+    full_state_dict,
+    load_optimizer_state_dict,
+    shard_on_cpus,
+)
 
 
 class LlavaTrainer(transformers.Trainer):
@@ -61,7 +66,9 @@ class LlavaTrainer(transformers.Trainer):
         self.alarm = GradientAlarm()
         self.captions = self._watched_pictures()
         if not self.captions and (args.metric_for_best_model or "").endswith("cider"):
-            raise ValueError("--metric_for_best_model cider: there is no validation picture to caption; use eval_loss")
+            raise ValueError(
+                "--metric_for_best_model cider: there is no validation picture to caption; use eval_loss"
+            )
         self.architecture = architecture
         self.settings = dict(settings)
         self.max_bad_images = max_bad_images
@@ -97,7 +104,9 @@ class LlavaTrainer(transformers.Trainer):
             sum(batch["metadata"]["tokens"] for batch in batches),
             sum(batch["input_ids"].numel() for batch in batches),
         ]
-        trained, *others = self.accelerator.reduce(torch.tensor(counts, device=device), "sum").unbind()
+        trained, *others = self.accelerator.reduce(
+            torch.tensor(counts, device=device), "sum"
+        ).unbind()
         self.meter.count(torch.stack(others))
         return batches, trained
 
@@ -113,7 +122,11 @@ class LlavaTrainer(transformers.Trainer):
         outputs = model(**inputs)
         tokens = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
         # engines average gradients over processes: undo it, the tokens were counted over all of them
-        loss = outputs.loss / tokens * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        loss = (
+            outputs.loss
+            / tokens
+            * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        )
         if not torch.isfinite(loss):
             raise FloatingPointError(self._non_finite(f"the loss is {loss.item()}", ids))
         return (loss, outputs) if return_outputs else loss
@@ -121,11 +134,17 @@ class LlavaTrainer(transformers.Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The stock one; a norm that is not finite ends the run before it reaches the weights, an unusual one is said."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not self.args.fp16:  # there, too large a loss scale shows like this, and is mended
+        if (
+            norm is not None and not self.args.fp16
+        ):  # there, too large a loss scale shows like this, and is mended
             if not math.isfinite(norm):
-                raise FloatingPointError(self._non_finite(f"the gradient's norm is {float(norm)}", self._ids))
+                raise FloatingPointError(
+                    self._non_finite(f"the gradient's norm is {float(norm)}", self._ids)
+                )
             if warning := self.alarm.check(float(norm)):
-                self.accelerator.print(f"step {self.state.global_step + 1}: {warning}; samples {_listed(self._ids)}")
+                self.accelerator.print(
+                    f"step {self.state.global_step + 1}: {warning}; samples {_listed(self._ids)}"
+                )
         return norm
 
     def _non_finite(self, what: str, ids: Sequence[str]) -> str:
@@ -152,7 +171,9 @@ class LlavaTrainer(transformers.Trainer):
             batch.pop("metadata")
             inputs = self._prepare_inputs(self.drop_padding_samples(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
-                total += torch.stack([model(**inputs).loss.double(), total.new_tensor(len(inputs["labels"]))])
+                total += torch.stack(
+                    [model(**inputs).loss.double(), total.new_tensor(len(inputs["labels"]))]
+                )
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         nll, tokens = self.accelerator.reduce(total, "sum").tolist()
         metrics = {
@@ -168,8 +189,15 @@ class LlavaTrainer(transformers.Trainer):
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:
             rows, length = batch["input_ids"].shape
-            new = batch["logit_positions"] // length < state.remainder - self.accelerator.process_index * rows
-            batch = {**batch, "logit_positions": batch["logit_positions"][new], "labels": batch["labels"][new]}
+            new = (
+                batch["logit_positions"] // length
+                < state.remainder - self.accelerator.process_index * rows
+            )
+            batch = {
+                **batch,
+                "logit_positions": batch["logit_positions"][new],
+                "labels": batch["labels"][new],
+            }
         return batch
 
     def _watched_pictures(self) -> EvalCaptions | None:
@@ -178,9 +206,13 @@ class LlavaTrainer(transformers.Trainer):
             return None
         zero = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if self.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3):
-            self.accelerator.print("--eval_captions: none, no process has all the weights that captioning takes")
+            self.accelerator.print(
+                "--eval_captions: none, no process has all the weights that captioning takes"
+            )
             return None
-        found = EvalCaptions(cast(Any, self.eval_dataset), args.eval_captions, Path(str(args.output_dir)))
+        found = EvalCaptions(
+            cast(Any, self.eval_dataset), args.eval_captions, Path(str(args.output_dir))
+        )
         return found if found.rows else None
 
     def _caption(self, captions: EvalCaptions) -> float:
@@ -189,16 +221,22 @@ class LlavaTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             model: Llava = self.accelerator.unwrap_model(self.model)
             shown = 0 if self.args.disable_tqdm else 3
-            score += captions.write(model, self.state.global_step, self.callback_handler.callbacks, shown)
+            score += captions.write(
+                model, self.state.global_step, self.callback_handler.callbacks, shown
+            )
         return self.accelerator.reduce(score, "sum").item()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Besides the stock orders: batches of one length, whatever the dataset's items are."""
         dataset = train_dataset or self.train_dataset
-        return self._by_length(dataset, self.args.train_batch_size) or super()._get_train_sampler(dataset)
+        return self._by_length(dataset, self.args.train_batch_size) or super()._get_train_sampler(
+            dataset
+        )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return self._by_length(eval_dataset, self.args.eval_batch_size) or super()._get_eval_sampler(eval_dataset)
+        return self._by_length(
+            eval_dataset, self.args.eval_batch_size
+        ) or super()._get_eval_sampler(eval_dataset)
 
     def _by_length(self, dataset: Any, batch_size: int) -> LengthGroupedSampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -219,7 +257,9 @@ class LlavaTrainer(transformers.Trainer):
             kind = note.partition(",")[0]
             self.seen[kind] += 1
             if self.seen[kind] <= 10:
-                self.accelerator.print(f"{note}" + (" (later ones are only counted)" if self.seen[kind] == 10 else ""))
+                self.accelerator.print(
+                    f"{note}" + (" (later ones are only counted)" if self.seen[kind] == 10 else "")
+                )
         bad = self.seen["bad image"]
         # a handful among the first hundred says nothing yet
         if bad > self.max_bad_images * max(self.seen["images"], 100):
@@ -235,7 +275,9 @@ class LlavaTrainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **self.state.log_history[-1]}
-            with (Path(self.args.output_dir or "") / "trainer_log.jsonl").open("a", encoding="utf-8") as stream:
+            with (Path(self.args.output_dir or "") / "trainer_log.jsonl").open(
+                "a", encoding="utf-8"
+            ) as stream:
                 stream.write(json.dumps(line) + "\n")
 
     # ---- optimizer ----
@@ -243,7 +285,11 @@ class LlavaTrainer(transformers.Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW on three learning rates: the projector's, the vision tower's and the language model's."""
         if self.optimizer is None:
-            trained = [(n, p) for n, p in (model or cast(nn.Module, self.model)).named_parameters() if p.requires_grad]
+            trained = [
+                (n, p)
+                for n, p in (model or cast(nn.Module, self.model)).named_parameters()
+                if p.requires_grad
+            ]
             decayed = set(self.get_decay_parameter_names(cast(nn.Module, self.model)))
             rates = {"projector": self.args.mm_projector_lr, "vision_tower": self.args.vision_lr}
             groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -252,11 +298,17 @@ class LlavaTrainer(transformers.Trainer):
                 key = (self.args.learning_rate if rate is None else rate, name in decayed)
                 groups.setdefault(key, []).append(parameter)
             # the log tells the first one's rate
-            ordered = sorted(groups.items(), key=lambda group: group[0][0] != self.args.learning_rate)
+            ordered = sorted(
+                groups.items(), key=lambda group: group[0][0] != self.args.learning_rate
+            )
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
             self.optimizer = cls(
                 [
-                    {"params": parameters, "lr": rate, "weight_decay": self.args.weight_decay if decay else 0.0}
+                    {
+                        "params": parameters,
+                        "lr": rate,
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                    }
                     for (rate, decay), parameters in ordered
                 ],
                 **options,
@@ -270,17 +322,29 @@ class LlavaTrainer(transformers.Trainer):
         model: Llava = self.accelerator.unwrap_model(self.model)
         weights = self._on_main_process(full_state_dict(model))
         if self.args.should_save:
-            training = {"steps": self.state.global_step, "epochs": self.state.epoch, **self.settings}
-            folder = self._staging / "model" if self._staging else Path(output_dir or str(self.args.output_dir))
+            training = {
+                "steps": self.state.global_step,
+                "epochs": self.state.epoch,
+                **self.settings,
+            }
+            folder = (
+                self._staging / "model"
+                if self._staging
+                else Path(output_dir or str(self.args.output_dir))
+            )
             save_checkpoint(model, folder, self.architecture, training, weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = self._on_main_process(full_optimizer_state_dict(self.accelerator.unwrap_model(self.model), self.optimizer))
+        state = self._on_main_process(
+            full_optimizer_state_dict(self.accelerator.unwrap_model(self.model), self.optimizer)
+        )
         if self.args.should_save:
             save_file(state, Path(output_dir) / "optimizer.safetensors")
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
 
-    def _on_main_process(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _on_main_process(
+        self, tensors: Iterator[tuple[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
         """All processes gather, one keeps."""
         return {name: tensor.cpu().clone() for name, tensor in tensors if self.args.should_save}
 
@@ -339,15 +403,23 @@ class LlavaTrainer(transformers.Trainer):
             )
         self.accelerator.wait_for_everyone()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         """Nothing: a resumed run gets its weights as a new one does, before an engine cuts the model up."""
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it knows each engine's own files
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None
+        )  # it knows each engine's own files
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             state = load_file(folder / "optimizer.safetensors")
-            load_optimizer_state_dict(self.accelerator.unwrap_model(self.model), self.optimizer, state)
+            load_optimizer_state_dict(
+                self.accelerator.unwrap_model(self.model), self.optimizer, state
+            )
             self._restore_schedule(torch.load(folder / "scheduler.pt", weights_only=True))
             self._load_scaler(resume_from_checkpoint)
         return prepared

@@ -31,7 +31,9 @@ OPTIONS = GenerationOptions(max_new_tokens=6, temperature=1.0, num_return_sequen
 
 
 @pytest.fixture(scope="module")
-def checkpoint(models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(
+    models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     output = tmp_path_factory.mktemp("model") / "out"
     options = {
         "model_name_or_path": models_folder / "mistral",
@@ -42,7 +44,11 @@ def checkpoint(models_folder: Path, data_folder: Path, tmp_path_factory: pytest.
         "max_steps": 1,
         "cache_vision_features": "off",
     }
-    return train(*parse_arguments([word for name, value in options.items() for word in (f"--{name}", str(value))]))
+    return train(
+        *parse_arguments(
+            [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,9 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_kind_of_source(folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_source(
+    folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def images(source: object) -> list[str]:
         return [record.images[0] for record in open_inputs(str(source), None, ["What?"])[0]]
 
@@ -95,7 +103,10 @@ def test_every_kind_of_source(folder: Path, data_folder: Path, monkeypatch: pyte
     unanswered = folder / "unanswered.jsonl"  # what is to be captioned need not have been
     unanswered.write_text(json.dumps({"image": "1.jpg", "instruction": "What?"}) + "\n")
     assert images_of_records(unanswered) == ["1.jpg"]
-    for wrong, message in ((None, "none of the first images"), ("nowhere", "--image-folder nowhere: no such folder")):
+    for wrong, message in (
+        (None, "none of the first images"),
+        ("nowhere", "--image-folder nowhere: no such folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             open_inputs(str(data_folder / "val.json"), wrong, [])
     with pytest.raises(ValueError, match="bring their own questions"):
@@ -105,18 +116,28 @@ def test_every_kind_of_source(folder: Path, data_folder: Path, monkeypatch: pyte
 
 
 def test_a_folder_with_two_questions(model: Llava, folder: Path, tmp_path: Path) -> None:
-    job = Job("", str(folder), str(tmp_path / "out.jsonl"), GenerationOptions(6), ("What?", "Where is <image>?"))
+    job = Job(
+        "",
+        str(folder),
+        str(tmp_path / "out.jsonl"),
+        GenerationOptions(6),
+        ("What?", "Where is <image>?"),
+    )
     assert caption_file(job, model) == (12, 2)
     written = rows(tmp_path / "out.jsonl")
     assert [row["index"] for row in written] == [*range(10), 12, 13]
     assert [row["instruction"] for row in written[:2]] == ["What?", "Where is <image>?"]
     for row in written[::3]:
-        assert row["pred_output"] == model.caption(folder / row["image"], row["instruction"], max_new_tokens=6)
+        assert row["pred_output"] == model.caption(
+            folder / row["image"], row["instruction"], max_new_tokens=6
+        )
     assert [row["index"] for row in rows(Path(job.output + ".bad.jsonl"))] == [10, 11]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 60, 300, 700, -1, -30, None])
-def test_a_stopped_file_goes_on_where_it_was(model: Llava, folder: Path, tmp_path: Path, cut: int | None) -> None:
+def test_a_stopped_file_goes_on_where_it_was(
+    model: Llava, folder: Path, tmp_path: Path, cut: int | None
+) -> None:
     """Cut at any byte, also inside a row or between the two trials of a picture."""
     job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS, batch_size=2)
     caption_file(job, model)
@@ -127,12 +148,16 @@ def test_a_stopped_file_goes_on_where_it_was(model: Llava, folder: Path, tmp_pat
     assert len(rows(Path(job.output + ".bad.jsonl"))) == 1
 
 
-def test_chunks_share_the_work_and_batches_change_nothing(model: Llava, folder: Path, tmp_path: Path) -> None:
+def test_chunks_share_the_work_and_batches_change_nothing(
+    model: Llava, folder: Path, tmp_path: Path
+) -> None:
     caption_file(Job("", str(folder), str(tmp_path / "one.jsonl"), OPTIONS), model)
     parts = []
     for chunk in range(3):
         output = tmp_path / f"{chunk}.jsonl"
-        caption_file(Job("", str(folder), str(output), OPTIONS, batch_size=1, chunk=chunk, chunks=3), model)
+        caption_file(
+            Job("", str(folder), str(output), OPTIONS, batch_size=1, chunk=chunk, chunks=3), model
+        )
         parts += rows(output)
     assert sorted(parts, key=lambda row: row["index"]) == rows(tmp_path / "one.jsonl")
 
@@ -153,7 +178,9 @@ def test_a_source_that_has_changed_is_refused(model: Llava, folder: Path, tmp_pa
         caption_file(job, model)
 
 
-def test_chunks_come_from_flags_or_from_torchrun(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_come_from_flags_or_from_torchrun(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobs: list[Job] = []
     monkeypatch.setattr(caption_command, "caption_file", lambda job: jobs.append(job) or (1, 0))
     words = [str(folder), "--model-path", "m", "--output", str(tmp_path / "out.jsonl")]
@@ -185,10 +212,21 @@ def test_an_array_that_is_written_anew_names_what_is_bad_now(
     monkeypatch.setattr(captioning, "load_model", lambda asked: model)
     records = json.loads((data_folder / "val.json").read_text())[:2]
     data, output = tmp_path / "data.json", tmp_path / "out.json"
-    words = ["--data-path", data, "--image-folder", data_folder / "images", "--output", output, "--max-new-tokens", 2]
+    words = [
+        "--data-path",
+        data,
+        "--image-folder",
+        data_folder / "images",
+        "--output",
+        output,
+        "--max-new-tokens",
+        2,
+    ]
     for image, bad in (("gone.jpg", True), ("0.jpg", False)):
         data.write_text(json.dumps([{**records[0], "image": image}, records[1]]))
-        assert caption_command.main(["--model-path", "", *map(str, words), "--temperature", "0"]) == 0
+        assert (
+            caption_command.main(["--model-path", "", *map(str, words), "--temperature", "0"]) == 0
+        )
         assert (tmp_path / "out.json.bad.jsonl").exists() == bad
         assert len(json.loads(output.read_text())) == 2 - bad
 
@@ -199,25 +237,43 @@ def test_a_picture_is_encoded_once_and_captions_come_early(
     """Questions of different lengths fall into different batches; what is done is given before the window is."""
     encoded, encode = [], captioning.encode
     monkeypatch.setattr(
-        captioning, "encode", lambda model, pixels: encoded.append(len(pixels)) or encode(model, pixels)
+        captioning,
+        "encode",
+        lambda model, pixels: encoded.append(len(pixels)) or encode(model, pixels),
     )
-    records, where = open_inputs(str(folder), None, ["What?", "What is it that one can see in this?"])
-    parts = list(captioning.caption_records(model, records, where, GenerationOptions(3), batch_size=2))
+    records, where = open_inputs(
+        str(folder), None, ["What?", "What is it that one can see in this?"]
+    )
+    parts = list(
+        captioning.caption_records(model, records, where, GenerationOptions(3), batch_size=2)
+    )
     assert sum(encoded) == 6
     assert [row["index"] for rows, _ in parts for row in rows] == [*range(10), 12, 13]
     records, where = open_inputs(str(folder), None, ["What?"])
-    parts = list(captioning.caption_records(model, records, where, GenerationOptions(3), batch_size=2))
+    parts = list(
+        captioning.caption_records(model, records, where, GenerationOptions(3), batch_size=2)
+    )
     assert [len(rows) for rows, _ in parts] == [2, 2, 1, 1]
 
 
 @pytest.mark.slow
-def test_kill_9_then_the_same_command_again(checkpoint: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_kill_9_then_the_same_command_again(
+    checkpoint: Path, data_folder: Path, tmp_path: Path
+) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(200):
         shutil.copy(data_folder / "images" / f"{number % 6}.jpg", pictures / f"{number:03}.jpg")
     output = tmp_path / "captions.jsonl"
-    words = [sys.executable, "-m", "llava_simplified.cli", "caption", pictures, "--model-path", checkpoint]
+    words = [
+        sys.executable,
+        "-m",
+        "llava_simplified.cli",
+        "caption",
+        pictures,
+        "--model-path",
+        checkpoint,
+    ]
     words += ["--output", output, "--batch-size", "1", "--max-new-tokens", "3"]
     process = subprocess.Popen(list(map(str, words)), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     while not output.exists() or output.stat().st_size < 2000:
@@ -235,18 +291,29 @@ def test_one_picture_on_the_terminal(
 ) -> None:
     words = [str(folder / "0.jpg"), "--model-path", str(checkpoint), "--max-new-tokens", "6"]
     assert caption_main([*words, "--prompt", "What?", "--prompt", "Where?"]) == 0
-    wanted = [model.caption(folder / "0.jpg", question, max_new_tokens=6) for question in ("What?", "Where?")]
+    wanted = [
+        model.caption(folder / "0.jpg", question, max_new_tokens=6)
+        for question in ("What?", "Where?")
+    ]
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == wanted
 
 
 def test_a_chat_remembers(
-    checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     heard = []
     monkeypatch.setattr(sys, "stdin", io.StringIO("What?\nWhere?\n\nnever asked\n"))
     monkeypatch.setattr(
-        captioning.Llava, "stream", lambda self, turns, images, **_: heard.append(list(turns)) or ["yes"]
+        captioning.Llava,
+        "stream",
+        lambda self, turns, images, **_: heard.append(list(turns)) or ["yes"],
     )
     assert chat_main([str(folder / "0.jpg"), "--model-path", str(checkpoint)]) == 0
     assert capsys.readouterr().out.split() == ["yes", "yes"]
-    assert [[turn.content for turn in turns] for turns in heard] == [["What?"], ["What?", "yes", "Where?"]]
+    assert [[turn.content for turn in turns] for turns in heard] == [
+        ["What?"],
+        ["What?", "yes", "Where?"],
+    ]

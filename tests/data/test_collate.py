@@ -18,7 +18,10 @@ def test_a_batch_position_by_position() -> None:
     first = Example([0, IMAGE, 5, 6, 7], [NO, NO, NO, 6, 7], pixel_values=torch.zeros(1, 3, 2, 2))
     second = Example([0, 8, 9], [NO, 8, 9], warnings=["cut, row 2"])
     batch = Collator(tokens_per_image=3, pad_id=99)([first, second])
-    assert batch["input_ids"].tolist() == [[0, IMAGE, IMAGE, IMAGE, 5, 6, 7], [0, 8, 9, 99, 99, 99, 99]]
+    assert batch["input_ids"].tolist() == [
+        [0, IMAGE, IMAGE, IMAGE, 5, 6, 7],
+        [0, 8, 9, 99, 99, 99, 99],
+    ]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
     # 6 is predicted where 5 stands (column 4), 8 where the first token of row 2 stands (7)
     assert batch["logit_positions"].tolist() == [4, 5, 7, 8]
@@ -29,7 +32,9 @@ def test_a_batch_position_by_position() -> None:
 
 def test_a_shared_prompt_position_by_position() -> None:
     """Prompt `<s> [image] ?`, answers `5 6 .` and `7 .`; the second begins where the prompt ends, not behind the first."""
-    shared = Example([0, IMAGE, 4, 5, 6, 1, 7, 1], [NO, NO, NO, 5, 6, 1, 7, 1], branches=[0, 0, 0, 1, 1, 1, 2, 2])
+    shared = Example(
+        [0, IMAGE, 4, 5, 6, 1, 7, 1], [NO, NO, NO, 5, 6, 1, 7, 1], branches=[0, 0, 0, 1, 1, 1, 2, 2]
+    )
     batch = Collator(tokens_per_image=2, pad_id=99)([shared, Example([0, 8], [NO, 8])])
     assert batch["input_ids"][0].tolist() == [0, IMAGE, IMAGE, 4, 5, 6, 1, 7, 1]
     assert batch["branch_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2], [0] * 9]
@@ -79,7 +84,9 @@ def test_any_lengths_are_packed_once_each_and_never_over(
     assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
     totals = [sum(lengths[i] for i in pack) for pack in packs]
     for pack, total in zip(packs, totals):
-        assert total <= pack_length or len(pack) == 1, "only what is too long by itself is over, and it is alone"
+        assert total <= pack_length or len(pack) == 1, (
+            "only what is too long by itself is over, and it is alone"
+        )
     if pool >= len(lengths):
         least = sorted(totals)[:2]
         assert len(totals) < 2 or sum(least) > pack_length, "two packs that would fit into one"
@@ -142,7 +149,10 @@ def test_packs_of_conceptual_captions_are_full() -> None:
     words = np.clip(np.random.default_rng(0).lognormal(2.25, 0.42, 20_000), 3, 50)
     lengths = (216 + np.rint(1.3 * words)).astype(int).tolist()
     assert 9.5 < words.mean() < 11
-    for pack_length, fill in ((4096, 0.95), (2048, 0.94)):  # into 1024 go four, and a tenth stays empty
+    for pack_length, fill in (
+        (4096, 0.95),
+        (2048, 0.94),
+    ):  # into 1024 go four, and a tenth stays empty
         packs = plan_packs(lengths, pack_length, seed=0)
         assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
         used = [sum(lengths[index] for index in pack) for pack in packs]

@@ -20,7 +20,9 @@ TRANSFORM = ImageTransform(32, (32, 32), "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 
 
 def dataset(folder: Path, rows: list[dict], **options) -> CaptionDataset:
     records = [Record.from_json(row, f"row {i}") for i, row in enumerate(rows)]
-    return CaptionDataset(records, Prompt(make_tokenizer()), folder / "images", TRANSFORM, **options)
+    return CaptionDataset(
+        records, Prompt(make_tokenizer()), folder / "images", TRANSFORM, **options
+    )
 
 
 def row(image: str | None = "0.jpg", text: str = "What?", **answer) -> dict:
@@ -35,12 +37,26 @@ def test_an_example_has_pixels_and_one_placeholder(data_folder: Path) -> None:
     assert any(label != IGNORE_INDEX for label in example.labels)
 
 
-def test_every_response_is_an_example_in_order_where_the_prefix_is_not_shared(data_folder: Path) -> None:
+def test_every_response_is_an_example_in_order_where_the_prefix_is_not_shared(
+    data_folder: Path,
+) -> None:
     rows = [row(responses=["one", "two"]), row("1.jpg"), row("2.jpg", responses=["a", "b", "c"])]
     data = dataset(data_folder, rows, share_prefix=False)
     assert len(data) == 6
-    assert [list(data.locate(i)[1]) for i in range(6)] == [["one"], ["two"], ["a red car"], ["a"], ["b"], ["c"]]
-    assert [data.locate(i)[0].images[0] for i in range(6)] == ["0.jpg", "0.jpg", "1.jpg", *["2.jpg"] * 3]
+    assert [list(data.locate(i)[1]) for i in range(6)] == [
+        ["one"],
+        ["two"],
+        ["a red car"],
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
+    assert [data.locate(i)[0].images[0] for i in range(6)] == [
+        "0.jpg",
+        "0.jpg",
+        "1.jpg",
+        *["2.jpg"] * 3,
+    ]
 
 
 def test_the_responses_of_a_record_share_its_prompt(data_folder: Path) -> None:
@@ -101,7 +117,11 @@ def test_a_record_without_answers_cannot_be_trained_on(data_folder: Path) -> Non
 
 def test_text_only_rows_and_several_images(data_folder: Path) -> None:
     data = dataset(
-        data_folder, [row(None), {"image": ["0.jpg", "1.jpg"], "instruction": "<image> or <image>?", "response": "no"}]
+        data_folder,
+        [
+            row(None),
+            {"image": ["0.jpg", "1.jpg"], "instruction": "<image> or <image>?", "response": "no"},
+        ],
     )
     assert data[0].pixel_values is None
     assert data[1].pixel_values.shape[0] == 2
@@ -115,8 +135,12 @@ def test_features_computed_before_open_no_picture(data_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
-def test_a_folder_of_a_download_holds_records_and_pictures(data_folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_folder_of_a_download_holds_records_and_pictures(
+    data_folder: Path, tmp_path: Path, name: str
+) -> None:
     shutil.copy(data_folder / "images" / "0.jpg", tmp_path)
-    (tmp_path / name).write_text(json.dumps([row()])[name[-1] == "l" :].removesuffix("]" * (name[-1] == "l")))
+    (tmp_path / name).write_text(
+        json.dumps([row()])[name[-1] == "l" :].removesuffix("]" * (name[-1] == "l"))
+    )
     records, folder = open_data(str(tmp_path), None, "--train_image_folder")
     assert (records[0].images, folder) == (("0.jpg",), str(tmp_path))

@@ -67,7 +67,9 @@ def test_pictures_stand_upright(orientation: int, kind: str) -> None:
     data = encoded(photo(), kind, exif=exif)
     from PIL import ImageOps
 
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+    expected = np.asarray(
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    ).astype(int)
     got = decode_image(data).astype(int)
     assert got.shape == expected.shape
     assert np.abs(got - expected).mean() < 1
@@ -101,11 +103,15 @@ def verdict(judge: Callable[..., Any], data: bytes) -> str:
     return "ok"
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "progressive JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "progressive JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
+)
 def test_whatever_byte_is_wrong_it_is_pixels_or_an_image_error(kind: str) -> None:
     """Of a tag's type in a TIFF Pillow makes a TypeError, of an AVIF without its item table a RuntimeError. And what
     `check_image` says of a file, in less time, is what `decode_image` says."""
-    data = encoded(photo().resize((24, 16)), kind.split()[-1], **{"progressive": True} if " " in kind else {})
+    data = encoded(
+        photo().resize((24, 16)), kind.split()[-1], **{"progressive": True} if " " in kind else {}
+    )
     broken = [data.replace(b"iloc", b"xxxx")]
     for place in range(min(len(data), 700)):
         for value in (0, 5, 255):
@@ -125,10 +131,17 @@ def test_what_is_no_image(data: bytes) -> None:
 
 def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
     with pytest.raises(ImageError) as error:
         decode_image(data)
     assert error.value.kind == "too_large"
@@ -154,7 +167,9 @@ def test_absolute_paths_of_another_machine(tmp_path: Path) -> None:
 def processors() -> dict[str, object]:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
-    from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
+    from transformers.models.efficientnet.image_processing_pil_efficientnet import (
+        EfficientNetImageProcessorPil,
+    )
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -173,7 +188,9 @@ def processors() -> dict[str, object]:
 
 @pytest.mark.parametrize("kind", list(processors()))
 @pytest.mark.parametrize("size", [(300, 200), (150, 400), (64, 64)])
-def test_the_transform_equals_the_stock_processor(tmp_path: Path, kind: str, size: tuple[int, int]) -> None:
+def test_the_transform_equals_the_stock_processor(
+    tmp_path: Path, kind: str, size: tuple[int, int]
+) -> None:
     """To two grey levels of 255, where Pillow's weights have 22 bits and torch's 16."""
     processor = processors()[kind]
     processor.save_pretrained(tmp_path)
@@ -202,7 +219,9 @@ def test_the_region_is_what_the_tower_is_shown(resize: int | tuple[int, int]) ->
     """A picture whose colours are its coordinates, read off where the transform has put them."""
     height, width = 250, 500
     y, x = np.mgrid[:height, :width]
-    ruler = np.stack([x * 250 / width, y * 250 / height, np.full_like(x, 255)], axis=2).astype(np.uint8)
+    ruler = np.stack([x * 250 / width, y * 250 / height, np.full_like(x, 255)], axis=2).astype(
+        np.uint8
+    )
     transform = ImageTransform(resize, (64, 64), "bilinear", (0, 0, 0), (1, 1, 1))
     left, top, right, bottom = transform.region(height, width)
     shown = transform(ruler).float()
@@ -210,4 +229,6 @@ def test_the_region_is_what_the_tower_is_shown(resize: int | tuple[int, int]) ->
         part = (place + 0.5) / 64
         expected = [left + part * (right - left), top + part * (bottom - top)]
         assert shown[:2, place, place].tolist() == pytest.approx([250 * e for e in expected], abs=3)
-    assert (shown[2].min() == 0) == (bottom > 1), "where it reaches beyond the picture, there is black"
+    assert (shown[2].min() == 0) == (bottom > 1), (
+        "where it reaches beyond the picture, there is black"
+    )

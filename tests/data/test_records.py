@@ -29,10 +29,15 @@ def test_llavas_conversation_trains_every_answer_and_nothing_else(data_folder: P
     prompt = Prompt(make_tokenizer())
     transform = ImageTransform(32, (32, 32), "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     example = CaptionDataset([record], prompt, data_folder / "images", transform)[0]
-    trained = [token for token, label in zip(example.input_ids, example.labels) if label != IGNORE_INDEX]
+    trained = [
+        token for token, label in zip(example.input_ids, example.labels) if label != IGNORE_INDEX
+    ]
     ends = [place for place, token in enumerate(trained) if token == prompt.end_id]
     assert len(ends) == 2 and ends[-1] == len(trained) - 1
-    assert prompt.decode(trained) == "a red car" and prompt.decode(trained[ends[0] + 1 :]) == "on the street"
+    assert (
+        prompt.decode(trained) == "a red car"
+        and prompt.decode(trained[ends[0] + 1 :]) == "on the street"
+    )
     assert example.input_ids.count(IMAGE_INDEX) == 1
 
 
@@ -40,16 +45,29 @@ def test_llavas_conversation_trains_every_answer_and_nothing_else(data_folder: P
     ("row", "turns", "responses"),
     [
         ({"conversations": TALK[2:]}, [("user", "Where?")], ("on the street",)),  # text alone
-        ({"image": "", "conversations": TALK[2:3]}, [("user", "Where?")], ()),  # a question: enough to ask a model
         (
-            {"images": ["0.jpg", "1.jpg"], "conversations": [{"from": "system", "value": "Be brief."}, *TALK[2:]]},
+            {"image": "", "conversations": TALK[2:3]},
+            [("user", "Where?")],
+            (),
+        ),  # a question: enough to ask a model
+        (
+            {
+                "images": ["0.jpg", "1.jpg"],
+                "conversations": [{"from": "system", "value": "Be brief."}, *TALK[2:]],
+            },
             [("system", "Be brief."), ("user", "<image>\n<image>\nWhere?")],
             ("on the street",),
         ),
-        ({"image": "0.jpg", "instruction": "What?", "responses": ["a", "b"]}, [("user", "<image>\nWhat?")], ("a", "b")),
+        (
+            {"image": "0.jpg", "instruction": "What?", "responses": ["a", "b"]},
+            [("user", "<image>\nWhat?")],
+            ("a", "b"),
+        ),
     ],
 )
-def test_images_stand_before_the_first_question_unless_it_says_where(row: dict, turns: list, responses: tuple) -> None:
+def test_images_stand_before_the_first_question_unless_it_says_where(
+    row: dict, turns: list, responses: tuple
+) -> None:
     record = Record.from_json(row, "row 0")
     assert [(turn.role, turn.content) for turn in record.turns] == turns
     assert record.responses == responses
@@ -61,16 +79,28 @@ def test_images_stand_before_the_first_question_unless_it_says_where(row: dict, 
         (["0.jpg"], "a record is a JSON object, this is list"),
         ({"image": 3, "instruction": "?"}, "'image' must be a path"),
         ({"image": ["0.jpg", ""], "instruction": "?"}, "'image' must be a path"),
-        ({"image": "0.jpg", "caption": "a"}, "no 'instruction' text and no 'conversations'; keys are .*caption"),
+        (
+            {"image": "0.jpg", "caption": "a"},
+            "no 'instruction' text and no 'conversations'; keys are .*caption",
+        ),
         ({"instruction": "?", "responses": "a"}, "'responses' a list of texts"),
         ({"conversations": []}, "must be a list"),
         ({"conversations": ["hi"]}, "turn 0 needs 'from'"),
         ({"conversations": [{"from": "bot", "value": "hi"}]}, "turn 0 needs 'from' .one of human"),
-        ({"conversations": [TALK[0], {"from": "gpt", "value": None}]}, "turn 1 needs .* a text 'value'"),
-        ({"conversations": TALK[1:]}, "turns must alternate .* they are assistant, user, assistant"),
+        (
+            {"conversations": [TALK[0], {"from": "gpt", "value": None}]},
+            "turn 1 needs .* a text 'value'",
+        ),
+        (
+            {"conversations": TALK[1:]},
+            "turns must alternate .* they are assistant, user, assistant",
+        ),
         ({"conversations": [{"from": "system", "value": "hi"}]}, "turns must alternate"),
         ({"conversations": TALK}, r"0 image\(s\), but the text says <image> 1 time"),
-        ({"image": ["0.jpg", "1.jpg"], "conversations": TALK}, r"2 image\(s\), but the text says <image> 1 time"),
+        (
+            {"image": ["0.jpg", "1.jpg"], "conversations": TALK},
+            r"2 image\(s\), but the text says <image> 1 time",
+        ),
     ],
 )
 def test_what_is_no_record_is_named_by_its_row(row: dict, message: str) -> None:
@@ -84,4 +114,7 @@ def test_a_prediction_has_the_tutorials_fields() -> None:
         "index": 3, "image": "0.jpg", "instruction": "What?", "gt_caption": "a car", "pred_output": "a dog"
     }  # fmt: skip
     many = Record.from_json({"instruction": "What?", "responses": ["a", "b"]}, "row 0")
-    assert prediction_row(0, many, "c")["gt_caption"] == ["a", "b"] and prediction_row(0, many, "c")["image"] is None
+    assert (
+        prediction_row(0, many, "c")["gt_caption"] == ["a", "b"]
+        and prediction_row(0, many, "c")["image"] is None
+    )

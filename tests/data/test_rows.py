@@ -18,8 +18,14 @@ from llava_simplified.data.records import open_records
 from llava_simplified.data.rows import open_rows, scan_json
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 FORMS = st.tuples(st.booleans(), st.sampled_from([None, 1]), st.sampled_from([3, 7, 64, 1 << 20]))
@@ -29,14 +35,19 @@ FORMS = st.tuples(st.booleans(), st.sampled_from([None, 1]), st.sampled_from([3,
 @settings(max_examples=300, deadline=None)
 def test_an_array_is_walked_as_json_reads_it(values: list, form: tuple) -> None:
     ascii_only, indent, block = form
-    data = json.dumps(values, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
+    data = json.dumps(values, ensure_ascii=ascii_only, indent=indent).encode(
+        "utf-8", "surrogatepass"
+    )
     walked = list(scan_json(io.BytesIO(data), "x", block))
     if "\\ud" not in json.dumps(values):  # lone surrogates are no UTF-8
         assert [value for _, value, _, _ in walked] == values
         assert [json.loads(data[start:end]) for _, _, start, end in walked] == values
 
 
-@given(st.dictionaries(st.text(max_size=4), st.lists(VALUES, max_size=3) | st.integers(), max_size=4), FORMS)
+@given(
+    st.dictionaries(st.text(max_size=4), st.lists(VALUES, max_size=3) | st.integers(), max_size=4),
+    FORMS,
+)
 @settings(max_examples=200, deadline=None)
 def test_an_object_gives_the_elements_of_its_arrays(values: dict, form: tuple) -> None:
     ascii_only, indent, block = form
@@ -64,11 +75,17 @@ def test_broken_json_is_named_by_its_byte(text: bytes, message: str) -> None:
     assert message in str(error.value)
 
 
-ROWS = [{"image": f"{i}.jpg", "instruction": "What?", "response": "é" * (i % 7) + f" {i}"} for i in range(50)]
+ROWS = [
+    {"image": f"{i}.jpg", "instruction": "What?", "response": "é" * (i % 7) + f" {i}"}
+    for i in range(50)
+]
 
 
 def write(folder: Path, kind: str) -> Path:
-    path = folder / f"rows{'' if kind == 'indented' else '_' + kind}.{'json' if kind == 'indented' else kind}"
+    path = (
+        folder
+        / f"rows{'' if kind == 'indented' else '_' + kind}.{'json' if kind == 'indented' else kind}"
+    )
     if kind == "json":
         path.write_text(json.dumps(ROWS, ensure_ascii=False), "utf-8")
     elif kind == "indented":
@@ -82,7 +99,9 @@ def write(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["json", "indented", "jsonl", "parquet"])
-def test_rows_are_read_at_random_and_after_pickling(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_read_at_random_and_after_pickling(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rows = open_rows(write(tmp_path, kind))
     assert len(rows) == 50
@@ -93,7 +112,9 @@ def test_rows_are_read_at_random_and_after_pickling(tmp_path: Path, kind: str, m
         rows[50]
 
 
-def test_a_changed_parquet_file_is_not_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_parquet_file_is_not_read_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write(tmp_path, "parquet")
     assert len(open_rows(path)) == 50
@@ -128,7 +149,15 @@ def test_what_is_no_file_of_records_is_refused(tmp_path: Path, name: str) -> Non
 
 def test_dates_of_a_parquet_file_are_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    row = {"image": "1.jpg", "instruction": "Say:", "response": "a cat", "embedding": b"1", "at": datetime(2026, 1, 2)}
+    row = {
+        "image": "1.jpg",
+        "instruction": "Say:",
+        "response": "a cat",
+        "embedding": b"1",
+        "at": datetime(2026, 1, 2),
+    }
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
     assert open_rows(tmp_path / "x.parquet")[0]["at"] == "2026-01-02 00:00:00"
-    assert open_records(tmp_path / "x.parquet")[0].images == ("1.jpg",), "no picture out of the embedding"
+    assert open_records(tmp_path / "x.parquet")[0].images == ("1.jpg",), (
+        "no picture out of the embedding"
+    )

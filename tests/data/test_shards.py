@@ -13,7 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from llava_simplified.data.images import ImageError, read_image_bytes
-from llava_simplified.data.shards import END, ShardWriter, read_shard_image, tar_members, tar_samples
+from llava_simplified.data.shards import (
+    END,
+    ShardWriter,
+    read_shard_image,
+    tar_members,
+    tar_samples,
+)
 
 
 def write(path: Path, count: int = 20) -> list[bytes]:
@@ -21,7 +27,9 @@ def write(path: Path, count: int = 20) -> list[bytes]:
     pictures = [bytes([i]) * (37 * i + 1) for i in range(count)]
     for i, picture in enumerate(pictures):
         offset = writer.add(f"{i:09d}", picture, "jpg", (f"caption {i}", "é"), {"width": i})
-        assert path.read_bytes()[offset : offset + len(picture)] == picture, "there when add returns"
+        assert path.read_bytes()[offset : offset + len(picture)] == picture, (
+            "there when add returns"
+        )
     writer.close()
     return pictures
 
@@ -76,7 +84,12 @@ def test_pictures_are_read_at_random(tmp_path: Path, manifest: bool) -> None:
 
 def test_tars_of_others_are_read(tmp_path: Path) -> None:
     long = "folder/" + "x" * 120
-    members = {f"{long}.JPG": b"one", f"{long}.txt": b"c", "./b.seg.png": b"mask", "./b.png": b"two"}
+    members = {
+        f"{long}.JPG": b"one",
+        f"{long}.txt": b"c",
+        "./b.seg.png": b"mask",
+        "./b.png": b"two",
+    }
     foreign(tmp_path / "0.tar", members)
     assert read_shard_image(tmp_path / "0.tar", long) == b"one"
     assert read_shard_image(tmp_path / "0.tar", "./b") == b"two"
@@ -86,7 +99,9 @@ def test_names_that_are_no_utf_8_are_names_all_the_same(tmp_path: Path) -> None:
     data = foreign(tmp_path / "0.tar", {"caf_.jpg": b"one", "b.jpg": b"two"}).read_bytes()
     header = data[:512].replace(b"caf_", b"caf\xe9")
     checksum = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
-    (tmp_path / "0.tar").write_bytes(header[:148] + b"%06o\0 " % checksum + header[156:] + data[512:])
+    (tmp_path / "0.tar").write_bytes(
+        header[:148] + b"%06o\0 " % checksum + header[156:] + data[512:]
+    )
     ((key, _), _) = tar_samples(tmp_path / "0.tar")
     assert read_shard_image(tmp_path / "0.tar", key) == b"one"
     assert read_shard_image(tmp_path / "0.tar", "b") == b"two"
@@ -123,27 +138,41 @@ def test_links_and_what_is_no_tar_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pax", "data"),
     [
-        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"}, b"no number\n"),
+        (
+            {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"},
+            b"no number\n",
+        ),
         ({"GNU.sparse.map": "0,x"}, b"abc"),
-        ({"GNU.sparse.map": "0,3", "GNU.sparse.size": "9"}, b"abc"),  # sparse, and well-formed: no range of bytes is it
+        (
+            {"GNU.sparse.map": "0,3", "GNU.sparse.size": "9"},
+            b"abc",
+        ),  # sparse, and well-formed: no range of bytes is it
     ],
 )
-def test_numbers_that_are_none_and_holes_are_refused(tmp_path: Path, pax: dict[str, str], data: bytes) -> None:
+def test_numbers_that_are_none_and_holes_are_refused(
+    tmp_path: Path, pax: dict[str, str], data: bytes
+) -> None:
     foreign(tmp_path / "0.tar", {"a.jpg": data}, pax_headers=pax)
     with pytest.raises(ValueError, match=r"0\.tar: .*(invalid literal|sparse)"):
         list(tar_members(tmp_path / "0.tar"))
 
 
 def test_a_header_longer_than_any_file_is_refused(tmp_path: Path) -> None:
-    data = foreign(tmp_path / "0.tar", {"a.jpg": b"x"}, pax_headers={"comment": "z" * 40}).read_bytes()
-    (tmp_path / "0.tar").write_bytes(data.replace(b"52 comment=" + b"z" * 30, b"9" * 30 + b" comment=" + b"z" * 2))
+    data = foreign(
+        tmp_path / "0.tar", {"a.jpg": b"x"}, pax_headers={"comment": "z" * 40}
+    ).read_bytes()
+    (tmp_path / "0.tar").write_bytes(
+        data.replace(b"52 comment=" + b"z" * 30, b"9" * 30 + b" comment=" + b"z" * 2)
+    )
     with pytest.raises(ValueError, match=r"0\.tar: not a whole tar"):
         list(tar_members(tmp_path / "0.tar"))
 
 
 def test_pictures_inside_parquet_are_read_by_row(tmp_path: Path) -> None:
     pictures = [{"bytes": bytes([i]), "path": None} for i in range(23)]
-    pq.write_table(pa.table({"image": pictures, "text": ["x"] * 23}), tmp_path / "x.parquet", row_group_size=5)
+    pq.write_table(
+        pa.table({"image": pictures, "text": ["x"] * 23}), tmp_path / "x.parquet", row_group_size=5
+    )
     for row in (22, 0, 5, 4, 11):
         assert read_image_bytes(f"x.parquet#{row}", tmp_path) == bytes([row])
     with pytest.raises(ImageError, match="no row 23, it has 23"):
@@ -170,11 +199,17 @@ def test_an_absolute_path_is_its_base_name_unless_it_lies_in_the_folder(tmp_path
         read_image_bytes("/etc/passwd", tmp_path)
 
 
-def test_writes_that_the_disk_cuts_short_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_that_the_disk_cuts_short_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:300]))
     writer = ShardWriter(tmp_path / "0.tar")
     writer.add("0", b"x" * 3000, "jpg", ("a cat",), {})
     writer.close()
     monkeypatch.undo()
-    assert [member.name for member in tar_members(tmp_path / "0.tar")] == ["0.jpg", "0.txt", "0.json"]
+    assert [member.name for member in tar_members(tmp_path / "0.tar")] == [
+        "0.jpg",
+        "0.txt",
+        "0.json",
+    ]

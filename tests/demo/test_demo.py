@@ -28,7 +28,10 @@ def test_the_whole_way_ends_with_a_model_and_a_report(
 ) -> None:
     recipes = tmp_path / "configs"
     recipes.mkdir()
-    for recipe in ("demo_projector.yaml", "demo.yaml"):  # but for the layers: the tiny tower has no eleventh
+    for recipe in (
+        "demo_projector.yaml",
+        "demo.yaml",
+    ):  # but for the layers: the tiny tower has no eleventh
         text = (run.CONFIGS / recipe).read_text().replace("[-1, 11, 5, 1]", "[-1, 1]")
         (recipes / recipe).write_text(text.replace("compile_layers: true", "compile_layers: false"))
     data = data_folder / "images"
@@ -48,7 +51,9 @@ def test_the_whole_way_ends_with_a_model_and_a_report(
     assert said.count("$ llava ") == 5 and "word F1" in said and "report.html" in said
     assert len(json.loads((output / "predictions.json").read_text())) == 3
     assert (output / "report.html").stat().st_size > 10_000
-    assert isinstance(Llava.from_pretrained(output / "model", device="cpu").caption(data / "0.jpg"), str)
+    assert isinstance(
+        Llava.from_pretrained(output / "model", device="cpu").caption(data / "0.jpg"), str
+    )
 
     # `make docs`: the tutorial and the README's picture, of this model
     monkeypatch.syspath_prepend(DOCS)
@@ -57,7 +62,15 @@ def test_the_whole_way_ends_with_a_model_and_a_report(
 
     for script, words in (
         (make_tutorial, ["--checkpoint", str(output / "model"), "--image", "12.jpg"]),
-        (make_picture, ["--predictions", str(output / "predictions.json"), "--output", str(tmp_path / "demo.png")]),
+        (
+            make_picture,
+            [
+                "--predictions",
+                str(output / "predictions.json"),
+                "--output",
+                str(tmp_path / "demo.png"),
+            ],
+        ),
     ):
         monkeypatch.setattr(script, "fetch", lambda _: tiny)
         monkeypatch.setattr(sys, "argv", [script.__name__, *words])
@@ -65,9 +78,13 @@ def test_the_whole_way_ends_with_a_model_and_a_report(
         monkeypatch.setattr(script, "PICTURES", tmp_path / "img", raising=False)
         script.main()
     page = (tmp_path / "tutorial.md").read_text()
-    headings = [line for line in (DOCS / "tutorial.md").read_text().splitlines() if line.startswith("## ")]
+    headings = [
+        line for line in (DOCS / "tutorial.md").read_text().splitlines() if line.startswith("## ")
+    ]
     assert [line for line in page.splitlines() if line.startswith("## ")] == headings
-    assert {path.name for path in (tmp_path / "img").iterdir()} >= set(re.findall(r"\(img/([^)]+)\)", page))
+    assert {path.name for path in (tmp_path / "img").iterdir()} >= set(
+        re.findall(r"\(img/([^)]+)\)", page)
+    )
     assert (tmp_path / "demo.png").is_file()
 
 
@@ -84,7 +101,9 @@ def test_the_demo_trains_in_the_numbers_that_this_machine_is_fast_in(
         assert parse_arguments(words[1:])[2].frozen_dtype == ("bfloat16" if fast else "float32")
 
 
-def test_a_command_that_fails_ends_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_fails_ends_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "fetch", lambda _: DemoAssets(*[tmp_path] * 5))
     ran = []
     monkeypatch.setattr(run.cli, "main", lambda words: ran.append(words[0]) or len(ran) // 2)

@@ -23,14 +23,19 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def _run(name: str, *pairs: tuple[str, str]) -> Run:
-    samples = [Sample(str(i), f"{i}.png", "Describe.", (true,), (written,)) for i, (written, true) in enumerate(pairs)]
+    samples = [
+        Sample(str(i), f"{i}.png", "Describe.", (true,), (written,))
+        for i, (written, true) in enumerate(pairs)
+    ]
     return Run(name, samples, evaluate(samples, train_captions=["a cat"], java=False, resamples=20))
 
 
 def _write(folder: Path, *runs: Run, **options: object) -> str:
     output = folder / "out" / "report.html"
     settings = {"rate": "<b>1e-3</b>"}
-    write_report(output, title="A & B", runs=runs, image_folder=folder, settings=settings, **options)  # type: ignore[arg-type]
+    write_report(
+        output, title="A & B", runs=runs, image_folder=folder, settings=settings, **options
+    )  # type: ignore[arg-type]
     return output.read_text(encoding="utf-8")
 
 
@@ -55,7 +60,11 @@ class _Page(HTMLParser):
 
 def test_captions_cannot_become_markup(pictures: Path) -> None:
     evil = "<script>alert(1)</script> \"x\" onerror='y' <img src=http://a.b/c> </title> {{ 7 * 7 }}"
-    page = _Page(_write(pictures, _run("<i>run</i>", (evil, evil), (evil, "a dog")), train_captions={"a cat"}))
+    page = _Page(
+        _write(
+            pictures, _run("<i>run</i>", (evil, evil), (evil, "a dog")), train_captions={"a cat"}
+        )
+    )
     tags = [tag for tag, _ in page.elements]
     assert tags.count("script") == 1
     assert "i" not in {tag for tag, attributes in page.elements if tag == "i" and not attributes}
@@ -66,7 +75,12 @@ def test_captions_cannot_become_markup(pictures: Path) -> None:
 
 def test_nothing_is_fetched(pictures: Path) -> None:
     html = _write(pictures, _run("a", ("a cat", "a dog"), ("x", "y")))
-    sources = [value for _, a in _Page(html).elements for name, value in a.items() if name in ("src", "href")]
+    sources = [
+        value
+        for _, a in _Page(html).elements
+        for name, value in a.items()
+        if name in ("src", "href")
+    ]
     assert sources
     assert all(source and source.startswith("data:image/") for source in sources)
     assert not re.search(r"url\(|@import|https?://", html)
@@ -74,10 +88,16 @@ def test_nothing_is_fetched(pictures: Path) -> None:
 
 
 def test_best_first_and_marked(pictures: Path) -> None:
-    run = _run("a", ("a boat", "the sea"), ("A red cat", "a red cat"), ("a red dog here", "the red dog"))
+    run = _run(
+        "a", ("a boat", "the sea"), ("A red cat", "a red cat"), ("a red dog here", "the red dog")
+    )
     page = _Page(_write(pictures, run, train_captions={"a red cat"}))
     cards = [a for tag, a in page.elements if tag == "article"]
-    assert [(c["data-position"], c["data-verdict"]) for c in cards] == [("1", "right"), ("2", "close"), ("0", "wrong")]
+    assert [(c["data-position"], c["data-verdict"]) for c in cards] == [
+        ("1", "right"),
+        ("2", "close"),
+        ("0", "wrong"),
+    ]
     text = "".join(page.texts)
     assert text.count("never in training") == 2
     assert "rate" in text
@@ -85,7 +105,13 @@ def test_best_first_and_marked(pictures: Path) -> None:
 
 
 def test_words_of_a_true_caption_are_marked() -> None:
-    sample = Sample("0", "0.png", "", ("a cat, on the Mat",), ("Cat on a hat", "Cat on a hat", "a cat, on the mat"))
+    sample = Sample(
+        "0",
+        "0.png",
+        "",
+        ("a cat, on the Mat",),
+        ("Cat on a hat", "Cat on a hat", "a cat, on the mat"),
+    )
     first, second = report._marked(sample)
     assert first["times"] == 2
     assert [word for word, hit in first["words"] if hit] == ["Cat", "on", "a"]
@@ -113,11 +139,14 @@ def test_five_hundred_photos_stay_below_ten_megabytes(tmp_path: Path) -> None:
     """Photo-like: strong at low frequencies, with some noise all over. More than 500 are not all shown."""
     dice = np.random.default_rng(0)
     for i in range(20):
-        coarse = Image.fromarray(dice.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((1024, 768))
+        coarse = Image.fromarray(dice.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize(
+            (1024, 768)
+        )
         noisy = np.asarray(coarse, np.int16) + dice.normal(0, 12, (768, 1024, 1)).astype(np.int16)
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{i}.jpg", quality=92)
     samples = [
-        Sample(str(i), f"{i % 20}.jpg", "", ("a long caption " * 6 + str(i),), (f"word {i} " * 8,)) for i in range(620)
+        Sample(str(i), f"{i % 20}.jpg", "", ("a long caption " * 6 + str(i),), (f"word {i} " * 8,))
+        for i in range(620)
     ]
     run = Run("a", samples, evaluate(samples, java=False, resamples=0))
     html = _write(tmp_path, run)
@@ -139,13 +168,19 @@ def test_log_with_extra_keys_a_resume_and_a_cut_off_end(tmp_path: Path) -> None:
     ]
     log = tmp_path / "trainer_log.jsonl"
     log.write_text("\n".join(rows))
-    assert read_log(log) == {"training": [(10, 3.0), (20, 1.5)], "validation": [(20, 2.5)], "CIDEr-D": [(20, 0.5)]}
+    assert read_log(log) == {
+        "training": [(10, 3.0), (20, 1.5)],
+        "validation": [(20, 2.5)],
+        "CIDEr-D": [(20, 0.5)],
+    }
     log.write_text("\n".join(['{"step": 10, "loss": 3.0}', "oops", '{"step": 20, "loss": 3.0}']))
     with pytest.raises(ValueError, match=r"trainer_log\.jsonl line 2: not a row of a training log"):
         read_log(log)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.9, 6.8), (0, 1), (3, 3), (1e-4, 2e-3), (0, 120_000), (0, 0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.9, 6.8), (0, 1), (3, 3), (1e-4, 2e-3), (0, 120_000), (0, 0)]
+)
 def test_ticks_are_round_and_span_the_values(low: float, high: float) -> None:
     ticks = report._ticks(low, high)
     assert ticks[0] <= low
@@ -165,8 +200,15 @@ def test_chart_places_points_and_averages_long_lines() -> None:
 
 
 def test_words_written_too_often_and_too_rarely() -> None:
-    pairs = [("a man walks", "a dog walks"), ("a man sits", "a cat sits"), ("a man stands", "a bird stands")] * 5
-    samples = [Sample(str(i), f"{i}.png", "", (true, true), (written,)) for i, (written, true) in enumerate(pairs)]
+    pairs = [
+        ("a man walks", "a dog walks"),
+        ("a man sits", "a cat sits"),
+        ("a man stands", "a bird stands"),
+    ] * 5
+    samples = [
+        Sample(str(i), f"{i}.png", "", (true, true), (written,))
+        for i, (written, true) in enumerate(pairs)
+    ]
     words = report._words(samples)
     assert [(w["word"], w["ours"], w["true"]) for w in words["over"]] == [("man", "15", "0")]
     assert {w["word"] for w in words["under"]} == {"dog", "cat", "bird"}

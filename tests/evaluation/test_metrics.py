@@ -33,7 +33,11 @@ def _server_scores(samples: list[Sample], trial: int) -> dict[str, tuple[float, 
     ours = {i: [tokenize(s.captions[trial])] for i, s in enumerate(samples)}
     corpus, single = bleu.Bleu(4).compute_score(true, ours, verbose=0)
     found = {f"BLEU-{n + 1}": (corpus[n], np.array(single[n])) for n in range(4)}
-    return {**found, "CIDEr-D": Cider().compute_score(true, ours), "ROUGE-L": Rouge().compute_score(true, ours)}
+    return {
+        **found,
+        "CIDEr-D": Cider().compute_score(true, ours),
+        "ROUGE-L": Rouge().compute_score(true, ours),
+    }
 
 
 @pytest.mark.parametrize(("pictures", "most", "seed"), CORPORA)
@@ -43,7 +47,9 @@ def test_scores_equal_the_servers_code(pictures: int, most: int, seed: int) -> N
     for trial in range(3):
         for name, (value, single) in _server_scores(samples, trial).items():
             assert result.trials[trial][name].value == pytest.approx(value, abs=1e-9), name
-            np.testing.assert_allclose(result.per_image[name][trial], single, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(
+                result.per_image[name][trial], single, atol=1e-9, err_msg=name
+            )
 
 
 def test_scores_equal_stored_ones() -> None:
@@ -77,7 +83,12 @@ def test_the_whole_way_equals_the_servers_live() -> None:
     true = java.tokenize({i: [{"caption": r} for r in s.references] for i, s in enumerate(samples)})
     for trial, scores in enumerate(result.trials):
         ours = java.tokenize({i: [{"caption": s.captions[trial]}] for i, s in enumerate(samples)})
-        expected = dict(zip(("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), Bleu(4).compute_score(true, ours, verbose=0)[0]))
+        expected = dict(
+            zip(
+                ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"),
+                Bleu(4).compute_score(true, ours, verbose=0)[0],
+            )
+        )
         for name, scorer in (("CIDEr-D", Cider()), ("ROUGE-L", Rouge()), ("METEOR", Meteor())):
             expected[name] = scorer.compute_score(true, ours)[0]
         for name, value in expected.items():
@@ -110,7 +121,10 @@ def test_cider_equals_the_papers_formula() -> None:
             def vector(
                 words: list[str], n: int = n, held: Counter[tuple[str, ...]] = held
             ) -> dict[tuple[str, ...], float]:
-                return {g: c * math.log(len(samples) / max(1, held[g])) for g, c in grams(words, n).items()}
+                return {
+                    g: c * math.log(len(samples) / max(1, held[g]))
+                    for g, c in grams(words, n).items()
+                }
 
             ours = vector(tokenize(sample.captions[0]).split())
             for reference in references:
@@ -139,11 +153,16 @@ def test_intervals_equal_a_bootstrap_done_the_slow_way() -> None:
     # and the interval of an average is about 1.96 standard errors wide on each side
     wide = evaluate(make_samples(400), java=False, resamples=4000)
     error = wide.per_image["word F1"][0].std() / math.sqrt(400)
-    assert (wide.mean["word F1"].high - wide.mean["word F1"].low) / 2 == pytest.approx(1.96 * error, rel=0.06)
+    assert (wide.mean["word F1"].high - wide.mean["word F1"].low) / 2 == pytest.approx(
+        1.96 * error, rel=0.06
+    )
 
 
 def test_mean_and_best_of_trials() -> None:
-    samples = [_sample(("a cat", "a dog", "x"), "a dog", index=0), _sample(("the sea", "sky", "y"), "the sea", index=1)]
+    samples = [
+        _sample(("a cat", "a dog", "x"), "a dog", index=0),
+        _sample(("the sea", "sky", "y"), "the sea", index=1),
+    ]
     result = evaluate(samples, java=False)
     assert [scores["exact match"].value for scores in result.trials] == [0.5, 0.5, 0.0]
     assert result.mean["exact match"].value == pytest.approx(1 / 3)
@@ -165,7 +184,11 @@ def test_what_is_novel_distinct_and_unseen() -> None:
         _sample("a bird", "a fish", index=3),
     ]
     result = evaluate(samples, train_captions=["A cat", "the dog"], java=False, resamples=0)
-    assert result.shares == {"distinct captions": 0.75, "novel captions": 0.5, "unseen references": 0.5}
+    assert result.shares == {
+        "distinct captions": 0.75,
+        "novel captions": 0.5,
+        "unseen references": 0.5,
+    }
     assert result.unseen["exact match"].value == 0.5
     alone = evaluate(samples[2:], java=False, resamples=0)
     assert {name: score.value for name, score in result.unseen.items()} == {
@@ -191,7 +214,9 @@ def test_samples_that_cannot_be_scored() -> None:
         evaluate([], java=False)
     with pytest.raises(ValueError, match=r"'0.jpg' \(index 0\) has no reference"):
         evaluate([_sample("a")], java=False)
-    with pytest.raises(ValueError, match=r"'1.jpg'.* has 1 captions, '0.jpg' has 2: .*run to its end"):
+    with pytest.raises(
+        ValueError, match=r"'1.jpg'.* has 1 captions, '0.jpg' has 2: .*run to its end"
+    ):
         evaluate([_sample(("a", "b"), "a"), _sample("a", "a", index=1)], java=False)
 
 
@@ -204,16 +229,35 @@ def test_clip_score_equals_the_two_tower_model(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     torch.manual_seed(2)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "</s>"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "eos_token_id": 1, "pad_token_id": 1}
-    config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    text = {
+        **small,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 64,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    config = CLIPConfig(
+        text_config=text,
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
     clip = CLIPModel(config).eval()
     for parameter in clip.parameters():
         torch.nn.init.normal_(parameter, std=0.7)  # wild enough that the words matter
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
     for part in (clip, tokenizer, processor):
         part.save_pretrained(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 255, (3, 40, 32, 3), dtype=np.uint8)
@@ -225,9 +269,13 @@ def test_clip_score_equals_the_two_tower_model(tmp_path: Path) -> None:
 
     @torch.no_grad()
     def cosine(caption: str, image: np.ndarray, other: str) -> tuple[float, float]:
-        ids = tokenizer([f"A photo depicts {c}" for c in (caption, other)], padding=True, return_tensors="pt")
+        ids = tokenizer(
+            [f"A photo depicts {c}" for c in (caption, other)], padding=True, return_tensors="pt"
+        )
         out = clip(**ids, pixel_values=processor(image, return_tensors="pt").pixel_values)
-        return float(out.text_embeds[0] @ out.image_embeds[0]), float(out.text_embeds[0] @ out.text_embeds[1])
+        return float(out.text_embeds[0] @ out.image_embeds[0]), float(
+            out.text_embeds[0] @ out.text_embeds[1]
+        )
 
     result = evaluate(samples, clip=tmp_path, images=images, java=False)
     for i, sample in enumerate(samples):
@@ -241,5 +289,7 @@ def test_clip_score_equals_the_two_tower_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a folder of a CLIP model"):
         metrics.clip_scores(tmp_path / "none", images, [["a"] * 3], [["a"]] * 3)
     clip.vision_model.save_pretrained(tmp_path / "tower")
-    with pytest.raises(ValueError, match=r"not a folder of a CLIP model \(a vision tower alone is none\)"):
+    with pytest.raises(
+        ValueError, match=r"not a folder of a CLIP model \(a vision tower alone is none\)"
+    ):
         metrics.clip_scores(tmp_path / "tower", images, [["a"] * 3], [["a"]] * 3)

@@ -65,7 +65,15 @@ def test_line_breaks_and_blanks_do_not_count() -> None:
 
 
 def test_hostile_text_takes_no_long_time() -> None:
-    for text in ("<a " + "b='" * 3000, "a-" * 5000, "." * 5000, "a@" * 3000, "&" * 5000, "'" * 5000, "a.b" * 3000):
+    for text in (
+        "<a " + "b='" * 3000,
+        "a-" * 5000,
+        "." * 5000,
+        "a@" * 3000,
+        "&" * 5000,
+        "'" * 5000,
+        "a.b" * 3000,
+    ):
         tokenize(text)
 
 
@@ -78,6 +86,12 @@ def test_tokens_equal_the_servers_live() -> None:
     captions = [*STORED, *mixed, *(r for s in make_samples(200) for r in s.references)]
     # a neutral line between any two, since the original looks across line ends
     lines = [line for caption in captions for line in (caption, "next")]
-    theirs = ptbtokenizer.PTBTokenizer().tokenize({i: [{"caption": line}] for i, line in enumerate(lines)})
-    wrong = [(c, theirs[2 * i][0], tokenize(c)) for i, c in enumerate(captions) if theirs[2 * i][0] != tokenize(c)]
+    theirs = ptbtokenizer.PTBTokenizer().tokenize(
+        {i: [{"caption": line}] for i, line in enumerate(lines)}
+    )
+    wrong = [
+        (c, theirs[2 * i][0], tokenize(c))
+        for i, c in enumerate(captions)
+        if theirs[2 * i][0] != tokenize(c)
+    ]
     assert not wrong, wrong[:3]

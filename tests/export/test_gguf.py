@@ -19,7 +19,13 @@ from PIL import Image
 from test_stock import trained
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import conv2d, gelu, layer_norm, linear
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from llava_simplified.data.images import load_pixels
 from llava_simplified.export import gguf as llamacpp
@@ -34,7 +40,9 @@ MODELS = [
 ]
 
 
-def checkpoint_of(models: Path, data: Path, output: Path, tower: str, text: str, options: dict) -> Path:
+def checkpoint_of(
+    models: Path, data: Path, output: Path, tower: str, text: str, options: dict
+) -> Path:
     parts = {"model_name_or_path": models / text, "vision_tower": models / tower, **options}
     return trained(models, data, output, **parts)
 
@@ -50,7 +58,11 @@ def image_tokens(path: Path, pixels: torch.Tensor) -> torch.Tensor:
     keys, w = read(path)
     values = {name.removeprefix("clip.vision."): value for name, value in keys.items()}
     heads, eps = values["attention.head_count"], values["attention.layer_norm_epsilon"]
-    x = conv2d(pixels, w["v.patch_embd.weight"], w.get("v.patch_embd.bias"), values["patch_size"]).flatten(2)[0].T
+    x = (
+        conv2d(pixels, w["v.patch_embd.weight"], w.get("v.patch_embd.bias"), values["patch_size"])
+        .flatten(2)[0]
+        .T
+    )
     has_cls = "v.class_embd" in w
     if has_cls:
         x = torch.cat([w["v.class_embd"][None], x])
@@ -71,7 +83,10 @@ def image_tokens(path: Path, pixels: torch.Tensor) -> torch.Tensor:
             stack.append(x)
         name = f"v.blk.{block}"
         y = norm(x, f"{name}.ln1")
-        q, k, v = (matrix(y, f"{name}.attn_{part}").unflatten(1, (heads, -1)).transpose(0, 1) for part in "qkv")
+        q, k, v = (
+            matrix(y, f"{name}.attn_{part}").unflatten(1, (heads, -1)).transpose(0, 1)
+            for part in "qkv"
+        )
         y = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(0, 1).flatten(1)
         x = x + matrix(y, f"{name}.attn_out")
         y = matrix(norm(x, f"{name}.ln2"), f"{name}.ffn_up")
@@ -94,24 +109,34 @@ def test_others_read_the_same_from_both_files(
     given = (
         {"config": model.language_model.config} if text == "qwen2" else {}
     )  # the reader assumes Qwen2's own vocabulary
-    other = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32, **given).eval()
+    other = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="model.gguf", dtype=torch.float32, **given
+    ).eval()
     with torch.no_grad():
         wanted = model.language_model(torch.tensor([ids])).logits
         torch.testing.assert_close(other(torch.tensor([ids])).logits, wanted, rtol=1e-5, atol=1e-5)
         transform = model.vision_tower.transform
         pixels = transform.normalize(transform(load_pixels(data_folder / "images" / "0.jpg"))[None])
         tokens = model.projector(model.vision_tower(pixels))[0]
-    torch.testing.assert_close(image_tokens(folder / "mmproj.gguf", pixels), tokens, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        image_tokens(folder / "mmproj.gguf", pixels), tokens, rtol=1e-4, atol=1e-4
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
     for caption in ("party in the park", "two dogs, 1234 ünïcödé\n  [INST] I'll"):
-        assert tokenizer.encode(caption, add_special_tokens=False) == model.tokenizer.encode(caption)
+        assert tokenizer.encode(caption, add_special_tokens=False) == model.tokenizer.encode(
+            caption
+        )
     context = 24 if text == "mistral" else model.language_model.config.max_position_embeddings
     architecture = "qwen2" if text == "qwen2" else "llama"
-    assert read(folder / "model.gguf")[0][f"{architecture}.context_length"] == context, "not beyond Mistral's window"
+    assert read(folder / "model.gguf")[0][f"{architecture}.context_length"] == context, (
+        "not beyond Mistral's window"
+    )
 
 
 @pytest.mark.slow
-def test_servers_render_the_prompt_that_was_trained(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_servers_render_the_prompt_that_was_trained(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     """llama.cpp puts its marker before the words without a line break, other tools hand over a list of parts."""
     checkpoint = checkpoint_of(models_folder, data_folder, tmp_path / "out", *MODELS[0])
     export_gguf(checkpoint, tmp_path / "gguf", dtype="bfloat16")
@@ -122,15 +147,28 @@ def test_servers_render_the_prompt_that_was_trained(models_folder: Path, data_fo
     for marker in ("<__media__>", "<__media_x7__>"):
         parts = [{"type": "text", "text": marker}, {"type": "text", "text": model.instruction}]
         for content in (marker + model.instruction, f"{marker}\n{model.instruction}", parts):
-            said = template.render(messages=[{"role": "user", "content": content}], bos_token="<s>", eos_token="</s>")
-            before, after = (model.tokenizer.encode(text, add_special_tokens=False) for text in said.split(marker))
+            said = template.render(
+                messages=[{"role": "user", "content": content}], bos_token="<s>", eos_token="</s>"
+            )
+            before, after = (
+                model.tokenizer.encode(text, add_special_tokens=False)
+                for text in said.split(marker)
+            )
             assert [*before, IMAGE_INDEX, *after] == wanted
     assert keys["tokenizer.ggml.add_bos_token"] is True
     said = (tmp_path / "gguf" / "Modelfile").read_text()
-    assert said.startswith('FROM ./model.gguf\nFROM ./mmproj.gguf\nTEMPLATE """[INST] {{') and 'stop "</s>"' in said
-    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "gguf" / "mmproj.gguf").tensors}
+    assert (
+        said.startswith('FROM ./model.gguf\nFROM ./mmproj.gguf\nTEMPLATE """[INST] {{')
+        and 'stop "</s>"' in said
+    )
+    kinds = {
+        t.name: t.tensor_type.name
+        for t in gguf.GGUFReader(tmp_path / "gguf" / "mmproj.gguf").tensors
+    }
     assert kinds["v.blk.0.attn_q.weight"] == kinds["mm.2.weight"] == "BF16"
-    assert {kinds[n] for n in ("v.blk.0.ln1.weight", "v.patch_embd.weight", "v.position_embd.weight")} == {"F32"}
+    assert {
+        kinds[n] for n in ("v.blk.0.ln1.weight", "v.patch_embd.weight", "v.position_embd.weight")
+    } == {"F32"}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +181,13 @@ def test_servers_render_the_prompt_that_was_trained(models_folder: Path, data_fo
     ],
 )
 def test_what_llamacpp_cannot_say_is_refused(
-    models_folder: Path, data_folder: Path, tmp_path: Path, tower: str, text: str, options: dict, message: str
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    tower: str,
+    text: str,
+    options: dict,
+    message: str,
 ) -> None:
     options = {"tune_mm_mlp_adapter": True, "max_steps": 1, **options}
     checkpoint = checkpoint_of(models_folder, data_folder, tmp_path / "out", tower, text, options)
@@ -156,7 +200,9 @@ def test_a_file_that_reads_back_otherwise_is_not_left_behind(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"tune_mm_mlp_adapter": True, "max_steps": 1}
-    checkpoint = checkpoint_of(models_folder, data_folder, tmp_path / "out", "clip", "llama", options)
+    checkpoint = checkpoint_of(
+        models_folder, data_folder, tmp_path / "out", "clip", "llama", options
+    )
 
     def write(path: Path, *args: object, true=llamacpp._write) -> None:
         true(path, *args)
@@ -171,13 +217,19 @@ def test_a_file_that_reads_back_otherwise_is_not_left_behind(
 
 
 def fast(backend: Tokenizer, **tokens: str) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **tokens)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **tokens
+    )
 
 
 def shell(tokenizer: PreTrainedTokenizerFast, rows: int) -> SimpleNamespace:
     """As much of a model as the vocabulary looks at."""
-    text = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.empty(rows, 1)))
-    return SimpleNamespace(tokenizer=tokenizer, language_model=text, prompt=Prompt(tokenizer, "plain"))
+    text = SimpleNamespace(
+        get_input_embeddings=lambda: SimpleNamespace(weight=torch.empty(rows, 1))
+    )
+    return SimpleNamespace(
+        tokenizer=tokenizer, language_model=text, prompt=Prompt(tokenizer, "plain")
+    )
 
 
 @pytest.mark.parametrize("prefix", ["Prepend", "first"])
@@ -185,31 +237,56 @@ def test_sentencepiece_scores_join_as_the_merges_did(prefix: str) -> None:
     texts = ["a bedroom with a double bed", "the bed in the bedroom", "a bad day, déjà vu"] * 5
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     if prefix == "Prepend":  # Llama 2
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:  # as transformers 5 builds it
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.ByteFallback()
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False))
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False)
+    )
     spec = json.loads(backend.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["content"].startswith("<0x")]
+    spec["added_tokens"] = [
+        token for token in spec["added_tokens"] if not token["content"].startswith("<0x")
+    ]
     tokenizer = fast(Tokenizer.from_str(json.dumps(spec)), unk_token="<unk>")
     rows = len(tokenizer) + 3
-    keys = {k.removeprefix("tokenizer.ggml."): v for k, v in vocabulary(shell(tokenizer, rows)).items()}
-    assert keys["model"] == "llama" and len(keys["tokens"]) == len(keys["scores"]) == len(keys["token_type"]) == rows
-    assert keys["token_type"][:3] == [2, 3, 3] and keys["token_type"][3] == 6 and keys["token_type"][-1] == 5
+    keys = {
+        k.removeprefix("tokenizer.ggml."): v for k, v in vocabulary(shell(tokenizer, rows)).items()
+    }
+    assert (
+        keys["model"] == "llama"
+        and len(keys["tokens"]) == len(keys["scores"]) == len(keys["token_type"]) == rows
+    )
+    assert (
+        keys["token_type"][:3] == [2, 3, 3]
+        and keys["token_type"][3] == 6
+        and keys["token_type"][-1] == 5
+    )
     assert keys["add_space_prefix"] == (prefix == "Prepend")
     place = {piece: i for i, piece in enumerate(keys["tokens"])}
     for text in ("a double bedroom", "the day déjà 日"):
         symbols = list("▁" + text.replace(" ", "▁"))
         while True:  # llama.cpp's way: join the pair whose piece has the best score
-            pairs = [(keys["scores"][place[a + b]], -i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in place]
+            pairs = [
+                (keys["scores"][place[a + b]], -i)
+                for i, (a, b) in enumerate(pairwise(symbols))
+                if a + b in place
+            ]
             if not pairs:
                 break
             at = -max(pairs)[1]
             symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
-        pieces = [p for s in symbols for p in ([s] if s in place else [f"<0x{byte:02X}>" for byte in s.encode()])]
-        assert [place[piece] for piece in pieces] == tokenizer.encode(text, add_special_tokens=False)
+        pieces = [
+            p
+            for s in symbols
+            for p in ([s] if s in place else [f"<0x{byte:02X}>" for byte in s.encode()])
+        ]
+        assert [place[piece] for piece in pieces] == tokenizer.encode(
+            text, add_special_tokens=False
+        )
 
 
 def test_the_way_words_are_cut_is_known_by_its_name() -> None:
@@ -257,16 +334,29 @@ def test_stretched_rotary_frequencies_become_factors() -> None:
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
     }
-    model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=65536, rope_parameters=rope))
+    model = LlamaForCausalLM(
+        LlamaConfig(**shape, max_position_embeddings=65536, rope_parameters=rope)
+    )
     wanted = []
     for i in range(0, 128, 2):
         wave = 2 * np.pi * 5e5 ** (i / 128)
         smooth = (8192 / wave - 1) / 3
-        wanted.append(1 if wave < 8192 / 4 else 8 if wave > 8192 else 1 / ((1 - smooth) / 8 + smooth))
+        wanted.append(
+            1 if wave < 8192 / 4 else 8 if wave > 8192 else 1 / ((1 - smooth) / 8 + smooth)
+        )
     found = llamacpp._rope_factors(model, "llama")["rope_freqs.weight"]
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float32), rtol=1e-4, atol=1e-4)
-    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-    model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=256, rope_parameters=rope))
+    torch.testing.assert_close(
+        found, torch.tensor(wanted, dtype=torch.float32), rtol=1e-4, atol=1e-4
+    )
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(**shape, max_position_embeddings=256, rope_parameters=rope)
+    )
     with pytest.raises(ValueError, match="rotary scaling"):
         llamacpp._rope_factors(model, "llama")
 
@@ -295,7 +385,9 @@ def test_llamacpp_says_the_same(
     """Opt-in: needs llama-cpp-python (compiled from its source for some twenty minutes). Square pictures of the tower's size."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     if tower == "clip":
-        pytest.xfail("llama.cpp shifts the position embeddings of towers with a CLS token (its issue 25814)")
+        pytest.xfail(
+            "llama.cpp shifts the position embeddings of towers with a CLS token (its issue 25814)"
+        )
     checkpoint = checkpoint_of(models_folder, data_folder, tmp_path / "out", tower, text, options)
     export_gguf(checkpoint, tmp_path / "gguf")
     model, urls, wanted = Llava.from_pretrained(checkpoint), [], []

@@ -35,7 +35,9 @@ class Requests(BaseHTTPRequestHandler):
 
     def do_PUT(
         self,
-    ) -> None:  # a large file's bytes; the real hub's storage signs the address instead of asking who it is
+    ) -> (
+        None
+    ):  # a large file's bytes; the real hub's storage signs the address instead of asking who it is
         data = self.rfile.read(int(self.headers["Content-Length"]))
         assert self.path == f"/storage/{hashlib.sha256(data).hexdigest()}"
         self.server.blobs[self.path.removeprefix("/storage/")] = data
@@ -61,7 +63,12 @@ class Requests(BaseHTTPRequestHandler):
         if path == "/api/models/me/model/preupload/main":
             names = [file["path"] for file in json.loads(data)["files"]]
             modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
-            return {"files": [{"path": n, "shouldIgnore": False, "uploadMode": mode} for n, mode in modes.items()]}
+            return {
+                "files": [
+                    {"path": n, "shouldIgnore": False, "uploadMode": mode}
+                    for n, mode in modes.items()
+                ]
+            }
         if path == "/me/model.git/info/lfs/objects/batch":
             objects = json.loads(data)["objects"]
             for one in objects:
@@ -111,10 +118,24 @@ def folder(tmp_path: Path) -> Path:
     for name in ("adapter", "trainer_state", "checkpoint-10/trainer_state"):
         (tmp_path / "model" / name).mkdir(parents=True)
     save_file({"weight": torch.arange(1000.0)}, tmp_path / "model" / "projector.safetensors")
-    save_file({"weight": torch.ones(10)}, tmp_path / "model" / "adapter" / "adapter_model.safetensors")
-    manifest = {"format_version": 1, "architecture": {"language_model": "/home/me/mistral"}, "training": {}}
-    texts = {"README.md": "---\nlicense: mit\n---\n# x\n", "llava.json": json.dumps(manifest), "tokenizer.json": "{}"}
-    own = {"trainer_state/optimizer.pt": "x", "checkpoint-10/llava.json": "{}", "checkpoint-10/trainer_state/a": "x"}
+    save_file(
+        {"weight": torch.ones(10)}, tmp_path / "model" / "adapter" / "adapter_model.safetensors"
+    )
+    manifest = {
+        "format_version": 1,
+        "architecture": {"language_model": "/home/me/mistral"},
+        "training": {},
+    }
+    texts = {
+        "README.md": "---\nlicense: mit\n---\n# x\n",
+        "llava.json": json.dumps(manifest),
+        "tokenizer.json": "{}",
+    }
+    own = {
+        "trainer_state/optimizer.pt": "x",
+        "checkpoint-10/llava.json": "{}",
+        "checkpoint-10/trainer_state/a": "x",
+    }
     for name, text in {**texts, **own}.items():
         (tmp_path / "model" / name).write_text(text)
     return tmp_path / "model"
@@ -124,7 +145,11 @@ def folder(tmp_path: Path) -> Path:
 def push(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def call(url: str, *words: str, token: str = "hf_of_me") -> int:
         monkeypatch.setenv("HF_TOKEN", token)
-        for name, value in {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        for name, value in {
+            "ENDPOINT": url,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
             monkeypatch.setattr(constants, name, value)
         return cli.main(["push", str(folder), "me/model", *words])
 

@@ -80,10 +80,15 @@ def trained(models: Path, data: Path, output: Path, **more: object) -> Path:
     return train(*parse_arguments(words))
 
 
-def stranger(folder: Path, image: Path, model: Llava, scratch: Path, adapter: Path | None = None) -> dict:
+def stranger(
+    folder: Path, image: Path, model: Llava, scratch: Path, adapter: Path | None = None
+) -> dict:
     """What a process without our code gets out of the folder, on exactly our pixels and then on its own."""
     transform = model.vision_tower.transform
-    torch.save(transform.normalize(transform(decode_image(image.read_bytes()))[None]), scratch / "pixels.pt")
+    torch.save(
+        transform.normalize(transform(decode_image(image.read_bytes()))[None]),
+        scratch / "pixels.pt",
+    )
     words = [
         sys.executable,
         "-I",
@@ -95,7 +100,9 @@ def stranger(folder: Path, image: Path, model: Llava, scratch: Path, adapter: Pa
         image,
         scratch / "pixels.pt",
     ]
-    done = subprocess.run(list(map(str, words)), cwd=scratch, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, words)), cwd=scratch, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -108,7 +115,9 @@ def own_logits(model: Llava, image: Path) -> torch.Tensor:
 
 def assert_same(got: dict, model: Llava, image: Path) -> None:
     wanted = own_logits(model, image)
-    torch.testing.assert_close(torch.tensor(got["logits"])[: len(wanted)], wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(got["logits"])[: len(wanted)], wanted, rtol=1e-5, atol=1e-5
+    )
     said = got["said"].replace("</s>", "").strip()
     assert said == model.caption(image, max_new_tokens=6)
 
@@ -120,7 +129,9 @@ def test_a_stranger_gets_the_same_from_the_export(
     models_folder: Path, data_folder: Path, tmp_path: Path, tower: str, text: str, projector: str
 ) -> None:
     parts = {"model_name_or_path": models_folder / text, "vision_tower": models_folder / tower}
-    checkpoint = trained(models_folder, data_folder, tmp_path / "out", mm_projector_type=projector, **parts)
+    checkpoint = trained(
+        models_folder, data_folder, tmp_path / "out", mm_projector_type=projector, **parts
+    )
     image = data_folder / "images" / "0.jpg"
     compared = export_stock(checkpoint, tmp_path / "stock", images=[image])
     assert compared["logits differ by"] < 1e-5
@@ -134,11 +145,16 @@ def test_our_own_templates_are_rendered_by_the_stock_processor(
     models_folder: Path, data_folder: Path, tmp_path: Path, template: str
 ) -> None:
     parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
-    rows = json.loads((data_folder / "train.json").read_text())  # half of LLaVA's own have the picture behind
+    rows = json.loads(
+        (data_folder / "train.json").read_text()
+    )  # half of LLaVA's own have the picture behind
     rows = [{**row, "instruction": "Say what is there.\n<image>"} for row in rows]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     parts["train_data_path"] = tmp_path / "train.json"
-    export_stock(trained(models_folder, data_folder, tmp_path / "out", template=template, **parts), tmp_path / "stock")
+    export_stock(
+        trained(models_folder, data_folder, tmp_path / "out", template=template, **parts),
+        tmp_path / "stock",
+    )
 
 
 @pytest.mark.slow
@@ -146,17 +162,24 @@ def test_our_own_templates_are_rendered_by_the_stock_processor(
 def test_a_stranger_gets_the_same_from_the_adapter(
     models_folder: Path, data_folder: Path, tmp_path: Path, names: str
 ) -> None:
-    parts = {"model_name_or_path": models_folder / "mistral", "vision_tower": models_folder / "clip"}
+    parts = {
+        "model_name_or_path": models_folder / "mistral",
+        "vision_tower": models_folder / "clip",
+    }
     checkpoint = trained(models_folder, data_folder, tmp_path / "out", **parts)
     if names == "endings":  # as PEFT writes 20 names or more; the tower's layers have the same
         config = checkpoint / "adapter" / "adapter_config.json"
         settings = json.loads(config.read_text())
-        settings["target_modules"] = sorted({name.rpartition(".")[2] for name in settings["target_modules"]})
+        settings["target_modules"] = sorted(
+            {name.rpartition(".")[2] for name in settings["target_modules"]}
+        )
         config.write_text(json.dumps(settings))
     image = data_folder / "images" / "1.jpg"
     export_stock(checkpoint, tmp_path / "peft", adapter=True)
     model = Llava.from_pretrained(checkpoint)
-    got = stranger(tmp_path / "peft" / "base", image, model, tmp_path, tmp_path / "peft" / "adapter")
+    got = stranger(
+        tmp_path / "peft" / "base", image, model, tmp_path, tmp_path / "peft" / "adapter"
+    )
     assert_same(got, model, image)
     assert got["adapted"] and all("language_model" in name for name in got["adapted"])
 
@@ -178,7 +201,9 @@ def test_what_stock_llava_cannot_say_is_refused(
 ) -> None:
     parts = {"model_name_or_path": "mistral", "vision_tower": "clip", **options}
     parts |= {name: models_folder / parts[name] for name in ("model_name_or_path", "vision_tower")}
-    checkpoint = trained(models_folder, data_folder, tmp_path / "out", tune_mm_mlp_adapter=True, **parts)
+    checkpoint = trained(
+        models_folder, data_folder, tmp_path / "out", tune_mm_mlp_adapter=True, **parts
+    )
     with pytest.raises(ValueError, match=message):
         export_stock(checkpoint, tmp_path / "stock")
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
@@ -200,7 +225,9 @@ def test_an_export_that_says_something_else_is_not_left_behind(
 
     monkeypatch.setattr(stock, "two_layers", wrong)
     monkeypatch.setattr(
-        stock, "_say", lambda model, picture, say=stock._say: {**say(model, picture), "logits": torch.zeros(1)}
+        stock,
+        "_say",
+        lambda model, picture, say=stock._say: {**say(model, picture), "logits": torch.zeros(1)},
     )
     with pytest.raises(ValueError, match="logits differ"):
         export_stock(checkpoint, tmp_path / "stock", images=[np.zeros((9, 9, 3), np.uint8)])
@@ -209,7 +236,12 @@ def test_an_export_that_says_something_else_is_not_left_behind(
 
 @pytest.mark.parametrize(("tower", "text"), [("clip", "llama"), ("siglip", "qwen2")])
 def test_the_folder_has_what_vllms_loader_looks_for(
-    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str, text: str
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tower: str,
+    text: str,
 ) -> None:
     """vllm/model_executor/models/llava.py and clip.py: modules of its own, weights by these names; here in many shards."""
     from llava_simplified.export import stock
@@ -221,9 +253,7 @@ def test_the_folder_has_what_vllms_loader_looks_for(
     export_stock(checkpoint, tmp_path / "stock", dtype="float16")
     index = json.loads((tmp_path / "stock" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) >= 2
-    block = (
-        r"encoder\.layers\.\d+\.(layer_norm[12]|mlp\.fc[12]|self_attn\.(q_proj|k_proj|v_proj|out_proj))\.(weight|bias)"
-    )
+    block = r"encoder\.layers\.\d+\.(layer_norm[12]|mlp\.fc[12]|self_attn\.(q_proj|k_proj|v_proj|out_proj))\.(weight|bias)"
     layer = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm)\.(weight|bias)"
     known = re.compile(
         rf"vision_tower\.vision_model\.({block}|embeddings\.(class_embedding|(patch|position)_embedding\.(weight|bias))"
@@ -246,18 +276,28 @@ def test_the_folder_has_what_vllms_loader_looks_for(
 def test_merging_keeps_every_word_though_the_bases_have_moved(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    here, there = ({"model_name_or_path": tmp_path / f / "qwen2", "vision_tower": tmp_path / f / "clip"} for f in "ab")
+    here, there = (
+        {"model_name_or_path": tmp_path / f / "qwen2", "vision_tower": tmp_path / f / "clip"}
+        for f in "ab"
+    )
     for folder in here.values():
         shutil.copytree(models_folder / folder.name, folder)
     checkpoint = trained(models_folder, data_folder, tmp_path / "out", **here)
     (tmp_path / "a").rename(tmp_path / "b")
-    where = ["--model-base", str(there["model_name_or_path"]), "--vision-tower", str(there["vision_tower"])]
+    where = [
+        "--model-base",
+        str(there["model_name_or_path"]),
+        "--vision-tower",
+        str(there["vision_tower"]),
+    ]
     assert merge_main([str(checkpoint), "--output", str(tmp_path / "merged"), *where]) == 0
     assert not (tmp_path / "merged" / "adapter").exists()
     image = data_folder / "images" / "2.jpg"
     one = Llava.from_pretrained(checkpoint, model_base=where[1], vision_tower=where[3])
     other = Llava.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(own_logits(one, image), own_logits(other, image), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        own_logits(one, image), own_logits(other, image), rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(ValueError, match="no adapter to merge"):
         merge_main([str(tmp_path / "merged"), "--output", str(tmp_path / "again")])
 
@@ -267,31 +307,49 @@ def test_a_trained_tower_is_exported_and_merged(
     models_folder: Path, data_folder: Path, tmp_path: Path, how: str
 ) -> None:
     parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
-    checkpoint = trained(models_folder, data_folder, tmp_path / "out", tune_vision_tower=how, **parts)
+    checkpoint = trained(
+        models_folder, data_folder, tmp_path / "out", tune_vision_tower=how, **parts
+    )
     for adapter in (False, True):  # each compares what it wrote with the checkpoint
-        assert export_stock(checkpoint, tmp_path / str(adapter), adapter=adapter)["logits differ by"] < 1e-4
+        assert (
+            export_stock(checkpoint, tmp_path / str(adapter), adapter=adapter)["logits differ by"]
+            < 1e-4
+        )
     merge_main([str(checkpoint), "--output", str(tmp_path / "merged")])
-    assert {"vision_tower", "language_model"} < {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"vision_tower", "language_model"} < {
+        path.name for path in (tmp_path / "merged").iterdir()
+    }
     image = data_folder / "images" / "2.jpg"
     one, other = Llava.from_pretrained(checkpoint), Llava.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(own_logits(one, image), own_logits(other, image), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        own_logits(one, image), own_logits(other, image), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_command_writes_a_card(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = {"model_name_or_path": models_folder / "llama", "vision_tower": models_folder / "clip"}
-    checkpoint = trained(models_folder, data_folder, tmp_path / "out", hub_token="hf_secret", **parts)
+    checkpoint = trained(
+        models_folder, data_folder, tmp_path / "out", hub_token="hf_secret", **parts
+    )
     (tmp_path / "scores.json").write_text(json.dumps({"a": {"mean": {"CIDEr-D": [0.5, 0.4, 0.6]}}}))
     output = tmp_path / "stock"
     words = [str(checkpoint), "--output", str(output), "--scores", str(tmp_path / "scores.json")]
     assert export_main(words) == 0
     card = (output / "README.md").read_text()
-    assert "| CIDEr-D | 0.5000 | 0.4000 to 0.6000 |" in card and "Generate a caption of this image:" in card
-    assert "LoRA on the language model. 5 steps" in card and "# llama that sees through clip" in card
+    assert (
+        "| CIDEr-D | 0.5000 | 0.4000 to 0.6000 |" in card
+        and "Generate a caption of this image:" in card
+    )
+    assert (
+        "LoRA on the language model. 5 steps" in card and "# llama that sees through clip" in card
+    )
     assert (output / "training.png").is_file()
     for path in output.iterdir():
-        assert str(tmp_path.parent).encode() not in path.read_bytes(), f"{path.name} tells a folder of this machine"
+        assert str(tmp_path.parent).encode() not in path.read_bytes(), (
+            f"{path.name} tells a folder of this machine"
+        )
     assert push_main([str(output), "me/model", "--dry-run"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
     assert push_main([str(checkpoint), "me/model", "--dry-run"]) == 0
@@ -329,19 +387,55 @@ def test_the_demos_commands_with_a_clip_tower_then_fifty_captions_by_a_stranger(
 ) -> None:
     """Both stages of the demo, in bfloat16 and packed; exported by the command; all that is tiny are the models."""
     configs = Path(__file__).parents[2] / "configs"
-    parts = ["--model_name_or_path", models_folder / "llama", "--vision_tower", models_folder / "clip"]
-    parts += ["--train_data_path", data_folder / "train.json", "--train_image_folder", data_folder / "images"]
-    parts += ["--eval_data_path", data_folder / "val.json", "--val_image_folder", data_folder / "images"]
-    parts += ["--mm_token_pool", 0, "--mm_vision_select_layer", -2, "--compile_layers", False, "--disable_tqdm", True]
+    parts = [
+        "--model_name_or_path",
+        models_folder / "llama",
+        "--vision_tower",
+        models_folder / "clip",
+    ]
+    parts += [
+        "--train_data_path",
+        data_folder / "train.json",
+        "--train_image_folder",
+        data_folder / "images",
+    ]
+    parts += [
+        "--eval_data_path",
+        data_folder / "val.json",
+        "--val_image_folder",
+        data_folder / "images",
+    ]
+    parts += [
+        "--mm_token_pool",
+        0,
+        "--mm_vision_select_layer",
+        -2,
+        "--compile_layers",
+        False,
+        "--disable_tqdm",
+        True,
+    ]
     parts += ["--max_steps", 4, "--cache_vision_features", "memory", "--pack_length", 96]
     first, second, output = tmp_path / "projector", tmp_path / "model", tmp_path / "stock"
     stages = [
         ["--config", configs / "demo_projector.yaml", "--output_dir", first],
-        ["--config", configs / "demo.yaml", "--pretrain_mm_mlp_adapter", first, "--output_dir", second],
+        [
+            "--config",
+            configs / "demo.yaml",
+            "--pretrain_mm_mlp_adapter",
+            first,
+            "--output_dir",
+            second,
+        ],
     ]
     for stage in stages:
         assert cli.main(["train", *map(str, [*stage, *parts])]) == 0
-    assert cli.main(["export", str(second), "--format", "hf", "--dtype", "float32", "--output", str(output)]) == 0
+    assert (
+        cli.main(
+            ["export", str(second), "--format", "hf", "--dtype", "float32", "--output", str(output)]
+        )
+        == 0
+    )
     pictures, random = [], np.random.default_rng(0)
     for number in range(50):
         coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -388,8 +482,15 @@ def test_an_export_holds_the_model_once(models_folder: Path, tmp_path: Path) -> 
     tokenizer = make_tokenizer()
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     spec["model"]["vocab"] |= {f"{number}th": number for number in range(len(tokenizer), 25_000)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="</s>")
-    shape = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="</s>"
+    )
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+    }
     config = LlamaConfig(**shape, vocab_size=len(tokenizer), tie_word_embeddings=True)
     large = LlamaForCausalLM(config).bfloat16()
     large.save_pretrained(tmp_path / "large")

@@ -38,7 +38,12 @@ def images(data: bytes) -> None:
         pixels = decode_image(data, max_pixels=1_000_000)
     except ImageError:
         return
-    assert pixels.dtype == "uint8" and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size <= 3_000_000
+    assert (
+        pixels.dtype == "uint8"
+        and pixels.ndim == 3
+        and pixels.shape[2] == 3
+        and pixels.size <= 3_000_000
+    )
 
 
 def shards(data: bytes) -> None:
@@ -75,7 +80,12 @@ def image_seeds() -> Iterator[bytes]:
     exif[274] = 6
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
         for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"):
-            for options in ({}, {"exif": exif}, {"progressive": True, "quality": 30}, {"compression": "tiff_lzw"}):
+            for options in (
+                {},
+                {"exif": exif},
+                {"progressive": True, "quality": 30},
+                {"compression": "tiff_lzw"},
+            ):
                 buffer = io.BytesIO()
                 try:
                     picture.convert(mode).save(buffer, form, **options)
@@ -88,7 +98,14 @@ def tar_seeds() -> Iterator[bytes]:
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
-            for name in ("0.jpg", "0.txt", "a/1.png", "a/1.json", "é" * 40 + ".jpg", "x" * 95 + ".txt"):
+            for name in (
+                "0.jpg",
+                "0.txt",
+                "a/1.png",
+                "a/1.json",
+                "é" * 40 + ".jpg",
+                "x" * 95 + ".txt",
+            ):
                 info = tarfile.TarInfo(name)
                 info.size, info.mtime = 5, 1.5
                 archive.addfile(info, io.BytesIO(b'{"a"}'))
@@ -108,21 +125,31 @@ def source_seeds() -> Iterator[bytes]:
         "tsv": f"a cat\t{url}\na dog\t{url}\n",
         "csv": f'url,caption\n{url},"a ""big"" cat"\n{url},dog\n',
         "json": json.dumps(
-            {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}
+            {
+                "images": [{"id": 1, "file_name": "1.jpg"}],
+                "annotations": [{"image_id": 1, "caption": "x"}],
+            }
         ),
-        "jsonl": json.dumps({"image": "1.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}) + "\n",
+        "jsonl": json.dumps(
+            {"image": "1.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
+        )
+        + "\n",
     }
     compress = {"tsv.gz": gzip.compress, "json.xz": lzma.compress, "jsonl.bz2": bz2.compress}
     for place, form in enumerate(FORMS):
         data = texts.get(form.partition(".")[0], "").encode()
         if form == "parquet":
             buffer = io.BytesIO()
-            pq.write_table(pa.table({"url": [url], "caption": ["a cat"]}), buffer, compression="none")
+            pq.write_table(
+                pa.table({"url": [url], "caption": ["a cat"]}), buffer, compression="none"
+            )
             data = buffer.getvalue()
         elif form == "tar":
             data = next(tar_seeds())
         yield bytes([place]) + compress.get(form, bytes)(data)
-    karpathy = {"images": [{"filename": "1.jpg", "split": "test", "sentences": [{"raw": "A cat."}]}]}
+    karpathy = {
+        "images": [{"filename": "1.jpg", "split": "test", "sentences": [{"raw": "A cat."}]}]
+    }
     for row in (
         karpathy,
         [{"image": "1.jpg", "instruction": "?", "responses": ["a"]}],
@@ -131,7 +158,11 @@ def source_seeds() -> Iterator[bytes]:
         yield bytes([2]) + json.dumps(row).encode()
 
 
-TARGETS = {"images": (images, image_seeds), "shards": (shards, tar_seeds), "sources": (sources, source_seeds)}
+TARGETS = {
+    "images": (images, image_seeds),
+    "shards": (shards, tar_seeds),
+    "sources": (sources, source_seeds),
+}
 
 if __name__ == "__main__":
     name, *options = sys.argv[1:]

@@ -24,13 +24,20 @@ from llava_simplified.prompt import IMAGE_INDEX
 def logits(model: Llava) -> torch.Tensor:
     tokens = model.vision_tower.num_tokens
     ids = torch.tensor([[0, *[IMAGE_INDEX] * tokens, 7, 8, 9]])
-    pixels = torch.arange(3 * 32 * 32, dtype=torch.float).remainder(255).view(1, 3, 32, 32).to(torch.uint8)
+    pixels = (
+        torch.arange(3 * 32 * 32, dtype=torch.float)
+        .remainder(255)
+        .view(1, 3, 32, 32)
+        .to(torch.uint8)
+    )
     with torch.no_grad():
         features = model.vision_tower(pixels)
         return model.language_model(inputs_embeds=model.splice(ids, features)).logits
 
 
-def trained_model(folder: Path, how: str, tower_how: str = "off", **choices) -> tuple[Llava, LlavaConfig]:
+def trained_model(
+    folder: Path, how: str, tower_how: str = "off", **choices
+) -> tuple[Llava, LlavaConfig]:
     text, tower = str(folder / "mistral"), str(folder / "clip")
     prints = {"language_model": weights_digest(text), "vision_tower": weights_digest(tower)}
     architecture = LlavaConfig(text, tower, fingerprints=prints, **choices)
@@ -49,17 +56,23 @@ def trained_model(folder: Path, how: str, tower_how: str = "off", **choices) -> 
 
 @pytest.mark.parametrize("how", ["adapter", "projector", "language_model"])
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
-def test_a_checkpoint_loads_with_the_same_logits(models_folder: Path, tmp_path: Path, how: str, kind: str) -> None:
+def test_a_checkpoint_loads_with_the_same_logits(
+    models_folder: Path, tmp_path: Path, how: str, kind: str
+) -> None:
     model, architecture = trained_model(models_folder, how, mm_projector_type=kind)
     save_checkpoint(model, tmp_path / "renamed as one likes", architecture)
     again = Llava.from_pretrained(tmp_path / "renamed as one likes")
     assert torch.equal(logits(model), logits(again))
-    assert json.loads((tmp_path / "renamed as one likes" / "llava.json").read_text())["trained"] == how
+    assert (
+        json.loads((tmp_path / "renamed as one likes" / "llava.json").read_text())["trained"] == how
+    )
 
 
 @pytest.mark.parametrize("tower_how", ["full", "lora"])
 @pytest.mark.parametrize("how", ["adapter", "language_model"])
-def test_a_trained_tower_comes_back(models_folder: Path, tmp_path: Path, how: str, tower_how: str) -> None:
+def test_a_trained_tower_comes_back(
+    models_folder: Path, tmp_path: Path, how: str, tower_how: str
+) -> None:
     model, architecture = trained_model(models_folder, how, tower_how)
     save_checkpoint(model, tmp_path / "c", architecture)
     assert json.loads((tmp_path / "c" / "llava.json").read_text())["trained_tower"] == tower_how
@@ -73,7 +86,9 @@ def test_a_trained_tower_comes_back(models_folder: Path, tmp_path: Path, how: st
     assert not any("lora_" in name for name, _ in merged.named_parameters())
     load_trained_weights(base := trained_model(models_folder, how, tower_how)[0], tmp_path / "c")
     assert torch.equal(logits(model), logits(base)), "as a resume does"
-    folder, file = {"full": ("vision_tower", "model"), "lora": ("vision_adapter", "adapter_model")}[tower_how]
+    folder, file = {"full": ("vision_tower", "model"), "lora": ("vision_adapter", "adapter_model")}[
+        tower_how
+    ]
     path = tmp_path / "c" / folder / f"{file}.safetensors"
     tensors = load_file(path)
     key = next(name for name in tensors if "layers.0." in name)
@@ -83,13 +98,17 @@ def test_a_trained_tower_comes_back(models_folder: Path, tmp_path: Path, how: st
             load(tmp_path / "c")
 
 
-def test_missing_weights_of_a_language_model_are_refused(models_folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_of_a_language_model_are_refused(
+    models_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(models_folder / "llama", tmp_path / "llama")
     path = tmp_path / "llama" / "model.safetensors"
     tensors = load_file(path)
     tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"weights are missing: model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ValueError, match=r"weights are missing: model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         build_model(LlavaConfig(str(tmp_path / "llama"), str(models_folder / "clip")))
 
 
@@ -97,7 +116,10 @@ def test_an_adapter_can_be_trained_further(models_folder: Path, tmp_path: Path) 
     model, architecture = trained_model(models_folder, "adapter", "lora")
     save_checkpoint(model, tmp_path / "c", architecture)
     again = load_checkpoint(tmp_path / "c", trainable=True)
-    assert all(p.requires_grad == ("lora_" in n or n.startswith("projector.")) for n, p in again.named_parameters())
+    assert all(
+        p.requires_grad == ("lora_" in n or n.startswith("projector."))
+        for n, p in again.named_parameters()
+    )
 
 
 def test_the_adapter_is_a_stock_peft_adapter(models_folder: Path, tmp_path: Path) -> None:
@@ -113,14 +135,18 @@ def test_the_adapter_is_a_stock_peft_adapter(models_folder: Path, tmp_path: Path
 
 
 def test_several_layers_and_a_pool_come_back(models_folder: Path, tmp_path: Path) -> None:
-    model, architecture = trained_model(models_folder, "projector", mm_vision_select_layer=(-2, -1), mm_token_pool=2)
+    model, architecture = trained_model(
+        models_folder, "projector", mm_vision_select_layer=(-2, -1), mm_token_pool=2
+    )
     save_checkpoint(model, tmp_path / "c", architecture)
     again = load_checkpoint(tmp_path / "c")
     assert again.vision_tower.num_tokens == 4
     assert torch.equal(logits(model), logits(again))
 
 
-def test_saving_into_a_folder_with_logs_replaces_and_keeps(models_folder: Path, tmp_path: Path) -> None:
+def test_saving_into_a_folder_with_logs_replaces_and_keeps(
+    models_folder: Path, tmp_path: Path
+) -> None:
     model, architecture = trained_model(models_folder, "adapter")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "trainer_log.jsonl").write_text("{}\n")
@@ -132,9 +158,12 @@ def test_saving_into_a_folder_with_logs_replaces_and_keeps(models_folder: Path, 
 
 
 @pytest.mark.parametrize(
-    ("file", "key"), [("projector.safetensors", "bias"), ("adapter/adapter_model.safetensors", None)]
+    ("file", "key"),
+    [("projector.safetensors", "bias"), ("adapter/adapter_model.safetensors", None)],
 )
-def test_a_missing_weight_is_named(models_folder: Path, tmp_path: Path, file: str, key: str | None) -> None:
+def test_a_missing_weight_is_named(
+    models_folder: Path, tmp_path: Path, file: str, key: str | None
+) -> None:
     model, architecture = trained_model(models_folder, "adapter")
     save_checkpoint(model, tmp_path / "c", architecture)
     tensors = load_file(tmp_path / "c" / file)
@@ -145,7 +174,9 @@ def test_a_missing_weight_is_named(models_folder: Path, tmp_path: Path, file: st
         load_checkpoint(tmp_path / "c")
 
 
-def test_an_unexpected_weight_and_a_wrong_shape_are_named(models_folder: Path, tmp_path: Path) -> None:
+def test_an_unexpected_weight_and_a_wrong_shape_are_named(
+    models_folder: Path, tmp_path: Path
+) -> None:
     model, architecture = trained_model(models_folder, "projector")
     save_checkpoint(model, tmp_path / "c", architecture)
     path = tmp_path / "c" / "projector.safetensors"
@@ -158,15 +189,25 @@ def test_an_unexpected_weight_and_a_wrong_shape_are_named(models_folder: Path, t
         load_checkpoint(tmp_path / "c")
 
 
-def test_other_base_weights_of_the_same_shape_are_refused(models_folder: Path, tmp_path: Path) -> None:
+def test_other_base_weights_of_the_same_shape_are_refused(
+    models_folder: Path, tmp_path: Path
+) -> None:
     model, architecture = trained_model(models_folder, "adapter")
     save_checkpoint(model, tmp_path / "c", architecture)
     other = tmp_path / "mistral"
     shutil.copytree(models_folder / "mistral", other)
-    assert torch.equal(logits(load_checkpoint(tmp_path / "c", model_base=str(other))), logits(model)), "a copy is fine"
+    assert torch.equal(
+        logits(load_checkpoint(tmp_path / "c", model_base=str(other))), logits(model)
+    ), "a copy is fine"
     weights = load_file(other / "model.safetensors")
-    save_file({k: v + 0.01 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="other weights than those that this checkpoint was trained with"):
+    save_file(
+        {k: v + 0.01 for k, v in weights.items()},
+        other / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        ValueError, match="other weights than those that this checkpoint was trained with"
+    ):
         load_checkpoint(tmp_path / "c", model_base=str(other))
 
 
@@ -193,7 +234,12 @@ def test_a_base_that_is_gone_names_the_option(models_folder: Path, tmp_path: Pat
     ],
 )
 def test_a_lone_file_that_is_missing_is_named_before_training_and_after(
-    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, name: str
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    name: str,
 ) -> None:
     AutoModelForCausalLM.from_pretrained(models_folder / "llama").save_pretrained(
         tmp_path / "language", max_shard_size="40KB"
@@ -206,12 +252,24 @@ def test_a_lone_file_that_is_missing_is_named_before_training_and_after(
     freeze(model := build_model(architecture), language_model=True, vision_tower=True)
     save_checkpoint(model, tmp_path / "c", architecture)
     (tmp_path / part / name).unlink()
-    words = ["--model_name_or_path", parts["language_model"], "--vision_tower", parts["vision_tower"]]
-    words += ["--train_data_path", data_folder / "train.json", "--train_image_folder", data_folder / "images"]
+    words = [
+        "--model_name_or_path",
+        parts["language_model"],
+        "--vision_tower",
+        parts["vision_tower"],
+    ]
+    words += [
+        "--train_data_path",
+        data_folder / "train.json",
+        "--train_image_folder",
+        data_folder / "images",
+    ]
     assert cli.main(["train", *map(str, [*words, "--output_dir", tmp_path / "out"])]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{name} is missing: put it into {tmp_path / part}" in said
-    assert said.startswith("error: --" if "token" not in name and "processor" not in name else "error: the ")
+    assert said.startswith(
+        "error: --" if "token" not in name and "processor" not in name else "error: the "
+    )
     if name != "tokenizer.json":  # the checkpoint has its own
         with pytest.raises(ValueError, match=f"{name} is missing: put it into {tmp_path / part}"):
             load_checkpoint(tmp_path / "c")

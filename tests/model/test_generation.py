@@ -25,7 +25,9 @@ def ask(model: Llava, texts: list[str] = TEXTS) -> tuple[list[list[int]], torch.
     return prompts, pictures(model, sum(text.count("<image>") for text in texts))
 
 
-def stock(model: Llava, prompts: list[list[int]], pixels: torch.Tensor | None, **options) -> list[list[int]]:
+def stock(
+    model: Llava, prompts: list[list[int]], pixels: torch.Tensor | None, **options
+) -> list[list[int]]:
     """transformers' own loop on the same spliced embeddings; cut at the end token."""
     rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
     features = None if pixels is None else model.vision_tower(pixels)
@@ -38,7 +40,10 @@ def stock(model: Llava, prompts: list[list[int]], pixels: torch.Tensor | None, *
             do_sample=False,
             **options,
         ).tolist()
-    ends = [next((i + 1 for i, t in enumerate(row) if t in model.prompt.stop_ids), len(row)) for row in ids]
+    ends = [
+        next((i + 1 for i, t in enumerate(row) if t in model.prompt.stop_ids), len(row))
+        for row in ids
+    ]
     return [row[:end] for row, end in zip(ids, ends)]
 
 
@@ -72,14 +77,26 @@ def with_states(folder: Path, text: str) -> Llava:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"repetition_penalty": 1.7}, {"min_new_tokens": 12}], ids=lambda o: "".join(o) or "greedy"
+    "options",
+    [{}, {"repetition_penalty": 1.7}, {"min_new_tokens": 12}],
+    ids=lambda o: "".join(o) or "greedy",
 )
 @pytest.mark.parametrize("text", [*LANGUAGE_MODELS, "lfm2", "mamba"])
 def test_greedy_is_transformers_greedy(models_folder: Path, text: str, options: dict) -> None:
     model = with_states(models_folder, text)
-    model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 130)]  # a random model would never end
+    model.prompt.stop_ids = [
+        *model.prompt.stop_ids,
+        *range(3, 130),
+    ]  # a random model would never end
     prompts, pixels = ask(model)
-    ours = run(DecodingBatch(model, prompts, model.vision_tower(pixels), GenerationOptions(max_new_tokens=16, **options)))
+    ours = run(
+        DecodingBatch(
+            model,
+            prompts,
+            model.vision_tower(pixels),
+            GenerationOptions(max_new_tokens=16, **options),
+        )
+    )
     # one by one: in a padded batch transformers 5 counts the padding off what is penalised
     alone = [
         stock(model, [prompt], images, max_new_tokens=16, **options)[0]
@@ -92,12 +109,18 @@ def test_greedy_is_transformers_greedy(models_folder: Path, text: str, options: 
 
 
 @pytest.mark.parametrize("text", ["rwkv", "xlstm"])
-def test_a_model_that_goes_on_from_something_of_its_own_is_refused(models_folder: Path, text: str) -> None:
-    with pytest.raises(ValueError, match=f"{text} takes no DynamicCache: it can be trained, but not be asked"):
+def test_a_model_that_goes_on_from_something_of_its_own_is_refused(
+    models_folder: Path, text: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"{text} takes no DynamicCache: it can be trained, but not be asked"
+    ):
         with_states(models_folder, text).chat([Message("user", "What?")])
 
 
-def test_samples_of_one_prefill_depend_on_seed_picture_and_prompt_alone(models_folder: Path) -> None:
+def test_samples_of_one_prefill_depend_on_seed_picture_and_prompt_alone(
+    models_folder: Path,
+) -> None:
     model = build(models_folder, "mistral")
     prompts, pixels = ask(model)
     options = GenerationOptions(max_new_tokens=8, temperature=1.0, num_return_sequences=3, seed=5)
@@ -111,15 +134,25 @@ def test_samples_of_one_prefill_depend_on_seed_picture_and_prompt_alone(models_f
 
 def test_samples_follow_the_models_distribution(models_folder: Path) -> None:
     """The first token of 4,000 samples, against the softmax of transformers' processed logits."""
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import (
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     model = build(models_folder, "llama")
     prompts, pixels = ask(model, ["<image> What?"])
-    options = GenerationOptions(1, temperature=3.0, top_p=0.8, top_k=20, num_return_sequences=4000, seed=0)
-    drawn = torch.tensor([row[0] for row in run(DecodingBatch(model, prompts, model.vision_tower(pixels), options))])
+    options = GenerationOptions(
+        1, temperature=3.0, top_p=0.8, top_k=20, num_return_sequences=4000, seed=0
+    )
+    drawn = torch.tensor(
+        [row[0] for row in run(DecodingBatch(model, prompts, model.vision_tower(pixels), options))]
+    )
     ids = torch.from_numpy(expand_images(prompts[0], model.vision_tower.num_tokens))[None]
     with torch.no_grad():
-        scores = model.language_model(inputs_embeds=model.splice(ids, model.vision_tower(pixels))).logits[:, -1]
+        scores = model.language_model(
+            inputs_embeds=model.splice(ids, model.vision_tower(pixels))
+        ).logits[:, -1]
     for warp in (TemperatureLogitsWarper(3.0), TopKLogitsWarper(20), TopPLogitsWarper(0.8)):
         scores = warp(ids, scores)
     wanted = scores.softmax(-1)[0]
@@ -157,14 +190,24 @@ def test_rows_join_a_batch_under_way(models_folder: Path, text: str) -> None:
     asked = [
         (prompts[0], None, GenerationOptions(20)),
         (prompts[2], features[1:], GenerationOptions(9, repetition_penalty=1.5)),
-        (prompts[1], features[:1], GenerationOptions(6, temperature=0.7, num_return_sequences=2, seed=1)),
+        (
+            prompts[1],
+            features[:1],
+            GenerationOptions(6, temperature=0.7, num_return_sequences=2, seed=1),
+        ),
         (prompts[0], None, GenerationOptions(5)),
     ]
-    wanted = [row for prompt, images, options in asked for row in run(DecodingBatch(model, [prompt], images, options))]
+    wanted = [
+        row
+        for prompt, images, options in asked
+        for row in run(DecodingBatch(model, [prompt], images, options))
+    ]
     decoding = DecodingBatch(model, [asked[0][0]], *asked[0][1:])
     for number, (prompt, images, options) in enumerate(asked[1:], start=1):
         decoding.step()
-        assert decoding.join([prompt], images, options) == ([number] if number < 2 else [2, 3] if number < 3 else [4])
+        assert decoding.join([prompt], images, options) == (
+            [number] if number < 2 else [2, 3] if number < 3 else [4]
+        )
     assert run(decoding) == wanted
 
 
@@ -200,7 +243,12 @@ def test_a_dropped_row_leaves_and_the_others_go_on(models_folder: Path) -> None:
 def test_beams_are_transformers_beams(models_folder: Path) -> None:
     model = build(models_folder, "llama")
     prompts, pixels = ask(model)
-    options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5, "max_new_tokens": 6}
+    options = {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "length_penalty": 0.5,
+        "max_new_tokens": 6,
+    }
     ours = generate(model, prompts, pixels, GenerationOptions(**options))
     texts = [model.prompt.decode(row).strip() for row in stock(model, prompts, pixels, **options)]
     assert ours == [texts[:2], texts[2:4], texts[4:]]

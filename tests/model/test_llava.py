@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import CAPTIONS, make_language_model, make_vision_model
 from torch.nn.functional import cross_entropy
-from transformers import LlavaConfig as StockLlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig as StockLlavaConfig
+from transformers import LlavaForConditionalGeneration
 
 from llava_simplified.data.collate import Collator, Example, expand_images, pad
 from llava_simplified.model.build import build_model
@@ -32,12 +33,22 @@ def build(folder: Path, text: str = "mistral", tower: str = "clip", **choices) -
 
 def pictures(model: Llava, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (count, 3, *model.vision_tower.transform.crop), generator=generator, dtype=torch.uint8)
+    return torch.randint(
+        0,
+        256,
+        (count, 3, *model.vision_tower.transform.crop),
+        generator=generator,
+        dtype=torch.uint8,
+    )
 
 
 def examples(model: Llava, pixels: torch.Tensor) -> list[Example]:
     """One with a picture, one text-only, one with two pictures; of different lengths."""
-    texts = ["<image>\nWhat is this?", "Say something.", "Compare <image> with <image>, please, in a few words."]
+    texts = [
+        "<image>\nWhat is this?",
+        "Say something.",
+        "Compare <image> with <image>, please, in a few words.",
+    ]
     out, used = [], 0
     for text, caption in zip(texts, CAPTIONS):
         rendered = model.prompt.render([Message("user", text)], caption)
@@ -61,7 +72,9 @@ def plain_loss(model: Llava, sample: Example) -> torch.Tensor:
     labels = expand_images(sample.input_ids, tokens, sample.labels)
     rows, image = [], 0
     features = (
-        None if sample.pixel_values is None else model.projector(model.vision_tower(sample.pixel_values).double())
+        None
+        if sample.pixel_values is None
+        else model.projector(model.vision_tower(sample.pixel_values).double())
     )
     flat = None if features is None else features.flatten(0, 1)
     for token in ids:
@@ -113,7 +126,11 @@ def test_only_trained_positions_get_logits(models_folder: Path) -> None:
 def test_the_splice_equals_stock_llava(models_folder: Path, text: str, feature: str) -> None:
     """Same weights, same logits as LlavaForConditionalGeneration, every position, with our ids as its ids."""
     model = build(
-        models_folder, text, mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-2, mm_vision_select_feature=feature
+        models_folder,
+        text,
+        mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature=feature,
     )
     image_token = model.language_model.config.vocab_size - 1
     stock = LlavaForConditionalGeneration(
@@ -129,15 +146,20 @@ def test_the_splice_equals_stock_llava(models_folder: Path, text: str, feature: 
     stock.model.language_model.load_state_dict(model.language_model.model.state_dict())
     stock.lm_head.load_state_dict(model.language_model.lm_head.state_dict())
     for ours, theirs in ((0, "linear_1"), (2, "linear_2")):
-        getattr(stock.model.multi_modal_projector, theirs).load_state_dict(model.projector[ours].state_dict())
+        getattr(stock.model.multi_modal_projector, theirs).load_state_dict(
+            model.projector[ours].state_dict()
+        )
 
     pixels = pictures(model, 2)
     ids = expand_images(
-        model.prompt.render([Message("user", "<image> and <image>?")], "no").input_ids, model.vision_tower.num_tokens
+        model.prompt.render([Message("user", "<image> and <image>?")], "no").input_ids,
+        model.vision_tower.num_tokens,
     )
     ids = torch.from_numpy(ids)[None]
     with torch.no_grad():
-        ours = model.language_model(inputs_embeds=model.splice(ids, model.vision_tower(pixels))).logits
+        ours = model.language_model(
+            inputs_embeds=model.splice(ids, model.vision_tower(pixels))
+        ).logits
         theirs = stock(
             input_ids=ids.masked_fill(ids == IMAGE_INDEX, image_token),
             pixel_values=model.vision_tower.transform.normalize(pixels),
@@ -156,21 +178,29 @@ def test_changing_one_sample_never_moves_another(models_folder: Path) -> None:
     model = build(models_folder)
     samples = examples(model, pictures(model, 3))
     batch = collate(model, samples)
-    longer = model.prompt.render([Message("user", "Say something.")], CAPTIONS[1] + " and much more of it, for long")
+    longer = model.prompt.render(
+        [Message("user", "Say something.")], CAPTIONS[1] + " and much more of it, for long"
+    )
     changed = collate(model, [samples[0], Example(longer.input_ids, longer.labels), samples[2]])
     first = sum(label != IGNORE_INDEX for label in samples[0].labels)
-    torch.testing.assert_close(model(**batch).logits[:first], model(**changed).logits[:first], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        model(**batch).logits[:first], model(**changed).logits[:first], rtol=0, atol=1e-6
+    )
 
 
 def test_a_wrong_number_of_pictures_is_an_error(models_folder: Path) -> None:
     model = build(models_folder)
     batch = collate(model, examples(model, pictures(model, 3)))
     batch["pixel_values"] = batch["pixel_values"][:2]
-    with pytest.raises(ValueError, match=r"2 image\(s\) of 16 tokens, but the text has room for 48"):
+    with pytest.raises(
+        ValueError, match=r"2 image\(s\) of 16 tokens, but the text has room for 48"
+    ):
         model(**batch)
 
 
-def test_a_blank_image_changes_nothing_and_gives_the_projector_a_zero_gradient(models_folder: Path) -> None:
+def test_a_blank_image_changes_nothing_and_gives_the_projector_a_zero_gradient(
+    models_folder: Path,
+) -> None:
     model = build(models_folder).train()
     batch = collate(model, [examples(model, pictures(model, 3))[1]])
     blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
@@ -196,9 +226,13 @@ def test_batched_captions_equal_single_ones(models_folder: Path, text: str) -> N
     prompts = [model.prompt.render([Message("user", q)], None).input_ids for q in questions]
     options = GenerationOptions(max_new_tokens=12)
     together = generate(model, prompts, pixels, options)
-    alone = [generate(model, [prompt], pixels[i : i + 1], options)[0] for i, prompt in enumerate(prompts)]
+    alone = [
+        generate(model, [prompt], pixels[i : i + 1], options)[0] for i, prompt in enumerate(prompts)
+    ]
     assert together == alone
-    assert len({texts[0] for texts in together}) > 1, "all captions alike: the test would see nothing"
+    assert len({texts[0] for texts in together}) > 1, (
+        "all captions alike: the test would see nothing"
+    )
 
 
 @pytest.mark.parametrize("text", ["mistral", "gemma2"])
@@ -213,11 +247,15 @@ def test_greedy_generation_equals_the_full_forward(models_folder: Path, text: st
     with torch.no_grad():
         embeds = model.splice(ids, model.vision_tower(pixels))
         for _ in range(10):
-            token = int(model.language_model(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax())
+            token = int(
+                model.language_model(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax()
+            )
             if token in model.prompt.stop_ids:
                 break
             new.append(token)
-            embeds = torch.cat([embeds, model.language_model.get_input_embeddings()(torch.tensor([[token]]))], 1)
+            embeds = torch.cat(
+                [embeds, model.language_model.get_input_embeddings()(torch.tensor([[token]]))], 1
+            )
     assert caption == model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
@@ -240,7 +278,9 @@ def test_sampling_repeats_with_its_seed(models_folder: Path) -> None:
     first = generate(model, [prompt], pictures(model, 1), options)
     assert first == generate(model, [prompt], pictures(model, 1), options)
     assert len(set(first[0])) > 1
-    beams = generate(model, [prompt], pictures(model, 1), GenerationOptions(max_new_tokens=10, num_beams=3))
+    beams = generate(
+        model, [prompt], pictures(model, 1), GenerationOptions(max_new_tokens=10, num_beams=3)
+    )
     assert len(beams[0]) == 1
 
 

@@ -12,7 +12,13 @@ from torch import nn
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
-from llava_simplified.model.lora import find_linear_modules, add_lora, add_tower_lora, check_trainable, freeze
+from llava_simplified.model.lora import (
+    add_lora,
+    add_tower_lora,
+    check_trainable,
+    find_linear_modules,
+    freeze,
+)
 
 
 def build(folder: Path, text: str = "mistral", dtype: str = "float32") -> Llava:
@@ -26,7 +32,9 @@ def test_all_linear_layers_but_the_head_by_their_full_paths(models_folder: Path,
     linears = [n for n, m in model.language_model.named_modules() if isinstance(m, nn.Linear)]
     assert set(linears) - set(layers) == {"lm_head"}
     add_lora(model, 2, 4)
-    adapted = {n.split(".lora_A")[0] for n, _ in model.language_model.named_parameters() if "lora_A" in n}
+    adapted = {
+        n.split(".lora_A")[0] for n, _ in model.language_model.named_parameters() if "lora_A" in n
+    }
     assert len(adapted) == len(layers)
 
 
@@ -64,7 +72,9 @@ def test_full_fine_tuning_and_projector_only(models_folder: Path) -> None:
     assert model.language_model.dtype == torch.float32, "bfloat16 would round the updates away"
     freeze(model, language_model=True)
     check_trainable(model)
-    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"projector"}
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {
+        "projector"
+    }
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -74,7 +84,9 @@ def test_biases_train_where_asked(models_folder: Path, bias: str) -> None:
     add_lora(model, 2, 4, bias=bias)
     check_trainable(model)
     assert isinstance(model.language_model, PeftModel)
-    assert any(p.requires_grad and n.endswith("bias") for n, p in model.language_model.named_parameters())
+    assert any(
+        p.requires_grad and n.endswith("bias") for n, p in model.language_model.named_parameters()
+    )
 
 
 def trained_names(model: Llava) -> set[str]:
@@ -84,11 +96,17 @@ def trained_names(model: Llava) -> set[str]:
 def test_a_tower_that_trains_whole_trains_what_its_features_depend_on(models_folder: Path) -> None:
     model = build(models_folder, dtype="bfloat16")
     freeze(model, language_model=True, vision_tower=False)
-    tower = {n.removeprefix("vision_tower.model.") for n in trained_names(model) if n.startswith("vision_tower.")}
+    tower = {
+        n.removeprefix("vision_tower.model.")
+        for n in trained_names(model)
+        if n.startswith("vision_tower.")
+    }
     assert tower == set(model.vision_tower.used_parameters)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     table = check_trainable(model, vision_tower=True)
-    assert f"{sum(p.numel() for p in model.vision_tower.parameters() if p.requires_grad):,}" in table
+    assert (
+        f"{sum(p.numel() for p in model.vision_tower.parameters() if p.requires_grad):,}" in table
+    )
     with pytest.raises(RuntimeError, match="vision tower: .* should be 0"):
         check_trainable(model)
     model.vision_tower.requires_grad_(True)  # and the layers above
@@ -108,12 +126,20 @@ def test_each_model_has_an_adapter_of_its_own(models_folder: Path, text_too: boo
     assert all("lora_" in n or n.startswith("projector.") for n in names)
     assert any(n.startswith("language_model.") for n in names) == text_too
     adapted = {
-        n.split(".lora_")[0].removeprefix("vision_tower.model.base_model.model.") for n in names if "vision" in n
+        n.split(".lora_")[0].removeprefix("vision_tower.model.base_model.model.")
+        for n in names
+        if "vision" in n
     }
-    assert adapted and all(f"{name}.weight" in model.vision_tower.used_parameters for name in adapted)
+    assert adapted and all(
+        f"{name}.weight" in model.vision_tower.used_parameters for name in adapted
+    )
     assert not model.vision_tower.frozen
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert "vision adapter" in check_trainable(model)
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     model.train().vision_tower(pixels).float().sum().backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n and n.startswith("vision"))
+    assert all(
+        p.grad is not None
+        for n, p in model.named_parameters()
+        if "lora_" in n and n.startswith("vision")
+    )

@@ -34,7 +34,9 @@ def test_a_fresh_projector_starts_on_the_embeddings_scale(kind: str) -> None:
     projector = build_projector(kind, 16, 32)
     init_projector_scale(projector, features, embeddings)
     out = projector(features)
-    places = out.flatten(0, 1).std(0).mean()  # what differs from place to place, not an offset that all have
+    places = (
+        out.flatten(0, 1).std(0).mean()
+    )  # what differs from place to place, not an offset that all have
     assert 0.03 < places < 0.2 and 0.05 < out.std() < 0.2
     # every input channel is heard, small ones as well as loud ones: none dominates
     (out * torch.randn_like(out)).sum().backward()

@@ -36,14 +36,20 @@ def double(folder: Path, text: str, attention: str) -> Llava:
     add_lora(model, rank=2, alpha=4)
     for name, parameter in model.language_model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)  # at zero, half of the gradients would be zero as well
+            torch.nn.init.normal_(
+                parameter, std=0.2
+            )  # at zero, half of the gradients would be zero as well
     return model.double()
 
 
 def samples(model: Llava) -> tuple[list[Example], list[Example]]:
     """The same captions of three images, sharing their prompts and apart."""
     shared, apart = [], []
-    turns = [Message("user", "<image>\nWhat is this?"), Message("assistant", "a picture"), Message("user", "Of what?")]
+    turns = [
+        Message("user", "<image>\nWhat is this?"),
+        Message("assistant", "a picture"),
+        Message("user", "Of what?"),
+    ]
     for pixels, captions in zip(pictures(model, 3).split(1), CAPTIONS):
         prefix, answers = model.prompt.render_branches(turns, captions)
         told = [token for answer in answers for token in answer]
@@ -74,7 +80,9 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 KERNELS = [(text, kernel) for text in LANGUAGE_MODELS for kernel in ("sdpa", "eager", "cpu_matmul")]
-KERNELS = [pair for pair in KERNELS if pair[0] != "gemma2" or pair[1] == "eager"]  # its soft cap is eager's only
+KERNELS = [
+    pair for pair in KERNELS if pair[0] != "gemma2" or pair[1] == "eager"
+]  # its soft cap is eager's only
 
 
 @pytest.mark.parametrize(("text", "attention"), KERNELS)
@@ -102,13 +110,17 @@ def test_shared_and_packed_equal_apart(
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip
-def test_a_model_that_counts_places_by_itself_is_refused(config: transformers.PretrainedConfig) -> None:
+def test_a_model_that_counts_places_by_itself_is_refused(
+    config: transformers.PretrainedConfig,
+) -> None:
     """Shared or packed it would run, and be trained on another loss: MPT's is off by 3 in a thousand."""
     model = transformers.AutoModelForCausalLM.from_config(config)
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     ids = torch.zeros(1, 3, dtype=torch.long)
     for text in (model, adapted):
-        with pytest.raises(ValueError, match=f"{config.model_type} can't be told its tokens' places"):
+        with pytest.raises(
+            ValueError, match=f"{config.model_type} can't be told its tokens' places"
+        ):
             attention_kwargs(text, ids, ids, ids, torch.float32)
 
 
@@ -151,7 +163,16 @@ def test_who_sees_whom() -> None:
 
     seen = shared_prefix_mask(ids("11111220"), ids("00122000"), ids("01223010"))[0, 0]
     drawn = ["".join("x" if cell else "." for cell in row) for row in seen.tolist()]
-    assert drawn == ["x.......", "xx......", "xxx.....", "xx.x....", "xx.xx...", ".....x..", ".....xx.", ".......x"]
+    assert drawn == [
+        "x.......",
+        "xx......",
+        "xxx.....",
+        "xx.x....",
+        "xx.xx...",
+        ".....x..",
+        ".....xx.",
+        ".......x",
+    ]
     near = shared_prefix_mask(ids("1111"), ids("0012"), ids("0122"), window=2)[0, 0]
     assert near.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1]]
 
@@ -161,22 +182,38 @@ def any_example(draw: st.DrawFn) -> Example:
     """A prompt with images and, at times, an earlier answer in it; then one to four answers."""
     prompt = [5, *draw(st.lists(st.sampled_from([IMAGE_INDEX, 6, 7, 8]), max_size=5))]
     labels = [IGNORE_INDEX, *(t if t == 8 else IGNORE_INDEX for t in prompt[1:])]
-    answers = draw(st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=4), min_size=1, max_size=4))
+    answers = draw(
+        st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=4), min_size=1, max_size=4)
+    )
     tags = [0] * len(prompt) + [n for n, answer in enumerate(answers, 1) for _ in answer]
     told = [token for answer in answers for token in answer]
     return Example(prompt + told, labels + told, branches=tags if len(answers) > 1 else None)
 
 
-@given(st.lists(st.lists(any_example(), min_size=1, max_size=3), min_size=1, max_size=3), st.integers(1, 3))
+@given(
+    st.lists(st.lists(any_example(), min_size=1, max_size=3), min_size=1, max_size=3),
+    st.integers(1, 3),
+)
 @settings(max_examples=100, deadline=None)
-def test_however_packed_a_token_is_predicted_from_what_it_would_see_alone(rows: list, per_image: int) -> None:
+def test_however_packed_a_token_is_predicted_from_what_it_would_see_alone(
+    rows: list, per_image: int
+) -> None:
     """Every trained token, with the ids and places that it sees, against a plain loop over the texts."""
     batch = Collator(per_image, 0)(rows)
-    if "attention_mask" in batch:  # no pack, no shared prompt: who sees whom is causal attention's business
+    if (
+        "attention_mask" in batch
+    ):  # no pack, no shared prompt: who sees whom is causal attention's business
         segments = batch["attention_mask"]
-        branches, places = torch.zeros_like(segments), torch.arange(segments.shape[1]).expand_as(segments)
+        branches, places = (
+            torch.zeros_like(segments),
+            torch.arange(segments.shape[1]).expand_as(segments),
+        )
     else:
-        segments, branches, places = batch["segment_ids"], batch["branch_ids"], batch["position_ids"]
+        segments, branches, places = (
+            batch["segment_ids"],
+            batch["branch_ids"],
+            batch["position_ids"],
+        )
     mask = shared_prefix_mask(segments, branches, places)[:, 0].numpy()
     ids, places, found = batch["input_ids"].numpy(), places.numpy(), []
     for position, target in zip(batch["logit_positions"].tolist(), batch["labels"].tolist()):
@@ -196,12 +233,16 @@ def test_however_packed_a_token_is_predicted_from_what_it_would_see_alone(rows: 
     assert sorted(found) == sorted(expected)
 
 
-def loop_over_texts(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, sliding_window, **_) -> torch.Tensor:
+def loop_over_texts(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, sliding_window, **_
+) -> torch.Tensor:
     """What a variable-length flash kernel computes, text by text: (positions, heads, width) each."""
     assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
     out = []
     for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist()):
-        keys, values = (x[start:end].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        keys, values = (
+            x[start:end].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v)
+        )
         scores = torch.einsum("qhw,khw->hqk", q[start:end], keys) * softmax_scale
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         scores[:, (distance < 0) | (distance >= (sliding_window or 10**9))] = -torch.inf
@@ -220,7 +261,9 @@ def test_flash_attention_is_told_where_texts_end(
         raise AssertionError("a kernel without lengths would let texts see each other")
 
     functions = (no_kernel, loop_over_texts, no_kernel, no_kernel, no_kernel)
-    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda _: (functions, (lambda **k: _wanted(k), None)))
+    monkeypatch.setattr(
+        flash, "lazy_import_flash_attention", lambda _: (functions, (lambda **k: _wanted(k), None))
+    )
     model = double(models_folder, text, "sdpa")
     _, apart = samples(model)
     rows = [apart[:4], apart[4:]]  # of different lengths: the second is padded
@@ -232,11 +275,15 @@ def test_flash_attention_is_told_where_texts_end(
 
 
 def _wanted(options: dict) -> dict:
-    return {name: options[name] for name in ("softmax_scale", "sliding_window")} | {"causal": options["is_causal"]}
+    return {name: options[name] for name in ("softmax_scale", "sliding_window")} | {
+        "causal": options["is_causal"]
+    }
 
 
 @pytest.mark.parametrize("text", ["mistral", "llama", "gemma2"])
-def test_flex_attention_sees_what_sdpa_sees(models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_attention_sees_what_sdpa_sees(
+    models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward alone, uncompiled: on a CPU there is no more of it. Gemma 2 has both kinds of layers and a soft cap."""
     from torch.nn.attention.flex_attention import flex_attention
     from transformers.integrations import flex_attention as integration
@@ -245,7 +292,9 @@ def test_flex_attention_sees_what_sdpa_sees(models_folder: Path, text: str, monk
     model = build(models_folder, text)
     model.language_model.set_attn_implementation("eager")
     shared, apart = samples(model)
-    batch = Collator(model.vision_tower.num_tokens, 1)([[shared[0], shared[1]], [apart[0], shared[2]]])
+    batch = Collator(model.vision_tower.num_tokens, 1)(
+        [[shared[0], shared[1]], [apart[0], shared[2]]]
+    )
     batch.pop("metadata")
     with torch.no_grad():
         wanted = model(**batch).logits
@@ -257,7 +306,9 @@ def test_flex_attention_sees_what_sdpa_sees(models_folder: Path, text: str, monk
 def test_short_attention_is_scaled_dot_product_attention(masked: bool) -> None:
     """In float64, values and gradients; heads share keys, and some padding sees nothing, which must not spread."""
     torch.manual_seed(0)
-    query, key, value = (torch.randn(2, heads, 7, 4, dtype=torch.float64).requires_grad_() for heads in (6, 2, 2))
+    query, key, value = (
+        torch.randn(2, heads, 7, 4, dtype=torch.float64).requires_grad_() for heads in (6, 2, 2)
+    )
     mask, seen = None, slice(None)
     if masked:
         mask, seen = (torch.rand(2, 1, 7, 7) > 0.4) | torch.eye(7, dtype=torch.bool), slice(0, 5)
@@ -265,16 +316,25 @@ def test_short_attention_is_scaled_dot_product_attention(masked: bool) -> None:
     out, _ = cpu_matmul_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
     found = torch.autograd.grad(out[:, seen].cos().sum(), (query, key, value))
     options = {"is_causal": True} if mask is None else {"attn_mask": mask[:, :, seen]}
-    wanted = scaled_dot_product_attention(query[:, :, seen], key, value, scale=0.3, enable_gqa=True, **options)
+    wanted = scaled_dot_product_attention(
+        query[:, :, seen], key, value, scale=0.3, enable_gqa=True, **options
+    )
     torch.testing.assert_close(out[:, seen], wanted.transpose(1, 2), rtol=1e-12, atol=1e-12)
     for one, other in zip(found, torch.autograd.grad(wanted.cos().sum(), (query, key, value))):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_not_short_or_does_not_train_is_left_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_short_or_does_not_train_is_left_to_sdpa(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     called = []
-    monkeypatch.setattr(cpu_attention, "sdpa_attention_forward", lambda *args, **_: called.append(args[1].shape[2]))
-    query, longer = torch.randn(1, 2, 5, 4), torch.randn(1, 2, cpu_attention.CPU_ATTENTION_MAX_LENGTH + 1, 4)
+    monkeypatch.setattr(
+        cpu_attention, "sdpa_attention_forward", lambda *args, **_: called.append(args[1].shape[2])
+    )
+    query, longer = (
+        torch.randn(1, 2, 5, 4),
+        torch.randn(1, 2, cpu_attention.CPU_ATTENTION_MAX_LENGTH + 1, 4),
+    )
     with torch.no_grad():
         cpu_matmul_attention(torch.nn.Module(), query, query, query, None)
     cpu_matmul_attention(torch.nn.Module(), longer, longer, longer, None)

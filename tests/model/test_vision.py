@@ -20,7 +20,12 @@ PIXELS = {
 }
 
 
-HIDING = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+HIDING = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def tower(folder: Path, kind: str, **choices) -> VisionTower:
@@ -29,9 +34,19 @@ def tower(folder: Path, kind: str, **choices) -> VisionTower:
 
 @pytest.mark.parametrize(
     ("kind", "tokens"),
-    [("clip", 16), ("siglip", 16), ("dinov2", 16), ("vit", 16), ("swin", 16), ("convnext", 4), ("efficientnet", 4)],
+    [
+        ("clip", 16),
+        ("siglip", 16),
+        ("dinov2", 16),
+        ("vit", 16),
+        ("swin", 16),
+        ("convnext", 4),
+        ("efficientnet", 4),
+    ],
 )
-def test_the_count_from_the_config_is_the_count_of_the_features(models_folder: Path, kind: str, tokens: int) -> None:
+def test_the_count_from_the_config_is_the_count_of_the_features(
+    models_folder: Path, kind: str, tokens: int
+) -> None:
     vision = tower(models_folder, kind, select_layer=-1)
     features = vision(torch.zeros(2, 3, PIXELS[kind], PIXELS[kind], dtype=torch.uint8))
     assert features.shape == (2, vision.num_tokens, vision.width)
@@ -50,7 +65,9 @@ def test_patch_drops_the_cls_token_and_cls_patch_keeps_it(models_folder: Path) -
 def test_siglip_has_no_cls_token_to_drop_and_none_to_keep(models_folder: Path) -> None:
     pixels = torch.rand(1, 3, 32, 32)
     vision = tower(models_folder, "siglip", select_layer=-1)
-    torch.testing.assert_close(vision(pixels), vision.model(pixels, output_hidden_states=True).hidden_states[-1])
+    torch.testing.assert_close(
+        vision(pixels), vision.model(pixels, output_hidden_states=True).hidden_states[-1]
+    )
     with pytest.raises(ValueError, match="no CLS token"):
         tower(models_folder, "siglip", select_feature="cls_patch")
 
@@ -91,7 +108,9 @@ def test_token_pool_averages_neighbouring_patches(models_folder: Path) -> None:
 
 
 def test_a_layer_out_of_range_is_named(models_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"mm_vision_select_layer \(-9,\) is out of range: the tower has 4"):
+    with pytest.raises(
+        ValueError, match=r"mm_vision_select_layer \(-9,\) is out of range: the tower has 4"
+    ):
         tower(models_folder, "clip", select_layer=-9)
 
 
@@ -129,13 +148,21 @@ def test_uint8_pixels_are_normalised_as_the_processor_does(models_folder: Path) 
 
 @pytest.mark.parametrize("layer", [-1, -2])
 @pytest.mark.parametrize("kind", PIXELS)
-def test_what_the_features_depend_on_is_what_gets_a_gradient(models_folder: Path, kind: str, layer: int) -> None:
+def test_what_the_features_depend_on_is_what_gets_a_gradient(
+    models_folder: Path, kind: str, layer: int
+) -> None:
     """The layers above the selected one have no part in the features: trained, they would never move."""
     vision = tower(models_folder, kind, select_layer=layer)
     vision(torch.rand(2, 3, PIXELS[kind], PIXELS[kind])).sum().backward()
-    moved = {name for name, parameter in vision.model.named_parameters() if parameter.grad is not None}
+    moved = {
+        name for name, parameter in vision.model.named_parameters() if parameter.grad is not None
+    }
     assert vision.used_parameters == moved and moved
-    assert kind != "clip" or layer != -2 or not any("layers.2." in name for name in vision.used_parameters)
+    assert (
+        kind != "clip"
+        or layer != -2
+        or not any("layers.2." in name for name in vision.used_parameters)
+    )
 
 
 def test_a_tower_in_training_keeps_the_statistics_of_its_batch_norms(models_folder: Path) -> None:

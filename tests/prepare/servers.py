@@ -20,7 +20,12 @@ class Server:
     """Its port, what was asked of it, and the redirects and robots.txt that a test sets up."""
 
     def __init__(self, port: int, handler: type) -> None:
-        self.port, self.served, self.targets, self.requests = (port, handler.served, handler.targets, handler.requests)
+        self.port, self.served, self.targets, self.requests = (
+            port,
+            handler.served,
+            handler.targets,
+            handler.requests,
+        )
 
     def url(self, path: str, host: str = "127.0.0.1", scheme: str = "http") -> str:
         return f"{scheme}://{host}:{self.port}/{path}"

@@ -15,7 +15,7 @@ from llava_simplified.data.images import ImageError, decode_image, read_image_by
 from llava_simplified.data.records import open_records
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prepare import clean as module
-from llava_simplified.prepare.clean import Rules, perceptual_hash, clean, find_duplicates, main
+from llava_simplified.prepare.clean import Rules, clean, find_duplicates, main, perceptual_hash
 
 
 def photo(seed: int, width: int = 120, height: int = 90) -> Image.Image:
@@ -34,7 +34,9 @@ def bad_pictures(folder: Path) -> dict[str, str]:
     data = jpeg(photo(1, 400, 300), quality=90)
     middle = len(data) // 2
     (folder / "cut.jpg").write_bytes(data[:middle])
-    (folder / "mid.jpg").write_bytes(data[:middle] + b"\xff\xd9\x00\xff\xc4" * 3 + data[middle + 15 :])
+    (folder / "mid.jpg").write_bytes(
+        data[:middle] + b"\xff\xd9\x00\xff\xc4" * 3 + data[middle + 15 :]
+    )
     (folder / "page.jpg").write_text("<html>gone</html>")
     (folder / "empty.jpg").write_bytes(b"")
     photo(2, 20, 20).save(folder / "small.png")
@@ -74,7 +76,9 @@ def quarantine(folder: Path) -> list[dict[str, Any]]:
 
 def test_each_reason_is_true_and_order_is_kept(mixed: tuple) -> None:
     folder, rows, reasons = mixed
-    counts = clean(folder / "records.json", folder / "out.json", image_folder=folder / "images", workers=2)
+    counts = clean(
+        folder / "records.json", folder / "out.json", image_folder=folder / "images", workers=2
+    )
     assert json.loads((folder / "out.json").read_text()) == rows[::2]
     aside = quarantine(folder)
     assert [entry["record"] for entry in aside] == rows[1::2]
@@ -97,14 +101,22 @@ def test_verdicts_equal_the_tutorials_plus_the_corrupt_ones_it_misses(mixed: tup
     passes = set()
     for entry in rows:
         try:
-            processor(Image.open(folder / "images" / entry["image"]).convert("RGB"), return_tensors="pt")
+            processor(
+                Image.open(folder / "images" / entry["image"]).convert("RGB"), return_tensors="pt"
+            )
             passes.add(entry["image"])
         except (OSError, SyntaxError):
             continue
     clean(folder / "records.json", folder / "out.json", image_folder=folder / "images", workers=1)
     kept = {entry["image"] for entry in json.loads((folder / "out.json").read_text())}
     assert kept < passes
-    assert {reasons[name] for name in passes - kept} == {"corrupt", "too_small", "aspect", "animated", "unsafe"}
+    assert {reasons[name] for name in passes - kept} == {
+        "corrupt",
+        "too_small",
+        "aspect",
+        "animated",
+        "unsafe",
+    }
     assert passes - kept >= {"mid.jpg"}
 
 
@@ -120,8 +132,14 @@ def test_captions_are_judged_and_good_ones_of_a_record_stay(tmp_path: Path) -> N
     rows.append({"instruction": "Say hi", "response": "hi"})
     (tmp_path / "records.json").write_text(json.dumps(rows))
     clean(tmp_path / "records.json", tmp_path / "out.json", rules=Rules(max_caption=50), workers=1)
-    assert json.loads((tmp_path / "out.json").read_text()) == [rows[0], row("1.jpg", "good", "fine"), rows[5]]
-    reasons = [(entry["reason"], entry["record"].get("responses")) for entry in quarantine(tmp_path)]
+    assert json.loads((tmp_path / "out.json").read_text()) == [
+        rows[0],
+        row("1.jpg", "good", "fine"),
+        rows[5],
+    ]
+    reasons = [
+        (entry["reason"], entry["record"].get("responses")) for entry in quarantine(tmp_path)
+    ]
     assert reasons == [("empty_caption", None), ("long_caption", None),
                        ("empty_caption, long_caption", ["", "y" * 99]), ("not_a_record", None)]  # fmt: skip
 
@@ -139,7 +157,10 @@ def test_duplicates_of_an_earlier_picture_are_set_aside(tmp_path: Path, dedupe: 
         (tmp_path / name).write_bytes(data)
     (tmp_path / "records.jsonl").write_text("\n".join(json.dumps(row(name, "x")) for name in files))
     clean(
-        tmp_path / "records.jsonl", tmp_path / "out.json", dedupe=dedupe, rules=Rules(perceptual=dedupe == "perceptual")
+        tmp_path / "records.jsonl",
+        tmp_path / "out.json",
+        dedupe=dedupe,
+        rules=Rules(perceptual=dedupe == "perceptual"),
     )
     aside = {entry["record"]["image"]: entry["detail"] for entry in quarantine(tmp_path)}
     expected = {"same.jpg": "of records.jsonl row 3"}
@@ -149,7 +170,9 @@ def test_duplicates_of_an_earlier_picture_are_set_aside(tmp_path: Path, dedupe: 
 
 
 def test_a_folder_that_is_not_there_is_no_reason_to_set_everything_aside(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('[{"image": "1.jpg", "instruction": "What?", "response": "a cat"}]')
+    (tmp_path / "x.json").write_text(
+        '[{"image": "1.jpg", "instruction": "What?", "response": "a cat"}]'
+    )
     with pytest.raises(ValueError, match="--image-folder .*nowhere: no such folder"):
         clean(tmp_path / "x.json", tmp_path / "good.json", image_folder=tmp_path / "nowhere")
     assert not (tmp_path / "good.json").exists()
@@ -174,9 +197,13 @@ def test_looks_are_compared_as_brute_force_does() -> None:
 
 def test_the_look_survives_size_and_compression() -> None:
     image = photo(1, 640, 480)
-    one, other = (perceptual_hash(np.asarray(image)), perceptual_hash(decode_image(jpeg(image.resize((200, 150)), quality=60))))
+    one, other = (
+        perceptual_hash(np.asarray(image)),
+        perceptual_hash(decode_image(jpeg(image.resize((200, 150)), quality=60))),
+    )
     assert (
-        np.unpackbits(np.frombuffer(one[:16], np.uint8)) != np.unpackbits(np.frombuffer(other[:16], np.uint8))
+        np.unpackbits(np.frombuffer(one[:16], np.uint8))
+        != np.unpackbits(np.frombuffer(other[:16], np.uint8))
     ).sum() <= 5
 
 
@@ -219,7 +246,9 @@ def test_a_killed_run_goes_on_where_it_was(mixed: tuple, monkeypatch: pytest.Mon
     assert not (folder / "out.json").exists()
     (folder / "images" / "0.jpg").unlink()  # judged already: its verdict is not asked for again
     monkeypatch.setattr(module, "_run", everything)
-    counts = clean(folder / "records.json", folder / "out.json", image_folder=folder / "images", workers=2)
+    counts = clean(
+        folder / "records.json", folder / "out.json", image_folder=folder / "images", workers=2
+    )
     assert counts["ok"] == 11
     assert len(chunks) == 6
 
@@ -227,13 +256,19 @@ def test_a_killed_run_goes_on_where_it_was(mixed: tuple, monkeypatch: pytest.Mon
 def test_other_rules_do_not_meet_the_verdicts_of_these(mixed: tuple) -> None:
     folder, _, _ = mixed
     options: dict[str, Any] = {"image_folder": folder / "images", "workers": 1}
-    first = clean(folder / "records.json", folder / "out.json", shards="0/1", **options)  # verdicts stay
+    first = clean(
+        folder / "records.json", folder / "out.json", shards="0/1", **options
+    )  # verdicts stay
     assert first["too_small"] == 1
-    counts = clean(folder / "records.json", folder / "out.json", rules=Rules(min_side=10), **options)
+    counts = clean(
+        folder / "records.json", folder / "out.json", rules=Rules(min_side=10), **options
+    )
     assert "too_small" not in counts
 
 
-def test_slices_are_put_together_by_a_last_call(mixed: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_are_put_together_by_a_last_call(
+    mixed: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, rows, _ = mixed
     monkeypatch.setattr(module, "CHUNK", 4)
     options: dict[str, Any] = {"image_folder": folder / "images", "workers": 1}
@@ -245,18 +280,24 @@ def test_slices_are_put_together_by_a_last_call(mixed: tuple, monkeypatch: pytes
     assert clean(folder / "records.json", folder / "out.json", **options)["ok"] == 11
 
 
-def test_what_the_towers_transform_cannot_take_is_set_aside(tmp_path: Path, models_folder: Path) -> None:
+def test_what_the_towers_transform_cannot_take_is_set_aside(
+    tmp_path: Path, models_folder: Path
+) -> None:
     """A strip of a few kB, whose shorter side of a pixel would be blown up: the trainer says the same of it."""
     strip = np.zeros((1, 60_000, 3), np.uint8)
     Image.fromarray(strip).save(tmp_path / "strip.png")
     (tmp_path / "1.jpg").write_bytes(jpeg(photo(1)))
     (tmp_path / "records.json").write_text(json.dumps([row("strip.png", "x"), row("1.jpg", "y")]))
     rules, tower = Rules(min_side=1, max_aspect=1e6), str(models_folder / "clip")
-    counts = clean(tmp_path / "records.json", tmp_path / "out.json", rules=rules, vision_tower=tower, workers=1)
+    counts = clean(
+        tmp_path / "records.json", tmp_path / "out.json", rules=rules, vision_tower=tower, workers=1
+    )
     assert counts == {"too_large": 1, "ok": 1}
     with pytest.raises(ImageError, match="60000x1 pixels become"):
         ImageTransform.from_pretrained(tower)(strip)
-    assert clean(tmp_path / "records.json", tmp_path / "out.json", rules=rules, workers=1) == {"ok": 2}
+    assert clean(tmp_path / "records.json", tmp_path / "out.json", rules=rules, workers=1) == {
+        "ok": 2
+    }
 
 
 def test_compacted_shards_of_other_records_are_never_taken_for_these(tmp_path: Path) -> None:

@@ -15,14 +15,18 @@ from llava_simplified.prepare.convert import convert, file_name, fraction, main,
 
 def source(folder: Path, count: int = 400, each: int = 1) -> Path:
     """CC3M's form: `each` captions of every image, apart from one another."""
-    lines = [f"caption {n} of {i}\thttp://a.example/{i}.jpg" for n in range(each) for i in range(count)]
+    lines = [
+        f"caption {n} of {i}\thttp://a.example/{i}.jpg" for n in range(each) for i in range(count)
+    ]
     path = folder / "train.tsv"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
-def test_records_come_back_from_every_format(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_come_back_from_every_format(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     output = tmp_path / f"records.{suffix}"
     counts, _ = convert(str(source(tmp_path)), output)
@@ -77,7 +81,11 @@ def test_a_share_that_gets_nothing_is_an_empty_file(tmp_path: Path, suffix: str)
     (tmp_path / "x.tsv").write_text("\thttp://a/1.jpg\n")
     with pytest.raises(ValueError, match="no record came of it"):
         convert(str(tmp_path / "x.tsv"), tmp_path / f"o.{suffix}", split="val=0.5")
-    assert {path.name for path in tmp_path.iterdir()} == {"x.tsv", f"o_train.{suffix}", f"o_val.{suffix}"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "x.tsv",
+        f"o_train.{suffix}",
+        f"o_val.{suffix}",
+    }
 
 
 @pytest.mark.parametrize("split", ["val", "val=2", "val=0.6,test=0.5", "val=x"])
@@ -93,7 +101,11 @@ def test_karpathys_own_split(tmp_path: Path) -> None:
     ]
     (tmp_path / "k.json").write_text(json.dumps({"images": images}))
     counts, _ = convert(str(tmp_path / "k.json"), tmp_path / "o.json", split="source")
-    assert {Path(path).name: n for path, n in counts.items()} == {"o_train.json": 2, "o_val.json": 1, "o_test.json": 1}
+    assert {Path(path).name: n for path, n in counts.items()} == {
+        "o_train.json": 2,
+        "o_val.json": 1,
+        "o_test.json": 1,
+    }
 
 
 def test_a_source_without_a_split_of_its_own_says_so(tmp_path: Path) -> None:
@@ -109,8 +121,12 @@ def test_instructions_are_drawn_from_a_file_and_stay(tmp_path: Path) -> None:
     )
     results = []
     for _ in range(2):
-        convert(str(source(tmp_path)), tmp_path / "o.json", instruction=str(tmp_path / "templates.txt"))
-        results.append([row["instruction"] for row in json.loads((tmp_path / "o.json").read_text())])
+        convert(
+            str(source(tmp_path)), tmp_path / "o.json", instruction=str(tmp_path / "templates.txt")
+        )
+        results.append(
+            [row["instruction"] for row in json.loads((tmp_path / "o.json").read_text())]
+        )
     assert results[0] == results[1]
     assert {text: results[0].count(text) > 90 for text in set(results[0])} == {
         "Say what you see:": True, "Describe it.": True, "What?": True}  # fmt: skip
@@ -140,7 +156,9 @@ def test_conversations_pass_unchanged_but_for_absolute_paths(tmp_path: Path) -> 
 
 
 def test_conversations_to_parquet_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('[{"image": "1.jpg", "conversations": [{"from": "human", "value": "Hi"}]}]')
+    (tmp_path / "x.json").write_text(
+        '[{"image": "1.jpg", "conversations": [{"from": "human", "value": "Hi"}]}]'
+    )
     with pytest.raises(ValueError, match="conversations to .json or .jsonl"):
         convert(str(tmp_path / "x.json"), tmp_path / "o.parquet")
 
@@ -152,7 +170,9 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_reduce_is_a_random_sample_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reduce_is_a_random_sample_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"image": f"{i}.jpg", "instruction": "x", "response": f"é {i}"} for i in range(1000)]
     path = tmp_path / "all.json"
     path.write_text(json.dumps(rows, indent=1))
@@ -163,7 +183,9 @@ def test_reduce_is_a_random_sample_in_order(tmp_path: Path, capsys: pytest.Captu
     assert [json.loads(line) for line in (tmp_path / "more.jsonl").read_text().splitlines()] == rows
 
 
-def test_the_command_tells_counts_and_oddities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_tells_counts_and_oddities(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "x.tsv"
     path.write_bytes(b"a\thttp://a/1.jpg\r\nlost\r\nb\tc\thttp://a/2.jpg\r\n")
     assert main([str(path), "--output", str(tmp_path / "o.json")]) == 0
@@ -173,7 +195,9 @@ def test_the_command_tells_counts_and_oddities(tmp_path: Path, capsys: pytest.Ca
     assert "3 CRLF line end" in told
 
 
-def test_a_path_below_the_image_folder_stays_whole_and_another_machines_keeps_its_base_name(tmp_path: Path) -> None:
+def test_a_path_below_the_image_folder_stays_whole_and_another_machines_keeps_its_base_name(
+    tmp_path: Path,
+) -> None:
     """Pictures of two folders may have one base name: their captions are not joined."""
     for name in ("train/1.jpg", "val/1.jpg"):
         (tmp_path / "images" / name).parent.mkdir(parents=True)
@@ -187,9 +211,17 @@ def test_a_path_below_the_image_folder_stays_whole_and_another_machines_keeps_it
     (tmp_path / "x.csv").write_text("image,caption\n" + "\n".join(rows))
     convert(str(tmp_path / "x.csv"), tmp_path / "o.json", image_folder=tmp_path / "images")
     records = open_records(tmp_path / "o.json")
-    assert [(*r.images, *r.responses) for r in records] == [("train/1.jpg", "a cat"), ("val/1.jpg", "a dog")]
+    assert [(*r.images, *r.responses) for r in records] == [
+        ("train/1.jpg", "a cat"),
+        ("val/1.jpg", "a dog"),
+    ]
     _, odd = convert(str(tmp_path / "x.csv"), tmp_path / "o.json")
-    assert [r.images for r in open_records(tmp_path / "o.json")] == [("1.jpg",), ("1.jpg",), ("3.jpg",), ("4.jpg",)]
+    assert [r.images for r in open_records(tmp_path / "o.json")] == [
+        ("1.jpg",),
+        ("1.jpg",),
+        ("3.jpg",),
+        ("4.jpg",),
+    ]
     assert odd.counts == {"absolute path, not in --image-folder (base name kept)": 4}
 
 

@@ -37,11 +37,15 @@ from llava_simplified.prepare.download import (
 from llava_simplified.prepare.fetch import KINDS, FetchOptions
 from llava_simplified.prepare.sources import Columns
 
-OPEN = FetchOptions(allow_private=True, timeout=20, retries=0)  # nothing hangs here: a busy machine is no fault
+OPEN = FetchOptions(
+    allow_private=True, timeout=20, retries=0
+)  # nothing hangs here: a busy machine is no fault
 FAST = {kind: share for kind, share in loopback.MIX.items() if kind not in ("hang", "drip")}
 
 
-def source(folder: Path, port: int, count: int = 120, mix: dict[str, int] = FAST) -> tuple[Path, list]:
+def source(
+    folder: Path, port: int, count: int = 120, mix: dict[str, int] = FAST
+) -> tuple[Path, list]:
     jobs = [(url, kind, n) for url, kind, n in loopback.urls(count, port, mix=mix)]
     path = folder / "train.tsv"
     path.write_text("".join(f"caption {number}\t{url}\n" for url, _, number in jobs))
@@ -61,7 +65,10 @@ def check(output: Path, jobs: list) -> None:
         assert ((row["error"] or "ok"), row["sha256"] or "") == (outcome, digest), (url, row)
         if digest:
             image = f"{row['index'] // 50:05d}.tar#{row['key']}"
-            assert decode_image(read_image_bytes(image, output)).shape[:2] == (row["height"], row["width"])
+            assert decode_image(read_image_bytes(image, output)).shape[:2] == (
+                row["height"],
+                row["width"],
+            )
     for path in output.glob("*.tar"):
         with tarfile.open(path) as archive:
             names = archive.getnames()
@@ -73,7 +80,9 @@ def run(tsv: Path, output: Path, options: FetchOptions = OPEN, **more: Any) -> d
     return download(str(tsv), str(output), options, **{"shard_size": 50, "workers": 2, **more})
 
 
-def test_every_row_has_its_true_outcome_and_every_picture_its_place(server: Server, tmp_path: Path) -> None:
+def test_every_row_has_its_true_outcome_and_every_picture_its_place(
+    server: Server, tmp_path: Path
+) -> None:
     tsv, jobs = source(tmp_path, server.port)
     report = run(tsv, tmp_path / "out")
     check(tmp_path / "out", jobs)
@@ -86,10 +95,14 @@ def test_every_row_has_its_true_outcome_and_every_picture_its_place(server: Serv
     page = (tmp_path / "out" / "report.html").read_text()
     assert "http_404" in page
     assert page.count("</h2><svg") == 3, "rate, sides and sizes are drawn"
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"] == report["outcomes"]
+    assert (
+        json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"] == report["outcomes"]
+    )
 
 
-def test_a_second_run_asks_for_nothing_and_retry_for_what_it_names(server: Server, tmp_path: Path) -> None:
+def test_a_second_run_asks_for_nothing_and_retry_for_what_it_names(
+    server: Server, tmp_path: Path
+) -> None:
     tsv, jobs = source(tmp_path, server.port)
     run(tsv, tmp_path / "out")
     first = dict(server.served)
@@ -101,10 +114,14 @@ def test_a_second_run_asks_for_nothing_and_retry_for_what_it_names(server: Serve
     assert again == {f"/missing/{n}.jpg" for _, kind, n in jobs if kind == "missing"}
     check(tmp_path / "out", jobs)
     kept = [row for row in manifest(tmp_path / "out") if row["status"] == "ok"]
-    assert all(row["offset"] == before[row["key"]]["offset"] for row in kept), "places stay true while retrying"
+    assert all(row["offset"] == before[row["key"]]["offset"] for row in kept), (
+        "places stay true while retrying"
+    )
 
 
-def test_retry_asks_for_the_failures_of_an_unfinished_shard_too(server: Server, tmp_path: Path) -> None:
+def test_retry_asks_for_the_failures_of_an_unfinished_shard_too(
+    server: Server, tmp_path: Path
+) -> None:
     tsv, jobs = source(tmp_path, server.port, 4, {"ok": 1})
     settings = {
         "source": str(tsv),
@@ -116,8 +133,17 @@ def test_retry_asks_for_the_failures_of_an_unfinished_shard_too(server: Server, 
     }
     store = Store(str(tmp_path / "out"))
     plan_shards(str(tsv), Columns(), store, settings, "")
-    failed = {"index": 2, "key": "000000002", "error": "timeout", "status": "failed", "file": None, "offset": None}
-    (store.work / "00000.journal").write_text(json.dumps({**failed, "length": None}) + "\n")  # a run was killed here
+    failed = {
+        "index": 2,
+        "key": "000000002",
+        "error": "timeout",
+        "status": "failed",
+        "file": None,
+        "offset": None,
+    }
+    (store.work / "00000.journal").write_text(
+        json.dumps({**failed, "length": None}) + "\n"
+    )  # a run was killed here
     assert run(tsv, tmp_path / "out", retry=("timeout",))["outcomes"] == {"ok": 4}
     check(tmp_path / "out", jobs)
 
@@ -126,7 +152,9 @@ def test_what_was_missing_can_come_later(server: Server, tmp_path: Path) -> None
     path = tmp_path / "x.tsv"
     urls = [server.url(f"redirect/{i}", "127.0.0.2") for i in range(6)]
     path.write_text("".join(f"caption\t{url}\n" for url in urls))
-    server.targets.update({str(i): server.url("broken/1.jpg" if i % 2 else "ok/1.jpg") for i in range(6)})
+    server.targets.update(
+        {str(i): server.url("broken/1.jpg" if i % 2 else "ok/1.jpg") for i in range(6)}
+    )
     assert run(path, tmp_path / "out")["outcomes"] == {"ok": 3, "http_500": 3}
     server.targets.update({str(i): server.url(f"ok/{i}.jpg") for i in range(6)})
     assert run(path, tmp_path / "out", retry=("5xx",))["outcomes"] == {"ok": 6}
@@ -157,13 +185,19 @@ def test_plain_files_and_the_tutorials_json(server: Server, tmp_path: Path, sche
     assert not suffixes - {".jpg", ".png", ".webp"}
 
 
-def test_shrinking_makes_the_shorter_side_256_and_never_grows(server: Server, tmp_path: Path) -> None:
+def test_shrinking_makes_the_shorter_side_256_and_never_grows(
+    server: Server, tmp_path: Path
+) -> None:
     tsv, _ = source(tmp_path, server.port, 40, {"ok": 3, "png": 1})
     run(tsv, tmp_path / "out", FetchOptions(allow_private=True, resize=256))
     for row in manifest(tmp_path / "out"):
-        original = decode_image(loopback.body_of("ok" if "/ok/" in row["url"] else "png", row["index"]))
+        original = decode_image(
+            loopback.body_of("ok" if "/ok/" in row["url"] else "png", row["index"])
+        )
         assert min(row["width"], row["height"]) == min(256, *original.shape[:2])
-        assert row["width"] / row["height"] == pytest.approx(original.shape[1] / original.shape[0], rel=0.01)
+        assert row["width"] / row["height"] == pytest.approx(
+            original.shape[1] / original.shape[0], rel=0.01
+        )
 
 
 def test_several_captions_of_one_url_are_one_request(server: Server, tmp_path: Path) -> None:
@@ -174,13 +208,20 @@ def test_several_captions_of_one_url_are_one_request(server: Server, tmp_path: P
     assert open_records(tmp_path / "out")[1].responses == ("caption 1", "caption 4", "caption 7")
 
 
-def test_slices_and_their_merging(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slices_and_their_merging(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tsv, jobs = source(tmp_path, server.port, 160)
     (tmp_path / "out" / "_work").mkdir(parents=True)
-    (tmp_path / "out" / "_work" / "00002.journal").write_text('{"index": 100, "error": "dns"}\n')  # another job's
+    (tmp_path / "out" / "_work" / "00002.journal").write_text(
+        '{"index": 100, "error": "dns"}\n'
+    )  # another job's
     assert sum(run(tsv, tmp_path / "out", shards="1/2")["outcomes"].values()) == 60
     (tmp_path / "out" / "_work" / "00002.journal").unlink()
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00001.tar", "00003.tar"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
+        "00001.tar",
+        "00003.tar",
+    ]
     assert merge_main([str(tmp_path / "out")]) == 1, "unfinished"
     assert "2 shards are not finished yet" in capsys.readouterr().out
     run(tsv, tmp_path / "out", shards="0/2")
@@ -188,10 +229,19 @@ def test_slices_and_their_merging(server: Server, tmp_path: Path, capsys: pytest
     check(tmp_path / "out", jobs)
 
 
-def test_the_jobs_of_an_array_plan_at_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_jobs_of_an_array_plan_at_one_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another one publishes its plan between this one's writing and publishing."""
     (tmp_path / "x.tsv").write_text("a cat\thttp://127.0.0.1/1.jpg\n")
-    settings = {"source": "x.tsv", "files": False, "shard_size": 50, "limit": 0, "resize": 0, "bytes": 0}
+    settings = {
+        "source": "x.tsv",
+        "files": False,
+        "shard_size": 50,
+        "limit": 0,
+        "resize": 0,
+        "bytes": 0,
+    }
     store, publish = Store(str(tmp_path / "out")), Store.publish
 
     def meanwhile(self: Store, local: Path) -> None:
@@ -204,27 +254,41 @@ def test_the_jobs_of_an_array_plan_at_one_moment(tmp_path: Path, monkeypatch: py
     assert store.settings()["rows"] == 1
 
 
-def test_another_source_or_size_for_the_same_output_is_refused(server: Server, tmp_path: Path) -> None:
+def test_another_source_or_size_for_the_same_output_is_refused(
+    server: Server, tmp_path: Path
+) -> None:
     tsv, _ = source(tmp_path, server.port, 20)
     run(tsv, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"was begun with {'shard_size': 50}, not {'shard_size': 60}"):
+    with pytest.raises(
+        ValueError, match=r"was begun with {'shard_size': 50}, not {'shard_size': 60}"
+    ):
         run(tsv, tmp_path / "out", shard_size=60)
     size = tsv.stat().st_size
-    tsv.write_text(tsv.read_text() + "one more\thttp://127.0.0.1/1.jpg\n")  # it would never be fetched
+    tsv.write_text(
+        tsv.read_text() + "one more\thttp://127.0.0.1/1.jpg\n"
+    )  # it would never be fetched
     with pytest.raises(ValueError, match=f"was begun with {{'bytes': {size}}}"):
         run(tsv, tmp_path / "out")
 
 
 def test_what_would_fetch_nothing_is_refused(tmp_path: Path) -> None:
-    for more in ({"options": replace(OPEN, per_host=0)}, {"options": replace(OPEN, concurrency=0)}, {"limit": -1}):
+    for more in (
+        {"options": replace(OPEN, per_host=0)},
+        {"options": replace(OPEN, concurrency=0)},
+        {"limit": -1},
+    ):
         with pytest.raises(ValueError, match="at least 1"):
             run(tmp_path / "x.tsv", tmp_path / "out", **more)
 
 
-def test_if_the_first_500_fail_the_same_way_the_run_stops_and_says_why(tmp_path: Path, server: Server) -> None:
+def test_if_the_first_500_fail_the_same_way_the_run_stops_and_says_why(
+    tmp_path: Path, server: Server
+) -> None:
     path = tmp_path / "x.tsv"
     path.write_text("".join(f"caption\t{server.url(f'ok/{i}.jpg')}\n" for i in range(40_000)))
-    with pytest.raises(ValueError, match=r"first \d+ rows all failed with 'blocked_address'.*--allow-private"):
+    with pytest.raises(
+        ValueError, match=r"first \d+ rows all failed with 'blocked_address'.*--allow-private"
+    ):
         run(path, tmp_path / "out", FetchOptions(), shard_size=20_000)
     assert not server.served
 
@@ -242,11 +306,15 @@ def test_where_nothing_came_it_says_why_and_how_to_ask_again(
 @pytest.mark.parametrize("kind", ["404,tiemout", "http_5xx", "4"])
 def test_a_failure_that_nobody_knows_is_not_asked_for_again(tmp_path: Path, kind: str) -> None:
     with pytest.raises(
-        ValueError, match=f"--retry {kind.split(',')[-1]}: failures are called 404, 5xx, bad_url, .*timeout"
+        ValueError,
+        match=f"--retry {kind.split(',')[-1]}: failures are called 404, 5xx, bad_url, .*timeout",
     ):
         run(tmp_path / "x.tsv", tmp_path / "out", retry=tuple(kind.split(",")))
     assert not (tmp_path / "out").exists()
-    assert {kind for kind in loopback.EXPECTED.values() if not kind.startswith("http_")} <= {"ok", *KINDS}
+    assert {kind for kind in loopback.EXPECTED.values() if not kind.startswith("http_")} <= {
+        "ok",
+        *KINDS,
+    }
 
 
 def test_nothing_to_merge_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -287,7 +355,9 @@ def test_the_live_line_counts_what_this_run_did(
     (tmp_path / "00001.journal").unlink()
     progress.finished(1, {"ok": 96, "timeout": 1})
     assert line() == "1,100 of 100,000 rows, 10/s, 1,098 good, 2 bad, 2:44:50 left"
-    progress.finished(3, {"ok": 2000})  # it was there before: what a second of this run does is still the same
+    progress.finished(
+        3, {"ok": 2000}
+    )  # it was there before: what a second of this run does is still the same
     assert line() == "3,100 of 100,000 rows, 10/s, 3,098 good, 2 bad, 2:41:30 left"
     Progress(tmp_path, range(5), set(), 100_000, False).tick()
     assert not capsys.readouterr().err, "a pipe gets no line"
@@ -303,10 +373,17 @@ def test_as_many_connections_as_asked_for_can_be_opened(server: Server, tmp_path
         assert said in done.stdout + done.stderr
 
 
-def test_a_row_without_a_url_is_an_outcome_wherever_it_stands(server: Server, tmp_path: Path) -> None:
+def test_a_row_without_a_url_is_an_outcome_wherever_it_stands(
+    server: Server, tmp_path: Path
+) -> None:
     """Also where it is all of a shard."""
-    (tmp_path / "x.tsv").write_text("".join(f"a\t{url}\n" for url in (*map(server.url, ("ok/1.jpg", "ok/2.jpg")), "")))
-    assert run(tmp_path / "x.tsv", tmp_path / "out", shard_size=1)["outcomes"] == {"ok": 2, "bad_url": 1}
+    (tmp_path / "x.tsv").write_text(
+        "".join(f"a\t{url}\n" for url in (*map(server.url, ("ok/1.jpg", "ok/2.jpg")), ""))
+    )
+    assert run(tmp_path / "x.tsv", tmp_path / "out", shard_size=1)["outcomes"] == {
+        "ok": 2,
+        "bad_url": 1,
+    }
 
 
 def test_a_source_without_urls_is_refused(tmp_path: Path) -> None:
@@ -315,11 +392,20 @@ def test_a_source_without_urls_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "x.json", tmp_path / "out")
 
 
-def test_any_place_that_fsspec_can_write(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_place_that_fsspec_can_write(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tsv, jobs = source(tmp_path, server.port, 40)
     store = Store("memory://bucket/cc3m")
-    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0, "bytes": 0}
+    settings = {
+        "source": str(tsv),
+        "files": False,
+        "shard_size": 50,
+        "limit": 0,
+        "resize": 0,
+        "bytes": 0,
+    }
     plan_shards(str(tsv), Columns(), store, settings, "")
     fetch_shard(ShardSpec(0, "memory://bucket/cc3m", False, (), OPEN))
     report = merge_manifests("memory://bucket/cc3m")
@@ -331,7 +417,9 @@ def test_any_place_that_fsspec_can_write(server: Server, tmp_path: Path, monkeyp
     check(tmp_path / "copy", jobs)
 
 
-def test_what_other_processes_have_written_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_other_processes_have_written_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """File systems of buckets remember what a folder held when it was last listed."""
     from fsspec.implementations.memory import MemoryFileSystem
 
@@ -339,7 +427,9 @@ def test_what_other_processes_have_written_is_seen(tmp_path: Path, monkeypatch: 
     remembered: dict[str, list] = {}
     ls = MemoryFileSystem.ls
     monkeypatch.setattr(
-        MemoryFileSystem, "ls", lambda fs, path, **more: remembered.setdefault(path, ls(fs, path, **more))
+        MemoryFileSystem,
+        "ls",
+        lambda fs, path, **more: remembered.setdefault(path, ls(fs, path, **more)),
     )
     monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda *_: remembered.clear())
     assert Store("memory://other").manifests() == []
@@ -347,7 +437,9 @@ def test_what_other_processes_have_written_is_seen(tmp_path: Path, monkeypatch: 
     assert Store("memory://other").manifests() == ["00000.parquet"]
 
 
-def test_two_buckets_of_one_path_have_two_work_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_buckets_of_one_path_have_two_work_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     from fsspec.implementations.memory import MemoryFileSystem
 
@@ -365,9 +457,33 @@ def test_two_buckets_of_one_path_have_two_work_folders(tmp_path: Path, monkeypat
 def test_a_torn_journal_line_is_cut_and_a_lost_picture_fetched_again(tmp_path: Path) -> None:
     journal = tmp_path / "00000.journal"
     rows = [
-        {"index": 0, "status": "ok", "file": "0.jpg", "offset": 512, "length": 100, "end": 2048, "error": None},
-        {"index": 1, "status": "failed", "file": None, "offset": None, "length": None, "end": 0, "error": "dns"},
-        {"index": 2, "status": "ok", "file": "2.jpg", "offset": 2560, "length": 100, "end": 4096, "error": None},
+        {
+            "index": 0,
+            "status": "ok",
+            "file": "0.jpg",
+            "offset": 512,
+            "length": 100,
+            "end": 2048,
+            "error": None,
+        },
+        {
+            "index": 1,
+            "status": "failed",
+            "file": None,
+            "offset": None,
+            "length": None,
+            "end": 0,
+            "error": "dns",
+        },
+        {
+            "index": 2,
+            "status": "ok",
+            "file": "2.jpg",
+            "offset": 2560,
+            "length": 100,
+            "end": 4096,
+            "error": None,
+        },
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     journal.write_text(text + '{"index": 3, "sta')
@@ -385,7 +501,14 @@ def test_a_shard_killed_while_it_is_finished(
     """Between the last row and the end there are three moments; after each, everything is there and nothing twice."""
     tsv, jobs = source(tmp_path, server.port, 40)
     store = Store(str(tmp_path / "out"))
-    settings = {"source": str(tsv), "files": False, "shard_size": 50, "limit": 0, "resize": 0, "bytes": 0}
+    settings = {
+        "source": str(tsv),
+        "files": False,
+        "shard_size": 50,
+        "limit": 0,
+        "resize": 0,
+        "bytes": 0,
+    }
     plan_shards(str(tsv), Columns(), store, settings, "")
     spec = ShardSpec(0, str(tmp_path / "out"), False, (), OPEN)
     publish = Store.publish
@@ -433,7 +556,9 @@ def test_killed_five_times_at_random_no_row_is_lost_or_fetched_twice(tmp_path: P
             time.sleep(1.5)  # its workers see that it is gone
             kills += 1
             seen = _recorded(output)
-            assert all(seen.get(index) == at for index, at in recorded.items()), "a recorded row was fetched again"
+            assert all(seen.get(index) == at for index, at in recorded.items()), (
+                "a recorded row was fetched again"
+            )
             recorded = seen
         assert kills == 5, "the run was over too soon for this test to mean anything"
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

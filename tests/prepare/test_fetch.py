@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
 
 from llava_simplified.prepare import fetch
-from llava_simplified.prepare.fetch import FetchResult, FetchOptions, fetch_all, opted_out
+from llava_simplified.prepare.fetch import FetchOptions, FetchResult, fetch_all, opted_out
 
 OPEN = FetchOptions(allow_private=True, timeout=3, retries=0)
 
@@ -32,7 +32,9 @@ def get(urls: str | list[str], options: FetchOptions = OPEN) -> list[FetchResult
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in loopback.EXPECTED if kind not in ("drip", "busy")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in loopback.EXPECTED if kind not in ("drip", "busy")]
+)
 def test_every_outcome_is_reported_by_its_true_cause(server: Server, kind: str) -> None:
     options = FetchOptions(allow_private=True, timeout=1 if kind == "hang" else 20, retries=0)
     (fetched,) = get(server.url(f"{kind}/3.jpg"), options)
@@ -53,20 +55,33 @@ def test_one_byte_a_second_is_given_up_early(server: Server) -> None:
 
 
 def test_an_endless_body_stops_at_the_limit(server: Server) -> None:
-    (fetched,) = get(server.url("endless/1.jpg"), FetchOptions(allow_private=True, timeout=20, max_bytes=1_000_000))
+    (fetched,) = get(
+        server.url("endless/1.jpg"),
+        FetchOptions(allow_private=True, timeout=20, max_bytes=1_000_000),
+    )
     assert fetched.kind == "too_large"
     assert "1000000" in fetched.detail
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/passwd", "ftp://example.org/1.jpg", "data:image/png;base64,AAAA", "javascript:x"]
+    "url",
+    ["file:///etc/passwd", "ftp://example.org/1.jpg", "data:image/png;base64,AAAA", "javascript:x"],
 )
 def test_other_schemes_are_refused(url: str) -> None:
     assert get(url)[0].kind == "scheme"
 
 
 @pytest.mark.parametrize(
-    "url", ["", "no url", "http://", "http:///1.jpg", "http://a b/1.jpg", "http://[::1/1.jpg", "http://x:99999/"]
+    "url",
+    [
+        "",
+        "no url",
+        "http://",
+        "http:///1.jpg",
+        "http://a b/1.jpg",
+        "http://[::1/1.jpg",
+        "http://x:99999/",
+    ],
 )
 def test_what_is_no_url_is_an_outcome_and_no_exception(url: str) -> None:
     assert get(url)[0].kind in ("bad_url", "scheme", "dns")
@@ -85,10 +100,14 @@ def test_private_addresses_are_refused_however_they_are_written(server: Server, 
 
 
 @pytest.mark.parametrize("host", PRIVATE)
-def test_a_redirect_to_a_private_address_is_refused(server: Server, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redirect_to_a_private_address_is_refused(
+    server: Server, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first hop is let through as if 127.0.0.2 were a public server, the second must not be."""
     public = fetch._is_public
-    monkeypatch.setattr(fetch, "_is_public", lambda address: address == "127.0.0.2" or public(address))
+    monkeypatch.setattr(
+        fetch, "_is_public", lambda address: address == "127.0.0.2" or public(address)
+    )
     server.targets["there"] = f"http://{host}:{server.port}/ok/secret.jpg"
     url = server.url("redirect/there", "127.0.0.2")
     (fetched,) = get(url, FetchOptions(timeout=5, retries=0))
@@ -133,20 +152,27 @@ def test_opt_outs_are_read(headers: list, forbids: bool) -> None:
 
 
 def test_the_user_agent_is_honest(server: Server) -> None:
-    get(server.url("ok/1.jpg"), FetchOptions(allow_private=True, contact="https://lab.example/crawl"))
+    get(
+        server.url("ok/1.jpg"),
+        FetchOptions(allow_private=True, contact="https://lab.example/crawl"),
+    )
     (agent,) = [line for line in server.requests[0].splitlines() if line.startswith("User-Agent: ")]
     assert agent.startswith("User-Agent: llava-simplified/")
     assert "(+https://lab.example/crawl)" in agent
 
 
-def test_at_most_four_requests_to_a_host_and_hosts_take_turns(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_four_requests_to_a_host_and_hosts_take_turns(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One host has 60 URLs that come first in the list, ten others have one each."""
     under_way: Counter[str] = Counter()
     most: Counter[str] = Counter()
     order: list[str] = []
     real = fetch.Fetcher._get
 
-    async def watched(self: fetch.Fetcher, url: str, headers: dict[str, str] | None) -> tuple[bytes, int]:
+    async def watched(
+        self: fetch.Fetcher, url: str, headers: dict[str, str] | None
+    ) -> tuple[bytes, int]:
         host = fetch.host_of(url)
         order.append(host)
         under_way[host] += 1
@@ -168,13 +194,18 @@ def test_at_most_four_requests_to_a_host_and_hosts_take_turns(server: Server, mo
 def test_who_wants_no_more_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transfers under way are cancelled, some in the moment in which they end; none may miss it."""
 
-    async def soon(self: fetch.Fetcher, url: str, headers: dict[str, str] | None) -> tuple[bytes, int]:
+    async def soon(
+        self: fetch.Fetcher, url: str, headers: dict[str, str] | None
+    ) -> tuple[bytes, int]:
         await asyncio.sleep(0)
         return b"no picture", 200
 
     async def run() -> None:
         for wanted in range(1, 21):
-            results = fetch_all(((i, f"http://{i % 64}.test/{i}") for i in range(640)), replace(OPEN, concurrency=64))
+            results = fetch_all(
+                ((i, f"http://{i % 64}.test/{i}") for i in range(640)),
+                replace(OPEN, concurrency=64),
+            )
             for _ in range(wanted):
                 assert (await anext(results))[2].kind == "not_image"
             closing = asyncio.create_task(results.aclose())  # type: ignore[attr-defined]
@@ -198,7 +229,10 @@ def test_a_host_gets_a_second_connection_only_where_slots_are_free(
 
     monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", noted)
     hosts = [f"127.0.0.{i}" for i in range(1, 11)]
-    results = get([server.url(f"ok/{i}.jpg", host) for i in range(4) for host in hosts], replace(OPEN, concurrency=5))
+    results = get(
+        [server.url(f"ok/{i}.jpg", host) for i in range(4) for host in hosts],
+        replace(OPEN, concurrency=5),
+    )
     assert {fetched.kind for fetched in results} == {"ok"}
     assert sorted(made[:10]) == sorted(hosts)
     assert len(made) < 20, "a connection is used again"
@@ -214,7 +248,9 @@ def test_the_host_with_most_rows_is_begun_first(server: Server) -> None:
     assert "Host: 127.0.0.1:" in "".join(server.requests[:4])
 
 
-def test_at_most_four_requests_to_a_host_that_many_redirect_to(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_four_requests_to_a_host_that_many_redirect_to(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Waiting for it is not the row's time: forty rows, four at a time, take far longer than one may."""
     under_way = most = 0
     real = fetch.Fetcher._ask
@@ -241,10 +277,15 @@ def test_at_most_four_requests_to_a_host_that_many_redirect_to(server: Server, m
 def test_a_host_that_is_down_is_given_up(server: Server) -> None:
     """It would cost a timeout for each of its rows; a host that answers now and then goes on."""
     down = [server.url(f"hang/{i}.jpg", "127.0.0.2") for i in range(100)]
-    mixed = [server.url(f"{'hang' if i % 3 else 'missing'}/{i}.jpg", "127.0.0.3") for i in range(30)]
+    mixed = [
+        server.url(f"{'hang' if i % 3 else 'missing'}/{i}.jpg", "127.0.0.3") for i in range(30)
+    ]
     results = get([*down, *mixed], replace(OPEN, timeout=0.2))
     assert {fetched.kind for fetched in results[:100]} == {"timeout"}
-    assert sum("/hang/" in request and "127.0.0.2" in request for request in server.requests) <= 10 + OPEN.per_host
+    assert (
+        sum("/hang/" in request and "127.0.0.2" in request for request in server.requests)
+        <= 10 + OPEN.per_host
+    )
     assert "127.0.0.2 was silent 10 times in a row" in results[99].detail
     assert sum("127.0.0.3" in request for request in server.requests) == 30
 
@@ -260,11 +301,16 @@ def test_retry_after_is_waited_for(server: Server) -> None:
 def test_a_host_that_asks_for_a_long_pause_is_left_alone(server: Server) -> None:
     urls = [server.url("busy/3600.jpg"), *(server.url(f"ok/{i}.jpg") for i in range(20))]
     options = FetchOptions(allow_private=True, per_host=1)
-    assert Counter(fetched.kind for fetched in get(urls, options)) == {"http_429": 1, "rate_limited": 20}
+    assert Counter(fetched.kind for fetched in get(urls, options)) == {
+        "http_429": 1,
+        "rate_limited": 20,
+    }
     assert sum(server.served.values()) == 1
 
 
-def test_a_host_that_asks_for_pause_after_pause_is_left_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_asks_for_pause_after_pause_is_left_alone(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each pause is short, but two requests for every one of a host's thousand rows would take a night."""
     monkeypatch.setattr(fetch, "_LONGEST_PAUSE", 1.5)
     kinds = Counter(fetched.kind for fetched in get([server.url("busy/1.jpg")] * 50))
@@ -281,7 +327,9 @@ def test_what_a_retry_after_means(value: str, seconds: float | None) -> None:
     assert fetch._retry_after(value) == seconds
 
 
-def test_connections_do_not_wait_for_their_hosts_next_turn(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_do_not_wait_for_their_hosts_next_turn(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three rows of each of eighty hosts: a process may open only so many files, and what it can't open it would
     call the server's fault."""
     count = most = 0
@@ -300,7 +348,9 @@ def test_connections_do_not_wait_for_their_hosts_next_turn(server: Server, monke
     monkeypatch.setattr(loopback._Handler, "connection_made", made)
     monkeypatch.setattr(loopback._Handler, "connection_lost", lost)
     urls = [server.url(f"ok/{i}.jpg", f"127.0.1.{i % 80 + 1}") for i in range(240)]
-    assert {fetched.kind for fetched in get(urls, replace(OPEN, concurrency=8, timeout=20))} == {"ok"}
+    assert {fetched.kind for fetched in get(urls, replace(OPEN, concurrency=8, timeout=20))} == {
+        "ok"
+    }
     assert most <= 16
 
 
@@ -318,7 +368,9 @@ def test_resets_and_server_errors_are_tried_again_timeouts_are_not(server: Serve
 
 
 def test_robots_txt_is_obeyed_when_asked(server: Server) -> None:
-    server.targets["robots"] = "User-agent: *\n" + "# does not come in one piece\n" * 10_000 + "Disallow: /png/\n"
+    server.targets["robots"] = (
+        "User-agent: *\n" + "# does not come in one piece\n" * 10_000 + "Disallow: /png/\n"
+    )
     urls = [server.url("ok/1.jpg"), server.url("png/1.jpg"), server.url("png/2.jpg")]
     kinds = [fetched.kind for fetched in get(urls, FetchOptions(allow_private=True, robots=True))]
     assert kinds == ["ok", "robots", "robots"]

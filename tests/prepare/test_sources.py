@@ -87,7 +87,9 @@ def test_each_form_is_known_without_being_told(tmp_path: Path, name: str) -> Non
     ],
 )
 def test_parquet_of_urls(tmp_path: Path, columns: tuple, row: tuple) -> None:
-    pq.write_table(pa.table({name: [value] for name, value in zip(columns, row)}), tmp_path / "part-0.parquet")
+    pq.write_table(
+        pa.table({name: [value] for name, value in zip(columns, row)}), tmp_path / "part-0.parquet"
+    )
     assert image_captions(tmp_path / "part-0.parquet") == [(U, "a cat")]
     assert image_captions(tmp_path) == [(U, "a cat")], "a folder of parts"
     assert image_captions(tmp_path / "part-*.parquet") == [(U, "a cat")], "a glob"
@@ -95,12 +97,19 @@ def test_parquet_of_urls(tmp_path: Path, columns: tuple, row: tuple) -> None:
 
 def test_parquet_with_pictures_in_it_names_the_row(tmp_path: Path) -> None:
     pictures = [{"bytes": b"x", "path": "1.jpg"}, {"bytes": b"y", "path": "2.jpg"}]
-    pq.write_table(pa.table({"image": pictures, "text": ["a cat", "a dog"]}), tmp_path / "train.parquet")
-    assert image_captions(tmp_path / "train.parquet") == [("train.parquet#0", "a cat"), ("train.parquet#1", "a dog")]
+    pq.write_table(
+        pa.table({"image": pictures, "text": ["a cat", "a dog"]}), tmp_path / "train.parquet"
+    )
+    assert image_captions(tmp_path / "train.parquet") == [
+        ("train.parquet#0", "a cat"),
+        ("train.parquet#1", "a dog"),
+    ]
 
 
 def test_other_bytes_of_a_parquet_file_are_no_pictures(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"url": [U], "text": ["a cat"], "phash": [b"123"]}), tmp_path / "laion.parquet")
+    pq.write_table(
+        pa.table({"url": [U], "text": ["a cat"], "phash": [b"123"]}), tmp_path / "laion.parquet"
+    )
     assert read(tmp_path / "laion.parquet")[0] == [SourceRow(0, "", U, ("a cat",))]
     both = {"embedding": [b"123"], "image": [{"bytes": b"x", "path": "1.jpg"}], "text": ["a cat"]}
     pq.write_table(pa.table(both), tmp_path / "train.parquet")
@@ -114,12 +123,21 @@ def test_other_bytes_of_a_parquet_file_are_no_pictures(tmp_path: Path) -> None:
 
 def test_karpathys_sentences_as_plain_texts(tmp_path: Path) -> None:
     """As his split stands on the hub, in Parquet."""
-    columns = {"filepath": ["val2014"], "filename": ["1.jpg"], "sentences": [["A cat.", "A pet."]], "url": [U]}
+    columns = {
+        "filepath": ["val2014"],
+        "filename": ["1.jpg"],
+        "sentences": [["A cat.", "A pet."]],
+        "url": [U],
+    }
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    assert read(tmp_path / "x.parquet")[0] == [SourceRow(0, "val2014/1.jpg", U, ("A cat.", "A pet."))]
+    assert read(tmp_path / "x.parquet")[0] == [
+        SourceRow(0, "val2014/1.jpg", U, ("A cat.", "A pet."))
+    ]
 
 
-def test_a_name_with_brackets_is_a_file_and_a_question_mark_of_a_url_no_glob(tmp_path: Path) -> None:
+def test_a_name_with_brackets_is_a_file_and_a_question_mark_of_a_url_no_glob(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "train[1].tsv").write_text(f"a cat\t{U}\n")
     assert image_captions(tmp_path / "train[1].tsv") == [(U, "a cat")]
     with fsspec.open("memory://train.jsonl?download=true", "w") as file:
@@ -131,8 +149,12 @@ def test_a_name_with_brackets_is_a_file_and_a_question_mark_of_a_url_no_glob(tmp
 @pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
 def test_a_folder_of_a_download_is_its_records(tmp_path: Path, name: str) -> None:
     """Not its manifests, which name the pictures of shards."""
-    (tmp_path / name).write_text(f"{'[' * (name[-1] == 'n')}{json.dumps(RECORD)}{']' * (name[-1] == 'n')}")
-    pq.write_table(pa.table({"key": ["0"], "status": ["ok"], "captions": [["x"]]}), tmp_path / "00000.parquet")
+    (tmp_path / name).write_text(
+        f"{'[' * (name[-1] == 'n')}{json.dumps(RECORD)}{']' * (name[-1] == 'n')}"
+    )
+    pq.write_table(
+        pa.table({"key": ["0"], "status": ["ok"], "captions": [["x"]]}), tmp_path / "00000.parquet"
+    )
     assert image_captions(tmp_path) == [("images/0_7.jpg", "a cat")]
     assert open_records(tmp_path)[0].images == ("images/0_7.jpg",)
 
@@ -156,10 +178,19 @@ def tar_of(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def test_a_webdataset_tar_with_texts_or_json(tmp_path: Path) -> None:
-    members = {"0.jpg": b"x", "0.txt": b"a cat", "1.png": b"y", "1.json": b'{"caption": "a dog"}', "2.jpg": b"z"}
+    members = {
+        "0.jpg": b"x",
+        "0.txt": b"a cat",
+        "1.png": b"y",
+        "1.json": b'{"caption": "a dog"}',
+        "2.jpg": b"z",
+    }
     path = tar_of(tmp_path / "00000.tar", members)
     rows, odd = read(path)
-    assert [(row.image, *row.captions) for row in rows] == [("00000.tar#0", "a cat"), ("00000.tar#1", "a dog")]
+    assert [(row.image, *row.captions) for row in rows] == [
+        ("00000.tar#0", "a cat"),
+        ("00000.tar#1", "a dog"),
+    ]
     assert odd.counts == {"sample without a caption (left out)": 1}
 
 
@@ -168,14 +199,20 @@ def test_several_captions_of_a_sample_are_apart_without_the_manifest_too(tmp_pat
     for key, captions in (("0", ("a cat", "a pet")), ("1", ("a dog",))):
         writer.add(key, b"x", "jpg", captions, {"captions": captions})
     writer.close()
-    assert image_captions(tmp_path / "00000.tar") == [("00000.tar#0", "a cat", "a pet"), ("00000.tar#1", "a dog")]
+    assert image_captions(tmp_path / "00000.tar") == [
+        ("00000.tar#0", "a cat", "a pet"),
+        ("00000.tar#1", "a dog"),
+    ]
 
 
 def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
     for folder, caption in (("a", b"a cat"), ("b", b"a dog")):
         (tmp_path / folder).mkdir()
         tar_of(tmp_path / folder / "0.tar", {"1.jpg": b"x", "1.txt": caption})
-    assert image_captions(tmp_path / "*" / "0.tar") == [("a/0.tar#1", "a cat"), ("b/0.tar#1", "a dog")]
+    assert image_captions(tmp_path / "*" / "0.tar") == [
+        ("a/0.tar#1", "a cat"),
+        ("b/0.tar#1", "a dog"),
+    ]
     assert image_captions(tmp_path / "a" / "*.tar") == [("0.tar#1", "a cat")]
 
 
@@ -239,20 +276,30 @@ def test_an_empty_caption_is_noted(tmp_path: Path) -> None:
     rows.append({"image": "3.jpg", "instruction": "Say:", "response": ""})
     (tmp_path / "x.json").write_text(json.dumps(rows))
     read_rows, odd = read(tmp_path / "x.json")
-    assert [(row.image, row.captions) for row in read_rows] == [("1.jpg", ("a cat",)), ("2.jpg", ()), ("3.jpg", ())]
+    assert [(row.image, row.captions) for row in read_rows] == [
+        ("1.jpg", ("a cat",)),
+        ("2.jpg", ()),
+        ("3.jpg", ()),
+    ]
     assert odd.counts == {"empty caption (left out)": 1, "record with an empty answer (kept)": 1}
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "train/../../1.jpg"])
 def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "x.json").write_text(json.dumps([{"image": name, "caption": "x"}, {"image": "1.jpg", "caption": "y"}]))
+    (tmp_path / "x.json").write_text(
+        json.dumps([{"image": name, "caption": "x"}, {"image": "1.jpg", "caption": "y"}])
+    )
     rows, odd = read(tmp_path / "x.json")
     assert [row.image for row in rows] == ["1.jpg"]
     assert odd.counts == {"image outside its folder, '..' (left out)": 1}
 
 
 def test_a_quote_that_never_closes_costs_one_csv_row(tmp_path: Path) -> None:
-    lines = ["url,caption", f'{U},"a cat', *(f"http://a.example/{i}.jpg,dog {i}" for i in range(60))]
+    lines = [
+        "url,caption",
+        f'{U},"a cat',
+        *(f"http://a.example/{i}.jpg,dog {i}" for i in range(60)),
+    ]
     (tmp_path / "x.csv").write_text("\n".join(lines))
     rows, odd = read(tmp_path / "x.csv")
     assert [row.captions[0] for row in rows] == ['"a cat', *(f"dog {i}" for i in range(60))]
@@ -271,9 +318,17 @@ def test_a_line_break_inside_csv_quotes_is_one_row(tmp_path: Path) -> None:
         ("x.tsv", f"{U}\t{V}\n", "both fields look like an image's place"),
         ("x.csv", "place,words\n1.jpg?,x\n", "no field looks like a URL"),
         ("x.csv", f"url,words\n{U},x\n", "no caption column among url, words"),
-        ("x.jsonl", '{"link_to": "x", "caption": "y"}\n', "no url or image column among link_to, caption"),
+        (
+            "x.jsonl",
+            '{"link_to": "x", "caption": "y"}\n',
+            "no url or image column among link_to, caption",
+        ),
         ("x.tsv", "", "empty file"),
-        ("x.tsv", f"{U}\ta cat\t0.31\n{V}\ta dog\t0.29\n", "3 fields in every row, but no line of names"),
+        (
+            "x.tsv",
+            f"{U}\ta cat\t0.31\n{V}\ta dog\t0.29\n",
+            "3 fields in every row, but no line of names",
+        ),
         ("x.json", '{"captions": ["a"], "image_urls": []}', "0 'image_urls', but 1 'captions'"),
         ("x.json", '{"annotations": [{"image_id": 1, "bbox": []}]}', "not the captions file"),
     ],
@@ -316,7 +371,18 @@ BYTES = st.lists(
     ) | st.binary(max_size=5),
     max_size=30,
 ).map(b"".join)  # fmt: skip
-FORMS = ["x.tsv", "x.csv", "x.txt", "x.json", "x.jsonl", "x.parquet", "x.tar", "x.tsv.gz", "x.json.xz", "x.jsonl.bz2"]
+FORMS = [
+    "x.tsv",
+    "x.csv",
+    "x.txt",
+    "x.json",
+    "x.jsonl",
+    "x.parquet",
+    "x.tar",
+    "x.tsv.gz",
+    "x.json.xz",
+    "x.jsonl.bz2",
+]
 
 
 def read_bytes(name: str, data: bytes) -> tuple[list[SourceRow], ParseIssues]:
@@ -344,18 +410,23 @@ def test_a_torn_file_is_named(tmp_path: Path, name: str) -> None:
         whole[10:40] = bytes(30)
         (tmp_path / name).write_bytes(whole)
     else:
-        (tmp_path / name).write_bytes(gzip.compress(lines.replace(b'{"url"', U.encode() + b"\t"))[:-20])
+        (tmp_path / name).write_bytes(
+            gzip.compress(lines.replace(b'{"url"', U.encode() + b"\t"))[:-20]
+        )
     with pytest.raises(ValueError, match=name):
         read(tmp_path / name)
 
 
 def left_out(odd: ParseIssues) -> int:
     """Rows; of an empty caption the row stays, as its picture may have others."""
-    return sum(n for kind, n in odd.counts.items() if kind.endswith("(left out)") and kind[:5] != "empty")
+    return sum(
+        n for kind, n in odd.counts.items() if kind.endswith("(left out)") and kind[:5] != "empty"
+    )
 
 
 LINE = st.lists(
-    st.sampled_from([b"\t", b'"', b"\r", b"\0", b" ", b"a", b"\xe9", b"|", b",", b"1.jpg"]), max_size=9
+    st.sampled_from([b"\t", b'"', b"\r", b"\0", b" ", b"a", b"\xe9", b"|", b",", b"1.jpg"]),
+    max_size=9,
 ).map(b"".join)
 
 
@@ -372,8 +443,12 @@ def test_a_line_of_a_tsv_is_a_row_or_named(lines: list[bytes]) -> None:
 @settings(max_examples=300, deadline=None)
 def test_no_line_of_a_csv_is_swallowed(lines: list[bytes], quoted: bool) -> None:
     """Each line is marked: the mark is in a row, or the line is among those left out."""
-    marked = [b'"@%d@' % i + line if quoted else b"5@%d@" % i + line for i, line in enumerate(lines)]
-    text = b"\n".join([b"caption,url", *(line + b"," + U.encode() for line in marked), b"the end," + U.encode()])
+    marked = [
+        b'"@%d@' % i + line if quoted else b"5@%d@" % i + line for i, line in enumerate(lines)
+    ]
+    text = b"\n".join(
+        [b"caption,url", *(line + b"," + U.encode() for line in marked), b"the end," + U.encode()]
+    )
     rows, odd = read_bytes("x.csv", text)
     said = " ".join(field for row in rows for field in (*row.captions, row.url))
     missed = [i for i in range(len(lines)) if f"@{i}@" not in said]
@@ -389,11 +464,30 @@ def test_an_inch_mark_does_not_join_two_rows_of_a_csv(tmp_path: Path) -> None:
 
 
 WORDS = st.sampled_from(
-    ["1.jpg", U, "a cat", "", "\ud83d", "\0", "../x", "/abs/1.jpg", 7, None, True, 1.5, [], {}, ["a"], {"raw": "a"}]
+    [
+        "1.jpg",
+        U,
+        "a cat",
+        "",
+        "\ud83d",
+        "\0",
+        "../x",
+        "/abs/1.jpg",
+        7,
+        None,
+        True,
+        1.5,
+        [],
+        {},
+        ["a"],
+        {"raw": "a"},
+    ]
 )
 KEYS = ["url", "image", "caption", "sentences", "filename", "image_id", "id", "file_name", "instruction", "responses",
         "response", "conversations", "split"]  # fmt: skip
-OBJECT = st.dictionaries(st.sampled_from(KEYS), WORDS | st.lists(WORDS, max_size=3), max_size=5) | WORDS
+OBJECT = (
+    st.dictionaries(st.sampled_from(KEYS), WORDS | st.lists(WORDS, max_size=3), max_size=5) | WORDS
+)
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "annotations"])
@@ -406,7 +500,10 @@ def test_a_json_row_is_a_row_or_named(form: str, values: list) -> None:
     elif form == "json":
         rows, odd = read_bytes("x.json", json.dumps([first, *values]).encode())
     else:
-        coco = {"annotations": [{"image_id": 1, **first}, *values], "images": [{"id": 1, "file_name": "1.jpg"}]}
+        coco = {
+            "annotations": [{"image_id": 1, **first}, *values],
+            "images": [{"id": 1, "file_name": "1.jpg"}],
+        }
         rows, odd = read_bytes("x.json", json.dumps(coco).encode())
     assert len(rows) + left_out(odd) == 1 + len(values)
     for row in rows:

@@ -25,7 +25,15 @@ from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 from llava_simplified.serve.attention_map import look
 from llava_simplified.serve.engine import Busy, Worker
-from llava_simplified.serve.page import Conversation, Exchange, Page, example_pictures, mount_page, render, turns_of
+from llava_simplified.serve.page import (
+    Conversation,
+    Exchange,
+    Page,
+    example_pictures,
+    mount_page,
+    render,
+    turns_of,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"  # fmt: skip

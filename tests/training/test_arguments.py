@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import transformers
 
-from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+)
 
 FINETUNE_SH = """
 --mm_vision_select_layer -1 --mm_vision_select_feature patch --mm_use_im_start_end False --mm_use_im_patch_token False
@@ -20,7 +25,9 @@ FINETUNE_SH = """
 """
 
 
-def test_every_flag_of_the_original_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_of_the_original_script(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, data, training = parse_arguments(
         [*FINETUNE_SH.replace("OUT", str(tmp_path)).split(), "--train_data_path", "x.json"]
     )
@@ -40,7 +47,9 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     config.write_text(
         "learning_rate: 1e-3\nlora_r: 7\nmm_vision_select_layer: [-1, -3]\nbf16: false\ntrain_data_path: a.json\n"
     )
-    model, data, training = parse_arguments(["--config", str(config), "--lora-r=9", "--output_dir", str(tmp_path)])
+    model, data, training = parse_arguments(
+        ["--config", str(config), "--lora-r=9", "--output_dir", str(tmp_path)]
+    )
     assert training.learning_rate == 1e-3  # YAML reads 1e-3 as a text
     assert model.lora_r == 9
     assert model.mm_vision_select_layer == [-1, -3]
@@ -54,7 +63,11 @@ def test_the_file_says_off_no_and_mappings_as_the_command_line_does(tmp_path: Pa
         "lr_scheduler_kwargs: {min_lr_rate: 0.1}\naccelerator_config: {even_batches: false}\nrun_name: null\n"
     )
     model, data, training = parse_arguments(["--config", str(config), "--group_by_length", "False"])
-    assert (model.tune_vision_tower, data.cache_vision_features, training.eval_strategy) == ("off", "off", "no")
+    assert (model.tune_vision_tower, data.cache_vision_features, training.eval_strategy) == (
+        "off",
+        "off",
+        "no",
+    )
     assert data.packing
     assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     assert training.accelerator_config.even_batches is False  # type: ignore[union-attr]
@@ -77,7 +90,10 @@ def test_an_unknown_key_in_the_file_is_an_error(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["stray", "--bf16", "True"], "'stray' belongs to no option"),
-        (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end: image start and end tokens is not part"),
+        (
+            ["--mm_use_im_start_end", "True"],
+            "--mm_use_im_start_end: image start and end tokens is not part",
+        ),
         (["--config", "gone.yaml"], "gone.yaml: no such file"),
         (["--config", "list.yaml"], "must be a mapping"),
         (["--config", "broken.yaml"], "not YAML"),
@@ -107,7 +123,11 @@ def test_names_of_older_versions_are_translated() -> None:
     ("environment", "words", "message"),
     [
         ({}, ["--deepspeed", "ds_configs/zero2.json"], "--deepspeed needs its launcher"),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, [], "several processes and started one"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
+            [],
+            "several processes and started one",
+        ),
         (
             {"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
             ["--deepspeed", "ds_configs/zero2.json"],
@@ -141,7 +161,9 @@ def test_wandb_is_silent_unless_asked() -> None:
     assert parse_arguments([])[2].report_to == []
 
 
-@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_every_recipe_is_understood_and_says_what_to_expect(recipe: Path) -> None:
     more = ["--bf16", "False"] if recipe.stem.startswith(("cc3m", "coco", "qlora")) else []
     model, _, training = parse_arguments(["--config", str(recipe), *more])
@@ -157,5 +179,10 @@ def test_every_option_is_read_somewhere() -> None:
     package = Path(__file__).parents[2] / "llava_simplified"
     code = "".join(path.read_text() for path in package.rglob("*.py"))
     for group in (ModelArguments, DataArguments, TrainingArguments):
-        for name in group.__annotations__.keys() - transformers.TrainingArguments.__dataclass_fields__.keys():
-            assert re.search(rf"\b\w*(args|data|model|self)\.{name}\b", code), f"--{name} is read by nobody"
+        for name in (
+            group.__annotations__.keys()
+            - transformers.TrainingArguments.__dataclass_fields__.keys()
+        ):
+            assert re.search(rf"\b\w*(args|data|model|self)\.{name}\b", code), (
+                f"--{name} is read by nobody"
+            )

@@ -14,7 +14,12 @@ from test_run import options, run
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.training.build_trainer import dummy_image_batch
-from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures, cache_key, encode_main
+from llava_simplified.training.feature_cache import (
+    FeatureCache,
+    ImageFeatures,
+    cache_key,
+    encode_main,
+)
 
 
 def tower(models_folder: Path, dtype: torch.dtype = torch.float32, **choices) -> VisionTower:
@@ -40,16 +45,24 @@ def test_what_is_kept_is_what_the_tower_gives(
         assert torch.equal(features[name], direct(vision, data_folder / "images" / name))
 
 
-def test_a_second_run_computes_nothing(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_a_second_run_computes_nothing(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     names = [f"{i}.jpg" for i in range(5)]
-    first = FeatureCache(tower(models_folder), "w", tmp_path).fill(names, data_folder / "images", progress=False)
+    first = FeatureCache(tower(models_folder), "w", tmp_path).fill(
+        names, data_folder / "images", progress=False
+    )
     blind = tower(models_folder)
     blind.forward = lambda pixels: pytest.fail("the tower ran again")  # type: ignore[method-assign]
-    again = FeatureCache(blind, "w", tmp_path).fill(names[::-1], data_folder / "images", progress=False)
+    again = FeatureCache(blind, "w", tmp_path).fill(
+        names[::-1], data_folder / "images", progress=False
+    )
     assert all(torch.equal(first[name], again[name]) for name in names)
 
 
-def test_a_stale_feature_is_never_found(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_a_stale_feature_is_never_found(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     vision = tower(models_folder)
     keys = {
         cache_key(vision, "w"),
@@ -63,20 +76,28 @@ def test_a_stale_feature_is_never_found(models_folder: Path, data_folder: Path, 
     picture = tmp_path / "images" / "x.jpg"
     for source in ("0.jpg", "1.jpg"):  # the same name, another picture
         picture.write_bytes((data_folder / "images" / source).read_bytes())
-        features = FeatureCache(vision, "w", tmp_path / "cache").fill(["x.jpg"], picture.parent, progress=False)
+        features = FeatureCache(vision, "w", tmp_path / "cache").fill(
+            ["x.jpg"], picture.parent, progress=False
+        )
         torch.testing.assert_close(features["x.jpg"], direct(vision, picture))
 
 
 @pytest.mark.parametrize("lost", [1, 700, 5000])
-def test_a_killed_run_leaves_no_half_row(models_folder: Path, data_folder: Path, tmp_path: Path, lost: int) -> None:
+def test_a_killed_run_leaves_no_half_row(
+    models_folder: Path, data_folder: Path, tmp_path: Path, lost: int
+) -> None:
     names = [f"{i}.jpg" for i in range(6)]
     vision = tower(models_folder)
-    FeatureCache(vision, "w", tmp_path).fill(names[:4], data_folder / "images", batch_size=1, progress=False)
+    FeatureCache(vision, "w", tmp_path).fill(
+        names[:4], data_folder / "images", batch_size=1, progress=False
+    )
     [hashes] = tmp_path.glob("*.hashes")
     [rows] = tmp_path.glob("*.features")
     hashes.write_bytes(hashes.read_bytes()[: 3 * 32 + 5])  # the fourth hash was being written
     rows.write_bytes(rows.read_bytes()[:-1] + bytes(lost))
-    features = FeatureCache(vision, "w", tmp_path).fill(names, data_folder / "images", batch_size=1, progress=False)
+    features = FeatureCache(vision, "w", tmp_path).fill(
+        names, data_folder / "images", batch_size=1, progress=False
+    )
     for name in names:
         assert torch.equal(features[name], direct(vision, data_folder / "images" / name))
 
@@ -96,7 +117,9 @@ def test_a_tower_in_training_is_refused(models_folder: Path) -> None:
         FeatureCache(tower(models_folder).requires_grad_(True), "w")
 
 
-def test_several_processes_fill_one_cache(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_several_processes_fill_one_cache(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     """Each opened it empty; neither may write over the other's rows, nor keep a picture twice."""
     vision, images = tower(models_folder), data_folder / "images"
     one, other = (FeatureCache(vision, "w", tmp_path) for _ in range(2))
@@ -116,14 +139,23 @@ def test_several_processes_fill_one_cache(models_folder: Path, data_folder: Path
 
 
 def test_a_run_after_encoding_ahead_does_not_run_the_tower(
-    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch,
 ) -> None:
     """With the options of the run that follows, which then runs the tower over nothing; in worker processes too."""
     more = {"eval_data_path": data_folder / "val.json", "val_image_folder": data_folder / "images"}
-    words = options(models_folder, data_folder, tmp_path / "out", max_steps=1, dataloader_num_workers=1, **more)
+    words = options(
+        models_folder, data_folder, tmp_path / "out", max_steps=1, dataloader_num_workers=1, **more
+    )
     assert encode_main(words) == 0
     printed = capsys.readouterr().out
-    assert "16 vision features of pictures: 0.00 GB" in printed and "16 pictures are there, 0 can't be read" in printed
+    assert (
+        "16 vision features of pictures: 0.00 GB" in printed
+        and "16 pictures are there, 0 can't be read" in printed
+    )
     monkeypatch.setattr(VisionTower, "forward", lambda *_: pytest.fail("the tower ran again"))
     assert encode_main(words) == 0
     run([*words, "--cache_vision_features", "disk"])
@@ -131,7 +163,9 @@ def test_a_run_after_encoding_ahead_does_not_run_the_tower(
         encode_main([*words, "--cache_vision_features", "memory"])
 
 
-def test_a_full_disk_is_seen_before(models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_is_seen_before(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ValueError, match="GB are needed"):
         encode_main(options(models_folder, data_folder, tmp_path / "out"))
@@ -153,8 +187,13 @@ def test_a_blank_image_has_the_form_of_what_is_kept(
     vision = tower(models_folder, torch.bfloat16)
     data = SimpleNamespace(features=None)
     assert dummy_image_batch(SimpleNamespace(vision_tower=vision), data).keys() == {"pixel_values"}  # type: ignore[arg-type]
-    data.features = FeatureCache(vision, "w", pixels=pixels).fill(["0.jpg"], data_folder / "images", progress=False)
+    data.features = FeatureCache(vision, "w", pixels=pixels).fill(
+        ["0.jpg"], data_folder / "images", progress=False
+    )
     ((name, blank),) = dummy_image_batch(SimpleNamespace(vision_tower=vision), data).items()  # type: ignore[arg-type]
     assert name == ("pixel_values" if pixels else "image_features")
-    assert (blank.shape[1:], blank.dtype) == (data.features["0.jpg"].shape, data.features["0.jpg"].dtype)
+    assert (blank.shape[1:], blank.dtype) == (
+        data.features["0.jpg"].shape,
+        data.features["0.jpg"].dtype,
+    )
     assert not blank.any()

@@ -15,7 +15,11 @@ CACHE = {"cache_vision_features": "memory"}
 SHARE = {"share_prefix": True, "per_device_train_batch_size": RECORDS}
 PACK = {"packing": True, "pack_length": 200, "per_device_train_batch_size": 99}
 LEVERS = {
-    "apart": {"share_prefix": False, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 99},
+    "apart": {
+        "share_prefix": False,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 99,
+    },
     "cache": {**CACHE, "share_prefix": False, "per_device_train_batch_size": 99},
     "share": SHARE,
     "pack": {**PACK, "share_prefix": False, "attn_implementation": "eager"},
@@ -40,8 +44,14 @@ def five_captions(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def plain(models_folder: Path, data_folder: Path, five_captions: Path, tmp_path_factory) -> list[float]:
-    more = {"share_prefix": False, "cache_vision_features": "off", "per_device_train_batch_size": 99}
+def plain(
+    models_folder: Path, data_folder: Path, five_captions: Path, tmp_path_factory
+) -> list[float]:
+    more = {
+        "share_prefix": False,
+        "cache_vision_features": "off",
+        "per_device_train_batch_size": 99,
+    }
     more["attn_implementation"] = "sdpa"  # the others take what a CPU takes by default
     return curve(models_folder, data_folder, five_captions, tmp_path_factory.mktemp("plain"), more)
 
@@ -56,7 +66,12 @@ def curve(models: Path, data: Path, records: Path, folder: Path, more: dict) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("lever", LEVERS)
 def test_the_curve_is_the_plain_loops(
-    models_folder: Path, data_folder: Path, five_captions: Path, tmp_path: Path, plain: list[float], lever: str
+    models_folder: Path,
+    data_folder: Path,
+    five_captions: Path,
+    tmp_path: Path,
+    plain: list[float],
+    lever: str,
 ) -> None:
     seen = curve(models_folder, data_folder, five_captions, tmp_path, LEVERS[lever])
     assert plain[-1] < 0.6 * plain[0], "it learns"

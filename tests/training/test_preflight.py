@@ -24,8 +24,12 @@ def test_the_run_behind_it_is_bit_for_bit_the_run_without(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = json.loads((data_folder / "train.json").read_text())
-    two = {"instruction": "What have <image> and <image> in common?"}  # of one picture it can't be asked
-    (tmp_path / "two.json").write_text(json.dumps([{**row, **two, "image": [row["image"], "0.jpg"]} for row in rows]))
+    two = {
+        "instruction": "What have <image> and <image> in common?"
+    }  # of one picture it can't be asked
+    (tmp_path / "two.json").write_text(
+        json.dumps([{**row, **two, "image": [row["image"], "0.jpg"]} for row in rows])
+    )
     for choice in ("true", "false"):
         more = {"preflight": choice, "lora_dropout": 0.1, "train_data_path": tmp_path / "two.json"}
         assert main(options(models_folder, data_folder, tmp_path / choice, **more)) == 0
@@ -37,9 +41,13 @@ def test_the_run_behind_it_is_bit_for_bit_the_run_without(
     assert not left_behind(tmp_path / "true")
 
 
-def test_a_fault_of_the_first_steps_is_reported(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_a_fault_of_the_first_steps_is_reported(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     more = {"preflight": "true", "learning_rate": 1e38, "warmup_steps": 0}
-    with pytest.raises(ValueError, match="preflight: the run fails in its first steps: .* at step 2"):
+    with pytest.raises(
+        ValueError, match="preflight: the run fails in its first steps: .* at step 2"
+    ):
         main(options(models_folder, data_folder, tmp_path / "out", **more))
     assert not left_behind(tmp_path / "out")
     assert not (tmp_path / "out" / "trainer_log.jsonl").exists()  # the run itself did not begin

@@ -25,8 +25,19 @@ def logits(model: Llava) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_run_on_quantised_weights(models_folder: Path, data_folder: Path, tmp_path: Path, bits: int) -> None:
-    folder = run(options(models_folder, data_folder, tmp_path / "out", bits=bits, max_steps=12, learning_rate=2e-2))
+def test_a_run_on_quantised_weights(
+    models_folder: Path, data_folder: Path, tmp_path: Path, bits: int
+) -> None:
+    folder = run(
+        options(
+            models_folder,
+            data_folder,
+            tmp_path / "out",
+            bits=bits,
+            max_steps=12,
+            learning_rate=2e-2,
+        )
+    )
     assert losses(folder)[-1] < 0.8 * losses(folder)[0]
     assert json.loads((folder / "llava.json").read_text())["architecture"]["bits"] == bits
     model = Llava.from_pretrained(folder)
@@ -34,7 +45,8 @@ def test_a_run_on_quantised_weights(models_folder: Path, data_folder: Path, tmp_
     assert kinds == {bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt}
     for part in (model.vision_tower, model.projector, model.language_model.get_output_embeddings()):
         assert not any(
-            isinstance(m, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)) for m in part.modules()
+            isinstance(m, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
+            for m in part.modules()
         )
     assert model.caption(data_folder / "images" / "0.jpg", max_new_tokens=4) is not None
     assert torch.equal(logits(model), logits(Llava.from_pretrained(folder)))
@@ -51,10 +63,27 @@ def test_a_run_on_quantised_weights(models_folder: Path, data_folder: Path, tmp_
         export_stock(folder, tmp_path / "peft", adapter=True)
 
 
-def test_the_projector_alone_on_quantised_weights(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
-    folder = run(options(models_folder, data_folder, tmp_path / "out", bits=4, max_steps=1, tune_mm_mlp_adapter=True))
-    linears = [m for m in Llava.from_pretrained(folder).language_model.modules() if isinstance(m, nn.Linear)]
-    assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in linears) == len(linears) - 1, "all but the head"
+def test_the_projector_alone_on_quantised_weights(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    folder = run(
+        options(
+            models_folder,
+            data_folder,
+            tmp_path / "out",
+            bits=4,
+            max_steps=1,
+            tune_mm_mlp_adapter=True,
+        )
+    )
+    linears = [
+        m
+        for m in Llava.from_pretrained(folder).language_model.modules()
+        if isinstance(m, nn.Linear)
+    ]
+    assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in linears) == len(linears) - 1, (
+        "all but the head"
+    )
 
 
 def test_what_can_not_be_quantised_is_refused(

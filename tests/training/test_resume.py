@@ -66,7 +66,10 @@ def test_what_differs_is_listed_or_refused(
     for change, message in (
         ({"lora_r": 8}, "--lora_r was 4, is 8: not the same run.*--init_from"),
         ({"packing": True}, "--packing was default, is True"),
-        ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type was linear, is mlp2x_gelu: that is another model"),
+        (
+            {"mm_projector_type": "mlp2x_gelu"},
+            "mm_projector_type was linear, is mlp2x_gelu: that is another model",
+        ),
         ({"vision_tower": models_folder / "siglip"}, "fingerprints was"),
     ):
         with pytest.raises(ValueError, match=message):

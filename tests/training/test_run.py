@@ -75,7 +75,10 @@ def test_a_run_learns_and_leaves_a_checkpoint_a_log_and_a_picture(
     assert (output / "training.png").stat().st_size > 5000
     assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-30"]
     for folder in (output, output / "checkpoint-20"):
-        assert load_checkpoint(folder).caption(data_folder / "images" / "0.jpg", max_new_tokens=4) is not None
+        assert (
+            load_checkpoint(folder).caption(data_folder / "images" / "0.jpg", max_new_tokens=4)
+            is not None
+        )
     assert not (output / ".saving").exists()
 
 
@@ -84,7 +87,10 @@ def test_eval_loss_is_the_mean_over_tokens_not_over_batches(
 ) -> None:
     """Captions of one and of many tokens, in batches of different sizes."""
     rows = json.loads((data_folder / "val.json").read_text())[:3]
-    rows[0]["response"], rows[2]["response"] = ("a", "a very long caption that goes on and on and on for many words")
+    rows[0]["response"], rows[2]["response"] = (
+        "a",
+        "a very long caption that goes on and on and on for many words",
+    )
     (tmp_path / "val.json").write_text(json.dumps(rows))
     seen = []
     for batch in (1, 2, 3):
@@ -102,11 +108,15 @@ def test_eval_loss_is_the_mean_over_tokens_not_over_batches(
     assert max(seen) - min(seen) < 1e-5
 
 
-def test_accumulation_averages_tokens(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_accumulation_averages_tokens(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     """Four micro-batches of 1 are one batch of 4; with means of means the short caption would weigh more."""
     rows = json.loads((data_folder / "train.json").read_text())
     for index, row in enumerate(rows):
-        row["response"] = "a" if index % 2 else row["response"] + " and some more words to make it long"
+        row["response"] = (
+            "a" if index % 2 else row["response"] + " and some more words to make it long"
+        )
     (tmp_path / "train.json").write_text(json.dumps(rows))
     results = []
     for batch, accumulation in ((4, 1), (1, 4)):
@@ -124,7 +134,9 @@ def test_accumulation_averages_tokens(models_folder: Path, data_folder: Path, tm
         torch.testing.assert_close(weight, weights_b[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_resume_repeats_the_straight_run_bit_for_bit(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_resume_repeats_the_straight_run_bit_for_bit(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "lora_dropout": 0.1}
     straight = run(options(models_folder, data_folder, tmp_path / "straight", **more))
     words = options(models_folder, data_folder, tmp_path / "resumed", **more)
@@ -159,10 +171,14 @@ def test_length_grouped_batches_resume_in_the_second_epoch(
 
 
 @pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler here")
-def test_compiled_layers_change_nothing(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_compiled_layers_change_nothing(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     more = {"attn_implementation": "eager", "max_steps": 4}
     plain = run(options(models_folder, data_folder, tmp_path / "plain", **more))
-    compiled = run(options(models_folder, data_folder, tmp_path / "compiled", compile_layers=True, **more))
+    compiled = run(
+        options(models_folder, data_folder, tmp_path / "compiled", compile_layers=True, **more)
+    )
     assert losses(plain) == pytest.approx(losses(compiled), rel=1e-4)
     assert load_checkpoint(compiled).caption(data_folder / "images" / "0.jpg", max_new_tokens=4)
 
@@ -176,26 +192,40 @@ def test_compiling_without_a_compiler(
 
 
 @pytest.mark.parametrize("mode", ["memory", "disk"])
-def test_cached_features_change_nothing(models_folder: Path, data_folder: Path, tmp_path: Path, mode: str) -> None:
+def test_cached_features_change_nothing(
+    models_folder: Path, data_folder: Path, tmp_path: Path, mode: str
+) -> None:
     more = {
         "num_train_epochs": 3,
         "eval_data_path": data_folder / "val.json",
         "val_image_folder": data_folder / "images",
     }
-    plain = run(options(models_folder, data_folder, tmp_path / "plain", cache_vision_features="off", **more))
-    cached = run(options(models_folder, data_folder, tmp_path / "cached", cache_vision_features=mode, **more))
+    plain = run(
+        options(models_folder, data_folder, tmp_path / "plain", cache_vision_features="off", **more)
+    )
+    cached = run(
+        options(models_folder, data_folder, tmp_path / "cached", cache_vision_features=mode, **more)
+    )
     assert losses(plain) == pytest.approx(losses(cached), rel=1e-5)
 
 
-def test_projector_stage_then_lora_stage(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_projector_stage_then_lora_stage(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     first = run(options(models_folder, data_folder, tmp_path / "1", tune_mm_mlp_adapter=True))
     assert json.loads((first / "llava.json").read_text())["trained"] == "projector"
     more = {"pretrain_mm_mlp_adapter": first, "max_steps": 1, "learning_rate": 0}
     second = run(options(models_folder, data_folder, tmp_path / "2", **more))
-    before, after = load_file(first / "projector.safetensors"), load_file(second / "projector.safetensors")
+    before, after = (
+        load_file(first / "projector.safetensors"),
+        load_file(second / "projector.safetensors"),
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
     for change, message in (  # of the same shapes, all of them
-        ({"mm_vision_select_layer": -1}, "its projector was trained with --mm_vision_select_layer -2"),
+        (
+            {"mm_vision_select_layer": -1},
+            "its projector was trained with --mm_vision_select_layer -2",
+        ),
         ({"vision_tower": models_folder / "siglip"}, "vision_tower .*siglip: other weights"),
         ({"init_from": second}, "--init_from brings a projector along"),
     ):
@@ -215,37 +245,67 @@ def test_a_new_run_starts_from_all_that_a_checkpoint_trained(
     with pytest.raises(ValueError, match="language_model .*qwen2: other weights"):
         run(options(models_folder, data_folder, tmp_path / "other", **other))
     alone = {"tune_mm_mlp_adapter": True, **still}
-    with pytest.raises(ValueError, match="trained its adapter, this run trains the projector; `llava merge`"):
+    with pytest.raises(
+        ValueError, match="trained its adapter, this run trains the projector; `llava merge`"
+    ):
         run(options(models_folder, data_folder, tmp_path / "third", init_from=first, **alone))
-    projector = run(options(models_folder, data_folder, tmp_path / "fourth", tune_mm_mlp_adapter=True, max_steps=3))
-    fifth = run(options(models_folder, data_folder, tmp_path / "fifth", init_from=projector, **still))
+    projector = run(
+        options(
+            models_folder, data_folder, tmp_path / "fourth", tune_mm_mlp_adapter=True, max_steps=3
+        )
+    )
+    fifth = run(
+        options(models_folder, data_folder, tmp_path / "fifth", init_from=projector, **still)
+    )
     for name, weight in load_file(projector / "projector.safetensors").items():
         assert torch.equal(weight, load_file(fifth / "projector.safetensors")[name]), name
 
 
-def test_full_fine_tuning_keeps_the_language_model(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_keeps_the_language_model(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     more = {"lora_enable": False, "freeze_backbone": False, "max_steps": 2}
     output = run(options(models_folder, data_folder, tmp_path / "out", **more))
     base = load_file(models_folder / "mistral" / "model.safetensors")
     tuned = load_file(output / "language_model" / "model.safetensors")
     assert any(not torch.equal(base[name], tuned[name]) for name in base)
-    assert load_checkpoint(output).caption(data_folder / "images" / "0.jpg", max_new_tokens=4) is not None
+    assert (
+        load_checkpoint(output).caption(data_folder / "images" / "0.jpg", max_new_tokens=4)
+        is not None
+    )
 
 
-def test_the_projector_has_its_own_learning_rate(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_the_projector_has_its_own_learning_rate(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     start = run(options(models_folder, data_folder, tmp_path / "0", max_steps=1, learning_rate=0))
-    moved = run(options(models_folder, data_folder, tmp_path / "1", max_steps=2, learning_rate=0, mm_projector_lr=1e-2))
+    moved = run(
+        options(
+            models_folder,
+            data_folder,
+            tmp_path / "1",
+            max_steps=2,
+            learning_rate=0,
+            mm_projector_lr=1e-2,
+        )
+    )
     before, after = adapter(start), adapter(moved)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"weight", "bias"}
-    assert losses(moved, "learning_rate") == [0, 0], "what is logged is that of the option of this name"
+    assert losses(moved, "learning_rate") == [0, 0], (
+        "what is logged is that of the option of this name"
+    )
 
 
-def test_steps_that_a_resumed_run_repeats_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_a_resumed_run_repeats_are_drawn_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{"step": step, "loss": loss} for step, loss in ((1, 9), (2, 8), (3, 7), (2, 6), (3, 5))]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn: list[tuple] = []
-    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axes, *points, **_: drawn.append(points[:2]))
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot", lambda axes, *points, **_: drawn.append(points[:2])
+    )
     plot_training(tmp_path / "log.jsonl", tmp_path / "plot.png")
     assert drawn == [((1, 2, 3), (9, 6, 5))]
 
@@ -259,8 +319,18 @@ def tower(folder: Path, how: str) -> dict[str, torch.Tensor]:
 def test_the_tower_trains_at_a_rate_of_its_own_and_resumes(
     models_folder: Path, data_folder: Path, tmp_path: Path, how: str
 ) -> None:
-    more = {"tune_vision_tower": how, "gradient_checkpointing": True, "lora_dropout": 0.1, "save_strategy": "steps"}
-    more |= {"save_steps": 2, "max_steps": 6, "cache_vision_features": "auto", "feature_cache_gb": 0}
+    more = {
+        "tune_vision_tower": how,
+        "gradient_checkpointing": True,
+        "lora_dropout": 0.1,
+        "save_strategy": "steps",
+    }
+    more |= {
+        "save_steps": 2,
+        "max_steps": 6,
+        "cache_vision_features": "auto",
+        "feature_cache_gb": 0,
+    }
     straight = run(options(models_folder, data_folder, tmp_path / "straight", **more))
     words = options(models_folder, data_folder, tmp_path / "resumed", **more)
     resumed = run([*words, "--resume_from_checkpoint", str(straight / "checkpoint-4")])
@@ -268,22 +338,38 @@ def test_the_tower_trains_at_a_rate_of_its_own_and_resumes(
         assert torch.equal(weight, tower(resumed, how)[name]), name
     still = {**more, "vision_lr": 0, "save_strategy": "no", "init_from": straight, "max_steps": 2}
     further = run(options(models_folder, data_folder, tmp_path / "further", **still))
-    assert all(torch.equal(weight, tower(further, how)[name]) for name, weight in tower(straight, how).items())
-    assert not all(torch.equal(weight, adapter(further)[name]) for name, weight in adapter(straight).items())
-    with pytest.raises(ValueError, match=f"vision tower was trained too: --tune_vision_tower {how}"):
-        run(options(models_folder, data_folder, tmp_path / "other", init_from=straight, max_steps=1))
+    assert all(
+        torch.equal(weight, tower(further, how)[name])
+        for name, weight in tower(straight, how).items()
+    )
+    assert not all(
+        torch.equal(weight, adapter(further)[name]) for name, weight in adapter(straight).items()
+    )
+    with pytest.raises(
+        ValueError, match=f"vision tower was trained too: --tune_vision_tower {how}"
+    ):
+        run(
+            options(models_folder, data_folder, tmp_path / "other", init_from=straight, max_steps=1)
+        )
     if how == "full":
         frozen = {"init_from": straight, "vision_tower": straight / "vision_tower", "max_steps": 1}
         assert "vision_tower" not in {
-            p.name for p in run(options(models_folder, data_folder, tmp_path / "f", **frozen)).iterdir()
+            p.name
+            for p in run(options(models_folder, data_folder, tmp_path / "f", **frozen)).iterdir()
         }
 
 
-def test_pictures_kept_as_pixels_change_nothing(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_pictures_kept_as_pixels_change_nothing(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     """A tower that trains can't have its features kept, but is spared the decoding."""
     more = {"tune_vision_tower": "lora", "num_train_epochs": 2}
-    plain = run(options(models_folder, data_folder, tmp_path / "plain", cache_vision_features="off", **more))
-    kept = run(options(models_folder, data_folder, tmp_path / "kept", cache_vision_features="auto", **more))
+    plain = run(
+        options(models_folder, data_folder, tmp_path / "plain", cache_vision_features="off", **more)
+    )
+    kept = run(
+        options(models_folder, data_folder, tmp_path / "kept", cache_vision_features="auto", **more)
+    )
     assert losses(plain) == losses(kept)
     assert len(list((tmp_path / "features").glob("*.features"))) == 1
 
@@ -311,7 +397,10 @@ def test_bad_images_are_replaced_counted_and_over_budget_fatal(
     [
         ({"train_data_path": "nowhere.json"}, "nowhere.json: no such file"),
         ({"train_image_folder": "nowhere"}, "--train_image_folder nowhere: no such folder"),
-        ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere: no config.json; name a folder"),
+        (
+            {"model_name_or_path": "nowhere"},
+            "--model_name_or_path nowhere: no config.json; name a folder",
+        ),
         ({"vision_tower": "nowhere"}, "--vision_tower nowhere: no config.json; name a folder"),
         ({"mm_projector_type": "magic"}, "mm_projector_type is linear"),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature is patch or cls_patch"),
@@ -321,14 +410,29 @@ def test_bad_images_are_replaced_counted_and_over_budget_fatal(
         ({"config": "nowhere.yaml"}, "nowhere.yaml: no such file"),
         ({"resume_from_checkpoint": "true"}, "no checkpoint in"),
         ({"eval_strategy": "steps"}, "--eval_strategy steps needs --eval_data_path"),
-        ({"tune_vision_tower": "lora", "cache_vision_features": "disk"}, "changes the features with every step"),
+        (
+            {"tune_vision_tower": "lora", "cache_vision_features": "disk"},
+            "changes the features with every step",
+        ),
         ({"tune_vision_tower": "yes"}, "--tune_vision_tower is off, full or lora"),
-        ({"cache_vision_features": "yes"}, "--cache_vision_features is auto, memory, disk, pixels or off"),
-        ({"attn_implementation": "flash_attention_2"}, "--attn_implementation flash_attention_2: needs an NVIDIA GPU"),
-        ({"attn_implementation": "flex_attention"}, "--attn_implementation flex_attention has no backward"),
+        (
+            {"cache_vision_features": "yes"},
+            "--cache_vision_features is auto, memory, disk, pixels or off",
+        ),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "--attn_implementation flash_attention_2: needs an NVIDIA GPU",
+        ),
+        (
+            {"attn_implementation": "flex_attention"},
+            "--attn_implementation flex_attention has no backward",
+        ),
         ({"attn_implementation": "paged|sdpa"}, "--attn_implementation is sdpa, eager"),
         ({"use_liger_kernel": "True"}, "--use_liger_kernel: Triton kernels for CUDA"),
-        ({"torch_compile_backend": "eager"}, "--torch_compile_...: the layers are compiled one by one"),
+        (
+            {"torch_compile_backend": "eager"},
+            "--torch_compile_...: the layers are compiled one by one",
+        ),
         ({"label_smoothing_factor": "0.1"}, "--label_smoothing_factor"),
         ({"bits": "3"}, "--bits is 4, 8 or 16"),
         ({"pretrain_mm_mlp_adapter": "mm_projector.bin"}, "no checkpoint here.*`llava import`"),
@@ -347,7 +451,12 @@ ASKED = [
     ((Message("user", "<image>\n<image>\n<image>\nCompare."),), 3, "Compare."),
     ((Message("user", "What is it?\n<image>"),), 1, "What is it?\n<image>"),
     (
-        (Message("system", "Be brief."), PICTURE, Message("assistant", "A cat."), Message("user", "Where?")),
+        (
+            Message("system", "Be brief."),
+            PICTURE,
+            Message("assistant", "A cat."),
+            Message("user", "Where?"),
+        ),
         1,
         "What is it?",
     ),
@@ -365,18 +474,26 @@ def test_what_is_asked_where_nothing_is_said_is_what_the_first_picture_was_asked
 
 
 @pytest.mark.parametrize("option", ["train_data_path", "eval_data_path"])
-@pytest.mark.parametrize("change", [{"response": " "}, {"response": None}, {"responses": ["a cat", ""]}])
+@pytest.mark.parametrize(
+    "change", [{"response": " "}, {"response": None}, {"responses": ["a cat", ""]}]
+)
 def test_a_record_without_an_answer_is_named_before_anything_is_loaded(
     models_folder: Path, data_folder: Path, tmp_path: Path, option: str, change: dict
 ) -> None:
     rows = json.loads((data_folder / "train.json").read_text())
     rows[7] = {key: value for key, value in {**rows[7], **change}.items() if value is not None}
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    more = {"model_name_or_path": "nowhere", "val_image_folder": data_folder / "images", option: tmp_path / "rows.json"}
+    more = {
+        "model_name_or_path": "nowhere",
+        "val_image_folder": data_folder / "images",
+        option: tmp_path / "rows.json",
+    }
     with pytest.raises(ValueError, match=r"rows.json row 7: no answer to learn from"):
         run(options(models_folder, data_folder, tmp_path / "out", **more))
 
 
-def test_an_image_folder_without_the_images(models_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_an_image_folder_without_the_images(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="none of the first images can be read"):
         run(options(models_folder, data_folder, tmp_path / "out", train_image_folder=tmp_path))

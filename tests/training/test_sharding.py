@@ -36,9 +36,18 @@ TINY = {
 
 def one_of_several(rank: int, port: int, argv: list[str]) -> None:
     """What a launcher starts."""
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in {**where, "RANK": rank, "LOCAL_RANK": rank}.items()})
-    faulthandler.dump_traceback_later(100, exit=True)  # of a process that waits for the other in vain
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+    }
+    os.environ.update(
+        {name: str(value) for name, value in {**where, "RANK": rank, "LOCAL_RANK": rank}.items()}
+    )
+    faulthandler.dump_traceback_later(
+        100, exit=True
+    )  # of a process that waits for the other in vain
     torch.set_num_threads(1)
     run(argv)
 
@@ -46,11 +55,15 @@ def one_of_several(rank: int, port: int, argv: list[str]) -> None:
 def run_twofold(argv: list[str]) -> None:
     """Train in two processes, forked from one that has its imports behind it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llava_simplified.training.train_command", "deepspeed", "test_run"])
+    context.set_forkserver_preload(
+        ["llava_simplified.training.train_command", "deepspeed", "test_run"]
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=one_of_several, args=(rank, port, argv)) for rank in range(2)]
+    processes = [
+        context.Process(target=one_of_several, args=(rank, port, argv)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -60,7 +73,11 @@ def run_twofold(argv: list[str]) -> None:
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds of weights, and of the optimizer's state."""
-    return {f"{path.name}:{k}": v for path in folder.glob("**/*.safetensors") for k, v in load_file(path).items()}
+    return {
+        f"{path.name}:{k}": v
+        for path in folder.glob("**/*.safetensors")
+        for k, v in load_file(path).items()
+    }
 
 
 def assert_same(one: Path, other: Path, **tolerance: float) -> None:
@@ -68,7 +85,9 @@ def assert_same(one: Path, other: Path, **tolerance: float) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert tensor.dtype == second[name].dtype, name
-        torch.testing.assert_close(tensor, second[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+        torch.testing.assert_close(
+            tensor, second[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name
+        )
 
 
 @pytest.fixture(scope="session")
@@ -94,9 +113,13 @@ def mixed(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.fixture(scope="session")
-def alone(models_folder: Path, data_folder: Path, mixed: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(
+    models_folder: Path, data_folder: Path, mixed: dict, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     output = tmp_path_factory.mktemp("alone") / "out"
-    return run(options(models_folder, data_folder, output, **{**mixed, "per_device_train_batch_size": 2}))
+    return run(
+        options(models_folder, data_folder, output, **{**mixed, "per_device_train_batch_size": 2})
+    )
 
 
 @pytest.mark.slow
@@ -115,23 +138,38 @@ def test_two_processes_of_batch_1_are_one_of_batch_2(
     words = options(models_folder, data_folder, tmp_path / "two", **{**mixed, **ENGINES[engine]})
     run_twofold(words)
     assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-6)
-    assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(alone, "eval_loss"), rel=2e-6)
+    assert losses(tmp_path / "two", "eval_loss") == pytest.approx(
+        losses(alone, "eval_loss"), rel=2e-6
+    )
     for folder in ("checkpoint-3", "checkpoint-5", ""):
         assert_same(alone / folder, tmp_path / "two" / folder, rtol=1e-4, atol=5e-6)
     picture = data_folder / "images" / "0.jpg"
-    captions = [load_checkpoint(folder / "checkpoint-5").caption(picture) for folder in (alone, tmp_path / "two")]
+    captions = [
+        load_checkpoint(folder / "checkpoint-5").caption(picture)
+        for folder in (alone, tmp_path / "two")
+    ]
     assert captions[0] == captions[1]
 
     start = ["--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-3")]
     again = options(models_folder, data_folder, tmp_path / "again", **{**mixed, **ENGINES[engine]})
     run_twofold([*again, *start])
     assert_same(tmp_path / "two" / "checkpoint-5", tmp_path / "again" / "checkpoint-5")
-    single = options(models_folder, data_folder, tmp_path / "single", **{**mixed, "per_device_train_batch_size": 2})
+    single = options(
+        models_folder,
+        data_folder,
+        tmp_path / "single",
+        **{**mixed, "per_device_train_batch_size": 2},
+    )
     assert_same(alone, run([*single, *start]), rtol=1e-4, atol=5e-6)
     assert "another number of processes" in capsys.readouterr().err
 
 
-WHOLE = {"lora_enable": False, "freeze_backbone": False, "tune_vision_tower": "full", "learning_rate": 1e-3}
+WHOLE = {
+    "lora_enable": False,
+    "freeze_backbone": False,
+    "tune_vision_tower": "full",
+    "learning_rate": 1e-3,
+}
 
 
 @pytest.mark.slow
@@ -147,7 +185,14 @@ def test_so_they_are_with_all_weights_trained_and_with_cached_features(
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
     more = {**mixed, **more, "max_steps": 3}
-    one = run(options(models_folder, data_folder, tmp_path / "one", **{**more, "per_device_train_batch_size": 2}))
+    one = run(
+        options(
+            models_folder,
+            data_folder,
+            tmp_path / "one",
+            **{**more, "per_device_train_batch_size": 2},
+        )
+    )
     run_twofold(options(models_folder, data_folder, tmp_path / "two", **more, **ENGINES[engine]))
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=2e-6)
     assert_same(one, tmp_path / "two", rtol=1e-4, atol=2e-5)
