@@ -449,7 +449,7 @@ The prompt, image tokens in it, is run once, its keys and values are kept, and o
 
 It says: "{seen["said"]}". The picture's name is "{seen["caption"]}".
 
-Where it looked while it chose each word (`serve/attention.py`): the share of attention that went to the picture, and which places had more of it (red) or less
+Where it looked while it chose each word (`serve/attention_map.py`): the share of attention that went to the picture, and which places had more of it (red) or less
 (blue) than for the other words.
 
 ![the attention to the picture, word by word](img/attention.png)
@@ -506,7 +506,7 @@ Each runs as it stands after `make demo` in the project's folder, and [in the no
         stage1 python - --output_dir output/lie <<'END'
         import sys
         from llava_simplified.prompt import IGNORE_INDEX, Prompt, Rendered
-        from llava_simplified.training.run import main
+        from llava_simplified.training.train_command import main
         right = Prompt._prefix
         def wrong(self, turns, where):
             ids, _ = right(self, turns, where)

@@ -78,7 +78,7 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_workers import write_forever
-from llava_simplified.data.engines import run_tasks
+from llava_simplified.workers import run_tasks
 if __name__ == "__main__":
     list(run_tasks(write_forever, [{str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}], workers=2))
 """

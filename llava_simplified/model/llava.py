@@ -106,7 +106,7 @@ class Llava(nn.Module):
         branch_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> LlavaOutput:
-        """The loss of a batch, as `data.batching.Collator` makes it.
+        """The loss of a batch, as `data.collate.Collator` makes it.
 
         Args:
             input_ids: (batch, length), IMAGE_INDEX where a patch feature goes.

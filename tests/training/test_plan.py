@@ -20,8 +20,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.training.build import build
-from llava_simplified.training.run import train
+from llava_simplified.training.build_trainer import build
+from llava_simplified.training.train_command import train
 
 def now(key):
     return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key)) * 1024

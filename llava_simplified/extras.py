@@ -1,0 +1,38 @@
+"""Optional dependencies: name the pip command that installs what a command needs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+
+class MissingExtraError(ValueError):
+    """An optional dependency is not installed. The message names the pip command that installs it."""
+
+
+def require_extra(extra: str, *modules: str, purpose: str) -> None:
+    """Check that the modules of an optional dependency group can be imported.
+
+    Args:
+        extra: The name of the group in `pyproject.toml`, for example "serve".
+        modules: Top-level names of the modules that are needed.
+        purpose: What needs them, as the subject of a sentence: "llava serve", "--engine ray".
+
+    Raises:
+        MissingExtraError: One of the modules is not installed.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise MissingExtraError(f"{purpose} needs {names}: run {install_command(extra)}")
+
+
+def install_command(extra: str) -> str:
+    """Return the pip command that installs an optional dependency group.
+
+    In a source checkout this is an editable install: the package may not be on an index yet.
+    """
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install -e '{checkout}[{extra}]'"
+    return f"pip install 'llava-simplified[{extra}]'"
