@@ -129,10 +129,9 @@ class Journal:
 
     def __enter__(self) -> Journal:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        end = 0
-        for _, end in read_json_lines(self.path):
-            pass
-        os.ftruncate(self._descriptor, end)
+        ends = [0]
+        ends += [end for _, end in read_json_lines(self.path)]
+        os.ftruncate(self._descriptor, ends[-1])
         return self
 
     def __exit__(self, *_: object) -> None:
