@@ -24,7 +24,7 @@ COMMANDS = {
         "join what several machines downloaded",
     ),
     "inspect": (
-        "llava_simplified.inspection:main",
+        "llava_simplified.inspection.inspect_command:main",
         "samples as the model sees them: tokens, labels, images",
     ),
     "encode": (
