@@ -126,5 +126,5 @@ def test_a_word_has_the_attention_of_its_tokens(models_folder: Path) -> None:
     assert ends[1] > 2 and ends[3] > ends[2] + 1, "words of several tokens, signs of several tokens"
     for word, start, end in zip(words, [0, *ends], ends):
         torch.testing.assert_close(word, grids[start:end].mean(0))
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="has no image"):
         look(model, "What is this?", [], answer)
