@@ -422,15 +422,15 @@ function setAnswering(controller) {
 }
 
 function addText(answer, text) {
-  const card = byId("conversation-card");
-  const wasAtEnd = card.scrollHeight - card.scrollTop - card.clientHeight < 40;
+  const scroll = byId("scroll");
+  const wasAtEnd = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 40;
   answer.text += text;
   renderWords(answer);
   if (wasAtEnd) scrollToEnd();
 }
 
 function scrollToEnd() {
-  byId("conversation-card").scrollTop = byId("conversation-card").scrollHeight;
+  byId("scroll").scrollTop = byId("scroll").scrollHeight;
 }
 
 function finishExchange(exchange) {
@@ -598,15 +598,17 @@ function drawVeil({ region: [left, top, right, bottom], grids }, shares) {
   const scale = Math.min(boxWidth / preview.naturalWidth, boxHeight / preview.naturalHeight);
   const width = preview.naturalWidth * scale;
   const height = preview.naturalHeight * scale;
-  veil.width = width;
-  veil.height = height;
+  veil.width = Math.round(width);
+  veil.height = Math.round(height);
+  veil.style.width = `${width}px`;
+  veil.style.height = `${height}px`;
   veil.style.left = `${(boxWidth - width) / 2}px`;
   veil.style.top = `${(boxHeight - height) / 2}px`;
 
   const context = veil.getContext("2d");
-  const area = [left * width, top * height, (right - left) * width, (bottom - top) * height];
+  const area = [left * veil.width, top * veil.height, (right - left) * veil.width, (bottom - top) * veil.height];
   context.fillStyle = "rgb(0 0 0 / 72%)"; // the margin that the model does not receive
-  context.fillRect(0, 0, width, height);
+  context.fillRect(0, 0, veil.width, veil.height);
   context.clearRect(...area);
   context.imageSmoothingQuality = "high";
   context.drawImage(patchImage(grids[0].length, grids[0][0].length, shares), ...area);
@@ -617,7 +619,7 @@ function drawVeil({ region: [left, top, right, bottom], grids }, shares) {
 function showNote(text = "") {
   const hasAnswer = exchanges.some((exchange) => exchange.answers.some((answer) => answer.text));
   let hint = "The caption will appear here.";
-  if (hasAnswer) hint = "Point at a word to see which parts of the image it depended on.";
+  if (hasAnswer) hint = "Point at a word to see its attention to the image.";
   const isQuiet = answering || !byId("problem").hidden;
   byId("note").textContent = text || (isQuiet ? "" : hint);
   byId("compare-label").hidden = !hasAnswer || Boolean(answering);

@@ -162,8 +162,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def examples(photos: Sequence[bytes], tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     folder = tmp_path_factory.mktemp("examples")
-    for number, photo in enumerate(photos[10:13]):
-        (folder / f"{number}.png").write_bytes(photo)
+    for number, photo in enumerate(photos[8:20]):
+        (folder / f"{number:02}.png").write_bytes(photo)
     return load_examples(find_examples(folder))
 
 
@@ -511,7 +511,7 @@ def test_page_fits_phone_and_tap_shows_attention(
     def fits() -> bool:
         return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
-    page.locator("#app").wait_for()
+    page.locator("#example-list img").nth(11).wait_for()
     assert fits()
     show(page, photos[2])
     page.locator(COMPLETE).wait_for()
