@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     limits.add_argument("--max-body", type=int, default=20, help="megabytes of a request (%(default)s)")
     limits.add_argument("--allow-image-urls", action="store_true", help="fetch http(s) pictures, from public addresses")
     args = parser.parse_args(argv)
-    needed = ["starlette", "uvicorn", "prometheus_client"]
+    needed = ["starlette", "uvicorn", "pydantic", "prometheus_client"]
     if missing := [name for name in needed if not find_spec(name)]:
         raise ValueError(f"{', '.join(missing)} not installed: pip install 'llava-simplified[serve]'")
     return serve(args)

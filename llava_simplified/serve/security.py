@@ -34,6 +34,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 # Headers of every response. A response may replace them: the page has a Content-Security-Policy of its own.
 SECURITY_HEADERS = {
+    "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",

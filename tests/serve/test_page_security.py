@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 from starlette.routing import Route
-from test_api import CHAT, Limits, Live, asked, live, shown
+from test_api import CHAT, Limits, Live, asked, command, live, shown  # noqa: F401
 
 from llava_simplified.cli import main as llava
 from llava_simplified.data.fetch import FetchOptions
@@ -382,6 +382,17 @@ def test_allowed_hosts_must_be_names(name: str, capsys: pytest.CaptureFixture[st
     assert "--allowed-hosts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_command_passes_hosts_and_examples(command: Any, photos: Sequence[bytes], tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(photos[0])
+    options = ["--examples", str(tmp_path), "--allowed-hosts", "a.example", "b.example", "--allowed_hosts", "c.example"]
+    _, url = command(*options)
+    for host, status in (("a.example", 200), ("b.example", 200), ("c.example:80", 200), ("d.example", 421)):
+        assert httpx.get(f"{url}/examples/0", headers={"host": host}).status_code == status
+    (tmp_path / "cat.png").unlink()
+    assert httpx.get(f"{url}/examples/0").headers["content-type"] == "image/jpeg", "kept in memory"
+
+
 # ---- headers ----
 
 
@@ -396,6 +407,7 @@ def test_responses_have_security_headers(client: httpx.Client, server: Live, pat
     ]
     for response in responses:
         assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] in ("no-store", "no-cache")
         assert response.headers["referrer-policy"] == "no-referrer"
         assert response.headers["cross-origin-resource-policy"] == "same-origin"
         policy = response.headers["content-security-policy"].split("; ")
