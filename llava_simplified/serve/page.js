@@ -280,7 +280,8 @@ function takePhoto() {
   canvas.width = video.videoWidth;
   canvas.height = video.videoHeight;
   canvas.getContext("2d").drawImage(video, 0, 0);
-  canvas.toBlob((blob) => setImage(new File([blob], "photo.jpg", { type: blob.type })), "image/jpeg", 0.95);
+  const usePhoto = (blob) => setImage(new File([blob], "photo.jpg", { type: blob.type }));
+  canvas.toBlob(usePhoto, "image/jpeg", 0.95);
   byId("camera-dialog").close();
 }
 
@@ -307,7 +308,8 @@ function addExample(number, blob) {
   thumbnail.src = URL.createObjectURL(blob);
   thumbnail.alt = `Example ${number + 1}`;
   button.append(thumbnail);
-  button.addEventListener("click", () => setImage(new File([blob], `example-${number}.jpg`, { type: blob.type })));
+  const file = new File([blob], `example-${number}.jpg`, { type: blob.type });
+  button.addEventListener("click", () => setImage(file));
   byId("example-list").append(button);
   byId("examples").hidden = false;
 }
@@ -320,7 +322,9 @@ function messagesFor(earlier, question) {
   const messages = [];
   for (const exchange of earlier) {
     const answer = exchange.answers[0].text;
-    if (answer) messages.push({ role: "user", content: exchange.question }, { role: "assistant", content: answer });
+    if (!answer) continue;
+    messages.push({ role: "user", content: exchange.question });
+    messages.push({ role: "assistant", content: answer });
   }
   messages.push({ role: "user", content: question });
   messages[0].content = [
@@ -347,7 +351,8 @@ function addExchange(question, isShown, count) {
   const exchange = { question, messages, answers: [], elements: [] };
   if (isShown) exchange.elements.push(create("p", "question", question));
   for (let index = 0; index < count; index++) {
-    const answer = { text: "", words: [], messages, element: create("div", "answer writing"), attention: null };
+    const element = create("div", "answer writing");
+    const answer = { text: "", words: [], messages, element, attention: null };
     const box = create("div", "answer-box");
     box.append(answer.element);
     answerOf.set(answer.element, answer);
@@ -453,7 +458,8 @@ const SPACE = "\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\
 const CJK = "\\u3040-\\u30ff\\u3400-\\u9fff";
 const WORD = new RegExp(`([${SPACE}]*)([${CJK}]|[^${SPACE}${CJK}]+)`, "g");
 
-// Bring the elements of an answer's words up to date with its text. Words that have not changed keep their element.
+// Bring the elements of an answer's words up to date with its text. Words that have not changed
+// keep their element.
 function renderWords(answer) {
   const found = [...answer.text.matchAll(WORD)];
   found.forEach(([, space, word], index) => {
@@ -472,8 +478,10 @@ function renderWords(answer) {
 function moveFocus(event) {
   const answer = answerOf.get(event.target.closest(".answer"));
   const index = answer ? answer.words.indexOf(event.target) : -1;
-  const targets = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: (answer?.words.length ?? 0) - 1 };
-  const word = index >= 0 && event.key in targets ? answer.words[targets[event.key]] : null;
+  if (index < 0) return;
+  const last = answer.words.length - 1;
+  const targets = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: last };
+  const word = answer.words[targets[event.key]];
   if (!word) return;
   event.preventDefault();
   event.target.tabIndex = -1;
@@ -557,7 +565,8 @@ async function loadAttention(answer) {
 
 const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
 
-// totals: the part of each word's attention that is on the image. shares: how it is distributed over the patches.
+// totals: the part of each word's attention that is on the image.
+// shares: how that part is distributed over the patches.
 function attentionOf(region, grids) {
   const flat = grids.map((grid) => grid.flat());
   const totals = flat.map(sum);
@@ -593,8 +602,8 @@ function patchImage(rows, columns, shares) {
 function drawVeil({ region: [left, top, right, bottom], grids }, shares) {
   const preview = byId("preview");
   if (!preview.naturalWidth) return; // of a type that the browser cannot show
-  const boxWidth = preview.clientWidth;
-  const boxHeight = preview.clientHeight;
+  // Unlike clientWidth, this is not rounded: the edge of the image would remain uncovered.
+  const { width: boxWidth, height: boxHeight } = preview.getBoundingClientRect();
   const scale = Math.min(boxWidth / preview.naturalWidth, boxHeight / preview.naturalHeight);
   const width = preview.naturalWidth * scale;
   const height = preview.naturalHeight * scale;
@@ -606,7 +615,12 @@ function drawVeil({ region: [left, top, right, bottom], grids }, shares) {
   veil.style.top = `${(boxHeight - height) / 2}px`;
 
   const context = veil.getContext("2d");
-  const area = [left * veil.width, top * veil.height, (right - left) * veil.width, (bottom - top) * veil.height];
+  const area = [
+    left * veil.width,
+    top * veil.height,
+    (right - left) * veil.width,
+    (bottom - top) * veil.height,
+  ];
   context.fillStyle = "rgb(0 0 0 / 72%)"; // the margin that the model does not receive
   context.fillRect(0, 0, veil.width, veil.height);
   context.clearRect(...area);
@@ -617,7 +631,8 @@ function drawVeil({ region: [left, top, right, bottom], grids }, shares) {
 
 // The line below the conversation: a hint, or what the attention map shows.
 function showNote(text = "") {
-  const hasAnswer = exchanges.some((exchange) => exchange.answers.some((answer) => answer.text));
+  const answers = exchanges.flatMap((exchange) => exchange.answers);
+  const hasAnswer = answers.some((answer) => answer.text);
   let hint = "The caption will appear here.";
   if (hasAnswer) hint = "Point at a word to see its attention to the image.";
   const isQuiet = answering || !byId("problem").hidden;
@@ -665,9 +680,13 @@ function temperatureChanged() {
 function listenToConversation() {
   const card = byId("conversation-card");
   const isMouse = (event) => event.pointerType === "mouse";
-  card.addEventListener("pointerover", (event) => isMouse(event) && wordAt(event) && point(wordAt(event)));
+  const pointAt = (event) => {
+    const word = wordAt(event);
+    if (word) point(word);
+  };
+  card.addEventListener("pointerover", (event) => isMouse(event) && pointAt(event));
   card.addEventListener("pointerleave", (event) => isMouse(event) && point(null));
-  card.addEventListener("focusin", (event) => wordAt(event) && point(wordAt(event)));
+  card.addEventListener("focusin", pointAt);
   card.addEventListener("focusout", (event) => card.contains(event.relatedTarget) || point(null));
   card.addEventListener("keydown", moveFocus);
   byId("compare").addEventListener("change", showAttention);

@@ -1,8 +1,8 @@
 """The web page: a fixed list of routes, whose responses are prepared when the server starts.
 
-The page is a client of the server's own API (`page.js` calls `/v1/chat/completions` and `/v1/attention`), so that it
-has the API's limits. The routes here take no file name, no URL and no body from a request, and keep no
-state between requests.
+The page is a client of the server's own API: `page.js` calls `/v1/chat/completions` and
+`/v1/attention`, so that it has the API's limits. The routes here take no file name, no URL and no body
+from a request, and keep no state between requests.
 """
 
 from __future__ import annotations
