@@ -31,7 +31,10 @@ def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> Llava:
     model = Llava.from_pretrained(checkpoint)
-    model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 20)]  # a random model would never end
+    model.prompt.stop_ids = [
+        *model.prompt.stop_ids,
+        *range(3, 20),
+    ]  # a random model would never end
     return model
 
 
@@ -41,6 +44,8 @@ def photos() -> list[bytes]:
     random, files = np.random.default_rng(5), []
     for _ in range(20):
         file = io.BytesIO()
-        Image.fromarray(random.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((48, 40)).save(file, "PNG")
+        Image.fromarray(random.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((48, 40)).save(
+            file, "PNG"
+        )
         files.append(file.getvalue())
     return files
