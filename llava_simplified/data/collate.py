@@ -34,7 +34,7 @@ class Example:
     id: str = ""
 
 
-def expand_images(
+def expand_image_placeholders(
     ids: Sequence[int], tokens_per_image: int, like: Sequence[int] | None = None
 ) -> np.ndarray:
     """Repeat every IMAGE_INDEX `tokens_per_image` times: room for the patch features.
@@ -48,7 +48,7 @@ def expand_images(
     return np.repeat(values, np.where(array == IMAGE_INDEX, tokens_per_image, 1))
 
 
-def pad(rows: Sequence[np.ndarray], value: int, side: str = "right") -> torch.Tensor:
+def pad_sequences(rows: Sequence[np.ndarray], value: int, side: str = "right") -> torch.Tensor:
     """(rows, longest row), `value` where a row is shorter. Training pads right, generation left."""
     length = max(len(row) for row in rows)
     out = np.full((len(rows), length), value, dtype=np.int64)
@@ -73,13 +73,13 @@ def expand_example(example: Example, tokens_per_image: int) -> ExpandedExample:
     The first token of every branch follows the prompt's last: no shift of the labels can express that, so each
     trained token comes with the index it is predicted from.
     """
-    ids = expand_images(example.input_ids, tokens_per_image)
-    labels = expand_images(example.input_ids, tokens_per_image, example.labels)
+    ids = expand_image_placeholders(example.input_ids, tokens_per_image)
+    labels = expand_image_placeholders(example.input_ids, tokens_per_image, example.labels)
     index = np.arange(len(ids))
     before, position_ids, branches = index - 1, index, np.zeros_like(ids)
     answers = 1
     if example.branches is not None:
-        branches = expand_images(example.input_ids, tokens_per_image, example.branches)
+        branches = expand_image_placeholders(example.input_ids, tokens_per_image, example.branches)
         starts = np.flatnonzero(np.diff(branches, prepend=0))
         answers, prompt = len(starts), starts[0]
         before[starts] = prompt - 1
@@ -125,7 +125,9 @@ class Collator:
             [expand_example(example, self.tokens_per_image) for example in pack] for pack in packs
         ]
         examples = [example for pack in packs for example in pack]
-        input_ids = pad([np.concatenate([s.input_ids for s in pack]) for pack in laid], self.pad_id)
+        input_ids = pad_sequences(
+            [np.concatenate([s.input_ids for s in pack]) for pack in laid], self.pad_id
+        )
         positions, labels = [], []
         for row, pack in enumerate(laid):
             start = row * input_ids.shape[1]
@@ -144,16 +146,18 @@ class Collator:
             },
         }
         if len(examples) == len(packs) and all(example.branches is None for example in examples):
-            batch["attention_mask"] = pad([np.ones(len(pack[0].input_ids)) for pack in laid], 0)
+            batch["attention_mask"] = pad_sequences(
+                [np.ones(len(pack[0].input_ids)) for pack in laid], 0
+            )
         else:
             segments = [
                 [np.full(len(s.input_ids), n) for n, s in enumerate(pack, start=1)] for pack in laid
             ]
-            batch["segment_ids"] = pad([np.concatenate(pack) for pack in segments], 0)
-            batch["branch_ids"] = pad(
+            batch["segment_ids"] = pad_sequences([np.concatenate(pack) for pack in segments], 0)
+            batch["branch_ids"] = pad_sequences(
                 [np.concatenate([s.branch_ids for s in pack]) for pack in laid], 0
             )
-            batch["position_ids"] = pad(
+            batch["position_ids"] = pad_sequences(
                 [np.concatenate([s.position_ids for s in pack]) for pack in laid], 0
             )
         for name in ("pixel_values", "image_features"):

@@ -61,7 +61,7 @@ class PackedDataset(Dataset[list[Example]]):
         self._lengths = np.add.reduceat(lengths[self._order], self._starts[:-1])
 
     @property
-    def fill(self) -> float:
+    def fill_ratio(self) -> float:
         """The share of positions that are no padding when every pack is as long as the longest."""
         return float(self._lengths.mean() / self._lengths.max())
 

@@ -176,7 +176,7 @@ class Page:
         turns, answer = turns_of(asked), asked[-1].answers[int(sample)]
         pixels = await asyncio.to_thread(load_pixels, Path(picture))
         grids = await self.worker.call(lambda model: look(model, turns, [pixels], answer)[:, 0])
-        region = self.worker.model.vision_tower.transform.region(*pixels.shape[:2])
+        region = self.worker.model.vision_tower.transform.visible_region(*pixels.shape[:2])
         shares = [[[float(f"{share:.4g}") for share in row] for row in grid] for grid in grids.tolist()]
         return gr.HTML(looks={"key": event.key, "region": region, "grids": shares})
 

@@ -248,7 +248,7 @@ def test_the_caption_streams_in_and_a_word_lights_the_picture(
     )
     height, width = alpha.shape
     rows, columns = grid.shape
-    left, top, right, bottom = model.vision_tower.transform.region(200, 400)
+    left, top, right, bottom = model.vision_tower.transform.visible_region(200, 400)
     assert (left, right) == (0.25, 0.75)
     assert (alpha[:, : int(0.24 * width)] > 175).all(), "what the tower does not see is dark"
     y = [int((top + (row + 0.5) / rows * (bottom - top)) * height) for row in range(rows)]
