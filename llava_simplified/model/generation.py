@@ -25,7 +25,7 @@ from transformers.cache_utils import (
 )
 from transformers.generation import logits_process
 
-from llava_simplified.data.collate import expand_images, pad
+from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
 from llava_simplified.prompt import IMAGE_INDEX
 
@@ -142,9 +142,11 @@ class DecodingBatch:
         copies = [option.num_return_sequences for option in per_prompt]
 
         # padded left, so that every row's next token is the last column's
-        rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
-        input_ids = pad(rows, model.prompt.end_id, side="left").to(device)
-        mask = pad([np.ones(len(row)) for row in rows], 0, side="left").to(device)
+        rows = [
+            expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts
+        ]
+        input_ids = pad_sequences(rows, model.prompt.end_id, side="left").to(device)
+        mask = pad_sequences([np.ones(len(row)) for row in rows], 0, side="left").to(device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         last = torch.arange(1, len(rows) + 1, device=device) * mask.shape[1] - 1
         text_model: Any = model.language_model
@@ -445,15 +447,17 @@ def _beam_search(
     options: GenerationOptions,
 ) -> list[list[int]]:
     """transformers' own; with a temperature, beam sampling. `num_return_sequences` beams of each prompt."""
-    rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
-    input_ids = pad(rows, model.prompt.end_id, side="left").to(model.device)
+    rows = [expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts]
+    input_ids = pad_sequences(rows, model.prompt.end_id, side="left").to(model.device)
     sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     if options.temperature and options.seed is not None:
         torch.manual_seed(options.seed)
     text_model: Any = model.language_model
     return text_model.generate(
         inputs_embeds=model.splice(input_ids, features),
-        attention_mask=pad([np.ones(len(row)) for row in rows], 0, side="left").to(model.device),
+        attention_mask=pad_sequences([np.ones(len(row)) for row in rows], 0, side="left").to(
+            model.device
+        ),
         eos_token_id=model.prompt.stop_ids,
         pad_token_id=model.prompt.end_id,
         max_new_tokens=options.max_new_tokens,

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from llava_simplified.data.collate import expand_images
+from llava_simplified.data.collate import expand_image_placeholders
 from llava_simplified.data.images import ImageSource
 from llava_simplified.model.generation import encode
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
@@ -41,7 +41,7 @@ def attention_grids(
     Returns:
         float32 (answer, images, rows, columns)
     """
-    ids = expand_images([*prompt, *answer[:-1]], model.vision_tower.num_tokens)
+    ids = expand_image_placeholders([*prompt, *answer[:-1]], model.vision_tower.num_tokens)
     embeds = model.splice(torch.from_numpy(ids)[None].to(model.device), image_features)
     start = embeds.shape[1] - len(answer)
     text_model: Any = model.language_model

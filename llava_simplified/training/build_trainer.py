@@ -112,7 +112,9 @@ def build(
             model.vision_tower.num_tokens, model.prompt.end_id, dummy_image_batch(model, train_set)
         ),
     )
-    packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
+    packs = (
+        f" in {len(examples):,} packs, {examples.fill_ratio:.1%} full" if data_args.packing else ""
+    )
     if args.world_size > 1:
         packs += f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}"
     trainer.accelerator.print(
@@ -280,7 +282,7 @@ def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
     features = []
     for index in range(0, len(train_set.records), max(len(train_set.records) // wanted, 1)):
         try:
-            pixels, stored = train_set.images(train_set.records[index])
+            pixels, stored = train_set.load_images(train_set.records[index])
         except ImageError:
             continue  # counted, and reported, when training meets it
         if stored is None and pixels is not None:

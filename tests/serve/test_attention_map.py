@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from llava_simplified.data.collate import expand_images
+from llava_simplified.data.collate import expand_image_placeholders
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
@@ -40,7 +40,7 @@ def ask(model: Llava, question: str) -> tuple[list[int], torch.Tensor]:
 def whole(model: Llava, prompt: list[int], pixels: torch.Tensor) -> np.ndarray:
     """(answer, images, tokens) by a plain loop over the attentions (layer, head, row, column) of one forward."""
     text = model.language_model
-    ids = expand_images([*prompt, *ANSWER], model.vision_tower.num_tokens)
+    ids = expand_image_placeholders([*prompt, *ANSWER], model.vision_tower.num_tokens)
     text.config._attn_implementation = "eager"
     with torch.no_grad():
         embeds = model.splice(torch.tensor(ids)[None], model.vision_tower(pixels))

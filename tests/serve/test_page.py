@@ -292,7 +292,7 @@ def test_page_streams_caption_and_shows_attention(visit: Callable[..., Any], mod
     alpha = veil_alpha(page)
     height, width = alpha.shape
     rows, columns = grid.shape
-    left, top, right, bottom = model.vision_tower.transform.region(200, 400)
+    left, top, right, bottom = model.vision_tower.transform.visible_region(200, 400)
     assert (left, right) == (0.25, 0.75)
     assert (alpha[:, : int(0.24 * width)] > 175).all(), (
         "the margin that the tower does not receive is dark"
