@@ -144,7 +144,9 @@ class ChatRequest(_Given):
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(None, max_length=4)
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(
+        None, max_length=4
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -166,10 +168,14 @@ class ChatRequest(_Given):
         if most > longest:
             raise ValueError(f"an answer has {longest} tokens at most here, {most} are asked for")
         count = self.n or 1
-        temperature = self.temperature if self.temperature is not None else DEFAULT_TEMPERATURE * (count > 1)
+        temperature = (
+            self.temperature if self.temperature is not None else DEFAULT_TEMPERATURE * (count > 1)
+        )
         return GenerationOptions(
             max_new_tokens=most,
-            temperature=temperature if temperature >= 1e-3 else 0.0,  # lower, the scores overflow: greedy is the limit
+            temperature=temperature
+            if temperature >= 1e-3
+            else 0.0,  # lower, the scores overflow: greedy is the limit
             top_p=self.top_p or 1.0,
             top_k=self.top_k or 0,
             repetition_penalty=self.repetition_penalty or 1.0,
@@ -189,19 +195,37 @@ def problem(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         status, message, headers = error.status_code, error.detail, dict(error.headers or {})
         code = {401: "invalid_api_key", 404: "not_found"}.get(status)
     elif isinstance(error, Busy):
-        status, kind, code, headers = 429, "rate_limit_error", "queue_full", {"retry-after": str(error.retry_after)}
+        status, kind, code, headers = (
+            429,
+            "rate_limit_error",
+            "queue_full",
+            {"retry-after": str(error.retry_after)},
+        )
     elif isinstance(error, asyncio.TimeoutError):
         status, kind, code, message = 504, "timeout_error", "timeout", "the request's time is up"
     elif isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False)[0]
-        parts = [part for part in first["loc"] if part not in ("text", "image_url") or isinstance(part, int)]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".") or None
+        parts = [
+            part
+            for part in first["loc"]
+            if part not in ("text", "image_url") or isinstance(part, int)
+        ]
+        where = (
+            "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(
+                "."
+            )
+            or None
+        )
         status, message = 400, f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
     elif isinstance(error, ValueError):
         status, code = 400, getattr(error, "kind", None)
     else:
         status, kind, message = 500, "server_error", "the server failed; its log says how"
-    return status, {"error": {"message": message, "type": kind, "param": where, "code": code}}, headers
+    return (
+        status,
+        {"error": {"message": message, "type": kind, "param": where, "code": code}},
+        headers,
+    )
 
 
 def _refuse(_: Request, error: Exception) -> Response:
@@ -216,16 +240,31 @@ class ChatCompletions:
     """POST /v1/chat/completions, an ASGI application: what a request holds is freed where its call returns."""
 
     def __init__(
-        self, worker: Worker, name: str, limits: Limits, fetcher: Fetcher | None, registry: CollectorRegistry
+        self,
+        worker: Worker,
+        name: str,
+        limits: Limits,
+        fetcher: Fetcher | None,
+        registry: CollectorRegistry,
     ) -> None:
         self.worker, self.name, self.limits, self.fetcher = worker, name, limits, fetcher
-        self._requests = Counter("llava_requests", "Requests to complete a chat", ["status"], registry=registry)
-        self._tokens = Counter("llava_tokens", "Tokens of answered requests", ["kind"], registry=registry)
+        self._requests = Counter(
+            "llava_requests", "Requests to complete a chat", ["status"], registry=registry
+        )
+        self._tokens = Counter(
+            "llava_tokens", "Tokens of answered requests", ["kind"], registry=registry
+        )
         self._seconds = Histogram(
-            "llava_request_seconds", "From a request to its answer's end", registry=registry, buckets=_BUCKETS
+            "llava_request_seconds",
+            "From a request to its answer's end",
+            registry=registry,
+            buckets=_BUCKETS,
         )
         self._first = Histogram(
-            "llava_first_token_seconds", "From a request to its answer's beginning", registry=registry, buckets=_BUCKETS
+            "llava_first_token_seconds",
+            "From a request to its answer's beginning",
+            registry=registry,
+            buckets=_BUCKETS,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -257,10 +296,15 @@ class ChatCompletions:
 
     async def _body(self, request: Request) -> bytes:
         # a page in a browser may send other types to any server, one on its reader's own machine too, unasked
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if (
+            request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            != "application/json"
+        ):
             raise HTTPException(415, "the content-type must be application/json")
         body = bytearray()
-        too_large = HTTPException(413, f"the body is over {self.limits.max_body} bytes", {"connection": "close"})
+        too_large = HTTPException(
+            413, f"the body is over {self.limits.max_body} bytes", {"connection": "close"}
+        )
         if int(request.headers.get("content-length", 0)) > self.limits.max_body:
             raise too_large
         async for chunk in request.stream():
@@ -271,7 +315,9 @@ class ChatCompletions:
 
     async def _answer(self, body: bytes, place: Place, send: Send) -> None:
         loop = asyncio.get_running_loop()
-        asked = await loop.run_in_executor(self.worker.readers, ChatRequest.model_validate_json, body)
+        asked = await loop.run_in_executor(
+            self.worker.readers, ChatRequest.model_validate_json, body
+        )
         if asked.model != self.name:
             raise HTTPException(404, f"there is no model {asked.model!r} here, but {self.name!r}")
         options = asked.options(self.limits.max_tokens)
@@ -287,7 +333,9 @@ class ChatCompletions:
         if isinstance(url, bytes):
             return url
         if self.fetcher is None:
-            raise ValueError("a picture must be a data URI: this server fetches none (--allow-image-urls)")
+            raise ValueError(
+                "a picture must be a data URI: this server fetches none (--allow-image-urls)"
+            )
         fetched = await self.fetcher.fetch(url)
         if fetched.picture is None:
             raise ValueError(f"the picture can't be fetched: {fetched.kind}: {fetched.detail}")
@@ -318,7 +366,11 @@ class ChatCompletions:
             }
             for sample, (text, end) in enumerate(zip(texts, ends))
         ]
-        content = {**self._head("chat.completion"), "choices": choices, "usage": _usage(place, tokens)}
+        content = {
+            **self._head("chat.completion"),
+            "choices": choices,
+            "usage": _usage(place, tokens),
+        }
         response = JSONResponse(content)
         await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
         await send({"type": "http.response.body", "body": response.body})
@@ -345,7 +397,12 @@ class ChatCompletions:
         await send(_event("[DONE]", more=False))
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": f"chatcmpl-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
+        return {
+            "id": f"chatcmpl-{uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.name,
+        }
 
 
 def _usage(place: Place, tokens: list[int]) -> dict[str, int]:
@@ -394,8 +451,12 @@ class KeyCheck:
         app = self.app
         if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/metrics")):
             scheme, _, given = Request(scope).headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
-                error = HTTPException(401, "give the key of this server: Authorization: Bearer KEY", _CHALLENGE)
+            if scheme.lower() != "bearer" or not hmac.compare_digest(
+                given.strip().encode("latin-1"), self._key
+            ):
+                error = HTTPException(
+                    401, "give the key of this server: Authorization: Bearer KEY", _CHALLENGE
+                )
                 app = _refuse(Request(scope), error)
         await app(scope, receive, send)
 
@@ -409,12 +470,23 @@ def create_app(worker: Worker, name: str, key: str = "", limits: Limits = Limits
     """
     registry = CollectorRegistry()
     fetcher = Fetcher(limits.fetch) if limits.fetch else None
-    Gauge("llava_places", "Requests under way", registry=registry).set_function(lambda: len(worker.places))
-    Gauge("llava_rows", "Answers being decoded", registry=registry).set_function(lambda: len(worker.rows))
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "llava-simplified"}
+    Gauge("llava_places", "Requests under way", registry=registry).set_function(
+        lambda: len(worker.places)
+    )
+    Gauge("llava_rows", "Answers being decoded", registry=registry).set_function(
+        lambda: len(worker.rows)
+    )
+    model = {
+        "id": name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "llava-simplified",
+    }
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok" if worker.alive else "failed"}, 200 if worker.alive else 503)
+        return JSONResponse(
+            {"status": "ok" if worker.alive else "failed"}, 200 if worker.alive else 503
+        )
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -424,7 +496,9 @@ def create_app(worker: Worker, name: str, key: str = "", limits: Limits = Limits
 
     async def one_model(request: Request) -> Response:
         if request.path_params["name"] != name:
-            raise HTTPException(404, f"there is no model {request.path_params['name']!r} here, but {name!r}")
+            raise HTTPException(
+                404, f"there is no model {request.path_params['name']!r} here, but {name!r}"
+            )
         return JSONResponse(model)
 
     @asynccontextmanager
@@ -434,13 +508,19 @@ def create_app(worker: Worker, name: str, key: str = "", limits: Limits = Limits
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(worker, name, limits, fetcher, registry), methods=["POST"]),
+            Route(
+                "/v1/chat/completions",
+                ChatCompletions(worker, name, limits, fetcher, registry),
+                methods=["POST"],
+            ),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             Route("/health", health),
             Route("/metrics", metrics),
         ],
         middleware=[Middleware(KeyCheck, key)] if key else [],
-        exception_handlers=dict.fromkeys((HTTPException, Busy, asyncio.TimeoutError, ValueError, Exception), _refuse),
+        exception_handlers=dict.fromkeys(
+            (HTTPException, Busy, asyncio.TimeoutError, ValueError, Exception), _refuse
+        ),
         lifespan=lifespan,
     )

@@ -50,18 +50,26 @@ def attention_grids(
         text_model(inputs_embeds=embeds[:, :start], use_cache=True, **cache)
         model.config._attn_implementation = "eager"
         try:
-            outputs = text_model(inputs_embeds=embeds[:, start:], use_cache=True, output_attentions=True, **cache)
+            outputs = text_model(
+                inputs_embeds=embeds[:, start:], use_cache=True, output_attentions=True, **cache
+            )
         finally:
             model.config._attn_implementation = kernel
     # a layer with a sliding window has forgotten what came first: its columns are the last ones
     layers = [layer[0].float().mean(0) for layer in outputs.attentions if layer is not None]
     rows = torch.stack([pad(layer, (len(ids) - layer.shape[-1], 0)) for layer in layers]).mean(0)
-    patches = rows[:, torch.from_numpy(ids == IMAGE_INDEX).to(rows.device)].unflatten(1, (len(image_features), -1))
+    patches = rows[:, torch.from_numpy(ids == IMAGE_INDEX).to(rows.device)].unflatten(
+        1, (len(image_features), -1)
+    )
     height, width = model.vision_tower.grid
-    return patches[..., -height * width :].unflatten(2, (height, width))  # CLS tokens stand in front of the patches
+    return patches[..., -height * width :].unflatten(
+        2, (height, width)
+    )  # CLS tokens stand in front of the patches
 
 
-def look(model: Llava, turns: str | Sequence[Message], images: Sequence[ImageSource], answer: str) -> torch.Tensor:
+def look(
+    model: Llava, turns: str | Sequence[Message], images: Sequence[ImageSource], answer: str
+) -> torch.Tensor:
     """Where in the pictures each `WORD` of an answer came from: `attention_grids`, the mean over a word's tokens.
 
     Args:

@@ -88,22 +88,29 @@ def render(conversation: Conversation, instruction: str, problem: Exception | No
             parts.append(f'<p class="question">{escape(exchange.question)}</p>')
         state = " writing" if exchange is conversation.writing else ""
         for sample, answer in enumerate(exchange.answers):
-            parts.append(f'<p class="answer{state}" data-key="{exchange.key}-{sample}">{_words(answer)}</p>')
+            parts.append(
+                f'<p class="answer{state}" data-key="{exchange.key}-{sample}">{_words(answer)}</p>'
+            )
     if problem:
         kind = getattr(problem, "kind", "")
         parts.append(f'<p class="problem {kind}" role="alert">{escape(explain(problem))}</p>')
     elif not parts:
         parts.append('<p class="note">The caption will appear here.</p>')
     elif not conversation.writing:
-        parts.append('<p class="note">Point at a word to see where in the picture the model looked.</p>')
-        parts.append('<label class="note"><input type="checkbox"> compare with the other words</label>')
+        parts.append(
+            '<p class="note">Point at a word to see where in the picture the model looked.</p>'
+        )
+        parts.append(
+            '<label class="note"><input type="checkbox"> compare with the other words</label>'
+        )
     return "".join(parts)
 
 
 def _words(answer: str) -> str:
     spaced = [(len(word) - len(word.lstrip()), word) for word in WORD.findall(answer)]
     return "".join(
-        f'{word[:space]}<span class="word" tabindex="0">{escape(word[space:])}</span>' for space, word in spaced
+        f'{word[:space]}<span class="word" tabindex="0">{escape(word[space:])}</span>'
+        for space, word in spaced
     )
 
 
@@ -118,7 +125,9 @@ class Page:
         self.worker = worker
         self.instruction = worker.model.instruction
 
-    async def begin(self, conversation: Conversation, picture: str | None, *question: Any) -> Updates:
+    async def begin(
+        self, conversation: Conversation, picture: str | None, *question: Any
+    ) -> Updates:
         """A picture has come, or has gone: a new conversation. `question` and what follows are those of `ask`."""
         conversation.exchanges, conversation.writing = [], None
         if picture is None:
@@ -144,13 +153,17 @@ class Page:
         try:
             if picture is None:
                 raise ValueError("there is no picture yet")
-            options = GenerationOptions(max_new_tokens=length, temperature=temperature, num_return_sequences=samples)
+            options = GenerationOptions(
+                max_new_tokens=length, temperature=temperature, num_return_sequences=samples
+            )
             with self.worker.place() as place:
                 conversation.exchanges = [*before, new]
                 yield render(conversation, self.instruction), ""
                 await place.ask(turns_of(conversation.exchanges), [Path(picture)], options)
                 async for piece in place:
-                    if conversation.writing is not new:  # stopped, or something else has been asked meanwhile
+                    if (
+                        conversation.writing is not new
+                    ):  # stopped, or something else has been asked meanwhile
                         return
                     new.answers[piece.sample] += piece.text
                     yield render(conversation, self.instruction), gr.skip()
@@ -166,10 +179,14 @@ class Page:
         conversation.writing = None
         return render(conversation, self.instruction)
 
-    async def look(self, event: gr.EventData, conversation: Conversation, picture: str | None) -> Any:
+    async def look(
+        self, event: gr.EventData, conversation: Conversation, picture: str | None
+    ) -> Any:
         """Somebody points at a word: where the model looked for each word of its answer, for page.js to draw."""
         key, _, sample = event.key.partition("-")
-        places = {exchange.key: number for number, exchange in enumerate(conversation.exchanges, start=1)}
+        places = {
+            exchange.key: number for number, exchange in enumerate(conversation.exchanges, start=1)
+        }
         if picture is None or key not in places:  # another conversation has begun
             return gr.skip()
         asked = conversation.exchanges[: places[key]]
@@ -177,7 +194,9 @@ class Page:
         pixels = await asyncio.to_thread(load_pixels, Path(picture))
         grids = await self.worker.call(lambda model: look(model, turns, [pixels], answer)[:, 0])
         region = self.worker.model.vision_tower.transform.region(*pixels.shape[:2])
-        shares = [[[float(f"{share:.4g}") for share in row] for row in grid] for grid in grids.tolist()]
+        shares = [
+            [[float(f"{share:.4g}") for share in row] for row in grid] for grid in grids.tolist()
+        ]
         return gr.HTML(looks={"key": event.key, "region": region, "grids": shares})
 
 
@@ -190,7 +209,11 @@ def example_pictures(folder: Path, count: int = 12) -> list[Path]:
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not found:
         raise ValueError(f"--examples {folder}: no pictures there")
-    return [found[number * len(found) // count] for number in range(count)] if len(found) > count else found
+    return (
+        [found[number * len(found) // count] for number in range(count)]
+        if len(found) > count
+        else found
+    )
 
 
 def mount_page(
@@ -212,9 +235,14 @@ def mount_page(
     page = Page(worker)
     files = resources.files(__package__)
     theme = gr.themes.Base(
-        primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["monospace"],
     )
-    with gr.Blocks(title=f"{name} · LLaVA Simplified", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+    with gr.Blocks(
+        title=f"{name} · LLaVA Simplified", analytics_enabled=False, delete_cache=(600, 3600)
+    ) as blocks:
         gr.HTML(f"<h1>LLaVA Simplified</h1><p>{escape(name)}</p>", elem_id="head")
         with gr.Row(elem_id="columns"):
             with gr.Column():
@@ -234,28 +262,58 @@ def mount_page(
                 )
                 with gr.Row(elem_id="asking"):
                     question = gr.Textbox(
-                        label="Question", show_label=False, placeholder=page.instruction, container=False, scale=5
+                        label="Question",
+                        show_label=False,
+                        placeholder=page.instruction,
+                        container=False,
+                        scale=5,
                     )
-                    send = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="send")
+                    send = gr.Button(
+                        "Ask", variant="primary", scale=1, min_width=80, elem_id="send"
+                    )
                     stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
         with gr.Accordion("Settings", open=False), gr.Row():
-            temperature = gr.Slider(0, 1.5, 0, step=0.05, label="Temperature", info="0: always the likeliest word")
-            samples = gr.Slider(1, min(8, worker.batch_size), 1, step=1, label="Answers", info="to one question")
+            temperature = gr.Slider(
+                0, 1.5, 0, step=0.05, label="Temperature", info="0: always the likeliest word"
+            )
+            samples = gr.Slider(
+                1, min(8, worker.batch_size), 1, step=1, label="Answers", info="to one question"
+            )
             length = gr.Slider(
-                1, limits.max_tokens, min(64, limits.max_tokens), step=1, label="Longest answer", info="in tokens"
+                1,
+                limits.max_tokens,
+                min(64, limits.max_tokens),
+                step=1,
+                label="Longest answer",
+                info="in tokens",
             )
         if examples:
-            gr.Examples([[str(path)] for path in examples], [picture], label="Or try one of these", elem_id="examples")
+            gr.Examples(
+                [[str(path)] for path in examples],
+                [picture],
+                label="Or try one of these",
+                elem_id="examples",
+            )
         conversation = gr.State(Conversation())
         asking = [conversation, picture, question, temperature, samples, length]
-        quiet: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
+        quiet: dict[str, Any] = {
+            "api_visibility": "private",
+            "concurrency_limit": None,
+            "show_progress": "hidden",
+        }
         many: dict[str, Any] = {**quiet, "trigger_mode": "multiple"}
         begun = picture.change(page.begin, asking, [view, question], **many)
         asked = gr.on([send.click, question.submit], page.ask, asking, [view, question], **many)
         stop.click(page.stop, conversation, view, cancels=[begun, asked], **quiet)
         view.look(page.look, [conversation, picture], view, trigger_mode="always_last", **quiet)
         # in the browser: the answer of the server could overwrite what has been chosen meanwhile
-        samples.input(None, [samples, temperature], temperature, js=f"(n, t) => t || (n > 1 ? {DEFAULT_TEMPERATURE} : 0)", **quiet)
+        samples.input(
+            None,
+            [samples, temperature],
+            temperature,
+            js=f"(n, t) => t || (n > 1 ? {DEFAULT_TEMPERATURE} : 0)",
+            **quiet,
+        )
     blocks.queue(max_size=None)
     gr.mount_gradio_app(
         app,
@@ -265,7 +323,9 @@ def mount_page(
         run_history=False,
         theme=theme,
         css=files.joinpath("page.css").read_text(encoding="utf-8"),
-        auth=(lambda _, password: hmac.compare_digest(password.encode(), key.encode())) if key else None,
+        auth=(lambda _, password: hmac.compare_digest(password.encode(), key.encode()))
+        if key
+        else None,
         auth_message="The password is this server's key; any user name will do." if key else None,
         show_error=False,
         max_file_size=limits.max_body,

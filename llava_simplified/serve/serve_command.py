@@ -15,30 +15,57 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of `llava serve`."""
-    parser = argparse.ArgumentParser("llava serve", description="Answer over HTTP, as OpenAI's API does, and on a page")
+    parser = argparse.ArgumentParser(
+        "llava serve", description="Answer over HTTP, as OpenAI's API does, and on a page"
+    )
     parser.add_argument("checkpoint", help="folder that training wrote")
-    parser.add_argument("--model-base", help="the language model, if it is not where it was at training")
+    parser.add_argument(
+        "--model-base", help="the language model, if it is not where it was at training"
+    )
     parser.add_argument("--vision-tower", help="the vision tower, likewise")
     parser.add_argument("--name", help="what clients call the model (the folder's name)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine only)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine only)"
+    )
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     parser.add_argument("--api-key", default=os.environ.get("LLAVA_API_KEY", ""), help="or in LLAVA_API_KEY, which `ps` does not show")  # fmt: skip
     page = parser.add_mutually_exclusive_group()
     page.add_argument("--no-page", action="store_true", help="the API only")
-    page.add_argument("--examples", type=Path, metavar="FOLDER", help="pictures to click on the page")
+    page.add_argument(
+        "--examples", type=Path, metavar="FOLDER", help="pictures to click on the page"
+    )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--batch-size", type=int, default=16, help="answers decoded at the same time (%(default)s)")
-    limits.add_argument("--queue", type=int, default=64, help="requests that may wait; more get 429 (%(default)s)")
-    limits.add_argument("--timeout", type=float, default=120, help="seconds a request may take (%(default)s)")
-    limits.add_argument("--context", type=int, default=4096, help="tokens, prompt, pictures and answer (%(default)s)")
+    limits.add_argument(
+        "--batch-size", type=int, default=16, help="answers decoded at the same time (%(default)s)"
+    )
+    limits.add_argument(
+        "--queue", type=int, default=64, help="requests that may wait; more get 429 (%(default)s)"
+    )
+    limits.add_argument(
+        "--timeout", type=float, default=120, help="seconds a request may take (%(default)s)"
+    )
+    limits.add_argument(
+        "--context",
+        type=int,
+        default=4096,
+        help="tokens, prompt, pictures and answer (%(default)s)",
+    )
     limits.add_argument("--max-tokens", type=int, default=512, help="of an answer (%(default)s)")
     limits.add_argument("--max-images", type=int, default=8, help="of a request (%(default)s)")
-    limits.add_argument("--max-body", type=int, default=20, help="megabytes of a request (%(default)s)")
-    limits.add_argument("--allow-image-urls", action="store_true", help="fetch http(s) pictures, from public addresses")
+    limits.add_argument(
+        "--max-body", type=int, default=20, help="megabytes of a request (%(default)s)"
+    )
+    limits.add_argument(
+        "--allow-image-urls",
+        action="store_true",
+        help="fetch http(s) pictures, from public addresses",
+    )
     args = parser.parse_args(argv)
     needed = ["starlette", "uvicorn", "prometheus_client", *["gradio"] * (not args.no_page)]
     if missing := [name for name in needed if not find_spec(name)]:
-        raise ValueError(f"{', '.join(missing)} not installed: pip install 'llava-simplified[serve]'")
+        raise ValueError(
+            f"{', '.join(missing)} not installed: pip install 'llava-simplified[serve]'"
+        )
     return serve(args)
 
 
@@ -52,23 +79,33 @@ def serve(args: argparse.Namespace) -> int:
     from llava_simplified.serve.engine import Worker
 
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    socket.create_server((args.host, args.port), family=family).close()  # one that is taken shows before the loading
+    socket.create_server(
+        (args.host, args.port), family=family
+    ).close()  # one that is taken shows before the loading
     if not args.no_page:
         from llava_simplified.serve.page import example_pictures, mount_page
 
         examples = example_pictures(args.examples) if args.examples else []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the server is up, and again when it has drained
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # before the server is up, and again when it has drained
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if not args.api_key and not _is_loopback(args.host):
         print(f"warning: {args.host} is open to others, and there is no --api-key", file=sys.stderr)
-    model = Llava.from_pretrained(args.checkpoint, model_base=args.model_base, vision_tower=args.vision_tower)
+    model = Llava.from_pretrained(
+        args.checkpoint, model_base=args.model_base, vision_tower=args.vision_tower
+    )
     worker = Worker(model, args.batch_size, args.queue, args.timeout, args.context)
-    fetch = FetchOptions(retries=0, max_bytes=args.max_body * 10**6) if args.allow_image_urls else None
+    fetch = (
+        FetchOptions(retries=0, max_bytes=args.max_body * 10**6) if args.allow_image_urls else None
+    )
     name = args.name or Path(args.checkpoint).resolve().name
     limits = Limits(args.max_body * 10**6, args.max_images, args.max_tokens, fetch)
     app = create_app(worker, name, args.api_key, limits)
-    closing = None if args.no_page else mount_page(app, worker, name, args.api_key, limits, examples)
+    closing = (
+        None if args.no_page else mount_page(app, worker, name, args.api_key, limits, examples)
+    )
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

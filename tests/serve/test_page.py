@@ -35,7 +35,9 @@ from llava_simplified.serve.page import (
     turns_of,
 )
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"  # fmt: skip
 FILE = "#picture input[type=file]"
 READY = "#view .answer:not(.writing)"
@@ -49,11 +51,18 @@ def test_whatever_is_said_is_text() -> None:
     html = render(Conversation([said]), "What?")
     assert not re.search(r"<(?!/?(p|span|label|input)\b)", html), "nothing but our own elements"
     assert "&lt;b&gt;${1}&lt;/b&gt;" in html and 'onerror="' not in html
-    assert "question" not in render(Conversation([Exchange("What?", ["a cat"])]), "What?"), "it was not asked by hand"
+    assert "question" not in render(Conversation([Exchange("What?", ["a cat"])]), "What?"), (
+        "it was not asked by hand"
+    )
 
 
 def test_the_next_question_stands_behind_the_answers_that_there_were() -> None:
-    exchanges = [Exchange("a?", ["1", "2"]), Exchange("b?", [""]), Exchange("c?", ["3"]), Exchange("d?", [""])]
+    exchanges = [
+        Exchange("a?", ["1", "2"]),
+        Exchange("b?", [""]),
+        Exchange("c?", ["3"]),
+        Exchange("d?", [""]),
+    ]
     assert [turn.content for turn in turns_of(exchanges)] == ["a?", "1", "c?", "3", "d?"]
 
 
@@ -63,7 +72,9 @@ def test_examples_are_spread_over_the_folder(tmp_path: Path) -> None:
     for number in range(60):
         (tmp_path / f"{number:02}.jpg").touch()
     (tmp_path / "notes.txt").touch()
-    assert [path.stem for path in example_pictures(tmp_path)] == [f"{number:02}" for number in range(0, 60, 5)]
+    assert [path.stem for path in example_pictures(tmp_path)] == [
+        f"{number:02}" for number in range(0, 60, 5)
+    ]
     assert len(example_pictures(tmp_path, 100)) == 60
 
 
@@ -99,10 +110,16 @@ def test_an_answer_grows_and_an_error_leaves_what_there_was(
             (None, 1, "no picture yet"),
             (photo, 3, "temperature"),
         ):
-            *_, (html, _) = [update async for update in page.ask(talk, picture, "And?", 0, samples, 4)]
+            *_, (html, _) = [
+                update async for update in page.ask(talk, picture, "And?", 0, samples, 4)
+            ]
             assert problem in html and "problem" in html and str(tmp_path) not in html
             assert talk.exchanges == before and talk.writing is None
-        turns = [Message("user", model.instruction), Message("assistant", caption), Message("user", "Why?")]
+        turns = [
+            Message("user", model.instruction),
+            Message("assistant", caption),
+            Message("user", "Why?"),
+        ]
         talk.exchanges[1].answers[0] = ""
         async for _ in page.ask(talk, photo, "Why?", 0, 1, 6):
             pass
@@ -114,7 +131,9 @@ def test_an_answer_grows_and_an_error_leaves_what_there_was(
     ask(model, visit)
 
 
-def test_a_new_question_ends_the_answer_under_way(model: Llava, photos: Sequence[bytes], tmp_path: Path) -> None:
+def test_a_new_question_ends_the_answer_under_way(
+    model: Llava, photos: Sequence[bytes], tmp_path: Path
+) -> None:
     (tmp_path / "photo.png").write_bytes(photos[0])
     photo, talk = str(tmp_path / "photo.png"), Conversation()
 
@@ -143,7 +162,12 @@ def test_busy_is_said(model: Llava, photos: Sequence[bytes], tmp_path: Path) -> 
         with page.worker.place(), pytest.raises(Busy), page.worker.place():
             pass
         with page.worker.place():
-            updates = [html async for html, _ in page.begin(Conversation(), str(tmp_path / "photo.png"), "", 0, 1, 4)]
+            updates = [
+                html
+                async for html, _ in page.begin(
+                    Conversation(), str(tmp_path / "photo.png"), "", 0, 1, 4
+                )
+            ]
         assert len(updates) == 1 and "Many people" in updates[0]
 
     ask(model, visit, batch_size=1, queue=0)
@@ -165,7 +189,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def server(model: Llava, photos: Sequence[bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def server(
+    model: Llava, photos: Sequence[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("examples")
     for number, photo in enumerate(photos[10:13]):
         (folder / f"{number}.png").write_bytes(photo)
@@ -190,7 +216,9 @@ def visit(browser: Any, server: Live) -> Iterator[Callable[..., Any]]:
     yield open_page
     for context in contexts:
         context.close()
-    elsewhere = [url for url in requests if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
+    elsewhere = [
+        url for url in requests if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))
+    ]
     assert requests and not elsewhere
     assert not faults
 
@@ -206,7 +234,9 @@ def words(page: Any) -> str:
 
 def wide_photo() -> bytes:
     """Twice as wide as high: the tower sees the middle."""
-    image = Image.fromarray(np.random.default_rng(7).integers(0, 255, (4, 8, 3), dtype=np.uint8)).resize((400, 200))
+    image = Image.fromarray(
+        np.random.default_rng(7).integers(0, 255, (4, 8, 3), dtype=np.uint8)
+    ).resize((400, 200))
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -230,14 +260,24 @@ def test_the_caption_streams_in_and_a_word_lights_the_picture(
     caption = model.caption(photo, max_new_tokens=64)
     assert words(page) == caption
     seen = page.evaluate("window.seen")
-    assert len(seen) > 2 and all(late.startswith(early) for early, late in pairwise(seen)), "it streams"
+    assert len(seen) > 2 and all(late.startswith(early) for early, late in pairwise(seen)), (
+        "it streams"
+    )
 
     page.locator("#view .word").first.hover()
     page.locator("#veil").wait_for()
     (grid,) = look(model, model.instruction, [photo], caption)[0]
-    assert f"{round(100 * float(grid.sum()))} % of the model's attention" in page.locator("#view").inner_text()
-    veil, picture = page.locator("#veil").bounding_box(), page.locator("#picture img").bounding_box()
-    assert veil["width"] / veil["height"] == pytest.approx(2, rel=0.01), "it lies on the picture, not on its frame"
+    assert (
+        f"{round(100 * float(grid.sum()))} % of the model's attention"
+        in page.locator("#view").inner_text()
+    )
+    veil, picture = (
+        page.locator("#veil").bounding_box(),
+        page.locator("#picture img").bounding_box(),
+    )
+    assert veil["width"] / veil["height"] == pytest.approx(2, rel=0.01), (
+        "it lies on the picture, not on its frame"
+    )
     assert veil["x"] >= picture["x"] - 1 and veil["y"] >= picture["y"] - 1
     alpha = np.array(
         page.evaluate(
@@ -252,7 +292,9 @@ def test_the_caption_streams_in_and_a_word_lights_the_picture(
     assert (left, right) == (0.25, 0.75)
     assert (alpha[:, : int(0.24 * width)] > 175).all(), "what the tower does not see is dark"
     y = [int((top + (row + 0.5) / rows * (bottom - top)) * height) for row in range(rows)]
-    x = [int((left + (column + 0.5) / columns * (right - left)) * width) for column in range(columns)]
+    x = [
+        int((left + (column + 0.5) / columns * (right - left)) * width) for column in range(columns)
+    ]
     light = 1 - (grid - grid.min()) / (grid.max() - grid.min())
     np.testing.assert_allclose(alpha[np.ix_(y, x)] / 255, 0.22 + 0.5 * light.numpy(), atol=0.15)
     assert np.corrcoef(alpha[np.ix_(y, x)].ravel(), light.numpy().ravel())[0, 1] > 0.98
@@ -298,26 +340,43 @@ def test_questions_samples_and_what_looks_like_markup(
     page.locator("#view .question").wait_for()
     page.locator(READY).nth(1).wait_for()
     assert page.locator("#view .question").inner_text().endswith(question)
-    turns = [Message("user", model.instruction), Message("assistant", caption), Message("user", question)]
+    turns = [
+        Message("user", model.instruction),
+        Message("assistant", caption),
+        Message("user", question),
+    ]
     assert words(page) == model.chat(turns, [photos[5]], max_new_tokens=64)
 
     page.get_by_text("Settings").click()
-    number, temperature = (page.get_by_label(f"number input for {name}") for name in ("Answers", "Temperature"))
+    number, temperature = (
+        page.get_by_label(f"number input for {name}") for name in ("Answers", "Temperature")
+    )
 
     def typed() -> bool:
         number.fill("3")
         page.wait_for_timeout(100)
         return temperature.input_value() == "0.7"
 
-    server.wait(typed)  # what is typed within milliseconds of the click is lost: Gradio still builds the settings
+    server.wait(
+        typed
+    )  # what is typed within milliseconds of the click is lost: Gradio still builds the settings
     page.locator("#send").click()
     page.locator(READY).nth(2).wait_for()
-    assert page.locator("#view .answer").count() == 3 and page.locator("#view .question").count() == 0
+    assert (
+        page.locator("#view .answer").count() == 3 and page.locator("#view .question").count() == 0
+    )
 
 
 @pytest.mark.slow
-def test_a_phone_shows_all_of_it_and_a_tap_is_enough(visit: Callable[..., Any], photos: Sequence[bytes]) -> None:
-    page = visit(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True, device_scale_factor=2)
+def test_a_phone_shows_all_of_it_and_a_tap_is_enough(
+    visit: Callable[..., Any], photos: Sequence[bytes]
+) -> None:
+    page = visit(
+        viewport={"width": 360, "height": 740},
+        has_touch=True,
+        is_mobile=True,
+        device_scale_factor=2,
+    )
 
     def fits() -> bool:
         return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -362,7 +421,9 @@ def test_whoever_stops_or_leaves_frees_the_place(
 
 
 @pytest.mark.slow
-def test_the_key_is_asked_for(visit: Callable[..., Any], model: Llava, photos: Sequence[bytes]) -> None:
+def test_the_key_is_asked_for(
+    visit: Callable[..., Any], model: Llava, photos: Sequence[bytes]
+) -> None:
     def mount(app: Any, worker: Worker) -> None:
         mount_page(app, worker, "tiny", "sésame", Limits(), [])
 
@@ -382,7 +443,9 @@ def test_the_key_is_asked_for(visit: Callable[..., Any], model: Llava, photos: S
 
 
 @pytest.mark.slow
-def test_a_window_that_stands_open_does_not_hold_up_the_end(visit: Callable[..., Any], command: Any) -> None:
+def test_a_window_that_stands_open_does_not_hold_up_the_end(
+    visit: Callable[..., Any], command: Any
+) -> None:
     process, url = command()
     page = visit(url)
     page.locator(FILE).wait_for(state="attached")
