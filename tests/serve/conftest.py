@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
-from llava_simplified.model.config import LlavaConfig
+from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
 
 
@@ -24,7 +24,7 @@ def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for parameter in model.projector.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     folder = tmp_path_factory.mktemp("served") / "tiny"
-    save_checkpoint(model, folder, architecture)
+    save_checkpoint(model, folder, architecture, TrainedParts())
     return folder
 
 
