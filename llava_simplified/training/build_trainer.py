@@ -40,7 +40,7 @@ from llava_simplified.training.resume import check_same_run, resume_folder
 from llava_simplified.training.trainer import LlavaTrainer
 
 
-def build(
+def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> tuple[LlavaTrainer, Path | None]:
     """All that a run needs before its first step: the trainer, and the checkpoint that it goes on from, if any."""
