@@ -354,7 +354,7 @@ class Attention(ModelEndpoint):
         content = {
             "object": "attention",
             "model": self.name,
-            "region": self.worker.model.vision_tower.transform.region(height, width),
+            "region": self.worker.model.vision_tower.transform.visible_region(height, width),
             "words": [{"word": word, "grid": grid} for word, grid in zip(words, grids)],
         }
         await _send_json(content, send)
