@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 from llava_simplified.html_report import Bar, Chart, Tile, histogram, write_page
+from llava_simplified.jobs import format_duration
 
 MAX_EXAMPLES = 8  # of each error
 MAX_HOSTS = 25
@@ -198,7 +199,7 @@ def write_download_report(
             "images": f"{statistics.outcomes[_OK]:,}",
             "MB": f"{sizes.sum() / 1e6:,.0f}",
             "hosts": f"{len(statistics.rows_by_host):,}",
-            "seconds from the first row to the last": f"{seconds:,.0f}",
+            "duration": format_duration(seconds),
         },
         outcomes=statistics.outcomes,
         warnings=settings["oddities"],
