@@ -90,13 +90,17 @@ def write_report(
     cards = _make_cards(runs, aligned, train_captions)
     notes: list[str] = []
     for run in runs:
-        notes += [note for note in run.result.notes if note not in notes]
+        for note in run.result.notes:
+            if note not in notes:  # most runs have the same notes
+                notes.append(note)
     notes += _add_thumbnails(cards, image_folder)
     num_images = len(headline.samples)
     if len(cards) < num_images:
         notes.append(
-            f"{len(cards)} of {num_images} images are shown: the best, the worst, and an even spread in between"
+            f"{len(cards)} of {num_images} images are shown: the best, the worst, and an even "
+            "spread in between"
         )
+    # The bars of both lists of words have the same scale.
     overused, underused = compare_word_usage(headline.samples)
     largest = max((abs(usage.log_likelihood) for usage in [*overused, *underused]), default=1.0)
     write_page(
@@ -124,6 +128,7 @@ def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
     order = {(s.index, s.image): position for position, s in enumerate(runs[0].samples)}
     aligned = []
     for run in runs:
+        # The position -1 of an image that the first run does not have makes the comparison fail.
         samples = sorted(run.samples, key=lambda s: order.get((s.index, s.image), -1))
         if [(s.index, s.image) for s in samples] != list(order):
             raise ValueError(
@@ -168,7 +173,7 @@ def _compare_shuffled(result: Evaluation) -> dict[str, list[Bar]]:
             continue
         own = result.mean[name].value
         shuffled = result.shuffled[name].value
-        largest = max(own, shuffled, 1e-9)
+        largest = max(own, shuffled, 1e-9)  # both may be 0
         comparison[name] = [
             Bar("own image", 100 * own / largest, format_score(name, own)),
             Bar("shuffled", 100 * shuffled / largest, format_score(name, shuffled), color=_GRAY),
@@ -289,10 +294,12 @@ def _make_cards(
     train_captions: Collection[str] | None,
 ) -> list[Card]:
     """Return the images that are shown, best first by the word F1 of the headline run, then by CIDEr-D."""
+    # Arrays (images,) of the headline run, from (trials, images).
     per_image = runs[0].result.per_image
     word_f1 = per_image["word F1"].mean(axis=0)
     cider_d = per_image["CIDEr-D"].mean(axis=0)
     is_exact = per_image["exact match"].max(axis=0) > 0
+    # CIDEr-D only decides between captions with the same word F1: in a small set, its values say little.
     ranked = sorted(range(len(word_f1)), key=lambda i: (-word_f1[i], -cider_d[i], i))
 
     cards = []
@@ -305,7 +312,8 @@ def _make_cards(
             verdict = "close"
         is_unseen = False
         if train_captions is not None:
-            is_unseen = not any(normalize_caption(r) in train_captions for r in sample.references)
+            normalized = map(normalize_caption, sample.references)
+            is_unseen = not any(reference in train_captions for reference in normalized)
         card = Card(
             sample=sample,
             position=position,
@@ -337,10 +345,10 @@ def mark_captions(sample: Sample) -> list[MarkedCaption]:
     marked = []
     for caption, count in Counter(sample.captions).items():
         pieces = []
+        # The group keeps the spaces as pieces of their own: the caption is shown as it was written.
         for piece in re.split(r"(\s+)", caption):
-            pieces.append((piece, not reference_words.isdisjoint(words_of(piece))))
-        if not caption:
-            pieces = []
+            if piece:
+                pieces.append((piece, not reference_words.isdisjoint(words_of(piece))))
         marked.append(MarkedCaption(pieces, count, exact_match(caption, sample.references)))
     return marked
 
@@ -358,15 +366,16 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
     for card in cards:
         try:
             pixels = decode_image(read_image_bytes(card.sample.image, folder))
-        except ImageError as error:
+        except ImageError as error:  # the card says that there is no image
             errors.append(f"{card.sample.image}: {error}")
             continue
         card.thumbnail = make_thumbnail(pixels)
     if not errors:
         return []
-    if len(errors) == len(cards):
+    if len(errors) == len(cards):  # not a few bad files, but a wrong folder
         raise ValueError(
-            f"None of the {len(cards)} images can be read; check --image-folder. The first: {errors[0]}"
+            f"None of the {len(cards)} images can be read; check --image-folder. "
+            f"The first: {errors[0]}"
         )
     return [f"images that cannot be shown: {len(errors)}; the first: {errors[0]}"]
 
@@ -378,17 +387,21 @@ def _charts(runs: Sequence[Run], log: Path | None) -> list[Chart]:
     charts = []
     if log:
         curves = read_training_log(log)
-        losses = {name: points for name, points in curves.items() if points and name != "CIDEr-D"}
+        cider_points = curves.pop("CIDEr-D")
+        losses = {name: points for name, points in curves.items() if points}
         if losses:
             charts.append(line_chart("Loss", "nats per token", losses))
-        if curves["CIDEr-D"]:
-            cider = {"CIDEr-D": curves["CIDEr-D"]}
+        if cider_points:
+            cider = {"CIDEr-D": cider_points}
             charts.append(line_chart("CIDEr-D during training", "on validation images", cider))
-    points = [
-        (float(run.step), run.result.mean["CIDEr-D"].value) for run in runs if run.step is not None
-    ]
-    if len({step for step, _ in points}) > 1:
-        charts.append(line_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": sorted(points)}))
+
+    # The scores of several checkpoints, over their steps.
+    by_step = []
+    for run in runs:
+        if run.step is not None:
+            by_step.append((float(run.step), run.result.mean["CIDEr-D"].value))
+    if len({step for step, _ in by_step}) > 1:
+        charts.append(line_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": sorted(by_step)}))
     return charts
 
 
