@@ -4,10 +4,10 @@ Millions of small files are slow to create, copy and list on every file system. 
 in the layout of webdataset and img2dataset, which other tools read:
 
     00012.tar                     00012.parquet, the manifest: one row per URL
-      000120000.jpg  image          key        url   status     offset  length
-      000120000.txt  captions       000120000  ...   ok            512   34012
-      000120000.json metadata       000120001  ...   not_found    null    null
-      000120002.jpg                 000120002  ...   ok          37376   80511
+      000120000.jpg  image          key        url  status  error     offset  length
+      000120000.txt  captions       000120000  ...  ok      null         512   34012
+      000120000.json metadata       000120001  ...  failed  http_404    null    null
+      000120002.jpg                 000120002  ...  ok      null       37376   80511
       ...                           ...
 
 A *sample* is the members that share a key: neighbours with the same name up to the first dot. A tar archive is a chain of
