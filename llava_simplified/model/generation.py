@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +27,8 @@ from transformers.generation import logits_process
 
 from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
+from llava_simplified.model.protocols import CaptionModel
 from llava_simplified.prompt import IMAGE_INDEX
-
-if TYPE_CHECKING:
-    from llava_simplified.model.llava import Llava
-
 
 DEFAULT_TEMPERATURE = 0.7  # the temperature of several answers to one question, where none is given
 
@@ -105,7 +102,7 @@ class DecodingBatch:
 
     def __init__(
         self,
-        model: Llava,
+        model: CaptionModel,
         prompts: Sequence[Sequence[int]],
         image_features: torch.Tensor | None,
         options: GenerationOptions | Sequence[GenerationOptions],
@@ -346,14 +343,14 @@ def _generator(seed: int | None, key: bytes, sample: int, device: torch.device) 
 
 
 @torch.inference_mode()
-def encode(model: Llava, pixel_values: torch.Tensor) -> torch.Tensor:
+def encode(model: CaptionModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """Patch features (images, tokens, width) of pictures, uint8 (images, 3, height, width)."""
     with eval_mode(model):
         return model.vision_tower(pixel_values.to(model.device))
 
 
 def generate(
-    model: Llava,
+    model: CaptionModel,
     prompts: Sequence[Sequence[int]],
     pixel_values: torch.Tensor | None,
     options: GenerationOptions,
@@ -373,7 +370,7 @@ def generate(
 
 @torch.inference_mode()
 def generate_from(
-    model: Llava,
+    model: CaptionModel,
     prompts: Sequence[Sequence[int]],
     image_features: torch.Tensor | None,
     options: GenerationOptions,
@@ -394,7 +391,7 @@ def generate_from(
 
 
 def stream(
-    model: Llava,
+    model: CaptionModel,
     prompt: Sequence[int],
     pixel_values: torch.Tensor | None,
     options: GenerationOptions,
@@ -417,10 +414,10 @@ def stream(
 
 
 @contextmanager
-def eval_mode(model: Llava) -> Iterator[None]:
+def eval_mode(model: CaptionModel) -> Iterator[None]:
     """No dropout meanwhile."""
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         yield
     finally:
@@ -441,7 +438,7 @@ def prompt_hashes(
 
 
 def _beam_search(
-    model: Llava,
+    model: CaptionModel,
     prompts: Sequence[Sequence[int]],
     features: torch.Tensor | None,
     options: GenerationOptions,
