@@ -80,13 +80,18 @@ class Record:
 def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """Return the image names of a row: `image` or `images`, a string or a list of strings."""
     value = row.get("image", row.get("images"))
+    # Rows of text alone have no key, null or an empty string, by their source.
     if value is None or value == "":
         return ()
     if isinstance(value, str):
         return (value,)
-    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+    if not _is_list_of_strings(value) or "" in value:
         raise ValueError(f"{where}: 'image' must be a path or a list of paths, got {value!r}")
     return tuple(value)
+
+
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
@@ -97,12 +102,13 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
             f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
             f"this one has {sorted(row)}"
         )
+    # Without responses the record can still be captioned.
     responses: Any = []
     if "responses" in row:
         responses = row["responses"]
     elif "response" in row:
         responses = [row["response"]]
-    if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+    if not _is_list_of_strings(responses):
         raise ValueError(
             f"{where}: 'response' must be a string and 'responses' a list of strings, "
             f"got {responses!r}"
@@ -117,6 +123,7 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
             f"{where}: 'conversations' must be a list of {{from, value}}, got {value!r}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
+    # A system turn can be anywhere as far as this check goes; the prompt allows it at the beginning only.
     roles = [turn.role for turn in turns if turn.role != "system"]
     expected = ["user", "assistant"] * len(roles)
     if not roles or roles != expected[: len(roles)]:
@@ -124,8 +131,10 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
             f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ...; "
             f"they are {', '.join(roles)}"
         )
-    if turns[-1].role == "assistant":
-        return turns[:-1], (turns[-1].content,)
+    last = turns[-1]
+    if last.role == "assistant":
+        return turns[:-1], (last.content,)
+    # The conversation ends with a question: enough for captioning.
     return turns, ()
 
 
@@ -141,7 +150,9 @@ def _parse_turn(turn: Any, number: int, where: str) -> Message:
 
 
 def insert_image_placeholders(
-    turns: Sequence[Message], count: int, where: str
+    turns: Sequence[Message],
+    count: int,
+    where: str,
 ) -> tuple[Message, ...]:
     """Insert `<image>` before the first user text if there are images and no text contains a placeholder.
 
@@ -156,15 +167,18 @@ def insert_image_placeholders(
     placeholders = count_images(turns)
     if placeholders == count:
         return tuple(turns)
-    first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-    if placeholders > 0 or first_user is None:
+    roles = [turn.role for turn in turns]
+    if placeholders > 0 or "user" not in roles:
         raise ValueError(
             f"{where}: {count} image(s), but the text contains {IMAGE_PLACEHOLDER} "
             f"{placeholders} time(s)"
         )
+    # LLaVA's form: each placeholder on its own line, before the text.
     lines = f"{IMAGE_PLACEHOLDER}\n" * count
-    with_images = Message("user", lines + turns[first_user].content)
-    return (*turns[:first_user], with_images, *turns[first_user + 1 :])
+    first_user = roles.index("user")
+    with_images = list(turns)
+    with_images[first_user] = Message("user", lines + turns[first_user].content)
+    return tuple(with_images)
 
 
 def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
@@ -179,10 +193,12 @@ def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
     ground_truth: str | list[str] = "".join(record.responses)
     if len(record.responses) > 1:
         ground_truth = list(record.responses)
+    # The instruction without the placeholders that `insert_image_placeholders` may have added.
+    instruction = record.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", "")
     return {
         "index": index,
         "image": record.images[0] if record.images else None,
-        "instruction": record.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", ""),
+        "instruction": instruction,
         "gt_caption": ground_truth,
         "pred_output": text,
     }
@@ -229,8 +245,9 @@ def open_records(path: str | Path, require_responses: bool = False) -> Records:
     """
     records = Records(open_rows(path))
     num_checked = min(len(records), MAX_CHECKED_ROWS)
-    for index in np.linspace(0, len(records) - 1, num_checked).astype(int):
-        record = records[int(index)]
+    evenly_spread = np.linspace(0, len(records) - 1, num_checked).astype(int)
+    for index in evenly_spread.tolist():
+        record = records[index]  # raises a ValueError if the row is not a record
         if not require_responses:
             continue
         if not record.responses or not all(text.strip() for text in record.responses):

@@ -26,7 +26,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 
@@ -40,6 +40,10 @@ _LINE_BLOCK_BYTES = 1 << 22
 _MAX_VALUE_BYTES = 1 << 26  # a longer JSON value is taken for broken JSON, such as a missing quote
 # What can follow a JSON value. A tuple and not a string: `"" in "abc"` is true, but the end of the window is no delimiter.
 _VALUE_DELIMITERS = tuple(",:]} \t\r\n")
+
+
+# An element of a JSON file: (key of the top-level object or "", value, first byte, end byte).
+JsonItem: TypeAlias = tuple[str, Any, int, int]
 
 
 def open_rows(path: str | Path) -> RowFile:
@@ -154,13 +158,16 @@ def _line_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
             if not block:
                 at_end = True
                 block = b"\n"  # the last line of a file may lack its line break
-            breaks = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position
+            block_bytes = np.frombuffer(block, np.uint8)
+            breaks = position + np.flatnonzero(block_bytes == ord("\n"))
             edges = np.concatenate([[previous_break], breaks])
             distances = np.diff(edges)
             # The shortest row is {}, two bytes and a line break. A blank line has at most a carriage return.
             has_row = distances > 2
-            starts.append(edges[:-1][has_row] + 1)
-            lengths.append((distances[has_row] - 1).astype(np.int32))
+            row_starts = edges[:-1][has_row] + 1
+            row_lengths = distances[has_row] - 1  # without the line break
+            starts.append(row_starts)
+            lengths.append(row_lengths.astype(np.int32))
             previous_break = edges[-1]
             position += len(block)
     return np.concatenate(starts), np.concatenate(lengths)
@@ -190,8 +197,10 @@ def _array_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scan_json(
-    file: IO[bytes], name: str, block: int = 1 << 20
-) -> Iterator[tuple[str, Any, int, int]]:
+    file: IO[bytes],
+    name: str,
+    block: int = 1 << 20,
+) -> Iterator[JsonItem]:
     """Iterate over the elements of a JSON file of any size, with one block of it in memory.
 
     This is not a validator: commas are skipped like white space.
@@ -202,8 +211,8 @@ def scan_json(
         block: Number of bytes that are read at a time.
 
     Yields:
-        (key, value, first byte, end byte). If the top level is an array: one item per element, with the key "". If it
-        is an object: one item per element of every array in it, and one for each other value, with their keys.
+        If the top level is an array: one item per element, with the key "". If it is an object: one item per element
+        of every array in it, and one for each other value, with their keys.
 
     Raises:
         ValueError: The file is not JSON. The message names the file and the byte.
@@ -224,14 +233,14 @@ def scan_json(
         )
 
 
-def _scan_array(scanner: _JsonScanner, key: str) -> Iterator[tuple[str, Any, int, int]]:
+def _scan_array(scanner: _JsonScanner, key: str) -> Iterator[JsonItem]:
     scanner.expect("[")
     while scanner.peek() not in ("]", "}"):
         yield key, *scanner.read_value()
     scanner.expect("]")
 
 
-def _scan_object(scanner: _JsonScanner) -> Iterator[tuple[str, Any, int, int]]:
+def _scan_object(scanner: _JsonScanner) -> Iterator[JsonItem]:
     scanner.expect("{")
     while scanner.peek() not in ("]", "}"):
         key, _, _ = scanner.read_value()
@@ -332,7 +341,8 @@ class _JsonScanner:
                     ) from None
                 continue
             # A number at the end of the window may go on behind it: 1.5 looks like 1 if the window ends after the 1.
-            if self.text[end : end + 1] in _VALUE_DELIMITERS or not self._read_more():
+            next_character = self.text[end : end + 1]
+            if next_character in _VALUE_DELIMITERS or not self._read_more():
                 break
         text = self.text[self.position : end]
         start_byte = self.file_position
@@ -368,6 +378,7 @@ def _parquet_to_jsonl(path: Path) -> Path:
     with atomic_file(cached) as part, part.open("w", encoding="utf-8") as file:
         for batch in table.iter_batches(1024, columns=columns, use_threads=False):
             for values in batch.to_pylist():
+                # Null is an absent key in JSON.
                 row = {name: value for name, value in values.items() if value is not None}
                 if has_images:
                     row["image"] = f"{path.name}#{number}"
@@ -382,7 +393,8 @@ def _cache_path(path: Path) -> Path:
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache_home) / "llava_simplified" / "records"
     folder.mkdir(parents=True, exist_ok=True)
-    path_hash = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    absolute = str(path.resolve())
+    path_hash = hashlib.sha256(absolute.encode()).hexdigest()[:16]
     stat = path.stat()
     # Size and time of modification stand for the contents.
     return folder / f"{path_hash}-{stat.st_size:x}-{stat.st_mtime_ns:x}.jsonl"

@@ -109,14 +109,19 @@ class ImageTransform:
         from torch.nn.functional import interpolate
 
         # np.array copies: decoders return read-only arrays, which torch warns about.
-        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
+        image = torch.from_numpy(np.array(pixels))
+        image = image.permute(2, 0, 1)[None]  # (1, 3, height, width), as `interpolate` expects
         height, width = image.shape[-2:]
         target = self.resized_size(height, width)
         if target != (height, width):
             image = interpolate(image, size=target, mode=self.interpolation, antialias=True)
         return _center_crop(image[0], self.crop).contiguous()
 
-    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+    def resized_size(
+        self,
+        height: int,
+        width: int,
+    ) -> tuple[int, int]:
         """Return (height, width) of an image of this size after the resize, before the crop.
 
         Raises:
@@ -137,7 +142,11 @@ class ImageTransform:
             )
         return new_height, new_width
 
-    def visible_region(self, height: int, width: int) -> tuple[float, float, float, float]:
+    def visible_region(
+        self,
+        height: int,
+        width: int,
+    ) -> tuple[float, float, float, float]:
         """Return the part of an image that remains after the crop.
 
         Args:
@@ -149,9 +158,16 @@ class ImageTransform:
             than the resized image, and black pixels are added.
         """
         new_height, new_width = self.resized_size(height, width)
-        half_height = self.crop[0] / new_height / 2
-        half_width = self.crop[1] / new_width / 2
-        return 0.5 - half_width, 0.5 - half_height, 0.5 + half_width, 0.5 + half_height
+        crop_height, crop_width = self.crop
+        # The crop has the same center as the image.
+        half_height = crop_height / new_height / 2
+        half_width = crop_width / new_width / 2
+        return (
+            0.5 - half_width,
+            0.5 - half_height,
+            0.5 + half_width,
+            0.5 + half_height,
+        )
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Scale pixels to mean 0 and standard deviation 1 of the tower's training data.
@@ -164,6 +180,7 @@ class ImageTransform:
         """
         import torch
 
+        # float32 on every device; the tower converts to its own dtype.
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
@@ -193,7 +210,8 @@ def _load_processor(name_or_path: str | Path) -> ImageProcessor:
 
 
 def _resize_and_crop(
-    processor: ImageProcessor, name_or_path: str | Path
+    processor: ImageProcessor,
+    name_or_path: str | Path,
 ) -> tuple[int | tuple[int, int], tuple[int, int]]:
     """Return `ImageTransform.resize` and `ImageTransform.crop` of an image processor.
 
@@ -207,14 +225,14 @@ def _resize_and_crop(
     if not size.get("shortest_edge"):
         if not size.get("height") or not size.get("width"):
             raise ValueError(f"{name_or_path}: unknown 'size' of the image processor: {size}")
-        stretched = (int(size["height"]), int(size["width"]))
+        stretched = _height_and_width(size)
         if crops:
-            return stretched, (int(crop_size["height"]), int(crop_size["width"]))
+            return stretched, _height_and_width(crop_size)
         return stretched, stretched
 
     shorter_side = int(size["shortest_edge"])
     if crops:
-        return shorter_side, (int(crop_size["height"]), int(crop_size["width"]))
+        return shorter_side, _height_and_width(crop_size)
     crop_fraction = getattr(processor, "crop_pct", None)
     if not crop_fraction:
         raise ValueError(
@@ -228,12 +246,19 @@ def _resize_and_crop(
     return int(shorter_side / crop_fraction), square
 
 
+def _height_and_width(size: dict[str, int]) -> tuple[int, int]:
+    return int(size["height"]), int(size["width"])
+
+
 def _per_channel(values: Iterable[float]) -> tuple[float, float, float]:
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 
 
-def _center_crop(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _center_crop(
+    image: torch.Tensor,
+    size: tuple[int, int],
+) -> torch.Tensor:
     """Crop the center of an image; pad with zeros where it is smaller, as Hugging Face's processors do.
 
     Args:
@@ -253,7 +278,9 @@ def _center_crop(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         # An odd row or column is padded at the top and left, but cropped at the bottom and right.
         top = (missing_height + 1) // 2
         left = (missing_width + 1) // 2
-        image = pad(image, (left, missing_width - left, top, missing_height - top))
+        right = missing_width - left
+        bottom = missing_height - top
+        image = pad(image, (left, right, top, bottom))
         height, width = image.shape[-2:]
     top = (height - crop_height) // 2
     left = (width - crop_width) // 2
