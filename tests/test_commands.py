@@ -156,4 +156,4 @@ def test_a_user_error_is_one_line(tmp_path: Path) -> None:
         [str(w) for w in words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: no picture gone.jpg"
+    assert done.stderr.strip() == "error: no image at gone.jpg"

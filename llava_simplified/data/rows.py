@@ -366,6 +366,7 @@ def _parquet_to_jsonl(path: Path) -> Path:
     require_extra("download", "pyarrow", purpose="Reading Parquet files")
     import pyarrow.parquet as pq
 
+    cached.parent.mkdir(parents=True, exist_ok=True)
     path_hash = cached.name.partition("-")[0]
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
         outdated.unlink()
@@ -392,7 +393,6 @@ def _cache_path(path: Path) -> Path:
     """Return where the converted file is cached: a name for the path, and one for this version of its contents."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache_home) / "llava_simplified" / "records"
-    folder.mkdir(parents=True, exist_ok=True)
     absolute = str(path.resolve())
     path_hash = hashlib.sha256(absolute.encode()).hexdigest()[:16]
     stat = path.stat()

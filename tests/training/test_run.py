@@ -491,7 +491,7 @@ def test_a_record_without_an_answer_is_named_before_anything_is_loaded(
         "val_image_folder": data_folder / "images",
         option: tmp_path / "rows.json",
     }
-    with pytest.raises(ValueError, match=r"rows.json row 7: no answer to learn from"):
+    with pytest.raises(ValueError, match=r"rows.json row 7: no response to train on"):
         run(options(models_folder, data_folder, tmp_path / "out", **more))
 
 
