@@ -60,7 +60,7 @@ def open_rows(path: str | Path) -> RowFile:
     path = find_records(Path(path))
     if not path.is_file():
         raise ValueError(
-            f"{path}: file not found. Records are read from a .json, .jsonl or .parquet file."
+            f"{path}: no such file. Records are read from a .json, .jsonl or .parquet file."
         )
     if path.suffix not in RECORD_SUFFIXES:
         raise ValueError(
