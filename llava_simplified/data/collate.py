@@ -22,12 +22,12 @@ answer:
     predicted from    -    -    -    -  |  3    4    5    |  3    7    8
 
 A batch therefore lists pairs: `logit_positions` (where a token is predicted) and `labels` (which token). Position 3
-occurs twice. The model computes logits at the listed positions only, which also saves most of the work: 94 % of the
-positions of a caption behind 196 patches are not trained.
+occurs twice. The model computes logits at the listed positions only, which also saves most of the work of its last
+layer: 94 % of the positions of a caption behind 196 patches are not trained.
 
 Training several continuations of one prompt as branches of one sequence is prior work: Molmo and Molmo2 ("message
-trees"), PrefixGrouper, flash-preference, and others. Here the first token of every branch is trained too, so that loss
-and gradients equal those of separate sequences.
+trees"), PrefixGrouper, flash-preference, unsloth's GRPO, NeMo Automodel. What is special here: the first token of every
+branch is trained too, and images are part of the prefix, so that loss and gradients equal those of separate sequences.
 
 **Who attends to whom.** Three integers per position describe all attention masks:
 
