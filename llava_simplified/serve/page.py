@@ -23,7 +23,7 @@ from uuid import uuid4
 import gradio as gr
 from starlette.applications import Starlette
 
-from llava_simplified.captioning.inputs import PICTURES
+from llava_simplified.captioning.inputs import IMAGE_SUFFIXES
 from llava_simplified.data.images import ImageError, load_pixels
 from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions
 from llava_simplified.prompt import Message
@@ -187,7 +187,7 @@ def example_pictures(folder: Path, count: int = 12) -> list[Path]:
     Raises:
         ValueError: there is none.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"--examples {folder}: no pictures there")
     return [found[number * len(found) // count] for number in range(count)] if len(found) > count else found
