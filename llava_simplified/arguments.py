@@ -178,7 +178,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         words, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        known = [*parser._option_string_actions, *(f"--{name}" for name in RENAMED)]
+        names = [option.name for group in argument_classes for option in fields(group)]
+        known = [f"--{name}" for name in (*names, *RENAMED)]
         raise ValueError(
             f"unknown option {unknown[0]}{suggest(unknown[0], known)}\n"
             "`llava train --help` lists the options."
