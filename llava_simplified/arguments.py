@@ -21,6 +21,7 @@ import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llava_simplified.options import configure_logging, suggest
+from llava_simplified.recipes import resolve_recipe
 from llava_simplified.training_options import (
     DataArguments,
     ModelArguments,
@@ -163,7 +164,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if "config" in given:
         config = given["config"][0] if given["config"] else ""
         # argparse uses the last value of an option, so the command line has precedence.
-        options = split_options(to_words(read_yaml(Path(config)))) + options
+        options = split_options(to_words(read_config(config))) + options
         given = dict(options)
     if "output_dir" not in given:
         options.append(("output_dir", [_default_output_dir(given)]))
@@ -236,14 +237,13 @@ class _YamlLoader(yaml.SafeLoader):
     }
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the options of a `--config` file by name.
+def read_config(config: str) -> dict[str, Any]:
+    """Return the options of a `--config` file, or of a recipe of the package, by name.
 
     Raises:
         ValueError: The file does not exist, is not YAML, or is not a mapping.
     """
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
+    path = resolve_recipe(config)
     try:
         # The loader derives from SafeLoader.
         values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)

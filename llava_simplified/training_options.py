@@ -192,7 +192,10 @@ class TrainingDefaults:
     )
     config: str | None = field(
         default=None,
-        metadata={"help": "YAML file with any of these options; the command line has precedence"},
+        metadata={
+            "help": "YAML file with any of these options, or a recipe of the package, such as demo; the command "
+            "line has precedence"
+        },
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate"})
     mm_projector_lr: float | None = field(

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -218,10 +217,3 @@ def test_help_texts_do_not_contain_formatting_errors() -> None:
         for action in options_of(name):
             stated = re.search(r"\(default: ([\d.]+)\)", action.help or "")
             assert not stated, f"llava {name} {action.option_strings[0]}: write %(default)s"
-
-
-def test_source_files_of_the_package_have_unique_names() -> None:
-    """A file name in a traceback is enough to find the file."""
-    package = Path(__file__).parents[1] / "llava_simplified"
-    names = [path.name for path in package.rglob("*.py") if path.name != "__init__.py"]
-    assert len(names) == len(set(names))

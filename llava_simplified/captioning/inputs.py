@@ -69,7 +69,7 @@ def open_inputs(
             raise ValueError(
                 f"--instruction: the records of {source} contain their own instructions; remove the option."
             )
-        return open_data(source, image_folder, "--image-folder", answered=False)
+        return open_data(source, image_folder, "--image-folder", require_responses=False)
     names, folder = find_images(source)
     if not names:
         raise ValueError(
