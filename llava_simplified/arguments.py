@@ -57,6 +57,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         # Every process needs the whole model to start from.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
+        # transformers has just registered the configuration for the whole process.
         # Otherwise `from_pretrained` loads models that are already partitioned under ZeRO-3.
         unset_hf_deepspeed_config()
         started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -155,6 +156,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     Raises:
         ValueError: An option does not exist, or asks for something that this package does not support.
     """
+    # `llava train` has done this already, before it imported this module.
     exit_with_help(argv, build_parser())
     options = split_options(argv)
     given = dict(options)
@@ -169,6 +171,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     if "output_dir" not in given:
         options.append(("output_dir", [_default_output_dir(given)]))
 
+    # The old names of a file and of the command line are translated alike, and only then compared.
     words: list[str] = []
     for name, values in options:
         words += translate_option(name, values)
@@ -313,6 +316,7 @@ def non_default_options(*arguments: Any) -> dict[str, Any]:
         for option in fields(group):
             value = getattr(group, option.name)
             is_secret = option.name.endswith("_token")
+            # Fields without `init` are computed by transformers, not given by the user.
             if option.init and not is_secret and value != _default(option):
                 changed[option.name] = value
     return changed

@@ -54,9 +54,11 @@ def build_llava_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
     for name, command in COMMANDS.items():
         if not command.parser:
+            # The name alone is completed.
             commands.add_parser(name, help=command.summary)
             continue
         command_parser = resolve(command.parser)()
+        # shtab completes the value of an action that has this attribute.
         for action in command_parser._actions:
             if action.dest in FOLDERS:
                 action.complete = shtab.DIRECTORY

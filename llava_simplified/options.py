@@ -53,18 +53,21 @@ class CommandParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words, namespace)
         self._refuse(unknown)
         configure_logging(verbose=parsed.verbose, quiet=parsed.quiet)
+        # What remains are the options of the command, which some commands pass on as a whole.
         del parsed.verbose, parsed.quiet
         return parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments with either spelling of each option; unknown ones are returned."""
         words = sys.argv[1:] if args is None else list(args)
+        # argparse knows only one spelling of an option, so the command line is changed before it is parsed.
         return super().parse_known_args(
             normalize_spelling(words, self._option_string_actions), namespace
         )
 
     def format_help(self) -> str:
         """Return the help text, with the options of the command before those of all commands."""
+        # argparse shows groups in the order in which they were added, and this group is added first.
         self._action_groups.remove(self._messages)
         self._action_groups.append(self._messages)
         return super().format_help()
@@ -139,6 +142,7 @@ def describe_unknown(unknown: Sequence[str], known: Iterable[str]) -> str:
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" with the most similar known name, or an empty string."""
+    # Compared with dashes only: the spelling must not count as a difference.
     originals = {candidate.replace("_", "-"): candidate for candidate in known}
     close = difflib.get_close_matches(name.replace("_", "-"), originals, n=1, cutoff=0.6)
     if not close:
@@ -150,6 +154,7 @@ class StderrHandler(logging.StreamHandler):
     """Write log messages to the current `sys.stderr`, which tests and notebooks replace."""
 
     def __init__(self) -> None:
+        # Not StreamHandler.__init__: it would set the stream, which is a property here.
         logging.Handler.__init__(self)
         self.setFormatter(logging.Formatter("%(message)s"))
 
@@ -173,6 +178,7 @@ def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
         level = logging.WARNING
     logger = logging.getLogger("llava_simplified")
     logger.setLevel(level)
+    # A process may run several commands: every message is still written once.
     if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
         logger.addHandler(StderrHandler())
 

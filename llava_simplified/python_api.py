@@ -31,10 +31,12 @@ def train(config: str | Path | None = None, **options: Any) -> Path:
     Raises:
         ValueError: An option does not exist or has a wrong value, or the data cannot be used.
     """
+    # Imported here because these modules import transformers, which takes seconds.
     from llava_simplified.arguments import parse_arguments, to_words
     from llava_simplified.training import train_command
     from llava_simplified.training.preflight import preflight
 
+    # As words of a command line: old names, conversions and errors are then the same as in `llava train`.
     argv = to_words({"config": config, **options})
     arguments = parse_arguments(argv)
     preflight(argv, *arguments)
@@ -94,6 +96,7 @@ def evaluate(
         )
     else:
         samples = predictions
+    # Only CLIPScore looks at images: without it, the folder need not exist.
     images: list[bytes] = []
     if clip is not None:
         images = [read_image_bytes(sample.image, Path(image_folder)) for sample in samples]

@@ -53,6 +53,7 @@ class ModelArguments:
             "(chat if the tokenizer has a template, else plain)"
         },
     )
+    # The names that start with mm_ or tune_mm_ are LLaVA's: its scripts work unchanged.
     pretrain_mm_mlp_adapter: str | None = field(
         default=None,
         metadata={"help": "Checkpoint folder to load the projector from"},
@@ -67,6 +68,7 @@ class ModelArguments:
             "help": "Checkpoint folder to load all trained parts from; the training itself starts anew"
         },
     )
+    # What is trained: by default the projector, and LoRA adapters in the language model.
     freeze_backbone: bool = field(
         default=True,
         metadata={
@@ -132,6 +134,7 @@ class DataArguments:
         default=None,
         metadata={"help": "Folder of the validation images (default: the folder of the records)"},
     )
+    # How examples are arranged in a batch. Neither changes the loss of an example.
     share_prefix: bool = field(
         default=True,
         metadata={
@@ -151,6 +154,7 @@ class DataArguments:
             "help": "Maximum number of positions of a packed sequence, image tokens included"
         },
     )
+    # Reuse of what a frozen vision tower computes.
     cache_vision_features: str = field(
         default="auto",
         metadata={
@@ -446,6 +450,7 @@ def _default_of(option: Field[Any]) -> Any:
 
 
 def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
+    # An option of dataclasses has no metavar: the last word of its name says what the value is.
     # argparse formats help texts with %, as in "%(default)s"
     text = help_text.replace("%", "%%")
     if default is not None:

@@ -129,9 +129,11 @@ def caption_main(argv: list[str] | None = None) -> int:
     """Run `llava caption`; see `cli.main` for the exit status."""
     args = build_caption_parser().parse_args(argv)
     options = _generation_options(args, args.trials)
+    # The caption of one image is printed, unless a file was asked for.
     if not args.output and _is_image(args.source):
         return _caption_on_terminal(args, args.source, options)
     output = Path(args.output or "captions.jsonl")
+    # Only `llava predict` writes arrays: a folder may have millions of images, and an array is written at the end.
     if output.suffix != ".jsonl":
         raise ValueError(f"--output {output}: the file name must end in .jsonl")
     if args.engine == "ray":
@@ -144,6 +146,7 @@ def predict_main(argv: list[str] | None = None) -> int:
     args = build_predict_parser().parse_args(argv)
     trials = args.trials
     if trials is None:
+        # LLaVA's tutorial samples three captions per image. Greedy captions would all be the same.
         trials = 1 if args.temperature == 0 or args.image else 3
     options = _generation_options(args, trials)
     if args.image:
@@ -168,6 +171,7 @@ def chat_main(argv: list[str] | None = None) -> int:
             return 0
         turns.append(Message("user", question))
         pieces = []
+        # The whole conversation is the prompt of every answer: the model has no memory of its own.
         for piece in model.stream(turns, [pixels], **options):
             print(piece, end="", flush=True)
             pieces.append(piece)
@@ -202,6 +206,7 @@ def _generation_options(args: argparse.Namespace, num_return_sequences: int) -> 
 
 
 def _is_image(source: str) -> bool:
+    # Imported here because the module imports torch.
     from llava_simplified.captioning.inputs import IMAGE_SUFFIXES
 
     path = Path(source)
@@ -221,6 +226,7 @@ def _caption_on_terminal(args: argparse.Namespace, image: str, options: Generati
     generation: dict[str, Any] = asdict(options)
     count = generation.pop("num_return_sequences")
     for instruction in args.instructions or [model.instruction]:
+        # Beam search knows its best caption only at the end, and several captions would mix on the screen.
         if count == 1 and options.num_beams == 1:
             for piece in model.stream(instruction, [pixels], **generation):
                 print(piece, end="", flush=True)
@@ -250,6 +256,7 @@ def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
         parse_slice(args.shards, 0)  # checks the format
         index, _, count = args.shards.partition("/")
         return int(index), int(count)
+    # torchrun sets WORLD_SIZE and RANK for every process that it starts.
     chunks = args.num_chunks
     if chunks is None:
         chunks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -272,6 +279,7 @@ def _run_slice(
     from llava_simplified.captioning.runner import caption_file
 
     chunk, chunks = parse_job_slice(args)
+    # Otherwise all processes that torchrun has started on a machine would share its first GPU.
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     job = _make_job(args, source, output, options, chunk, chunks)
@@ -282,6 +290,7 @@ def _caption_on_cluster(args: argparse.Namespace, output: Path, options: Generat
     """Caption all `--num-chunks` slices of the source as Ray tasks."""
     from llava_simplified.captioning.runner import caption_file
 
+    # Ray distributes the slices itself; a slice of the slices would silently leave out records.
     if args.shards or args.chunk_idx is not None:
         raise ValueError(
             "--engine ray captions all slices: pass --num-chunks N, without --shards and --chunk-idx."
@@ -291,6 +300,7 @@ def _caption_on_cluster(args: argparse.Namespace, output: Path, options: Generat
     failed = False
     for task in run_tasks(caption_file, jobs, engine="ray"):
         if task.result is None:
+            # The other slices continue. The same command finishes this one later.
             failed = True
             logger.error("%s: %s", task.spec.output, task.error)
         else:
@@ -309,6 +319,7 @@ def _make_job(
     """Return the job of one slice. Every slice has an output of its own: `captions-0-of-4.jsonl`."""
     from llava_simplified.captioning.runner import CaptionJob
 
+    # Processes on several machines cannot append to one file.
     if chunks > 1:
         output = output.with_name(f"{output.stem}-{chunk}-of-{chunks}{output.suffix}")
     return CaptionJob(

@@ -64,17 +64,20 @@ def open_inputs(
     Raises:
         ValueError: The source does not exist or contains no image, or instructions were given with records.
     """
+    # Decided by the name alone, so that a missing file of records is reported as one.
     if Path(source).suffix in RECORD_SUFFIXES:
         if instructions:
             raise ValueError(
                 f"--instruction: the records of {source} contain their own instructions; remove the option."
             )
+        # Records may be unanswered: this command writes the answers.
         return open_data(source, image_folder, "--image-folder", require_responses=False)
     names, folder = find_images(source)
     if not names:
         raise ValueError(
             f"{source}: not an image, a folder of images, a .tar shard or a file of records"
         )
+    # Absolute, because a Ray worker has another working directory.
     return ImageRecords(names, instructions), str(folder.absolute())
 
 
@@ -97,10 +100,12 @@ def find_images(source: str) -> tuple[list[str], Path]:
 
     names: list[str] = []
     for file in files:
+        # Relative names keep the output valid when the folder is moved.
         name = str(file)
         if file.is_relative_to(folder):
             name = file.relative_to(folder).as_posix()
         if file.suffix == ".tar":
+            # `read_image_bytes` finds one image of a shard by its key.
             names += [f"{name}#{key.decode()}" for key in shard_index(file).keys]
         elif file == path or (file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()):
             names.append(name)

@@ -103,6 +103,7 @@ class JobFiles(NamedTuple):
     @classmethod
     def of(cls, output: str) -> JobFiles:
         """Return the files of the job that writes `output`."""
+        # The names are those of 0.1.0, whose unfinished jobs can be continued.
         journal = output if Path(output).suffix == ".jsonl" else f"{output}.part.jsonl"
         return cls(
             output=Path(output),
@@ -114,7 +115,7 @@ class JobFiles(NamedTuple):
 
 
 def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
-    """Run a job, or continue it where it was killed. No record is captioned twice, none is left out.
+    """Run a job, or continue it where it was killed. No record is captioned twice or left out.
 
     Args:
         job: The job.
@@ -125,14 +126,19 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
             to it.
     """
     files = JobFiles.of(job.output)
+    # Everything that can be wrong with the source, the output or the settings is found before the model is loaded,
+    # which takes minutes for a large one.
     records, folder = open_inputs(job.source, job.image_folder, job.instructions)
     with exclusive_lock(files.lock, job.output):
         _start_or_resume(files, _job_settings(job, records))
         model = model or load_model(job)
         if isinstance(records, ImageRecords) and not job.instructions:
+            # Only the checkpoint knows the instruction that it was trained with. The settings need not contain it,
+            # because they identify the checkpoint.
             records.instructions = (model.instruction,)
         with Journal(files.journal) as journal, Journal(files.failures) as failures:
             counts = _caption_remaining(job, model, records, folder, journal, failures)
+        # The job is complete: what remains is cleaning up, which a killed process repeats.
         if not counts.failed:
             files.failures.unlink()
         if files.journal != files.output:
@@ -146,9 +152,11 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
     The journal decides which of the two it is: who deletes it starts the job anew.
     """
     if not files.journal.exists():
+        # Both may be left over from a job whose journal was deleted. Its failures must not be skipped in this job.
         files.failures.unlink(missing_ok=True)
         files.settings.unlink(missing_ok=True)
     elif not files.settings.exists():
+        # The file was copied here, or another program has written it. Never append to rows of unknown origin.
         raise ValueError(
             f"{files.journal} exists, but {files.settings.name}, which describes its job, does not. "
             "Delete both or pass another --output."
@@ -162,6 +170,7 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     The batch size does not change a caption, and the output may be moved.
     """
     settings = asdict(job)
+    # Jobs that 0.1.0 has begun must continue, so the names in the file are fixed.
     settings["questions"] = settings.pop("instructions")
     settings["batch_size"] = None
     settings["output"] = None
@@ -180,7 +189,9 @@ def _modification_times(model_path: str) -> list[int]:
 def _describe_contents(records: Sequence[Record], source: str) -> object:
     """Return a value that changes if the indices of the output would mean other records."""
     if isinstance(records, ImageRecords):
+        # One more image in a folder shifts the indices of all images behind it.
         return hashlib.sha256("\n".join(records.names).encode()).hexdigest()
+    # A file of records may have gigabytes. Size and time are cheap, and change with every edit.
     stat = Path(source).stat()
     return [stat.st_size, stat.st_mtime_ns]
 
@@ -200,6 +211,7 @@ def _caption_remaining(
     total = len(records)
     if job.limit:
         total = min(total, job.limit)
+    # Slices are interleaved: a slow part of the source, such as large images, is shared by all processes.
     indices = range(job.chunk, total, job.chunks)
     remaining = [index for index in indices if index not in finished and index not in failed]
 
@@ -208,6 +220,7 @@ def _caption_remaining(
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
         batches = caption_records(model, records, folder, job.options, job.batch_size, remaining)
         for rows, failed_rows in batches:
+            # A process that is killed between the two writes tries the failed records again, and they fail again.
             journal.append(rows)
             failures.append(failed_rows)
             failed.update(row["index"] for row in failed_rows)
@@ -226,6 +239,7 @@ def _finished_records(journal: Journal, rows_per_record: int) -> set[int]:
     rows_of_record = 0
     end = 0  # in bytes, of the last complete record
     for row, position in read_json_lines(journal.path):
+        # The rows of one record are neighbours: a batch is written with one call.
         rows_of_record = rows_of_record + 1 if row["index"] == last_index else 1
         last_index = row["index"]
         if rows_of_record == rows_per_record:
@@ -244,9 +258,9 @@ def _publish_array(files: JobFiles) -> None:
     published_failures.unlink(missing_ok=True)  # of an earlier job
     if files.failures.exists():
         files.failures.replace(published_failures)
-    # The journal last: until then, a killed process continues here.
-    files.settings.unlink()
+    # The journal decides whether a job is new, so it goes first: a journal without settings would be refused.
     files.journal.unlink()
+    files.settings.unlink()
 
 
 def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
@@ -272,8 +286,14 @@ def caption_records(
 ) -> Iterator[tuple[list[Row], list[Row]]]:
     """Caption records in their order.
 
-    Batches are formed by prompt length within a window of records, and their results are put back into the order of
-    the records. A record is yielded as soon as it and all records before it are done.
+    A batch is as wide as its longest prompt, so records are sorted by prompt length before they are batched. Sorting
+    all of them would delay the first row until the end, so it is done within a window. With a batch size of 2:
+
+        window             0  1  2  3  4  5
+        by prompt length   1  4 | 0  5 | 2  3      batches
+        rows after each    -    | 0  1 | 2  3  4  5
+
+    A record is yielded as soon as it and all records before it are done.
 
     Args:
         model: The model.
@@ -332,9 +352,11 @@ def _caption_window(
     batch_size: int,
 ) -> Iterator[dict[int, Outcome]]:
     """Yield the outcomes of one batch after the other, by position in the window."""
+    # Without a response (None), the prompt ends where the model's answer begins.
     prompts = [model.prompt.render(record.turns, None, record.id).input_ids for record in window]
     by_length = sorted(range(len(window)), key=lambda position: len(prompts[position]))
-    # One thread reads images in the order in which the batches need them, while the model computes.
+    # One thread reads images in the order in which the batches need them, while the model computes. One is enough:
+    # reading an image takes milliseconds, captioning it takes far longer.
     with ThreadPoolExecutor(1) as reader:
         images = _WindowImages(model, image_folder, reader)
         for position in by_length:
@@ -346,16 +368,27 @@ def _caption_window(
                 error = images.error_of(window[position])
                 if error is not None:
                     outcomes[position] = error
+            # The other records of the batch are not affected by an image that cannot be read.
             readable = [position for position in batch if position not in outcomes]
             if readable:
-                names = [name for position in readable for name in window[position].images]
+                names = _image_names(window[position] for position in readable)
                 batch_prompts = [prompts[position] for position in readable]
+                # Random draws are derived from the content of prompt and images, so that a sampled caption depends
+                # neither on the batch nor on the index of its record.
                 hashes = prompt_hashes(batch_prompts, images.pixels(names))
                 captions = generate_from(
                     model, batch_prompts, images.features(names), options, hashes
                 )
                 outcomes.update(zip(readable, captions))
             yield outcomes
+
+
+def _image_names(records: Iterable[Record]) -> list[str]:
+    """Return the image names of records, in the order of the image placeholders in their prompts."""
+    names: list[str] = []
+    for record in records:
+        names += record.images
+    return names
 
 
 class _WindowImages:
@@ -387,6 +420,7 @@ class _WindowImages:
     def error_of(self, record: Record) -> ImageError | None:
         """Return the reason why an image of the record cannot be read, or None. Other errors are raised."""
         for name in record.images:
+            # Waits until the image has been read.
             error = self._pixels[name].exception()
             if isinstance(error, ImageError):
                 return error
@@ -402,8 +436,10 @@ class _WindowImages:
         """Return image features of shape (images, tokens, vision width), or None for no images."""
         if not names:
             return None
+        # Without duplicates: two records of one batch may refer to the same image.
         new = [name for name in dict.fromkeys(names) if name not in self._features]
         if new:
+            # Encoding a whole batch at once is what makes the vision tower fast.
             encoded = encode(self._model, torch.stack(self.pixels(new)))
             self._features.update(zip(new, encoded))
         return torch.stack([self._features[name] for name in names])
