@@ -26,8 +26,6 @@ from llava_simplified.training_options import (
     DataArguments,
     ModelArguments,
     TrainingDefaults,
-    build_parser,
-    exit_with_help,
 )
 
 logger = logging.getLogger(__name__)
@@ -156,8 +154,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     Raises:
         ValueError: An option does not exist, or asks for something that this package does not support.
     """
-    # `llava train` has done this already, before it imported this module.
-    exit_with_help(argv, build_parser())
     options = split_options(argv)
     given = dict(options)
     configure_logging(verbose=_is_on(given, "verbose"), quiet=_is_on(given, "quiet"))

@@ -21,16 +21,25 @@ class Command(NamedTuple):
     """One subcommand.
 
     Attributes:
-        main: "module:function" that runs the command; the function accepts `argv` and returns the exit status.
-        parser: "module:function" that returns the command's parser; its module imports nothing heavy.
+        main: "module:function" that runs the command; the function accepts `argv` and returns the exit status. The
+            module imports nothing heavy: the function does, after it has parsed the arguments.
         summary: What the command does, for `llava --help`.
         uses_torch: Whether the command computes with torch in this process.
     """
 
     main: str
-    parser: str
     summary: str
     uses_torch: bool = True
+
+    @property
+    def parser(self) -> str:
+        """The "module:function" that returns the parser of the command: `build_parser` beside `main`.
+
+        In modules with several commands it is `build_merge_parser` beside `merge_main`.
+        """
+        module, _, function = self.main.partition(":")
+        prefix = function.removesuffix("main")
+        return f"{module}:build_{prefix}parser"
 
 
 # In the order of `llava --help`: data flows from the first group to the last.
@@ -38,31 +47,26 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "Prepare data": {
         "download": Command(
             "llava_simplified.prepare.download:main",
-            "",
             "Download image URLs into shards or files",
             uses_torch=False,
         ),
         "convert": Command(
             "llava_simplified.prepare.convert:main",
-            "",
             "Convert a caption data set to records",
             uses_torch=False,
         ),
         "clean": Command(
             "llava_simplified.prepare.clean:main",
-            "",
             "Remove records that cannot be used for training, and report why",
             uses_torch=False,
         ),
         "reduce": Command(
             "llava_simplified.prepare.convert:reduce_main",
-            "",
             "Draw a random sample of the records",
             uses_torch=False,
         ),
         "merge-manifests": Command(
             "llava_simplified.prepare.download:merge_main",
-            "",
             "Merge the manifests of downloads by several machines",
             uses_torch=False,
         ),
@@ -70,71 +74,58 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "Train": {
         "inspect": Command(
             "llava_simplified.inspection:main",
-            "",
             "Show samples as the model receives them: tokens, labels, images",
         ),
         "encode": Command(
             "llava_simplified.training.feature_cache:encode_main",
-            "",
             "Compute the image features before training",
         ),
         "plan": Command(
             "llava_simplified.training.plan:main",
-            "",
             "Estimate the memory, time and disk space of a training run",
         ),
         "train": Command(
             "llava_simplified.training.train_command:main",
-            "llava_simplified.training_options:build_parser",
             "Train a LLaVA model",
         ),
     },
     "Caption and evaluate": {
         "caption": Command(
             "llava_simplified.captioning.caption_command:caption_main",
-            "llava_simplified.captioning.caption_command:build_caption_parser",
             "Caption an image, a folder, shards or records",
         ),
         "chat": Command(
             "llava_simplified.captioning.caption_command:chat_main",
-            "llava_simplified.captioning.caption_command:build_chat_parser",
             "Chat about an image in the terminal",
         ),
         "predict": Command(
             "llava_simplified.captioning.caption_command:predict_main",
-            "llava_simplified.captioning.caption_command:build_predict_parser",
             "Caption the records of a file with LLaVA's options, for evaluation",
         ),
         "evaluate": Command(
             "llava_simplified.evaluation.evaluate_command:main",
-            "",
             "Score predictions against reference captions",
         ),
     },
     "Export and serve": {
         "serve": Command(
             "llava_simplified.serve.serve_command:main",
-            "",
             "Serve a model over HTTP with OpenAI's API and a web page",
         ),
         "export": Command(
             "llava_simplified.export.export_command:export_main",
-            "",
             "Export a checkpoint to stock LLaVA, PEFT or GGUF",
         ),
         "import": Command(
             "llava_simplified.export.importing:import_main",
-            "",
             "Import a LLaVA checkpoint of another codebase",
         ),
         "merge": Command(
             "llava_simplified.export.export_command:merge_main",
-            "",
             "Merge a checkpoint's adapter into its language model",
         ),
         "push": Command(
             "llava_simplified.export.export_command:push_main",
-            "",
             "Upload a folder to the Hugging Face Hub",
             uses_torch=False,
         ),
@@ -142,17 +133,14 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "Other": {
         "demo": Command(
             "llava_simplified.demo.demo_command:main",
-            "",
             "Run the whole recipe on small real weights and images",
         ),
         "doctor": Command(
             "llava_simplified.doctor:main",
-            "",
             "Check what is installed and what this machine supports",
         ),
         "completion": Command(
             "llava_simplified.completion_command:main",
-            "llava_simplified.completion_command:build_parser",
             "Print a completion script for bash or zsh",
             uses_torch=False,
         ),

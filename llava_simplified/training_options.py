@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from llava_simplified.options import CommandParser, normalize_spelling
+from llava_simplified.options import normalize_spelling
 
 
 @dataclass
@@ -407,13 +407,6 @@ HELP_GROUPS = {
         "ddp_find_unused_parameters",
     ),
 }
-
-
-def build_parser() -> CommandParser:
-    """Return the parser of `llava train`."""
-    parser = CommandParser("llava train", "Train a LLaVA model.", usage="%(prog)s [options]")
-    add_training_options(parser)
-    return parser
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:

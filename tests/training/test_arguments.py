@@ -21,11 +21,12 @@ from llava_simplified.arguments import (
     split_options,
     to_words,
 )
+from llava_simplified.training.train_command import build_parser
+from llava_simplified.training.train_command import main as train_main
 from llava_simplified.training_options import (
     HELP_GROUPS,
     INHERITED,
     TrainingDefaults,
-    build_parser,
 )
 
 PACKAGE = Path(__file__).parents[2] / "llava_simplified"
@@ -312,9 +313,9 @@ def run_python(code: str) -> str:
 def test_help_imports_neither_torch_nor_transformers() -> None:
     printed = run_python(
         "import sys, atexit\n"
-        "from llava_simplified.training_options import build_parser, exit_with_help\n"
+        "from llava_simplified.training.train_command import main\n"
         "atexit.register(lambda: print({'torch', 'transformers'} & sys.modules.keys()))\n"
-        "exit_with_help(['--lora-r', '8', '--help'], build_parser())"
+        "main(['--lora-r', '8', '--help'])"
     )
     assert printed.endswith("set()\n")
     for heading in HELP_GROUPS:
@@ -325,7 +326,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 
 def test_help_all_lists_every_option_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parse_arguments(["--help-all"])
+        train_main(["--help-all"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
     for name in OWN_OPTIONS.keys() | {"adam_beta1", "hub_token"}:
