@@ -14,7 +14,12 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, describe
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    non_default_options,
+)
 from llava_simplified.data.collate import Collator
 from llava_simplified.data.dataset import CaptionDataset, open_data
 from llava_simplified.data.images import ImageError
@@ -59,7 +64,7 @@ def build_trainer(
     Prompt(
         tokenizer, model_args.template
     )  # a template that does not fit fails here, before 14 GB are loaded
-    settings = {**describe(model_args, data_args, args), "processes": args.world_size}
+    settings = {**non_default_options(model_args, data_args, args), "processes": args.world_size}
     resumed = resume_folder(args)
     for difference in check_same_run(resumed, architecture, settings) if resumed else ():
         print(f"resuming {resumed}: {difference}", file=sys.stderr)

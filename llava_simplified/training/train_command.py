@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llava_simplified.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    parse_arguments,
-)
-from llava_simplified.training.build_trainer import build_trainer
-from llava_simplified.training.plots import plot_training
-from llava_simplified.training.preflight import preflight
-from llava_simplified.training.trainer import LlavaTrainer
+from llava_simplified.options import CommandParser
+from llava_simplified.training_options import add_training_options, exit_with_help
+
+if TYPE_CHECKING:
+    from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
+    from llava_simplified.training.trainer import LlavaTrainer
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava train`, for help and completion."""
+    parser = CommandParser("llava train", "Train a LLaVA model.", usage="%(prog)s [options]")
+    add_training_options(parser)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line of `train.py`."""
+    """Run `llava train`."""
     argv = sys.argv[1:] if argv is None else argv
-    if any(word in ("-h", "--help") for word in argv):
-        parse_arguments(["--help"])
+    exit_with_help(argv, build_parser())
+
+    from llava_simplified.arguments import parse_arguments
+    from llava_simplified.training.preflight import preflight
+
     groups = parse_arguments(argv)
     preflight(argv, *groups)
     train(*groups)
@@ -34,6 +41,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     Raises:
         ValueError: what is asked for can't be done; found before the weights are loaded, wherever possible.
     """
+    from llava_simplified.training.build_trainer import build_trainer
+    from llava_simplified.training.plots import plot_training
+
     trainer, resumed = build_trainer(model_args, data_args, args)
     trainer.train(resume_from_checkpoint=str(resumed / "trainer_state") if resumed else None)
     trainer.save_final()
