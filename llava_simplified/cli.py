@@ -61,7 +61,7 @@ COMMANDS = {
         "a checkpoint -> stock LLaVA, PEFT, GGUF, and compared",
     ),
     "import": (
-        "llava_simplified.export.importing:import_main",
+        "llava_simplified.export.import_command:main",
         "LLaVA checkpoints of other codebases -> ours",
     ),
     "merge": (
@@ -69,7 +69,7 @@ COMMANDS = {
         "put a checkpoint's adapter into its weights",
     ),
     "push": ("llava_simplified.export.export_command:push_main", "upload a folder to the hub"),
-    "doctor": ("llava_simplified.doctor:main", "what is installed, and what this machine can do"),
+    "doctor": ("llava_simplified.doctor_command:main", "what is installed, and what this machine can do"),
     "demo": (
         "llava_simplified.demo.demo_command:main",
         "the whole recipe on small real weights and pictures",

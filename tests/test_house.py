@@ -21,7 +21,7 @@ ORDER = [
     ("training",),
     ("inspection", "captioning"),
     ("evaluation",),
-    ("serve", "export", "doctor"),
+    ("serve", "export", "doctor_command"),
     ("demo",),
     ("cli",),
 ]
