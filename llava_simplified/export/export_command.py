@@ -7,6 +7,7 @@ import logging
 import re
 from pathlib import Path
 
+from llava_simplified.model.config import CONFIG_NAME, read_checkpoint_config
 from llava_simplified.options import CommandParser, add_base_model_options
 
 logger = logging.getLogger(__name__)
@@ -167,8 +168,6 @@ def push_main(argv: list[str] | None = None) -> int:
 
 def _warn_of_local_paths(folder: Path) -> None:
     """Warn if `llava.json` contains paths of this machine: a checkpoint does, an export does not."""
-    from llava_simplified.model.config import CONFIG_NAME, read_checkpoint_config
-
     if not (folder / CONFIG_NAME).is_file():
         return
     config = read_checkpoint_config(folder)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +34,7 @@ from llava_simplified.export.stock import describe_for_stock
 from llava_simplified.extras import require_extra
 from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.llava import Llava
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from llava_simplified.model.protocols import CausalLM
 
 Weights = dict[str, torch.Tensor]
 Settings = dict[str, Any]  # GGUF key -> string, number, boolean, or a list of these
@@ -123,7 +121,7 @@ def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
 # ---- language model ----
 
 
-def _architecture(language_model: PreTrainedModel) -> str:
+def _architecture(language_model: CausalLM) -> str:
     """Return llama.cpp's name of the language model's architecture."""
     model_type = language_model.config.model_type
     if model_type not in ARCHITECTURES:
@@ -137,7 +135,7 @@ def _architecture(language_model: PreTrainedModel) -> str:
 
 def _text_settings(model: Llava, architecture: str) -> Settings:
     """Return the keys of `model.gguf`."""
-    config: Any = model.language_model.config
+    config = model.language_model.config
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
         head_dim = config.hidden_size // config.num_attention_heads
@@ -167,7 +165,7 @@ def _text_settings(model: Llava, architecture: str) -> Settings:
     return settings | vocabulary_settings(model)
 
 
-def _text_weights(language_model: PreTrainedModel, architecture: str) -> Weights:
+def _text_weights(language_model: CausalLM, architecture: str) -> Weights:
     """Return the tensors of `model.gguf` by llama.cpp's names.
 
     Query and key projections of a Llama are permuted in place, so the model is of no use afterwards.
@@ -213,13 +211,14 @@ def _permute_for_rope(weight: torch.Tensor, num_heads: int) -> None:
     weight.copy_(halves.transpose(1, 2).flatten(0, 2))
 
 
-def _rope_factors(language_model: PreTrainedModel, architecture: str) -> Weights:
+def _rope_factors(language_model: CausalLM, architecture: str) -> Weights:
     """Return what the rotary frequencies are divided by: `rope_freqs.weight`, or nothing if that is 1.
 
     Llama 3.1 divides low frequencies by up to 8, to reach a longer context. llama.cpp reads the
     divisors, one for each pair of channels, from this tensor.
     """
-    rope: Any = language_model.model.rotary_emb
+    transformer: Any = language_model
+    rope = transformer.model.rotary_emb
     parameters = language_model.config.rope_parameters
     count = len(rope.inv_freq)
     unscaled = 1 / parameters["rope_theta"] ** (torch.arange(count) / count)

@@ -95,7 +95,7 @@ def _read_vocabulary(model: Llava) -> _Vocabulary:
         raise ValueError(
             f"--format gguf: only BPE tokenizers are supported, not {kind}. Use --format hf."
         )
-    embeddings: Any = model.language_model.get_input_embeddings()
+    embeddings = model.language_model.get_input_embeddings()
     return _Vocabulary(
         spec=spec,
         pieces={token_id: piece for piece, token_id in tokenizer.get_vocab().items()},

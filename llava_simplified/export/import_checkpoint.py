@@ -32,7 +32,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 from zipfile import is_zipfile
 
 import torch
@@ -40,9 +40,14 @@ from torch import nn
 
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.checkpoint import save_checkpoint
-from llava_simplified.model.config import LlavaConfig, resolve_path
-from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
-from llava_simplified.model.projector import build_projector
+from llava_simplified.model.config import (
+    DEFAULT_INSTRUCTION,
+    LlavaConfig,
+    TrainedParts,
+    resolve_path,
+)
+from llava_simplified.model.llava import Llava
+from llava_simplified.model.protocols import Module
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.model.weights import check_state_dict, weights_digest
 
@@ -93,6 +98,14 @@ class SourceCheckpoint:
     def has_own_tower(self) -> bool:
         """Whether its vision tower is part of the model, and not a copy of a published one."""
         return self.is_stock and bool(self.vision_tower)
+
+    @property
+    def trained_parts(self) -> TrainedParts:
+        """The parts that it has weights of. They count as trained: our checkpoint stores them."""
+        vision_tower: Literal["none", "full"] = "full" if self.has_own_tower else "none"
+        if self.adapter_config is not None:
+            return TrainedParts("adapter", vision_tower)
+        return TrainedParts("full" if self.has_language_model else "none", vision_tower)
 
 
 def import_checkpoint(
@@ -163,17 +176,14 @@ def _convert(
         model = _build_with_language_model(config, source)
     else:
         model = build_model(config)
-    # `save_checkpoint` writes what has `requires_grad`: what came with the source.
-    model.vision_tower.requires_grad_(source.has_own_tower)
-    model.language_model.requires_grad_(source.has_language_model)
-
     if source.vision_tower and not source.has_own_tower:
         _check_vision_tower(model.vision_tower, source.vision_tower)
         report.append("the weights of the vision tower are those of the given vision tower")
     _load_projector(model.projector, source.projector)
     if source.adapter_config is not None:
         _add_adapter(model, source.adapter_config, source.language_model)
-    save_checkpoint(model, output, config, {"imported_from": source_path.name})
+    training = {"imported_from": source_path.name}
+    save_checkpoint(model, output, config, source.trained_parts, training)
     return report
 
 
@@ -339,7 +349,7 @@ def _make_config(
         template=template,
         instruction=instruction,
         dtype=dtype,
-        fingerprints=digests,
+        weights_digests=digests,
     )
 
 
@@ -360,7 +370,7 @@ def _keeps_cls(source: SourceCheckpoint) -> bool:
 
 def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) -> Llava:
     """Build the model of a source that contains its language model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     settings = dict(source.config.get("text_config", source.config))
     # Original LLaVA calls its language models "llava_mistral", "llava_llama" or just "llava".
@@ -368,22 +378,14 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
     settings.pop("architectures", None)
     own_settings = {key: value for key, value in settings.items() if not key.startswith("mm_")}
     text_config = AutoConfig.for_model(model_type, **own_settings)
-    dtype = getattr(torch, config.dtype)
-    language_model = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
+    tokenizer = load_tokenizer(str(source.folder))
+    model = build_model(config, language_model=text_config, tokenizer=tokenizer)
     weights = dict(source.language_model)
     if text_config.tie_word_embeddings and "lm_head.weight" not in weights:
         # Files contain tied weights once, a state dict contains them twice.
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    _load_strictly(language_model, weights, "language model")
-    tower = VisionTower.from_pretrained(
-        config.vision_tower,
-        dtype=dtype,
-        select_layer=config.mm_vision_select_layer,
-        select_feature=config.mm_vision_select_feature,
-    )
-    projector = build_projector(config.mm_projector_type, tower.width, text_config.hidden_size)
-    tokenizer = load_tokenizer(str(source.folder))
-    return Llava(tower, projector, language_model, tokenizer, config.template)
+    _load_strictly(model.language_model, weights, "language model")
+    return model
 
 
 def _load_projector(projector: nn.Module, weights: Weights) -> None:
@@ -394,7 +396,7 @@ def _load_projector(projector: nn.Module, weights: Weights) -> None:
     _load_strictly(projector, weights, "projector")
 
 
-def _load_strictly(module: nn.Module, weights: Weights, name: str) -> None:
+def _load_strictly(module: nn.Module | Module, weights: Weights, name: str) -> None:
     """Load weights; raise ValueError if some are missing, unexpected, or have another shape."""
     check_state_dict(weights, module.state_dict(), name)
     module.load_state_dict(weights)
@@ -410,7 +412,8 @@ def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
     )
 
     peft_config = PeftConfig.from_pretrained(str(config.parent))
-    adapted: Any = get_peft_model(model.language_model, peft_config)
+    language_model: Any = model.language_model
+    adapted: Any = get_peft_model(language_model, peft_config)
     check_state_dict(weights, get_peft_model_state_dict(adapted), "adapter")
     set_peft_model_state_dict(adapted, weights)
     model.language_model = adapted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.options import CommandParser
 
 
@@ -29,7 +30,8 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument(
         "--instruction",
-        help="Instruction for captions where none is given (default: that of `llava train`)",
+        default=DEFAULT_INSTRUCTION,
+        help="Instruction for captions where none is given (default: %(default)s)",
     )
     return parser
 
@@ -37,8 +39,6 @@ def build_parser() -> CommandParser:
 def main(argv: list[str] | None = None) -> int:
     """Run `llava import`."""
     options = vars(build_parser().parse_args(argv))
-    if options["instruction"] is None:
-        del options["instruction"]
     from llava_simplified.export.import_checkpoint import import_checkpoint
 
     for line in import_checkpoint(**options):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from llava_simplified.model.checkpoint import save_checkpoint
-from llava_simplified.model.config import LlavaConfig, read_checkpoint_config, resolve_path
+from llava_simplified.model.config import (
+    LlavaConfig,
+    TrainedParts,
+    read_checkpoint_config,
+    resolve_path,
+)
 from llava_simplified.model.llava import Llava
 
 
@@ -19,8 +25,8 @@ def merge_checkpoint(
     """Write a checkpoint of the same model without adapters.
 
     Where the checkpoint has `adapter/` and `vision_adapter/`, the new one has `language_model/` and
-    `vision_tower/`. A quantised language model is dequantised before: the adapter was trained on these
-    values.
+    `vision_tower/`. A quantised language model is dequantised first: the adapter was trained on these
+    values, not on the original ones.
 
     Args:
         checkpoint: Folder written by `llava train`.
@@ -33,21 +39,24 @@ def merge_checkpoint(
         FileExistsError: `output` exists already.
     """
     checkpoint_config = read_checkpoint_config(checkpoint)
-    trained = checkpoint_config["trained"]
-    trained_tower = checkpoint_config.get("trained_tower", "off")
-    if trained != "adapter" and trained_tower != "lora":
+    trained = TrainedParts.from_stored(checkpoint_config)
+    if trained.language_model != "adapter" and trained.vision_tower != "lora":
         raise ValueError(f"{checkpoint} has no adapter to merge.")
     if output.exists():
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
     model = Llava.from_pretrained(
         checkpoint, device="cpu", merge=True, model_base=model_base, vision_tower=vision_tower
     )
-    # `save_checkpoint` writes what has `requires_grad`: the merged parts, completely.
-    model.language_model.requires_grad_(trained != "projector")
-    model.vision_tower.requires_grad_(trained_tower != "off")
-    settings = dict(checkpoint_config["architecture"])
-    settings["language_model"] = resolve_path(model_base or settings["language_model"])
-    settings["vision_tower"] = resolve_path(vision_tower or settings["vision_tower"])
-    if trained != "projector":
-        settings["bits"] = 16
-    save_checkpoint(model, output, LlavaConfig(**settings), checkpoint_config["training"])
+    config = LlavaConfig.from_dict(checkpoint_config["architecture"])
+    config = replace(
+        config,
+        language_model=resolve_path(model_base or config.language_model),
+        vision_tower=resolve_path(vision_tower or config.vision_tower),
+        bits=config.bits if trained.language_model == "none" else 16,
+    )
+    # Merged weights are stored as if they had been trained themselves.
+    merged = TrainedParts(
+        language_model="none" if trained.language_model == "none" else "full",
+        vision_tower="none" if trained.vision_tower == "none" else "full",
+    )
+    save_checkpoint(model, output, config, merged, checkpoint_config["training"])

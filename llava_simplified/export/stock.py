@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,10 +54,8 @@ from llava_simplified.export.stock_check import (
 from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.config import read_checkpoint_config
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.protocols import CausalLM
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SHARD_SIZE = "5GB"  # maximum size of one weight file
 _MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
@@ -228,7 +226,7 @@ def describe_for_stock(model: Llava) -> StockSettings:
             training option to change.
     """
     tower = model.vision_tower
-    language_model: Any = model.language_model
+    language_model = model.language_model
     _check_parts_have_a_stock_form(model)
 
     # Tokens that are not patches (CLS, registers) come first. Their number depends on the
@@ -262,7 +260,7 @@ def describe_for_stock(model: Llava) -> StockSettings:
 def _check_parts_have_a_stock_form(model: Llava) -> None:
     """Raise ValueError if the tower or the language model cannot be part of a stock LLaVA model."""
     tower = model.vision_tower
-    language_model: Any = model.language_model
+    language_model = model.language_model
     if tower.is_convolutional:
         raise ValueError(
             "Stock LLaVA has no convolutional vision towers. Train with a vision transformer (CLIP, "
@@ -395,7 +393,7 @@ def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
     stock.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
-def _grow_vocabulary(language_model: PreTrainedModel, size: int, scratch: Path) -> None:
+def _grow_vocabulary(language_model: CausalLM, size: int, scratch: Path) -> None:
     """Append rows of zeros to the embedding table and the output head, in place.
 
     The embedding of the image token is never used, but stock LLaVA looks it up before it replaces it.
@@ -405,8 +403,8 @@ def _grow_vocabulary(language_model: PreTrainedModel, size: int, scratch: Path) 
         size: New number of rows.
         scratch: Folder on the disk for temporary files.
     """
-    embeddings: Any = language_model.get_input_embeddings()
-    head: Any = language_model.get_output_embeddings()
+    embeddings = language_model.get_input_embeddings()
+    head = language_model.get_output_embeddings()
     language_model.config.vocab_size = size
     tables = {embeddings.weight, head.weight}  # only one, if they are tied
     for table in tables:

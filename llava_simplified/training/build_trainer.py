@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -20,13 +21,8 @@ from llava_simplified.data.images import ImageError
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.records import Record
 from llava_simplified.model.build import build_model, load_tokenizer
-from llava_simplified.model.checkpoint import (
-    kind_of,
-    load_projector,
-    load_trained_weights,
-    tower_of,
-)
-from llava_simplified.model.config import LlavaConfig, read_checkpoint_config, resolve_path
+from llava_simplified.model.checkpoint import load_projector, load_trained_weights
+from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainable, freeze
 from llava_simplified.model.projector import init_projector_scale
@@ -39,11 +35,12 @@ from llava_simplified.training.kernels import (
     compile_layers,
     use_liger_kernels,
 )
+from llava_simplified.training.model_config import model_config, trained_parts
 from llava_simplified.training.resume import check_same_run, resume_folder
 from llava_simplified.training.trainer import LlavaTrainer
 
 
-def build(
+def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> tuple[LlavaTrainer, Path | None]:
     """All that a run needs before its first step: the trainer, and the checkpoint that it goes on from, if any."""
@@ -86,13 +83,11 @@ def build(
     prepare(model, model_args)
     sets = [train_set] if eval_set is None else [train_set, eval_set]
     cache_features(
-        model.vision_tower, data_args, args, architecture.fingerprints["vision_tower"], sets
+        model.vision_tower, data_args, args, architecture.weights_digests["vision_tower"], sets
     )
     start_trained_parts(model, model_args, train_set, resumed)
-    full = not model_args.freeze_backbone and not _uses_lora(model_args)
-    table = check_trainable(
-        model, language_model=full, vision_tower=model_args.tune_vision_tower == "full"
-    )
+    parts = trained_parts(model_args)
+    table = check_trainable(model, parts)
     examples: Any = train_set
     if data_args.packing:
         examples = PackedDataset(
@@ -104,6 +99,7 @@ def build(
         model,
         args,
         architecture,
+        parts,
         settings,
         data_args.max_bad_images,
         train_dataset=examples,
@@ -112,7 +108,9 @@ def build(
             model.vision_tower.num_tokens, model.prompt.end_id, dummy_image_batch(model, train_set)
         ),
     )
-    packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
+    packs = (
+        f" in {len(examples):,} packs, {examples.fill_ratio:.1%} full" if data_args.packing else ""
+    )
     if args.world_size > 1:
         packs += f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}"
     trainer.accelerator.print(
@@ -173,7 +171,7 @@ def check_origin(model: ModelArguments, folder: str) -> None:
         inside = (
             Path(name).resolve().parent == Path(folder).resolve()
         )  # the checkpoint's own, trained or merged
-        if not inside and (digest := before["fingerprints"].get(part)):
+        if not inside and (digest := before["weights_digests"].get(part)):
             check_weights_digest(part, name, digest)
 
 
@@ -181,7 +179,6 @@ def describe_config(
     model: ModelArguments, args: TrainingArguments, records: Sequence[Record]
 ) -> LlavaConfig:
     """What the checkpoint will say of the model's parts."""
-    layers = tuple(model.mm_vision_select_layer)
     sample = next((record for record in islice(records, 1000) if record.images), records[0])
     question = next(turn.content for turn in sample.turns if turn.role == "user")
     digests = {}
@@ -193,28 +190,20 @@ def describe_config(
             digests[part] = weights_digest(name := getattr(model, option))
         except OSError as error:
             raise ValueError(f"--{option} {name}: {error}") from error
-    return LlavaConfig(
-        language_model=resolve_path(model.model_name_or_path),
-        vision_tower=resolve_path(model.vision_tower),
-        mm_projector_type=model.mm_projector_type,
-        mm_vision_select_layer=layers[0] if len(layers) == 1 else layers,
-        mm_vision_select_feature=model.mm_vision_select_feature,
-        mm_token_pool=model.mm_token_pool,
-        template=model.template,
+    return replace(
+        model_config(model, args.frozen_dtype),
         instruction=question.removeprefix(f"{IMAGE_PLACEHOLDER}\n" * len(sample.images)),
-        dtype=args.frozen_dtype,
-        bits=model.bits,
-        fingerprints=digests,
+        weights_digests=digests,
     )
 
 
 def prepare(model: Llava, args: ModelArguments) -> None:
     """Freeze what is frozen, adapt what is adapted."""
-    frozen_text = args.freeze_backbone or args.lora_enable or args.tune_mm_mlp_adapter
-    freeze(model, language_model=frozen_text, vision_tower=args.tune_vision_tower != "full")
-    if args.tune_vision_tower == "lora":
+    parts = trained_parts(args)
+    freeze(model, parts)
+    if parts.vision_tower == "lora":
         add_tower_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
-    if _uses_lora(args):
+    if parts.language_model == "adapter":
         add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
 
 
@@ -230,12 +219,10 @@ def start_trained_parts(
         load_trained_weights(model, resumed)
     elif args.init_from:
         manifest = read_checkpoint_config(args.init_from)
-        before, now = manifest["trained"], kind_of(model)
-        tower, start = manifest.get("trained_tower", "off"), Path(args.init_from) / "vision_tower"
-        if (
-            tower not in ("off", tower_of(model))
-            and Path(args.vision_tower).resolve() != start.resolve()
-        ):
+        before, tower = manifest["trained"], manifest["trained_tower"]
+        now, now_tower = trained_parts(args).stored.values()
+        start = Path(args.init_from) / "vision_tower"
+        if tower not in ("off", now_tower) and Path(args.vision_tower).resolve() != start.resolve():
             raise ValueError(
                 f"--init_from {args.init_from}: its vision tower was trained too: --tune_vision_tower {tower}, or "
                 f"--vision_tower {start} to go on with it frozen"
@@ -269,10 +256,6 @@ def dummy_image_batch(model: Llava, train_set: CaptionDataset) -> dict[str, torc
     return {"pixel_values" if blank.dtype == torch.uint8 else "image_features": blank}
 
 
-def _uses_lora(args: ModelArguments) -> bool:
-    return args.lora_enable and not args.tune_mm_mlp_adapter
-
-
 @torch.no_grad()
 def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
     """Scale the fresh projector on the features of some training images, evenly spread and so always the same."""
@@ -280,7 +263,7 @@ def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
     features = []
     for index in range(0, len(train_set.records), max(len(train_set.records) // wanted, 1)):
         try:
-            pixels, stored = train_set.images(train_set.records[index])
+            pixels, stored = train_set.load_images(train_set.records[index])
         except ImageError:
             continue  # counted, and reported, when training meets it
         if stored is None and pixels is not None:

@@ -29,8 +29,10 @@ from llava_simplified.data.dataset import CaptionDataset, open_data
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record
 from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.model.build import build_vision_tower
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.model.weights import weights_digest
+from llava_simplified.training.model_config import model_config
 
 _HASH_BYTES = 32
 
@@ -321,13 +323,7 @@ def encode_main(argv: list[str] | None = None) -> int:
     opened = [open_data(path, folder, option) for path, folder, option in given if path]
     if not opened:
         raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
-    tower = VisionTower.from_pretrained(
-        model.vision_tower,
-        dtype=getattr(torch, args.frozen_dtype),
-        select_layer=model.mm_vision_select_layer,
-        select_feature=model.mm_vision_select_feature,
-        token_pool=model.mm_token_pool,
-    )
+    tower = build_vision_tower(model_config(model, args.frozen_dtype))
     mode = "pixels" if data.cache_vision_features == "pixels" else "disk"
     names = [image_names(records) for records, _ in opened]
     weights = weights_digest(model.vision_tower)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch._functorch.config
-from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.model.build import quantization
+from llava_simplified.model.protocols import CausalLM
 
 
 def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
@@ -43,7 +43,7 @@ def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArgu
             raise ValueError(
                 f"--attn_implementation {kernel} has no backward pass on this {device}: sdpa"
             )
-    elif kernel not in (None, "sdpa", "eager"):
+    elif kernel not in (None, "sdpa", "eager", "cpu_matmul", "short"):
         raise ValueError(
             f"--attn_implementation is sdpa, eager, flash_attention_2 or flex_attention, not {kernel}: of another it isn't "
             "known whether it keeps packed texts apart"
@@ -85,7 +85,7 @@ def _cpp_compiler() -> str:
     return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
-def compile_layers(language_model: nn.Module) -> None:
+def compile_layers(language_model: CausalLM) -> None:
     """Compile each decoder layer, in place: all are alike, so the compiler works for seconds, not minutes.
 
     What is cheap to compute again on the way back is not kept: a tenth less memory for no time.
@@ -93,7 +93,7 @@ def compile_layers(language_model: nn.Module) -> None:
     Raises:
         ValueError: a model that does not say what its layers are.
     """
-    kinds = set(language_model._no_split_modules or ())  # type: ignore[arg-type]
+    kinds = set(language_model._no_split_modules or ())
     layers = [module for module in language_model.modules() if type(module).__name__ in kinds]
     if not layers:
         raise ValueError(
@@ -106,7 +106,7 @@ def compile_layers(language_model: nn.Module) -> None:
         layer.compile(dynamic=True)
 
 
-def choose_attention(language_model: Any, chosen: str | None, device_type: str) -> None:
+def choose_attention(language_model: CausalLM, chosen: str | None, device_type: str) -> None:
     """On a CPU, where no kernel is asked for and sdpa would run: `cpu_matmul_attention`."""
     if (
         chosen is None
@@ -116,7 +116,7 @@ def choose_attention(language_model: Any, chosen: str | None, device_type: str) 
         language_model.set_attn_implementation("cpu_matmul")
 
 
-def use_liger_kernels(language_model: nn.Module) -> None:
+def use_liger_kernels(language_model: CausalLM) -> None:
     """Liger's norms, rotary positions and gated products in the layers (Hsu et al., 2024), before LoRA wraps them.
 
     Not its loss, which would take the logits of all positions: only the trained ones are computed.

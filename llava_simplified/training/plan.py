@@ -24,7 +24,6 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava_simplified.arguments import (
     DataArguments,
@@ -35,15 +34,14 @@ from llava_simplified.arguments import (
 from llava_simplified.data.collate import expand_example
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.records import Record, open_records
-from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.model.build import load_tokenizer
-from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
+from llava_simplified.model.build import build_model
+from llava_simplified.model.config import DEFAULT_INSTRUCTION
+from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import check_trainable, count_parameters
-from llava_simplified.model.projector import build_projector
-from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 from llava_simplified.training.build_trainer import prepare
 from llava_simplified.training.kernels import choose_attention
+from llava_simplified.training.model_config import model_config, trained_parts
 
 SAMPLED = (
     2000  # records whose tokens are counted: half of them the longest texts, half evenly spread
@@ -158,43 +156,18 @@ class _Step(nn.Module):
         self.model(**batch).loss.backward()
 
 
-def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Llava:
-    """The model of a run without its weights, on the meta device: configurations and tokenizer are all it needs."""
-    dtype = getattr(torch, args.frozen_dtype)
-    try:
-        vision, text_config = map(
-            AutoConfig.from_pretrained, (model_args.vision_tower, model_args.model_name_or_path)
-        )
-    except OSError as error:
-        raise ValueError(f"no configuration of the model to be had: {error}") from error
-    layers = tuple(model_args.mm_vision_select_layer)
-    tower = VisionTower.from_config(
-        getattr(vision, "vision_config", vision),
-        ImageTransform.from_pretrained(model_args.vision_tower),
-        select_layer=layers[0] if len(layers) == 1 else layers,
-        select_feature=model_args.mm_vision_select_feature,
-        token_pool=model_args.mm_token_pool,
-    ).to(dtype)
+def _model_without_weights(model_args: ModelArguments, args: TrainingArguments) -> Llava:
+    """The model of a run on the meta device, with its parts frozen and adapted as for training."""
     # the other kernels take no tensors without data, and keep as little
     kernel = (
         model_args.attn_implementation
         if model_args.attn_implementation in (None, "eager")
         else "sdpa"
     )
-    with torch.device("meta"):
-        text: Any = AutoModelForCausalLM.from_config(
-            text_config, dtype=dtype, attn_implementation=kernel
-        )
-        choose_attention(text, model_args.attn_implementation, args.device.type)
-        width = text.get_input_embeddings().weight.shape[1]
-        projector = build_projector(model_args.mm_projector_type, tower.width, width)
-        model = Llava(
-            tower,
-            projector,
-            text,
-            load_tokenizer(model_args.model_name_or_path),
-            model_args.template,
-        )
+    config = model_config(model_args, args.frozen_dtype)
+    model = build_model(config, device="meta", attn_implementation=kernel)
+    choose_attention(model.language_model, model_args.attn_implementation, args.device.type)
+    with torch.device("meta"):  # also for the adapters
         prepare(model, model_args)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(
@@ -220,7 +193,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
             of, model.prompt, "", transform, args.model_max_length, data.share_prefix
         )
         laid = [
-            expand_example(dataset.text(*dataset.locate(i)), model.vision_tower.num_tokens)
+            expand_example(dataset.tokenize(*dataset.locate(i)), model.vision_tower.num_tokens)
             for i in range(len(dataset))
         ]
         return [(len(s.input_ids), len(s.labels), int(s.branch_ids.any())) for s in laid]
@@ -284,7 +257,7 @@ def make_plan(
     Raises:
         ValueError: a configuration, the tokenizer or the data can't be read.
     """
-    model = build_meta_model(model_args, args)
+    model = _model_without_weights(model_args, args)
     lengths = measure_lengths(model, data, args)
     tower, rows = model.vision_tower, args.per_device_train_batch_size
     features = (
@@ -341,13 +314,8 @@ def make_plan(
     steps = steps if args.max_steps > 0 else round(steps * args.num_train_epochs)
     steps = steps if args.max_steps > 0 or data.train_data_path else 0
     in_batch = rows * (data.pack_length if data.packing else lengths.longest[0])
-    full = not (
-        model_args.freeze_backbone or model_args.lora_enable or model_args.tune_mm_mlp_adapter
-    )
     return Plan(
-        table=check_trainable(
-            model, language_model=full, vision_tower=model_args.tune_vision_tower == "full"
-        ),
+        table=check_trainable(model, trained_parts(model_args)),
         memory=memory,
         peak=memory["weights"] + memory["optimizer"] + each,
         positions=lengths.mean[0],

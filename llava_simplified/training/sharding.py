@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llava_simplified.model.checkpoint import tower_of
+from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.llava import Llava
 
 
@@ -39,7 +39,7 @@ def shard_on_cpus(accelerator: Accelerator, options: Mapping[str, Any]) -> None:
         accelerator.state.distributed_type = DistributedType.FSDP
 
 
-def full_state_dict(model: Llava) -> Iterator[tuple[str, torch.Tensor]]:
+def full_state_dict(model: Llava, parts: TrainedParts) -> Iterator[tuple[str, torch.Tensor]]:
     """What is trained, by name, in float32. All processes have to go through it: shards are gathered on the way."""
     for name, parameter in _trained(model):
         if _is_zero(parameter):
@@ -49,7 +49,7 @@ def full_state_dict(model: Llava) -> Iterator[tuple[str, torch.Tensor]]:
         else:
             yield name, _whole(parameter.detach())
     if (
-        tower_of(model) == "full"
+        parts.vision_tower == "full"
     ):  # its folder holds the layers behind the last that is trained, too
         for name, tensor in model.vision_tower.state_dict(
             keep_vars=True, prefix="vision_tower."

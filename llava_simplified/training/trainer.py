@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ro
 from llava_simplified.arguments import TrainingArguments
 from llava_simplified.data.samplers import LengthGroupedSampler
 from llava_simplified.model.checkpoint import copy_checkpoint, save_checkpoint
-from llava_simplified.model.config import LlavaConfig
+from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX
 from llava_simplified.training.callbacks import EvalCaptions, GradientAlarm, Meter, ProgressLine
@@ -39,7 +39,7 @@ class LlavaTrainer(transformers.Trainer):
     """What differs from training a text model, and nothing else.
 
     Args:
-        architecture, settings: written into every checkpoint.
+        architecture, parts, settings: written into every checkpoint.
         max_bad_images: the share of images that may be unreadable before the run stops.
     """
 
@@ -50,6 +50,7 @@ class LlavaTrainer(transformers.Trainer):
         model: Llava,
         args: TrainingArguments,
         architecture: LlavaConfig,
+        parts: TrainedParts,
         settings: Mapping[str, Any],
         max_bad_images: float = 0.01,
         **options: Any,
@@ -70,6 +71,7 @@ class LlavaTrainer(transformers.Trainer):
                 "--metric_for_best_model cider: there is no validation picture to caption; use eval_loss"
             )
         self.architecture = architecture
+        self.parts = parts
         self.settings = dict(settings)
         self.max_bad_images = max_bad_images
         self.model_accepts_loss_kwargs = False  # the loss is scaled in compute_loss, once
@@ -320,7 +322,7 @@ class LlavaTrainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Every save, the intermediate ones too, is a checkpoint that loads with one call."""
         model: Llava = self.accelerator.unwrap_model(self.model)
-        weights = self._on_main_process(full_state_dict(model))
+        weights = self._on_main_process(full_state_dict(model, self.parts))
         if self.args.should_save:
             training = {
                 "steps": self.state.global_step,
@@ -332,7 +334,7 @@ class LlavaTrainer(transformers.Trainer):
                 if self._staging
                 else Path(output_dir or str(self.args.output_dir))
             )
-            save_checkpoint(model, folder, self.architecture, training, weights)
+            save_checkpoint(model, folder, self.architecture, self.parts, training, weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = self._on_main_process(
