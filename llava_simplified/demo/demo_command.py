@@ -90,6 +90,7 @@ def plan_steps(
         max_steps: Maximum number of steps of each training stage, or None.
         limit: Maximum number of images to caption, or None.
     """
+    # Options that several commands have in common.
     models = _options(
         model_name_or_path=assets.language_model,
         vision_tower=assets.vision_tower,
@@ -105,20 +106,27 @@ def plan_steps(
     model = str(output / "model")
     predictions = str(output / "predictions.json")
 
+    # The options that the recipes set, as far as they decide what the model is shown: 3 x 3 image tokens,
+    # and a template without roles.
     inspect = ["inspect", "--data", str(assets.train_json), "--image_folder", str(assets.images)]
     inspect += ["--template", "bare", "--count", "1", "--mm_token_pool", "3", *models]
 
+    # LLaVA's two stages. First the projector learns to translate, with everything else frozen; an adapter
+    # that started at the same time would adapt to random image tokens.
     stage1 = ["train", "--config", "demo_projector", *train, "--output_dir", projector]
 
     stage2 = ["train", "--config", "demo", "--pretrain_mm_mlp_adapter", projector, *train]
     stage2 += ["--output_dir", model]
 
+    # Greedy, because each image has one right answer. 24 tokens are enough for the names.
     predict = ["predict", "--model-path", model, "--data-path", str(assets.val_json)]
     predict += ["--image-folder", str(assets.images), "--temperature", "0"]
     predict += ["--max-new-tokens", "24", "--batch-size", "50", "--output", predictions]
     if limit:
         predict += ["--limit", str(limit)]
 
+    # `--train-captions` lets the report tell copied captions from new ones. `--no-java`: scores that need
+    # Java are skipped.
     evaluate = ["evaluate", predictions, "--train-captions", str(assets.train_json)]
     evaluate += ["--image-folder", str(assets.images), "--model-path", model]
     evaluate += ["--output", str(output / "scores.json"), "--report", str(output / "report.html")]
@@ -148,6 +156,7 @@ def _training_options(max_steps: int | None) -> list[str]:
     words: list[str] = []
     if max_steps:
         words += _options(max_steps=max_steps)
+    # torch.compile generates C++ code for the CPU.
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         logger.info(
             "There is no C++ compiler, so layers are not compiled. Training takes 50 % longer."
@@ -170,6 +179,7 @@ def summarize(
         output: Folder of the results.
         seconds: Duration of the demo.
     """
+    # Scores of shuffled images show what guessing would reach: captions that are right without looking.
     mean = scores["mean"]
     shuffled = scores["shuffled"]
     llava = "llava"

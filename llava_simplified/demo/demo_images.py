@@ -29,6 +29,8 @@ def build_images(drawings: Path, names: Path, target: Path) -> None:
     Raises:
         ValueError: A drawing has no name.
     """
+    # The package contains sheets of all drawings, too. The names of the single images are the code points:
+    # "1f1f3-1f1f4.png" is the flag of Norway.
     captions_by_code = _read_captions(names)
     folder = target / "images"
     folder.mkdir()
@@ -72,6 +74,7 @@ def _read_captions(names: Path) -> dict[str, str]:
         source = archive.extractfile("package/en/data.json")
         assert source is not None, f"{names}: package/en/data.json is not a file"
         entries = json.load(source)
+    # [{"hexcode": "1F44B", "label": "waving hand", "skins": [{"hexcode": "1F44B-1F3FB", ...}]}, ...]
     captions = {}
     for entry in entries:
         for variant in (entry, *entry.get("skins", ())):
@@ -104,6 +107,7 @@ def choose_held_out(digests: Mapping[str, str], count: int) -> set[str]:
     groups: dict[str, list[str]] = {}
     for name, digest in digests.items():
         groups.setdefault(digest, []).append(name)
+    # Hashes are as good as random numbers, and everybody gets the same ones.
     chosen: set[str] = set()
     for digest in sorted(groups):
         group = groups[digest]

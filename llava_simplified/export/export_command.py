@@ -53,10 +53,12 @@ def build_export_parser() -> CommandParser:
 def export_main(argv: list[str] | None = None) -> int:
     """Run `llava export`."""
     args = build_export_parser().parse_args(argv)
+    # Check this now, and not after minutes of converting.
     if args.scores and not args.scores.is_file():
         raise ValueError(f"--scores {args.scores}: no such file")
     from llava_simplified.export.model_card import write_model_card
 
+    # The export is complete at this point: a card that cannot be written does not undo it.
     result = _export(args)
     write_model_card(args.checkpoint, args.output, args.format, args.scores)
     print(f"{args.output}: loaded back and compared: {result}")
@@ -152,6 +154,7 @@ def push_main(argv: list[str] | None = None) -> int:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # of httpx, or of requests in older versions
 
+    # `exist_ok`: a second push to the same repository is a new commit.
     try:
         api = HfApi()
         api.create_repo(args.repository, private=args.private, exist_ok=True)
@@ -171,6 +174,7 @@ def _warn_of_local_paths(folder: Path) -> None:
     if not (folder / CONFIG_NAME).is_file():
         return
     config = read_checkpoint_config(folder)
+    # Names on the hub ("openai/clip-vit-base-patch16") and numbers are no absolute paths.
     values = [*config["architecture"].values(), *config["training"].values()]
     paths = {str(value) for value in values if Path(str(value)).is_absolute()}
     if paths:
@@ -185,6 +189,7 @@ def _list_files(folder: Path, repository: str) -> None:
     """Print the files that would be uploaded, with their sizes."""
     from huggingface_hub.utils import filter_repo_objects
 
+    # The same filter that `upload_folder` applies, so that the list is what would be uploaded.
     names = []
     for path in sorted(folder.rglob("*")):
         if path.is_file():

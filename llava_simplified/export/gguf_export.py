@@ -89,7 +89,8 @@ def export_gguf(
             model_base=model_base,
             vision_tower=vision_tower,
         )
-        # llama.cpp's LLaVA has the limits of stock LLaVA, and some more that are checked below.
+        # llama.cpp's LLaVA has the limits of stock LLaVA (two projector layers, no pooling, no bias in
+        # the head), and some more that are checked below.
         describe_for_stock(model)
         language_model = model.language_model
         architecture = _architecture(language_model)
@@ -185,6 +186,7 @@ def _text_weights(language_model: CausalLM, architecture: str) -> Weights:
                 f"--format gguf: llama.cpp has no name for {name} in a {architecture} model. Use "
                 "--format hf."
             )
+        # Only llama.cpp's "llama" pairs neighbouring channels; qwen2 and qwen3 pair halves, as here.
         match = re.search(r"\.([qk])_proj\.", name)
         if architecture == "llama" and match:
             num_heads = config.num_attention_heads
@@ -253,6 +255,7 @@ def _write(path: Path, architecture: str, settings: Settings, weights: Weights) 
         if weight.dtype == torch.bfloat16:
             raw_dtype = gguf.GGMLQuantizationType.BF16
         writer.add_tensor(name, _to_numpy(weight), raw_dtype=raw_dtype)
+    # The order is that of the file: header, keys, tensors.
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -39,6 +39,7 @@ def vision_settings(model: Llava) -> dict[str, Any]:
     tower = model.vision_tower
     config = tower.model.config
     _check_tower(tower)
+    # The names of the keys below clip.vision.* are those of llama.cpp, not of Hugging Face.
     values = {
         "image_size": tower.transform.crop[0],
         "patch_size": config.patch_size,
@@ -52,6 +53,8 @@ def vision_settings(model: Llava) -> dict[str, Any]:
         "projection_dim": int(model.language_model.config.hidden_size),
         "feature_layer": sorted(_hidden_state_indices(tower)),
     }
+    # "mlp" is LLaVA's projector of two layers. CLIP uses quick_gelu (x * sigmoid(1.702 x)), SigLIP gelu:
+    # llama.cpp takes one of the two for the whole tower.
     settings = {
         "general.type": "mmproj",
         "clip.has_vision_encoder": True,
@@ -144,6 +147,8 @@ def _projector_weights(model: Llava) -> dict[str, torch.Tensor]:
     # every linear projector has a form with gelu.
     projector = to_stock_projector(model.projector, 2 * tower.width)
     indices = _hidden_state_indices(tower)
+    # linear_1.weight is (hidden, features of the first selected layer | of the second | ...). Reorder
+    # these groups of columns, so that the lowest layer comes first.
     ascending = sorted(range(len(indices)), key=indices.__getitem__)
     by_hidden_state = projector.linear_1.weight.detach().unflatten(1, (len(indices), -1))
     first_weight = by_hidden_state[:, ascending].flatten(1)

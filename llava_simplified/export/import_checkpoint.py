@@ -53,6 +53,8 @@ from llava_simplified.model.weights import check_state_dict, weights_digest
 
 Weights = dict[str, torch.Tensor]
 
+# The files of a folder that contain weights, one or several ("pytorch_model-00001-of-00002.bin").
+# Others of the same types (training_args.bin, optimizer.pt) are no tensors, and not read.
 _WEIGHT_FILE = re.compile(
     r"(pytorch_model|model|adapter_model|non_lora_trainables|mm_projector)\b.*\.(safetensors|bin)"
 )
@@ -137,6 +139,8 @@ def import_checkpoint(
     """
     if output.exists():
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
+    # `save_checkpoint` writes `llava.json` last, so that an import that is killed leaves no checkpoint.
+    # It cannot be renamed at the end: the config contains the path of the folder.
     try:
         return _convert(source, output, model_base, vision_tower, template, instruction)
     except BaseException:
@@ -156,6 +160,8 @@ def _convert(
     report = _describe(source)
     _check_supported(source)
 
+    # Where the three parts come from: the vision tower and the language model are in the source, or
+    # published models that the user or the source names; the projector is always in the source.
     if source.has_own_tower:
         vision_tower = _write_vision_tower(source, output / "vision_tower")
     vision_tower = vision_tower or source.config.get("mm_vision_tower")
@@ -204,6 +210,8 @@ def read_source(path: Path) -> SourceCheckpoint:
     config = {}
     if config_path.is_file():
         config = json.loads(config_path.read_text(encoding="utf-8"))
+    # For a single file, config.json beside it is read as well. Without one, the options of the command
+    # and the defaults of LLaVA apply.
     language_model, projector, vision_tower = split_weights(read_weights(path))
     return SourceCheckpoint(
         path=path,
@@ -256,18 +264,25 @@ def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights
     for name, tensor in weights.items():
         if "rotary_emb.inv_freq" in name or name.endswith("position_ids"):
             continue  # buffers that old versions saved; they are computed
+        # A LoRA run saves everything below PEFT's prefix. The names of adapter weights keep it, because
+        # PEFT expects it when it loads them.
         is_adapter = "lora_" in name
         plain = name if is_adapter else name.removeprefix("base_model.model.")
+        # model.mm_projector.0.weight, multi_modal_projector.linear_1.weight -> 0.weight
         match = re.match(r"(?:model\.)?(?:mm_projector|multi_modal_projector)\.(.+)$", plain)
         if match:
             projector[_sequential_name(match[1])] = tensor
             continue
+        # model.vision_tower.vision_tower.vision_model.x, vision_tower.x -> vision_model.x, x
         match = re.match(r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(.+)$", plain)
         if match:
             vision_tower[match[1]] = tensor
             continue
-        # Hugging Face: `language_model.model.layers`; since transformers 5
-        # `model.language_model.layers`.
+        # Everything else belongs to the language model:
+        #     language_model.model.layers.0.x   (transformers 4) -> model.layers.0.x
+        #     language_model.lm_head.weight     (transformers 4) -> lm_head.weight
+        #     model.language_model.layers.0.x   (transformers 5) -> model.layers.0.x
+        #     model.layers.0.x, lm_head.weight  (original LLaVA) -> as they are
         renamed = plain.removeprefix("language_model.")
         renamed = re.sub(r"^model\.language_model\.", "model.", renamed)
         language_model[renamed] = tensor
@@ -300,6 +315,8 @@ def _describe(source: SourceCheckpoint) -> list[str]:
         if weights:
             lines.append(f"{len(weights):,} weights of the {name}")
     aspect_ratio = source.config.get("image_aspect_ratio", "square")
+    # "pad" makes a square with borders, "anyres" adds crops. Neither is done here, so captions can differ
+    # from those of the original code, although the weights are the same.
     if aspect_ratio != "square":
         lines.append(
             f"warning: trained with image_aspect_ratio {aspect_ratio}; here the preprocessor of the "
@@ -310,6 +327,7 @@ def _describe(source: SourceCheckpoint) -> list[str]:
 
 def _check_supported(source: SourceCheckpoint) -> None:
     """Raise ValueError if a source has no projector, or a kind of prompt that we do not have."""
+    # Such tokens have trained embeddings, and change every prompt. LLaVA 1.5 does not use them.
     if source.config.get("mm_use_im_start_end") or source.config.get("mm_use_im_patch_token"):
         raise ValueError(
             f"{source.path} marks images with special tokens (mm_use_im_start_end or "
@@ -328,10 +346,14 @@ def _make_config(
     instruction: str,
 ) -> LlavaConfig:
     """Return the checkpoint config that a source's `config.json` amounts to."""
+    # The matrices of the projector tell its depth. Original LLaVA also stores it as mm_projector_type,
+    # but a lone mm_projector.bin has no config.
     num_layers = sum(weight.dim() == 2 for weight in source.projector.values())
     layer = source.config.get(
         "vision_feature_layer", source.config.get("mm_vision_select_layer", -2)
     )
+    # A part that is loaded from a published model is checked by its digest whenever the checkpoint is
+    # loaded. One that is stored in the checkpoint needs no digest.
     digests = {"vision_tower": weights_digest(vision_tower)}
     dtype = "float32"
     if source.has_language_model:
@@ -377,6 +399,7 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
     model_type = settings.pop("model_type").replace("llava_", "").replace("llava", "llama")
     settings.pop("architectures", None)
     own_settings = {key: value for key, value in settings.items() if not key.startswith("mm_")}
+    # The rest of the settings are those of a stock language model: build one, and load the weights.
     text_config = AutoConfig.for_model(model_type, **own_settings)
     tokenizer = load_tokenizer(str(source.folder))
     model = build_model(config, language_model=text_config, tokenizer=tokenizer)

@@ -44,10 +44,12 @@ def merge_checkpoint(
         raise ValueError(f"{checkpoint} has no adapter to merge.")
     if output.exists():
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
+    # The merged weights are written, and never run: the CPU is enough.
     model = Llava.from_pretrained(
         checkpoint, device="cpu", merge=True, model_base=model_base, vision_tower=vision_tower
     )
     config = LlavaConfig.from_dict(checkpoint_config["architecture"])
+    # The new checkpoint must find the parts that were not trained, wherever they are now.
     config = replace(
         config,
         language_model=resolve_path(model_base or config.language_model),

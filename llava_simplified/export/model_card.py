@@ -18,12 +18,15 @@ from typing import Any
 
 from llava_simplified.model.config import read_checkpoint_config
 
-# Options of a run that say where it ran and how it was displayed, and nothing about the model.
+# Options of a run that say where it ran and how it was displayed, and nothing about the model. They are
+# searched in the option's name. "token$" matters most: hub_token is a secret. The data, the models and
+# the number of steps have places of their own in the card.
 _MACHINE_OPTIONS = re.compile(
     r"dir$|^config|token$|tqdm|pin_memory|unused|use_cpu|resume|^do_|hub|report_to|log|save"
     r"|checkpointing|workers|accelerator_config|cache|^steps|^epochs|_data_path|_image_folder"
     r"|^model_name|^vision_tower|deepspeed"
 )
+# By the value of `llava export --format`.
 _HOW_TO_LOAD = {
     "hf": "The adapters are merged. Load it with `AutoModelForImageTextToText` and `AutoProcessor`.",
     "peft": (
@@ -35,6 +38,7 @@ _HOW_TO_LOAD = {
         "create NAME -f Modelfile`)."
     ),
 }
+# By the entry "trained" of `llava.json`.
 _TRAINED = {
     "adapter": "the projector and LoRA on the language model",
     "language_model": "the projector and the whole language model",
@@ -82,7 +86,8 @@ def _metadata(config: Mapping[str, Any]) -> str:
         "pipeline_tag: image-text-to-text",
         "library_name: transformers",
     ]
-    if public_name(language_model) == language_model:  # a name on the hub, not a local folder
+    # The hub links to the base model. A local folder has no page there, and is not named.
+    if public_name(language_model) == language_model:
         lines.append(f"base_model: {language_model}")
     lines.append("---")
     return "\n".join(lines)
@@ -133,6 +138,7 @@ def _training_section(config: Mapping[str, Any]) -> str:
 
 def _scores_section(scores: Path) -> str:
     """Return the table of scores."""
+    # {"predictions.json": {"mean": {"CIDEr-D": [0.91, 0.87, 0.95], ...}, "shuffled": ...}}
     by_file = json.loads(scores.read_text(encoding="utf-8"))
     first_file = next(iter(by_file.values()))
     lines = ["## Scores", "", "| score | value | 95 % interval |", "|---|---|---|"]
@@ -170,6 +176,7 @@ def public_name(value: object) -> str:
     Of the hub's cache folder, this is the name of the model; of another local path, its last part.
     """
     text = str(value)
+    # ~/.cache/huggingface/hub/models--openai--clip-vit-base-patch16/snapshots/...
     match = re.search(r"models--([^/]+)--([^/]+)", text)
     if match:
         return f"{match[1]}/{match[2]}"
@@ -183,6 +190,7 @@ def read_license(model: str) -> str | None:
     card = Path(model) / "README.md"
     if not card.is_file():
         return None
+    # The metadata are between two lines "---" at the beginning.
     metadata = card.read_text(encoding="utf-8", errors="replace").partition("\n---")[0]
     match = re.search(r"^license: *(\S+)$", metadata, re.MULTILINE)
     return match[1] if match else None

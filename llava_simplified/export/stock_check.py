@@ -109,6 +109,7 @@ def _read_training_images(training: dict[str, Any], count: int = 2) -> list[np.n
     if not records_path.is_file():
         return []
     folder = training.get("train_image_folder") or records_path.parent
+    # A record can have no image. Among the first 16 there are two, in all likelihood.
     names: list[str] = []
     for record in open_records(records_path)[:16]:
         names += record.images
@@ -139,6 +140,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
     position = prompt.index(IMAGE_INDEX)
     image_tokens = [IMAGE_INDEX] * tower.num_tokens
     input_ids = prompt[:position] + image_tokens + prompt[position + 1 :]
+    # Only the last position predicts the first token of the caption.
     last_position = torch.tensor([len(input_ids) - 1])
     with lm_head_at_positions(model.language_model, last_position):
         embeds = model.splice(torch.tensor([input_ids]), features)
@@ -149,6 +151,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
     while batch.live:
         batch.step()
 
+    # Pixel values are (x / 255 - mean) / std, so that one gray level is 1 / (255 std) per channel.
     std = torch.tensor(tower.transform.std)
     return Reference(
         instruction=instruction,
@@ -190,6 +193,7 @@ def compare_with_references(
     if adapter:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
     processor: Any = AutoProcessor.from_pretrained(folder, backend="pil")
+    # Later checks depend on earlier ones: with another prompt, the logits would differ anyway.
     largest = 0.0
     equal_captions = 0
     for image, reference in zip(images, references):
