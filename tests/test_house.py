@@ -22,7 +22,7 @@ ORDER = [
     ("training",),
     ("inspection", "captioning"),
     ("evaluation",),
-    ("serve", "export", "doctor"),
+    ("serve", "export", "doctor_command"),
     ("demo", "python_api"),
     ("cli",),
     ("__main__", "completion_command"),
