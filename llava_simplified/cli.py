@@ -73,7 +73,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     },
     "Train": {
         "inspect": Command(
-            "llava_simplified.inspection:main",
+            "llava_simplified.inspection.inspect_command:main",
             "Show samples as the model receives them: tokens, labels, images",
         ),
         "encode": Command(
