@@ -31,7 +31,8 @@ from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.demo.assets import fetch
-from llava_simplified.model.generation import Decoding, GenerationOptions
+from llava_simplified.model.generation import DecodingBatch
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.language_model import shared_prefix_mask
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.vision import VisionTower
@@ -121,14 +122,14 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
         if n.startswith("language_model.") and "lora_" not in n
     ]
 
-    decoding = Decoding(
+    decoding = DecodingBatch(
         model,
         [model.prompt.render(record.turns, None).input_ids],
         features.detach(),
         GenerationOptions(24),
     )
     seen["steps"] = []
-    while decoding.live:
+    while decoding.active:
         best = decoding._logits[0].softmax(-1).topk(3)
         ((_, token),) = decoding.step()
         names = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
@@ -138,7 +139,7 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
                 list(zip(names, best.values.tolist())),
             )
         )
-    seen["said"] = model.prompt.decode(decoding.tokens[0])
+    seen["said"] = model.prompt.decode(decoding.generated_ids[0])
 
     shared = Collator(2, 0)(
         [

@@ -16,7 +16,7 @@ import torch
 from llava_simplified.captioning.inputs import PICTURES
 from llava_simplified.captioning.runner import Job, caption_file, load_model
 from llava_simplified.data.images import load_pixels
-from llava_simplified.model.generation import GenerationOptions
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.prompt import Message
 from llava_simplified.workers import run_tasks
 
@@ -237,7 +237,7 @@ def _say(
                 print(piece, end="", flush=True)
             print()
         else:
-            texts = model.caption([pixels], question, n=count, **chosen)[0]
+            texts = model.caption([pixels], question, num_return_sequences=count, **chosen)[0]
             print("\n".join(texts if count > 1 else [texts]))
     return 0
 

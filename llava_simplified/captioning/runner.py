@@ -20,13 +20,10 @@ from tqdm.auto import tqdm
 from llava_simplified.captioning.inputs import Pictures, open_inputs
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, prediction_row
-from llava_simplified.model.generation import (
-    GenerationOptions,
-    encode,
-    generate_from,
-    prompt_hashes,
-)
+from llava_simplified.model.generation import encode_images, generate_from_features
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.sampling import prompt_hashes
 
 WINDOW = 8  # batches that are sorted together, so that prompts of one length meet
 
@@ -220,13 +217,16 @@ def _caption_window(
             wanted = [name for place in asked for name in window[place].images]
             if new := [name for name in dict.fromkeys(wanted) if name not in features]:
                 features.update(
-                    zip(new, encode(model, torch.stack([pixels[name].result() for name in new])))
+                    zip(
+                        new,
+                        encode_images(model, torch.stack([pixels[name].result() for name in new])),
+                    )
                 )
             if asked:
                 batch = [prompts[place] for place in asked]
                 shown = torch.stack([features[name] for name in wanted]) if wanted else None
                 keys = prompt_hashes(batch, [pixels[name].result() for name in wanted])
-                outcomes |= zip(asked, generate_from(model, batch, shown, options, keys))
+                outcomes |= zip(asked, generate_from_features(model, batch, shown, options, keys))
             yield outcomes
 
 

@@ -27,7 +27,8 @@ from llava_simplified.data.images import (
 )
 from llava_simplified.data.records import open_records
 from llava_simplified.model.config import read_checkpoint_config
-from llava_simplified.model.generation import DecodingBatch, GenerationOptions
+from llava_simplified.model.generation import DecodingBatch
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.language_model import lm_head_at_positions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES
@@ -326,7 +327,7 @@ def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
     instruction = model.instruction.replace(
         IMAGE_PLACEHOLDER, ""
     ).strip()  # the picture in front, wherever it was
-    prompt, shown = model.ask(instruction, [picture])
+    prompt, shown = model.prepare_inputs(instruction, [picture])
     transform = model.vision_tower.transform
     pixels = transform.normalize(cast(torch.Tensor, shown))
     place = prompt.index(IMAGE_INDEX)
@@ -336,14 +337,14 @@ def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
         embeds = model.splice(torch.tensor([ids]), features)
         logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits.flatten()
     decoding = DecodingBatch(model, [prompt], features, GenerationOptions(max_new_tokens=16))
-    while decoding.live:
+    while decoding.active:
         decoding.step()
     return {
         "ids": ids,
         "pixels": pixels,
         "grey_level": torch.tensor(transform.std).mul(255).reciprocal().view(3, 1, 1),
         "logits": logits,
-        "said": decoding.tokens[0],
+        "said": decoding.generated_ids[0],
         "instruction": instruction,
     }
 

@@ -36,7 +36,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_simplified.data.records import insert_image_placeholders
-from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions
+from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
 from llava_simplified.prepare.fetch import Fetcher, FetchOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.engine import Busy, Piece, Place, Worker

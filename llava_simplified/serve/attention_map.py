@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from llava_simplified.data.collate import expand_images
 from llava_simplified.data.images import ImageSource
-from llava_simplified.model.generation import encode
+from llava_simplified.model.generation import encode_images
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message
@@ -79,11 +79,11 @@ def look(
     Returns:
         float32 (words, images, rows, columns)
     """
-    prompt, pixels = model.ask(turns, images)
+    prompt, pixels = model.prepare_inputs(turns, images)
     if pixels is None:
         raise ValueError("there is no picture to look at")
     _, ([*ids, _end],) = model.prompt.render_branches([Message("user", "")], [answer])
-    grids = attention_grids(model, prompt, ids, encode(model, pixels))
+    grids = attention_grids(model, prompt, ids, encode_images(model, pixels))
     said = [model.prompt.decode(ids[: count + 1]).rstrip("\ufffd") for count in range(len(ids))]
     ends = np.array([len(text) for text in said])
     starts = np.concatenate([[0], ends[:-1]])

@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 
 from llava_simplified.captioning.inputs import PICTURES
 from llava_simplified.data.images import ImageError, load_pixels
-from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions
+from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.api import Limits
 from llava_simplified.serve.attention_map import WORD, look

@@ -23,7 +23,7 @@ from llava_simplified.captioning.caption_command import caption_main, chat_main
 from llava_simplified.captioning.inputs import open_inputs
 from llava_simplified.captioning.runner import Job, caption_file
 from llava_simplified.data.images import read_image_bytes
-from llava_simplified.model.generation import GenerationOptions
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.train_command import train
 
@@ -235,11 +235,11 @@ def test_a_picture_is_encoded_once_and_captions_come_early(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Questions of different lengths fall into different batches; what is done is given before the window is."""
-    encoded, encode = [], captioning.encode
+    encoded, encode_images = [], captioning.encode_images
     monkeypatch.setattr(
         captioning,
-        "encode",
-        lambda model, pixels: encoded.append(len(pixels)) or encode(model, pixels),
+        "encode_images",
+        lambda model, pixels: encoded.append(len(pixels)) or encode_images(model, pixels),
     )
     records, where = open_inputs(
         str(folder), None, ["What?", "What is it that one can see in this?"]

@@ -13,7 +13,8 @@ from test_llava import LANGUAGE_MODELS, build, pictures
 from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, RwkvConfig, xLSTMConfig
 
 from llava_simplified.data.collate import expand_images, pad
-from llava_simplified.model.generation import DecodingBatch, GenerationOptions, generate
+from llava_simplified.model.generation import DecodingBatch, generate
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 
@@ -48,9 +49,9 @@ def stock(
 
 
 def run(decoding: DecodingBatch) -> list[list[int]]:
-    while decoding.live:
+    while decoding.active:
         decoding.step()
-    return list(decoding.tokens.values())
+    return list(decoding.generated_ids.values())
 
 
 def with_states(folder: Path, text: str) -> Llava:
@@ -221,9 +222,9 @@ def test_a_batch_that_never_empties_keeps_its_size(models_folder: Path) -> None:
         decoding.step()
         decoding.join(prompts, None, GenerationOptions(6, min_new_tokens=6))
         assert decoding._mask.shape[1] <= len(prompts[0]) + 1 + 6
-        assert len(decoding._generators) == len(decoding.live) <= 3
-        for row in set(decoding.tokens) - set(decoding.live):
-            assert decoding.tokens.pop(row) == wanted
+        assert len(decoding._generators) == len(decoding.active) <= 3
+        for row in set(decoding.generated_ids) - set(decoding.active):
+            assert decoding.generated_ids.pop(row) == wanted
     assert run(decoding) == [wanted] * 3
 
 
@@ -234,8 +235,8 @@ def test_a_dropped_row_leaves_and_the_others_go_on(models_folder: Path) -> None:
     whole = run(DecodingBatch(model, prompts, features, GenerationOptions(8)))
     decoding = DecodingBatch(model, prompts, features, GenerationOptions(8))
     assert [row for row, _ in decoding.step()] == [0, 1, 2]
-    decoding.drop(1)
-    decoding.drop(1)  # a second time does no harm
+    decoding.cancel(1)
+    decoding.cancel(1)  # a second time does no harm
     assert [row for row, _ in decoding.step()] == [0, 2]
     assert run(decoding) == [whole[0], whole[1][:1], whole[2]]
 
@@ -269,7 +270,7 @@ def test_beams_are_transformers_beams(models_folder: Path) -> None:
     ids=str,
 )
 def test_options_that_make_no_sense(bad: dict) -> None:
-    with pytest.raises(ValueError, match="needed|need temperature"):
+    with pytest.raises(ValueError, match="must be|requires"):
         GenerationOptions(**bad)
 
 
@@ -308,7 +309,7 @@ def test_a_conversation_goes_on(models_folder: Path) -> None:
 def test_many_pictures_are_captioned_batch_by_batch(models_folder: Path) -> None:
     model = build(models_folder, "llama")
     images = [p.permute(1, 2, 0).numpy() for p in pictures(model, 3)]
-    options = {"instruction": "What?", "n": 2, "seed": 0, "max_new_tokens": 6}
+    options = {"instruction": "What?", "num_return_sequences": 2, "seed": 0, "max_new_tokens": 6}
     together = model.caption(images, **options)
     assert [len(texts) for texts in together] == [2, 2, 2]
     assert model.caption(images, batch_size=2, **options) == together

@@ -15,7 +15,8 @@ from transformers import LlavaForConditionalGeneration
 from llava_simplified.data.collate import Collator, Example, expand_images, pad
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import LlavaConfig
-from llava_simplified.model.generation import GenerationOptions, generate
+from llava_simplified.model.generation import generate
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message
 
@@ -192,9 +193,7 @@ def test_a_wrong_number_of_pictures_is_an_error(models_folder: Path) -> None:
     model = build(models_folder)
     batch = collate(model, examples(model, pictures(model, 3)))
     batch["pixel_values"] = batch["pixel_values"][:2]
-    with pytest.raises(
-        ValueError, match=r"2 image\(s\) of 16 tokens, but the text has room for 48"
-    ):
+    with pytest.raises(ValueError, match=r"2 image\(s\) of 16 tokens .* 48 image"):
         model(**batch)
 
 
@@ -209,7 +208,7 @@ def test_a_blank_image_changes_nothing_and_gives_the_projector_a_zero_gradient(
     loss.backward()
     assert model.projector.weight.grad is not None
     assert not model.projector.weight.grad.any()
-    with pytest.raises(ValueError, match="2 image.s. of 16 tokens, but the text has room for 0"):
+    with pytest.raises(ValueError, match=r"2 image\(s\) of 16 tokens .* 0 image"):
         model(**batch, pixel_values=blank.expand(2, -1, -1, -1))
 
 
@@ -293,7 +292,7 @@ def test_images_make_room_and_rows_are_padded_on_the_side_asked() -> None:
 def test_generation_options_refuse_nonsense() -> None:
     with pytest.raises(ValueError, match="temperature"):
         GenerationOptions(temperature=-1)
-    with pytest.raises(ValueError, match="several different captions"):
+    with pytest.raises(ValueError, match="num_return_sequences"):
         GenerationOptions(num_return_sequences=3)
 
 
