@@ -77,7 +77,7 @@ def one_run(words: list[str], begun: float) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     from llava_simplified.arguments import parse_arguments
-    from llava_simplified.training.build_trainer import build
+    from llava_simplified.training.build_trainer import build_trainer
 
     seen: dict[str, Any] = {"workers": 0.0}
 
@@ -90,7 +90,7 @@ def one_run(words: list[str], begun: float) -> dict[str, Any]:
                 workers = [own_megabytes(child.pid) for child in psutil.Process().children()]
                 seen["workers"] = max([seen["workers"], *workers])
 
-    trainer, _ = build(*parse_arguments(words))
+    trainer, _ = build_trainer(*parse_arguments(words))
     trainer.add_callback(Look())
     trainer.train()
     rates = [

@@ -27,7 +27,7 @@ from torch.nn.functional import pad as pad_tensor
 from transformers import DynamicCache
 from transformers.generation import logits_process
 
-from llava_simplified.data.collate import expand_images, pad
+from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.kv_cache import (
     append_cache_rows,
@@ -205,11 +205,13 @@ class DecodingBatch:
             of the next token (prompts, vocabulary), and the KV cache.
         """
         model = self.model
-        expanded = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
+        expanded = [
+            expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts
+        ]
         # Padded on the left, so that the last column is every row's newest token.
-        input_ids = pad(expanded, model.prompt.end_id, side="left").to(model.device)
+        input_ids = pad_sequences(expanded, model.prompt.end_id, side="left").to(model.device)
         ones = [np.ones(len(ids)) for ids in expanded]
-        mask = pad(ones, 0, side="left").to(model.device)
+        mask = pad_sequences(ones, 0, side="left").to(model.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         last_columns = torch.arange(1, len(prompts) + 1, device=model.device) * mask.shape[1] - 1
         cache: Any = DynamicCache(config=model.config)
@@ -406,9 +408,11 @@ def _beam_search(
     Returns:
         `num_return_sequences` lists of token ids for each prompt, one prompt after the other.
     """
-    expanded = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
-    input_ids = pad(expanded, model.prompt.end_id, side="left").to(model.device)
-    mask = pad([np.ones(len(ids)) for ids in expanded], 0, side="left").to(model.device)
+    expanded = [
+        expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts
+    ]
+    input_ids = pad_sequences(expanded, model.prompt.end_id, side="left").to(model.device)
+    mask = pad_sequences([np.ones(len(ids)) for ids in expanded], 0, side="left").to(model.device)
     if options.temperature and options.seed is not None:
         torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {}

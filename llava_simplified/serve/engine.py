@@ -118,14 +118,27 @@ class Place:
             ValueError: an image can't be read (ImageError), or the request asks for what can't be done.
             TimeoutError
         """
+        self._stop = stop
+        await self.read(turns, images, options)
+        self._worker.enqueue(self)
+
+    async def read(
+        self,
+        turns: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        options: GenerationOptions | None = None,
+    ) -> None:
+        """Decode the images and tokenize the conversation into `pixels` and `prompt`, without joining the queue.
+
+        Arguments and exceptions are those of `ask`.
+        """
         loop, worker = asyncio.get_running_loop(), self._worker
-        self.options, self._stop = options or self.options, stop
+        self.options = options or self.options
         if self.options.num_beams > 1 or self.options.num_return_sequences > worker.batch_size:
             raise ValueError(f"one beam, and {worker.batch_size} answers at most, are decoded here")
         reading = loop.run_in_executor(worker.readers, self._read, turns, images)
         async with self.deadline():
             await reading
-        worker.enqueue(self)
 
     def _read(self, turns: str | Sequence[Message], images: Sequence[ImageSource]) -> None:
         model, context = self._worker.model, self._worker.context

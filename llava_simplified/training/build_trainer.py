@@ -40,7 +40,7 @@ from llava_simplified.training.resume import check_same_run, resume_folder
 from llava_simplified.training.trainer import LlavaTrainer
 
 
-def build(
+def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> tuple[LlavaTrainer, Path | None]:
     """All that a run needs before its first step: the trainer, and the checkpoint that it goes on from, if any."""
@@ -108,7 +108,9 @@ def build(
             model.vision_tower.num_tokens, model.prompt.end_id, dummy_image_batch(model, train_set)
         ),
     )
-    packs = f" in {len(examples):,} packs, {examples.fill:.1%} full" if data_args.packing else ""
+    packs = (
+        f" in {len(examples):,} packs, {examples.fill_ratio:.1%} full" if data_args.packing else ""
+    )
     if args.world_size > 1:
         packs += f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}"
     trainer.accelerator.print(
@@ -261,7 +263,7 @@ def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
     features = []
     for index in range(0, len(train_set.records), max(len(train_set.records) // wanted, 1)):
         try:
-            pixels, stored = train_set.images(train_set.records[index])
+            pixels, stored = train_set.load_images(train_set.records[index])
         except ImageError:
             continue  # counted, and reported, when training meets it
         if stored is None and pixels is not None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from llava_simplified.data.dataset import CaptionDataset, record_pixels
+from llava_simplified.data.dataset import CaptionDataset, load_record_images
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.evaluation.metrics import Sample, evaluate
@@ -128,7 +128,7 @@ class EvalCaptions:
             record = dataset.records[index]
             if record.images and record.responses:
                 try:
-                    dataset.images(record)
+                    dataset.load_images(record)
                 except ImageError:
                     continue  # counted, and reported, when its loss is computed
                 self.rows.append((index, record))
@@ -171,7 +171,7 @@ class EvalCaptions:
     def _say(self, model: Llava, start: int, end: int) -> list[str]:
         records = [record for _, record in self.rows[start:end]]
         seen: list[torch.Tensor] = []
-        for pixels, features in map(self.dataset.images, records):
+        for pixels, features in map(self.dataset.load_images, records):
             seen += [] if features is None else [features.to(model.device)]
             seen += [] if pixels is None else [encode_images(model, pixels)]
         prompts = [model.prompt.render(record.turns, None).input_ids for record in records]
@@ -186,7 +186,7 @@ class EvalCaptions:
         ]
 
     def _pixels(self, record: Record) -> torch.Tensor:
-        pixels = record_pixels(record, self.dataset.image_folder, self.dataset.transform)
+        pixels = load_record_images(record, self.dataset.image_folder, self.dataset.transform)
         assert pixels is not None
         return pixels[0]
 

@@ -193,7 +193,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
             of, model.prompt, "", transform, args.model_max_length, data.share_prefix
         )
         laid = [
-            expand_example(dataset.text(*dataset.locate(i)), model.vision_tower.num_tokens)
+            expand_example(dataset.tokenize(*dataset.locate(i)), model.vision_tower.num_tokens)
             for i in range(len(dataset))
         ]
         return [(len(s.input_ids), len(s.labels), int(s.branch_ids.any())) for s in laid]

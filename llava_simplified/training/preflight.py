@@ -33,7 +33,7 @@ from llava_simplified.data.dataset import open_data
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import load_checkpoint
-from llava_simplified.training.build_trainer import build
+from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.plan import Plan, duration, make_plan
 
 MANY_STEPS = 2000  # `auto`: a run of fewer has soon shown by itself what is wrong with it
@@ -247,7 +247,7 @@ def _train(
     precision: torch.autocast,
 ) -> tuple[dict[str, Any], torch.Tensor, float]:
     """Steps and a save: a batch, the logits of it, the seconds of the last step."""
-    trainer, _ = build(model_args, data, args)
+    trainer, _ = build_trainer(model_args, data, args)
     clock = _Clock()
     trainer.add_callback(clock)
     trainer.train()

@@ -11,7 +11,7 @@ from llava_simplified.arguments import (
     TrainingArguments,
     parse_arguments,
 )
-from llava_simplified.training.build_trainer import build
+from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.plots import plot_training
 from llava_simplified.training.preflight import preflight
 from llava_simplified.training.trainer import LlavaTrainer
@@ -34,7 +34,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     Raises:
         ValueError: what is asked for can't be done; found before the weights are loaded, wherever possible.
     """
-    trainer, resumed = build(model_args, data_args, args)
+    trainer, resumed = build_trainer(model_args, data_args, args)
     trainer.train(resume_from_checkpoint=str(resumed / "trainer_state") if resumed else None)
     trainer.save_final()
     output_dir = Path(str(args.output_dir))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
-from starlette.applications import Starlette
+from starlette.routing import Route
 
 from llava_simplified.cli import main as llava
 from llava_simplified.model.llava import Llava
@@ -35,6 +35,7 @@ from llava_simplified.prepare.fetch import FetchOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.api import Limits, Turn, create_app
 from llava_simplified.serve.engine import Worker
+from llava_simplified.serve.page import page_routes
 
 CHAT = "/v1/chat/completions"
 DEFAULTS = Limits()
@@ -70,12 +71,18 @@ def live(
     model: Llava,
     key: str = "",
     limits: Limits = DEFAULTS,
-    mount: Callable[[Starlette, Worker], object] = lambda *_: None,
+    examples: Sequence[bytes] | None = None,
+    allowed_hosts: Sequence[str] = (),
     **batching: Any,
 ) -> Iterator[Live]:
+    """Run a server in a thread; with the page if `examples` is given."""
     worker = Worker(model, **batching)
-    app = create_app(worker, "tiny", key, limits)
-    mount(app, worker)
+    page: list[Route] = []
+    if examples is not None:
+        page = page_routes(
+            "tiny", model.instruction, limits, worker.batch_size, bool(key), examples
+        )
+    app = create_app(worker, "tiny", key, limits, page, allowed_hosts)
     server = uvicorn.Server(
         uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", access_log=False)
     )
@@ -458,7 +465,10 @@ def raw(here: Live, body: dict[str, Any], half: bool = False) -> socket.socket:
     """A connection on which a request, or half of one, has been sent."""
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", int(here.url.rpartition(":")[2])))
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
     connection.sendall(head.encode() + (content[: len(content) // 2] if half else content))
     return connection
 
@@ -492,7 +502,7 @@ def test_a_full_queue_says_when_to_come_again(model: Llava, photos: list[bytes])
 
 def test_time_is_up(model: Llava, photos: list[bytes]) -> None:
     """An answer that takes too long, streamed or not, and a client that takes too long to ask."""
-    with endless(model), live(model, timeout=0.6) as here:
+    with endless(model), live(model, timeout=0.2) as here:
         slow = raw(here, asked(photos[0]), half=True)
         assert here.post(asked(photos[0])).json()["error"]["code"] == "timeout"
         with pytest.raises(openai.APIError, match="time is up"):

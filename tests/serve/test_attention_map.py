@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from llava_simplified.data.collate import expand_images
+from llava_simplified.data.collate import expand_image_placeholders
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
@@ -40,7 +40,7 @@ def ask(model: Llava, question: str) -> tuple[list[int], torch.Tensor]:
 def whole(model: Llava, prompt: list[int], pixels: torch.Tensor) -> np.ndarray:
     """(answer, images, tokens) by a plain loop over the attentions (layer, head, row, column) of one forward."""
     text = model.language_model
-    ids = expand_images([*prompt, *ANSWER], model.vision_tower.num_tokens)
+    ids = expand_image_placeholders([*prompt, *ANSWER], model.vision_tower.num_tokens)
     text.config._attn_implementation = "eager"
     with torch.no_grad():
         embeds = model.splice(torch.tensor(ids)[None], model.vision_tower(pixels))
@@ -143,5 +143,5 @@ def test_a_word_has_the_attention_of_its_tokens(models_folder: Path) -> None:
     assert ends[1] > 2 and ends[3] > ends[2] + 1, "words of several tokens, signs of several tokens"
     for word, start, end in zip(words, [0, *ends], ends):
         torch.testing.assert_close(word, grids[start:end].mean(0))
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="has no image"):
         look(model, "What is this?", [], answer)

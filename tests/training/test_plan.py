@@ -20,7 +20,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.training.build_trainer import build
+from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.train_command import train
 
 def now(key):
@@ -29,7 +29,7 @@ def now(key):
 small, large = sys.argv[1].split(" "), sys.argv[2].split(" ")
 train(*parse_arguments(small))  # libraries, thread pools, code
 before = now("RssAnon") + now("RssFile")  # frozen weights stay where the file is mapped
-trainer, _ = build(*parse_arguments(large))
+trainer, _ = build_trainer(*parse_arguments(large))
 Path("/proc/self/clear_refs").write_text("5")  # the peak of the loading is none of the step's
 trainer.train()
 print("PEAK", now("VmHWM") - now("RssShmem") - before)
