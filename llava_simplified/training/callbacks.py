@@ -19,7 +19,8 @@ from llava_simplified.data.dataset import CaptionDataset, load_record_images
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.evaluation.metrics import Sample, evaluate
-from llava_simplified.model.generation import GenerationOptions, encode, generate_from
+from llava_simplified.model.generation import encode_images, generate_from_features
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 
 FOLDER = "eval_captions"  # in the output folder: `step-N.jsonl`, which `llava evaluate` reads
@@ -172,14 +173,14 @@ class EvalCaptions:
         seen: list[torch.Tensor] = []
         for pixels, features in map(self.dataset.load_images, records):
             seen += [] if features is None else [features.to(model.device)]
-            seen += [] if pixels is None else [encode(model, pixels)]
+            seen += [] if pixels is None else [encode_images(model, pixels)]
         prompts = [model.prompt.render(record.turns, None).input_ids for record in records]
         options = GenerationOptions(
             seed=0
         )  # without a seed it would draw from the generator that training draws from
         return [
             text
-            for (text,) in generate_from(
+            for (text,) in generate_from_features(
                 model, prompts, torch.cat(seen), options, [b""] * len(records)
             )
         ]
