@@ -28,11 +28,11 @@ COMMANDS = {
         "samples as the model sees them: tokens, labels, images",
     ),
     "encode": (
-        "llava_simplified.training.feature_cache:encode_main",
+        "llava_simplified.training.encode_command:main",
         "run the vision tower ahead of training, once",
     ),
     "plan": (
-        "llava_simplified.training.plan:main",
+        "llava_simplified.training.plan_command:main",
         "memory, time and disk of a run, before it is begun",
     ),
     "train": ("llava_simplified.training.train_command:main", "fine-tune a language model to see"),

@@ -18,7 +18,8 @@ from llava_simplified.evaluation.predictions import read_predictions
 from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.config import read_checkpoint_config
 from llava_simplified.prompt import Message
-from llava_simplified.training.callbacks import EvalCaptions, GradientAlarm
+from llava_simplified.training.callbacks import GradientNormMonitor
+from llava_simplified.training.eval_captions import EvalCaptions
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_what_is_not_finite_is_named(
 
 
 def test_an_unusual_gradient_is_said_ten_times_at_most() -> None:
-    alarm = GradientAlarm(times=10, known=20)
+    alarm = GradientNormMonitor(factor=10, min_history=20)
     assert [alarm.check(norm) for norm in [1000, *[1.0] * 30]] == [
         None
     ] * 31  # the first steps say nothing

@@ -14,11 +14,11 @@ from test_run import options, run
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.training.build_trainer import dummy_image_batch
+from llava_simplified.training.encode_command import main as encode_main
 from llava_simplified.training.feature_cache import (
     FeatureCache,
     ImageFeatures,
     cache_key,
-    encode_main,
 )
 
 
@@ -174,7 +174,7 @@ def test_a_full_disk_is_seen_before(
 def test_every_name_is_found_and_no_other() -> None:
     """Many names: some of their hashes end in zero bytes, which numpy's strings lose."""
     names = [f"{number}.jpg" for number in range(3000)]
-    index = ImageFeatures(SimpleNamespace(row=lambda row: row), names, range(3000))  # type: ignore[arg-type]
+    index = ImageFeatures(SimpleNamespace(read_row=lambda row: row), names, range(3000))  # type: ignore[arg-type]
     assert [index[name] for name in names] == list(range(3000))
     assert "3000.jpg" not in index
 

@@ -14,7 +14,8 @@ from test_run import options, run
 from tiny import make_tokenizer
 
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.training.plan import main, make_plan
+from llava_simplified.training.plan import make_plan
+from llava_simplified.training.plan_command import main
 
 MEASURE = """
 import resource, sys
@@ -202,7 +203,7 @@ def test_checkpoints_are_counted_as_the_run_saves_them(
             models_folder, data_folder, tmp_path / str(kept), **{"save_strategy": "steps", **more}
         )
         groups = parse_arguments(argv)
-        assert make_plan(*groups).kept(groups[2]) == kept
+        assert make_plan(*groups).count_checkpoints(groups[2]) == kept
         if kept == 4:
             run(argv)
             assert len(list((tmp_path / "4").glob("checkpoint-*"))) == 4

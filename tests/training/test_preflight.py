@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(
 ) -> None:
     argv = options(models_folder, data_folder, tmp_path / "out", preflight="true")
     peak = make_plan(*parse_arguments(argv)).peak
-    monkeypatch.setattr(module, "_memory", lambda args: peak - 1)
+    monkeypatch.setattr(module, "_available_memory", lambda args: peak - 1)
     ways = "--per_device_train_batch_size 3 .*--gradient_checkpointing True; --bf16 True"
     with pytest.raises(ValueError, match=f"does not fit into memory.*{ways}"):
         main(argv)

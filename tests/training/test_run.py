@@ -13,7 +13,7 @@ from llava_simplified.arguments import parse_arguments
 from llava_simplified.data.records import Record
 from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.prompt import Message
-from llava_simplified.training.build_trainer import describe_config
+from llava_simplified.training.build_trainer import build_config
 from llava_simplified.training.kernels import can_compile
 from llava_simplified.training.plots import plot_training
 from llava_simplified.training.train_command import train
@@ -470,7 +470,7 @@ def test_what_is_asked_where_nothing_is_said_is_what_the_first_picture_was_asked
     model_args, _, args = parse_arguments(options(models_folder, data_folder, tmp_path / "out"))
     without = Record((), (Message("user", "Say hello."),), ("hello",), "0")
     records = [without, Record(("a.jpg",) * images, turns, ("a cat",), "1")]
-    assert describe_config(model_args, args, records).instruction == question
+    assert build_config(model_args, args, records).instruction == question
 
 
 @pytest.mark.parametrize("option", ["train_data_path", "eval_data_path"])
