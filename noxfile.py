@@ -1,6 +1,7 @@
-"""The oldest and the newest libraries that pyproject.toml allows: `nox`, or `nox -s oldest -- tests/model`.
+"""Test with the oldest and the newest libraries that pyproject.toml permits.
 
-Each session makes an environment of its own: several gigabytes, since torch comes with CUDA's libraries from PyPI.
+Run `nox`, or `nox -s oldest -- tests/model`. Each session creates its own environment of several gigabytes,
+because torch from PyPI comes with the CUDA libraries.
 """
 
 import re
@@ -8,20 +9,21 @@ import re
 import nox
 
 nox.options.sessions = ["oldest", "newest"]
-TESTS = ("-m", "not slow", "-n", "2")
+QUICK_TESTS = ("-m", "not slow", "-n", "2")
+EXTRAS = ".[download,report,gguf,serve,dev,docs]"
 
 
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
-    """Every lower bound of the dependencies, in its last patch."""
-    needs = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
-    pinned = [re.sub(r"^([^<>=,]+)>=([^,]+).*", r"\1==\2.*", need) for need in needs]
-    session.install(*pinned, "-e", ".[dev,docs,serve]")
-    session.run("pytest", *TESTS, *session.posargs)
+    """Install every lower bound of the core dependencies, in its last patch release."""
+    requirements = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
+    pinned = [re.sub(r"^([^<>=,]+)>=([^,]+).*", r"\1==\2.*", line) for line in requirements]
+    session.install(*pinned, "-e", EXTRAS)
+    session.run("pytest", *QUICK_TESTS, *session.posargs)
 
 
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
-    """The latest releases below the upper bounds."""
-    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[dev,docs,serve]")
-    session.run("pytest", *TESTS, *session.posargs)
+    """Install the latest releases below the upper bounds."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", EXTRAS)
+    session.run("pytest", *QUICK_TESTS, *session.posargs)

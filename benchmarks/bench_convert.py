@@ -85,7 +85,11 @@ def main() -> None:
         source = Path(folder, "train.tsv")
         write_tsv(source, args.rows)
         print(f"{args.rows:,} rows, {source.stat().st_size / 1e6:.0f} MB of TSV")
-        convert = [sys.executable, "-c", "from llava_simplified.prepare.convert import main; main()"]
+        convert = [
+            sys.executable,
+            "-c",
+            "from llava_simplified.prepare.convert import main; main()",
+        ]
         for suffix in (".json", ".jsonl", ".parquet"):
             output = Path(folder, f"records{suffix}")
             seconds, memory = measured(

@@ -36,14 +36,14 @@ def write_checkpoint(root: Path, language_model: Path | None) -> Path:
 
     from llava_simplified.model.build import build_model
     from llava_simplified.model.checkpoint import save_checkpoint
-    from llava_simplified.model.config import LlavaConfig
+    from llava_simplified.model.config import LlavaConfig, TrainedParts
 
     text, tower = write_models(root, language_model)
     torch.manual_seed(1)
     architecture = LlavaConfig(
         str(text), str(tower), mm_projector_type="mlp2x_gelu", dtype=number_type()
     )
-    save_checkpoint(build_model(architecture).requires_grad_(False), root / "model", architecture)
+    save_checkpoint(build_model(architecture), root / "model", architecture, TrainedParts())
     return root / "model"
 
 

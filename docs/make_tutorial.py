@@ -68,7 +68,7 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
     }
 
     dataset = CaptionDataset(records, model.prompt, assets.images, model.vision_tower.transform)
-    example = dataset.text(record, record.responses)
+    example = dataset.tokenize(record, record.responses)
     example.pixel_values = tensor[None]
     seen["tokens"] = [
         (

@@ -14,6 +14,8 @@ import transformers
 import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from llava_simplified.recipes import resolve_recipe
+
 
 @dataclass
 class ModelArguments:
@@ -216,7 +218,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress line."})
     config: str | None = field(
-        default=None, metadata={"help": "YAML file with any of these options."}
+        default=None,
+        metadata={"help": "YAML file with any of these options, or the name of a recipe: demo."},
     )
 
     def __post_init__(self) -> None:
@@ -370,8 +373,7 @@ class _Yaml(yaml.SafeLoader):
 
 def _from_yaml(path: Path) -> list[str]:
     """A YAML mapping as words of a command line: argparse then converts `1e-3` or `true` as it does there."""
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
+    path = resolve_recipe(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except yaml.YAMLError as error:

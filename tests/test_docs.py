@@ -47,17 +47,23 @@ def options_of(command: str) -> frozenset[str]:
     return frozenset(names) | (ELSEWHERE | TRANSLATED if command == "train" else {"--help"})
 
 
+def code_in(text: str) -> list[str]:
+    """Return the lines of all code: fenced blocks, indented lines, and text in backticks."""
+    joined = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^#", " ", text))
+    lines: list[str] = []
+    for block in re.findall(r"(?ms)^```(?:bash)?\n(.*?)^```", joined):
+        lines += block.splitlines()
+    lines += re.findall(r"(?m)^    (.+)$", joined)
+    lines = [re.sub(r"\s#.*", "", line) for line in lines]
+    return lines + re.findall(r"`([^`\n]+)`", joined)
+
+
 def commands_in(text: str) -> list[list[str]]:
-    """Every `llava X ...`, `train.py ...` and `predict.py ...` in indented lines and in backticks, as words."""
-    text = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^#", " ", text))
-    lines = [
-        re.sub(r"\s#.*", "", line) for line in re.findall(r"(?m)^    (.+)$", text)
-    ] + re.findall(r"`([^`\n]+)`", text)
+    """Return every `llava X ...`, `train.py ...` and `predict.py ...` of a page, as words."""
+    pattern = r"(?:^|[\s/])(llava [a-z][a-z-]*|train\.py|predict\.py)(\s.*|$)"
     found = []
-    for line in lines:
-        if match := re.search(
-            r"(?:^|[\s/])(llava [a-z][a-z-]*|train\.py|predict\.py)(\s.*|$)", line
-        ):
+    for line in code_in(text):
+        if match := re.search(pattern, line):
             name = SCRIPTS.get(match[1], match[1].removeprefix("llava "))
             found.append([name, *shlex.split(match[2].replace("...", ""))])
     return found

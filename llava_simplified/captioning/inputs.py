@@ -56,7 +56,7 @@ def open_inputs(
     if path.suffix in (".json", ".jsonl", ".parquet"):
         if questions:
             raise ValueError(f"--prompt: the records of {source} bring their own questions")
-        return open_data(source, image_folder, "--image-folder", answered=False)
+        return open_data(source, image_folder, "--image-folder", require_responses=False)
     folder = Path()
     if path.is_dir():
         folder, found = path, sorted(path.rglob("*"))

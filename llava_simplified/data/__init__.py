@@ -1,1 +1,10 @@
-"""From URLs and caption files to examples that a model can be trained on."""
+"""From records on disk to batches for a model: the images, the tokens, and the order of the examples.
+
+records, rows      captions and conversations in JSON, JSONL and Parquet files
+shards             images in tar archives and Parquet files
+images             untrusted bytes -> RGB pixels
+transforms         RGB pixels -> the input of a vision tower
+dataset            records -> examples
+packing, samplers  which examples share a sequence, and in which order they are drawn
+collate            examples -> batches
+"""

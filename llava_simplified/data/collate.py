@@ -1,10 +1,48 @@
-"""Examples -> batches. Every position of a batch is final here: lengths, who sees whom, and which tokens are trained."""
+"""Examples -> batches: expand image placeholders, pad, and list the trained (position, target) pairs.
+
+Everything about a position is final once a batch is collated: its token, the sequence that it belongs to, the
+positions that it attends to, and whether a token is predicted from it. The model only follows these tensors.
+
+**Image placeholders.** A prompt contains one `IMAGE_INDEX` per image. A batch needs one position per patch feature:
+
+    input_ids   <s>  IMG  What  ?                      one placeholder
+    expanded    <s>  IMG  IMG  IMG  IMG  What  ?       tokens_per_image = 4
+
+**Pairs instead of shifted labels.** A causal language model is usually trained on labels that are shifted by one: the
+token at position i + 1 is the target of position i, so every position has at most one target. That cannot express an
+example whose answers share one prompt, because the last position of the prompt predicts the first token of *every*
+answer:
+
+    prompt "<s> IMG :", answers "a cat </s>" and "my pet </s>", tokens_per_image = 2
+
+    position          0    1    2    3  |  4    5    6    |  7    8    9
+    token            <s>  IMG  IMG   :  |  a   cat  </s>  |  my  pet  </s>
+    branch_ids        0    0    0    0  |  1    1    1    |  2    2    2
+    position_ids      0    1    2    3  |  4    5    6    |  4    5    6
+    predicted from    -    -    -    -  |  3    4    5    |  3    7    8
+
+A batch therefore lists pairs: `logit_positions` (where a token is predicted) and `labels` (which token). Position 3
+occurs twice. The model computes logits at the listed positions only, which also saves most of the work: 94 % of the
+positions of a caption behind 196 patches are not trained.
+
+Training several continuations of one prompt as branches of one sequence is prior work: Molmo and Molmo2 ("message
+trees"), PrefixGrouper, flash-preference, and others. Here the first token of every branch is trained too, so that loss
+and gradients equal those of separate sequences.
+
+**Who attends to whom.** Three integers per position describe all attention masks:
+
+    segment_ids     0 on padding, n in the n-th example of a pack: positions attend within their segment only
+    branch_ids      0 in a prompt, n in its n-th answer: an answer attends to its prompt and to itself
+    position_ids    the position within the text as if prompt and answer stood alone, for rotary embeddings
+
+They are left out where every row is one prompt with one answer: then an ordinary attention mask is enough.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -14,15 +52,17 @@ from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
 
 @dataclass(slots=True)
 class Example:
-    """One sample, ready for a batch: a prompt and an answer, or several answers that share the prompt.
+    """One tokenized sample: a prompt with one answer, or with several answers that share the prompt.
 
     Attributes:
-        input_ids, labels: as `Prompt.render` made them, one IMAGE_INDEX per image; the answers one behind the other.
-        branches: of each token, 0 in the prompt, n in the n-th answer. None: there is one answer, no need to tell.
-        pixel_values: uint8 (images, 3, height, width), or None for text only.
-        image_features: (images, tokens, width), in place of pixels where they were computed before.
-        warnings: what a person should know of this sample: a picture that had to be replaced, a cut answer.
-        id: its record's, for messages to people.
+        input_ids: Token ids as `Prompt.render` returns them, with one IMAGE_INDEX per image. Several answers follow
+            one another.
+        labels: The id where the token is trained, IGNORE_INDEX elsewhere. Not shifted; as long as `input_ids`.
+        pixel_values: uint8 (images, 3, height, width), or None if the sample has no image or has features.
+        image_features: (images, tokens, width): precomputed features in place of pixels, or None.
+        warnings: What a user should know about this sample: an unreadable image, a truncated answer.
+        branches: For each token 0 in the prompt, n in the n-th answer; None if there is only one answer.
+        id: Where the sample came from, for messages.
     """
 
     input_ids: list[int]
@@ -34,134 +74,267 @@ class Example:
     id: str = ""
 
 
-def expand_images(
-    ids: Sequence[int], tokens_per_image: int, like: Sequence[int] | None = None
+class BatchMetadata(TypedDict):
+    """The part of a batch that is for the trainer and its logs, not for the model."""
+
+    ids: list[str]  # where each example came from
+    warnings: list[str]
+    tokens: int  # positions that are not padding
+
+
+class _RequiredBatchKeys(TypedDict):
+    input_ids: torch.Tensor
+    logit_positions: torch.Tensor
+    labels: torch.Tensor
+    metadata: BatchMetadata
+
+
+class Batch(_RequiredBatchKeys, total=False):
+    """What `Collator` returns and `Llava.forward` accepts (without `metadata`). A plain dict at run time.
+
+    Always present:
+        input_ids: int64 (batch, length), IMAGE_INDEX at every position that a patch feature fills.
+        logit_positions: int64 (trained,), indices into the flattened (batch * length) positions: where a token is
+            predicted. An index can occur more than once.
+        labels: int64 (trained,), the token that is predicted there.
+        metadata: See `BatchMetadata`.
+
+    Present if every row is one prompt with one answer:
+        attention_mask: int64 (batch, length), 1 on tokens and 0 on padding.
+
+    Present otherwise (packing, shared prompts), each int64 (batch, length):
+        segment_ids, branch_ids, position_ids: See the module's docstring.
+
+    At most one of:
+        pixel_values: uint8 (images, 3, height, width), in reading order over the batch.
+        image_features: (images, tokens, width), in the same order.
+    """
+
+    attention_mask: torch.Tensor
+    segment_ids: torch.Tensor
+    branch_ids: torch.Tensor
+    position_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    image_features: torch.Tensor
+
+
+def expand_image_placeholders(
+    input_ids: Sequence[int],
+    tokens_per_image: int,
+    values: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Repeat every IMAGE_INDEX `tokens_per_image` times: room for the patch features.
+    """Repeat every image placeholder `tokens_per_image` times, to make room for the patch features.
 
     Args:
-        ids: token ids (length,).
-        like: repeat these values instead (the labels), at the places where `ids` has an image.
+        input_ids: Token ids (length,) with one IMAGE_INDEX per image.
+        tokens_per_image: Number of patch features per image.
+        values: (length,). Expand these values (labels, branches) instead of the ids, at the same places.
+
+    Returns:
+        int64 (length + images * (tokens_per_image - 1),).
     """
-    array = np.asarray(ids, dtype=np.int64)
-    values = array if like is None else np.asarray(like, dtype=np.int64)
-    return np.repeat(values, np.where(array == IMAGE_INDEX, tokens_per_image, 1))
+    ids = np.asarray(input_ids, dtype=np.int64)
+    repeats = np.where(ids == IMAGE_INDEX, tokens_per_image, 1)
+    if values is None:
+        return np.repeat(ids, repeats)
+    return np.repeat(np.asarray(values, dtype=np.int64), repeats)
 
 
-def pad(rows: Sequence[np.ndarray], value: int, side: str = "right") -> torch.Tensor:
-    """(rows, longest row), `value` where a row is shorter. Training pads right, generation left."""
-    length = max(len(row) for row in rows)
-    out = np.full((len(rows), length), value, dtype=np.int64)
-    for target, row in zip(out, rows):
-        target[: len(row) if side == "right" else None][-len(row) :] = row
-    return torch.from_numpy(out)
+def pad_sequences(
+    sequences: Sequence[np.ndarray],
+    value: int,
+    side: Literal["left", "right"] = "right",
+) -> torch.Tensor:
+    """Stack sequences of different lengths into one tensor.
+
+    Args:
+        sequences: Arrays (length_i,).
+        value: Fills the padding.
+        side: Where the padding goes. Training pads right; generation pads left, so that all rows end at the same
+            position.
+
+    Returns:
+        int64 (sequences, longest length).
+    """
+    longest = max(len(sequence) for sequence in sequences)
+    padded = np.full((len(sequences), longest), value, dtype=np.int64)
+    for row, sequence in zip(padded, sequences):
+        if side == "right":
+            row[: len(sequence)] = sequence
+        else:
+            row[longest - len(sequence) :] = sequence
+    return torch.from_numpy(padded)
 
 
 class ExpandedExample(NamedTuple):
-    """An example, position by position, by the batch's names. All arrays are (length,) but the last two, which are (trained,)."""
+    """An example with room for its patch features. All arrays are int64; positions count from the example's start."""
 
-    input_ids: np.ndarray
-    branch_ids: np.ndarray
-    position_ids: np.ndarray  # counted on from the prompt's last in every branch
-    logit_positions: np.ndarray  # from which a trained token is predicted
-    labels: np.ndarray  # that token
+    input_ids: np.ndarray  # (length,)
+    branch_ids: np.ndarray  # (length,)
+    position_ids: np.ndarray  # (length,), continued from the end of the prompt in every branch
+    logit_positions: (
+        np.ndarray
+    )  # (trained,), the position that each trained token is predicted from
+    labels: np.ndarray  # (trained,), the trained tokens
 
 
 def expand_example(example: Example, tokens_per_image: int) -> ExpandedExample:
-    """Make room for the patch features, and say which token is predicted where.
+    """Make room for the patch features, and list the (position, target) pairs.
 
-    The first token of every branch follows the prompt's last: no shift of the labels can express that, so each
-    trained token comes with the index it is predicted from.
+    The module's docstring has a worked example.
+
+    Args:
+        example: The tokenized sample.
+        tokens_per_image: Number of patch features per image.
     """
-    ids = expand_images(example.input_ids, tokens_per_image)
-    labels = expand_images(example.input_ids, tokens_per_image, example.labels)
+    ids = expand_image_placeholders(example.input_ids, tokens_per_image)
+    labels = expand_image_placeholders(example.input_ids, tokens_per_image, example.labels)
     index = np.arange(len(ids))
-    before, position_ids, branches = index - 1, index, np.zeros_like(ids)
-    answers = 1
+
+    # Without branches, a token is predicted from its predecessor.
+    predicted_from = index - 1
+    position_ids = index
+    branch_ids = np.zeros_like(ids)
+    num_branches = 1
     if example.branches is not None:
-        branches = expand_images(example.input_ids, tokens_per_image, example.branches)
-        starts = np.flatnonzero(np.diff(branches, prepend=0))
-        answers, prompt = len(starts), starts[0]
-        before[starts] = prompt - 1
-        own_start = np.concatenate([[0], starts])[np.searchsorted(starts, index, side="right")]
-        position_ids = np.where(branches == 0, index, prompt + index - own_start)
+        branch_ids = expand_image_placeholders(
+            example.input_ids, tokens_per_image, example.branches
+        )
+        # The first position of each branch. The prompt is branch 0 and begins at 0.
+        starts = np.flatnonzero(np.diff(branch_ids, prepend=0))
+        num_branches = len(starts)
+        prompt_length = starts[0]
+        # The predecessor of a branch's first token is the last token of the prompt, not of the branch before.
+        predicted_from[starts] = prompt_length - 1
+        # The start of the branch that each position belongs to; unused in the prompt.
+        start_of_own_branch = np.concatenate([[0], starts])[
+            np.searchsorted(starts, index, side="right")
+        ]
+        position_ids = np.where(
+            branch_ids == 0,
+            index,
+            prompt_length + index - start_of_own_branch,
+        )
+
     trained = np.flatnonzero(labels != IGNORE_INDEX)
-    trained = trained[trained > 0]  # nothing stands before the first
-    # an earlier answer inside the shared prompt is trained as often as if every branch had its own prompt
-    trained = np.repeat(trained, np.where(branches[trained] == 0, answers, 1))
-    return ExpandedExample(ids, branches, position_ids, before[trained], labels[trained])
+    trained = trained[trained > 0]  # the first token has no position to be predicted from
+    # A trained token inside the shared prompt (an earlier answer of the conversation) counts once per branch, as it
+    # would if every branch had its own copy of the prompt. Otherwise sharing would change its weight in the loss.
+    trained = np.repeat(trained, np.where(branch_ids[trained] == 0, num_branches, 1))
+    return ExpandedExample(
+        input_ids=ids,
+        branch_ids=branch_ids,
+        position_ids=position_ids,
+        logit_positions=predicted_from[trained],
+        labels=labels[trained],
+    )
 
 
 class Collator:
-    """Stack examples into what `Llava.forward` takes. A row is an example, or a pack: a list of them.
-
-    Returns a dict with
-        input_ids (batch, length): IMAGE_INDEX at every position that a patch feature will fill;
-        positions (trained,): flat indices into (batch x length) from which a token is predicted;
-        labels (trained,): that token. Only these positions get logits;
-        attention_mask (batch, length): 0 on the padding at the right; or, where a row holds more than one prompt and one answer,
-        segment_ids (batch, length): 0 on padding, n in a row's n-th example,
-        branch_ids (batch, length): 0 in a prompt, n in its n-th answer, and
-        position_ids (batch, length): what the model takes for a token's place in its text;
-        pixel_values (images, 3, height, width) or image_features (images, tokens, width), in reading order; `dummy_image`
-            where the batch has no image: processes that share a model's weights all have to run all of its layers;
-        about: what is for people and not for the model: the examples' `ids` and `warnings`, and `tokens`, how many positions
-            are no padding.
-    """
+    """Collate examples into a `Batch`. A row of the batch is one example, or a pack: a list of examples."""
 
     def __init__(
         self,
         tokens_per_image: int,
-        pad_id: int,
+        pad_token_id: int,
         dummy_image: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
+        """Create a collator.
+
+        Args:
+            tokens_per_image: Number of patch features per image.
+            pad_token_id: Fills `input_ids` on padding; any valid id, because nothing attends to it.
+            dummy_image: `{"pixel_values": ...}` or `{"image_features": ...}` with one empty image, added to batches
+                without images. In distributed training every process must run every layer, or gradient
+                synchronization hangs.
+        """
         self.tokens_per_image = tokens_per_image
-        self.pad_id = pad_id
+        self.pad_token_id = pad_token_id
         self.dummy_image = dummy_image or {}
 
-    def __call__(self, rows: Sequence[Example | Sequence[Example]]) -> dict[str, Any]:
-        packs = [[row] if isinstance(row, Example) else list(row) for row in rows]
-        laid = [
-            [expand_example(example, self.tokens_per_image) for example in pack] for pack in packs
-        ]
+    def __call__(self, rows: Sequence[Example | Sequence[Example]]) -> Batch:
+        """Collate examples or packs of examples."""
+        packs: list[list[Example]] = []
+        for row in rows:
+            packs.append([row] if isinstance(row, Example) else list(row))
         examples = [example for pack in packs for example in pack]
-        input_ids = pad([np.concatenate([s.input_ids for s in pack]) for pack in laid], self.pad_id)
-        positions, labels = [], []
-        for row, pack in enumerate(laid):
-            start = row * input_ids.shape[1]
-            for sequence in pack:
-                positions.append(start + sequence.logit_positions)
-                labels.append(sequence.labels)
-                start += len(sequence.input_ids)
-        batch: dict[str, Any] = {
+        expanded: list[list[ExpandedExample]] = []
+        for pack in packs:
+            expanded.append([expand_example(example, self.tokens_per_image) for example in pack])
+
+        input_ids = pad_sequences(_concatenate(expanded, "input_ids"), self.pad_token_id)
+        logit_positions, labels = _flatten_pairs(expanded, row_length=input_ids.shape[1])
+        batch: Batch = {
             "input_ids": input_ids,
-            "logit_positions": torch.from_numpy(np.concatenate(positions)),
-            "labels": torch.from_numpy(np.concatenate(labels)),
-            "metadata": {
-                "ids": [example.id for example in examples],
-                "warnings": [note for example in examples for note in example.warnings],
-                "tokens": sum(len(sequence.input_ids) for pack in laid for sequence in pack),
-            },
+            "logit_positions": logit_positions,
+            "labels": labels,
+            "metadata": _describe(examples, expanded),
         }
-        if len(examples) == len(packs) and all(example.branches is None for example in examples):
-            batch["attention_mask"] = pad([np.ones(len(pack[0].input_ids)) for pack in laid], 0)
+
+        one_example_per_row = len(examples) == len(packs)
+        if one_example_per_row and all(example.branches is None for example in examples):
+            lengths = [len(pack[0].input_ids) for pack in expanded]
+            batch["attention_mask"] = pad_sequences([np.ones(length) for length in lengths], 0)
         else:
-            segments = [
-                [np.full(len(s.input_ids), n) for n, s in enumerate(pack, start=1)] for pack in laid
-            ]
-            batch["segment_ids"] = pad([np.concatenate(pack) for pack in segments], 0)
-            batch["branch_ids"] = pad(
-                [np.concatenate([s.branch_ids for s in pack]) for pack in laid], 0
-            )
-            batch["position_ids"] = pad(
-                [np.concatenate([s.position_ids for s in pack]) for pack in laid], 0
-            )
-        for name in ("pixel_values", "image_features"):
-            images = [getattr(e, name) for e in examples if getattr(e, name) is not None]
-            if images:
-                batch[name] = torch.cat(images)
-        return (
-            batch
-            if batch.keys() & {"pixel_values", "image_features"}
-            else {**batch, **self.dummy_image}
-        )
+            batch["segment_ids"] = pad_sequences([_segment_ids(pack) for pack in expanded], 0)
+            batch["branch_ids"] = pad_sequences(_concatenate(expanded, "branch_ids"), 0)
+            batch["position_ids"] = pad_sequences(_concatenate(expanded, "position_ids"), 0)
+        self._add_images(batch, examples)
+        return batch
+
+    def _add_images(self, batch: Batch, examples: Sequence[Example]) -> None:
+        """Concatenate the images of all examples in reading order, or add the dummy image."""
+        pixels = [e.pixel_values for e in examples if e.pixel_values is not None]
+        features = [e.image_features for e in examples if e.image_features is not None]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+        if features:
+            batch["image_features"] = torch.cat(features)
+        if not pixels and not features:
+            batch.update(self.dummy_image)  # type: ignore[typeddict-item]
+
+
+def _concatenate(expanded: Sequence[Sequence[ExpandedExample]], name: str) -> list[np.ndarray]:
+    """Concatenate one array of all examples of a pack; one result per pack."""
+    rows = []
+    for pack in expanded:
+        rows.append(np.concatenate([getattr(example, name) for example in pack]))
+    return rows
+
+
+def _segment_ids(pack: Sequence[ExpandedExample]) -> np.ndarray:
+    """Return n for every position of the n-th example of a pack, from 1; 0 is left for padding."""
+    lengths = [len(example.input_ids) for example in pack]
+    return np.repeat(np.arange(1, len(pack) + 1), lengths)
+
+
+def _flatten_pairs(
+    expanded: Sequence[Sequence[ExpandedExample]], row_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logit positions, as indices into the flattened batch, and labels of all examples."""
+    positions = []
+    labels = []
+    for row, pack in enumerate(expanded):
+        start = row * row_length
+        for example in pack:
+            positions.append(start + example.logit_positions)
+            labels.append(example.labels)
+            start += len(example.input_ids)
+    return torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(labels))
+
+
+def _describe(
+    examples: Sequence[Example], expanded: Sequence[Sequence[ExpandedExample]]
+) -> BatchMetadata:
+    """Return the metadata of a batch."""
+    warnings: list[str] = []
+    for example in examples:
+        warnings += example.warnings
+    tokens = 0
+    for pack in expanded:
+        tokens += sum(len(example.input_ids) for example in pack)
+    return {
+        "ids": [example.id for example in examples],
+        "warnings": warnings,
+        "tokens": tokens,
+    }

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from llava_simplified.data.collate import Example
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, open_records
-from llava_simplified.data.rows import records_of
+from llava_simplified.data.rows import find_records
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prompt import IMAGE_INDEX, Prompt
 
@@ -73,9 +73,9 @@ class CaptionDataset(Dataset[Example]):
         warnings: list[str] = []
         for offset in range(len(self)):
             record, responses = self.locate((index + offset) % len(self))
-            example = self.text(record, responses)
+            example = self.tokenize(record, responses)
             try:
-                example.pixel_values, example.image_features = self.images(record)
+                example.pixel_values, example.image_features = self.load_images(record)
             except ImageError as error:
                 warnings.append(f"bad image, {record.id}: {error}")
                 continue
@@ -85,7 +85,7 @@ class CaptionDataset(Dataset[Example]):
 
     def lengths(self, tokens_per_image: int) -> np.ndarray:
         """Positions that each example takes. All text is tokenised for it: some 20,000 examples a second."""
-        every = (self.text(*self.locate(index)).input_ids for index in range(len(self)))
+        every = (self.tokenize(*self.locate(index)).input_ids for index in range(len(self)))
         counts = (len(ids) + (tokens_per_image - 1) * ids.count(IMAGE_INDEX) for ids in every)
         return np.fromiter(counts, np.int32, len(self))
 
@@ -99,7 +99,7 @@ class CaptionDataset(Dataset[Example]):
             record.responses[index - int(self._ends[row])]
         ]  # counted from the end: negative
 
-    def images(self, record: Record) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def load_images(self, record: Record) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Pixels, uint8 (images, 3, height, width), or features, (images, tokens, width), where they are stored already.
 
         Raises:
@@ -112,9 +112,9 @@ class CaptionDataset(Dataset[Example]):
                 )
             rows = torch.stack([self.features[name] for name in record.images])
             return (rows, None) if rows.dtype == torch.uint8 else (None, rows)
-        return record_pixels(record, self.image_folder, self.transform), None
+        return load_record_images(record, self.image_folder, self.transform), None
 
-    def text(self, record: Record, responses: Sequence[str]) -> Example:
+    def tokenize(self, record: Record, responses: Sequence[str]) -> Example:
         """Ids and labels, each answer cut to `max_length`.
 
         Raises:
@@ -160,7 +160,7 @@ class CaptionDataset(Dataset[Example]):
             words.pop()
 
 
-def record_pixels(
+def load_record_images(
     record: Record, folder: str | Path, transform: ImageTransform
 ) -> torch.Tensor | None:
     """A record's images as the tower takes them: uint8 (images, 3, height, width), or None where it has none.
@@ -176,7 +176,7 @@ def record_pixels(
 
 
 def open_data(
-    path: str, folder: str | None, option: str, answered: bool = True
+    path: str, folder: str | None, option: str, require_responses: bool = True
 ) -> tuple[Sequence[Record], str]:
     """Records and the folder of their images (the data file's own where `folder` is None).
 
@@ -184,15 +184,15 @@ def open_data(
 
     Args:
         option: the name of the folder's option, for the errors.
-        answered: every record must have its answers, as training needs them.
+        require_responses: every record must have its answers, as training needs them.
 
     Raises:
         ValueError: no records, one without an answer, no such folder, or none of the first images can be read.
     """
-    records = open_records(path, answered)
+    records = open_records(path, require_responses)
     if not len(records):
         raise ValueError(f"{path}: no records in it")
-    folder = folder or str(records_of(Path(path)).parent)
+    folder = folder or str(find_records(Path(path)).parent)
     if not Path(folder).is_dir():
         raise ValueError(f"{option} {folder}: no such folder")
     names = [name for index in range(min(20, len(records))) for name in records[index].images]

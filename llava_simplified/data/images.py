@@ -86,7 +86,7 @@ def read_image_bytes(image: str, folder: str | Path) -> bytes:
     raise ImageError("missing", f"no image {place}; is the image folder right?")
 
 
-class Picture(NamedTuple):
+class EncodedImage(NamedTuple):
     """An image file that decodes: its bytes, what they are (jpg, png, ...), its size in pixels."""
 
     data: bytes
@@ -107,7 +107,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return _pixels(_header(data, max_pixels), data)
 
 
-def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
     """Say of an image what `decode_image` does, for less: a JPEG is decoded at an eighth of its size.
 
     Every coded bit is read all the same, which is what finds cut and damaged files.
@@ -116,10 +116,10 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
     _pixels(image, data, (1, 1))
     turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # it is seen, and cropped, upright
     size = image.size[::-1] if turned else image.size
-    return Picture(data, _SUFFIX.get(str(image.format), str(image.format).lower()), *size)
+    return EncodedImage(data, _SUFFIX.get(str(image.format), str(image.format).lower()), *size)
 
 
-def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Picture:
+def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> EncodedImage:
     """An upright JPEG whose shorter side is `side` pixels; an image that isn't larger keeps its bytes.
 
     A large JPEG is decoded at the smallest of libjpeg's own scales that is not below `side`.
@@ -137,7 +137,7 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Pictur
     encoded = simplejpeg.encode_jpeg(
         np.ascontiguousarray(small), quality=_QUALITY, colorspace="RGB"
     )
-    return Picture(encoded, "jpg", width, height)
+    return EncodedImage(encoded, "jpg", width, height)
 
 
 def _header(data: bytes, max_pixels: int) -> Image.Image:

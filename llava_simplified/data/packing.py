@@ -1,10 +1,25 @@
-"""Pack several examples into one sequence."""
+"""Pack several examples into one sequence, so that few positions of a batch are padding.
+
+Captions behind the patches of an image are much shorter than a sequence that uses a GPU well. Packing puts several
+examples into one sequence of at most `pack_length` positions. A block-diagonal attention mask keeps them apart
+(`segment_ids` in `collate`), so the loss and every gradient are those of the unpacked examples.
+
+Which examples share a sequence is a bin packing problem, solved by best fit decreasing: examples are placed longest
+first, each into the pack with the least room that is still enough.
+
+    pack_length 10, lengths 6 5 4 3 2
+      6 -> [6 . . . .]                 a new pack
+      5 -> [6 ....] [5 .....]          does not fit into the first
+      4 -> [6 4] [5 .....]             room 4 fits better than room 5
+      3 -> [6 4] [5 3 ..]
+      2 -> [6 4] [5 3 2]
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -12,67 +27,111 @@ from torch.utils.data import Dataset
 from llava_simplified.data.collate import Example
 
 
-def plan_packs(
-    lengths: Sequence[int], pack_length: int, seed: int, pool: int = 8192
-) -> list[list[int]]:
-    """Which examples share a sequence of at most `pack_length` positions: best fit, the longest first.
+class DatasetWithLengths(Protocol):
+    """A map-style dataset of examples that knows their lengths, such as `CaptionDataset`."""
 
-    Planned within random pools, so that a pack says nothing of the order of the data. Every index occurs once. An
-    example longer than `pack_length` is alone in its pack.
+    def __getitem__(self, index: int, /) -> Example: ...
+
+    def lengths(self, tokens_per_image: int) -> np.ndarray: ...
+
+
+def plan_packs(
+    lengths: Sequence[int],
+    pack_length: int,
+    seed: int,
+    pool: int = 8192,
+) -> list[list[int]]:
+    """Decide which examples share a sequence: best fit decreasing within random pools.
+
+    Best fit over all examples would put the longest of the data set together. Random pools keep the contents of a
+    pack independent of the order of the data, and a pool of thousands fills the packs about as well.
+
+    Args:
+        lengths: Number of positions of each example.
+        pack_length: Maximum number of positions of a pack.
+        seed: Seed of the pools.
+        pool: Number of examples that are packed together.
+
+    Returns:
+        Lists of example indices; every index occurs once. An example longer than `pack_length` is alone in its pack.
     """
     packs: list[list[int]] = []
     order = np.random.default_rng(seed).permutation(len(lengths))
     for start in range(0, len(order), pool):
-        room: list[tuple[int, int]] = []  # (positions left, pack), sorted
-        for index in sorted(order[start : start + pool].tolist(), key=lambda i: -lengths[i]):
-            best = bisect_left(room, (lengths[index], -1))
-            if best == len(room):
-                left, pack = pack_length, len(packs)
-                packs.append([])
+        longest_first = sorted(
+            order[start : start + pool].tolist(),
+            key=lambda index: -lengths[index],
+        )
+        # (free positions, index of the pack) of the packs of this pool, sorted: the best fit is one bisection.
+        free: list[tuple[int, int]] = []
+        for index in longest_first:
+            # The first pack with at least this many free positions: -1 sorts before every pack's index.
+            best = bisect_left(free, (lengths[index], -1))
+            if best < len(free):
+                room, pack = free.pop(best)
             else:
-                left, pack = room.pop(best)
+                room, pack = pack_length, len(packs)
+                packs.append([])
             packs[pack].append(index)
-            insort(room, (left - lengths[index], pack))
+            insort(free, (room - lengths[index], pack))
     return packs
 
 
 class PackedDataset(Dataset[list[Example]]):
-    """Several examples an item. The packs stand; a sampler draws their order anew in every epoch.
+    """A dataset whose items are packs: lists of examples for one sequence.
+
+    The packs are planned once and stay the same in all epochs; a sampler shuffles their order.
 
     Args:
-        dataset: has `lengths(tokens_per_image)` and gives an `Example` by index.
-        pack_length: the most positions of a pack.
+        dataset: The examples.
+        tokens_per_image: Number of patch features per image.
+        pack_length: Maximum number of positions of a pack.
+        seed: Seed of `plan_packs`.
+
+    Raises:
+        ValueError: An example is longer than `pack_length`.
     """
 
-    def __init__(self, dataset: Any, tokens_per_image: int, pack_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: DatasetWithLengths,
+        tokens_per_image: int,
+        pack_length: int,
+        seed: int,
+    ) -> None:
         self.dataset = dataset
         lengths = dataset.lengths(tokens_per_image)
-        if (longest := max(lengths)) > pack_length:
+        longest = max(lengths)
+        if longest > pack_length:
             raise ValueError(
-                f"--pack_length {pack_length}: the longest example has {longest} positions; raise it, or lower "
-                "--model_max_length"
+                f"--pack_length {pack_length}: the longest example has {longest} positions. "
+                f"Pass --pack_length {longest}, or lower --model_max_length."
             )
         packs = plan_packs(lengths.tolist(), pack_length, seed)
-        # flat, and not as a million lists: forked workers share what nobody counts references of
-        self._order = np.fromiter(
-            (index for pack in packs for index in pack), np.int32, len(lengths)
-        )
+        # Two flat arrays instead of a million lists: forked workers share arrays, whereas reading a list changes the
+        # reference counts of its elements and so copies its memory pages into every worker.
+        flat = (index for pack in packs for index in pack)
+        self._order = np.fromiter(flat, np.int32, len(lengths))
         self._starts = np.cumsum([0, *map(len, packs)])
         self._lengths = np.add.reduceat(lengths[self._order], self._starts[:-1])
 
     @property
-    def fill(self) -> float:
-        """The share of positions that are no padding when every pack is as long as the longest."""
+    def fill_ratio(self) -> float:
+        """Share of positions that are not padding in a batch that is as long as the longest pack."""
         return float(self._lengths.mean() / self._lengths.max())
 
     def lengths(self, tokens_per_image: int) -> np.ndarray:
-        """Positions of each pack."""
+        """Return the number of positions of each pack.
+
+        Args:
+            tokens_per_image: Ignored: the packs were planned for one number. `CaptionDataset` needs it.
+        """
         return self._lengths
 
     def __len__(self) -> int:
         return len(self._lengths)
 
     def __getitem__(self, index: int) -> list[Example]:
-        return [
-            self.dataset[int(i)] for i in self._order[self._starts[index] : self._starts[index + 1]]
-        ]
+        start = self._starts[index]
+        end = self._starts[index + 1]
+        return [self.dataset[int(i)] for i in self._order[start:end]]

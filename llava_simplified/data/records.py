@@ -170,14 +170,14 @@ class Records(Sequence[Record]):
         return self.rows.longest(count)
 
 
-def open_records(path: str | Path, answered: bool = False) -> Records:
+def open_records(path: str | Path, require_responses: bool = False) -> Records:
     """All records of a `.json` array, a `.jsonl` or `.parquet` file, or of a folder of `llava download`.
 
     Up to `CHECK_ALL` rows are checked at once, of larger files that many, evenly spread, so that a wrong file
     is refused here and not in the middle of a run.
 
     Args:
-        answered: a row without an answer, or with an empty one, is wrong too.
+        require_responses: a row without an answer, or with an empty one, is wrong too.
 
     Raises:
         ValueError: names the file, the row and what is wrong with it.
@@ -185,7 +185,7 @@ def open_records(path: str | Path, answered: bool = False) -> Records:
     records = Records(open_rows(path))
     for index in np.linspace(0, len(records) - 1, min(len(records), CHECK_ALL)).astype(int):
         record = records[int(index)]
-        if answered and not (record.responses and all(map(str.strip, record.responses))):
+        if require_responses and not (record.responses and all(map(str.strip, record.responses))):
             raise ValueError(
                 f"{record.id}: no answer to learn from, or an empty one; `llava clean` sets those aside"
             )

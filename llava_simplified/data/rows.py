@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from llava_simplified.data.shards import picture_column
+from llava_simplified.data.shards import image_column
 
 BOM = b"\xef\xbb\xbf"
 _AFTER = tuple(",:]} \t\r\n")  # what may follow a JSON value
@@ -28,7 +28,7 @@ def open_rows(path: str | Path) -> RowFile:
     Raises:
         ValueError: where there is no such file, or it isn't JSON.
     """
-    path = records_of(Path(path))
+    path = find_records(Path(path))
     if not path.is_file():
         raise ValueError(f"{path}: no such file of records (a .json array, .jsonl or .parquet)")
     if path.suffix not in (".json", ".jsonl", ".parquet"):
@@ -38,7 +38,7 @@ def open_rows(path: str | Path) -> RowFile:
     return RowFile(_parquet_as_jsonl(path) if path.suffix == ".parquet" else path, path.name)
 
 
-def records_of(path: Path) -> Path:
+def find_records(path: Path) -> Path:
     """Of a folder of `llava download` its records, of shards or of plain files; a file is itself."""
     names = ("records.json", "records.jsonl") if path.is_dir() else ()
     return next(
@@ -247,7 +247,7 @@ def _parquet_as_jsonl(path: Path) -> Path:
     table = pq.ParquetFile(
         path, buffer_size=1 << 20
     )  # a window over each column, not the whole row group
-    pictures = picture_column(table.schema_arrow)
+    pictures = image_column(table.schema_arrow)
     columns = [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
     partial, number = cached.with_suffix(f".{os.getpid()}.part"), 0
     with partial.open("w", encoding="utf-8") as file:

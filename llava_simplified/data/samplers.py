@@ -7,15 +7,30 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+POOL_BATCHES = 50  # batches that are sorted by length together
+
 
 class LengthGroupedSampler(Sampler[int]):
-    """A random order in which the examples of a batch are of nearly one length: little is spent on padding.
+    """A random order in which the examples of a batch have nearly the same length, to save padding.
 
-    Pools of fifty batches are drawn at random, sorted by length, cut into batches, and the batches shuffled: their order
-    says nothing of their lengths. The order depends on the seed and the epoch alone.
+    A fully sorted order would save most, but training would then go from short to long examples. The order is sorted
+    only within random pools of 50 batches, and the batches are shuffled afterwards:
+
+        shuffle all examples        7 2 9 4 | 3 8 1 6 | ...     (pools; numbers are lengths)
+        sort within each pool       2 4 7 9 | 1 3 6 8 | ...
+        cut into batches            2 4, 7 9, 1 3, 6 8, ...
+        shuffle the batches         6 8, 2 4, 1 3, 7 9, ...
+
+    Neither the order of the batches nor the split into pools depends on the lengths. The order depends on the seed
+    and the epoch only, and not on torch's global random state, so that a resumed run continues with the same order.
+
+    Args:
+        lengths: Number of positions of each example.
+        batch_size: Examples per batch, over all processes.
+        seed: Seed of the order.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
@@ -25,17 +40,25 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch: each has its own order. Trainer and Accelerate call this."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(len(self.lengths))
-        pool = 50 * self.batch_size
-        for start in range(0, len(order), pool):
-            part = order[start : start + pool]
-            order[start : start + pool] = part[np.argsort(self.lengths[part], kind="stable")]
-        whole = (
-            len(order) - len(order) % self.batch_size
-        )  # the last batch, if it is short, stays the last
-        batches = random.permutation(order[:whole].reshape(-1, self.batch_size))
-        return (int(index) for part in (batches.flat, order[whole:]) for index in part)
+
+        pool_size = POOL_BATCHES * self.batch_size
+        for start in range(0, len(order), pool_size):
+            pool = order[start : start + pool_size]
+            # A stable sort: equal lengths keep their random order, on every platform.
+            by_length = np.argsort(self.lengths[pool], kind="stable")
+            order[start : start + pool_size] = pool[by_length]
+
+        # The last batch may be incomplete. It stays at the end: anywhere else it would shift the boundaries of the
+        # batches behind it.
+        remainder = len(order) % self.batch_size
+        in_full_batches = len(order) - remainder
+        full_batches = order[:in_full_batches].reshape(-1, self.batch_size)
+        shuffled = random.permutation(full_batches)
+        final_order = np.concatenate([shuffled.ravel(), order[in_full_batches:]])
+        return map(int, final_order)

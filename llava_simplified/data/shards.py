@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llava_simplified.jobs import write_all
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 _PICTURE_COLUMNS = {
     *IMAGE_SUFFIXES,
@@ -31,7 +33,7 @@ _PICTURE_COLUMNS = {
     "image_bytes",
 }
 _BLOCK = 512
-END = b"\0" * (2 * _BLOCK)  # of a tar
+END_OF_ARCHIVE = b"\0" * (2 * _BLOCK)  # of a tar
 
 
 class ShardWriter:
@@ -66,15 +68,9 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write the end mark and wait until the disk has everything."""
-        write_all(self._file, END)
+        write_all(self._file, END_OF_ARCHIVE)
         os.fsync(self._file)
         os.close(self._file)
-
-
-def write_all(file: int, data: bytes) -> None:
-    """A disk that is nearly full takes a part of what it is given, before it raises."""
-    while data:
-        data = data[os.write(file, data) :]
 
 
 def _member(name: str, data: bytes) -> bytes:
@@ -248,7 +244,7 @@ def read_shard_image(path: Path, key: str) -> bytes:
     return read_range(path, *place)
 
 
-def picture_column(schema: Any) -> str:
+def image_column(schema: Any) -> str:
     """The column of a Parquet file that holds pictures, "" where none does: other bytes may be a hash, an embedding."""
     fields = [field for field in schema if "binary" in str(field.type)]
     structs = [
@@ -268,7 +264,7 @@ def _picture_column(path: Path, group: int) -> Any:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(path, memory_map=True)
-    if not (column := picture_column(table.schema_arrow)):
+    if not (column := image_column(table.schema_arrow)):
         raise ValueError(f"{path}: no column of pictures")
     return table.read_row_group(group, columns=[column], use_threads=False)[0]
 

@@ -104,12 +104,12 @@ class ImageTransform:
 
         image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
         height, width = image.shape[-2:]
-        target = self.resized(height, width)
+        target = self.resized_size(height, width)
         if target != (height, width):
             image = interpolate(image, size=target, mode=self.interpolation, antialias=True)
         return _center_crop(image[0], self.crop).contiguous()
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """The size of a picture before the crop.
 
         Raises:
@@ -125,9 +125,9 @@ class ImageTransform:
             )
         return tall, wide
 
-    def region(self, height: int, width: int) -> tuple[float, float, float, float]:
+    def visible_region(self, height: int, width: int) -> tuple[float, float, float, float]:
         """What of a picture of this size the tower is shown: (left, top, right, bottom), its sides being 1 long."""
-        tall, wide = self.resized(height, width)
+        tall, wide = self.resized_size(height, width)
         half_y, half_x = self.crop[0] / tall / 2, self.crop[1] / wide / 2
         return 0.5 - half_x, 0.5 - half_y, 0.5 + half_x, 0.5 + half_y
 

@@ -78,7 +78,9 @@ def _model_settings(folder: Path) -> dict[str, str]:
     from llava_simplified.model.config import read_checkpoint_config
 
     manifest = read_checkpoint_config(folder)
-    parts = {key: value for key, value in manifest["architecture"].items() if key != "fingerprints"}
+    parts = {
+        key: value for key, value in manifest["architecture"].items() if key != "weights_digests"
+    }
     return {key: str(value) for key, value in {**parts, **manifest["training"]}.items()}
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zipfile import is_zipfile
 
 import torch
@@ -20,9 +20,14 @@ from torch import nn
 
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.checkpoint import save_checkpoint
-from llava_simplified.model.config import LlavaConfig, resolve_path
-from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
-from llava_simplified.model.projector import build_projector
+from llava_simplified.model.config import (
+    DEFAULT_INSTRUCTION,
+    LlavaConfig,
+    TrainedParts,
+    resolve_path,
+)
+from llava_simplified.model.llava import Llava
+from llava_simplified.model.protocols import Module
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.model.weights import check_state_dict, weights_digest
 
@@ -143,21 +148,23 @@ def _convert(
         template=template,
         instruction=instruction,
         dtype=str(next(iter(text.values())).dtype).removeprefix("torch.") if whole else "float32",
-        fingerprints={
+        weights_digests={
             "vision_tower": weights_digest(tower_name),
             **({} if whole else {"language_model": weights_digest(base)}),
         },
     )
     model = _whole_model(architecture, config, text, folder) if whole else build_model(architecture)
-    # what lies in the checkpoint is what counts as trained
-    model.vision_tower.requires_grad_(stock and bool(vision))
-    model.language_model.requires_grad_(whole)
     if vision and not stock:
         report.append(_check_tower(model.vision_tower, vision))
     _fill(model.projector, projector, "projector")
     if lora.is_file():
         _add_adapter(model, lora, text)
-    save_checkpoint(model, output, architecture, {"imported_from": source.name})
+    # Trained is what the source brings weights of: they are stored in the checkpoint.
+    language_model: Literal["none", "adapter", "full"] = "full" if whole else "none"
+    if lora.is_file():
+        language_model = "adapter"
+    parts = TrainedParts(language_model, "full" if stock and vision else "none")
+    save_checkpoint(model, output, architecture, parts, {"imported_from": source.name})
     return report
 
 
@@ -219,7 +226,7 @@ def _whole_model(
     architecture: LlavaConfig, config: dict[str, Any], text: Weights, folder: Path
 ) -> Llava:
     """A model whose language model's weights come with it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     settings = dict(config.get("text_config", config))
     kind = settings.pop("model_type").replace("llava_", "").replace("llava", "llama")
@@ -229,24 +236,16 @@ def _whole_model(
         if not key.startswith("mm_") and key != "architectures"
     }
     text_config = AutoConfig.for_model(kind, **own)
-    dtype = getattr(torch, architecture.dtype)
-    language_model = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
+    model = build_model(
+        architecture, language_model=text_config, tokenizer=load_tokenizer(str(folder))
+    )
     if text_config.tie_word_embeddings and "lm_head.weight" not in text:
         text = {**text, "lm_head.weight": text["model.embed_tokens.weight"]}
-    _fill(language_model, text, "language model")
-    choices = {
-        "select_layer": architecture.mm_vision_select_layer,
-        "select_feature": architecture.mm_vision_select_feature,
-    }
-    tower = VisionTower.from_pretrained(architecture.vision_tower, dtype=dtype, **choices)
-    projector = build_projector(
-        architecture.mm_projector_type, tower.width, text_config.hidden_size
-    )
-    tokenizer = load_tokenizer(str(folder))
-    return Llava(tower, projector, language_model, tokenizer, architecture.template)
+    _fill(model.language_model, text, "language model")
+    return model
 
 
-def _fill(module: nn.Module, weights: Weights, name: str) -> None:
+def _fill(module: nn.Module | Module, weights: Weights, name: str) -> None:
     expected = module.state_dict()
     if (
         set(weights) != set(expected)
@@ -307,8 +306,8 @@ def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
         set_peft_model_state_dict,
     )
 
-    model.language_model = get_peft_model(
-        model.language_model, PeftConfig.from_pretrained(str(config.parent))
-    )
-    check_state_dict(weights, get_peft_model_state_dict(model.language_model), "adapter")
-    set_peft_model_state_dict(model.language_model, weights)
+    text: Any = model.language_model
+    adapted: Any = get_peft_model(text, PeftConfig.from_pretrained(str(config.parent)))
+    check_state_dict(weights, get_peft_model_state_dict(adapted), "adapter")
+    set_peft_model_state_dict(adapted, weights)
+    model.language_model = adapted

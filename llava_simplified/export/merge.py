@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from llava_simplified.model.config import read_checkpoint_config
+from llava_simplified.model.config import (
+    LlavaConfig,
+    TrainedParts,
+    read_checkpoint_config,
+    resolve_path,
+)
 
 
 def merge(
@@ -19,23 +25,26 @@ def merge(
         ValueError: there is no adapter, or the folder exists.
     """
     from llava_simplified.model.checkpoint import save_checkpoint
-    from llava_simplified.model.config import LlavaConfig, resolve_path
     from llava_simplified.model.llava import Llava
 
     manifest = read_checkpoint_config(checkpoint)
-    text, tower = manifest["trained"], manifest.get("trained_tower", "off")
-    if text != "adapter" and tower != "lora":
+    trained = TrainedParts.from_stored(manifest)
+    if trained.language_model != "adapter" and trained.vision_tower != "lora":
         raise ValueError(f"{checkpoint}: has no adapter to merge")
     if output.exists():
         raise ValueError(f"{output} exists: choose another --output")
     where = {"model_base": model_base, "vision_tower": vision_tower}
     model = Llava.from_pretrained(checkpoint, device="cpu", merge=True, **where)
-    # trained whole, as far as saving goes
-    model.language_model.requires_grad_(text != "projector")
-    model.vision_tower.requires_grad_(tower != "off")
-    parts = dict(manifest["architecture"])
-    for name, moved in (("language_model", model_base), ("vision_tower", vision_tower)):
-        parts[name] = resolve_path(moved or parts[name])
-    if text != "projector":
-        parts["bits"] = 16
-    save_checkpoint(model, output, LlavaConfig(**parts), manifest["training"])
+    config = LlavaConfig.from_dict(manifest["architecture"])
+    config = replace(
+        config,
+        language_model=resolve_path(model_base or config.language_model),
+        vision_tower=resolve_path(vision_tower or config.vision_tower),
+        bits=config.bits if trained.language_model == "none" else 16,
+    )
+    # Merged weights are stored as if they had been trained themselves.
+    merged = TrainedParts(
+        language_model="none" if trained.language_model == "none" else "full",
+        vision_tower="none" if trained.vision_tower == "none" else "full",
+    )
+    save_checkpoint(model, output, config, merged, manifest["training"])

@@ -1,109 +1,177 @@
-"""Build a model from its config and its pretrained parts."""
+"""Build a model from its config: with pretrained weights, with weights to be filled in, or without any.
+
+LlavaConfig --- build_vision_tower ---> VisionTower    pixels -> patch features
+            --- build_projector ------> Linear, MLP    patch features -> image tokens
+            --- AutoModelForCausalLM -> CausalLM       image and text tokens -> logits
+            --- load_tokenizer -------> tokenizer
+"""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
+from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.projector import build_projector
+from llava_simplified.model.protocols import CausalLM
 from llava_simplified.model.vision import VisionTower, check_missing_keys
+
+# LLaVA Simplified 0.1.0 called its attention kernel for CPUs "short".
+_ATTENTION_ALIASES = {"short": "cpu_matmul"}
+
+
+def build_model(
+    config: LlavaConfig,
+    *,
+    language_model: str | Path | PreTrainedConfig | None = None,
+    vision_tower: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+) -> Llava:
+    """Build a model of pretrained parts, joined by a projector with fresh (random) weights.
+
+    Args:
+        config: Names of the parts and how they are joined.
+        language_model: Where to load the language model from, if not from where `config` says. A
+            Transformers config builds it with random weights, for the caller to fill in.
+        vision_tower: Where to load the vision tower from, if not from where `config` says.
+        tokenizer: If not the one beside the language model.
+        device: Where to put the model. On "meta" it is built without reading or allocating weights:
+            the configs and the tokenizer are enough.
+        attn_implementation: Attention kernel of the language model, as Transformers names it.
+
+    Returns:
+        The model. The vision tower and the language model have the dtype of `config`; the projector
+        is float32, like everything that is trained.
+
+    Raises:
+        ValueError: A part cannot be loaded, or some of its weights are missing.
+    """
+    dtype = getattr(torch, config.dtype)
+    on_meta = device is not None and torch.device(device).type == "meta"
+    source = language_model or config.language_model
+    if on_meta and not isinstance(source, PreTrainedConfig):
+        source = _load_transformers_config(str(source))
+    attn_implementation = _ATTENTION_ALIASES.get(attn_implementation or "", attn_implementation)
+
+    tower = build_vision_tower(config, source=vision_tower, device="meta" if on_meta else None)
+    with torch.device("meta") if on_meta else nullcontext():
+        if isinstance(source, PreTrainedConfig):
+            text: CausalLM = AutoModelForCausalLM.from_config(
+                source, dtype=dtype, attn_implementation=attn_implementation
+            )
+        else:
+            text = _load_language_model(str(source), dtype, config.bits, attn_implementation)
+        text_width = text.get_input_embeddings().weight.shape[1]
+        projector = build_projector(config.mm_projector_type, tower.width, text_width)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(str(language_model or config.language_model))
+    model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
+    if device is None or on_meta:
+        return model
+    return model.to(device)
+
+
+def build_vision_tower(
+    config: LlavaConfig,
+    *,
+    source: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> VisionTower:
+    """Build the vision tower of a model alone.
+
+    Args:
+        config: Its name, and which of its features are used.
+        source: Where to load it from, if not from where `config` says.
+        device: Where to put it; on "meta" it is built without reading or allocating weights.
+
+    Raises:
+        ValueError: It cannot be loaded, is not a vision model, or some of its weights are missing.
+    """
+    name = str(source or config.vision_tower)
+    dtype = getattr(torch, config.dtype)
+    choices: dict[str, Any] = {
+        "select_layer": config.mm_vision_select_layer,
+        "select_feature": config.mm_vision_select_feature,
+        "token_pool": config.mm_token_pool,
+    }
+    if device is None:
+        return VisionTower.from_pretrained(name, dtype=dtype, **choices)
+    if torch.device(device).type != "meta":
+        return VisionTower.from_pretrained(name, dtype=dtype, **choices).to(device)
+    transformers_config = _load_transformers_config(name)
+    transform = ImageTransform.from_pretrained(name)
+    return VisionTower.from_config(transformers_config, transform, **choices).to(dtype)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token (the end token where it has none: padding is masked, never trained).
+    """Load a tokenizer, and make sure that it has a pad token.
+
+    A tokenizer without one pads with its end token: padding is masked, and never trained.
 
     Raises:
-        ValueError: there is no tokenizer, or it has no end token.
+        ValueError: There is no tokenizer, or it has no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        if Path(name_or_path).is_dir() and not (Path(name_or_path) / "tokenizer.json").is_file():
+        folder = Path(name_or_path)
+        if folder.is_dir() and not (folder / "tokenizer.json").is_file():
             raise ValueError(
                 f"the tokenizer's tokenizer.json is missing: put it into {name_or_path}"
             ) from error
-        raise ValueError(f"{name_or_path}: no tokenizer to load: {error}") from error
+        raise ValueError(f"{name_or_path}: cannot load a tokenizer: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{name_or_path}: the tokenizer has no end-of-sequence token (tokenizer_config.json names it): a caption "
-            "could never end"
+            f"{name_or_path}: the tokenizer has no end-of-sequence token, so that no caption would "
+            "ever end; set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def build_model(
-    architecture: LlavaConfig,
-    *,
-    language_model: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    **model_options: Any,
-) -> Llava:
-    """Load the pretrained parts and join them by a fresh projector (float32, as all that is trained).
+def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return how bitsandbytes stores a frozen language model in 4 or 8 bits.
+
+    4 bits are NF4 with double quantization (Dettmers et al., QLoRA, 2023). The output layer and the
+    norms are not quantized.
 
     Args:
-        language_model, vision_tower: load them from here instead of where `architecture` says.
-        model_options: go to `AutoModelForCausalLM.from_pretrained` (attn_implementation).
+        bits: 4 or 8.
+        dtype: In which the products are computed.
 
     Raises:
-        ValueError: a part can't be loaded, or not whole.
-    """
-    dtype = getattr(torch, architecture.dtype)
-    if architecture.bits != 16:
-        model_options["quantization_config"] = quantization(architecture.bits, dtype)
-    tower = VisionTower.from_pretrained(
-        str(vision_tower or architecture.vision_tower),
-        dtype=dtype,
-        select_layer=architecture.mm_vision_select_layer,
-        select_feature=architecture.mm_vision_select_feature,
-        token_pool=architecture.mm_token_pool,
-    )
-    source = str(language_model or architecture.language_model)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, **model_options
-    )
-    text, report = loaded
-    check_missing_keys(source, report["missing_keys"])
-    for module in text.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # rounds the 4-bit weights' scales, in evaluation mode alone
-            module.support_avx512bf16_for_cpu = False
-    width = text.get_input_embeddings().weight.shape[1]
-    projector = build_projector(architecture.mm_projector_type, tower.width, width)
-    tokenizer = tokenizer or load_tokenizer(source)
-    return Llava(tower, projector, text, tokenizer, architecture.template, architecture.instruction)
-
-
-def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How a frozen language model is kept in 4 bits (NF4: Dettmers et al., QLoRA, 2023) or 8; its head and norms stay in `dtype`.
-
-    Raises:
-        ValueError: other bits; or bitsandbytes is not there, or not for this machine.
+        ValueError: `bits` has another value, or bitsandbytes is not installed or does not support
+            this machine.
     """
     if bits not in (4, 8):
-        raise ValueError(f"--bits is 4, 8 or 16, not {bits}")
+        raise ValueError(f"--bits must be 4, 8 or 16, not {bits}")
     if not is_bitsandbytes_available():
         raise ValueError(
-            f"--bits {bits} needs bitsandbytes: pip install 'llava-simplified[quant]'; or --bits 16"
+            f"--bits {bits} requires bitsandbytes: pip install 'llava-simplified[quant]'. "
+            "Or pass --bits 16"
         )
     if not validate_bnb_backend_availability():
         raise ValueError(
-            f"--bits {bits}: bitsandbytes does not know this machine's devices: --bits 16"
+            f"--bits {bits}: bitsandbytes does not support the devices of this machine; "
+            "pass --bits 16"
         )
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -113,3 +181,29 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _load_language_model(
+    name_or_path: str, dtype: torch.dtype, bits: int, attn_implementation: str | None
+) -> CausalLM:
+    options: dict[str, Any] = {"attn_implementation": attn_implementation}
+    if bits != 16:
+        options["quantization_config"] = quantization(bits, dtype)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=dtype, output_loading_info=True, **options
+    )
+    language_model, loading_info = loaded
+    check_missing_keys(name_or_path, loading_info["missing_keys"])
+    for module in language_model.modules():
+        # In evaluation mode, and only there, bitsandbytes would use a CPU kernel that rounds the
+        # scales of 4-bit weights: the model would compute something else than in training.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return cast(CausalLM, language_model)
+
+
+def _load_transformers_config(name_or_path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except OSError as error:
+        raise ValueError(f"{name_or_path}: cannot read the model's config.json: {error}") from error

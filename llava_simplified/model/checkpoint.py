@@ -1,4 +1,19 @@
-"""Build a model from its parts; save what was trained; load it again with nothing but the folder."""
+"""Save what was trained; load it again from nothing but the folder.
+
+    my-checkpoint/
+        llava.json                 checkpoint config: base models with digests, projector, what was trained
+        projector.safetensors      always
+        adapter/                   LoRA adapter of the language model, as PEFT writes it
+        language_model/            ... or, if its own weights were trained, all of the model
+        vision_adapter/            LoRA adapter of the vision tower
+        vision_tower/              ... or, if its own weights were trained, all of the tower
+        tokenizer.json, ...        the tokenizer
+        preprocessor_config.json   how images are resized and normalized
+        trainer_state/             what a resumed run needs (written by training)
+
+Weights that were not trained are not stored. They are identified by name and by a digest of their
+files, and loading refuses others: what was trained fits only them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,9 +43,11 @@ from llava_simplified.model.config import (
     CONFIG_NAME,
     FORMAT_VERSION,
     LlavaConfig,
+    TrainedParts,
     read_checkpoint_config,
 )
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.protocols import CausalLM, PretrainedModule, VisionModel
 from llava_simplified.model.vision import check_missing_keys
 from llava_simplified.model.weights import check_state_dict, check_weights_digest, filter_prefix
 
@@ -40,110 +57,81 @@ _LIBRARIES = ("llava-simplified", "torch", "transformers", "peft", "safetensors"
 def save_checkpoint(
     model: Llava,
     folder: str | Path,
-    architecture: LlavaConfig,
+    config: LlavaConfig,
+    parts: TrainedParts,
     training: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write all that was trained, and the names of what was not.
+    """Write everything that was trained, and the names of what was not.
 
-    The folder appears whole or not at all: it is written under a temporary name and renamed. Where it exists (an
-    output folder with logs in it), the files are moved in, `llava.json` last.
+    The write is atomic: the checkpoint is written under a temporary name and renamed. If `folder`
+    exists (an output folder with logs in it), the files are moved into it, `llava.json` last, so that
+    an interrupted move does not leave something that looks like a checkpoint.
 
     Args:
-        training: what a reader wants to know of the run (data, steps, settings): kept in `llava.json`.
-        state_dict: what was trained, where an engine has had to gather it.
+        model: The model.
+        folder: Where to write.
+        config: Names of the base models, and how they are joined.
+        parts: What was trained. It decides what is written.
+        training: Options and progress of the run, stored in `llava.json` for the reader.
+        state_dict: The trained weights by name, if they are sharded and the caller gathered them.
+
+    Raises:
+        ValueError: `parts` contradicts the model: it has an adapter that would not be written, or
+            has none.
     """
+    _check_adapters(model, parts)
     folder = Path(folder)
-    part = folder.with_name(f".{folder.name}.part{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    weights = dict(state_dict if state_dict is not None else model.state_dict())
+    temporary = _temporary_folder(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights = dict(model.state_dict() if state_dict is None else state_dict)
+
     save_file(
         filter_prefix(weights, "projector."),
-        part / "projector.safetensors",
+        temporary / "projector.safetensors",
         metadata={"format": "pt"},
     )
-    text: Any = model.language_model
-    trained = kind_of(model)
-    if trained == "adapter":
-        text.save_pretrained(
-            str(part / "adapter"),
-            state_dict=filter_prefix(weights, "language_model."),
-            save_embedding_layers=False,  # they are never trained here; "auto" would ask the hub
-        )
-    elif trained == "language_model":
-        text.save_pretrained(
-            str(part / "language_model"), state_dict=filter_prefix(weights, "language_model.")
-        )
-        model.tokenizer.save_pretrained(str(part / "language_model"))  # a model folder like others
-    model.tokenizer.save_pretrained(str(part))
-    processor = str(cached_file(architecture.vision_tower, "preprocessor_config.json"))
-    shutil.copyfile(processor, part / "preprocessor_config.json")
-    vision: Any = model.vision_tower.model
-    trained_tower = tower_of(model)
-    if trained_tower == "lora":
-        state = filter_prefix(weights, "vision_tower.model.")
-        vision.save_pretrained(
-            str(part / "vision_adapter"), state_dict=state, save_embedding_layers=False
-        )
-    elif (
-        trained_tower == "full"
-    ):  # a model folder like others: `--vision_tower CHECKPOINT/vision_tower`
-        vision.save_pretrained(
-            str(part / "vision_tower"), state_dict=filter_prefix(weights, "vision_tower.model.")
-        )
-        shutil.copyfile(processor, part / "vision_tower" / "preprocessor_config.json")
-    manifest = {
+    model.tokenizer.save_pretrained(str(temporary))
+    preprocessor = str(cached_file(config.vision_tower, "preprocessor_config.json"))
+    shutil.copyfile(preprocessor, temporary / "preprocessor_config.json")
+
+    text_weights = filter_prefix(weights, "language_model.")
+    if parts.language_model == "adapter":
+        _save_adapter(model.language_model, temporary / "adapter", text_weights)
+    elif parts.language_model == "full":
+        # A complete Transformers folder, which any tool loads.
+        target = temporary / "language_model"
+        model.language_model.save_pretrained(str(target), state_dict=text_weights)
+        model.tokenizer.save_pretrained(str(target))
+
+    tower_weights = filter_prefix(weights, "vision_tower.model.")
+    if parts.vision_tower == "lora":
+        _save_adapter(model.vision_tower.model, temporary / "vision_adapter", tower_weights)
+    elif parts.vision_tower == "full":
+        # A complete Transformers folder too: `--vision_tower CHECKPOINT/vision_tower` works.
+        target = temporary / "vision_tower"
+        model.vision_tower.model.save_pretrained(str(target), state_dict=tower_weights)
+        shutil.copyfile(preprocessor, target / "preprocessor_config.json")
+
+    checkpoint_config = {
         "format_version": FORMAT_VERSION,
-        "architecture": asdict(architecture),
-        "trained": trained,
-        "trained_tower": trained_tower,
+        "architecture": asdict(config),
+        **parts.stored,
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "training": dict(training or {}),
     }
-    (part / CONFIG_NAME).write_text(
-        json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8"
-    )
-    _move_into_place(part, folder)
-
-
-def kind_of(model: Llava) -> str:
-    """What is trained beside the projector: "adapter", "language_model", or "projector": nothing."""
-    if isinstance(model.language_model, PeftModel):
-        return "adapter"
-    return (
-        "language_model"
-        if any(p.requires_grad for p in model.language_model.parameters())
-        else "projector"
-    )
-
-
-def tower_of(model: Llava) -> str:
-    """What of the vision tower is trained: "off", "full" or "lora"."""
-    if isinstance(model.vision_tower.model, PeftModel):
-        return "lora"
-    return "off" if model.vision_tower.frozen else "full"
-
-
-def _move_into_place(part: Path, folder: Path) -> None:
-    if not folder.exists():
-        part.rename(folder)
-        return
-    (folder / CONFIG_NAME).unlink(missing_ok=True)
-    for entry in sorted(part.iterdir(), key=lambda path: path.name == CONFIG_NAME):
-        target = folder / entry.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        entry.replace(target)
-    part.rmdir()
+    text = json.dumps(checkpoint_config, indent=2, default=str)
+    (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+    _move_into_place(temporary, folder)
 
 
 def copy_checkpoint(source: str | Path, folder: str | Path) -> None:
-    """A checkpoint into another folder, without its trainer's state; whole or not at all, as `save_checkpoint`."""
+    """Copy a checkpoint into another folder without its trainer state, atomically."""
     folder = Path(folder)
-    part = folder.with_name(f".{folder.name}.part{os.getpid()}")
-    shutil.copytree(source, part, ignore=shutil.ignore_patterns("trainer_state"))
-    _move_into_place(part, folder)
+    temporary = _temporary_folder(folder)
+    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("trainer_state"))
+    _move_into_place(temporary, folder)
 
 
 def load_checkpoint(
@@ -156,112 +144,187 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     trainable: bool = False,
     merge: bool = False,
-    **model_options: Any,
+    attn_implementation: str | None = None,
 ) -> Llava:
     """Load a checkpoint, strictly: a missing or unexpected weight is an error that names it.
 
     Args:
-        model_base, vision_tower: where the base weights are now, if not where they were at training.
-        dtype, bits: of the frozen weights; what training used, where not given.
-        device: the accelerator where there is one, else the CPU.
-        trainable: keep the adapter's gradients on, to train further.
-        merge: put the adapters into the weights; quantised ones become whole before, with the values that were trained with.
+        folder: The checkpoint.
+        model_base: Where the language model's base weights are, if they moved since training.
+        vision_tower: Where the vision tower's base weights are, if they moved since training.
+        dtype: Data type of the frozen weights, if not that of training ("float32", "bfloat16").
+        bits: Precision of the frozen language model (4, 8 or 16), if not that of training.
+        device: Where to put the model; by default the accelerator if there is one, else the CPU.
+        trainable: Leave gradients enabled for what was trained, to train it further.
+        merge: Merge the adapters into the weights. A quantized language model is dequantized before,
+            so that the adapter meets the values that it was trained with.
+        attn_implementation: Attention kernel of the language model, as Transformers names it.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: The folder is not a checkpoint; weights are missing or do not fit; or the base
+            weights are not those of the training.
     """
     folder = Path(folder)
-    manifest = read_checkpoint_config(folder)
-    changes = {
-        "language_model": model_base,
-        "vision_tower": vision_tower,
-        "dtype": dtype,
-        "bits": bits,
-    }
-    architecture = LlavaConfig(
-        **{**manifest["architecture"], **{k: v for k, v in changes.items() if v}}
+    checkpoint_config = read_checkpoint_config(folder)
+    parts = TrainedParts.from_stored(checkpoint_config)
+    config = LlavaConfig.from_dict(checkpoint_config["architecture"])
+    config = replace(
+        config,
+        language_model=model_base or config.language_model,
+        vision_tower=vision_tower or config.vision_tower,
+        dtype=dtype or config.dtype,
+        bits=bits or config.bits,
     )
-    kind = manifest["trained"]
-    tower_kind = manifest.get("trained_tower", "off")
-    inside = {  # parts that were trained whole lie in the checkpoint
-        "language_model": folder / "language_model" if kind == "language_model" else None,
-        "vision_tower": folder / "vision_tower" if tower_kind == "full" else None,
-    }
-    for name, digest in architecture.fingerprints.items():
-        if inside[name] is None:
-            check_weights_digest(name, getattr(architecture, name), digest)
-    tokenizer = load_tokenizer(str(folder))
-    model = build_model(architecture, tokenizer=tokenizer, **inside, **model_options)
+
+    # A part whose own weights were trained is loaded from the checkpoint, another from its base.
+    trained_text = folder / "language_model" if parts.language_model == "full" else None
+    trained_tower = folder / "vision_tower" if parts.vision_tower == "full" else None
+    digests = config.weights_digests
+    if "language_model" in digests and trained_text is None:
+        check_weights_digest("language_model", config.language_model, digests["language_model"])
+    if "vision_tower" in digests and trained_tower is None:
+        check_weights_digest("vision_tower", config.vision_tower, digests["vision_tower"])
+
+    model = build_model(
+        config,
+        language_model=trained_text,
+        vision_tower=trained_tower,
+        tokenizer=load_tokenizer(str(folder)),
+        attn_implementation=attn_implementation,
+    )
     load_projector(model.projector, folder)
-    tower, text = model.vision_tower, cast(Any, model.language_model)
-    if merge and architecture.bits != 16:
-        text = text.dequantize()
-    if kind == "adapter":
-        text = _with_adapter(text, folder / "adapter", merge)
-    if tower_kind == "lora":
-        tower.model = _with_adapter(tower.model, folder / "vision_adapter", merge)
-    model.language_model = text
-    if tower_kind == "off":
+    language_model: Any = model.language_model
+    if merge and config.bits != 16:
+        language_model = language_model.dequantize()
+    if parts.language_model == "adapter":
+        language_model = _with_adapter(language_model, folder / "adapter", merge)
+    model.language_model = cast(CausalLM, language_model)
+    tower = model.vision_tower
+    if parts.vision_tower == "lora":
+        adapted: Any = _with_adapter(tower.model, folder / "vision_adapter", merge)
+        tower.model = cast(VisionModel, adapted)
+
+    if parts.vision_tower == "none":
         tower.requires_grad_(False)
     if not trainable:
         model.requires_grad_(False)
-    return model.eval().to(
-        device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    )
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return model.eval().to(device)
 
 
 def load_trained_weights(model: Llava, folder: str | Path) -> None:
-    """Fill a model of the same architecture with what a checkpoint trained, strictly."""
-    folder, manifest = Path(folder), read_checkpoint_config(folder)
+    """Fill a model of the same config with the weights that a checkpoint trained, strictly.
+
+    Args:
+        model: The model, with its adapters in place if the run trains some. An adapter that the
+            checkpoint does not have keeps its fresh weights: it was put on weights that were trained
+            before, and loaded with the base model.
+        folder: The checkpoint.
+
+    Raises:
+        ValueError: Weights are missing, unexpected, or have another shape.
+    """
+    folder = Path(folder)
+    parts = TrainedParts.from_stored(read_checkpoint_config(folder))
     load_projector(model.projector, folder)
-    parts: list[tuple[Any, str, str]] = []
-    if manifest["trained"] != "projector":
-        parts.append((model.language_model, "adapter", "language_model"))
-    if manifest.get("trained_tower", "off") != "off":
-        parts.append((model.vision_tower.model, "vision_adapter", "vision_tower"))
-    for part, adapter, whole in parts:
-        if isinstance(part, PeftModel) and (folder / adapter).is_dir():
-            _load_adapter(part, folder / adapter)
-        elif not isinstance(
-            part, PeftModel
-        ):  # else a new adapter, on weights that were loaded from there
-            stored, report = type(part).from_pretrained(
-                folder / whole, dtype=part.dtype, output_loading_info=True
-            )
-            check_missing_keys(str(folder / whole), report["missing_keys"])
-            part.load_state_dict(stored.state_dict())
-
-
-def _with_adapter(model: Any, folder: Path, merge: bool) -> Any:
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = (
-        False  # it is saved as True, and would freeze an adapter that is to be trained further
-    )
-    adapted = get_peft_model(model, config)
-    _load_adapter(adapted, folder)
-    return cast(Any, adapted).merge_and_unload() if merge else adapted
-
-
-def _load_adapter(model: PeftModel, folder: Path) -> None:
-    now, before = (
-        cast(Any, model.peft_config["default"]),
-        cast(Any, PeftConfig.from_pretrained(str(folder))),
-    )
-    if (now.r, now.lora_alpha) != (before.r, before.lora_alpha):
-        raise ValueError(
-            f"{folder}: --lora_r {before.r} --lora_alpha {before.lora_alpha:g}, as it was trained with"
-        )
-    stored = load_file(folder / "adapter_model.safetensors")
-    check_state_dict(stored, get_peft_model_state_dict(model), str(folder))
-    set_peft_model_state_dict(model, stored)
+    if parts.language_model != "none":
+        _load_trained_part(model.language_model, folder / "adapter", folder / "language_model")
+    if parts.vision_tower != "none":
+        tower = model.vision_tower.model
+        _load_trained_part(tower, folder / "vision_adapter", folder / "vision_tower")
 
 
 def load_projector(projector: nn.Module, folder: str | Path) -> None:
     """Fill a projector from a checkpoint folder.
 
     Raises:
-        ValueError: names the weights that are missing, unexpected or of another shape.
+        ValueError: Weights are missing, unexpected, or have another shape; the message names them.
     """
     path = Path(folder) / "projector.safetensors"
     if not path.is_file():
-        raise ValueError(f"{folder}: no projector.safetensors: this is not a checkpoint")
+        raise ValueError(f"{folder}: not a checkpoint, projector.safetensors is missing")
     stored = load_file(path)
     check_state_dict(stored, projector.state_dict(), str(path))
     projector.load_state_dict(stored)
+
+
+def _check_adapters(model: Llava, parts: TrainedParts) -> None:
+    """Raise ValueError if an adapter of the model would not be written, or is missing."""
+    for name, part, expected in (
+        ("language model", model.language_model, parts.language_model == "adapter"),
+        ("vision tower", model.vision_tower.model, parts.vision_tower == "lora"),
+    ):
+        if isinstance(part, PeftModel) != expected:
+            found = "has an adapter" if isinstance(part, PeftModel) else "has no adapter"
+            raise ValueError(f"the {name} {found}, which contradicts {parts}")
+
+
+def _save_adapter(
+    model: PretrainedModule, folder: Path, weights: Mapping[str, torch.Tensor]
+) -> None:
+    # Embeddings are never trained here, and PEFT's default, "auto", would make a request to the hub.
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+
+
+def _temporary_folder(folder: Path) -> Path:
+    # Beside the target, since a rename is atomic only within one file system.
+    return folder.with_name(f".{folder.name}.part{os.getpid()}")
+
+
+def _move_into_place(temporary: Path, folder: Path) -> None:
+    """Rename a complete temporary folder; or move its entries into a folder that exists."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    # Without llava.json the folder is not a checkpoint while old and new files are mixed in it.
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    for entry in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+        target = folder / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        entry.replace(target)
+    temporary.rmdir()
+
+
+def _load_trained_part(part: PretrainedModule, adapter: Path, full: Path) -> None:
+    """Fill one part from the checkpoint's adapter folder or from its folder with all weights."""
+    if isinstance(part, PeftModel):
+        if adapter.is_dir():
+            _load_adapter(part, adapter)
+        return
+    model_class: Any = type(part)
+    stored, loading_info = model_class.from_pretrained(
+        full, dtype=part.dtype, output_loading_info=True
+    )
+    check_missing_keys(str(full), loading_info["missing_keys"])
+    part.load_state_dict(stored.state_dict())
+
+
+def _with_adapter(model: Any, folder: Path, merge: bool) -> PeftModel | nn.Module:
+    """Put a stored adapter on a model; with `merge`, return the plain model with merged weights."""
+    config = PeftConfig.from_pretrained(str(folder))
+    # PEFT stores True, which would freeze an adapter that is to be trained further.
+    config.inference_mode = False
+    adapted = get_peft_model(model, config)
+    _load_adapter(adapted, folder)
+    if merge:
+        return cast(Any, adapted).merge_and_unload()
+    return adapted
+
+
+def _load_adapter(model: PeftModel, folder: Path) -> None:
+    """Fill an adapter, strictly: PEFT would only warn about keys, and not compare the scaling."""
+    current: Any = model.peft_config["default"]
+    stored: Any = PeftConfig.from_pretrained(str(folder))
+    if (current.r, current.lora_alpha) != (stored.r, stored.lora_alpha):
+        raise ValueError(
+            f"{folder}: the adapter was trained with r={stored.r}, alpha={stored.lora_alpha:g}; pass "
+            f"--lora_r {stored.r} --lora_alpha {stored.lora_alpha:g}"
+        )
+    weights = load_file(folder / "adapter_model.safetensors")
+    check_state_dict(weights, get_peft_model_state_dict(model), str(folder))
+    set_peft_model_state_dict(model, weights)

@@ -1,23 +1,42 @@
-"""The checkpoint config, `llava.json`: the parts of a model and how they are joined."""
+"""The checkpoint config `llava.json`: the parts of a model, how they are joined, and what was trained.
+
+This module does not import torch, so that commands can look at a checkpoint without a delay.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from llava_simplified.model.llava import DEFAULT_INSTRUCTION
-
-FORMAT_VERSION = 1
-
+from typing import Any, Literal
 
 CONFIG_NAME = "llava.json"
+FORMAT_VERSION = 2
+# Version 1 (LLaVA Simplified 0.1.0) calls `weights_digests` "fingerprints".
+READABLE_FORMAT_VERSIONS = (1, 2)
+
+DEFAULT_INSTRUCTION = "Generate a caption of this image:"
 
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """Everything that decides the shape and the wording of a model; the weights apart."""
+    """Everything that decides the shape and the prompt of a model, except the weights.
+
+    Attributes:
+        language_model: Folder or hub name of the causal language model.
+        vision_tower: Folder or hub name of the vision model.
+        mm_projector_type: `linear`, `mlp2x_gelu` (any depth) or `identity`.
+        mm_vision_select_layer: Hidden state(s) of the vision tower that the projector reads.
+        mm_vision_select_feature: `patch`, or `cls_patch` to keep the CLS token.
+        mm_token_pool: Side of the grid that the patches are averaged to; 0 keeps all patches.
+        template: Prompt template, see `llava_simplified.prompt.Prompt`.
+        instruction: Instruction of the training data, the default of `Llava.caption`.
+        dtype: Data type of the frozen weights, as torch names it ("bfloat16").
+        bits: Precision of the frozen language model: 16 for `dtype`, or 4 or 8 if quantized.
+        weights_digests: "language_model" and "vision_tower" -> digest of the weight files that
+            the checkpoint was trained on, see `llava_simplified.model.weights`.
+    """
 
     language_model: str
     vision_tower: str
@@ -29,32 +48,110 @@ class LlavaConfig:
     instruction: str = DEFAULT_INSTRUCTION
     dtype: str = "float32"
     bits: int = 16
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    weights_digests: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LlavaConfig:
+        """Return the config that the "architecture" of a `llava.json` describes."""
+        layer = fields.get("mm_vision_select_layer", cls.mm_vision_select_layer)
+        if isinstance(layer, list):
+            # JSON has no tuples.
+            fields = {**fields, "mm_vision_select_layer": tuple(layer)}
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class TrainedParts:
+    """What of a model is trained, and therefore stored in its checkpoint. The projector always is.
+
+    Attributes:
+        language_model: "adapter": a LoRA adapter; "full": all its weights; "none": it is frozen.
+        vision_tower: "lora": a LoRA adapter; "full": its own weights; "none": it is frozen.
+    """
+
+    language_model: Literal["none", "adapter", "full"] = "none"
+    vision_tower: Literal["none", "lora", "full"] = "none"
+
+    @property
+    def stored(self) -> dict[str, str]:
+        """The entries "trained" and "trained_tower" of `llava.json`."""
+        return {
+            "trained": _STORED_LANGUAGE_MODEL[self.language_model],
+            "trained_tower": _STORED_VISION_TOWER[self.vision_tower],
+        }
+
+    @classmethod
+    def from_stored(cls, checkpoint_config: Mapping[str, Any]) -> TrainedParts:
+        """Read the entries "trained" and "trained_tower" of a `llava.json`.
+
+        Raises:
+            ValueError: An entry has an unknown value.
+        """
+        trained = checkpoint_config["trained"]
+        trained_tower = checkpoint_config.get("trained_tower", "off")
+        language_model = {value: part for part, value in _STORED_LANGUAGE_MODEL.items()}
+        vision_tower = {value: part for part, value in _STORED_VISION_TOWER.items()}
+        if trained not in language_model or trained_tower not in vision_tower:
+            raise ValueError(
+                f"{CONFIG_NAME}: unknown values trained={trained!r}, trained_tower={trained_tower!r}"
+            )
+        return cls(language_model[trained], vision_tower[trained_tower])
+
+
+# The values that llava.json has held since its first version. They name the folder of the checkpoint
+# that holds the weights, and the option --tune_vision_tower, so they differ from the attributes.
+_STORED_LANGUAGE_MODEL: dict[Literal["none", "adapter", "full"], str] = {
+    "none": "projector",
+    "adapter": "adapter",
+    "full": "language_model",
+}
+_STORED_VISION_TOWER: dict[Literal["none", "lora", "full"], str] = {
+    "none": "off",
+    "lora": "lora",
+    "full": "full",
+}
 
 
 def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
-    """`llava.json` of a checkpoint.
+    """Read `llava.json` of a checkpoint, with the entries of older versions under today's names.
+
+    Returns:
+        A dict with the keys "format_version", "architecture" (the fields of `LlavaConfig`), "trained"
+        and "trained_tower" (see `TrainedParts`), "versions" (of libraries) and "training" (the
+        options and the progress of the run).
 
     Raises:
-        ValueError: the folder is none, is unfinished, or was written by a later format.
+        ValueError: The folder is not a checkpoint, is incomplete, or has a newer format version.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
-        found = sorted(Path(folder).glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime)
-        hint = (
-            f"; did you mean {found[-1].parent}?"
-            if found
-            else "; `llava import` makes one of mm_projector.bin"
-        )
-        raise ValueError(f"{folder}: no checkpoint here ({CONFIG_NAME} is missing){hint}")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}"
+            f"{folder}: not a checkpoint, {CONFIG_NAME} is missing{_suggestion(Path(folder))}"
         )
-    return manifest
+    checkpoint_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    version = checkpoint_config.get("format_version")
+    if version not in READABLE_FORMAT_VERSIONS:
+        raise ValueError(
+            f"{path}: unknown format version {version}; this version of LLaVA Simplified reads "
+            f"{READABLE_FORMAT_VERSIONS}. Update it: pip install -U llava-simplified"
+        )
+    architecture = checkpoint_config["architecture"]
+    if "fingerprints" in architecture:
+        architecture["weights_digests"] = architecture.pop("fingerprints")
+    checkpoint_config.setdefault("trained_tower", "off")
+    return checkpoint_config
+
+
+def _suggestion(folder: Path) -> str:
+    """The end of an error message: what the user may have meant instead of `folder`."""
+    found = sorted(folder.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime)
+    if found:
+        return f"; did you mean {found[-1].parent}?"
+    return "; `llava import` converts a checkpoint of another code base (mm_projector.bin)"
 
 
 def resolve_path(name: str) -> str:
-    """A local folder by its full path, so that a checkpoint finds it from anywhere; a hub name as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    """Make the path of a local folder absolute; return the name of a hub repository unchanged."""
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    return name

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,13 +25,10 @@ from transformers.cache_utils import (
 )
 from transformers.generation import logits_process
 
-from llava_simplified.data.collate import expand_images, pad
+from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
+from llava_simplified.model.protocols import CaptionModel
 from llava_simplified.prompt import IMAGE_INDEX
-
-if TYPE_CHECKING:
-    from llava_simplified.model.llava import Llava
-
 
 DEFAULT_TEMPERATURE = 0.7  # the temperature of several answers to one question, where none is given
 
@@ -105,7 +102,7 @@ class DecodingBatch:
 
     def __init__(
         self,
-        model: Llava,
+        model: CaptionModel,
         prompts: Sequence[Sequence[int]],
         image_features: torch.Tensor | None,
         options: GenerationOptions | Sequence[GenerationOptions],
@@ -142,9 +139,11 @@ class DecodingBatch:
         copies = [option.num_return_sequences for option in per_prompt]
 
         # padded left, so that every row's next token is the last column's
-        rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
-        input_ids = pad(rows, model.prompt.end_id, side="left").to(device)
-        mask = pad([np.ones(len(row)) for row in rows], 0, side="left").to(device)
+        rows = [
+            expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts
+        ]
+        input_ids = pad_sequences(rows, model.prompt.end_id, side="left").to(device)
+        mask = pad_sequences([np.ones(len(row)) for row in rows], 0, side="left").to(device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         last = torch.arange(1, len(rows) + 1, device=device) * mask.shape[1] - 1
         text_model: Any = model.language_model
@@ -344,14 +343,14 @@ def _generator(seed: int | None, key: bytes, sample: int, device: torch.device) 
 
 
 @torch.inference_mode()
-def encode(model: Llava, pixel_values: torch.Tensor) -> torch.Tensor:
+def encode(model: CaptionModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """Patch features (images, tokens, width) of pictures, uint8 (images, 3, height, width)."""
     with eval_mode(model):
         return model.vision_tower(pixel_values.to(model.device))
 
 
 def generate(
-    model: Llava,
+    model: CaptionModel,
     prompts: Sequence[Sequence[int]],
     pixel_values: torch.Tensor | None,
     options: GenerationOptions,
@@ -371,7 +370,7 @@ def generate(
 
 @torch.inference_mode()
 def generate_from(
-    model: Llava,
+    model: CaptionModel,
     prompts: Sequence[Sequence[int]],
     image_features: torch.Tensor | None,
     options: GenerationOptions,
@@ -392,7 +391,7 @@ def generate_from(
 
 
 def stream(
-    model: Llava,
+    model: CaptionModel,
     prompt: Sequence[int],
     pixel_values: torch.Tensor | None,
     options: GenerationOptions,
@@ -415,10 +414,10 @@ def stream(
 
 
 @contextmanager
-def eval_mode(model: Llava) -> Iterator[None]:
+def eval_mode(model: CaptionModel) -> Iterator[None]:
     """No dropout meanwhile."""
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         yield
     finally:
@@ -439,21 +438,23 @@ def prompt_hashes(
 
 
 def _beam_search(
-    model: Llava,
+    model: CaptionModel,
     prompts: Sequence[Sequence[int]],
     features: torch.Tensor | None,
     options: GenerationOptions,
 ) -> list[list[int]]:
     """transformers' own; with a temperature, beam sampling. `num_return_sequences` beams of each prompt."""
-    rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
-    input_ids = pad(rows, model.prompt.end_id, side="left").to(model.device)
+    rows = [expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts]
+    input_ids = pad_sequences(rows, model.prompt.end_id, side="left").to(model.device)
     sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     if options.temperature and options.seed is not None:
         torch.manual_seed(options.seed)
     text_model: Any = model.language_model
     return text_model.generate(
         inputs_embeds=model.splice(input_ids, features),
-        attention_mask=pad([np.ones(len(row)) for row in rows], 0, side="left").to(model.device),
+        attention_mask=pad_sequences([np.ones(len(row)) for row in rows], 0, side="left").to(
+            model.device
+        ),
         eos_token_id=model.prompt.stop_ids,
         pad_token_id=model.prompt.end_id,
         max_new_tokens=options.max_new_tokens,

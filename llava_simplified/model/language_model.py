@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from llava_simplified.model.cpu_attention import cpu_matmul_attention
+from llava_simplified.model.protocols import CausalLM
 
 # PEFT asks for it whenever it loads an adapter, under a name that transformers has given up
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -49,7 +50,7 @@ def cache_kwarg_name(language_model: Any) -> str:
 
 
 @contextmanager
-def lm_head_at_positions(language_model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+def lm_head_at_positions(language_model: CausalLM, positions: torch.Tensor) -> Iterator[None]:
     """Within this, the language model computes logits only at the given flat positions (trained,).
 
     Done where every causal language model must pass, at the input of its output layer, so that what a family does
@@ -59,7 +60,7 @@ def lm_head_at_positions(language_model: nn.Module, positions: torch.Tensor) -> 
     def gather(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return inputs[0].flatten(0, 1)[positions][None]
 
-    handle = language_model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[operator]
+    handle = language_model.get_output_embeddings().register_forward_pre_hook(gather)
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from llava_simplified.data.images import ImageSource, load_pixels
 from llava_simplified.data.records import insert_image_placeholders
+from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation import (
     DEFAULT_TEMPERATURE,
     GenerationOptions,
@@ -33,14 +34,12 @@ from llava_simplified.model.generation import (
     stream,
 )
 from llava_simplified.model.language_model import attention_kwargs, lm_head_at_positions
+from llava_simplified.model.protocols import CausalLM
+from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llava_simplified.model.vision import VisionTower
-
-DEFAULT_INSTRUCTION = "Generate a caption of this image:"
+    from transformers import PreTrainedTokenizerBase
 
 
 class LlavaOutput(NamedTuple):
@@ -57,7 +56,7 @@ class Llava(nn.Module):
         self,
         vision_tower: VisionTower,
         projector: nn.Module,
-        language_model: PreTrainedModel,
+        language_model: CausalLM,
         tokenizer: PreTrainedTokenizerBase,
         template: str = "auto",
         instruction: str = DEFAULT_INSTRUCTION,
@@ -65,7 +64,7 @@ class Llava(nn.Module):
         super().__init__()
         self.vision_tower = vision_tower
         self.projector = projector
-        self.language_model = language_model
+        self.language_model: CausalLM = language_model
         self.tokenizer = tokenizer
         self.prompt = Prompt(tokenizer, template)
         self.instruction = instruction

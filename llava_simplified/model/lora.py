@@ -8,7 +8,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.protocols import CausalLM
 
 
 class Part(NamedTuple):
@@ -20,12 +22,12 @@ class Part(NamedTuple):
     dtypes: str
 
 
-def find_linear_modules(language_model: nn.Module) -> list[str]:
+def find_linear_modules(language_model: CausalLM) -> list[str]:
     """Full paths of all linear layers of a language model but its head (Dettmers et al., QLoRA: adapt them all).
 
     Full paths, since a bare "all-linear" or "q_proj" would also match the layers of a vision tower.
     """
-    head = language_model.get_output_embeddings()  # type: ignore[operator]
+    head = language_model.get_output_embeddings()
     return [
         name
         for name, module in language_model.named_modules()
@@ -82,21 +84,23 @@ def _adapt(
     return get_peft_model(model, config)
 
 
-def freeze(model: Llava, *, language_model: bool, vision_tower: bool = True) -> None:
-    """Train the projector, and of language model and vision tower what is not to be frozen.
+def freeze(model: Llava, parts: TrainedParts) -> None:
+    """Freeze everything except the projector and the models whose own weights are trained.
 
-    What is trained is float32, whatever the frozen weights are: bfloat16 would round small updates away.
+    Adapters come afterward: `add_lora` and `add_tower_lora` freeze the model that they adapt.
+
+    What is trained becomes float32, whatever the frozen weights are: bfloat16 would round small updates away.
     """
     tower = model.vision_tower.requires_grad_(False)
-    if not vision_tower:
+    if parts.vision_tower == "full":
         for name, parameter in tower.float().model.named_parameters():
             parameter.requires_grad_(name in tower.used_parameters)
     tower.eval()
     model.projector.requires_grad_(True).float()
-    if language_model:
-        model.language_model.requires_grad_(False)
-    else:
+    if parts.language_model == "full":
         model.language_model.requires_grad_(True).float()
+    else:
+        model.language_model.requires_grad_(False)
 
 
 def count_parameters(model: Llava) -> list[Part]:
@@ -126,27 +130,24 @@ def count_parameters(model: Llava) -> list[Part]:
     ]
 
 
-def check_trainable(
-    model: Llava, *, language_model: bool = False, vision_tower: bool = False
-) -> str:
+def check_trainable(model: Llava, parts: TrainedParts) -> str:
     """Assert that exactly what should train does, and return the table as text.
-
-    Args:
-        language_model, vision_tower: their own weights are meant to be trained (full fine-tuning); of the tower those
-            that its features depend on.
 
     Raises:
         RuntimeError: a part trains that should not, or does not train whole.
     """
     text, tower = model.language_model, model.vision_tower
-    biases = isinstance(text, PeftModel) and text.peft_config["default"].bias != "none"
+    biases = False
+    if isinstance(text, PeftModel):
+        lora_config: Any = text.peft_config["default"]
+        biases = lora_config.bias != "none"
     used_parameters = sum(
         p.numel() for n, p in tower.model.named_parameters() if n in tower.used_parameters
     )
     rows = count_parameters(model)
     should = {row.name: row.parameters for row in rows}
-    should |= {"vision tower": used_parameters if vision_tower else 0}
-    should |= {} if language_model else {"language model": 0}
+    should |= {"vision tower": used_parameters if parts.vision_tower == "full" else 0}
+    should |= {} if parts.language_model == "full" else {"language model": 0}
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}  dtype"]
     for part in rows:
         if part.trained != should[part.name] and not (biases and part.name == "language model"):

@@ -12,9 +12,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
 from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.model.protocols import VisionModel
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 class VisionTower(nn.Module):
@@ -39,7 +40,7 @@ class VisionTower(nn.Module):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: VisionModel,
         transform: ImageTransform,
         select_layer: int | Sequence[int] = -2,
         select_feature: str = "patch",
@@ -50,7 +51,7 @@ class VisionTower(nn.Module):
             raise ValueError(
                 f"mm_vision_select_feature is patch or cls_patch, not {select_feature!r}"
             )
-        self.model = model
+        self.model: VisionModel = model
         self.transform = transform
         self.select_layers = (
             (select_layer,) if isinstance(select_layer, int) else tuple(select_layer)
@@ -86,7 +87,7 @@ class VisionTower(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: PretrainedConfig, transform: ImageTransform, **choices: object
+        cls, config: PreTrainedConfig, transform: ImageTransform, **choices: object
     ) -> VisionTower:
         """The tower without its weights, on the meta device: enough to know its shape."""
         with torch.device("meta"):
@@ -130,7 +131,7 @@ class VisionTower(nn.Module):
             return self._select(self.model, pixel_values)[0]
 
     def _select(
-        self, model: PreTrainedModel, pixel_values: torch.Tensor
+        self, model: VisionModel, pixel_values: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         """The features, and the (rows, columns) of places that their last tokens stand for."""
         outputs = model(pixel_values, output_hidden_states=True)
@@ -216,6 +217,6 @@ def check_missing_keys(source: str, missing: Collection[str]) -> None:
         raise ValueError(f"{source}: weights are missing: {', '.join(sorted(missing)[:5])}")
 
 
-def _patch_size(model: PreTrainedModel) -> tuple[int, int]:
+def _patch_size(model: VisionModel) -> tuple[int, int]:
     size = model.config.patch_size
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -35,7 +35,7 @@ from llava_simplified.data.images import (
     shrink_image,
 )
 from llava_simplified.data.records import Record
-from llava_simplified.data.rows import RowFile, open_rows, records_of
+from llava_simplified.data.rows import RowFile, find_records, open_rows
 from llava_simplified.data.shards import ShardWriter
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prepare.convert import RecordWriter
@@ -117,7 +117,7 @@ def _check(data: bytes, transform: ImageTransform | None, rules: Rules) -> None:
     if max(height, width) > rules.max_aspect * min(height, width):
         raise ImageError("aspect", f"{width}x{height} pixels, --max-aspect is {rules.max_aspect:g}")
     if transform is not None:
-        transform.resized(height, width)  # all that it can fail at
+        transform.resized_size(height, width)  # all that it can fail at
     if suffix != "jpg":
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if (frames := getattr(image, "n_frames", 1)) > 1:
@@ -298,7 +298,7 @@ def clean(
             f"--max-pixels {rules.max_pixels}: training opens no picture of more than {MAX_PIXELS}"
         )
     rows = open_rows(source)
-    folder = image_folder or records_of(source).parent
+    folder = image_folder or find_records(source).parent
     if not folder.is_dir():
         raise ValueError(f"--image-folder {folder}: no such folder")
     stat, transform = (

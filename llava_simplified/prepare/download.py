@@ -37,7 +37,8 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from llava_simplified.data.images import MAX_PIXELS
-from llava_simplified.data.shards import END, ShardWriter, write_all
+from llava_simplified.data.shards import END_OF_ARCHIVE, ShardWriter
+from llava_simplified.jobs import write_all
 from llava_simplified.prepare.convert import (
     INSTRUCTION,
     RecordWriter,
@@ -237,8 +238,8 @@ def _reopen(kept: list[dict[str, Any]], journal: Path, tar_size: int) -> None:
     rows: list[dict[str, Any]] = [
         {k: v for k, v in row.items() if k not in ("url", "captions")} for row in kept
     ]
-    if tar_size > len(END):
-        rows.append({"index": -1, "end": tar_size - len(END)})
+    if tar_size > len(END_OF_ARCHIVE):
+        rows.append({"index": -1, "end": tar_size - len(END_OF_ARCHIVE)})
     journal.with_suffix(".new").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     journal.with_suffix(".new").replace(journal)
 

@@ -31,7 +31,13 @@ from urllib.robotparser import RobotFileParser
 import aiohttp
 from yarl import URL
 
-from llava_simplified.data.images import MAX_PIXELS, ImageError, Picture, check_image, shrink_image
+from llava_simplified.data.images import (
+    MAX_PIXELS,
+    EncodedImage,
+    ImageError,
+    check_image,
+    shrink_image,
+)
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout
@@ -112,7 +118,7 @@ class FetchResult(NamedTuple):
     kind: str
     http: int
     detail: str
-    picture: Picture | None = None
+    picture: EncodedImage | None = None
     received: int = 0
     seconds: float = 0.0
     pause: float | None = None
@@ -215,7 +221,7 @@ class Fetcher:
         )  # headers may hold any bytes, the journal may not
         return FetchResult(kind, http, detail, None, 0, time.perf_counter() - start, pause)
 
-    async def _check(self, data: bytes) -> Picture:
+    async def _check(self, data: bytes) -> EncodedImage:
         resize, most = self.options.resize, self.options.max_pixels
         work = (
             partial(shrink_image, data, resize, most)

@@ -27,8 +27,8 @@ from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from llava_simplified.data.rows import BOM, records_of, scan_json
-from llava_simplified.data.shards import IMAGE_SUFFIXES, picture_column, read_range, tar_samples
+from llava_simplified.data.rows import BOM, find_records, scan_json
+from llava_simplified.data.shards import IMAGE_SUFFIXES, image_column, read_range, tar_samples
 
 URL_NAMES = ("url", "image_url", "coco_url", "flickr_url", "img_url", "link")
 IMAGE_NAMES = (
@@ -170,7 +170,7 @@ def _read(source: str, odd: ParseIssues, columns: Columns) -> Iterator[SourceRow
 
 
 def _folder(folder: Path, odd: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
-    if (records := records_of(folder)).is_file():
+    if (records := find_records(folder)).is_file():
         yield from _read(str(records), odd, columns)
         return
     names = {f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet")}
@@ -542,7 +542,7 @@ def _parquet_rows(
     table: Any, source: str, odd: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
     schema = table.schema_arrow
-    pictures = picture_column(schema)
+    pictures = image_column(schema)
     names = [field.name for field in schema if "binary" not in str(field.type)]
     manifest = {"key", "status"} <= set(names)
     wanted, named = names, None

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, MutableMapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
 from prometheus_client import (
@@ -26,20 +25,25 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
 
+from llava_simplified.data.images import load_pixels
 from llava_simplified.data.records import insert_image_placeholders
 from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions
+from llava_simplified.model.llava import Llava
 from llava_simplified.prepare.fetch import Fetcher, FetchOptions
 from llava_simplified.prompt import Message
+from llava_simplified.serve.attention_map import encode_answer, word_attention
 from llava_simplified.serve.engine import Busy, Piece, Place, Worker
+from llava_simplified.serve.errors import handle_exception, to_openai_error
+from llava_simplified.serve.security import HostCheck, KeyCheck, SecurityHeaders
 
 _GRACE = 5.0  # seconds beyond its time for a client to read its answer
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
@@ -48,7 +52,9 @@ _SSE = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect the pieces
 ]
-_CHALLENGE = {"www-authenticate": "Bearer"}
+_MIN_TEMPERATURE = (
+    1e-3  # below, logits divided by the temperature overflow; the limit is greedy decoding
+)
 
 
 @dataclass(frozen=True)
@@ -131,20 +137,36 @@ class TextFormat(_Given):
     type: Literal["text"]
 
 
-class ChatRequest(_Given):
-    """The body of POST /v1/chat/completions; the last six are taken where they ask for what is done anyway."""
+class Conversation(_Given):
+    """The fields that chat completions and attention maps have in common."""
 
     model: str
     messages: list[Turn] = Field(min_length=1, max_length=100)
+
+
+ConversationT = TypeVar("ConversationT", bound=Conversation)
+
+
+class AttentionRequest(Conversation):
+    """The body of POST /v1/attention: a conversation about one image, and the answer that was given to it."""
+
+    answer: str = Field(min_length=1, max_length=100_000)
+
+
+class ChatRequest(Conversation):
+    """The body of POST /v1/chat/completions; the last six are taken where they ask for what is done anyway."""
+
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(None, max_length=4)
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(
+        None, max_length=4
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -161,15 +183,23 @@ class ChatRequest(_Given):
         return [stop] if isinstance(stop, str) else stop
 
     def options(self, longest: int) -> GenerationOptions:
-        """Greedy where no temperature is given, as `Llava.caption`; several samples: at 0.7."""
+        """Return the options of the decoder. All options of requests, the page's included, pass through here.
+
+        Without a temperature, one answer is greedy and several are sampled at 0.7, as by `Llava.caption`.
+
+        Args:
+            longest: The maximum number of tokens of an answer, and the default.
+        """
         most = self.max_completion_tokens or self.max_tokens or longest
         if most > longest:
             raise ValueError(f"an answer has {longest} tokens at most here, {most} are asked for")
         count = self.n or 1
-        temperature = self.temperature if self.temperature is not None else DEFAULT_TEMPERATURE * (count > 1)
+        temperature = (
+            self.temperature if self.temperature is not None else DEFAULT_TEMPERATURE * (count > 1)
+        )
         return GenerationOptions(
             max_new_tokens=most,
-            temperature=temperature if temperature >= 1e-3 else 0.0,  # lower, the scores overflow: greedy is the limit
+            temperature=temperature if temperature >= _MIN_TEMPERATURE else 0.0,
             top_p=self.top_p or 1.0,
             top_k=self.top_k or 0,
             repetition_penalty=self.repetition_penalty or 1.0,
@@ -178,55 +208,49 @@ class ChatRequest(_Given):
         )
 
 
-# ---- errors ----
-
-
-def problem(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body in OpenAI's form, and headers. Says what a client can mend; of our own faults, only that."""
-    headers: dict[str, str] = {}
-    kind, code, where, message = "invalid_request_error", None, None, str(error)
-    if isinstance(error, HTTPException):
-        status, message, headers = error.status_code, error.detail, dict(error.headers or {})
-        code = {401: "invalid_api_key", 404: "not_found"}.get(status)
-    elif isinstance(error, Busy):
-        status, kind, code, headers = 429, "rate_limit_error", "queue_full", {"retry-after": str(error.retry_after)}
-    elif isinstance(error, asyncio.TimeoutError):
-        status, kind, code, message = 504, "timeout_error", "timeout", "the request's time is up"
-    elif isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_context=False)[0]
-        parts = [part for part in first["loc"] if part not in ("text", "image_url") or isinstance(part, int)]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".") or None
-        status, message = 400, f"{where or 'body'}: {first['msg'].removeprefix('Value error, ')}"
-    elif isinstance(error, ValueError):
-        status, code = 400, getattr(error, "kind", None)
-    else:
-        status, kind, message = 500, "server_error", "the server failed; its log says how"
-    return status, {"error": {"message": message, "type": kind, "param": where, "code": code}}, headers
-
-
-def _refuse(_: Request, error: Exception) -> Response:
-    status, body, headers = problem(error)
-    return JSONResponse(body, status, headers)
-
-
 # ---- the answer ----
 
 
-class ChatCompletions:
-    """POST /v1/chat/completions, an ASGI application: what a request holds is freed where its call returns."""
+class ModelEndpoint:
+    """An ASGI application that answers POST requests with the model.
+
+    A request occupies a place of the worker from before its body is read until its response is sent. The
+    place is released when the call returns, for whatever reason: an answer, an error, a timeout, or a
+    client that has disconnected.
+
+    Args:
+        worker: Owns the model.
+        name: The name of the model, as clients must give it.
+        limits: The limits of one request.
+        fetcher: Fetches the images of http(s) URLs; None if that is not allowed.
+        registry: Receives the metrics.
+    """
+
+    metrics_prefix = "llava"
 
     def __init__(
-        self, worker: Worker, name: str, limits: Limits, fetcher: Fetcher | None, registry: CollectorRegistry
+        self,
+        worker: Worker,
+        name: str,
+        limits: Limits,
+        fetcher: Fetcher | None,
+        registry: CollectorRegistry,
     ) -> None:
         self.worker, self.name, self.limits, self.fetcher = worker, name, limits, fetcher
-        self._requests = Counter("llava_requests", "Requests to complete a chat", ["status"], registry=registry)
-        self._tokens = Counter("llava_tokens", "Tokens of answered requests", ["kind"], registry=registry)
+        prefix = self.metrics_prefix
+        self._requests = Counter(
+            f"{prefix}_requests", "Requests by status", ["status"], registry=registry
+        )
         self._seconds = Histogram(
-            "llava_request_seconds", "From a request to its answer's end", registry=registry, buckets=_BUCKETS
+            f"{prefix}_request_seconds",
+            "From a request to the end of its response",
+            registry=registry,
+            buckets=_BUCKETS,
         )
-        self._first = Histogram(
-            "llava_first_token_seconds", "From a request to its answer's beginning", registry=registry, buckets=_BUCKETS
-        )
+
+    async def _answer(self, body: bytes, place: Place, send: Send) -> None:
+        """Send the response to a request with this body."""
+        raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, status, begun = time.perf_counter(), 499, False
@@ -245,7 +269,7 @@ class ChatCompletions:
         except ClientDisconnect:
             pass
         except Exception as error:
-            status, body_of_error, _ = problem(error)
+            status, body_of_error, _ = to_openai_error(error)
             if not begun:
                 raise
             await send(_event(body_of_error, more=False))
@@ -256,11 +280,16 @@ class ChatCompletions:
             logging.getLogger(__name__).info("%d in %.2f s", status, seconds)
 
     async def _body(self, request: Request) -> bytes:
-        # a page in a browser may send other types to any server, one on its reader's own machine too, unasked
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # Other types can be sent by any web page without a preflight request.
+        if (
+            request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            != "application/json"
+        ):
             raise HTTPException(415, "the content-type must be application/json")
         body = bytearray()
-        too_large = HTTPException(413, f"the body is over {self.limits.max_body} bytes", {"connection": "close"})
+        too_large = HTTPException(
+            413, f"the body is over {self.limits.max_body} bytes", {"connection": "close"}
+        )
         if int(request.headers.get("content-length", 0)) > self.limits.max_body:
             raise too_large
         async for chunk in request.stream():
@@ -269,29 +298,118 @@ class ChatCompletions:
                 raise too_large
         return bytes(body)
 
-    async def _answer(self, body: bytes, place: Place, send: Send) -> None:
+    async def _parse(self, kind: type[ConversationT], body: bytes) -> ConversationT:
+        """Validate a body and the name of the model in it."""
         loop = asyncio.get_running_loop()
-        asked = await loop.run_in_executor(self.worker.readers, ChatRequest.model_validate_json, body)
+        asked = await loop.run_in_executor(self.worker.readers, kind.model_validate_json, body)
         if asked.model != self.name:
             raise HTTPException(404, f"there is no model {asked.model!r} here, but {self.name!r}")
-        options = asked.options(self.limits.max_tokens)
-        turns = [turn.message(self.worker.model.instruction) for turn in asked.messages]
-        urls = [url for turn in asked.messages for url in turn.images]
+        return asked
+
+    async def _images(self, messages: Sequence[Turn]) -> list[bytes]:
+        """Return the files of all images, in the order of the messages."""
+        urls = [url for turn in messages for url in turn.images]
         if len(urls) > self.limits.max_images:
             raise ValueError(f"{len(urls)} pictures; {self.limits.max_images} may be shown at once")
-        images = await asyncio.gather(*(self._picture(url) for url in urls))
-        await place.ask(turns, images, options, asked.stop or ())
-        await (self._stream if asked.stream else self._whole)(asked, place, send)
+        return await asyncio.gather(*(self._image(url) for url in urls))
 
-    async def _picture(self, url: str | bytes) -> bytes:
+    async def _image(self, url: str | bytes) -> bytes:
         if isinstance(url, bytes):
             return url
         if self.fetcher is None:
-            raise ValueError("a picture must be a data URI: this server fetches none (--allow-image-urls)")
+            raise ValueError(
+                "a picture must be a data URI: this server fetches none (--allow-image-urls)"
+            )
         fetched = await self.fetcher.fetch(url)
         if fetched.picture is None:
             raise ValueError(f"the picture can't be fetched: {fetched.kind}: {fetched.detail}")
         return fetched.picture.data
+
+
+class Attention(ModelEndpoint):
+    """POST /v1/attention, an extension of OpenAI's API: where each word of an answer attended to in the image."""
+
+    metrics_prefix = "llava_attention"
+
+    async def _answer(self, body: bytes, place: Place, send: Send) -> None:
+        asked = await self._parse(AttentionRequest, body)
+        turns = [turn.message(self.worker.model.instruction) for turn in asked.messages]
+        images = await self._images(asked.messages)
+        if len(images) != 1:
+            raise ValueError(
+                f"attention maps need exactly one image, the messages have {len(images)}"
+            )
+        loop = asyncio.get_running_loop()
+        readers = self.worker.readers
+        async with place.deadline():
+            answer_ids = await loop.run_in_executor(readers, self._answer_ids, asked.answer)
+            pixels = await loop.run_in_executor(readers, load_pixels, images[0])
+        # The answer counts as generated tokens, so that the limit of the context applies to it.
+        await place.read(turns, [pixels], GenerationOptions(max_new_tokens=len(answer_ids)))
+        async with place.deadline():
+            words, grids = await self.worker.call(
+                lambda model: self._grids(model, place, answer_ids)
+            )
+        height, width = pixels.shape[:2]
+        content = {
+            "object": "attention",
+            "model": self.name,
+            "region": self.worker.model.vision_tower.transform.visible_region(height, width),
+            "words": [{"word": word, "grid": grid} for word, grid in zip(words, grids)],
+        }
+        await _send_json(content, send)
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        ids = encode_answer(self.worker.model, answer)
+        if not 0 < len(ids) <= self.limits.max_tokens:
+            raise ValueError(
+                f"answer: expected 1 to {self.limits.max_tokens} tokens, got {len(ids)}"
+            )
+        return ids
+
+    @staticmethod
+    def _grids(
+        model: Llava, place: Place, answer_ids: list[int]
+    ) -> tuple[list[str], list[list[list[float]]]]:
+        """Return the words and, for each, its attention to the image's patches (rows, columns)."""
+        assert place.pixels is not None
+        words, grids = word_attention(model, place.prompt, place.pixels, answer_ids)
+        rounded = [
+            [[float(f"{weight:.4g}") for weight in row] for row in grid]
+            for grid in grids[:, 0].nan_to_num().tolist()
+        ]
+        return words, rounded
+
+
+class ChatCompletions(ModelEndpoint):
+    """POST /v1/chat/completions."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        name: str,
+        limits: Limits,
+        fetcher: Fetcher | None,
+        registry: CollectorRegistry,
+    ) -> None:
+        super().__init__(worker, name, limits, fetcher, registry)
+        self._tokens = Counter(
+            "llava_tokens", "Tokens of answered requests", ["kind"], registry=registry
+        )
+        self._first = Histogram(
+            "llava_first_token_seconds",
+            "From a request to its answer's beginning",
+            registry=registry,
+            buckets=_BUCKETS,
+        )
+
+    async def _answer(self, body: bytes, place: Place, send: Send) -> None:
+        asked = await self._parse(ChatRequest, body)
+        options = asked.options(self.limits.max_tokens)
+        turns = [turn.message(self.worker.model.instruction) for turn in asked.messages]
+        images = await self._images(asked.messages)
+        await place.ask(turns, images, options, asked.stop or ())
+        await (self._stream if asked.stream else self._whole)(asked, place, send)
 
     async def _pieces(self, place: Place, tokens: list[int]) -> AsyncIterator[Piece]:
         """The place's pieces; `tokens` keeps how many each sample has."""
@@ -318,10 +436,12 @@ class ChatCompletions:
             }
             for sample, (text, end) in enumerate(zip(texts, ends))
         ]
-        content = {**self._head("chat.completion"), "choices": choices, "usage": _usage(place, tokens)}
-        response = JSONResponse(content)
-        await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
-        await send({"type": "http.response.body", "body": response.body})
+        content = {
+            **self._head("chat.completion"),
+            "choices": choices,
+            "usage": _usage(place, tokens),
+        }
+        await _send_json(content, send)
 
     async def _stream(self, asked: ChatRequest, place: Place, send: Send) -> None:
         """Server-sent events, a chunk each."""
@@ -345,12 +465,23 @@ class ChatCompletions:
         await send(_event("[DONE]", more=False))
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": f"chatcmpl-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
+        return {
+            "id": f"chatcmpl-{uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.name,
+        }
 
 
 def _usage(place: Place, tokens: list[int]) -> dict[str, int]:
     asked, said = place.prompt_tokens, sum(tokens)
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+
+
+async def _send_json(content: object, send: Send) -> None:
+    response = JSONResponse(content)
+    await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body})
 
 
 def _event(content: object, more: bool = True) -> dict[str, Any]:
@@ -384,37 +515,43 @@ async def _while_there(receive: Receive, work: Coroutine[Any, Any, None], second
 # ---- the application ----
 
 
-class KeyCheck:
-    """Middleware: nothing but `open_paths` and the page (which asks for it by itself) is answered without the key."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app, self._key = app, key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self.app
-        if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/metrics")):
-            scheme, _, given = Request(scope).headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
-                error = HTTPException(401, "give the key of this server: Authorization: Bearer KEY", _CHALLENGE)
-                app = _refuse(Request(scope), error)
-        await app(scope, receive, send)
-
-
-def create_app(worker: Worker, name: str, key: str = "", limits: Limits = Limits()) -> Starlette:
-    """The API of a worker, which lives as long as the application.
+def create_app(
+    worker: Worker,
+    name: str,
+    key: str = "",
+    limits: Limits = Limits(),
+    page: Sequence[BaseRoute] = (),
+    allowed_hosts: Iterable[str] = (),
+) -> Starlette:
+    """Return the application. It starts and stops the worker.
 
     Args:
-        name: what clients call the model.
-        key: asked of clients where it isn't empty; /health is open to everybody.
+        worker: Owns the model.
+        name: The name of the model, as clients must give it.
+        key: The API key; empty if none is required. `security.PUBLIC_PATHS` never require it.
+        limits: The limits of one request.
+        page: The routes of the web page, from `page.page_routes`.
+        allowed_hosts: Additional values of the Host header, see `security.HostCheck`.
     """
     registry = CollectorRegistry()
     fetcher = Fetcher(limits.fetch) if limits.fetch else None
-    Gauge("llava_places", "Requests under way", registry=registry).set_function(lambda: len(worker.places))
-    Gauge("llava_rows", "Answers being decoded", registry=registry).set_function(lambda: len(worker.rows))
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "llava-simplified"}
+    Gauge("llava_places", "Requests under way", registry=registry).set_function(
+        lambda: len(worker.places)
+    )
+    Gauge("llava_rows", "Answers being decoded", registry=registry).set_function(
+        lambda: len(worker.rows)
+    )
+    model = {
+        "id": name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "llava-simplified",
+    }
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok" if worker.alive else "failed"}, 200 if worker.alive else 503)
+        return JSONResponse(
+            {"status": "ok" if worker.alive else "failed"}, 200 if worker.alive else 503
+        )
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -424,7 +561,9 @@ def create_app(worker: Worker, name: str, key: str = "", limits: Limits = Limits
 
     async def one_model(request: Request) -> Response:
         if request.path_params["name"] != name:
-            raise HTTPException(404, f"there is no model {request.path_params['name']!r} here, but {name!r}")
+            raise HTTPException(
+                404, f"there is no model {request.path_params['name']!r} here, but {name!r}"
+            )
         return JSONResponse(model)
 
     @asynccontextmanager
@@ -432,15 +571,24 @@ def create_app(worker: Worker, name: str, key: str = "", limits: Limits = Limits
         async with worker, fetcher or nullcontext():
             yield
 
-    return Starlette(
+    endpoint = (worker, name, limits, fetcher, registry)
+    middleware = [Middleware(SecurityHeaders), Middleware(HostCheck, allowed_hosts)]
+    if key:
+        middleware.append(Middleware(KeyCheck, key))
+    handled = (HTTPException, Busy, asyncio.TimeoutError, ValueError, Exception)
+    app = Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(worker, name, limits, fetcher, registry), methods=["POST"]),
+            Route("/v1/chat/completions", ChatCompletions(*endpoint), methods=["POST"]),
+            Route("/v1/attention", Attention(*endpoint), methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             Route("/health", health),
             Route("/metrics", metrics),
+            *page,
         ],
-        middleware=[Middleware(KeyCheck, key)] if key else [],
-        exception_handlers=dict.fromkeys((HTTPException, Busy, asyncio.TimeoutError, ValueError, Exception), _refuse),
+        middleware=middleware,
+        exception_handlers=dict.fromkeys(handled, handle_exception),
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # only the paths above exist
+    return app

@@ -121,19 +121,34 @@ class Place:
             ValueError: an image can't be read (ImageError), or the request asks for what can't be done.
             TimeoutError
         """
+        self._stop = stop
+        await self.read(turns, images, options)
+        self._worker.enqueue(self)
+
+    async def read(
+        self,
+        turns: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        options: GenerationOptions | None = None,
+    ) -> None:
+        """Decode the images and tokenize the conversation into `pixels` and `prompt`, without joining the queue.
+
+        Arguments and exceptions are those of `ask`.
+        """
         loop, worker = asyncio.get_running_loop(), self._worker
-        self.options, self._stop = options or self.options, stop
+        self.options = options or self.options
         if self.options.num_beams > 1 or self.options.num_return_sequences > worker.batch_size:
             raise ValueError(f"one beam, and {worker.batch_size} answers at most, are decoded here")
         reading = loop.run_in_executor(worker.readers, self._read, turns, images)
         async with self.deadline():
             await reading
-        worker.enqueue(self)
 
     def _read(self, turns: str | Sequence[Message], images: Sequence[ImageSource]) -> None:
         model, context = self._worker.model, self._worker.context
         if len(images) * model.vision_tower.num_tokens >= context:  # before they are decoded
-            raise ValueError(f"{len(images)} pictures do not fit into the {context} tokens of the context")
+            raise ValueError(
+                f"{len(images)} pictures do not fit into the {context} tokens of the context"
+            )
         self.prompt, self.pixels = model.ask(turns, images)
         self.prompt_tokens = len(self.prompt) + len(images) * (model.vision_tower.num_tokens - 1)
         longest = self.prompt_tokens + self.options.max_new_tokens
@@ -175,7 +190,10 @@ class Place:
             # kept back: half a letter, white space that may be the last, and what may be the beginning of a stop
             text = text.rstrip("\ufffd")
             beginnings = (word[:size] for word in self._stop for size in range(1, len(word)))
-            text = text[: len(text) - max((len(part) for part in beginnings if text.endswith(part)), default=0)]
+            text = text[
+                : len(text)
+                - max((len(part) for part in beginnings if text.endswith(part)), default=0)
+            ]
         text, said = text.rstrip(), self._said.get(sample, "")
         self._said[sample] = text
         return Piece(sample, text[len(said) :], len(tokens), finish)
@@ -196,7 +214,12 @@ class Worker:
     """
 
     def __init__(
-        self, model: Llava, batch_size: int = 16, queue: int = 64, timeout: float = 120.0, context: int = 4096
+        self,
+        model: Llava,
+        batch_size: int = 16,
+        queue: int = 64,
+        timeout: float = 120.0,
+        context: int = 4096,
     ) -> None:
         self.model = model.eval()
         self.batch_size, self.queue, self.timeout = batch_size, queue, timeout
@@ -273,7 +296,9 @@ class Worker:
         """Those who have waited longest, as many as the batch has room for."""
         new: list[Place] = []
         room = self.batch_size - sum(not place.closed for place, _ in self.rows.values())
-        while self._waiting and (self._waiting[0].closed or self._waiting[0].options.num_return_sequences <= room):
+        while self._waiting and (
+            self._waiting[0].closed or self._waiting[0].options.num_return_sequences <= room
+        ):
             place = self._waiting.popleft()
             if not place.closed:
                 new.append(place)
@@ -308,7 +333,9 @@ class Worker:
             rows: Iterable[int] = list(self._decoding.live)
         else:
             rows = self._decoding.join(prompts, features, options, keys)
-        owners = [(place, sample) for place in new for sample in range(place.options.num_return_sequences)]
+        owners = [
+            (place, sample) for place in new for sample in range(place.options.num_return_sequences)
+        ]
         self.rows.update(zip(rows, owners))
 
     def _forget(self, row: int) -> None:

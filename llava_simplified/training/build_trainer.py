@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import cast
 
 import torch
 import transformers
-from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, describe
@@ -33,13 +32,8 @@ from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.records import Record
 from llava_simplified.extras import install_command
 from llava_simplified.model.build import build_model, load_tokenizer
-from llava_simplified.model.checkpoint import (
-    kind_of,
-    load_projector,
-    load_trained_weights,
-    tower_of,
-)
-from llava_simplified.model.config import LlavaConfig, read_checkpoint_config, resolve_path
+from llava_simplified.model.checkpoint import load_projector, load_trained_weights
+from llava_simplified.model.config import LlavaConfig, TrainedParts, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainable, freeze
 from llava_simplified.model.projector import init_projector_scale
@@ -52,6 +46,7 @@ from llava_simplified.training.kernels import (
     compile_layers,
     use_liger_kernels,
 )
+from llava_simplified.training.model_config import model_config, trained_parts
 from llava_simplified.training.resume import check_same_run, find_resume_folder
 from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
@@ -101,7 +96,8 @@ def build_trainer(
     choose_attention(model.language_model, attention, args.device.type)
     if args.use_liger_kernel:
         use_liger_kernels(model.language_model)
-    set_trainable(model, model_args)
+    parts = trained_parts(model_args)
+    set_trainable(model, model_args, parts)
 
     train_set = _build_dataset(model, train_records, train_folder, data_args, args)
     eval_set = None
@@ -109,14 +105,10 @@ def build_trainer(
     if eval_records:
         eval_set = _build_dataset(model, eval_records, eval_folder, data_args, args)
         datasets.append(eval_set)
-    digest = config.fingerprints["vision_tower"]
+    digest = config.weights_digests["vision_tower"]
     cache_features(model.vision_tower, data_args, args, digest, datasets)
-    initialize_trained_parts(model, model_args, train_set, resumed)
-    table = check_trainable(
-        model,
-        language_model=trains_language_model(model_args),
-        vision_tower=model_args.tune_vision_tower == "full",
-    )
+    initialize_trained_parts(model, model_args, parts, train_set, resumed)
+    table = check_trainable(model, parts)
 
     examples: TrainingSet = train_set
     if data_args.packing:
@@ -128,6 +120,7 @@ def build_trainer(
         model,
         args,
         config,
+        parts,
         settings,
         data_args.max_bad_images,
         train_dataset=examples,
@@ -165,7 +158,7 @@ def _describe_data(
 ) -> str:
     text = f"{len(train_set):,} training examples"
     if isinstance(examples, PackedDataset):
-        text += f" in {len(examples):,} packs, {examples.fill:.1%} full"
+        text += f" in {len(examples):,} packs, {examples.fill_ratio:.1%} full"
     if trainer.args.world_size > 1:
         engine = trainer.accelerator.distributed_type.value
         text += f", {trainer.args.world_size} processes, {engine}"
@@ -267,7 +260,7 @@ def check_origin(model_args: ModelArguments, folder: str) -> None:
     for part, path in parts:
         # A part that is stored in the checkpoint itself was trained or merged: its digest differs rightly.
         is_in_checkpoint = Path(path).resolve().parent == Path(folder).resolve()
-        digest = trained_with["fingerprints"].get(part)
+        digest = trained_with["weights_digests"].get(part)
         if digest and not is_in_checkpoint:
             check_weights_digest(part, path, digest)
 
@@ -280,19 +273,10 @@ def build_config(
     Raises:
         ValueError: The weights of a pretrained part are missing.
     """
-    layers = tuple(model_args.mm_vision_select_layer)
-    return LlavaConfig(
-        language_model=resolve_path(model_args.model_name_or_path),
-        vision_tower=resolve_path(model_args.vision_tower),
-        mm_projector_type=model_args.mm_projector_type,
-        mm_vision_select_layer=layers[0] if len(layers) == 1 else layers,
-        mm_vision_select_feature=model_args.mm_vision_select_feature,
-        mm_token_pool=model_args.mm_token_pool,
-        template=model_args.template,
+    return replace(
+        model_config(model_args, args.frozen_dtype),
         instruction=_default_instruction(records),
-        dtype=args.frozen_dtype,
-        bits=model_args.bits,
-        fingerprints={
+        weights_digests={
             "language_model": _digest("--model_name_or_path", model_args.model_name_or_path),
             "vision_tower": _digest("--vision_tower", model_args.vision_tower),
         },
@@ -321,36 +305,20 @@ def _digest(option: str, name_or_path: str) -> str:
 # ---- what is trained ----
 
 
-def uses_lora(model_args: ModelArguments) -> bool:
-    """Return True if the language model gets a LoRA adapter."""
-    return model_args.lora_enable and not model_args.tune_mm_mlp_adapter
-
-
-def trains_language_model(model_args: ModelArguments) -> bool:
-    """Return True if the language model's own weights are trained (full fine-tuning)."""
-    is_frozen = (
-        model_args.freeze_backbone or model_args.lora_enable or model_args.tune_mm_mlp_adapter
-    )
-    return not is_frozen
-
-
-def set_trainable(model: Llava, model_args: ModelArguments) -> None:
+def set_trainable(model: Llava, model_args: ModelArguments, parts: TrainedParts) -> None:
     """Freeze the parts of the model that are frozen, and wrap those that are adapted."""
-    freeze(
-        model,
-        language_model=not trains_language_model(model_args),
-        vision_tower=model_args.tune_vision_tower != "full",
-    )
+    freeze(model, parts)
     rank, alpha, dropout = model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout
-    if model_args.tune_vision_tower == "lora":
+    if parts.vision_tower == "lora":
         add_tower_lora(model, rank, alpha, dropout)
-    if uses_lora(model_args):
+    if parts.language_model == "adapter":
         add_lora(model, rank, alpha, dropout, model_args.lora_bias)
 
 
 def initialize_trained_parts(
     model: Llava,
     model_args: ModelArguments,
+    parts: TrainedParts,
     train_set: CaptionDataset,
     resumed: Path | None = None,
 ) -> None:
@@ -359,6 +327,7 @@ def initialize_trained_parts(
     Args:
         model: The model, with adapters in place.
         model_args: Model options.
+        parts: What this run trains.
         train_set: Its images scale a new projector.
         resumed: The checkpoint of a resumed run.
 
@@ -368,7 +337,7 @@ def initialize_trained_parts(
     if resumed:
         load_trained_weights(model, resumed)
     elif model_args.init_from:
-        _check_same_parts(model, model_args, model_args.init_from)
+        _check_same_parts(parts, model_args, model_args.init_from)
         load_trained_weights(model, model_args.init_from)
     elif model_args.pretrain_mm_mlp_adapter:
         load_projector(model.projector, model_args.pretrain_mm_mlp_adapter)
@@ -376,36 +345,36 @@ def initialize_trained_parts(
         _scale_projector(model, train_set)
 
 
-def _check_same_parts(model: Llava, model_args: ModelArguments, folder: str) -> None:
+def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: str) -> None:
     """Check that what a checkpoint trained has a place in this run's model.
 
     Raises:
         ValueError: It has none, so its training would be lost.
     """
-    checkpoint = read_checkpoint_config(folder)
+    before = TrainedParts.from_stored(read_checkpoint_config(folder))
 
     # A tower that was trained must be trained again, or be loaded from the checkpoint as a frozen one.
-    trained_tower = checkpoint.get("trained_tower", "off")
     own_tower = Path(folder) / "vision_tower"
     loads_own_tower = Path(model_args.vision_tower).resolve() == own_tower.resolve()
-    if trained_tower not in ("off", tower_of(model)) and not loads_own_tower:
-        merge_first = " (`llava merge` writes it)" if trained_tower == "lora" else ""
+    if before.vision_tower not in ("none", parts.vision_tower) and not loads_own_tower:
+        merge_first = " (`llava merge` writes it)" if before.vision_tower == "lora" else ""
         raise ValueError(
-            f"--init_from {folder}: its vision tower was trained too. Pass --tune_vision_tower {trained_tower} to train it "
-            f"further, or --vision_tower {own_tower}{merge_first} to keep it frozen."
+            f"--init_from {folder}: its vision tower was trained too. Pass --tune_vision_tower {before.vision_tower} to "
+            f"train it further, or --vision_tower {own_tower}{merge_first} to keep it frozen."
         )
 
-    # The same for the language model. A projector alone fits any run.
-    trained, now = checkpoint["trained"], kind_of(model)
+    # The same for the language model. A projector alone fits any run; an adapter may be added to a language model that was
+    # trained as a whole, if the run loads that one.
     own_language_model = Path(folder) / "language_model"
     loads_own_language_model = (
-        trained == "language_model"
+        before.language_model == "full"
         and Path(model_args.model_name_or_path).resolve() == own_language_model.resolve()
     )
-    if trained not in (now, "projector") and not loads_own_language_model:
+    if before.language_model not in ("none", parts.language_model) and not loads_own_language_model:
         raise ValueError(
-            f"--init_from {folder}: the checkpoint trained its {trained}, this run trains the {now}. Merge it with "
-            f"`llava merge`, or pass --model_name_or_path {own_language_model}."
+            f"--init_from {folder}: the checkpoint trained the {before.stored['trained']}, this run trains the "
+            f"{parts.stored['trained']}. Merge the checkpoint with `llava merge`, or pass --model_name_or_path "
+            f"{own_language_model}."
         )
 
 
@@ -421,7 +390,7 @@ def _scale_projector(model: Llava, train_set: CaptionDataset) -> None:
     features = []
     for index in range(0, len(train_set.records), interval):
         try:
-            pixels, cached = train_set.images(train_set.records[index])
+            pixels, cached = train_set.load_images(train_set.records[index])
         except ImageError:
             continue  # reported and counted when training meets it
         if cached is not None:
@@ -430,7 +399,7 @@ def _scale_projector(model: Llava, train_set: CaptionDataset) -> None:
             features.append(model.vision_tower(pixels.to(device)).cpu())
     if not features:
         return
-    embedding = cast(nn.Embedding, model.language_model.get_input_embeddings())
+    embedding = model.language_model.get_input_embeddings()
     # Call the module, and do not read its weight: Gemma multiplies the embeddings by a constant.
     some_tokens = torch.arange(0, embedding.num_embeddings, 7, device=embedding.weight.device)
     words = embedding(some_tokens)

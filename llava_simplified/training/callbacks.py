@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import (
     TrainingArguments as HfTrainingArguments,
 )
 
+from llava_simplified.data.collate import Batch
 from llava_simplified.jobs import format_duration
 from llava_simplified.prompt import IMAGE_INDEX
 
@@ -240,17 +240,14 @@ class SampleWarnings:
         self.counts = Counter[str]()
         self._log = log
 
-    def add(self, input_ids: torch.Tensor, warnings: Sequence[str]) -> None:
+    def add(self, batch: Batch) -> None:
         """Add one batch.
-
-        Args:
-            input_ids: (batch, length).
-            warnings: The warnings of its samples.
 
         Raises:
             ValueError: More than `--max_bad_images` of the images could not be read.
         """
-        placeholders = int((input_ids == IMAGE_INDEX).sum())
+        warnings = batch["metadata"]["warnings"]
+        placeholders = int((batch["input_ids"] == IMAGE_INDEX).sum())
         self.counts["images"] += placeholders // self.tokens_per_image
         for warning in warnings:
             kind = warning.partition(",")[0]

@@ -8,15 +8,16 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.dataset import CaptionDataset, open_data
 from llava_simplified.data.records import Record
+from llava_simplified.model.build import build_vision_tower
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.model.weights import weights_digest
 from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures
+from llava_simplified.training.model_config import model_config
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +115,7 @@ def encode_data(
         raise ValueError(
             "--train_data_path is required: a .json, .jsonl or .parquet file of records."
         )
-    tower = VisionTower.from_pretrained(
-        model_args.vision_tower,
-        dtype=getattr(torch, args.frozen_dtype),
-        select_layer=model_args.mm_vision_select_layer,
-        select_feature=model_args.mm_vision_select_feature,
-        token_pool=model_args.mm_token_pool,
-    )
+    tower = build_vision_tower(model_config(model_args, args.frozen_dtype))
     tower.requires_grad_(False)
     names = [unique_image_names(records) for records, _ in opened]
     count = sum(len(images) for images in names)

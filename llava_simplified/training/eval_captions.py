@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from llava_simplified.data.dataset import CaptionDataset, record_pixels
+from llava_simplified.data.dataset import CaptionDataset, load_record_images
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.evaluation.metrics import Sample, evaluate
@@ -56,7 +56,7 @@ class EvalCaptions:
             if not record.images or not record.responses:
                 continue
             try:
-                dataset.images(record)
+                dataset.load_images(record)
             except ImageError:
                 continue  # reported and counted when its loss is computed
             self.rows.append((index, record))
@@ -101,7 +101,7 @@ class EvalCaptions:
     def _caption(self, model: Llava, records: Sequence[Record]) -> list[str]:
         features = []
         for record in records:
-            pixels, cached = self.dataset.images(record)
+            pixels, cached = self.dataset.load_images(record)
             if cached is not None:
                 features.append(cached.to(model.device))
             if pixels is not None:
@@ -117,7 +117,7 @@ class EvalCaptions:
 
     def _pixels(self, record: Record) -> torch.Tensor:
         """Return the first image of a record as the tower receives it: uint8 (3, height, width)."""
-        pixels = record_pixels(record, self.dataset.image_folder, self.dataset.transform)
+        pixels = load_record_images(record, self.dataset.image_folder, self.dataset.transform)
         assert pixels is not None, "only records with images are captioned"
         return pixels[0]
 

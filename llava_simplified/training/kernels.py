@@ -10,18 +10,16 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
-from typing import cast
 
 import torch
 import torch._functorch.config
-from torch import nn
-from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.extras import install_command
 from llava_simplified.model.build import quantization
+from llava_simplified.model.protocols import CausalLM
 
 # The share of a layer's activations that a compiled layer may keep for backward; the rest is computed again. 0.9 saves a
 # tenth of the memory at no measurable cost: only operations that are almost free are repeated.
@@ -45,7 +43,7 @@ def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArgu
 def _check_attention(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
     name = model.attn_implementation
     option = f"--attn_implementation {name}"
-    if name in (None, "sdpa", "eager"):
+    if name in (None, "sdpa", "eager", "cpu_matmul", "short"):
         return
     if name == "flex_attention":
         if args.device.type != "cuda":
@@ -127,7 +125,7 @@ def _cpp_compiler() -> str:
     return os.environ.get("CXX") or default
 
 
-def compile_layers(language_model: nn.Module) -> None:
+def compile_layers(language_model: CausalLM) -> None:
     """Compile each decoder layer in place.
 
     The layers are alike, so the compiler works for seconds, and not for minutes as for a whole model.
@@ -135,7 +133,7 @@ def compile_layers(language_model: nn.Module) -> None:
     Raises:
         ValueError: The model does not declare which modules are its layers.
     """
-    layer_names = set(cast(PreTrainedModel, language_model)._no_split_modules or ())
+    layer_names = set(language_model._no_split_modules or ())
     layers = [module for module in language_model.modules() if type(module).__name__ in layer_names]
     if not layers:
         raise ValueError(
@@ -148,9 +146,7 @@ def compile_layers(language_model: nn.Module) -> None:
         layer.compile(dynamic=True)
 
 
-def choose_attention(
-    language_model: PreTrainedModel, requested: str | None, device_type: str
-) -> None:
+def choose_attention(language_model: CausalLM, requested: str | None, device_type: str) -> None:
     """Use `cpu_matmul` attention on a CPU, unless another kernel was requested or the model does not use sdpa.
 
     Args:
@@ -164,7 +160,7 @@ def choose_attention(
         language_model.set_attn_implementation("cpu_matmul")
 
 
-def use_liger_kernels(language_model: PreTrainedModel) -> None:
+def use_liger_kernels(language_model: CausalLM) -> None:
     """Replace norms, rotary embeddings and gated MLPs by Liger's kernels (Hsu et al., 2024). Call it before LoRA wraps layers.
 
     Liger's fused loss is not used: it would compute the logits of all positions, and only trained positions get any.

@@ -19,29 +19,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import expand_example
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.records import Record, open_records
-from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.model.build import load_tokenizer
-from llava_simplified.model.llava import DEFAULT_INSTRUCTION, Llava
+from llava_simplified.model.build import build_model
+from llava_simplified.model.config import DEFAULT_INSTRUCTION
+from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import check_trainable, count_parameters
-from llava_simplified.model.projector import build_projector
-from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
-from llava_simplified.training.build_trainer import set_trainable, trains_language_model
+from llava_simplified.training.build_trainer import set_trainable
 from llava_simplified.training.kernels import choose_attention
 from llava_simplified.training.memory_tracker import MemoryTracker
+from llava_simplified.training.model_config import model_config, trained_parts
 
 # Records whose tokens are counted: half of them evenly spread over the data, half those with the longest texts.
 SAMPLED_RECORDS = 2000
@@ -128,46 +126,20 @@ class DataLengths:
 
 
 def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Llava:
-    """Build the model of a run on the meta device, from configurations and tokenizer alone.
+    """Build the model of a run on the meta device, frozen and adapted as for training.
 
     Raises:
-        ValueError: A configuration cannot be read.
+        ValueError: A configuration or the tokenizer cannot be read.
     """
-    dtype = getattr(torch, args.frozen_dtype)
-    try:
-        vision_config = AutoConfig.from_pretrained(model_args.vision_tower)
-        text_config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-    except OSError as error:
-        raise ValueError(
-            f"--model_name_or_path, --vision_tower: the model's configuration cannot be read: {error}"
-        ) from error
-    layers = tuple(model_args.mm_vision_select_layer)
-    tower = VisionTower.from_config(
-        getattr(vision_config, "vision_config", vision_config),
-        ImageTransform.from_pretrained(model_args.vision_tower),
-        select_layer=layers[0] if len(layers) == 1 else layers,
-        select_feature=model_args.mm_vision_select_feature,
-        token_pool=model_args.mm_token_pool,
-    ).to(dtype)
     # Other kernels do not accept fake tensors; they save as little for backward as sdpa does.
     attention = model_args.attn_implementation
     if attention not in (None, "eager"):
         attention = "sdpa"
-    with torch.device("meta"):
-        language_model = cast(
-            PreTrainedModel,
-            AutoModelForCausalLM.from_config(
-                text_config, dtype=dtype, attn_implementation=attention
-            ),
-        )
-        choose_attention(language_model, model_args.attn_implementation, args.device.type)
-        embedding = cast(nn.Embedding, language_model.get_input_embeddings())
-        projector = build_projector(
-            model_args.mm_projector_type, tower.width, embedding.weight.shape[1]
-        )
-        tokenizer = load_tokenizer(model_args.model_name_or_path)
-        model = Llava(tower, projector, language_model, tokenizer, model_args.template)
-        set_trainable(model, model_args)
+    config = model_config(model_args, args.frozen_dtype)
+    model = build_model(config, device="meta", attn_implementation=attention)
+    choose_attention(model.language_model, model_args.attn_implementation, args.device.type)
+    with torch.device("meta"):  # the adapters too
+        set_trainable(model, model_args, trained_parts(model_args))
     if args.gradient_checkpointing:
         # Fake tensors have no random state that could be preserved.
         options = {"preserve_rng_state": False, "use_reentrant": False}
@@ -224,7 +196,7 @@ def _example_lengths(
     )
     lengths = []
     for index in range(len(dataset)):
-        example = dataset.text(*dataset.locate(index))
+        example = dataset.tokenize(*dataset.locate(index))
         expanded = expand_example(example, model.vision_tower.num_tokens)
         lengths.append(
             ExampleLength(
@@ -321,7 +293,7 @@ def measure_step(
             functional_call(step, fake_weights, (batch,))
 
     # Logits and their gradients are the storages whose last dimension is the vocabulary.
-    head = cast(nn.Linear, model.language_model.get_output_embeddings())
+    head = model.language_model.get_output_embeddings()
     vocabulary = head.weight.shape[0]
     logits = 0
     for size, shape in tracker.at_peak:
@@ -385,11 +357,7 @@ def make_plan(
     row_positions = data.pack_length if data.packing else lengths.longest.positions
 
     return Plan(
-        table=check_trainable(
-            model,
-            language_model=trains_language_model(model_args),
-            vision_tower=model_args.tune_vision_tower == "full",
-        ),
+        table=check_trainable(model, trained_parts(model_args)),
         memory=memory,
         peak=memory["weights"] + memory["optimizer"] + step_peak,
         positions=lengths.mean_positions,

@@ -35,6 +35,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.llava import Llava
 
 # Where DeepSpeed trains in half precision, its optimizer updates a float32 copy of the weights ("master weights").
@@ -68,17 +69,15 @@ def enable_fsdp_on_cpu(accelerator: Accelerator, options: Mapping[str, Any]) -> 
 # ---- weights ----
 
 
-def full_state_dict(
-    model: Llava, *, whole_vision_tower: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
+def full_state_dict(model: Llava, parts: TrainedParts) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the trained weights by name, in float32, gathered from all processes.
 
     All processes must iterate over it.
 
     Args:
         model: The unwrapped model.
-        whole_vision_tower: Yield the frozen weights of the vision tower too. A fully trained tower is saved as a
-            model folder of its own, which also contains the layers behind the last one that is trained.
+        parts: What is trained. A fully trained vision tower is saved as a model folder of its own, so its frozen
+            weights are yielded too: those of the layers behind the last one that features depend on.
     """
     for name, parameter in _trained_parameters(model):
         if _is_zero(parameter):
@@ -87,7 +86,7 @@ def full_state_dict(
             yield name, safe_get_full_fp32_param(parameter)
         else:
             yield name, _gather(parameter.detach())
-    if whole_vision_tower:
+    if parts.vision_tower == "full":
         yield from _frozen_tower_weights(model)
 
 

@@ -49,12 +49,12 @@ from transformers.trainer_utils import (
 )
 
 from llava_simplified.arguments import TrainingArguments
-from llava_simplified.data.collate import Collator
+from llava_simplified.data.collate import Batch, Collator
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.samplers import LengthGroupedSampler
-from llava_simplified.model.checkpoint import copy_checkpoint, save_checkpoint, tower_of
-from llava_simplified.model.config import LlavaConfig
+from llava_simplified.model.checkpoint import copy_checkpoint, save_checkpoint
+from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.callbacks import (
     GradientNormMonitor,
@@ -74,8 +74,8 @@ from llava_simplified.training.sharding import (
 logger = logging.getLogger(__name__)
 
 TrainingSet = CaptionDataset | PackedDataset
-# A batch of `Collator`: tensors by name, and "metadata", a dict of ids, warnings and token counts.
-Batch = dict[str, Any]
+# The arguments of `Llava.forward`: a batch of `Collator` without its metadata.
+ModelInputs = dict[str, torch.Tensor]
 
 MAX_LISTED_SAMPLES = 16
 
@@ -87,6 +87,7 @@ class LlavaTrainer(transformers.Trainer):
         model: The model; what is trained requires gradients.
         args: Training options.
         config: Config of the model, written into every checkpoint.
+        parts: What is trained; it decides what a checkpoint contains.
         settings: Options of the run, written into every checkpoint and compared when the run is resumed.
         max_bad_images: Largest share of images that may be unreadable.
         train_dataset: Examples, or packs of examples.
@@ -101,6 +102,7 @@ class LlavaTrainer(transformers.Trainer):
         model: Llava,
         args: TrainingArguments,
         config: LlavaConfig,
+        parts: TrainedParts,
         settings: Mapping[str, Any],
         max_bad_images: float,
         train_dataset: TrainingSet,
@@ -112,7 +114,7 @@ class LlavaTrainer(transformers.Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=data_collator,
+            data_collator=cast(Any, data_collator),
         )
         for stock_callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock_callback)
@@ -135,6 +137,7 @@ class LlavaTrainer(transformers.Trainer):
                 "--metric_for_best_model eval_loss."
             )
         self.llava_config = config
+        self.parts = parts
         self.settings = dict(settings)
         # The loss is scaled in `compute_loss`, once. Both flags keep the stock trainer from scaling it again.
         self.model_accepts_loss_kwargs = False
@@ -178,7 +181,7 @@ class LlavaTrainer(transformers.Trainer):
         trained = tokens = positions = 0
         for batch in batches:
             metadata = batch["metadata"]
-            self.sample_warnings.add(batch["input_ids"], metadata["warnings"])
+            self.sample_warnings.add(batch)
             self._step_sample_ids += metadata["ids"]
             trained += len(batch["labels"])
             tokens += metadata["tokens"]
@@ -192,7 +195,7 @@ class LlavaTrainer(transformers.Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Batch,
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
@@ -200,7 +203,7 @@ class LlavaTrainer(transformers.Trainer):
 
         Args:
             model: The prepared model.
-            inputs: A batch of `Collator`.
+            inputs: A batch of `Collator`; its metadata is removed.
             return_outputs: Return the model's outputs too.
             num_items_in_batch: Trained tokens of the step on all processes; None: average over this batch alone.
 
@@ -274,9 +277,10 @@ class LlavaTrainer(transformers.Trainer):
         # (2,): sum of the token losses, number of tokens.
         totals = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         for batch in dataloader:
-            metadata = batch.pop("metadata")
-            self.sample_warnings.add(batch["input_ids"], metadata["warnings"])
-            inputs = self._prepare_inputs(self.drop_padding_samples(batch))
+            self.sample_warnings.add(batch)
+            inputs = cast(ModelInputs, {**batch})
+            del inputs["metadata"]
+            inputs = self._prepare_inputs(self.drop_padding_samples(inputs))
             with torch.no_grad(), self.compute_loss_context_manager():
                 loss_sum = model(**inputs).loss.double()
                 token_count = totals.new_tensor(len(inputs["labels"]))
@@ -294,7 +298,7 @@ class LlavaTrainer(transformers.Trainer):
         samples = self.num_examples(dataloader)
         return EvalLoopOutput(None, None, metrics, samples)  # type: ignore[arg-type]
 
-    def drop_padding_samples(self, batch: Batch) -> Batch:
+    def drop_padding_samples(self, inputs: ModelInputs) -> ModelInputs:
         """Remove the labels of samples that only fill up the last batches.
 
         All processes need the same number of batches, so accelerate fills up the last ones with copies of the first
@@ -309,15 +313,15 @@ class LlavaTrainer(transformers.Trainer):
         state = self.accelerator.gradient_state
         is_filled_up = state.end_of_dataloader and state.remainder > 0
         if not is_filled_up:
-            return batch
-        rows, length = batch["input_ids"].shape
+            return inputs
+        rows, length = inputs["input_ids"].shape
         # `remainder` counts the real samples of the last batches of all processes together.
         real_rows = state.remainder - self.accelerator.process_index * rows
-        is_real = batch["logit_positions"] // length < real_rows
+        is_real = inputs["logit_positions"] // length < real_rows
         return {
-            **batch,
-            "logit_positions": batch["logit_positions"][is_real],
-            "labels": batch["labels"][is_real],
+            **inputs,
+            "logit_positions": inputs["logit_positions"][is_real],
+            "labels": inputs["labels"][is_real],
         }
 
     def _create_eval_captions(self, eval_dataset: CaptionDataset | None) -> EvalCaptions | None:
@@ -395,10 +399,7 @@ class LlavaTrainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a checkpoint that `Llava.from_pretrained` loads, without the trainer's state."""
         model = self.unwrapped_model
-        whole_tower = tower_of(model) == "full"
-        weights = self._gather_on_main_process(
-            full_state_dict(model, whole_vision_tower=whole_tower)
-        )
+        weights = self._gather_on_main_process(full_state_dict(model, self.parts))
         if not self.args.should_save:
             return
         if self._staging:
@@ -406,7 +407,8 @@ class LlavaTrainer(transformers.Trainer):
         else:
             folder = Path(output_dir or self.output_dir)
         progress = {"steps": self.state.global_step, "epochs": self.state.epoch}
-        save_checkpoint(model, folder, self.llava_config, {**progress, **self.settings}, weights)
+        training = {**progress, **self.settings}
+        save_checkpoint(model, folder, self.llava_config, self.parts, training, weights)
 
     def save_final(self) -> None:
         """Save into the output folder: the last weights, or with `--load_best_model_at_end` the best checkpoint."""

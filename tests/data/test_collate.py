@@ -17,7 +17,7 @@ from llava_simplified.prompt import IMAGE_INDEX as IMAGE
 def test_a_batch_position_by_position() -> None:
     first = Example([0, IMAGE, 5, 6, 7], [NO, NO, NO, 6, 7], pixel_values=torch.zeros(1, 3, 2, 2))
     second = Example([0, 8, 9], [NO, 8, 9], warnings=["cut, row 2"])
-    batch = Collator(tokens_per_image=3, pad_id=99)([first, second])
+    batch = Collator(tokens_per_image=3, pad_token_id=99)([first, second])
     assert batch["input_ids"].tolist() == [
         [0, IMAGE, IMAGE, IMAGE, 5, 6, 7],
         [0, 8, 9, 99, 99, 99, 99],
@@ -35,7 +35,7 @@ def test_a_shared_prompt_position_by_position() -> None:
     shared = Example(
         [0, IMAGE, 4, 5, 6, 1, 7, 1], [NO, NO, NO, 5, 6, 1, 7, 1], branches=[0, 0, 0, 1, 1, 1, 2, 2]
     )
-    batch = Collator(tokens_per_image=2, pad_id=99)([shared, Example([0, 8], [NO, 8])])
+    batch = Collator(tokens_per_image=2, pad_token_id=99)([shared, Example([0, 8], [NO, 8])])
     assert batch["input_ids"][0].tolist() == [0, IMAGE, IMAGE, 4, 5, 6, 1, 7, 1]
     assert batch["branch_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2], [0] * 9]
     assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5]

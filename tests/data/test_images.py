@@ -223,7 +223,7 @@ def test_the_region_is_what_the_tower_is_shown(resize: int | tuple[int, int]) ->
         np.uint8
     )
     transform = ImageTransform(resize, (64, 64), "bilinear", (0, 0, 0), (1, 1, 1))
-    left, top, right, bottom = transform.region(height, width)
+    left, top, right, bottom = transform.visible_region(height, width)
     shown = transform(ruler).float()
     for place in (20, 32, 44):
         part = (place + 0.5) / 64

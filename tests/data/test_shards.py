@@ -14,7 +14,7 @@ import pytest
 
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.shards import (
-    END,
+    END_OF_ARCHIVE,
     ShardWriter,
     read_shard_image,
     tar_members,
@@ -52,7 +52,7 @@ def test_tarfile_reads_what_is_written(tmp_path: Path) -> None:
     assert [members[f"{i:09d}.jpg"] for i in range(20)] == pictures
     assert members["000000003.txt"] == "caption 3\né".encode()
     assert json.loads(members["000000003.json"]) == {"width": 3}
-    assert (tmp_path / "0.tar").read_bytes().endswith(END)
+    assert (tmp_path / "0.tar").read_bytes().endswith(END_OF_ARCHIVE)
 
 
 def test_what_a_killed_writer_left_is_cut_off(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from llava_simplified.export.export_command import export_main, merge_main, push
 from llava_simplified.export.stock import export_stock
 from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
-from llava_simplified.model.config import LlavaConfig
+from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, freeze
 from llava_simplified.training.train_command import train
@@ -498,9 +498,9 @@ def test_an_export_holds_the_model_once(models_folder: Path, tmp_path: Path) -> 
     for name, text in (("a", models_folder / "llama"), ("b", tmp_path / "large")):
         parts = {"language_model": str(text), "vision_tower": str(models_folder / "clip")}
         model = build_model(architecture := LlavaConfig(**parts, dtype="bfloat16"))
-        freeze(model, language_model=True, vision_tower=True)
+        freeze(model, TrainedParts())
         add_lora(model, 4, 8, 0.0, "none")
-        save_checkpoint(model, tmp_path / name, architecture)
+        save_checkpoint(model, tmp_path / name, architecture, TrainedParts("adapter"))
     del large, model
     words = [sys.executable, "-c", PEAK, tmp_path / "a", tmp_path / "b", tmp_path / "stock"]
     done = subprocess.run(list(map(str, words)), env=ENVIRONMENT, capture_output=True, text=True)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llava_simplified import cli
 from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import load_checkpoint, load_trained_weights, save_checkpoint
-from llava_simplified.model.config import LlavaConfig
+from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, freeze
 from llava_simplified.model.weights import weights_digest
@@ -37,12 +37,13 @@ def logits(model: Llava) -> torch.Tensor:
 
 def trained_model(
     folder: Path, how: str, tower_how: str = "off", **choices
-) -> tuple[Llava, LlavaConfig]:
+) -> tuple[Llava, LlavaConfig, TrainedParts]:
     text, tower = str(folder / "mistral"), str(folder / "clip")
     prints = {"language_model": weights_digest(text), "vision_tower": weights_digest(tower)}
-    architecture = LlavaConfig(text, tower, fingerprints=prints, **choices)
+    architecture = LlavaConfig(text, tower, weights_digests=prints, **choices)
     model = build_model(architecture)
-    freeze(model, language_model=how != "language_model", vision_tower=tower_how != "full")
+    parts = TrainedParts.from_stored({"trained": how, "trained_tower": tower_how})
+    freeze(model, parts)
     if tower_how == "lora":
         add_tower_lora(model, 2, 4)
     if how == "adapter":
@@ -51,7 +52,7 @@ def trained_model(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval(), architecture
+    return model.eval(), architecture, parts
 
 
 @pytest.mark.parametrize("how", ["adapter", "projector", "language_model"])
@@ -59,8 +60,8 @@ def trained_model(
 def test_a_checkpoint_loads_with_the_same_logits(
     models_folder: Path, tmp_path: Path, how: str, kind: str
 ) -> None:
-    model, architecture = trained_model(models_folder, how, mm_projector_type=kind)
-    save_checkpoint(model, tmp_path / "renamed as one likes", architecture)
+    model, architecture, parts = trained_model(models_folder, how, mm_projector_type=kind)
+    save_checkpoint(model, tmp_path / "renamed as one likes", architecture, parts)
     again = Llava.from_pretrained(tmp_path / "renamed as one likes")
     assert torch.equal(logits(model), logits(again))
     assert (
@@ -73,12 +74,12 @@ def test_a_checkpoint_loads_with_the_same_logits(
 def test_a_trained_tower_comes_back(
     models_folder: Path, tmp_path: Path, how: str, tower_how: str
 ) -> None:
-    model, architecture = trained_model(models_folder, how, tower_how)
-    save_checkpoint(model, tmp_path / "c", architecture)
+    model, architecture, parts = trained_model(models_folder, how, tower_how)
+    save_checkpoint(model, tmp_path / "c", architecture, parts)
     assert json.loads((tmp_path / "c" / "llava.json").read_text())["trained_tower"] == tower_how
     again = Llava.from_pretrained(tmp_path / "c")
     assert torch.equal(logits(model), logits(again))
-    base, _ = trained_model(models_folder, "projector")
+    base, _, _ = trained_model(models_folder, "projector")
     base.projector.load_state_dict(model.projector.state_dict())
     assert not torch.equal(logits(base), logits(again)), "the tower was trained"
     merged = load_checkpoint(tmp_path / "c", merge=True)
@@ -113,8 +114,8 @@ def test_missing_weights_of_a_language_model_are_refused(
 
 
 def test_an_adapter_can_be_trained_further(models_folder: Path, tmp_path: Path) -> None:
-    model, architecture = trained_model(models_folder, "adapter", "lora")
-    save_checkpoint(model, tmp_path / "c", architecture)
+    model, architecture, parts = trained_model(models_folder, "adapter", "lora")
+    save_checkpoint(model, tmp_path / "c", architecture, parts)
     again = load_checkpoint(tmp_path / "c", trainable=True)
     assert all(
         p.requires_grad == ("lora_" in n or n.startswith("projector."))
@@ -126,8 +127,8 @@ def test_the_adapter_is_a_stock_peft_adapter(models_folder: Path, tmp_path: Path
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model, architecture = trained_model(models_folder, "adapter")
-    save_checkpoint(model, tmp_path / "c", architecture)
+    model, architecture, parts = trained_model(models_folder, "adapter")
+    save_checkpoint(model, tmp_path / "c", architecture, parts)
     base = AutoModelForCausalLM.from_pretrained(models_folder / "mistral")
     stock = PeftModel.from_pretrained(base, str(tmp_path / "c" / "adapter")).eval()
     ids = torch.tensor([[0, 5, 6, 7]])
@@ -135,10 +136,10 @@ def test_the_adapter_is_a_stock_peft_adapter(models_folder: Path, tmp_path: Path
 
 
 def test_several_layers_and_a_pool_come_back(models_folder: Path, tmp_path: Path) -> None:
-    model, architecture = trained_model(
+    model, architecture, parts = trained_model(
         models_folder, "projector", mm_vision_select_layer=(-2, -1), mm_token_pool=2
     )
-    save_checkpoint(model, tmp_path / "c", architecture)
+    save_checkpoint(model, tmp_path / "c", architecture, parts)
     again = load_checkpoint(tmp_path / "c")
     assert again.vision_tower.num_tokens == 4
     assert torch.equal(logits(model), logits(again))
@@ -147,11 +148,11 @@ def test_several_layers_and_a_pool_come_back(models_folder: Path, tmp_path: Path
 def test_saving_into_a_folder_with_logs_replaces_and_keeps(
     models_folder: Path, tmp_path: Path
 ) -> None:
-    model, architecture = trained_model(models_folder, "adapter")
+    model, architecture, parts = trained_model(models_folder, "adapter")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "trainer_log.jsonl").write_text("{}\n")
-    save_checkpoint(model, tmp_path / "out", architecture)
-    save_checkpoint(model, tmp_path / "out", architecture)
+    save_checkpoint(model, tmp_path / "out", architecture, parts)
+    save_checkpoint(model, tmp_path / "out", architecture, parts)
     assert (tmp_path / "out" / "trainer_log.jsonl").exists()
     assert torch.equal(logits(load_checkpoint(tmp_path / "out")), logits(model))
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "a temporary folder was left behind"
@@ -164,8 +165,8 @@ def test_saving_into_a_folder_with_logs_replaces_and_keeps(
 def test_a_missing_weight_is_named(
     models_folder: Path, tmp_path: Path, file: str, key: str | None
 ) -> None:
-    model, architecture = trained_model(models_folder, "adapter")
-    save_checkpoint(model, tmp_path / "c", architecture)
+    model, architecture, parts = trained_model(models_folder, "adapter")
+    save_checkpoint(model, tmp_path / "c", architecture, parts)
     tensors = load_file(tmp_path / "c" / file)
     key = key or sorted(tensors)[0]
     del tensors[key]
@@ -177,8 +178,8 @@ def test_a_missing_weight_is_named(
 def test_an_unexpected_weight_and_a_wrong_shape_are_named(
     models_folder: Path, tmp_path: Path
 ) -> None:
-    model, architecture = trained_model(models_folder, "projector")
-    save_checkpoint(model, tmp_path / "c", architecture)
+    model, architecture, parts = trained_model(models_folder, "projector")
+    save_checkpoint(model, tmp_path / "c", architecture, parts)
     path = tmp_path / "c" / "projector.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "extra": torch.zeros(1)}, path)
@@ -192,8 +193,8 @@ def test_an_unexpected_weight_and_a_wrong_shape_are_named(
 def test_other_base_weights_of_the_same_shape_are_refused(
     models_folder: Path, tmp_path: Path
 ) -> None:
-    model, architecture = trained_model(models_folder, "adapter")
-    save_checkpoint(model, tmp_path / "c", architecture)
+    model, architecture, parts = trained_model(models_folder, "adapter")
+    save_checkpoint(model, tmp_path / "c", architecture, parts)
     other = tmp_path / "mistral"
     shutil.copytree(models_folder / "mistral", other)
     assert torch.equal(
@@ -212,8 +213,8 @@ def test_other_base_weights_of_the_same_shape_are_refused(
 
 
 def test_a_base_that_is_gone_names_the_option(models_folder: Path, tmp_path: Path) -> None:
-    model, architecture = trained_model(models_folder, "adapter")
-    save_checkpoint(model, tmp_path / "c", architecture)
+    model, architecture, parts = trained_model(models_folder, "adapter")
+    save_checkpoint(model, tmp_path / "c", architecture, parts)
     manifest = json.loads((tmp_path / "c" / "llava.json").read_text())
     manifest["architecture"]["language_model"] = "/nowhere/mistral"
     (tmp_path / "c" / "llava.json").write_text(json.dumps(manifest))
@@ -248,9 +249,9 @@ def test_a_lone_file_that_is_missing_is_named_before_training_and_after(
     shutil.copytree(models_folder / "clip", tmp_path / "vision")
     parts = {"language_model": str(tmp_path / "language"), "vision_tower": str(tmp_path / "vision")}
     prints = {key: weights_digest(folder) for key, folder in parts.items()}
-    architecture = LlavaConfig(**parts, fingerprints=prints)
-    freeze(model := build_model(architecture), language_model=True, vision_tower=True)
-    save_checkpoint(model, tmp_path / "c", architecture)
+    architecture = LlavaConfig(**parts, weights_digests=prints)
+    freeze(model := build_model(architecture), TrainedParts())
+    save_checkpoint(model, tmp_path / "c", architecture, TrainedParts())
     (tmp_path / part / name).unlink()
     words = [
         "--model_name_or_path",
@@ -295,7 +296,7 @@ def test_a_hubs_weights_are_told_apart_by_the_files_that_are_loaded(
 def test_a_folder_that_is_no_checkpoint(models_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"llava\.json is missing"):
         load_checkpoint(tmp_path)
-    model, architecture = trained_model(models_folder, "projector")
-    save_checkpoint(model, tmp_path / "checkpoint-4", architecture)
+    model, architecture, parts = trained_model(models_folder, "projector")
+    save_checkpoint(model, tmp_path / "checkpoint-4", architecture, parts)
     with pytest.raises(ValueError, match="did you mean .*checkpoint-4"):
         load_checkpoint(tmp_path)

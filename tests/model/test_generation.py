@@ -12,7 +12,7 @@ import torch
 from test_llava import LANGUAGE_MODELS, build, pictures
 from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, RwkvConfig, xLSTMConfig
 
-from llava_simplified.data.collate import expand_images, pad
+from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
 from llava_simplified.model.generation import DecodingBatch, GenerationOptions, generate
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
@@ -29,12 +29,12 @@ def stock(
     model: Llava, prompts: list[list[int]], pixels: torch.Tensor | None, **options
 ) -> list[list[int]]:
     """transformers' own loop on the same spliced embeddings; cut at the end token."""
-    rows = [expand_images(prompt, model.vision_tower.num_tokens) for prompt in prompts]
+    rows = [expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts]
     features = None if pixels is None else model.vision_tower(pixels)
     with torch.no_grad():
         ids = model.language_model.generate(
-            inputs_embeds=model.splice(pad(rows, 1, "left"), features),
-            attention_mask=pad([np.ones(len(row)) for row in rows], 0, "left"),
+            inputs_embeds=model.splice(pad_sequences(rows, 1, "left"), features),
+            attention_mask=pad_sequences([np.ones(len(row)) for row in rows], 0, "left"),
             eos_token_id=model.prompt.stop_ids,
             pad_token_id=1,
             do_sample=False,
@@ -148,7 +148,9 @@ def test_samples_follow_the_models_distribution(models_folder: Path) -> None:
     drawn = torch.tensor(
         [row[0] for row in run(DecodingBatch(model, prompts, model.vision_tower(pixels), options))]
     )
-    ids = torch.from_numpy(expand_images(prompts[0], model.vision_tower.num_tokens))[None]
+    ids = torch.from_numpy(expand_image_placeholders(prompts[0], model.vision_tower.num_tokens))[
+        None
+    ]
     with torch.no_grad():
         scores = model.language_model(
             inputs_embeds=model.splice(ids, model.vision_tower(pixels))

@@ -12,7 +12,12 @@ from torch.nn.functional import cross_entropy
 from transformers import LlavaConfig as StockLlavaConfig
 from transformers import LlavaForConditionalGeneration
 
-from llava_simplified.data.collate import Collator, Example, expand_images, pad
+from llava_simplified.data.collate import (
+    Collator,
+    Example,
+    expand_image_placeholders,
+    pad_sequences,
+)
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.generation import GenerationOptions, generate
@@ -68,8 +73,8 @@ def collate(model: Llava, samples: list[Example]) -> dict[str, torch.Tensor]:
 def plain_loss(model: Llava, sample: Example) -> torch.Tensor:
     """One sample, full logits, a Python loop over the tokens: the definition that the fast way must equal."""
     tokens = model.vision_tower.num_tokens
-    ids = expand_images(sample.input_ids, tokens)
-    labels = expand_images(sample.input_ids, tokens, sample.labels)
+    ids = expand_image_placeholders(sample.input_ids, tokens)
+    labels = expand_image_placeholders(sample.input_ids, tokens, sample.labels)
     rows, image = [], 0
     features = (
         None
@@ -151,7 +156,7 @@ def test_the_splice_equals_stock_llava(models_folder: Path, text: str, feature: 
         )
 
     pixels = pictures(model, 2)
-    ids = expand_images(
+    ids = expand_image_placeholders(
         model.prompt.render([Message("user", "<image> and <image>?")], "no").input_ids,
         model.vision_tower.num_tokens,
     )
@@ -242,7 +247,7 @@ def test_greedy_generation_equals_the_full_forward(models_folder: Path, text: st
     pixels = pictures(model, 1)
     prompt = model.prompt.render([Message("user", "<image>\nWhat?")], None).input_ids
     caption = generate(model, [prompt], pixels, GenerationOptions(max_new_tokens=10))[0][0]
-    ids = torch.from_numpy(expand_images(prompt, model.vision_tower.num_tokens))[None]
+    ids = torch.from_numpy(expand_image_placeholders(prompt, model.vision_tower.num_tokens))[None]
     new: list[int] = []
     with torch.no_grad():
         embeds = model.splice(ids, model.vision_tower(pixels))
@@ -285,9 +290,12 @@ def test_sampling_repeats_with_its_seed(models_folder: Path) -> None:
 
 
 def test_images_make_room_and_rows_are_padded_on_the_side_asked() -> None:
-    rows = [expand_images([5, IMAGE_INDEX, 6], 3), expand_images([7], 3)]
-    assert pad(rows, 0).tolist() == [[5, IMAGE_INDEX, IMAGE_INDEX, IMAGE_INDEX, 6], [7, 0, 0, 0, 0]]
-    assert pad(rows, 0, "left").tolist()[1] == [0, 0, 0, 0, 7]
+    rows = [expand_image_placeholders([5, IMAGE_INDEX, 6], 3), expand_image_placeholders([7], 3)]
+    assert pad_sequences(rows, 0).tolist() == [
+        [5, IMAGE_INDEX, IMAGE_INDEX, IMAGE_INDEX, 6],
+        [7, 0, 0, 0, 0],
+    ]
+    assert pad_sequences(rows, 0, "left").tolist()[1] == [0, 0, 0, 0, 7]
 
 
 def test_generation_options_refuse_nonsense() -> None:

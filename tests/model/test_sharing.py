@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llava_simplified.data.collate import Collator, Example
 from llava_simplified.model import cpu_attention
+from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.cpu_attention import cpu_matmul_attention
 from llava_simplified.model.language_model import attention_kwargs, shared_prefix_mask
 from llava_simplified.model.llava import Llava
@@ -32,7 +33,7 @@ CAPTIONS = [
 def double(folder: Path, text: str, attention: str) -> Llava:
     model = build(folder, text)
     model.language_model.set_attn_implementation(attention)
-    freeze(model, language_model=True)
+    freeze(model, TrainedParts())
     add_lora(model, rank=2, alpha=4)
     for name, parameter in model.language_model.named_parameters():
         if "lora_B" in name:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
-from llava_simplified.model.config import LlavaConfig
+from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
 
 
@@ -24,14 +24,17 @@ def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for parameter in model.projector.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     folder = tmp_path_factory.mktemp("served") / "tiny"
-    save_checkpoint(model, folder, architecture)
+    save_checkpoint(model, folder, architecture, TrainedParts())
     return folder
 
 
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> Llava:
     model = Llava.from_pretrained(checkpoint)
-    model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 20)]  # a random model would never end
+    model.prompt.stop_ids = [
+        *model.prompt.stop_ids,
+        *range(3, 20),
+    ]  # a random model would never end
     return model
 
 
@@ -41,6 +44,8 @@ def photos() -> list[bytes]:
     random, files = np.random.default_rng(5), []
     for _ in range(20):
         file = io.BytesIO()
-        Image.fromarray(random.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((48, 40)).save(file, "PNG")
+        Image.fromarray(random.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((48, 40)).save(
+            file, "PNG"
+        )
         files.append(file.getvalue())
     return files

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
-from starlette.applications import Starlette
+from starlette.routing import Route
 
 from llava_simplified.cli import main as llava
 from llava_simplified.model.llava import Llava
@@ -35,6 +35,7 @@ from llava_simplified.prepare.fetch import FetchOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.api import Limits, Turn, create_app
 from llava_simplified.serve.engine import Worker
+from llava_simplified.serve.page import page_routes
 
 CHAT = "/v1/chat/completions"
 DEFAULTS = Limits()
@@ -52,7 +53,9 @@ class Live:
         return httpx.post(self.url + CHAT, json=body, timeout=60, **more)
 
     def metric(self, name: str) -> float:
-        found = re.search(rf"^{re.escape(name)} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+        found = re.search(
+            rf"^{re.escape(name)} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE
+        )
         return float(found[1]) if found else 0.0
 
     def wait(self, condition: Callable[[], bool]) -> None:
@@ -68,13 +71,21 @@ def live(
     model: Llava,
     key: str = "",
     limits: Limits = DEFAULTS,
-    mount: Callable[[Starlette, Worker], object] = lambda *_: None,
+    examples: Sequence[bytes] | None = None,
+    allowed_hosts: Sequence[str] = (),
     **batching: Any,
 ) -> Iterator[Live]:
+    """Run a server in a thread; with the page if `examples` is given."""
     worker = Worker(model, **batching)
-    app = create_app(worker, "tiny", key, limits)
-    mount(app, worker)
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", access_log=False))
+    page: list[Route] = []
+    if examples is not None:
+        page = page_routes(
+            "tiny", model.instruction, limits, worker.batch_size, bool(key), examples
+        )
+    app = create_app(worker, "tiny", key, limits, page, allowed_hosts)
+    server = uvicorn.Server(
+        uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", access_log=False)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -127,7 +138,11 @@ def test_text_and_pictures(server: Live, model: Llava, photos: list[bytes]) -> N
     complete = server.client().chat.completions.create
 
     def content(messages: list[Any], **more: Any) -> str | None:
-        return complete(model="tiny", messages=messages, max_tokens=7, **more).choices[0].message.content
+        return (
+            complete(model="tiny", messages=messages, max_tokens=7, **more)
+            .choices[0]
+            .message.content
+        )
 
     conversation: list[Any] = [
         {"role": "developer", "content": "Be brief."},
@@ -135,12 +150,22 @@ def test_text_and_pictures(server: Live, model: Llava, photos: list[bytes]) -> N
         {"role": "assistant", "content": "I do."},
         *shown(photos[0], photos[1], text="Which of <image> and <image> is it?"),
     ]
-    turns = [Message("system", "Be brief."), Message("user", "Look at this."), Message("assistant", "I do.")]
+    turns = [
+        Message("system", "Be brief."),
+        Message("user", "Look at this."),
+        Message("assistant", "I do."),
+    ]
     turns.append(Message("user", "Which of <image> and <image> is it?"))
     assert content(conversation) == model.chat(turns, photos[:2], max_new_tokens=7)
-    assert content(shown(*photos[:2])) == model.chat("<image>\n<image>\nWhat?", photos[:2], max_new_tokens=7)
-    assert content(shown(photos[2], text="")) == model.caption(photos[2], max_new_tokens=7), "as it was trained"
-    assert content([{"role": "user", "content": "Say it."}]) == model.chat("Say it.", max_new_tokens=7)
+    assert content(shown(*photos[:2])) == model.chat(
+        "<image>\n<image>\nWhat?", photos[:2], max_new_tokens=7
+    )
+    assert content(shown(photos[2], text="")) == model.caption(photos[2], max_new_tokens=7), (
+        "as it was trained"
+    )
+    assert content([{"role": "user", "content": "Say it."}]) == model.chat(
+        "Say it.", max_new_tokens=7
+    )
 
 
 def test_usage_and_the_reason_of_the_end(server: Live, model: Llava, photos: list[bytes]) -> None:
@@ -159,7 +184,9 @@ def test_usage_and_the_reason_of_the_end(server: Live, model: Llava, photos: lis
 
 def test_samples_and_seeds(server: Live, model: Llava, photos: list[bytes]) -> None:
     def texts(**more: Any) -> list[str | None]:
-        answer = server.client().chat.completions.create(model="tiny", messages=shown(photos[0]), max_tokens=8, **more)
+        answer = server.client().chat.completions.create(
+            model="tiny", messages=shown(photos[0]), max_tokens=8, **more
+        )
         assert [choice.index for choice in answer.choices] == list(range(more["n"]))
         return [choice.message.content for choice in answer.choices]
 
@@ -176,7 +203,11 @@ def test_samples_and_seeds(server: Live, model: Llava, photos: list[bytes]) -> N
 def test_streaming(server: Live, model: Llava, photos: list[bytes]) -> None:
     options: Any = {"max_tokens": 30, "n": 2, "temperature": 1.0, "seed": 5}
     stream = server.client().chat.completions.create(
-        model="tiny", messages=shown(photos[1]), stream=True, stream_options={"include_usage": True}, **options
+        model="tiny",
+        messages=shown(photos[1]),
+        stream=True,
+        stream_options={"include_usage": True},
+        **options,
     )
     said, ends, usage = ["", ""], [None, None], None
     for chunk in stream:
@@ -186,7 +217,9 @@ def test_streaming(server: Live, model: Llava, photos: list[bytes]) -> None:
             assert ends[choice.index] is None
             said[choice.index] += choice.delta.content or ""
             ends[choice.index] = choice.finish_reason
-    whole = server.client().chat.completions.create(model="tiny", messages=shown(photos[1]), **options)
+    whole = server.client().chat.completions.create(
+        model="tiny", messages=shown(photos[1]), **options
+    )
     assert said == [choice.message.content for choice in whole.choices]
     assert ends == [choice.finish_reason for choice in whole.choices]
     assert usage == whole.usage
@@ -242,9 +275,13 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
 
 
 @pytest.mark.parametrize("wrong, status, message", WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_named(server: Live, photos: list[bytes], wrong: dict, status: int, message: str) -> None:
+def test_what_is_wrong_is_named(
+    server: Live, photos: list[bytes], wrong: dict, status: int, message: str
+) -> None:
     body = json.dumps({**asked(photos[0]), **wrong})
-    answer = httpx.post(server.url + CHAT, content=body, headers={"content-type": "application/json"})
+    answer = httpx.post(
+        server.url + CHAT, content=body, headers={"content-type": "application/json"}
+    )
     error = answer.json()["error"]
     assert (answer.status_code, set(error)) == (status, {"message", "type", "param", "code"})
     assert re.search(message, error["message"]), error
@@ -257,7 +294,8 @@ def test_a_picture_without_words_is_asked_what_the_model_was_trained_on() -> Non
 
 
 @pytest.mark.parametrize(
-    "url", ["data:image/png,abc", "data:image/png;base64,a$b=", "ftp://x/1.png", "", "http://x/1.png"]
+    "url",
+    ["data:image/png,abc", "data:image/png;base64,a$b=", "ftp://x/1.png", "", "http://x/1.png"],
 )
 def test_pictures_come_as_data_uris(server: Live, url: str) -> None:
     message: Any = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
@@ -276,7 +314,9 @@ def test_broken_bodies_and_other_paths(server: Live) -> None:
     assert post(b"{}", "text/plain")[0] == 415
     assert httpx.get(server.url + CHAT).status_code == 405
     assert httpx.get(server.url + "/v1/embeddings").json()["error"]["message"] == "Not Found"
-    allowed = httpx.options(server.url + CHAT, headers={"origin": "http://x", "access-control-request-method": "POST"})
+    allowed = httpx.options(
+        server.url + CHAT, headers={"origin": "http://x", "access-control-request-method": "POST"}
+    )
     assert not any(name.startswith("access-control") for name in allowed.headers)
 
 
@@ -350,13 +390,22 @@ def test_the_key(model: Llava, caplog: pytest.LogCaptureFixture) -> None:
             with pytest.raises(openai.AuthenticationError, match="give the key"):
                 here.client(key).models.list()
         for header in ("Bearer ключ", "Basic s3cret", "s3cret", ""):
-            assert httpx.get(f"{here.url}/v1/models", headers={"authorization": header.encode()}).status_code == 401
+            assert (
+                httpx.get(
+                    f"{here.url}/v1/models", headers={"authorization": header.encode()}
+                ).status_code
+                == 401
+            )
         assert here.post({}).status_code == 401
         assert httpx.get(f"{here.url}/metrics").status_code == 401
         assert httpx.get(f"{here.url}/health").status_code == 200
         text = [{"role": "user", "content": "a private matter"}]
         here.client("s3cret").chat.completions.create(model="tiny", messages=text, max_tokens=2)  # type: ignore[call-overload]
-    ours = " ".join(record.getMessage() for record in caplog.records if not record.name.startswith(("openai", "http")))
+    ours = " ".join(
+        record.getMessage()
+        for record in caplog.records
+        if not record.name.startswith(("openai", "http"))
+    )
     assert "200 in" in ours and "s3cret" not in ours and "private" not in ours
 
 
@@ -368,7 +417,12 @@ def test_nobody_gets_anothers_answer_and_none_is_lost(model: Llava, photos: list
     right = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos]
     assert len(set(right)) > 15
     with live(model, batch_size=8) as here:
-        bad: list[Any] = [{"n": -1}, {"messages": shown(b"no picture")}, {"messages": shown(photos[0][:500])}, {"x": 1}]
+        bad: list[Any] = [
+            {"n": -1},
+            {"messages": shown(b"no picture")},
+            {"messages": shown(photos[0][:500])},
+            {"x": 1},
+        ]
 
         def client(number: int) -> list[str]:
             draw, openai_client, outcomes = random.Random(number), here.client(), []
@@ -385,7 +439,9 @@ def test_nobody_gets_anothers_answer_and_none_is_lost(model: Llava, photos: list
                     text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
                 else:
                     text = answer.choices[0].message.content
-                outcomes.append("right" if text == right[which] else f"wrong: {text!r}, not {right[which]!r}")
+                outcomes.append(
+                    "right" if text == right[which] else f"wrong: {text!r}, not {right[which]!r}"
+                )
             return outcomes
 
         with ThreadPoolExecutor(16) as clients:
@@ -402,7 +458,8 @@ def raw(here: Live, body: dict[str, Any], half: bool = False) -> socket.socket:
     content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", int(here.url.rpartition(":")[2])))
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
     )
     connection.sendall(head.encode() + (content[: len(content) // 2] if half else content))
     return connection
@@ -437,11 +494,15 @@ def test_a_full_queue_says_when_to_come_again(model: Llava, photos: list[bytes])
 
 def test_time_is_up(model: Llava, photos: list[bytes]) -> None:
     """An answer that takes too long, streamed or not, and a client that takes too long to ask."""
-    with endless(model), live(model, timeout=0.6) as here:
+    with endless(model), live(model, timeout=0.2) as here:
         slow = raw(here, asked(photos[0]), half=True)
         assert here.post(asked(photos[0])).json()["error"]["code"] == "timeout"
         with pytest.raises(openai.APIError, match="time is up"):
-            list(here.client().chat.completions.create(model="tiny", messages=shown(photos[0]), stream=True))  # type: ignore[call-overload]
+            list(
+                here.client().chat.completions.create(
+                    model="tiny", messages=shown(photos[0]), stream=True
+                )
+            )  # type: ignore[call-overload]
         assert slow.recv(20).startswith(b"HTTP/1.1 504")
         slow.close()
 
@@ -458,8 +519,19 @@ def command(checkpoint: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[s
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        words = [sys.executable, "-m", "llava_simplified.cli", "serve", str(checkpoint), "--port", str(port), *options]
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "LLAVA_API_KEY": ""})
+        words = [
+            sys.executable,
+            "-m",
+            "llava_simplified.cli",
+            "serve",
+            str(checkpoint),
+            "--port",
+            str(port),
+            *options,
+        ]
+        process = subprocess.Popen(
+            words, stderr=subprocess.PIPE, text=True, env={**os.environ, "LLAVA_API_KEY": ""}
+        )
         started.append(process)
         for _ in range(600):
             try:
@@ -476,11 +548,25 @@ def command(checkpoint: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[s
         process.wait()
 
 
-def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert llava(["serve", "nothing-to-load", "--port", str(port := taken.getsockname()[1]), "--no-page"]) == 2
+        assert (
+            llava(
+                [
+                    "serve",
+                    "nothing-to-load",
+                    "--port",
+                    str(port := taken.getsockname()[1]),
+                    "--no-page",
+                ]
+            )
+            == 2
+        )
     assert (
-        f"Address already in use (while attempting to bind on address ('127.0.0.1', {port}))" in capsys.readouterr().err
+        f"Address already in use (while attempting to bind on address ('127.0.0.1', {port}))"
+        in capsys.readouterr().err
     )
 
 
@@ -491,14 +577,21 @@ def test_a_signal_lets_what_was_begun_come_to_its_end(command: Any, photos: list
 
     def ask(photo: bytes) -> int:
         answer = client.chat.completions.create(
-            model="tiny", messages=shown(photo), max_tokens=200, extra_body={"repetition_penalty": 1.2}
+            model="tiny",
+            messages=shown(photo),
+            max_tokens=200,
+            extra_body={"repetition_penalty": 1.2},
         )  # type: ignore[call-overload]
         return answer.usage.completion_tokens
 
     def begun() -> float:
         """Requests that the server has taken: a fast machine may have answered some of them by now."""
         lines = [line.split() for line in httpx.get(f"{url}/metrics").text.splitlines()]
-        return sum(float(line[-1]) for line in lines if line[0].startswith(("llava_places", "llava_requests_total")))
+        return sum(
+            float(line[-1])
+            for line in lines
+            if line[0].startswith(("llava_places", "llava_requests_total"))
+        )
 
     with ThreadPoolExecutor(6) as clients:
         answers = [clients.submit(ask, photo) for photo in photos[:6]]  # four of them wait

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from llava_simplified.data.collate import expand_images
+from llava_simplified.data.collate import expand_image_placeholders
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.llava import Llava
@@ -31,14 +31,16 @@ def build(folder: Path, text: str, tower: str = "clip", **choices) -> Llava:
 
 def ask(model: Llava, question: str) -> tuple[list[int], torch.Tensor]:
     shape = (question.count("<image>"), 3, *model.vision_tower.transform.crop)
-    pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8
+    )
     return model.prompt.render([Message("user", question)], None).input_ids, pixels
 
 
 def whole(model: Llava, prompt: list[int], pixels: torch.Tensor) -> np.ndarray:
     """(answer, images, tokens) by a plain loop over the attentions (layer, head, row, column) of one forward."""
     text = model.language_model
-    ids = expand_images([*prompt, *ANSWER], model.vision_tower.num_tokens)
+    ids = expand_image_placeholders([*prompt, *ANSWER], model.vision_tower.num_tokens)
     text.config._attn_implementation = "eager"
     with torch.no_grad():
         embeds = model.splice(torch.tensor(ids)[None], model.vision_tower(pixels))
@@ -50,7 +52,11 @@ def whole(model: Llava, prompt: list[int], pixels: torch.Tensor) -> np.ndarray:
     out = np.zeros((len(ANSWER), len(columns)))
     for place in range(len(ANSWER)):
         for number, column in enumerate(columns):
-            values = [layer[head, first + place - 1, column] for layer in weights for head in range(layer.shape[0])]
+            values = [
+                layer[head, first + place - 1, column]
+                for layer in weights
+                for head in range(layer.shape[0])
+            ]
             out[place, number] = sum(values) / len(values)
     return out.reshape(len(ANSWER), len(pixels), -1)
 
@@ -96,15 +102,25 @@ def test_the_adapter_takes_part(models_folder: Path) -> None:
         ("convnext", {"mm_vision_select_layer": -1, "mm_token_pool": 1}, (1, 1)),
     ],
 )
-def test_the_grid_is_the_towers(models_folder: Path, tower: str, choices: dict, grid: tuple[int, int]) -> None:
+def test_the_grid_is_the_towers(
+    models_folder: Path, tower: str, choices: dict, grid: tuple[int, int]
+) -> None:
     assert check(build(models_folder, "llama", tower, **choices)).shape[2:] == grid
 
 
 def test_layers_without_attention_have_no_say(models_folder: Path) -> None:
     model = build(models_folder, "llama")
-    common = {"vocab_size": len(model.tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    common = {
+        "vocab_size": len(model.tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+    }
     config = Lfm2Config(
-        **common, num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]
+        **common,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv"],
     )
     torch.manual_seed(0)
     model.language_model = Lfm2ForCausalLM(config).eval()
@@ -127,5 +143,5 @@ def test_a_word_has_the_attention_of_its_tokens(models_folder: Path) -> None:
     assert ends[1] > 2 and ends[3] > ends[2] + 1, "words of several tokens, signs of several tokens"
     for word, start, end in zip(words, [0, *ends], ends):
         torch.testing.assert_close(word, grids[start:end].mean(0))
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="has no image"):
         look(model, "What is this?", [], answer)

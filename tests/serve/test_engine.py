@@ -29,7 +29,9 @@ def serve(model: Llava, use: Callable[[Worker], Awaitable[T]], **limits: float) 
                 await asyncio.sleep(0.01)
             assert worker.alive
             assert not worker.places and not worker.rows, "nobody is left"
-            assert worker._decoding is None or not (worker._decoding.tokens or worker._decoding.live)
+            assert worker._decoding is None or not (
+                worker._decoding.tokens or worker._decoding.live
+            )
             return result
 
     return asyncio.run(run())
@@ -48,9 +50,15 @@ async def answers(worker: Worker, turns: str | list[Message], images: list[bytes
         return said
 
 
-def test_everybody_gets_the_answer_that_the_model_gives_alone(model: Llava, photos: list[bytes]) -> None:
+def test_everybody_gets_the_answer_that_the_model_gives_alone(
+    model: Llava, photos: list[bytes]
+) -> None:
     """Pictures, text alone, two pictures, a conversation; greedy and sampled; joining whenever they come."""
-    talk = [Message("user", "<image>\nWhat?"), Message("assistant", "a cat"), Message("user", "Where?")]
+    talk = [
+        Message("user", "<image>\nWhat?"),
+        Message("assistant", "a cat"),
+        Message("user", "Where?"),
+    ]
     wanted: list[tuple[object, ...]] = []
     for number, photo in enumerate(photos[:10]):
         greedy = {"max_new_tokens": 4 + number}
@@ -73,25 +81,38 @@ def test_everybody_gets_the_answer_that_the_model_gives_alone(model: Llava, phot
 def test_samples_of_one_request(model: Llava, photos: list[bytes]) -> None:
     options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
     alone = model.caption(photos[0], "What?", n=3, **options)
-    said = serve(model, lambda worker: answers(worker, "What?", photos[:1], num_return_sequences=3, **options))
+    said = serve(
+        model,
+        lambda worker: answers(worker, "What?", photos[:1], num_return_sequences=3, **options),
+    )
     assert said == alone
     assert len(set(said)) == 3
 
 
-def test_an_answer_ends_before_a_stop_text_even_one_in_pieces(model: Llava, photos: list[bytes]) -> None:
+def test_an_answer_ends_before_a_stop_text_even_one_in_pieces(
+    model: Llava, photos: list[bytes]
+) -> None:
     whole = model.chat("What?", photos[1:2], max_new_tokens=30)
     assert len(whole) > 12
     stop = whole[7:12]  # some letters of several tokens
 
     async def use(worker: Worker) -> list[str]:
-        never = await answers(worker, "What?", photos[1:2], max_new_tokens=30, stop=("never said", whole[-3:] + "x"))
-        assert never == [whole], "what was kept back for a stop that did not come is said in the end"
-        return await answers(worker, "What?", photos[1:2], max_new_tokens=30, stop=("never said", stop))
+        never = await answers(
+            worker, "What?", photos[1:2], max_new_tokens=30, stop=("never said", whole[-3:] + "x")
+        )
+        assert never == [whole], (
+            "what was kept back for a stop that did not come is said in the end"
+        )
+        return await answers(
+            worker, "What?", photos[1:2], max_new_tokens=30, stop=("never said", stop)
+        )
 
     assert serve(model, use) == [whole[: whole.index(stop)].rstrip()]
 
 
-def test_who_leaves_early_frees_the_rows_and_the_others_go_on(model: Llava, photos: list[bytes]) -> None:
+def test_who_leaves_early_frees_the_rows_and_the_others_go_on(
+    model: Llava, photos: list[bytes]
+) -> None:
     stop_ids, model.prompt.stop_ids = model.prompt.stop_ids, [10**6]  # nobody ends by himself
 
     async def use(worker: Worker) -> None:
@@ -102,7 +123,10 @@ def test_who_leaves_early_frees_the_rows_and_the_others_go_on(model: Llava, phot
                     return
 
         stays = asyncio.create_task(answers(worker, "What?", photos[-1:], max_new_tokens=40))
-        endless = [asyncio.create_task(answers(worker, "What?", [photo], max_new_tokens=4000)) for photo in photos[:8]]
+        endless = [
+            asyncio.create_task(answers(worker, "What?", [photo], max_new_tokens=4000))
+            for photo in photos[:8]
+        ]
         while len(worker.rows) < 4:
             await asyncio.sleep(0.01)
         for task in endless:  # some speak, some wait
@@ -158,7 +182,9 @@ def test_limits(model: Llava, photos: list[bytes]) -> None:
             with pytest.raises(ValueError, match="7 pictures do not fit"):
                 await place.ask("What?", [b"not even read"] * 7)
             with pytest.raises(ValueError, match="2 answers at most"):
-                await place.ask("What?", photos[:1], GenerationOptions(temperature=1, num_return_sequences=3))
+                await place.ask(
+                    "What?", photos[:1], GenerationOptions(temperature=1, num_return_sequences=3)
+                )
 
     serve(model, use, batch_size=2, queue=1, context=100)
 

@@ -70,7 +70,7 @@ def test_what_differs_is_listed_or_refused(
             {"mm_projector_type": "mlp2x_gelu"},
             "mm_projector_type was linear, is mlp2x_gelu: that is another model",
         ),
-        ({"vision_tower": models_folder / "siglip"}, "fingerprints was"),
+        ({"vision_tower": models_folder / "siglip"}, "weights_digests was"),
     ):
         with pytest.raises(ValueError, match=message):
             run(options(models_folder, data_folder, tmp_path / "out", **{**again, **change}))

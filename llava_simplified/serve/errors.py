@@ -1,0 +1,84 @@
+"""Errors in the form that OpenAI's clients understand."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from llava_simplified.serve.engine import Busy
+
+# Values of the field `code` for errors that are identified by their HTTP status.
+_CODES = {
+    401: "invalid_api_key",
+    403: "origin_not_allowed",
+    404: "not_found",
+    413: "body_too_large",
+    421: "host_not_allowed",
+}
+
+
+def to_openai_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Convert an exception into an HTTP status, a body and headers.
+
+    Client errors are explained. Of server errors, the client learns nothing but that there was one;
+    the details belong in the server's log.
+
+    Returns:
+        The status, `{"error": {"message", "type", "param", "code"}}`, and additional headers.
+    """
+    status = 400
+    message = str(error)
+    kind = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = {}
+
+    if isinstance(error, HTTPException):
+        status = error.status_code
+        message = error.detail
+        headers = dict(error.headers or {})
+        code = _CODES.get(status)
+    elif isinstance(error, Busy):
+        status, kind, code = 429, "rate_limit_error", "queue_full"
+        headers = {"retry-after": str(error.retry_after)}
+    elif isinstance(error, asyncio.TimeoutError):
+        status, kind, code = 504, "timeout_error", "timeout"
+        message = "the request's time is up"
+    elif isinstance(error, ValidationError):
+        param, message = _first_validation_error(error)
+    elif isinstance(error, ValueError):
+        code = getattr(error, "kind", None)  # the kind of an ImageError, for example "truncated"
+    else:
+        status, kind = 500, "server_error"
+        message = "the server failed; its log says how"
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return status, body, headers
+
+
+def _first_validation_error(error: ValidationError) -> tuple[str | None, str]:
+    """Return the path of the first invalid field, such as `messages[0].role`, and the message."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in ("text", "image_url"):  # tags of the union of content parts
+            path += f".{part}"
+    param = path.lstrip(".") or None
+    return param, f"{param or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """Return the response for an exception."""
+    status, body, headers = to_openai_error(error)
+    return JSONResponse(body, status, headers)
+
+
+def handle_exception(_: Request, error: Exception) -> JSONResponse:
+    """Return the response for an exception; the signature is that of Starlette's exception handlers."""
+    return error_response(error)
