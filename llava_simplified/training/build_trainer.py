@@ -1,15 +1,4 @@
-"""From options to a trainer before its first step.
-
-    options     -> check_options: everything that can be checked without loading anything
-    data        -> records of training and validation
-    config      -> what the checkpoint will record about the model
-    model       -> pretrained parts, frozen or adapted as the options say
-    features    -> the frozen vision tower runs over all images, if that pays (see `encode`)
-    weights     -> of a checkpoint (resumed run, --init_from, --pretrain_mm_mlp_adapter), or a scaled new projector
-    trainer     -> data sets, batches, and the table of what is trained
-
-Errors come as early as possible: a user should not wait for a model of 14 GB to load to be told about a misspelt folder.
-"""
+"""From options to a trainer before its first step."""
 
 from __future__ import annotations
 
@@ -52,9 +41,24 @@ from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
 logger = logging.getLogger(__name__)
 
-# Images whose features scale a new projector: 64 are a second of work for the tower, cached features cost nothing.
+# Images whose features scale a new projector: 64 are a second of work for the tower, cached
+# features cost nothing.
 _SCALING_IMAGES = 64
 _SCALING_CACHED_IMAGES = 1024
+
+
+# The order of the steps below:
+#
+#     options     everything that can be checked without loading anything
+#     data        records of training and validation
+#     config      what the checkpoint will record about the model
+#     model       pretrained parts, frozen or adapted as the options say
+#     features    the frozen vision tower runs over all images, if that pays (see `encode`)
+#     weights     from a checkpoint (resumed run, --init_from, --pretrain_mm_mlp_adapter), or fresh
+#     trainer     datasets, batches, and the table of what is trained
+#
+# Errors come as early as possible: nobody should wait until a model of 14 GB has been loaded to
+# learn about a misspelt folder.
 
 
 def build_trainer(
@@ -66,8 +70,10 @@ def build_trainer(
         The trainer, and the checkpoint from which the run is resumed, or None.
 
     Raises:
-        ValueError: Options that are wrong, contradict each other, or do not fit the data, the model or the checkpoint.
+        ValueError: Options that are wrong, contradict each other, or do not fit the data, the model
+            or the checkpoint.
     """
+    # Before anything is drawn: new adapters and projectors are random.
     transformers.set_seed(args.seed)
     check_options(model_args, data_args, args)
     train_records, train_folder = open_data(
@@ -91,6 +97,7 @@ def build_trainer(
             logger.warning("resuming %s: %s", resumed, difference)
     Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
 
+    # Kernels first: LoRA wraps the layers, and Liger looks for the original ones.
     attention = model_args.attn_implementation
     model = build_model(config, tokenizer=tokenizer, attn_implementation=attention)
     choose_attention(model.language_model, attention, args.device.type)
@@ -106,6 +113,7 @@ def build_trainer(
         eval_set = _build_dataset(model, eval_records, eval_folder, data_args, args)
         datasets.append(eval_set)
     digest = config.weights_digests["vision_tower"]
+    # The tower is frozen by now (or known to be trained), which decides what can be cached.
     cache_features(model.vision_tower, data_args, args, digest, datasets)
     initialize_trained_parts(model, model_args, parts, train_set, resumed)
     table = check_trainable(model, parts)
@@ -114,6 +122,7 @@ def build_trainer(
     if data_args.packing:
         tokens_per_image = model.vision_tower.num_tokens
         examples = PackedDataset(train_set, tokens_per_image, data_args.pack_length, args.seed)
+    # Last: an engine wraps the model when the trainer prepares it.
     if args.compile_layers:
         compile_layers(model.language_model)
     trainer = LlavaTrainer(
@@ -234,8 +243,8 @@ def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -
 def check_origin(model_args: ModelArguments, folder: str) -> None:
     """Check that the weights of a checkpoint fit the pretrained parts of this run.
 
-    A projector or an adapter is only meaningful with the features and weights that it was trained with, although weights
-    of the same shape could be loaded.
+    A projector or an adapter is only meaningful with the features and weights that it was trained
+    with, although weights of the same shape could be loaded.
 
     Args:
         model_args: Model options.
@@ -258,7 +267,8 @@ def check_origin(model_args: ModelArguments, folder: str) -> None:
     if model_args.init_from and checkpoint["trained"] == "adapter":
         parts.append(("language_model", model_args.model_name_or_path))
     for part, path in parts:
-        # A part that is stored in the checkpoint itself was trained or merged: its digest differs rightly.
+        # A part that is stored in the checkpoint itself was trained or merged: its digest differs
+        # rightly.
         is_in_checkpoint = Path(path).resolve().parent == Path(folder).resolve()
         digest = trained_with["weights_digests"].get(part)
         if digest and not is_in_checkpoint:
@@ -284,7 +294,7 @@ def build_config(
 
 
 def _default_instruction(records: Sequence[Record]) -> str:
-    """Return the instruction of the first image among the first 1,000 records: `caption` uses it by default."""
+    """Return the instruction of the first record with an image, the default of `Llava.caption`."""
     first_with_image = records[0]
     for record in islice(records, 1000):
         if record.images:
@@ -353,7 +363,8 @@ def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: s
     """
     before = TrainedParts.from_stored(read_checkpoint_config(folder))
 
-    # A tower that was trained must be trained again, or be loaded from the checkpoint as a frozen one.
+    # A tower that was trained must be trained again, or be loaded from the checkpoint as a frozen
+    # one.
     own_tower = Path(folder) / "vision_tower"
     loads_own_tower = Path(model_args.vision_tower).resolve() == own_tower.resolve()
     if before.vision_tower not in ("none", parts.vision_tower) and not loads_own_tower:
@@ -363,8 +374,8 @@ def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: s
             f"train it further, or --vision_tower {own_tower}{merge_first} to keep it frozen."
         )
 
-    # The same for the language model. A projector alone fits any run; an adapter may be added to a language model that was
-    # trained as a whole, if the run loads that one.
+    # The same for the language model. A projector alone fits any run; an adapter may be added to a
+    # language model that was trained as a whole, if the run loads that one.
     own_language_model = Path(folder) / "language_model"
     loads_own_language_model = (
         before.language_model == "full"
@@ -380,9 +391,10 @@ def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: s
 
 @torch.no_grad()
 def _scale_projector(model: Llava, train_set: CaptionDataset) -> None:
-    """Scale a new projector so that image tokens are as large as word embeddings, on features of some training images.
+    """Scale a new projector so that image tokens are as large as word embeddings.
 
-    The images are evenly spread over the records, so that every run on the same data chooses the same ones.
+    It is scaled on training images that are evenly spread over the records, so that every run on
+    the same data chooses the same ones.
     """
     wanted = _SCALING_IMAGES if train_set.features is None else _SCALING_CACHED_IMAGES
     interval = max(len(train_set.records) // wanted, 1)

@@ -1,4 +1,4 @@
-"""What is reported during a run: progress, throughput, unusual gradients, and samples with problems."""
+"""What is reported during a run: progress, throughput, unusual gradients, problematic samples."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ProgressLine(TrainerCallback):
 
 
 class ProgressLog(TrainerCallback):
-    """One log message per `--logging_steps`, where no line can be redrawn: in a file, or with `--disable_tqdm True`."""
+    """One log message per `--logging_steps`: in a file, or with `--disable_tqdm True`."""
 
     def on_train_begin(
         self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -141,8 +141,8 @@ def describe_evaluation_log(logs: dict[str, float]) -> str:
 class ThroughputMeter(TrainerCallback):
     """Measure the throughput of the steps since the last log.
 
-    Waiting for data counts; evaluations and saves do not. The trainer calls `start_step` before it fetches the batches
-    of a step, and `add` when it has counted what they contain.
+    Waiting for data counts; evaluations and saves do not. The trainer calls `start_step` before it
+    fetches the batches of a step, and `add` when it has counted what they contain.
     """
 
     def __init__(self) -> None:
@@ -158,8 +158,9 @@ class ThroughputMeter(TrainerCallback):
         """Add what the batches of a step contain.
 
         Args:
-            counts: (3,) samples, tokens, and positions including padding, summed over all processes. The tensor stays
-                on its device until the next log: reading it earlier would wait for the device.
+            counts: (3,) samples, tokens, and positions including padding, summed over all
+                processes. The tensor stays on its device until the next log: reading it earlier
+                would wait for the device.
         """
         self._counts = self._counts.to(counts.device) + counts
 
@@ -169,7 +170,12 @@ class ThroughputMeter(TrainerCallback):
         self._seconds += time.perf_counter() - self._step_start
 
     def read(self) -> dict[str, float]:
-        """Return `samples_per_second`, `tokens_per_second` and `padding` (a share of all positions), and start anew."""
+        """Return the throughput since the last call, and start anew.
+
+        Returns:
+            `samples_per_second`, `tokens_per_second`, and `padding`, a share of all positions.
+        """
+        # The only place where the counts are read from the device: once per log, not once per step.
         samples, tokens, positions = self._counts.tolist()
         seconds = max(self._seconds, 1e-9)
         self._seconds = 0.0
@@ -202,9 +208,12 @@ class GradientNormMonitor:
         self._recent: deque[float] = deque(maxlen=self.HISTORY)
 
     def check(self, norm: float) -> str | None:
-        """Return a warning if `norm` is unusual, or None; at most `MAX_REPORTS` warnings are returned."""
+        """Return a warning if `norm` is unusual, else None. It warns at most `MAX_REPORTS` times."""
+        # The median, and not the mean: a few outliers among the recent norms do not hide the next
+        # one.
         has_history = len(self._recent) >= self.min_history
         median = statistics.median(self._recent) if has_history else float("inf")
+        # An unusual norm joins the history: if the level stays high, the warnings stop.
         self._recent.append(norm)
         if norm <= self.factor * median or self.reports == self.MAX_REPORTS:
             return None
@@ -218,8 +227,9 @@ class GradientNormMonitor:
 class SampleWarnings:
     """Log and count the warnings that samples carry; stop a run with too many unreadable images.
 
-    An image that cannot be read is replaced by the next sample, and an answer that is too long is cut. The dataset attaches
-    a warning to the sample, such as "bad image, train.json row 5: ...". The part before the comma is its kind.
+    An image that cannot be read is replaced by the next sample, and an answer that is too long is
+    cut. The dataset attaches a warning to the sample, such as "bad image, train.json row 5: ...".
+    The part before the comma is its kind.
 
     Args:
         max_bad_images: `--max_bad_images`, a share of all images.
@@ -231,7 +241,8 @@ class SampleWarnings:
     """
 
     MAX_LOGGED = 10  # of each kind
-    # The share is taken of at least this many images: a few bad ones among the first hundred prove nothing.
+    # The share is taken of at least this many images: a few bad ones among the first hundred prove
+    # nothing.
     MIN_IMAGES = 100
 
     def __init__(self, max_bad_images: float, tokens_per_image: int, log: bool) -> None:

@@ -32,13 +32,14 @@ from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.build_trainer import build_trainer
 
-# Largest difference of logits between the trained and the loaded model, relative to the largest logit.
+# Largest difference of logits between the trained and the loaded model, relative to the largest
+# logit.
 _TOLERANCE_FLOAT32 = 1e-3
 _TOLERANCE_16_BIT = 3e-2
 
 
 class TrainedSteps(NamedTuple):
-    """What training left for the comparison: a batch, the logits of the trained model for it, and a step's duration."""
+    """A batch, the logits of the trained model for it, and the seconds of a step."""
 
     batch: dict[str, torch.Tensor]
     logits: torch.Tensor
@@ -109,7 +110,7 @@ def _train_and_save(
 
 
 def _caption_first_record(model: Llava, data: DataArguments) -> str | None:
-    """Return a caption of the first record, or None if it has no image, or one that cannot be read."""
+    """Return a caption of the first record, or None if it has no readable image."""
     record = open_records(str(data.train_data_path))[0]
     if not record.images:
         return None

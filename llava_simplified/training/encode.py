@@ -22,8 +22,8 @@ from llava_simplified.training.model_config import model_config
 logger = logging.getLogger(__name__)
 
 MODES = ("auto", "memory", "disk", "pixels", "off")
-# `auto` assumes that no image occurs in more records than this. Then millions of records need not be read to see that their
-# images cannot fit.
+# `auto` assumes that no image occurs in more records than this. Then millions of records need not
+# be read to see that their images cannot fit.
 _MAX_RECORDS_PER_IMAGE = 20
 
 
@@ -34,7 +34,7 @@ def cache_features(
     weights: str,
     datasets: Sequence[CaptionDataset],
 ) -> None:
-    """Run the frozen tower over all images, if `--cache_vision_features` says so, and hand the features to the datasets.
+    """Cache the features of all images as `--cache_vision_features` says, for the datasets to use.
 
     Args:
         vision: The vision tower.
@@ -60,6 +60,7 @@ def cache_features(
         if fewest_images * min(row_bytes.values()) > budget:
             return
 
+    # Parses all records: with millions of them this takes minutes, hence the check above.
     names = [unique_image_names(dataset.records) for dataset in datasets]
     count = sum(len(images) for images in names)
     if mode == "auto":
@@ -90,10 +91,12 @@ def encode_data(
 ) -> tuple[int, int, str]:
     """Fill the cache on disk with the images of a training run: the work of `llava encode`.
 
-    The job can be killed and restarted at any time: images that are in the cache are not encoded again.
+    The job can be killed and restarted at any time. Images that are in the cache are not encoded
+    again.
 
     Returns:
-        Number of images in the cache, number of images that cannot be read, and the mode ("disk" or "pixels").
+        Number of images in the cache, number of images that cannot be read, and the mode ("disk" or
+        "pixels").
 
     Raises:
         ValueError: The options do not name data or a mode on disk, or the disk space is too small.
@@ -188,6 +191,8 @@ def _fill_together(
     local_processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
     processes = int(local_processes)
     progress = not args.disable_tqdm and rank == 0
+    # Each process fills an equal share; a cache in memory cannot be shared, so each fills all of
+    # it.
     if processes > 1 and cache.on_disk:
         cache.fill(images[rank::processes], folder, workers=workers, progress=progress)
         PartialState().wait_for_everyone()

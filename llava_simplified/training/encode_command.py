@@ -1,6 +1,7 @@
 """`llava encode`: run the vision tower over all images ahead of training.
 
-It accepts the options of the training run, which then finds the features on disk. The job can be killed and restarted.
+It accepts the options of the training run, which then finds the features on disk. The job can be
+killed and restarted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Captions of a few validation images at every evaluation: they show what the loss cannot.
 
-The captions are written to `eval_captions/step-N.jsonl` in the output folder, in the form of predictions, so that
-`llava evaluate` reads them. TensorBoard and Weights & Biases receive images and captions too.
+The captions are written to `eval_captions/step-N.jsonl` in the output folder, in the form of
+predictions, so that `llava evaluate` reads them. TensorBoard and Weights & Biases receive images
+and captions too.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class EvalCaptions:
 
     Args:
         dataset: The validation set.
-        count: Number of images, evenly spread over the records. Images that cannot be read and records without a
-            response are left out.
+        count: Number of images, evenly spread over the records. Images that cannot be read and
+            records without a response are left out.
         output_dir: Output folder of the run.
 
     Attributes:
@@ -67,13 +68,15 @@ class EvalCaptions:
         Args:
             model: The unwrapped model.
             step: Number of the training step.
-            callbacks: Callbacks of the trainer; those of TensorBoard and Weights & Biases receive the captions.
+            callbacks: Callbacks of the trainer; those of TensorBoard and Weights & Biases receive
+                the captions.
 
         Returns:
             CIDEr-D of the captions.
         """
         texts: list[str] = []
-        # Layers that are compiled for training would be compiled again for each length that occurs while decoding.
+        # Layers that are compiled for training would be compiled again for each length that occurs
+        # while decoding.
         with torch.compiler.set_stance("force_eager"):
             for start in range(0, len(self.rows), BATCH_SIZE):
                 records = [record for _, record in self.rows[start : start + BATCH_SIZE]]
@@ -102,13 +105,14 @@ class EvalCaptions:
         features = []
         for record in records:
             pixels, cached = self.dataset.load_images(record)
+            # Either features or pixels, as the cache of the dataset stores.
             if cached is not None:
                 features.append(cached.to(model.device))
             if pixels is not None:
                 features.append(encode(model, pixels))
         prompts = [model.prompt.render(record.turns, None).input_ids for record in records]
-        # Greedy decoding draws nothing. Without a seed it would still touch the generator that training draws from, and
-        # the run would differ from one without captions.
+        # Greedy decoding draws nothing. Without a seed it would still touch the generator that
+        # training draws from, and the run would differ from one without captions.
         options = GenerationOptions(seed=0)
         # Images are not identified: nothing is shared between prompts.
         image_keys = [b""] * len(records)

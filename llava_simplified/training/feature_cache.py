@@ -1,28 +1,8 @@
 """A cache of vision features: a frozen tower runs once per image, and not once per epoch.
 
-The cache is exact. It stores what the tower returned, in the tower's dtype. A stale row is never found, because a row is
-identified by everything that decides its value:
-
-    file name   = hash of the transform, and of weights, layers, pooling and dtype of the tower
-    row         = sha256 of the bytes of the image file
-
-On disk, a cache consists of these files in `--feature_cache_dir`:
-
-    <key>.features    row 0 | row 1 | row 2 | ...     raw numbers, all rows of one size; memory-mapped when read
-    <key>.hashes      sha256 | sha256 | sha256 | ...  32 bytes per row, in the same order
-    <key>.json        what the key was computed from, for people
-    <key>.lock        held while rows are appended
-
-`.hashes` is the journal. A hash is appended after its row has been written and synced, so a row counts as soon as its whole
-hash is there. What a killed process left beyond the last whole hash is overwritten:
-
-    .features   | row 0 | row 1 | row 2 | ro        <- torn row
-    .hashes     | sha 0 | sha 1 | sh                <- row 2 was complete, its hash is torn: both are written again
-
-Several processes can fill one cache. Each appends under the lock, after it has read the hashes that the others appended.
-
-If the features of all images are too large, or if the tower is trained, the cache can store the *pixels* that the tower
-receives instead: decoded, resized and cropped images.
+The cache is exact. It stores what the tower returned, in the tower's dtype. If the features of all
+images are too large, or if the tower is trained, it can store the *pixels* that the tower receives
+instead: decoded, resized and cropped images.
 """
 
 from __future__ import annotations
@@ -45,8 +25,32 @@ from llava_simplified.jobs import Progress, atomic_file, exclusive_lock
 from llava_simplified.model.vision import VisionTower
 
 _HASH_BYTES = 32  # sha256
-# Appending a batch takes milliseconds on a local disk, but several processes and a network disk can make it slow.
+# Appending a batch takes milliseconds on a local disk, but several processes and a network disk can
+# make it slow.
 _LOCK_TIMEOUT = 300.0  # seconds
+
+
+# A stale row is never found, because a row is identified by everything that decides its value:
+#
+#     file name    hash of the transform, and of weights, layers, pooling and dtype of the tower
+#     row          sha256 of the bytes of the image file
+#
+# A cache on disk consists of these files in `--feature_cache_dir`:
+#
+#     <key>.features    row 0 | row 1 | row 2 | ...      raw numbers, rows of equal size
+#     <key>.hashes      sha256 | sha256 | sha256 | ...   32 bytes per row, in the same order
+#     <key>.json        what the key was computed from, for people
+#     <key>.lock        held while rows are appended
+#
+# `.hashes` is the journal. A hash is appended after its row has been written and synced, so a row
+# counts as soon as its whole hash is there. What a killed process left behind the last whole hash
+# is overwritten by the next one:
+#
+#     .features    | row 0 | row 1 | row 2 | ro      <- torn row
+#     .hashes      | sha 0 | sha 1 | sh              <- torn hash: row 2 does not count either
+#
+# Several processes can fill one cache. Each of them appends under the lock, after it has read the
+# hashes that the others have appended.
 
 
 class FeatureCache:
@@ -116,11 +120,13 @@ class FeatureCache:
         if self._map is None:  # opened late, so that each worker process maps the file itself
             self._map = np.memmap(self._base.with_suffix(".features"), np.uint8, "r")
         start = row * self.row_bytes
+        # A copy: tensors of a read-only map must not be written to, and torch would warn.
         copied = np.array(self._map[start : start + self.row_bytes])
         return torch.from_numpy(copied).view(self.dtype).view(self.shape)
 
     def __getstate__(self) -> dict[str, object]:
-        # Data-loader workers only read rows: they need neither the tower nor the hashes, and map the file themselves.
+        # Data-loader workers only read rows: they need neither the tower nor the hashes, and map
+        # the file themselves.
         return {**self.__dict__, "_map": None, "tower": None, "_row_by_hash": {}}
 
     def fill(
@@ -144,6 +150,7 @@ class FeatureCache:
         """
         assert self.tower is not None, "a cache that was sent to a worker process is read-only"
         reader = _ImageReader(images, image_folder, self.tower.transform, self._row_by_hash)
+        # Images are read and decoded in the workers, the tower runs in this process.
         loader = DataLoader(reader, batch_size, num_workers=workers, collate_fn=list)
         names: list[str] = []
         digests: list[bytes] = []
@@ -185,6 +192,7 @@ class FeatureCache:
                 if digest not in self._row_by_hash
             ]
             count = len(self._row_by_hash)
+            # First the rows, synced to the disk, and then the hashes that make them count.
             with _open_at(self._base.with_suffix(".features"), count * self.row_bytes) as stream:
                 for _, row in new:
                     stream.write(row.view(torch.uint8).numpy().tobytes())
@@ -259,7 +267,7 @@ def _open_at(path: Path, position: int) -> BinaryIO:
 
 
 class _ReadImage(NamedTuple):
-    """An image: its name, the sha256 of its file, and uint8 pixels (3, height, width); no pixels if the row is known."""
+    """Name of an image, sha256 of its file, and uint8 pixels (3, height, width) unless it is known."""
 
     name: str
     digest: bytes
@@ -306,11 +314,13 @@ class _ImageReader(Dataset["_ReadImage | None"]):
 class ImageFeatures:
     """The rows of one image folder by image name: `features["a.jpg"]` is a row of the cache.
 
-    A name takes 24 bytes (a hash of 16 bytes, and the row), so that the index of millions of images can be sent to
-    every data-loader worker.
+    A name takes 24 bytes (a hash of 16 bytes, and the row), so that the index of millions of images
+    can be sent to every data-loader worker.
     """
 
     def __init__(self, cache: FeatureCache, names: Sequence[str], rows: Sequence[int]) -> None:
+        # Sorted arrays and binary search: a dict of millions of strings would take gigabytes, and
+        # every forked worker would copy it page by page as it counts references.
         keys = np.array([_name_key(name) for name in names], "S16")
         order = np.argsort(keys)
         self._cache = cache

@@ -1,7 +1,7 @@
-"""Options that make a step cheaper where the machine supports them: attention kernels, Liger, compiled layers, quantization.
+"""Options that make a step cheaper: attention kernels, Liger, compiled layers, quantization.
 
-`check_kernels` refuses an option at the start, with the reason, if a package is missing, if the machine does not support
-it, or if the result would not be exact.
+`check_kernels` refuses an option at the start, with the reason, if a package is missing, if the
+machine does not support it, or if the result would not be exact.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from llava_simplified.extras import install_command
 from llava_simplified.model.build import quantization
 from llava_simplified.model.protocols import CausalLM
 
-# The share of a layer's activations that a compiled layer may keep for backward; the rest is computed again. 0.9 saves a
-# tenth of the memory at no measurable cost: only operations that are almost free are repeated.
+# The share of a layer's activations that a compiled layer may keep for backward; the rest is
+# computed again. 0.9 saves a tenth of the memory at no measurable cost: only operations that are
+# almost free are repeated.
 ACTIVATION_MEMORY_BUDGET = 0.9
 
 
@@ -98,7 +99,8 @@ def _check_liger(args: TrainingArguments) -> None:
 
 
 def _check_compilation(args: TrainingArguments) -> None:
-    # --torch_compile itself is renamed to --compile_layers; it is still set if its backend or mode was given.
+    # --torch_compile itself is renamed to --compile_layers; it is still set if its backend or mode
+    # was given.
     if args.torch_compile:
         raise ValueError(
             "--torch_compile_backend and --torch_compile_mode have no effect: layers are compiled one by one. Pass "
@@ -114,7 +116,7 @@ def _check_compilation(args: TrainingArguments) -> None:
 
 
 def can_compile(device_type: str) -> bool:
-    """Return True if torch.compile finds its code generator: a C++ compiler for CPUs, Triton for GPUs."""
+    """Return True if torch.compile finds a code generator: a C++ compiler for CPUs, else Triton."""
     if device_type == "cpu":
         return shutil.which(_cpp_compiler()) is not None
     return find_spec("triton") is not None
@@ -128,7 +130,8 @@ def _cpp_compiler() -> str:
 def compile_layers(language_model: CausalLM) -> None:
     """Compile each decoder layer in place.
 
-    The layers are alike, so the compiler works for seconds, and not for minutes as for a whole model.
+    The layers are alike, so the compiler works for seconds, and not for minutes as for a whole
+    model.
 
     Raises:
         ValueError: The model does not declare which modules are its layers.
@@ -147,7 +150,7 @@ def compile_layers(language_model: CausalLM) -> None:
 
 
 def choose_attention(language_model: CausalLM, requested: str | None, device_type: str) -> None:
-    """Use `cpu_matmul` attention on a CPU, unless another kernel was requested or the model does not use sdpa.
+    """Use `cpu_matmul` attention on a CPU, in place of sdpa, unless a kernel was requested.
 
     Args:
         language_model: The model, changed in place.
@@ -161,9 +164,12 @@ def choose_attention(language_model: CausalLM, requested: str | None, device_typ
 
 
 def use_liger_kernels(language_model: CausalLM) -> None:
-    """Replace norms, rotary embeddings and gated MLPs by Liger's kernels (Hsu et al., 2024). Call it before LoRA wraps layers.
+    """Replace norms, rotary embeddings and gated MLPs by Liger's kernels (Hsu et al., 2024).
 
-    Liger's fused loss is not used: it would compute the logits of all positions, and only trained positions get any.
+    Call it before LoRA wraps the layers.
+
+    Liger's fused loss is not used: it would compute the logits of all positions, and only trained
+    positions get any.
 
     Raises:
         ValueError: Liger has no kernels for this model type.

@@ -1,17 +1,4 @@
-"""Memory and FLOPs of operations, measured without data.
-
-`MemoryTracker` is a dispatch mode: torch calls its `__torch_dispatch__` for every operation below autograd, forward and
-backward. Together with fake tensors, which have shapes and dtypes but no data, it measures a training step of a 7B
-model in seconds on a laptop:
-
-    model code -> autograd -> MemoryTracker -> fake kernel (computes shapes only)
-                                  |
-                                  +-- FLOPs of the operation, from its shapes
-                                  +-- size of each new storage, until the storage is garbage-collected
-
-What autograd saves for backward stays alive, and so it is counted, whatever the architecture, the precision, the adapter or
-the attention kernel: there is no formula that could become outdated.
-"""
+"""Memory and FLOPs of operations, measured without data: what `llava plan` is based on."""
 
 from __future__ import annotations
 
@@ -43,11 +30,24 @@ FLOP_FORMULAS: dict[Any, Any] = {
 }
 
 
-class MemoryTracker(TorchDispatchMode):
-    """Count the bytes of all living storages, and FLOPs, while operations run on real or fake tensors.
+# `MemoryTracker` is a dispatch mode: torch calls its `__torch_dispatch__` for every operation below
+# autograd, forward and backward. Together with fake tensors, which have shapes and dtypes but no
+# data, it measures a training step of a 7B model in seconds on a laptop:
+#
+#     model code -> autograd -> MemoryTracker -> fake kernel (computes shapes only)
+#                                   |
+#                                   +-- FLOPs of the operation, from the shapes
+#                                   +-- bytes of each new storage, until it is garbage-collected
+#
+# What autograd saves for backward stays alive, and so it is counted, whatever the architecture, the
+# precision, the adapter or the attention kernel. There is no formula that could become outdated.
 
-    torch's own `FlopCounterMode` cannot be used beside it: it keeps activations alive that gradient checkpointing
-    discards.
+
+class MemoryTracker(TorchDispatchMode):
+    """Count the bytes of all living storages, and FLOPs, of operations on real or fake tensors.
+
+    torch's own `FlopCounterMode` cannot be used beside it: it keeps activations alive that gradient
+    checkpointing discards.
 
     Attributes:
         live: Bytes of the storages that are alive now.
@@ -62,17 +62,22 @@ class MemoryTracker(TorchDispatchMode):
         self.peak = 0
         self.flops = 0
         self.at_peak: list[tuple[int, tuple[int, ...]]] = []
+        # The living storages by their address: (bytes, shape of the first tensor in it).
         self._storages: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # `func` is an operator such as aten.mm.default, with its overload; formulas are per
+        # operator.
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         flop_formula = FLOP_FORMULAS.get(func._overloadpacket)
         if flop_formula:
             self.flops += flop_formula(*args, **kwargs, out_val=out)
+        # Outputs can be nested in tuples and lists.
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf)
+        # Memory only grows when an operation returns, so the peak is always seen here.
         if self.live > self.peak:
             self.peak = self.live
             self.at_peak = list(self._storages.values())
@@ -86,6 +91,7 @@ class MemoryTracker(TorchDispatchMode):
             return
         self._storages[key] = (storage.nbytes(), tuple(tensor.shape))
         self.live += storage.nbytes()
+        # Autograd and the model's code decide when a storage is released, as in a real run.
         weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:

@@ -19,7 +19,8 @@ def build_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group the trained parameters by learning rate and weight decay.
 
-    The projector has `--mm_projector_lr`, the vision tower `--vision_lr`, everything else `--learning_rate`.
+    The projector has `--mm_projector_lr`, the vision tower `--vision_lr`, everything else
+    `--learning_rate`.
 
     Args:
         parameters: All parameters by name.
@@ -27,7 +28,8 @@ def build_parameter_groups(
         args: Training options.
 
     Returns:
-        Groups for the optimizer. Those of `--learning_rate` come first: the trainer logs the rate of the first group.
+        Groups for the optimizer. Those of `--learning_rate` come first: the trainer logs the rate
+        of the first group.
     """
     rates = {"projector": args.mm_projector_lr, "vision_tower": args.vision_lr}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -53,8 +55,8 @@ def load_scheduler_state(
 ) -> None:
     """Continue a schedule at the stored step, with the learning rates of this command line.
 
-    The stored state contains the learning rates of the run that wrote it. A resumed run may have others, so they are
-    computed again from the position in the schedule.
+    The stored state contains the learning rates of the run that wrote it. A resumed run may have
+    others, so they are computed again from the position in the schedule.
 
     Args:
         scheduler: The schedule, changed in place.

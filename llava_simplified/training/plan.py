@@ -1,18 +1,4 @@
-"""The forecast of a run: memory, FLOPs, steps and disk space, before any weights are loaded.
-
-How memory is forecast:
-
-1. The model is built on the *meta* device: configurations and the tokenizer are enough, no weights are read.
-2. The records are sampled for the lengths of a mean example and of the longest one. The largest batch of the run is
-   described by its shapes.
-3. One training step, forward and backward, runs on fake tensors under `MemoryTracker`, which counts living bytes and FLOPs.
-4. The peak of the run is composed:
-
-       weights + optimizer state + max(activations + logits, gradients)
-
-   Gradients appear during backward while activations disappear, so they are not added, except with gradient accumulation:
-   then the gradients of the earlier micro-batches exist during the whole step.
-"""
+"""The forecast of a run: memory, FLOPs, steps and disk space, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -41,9 +27,11 @@ from llava_simplified.training.kernels import choose_attention
 from llava_simplified.training.memory_tracker import MemoryTracker
 from llava_simplified.training.model_config import model_config, trained_parts
 
-# Records whose tokens are counted: half of them evenly spread over the data, half those with the longest texts.
+# Records whose tokens are counted: half of them evenly spread over the data, half those with the
+# longest texts.
 SAMPLED_RECORDS = 2000
-# Without --train_data_path, captions are assumed to be as long as those of Conceptual Captions, about a dozen words.
+# Without --train_data_path, captions are assumed to be as long as those of Conceptual Captions,
+# about a dozen words.
 ASSUMED_CAPTION = "a caption of about a dozen words, as those of Conceptual Captions are"
 
 
@@ -168,6 +156,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
         records = [Record(("assumed.jpg",), turns, (ASSUMED_CAPTION,), "assumed")]
         spread, longest = list(records), []
 
+    # The mean is taken over the evenly spread records alone: the longest ones would distort it.
     spread_lengths = _example_lengths(model, spread, data, args)
     all_lengths = spread_lengths + _example_lengths(model, longest, data, args)
     examples_per_record = len(spread_lengths) / len(spread)
@@ -223,6 +212,7 @@ def _largest_batch(
     tower = model.vision_tower
     positions, trained, images = lengths.longest.positions, lengths.longest.trained, lengths.images
     if data.packing:
+        # A pack holds as many mean examples as fit.
         examples_per_pack = data.pack_length / lengths.mean_positions
         positions = data.pack_length
         trained = round(examples_per_pack * lengths.mean_trained)
@@ -251,7 +241,7 @@ def _largest_batch(
 
 
 class _TrainingStep(nn.Module):
-    """Forward and backward as one module: with checkpointing, backward needs the fake weights too."""
+    """Forward and backward as one module: with checkpointing, backward needs the weights too."""
 
     def __init__(self, model: Llava) -> None:
         super().__init__()
@@ -264,7 +254,7 @@ class _TrainingStep(nn.Module):
 
 
 class StepCost(NamedTuple):
-    """Cost of one training step of the largest batch: bytes of `weights`, `activations` and `logits`; FLOPs."""
+    """Cost of one training step of the largest batch: bytes by use, and FLOPs."""
 
     weights: int
     activations: int
@@ -279,15 +269,17 @@ def measure_step(
     args: TrainingArguments,
     cached: bool,
 ) -> StepCost:
-    """Run forward and backward of the largest batch on fake tensors, and measure memory and FLOPs."""
+    """Measure memory and FLOPs of forward and backward of the largest batch."""
     step = _TrainingStep(model)
     dtype = getattr(torch, args.frozen_dtype)
+    # The weights of the meta model are replaced by fake ones on "cpu": autocast and the kernels
+    # then behave as on a real device.
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker:
         fake_weights = {}
         for name, tensor in [*step.named_parameters(), *step.named_buffers()]:
             fake = torch.empty_like(tensor, device="cpu")
             fake_weights[name] = fake.requires_grad_(tensor.requires_grad)
-        weights = tracker.live
+        weights = tracker.live  # nothing else is alive yet
         batch = _largest_batch(model, lengths, data, args.per_device_train_batch_size, cached)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             functional_call(step, fake_weights, (batch,))
@@ -304,6 +296,20 @@ def measure_step(
 
 
 # ---- the plan ----
+#
+# How memory is forecast:
+#
+# 1. The model is built on the *meta* device: configs and the tokenizer are enough.
+# 2. A sample of the records is measured: the lengths of a mean example and of the longest one. The
+#    longest one gives the shapes of the largest batch of the run.
+# 3. One training step, forward and backward, runs on fake tensors under `MemoryTracker`, which
+#    counts the bytes that are alive, and FLOPs.
+# 4. The peak of the run is composed:
+#
+#        weights + optimizer state + max(activations + logits, gradients)
+#
+#    Gradients appear during backward while activations disappear, so the two are not added. With
+#    gradient accumulation they are: the gradients of earlier micro-batches exist during the step.
 
 
 def make_plan(
@@ -330,6 +336,7 @@ def make_plan(
     tower = model.vision_tower
     rows = args.per_device_train_batch_size
 
+    # Where the features are cached, the tower is not part of the step.
     bytes_per_image = tower.num_tokens * tower.width * tower.dtype.itemsize
     features = lengths.count * lengths.images * bytes_per_image
     cached = tower.frozen and _uses_feature_cache(features, data, args)
@@ -339,6 +346,8 @@ def make_plan(
     weights = cost.weights - _saved_by_quantization(model, model_args.bits)
     weight_share = 1 / devices if zero == 3 else 1
     state_share = 1 / devices if zero else 1
+    # ZeRO-2 shards gradients and optimizer state, ZeRO-3 the weights too. Trained weights and their
+    # gradients are float32: 4 bytes.
     memory = {
         "weights": weights * weight_share,
         "optimizer": _optimizer_bytes(args.optim) * trained * state_share,
@@ -356,6 +365,8 @@ def make_plan(
     steps = _count_steps(lengths.count / samples_per_row, rows_per_step, data, args)
     row_positions = data.pack_length if data.packing else lengths.longest.positions
 
+    # FLOPs are measured on the largest batch and scaled to a mean sample. Attention is not linear
+    # in the length, but its share is small at these lengths.
     return Plan(
         table=check_trainable(model, trained_parts(model_args)),
         memory=memory,
@@ -382,7 +393,7 @@ def _uses_feature_cache(features: int, data: DataArguments, args: TrainingArgume
 
 
 def _saved_by_quantization(model: Llava, bits: int) -> int:
-    """Return the bytes that `--bits` saves: linear layers with an adapter are quantized, head and norms are not."""
+    """Return the bytes that `--bits` saves on linear layers; head and norms are not quantized."""
     adapted = 0
     for name, parameter in model.language_model.named_parameters():
         if name.endswith("base_layer.weight"):

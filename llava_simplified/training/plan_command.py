@@ -1,4 +1,4 @@
-"""`llava plan`: print the forecast of a run. It accepts all options of `llava train`, and a few about the machine."""
+"""`llava plan`: print the forecast of a run, from the options of `llava train` and a few more."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def read_zero_stage(config: Path | None) -> int:
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s that a large matrix product reaches on this device: the upper limit of a training step."""
+    """Return the FLOP/s of a large matrix product on this device: the limit of a training step."""
     import torch
 
     size = 2048

@@ -10,7 +10,7 @@ from llava_simplified.extras import require_extra
 
 
 class Curve(NamedTuple):
-    """One line of a panel: a key of `trainer_log.jsonl`, its legend (None: no legend) and its matplotlib style."""
+    """One line of a panel: a key of `trainer_log.jsonl`, its legend, and its matplotlib style."""
 
     key: str
     label: str | None

@@ -1,13 +1,4 @@
-"""`--preflight`: try a long run before it starts.
-
-A run of days should not fail after hours for a reason that was visible at the start. So before a long run:
-
-    plan       does it fit into memory, and do its checkpoints fit on the disk?       (see `plan`; seconds, no weights)
-    dry run    two steps on the longest examples, evaluation, save, load, a caption   (see `dry_run`; its own process)
-
-The dry run is a process of its own: the random state and the memory of the run itself stay as they are, and if memory runs
-out, it is the dry run that is killed.
-"""
+"""`--preflight`: try a long run before it starts."""
 
 from __future__ import annotations
 
@@ -34,11 +25,21 @@ from llava_simplified.training.resume import is_resuming
 
 logger = logging.getLogger(__name__)
 
+# A run of days should not fail after hours for a reason that was visible at its start. So a long
+# run is checked in two stages:
+#
+#     forecast   Does it fit into memory? Do its checkpoints fit on the disk?   (see `plan`)
+#     dry run    Steps on the longest examples, evaluation, save, load, caption (see `dry_run`)
+#
+# The dry run is a process of its own. The random state and the memory of the run itself stay as
+# they are, and if memory runs out, it is the dry run that is killed.
+
 # `auto`: a shorter run shows by itself, and soon, what is wrong with it.
 MIN_STEPS_FOR_AUTO = 2000
 # The first step allocates memory and compiles, the second one is timed.
 DRY_RUN_STEPS = 2
-# Gradients and activations of two micro-batches exist at the same time; more of them change nothing.
+# Gradients and activations of two micro-batches exist at the same time; more of them change
+# nothing.
 DRY_RUN_ACCUMULATION = 2
 MIN_DRY_RUN_RECORDS = 16  # some of their images may be missing
 
@@ -145,7 +146,7 @@ def _available_memory(args: TrainingArguments) -> int:
 
 
 def _describe_out_of_memory(plan: Plan, args: TrainingArguments, reason: str) -> str:
-    """Return an error message with the options that reduce memory, those without a cost in quality first."""
+    """Return an error message with the options that reduce memory, the harmless ones first."""
     remedies = []
     batch_size = args.per_device_train_batch_size
     bytes_per_sample = (plan.memory["activations"] + plan.memory["logits"]) / batch_size
@@ -176,7 +177,7 @@ def _accumulation_of_dry_run(args: TrainingArguments) -> int:
 def _dry_run_options(
     data: DataArguments, args: TrainingArguments, plan: Plan, scratch: Path
 ) -> list[str]:
-    """Return the options in which the dry run differs: the longest examples, few steps, nothing left behind."""
+    """Return the options of the dry run: the longest examples, few steps, nothing left behind."""
     accumulation = _accumulation_of_dry_run(args)
     values: dict[str, Any] = {
         "output_dir": scratch / "run",
@@ -222,7 +223,7 @@ def _dry_run_options(
 def _write_longest_records(
     path: str, image_folder: str | None, option: str, count: int, target: Path
 ) -> str:
-    """Write the records with the longest texts as JSON lines, and return the folder of their images."""
+    """Write the records with the longest texts; return the folder of their images."""
     _, folder = open_data(path, image_folder, option)
     records = open_records(path)
     lines = []
@@ -268,7 +269,8 @@ def _describe_result(
     result: Mapping[str, Any], plan: Plan, data: DataArguments, args: TrainingArguments
 ) -> str:
     accumulation = args.gradient_accumulation_steps / _accumulation_of_dry_run(args)
-    # The dry run used the longest examples: that is the upper limit of the duration. Packs are all equally long.
+    # The dry run used the longest examples: that is the upper limit of the duration. Packs are all
+    # equally long.
     longest = result["seconds"] * plan.steps * accumulation
     shortest = longest if data.packing else longest * plan.positions / plan.longest
     text = (

@@ -1,20 +1,4 @@
-"""Resuming a run: find the checkpoint, and check that it belongs to the same run.
-
-A run that is killed and resumed ends with the weights of an uninterrupted run, bit for bit on one CPU process. For
-this, a checkpoint of the run (`checkpoint-N/`) contains, besides the trained weights, the folder `trainer_state/`:
-
-    optimizer.safetensors    optimizer state by weight and key, whole tensors (see `sharding`)
-    scheduler.pt             position in the learning-rate schedule
-    scaler.pt                loss scale, with --fp16 only
-    rng_state*.pth           random generators of each process: Python, NumPy, torch; dropout depends on them
-    trainer_state.json       step and epoch, log history, best metric, patience of early stopping
-
-The position in the data is not stored. It follows from the step: the order of the samples is a function of the seed
-and the epoch alone, so the resumed run draws the same order and skips the batches that were trained.
-
-All of this holds only if the resumed run has the same options where they decide the weights, the samples or
-their order. `check_same_run` compares them with those that the checkpoint config `llava.json` records.
-"""
+"""Resuming a run: find the checkpoint, and check that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -28,8 +12,25 @@ from transformers.trainer_utils import get_last_checkpoint
 from llava_simplified.arguments import TrainingArguments
 from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
 
-# A change of these options is refused: it would give other weights, other samples, or samples that are seen twice or
-# never.
+# A run that is killed and resumed ends with the weights of an uninterrupted run, bit for bit on one
+# CPU process. For this, `checkpoint-N/` contains the trained weights and the folder
+# `trainer_state/`:
+#
+#     optimizer.safetensors    optimizer state by weight and key, whole tensors (see `sharding`)
+#     scheduler.pt             position in the learning-rate schedule
+#     scaler.pt                loss scale, with --fp16 only
+#     rng_state*.pth           random states of each process (Python, NumPy, torch), for dropout
+#     trainer_state.json       step and epoch, log history, best metric, patience of early stopping
+#
+# The position in the data is not stored. It follows from the step: the order of the samples is a
+# function of the seed and the epoch alone. The resumed run draws the same order, and skips the
+# batches that were trained.
+#
+# All of this requires the same options, as far as they decide the weights, the samples or their
+# order. `check_same_run` compares them with those that `llava.json` of the checkpoint records.
+
+# A change of these options is refused: it would give other weights, other samples, or samples that
+# are seen twice or never.
 _MUST_NOT_CHANGE = (
     "train_data_path",
     "share_prefix",
@@ -60,7 +61,8 @@ _NOT_COMPARED = {
     "disable_tqdm",
     "preflight",
 }
-# A model that was moved to another folder is the same model: the digests of its weights are compared instead.
+# A model that was moved to another folder is the same model: the digests of its weights are
+# compared instead.
 _LOCATIONS = ("language_model", "vision_tower")
 
 
@@ -70,7 +72,7 @@ def is_resuming(args: TrainingArguments) -> bool:
 
 
 def find_resume_folder(args: TrainingArguments) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint` means; "true" means the last complete one.
+    """Return the checkpoint of `--resume_from_checkpoint`; "true" is the last complete one.
 
     Returns:
         The checkpoint folder, or None if the run is new.
@@ -118,6 +120,7 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
 
     before, now = checkpoint["training"], dict(settings)
     differences = []
+    # Both sides contain only options that differ from their defaults.
     for name in sorted({*before, *now} - _NOT_COMPARED):
         if before.get(name) == now.get(name):
             continue

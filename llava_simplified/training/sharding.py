@@ -1,25 +1,4 @@
-"""Several processes that train one model: DDP, DeepSpeed's ZeRO and FSDP share one form of checkpoint.
-
-DDP gives every process a copy of the model. ZeRO and FSDP split it: each process stores a *shard* of the tensors.
-
-                   weights        gradients      optimizer state
-    DDP            whole          whole          whole
-    ZeRO-2         whole          shard          shard
-    ZeRO-3, FSDP   shard          shard          shard
-
-Every run starts with a whole model in every process, which the engine then splits. Every save gathers whole tensors
-again, so that a checkpoint does not depend on the engine that wrote it:
-
-    process 0   [shard 0]  \\                                              /  [shard 0]
-                             gather ->  whole tensor in a file  -> split
-    process 1   [shard 1]  /                                              \\  [shard 1]
-
-It loads in a single process, and a run can be resumed under another engine with another number of processes.
-
-Gathering is a collective operation: *all* processes must iterate over `full_state_dict` and
-`full_optimizer_state_dict`, although only one of them writes the result. A process that skips it makes the
-others wait forever.
-"""
+"""Several processes train one model: DDP, DeepSpeed's ZeRO and FSDP share one checkpoint form."""
 
 from __future__ import annotations
 
@@ -38,8 +17,30 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.llava import Llava
 
-# Where DeepSpeed trains in half precision, its optimizer updates a float32 copy of the weights ("master weights").
-# The copy is stored beside the optimizer's state, under this key.
+# DDP gives every process a copy of the model. ZeRO and FSDP split it: a process stores one *shard*
+# of each tensor.
+#
+#                    weights     gradients   optimizer state
+#     DDP            whole       whole       whole
+#     ZeRO-2         whole       shard       shard
+#     ZeRO-3, FSDP   shard       shard       shard
+#
+# Every run starts with a whole model in every process, which the engine then splits. Every save
+# gathers whole tensors again, so that a checkpoint does not depend on the engine that wrote it:
+#
+#     process 0    [shard 0]  --+                                     +--  [shard 0]
+#                               +-> gather -> whole tensor -> split --+
+#     process 1    [shard 1]  --+              in a file              +--  [shard 1]
+#
+# It loads in a single process, and a run can be resumed under another engine with another number of
+# processes.
+#
+# Gathering is a collective operation: *all* processes must iterate over `full_state_dict` and
+# `full_optimizer_state_dict`, although only one of them writes the result. A process that skips it
+# makes the others wait forever.
+
+# Where DeepSpeed trains in half precision, its optimizer updates a float32 copy of the weights
+# ("master weights"). The copy is stored beside the optimizer's state, under this key.
 _MASTER_WEIGHT = "float32"
 
 # State of one weight: {"exp_avg": tensor, "exp_avg_sq": tensor, "step": scalar}.
@@ -53,8 +54,8 @@ def enable_fsdp_on_cpu(accelerator: Accelerator, options: Mapping[str, Any]) -> 
 
     Args:
         accelerator: The accelerator of the trainer, before it prepares the model.
-        options: Arguments of `FullyShardedDataParallelPlugin`. Settings of `accelerate launch` come through the
-            environment.
+        options: Arguments of `FullyShardedDataParallelPlugin`. Settings of `accelerate launch` come
+            through the environment.
     """
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if not wants_fsdp or accelerator.distributed_type != DistributedType.MULTI_CPU:
@@ -76,8 +77,9 @@ def full_state_dict(model: Llava, parts: TrainedParts) -> Iterator[tuple[str, to
 
     Args:
         model: The unwrapped model.
-        parts: What is trained. A fully trained vision tower is saved as a model folder of its own, so its frozen
-            weights are yielded too: those of the layers behind the last one that features depend on.
+        parts: What is trained. A fully trained vision tower is saved as a model folder of its own,
+            so its frozen weights are yielded too: those of the layers behind the last one that
+            features depend on.
     """
     for name, parameter in _trained_parameters(model):
         if _is_zero(parameter):
@@ -119,7 +121,8 @@ def full_optimizer_state_dict(
         optimizer: The prepared optimizer.
 
     Yields:
-        Pairs such as `("projector.weight/exp_avg", tensor)`; the tensor has the shape of the whole weight.
+        Pairs such as `("projector.weight/exp_avg", tensor)`; the tensor has the shape of the whole
+        weight.
     """
     trained = dict(_trained_parameters(model))
     if any(_is_zero(parameter) for parameter in trained.values()):
@@ -134,7 +137,7 @@ def full_optimizer_state_dict(
 def load_optimizer_state_dict(
     model: nn.Module, optimizer: Any, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Load what `full_optimizer_state_dict` yielded, under any engine, into an optimizer before its first step.
+    """Load what `full_optimizer_state_dict` yielded into an optimizer before its first step.
 
     Args:
         model: The unwrapped model.
@@ -171,14 +174,15 @@ def _shard_state(state: ParameterState, parameter: nn.Parameter) -> ParameterSta
 
 # ---- DeepSpeed's ZeRO ----
 #
-# ZeRO's inner optimizer does not hold the weights themselves. It holds a few flat float32 tensors, each of which is
-# this process's shard of a whole parameter group:
+# ZeRO's inner optimizer does not hold the weights themselves. It holds a few flat float32 tensors,
+# each of which is this process's shard of a whole parameter group:
 #
 #     weights of a group    [w0 ......][w1 ...][w2 .........]
 #     flat, whole           [w0 ......w1 ...w2 .........]
 #     this process's shard             [..w1 ...w2 ..]
 #
-# DeepSpeed's `safe_get_full_*` and `safe_set_full_*` translate between a weight and its place in the flat tensors.
+# DeepSpeed's `safe_get_full_*` and `safe_set_full_*` translate between a weight and its place in
+# the flat tensors.
 
 
 def _full_zero_state(
@@ -256,7 +260,8 @@ def _link_zero_state(zero_optimizer: Any) -> None:
 def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that are trained, by name."""
     for module in model.modules():
-        # After an evaluation, FSDP leaves gathered copies in place of the sharded parameters that the optimizer holds.
+        # After an evaluation, FSDP leaves gathered copies in place of the sharded parameters that
+        # the optimizer holds.
         if isinstance(module, FSDPModule):
             module.reshard()
     for name, parameter in model.named_parameters():

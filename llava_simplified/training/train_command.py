@@ -45,7 +45,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         The output folder; `Llava.from_pretrained` loads it.
 
     Raises:
-        ValueError: The options cannot be carried out; raised before the weights are loaded where possible.
+        ValueError: The options cannot be carried out; raised before the weights are loaded where
+            possible.
         FloatingPointError: The loss or the gradient is not finite.
     """
     from llava_simplified.training.build_trainer import build_trainer

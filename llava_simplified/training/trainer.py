@@ -1,27 +1,13 @@
 """`transformers.Trainer` with LLaVA's loss, parameter groups, evaluation and checkpoints.
 
-**Gradient accumulation averages tokens.** One optimizer step consists of several micro-batches, on several processes. Each
-of them has a different number of trained tokens. The step minimizes the mean over *all* trained tokens of the step:
+The stock trainer contributes the loop, the engines (DDP, ZeRO, FSDP), mixed precision and
+callbacks. This class overrides what differs for LLaVA:
 
-    2 processes, 2 micro-batches each; in brackets: trained tokens
-
-    process 0    micro-batch 0 (10)    micro-batch 1 (30)
-    process 1    micro-batch 0 (20)    micro-batch 1 (40)        all together: 100
-
-    loss of a micro-batch = sum of its token losses / 100 * 2 processes
-
-`backward` adds up the gradients of a process, and the engine (DDP, ZeRO, FSDP) averages over the processes, which cancels
-the factor 2. What remains is the gradient of (sum of 100 token losses) / 100, however the step is divided. The mean of the
-micro-batches' means would give a token of a short caption more weight than one of a long caption.
-
-**Values that are not finite never reach the weights.** The loss is checked before `backward`, the norm of the gradient
-before the optimizer step. Either ends the run, with the names of the samples and the last good checkpoint.
-
-**Checkpoints.** Every save, the intermediate ones too, is a checkpoint that `Llava.from_pretrained` loads; what resuming
-needs is in its folder `trainer_state/` (see `resume`). It appears under its final name when all of it has been written:
-
-    output/.saving/checkpoint-20/    optimizer, schedule, random states     --+--> output/checkpoint-20/trainer_state/
-    output/.saving/model/            llava.json, projector, adapter, ...    --+--> output/checkpoint-20/
+    training step   the mean over the tokens of a step; values that are not finite end the run
+    evaluation      the mean over the tokens of the set; captions of a few images
+    optimizer       learning rates of projector, vision tower and language model
+    saving          checkpoints that `Llava.from_pretrained` loads, written atomically
+    resuming        weights and optimizer state in a form that does not depend on the engine
 """
 
 from __future__ import annotations
@@ -88,7 +74,8 @@ class LlavaTrainer(transformers.Trainer):
         args: Training options.
         config: Config of the model, written into every checkpoint.
         parts: What is trained; it decides what a checkpoint contains.
-        settings: Options of the run, written into every checkpoint and compared when the run is resumed.
+        settings: Options of the run, written into every checkpoint and compared when the run is
+            resumed.
         max_bad_images: Largest share of images that may be unreadable.
         train_dataset: Examples, or packs of examples.
         eval_dataset: Validation examples.
@@ -139,7 +126,8 @@ class LlavaTrainer(transformers.Trainer):
         self.llava_config = config
         self.parts = parts
         self.settings = dict(settings)
-        # The loss is scaled in `compute_loss`, once. Both flags keep the stock trainer from scaling it again.
+        # The loss is scaled in `compute_loss`, once. Both flags keep the stock trainer from scaling
+        # it again.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         self._step_sample_ids: list[str] = []
@@ -162,6 +150,26 @@ class LlavaTrainer(transformers.Trainer):
         self.is_fsdp_enabled = self.accelerator.distributed_type == DistributedType.FSDP
 
     # ---- training step ----
+    #
+    # An optimizer step consists of several micro-batches, on several processes, and each of them
+    # has a different number of trained tokens. The step minimizes the mean over *all* of its
+    # tokens:
+    #
+    #     2 processes, 2 micro-batches each; in brackets: trained tokens
+    #
+    #     process 0    micro-batch 0 (10)    micro-batch 1 (30)
+    #     process 1    micro-batch 0 (20)    micro-batch 1 (40)        all together: 100
+    #
+    #     loss of a micro-batch = sum of its token losses / 100 * 2 processes
+    #
+    # `backward` adds up the gradients of a process. The engine then averages over the processes,
+    # which cancels the factor 2. What remains is the gradient of (sum of 100 token losses) / 100,
+    # however the step is divided. The mean of the micro-batches' means would give a token of a
+    # short caption more weight than a token of a long one.
+    #
+    # Values that are not finite never reach the weights. The loss is checked before `backward`, the
+    # norm of the gradient before the optimizer step. Either ends the run with an error that names
+    # the samples and the last good checkpoint.
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -169,7 +177,8 @@ class LlavaTrainer(transformers.Trainer):
         """Fetch the micro-batches of one step, and count its trained tokens over all processes.
 
         Returns:
-            The micro-batches of this process, and the number of trained tokens of the step, a scalar tensor.
+            The micro-batches of this process, and the number of trained tokens of the step, a
+            scalar tensor.
         """
         # A finished run that is resumed: the stock loop would train one more step.
         if self.state.global_step >= self.state.max_steps:
@@ -199,13 +208,14 @@ class LlavaTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the micro-batch's share of the loss of the step; see the top of this file.
+        """Return the micro-batch's share of the loss of the step; see the comment above.
 
         Args:
             model: The prepared model.
             inputs: A batch of `Collator`; its metadata is removed.
             return_outputs: Return the model's outputs too.
-            num_items_in_batch: Trained tokens of the step on all processes; None: average over this batch alone.
+            num_items_in_batch: Trained tokens of the step on all processes; None: average over this
+                batch alone.
 
         Raises:
             FloatingPointError: The loss is not finite.
@@ -215,7 +225,8 @@ class LlavaTrainer(transformers.Trainer):
         if num_items_in_batch is None:
             loss = outputs.loss / len(inputs["labels"])
         else:
-            # Engines average gradients over the processes; the tokens were counted over all of them.
+            # Engines average gradients over the processes; the tokens were counted over all of
+            # them.
             loss = outputs.loss / num_items_in_batch * self.accelerator.num_processes
         if not torch.isfinite(loss):
             raise FloatingPointError(self._describe_divergence(f"the loss is {loss.item()}", ids))
@@ -230,7 +241,8 @@ class LlavaTrainer(transformers.Trainer):
             FloatingPointError: The norm is not finite.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        # With fp16, an infinite norm means that the loss scale is too large. The scaler skips the step and lowers the scale.
+        # With fp16, an infinite norm means that the loss scale is too large. The scaler skips the
+        # step and lowers the scale.
         if norm is None or self.args.fp16:
             return norm
         value = float(norm)
@@ -251,7 +263,7 @@ class LlavaTrainer(transformers.Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log values as usual, with the throughput, and append one JSON line to `trainer_log.jsonl`."""
+        """Log values with the throughput, and append one JSON line to `trainer_log.jsonl`."""
         if "loss" in logs:
             logs |= self.throughput.read()
         super().log(logs, *args, **kwargs)
@@ -262,6 +274,9 @@ class LlavaTrainer(transformers.Trainer):
             stream.write(json.dumps(row) + "\n")
 
     # ---- evaluation ----
+    #
+    # The validation loss does not depend on the batch size or on the number of processes: losses
+    # are summed over tokens, and every sample counts once (see `drop_padding_samples`).
 
     def evaluation_loop(
         self,
@@ -271,7 +286,7 @@ class LlavaTrainer(transformers.Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Compute the validation loss: the mean over all tokens of the set, and not over its batches. No logits are kept."""
+        """Compute the validation loss, the mean over all tokens of the set. No logits are kept."""
         model = self._wrap_model(cast(nn.Module, self.model), training=False)
         model.eval()
         # (2,): sum of the token losses, number of tokens.
@@ -301,15 +316,18 @@ class LlavaTrainer(transformers.Trainer):
     def drop_padding_samples(self, inputs: ModelInputs) -> ModelInputs:
         """Remove the labels of samples that only fill up the last batches.
 
-        All processes need the same number of batches, so accelerate fills up the last ones with copies of the first
-        samples. Without this method, those would count twice:
-
-            5 samples, 2 processes, batches of 2        process 0     process 1
-            first batches                               0  1          2  3
-            last batches (remainder: 1)                 4 (0)         (1) (2)       in brackets: copies
-
-        The rows stay in the batch, because all processes must run the same layers; only their labels are dropped.
+        Args:
+            inputs: A batch without its metadata.
         """
+        # All processes need the same number of batches. Accelerate fills up the last ones with
+        # copies of the first samples, which would count twice:
+        #
+        #     5 samples, 2 processes, batches of 2     process 0    process 1
+        #     first batches                            0  1         2  3
+        #     last batches (remainder: 1)              4 (0)        (1) (2)      in brackets: copies
+        #
+        # The rows stay in the batch, because all processes must run the same layers. Only their
+        # labels are dropped.
         state = self.accelerator.gradient_state
         is_filled_up = state.end_of_dataloader and state.remainder > 0
         if not is_filled_up:
@@ -344,7 +362,7 @@ class LlavaTrainer(transformers.Trainer):
         return captions if captions.rows else None
 
     def _write_captions(self, captions: EvalCaptions) -> float:
-        """Caption the validation images in the first process, and return CIDEr-D in all processes."""
+        """Caption the validation images in the first process; return CIDEr-D in all of them."""
         score = torch.zeros((), device=self.args.device)
         if self.is_world_process_zero():
             step, callbacks = self.state.global_step, self.callback_handler.callbacks
@@ -380,7 +398,7 @@ class LlavaTrainer(transformers.Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with separate learning rates for projector, vision tower and language model."""
+        """Create the optimizer with the learning rates of projector, tower and language model."""
         if self.optimizer is None:
             whole_model = cast(nn.Module, self.model)
             groups = build_parameter_groups(
@@ -395,6 +413,17 @@ class LlavaTrainer(transformers.Trainer):
         return self.optimizer
 
     # ---- saving ----
+    #
+    # Every save, the intermediate ones too, is a checkpoint that `Llava.from_pretrained` loads.
+    # What resuming needs is in its folder `trainer_state/` (see `resume`). A checkpoint appears
+    # under its final name when all of it has been written, so that a killed run leaves no half
+    # checkpoint:
+    #
+    #     .saving/checkpoint-20/   optimizer, random states        -> checkpoint-20/trainer_state/
+    #     .saving/model/           llava.json, projector, adapter  -> checkpoint-20/
+    #
+    # The engines' own checkpoint formats are not used: all weights and the optimizer state are
+    # gathered into whole tensors (see `sharding`).
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a checkpoint that `Llava.from_pretrained` loads, without the trainer's state."""
@@ -411,7 +440,10 @@ class LlavaTrainer(transformers.Trainer):
         save_checkpoint(model, folder, self.llava_config, self.parts, training, weights)
 
     def save_final(self) -> None:
-        """Save into the output folder: the last weights, or with `--load_best_model_at_end` the best checkpoint."""
+        """Save the last weights into the output folder.
+
+        With `--load_best_model_at_end`, copy the best checkpoint.
+        """
         best = self.state.best_model_checkpoint
         if not self.args.load_best_model_at_end or best is None:
             self.save_model()
@@ -419,10 +451,11 @@ class LlavaTrainer(transformers.Trainer):
             copy_checkpoint(best, self.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write `checkpoint-N` under a temporary name, and rename it when all of it has been written.
+        """Write `checkpoint-N` under a temporary name, and rename it when it is complete.
 
-        The stock method writes optimizer, schedule and random states into `checkpoint-N` in the folder that
-        `_get_output_dir` names, and calls `save_model` for the weights. Both go to `.saving` (see the top of this file).
+        The stock method writes optimizer, schedule and random states into `checkpoint-N` in the
+        folder that `_get_output_dir` names, and calls `save_model` for the weights. Both go to
+        `.saving`.
         """
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = self.output_dir / ".saving"
@@ -447,6 +480,7 @@ class LlavaTrainer(transformers.Trainer):
             self.state.best_model_checkpoint = str(best)
         self.state.save_to_json(str(staging / name / "trainer_state.json"))
 
+        # Complete the checkpoint inside the staging folder. The last rename publishes it.
         (staging / name).rename(staging / "model" / "trainer_state")
         target = self.output_dir / name
         shutil.rmtree(target, ignore_errors=True)
@@ -472,7 +506,7 @@ class LlavaTrainer(transformers.Trainer):
     def _gather_on_main_process(
         self, tensors: Iterator[tuple[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """Iterate in all processes, since each tensor is gathered from all of them; keep the tensors in one."""
+        """Gather the tensors in all processes, and keep them in one."""
         kept = {}
         for name, tensor in tensors:
             if self.args.should_save:
@@ -490,14 +524,18 @@ class LlavaTrainer(transformers.Trainer):
         return is_best
 
     def _load_best_model(self) -> None:
-        """Load nothing: `save_final` copies the best checkpoint, whatever engine holds the weights."""
+        """Load nothing: `save_final` copies the best checkpoint, under any engine."""
 
     # ---- resuming ----
+    #
+    # `build_trainer` loads the trained weights into the whole model, as for a new run. When the
+    # engine has split the model, the state of optimizer and schedule follows here. The stock
+    # trainer restores step, random states and the position in the data from `trainer_state/`.
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Load nothing: `build_trainer` has loaded the weights, before an engine splits the model."""
+        """Load nothing: `build_trainer` has loaded the weights."""
 
     def _prepare_for_training(
         self,
