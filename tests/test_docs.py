@@ -38,7 +38,7 @@ def options_of(command: str) -> frozenset[str]:
     from reference import parser_of
 
     names = set()
-    for action in parser_of(COMMANDS[command][0])._actions:
+    for action in parser_of(COMMANDS[command].main)._actions:
         for name in action.option_strings:
             # Every command accepts both spellings.
             names |= {name, "--" + name[2:].replace("-", "_"), "--" + name[2:].replace("_", "-")}

@@ -30,13 +30,15 @@ ORDER = [
     ("data",),
     ("prepare", *SCORES_OF_TEXTS),
     ("model",),
+    ("training_options",),
     ("arguments",),
     ("training",),
     ("inspection", "captioning"),
     ("evaluation",),
-    ("serve", "export", "doctor"),
-    ("demo",),
+    ("serve", "export", "doctor_command"),
+    ("demo", "python_api"),
     ("cli",),
+    ("__main__", "completion_command"),
 ]
 
 
