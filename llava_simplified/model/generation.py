@@ -98,6 +98,7 @@ class DecodingBatch:
     Attributes:
         tokens: row -> what it has said. Who keeps a batch going for long deletes the rows that it has done with.
         live: the rows that have not ended.
+        errors: row -> why no token could be chosen for it. Such a row has ended; the others continue.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class DecodingBatch:
         self.model = model
         self.tokens: dict[int, list[int]] = {}
         self.live: list[int] = []
+        self.errors: dict[int, Exception] = {}
         self._numbers = count()
         # of the live rows: options and random numbers; what of the cache they see (live, length), their next place and
         # its scores
@@ -198,17 +200,17 @@ class DecodingBatch:
         """One token for every live row: (row, token id). The end token is among them; its row is live no more."""
         if not self.live:
             return []
-        said = list(zip(self.live, self._choose()))
+        chosen = self._choose()
         stop = set(self.model.prompt.stop_ids)
-        for row, token in said:
-            self.tokens[row].append(token)
-        self._keep(
-            [
-                place
-                for place, (row, token) in enumerate(said)
-                if token not in stop and len(self.tokens[row]) < self._options[row].max_new_tokens
-            ]
-        )
+        kept: list[int] = []
+        for place, row in enumerate(self.live):
+            if row not in chosen:
+                continue
+            self.tokens[row].append(chosen[row])
+            is_full = len(self.tokens[row]) >= self._options[row].max_new_tokens
+            if chosen[row] not in stop and not is_full:
+                kept.append(place)
+        self._keep(kept)
         if self.live:
             last = torch.tensor(
                 [[self.tokens[row][-1]] for row in self.live], device=self.model.device
@@ -227,7 +229,7 @@ class DecodingBatch:
             )
             self._logits = outputs.logits[:, -1]
             self._next = self._next + 1
-        return said
+        return list(chosen.items())
 
     @torch.inference_mode()
     def drop(self, row: int) -> None:
@@ -252,25 +254,70 @@ class DecodingBatch:
         else:
             self._cache = None  # frees its memory
 
-    def _choose(self) -> list[int]:
-        """The next token of every live row, under the row's own options."""
-        chosen = torch.empty(len(self.live), dtype=torch.long)
+    def _choose(self) -> dict[int, int]:
+        """Choose the next token of every live row, under the row's own options.
+
+        Rows with the same options and the same number of tokens are processed together. If such a group
+        fails, its rows are processed one by one, so that only the row at fault ends up in `errors`.
+        """
+        chosen: dict[int, int] = {}
         groups: dict[tuple[GenerationOptions, int], list[int]] = {}
         for place, row in enumerate(self.live):
             groups.setdefault((self._options[row], len(self.tokens[row])), []).append(place)
-        for (options, said), places in groups.items():
-            rows = [self.live[place] for place in places]
-            scores = self._logits[places].float()
-            if said < options.min_new_tokens:
-                scores[:, self.model.prompt.stop_ids] = -torch.inf
-            scores = process_logits(scores, [self.tokens[row] for row in rows], options)
-            drawn = (
-                _draw(scores, [self._generators[row] for row in rows])
-                if options.temperature
-                else scores.argmax(-1)
-            )
-            chosen[places] = drawn.cpu()
-        return chosen.tolist()
+        for (options, _), places in groups.items():
+            # Drawn once, before anything can fail: the second attempt must not advance the generators.
+            numbers = self._random_numbers(places) if options.temperature else None
+            try:
+                chosen.update(self._choose_together(places, options, numbers))
+            except Exception:  # noqa: BLE001 - whatever it is, it must not end the other rows
+                chosen.update(self._choose_separately(places, options, numbers))
+        return chosen
+
+    def _choose_separately(
+        self, places: list[int], options: GenerationOptions, numbers: torch.Tensor | None
+    ) -> dict[int, int]:
+        """Do the same as `_choose_together` row by row; the exceptions go to `errors`."""
+        chosen: dict[int, int] = {}
+        for position, place in enumerate(places):
+            number = None if numbers is None else numbers[position : position + 1]
+            try:
+                chosen.update(self._choose_together([place], options, number))
+            except Exception as error:  # noqa: BLE001
+                self.errors[self.live[place]] = error
+        return chosen
+
+    def _choose_together(
+        self, places: list[int], options: GenerationOptions, numbers: torch.Tensor | None
+    ) -> dict[int, int]:
+        """Choose the next token of rows that have the same options and the same number of tokens.
+
+        Args:
+            places: Indices into `live`.
+            options: The options of these rows.
+            numbers: (rows,) random numbers in [0, 1); None for greedy decoding.
+
+        Raises:
+            FloatingPointError: The scores of a row contain NaN or infinity.
+        """
+        rows = [self.live[place] for place in places]
+        scores = self._logits[places].float()
+        if len(self.tokens[rows[0]]) < options.min_new_tokens:
+            scores[:, self.model.prompt.stop_ids] = -torch.inf
+        scores = process_logits(scores, [self.tokens[row] for row in rows], options)
+        # The maximum is NaN if any score is. Single scores may be -inf: those tokens are excluded.
+        if not scores.amax(-1).isfinite().all():
+            raise FloatingPointError("the scores of the next token contain NaN or infinity")
+        tokens = scores.argmax(-1) if numbers is None else _draw(scores, numbers)
+        return dict(zip(rows, tokens.tolist()))
+
+    def _random_numbers(self, places: list[int]) -> torch.Tensor:
+        """Draw a number in [0, 1) from the generator of each of these rows: (rows,)."""
+        device = self._logits.device
+        numbers = [
+            torch.rand(1, generator=self._generators[self.live[place]], device=device)
+            for place in places
+        ]
+        return torch.cat(numbers)
 
 
 def _set_length(cache: Any, length: int) -> None:
@@ -326,12 +373,9 @@ def process_logits(
     return scores
 
 
-def _draw(scores: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+def _draw(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """A token a row (rows,): the one in whose share of [0, 1) the row's random number falls."""
     sums = scores.softmax(-1).cumsum(-1)
-    numbers = torch.cat(
-        [torch.rand(1, generator=random, device=scores.device) for random in generators]
-    )
     return torch.searchsorted(sums / sums[:, -1:], numbers[:, None], right=True)[:, 0]
 
 
@@ -384,6 +428,8 @@ def generate_from(
             decoding = DecodingBatch(model, prompts, image_features, options, keys)
             while decoding.live:
                 decoding.step()
+            for error in decoding.errors.values():
+                raise error
             answers = list(decoding.tokens.values())
     texts = [model.prompt.decode(ids).strip() for ids in answers]
     each = options.num_return_sequences
@@ -406,6 +452,8 @@ def stream(
         )
         while decoding.live:
             decoding.step()
+            for error in decoding.errors.values():
+                raise error
             text = model.prompt.decode(decoding.tokens[0])
             if (
                 not text.endswith("\ufffd") or not decoding.live
