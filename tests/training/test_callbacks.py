@@ -59,7 +59,7 @@ def test_captions_are_the_checkpoints_own_and_change_nothing(
 
 def test_as_many_pictures_are_watched_as_asked_for(data_folder: Path, tmp_path: Path) -> None:
     dataset: Any = SimpleNamespace(
-        records=open_records(data_folder / "val.json"), images=lambda record: None
+        records=open_records(data_folder / "val.json"), load_images=lambda record: None
     )
     for number, watched in ((1, [0]), (2, [0, 2]), (3, [0, 1, 2]), (9, [0, 1, 2, 3])):
         assert [index for index, _ in EvalCaptions(dataset, number, tmp_path).rows] == watched
