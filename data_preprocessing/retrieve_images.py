@@ -1,9 +1,9 @@
-"""Fetch the pictures of a list of URLs into a folder of files.
+"""Download the images of a list of URLs into a folder of files.
 
     python data_preprocessing/retrieve_images.py Train_GCC-training.tsv --output data/train
 
-The pictures are data/train/images/INDEX_CRC.jpg, the captions of those that came data/train/records.json. For more
-than some ten thousand, `llava download` writes shards instead.
+The images are written to data/train/images/INDEX_CRC.jpg, and the records of those that were downloaded to
+data/train/records.json. For more than about ten thousand images, use `llava download`, which writes shards.
 """
 
 import sys
@@ -13,6 +13,7 @@ from llava_simplified.cli import run_command
 if __name__ == "__main__":
     sys.exit(
         run_command(
-            "llava_simplified.prepare.download:main", ["--output-format", "files", *sys.argv[1:]]
+            "llava_simplified.prepare.download_command:main",
+            ["--output-format", "files", *sys.argv[1:]],
         )
     )

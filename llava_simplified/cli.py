@@ -10,17 +10,20 @@ import warnings
 
 COMMANDS = {
     "download": (
-        "llava_simplified.prepare.download:main",
+        "llava_simplified.prepare.download_command:main",
         "image URLs -> shards or files, politely and safely",
     ),
-    "convert": ("llava_simplified.prepare.convert:main", "any caption source -> records"),
+    "convert": ("llava_simplified.prepare.convert_command:main", "any caption source -> records"),
     "clean": (
-        "llava_simplified.prepare.clean:main",
+        "llava_simplified.prepare.clean_command:main",
         "set aside what training can't use, and say why",
     ),
-    "reduce": ("llava_simplified.prepare.convert:reduce_main", "a random sample of the records"),
+    "reduce": (
+        "llava_simplified.prepare.convert_command:reduce_main",
+        "a random sample of the records",
+    ),
     "merge-manifests": (
-        "llava_simplified.prepare.download:merge_main",
+        "llava_simplified.prepare.download_command:merge_main",
         "join what several machines downloaded",
     ),
     "inspect": (

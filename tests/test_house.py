@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "llava_simplified"
 # files of one package do. `prepare` writes what `data` reads, so it uses the formats and the decoder of `data`. The
 # scores of texts need no model: training, which reports them, may import them though they live in `evaluation`.
 ORDER = [
-    ("options", "extras", "jobs", "workers", "recipes"),
+    ("options", "extras"),
+    ("jobs", "workers", "recipes"),
     ("prompt", "evaluation/ptb_tokenizer"),
     ("data",),
     ("prepare", "evaluation/metrics"),
