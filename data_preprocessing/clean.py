@@ -1,4 +1,4 @@
-"""Separate the records that training can use from those that it cannot.
+"""Set aside the rows whose picture the vision tower can't be given.
 
     python data_preprocessing/clean.py conceptual_captions_instruct_train.json --image-folder data/train/images \
         --vision_tower openai/clip-vit-base-patch16 --output conceptual_captions_instruct_train_clean.json
@@ -9,4 +9,4 @@ import sys
 from llava_simplified.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("llava_simplified.prepare.clean_command:main", sys.argv[1:]))
+    sys.exit(run_command("clean", sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Draw a random sample of the records; the same seed gives the same sample.
+"""A random sample of the rows, the same for the same seed.
 
 python data_preprocessing/reduce.py conceptual_captions_instruct_train_clean.json --count 1000 --seed 0
 """
@@ -8,4 +8,4 @@ import sys
 from llava_simplified.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("llava_simplified.prepare.convert_command:reduce_main", sys.argv[1:]))
+    sys.exit(run_command("reduce", sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Make the training JSON from a file of captions and the folder of its images.
+"""Make the training JSON from a caption file and the folder of its pictures.
 
     python data_preprocessing/reformat.py Train_GCC-training.tsv --image-folder data/train/images \
         --output conceptual_captions_instruct_train.json
@@ -9,4 +9,4 @@ import sys
 from llava_simplified.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("llava_simplified.prepare.convert_command:main", sys.argv[1:]))
+    sys.exit(run_command("convert", sys.argv[1:]))

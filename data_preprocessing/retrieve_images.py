@@ -1,9 +1,9 @@
-"""Download the images of a list of URLs into a folder of files.
+"""Fetch the pictures of a list of URLs into a folder of files.
 
     python data_preprocessing/retrieve_images.py Train_GCC-training.tsv --output data/train
 
-The images are written to data/train/images/INDEX_CRC.jpg, and the records of those that were downloaded to
-data/train/records.json. For more than about ten thousand images, use `llava download`, which writes shards.
+The pictures are data/train/images/INDEX_CRC.jpg, the captions of those that came data/train/records.json. For more
+than some ten thousand, `llava download` writes shards instead.
 """
 
 import sys
@@ -11,9 +11,4 @@ import sys
 from llava_simplified.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command(
-            "llava_simplified.prepare.download_command:main",
-            ["--output-format", "files", *sys.argv[1:]],
-        )
-    )
+    sys.exit(run_command("download", ["--output-format", "files", *sys.argv[1:]]))

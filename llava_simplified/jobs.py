@@ -123,14 +123,15 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, output: str | Path) -> Iterator[None]:
+def exclusive_lock(path: Path, output: str | Path, timeout: float | None = None) -> Iterator[None]:
     """Hold the lock file at `path`, so that only one process at a time writes to `output`.
 
-    Waits up to `LOCK_TIMEOUT` seconds. The lock file is deleted at the end.
+    The lock file is deleted at the end.
 
     Args:
         path: The lock file. Its folder is created.
         output: The output, for the error message.
+        timeout: Seconds to wait for the process that holds the lock (default: `LOCK_TIMEOUT`).
 
     Raises:
         ValueError: Another process holds the lock.
@@ -138,7 +139,7 @@ def exclusive_lock(path: Path, output: str | Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT)
+        lock.acquire(timeout=LOCK_TIMEOUT if timeout is None else timeout)
     except Timeout:
         raise ValueError(
             f"{output}: another process is writing to it (lock file {path}). "

@@ -39,6 +39,7 @@ from llava_simplified.data.images import (
 from llava_simplified.data.records import Record
 from llava_simplified.data.rows import RowFile, find_records, open_rows
 from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.html_report import make_thumbnail
 from llava_simplified.jobs import atomic_file, exclusive_lock, remove_temporary_files
 from llava_simplified.prepare.clean_rules import Rules
 from llava_simplified.prepare.compact import compact_images, write_compacted_records
@@ -48,7 +49,7 @@ from llava_simplified.prepare.duplicates import (
     find_duplicates,
     perceptual_hash,
 )
-from llava_simplified.prepare.preparation_report import thumbnail, write_page
+from llava_simplified.prepare.preparation_report import Example, write_preparation_report
 from llava_simplified.prepare.record_tasks import cached_rows, run_record_tasks
 from llava_simplified.prepare.record_writer import RecordWriter, check_suffix
 from llava_simplified.workers import parse_slice
@@ -409,7 +410,7 @@ class _Outputs:
         self._kept = kept
         self._quarantine = output.with_name(f"{output.stem}_quarantine.jsonl")
         self._report = output.with_name(f"{output.stem}_report.html")
-        self._examples: dict[str, list[dict[str, Any]]] = {}
+        self._examples: dict[str, list[Example]] = {}
 
     def write(self, results: Iterator[ValidationResult]) -> None:
         """Write each record to the usable ones or to the quarantine."""
@@ -431,22 +432,28 @@ class _Outputs:
         text = self._rows.raw(index).decode("utf-8", "replace")
         examples = self._examples.setdefault(result.reason, [])
         if len(examples) < _EXAMPLES_PER_REASON:
-            example = {"name": self._rows.where(index), "detail": result.detail}
-            examples.append({**example, **_caption_and_thumbnail(text, self._folder)})
+            caption, thumbnail = _caption_and_thumbnail(text, self._folder)
+            examples.append(
+                Example(
+                    name=self._rows.where(index),
+                    caption=caption,
+                    detail=result.detail,
+                    thumbnail=thumbnail,
+                )
+            )
         return {"reason": result.reason, "detail": result.detail, "record": _parse_or_text(text)}
 
     def write_report(self) -> None:
         """Write the report as HTML and JSON."""
-        examples = sorted(self._examples.items())
-        write_page(
+        write_preparation_report(
             self._report,
             title=f"Cleaning of {self._rows.name}",
-            facts=[("records", f"{len(self._rows):,}"), ("kept", f"{self.counts['ok']:,}")],
+            facts={"records": f"{len(self._rows):,}", "kept": f"{self.counts['ok']:,}"},
             outcomes=self.counts,
-            examples=examples,
+            examples=self._examples,
         )
         plain_examples = {}
-        for reason, some in examples:
+        for reason, some in sorted(self._examples.items()):
             plain_examples[reason] = [{**example, "thumbnail": ""} for example in some]
         report = {"outcomes": self.counts, "examples": plain_examples}
         text = json.dumps(report, indent=1, ensure_ascii=False)
@@ -471,16 +478,17 @@ def _parse_or_text(text: str) -> Any:
         return text
 
 
-def _caption_and_thumbnail(text: str, folder: Path) -> dict[str, str]:
-    """Return caption and image of a record in the quarantine for the report, as far as they can be read."""
+def _caption_and_thumbnail(text: str, folder: Path) -> tuple[str, str]:
+    """Return the caption of a record in the quarantine and its image as a data URI, as far as they can be read."""
     try:
         record = Record.from_json(_parse_or_text(text), "")
     except ValueError:
-        return {"caption": text[:_SHOWN_CAPTION], "thumbnail": ""}
-    encoded = ""
-    if record.images:
-        try:
-            encoded = thumbnail(decode_image(read_image_bytes(record.images[0], folder)))
-        except ImageError:
-            encoded = ""
-    return {"caption": " / ".join(record.responses)[:_SHOWN_CAPTION], "thumbnail": encoded}
+        return text[:_SHOWN_CAPTION], ""
+    caption = " / ".join(record.responses)[:_SHOWN_CAPTION]
+    if not record.images:
+        return caption, ""
+    try:
+        pixels = decode_image(read_image_bytes(record.images[0], folder))
+    except ImageError:
+        return caption, ""
+    return caption, make_thumbnail(pixels).data_uri

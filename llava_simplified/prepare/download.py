@@ -33,7 +33,7 @@ from llava_simplified.prepare.download_progress import DownloadProgress
 from llava_simplified.prepare.download_shard import MANIFEST_SCHEMA, ShardSpec, fetch_shard
 from llava_simplified.prepare.download_store import SETTINGS_NAME, Store
 from llava_simplified.prepare.fetch_options import FAILURE_KINDS, FetchOptions
-from llava_simplified.prepare.preparation_report import download_report
+from llava_simplified.prepare.preparation_report import write_download_report
 from llava_simplified.prepare.record_writer import INSTRUCTION, RecordWriter, make_record
 from llava_simplified.prepare.source_rows import Columns, ParseIssues
 from llava_simplified.prepare.sources import read_source
@@ -314,7 +314,7 @@ def _merge(store: Store, output: str) -> dict[str, Any]:
                 writer.write(make_record(image, INSTRUCTION, row["captions"]))
     report_json = store.work / "report.json"
     report_html = store.work / "report.html"
-    report = download_report(merged, plan, report_json, report_html)
+    report = write_download_report(merged, plan, report_json, report_html)
     missing = plan["shards"] - len(names)
     if missing > 0:
         report["missing_shards"] = missing

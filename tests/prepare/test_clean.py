@@ -138,7 +138,7 @@ def test_clean_names_every_reason_and_keeps_the_order(mixed: Mixed) -> None:
     assert all(entry["detail"] for entry in quarantine)
     assert sum(counts.values()) == len(mixed.rows)
     page = (mixed.folder / "out_report.html").read_text()
-    assert page.count("data:image/jpeg;base64") == 3, "small, wide and moving can be shown"
+    assert page.count("data:image/webp;base64") == 3, "small, wide and moving can be shown"
     assert "Premature end" in page
     assert not list(mixed.folder.glob("*.work"))
     assert not list(mixed.folder.glob(".*")), "no lock and no temporary file"

@@ -70,7 +70,7 @@ def test_download_records_every_outcome_and_stores_every_image(
     assert not list((output / "_work").iterdir()), "nothing is left behind"
     page = (output / "report.html").read_text()
     assert "http_404" in page
-    assert page.count("</h2><svg") == 3, "rate, sides and sizes are drawn"
+    assert page.count("<svg") == 3, "rate, sides and sizes are drawn"
     assert json.loads((output / "report.json").read_text())["outcomes"] == report["outcomes"]
 
 
