@@ -46,27 +46,27 @@ class Command(NamedTuple):
 COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "Prepare data": {
         "download": Command(
-            "llava_simplified.prepare.download:main",
+            "llava_simplified.prepare.download_command:main",
             "Download image URLs into shards or files",
             uses_torch=False,
         ),
         "convert": Command(
-            "llava_simplified.prepare.convert:main",
+            "llava_simplified.prepare.convert_command:main",
             "Convert a caption data set to records",
             uses_torch=False,
         ),
         "clean": Command(
-            "llava_simplified.prepare.clean:main",
+            "llava_simplified.prepare.clean_command:main",
             "Remove records that cannot be used for training, and report why",
             uses_torch=False,
         ),
         "reduce": Command(
-            "llava_simplified.prepare.convert:reduce_main",
+            "llava_simplified.prepare.convert_command:reduce_main",
             "Draw a random sample of the records",
             uses_torch=False,
         ),
         "merge-manifests": Command(
-            "llava_simplified.prepare.download:merge_main",
+            "llava_simplified.prepare.download_command:merge_main",
             "Merge the manifests of downloads by several machines",
             uses_torch=False,
         ),
