@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -176,6 +177,8 @@ def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
         level = logging.DEBUG
     elif quiet:
         level = logging.WARNING
+        # Progress bars of transformers and other libraries; tqdm reads the variable when it is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     logger = logging.getLogger("llava_simplified")
     logger.setLevel(level)
     # A process may run several commands: every message is still written once.

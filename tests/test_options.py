@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -199,17 +200,22 @@ def test_normalize_spelling_keeps_unknown_options_and_values() -> None:
     ("words", "level"),
     [([], logging.INFO), (["--verbose"], logging.DEBUG), (["--quiet"], logging.WARNING)],
 )
-def test_parser_sets_the_log_level(parser: CommandParser, words: list[str], level: int) -> None:
+def test_parser_sets_the_log_level(
+    parser: CommandParser, words: list[str], level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     args = parser.parse_args(["x", *words])
     assert logging.getLogger("llava_simplified").level == level
     assert not hasattr(args, "verbose")
+    assert ("TQDM_DISABLE" in os.environ) == (words == ["--quiet"])
 
 
 def test_configure_logging_writes_each_message_once_to_stderr(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logger = logging.getLogger("llava_simplified.test")
-    configure_logging(quiet=True)
+    configure_logging(verbose=True)
     configure_logging()
     logger.info("a message")
     logger.debug("a detail")

@@ -344,7 +344,7 @@ def _report(counts: CaptionCounts, output: str) -> int:
     logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
     if counts.failed:
         logger.warning(
-            "The images of %s records cannot be read; they are listed in %s.bad.jsonl.",
+            "Records whose images cannot be read: %s. They are listed in %s.bad.jsonl.",
             f"{counts.failed:,}",
             output,
         )

@@ -216,6 +216,8 @@ def _caption_remaining(
     remaining = [index for index in indices if index not in finished and index not in failed]
 
     initial = len(indices) - len(remaining)
+    if initial:
+        logger.info("Continuing %s: %s of %s records are done.", job.output, initial, len(indices))
     show_progress = logger.isEnabledFor(logging.INFO)
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
         batches = caption_records(model, records, folder, job.options, job.batch_size, remaining)
