@@ -200,7 +200,8 @@ def run_command(name: str, argv: list[str]) -> int:
     this package always give a traceback.
     """
     command = COMMANDS[name]
-    configure_process(uses_torch=command.uses_torch)
+    shows_help = "-h" in argv or "--help" in argv
+    configure_process(uses_torch=command.uses_torch and not shows_help)
     try:
         return resolve(command.main)(argv)
     # OSError: a model that does not exist, a full disk. FloatingPointError: a loss that is not finite.
