@@ -73,15 +73,15 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     },
     "Train": {
         "inspect": Command(
-            "llava_simplified.inspection:main",
+            "llava_simplified.inspection.inspect_command:main",
             "Show samples as the model receives them: tokens, labels, images",
         ),
         "encode": Command(
-            "llava_simplified.training.feature_cache:encode_main",
+            "llava_simplified.training.encode_command:main",
             "Compute the image features before training",
         ),
         "plan": Command(
-            "llava_simplified.training.plan:main",
+            "llava_simplified.training.plan_command:main",
             "Estimate the memory, time and disk space of a training run",
         ),
         "train": Command(
@@ -117,7 +117,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "Export a checkpoint to stock LLaVA, PEFT or GGUF",
         ),
         "import": Command(
-            "llava_simplified.export.importing:import_main",
+            "llava_simplified.export.import_command:main",
             "Import a LLaVA checkpoint of another codebase",
         ),
         "merge": Command(
@@ -136,7 +136,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "Run the whole recipe on small real weights and images",
         ),
         "doctor": Command(
-            "llava_simplified.doctor:main",
+            "llava_simplified.doctor_command:main",
             "Check what is installed and what this machine supports",
         ),
         "completion": Command(
