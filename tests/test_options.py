@@ -17,24 +17,7 @@ from llava_simplified.cli import COMMANDS, resolve
 from llava_simplified.options import CommandParser, configure_logging, normalize_spelling
 
 # Commands whose parsers cannot be built on their own yet. This list must only shrink.
-WITHOUT_PARSER = {
-    "clean",
-    "convert",
-    "demo",
-    "doctor",
-    "download",
-    "encode",
-    "evaluate",
-    "export",
-    "import",
-    "inspect",
-    "merge",
-    "merge-manifests",
-    "plan",
-    "push",
-    "reduce",
-    "serve",
-}
+WITHOUT_PARSER = {"clean", "convert", "download", "merge-manifests", "reduce", "serve"}
 WITH_PARSER = sorted(COMMANDS.keys() - WITHOUT_PARSER)
 TRAINING_COMMANDS = {"train", "encode", "plan"}  # their texts describe training
 
