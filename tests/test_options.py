@@ -21,14 +21,20 @@ WITHOUT_PARSER = {"clean", "convert", "download", "merge-manifests", "reduce", "
 WITH_PARSER = sorted(COMMANDS.keys() - WITHOUT_PARSER)
 TRAINING_COMMANDS = {"train", "encode", "plan"}  # their texts describe training
 
-# Options that mean something else, or have another default, in some commands.
+# Options that have another meaning or default in some commands, and why.
 DIFFERENT_BY_COMMAND = {
-    "--output",  # every command has its own kind of output
-    "--temperature",  # predictions are sampled, as in LLaVA; other captions are greedy
-    "--trials",  # predictions have three captions per image, as in LLaVA
-    "--num-return-sequences",
-    "--model-path",
-    "--seed",
+    "--output": "every command has its own kind of output",
+    "--temperature": "predictions are sampled, as in LLaVA; other captions are greedy",
+    "--trials": "predictions have three captions per image, as in LLaVA",
+    "--num-return-sequences": "another name of --trials",
+    "--model-path": "optional for the report of llava evaluate",
+    "--model-base": "llava import reads checkpoints of other codebases",
+    "--vision-tower": "llava import reads checkpoints of other codebases",
+    "--instruction": "llava import stores the default instruction",
+    "--template": "llava import stores the template",
+    "--seed": "a bootstrap in llava evaluate",
+    "--limit": "the demo counts images",
+    "--cache-dir": "llava doctor reports its disk space",
 }
 
 
@@ -116,8 +122,8 @@ def test_every_option_has_a_help_text(name: str) -> None:
     assert parser.description
     for action in parser._actions:
         assert action.help, action.dest
-        # -h comes from argparse
-        assert action.dest == "help" or action.help[0].isupper() or action.help[0].isdigit()
+        # A phrase, not a sentence.
+        assert not action.help.endswith("."), f"llava {name} {action.dest}: {action.help}"
     parser.format_help()
 
 
@@ -128,9 +134,11 @@ def test_options_of_several_commands_are_the_same() -> None:
         if name in TRAINING_COMMANDS:
             continue
         for action in options_of(name):
+            # A default in words, such as "the current folder", may differ.
+            text = re.sub(r" \(default: .*\)", "", action.help or "")
             for option in action.option_strings:
                 if option not in DIFFERENT_BY_COMMAND:
-                    seen[option].add((action.help, str(action.default)))
+                    seen[option].add((text, str(action.default)))
     different = {option: texts for option, texts in seen.items() if len(texts) > 1}
     assert not different
 
