@@ -128,7 +128,7 @@ def test_every_option_has_a_help_text(name: str) -> None:
 
 
 def test_options_of_several_commands_are_the_same() -> None:
-    """An option with one name has one help text and one default, except in the training commands."""
+    """An option has one help text and one default; training commands have their own."""
     seen: dict[str, set[Any]] = defaultdict(set)
     for name in WITH_PARSER:
         if name in TRAINING_COMMANDS:
