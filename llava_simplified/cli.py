@@ -73,15 +73,15 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     },
     "Train": {
         "inspect": Command(
-            "llava_simplified.inspection:main",
+            "llava_simplified.inspection.inspect_command:main",
             "Show samples as the model receives them: tokens, labels, images",
         ),
         "encode": Command(
-            "llava_simplified.training.feature_cache:encode_main",
+            "llava_simplified.training.encode_command:main",
             "Compute the image features before training",
         ),
         "plan": Command(
-            "llava_simplified.training.plan:main",
+            "llava_simplified.training.plan_command:main",
             "Estimate the memory, time and disk space of a training run",
         ),
         "train": Command(

@@ -31,7 +31,8 @@ from llava_simplified.data.images import (
     read_image_bytes,
 )
 from llava_simplified.data.records import open_records
-from llava_simplified.model.generation import DecodingBatch, GenerationOptions
+from llava_simplified.model.generation import DecodingBatch
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.language_model import lm_head_at_positions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER
@@ -131,7 +132,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
     """
     # Stock processors put the image in front, wherever it was in the instruction.
     instruction = model.instruction.replace(IMAGE_PLACEHOLDER, "").strip()
-    prompt, pixels = model.ask(instruction, [image])
+    prompt, pixels = model.prepare_inputs(instruction, [image])
     assert pixels is not None, "one image was given"
     tower = model.vision_tower
     pixel_values = tower.transform.normalize(pixels)
@@ -148,7 +149,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
 
     options = GenerationOptions(max_new_tokens=CAPTION_LENGTH)
     batch = DecodingBatch(model, [prompt], features, options)
-    while batch.live:
+    while batch.active:
         batch.step()
 
     # Pixel values are (x / 255 - mean) / std, so that one gray level is 1 / (255 std) per channel.
@@ -159,7 +160,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
         pixel_values=pixel_values,
         gray_level=(1 / (255 * std)).view(3, 1, 1),
         logits=outputs.logits.flatten(),
-        caption_ids=batch.tokens[0],
+        caption_ids=batch.generated_ids[0],
     )
 
 
