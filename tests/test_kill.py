@@ -27,8 +27,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent / "prepare"))
 
 from downloads import SHARD_SIZE, Job, check_output, loopback, read_manifest, write_source
+from tiny import save_language_model, save_vision_model
 
 from llava_simplified.data.images import read_image_bytes
+from llava_simplified.jobs import read_json_lines
 
 LLAVA = [sys.executable, "-m", "llava_simplified.cli"]
 # A worker looks every half second whether its parent lives.
@@ -163,9 +165,64 @@ def compare_cleanings(records: Path, undisturbed: Path, resumed: Path) -> None:
         assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes(), name
 
 
+# ---- llava caption ----
+
+
+@contextmanager
+def caption_inputs(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A tiny checkpoint, and a folder of 600 images, some of which cannot be read."""
+    models = folder / "models"
+    save_language_model("mistral", models / "language_model")
+    save_vision_model("clip", models / "vision_tower")
+    images = folder / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(images / "000.jpg")
+    for number in range(1, 600):
+        image = images / f"{number:03}.jpg"
+        if number % 50 == 0:
+            image.write_bytes(b"not an image")
+        else:
+            image.write_bytes((images / "000.jpg").read_bytes())
+    records = folder / "train.json"
+    row = {"image": "000.jpg", "instruction": "What?", "response": "a dog"}
+    records.write_text(json.dumps([row] * 4))
+    words = [*LLAVA, "train", "--max_steps", "1", "--cache_vision_features", "off"]
+    words += ["--model_name_or_path", str(models / "language_model")]
+    words += ["--vision_tower", str(models / "vision_tower")]
+    words += ["--train_data_path", str(records), "--train_image_folder", str(images)]
+    run_to_the_end([*words, "--output_dir", str(folder / "checkpoint")])
+    yield folder / "checkpoint", images
+
+
+def caption_command(inputs: tuple[Path, Path], output: Path) -> list[str]:
+    checkpoint, images = inputs
+    words = [*LLAVA, "caption", str(images), "--model-path", str(checkpoint)]
+    words += ["--output", str(output / "captions.jsonl"), "--batch-size", "1"]
+    return [*words, "--max-new-tokens", "4", "--trials", "2", "--temperature", "1"]
+
+
+def captioned_records(output: Path) -> dict[int, list[int]]:
+    """Return where the rows of each complete record are: a record that is done again has more rows."""
+    found: dict[int, list[int]] = {}
+    for row, end in read_json_lines(output / "captions.jsonl"):
+        found.setdefault(row["index"], []).append(end)
+    return {index: ends for index, ends in found.items() if len(ends) >= 2}
+
+
+def compare_captions(inputs: tuple[Path, Path], undisturbed: Path, resumed: Path) -> None:
+    names = {path.name for path in undisturbed.iterdir()}
+    captions = "captions.jsonl"
+    assert names == {captions, f"{captions}.bad.jsonl", f"{captions}.settings.json"}
+    assert {path.name for path in resumed.iterdir()} == names
+    for name in names:
+        assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
 CASES = [
     Case("download", 5, download_inputs, download_command, downloaded_rows, compare_downloads),
     Case("clean", 3, clean_inputs, clean_command, cleaned_chunks, compare_cleanings),
+    Case("caption", 3, caption_inputs, caption_command, captioned_records, compare_captions),
 ]
 
 

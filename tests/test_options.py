@@ -17,7 +17,7 @@ from llava_simplified.cli import COMMANDS, resolve
 from llava_simplified.options import CommandParser, configure_logging, normalize_spelling
 
 # Commands whose parsers cannot be built on their own yet. This list must only shrink.
-WITHOUT_PARSER = {"clean", "convert", "download", "merge-manifests", "reduce", "serve"}
+WITHOUT_PARSER = {"serve"}
 WITH_PARSER = sorted(COMMANDS.keys() - WITHOUT_PARSER)
 TRAINING_COMMANDS = {"train", "encode", "plan"}  # their texts describe training
 
@@ -33,6 +33,8 @@ DIFFERENT_BY_COMMAND = {
     "--instruction": "llava import stores the default instruction",
     "--template": "llava import stores the template",
     "--seed": "a bootstrap in llava evaluate",
+    "--image-folder": "llava convert keeps only rows whose image is there",
+    "--count": "samples in llava inspect, records in llava reduce",
     "--limit": "the demo counts images",
     "--cache-dir": "llava doctor reports its disk space",
 }
