@@ -21,7 +21,8 @@ from llava_simplified.data.dataset import CaptionDataset, load_record_images
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.evaluation.metrics import Sample, evaluate
-from llava_simplified.model.generation import GenerationOptions, encode, generate_from_features
+from llava_simplified.model.generation import encode_images, generate_from_features
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 
 logger = logging.getLogger(__name__)
