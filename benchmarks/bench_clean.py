@@ -45,7 +45,7 @@ def write_pictures(folder: Path, count: int, photos: Path | None) -> dict[str, s
     good = (
         [path.read_bytes() for path in sorted(photos.glob("*.jpg"))]
         if photos
-        else loopback.pictures()
+        else loopback.images()
     )
     kinds = {}
     for index in range(count):

@@ -1,6 +1,6 @@
 """A web server on this machine that misbehaves in every way that matters, and knows what it did.
 
-The first part of a URL's path is what happens, the second is which picture:
+The first part of a URL's path is what happens, the second is which image:
 `http://127.0.3.7:8000/ok/123.jpg`. `expected(kind)` is the outcome a downloader should report.
 
     python benchmarks/loopback.py --port 8000 --latency 0.1 [--tls FOLDER]
@@ -41,7 +41,7 @@ EXPECTED = {
     "html": "html",
     "empty": "empty",
     "cut": "truncated",  # the body ends before its Content-Length
-    "short": "truncated",  # the file ends before the picture
+    "short": "truncated",  # the file ends before the image
     "corrupt": "corrupt",  # bytes changed in mid-scan
     "loop": "redirect",
     "hang": "timeout",
@@ -62,7 +62,7 @@ POOL = 48
 
 
 @cache
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     """Photo-like JPEGs, 20 to 130 kB: smooth shapes with fine grain."""
     rng, made = np.random.default_rng(0), []
     for index in range(POOL):
@@ -87,7 +87,7 @@ def body_of(kind: str, number: int) -> bytes:
 
 @cache
 def _body(kind: str, number: int) -> bytes:
-    data = pictures()[number]
+    data = images()[number]
     if kind in ("png", "webp"):
         buffer = io.BytesIO()
         Image.open(io.BytesIO(data)).resize((300, 200)).save(buffer, kind, quality=80)
@@ -120,7 +120,7 @@ def bomb_png(width: int, height: int) -> bytes:
 
 
 def expected(kind: str, number: int) -> tuple[str, str]:
-    """(outcome, sha256 of the picture or "") that a downloader should report."""
+    """(outcome, sha256 of the image or "") that a downloader should report."""
     outcome = EXPECTED[kind]
     known = body_of(kind if kind in ("png", "webp") else "ok", number)
     return outcome, hashlib.sha256(known).hexdigest() if outcome == "ok" else ""
@@ -183,7 +183,7 @@ class _Handler(asyncio.Protocol):
 
     def respond(self, kind: str, number: int, name: str) -> None:
         status = _STATUS.get(kind, "200 OK")
-        body = b"no picture here" if kind in _STATUS else body_of(kind, number)
+        body = b"no image here" if kind in _STATUS else body_of(kind, number)
         extra = {
             "optout": "X-Robots-Tag: noai, noimageai, \udce9\r\n",
             "reserved": "TDM-Reservation: 1\r\n",
