@@ -39,7 +39,7 @@ def options_of(command: str) -> frozenset[str]:
 
     names = (
         name
-        for action in parser_of(COMMANDS[command][0])._actions
+        for action in parser_of(COMMANDS[command].main)._actions
         for name in action.option_strings
     )
     if command == "plan":  # the options of a run, and its own

@@ -17,13 +17,15 @@ ORDER = [
     ("data",),
     ("prepare", "evaluation/metrics"),
     ("model",),
+    ("training_options",),
     ("arguments",),
     ("training",),
     ("inspection", "captioning"),
     ("evaluation",),
     ("serve", "export", "doctor"),
-    ("demo",),
+    ("demo", "python_api"),
     ("cli",),
+    ("__main__", "completion_command"),
 ]
 
 

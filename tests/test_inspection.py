@@ -144,8 +144,8 @@ def test_rows_with_problems_are_named(
     assert "rows.json row 0: no image" in output
     assert "rows.json row 1: the answer is empty" in output
     assert "rows.json row 2: no response to train on" in output
-    assert "rows.json row 3: 1 image(s), but the text says <image> 2 time(s)" in output
-    assert "rows.json row 4: 'response' must be a text" in output
+    assert "rows.json row 3: 1 image(s), but the text contains <image> 2 time(s)" in output
+    assert "rows.json row 4: 'response' must be a string" in output
     assert "rows.json row 5: this is not Unicode text" in output
     assert table(output)["rows with a problem"] == ("3", "5")
 

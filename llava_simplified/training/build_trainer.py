@@ -13,7 +13,12 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, describe
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    non_default_options,
+)
 from llava_simplified.data.collate import Collator
 from llava_simplified.data.dataset import CaptionDataset, open_data
 from llava_simplified.data.images import ImageError
@@ -90,7 +95,8 @@ def build_trainer(
     # A chat template that cannot be used raises here, before the model is loaded.
     Prompt(tokenizer, model_args.template)
 
-    settings = {**describe(model_args, data_args, args), "processes": args.world_size}
+    options = non_default_options(model_args, data_args, args)
+    settings = {**options, "processes": args.world_size}
     resumed = find_resume_folder(args)
     if resumed:
         for difference in check_same_run(resumed, config, settings):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_simplified.extras import MissingExtraError
-from llava_simplified.options import configure_logging
+from llava_simplified.options import CommandParser
+from llava_simplified.training_options import add_training_options, exit_with_help
 
 if TYPE_CHECKING:
     from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -16,15 +17,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def build_parser() -> CommandParser:
+    """Return the parser of `llava train`, for help and completion."""
+    parser = CommandParser("llava train", "Train a LLaVA model.", usage="%(prog)s [options]")
+    add_training_options(parser)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `llava train`."""
+    argv = sys.argv[1:] if argv is None else argv
+    exit_with_help(argv, build_parser())
+
+    # Imported here because these modules import transformers, which takes seconds.
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.preflight import preflight
 
-    argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        argv = ["--help"]  # whatever else there is, even if it is wrong
-    configure_logging()
     groups = parse_arguments(argv)
     preflight(argv, *groups)
     train(*groups)
@@ -33,8 +41,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
     """Train a model, and save it into `args.output_dir`.
-
-    Progress and warnings are logged; `llava_simplified.options.configure_logging` prints them.
 
     Args:
         model_args: Which parts make the model, and which of them are trained.

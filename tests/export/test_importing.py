@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava_simplified.captioning.caption_command import main as predict_main
+from llava_simplified.captioning.caption_command import predict_main
 from llava_simplified.export.importing import import_checkpoint, import_main
 from llava_simplified.export.merge import merge
 from llava_simplified.model.llava import Llava
