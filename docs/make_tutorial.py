@@ -33,7 +33,8 @@ from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.demo.assets import fetch
-from llava_simplified.model.generation import DecodingBatch, GenerationOptions
+from llava_simplified.model.generation import DecodingBatch
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.language_model import shared_prefix_mask
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.vision import VisionTower

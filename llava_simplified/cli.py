@@ -73,7 +73,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     },
     "Train": {
         "inspect": Command(
-            "llava_simplified.inspection:main",
+            "llava_simplified.inspection.inspect_command:main",
             "Show samples as the model receives them: tokens, labels, images",
         ),
         "encode": Command(
@@ -117,7 +117,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "Export a checkpoint to stock LLaVA, PEFT or GGUF",
         ),
         "import": Command(
-            "llava_simplified.export.importing:import_main",
+            "llava_simplified.export.import_command:main",
             "Import a LLaVA checkpoint of another codebase",
         ),
         "merge": Command(
@@ -136,7 +136,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "Run the whole recipe on small real weights and images",
         ),
         "doctor": Command(
-            "llava_simplified.doctor:main",
+            "llava_simplified.doctor_command:main",
             "Check what is installed and what this machine supports",
         ),
         "completion": Command(

@@ -232,7 +232,9 @@ def _caption_on_terminal(args: argparse.Namespace, image: str, options: Generati
                 print(piece, end="", flush=True)
             print()
         else:
-            captions = model.caption([pixels], instruction, n=count, **generation)[0]
+            captions = model.caption(
+                [pixels], instruction, num_return_sequences=count, **generation
+            )[0]
             print("\n".join([captions] if count == 1 else captions))
     return 0
 

@@ -36,13 +36,10 @@ from llava_simplified.jobs import (
     exclusive_lock,
     read_json_lines,
 )
-from llava_simplified.model.generation import (
-    GenerationOptions,
-    encode,
-    generate_from,
-    prompt_hashes,
-)
+from llava_simplified.model.generation import generate_from_features
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.sampling import prompt_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -376,7 +373,7 @@ def _caption_window(
                 # Random draws are derived from the content of prompt and images, so that a sampled caption depends
                 # neither on the batch nor on the index of its record.
                 hashes = prompt_hashes(batch_prompts, images.pixels(names))
-                captions = generate_from(
+                captions = generate_from_features(
                     model, batch_prompts, images.features(names), options, hashes
                 )
                 outcomes.update(zip(readable, captions))
@@ -440,6 +437,6 @@ class _WindowImages:
         new = [name for name in dict.fromkeys(names) if name not in self._features]
         if new:
             # Encoding a whole batch at once is what makes the vision tower fast.
-            encoded = encode(self._model, torch.stack(self.pixels(new)))
+            encoded = encode_images(self._model, torch.stack(self.pixels(new)))
             self._features.update(zip(new, encoded))
         return torch.stack([self._features[name] for name in names])

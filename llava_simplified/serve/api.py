@@ -36,7 +36,7 @@ from starlette.types import Receive, Scope, Send
 
 from llava_simplified.data.images import load_pixels
 from llava_simplified.data.records import insert_image_placeholders
-from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions
+from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prepare.fetch import Fetcher, FetchOptions
 from llava_simplified.prompt import Message

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from llava_simplified.data.collate import expand_image_placeholders
 from llava_simplified.data.images import ImageSource
-from llava_simplified.model.generation import encode
+from llava_simplified.model.generation import encode_images
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message
@@ -85,7 +85,7 @@ def look(
     Raises:
         ValueError: There is no image.
     """
-    prompt, pixels = model.ask(turns, images)
+    prompt, pixels = model.prepare_inputs(turns, images)
     if pixels is None:
         raise ValueError("the conversation has no image; attention maps need at least one")
     _, grids = word_attention(model, prompt, pixels, encode_answer(model, answer))
@@ -115,7 +115,7 @@ def word_attention(
     Raises:
         ValueError: The answer contains no word.
     """
-    grids = attention_grids(model, prompt, answer_ids, encode(model, pixels))
+    grids = attention_grids(model, prompt, answer_ids, encode_images(model, pixels))
     # The text that the first N tokens decode to, for every N. A token belongs to each word that it lengthens.
     texts = [
         model.prompt.decode(answer_ids[: count + 1]).rstrip("\ufffd")

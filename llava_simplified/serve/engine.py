@@ -29,13 +29,10 @@ else:
     from async_timeout import timeout
 
 from llava_simplified.data.images import ImageSource
-from llava_simplified.model.generation import (
-    DecodingBatch,
-    GenerationOptions,
-    encode,
-    prompt_hashes,
-)
+from llava_simplified.model.generation import DecodingBatch, encode_images
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.sampling import prompt_hashes
 from llava_simplified.prompt import Message
 
 T = TypeVar("T")
@@ -149,7 +146,7 @@ class Place:
             raise ValueError(
                 f"{len(images)} pictures do not fit into the {context} tokens of the context"
             )
-        self.prompt, self.pixels = model.ask(turns, images)
+        self.prompt, self.pixels = model.prepare_inputs(turns, images)
         self.prompt_tokens = len(self.prompt) + len(images) * (model.vision_tower.num_tokens - 1)
         longest = self.prompt_tokens + self.options.max_new_tokens
         if not self.prompt or longest > context:
@@ -316,7 +313,9 @@ class Worker:
         said: list[tuple[Place, Piece]] = []
         for row, _ in self._decoding.step():
             place, sample = self.rows[row]
-            piece = place.go_on(sample, self._decoding.tokens[row], row in self._decoding.live)
+            piece = place.go_on(
+                sample, self._decoding.generated_ids[row], row in self._decoding.active
+            )
             if piece.finish:
                 self._forget(row)
             if piece.text or piece.finish:
@@ -325,12 +324,12 @@ class Worker:
 
     def _let_in(self, new: Sequence[Place]) -> None:
         pictures = [place.pixels for place in new if place.pixels is not None]
-        features = encode(self.model, torch.cat(pictures)) if pictures else None
+        features = encode_images(self.model, torch.cat(pictures)) if pictures else None
         prompts, options = [place.prompt for place in new], [place.options for place in new]
         keys = [place.key for place in new]
         if self._decoding is None:
             self._decoding = DecodingBatch(self.model, prompts, features, options, keys)
-            rows: Iterable[int] = list(self._decoding.live)
+            rows: Iterable[int] = list(self._decoding.active)
         else:
             rows = self._decoding.join(prompts, features, options, keys)
         owners = [
@@ -340,5 +339,5 @@ class Worker:
 
     def _forget(self, row: int) -> None:
         assert self._decoding is not None
-        self._decoding.drop(row)
-        del self._decoding.tokens[row], self.rows[row]
+        self._decoding.cancel(row)
+        del self._decoding.generated_ids[row], self.rows[row]

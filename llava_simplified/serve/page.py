@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from llava_simplified.captioning.inputs import IMAGE_SUFFIXES
 from llava_simplified.data.images import ImageError, decode_image
-from llava_simplified.model.generation import DEFAULT_TEMPERATURE
+from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE
 from llava_simplified.serve.api import Limits
 
 MAX_EXAMPLES = 12

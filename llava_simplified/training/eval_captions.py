@@ -21,7 +21,8 @@ from llava_simplified.data.dataset import CaptionDataset, load_record_images
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.evaluation.metrics import Sample, evaluate
-from llava_simplified.model.generation import GenerationOptions, encode, generate_from
+from llava_simplified.model.generation import encode_images, generate_from_features
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 
 logger = logging.getLogger(__name__)
@@ -109,14 +110,14 @@ class EvalCaptions:
             if cached is not None:
                 features.append(cached.to(model.device))
             if pixels is not None:
-                features.append(encode(model, pixels))
+                features.append(encode_images(model, pixels))
         prompts = [model.prompt.render(record.turns, None).input_ids for record in records]
         # Greedy decoding draws nothing. Without a seed it would still touch the generator that
         # training draws from, and the run would differ from one without captions.
         options = GenerationOptions(seed=0)
         # Images are not identified: nothing is shared between prompts.
         image_keys = [b""] * len(records)
-        sequences = generate_from(model, prompts, torch.cat(features), options, image_keys)
+        sequences = generate_from_features(model, prompts, torch.cat(features), options, image_keys)
         return [text for (text,) in sequences]
 
     def _pixels(self, record: Record) -> torch.Tensor:

@@ -35,7 +35,7 @@ from llava_simplified.captioning.runner import (
 )
 from llava_simplified.data.images import read_image_bytes
 from llava_simplified.jobs import exclusive_lock
-from llava_simplified.model.generation import GenerationOptions
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.train_command import train
 
@@ -271,7 +271,7 @@ def test_caption_file_keeps_unicode_line_separators(
     def generate(model: Llava, prompts: list, *_: object) -> list[list[str]]:
         return [[caption] for _ in prompts]
 
-    monkeypatch.setattr(runner, "generate_from", generate)
+    monkeypatch.setattr(runner, "generate_from_features", generate)
     output = tmp_path / name
     job = folder_job(folder, output, options=GenerationOptions(6), limit=3)
     assert caption_file(job, model) == (3, 0)
@@ -353,13 +353,13 @@ def test_caption_records_encodes_each_image_once(
 ) -> None:
     """Instructions of different lengths put one image into several batches."""
     encoded = []
-    encode = runner.encode
+    encode = runner.encode_images
 
     def count_and_encode(model: Llava, pixels: torch.Tensor) -> torch.Tensor:
         encoded.append(len(pixels))
         return encode(model, pixels)
 
-    monkeypatch.setattr(runner, "encode", count_and_encode)
+    monkeypatch.setattr(runner, "encode_images", count_and_encode)
     instructions = ["What?", "What is it that one can see in this?"]
     records, image_folder = open_inputs(str(folder), None, instructions)
     parts = list(caption_records(model, records, image_folder, GenerationOptions(3), batch_size=2))

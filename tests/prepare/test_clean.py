@@ -86,7 +86,7 @@ def test_each_reason_is_true_and_order_is_kept(mixed: tuple) -> None:
     assert all(entry["detail"] for entry in aside)
     assert sum(counts.values()) == len(rows)
     page = (folder / "out_report.html").read_text()
-    assert page.count("data:image/jpeg;base64") == 3, "small, wide and moving can be shown"
+    assert page.count("data:image/webp;base64") == 3, "small, wide and moving can be shown"
     assert "Premature end" in page
     assert not list(folder.glob("*.work"))
 

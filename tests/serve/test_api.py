@@ -95,7 +95,9 @@ def live(
     try:
         yield here
         here.wait(lambda: not worker.places and not worker.rows)
-        assert worker._decoding is None or not (worker._decoding.tokens or worker._decoding.live)
+        assert worker._decoding is None or not (
+            worker._decoding.generated_ids or worker._decoding.active
+        )
     finally:
         server.should_exit = True
         thread.join()
@@ -192,7 +194,13 @@ def test_samples_and_seeds(server: Live, model: Llava, photos: list[bytes]) -> N
 
     sampled = {"n": 3, "temperature": 1.0, "top_p": 0.9, "seed": 3}
     assert texts(**sampled) == model.caption(
-        photos[0], "What?", n=3, temperature=1.0, top_p=0.9, seed=3, max_new_tokens=8
+        photos[0],
+        "What?",
+        num_return_sequences=3,
+        temperature=1.0,
+        top_p=0.9,
+        seed=3,
+        max_new_tokens=8,
     )
     assert texts(**{**sampled, "seed": 4}) != texts(**sampled)
     assert len(set(texts(n=16))) > 1, "several are sampled, also where no temperature is given"

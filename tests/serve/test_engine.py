@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from llava_simplified.data.images import ImageError
-from llava_simplified.model.generation import DecodingBatch, GenerationOptions
+from llava_simplified.model.generation import DecodingBatch
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 from llava_simplified.serve.engine import Busy, Piece, Place, Worker
@@ -30,7 +31,7 @@ def serve(model: Llava, use: Callable[[Worker], Awaitable[T]], **limits: float) 
             assert worker.alive
             assert not worker.places and not worker.rows, "nobody is left"
             assert worker._decoding is None or not (
-                worker._decoding.tokens or worker._decoding.live
+                worker._decoding.generated_ids or worker._decoding.active
             )
             return result
 
@@ -80,7 +81,7 @@ def test_everybody_gets_the_answer_that_the_model_gives_alone(
 
 def test_samples_of_one_request(model: Llava, photos: list[bytes]) -> None:
     options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
-    alone = model.caption(photos[0], "What?", n=3, **options)
+    alone = model.caption(photos[0], "What?", num_return_sequences=3, **options)
     said = serve(
         model,
         lambda worker: answers(worker, "What?", photos[:1], num_return_sequences=3, **options),

@@ -77,7 +77,7 @@ def test_quantized_run_learns_saves_merges_and_exports(
     quantization_error = (logits - caption_logits(unquantized, image)).abs().max()
     assert merge_error < MERGE_TOLERANCE[bits]
     assert merge_error < quantization_error
-    assert export_stock(folder, tmp_path / "stock")["logits differ by"] < 1e-3
+    assert export_stock(folder, tmp_path / "stock").max_logit_difference < 1e-3
     with pytest.raises(ValueError, match=f"{bits} bits"):
         export_stock(folder, tmp_path / "peft", adapter=True)
 
