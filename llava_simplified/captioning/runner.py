@@ -36,7 +36,7 @@ from llava_simplified.jobs import (
     exclusive_lock,
     read_json_lines,
 )
-from llava_simplified.model.generation import generate_from_features
+from llava_simplified.model.generation import encode_images, generate_from_features
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.sampling import prompt_hashes

@@ -38,7 +38,8 @@ BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which Windows programs wr
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 _LINE_BLOCK_BYTES = 1 << 22
 _MAX_VALUE_BYTES = 1 << 26  # a longer JSON value is taken for broken JSON, such as a missing quote
-# What can follow a JSON value. A tuple and not a string: `"" in "abc"` is true, but the end of the window is no delimiter.
+# What can follow a JSON value. A tuple and not a string, because `"" in "abc"` is true: the end of the window is not a
+# delimiter.
 _VALUE_DELIMITERS = tuple(",:]} \t\r\n")
 
 

@@ -10,9 +10,9 @@ in the layout of webdataset and img2dataset, which other tools read:
       000120002.jpg                 000120002  ...  ok      null       37376   80511
       ...                           ...
 
-A *sample* is the members that share a key: neighbours with the same name up to the first dot. A tar archive is a chain of
-512-byte headers, each followed by the file's bytes, padded to 512; files are stored uncompressed, so (offset, length) is
-all that is needed to read one:
+A *sample* is the members that share a key: neighbours with the same name up to the first dot. A tar archive is a chain
+of 512-byte headers, each followed by the file's bytes, padded to 512. Files are stored uncompressed, so (offset,
+length) is all that is needed to read one:
 
     | header | image ...... pad | header | text pad | header | json pad | header | ...  | two blocks of zeros |
              ^ offset

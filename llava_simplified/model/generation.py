@@ -68,6 +68,7 @@ class DecodingBatch:
         generated_ids: Sequence id -> generated token ids, of finished sequences too. Long-running
             callers must delete the entries of sequences that they are done with.
         active: Ids of the sequences that are not finished, by row.
+        errors: Sequence id -> why no token could be chosen. Such a sequence is finished; others continue.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class DecodingBatch:
         self.model = model
         self.generated_ids: dict[int, list[int]] = {}
         self.active: list[int] = []
+        self.errors: dict[int, Exception] = {}
         self._new_ids = count()
         # By id, of active sequences only.
         self._options: dict[int, GenerationOptions] = {}
@@ -173,13 +175,21 @@ class DecodingBatch:
 
         Returns:
             (sequence id, token id) of each. An end token is among them; its sequence is then finished.
+            A sequence whose logits are not finite gets no token and an entry in `errors`.
         """
         if not self.active:
             return []
-        generated = list(zip(self.active, self._choose_tokens()))
+        tokens = self._choose_tokens()
+        generated: list[tuple[int, int]] = []
         stop_ids = set(self.model.prompt.stop_ids)
         rows_to_keep: list[int] = []
-        for row, (sequence_id, token) in enumerate(generated):
+        for row, (sequence_id, token) in enumerate(zip(self.active, tokens)):
+            if token is None:
+                self.errors[sequence_id] = FloatingPointError(
+                    "The logits of the next token contain NaN or infinity."
+                )
+                continue
+            generated.append((sequence_id, token))
             ids = self.generated_ids[sequence_id]
             ids.append(token)
             if token not in stop_ids and len(ids) < self._options[sequence_id].max_new_tokens:
@@ -188,6 +198,15 @@ class DecodingBatch:
         if self.active:
             self._decode()
         return generated
+
+    def raise_errors(self) -> None:
+        """Raise the first of `errors`, for callers that generate all sequences for one purpose.
+
+        Raises:
+            FloatingPointError: The logits of a sequence were not finite.
+        """
+        for error in self.errors.values():
+            raise error
 
     @torch.inference_mode()
     def cancel(self, sequence_id: int) -> None:
@@ -259,8 +278,11 @@ class DecodingBatch:
         else:
             self._cache = None  # Frees its memory.
 
-    def _choose_tokens(self) -> list[int]:
-        """Return the next token of every active sequence, chosen under its own options."""
+    def _choose_tokens(self) -> list[int | None]:
+        """Return the next token of every active sequence, chosen under its own options.
+
+        It is None for a sequence whose logits are not finite. The other sequences are not affected.
+        """
         # Sequences with equal options and lengths are processed together, which is all of them in
         # the usual case. Equal lengths, since the repetition penalty reads a tensor of generated ids.
         groups: dict[tuple[GenerationOptions, int], list[int]] = {}
@@ -268,7 +290,7 @@ class DecodingBatch:
             group = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
             groups.setdefault(group, []).append(row)
 
-        chosen = torch.empty(len(self.active), dtype=torch.long)
+        chosen: list[int | None] = [None] * len(self.active)
         for (options, num_generated), rows in groups.items():
             ids = [self.active[row] for row in rows]
             logits = self._logits[rows].float()
@@ -279,8 +301,12 @@ class DecodingBatch:
                 tokens = draw(logits, [self._generators[i] for i in ids])
             else:
                 tokens = logits.argmax(-1)
-            chosen[rows] = tokens.cpu()
-        return chosen.tolist()
+            # The maximum is NaN if any logit is. Single logits may be -inf: tokens that are excluded.
+            is_finite = logits.amax(-1).isfinite()
+            for row, token, finite in zip(rows, tokens.tolist(), is_finite.tolist()):
+                if finite:
+                    chosen[row] = token
+        return chosen
 
 
 @contextmanager
@@ -359,6 +385,7 @@ def generate_from_features(
             batch = DecodingBatch(model, prompts, image_features, options, hashes)
             while batch.active:
                 batch.step()
+                batch.raise_errors()
             sequences = list(batch.generated_ids.values())
     texts = [model.prompt.decode(ids).strip() for ids in sequences]
     per_prompt = options.num_return_sequences
@@ -390,6 +417,7 @@ def stream(
         batch = DecodingBatch(model, [prompt], features, options, hashes)
         while batch.active:
             batch.step()
+            batch.raise_errors()
             text = model.prompt.decode(batch.generated_ids[0])
             # A character may take several byte tokens; until it is complete the decoder writes a
             # replacement character. The next token completes it, unless there is none.

@@ -319,3 +319,29 @@ def test_caption_does_not_depend_on_the_batch_size(models_folder: Path) -> None:
     assert [len(texts) for texts in together] == [2, 2, 2]
     assert model.caption(images, batch_size=2, **options) == together
     assert model.caption([], **options) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_decoding_batch_finishes_only_the_sequence_whose_logits_are_not_finite(
+    models_folder: Path, temperature: float
+) -> None:
+    """The neighbours of a failed sequence generate what they generate without it."""
+    model = build(models_folder).eval()
+    prompts, pixels = make_prompts(model)
+    options = GenerationOptions(6, temperature=temperature, seed=1)
+    hashes = [b"a", b"b", b"c"][: len(prompts)]
+    features = model.vision_tower(pixels)
+
+    undisturbed = DecodingBatch(model, prompts, features, options, hashes)
+    expected = run(undisturbed)
+    batch = DecodingBatch(model, prompts, features, options, hashes)
+    batch.step()
+    with torch.inference_mode():  # in which the batch has computed them
+        batch._logits[0, 3] = float("nan")
+    run(batch)
+    assert list(batch.errors) == [0]
+    assert isinstance(batch.errors[0], FloatingPointError)
+    assert batch.generated_ids[0] == expected[0][:1]
+    assert [batch.generated_ids[i] for i in range(1, len(prompts))] == expected[1:]
+    with pytest.raises(FloatingPointError):
+        batch.raise_errors()
