@@ -103,9 +103,13 @@ def test_cache_key_is_that_of_release_0_1_0(models_folder: Path) -> None:
     assert cache_key(tower, "w", pixels=True) == "13847bc71f5bc376"
 
 
-def test_cache_describes_its_content(models_folder: Path, tmp_path: Path) -> None:
+def test_cache_describes_its_content(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     tower = load_tower(models_folder)
-    FeatureCache(tower, "digest", tmp_path)
+    cache = FeatureCache(tower, "digest", tmp_path)
+    assert not list(tmp_path.iterdir()), "a cache that is only read may be read-only"
+    cache.fill(["0.jpg"], data_folder / "images", progress=False)
     description = json.loads((tmp_path / f"{cache_key(tower, 'digest')}.json").read_text())
     assert description["content"] == "features"
     assert description["weights"] == "digest"
