@@ -16,7 +16,7 @@ def build_parser() -> CommandParser:
     """Return the parser of `llava encode`, for help and completion."""
     parser = CommandParser(
         "llava encode",
-        "Compute the image features of a training run, with the options of the run.",
+        "Compute the image features of a training run in advance. Accepts the options of the run.",
         usage="%(prog)s [options]",
     )
     add_training_options(parser)

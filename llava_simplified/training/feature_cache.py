@@ -219,7 +219,8 @@ class FeatureCache:
         """Keep other processes from appending, and learn what they have appended so far."""
         assert self._base is not None
         lock = self._base.with_suffix(".lock")
-        with exclusive_lock(lock, f"the feature cache {self._base}", timeout=_LOCK_TIMEOUT):
+        name = f"the feature cache {self._base}"
+        with exclusive_lock(lock, name, timeout=_LOCK_TIMEOUT, keep_file=True):
             self._read_new_hashes()
             yield
 
