@@ -125,15 +125,21 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, output: str | Path, timeout: float | None = None) -> Iterator[None]:
+def exclusive_lock(
+    path: Path,
+    output: str | Path,
+    timeout: float | None = None,
+    keep_file: bool = False,
+) -> Iterator[None]:
     """Hold the lock file at `path`, so that only one process at a time writes to `output`.
-
-    The lock file is deleted at the end.
 
     Args:
         path: The lock file. Its folder is created.
         output: The output, for the error message.
         timeout: Seconds to wait for the process that holds the lock (default: `LOCK_TIMEOUT`).
+        keep_file: Keep the lock file at the end; by default it is deleted. Keep it if several processes take the lock
+            in turn. Otherwise one of them could have opened the file that another one deletes, and both would hold
+            the lock: older versions of filelock do not notice it.
 
     Raises:
         ValueError: Another process holds the lock.
@@ -154,8 +160,9 @@ def exclusive_lock(path: Path, output: str | Path, timeout: float | None = None)
     finally:
         # Delete before releasing: afterwards the file could already belong to the next holder. On Windows an open
         # file cannot be deleted, but there `release` deletes it.
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if not keep_file:
+            with contextlib.suppress(OSError):
+                path.unlink()
         lock.release()
 
 
