@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
 from prometheus_client import (
@@ -36,14 +36,18 @@ from starlette.types import Receive, Scope, Send
 
 from llava_simplified.data.images import load_pixels
 from llava_simplified.data.records import insert_image_placeholders
+from llava_simplified.extras import require_extra
 from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
 from llava_simplified.model.llava import Llava
-from llava_simplified.prepare.fetch import Fetcher, FetchOptions
+from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.attention_map import encode_answer, word_attention
 from llava_simplified.serve.engine import Busy, Piece, Place, Worker
 from llava_simplified.serve.errors import handle_exception, to_openai_error
 from llava_simplified.serve.security import HostCheck, KeyCheck, SecurityHeaders
+
+if TYPE_CHECKING:
+    from llava_simplified.prepare.fetch import Fetcher
 
 _GRACE = 5.0  # seconds beyond its time for a client to read its answer
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
@@ -321,9 +325,9 @@ class ModelEndpoint:
                 "a picture must be a data URI: this server fetches none (--allow-image-urls)"
             )
         fetched = await self.fetcher.fetch(url)
-        if fetched.picture is None:
+        if fetched.image is None:
             raise ValueError(f"the picture can't be fetched: {fetched.kind}: {fetched.detail}")
-        return fetched.picture.data
+        return fetched.image.data
 
 
 class Attention(ModelEndpoint):
@@ -534,7 +538,12 @@ def create_app(
         allowed_hosts: Additional values of the Host header, see `security.HostCheck`.
     """
     registry = CollectorRegistry()
-    fetcher = Fetcher(limits.fetch) if limits.fetch else None
+    fetcher = None
+    if limits.fetch:
+        require_extra("download", "aiohttp", "aiodns", purpose="--allow-image-urls")
+        from llava_simplified.prepare.fetch import Fetcher
+
+        fetcher = Fetcher(limits.fetch)
     Gauge("llava_places", "Requests under way", registry=registry).set_function(
         lambda: len(worker.places)
     )

@@ -83,7 +83,7 @@ def serve(args: argparse.Namespace) -> int:
     import uvicorn
 
     from llava_simplified.model.llava import Llava
-    from llava_simplified.prepare.fetch import FetchOptions
+    from llava_simplified.prepare.fetch_options import FetchOptions
     from llava_simplified.serve.api import Limits, create_app
     from llava_simplified.serve.engine import Worker
     from llava_simplified.serve.page import find_examples, load_examples, page_routes
