@@ -36,7 +36,7 @@ from llava_simplified.model.language_model import shared_prefix_mask
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
-from llava_simplified.serve.attention_map import WORD, look
+from llava_simplified.serve.attention_map import WORD, attention_map
 
 HERE = Path(__file__).parent
 PICTURES = HERE / "img"
@@ -153,7 +153,7 @@ def follow(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[str, An
         shared["segment_ids"], shared["branch_ids"], shared["position_ids"]
     )[0, 0]
     seen["places"] = shared["position_ids"][0].tolist()
-    grids = look(model, record.turns[-1].content, [assets.images / image], seen["said"])[
+    grids = attention_map(model, record.turns[-1].content, [assets.images / image], seen["said"])[
         :, 0
     ].numpy()
     draw_patches(pixels, tensor.permute(1, 2, 0).numpy(), model.vision_tower.grid[0], tower.grid[0])

@@ -8,7 +8,8 @@ from a request, and keep no state between requests.
 from __future__ import annotations
 
 import io
-import sys
+import logging
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -25,12 +26,17 @@ from llava_simplified.data.images import ImageError, decode_image
 from llava_simplified.model.generation import DEFAULT_TEMPERATURE
 from llava_simplified.serve.api import Limits
 
+logger = logging.getLogger(__name__)
+
 MAX_EXAMPLES = 12
 DEFAULT_MAX_TOKENS = 64
 MAX_ANSWERS = 8  # per question
-_EXAMPLE_SIDE = 768  # maximum width and height in pixels of an example
+_EXAMPLE_SIZE = 768  # maximum width and height in pixels of an example
 _JPEG_QUALITY = 90
+_SCRIPTS = ("page.js", "page_attention.js", "page_client.js", "page_image.js")
 
+# Scripts, styles and requests are limited to this server, so that text of the model or of a user that ended
+# up as HTML by mistake could load and send nothing. blob: and data: are images of the browser's user.
 PAGE_HEADERS = {
     "content-security-policy": "; ".join(
         [
@@ -53,8 +59,12 @@ def find_examples(folder: Path, count: int = MAX_EXAMPLES) -> list[Path]:
     """Return at most `count` images of a folder and its subfolders, evenly spread over the sorted paths.
 
     Raises:
-        ValueError: The folder contains no images.
+        ValueError: The folder cannot be read, or contains no images.
     """
+    try:
+        os.scandir(folder).close()  # `rglob` finds nothing in a folder that it cannot read
+    except OSError as error:
+        raise ValueError(f"--examples {folder}: {error.strerror}") from None
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not found:
         raise ValueError(f"--examples {folder}: no images found; expected files such as cat.jpg")
@@ -66,7 +76,7 @@ def find_examples(folder: Path, count: int = MAX_EXAMPLES) -> list[Path]:
 def load_examples(paths: Sequence[Path]) -> list[bytes]:
     """Read images and return them as JPEG files of at most 768 x 768 pixels.
 
-    Images that cannot be read are left out, with a warning on stderr.
+    Images that cannot be read are left out, and a warning is logged.
 
     Raises:
         ValueError: There are paths, but no image can be read.
@@ -76,9 +86,10 @@ def load_examples(paths: Sequence[Path]) -> list[bytes]:
         try:
             image = Image.fromarray(decode_image(path.read_bytes()))
         except (ImageError, OSError) as error:
-            print(f"warning: --examples: skipped {path}: {error}", file=sys.stderr)
+            logger.warning("--examples: skipped %s: %s", path, error)
             continue
-        image.thumbnail((_EXAMPLE_SIDE, _EXAMPLE_SIDE))
+        # Encoded anew: whatever else is in the file (GPS position, comments) is not published.
+        image.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=_JPEG_QUALITY)
         examples.append(file.getvalue())
@@ -101,10 +112,12 @@ def page_routes(
         name: The name of the model.
         instruction: The instruction that the model was trained with, used when no question is asked.
         limits: The API's limits.
-        batch_size: The number of sequences that the worker decodes at the same time.
+        batch_size: The number of sequences that the engine generates at the same time.
         key_required: Whether the API requires a key.
         examples: JPEG files, from `load_examples`.
     """
+    # Everything that the page must know of the server. It is public: the page is loaded before the user can
+    # enter an API key.
     settings: dict[str, Any] = {
         "model": name,
         "instruction": instruction,
@@ -123,13 +136,13 @@ def page_routes(
     async def example(request: Request) -> Response:
         number = request.path_params["number"]
         if number >= len(examples):
-            raise HTTPException(404, f"there is no example {number}")
+            raise HTTPException(404, f"There is no example {number}.")
         return Response(examples[number], media_type="image/jpeg", headers=PAGE_HEADERS)
 
     return [
         _static_route("/", "page.html", "text/html"),
         _static_route("/page.css", "page.css", "text/css"),
-        _static_route("/page.js", "page.js", "text/javascript"),
+        *(_static_route(f"/{script}", script, "text/javascript") for script in _SCRIPTS),
         Route("/page.json", page_settings),
         Route("/examples/{number:int}", example),
     ]
