@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# Fine-tune Mistral-7B-Instruct with CLIP ViT-B/16 on Conceptual Captions. DATA holds what `llava download` and
-# `llava clean` made; further options go on the command line:  DATA=data/cc3m ./finetune.sh --num_train_epochs 2
+# Train Mistral-7B-Instruct with CLIP ViT-B/16 on Conceptual Captions.
+#
+#     DATA=data/cc3m GPUS=8 ./finetune.sh --num_train_epochs 2
+#
+# DATA: folder with the output of `llava download` and `llava clean`. GPUS: number of GPUs on this machine.
+# Further options are passed on to train.py.
 set -euo pipefail
 cd "$(dirname "$0")"
 DATA=${DATA:-data/conceptual_captions}

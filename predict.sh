@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Caption the validation pictures with what finetune.sh trained: three samples a picture, into predictions.json.
+# Caption the validation images with the model that finetune.sh has trained: three sampled captions per image.
+#
+#     DATA=data/cc3m MODEL=output/mistral-7b-clip-lora ./predict.sh --output predictions.json
+#
+# Further options are passed on to predict.py.
 set -euo pipefail
 cd "$(dirname "$0")"
 DATA=${DATA:-data/conceptual_captions}

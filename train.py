@@ -1,8 +1,8 @@
-"""Fine-tune a language model to see: `python train.py`, `torchrun ... train.py`, `deepspeed train.py`."""
+"""Train a LLaVA model. Same as `llava train`; also for torchrun, accelerate launch and deepspeed."""
 
 import sys
 
 from llava_simplified.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("llava_simplified.training.train_command:main", None))
+    sys.exit(run_command("train", sys.argv[1:]))

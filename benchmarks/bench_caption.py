@@ -81,7 +81,8 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
     from transformers import StoppingCriteria
 
     from llava_simplified.data.images import decode_image
-    from llava_simplified.model.generation import DecodingBatch, GenerationOptions
+    from llava_simplified.model.generation import DecodingBatch
+    from llava_simplified.model.generation_options import GenerationOptions
     from llava_simplified.prompt import IMAGE_INDEX, Message
 
     model = build(models)
@@ -120,9 +121,9 @@ def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) ->
             decoding = DecodingBatch(
                 model, [prompt] * len(places), model.vision_tower(pixels[places]), options
             )
-        while decoding.live:
+        while decoding.active:
             decoding.step()
-        return list(decoding.tokens.values())
+        return list(decoding.generated_ids.values())
 
     def theirs(places: list[int], trials: int, temperature: float) -> list[list[int]]:
         sampling = (

@@ -14,8 +14,9 @@ import io
 import random
 import time
 
-from llava_simplified.evaluation import metrics
 from llava_simplified.evaluation import ptb_tokenizer as ptb
+from llava_simplified.evaluation.ngram_metrics import ngram_metrics
+from llava_simplified.evaluation.rouge import rouge_l
 
 WORDS = [
     *(
@@ -96,10 +97,10 @@ def ours(captions: list[str], references: list[list[str]]) -> tuple[dict[str, fl
     )
     tokenised = time.perf_counter() - start
     scores = {}
-    for metric in metrics._ngram_metrics(tokens, true):
+    for metric in ngram_metrics(tokens, true):
         values = metric.finish(metric.statistics.sum(axis=1), len(captions))[0]
         scores.update(zip(metric.names, map(float, values)))
-    scores["ROUGE-L"] = sum(map(metrics.rouge_l, tokens[0], true)) / len(captions)
+    scores["ROUGE-L"] = sum(map(rouge_l, tokens[0], true)) / len(captions)
     return scores, tokenised
 
 

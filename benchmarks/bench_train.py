@@ -48,10 +48,10 @@ OURS = {  # one lever more in each line
 
 def number_type() -> str:
     """What every side computes in: bfloat16, or float32 on a machine that is slow in it. The runs inherit what was measured."""
-    from llava_simplified.doctor import fast_bf16
+    from llava_simplified.doctor_command import has_fast_bfloat16
 
     if "BENCH_DTYPE" not in os.environ:
-        os.environ["BENCH_DTYPE"] = "bfloat16" if fast_bf16() else "float32"
+        os.environ["BENCH_DTYPE"] = "bfloat16" if has_fast_bfloat16() else "float32"
     return os.environ["BENCH_DTYPE"]
 
 

@@ -9,4 +9,4 @@ import sys
 from llava_simplified.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("llava_simplified.prepare.clean:main", sys.argv[1:]))
+    sys.exit(run_command("clean", sys.argv[1:]))

@@ -8,4 +8,4 @@ import sys
 from llava_simplified.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("llava_simplified.prepare.convert:reduce_main", sys.argv[1:]))
+    sys.exit(run_command("reduce", sys.argv[1:]))

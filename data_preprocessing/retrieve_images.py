@@ -11,8 +11,4 @@ import sys
 from llava_simplified.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command(
-            "llava_simplified.prepare.download:main", ["--output-format", "files", *sys.argv[1:]]
-        )
-    )
+    sys.exit(run_command("download", ["--output-format", "files", *sys.argv[1:]]))

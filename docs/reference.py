@@ -83,22 +83,22 @@ def default_of(action: argparse.Action) -> str:
 
 def command_page() -> str:
     """Every command of `llava`, with every option."""
-    from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
+    from llava_simplified.training_options import DataArguments, ModelArguments, TrainingDefaults
 
     parts = [
         "# Commands",
         "Made from the parsers of the code. `llava COMMAND --help` says the same in the terminal.",
     ]
-    for name, (target, what) in COMMANDS.items():
-        parser = parser_of(target)
+    for name, command in COMMANDS.items():
+        parser = parser_of(command.main)
         actions = parser._actions
-        parts += [f"## llava {name} {{ #{name} }}", what[0].upper() + what[1:] + "."]
+        parts += [f"## llava {name} {{ #{name} }}", f"{command.summary}."]
         if name == "plan":
             parts.append("It takes the options of [llava train](#train), and these:")
         if name != "train":
             parts.append("\n".join(option_rows(actions)))
             continue
-        ours = {"Model": ModelArguments, "Data": DataArguments, "Training": TrainingArguments}
+        ours = {"Model": ModelArguments, "Data": DataArguments, "Training": TrainingDefaults}
         rest = {action.dest: action for action in actions}
         for title, group in ours.items():
             named = [f.name for f in fields(group) if f.name in group.__annotations__]

@@ -1,292 +1,115 @@
-"""Every option of a training run, in three groups; the command line, a YAML file and old names are read here."""
+"""Parse the options of a training run: command line, YAML file, and the names of LLaVA's own scripts.
+
+    words of the command line -> (name, values) pairs -> names of today -> HfArgumentParser -> three dataclasses
+
+`training_options.py` defines the options of this package. Importing this module imports transformers.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
 import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from llava_simplified.options import configure_logging, suggest
 from llava_simplified.recipes import resolve_recipe
+from llava_simplified.training_options import (
+    DataArguments,
+    ModelArguments,
+    TrainingDefaults,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ModelArguments:
-    """Which parts make the model, and how they are joined."""
-
-    model_name_or_path: str = field(
-        default="mistralai/Mistral-7B-Instruct-v0.1",
-        metadata={"help": "Language model: any causal one."},
-    )
-    vision_tower: str = field(
-        default="openai/clip-vit-base-patch16",
-        metadata={"help": "Vision model: CLIP, SigLIP, DINOv2, ViT, EfficientNet..."},
-    )
-    mm_vision_select_layer: list[int] = field(
-        default_factory=lambda: [-2],
-        metadata={
-            "help": "Hidden states shown to the language model: -1 the last; several are concatenated."
-        },
-    )
-    mm_vision_select_feature: str = field(
-        default="patch", metadata={"help": "patch, or cls_patch to keep CLS."}
-    )
-    mm_projector_type: str = field(
-        default="linear", metadata={"help": "linear, mlp2x_gelu (any depth), identity."}
-    )
-    mm_token_pool: int = field(
-        default=0, metadata={"help": "Average the patch grid to K x K tokens; 0 keeps it."}
-    )
-    template: str = field(
-        default="auto",
-        metadata={
-            "help": "auto: the tokenizer's chat template if it has one, else plain; chat; plain; bare: no roles"
-        },
-    )
-    pretrain_mm_mlp_adapter: str | None = field(
-        default=None, metadata={"help": "Start with the projector of this checkpoint folder."}
-    )
-    tune_mm_mlp_adapter: bool = field(
-        default=False, metadata={"help": "Train the projector alone (first stage)."}
-    )
-    init_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Start a new run from all that this checkpoint trained (adapter, projector...)."
-        },
-    )
-    freeze_backbone: bool = field(
-        default=True,
-        metadata={
-            "help": "Keep the language model's own weights; False, without LoRA, trains them all."
-        },
-    )
-    lora_enable: bool = field(
-        default=True, metadata={"help": "Adapt the language model with LoRA."}
-    )
-    lora_r: int = field(default=64, metadata={"help": "LoRA rank."})
-    lora_alpha: float = field(default=16, metadata={"help": "LoRA scale: alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout at the adapter's input."})
-    lora_bias: str = field(
-        default="none", metadata={"help": "Biases trained too: none, all or lora_only."}
-    )
-    tune_vision_tower: str = field(
-        default="off",
-        metadata={
-            "help": "Train the vision tower too: full, or lora: an adapter with the options above."
-        },
-    )
-    bits: int = field(
-        default=16,
-        metadata={
-            "help": "Keep the frozen language model in 4 (QLoRA) or 8 bits; needs bitsandbytes."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={
-            "help": "Attention of the language model: sdpa, eager; on CUDA flash_attention_2, flex_attention; default: its best, "
-            "and on a CPU a faster one for texts of up to 512 tokens."
-        },
-    )
-
-
-@dataclass
-class DataArguments:
-    """What it learns from."""
-
-    train_data_path: str | None = field(
-        default=None, metadata={"help": "Records: .json, .jsonl or .parquet."}
-    )
-    eval_data_path: str | None = field(
-        default=None, metadata={"help": "Records for the validation loss."}
-    )
-    train_image_folder: str | None = field(
-        default=None,
-        metadata={"help": "Where the training images are; the data file's folder where not given."},
-    )
-    val_image_folder: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where the validation images are; the eval data file's folder where not given."
-        },
-    )
-    share_prefix: bool = field(
-        default=True,
-        metadata={
-            "help": "Train several captions of one image as one sequence, image and prompt computed once. "
-            "A batch then counts images; False: captions."
-        },
-    )
-    packing: bool = field(
-        default=False,
-        metadata={
-            "help": "Fill each sequence of a batch with several examples, which do not see each other."
-        },
-    )
-    pack_length: int = field(
-        default=4096, metadata={"help": "Most positions of a pack, image tokens included."}
-    )
-    cache_vision_features: str = field(
-        default="auto",
-        metadata={
-            "help": "Run the frozen tower once per picture and keep the features: memory, disk, off; pixels: keep on disk the "
-            "pictures as the tower takes them; auto: disk, else pixels, where a picture is seen more than once and all "
-            "fit into feature_cache_gb."
-        },
-    )
-    feature_cache_dir: str = field(
-        default="~/.cache/llava-simplified/features",
-        metadata={"help": "Where features on disk are kept, for later runs too."},
-    )
-    feature_cache_gb: float = field(default=8.0, metadata={"help": "The most that auto may store."})
-    max_bad_images: float = field(
-        default=0.01,
-        metadata={"help": "Stop when more than this share of the images can't be read."},
-    )
-
-
-def _bf16_by_default() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-@dataclass
-class TrainingArguments(transformers.TrainingArguments):
-    """transformers.TrainingArguments with LLaVA's defaults and a few options more."""
-
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Default: output/<language model>-<vision tower>."}
-    )
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Schedule of the learning rate."}
-    )
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Steps of warm-up; below 1: share of all steps."}
-    )
-    bf16: bool = field(
-        default_factory=_bf16_by_default,
-        metadata={
-            "help": "Frozen weights and activations in bfloat16 (default: where a GPU has it)."
-        },
-    )
-    report_to: str = field(default="none", metadata={"help": "wandb, tensorboard or none."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    mm_projector_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector."}
-    )
-    vision_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower."}
-    )
-    compile_layers: bool = field(
-        default=False,
-        metadata={
-            "help": "torch.compile each layer of the language model (needs a C++ compiler, or Triton on GPUs)."
-        },
-    )
-    model_max_length: int = field(
-        default=2048, metadata={"help": "Most text tokens of a sample; an image is one."}
-    )
-    eval_captions: int = field(
-        default=32,
-        metadata={
-            "help": "Validation pictures captioned at every evaluation: eval_cider in the log; 0: none."
-        },
-    )
-    early_stopping_patience: int = field(
-        default=0,
-        metadata={
-            "help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."
-        },
-    )
-    preflight: str = field(
-        default="auto",
-        metadata={
-            "help": "Try two steps, a save and a load ahead of the run, in a process of its own: true, false; auto: where "
-            "2000 steps or more are to come."
-        },
-    )
-    ddp_find_unused_parameters: bool = field(
-        default=False, metadata={"help": "What trains here is always used."}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress line."})
-    config: str | None = field(
-        default=None,
-        metadata={"help": "YAML file with any of these options, or the name of a recipe: demo."},
-    )
+class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # type: ignore[misc]
+    """`transformers.TrainingArguments` with LLaVA's defaults and a few more options."""
 
     def __post_init__(self) -> None:
         _check_launcher(self.deepspeed is not None)
-        if not torch.accelerator.is_available():
-            self.use_cpu = (
-                True  # otherwise several processes would each train alone, unaware of the others
-            )
-            if self.tf32:
-                print("tf32 is an NVIDIA format: no effect on this machine", file=sys.stderr)
-            self.tf32 = None
-            if self.deepspeed:
-                from deepspeed import ops
-
-                # an operator for shared memory that would be compiled for a minute at every first start
-                ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        elif self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-            raise ValueError("this GPU has no bfloat16: pass --bf16 False --fp16 True")
-        if str(self.fsdp).lower() in (
-            "true",
-            "false",
-        ):  # from YAML; the parser takes any word for a kind of sharding
+        if torch.accelerator.is_available():
+            self._check_bf16()
+        else:
+            self._use_cpu()
+        # From YAML this is a text; the parser accepts any text as a kind of sharding.
+        if str(self.fsdp).lower() in ("true", "false"):
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         self.output_dir = self.output_dir or "output"
-        self.remove_unused_columns = (
-            False  # a batch here is more than the arguments of a text model
-        )
+        # A batch has more entries than the forward arguments of a text model.
+        self.remove_unused_columns = False
         self.average_tokens_across_devices = True
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
-            self.restore_callback_states_from_checkpoint = (
-                True  # a resumed run is as patient as the straight one
-            )
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
-            "false"  # every process needs a whole model to start from
-        )
+            # A resumed run must remember for how many evaluations there was no improvement.
+            self.restore_callback_states_from_checkpoint = True
+        # Every process needs the whole model to start from.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
-        unset_hf_deepspeed_config()  # or `from_pretrained` would load, under ZeRO-3, models cut up already
-        if (count := int(os.environ.get("WORLD_SIZE", 1))) != self.world_size:
+        # transformers has just registered the configuration for the whole process.
+        # Otherwise `from_pretrained` loads models that are already partitioned under ZeRO-3.
+        unset_hf_deepspeed_config()
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.world_size:
             raise ValueError(
-                f"{count} processes were started, and each would train alone: start them with torchrun"
+                f"{started} processes were started, but each would train alone; start them with torchrun."
             )
+
+    def _check_bf16(self) -> None:
+        if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+            raise ValueError(
+                "--bf16 True: this GPU does not support bfloat16; pass --bf16 False --fp16 True."
+            )
+
+    def _use_cpu(self) -> None:
+        # Without it, several processes would each train alone, unaware of the others.
+        self.use_cpu = True
+        if self.tf32:
+            logger.warning("--tf32 has no effect: this machine has no NVIDIA GPU.")
+        self.tf32 = None
+        if self.deepspeed:
+            from deepspeed import ops
+
+            # DeepSpeed would compile this shared-memory operator for a minute at the first start.
+            ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     @property
     def frozen_dtype(self) -> str:
-        """Of the weights that are not trained."""
-        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+        """The dtype of the weights that are not trained."""
+        if self.bf16:
+            return "bfloat16"
+        return "float16" if self.fp16 else "float32"
 
 
 def _check_launcher(deepspeed: bool) -> None:
-    """Raise ValueError where the way this process was started would not do what it looks like."""
-    several = "LOCAL_RANK" in os.environ
+    """Raise ValueError if the launcher started something else than its command line suggests."""
+    distributed = "LOCAL_RANK" in os.environ
     accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if accelerate and "MASTER_ADDR" in os.environ and not several:
+    if accelerate and "MASTER_ADDR" in os.environ and not distributed:
         raise ValueError(
-            "accelerate launch was asked for several processes and started one, as it does with --cpu; "
-            "`accelerate launch --multi_gpu --num_processes 2` starts two on CPUs too, and so does torchrun"
+            "accelerate launch was asked for several processes but started only one, as it does with --cpu. "
+            "Use `accelerate launch --multi_gpu --num_processes 2`, which also works on CPUs, or torchrun."
         )
-    if deepspeed and not several:
-        raise ValueError("--deepspeed needs its launcher: deepspeed train.py ... (or torchrun)")
+    if deepspeed and not distributed:
+        raise ValueError(
+            "--deepspeed needs its launcher: run `deepspeed train.py ...`, or use torchrun."
+        )
     if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            "--deepspeed, under an accelerate launch that has a DeepSpeed configuration itself: give one"
+            "--deepspeed: accelerate launch has a DeepSpeed configuration of its own; remove one of the two."
         )
 
 
-# What LLaVA's scripts pass, under the names of their time.
+# Option names of LLaVA's scripts and of older transformers versions.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
@@ -298,131 +121,204 @@ RENAMED = {
     "image_folder": "train_image_folder",
 }
 NO_EFFECT = {
-    "lazy_preprocess": "samples are always read lazily",
+    "lazy_preprocess": "samples are always read when they are needed",
     "save_safetensors": "weights are always saved as safetensors",
-    "overwrite_output_dir": "files of the output folder are replaced, never merged with",
-    "image_aspect_ratio": "the vision tower's own preprocessor decides",
-    "is_multimodal": "every row says itself whether it has images",
-    "version": "the tokenizer's chat template is used; choose with --template",
+    "overwrite_output_dir": "files of the output folder are always replaced",
+    "image_aspect_ratio": "the image processor of the vision tower decides",
+    "is_multimodal": "each record states whether it has images",
+    "version": "the chat template of the tokenizer is used; pass --template for another format",
 }
 MUST_BE_OFF = {
     "mm_use_im_start_end": "image start and end tokens",
     "mm_use_im_patch_token": "an image patch token in the vocabulary",
 }
+# An image counts as its tokens, so both names mean the same.
+GROUP_BY_LENGTH = ("group_by_length", "group_by_modality_length")
+
+Option = tuple[str, list[str]]
+"""An option with its values, both as texts: ("lora_r", ["8"])."""
+
+
+class _Parser(transformers.HfArgumentParser):
+    """HfArgumentParser with short error messages: its usage lists a hundred options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n`llava train --help` lists the options.\n")
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Read the command line, after the options of `--config` if there is one: the command line wins.
+    """Parse a command line, with the options of its `--config` file behind it.
+
+    Options may be spelled with dashes or underscores. `--verbose` and `--quiet` set the log level.
 
     Raises:
-        ValueError: an option that does not exist, or one that asks for what this project does not do.
+        ValueError: An option does not exist, or asks for something that this package does not support.
     """
-    options = _options(argv)
-    for config in [values for name, values in options if name == "config"][-1:]:
-        options = _options(_from_yaml(Path(config[0] if config else ""))) + options
+    options = split_options(argv)
     given = dict(options)
+    configure_logging(verbose=_is_on(given, "verbose"), quiet=_is_on(given, "quiet"))
+    options = [(name, values) for name, values in options if name not in ("verbose", "quiet")]
+
+    if "config" in given:
+        config = given["config"][0] if given["config"] else ""
+        # argparse uses the last value of an option, so the command line has precedence.
+        options = split_options(to_words(read_config(config))) + options
+        given = dict(options)
     if "output_dir" not in given:
-        parts = (
-            given.get(f, [getattr(ModelArguments, f)])
-            for f in ("model_name_or_path", "vision_tower")
-        )
-        options.append(
-            ("output_dir", [str(Path("output") / "-".join(Path(p[0]).name.lower() for p in parts))])
-        )
-    kinds: Any = (ModelArguments, DataArguments, TrainingArguments)
-    parser = transformers.HfArgumentParser(
-        kinds, allow_abbrev=False
-    )  # a shortened --config would be read by nobody
-    parser.usage = (
-        "llava train (or python train.py, llava encode) [options]"  # whole, it would bury an error
-    )
-    words = [word for option in options for word in _current_names(*option)]
-    *groups, unknown = parser.parse_args_into_dataclasses(
+        options.append(("output_dir", [_default_output_dir(given)]))
+
+    # The old names of a file and of the command line are translated alike, and only then compared.
+    words: list[str] = []
+    for name, values in options:
+        words += translate_option(name, values)
+    argument_classes: Any = (ModelArguments, DataArguments, TrainingArguments)
+    # Without abbreviations: a shortened --config would be ignored.
+    parser = _Parser(argument_classes, allow_abbrev=False)
+    model, data, training, unknown = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]}; --help lists them")
-    model, data, training = groups
+        names = [option.name for group in argument_classes for option in fields(group)]
+        known = [f"--{name}" for name in (*names, *RENAMED)]
+        raise ValueError(
+            f"unknown option {unknown[0]}{suggest(unknown[0], known)}\n"
+            "`llava train --help` lists the options."
+        )
     return model, data, training
 
 
-def _options(argv: list[str]) -> list[tuple[str, list[str]]]:
-    """`--a 1 2 --b=3` -> [("a", ["1", "2"]), ("b", ["3"])]; dashes in names become underscores."""
-    options: list[tuple[str, list[str]]] = []
-    for word in argv:
+def _is_on(given: Mapping[str, list[str]], name: str) -> bool:
+    return name in given and _is_true(given[name])
+
+
+def _is_true(values: list[str]) -> bool:
+    """Return whether a boolean option is on; without a value it is."""
+    return values not in (["False"], ["false"], ["0"])
+
+
+def _default_output_dir(given: Mapping[str, list[str]]) -> str:
+    """Return output/<language model>-<vision tower>."""
+    names = []
+    for option in ("model_name_or_path", "vision_tower"):
+        values = given.get(option) or [getattr(ModelArguments, option)]
+        names.append(Path(values[0]).name.lower())
+    return str(Path("output") / "-".join(names))
+
+
+def split_options(words: list[str]) -> list[Option]:
+    """Split a command line into options with their values; dashes in names become underscores.
+
+        ["--lora-r", "8", "--mm_vision_select_layer=-2"] -> [("lora_r", ["8"]), ("mm_vision_select_layer", ["-2"])]
+
+    Raises:
+        ValueError: The first word is not an option.
+    """
+    options: list[Option] = []
+    for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             options.append((name.replace("-", "_"), [value] if equals else []))
-        elif word == "-h":
-            options.append(("help", []))
         elif options:
             options[-1][1].append(word)
         else:
-            raise ValueError(f"{word!r} belongs to no option")
+            raise ValueError(
+                f"unexpected argument {word!r}: a training run is described by options only."
+            )
     return options
 
 
-class _Yaml(yaml.SafeLoader):
-    """`off` and `no` are values of options, and not all of them mean False."""
+class _YamlLoader(yaml.SafeLoader):
+    """Loads `off` and `no` as texts: they are values of options, and not all of them mean False."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, form) for tag, form in forms if not tag.endswith(":bool")]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
-def _from_yaml(path: Path) -> list[str]:
-    """A YAML mapping as words of a command line: argparse then converts `1e-3` or `true` as it does there."""
-    path = resolve_recipe(path)
+def read_config(config: str) -> dict[str, Any]:
+    """Return the options of a `--config` file, or of a recipe of the package, by name.
+
+    Raises:
+        ValueError: The file does not exist, is not YAML, or is not a mapping.
+    """
+    path = resolve_recipe(config)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
+        # The loader derives from SafeLoader.
+        values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not YAML: {error}") from error
+        raise ValueError(f"--config {path}: not a YAML file: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: must be a mapping of options")
+        raise ValueError(f"--config {path}: expected a mapping of option names to values")
+    return values
+
+
+def to_words(values: Mapping[str, Any]) -> list[str]:
+    """Return options as words of a command line.
+
+    argparse then converts the values of a file, such as 1e-3 (a text in YAML), exactly as it converts the command
+    line. None means that the option is not given.
+    """
     words: list[str] = []
-    for key, value in values.items():
+    for name, value in values.items():
+        if value is None:
+            continue
+        words.append(f"--{name}")
         if isinstance(value, dict):
-            words += [f"--{key}", json.dumps(value)]
-        elif value is not None:
-            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+            words.append(json.dumps(value))
+        elif isinstance(value, (list, tuple)):
+            words += map(str, value)
+        else:
+            words.append(str(value))
     return words
 
 
-def _current_names(name: str, values: list[str]) -> list[str]:
-    """One option as words for the parser; old names translated, names without effect said and dropped."""
-    on = values not in (["False"], ["false"], ["0"])
+def translate_option(name: str, values: list[str]) -> list[str]:
+    """Return one option as words for the parser, under its name of today.
+
+    Options without effect are logged and left out.
+
+    Raises:
+        ValueError: The option asks for something that stock LLaVA models do not have.
+    """
     if name in MUST_BE_OFF:
-        if on:
+        if _is_true(values):
             raise ValueError(
-                f"--{name}: {MUST_BE_OFF[name]} is not part of stock LLaVA; leave it False"
+                f"--{name} True: stock LLaVA models have no {MUST_BE_OFF[name].removeprefix('an ')}; "
+                f"pass --{name} False."
             )
         return []
     if name in NO_EFFECT:
-        print(f"--{name} has no effect: {NO_EFFECT[name]}", file=sys.stderr)
+        logger.warning("--%s has no effect: %s.", name, NO_EFFECT[name])
         return []
-    if name in (
-        "group_by_length",
-        "group_by_modality_length",
-    ):  # a picture counts as its tokens: one is the other
-        return ["--train_sampling_strategy", "group_by_length" if on else "random"]
-    if (
-        name == "local_rank"
-    ):  # DeepSpeed's launcher passes it; torch.distributed reads the environment
+    if name in GROUP_BY_LENGTH:
+        strategy = "group_by_length" if _is_true(values) else "random"
+        return ["--train_sampling_strategy", strategy]
+    if name == "local_rank":
+        # DeepSpeed's launcher passes it as an option; torch.distributed reads the environment.
         os.environ.setdefault("LOCAL_RANK", values[0])
         return []
     return [f"--{RENAMED.get(name, name)}", *values]
 
 
-def describe(*groups: Any) -> dict[str, Any]:
-    """The options that differ from their defaults, for the log and the checkpoint; a token is nobody's to read."""
-    return {
-        f.name: getattr(group, f.name)
-        for group in groups
-        for f in fields(group)
-        if f.init and not f.name.endswith("_token") and getattr(group, f.name) != _default(f)
-    }
+def non_default_options(*arguments: Any) -> dict[str, Any]:
+    """Return the options that differ from their defaults, for the log and the checkpoint; access tokens are left out.
+
+    Args:
+        arguments: Dataclass instances.
+    """
+    changed: dict[str, Any] = {}
+    for group in arguments:
+        for option in fields(group):
+            value = getattr(group, option.name)
+            is_secret = option.name.endswith("_token")
+            # Fields without `init` are computed by transformers, not given by the user.
+            if option.init and not is_secret and value != _default(option):
+                changed[option.name] = value
+    return changed
 
 
 def _default(option: Any) -> Any:
-    return option.default_factory() if callable(option.default_factory) else option.default
+    if callable(option.default_factory):
+        return option.default_factory()
+    return option.default

@@ -1,4 +1,7 @@
-"""The `llava` command. One subcommand, one module; nothing heavy is imported before it is known which."""
+"""The `llava` command: find the subcommand, set up the process, run it.
+
+Nothing heavy is imported before it is known which subcommand runs, so that `llava --help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -7,117 +10,201 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-COMMANDS = {
-    "download": (
-        "llava_simplified.prepare.download:main",
-        "image URLs -> shards or files, politely and safely",
-    ),
-    "convert": ("llava_simplified.prepare.convert:main", "any caption source -> records"),
-    "clean": (
-        "llava_simplified.prepare.clean:main",
-        "set aside what training can't use, and say why",
-    ),
-    "reduce": ("llava_simplified.prepare.convert:reduce_main", "a random sample of the records"),
-    "merge-manifests": (
-        "llava_simplified.prepare.download:merge_main",
-        "join what several machines downloaded",
-    ),
-    "inspect": (
-        "llava_simplified.inspection:main",
-        "samples as the model sees them: tokens, labels, images",
-    ),
-    "encode": (
-        "llava_simplified.training.feature_cache:encode_main",
-        "run the vision tower ahead of training, once",
-    ),
-    "plan": (
-        "llava_simplified.training.plan:main",
-        "memory, time and disk of a run, before it is begun",
-    ),
-    "train": ("llava_simplified.training.train_command:main", "fine-tune a language model to see"),
-    "caption": (
-        "llava_simplified.captioning.caption_command:caption_main",
-        "a picture, folder, shard, records -> captions, resumable",
-    ),
-    "chat": (
-        "llava_simplified.captioning.caption_command:chat_main",
-        "talk about a picture on the terminal",
-    ),
-    "predict": (
-        "llava_simplified.captioning.caption_command:main",
-        "caption the pictures of a data file, or one picture",
-    ),
-    "evaluate": (
-        "llava_simplified.evaluation.evaluate_command:main",
-        "score predictions against references",
-    ),
-    "serve": (
-        "llava_simplified.serve.serve_command:main",
-        "answer over HTTP, as OpenAI's API does, and on a page",
-    ),
-    "export": (
-        "llava_simplified.export.export_command:export_main",
-        "a checkpoint -> stock LLaVA, PEFT, GGUF, and compared",
-    ),
-    "import": (
-        "llava_simplified.export.importing:import_main",
-        "LLaVA checkpoints of other codebases -> ours",
-    ),
-    "merge": (
-        "llava_simplified.export.export_command:merge_main",
-        "put a checkpoint's adapter into its weights",
-    ),
-    "push": ("llava_simplified.export.export_command:push_main", "upload a folder to the hub"),
-    "doctor": ("llava_simplified.doctor:main", "what is installed, and what this machine can do"),
-    "demo": (
-        "llava_simplified.demo.demo_command:main",
-        "the whole recipe on small real weights and pictures",
-    ),
+from llava_simplified import __version__
+from llava_simplified.options import suggest
+
+
+class Command(NamedTuple):
+    """One subcommand.
+
+    Attributes:
+        main: "module:function" that runs the command; the function accepts `argv` and returns the exit status. The
+            module imports nothing heavy: the function does, after it has parsed the arguments.
+        summary: What the command does, for `llava --help`.
+        uses_torch: Whether the command computes with torch in this process.
+    """
+
+    main: str
+    summary: str
+    uses_torch: bool = True
+
+    @property
+    def parser(self) -> str:
+        """The "module:function" that returns the parser of the command: `build_parser` beside `main`.
+
+        In modules with several commands it is `build_merge_parser` beside `merge_main`.
+        """
+        module, _, function = self.main.partition(":")
+        prefix = function.removesuffix("main")
+        return f"{module}:build_{prefix}parser"
+
+
+# In the order of `llava --help`: data flows from the first group to the last.
+COMMAND_GROUPS: dict[str, dict[str, Command]] = {
+    "Prepare data": {
+        "download": Command(
+            "llava_simplified.prepare.download:main",
+            "Download image URLs into shards or files",
+            uses_torch=False,
+        ),
+        "convert": Command(
+            "llava_simplified.prepare.convert:main",
+            "Convert a caption data set to records",
+            uses_torch=False,
+        ),
+        "clean": Command(
+            "llava_simplified.prepare.clean:main",
+            "Remove records that cannot be used for training, and report why",
+            uses_torch=False,
+        ),
+        "reduce": Command(
+            "llava_simplified.prepare.convert:reduce_main",
+            "Draw a random sample of the records",
+            uses_torch=False,
+        ),
+        "merge-manifests": Command(
+            "llava_simplified.prepare.download:merge_main",
+            "Merge the manifests of downloads by several machines",
+            uses_torch=False,
+        ),
+    },
+    "Train": {
+        "inspect": Command(
+            "llava_simplified.inspection.inspect_command:main",
+            "Show samples as the model receives them: tokens, labels, images",
+        ),
+        "encode": Command(
+            "llava_simplified.training.encode_command:main",
+            "Compute the image features before training",
+        ),
+        "plan": Command(
+            "llava_simplified.training.plan_command:main",
+            "Estimate the memory, time and disk space of a training run",
+        ),
+        "train": Command(
+            "llava_simplified.training.train_command:main",
+            "Train a LLaVA model",
+        ),
+    },
+    "Caption and evaluate": {
+        "caption": Command(
+            "llava_simplified.captioning.caption_command:caption_main",
+            "Caption an image, a folder, shards or records",
+        ),
+        "chat": Command(
+            "llava_simplified.captioning.caption_command:chat_main",
+            "Chat about an image in the terminal",
+        ),
+        "predict": Command(
+            "llava_simplified.captioning.caption_command:predict_main",
+            "Caption the records of a file with LLaVA's options, for evaluation",
+        ),
+        "evaluate": Command(
+            "llava_simplified.evaluation.evaluate_command:main",
+            "Score predictions against reference captions",
+        ),
+    },
+    "Export and serve": {
+        "serve": Command(
+            "llava_simplified.serve.serve_command:main",
+            "Serve a model over HTTP with OpenAI's API and a web page",
+        ),
+        "export": Command(
+            "llava_simplified.export.export_command:export_main",
+            "Export a checkpoint to stock LLaVA, PEFT or GGUF",
+        ),
+        "import": Command(
+            "llava_simplified.export.import_command:main",
+            "Import a LLaVA checkpoint of another codebase",
+        ),
+        "merge": Command(
+            "llava_simplified.export.export_command:merge_main",
+            "Merge a checkpoint's adapter into its language model",
+        ),
+        "push": Command(
+            "llava_simplified.export.export_command:push_main",
+            "Upload a folder to the Hugging Face Hub",
+            uses_torch=False,
+        ),
+    },
+    "Other": {
+        "demo": Command(
+            "llava_simplified.demo.demo_command:main",
+            "Run the whole recipe on small real weights and images",
+        ),
+        "doctor": Command(
+            "llava_simplified.doctor_command:main",
+            "Check what is installed and what this machine supports",
+        ),
+        "completion": Command(
+            "llava_simplified.completion_command:main",
+            "Print a completion script for bash or zsh",
+            uses_torch=False,
+        ),
+    },
+}
+COMMANDS: dict[str, Command] = {
+    name: command for group in COMMAND_GROUPS.values() for name, command in group.items()
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status. A user's error is one line, a fault of ours a traceback."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: llava COMMAND [options]\n\ncommands:")
-        for name, (_, help_text) in COMMANDS.items():
-            print(f"  {name:<17}{help_text}")
-        print("\n`llava COMMAND --help` lists the options of a command.")
+    """Run one subcommand.
+
+    Returns:
+        The exit status: 0 after success, 1 if the command ran but failed on its data, 2 after an error of the user,
+        130 after Ctrl-C.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(describe_commands())
         return 0
-    name, rest = arguments[0], arguments[1:]
+    if words[0] == "--version":
+        print(f"llava-simplified {__version__}")
+        return 0
+    name = words[0]
     if name not in COMMANDS:
-        print(f"llava: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        kind = "option" if name.startswith("-") else "command"
+        print(
+            f"error: unknown {kind} {name}{suggest(name, COMMANDS)}\n"
+            "`llava --help` lists the commands.",
+            file=sys.stderr,
+        )
         return 2
-    return run_command(COMMANDS[name][0], rest)
+    return run_command(name, words[1:])
 
 
-def run_command(target: str, argv: list[str] | None) -> int:
-    """Call "module:function" with `argv`; what our code raises for what a user can mend becomes one line."""
-    # Without torchvision, transformers warns of each of its hundred image processors: ours need none of them.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault(
-        "ARROW_DEFAULT_MEMORY_POOL", "system"
-    )  # Arrow's own allocator keeps 10 MB in every worker
-    # it looks for a fifth of a second, which only what computes with torch needs
-    if "OMP_WAIT_POLICY" not in os.environ and ".data." not in target and _shares_its_cores():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
-    # where it is installed, it tells at every import of a kernel for CPUs that is not
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # where DeepSpeed is installed, it tells whoever saves a model that there is no GPU
-    logging.getLogger("DeepSpeed").addFilter(
-        lambda record: "Setting accelerator to CPU" not in record.getMessage()
-    )
+def describe_commands() -> str:
+    """Return the text of `llava --help`."""
+    width = max(len(name) for name in COMMANDS) + 2
+    lines = ["usage: llava COMMAND [options]"]
+    for group, commands in COMMAND_GROUPS.items():
+        lines += ["", f"{group}:"]
+        for name, command in commands.items():
+            lines.append(f"  {name:<{width}}{command.summary}")
+    lines += [
+        "",
+        "`llava COMMAND --help` lists the options of a command.",
+        "`llava --version` prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def run_command(name: str, argv: list[str]) -> int:
+    """Run a subcommand by its name; see `main` for the exit status.
+
+    Errors that the user can correct are printed as one line; set LLAVA_TRACEBACK=1 to get the traceback. Bugs of
+    this package always give a traceback.
+    """
+    command = COMMANDS[name]
+    configure_process(uses_torch=command.uses_torch)
     try:
-        module, _, function = target.partition(":")
-        return getattr(importlib.import_module(module), function)(argv)
-    except (
-        ValueError,
-        FloatingPointError,
-        OSError,
-    ) as error:  # OSError: a model that is not there, a full disk
+        return resolve(command.main)(argv)
+    # OSError: a model that does not exist, a full disk. FloatingPointError: a loss that is not finite.
+    except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -127,17 +214,43 @@ def run_command(target: str, argv: list[str] | None) -> int:
         return 130
 
 
-def _shares_its_cores() -> bool:
-    """Are other processes computing here, or is this one of several?
+def resolve(target: str) -> Callable[..., Any]:
+    """Return the function that "module:function" names."""
+    module, _, function = target.partition(":")
+    resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return resolved
 
-    OpenMP threads spin at a barrier: a third faster where the cores are ours, several times slower where they are not.
+
+def configure_process(*, uses_torch: bool) -> None:
+    """Set environment variables and log filters that must be in place before libraries are imported."""
+    # Without torchvision, transformers warns about each of its hundred image processors; none of them is used.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Arrow's own allocator keeps 10 MB in every worker process.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+    # Measuring the load takes 0.2 s, which only commands that compute with torch need to spend.
+    if uses_torch and "OMP_WAIT_POLICY" not in os.environ and cpus_are_shared():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
+    # bitsandbytes logs every missing CPU kernel when it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed logs the absence of a GPU whenever a model is saved.
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator to CPU" not in record.getMessage()
+    )
+
+
+def cpus_are_shared() -> bool:
+    """Return whether other processes compute on this machine, or this is one of several processes.
+
+    OpenMP threads spin while they wait for each other. That makes a training step a third faster on idle CPUs, and
+    several times slower on busy ones.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return True
     import psutil
 
-    return (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1
-        or psutil.cpu_percent(0.2) > 100 / (os.cpu_count() or 1) / 2
-    )
+    one_half_cpu = 50 / (os.cpu_count() or 1)  # percent of all CPUs
+    return psutil.cpu_percent(0.2) > one_half_cpu
 
 
 if __name__ == "__main__":

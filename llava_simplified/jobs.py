@@ -67,8 +67,13 @@ def check_settings(path: Path, settings: Mapping[str, Any], output: str) -> bool
 
 
 @contextmanager
-def exclusive_lock(path: Path, output: str) -> Iterator[None]:
+def exclusive_lock(path: Path, output: str, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
     """Hold the lock file at `path`: only one process at a time writes to `output`.
+
+    Args:
+        path: The lock file.
+        output: The output, for the error message.
+        timeout: Seconds to wait for the process that holds the lock.
 
     Raises:
         ValueError: Another process holds the lock.
@@ -76,7 +81,7 @@ def exclusive_lock(path: Path, output: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT)
+        lock.acquire(timeout=timeout)
     except Timeout:
         raise ValueError(
             f"{output}: another process is writing to it. Wait until it ends."

@@ -1,8 +1,8 @@
 """The parser of all commands, and the command-line options that several commands share.
 
-Every option is accepted with dashes and with underscores (`--image-folder`, `--image_folder`), is never
-abbreviated, and a misspelt one is answered with the nearest name. Nothing heavy is imported here: `--help`
-must be fast.
+Every option is accepted with dashes and with underscores (`--image-folder`, `--image_folder`). Options cannot be
+abbreviated; the error for an unknown option names the nearest known one. Nothing heavy is imported here, so that
+`--help` is fast.
 """
 
 from __future__ import annotations
@@ -11,8 +11,19 @@ import argparse
 import difflib
 import logging
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+# The scripts of LLaVA's tutorial run one command each. Their help and error messages name the script.
+SCRIPTS = {
+    "llava train": "train.py",
+    "llava predict": "predict.py",
+    "llava download": "retrieve_images.py",
+    "llava convert": "reformat.py",
+    "llava clean": "clean.py",
+    "llava reduce": "reduce.py",
+}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -21,75 +32,145 @@ class CommandParser(argparse.ArgumentParser):
     Args:
         command: The command as the user types it, for example "llava caption".
         description: One sentence in the imperative.
-        options: Passed on to `argparse.ArgumentParser`.
+        options: Keyword arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, command: str, description: str, **options: Any) -> None:
-        super().__init__(command, description=description, allow_abbrev=False, **options)
-        messages = self.add_argument_group("messages")
-        messages.add_argument("--verbose", action="store_true", help="Log details of what is done")
-        messages.add_argument("--quiet", action="store_true", help="Log warnings and errors only")
+        super().__init__(
+            program_name(command), description=description, allow_abbrev=False, **options
+        )
+        self._messages = self.add_argument_group("messages")
+        self._messages.add_argument("--verbose", action="store_true", help="Log details")
+        self._messages.add_argument(
+            "--quiet", action="store_true", help="Log warnings and errors only"
+        )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments, and set the log level as `--verbose` and `--quiet` say."""
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(describe_unknown(unknown, self._option_string_actions))
+        words = sys.argv[1:] if args is None else list(args)
+        # Report a misspelt option before argparse reports what is missing because of it.
+        self._refuse(unknown_options(words, self._option_string_actions))
+        parsed, unknown = self.parse_known_args(words, namespace)
+        self._refuse(unknown)
         configure_logging(verbose=parsed.verbose, quiet=parsed.quiet)
+        # What remains are the options of the command, which some commands pass on as a whole.
         del parsed.verbose, parsed.quiet
         return parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments with either spelling of each option."""
+        """Parse the arguments with either spelling of each option; unknown ones are returned."""
         words = sys.argv[1:] if args is None else list(args)
+        # argparse knows only one spelling of an option, so the command line is changed before it is parsed.
         return super().parse_known_args(
             normalize_spelling(words, self._option_string_actions), namespace
         )
+
+    def format_help(self) -> str:
+        """Return the help text, with the options of the command before those of all commands."""
+        # argparse shows groups in the order in which they were added, and this group is added first.
+        self._action_groups.remove(self._messages)
+        self._action_groups.append(self._messages)
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Print one line that says what is wrong, and exit with status 2."""
         self.exit(2, f"error: {message}\n`{self.prog} --help` lists the options.\n")
 
+    def _refuse(self, unknown: Sequence[str]) -> None:
+        if unknown:
+            self.error(describe_unknown(unknown, self._option_string_actions))
 
-def normalize_spelling(words: Sequence[str], known: Any) -> list[str]:
-    """Replace each option by the spelling under which the parser knows it.
+
+def program_name(command: str) -> str:
+    """Return the name under which a command was started: `llava predict`, or `predict.py`."""
+    script = SCRIPTS.get(command)
+    if script and Path(sys.argv[0]).name == script:
+        return script
+    return command
+
+
+def normalize_spelling(words: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Replace each option by the spelling that the parser knows.
 
     Args:
         words: The command line.
         known: The option strings of the parser, for example {"--image-folder", "--bits"}.
+
+    Returns:
+        The command line. Unknown options and values are unchanged, as is everything behind a lone "--".
     """
+    spellings = {name.replace("_", "-"): name for name in known}
     normalized: list[str] = []
     for position, word in enumerate(words):
         if word == "--":  # only positional arguments follow
             return normalized + list(words[position:])
         name, equals, value = word.partition("=")
-        if name.startswith("--") and name not in known:
-            for spelling in (name.replace("_", "-"), "--" + name[2:].replace("-", "_")):
-                if spelling in known:
-                    name = spelling
-                    break
+        if name.startswith("--"):
+            name = spellings.get(name.replace("_", "-"), name)
         normalized.append(name + equals + value)
     return normalized
 
 
-def describe_unknown(unknown: Sequence[str], known: Any) -> str:
-    """Say which arguments are unknown, and which options were probably meant."""
+def unknown_options(words: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the words of a command line that look like options but are not in `known`.
+
+    As in argparse, a word with a space is a value even if it begins with dashes.
+    """
+    spellings = {name.replace("_", "-") for name in known}
+    unknown = []
+    for word in words:
+        if word == "--":
+            break
+        name = word.partition("=")[0]
+        looks_like_option = name.startswith("--") and " " not in name
+        if looks_like_option and name.replace("_", "-") not in spellings:
+            unknown.append(word)
+    return unknown
+
+
+def describe_unknown(unknown: Sequence[str], known: Iterable[str]) -> str:
+    """Return an error message that names unknown arguments, and the options that were probably meant."""
     descriptions = []
     for word in unknown:
         name = word.partition("=")[0]
-        hint = nearest(name, known) if name.startswith("-") else ""
-        descriptions.append(f"unknown argument {name}{hint}")
+        if name.startswith("-"):
+            descriptions.append(f"unknown option {name}{suggest(name, known)}")
+        else:
+            descriptions.append(f"unexpected argument {word!r}")
     return "; ".join(descriptions)
 
 
-def nearest(name: str, known: Any) -> str:
-    """Return "; did you mean X?" for the known name that is most similar, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" with the most similar known name, or an empty string."""
+    # Compared with dashes only: the spelling must not count as a difference.
+    originals = {candidate.replace("_", "-"): candidate for candidate in known}
+    close = difflib.get_close_matches(name.replace("_", "-"), originals, n=1, cutoff=0.6)
+    if not close:
+        return ""
+    return f"; did you mean {originals[close[0]]}?"
+
+
+class StderrHandler(logging.StreamHandler):
+    """Write log messages to the current `sys.stderr`, which tests and notebooks replace."""
+
+    def __init__(self) -> None:
+        # Not StreamHandler.__init__: it would set the stream, which is a property here.
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    @property
+    def stream(self) -> TextIO:
+        """The current standard error."""
+        return sys.stderr
 
 
 def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
-    """Send the package's log messages to standard error: what is not the result of a command."""
+    """Write the log messages of this package, which are not results, to standard error.
+
+    Args:
+        verbose: Include debug messages.
+        quiet: Show warnings and errors only; `verbose` wins.
+    """
     level = logging.INFO
     if verbose:
         level = logging.DEBUG
@@ -97,11 +178,9 @@ def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
         level = logging.WARNING
     logger = logging.getLogger("llava_simplified")
     logger.setLevel(level)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-    logger.propagate = False
+    # A process may run several commands: every message is still written once.
+    if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
+        logger.addHandler(StderrHandler())
 
 
 # ---- options of several commands ----
@@ -112,9 +191,9 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False) -> None:
 
     Args:
         parser: A parser, or one of its groups.
-        positional: The checkpoint is the first argument, and not `--model-path`.
+        positional: Accept the checkpoint as the first argument instead of `--model-path`.
     """
-    checkpoint_help = "Checkpoint folder, as written by `llava train`"
+    checkpoint_help = "Checkpoint folder that `llava train` has written"
     if positional:
         parser.add_argument("model_path", metavar="CHECKPOINT", help=checkpoint_help)
     else:
@@ -124,22 +203,22 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False) -> None:
         "--bits",
         type=int,
         choices=[4, 8, 16],
-        help="Bits of the language model's weights (default: as trained)",
+        help="Bits per weight of the language model (default: as in training)",
     )
 
 
 def add_base_model_options(parser: Any) -> None:
-    """Add `--model-base` and `--vision-tower`: where the pretrained parts of a checkpoint are."""
+    """Add `--model-base` and `--vision-tower`: the locations of a checkpoint's pretrained parts."""
     parser.add_argument(
-        "--model-base", help="Language model (default: where it was during training)"
+        "--model-base", help="Language model (default: the one that training started from)"
     )
     parser.add_argument(
-        "--vision-tower", help="Vision tower (default: where it was during training)"
+        "--vision-tower", help="Vision tower (default: the one that was used in training)"
     )
 
 
 def add_generation_options(parser: Any, *, temperature: float) -> None:
-    """Add the options of `GenerationOptions`, except the number of sequences.
+    """Add the options of `GenerationOptions`, except the number of returned sequences.
 
     Args:
         parser: A parser.
@@ -159,22 +238,28 @@ def add_generation_options(parser: Any, *, temperature: float) -> None:
         help="Sample from the most likely tokens with this total probability (default: %(default)s)",
     )
     group.add_argument(
-        "--top-k", type=int, default=0, help="Sample from the K most likely tokens; 0: from all"
+        "--top-k",
+        type=int,
+        default=0,
+        help="Sample from the K most likely tokens; 0 means all (default: %(default)s)",
     )
     group.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
-        help="Values over 1 make generated tokens less likely to repeat (default: %(default)s)",
+        help="Penalty for repeated tokens; 1 means none (default: %(default)s)",
     )
     group.add_argument(
-        "--num-beams", type=int, default=1, help="Beams of beam search (default: %(default)s)"
+        "--num-beams",
+        type=int,
+        default=1,
+        help="Number of beams; over 1 selects beam search (default: %(default)s)",
     )
     group.add_argument(
         "--length-penalty",
         type=float,
         default=1.0,
-        help="Exponent of the length that beam scores are divided by (default: %(default)s)",
+        help="Beam search: exponent of the length that divides a score (default: %(default)s)",
     )
     group.add_argument(
         "--min-new-tokens",
@@ -188,48 +273,64 @@ def add_generation_options(parser: Any, *, temperature: float) -> None:
         default=64,
         help="Maximum number of new tokens per caption (default: %(default)s)",
     )
-    group.add_argument(
-        "--seed", type=int, default=0, help="Seed of the sampling (default: %(default)s)"
-    )
+    group.add_argument("--seed", type=int, default=0, help="Random seed (default: %(default)s)")
 
 
 def add_image_folder_option(parser: Any, default: str = "the folder of the records") -> None:
-    """Add `--image-folder`."""
+    """Add `--image-folder`.
+
+    Args:
+        parser: A parser.
+        default: The folder that is used without the option, in words.
+    """
     parser.add_argument("--image-folder", help=f"Folder of the images (default: {default})")
 
 
 def add_batch_size_option(parser: Any) -> None:
-    """Add `--batch-size` for captioning."""
+    """Add `--batch-size` of captioning."""
     parser.add_argument(
         "--batch-size", type=int, default=16, help="Images per batch (default: %(default)s)"
     )
 
 
-def add_limit_option(parser: Any, what: str) -> None:
+def add_limit_option(parser: Any, items: str) -> None:
     """Add `--limit`.
 
     Args:
         parser: A parser.
-        what: What is counted, for example "records".
+        items: What is counted, in the plural, for example "records".
     """
-    parser.add_argument("--limit", type=int, help=f"Process only the first N {what}")
+    parser.add_argument("--limit", type=int, help=f"Process only the first N {items}")
+
+
+def add_shards_option(parser: Any) -> None:
+    """Add `--shards`: the slice of the work that this process does; see `workers.parse_slice`."""
+    parser.add_argument(
+        "--shards",
+        default="",
+        metavar="i/n",
+        help="Process only slice i of n, counted from 0, as one job of a job array",
+    )
+
+
+def add_engine_option(parser: Any) -> None:
+    """Add `--engine`: where tasks run; see `workers.run_tasks`."""
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="Run on this machine or on a Ray cluster (default: %(default)s)",
+    )
 
 
 def add_worker_options(parser: Any) -> None:
     """Add `--engine`, `--workers` and `--shards`, for commands that split their work into tasks."""
     group = parser.add_argument_group("workers")
+    add_engine_option(group)
     group.add_argument(
-        "--engine",
-        choices=["local", "ray"],
-        default="local",
-        help="Run tasks in local processes, or on a Ray cluster (default: %(default)s)",
+        "--workers",
+        type=int,
+        default=0,
+        help="Number of tasks that run at the same time (default: by CPUs)",
     )
-    group.add_argument(
-        "--workers", type=int, default=0, help="Number of tasks that run at once (default: by CPUs)"
-    )
-    group.add_argument(
-        "--shards",
-        default="",
-        metavar="i/n",
-        help="Process every n-th task from the i-th, counted from 0: one job of an array",
-    )
+    add_shards_option(group)

@@ -1,4 +1,4 @@
-"""Fixtures of every room: models and data on disk, no network."""
+"""Fixtures for all tests: tiny models and data on disk, no network."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # two test processes share two cores: spinning would stall both
+# Test processes share the cores. With the default, OpenMP threads that wait spin and slow the other processes down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# The environment must be set before torch and transformers are imported.
 import json
 from pathlib import Path
 
@@ -19,41 +19,46 @@ import torch
 from PIL import Image
 from tiny import CAPTIONS, save_language_model, save_vision_model
 
+LANGUAGE_MODELS = ("mistral", "llama", "qwen2", "gemma2", "phi", "opt")
+VISION_MODELS = ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
+    """Compute with two threads, whatever the machine has."""
     torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds `mistral`, `llama`, `clip`, ... as they would come from a hub."""
-    root = tmp_path_factory.mktemp("models")
-    for kind in ("mistral", "llama", "qwen2", "gemma2", "phi", "opt"):
-        save_language_model(kind, root / kind)
-    for kind in ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet"):
-        save_vision_model(kind, root / kind)
-    return root
+    """A folder with tiny random models (`mistral`, `clip`, ...) in the form of the hub."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind in LANGUAGE_MODELS:
+        save_language_model(kind, folder / kind)
+    for kind in VISION_MODELS:
+        save_vision_model(kind, folder / kind)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`images/*.jpg`, `train.json` (12 records) and `val.json` (4), in the instruction form."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "images").mkdir()
+    """A folder with `images/*.jpg`, `train.json` (12 records) and `val.json` (4), in the instruction form."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
     random = np.random.default_rng(0)
     rows = []
     for index in range(16):
-        coarse = random.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((48, 40)).save(root / "images" / f"{index}.jpg", quality=95)
-        caption = CAPTIONS[index % len(CAPTIONS)]
+        # Coarse colors, enlarged: the images differ clearly, and JPEG keeps them.
+        colors = random.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(colors).resize((48, 40))
+        image.save(folder / "images" / f"{index}.jpg", quality=95)
         rows.append(
             {
                 "image": f"{index}.jpg",
                 "instruction": "Generate a caption of this image:",
-                "response": caption,
+                "response": CAPTIONS[index % len(CAPTIONS)],
             }
         )
-    (root / "train.json").write_text(json.dumps(rows[:12]))
-    (root / "val.json").write_text(json.dumps(rows[12:]))
-    return root
+    (folder / "train.json").write_text(json.dumps(rows[:12]))
+    (folder / "val.json").write_text(json.dumps(rows[12:]))
+    return folder

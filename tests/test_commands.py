@@ -1,4 +1,4 @@
-"""What the README and LLaVA's tutorial say to type, typed: separate processes, tiny local models."""
+"""Tests of the commands as users type them: in separate processes, with tiny local models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_simplified.arguments import parse_arguments
+from llava_simplified.cli import COMMANDS, configure_process, main
 from llava_simplified.training.train_command import train
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,8 @@ LAUNCHERS = {
 }
 
 
-def call(*words: object, folder: Path, **environment: object) -> str:
+def run(*words: object, folder: Path, **environment: object) -> str:
+    """Run a command that must succeed; return what it prints to standard output and standard error."""
     done = subprocess.run(
         [str(word) for word in words],
         cwd=folder,
@@ -40,7 +42,8 @@ def call(*words: object, folder: Path, **environment: object) -> str:
     return done.stdout + done.stderr
 
 
-def tutorial(models: Path, data: Path) -> list[object]:
+def training_options(models: Path, data: Path) -> list[object]:
+    """Return the options of the tutorial's training, with tiny models and two steps."""
     return [
         *("--model_name_or_path", models / "mistral", "--vision_tower", models / "clip"),
         *("--train_data_path", data / "train.json", "--train_image_folder", data / "images"),
@@ -50,110 +53,220 @@ def tutorial(models: Path, data: Path) -> list[object]:
 
 
 def predict(checkpoint: Path, data: Path, folder: Path) -> list[dict]:
-    words = [
-        "--model-path",
-        checkpoint,
-        "--data-path",
-        data / "val.json",
-        "--image-folder",
-        data / "images",
-    ]
-    call(sys.executable, ROOT / "predict.py", *words, "--max-new-tokens", 4, folder=folder)
+    """Run predict.py on the validation records; return the predictions."""
+    run(
+        *(sys.executable, ROOT / "predict.py", "--model-path", checkpoint),
+        *("--data-path", data / "val.json", "--image-folder", data / "images"),
+        *("--max-new-tokens", 4),
+        folder=folder,
+    )
     return json.loads((folder / "predictions.json").read_text())
 
 
+# ---- the tutorial's scripts ----
+
+
 @pytest.mark.slow
-def test_train_then_predict_as_the_tutorial_says(
+def test_train_py_and_predict_py_work_as_in_the_tutorial(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    call(sys.executable, ROOT / "train.py", *tutorial(models_folder, data_folder), folder=tmp_path)
+    options = training_options(models_folder, data_folder)
+    run(sys.executable, ROOT / "train.py", *options, folder=tmp_path)
     rows = predict(tmp_path / "output" / "mistral-clip", data_folder, tmp_path)
-    assert [row["index"] for row in rows] == [i for i in range(4) for _ in range(3)], (
-        "three trials a picture"
-    )
+    three_per_image = [index for index in range(4) for _ in range(3)]
+    assert [row["index"] for row in rows] == three_per_image
     assert set(rows[0]) == {"index", "image", "instruction", "gt_caption", "pred_output"}
 
 
 @pytest.mark.slow
-def test_the_launch_scripts_train_and_predict_as_written(
+def test_finetune_sh_and_predict_sh_run_as_written(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Every flag of LLaVA's finetune.sh, in the folders that the tutorial speaks of; only the models are tiny."""
+    """All options of LLaVA's finetune.sh, in the folders of the tutorial; only the models are tiny."""
     for split in ("train", "val"):
-        (tmp_path / f"conceptual_captions_instruct_{split}_clean.json").symlink_to(
-            data_folder / f"{split}.json"
-        )
+        records = tmp_path / f"conceptual_captions_instruct_{split}_clean.json"
+        records.symlink_to(data_folder / f"{split}.json")
         (tmp_path / split).symlink_to(data_folder / "images")
-    tiny = (
-        "--model_name_or_path",
-        models_folder / "mistral",
-        "--vision_tower",
-        models_folder / "clip",
-    )
     model = tmp_path / "model"
-    more = (*tiny, "--output_dir", model, "--max_steps", 2, "--dataloader_num_workers", 1)
-    said = call(ROOT / "finetune.sh", *more, folder=tmp_path, DATA=tmp_path)
-    assert "lazy_preprocess has no effect" in said
+    printed = run(
+        *(ROOT / "finetune.sh", "--output_dir", model),
+        *("--model_name_or_path", models_folder / "mistral"),
+        *("--vision_tower", models_folder / "clip"),
+        *("--max_steps", 2, "--dataloader_num_workers", 1),
+        folder=tmp_path,
+        DATA=tmp_path,
+    )
+    assert "lazy_preprocess has no effect" in printed
     output = tmp_path / "predictions.json"
-    words = ("--output", output, "--max-new-tokens", 4)
-    call(ROOT / "predict.sh", *words, folder=tmp_path, DATA=tmp_path, MODEL=model)
-    assert len(json.loads(output.read_text())) == 12, "three trials of four pictures"
+    options = ("--output", output, "--max-new-tokens", 4)
+    run(ROOT / "predict.sh", *options, folder=tmp_path, DATA=tmp_path, MODEL=model)
+    assert len(json.loads(output.read_text())) == 12, "three captions of four images"
 
 
-@pytest.fixture(scope="module")
-def loss_of_one(
-    models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> float:
-    """The first loss of one process, four pictures a step."""
-    output = tmp_path_factory.mktemp("one")
-    words = [
-        *tutorial(models_folder, data_folder),
-        "--per_device_train_batch_size",
-        4,
-        "--logging_steps",
-        1,
-    ]
-    train(*parse_arguments([*map(str, words), "--seed", "42", "--output_dir", str(output)]))
-    return first_loss(output)
+# ---- launchers ----
 
 
 def first_loss(folder: Path) -> float:
-    return json.loads((folder / "trainer_log.jsonl").read_text().splitlines()[0])["loss"]
+    first_line = (folder / "trainer_log.jsonl").read_text().partition("\n")[0]
+    return json.loads(first_line)["loss"]
+
+
+@pytest.fixture(scope="module")
+def single_process_loss(
+    models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> float:
+    """The first loss of one process with four images per step."""
+    output = tmp_path_factory.mktemp("one")
+    words = [
+        *training_options(models_folder, data_folder),
+        *("--per_device_train_batch_size", 4, "--logging_steps", 1),
+        *("--seed", 42, "--output_dir", output),
+    ]
+    train(*parse_arguments([str(word) for word in words]))
+    return first_loss(output)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_are_one_training(
-    models_folder: Path, data_folder: Path, tmp_path: Path, launcher: str, loss_of_one: float
+def test_launchers_start_one_training_of_two_processes(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    launcher: str,
+    single_process_loss: float,
 ) -> None:
-    """One training of two processes, not two trainings: 2 steps x 2 processes x 2 pictures are seen."""
-    start = [*LAUNCHERS[launcher].split(), ROOT / "train.py"]
+    """2 processes with 2 images each see the same 4 images per step as one process."""
+    command: list[object] = [*LAUNCHERS[launcher].split(), ROOT / "train.py"]
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
-        start += ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
-    words = [
-        *tutorial(models_folder, data_folder),
-        "--per_device_train_batch_size",
-        2,
-        "--logging_steps",
-        1,
-    ]
-    call(*start, *words, "--seed", 42, "--output_dir", tmp_path / "two", folder=tmp_path)
-    assert first_loss(tmp_path / "two") == pytest.approx(loss_of_one, rel=1e-3), (
-        "the same pictures, whoever sees them"
+        command += ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
+    run(
+        *command,
+        *training_options(models_folder, data_folder),
+        *("--per_device_train_batch_size", 2, "--logging_steps", 1),
+        *("--seed", 42, "--output_dir", tmp_path / "two"),
+        folder=tmp_path,
     )
+    assert first_loss(tmp_path / "two") == pytest.approx(single_process_loss, rel=1e-3)
     assert len(predict(tmp_path / "two", data_folder, tmp_path)) == 12
 
 
-def test_the_help_needs_no_heavy_import() -> None:
-    code = "import sys; from llava_simplified.cli import main; main(['--help']); print('torch' in sys.modules)"
-    assert call(sys.executable, "-c", code, folder=ROOT).strip().endswith("False")
+# ---- the front door ----
 
 
-def test_a_user_error_is_one_line(tmp_path: Path) -> None:
-    words = [sys.executable, ROOT / "predict.py", "--model-path", tmp_path, "--image", "gone.jpg"]
-    done = subprocess.run(
-        [str(w) for w in words], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+def test_llava_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["-h"], ["--help"]):
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        for name, command in COMMANDS.items():
+            assert f"  {name} " in printed
+            assert command.summary in printed
+
+
+def test_llava_version_is_the_version_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    from llava_simplified import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.split()[-1] == __version__
+
+
+@pytest.mark.parametrize(
+    ("word", "suggestion"), [("capton", "caption"), ("doc", "doctor"), ("xyz", ""), ("--vers", "")]
+)
+def test_llava_suggests_the_nearest_command(
+    word: str, suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == 2
+    printed = capsys.readouterr().err
+    assert word in printed
+    assert ("did you mean " in printed) == bool(suggestion)
+    assert suggestion in printed
+
+
+def test_python_m_llava_simplified_is_the_llava_command() -> None:
+    assert run(sys.executable, "-m", "llava_simplified", folder=ROOT).startswith("usage: llava")
+
+
+IMPORTS_NO_TORCH = """
+import sys
+{code}
+heavy = {{"torch", "transformers", "numpy", "pyarrow"}} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import llava_simplified; dir(llava_simplified); llava_simplified.__version__",
+        "from llava_simplified import train, evaluate, Message",
+        "from llava_simplified.cli import main; main(['--help']); main(['--version'])",
+    ],
+)
+def test_front_door_imports_nothing_heavy(code: str) -> None:
+    run(sys.executable, "-c", IMPORTS_NO_TORCH.format(code=code), folder=ROOT)
+
+
+def test_user_error_is_one_line_with_exit_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "predict.py")]
+    command += ["--model-path", str(tmp_path), "--image", "gone.jpg"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: no picture gone.jpg"
+    assert done.stderr.startswith("error: ")
+    assert "gone.jpg" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_scripts_show_their_own_name_in_the_help() -> None:
+    printed = run(sys.executable, ROOT / "predict.py", "--help", folder=ROOT)
+    assert printed.startswith("usage: predict.py")
+    printed = run(sys.executable, "-m", "llava_simplified", "predict", "--help", folder=ROOT)
+    assert printed.startswith("usage: llava predict")
+
+
+def raise_keyboard_interrupt(argv: list[str]) -> int:
+    raise KeyboardInterrupt
+
+
+def raise_os_error(argv: list[str]) -> int:
+    raise OSError("the disk is full")
+
+
+def raise_bug(argv: list[str]) -> int:
+    raise TypeError("a bug")
+
+
+def test_exit_status_tells_user_errors_from_interrupts_and_bugs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def replace_command(function: str) -> None:
+        command = COMMANDS["completion"]._replace(main=f"{__name__}:{function}")
+        monkeypatch.setitem(COMMANDS, "completion", command)
+
+    replace_command("raise_keyboard_interrupt")
+    assert main(["completion"]) == 130
+    replace_command("raise_os_error")
+    assert main(["completion"]) == 2
+    assert "error: the disk is full" in capsys.readouterr().err
+    monkeypatch.setenv("LLAVA_TRACEBACK", "1")
+    with pytest.raises(OSError, match="the disk is full"):
+        main(["completion"])
+    replace_command("raise_bug")
+    with pytest.raises(TypeError):
+        main(["completion"])
+
+
+@pytest.mark.parametrize(
+    ("uses_torch", "world_size", "expected"),
+    [(True, "2", "PASSIVE"), (False, "2", None)],
+)
+def test_configure_process_sets_passive_waiting_on_shared_cpus(
+    monkeypatch: pytest.MonkeyPatch, uses_torch: bool, world_size: str, expected: str | None
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    configure_process(uses_torch=uses_torch)
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE", "the user's choice is kept"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    configure_process(uses_torch=uses_torch)
+    assert os.environ.get("OMP_WAIT_POLICY") == expected

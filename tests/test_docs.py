@@ -37,11 +37,11 @@ def options_of(command: str) -> frozenset[str]:
     sys.path.insert(0, str(ROOT / "docs"))
     from reference import parser_of
 
-    names = (
-        name
-        for action in parser_of(COMMANDS[command][0])._actions
-        for name in action.option_strings
-    )
+    names = set()
+    for action in parser_of(COMMANDS[command].main)._actions:
+        for name in action.option_strings:
+            # Every command accepts both spellings.
+            names |= {name, "--" + name[2:].replace("-", "_"), "--" + name[2:].replace("_", "-")}
     if command == "plan":  # the options of a run, and its own
         return frozenset(names) | options_of("train")
     return frozenset(names) | (ELSEWHERE | TRANSLATED if command == "train" else {"--help"})

@@ -11,19 +11,34 @@ PACKAGE = Path(__file__).parents[1] / "llava_simplified"
 # From left to right. A name is a package (folder) or a single file; two on one line do not import each other, the
 # files of one package do. `prepare` writes what `data` reads, so it uses the formats and the decoder of `data`. The
 # scores of texts need no model: training, which reports them, may import them though they live in `evaluation`.
+SCORES_OF_TEXTS = [
+    f"evaluation/{name}"
+    for name in (
+        "bootstrap",
+        "clip_metrics",
+        "java_metrics",
+        "metrics",
+        "ngram_metrics",
+        "ptb_rules",
+        "ptb_tokenizer",
+        "rouge",
+    )
+]
 ORDER = [
     ("options", "extras", "jobs", "workers", "recipes"),
-    ("prompt", "evaluation/ptb_tokenizer"),
+    ("prompt", "html_report"),
     ("data",),
-    ("prepare", "evaluation/metrics"),
+    ("prepare", *SCORES_OF_TEXTS),
     ("model",),
+    ("training_options",),
     ("arguments",),
     ("training",),
     ("inspection", "captioning"),
     ("evaluation",),
-    ("serve", "export", "doctor"),
-    ("demo",),
+    ("serve", "export", "doctor_command"),
+    ("demo", "python_api"),
     ("cli",),
+    ("__main__", "completion_command"),
 ]
 
 

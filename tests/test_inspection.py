@@ -1,4 +1,4 @@
-"""`llava inspect` shows what training does, and names the rows that training could not use."""
+"""Tests of `llava inspect`: it shows what training does, and names the rows that cannot be trained on."""
 
 from __future__ import annotations
 
@@ -10,31 +10,41 @@ from tiny import CAPTIONS
 
 from llava_simplified.cli import main
 
+Output = pytest.CaptureFixture[str]
+
 
 def inspect(*arguments: object) -> int:
     return main(["inspect", *map(str, arguments)])
 
 
-def write(folder: Path, *rows: object) -> Path:
+def write_rows(folder: Path, *rows: object) -> Path:
     path = folder / "rows.json"
     path.write_text(json.dumps(rows))
     return path
 
 
-def row(response: object, **others: object) -> dict[str, object]:
-    return {"image": "0.jpg", "instruction": "What?", "response": response, **others}
+def make_row(response: object, **changes: object) -> dict[str, object]:
+    return {"image": "0.jpg", "instruction": "What?", "response": response, **changes}
 
 
-def table(output: str) -> dict[str, tuple[str, ...]]:
-    """The totals: name -> (shown, file)."""
-    lines = [line.rsplit(maxsplit=2) for line in output.splitlines()]
-    return {line[0].strip(): tuple(line[1:]) for line in lines if len(line) == 3}
+def read_totals(output: str) -> dict[str, tuple[str, ...]]:
+    """Return the table of totals: name -> (of the shown samples, of the file)."""
+    totals = {}
+    for line in output.splitlines():
+        cells = line.rsplit(maxsplit=2)
+        if len(cells) == 3:
+            name, shown, scanned = cells
+            totals[name.strip()] = (shown, scanned)
+    return totals
 
 
-def test_a_sample_token_by_token(
-    models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# ---- samples ----
+
+
+def test_inspect_shows_a_sample_token_by_token(
+    models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
-    data = write(tmp_path, row("a red car </s>"))
+    data = write_rows(tmp_path, make_row("a red car </s>"))
     assert inspect("--data", data, "--model_name_or_path", models_folder / "mistral") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     tokens = [line for line in lines if len(line) >= 3 and line[0].isdigit()]
@@ -42,163 +52,172 @@ def test_a_sample_token_by_token(
     assert ["5", "<image>", "image"] in tokens
     assert tokens[6][1] == r"\n"
     trained = [line for line in tokens if line[-1] == "yes"]
-    assert (
-        "".join(line[1] for line in trained) == "␣a␣red␣car␣</s></s>"
-    )  # the first is text, the last the token
-    assert [line[2] for line in trained].count("1") == 1  # the id of </s>
-    assert [*map(int, (line[0] for line in tokens))] == list(range(len(tokens)))
+    # The first </s> is text of the caption, the second is the end token.
+    assert "".join(line[1] for line in trained) == "␣a␣red␣car␣</s></s>"
+    assert [line[2] for line in trained].count("1") == 1, "the id of the end token"
+    assert [int(line[0]) for line in tokens] == list(range(len(tokens)))
 
 
-def test_an_image_takes_the_tokens_its_tower_gives(
-    models_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_inspect_counts_the_tokens_of_the_vision_tower(
+    models_folder: Path, data_folder: Path, capsys: Output
 ) -> None:
-    data = data_folder / "train.json"
-    model = (
-        "--model_name_or_path",
-        models_folder / "mistral",
-        "--image_folder",
-        data_folder / "images",
-    )
-    assert (
-        inspect("--data", data, *model, "--vision_tower", models_folder / "clip", "--count", 2) == 0
-    )
+    arguments = [
+        *("--data", data_folder / "train.json"),
+        *("--model_name_or_path", models_folder / "mistral"),
+        *("--image_folder", data_folder / "images"),
+        *("--vision_tower", models_folder / "clip"),
+    ]
+    assert inspect(*arguments, "--count", 2) == 0
     output = capsys.readouterr().out
     assert "5-20      <image> x 16       image" in output
-    assert (
-        "0.jpg: 48 x 40 pixels" in output and "train.json row 1" in output and "row 2" not in output
-    )
-    with_tower = table(output)
-    assert with_tower["rows"] == ("2", "12") and with_tower["of images"] == ("32", "192")
-    assert (
-        inspect(
-            "--data", data, *model, "--mm_token_pool", 2, "--vision_tower", models_folder / "clip"
-        )
-        == 0
-    )
-    assert table(capsys.readouterr().out)["of images"] == ("12", "48")
+    assert "0.jpg: 48 x 40 pixels" in output
+    assert "train.json row 1" in output
+    assert "row 2" not in output
+    totals = read_totals(output)
+    assert totals["rows"] == ("2", "12")
+    assert totals["of images"] == ("32", "192")
+
+    assert inspect(*arguments, "--mm_token_pool", 2) == 0
+    assert read_totals(capsys.readouterr().out)["of images"] == ("12", "48")
 
 
-def test_a_tower_that_is_not_there_is_said_without_a_traceback(
-    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_inspect_colors_trained_tokens_and_escapes_control_characters(
+    models_folder: Path,
+    tmp_path: Path,
+    capsys: Output,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data = write(tmp_path, row("a red car"))
-    model = ("--model_name_or_path", models_folder / "mistral")
-    assert inspect("--data", data, *model, "--vision_tower", tmp_path / "gone") == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    """A caption with terminal commands, rich's markup and a mark that reverses the direction of writing."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    data = write_rows(tmp_path, make_row("[red]\x1b[2J\u202ecat[/red]", image="\x1b[2J.jpg"))
+    assert inspect("--data", data, "--model_name_or_path", models_folder / "mistral") == 0
+    output = capsys.readouterr().out
+    assert "\x1b[2J" not in output
+    assert "\u202e" not in output
+    assert r"\x1b[2J.jpg" in output
+    green = [line for line in output.splitlines() if "\x1b[1;32m" in line]
+    assert len(green) > 5
+    assert all("yes" in line for line in green)
+    (magenta,) = [line for line in output.splitlines() if "\x1b[35m" in line]
+    assert "<image>" in magenta
 
 
-def test_the_totals_are_those_of_the_examples(
-    models_folder: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+# ---- totals ----
+
+
+def test_inspect_adds_up_the_examples(
+    models_folder: Path, data_folder: Path, capsys: Output
 ) -> None:
     from llava_simplified.model.build import load_tokenizer
     from llava_simplified.prompt import Message, Prompt
 
     prompt = Prompt(load_tokenizer(str(models_folder / "mistral")))
-    ask = [Message("user", "<image>\nGenerate a caption of this image:")]
-    examples = [prompt.render(ask, CAPTIONS[i % len(CAPTIONS)]) for i in range(12)]
+    turns = [Message("user", "<image>\nGenerate a caption of this image:")]
+    examples = [prompt.render(turns, CAPTIONS[i % len(CAPTIONS)]) for i in range(12)]
     lengths = [len(example.input_ids) for example in examples]
-    trained = sum(label != -100 for example in examples for label in example.labels)
+    labels = [label for example in examples for label in example.labels]
+    num_trained = sum(label != -100 for label in labels)
 
-    longest = str(sorted(lengths)[5])
-    data = ("--data", data_folder / "train.json", "--model_name_or_path", models_folder / "mistral")
-    assert inspect(*data, "--count", 1, "--model_max_length", longest) == 0
-    totals = table(capsys.readouterr().out)
+    limit = sorted(lengths)[5]
+    arguments = [
+        *("--data", data_folder / "train.json"),
+        *("--model_name_or_path", models_folder / "mistral"),
+    ]
+    assert inspect(*arguments, "--count", 1, "--model_max_length", limit) == 0
+    totals = read_totals(capsys.readouterr().out)
     assert totals["examples"] == ("1", "12")
     assert totals["tokens"] == (str(lengths[0]), str(sum(lengths)))
-    assert totals["trained"][1] == str(trained)
-    assert totals["share trained"][1] == f"{trained / sum(lengths):.1%}"
-    assert totals["mean length"][1] == f"{sum(lengths) / 12:.1f}" and totals["longest"][1] == str(
-        max(lengths)
-    )
-    assert totals[f"cut at {longest}"][1] == str(sum(length > int(longest) for length in lengths))
+    assert totals["trained"][1] == str(num_trained)
+    assert totals["share trained"][1] == f"{num_trained / sum(lengths):.1%}"
+    assert totals["mean length"][1] == f"{sum(lengths) / 12:.1f}"
+    assert totals["longest"][1] == str(max(lengths))
+    num_cut = sum(length > limit for length in lengths)
+    assert totals[f"cut at {limit}"][1] == str(num_cut)
 
-    assert inspect(*data, "--scan", 5) == 0
+    assert inspect(*arguments, "--scan", 5) == 0
     output = capsys.readouterr().out
-    assert "5 of 12 rows" in output and table(output)["rows"] == ("3", "5")
+    assert "5 of 12 rows" in output
+    assert read_totals(output)["rows"] == ("3", "5")
 
 
-def test_several_responses_are_several_examples(
-    models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_inspect_counts_each_response_as_an_example(
+    models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
-    data = write(tmp_path, {"image": "0.jpg", "instruction": "What?", "responses": CAPTIONS})
+    row = {"image": "0.jpg", "instruction": "What?", "responses": CAPTIONS}
+    data = write_rows(tmp_path, row)
     assert inspect("--data", data, "--model_name_or_path", models_folder / "mistral") == 0
     output = capsys.readouterr().out
-    assert "(the first of 6 responses)" in output and table(output)["examples"] == ("6", "6")
+    assert "(the first of 6 responses)" in output
+    assert read_totals(output)["examples"] == ("6", "6")
 
 
-def test_rows_with_problems_are_named(
-    models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# ---- problems ----
+
+
+def test_inspect_names_rows_with_problems(
+    models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
-    data = write(
-        tmp_path,
-        row("a cat"),
-        row(" "),
-        {"image": "0.jpg", "instruction": "What?"},
-        row("x", instruction="<image><image>"),
-        row(3),
-        row("\ud83d"),
-    )
-    folder = ("--image_folder", tmp_path)
-    assert inspect("--data", data, "--model_name_or_path", models_folder / "mistral", *folder) == 1
+    problems = [
+        (make_row("a cat"), "0.jpg"),  # the image is missing
+        (make_row(" "), "empty"),
+        ({"image": "0.jpg", "instruction": "What?"}, "no response"),
+        (make_row("x", instruction="<image><image>"), "<image>"),
+        (make_row(3), "'response'"),
+        (make_row("\ud83d"), "Unicode"),
+    ]
+    data = write_rows(tmp_path, *(row for row, _ in problems))
+    arguments = [
+        *("--data", data),
+        *("--model_name_or_path", models_folder / "mistral"),
+        *("--image_folder", tmp_path),
+    ]
+    assert inspect(*arguments) == 1
     output = capsys.readouterr().out
-    assert "rows.json row 0: no image" in output
-    assert "rows.json row 1: the answer is empty" in output
-    assert "rows.json row 2: no response to train on" in output
-    assert "rows.json row 3: 1 image(s), but the text says <image> 2 time(s)" in output
-    assert "rows.json row 4: 'response' must be a text" in output
-    assert "rows.json row 5: this is not Unicode text" in output
-    assert table(output)["rows with a problem"] == ("3", "5")
+    lines = output.splitlines()
+    for number, (_, reason) in enumerate(problems):
+        (line,) = [line for line in lines if line.startswith(f"rows.json row {number}: ")]
+        assert reason in line
+    assert read_totals(output)["rows with a problem"] == ("3", "5")
 
 
-def test_many_problems_are_counted(
-    models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_inspect_names_ten_problems_and_counts_the_others(
+    models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
-    data = write(tmp_path, *[row("")] * 30)
+    data = write_rows(tmp_path, *[make_row("")] * 30)
     assert inspect("--data", data, "--model_name_or_path", models_folder / "mistral") == 1
-    output = capsys.readouterr().out
-    assert (
-        output.count("the answer is empty") == 10
-        and "... and 20 more rows with a problem" in output
-    )
-
-
-def test_colours_tell_what_is_trained_and_data_commands_no_terminal(
-    models_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    data = write(tmp_path, row("[red]\x1b[2J\u202ecat[/red]", image="\x1b[2J.jpg"))
-    assert inspect("--data", data, "--model_name_or_path", models_folder / "mistral") == 0
-    output = capsys.readouterr().out
-    assert "\x1b[2J" not in output and "\u202e" not in output and r"\x1b[2J.jpg" in output
-    green = [line for line in output.splitlines() if "\x1b[1;32m" in line]
-    assert len(green) > 5 and all("yes" in line for line in green)
-    magenta = [line for line in output.splitlines() if "\x1b[35m" in line]
-    assert len(magenta) == 1 and "<image>" in magenta[0]
+    lines = capsys.readouterr().out.splitlines()
+    named = [line for line in lines if line.startswith("rows.json row ")]
+    assert len(named) == 10
+    assert all("empty" in line for line in named)
+    assert any("20 more rows with a problem" in line for line in lines)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
         (["--data", "missing.json", "--model_name_or_path", "x"], "missing.json"),
         (["--data", "{rows}", "--model_name_or_path", "no/where"], "no/where"),
+        # A language model is no vision tower; and a folder that does not exist.
         (
             ["--data", "{rows}", "--model_name_or_path", "{model}", "--vision_tower", "{model}"],
             "mistral",
         ),
+        (
+            ["--data", "{rows}", "--model_name_or_path", "{model}", "--vision_tower", "{gone}"],
+            "gone",
+        ),
     ],
 )
-def test_what_is_not_there_is_one_line(
-    arguments: list[str],
-    message: str,
-    models_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_inspect_reports_missing_files_without_a_traceback(
+    arguments: list[str], named: str, models_folder: Path, tmp_path: Path, capsys: Output
 ) -> None:
-    places = {"rows": write(tmp_path, row("a cat")), "model": models_folder / "mistral"}
-    assert inspect(*(argument.format(**places) for argument in arguments)) == 2
+    paths = {
+        "rows": write_rows(tmp_path, make_row("a cat")),
+        "model": models_folder / "mistral",
+        "gone": tmp_path / "gone",
+    }
+    assert inspect(*(argument.format(**paths) for argument in arguments)) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error
+    assert error.startswith("error: ")
+    assert named in error

@@ -1,12 +1,14 @@
-"""Tiny random models of the true classes, written to disk as a hub folder would be."""
+"""Tiny random models of the real classes, written to disk as folders of the hub are."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 CAPTIONS = [
     "a bedroom with a double bed",
@@ -17,13 +19,14 @@ CAPTIONS = [
     "a man reads a book on a bench",
 ]
 MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 
 
 def make_tokenizer(template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE tokenizer trained on the captions."""
+    """Return a small byte-level BPE tokenizer, trained on the captions."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,18 +35,15 @@ def make_tokenizer(template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokeniz
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(
-        [*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"] * 4, trainer
-    )
+    texts = [*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"]
+    tokenizer.train_from_iterator(texts * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = template
     return fast
 
 
-def make_language_model(kind: str, vocabulary: int):
-    """A random model of 2 layers; grouped heads, and a sliding window in Mistral."""
-    import transformers as t
-
+def make_language_model(kind: str, vocabulary: int) -> PreTrainedModel:
+    """Return a random model of 2 layers, with grouped-query attention; Mistral has a sliding window."""
     common = {
         "vocab_size": vocabulary,
         "hidden_size": 32,
@@ -53,40 +53,49 @@ def make_language_model(kind: str, vocabulary: int):
         "num_key_value_heads": 2,
         "bos_token_id": 0,
         "eos_token_id": 1,
-        "initializer_range": 0.3,  # wild enough that pictures and positions change what is said
+        # Large enough that images and positions change what is generated.
+        "initializer_range": 0.3,
     }
     torch.manual_seed(0)
     if kind == "mistral":
-        return t.MistralForCausalLM(t.MistralConfig(**common, sliding_window=24))
+        config = transformers.MistralConfig(**common, sliding_window=24)
+        return transformers.MistralForCausalLM(config)
     if kind == "llama":
-        return t.LlamaForCausalLM(t.LlamaConfig(**common))
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
     if kind == "qwen2":
-        return t.Qwen2ForCausalLM(t.Qwen2Config(**common, tie_word_embeddings=True))
+        config = transformers.Qwen2Config(**common, tie_word_embeddings=True)
+        return transformers.Qwen2ForCausalLM(config)
     if kind == "gemma2":
-        return t.Gemma2ForCausalLM(
-            t.Gemma2Config(**common, head_dim=8, final_logit_softcapping=5.0)
-        )
+        config = transformers.Gemma2Config(**common, head_dim=8, final_logit_softcapping=5.0)
+        return transformers.Gemma2ForCausalLM(config)
     if kind == "phi":
-        return t.PhiForCausalLM(t.PhiConfig(**common))
+        return transformers.PhiForCausalLM(transformers.PhiConfig(**common))
     if kind == "opt":
-        return t.OPTForCausalLM(
-            t.OPTConfig(vocab_size=vocabulary, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
-                        num_attention_heads=4, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-        )  # fmt: skip
+        config = transformers.OPTConfig(
+            vocab_size=vocabulary,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+        return transformers.OPTForCausalLM(config)
     raise ValueError(kind)
 
 
 def save_language_model(kind: str, folder: Path, template: str | None = MISTRAL_TEMPLATE) -> str:
+    """Write a language model and its tokenizer; return the folder."""
     tokenizer = make_tokenizer(template)
     make_language_model(kind, len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def make_vision_model(kind: str):
-    """A random vision model for 32 x 32 pictures."""
-    import transformers as t
-
+def make_vision_model(kind: str) -> PreTrainedModel:
+    """Return a random vision model for images of 32 x 32 pixels (EfficientNet: 64 x 64)."""
     torch.manual_seed(1)
     common = {
         "hidden_size": 24,
@@ -97,38 +106,50 @@ def make_vision_model(kind: str):
         "patch_size": 8,
     }
     if kind == "clip":
-        return t.CLIPVisionModel(t.CLIPVisionConfig(**common))
+        return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**common))
     if kind == "siglip":
-        return t.SiglipVisionModel(t.SiglipVisionConfig(**common))
+        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**common))
     if kind == "dinov2":
-        common.pop("intermediate_size")
-        return t.Dinov2Model(t.Dinov2Config(**common))
+        del common["intermediate_size"]
+        return transformers.Dinov2Model(transformers.Dinov2Config(**common))
     if kind == "vit":
-        return t.ViTModel(t.ViTConfig(**common))
+        return transformers.ViTModel(transformers.ViTConfig(**common))
     if kind == "swin":
-        heads = {"embed_dim": 12, "depths": [1, 1, 1], "num_heads": [2, 2, 2], "window_size": 4}
-        return t.SwinModel(t.SwinConfig(image_size=32, patch_size=2, **heads))
-    if kind == "convnext":
-        return t.ConvNextModel(
-            t.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2)
+        config = transformers.SwinConfig(
+            image_size=32,
+            patch_size=2,
+            embed_dim=12,
+            depths=[1, 1, 1],
+            num_heads=[2, 2, 2],
+            window_size=4,
         )
+        return transformers.SwinModel(config)
+    if kind == "convnext":
+        config = transformers.ConvNextConfig(
+            hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], patch_size=2
+        )
+        return transformers.ConvNextModel(config)
     if kind == "efficientnet":
-        size = {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320}
-        config = t.EfficientNetConfig(image_size=64, initializer_range=0.3, **size)
-        model = t.EfficientNetModel(config).train()
-        model(
-            torch.randn(8, 3, 64, 64)
-        )  # gives the batch norms their statistics: without, the features are 0
+        config = transformers.EfficientNetConfig(
+            image_size=64,
+            initializer_range=0.3,
+            width_coefficient=0.25,
+            depth_coefficient=0.25,
+            hidden_dim=320,
+        )
+        model = transformers.EfficientNetModel(config).train()
+        # One forward in training mode gives the batch norms statistics. Without, all features are 0.
+        model(torch.randn(8, 3, 64, 64))
         return model.eval()
     raise ValueError(kind)
 
 
 def save_vision_model(kind: str, folder: Path) -> str:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
+    """Write a vision model and its image processor; return the folder."""
     make_vision_model(kind).save_pretrained(folder)
     size = 64 if kind == "efficientnet" else 32
-    CLIPImageProcessorPil(
+    processor = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    ).save_pretrained(folder)
+    )
+    processor.save_pretrained(folder)
     return str(folder)

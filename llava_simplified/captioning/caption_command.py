@@ -1,250 +1,353 @@
-"""The commands `llava caption`, `llava predict` and `llava chat`."""
+"""The commands `llava caption`, `llava predict` and `llava chat`.
+
+`predict` is the command of LLaVA's tutorial: it captions a file of records, for evaluation. `caption` also accepts
+images, folders and shards. Both run `runner.caption_file`. Nothing heavy is imported before the arguments are parsed.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from llava_simplified.captioning.inputs import PICTURES
-from llava_simplified.captioning.runner import Job, caption_file, load_model
-from llava_simplified.data.images import load_pixels
-from llava_simplified.model.generation import GenerationOptions
+from llava_simplified.options import (
+    CommandParser,
+    add_batch_size_option,
+    add_checkpoint_options,
+    add_engine_option,
+    add_generation_options,
+    add_image_folder_option,
+    add_limit_option,
+    add_shards_option,
+)
 from llava_simplified.prompt import Message
-from llava_simplified.workers import run_tasks
+from llava_simplified.workers import parse_slice, run_tasks
+
+if TYPE_CHECKING:
+    from llava_simplified.captioning.runner import CaptionCounts, CaptionJob
+    from llava_simplified.model.generation import GenerationOptions
+
+logger = logging.getLogger(__name__)
 
 
-def _parser(name: str, what: str, *, temperature: float) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(name, description=what)
-    parser.add_argument("--model-path", required=True, help="checkpoint folder that training wrote")
+# ---- parsers ----
+
+
+def build_caption_parser() -> CommandParser:
+    """Return the parser of `llava caption`."""
+    parser = CommandParser("llava caption", "Caption an image, a folder, a shard or records.")
     parser.add_argument(
-        "--model-base", help="the language model, if it is not where it was at training"
+        "source",
+        help="Image, folder, glob pattern, .tar shard, or .json, .jsonl or .parquet file of records",
     )
-    parser.add_argument("--vision-tower", help="the vision tower, likewise")
     parser.add_argument(
-        "--bits",
+        "--output",
+        help="Output file, .jsonl (default: captions.jsonl; a single image is captioned on the terminal)",
+    )
+    add_checkpoint_options(parser)
+    _add_job_options(parser)
+    add_engine_option(parser)
+    parser.add_argument(
+        "--trials",
+        "--num-return-sequences",
         type=int,
-        choices=[4, 8, 16],
-        help="of the language model's weights (as in training)",
+        default=1,
+        help="Number of captions per image (default: %(default)s)",
     )
-    decoding = parser.add_argument_group("decoding")
-    decoding.add_argument(
-        "--temperature", type=float, default=temperature, help="0 is greedy (%(default)s)"
-    )
-    decoding.add_argument("--top_p", "--top-p", type=float, default=1.0)
-    decoding.add_argument("--top-k", type=int, default=0)
-    decoding.add_argument("--repetition-penalty", type=float, default=1.0)
-    decoding.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    decoding.add_argument("--length-penalty", type=float, default=1.0)
-    decoding.add_argument("--min-new-tokens", type=int, default=0)
-    decoding.add_argument("--max-new-tokens", type=int, default=64)
-    decoding.add_argument("--seed", type=int, default=0)
+    add_generation_options(parser, temperature=0.0)
     return parser
 
 
-def _options(args: argparse.Namespace, trials: int) -> GenerationOptions:
-    given = {
-        f.name: getattr(args, f.name)
-        for f in fields(GenerationOptions)
-        if f.name != "num_return_sequences"
-    }
-    return GenerationOptions(num_return_sequences=trials, **given)
-
-
-def _job(
-    args: argparse.Namespace, source: str, output: Path, options: GenerationOptions, **more: Any
-) -> Job:
-    names = (
-        "model_path",
-        "model_base",
-        "vision_tower",
-        "bits",
-        "image_folder",
-        "limit",
-        "batch_size",
-    )
-    return Job(
-        source=source,
-        output=str(output),
-        options=options,
-        **{n: getattr(args, n) for n in names},
-        **more,
-    )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line of `predict.py`."""
-    parser = _parser("predict.py", "Caption pictures with a trained model.", temperature=0.2)
+def build_predict_parser() -> CommandParser:
+    """Return the parser of `llava predict` and `predict.py`."""
+    parser = CommandParser("llava predict", "Caption the records of a file, or one image.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data-path", help="records to caption: .json, .jsonl or .parquet")
-    source.add_argument("--image", help="one picture to caption")
+    source.add_argument("--data-path", help="Records to caption: a .json, .jsonl or .parquet file")
+    source.add_argument("--image", help="Image to caption on the terminal")
     parser.add_argument(
-        "--image-folder",
-        help="where the records' images are; the data file's folder where not given",
+        "--output",
+        default="predictions.json",
+        help="Output file: .json for an array, .jsonl for JSON lines (default: %(default)s)",
     )
+    add_checkpoint_options(parser)
+    _add_job_options(parser)
     parser.add_argument(
-        "--output", default="predictions.json", help=".json: an array; .jsonl: a row a line"
+        "--trials",
+        "--num-return-sequences",
+        type=int,
+        help="Number of captions per image (default: 3; with --temperature 0 or --image: 1)",
     )
-    parser.add_argument("--trials", type=int, help="captions per picture (3; greedy: 1)")
-    parser.add_argument("--instruction", help="for --image; default: the one it was trained with")
-    parser.add_argument("--limit", type=int, help="only the first so many records")
-    parser.add_argument("--batch-size", type=int, default=16)
-    args = parser.parse_args(argv)
-    options = _options(args, args.trials or (1 if args.temperature == 0 or args.image else 3))
-    if args.image:
-        return _say(args, args.image, [args.instruction] if args.instruction else [], options)
-    output = Path(args.output)
-    as_array = output.suffix != ".jsonl"
-    # an array can't grow: its rows are collected beside it
-    rows_path = output.with_name(f"{output.name}.part.jsonl") if as_array else output
-    count, bad = caption_file(_job(args, args.data_path, rows_path, options))
-    if as_array:
-        rows = [json.loads(line) for line in rows_path.read_text(encoding="utf-8").splitlines()]
-        output.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        named = Path(f"{output}.bad.jsonl")
-        named.unlink(missing_ok=True)  # what an earlier file said
-        if bad:
-            Path(f"{rows_path}.bad.jsonl").replace(named)
-        rows_path.unlink()
-        Path(f"{rows_path}.settings.json").unlink()
-    return _report(count, bad, args.output)
+    add_generation_options(parser, temperature=0.2)
+    return parser
+
+
+def build_chat_parser() -> CommandParser:
+    """Return the parser of `llava chat`."""
+    parser = CommandParser(
+        "llava chat", "Chat about an image in the terminal. An empty line or Ctrl-D ends the chat."
+    )
+    parser.add_argument("image", help="Image to chat about")
+    add_checkpoint_options(parser)
+    add_generation_options(parser, temperature=0.0)
+    return parser
+
+
+def _add_job_options(parser: CommandParser) -> None:
+    """Add the options that `llava caption` and `llava predict` share."""
+    add_image_folder_option(parser)
+    parser.add_argument(
+        "--instruction",
+        "--prompt",
+        dest="instructions",
+        action="append",
+        default=[],
+        help="Instruction or question about each image; repeat the option for several (default: the "
+        "instruction of the training data). Records contain their own",
+    )
+    add_limit_option(parser, "records")
+    add_batch_size_option(parser)
+    slices = parser.add_argument_group(
+        "slices", "Spread the work over several processes or machines. torchrun needs no option."
+    )
+    add_shards_option(slices)
+    slices.add_argument(
+        "--num-chunks", type=int, help="LLaVA's spelling of --shards: number of slices"
+    )
+    slices.add_argument(
+        "--chunk-idx", type=int, help="LLaVA's spelling of --shards: index of the slice, from 0"
+    )
+
+
+# ---- commands ----
 
 
 def caption_main(argv: list[str] | None = None) -> int:
-    """The command line of `llava caption`."""
-    parser = _parser(
-        "llava caption", "Caption a picture, a folder, a shard, or records.", temperature=0.0
-    )
-    parser.add_argument(
-        "source",
-        help="a picture, folder, glob pattern, .tar shard, or .json/.jsonl/.parquet records",
-    )
-    parser.add_argument("--image-folder", help="where the records' images are")
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        help="what to ask; several times: several questions",
-    )
-    parser.add_argument("--output", help="(captions.jsonl; a single picture: the terminal)")
-    parser.add_argument("--trials", type=int, default=1, help="captions per picture")
-    parser.add_argument("--limit", type=int, help="only the first so many")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument(
-        "--num-chunks", type=int, help="spread over so many processes or machines ..."
-    )
-    parser.add_argument(
-        "--chunk-idx", type=int, help="... of which this is one, from 0 (torchrun sets both)"
-    )
-    parser.add_argument(
-        "--engine",
-        choices=["local", "ray"],
-        default="local",
-        help="ray: run the chunks on a cluster",
-    )
-    args = parser.parse_args(argv)
-    options = _options(args, args.trials)
-    if (
-        Path(args.source).is_file()
-        and Path(args.source).suffix.lower() in PICTURES
-        and not args.output
-    ):
-        return _say(args, args.source, args.prompt, options)
-
-    chunks = args.num_chunks or int(os.environ.get("WORLD_SIZE", "1"))
-    mine = args.chunk_idx if args.chunk_idx is not None else int(os.environ.get("RANK", "0"))
-    if not 0 <= mine < chunks:
-        raise ValueError(f"--chunk-idx {mine} is not one of --num-chunks {chunks}, counted from 0")
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    """Run `llava caption`; see `cli.main` for the exit status."""
+    args = build_caption_parser().parse_args(argv)
+    options = _generation_options(args, args.trials)
+    # The caption of one image is printed, unless a file was asked for.
+    if not args.output and _is_image(args.source):
+        return _caption_on_terminal(args, args.source, options)
     output = Path(args.output or "captions.jsonl")
+    # Only `llava predict` writes arrays: a folder may have millions of images, and an array is written at the end.
     if output.suffix != ".jsonl":
-        raise ValueError(f"--output {output}: captions are written as .jsonl")
+        raise ValueError(f"--output {output}: the file name must end in .jsonl")
+    if args.engine == "ray":
+        return _caption_on_cluster(args, output, options)
+    return _run_slice(args, args.source, output, options)
 
-    def job(chunk: int) -> Job:
-        path = (
-            output if chunks == 1 else output.with_name(f"{output.stem}-{chunk}-of-{chunks}.jsonl")
-        )
-        return _job(
-            args,
-            args.source,
-            path,
-            options,
-            questions=tuple(args.prompt),
-            chunk=chunk,
-            chunks=chunks,
-        )
 
-    if args.engine == "local":
-        return _report(*caption_file(job(mine)), job(mine).output)
-    failed = 0
-    for done in run_tasks(
-        caption_file, [job(chunk) for chunk in range(chunks)], engine=args.engine
-    ):
-        if done.result is None:
-            failed += 1
-            print(f"{done.spec.output}: {done.error}", file=sys.stderr)
-        else:
-            _report(*done.result, done.spec.output)
-    return 1 if failed else 0
+def predict_main(argv: list[str] | None = None) -> int:
+    """Run `llava predict`; see `cli.main` for the exit status."""
+    args = build_predict_parser().parse_args(argv)
+    trials = args.trials
+    if trials is None:
+        # LLaVA's tutorial samples three captions per image. Greedy captions would all be the same.
+        trials = 1 if args.temperature == 0 or args.image else 3
+    options = _generation_options(args, trials)
+    if args.image:
+        return _caption_on_terminal(args, args.image, options)
+    return _run_slice(args, args.data_path, Path(args.output), options)
 
 
 def chat_main(argv: list[str] | None = None) -> int:
-    """The command line of `llava chat`: questions on standard input, answers as they are decoded."""
-    parser = _parser(
-        "llava chat", "Talk about a picture; an empty line or Ctrl-D ends it.", temperature=0.0
-    )
-    parser.add_argument("image")
-    args = parser.parse_args(argv)
+    """Run `llava chat`: read questions from standard input, and print each answer while it is generated."""
+    args = build_chat_parser().parse_args(argv)
+    options = asdict(_generation_options(args, 1))
+
+    from llava_simplified.captioning.runner import load_model
+    from llava_simplified.data.images import load_pixels
+
     pixels = load_pixels(args.image)
     model = load_model(args)
-    options = asdict(_options(args, 1))
     turns: list[Message] = []
-    while question := _read_line("> "):
+    while True:
+        question = _read_line("> ")
+        if not question:
+            return 0
         turns.append(Message("user", question))
         pieces = []
+        # The whole conversation is the prompt of every answer: the model has no memory of its own.
         for piece in model.stream(turns, [pixels], **options):
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()
-        turns.append(Message("assistant", "".join(pieces).strip() or "."))
-    return 0
+        # Chat templates do not accept an empty turn.
+        answer = "".join(pieces).strip() or "."
+        turns.append(Message("assistant", answer))
 
 
-def _read_line(sign: str) -> str:
-    print(sign if sys.stdin.isatty() else "", end="", flush=True)
+def _read_line(prompt: str) -> str:
+    """Read a line from standard input; the prompt is shown on a terminal only."""
+    if sys.stdin.isatty():
+        print(prompt, end="", flush=True)
     return sys.stdin.readline().strip()
 
 
-def _say(
-    args: argparse.Namespace, image: str, questions: Sequence[str], options: GenerationOptions
-) -> int:
-    """Captions of one picture on the terminal; a single one appears as it is decoded."""
-    pixels = load_pixels(image)  # a wrong path should not cost the loading of a model
+def _generation_options(args: argparse.Namespace, num_return_sequences: int) -> GenerationOptions:
+    from llava_simplified.model.generation import GenerationOptions
+
+    return GenerationOptions(
+        max_new_tokens=args.max_new_tokens,
+        min_new_tokens=args.min_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        repetition_penalty=args.repetition_penalty,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
+        num_return_sequences=num_return_sequences,
+        seed=args.seed,
+    )
+
+
+def _is_image(source: str) -> bool:
+    # Imported here because the module imports torch.
+    from llava_simplified.captioning.inputs import IMAGE_SUFFIXES
+
+    path = Path(source)
+    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+# ---- one image ----
+
+
+def _caption_on_terminal(args: argparse.Namespace, image: str, options: GenerationOptions) -> int:
+    """Print the captions of one image. A single caption is printed while it is generated."""
+    from llava_simplified.captioning.runner import load_model
+    from llava_simplified.data.images import load_pixels
+
+    pixels = load_pixels(image)  # before the model: a wrong path should fail at once
     model = load_model(args)
-    chosen = asdict(options)
-    count = chosen.pop("num_return_sequences")
-    for question in questions or (model.instruction,):
+    generation: dict[str, Any] = asdict(options)
+    count = generation.pop("num_return_sequences")
+    for instruction in args.instructions or [model.instruction]:
+        # Beam search knows its best caption only at the end, and several captions would mix on the screen.
         if count == 1 and options.num_beams == 1:
-            for piece in model.stream(question, [pixels], **chosen):
+            for piece in model.stream(instruction, [pixels], **generation):
                 print(piece, end="", flush=True)
             print()
         else:
-            texts = model.caption([pixels], question, n=count, **chosen)[0]
-            print("\n".join(texts if count > 1 else [texts]))
+            captions = model.caption(
+                [pixels], instruction, num_return_sequences=count, **generation
+            )[0]
+            print("\n".join([captions] if count == 1 else captions))
     return 0
 
 
-def _report(count: int, bad: int, output: str) -> int:
-    """Say what came of it; the exit status is 1 where not a single picture could be read."""
-    print(f"{count:,} records captioned, {bad} set aside -> {output}")
-    if bad:
-        print(f"pictures that could not be read: {output}.bad.jsonl", file=sys.stderr)
-    return 1 if bad and not count else 0
+# ---- many images ----
+
+
+def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
+    """Return (index, count) of the slice to caption.
+
+    It comes from `--shards i/n`, from LLaVA's `--num-chunks n --chunk-idx i`, or else from torchrun's environment.
+
+    Raises:
+        ValueError: The options contradict each other, or the index is not below the count.
+    """
+    if args.shards:
+        if args.num_chunks is not None or args.chunk_idx is not None:
+            raise ValueError(
+                "--shards replaces --num-chunks and --chunk-idx: pass only one of them."
+            )
+        parse_slice(args.shards, 0)  # checks the format
+        index, _, count = args.shards.partition("/")
+        return int(index), int(count)
+    # torchrun sets WORLD_SIZE and RANK for every process that it starts.
+    chunks = args.num_chunks
+    if chunks is None:
+        chunks = int(os.environ.get("WORLD_SIZE", "1"))
+    chunk = args.chunk_idx
+    if chunk is None:
+        chunk = int(os.environ.get("RANK", "0"))
+    if not 0 <= chunk < chunks:
+        raise ValueError(
+            f"--chunk-idx {chunk}: must be at least 0 and less than the number of chunks, {chunks}."
+        )
+    return chunk, chunks
+
+
+def _run_slice(
+    args: argparse.Namespace, source: str, output: Path, options: GenerationOptions
+) -> int:
+    """Caption one slice of the source in this process."""
+    import torch
+
+    from llava_simplified.captioning.runner import caption_file
+
+    chunk, chunks = parse_job_slice(args)
+    # Otherwise all processes that torchrun has started on a machine would share its first GPU.
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    job = _make_job(args, source, output, options, chunk, chunks)
+    return _report(caption_file(job), job.output)
+
+
+def _caption_on_cluster(args: argparse.Namespace, output: Path, options: GenerationOptions) -> int:
+    """Caption all `--num-chunks` slices of the source as Ray tasks."""
+    from llava_simplified.captioning.runner import caption_file
+
+    # Ray distributes the slices itself; a slice of the slices would silently leave out records.
+    if args.shards or args.chunk_idx is not None:
+        raise ValueError(
+            "--engine ray captions all slices: pass --num-chunks N, without --shards and --chunk-idx."
+        )
+    chunks = args.num_chunks or 1
+    jobs = [_make_job(args, args.source, output, options, chunk, chunks) for chunk in range(chunks)]
+    failed = False
+    for task in run_tasks(caption_file, jobs, engine="ray"):
+        if task.result is None:
+            # The other slices continue. The same command finishes this one later.
+            failed = True
+            logger.error("%s: %s", task.spec.output, task.error)
+        else:
+            _report(task.result, task.spec.output)
+    return 1 if failed else 0
+
+
+def _make_job(
+    args: argparse.Namespace,
+    source: str,
+    output: Path,
+    options: GenerationOptions,
+    chunk: int,
+    chunks: int,
+) -> CaptionJob:
+    """Return the job of one slice. Every slice has an output of its own: `captions-0-of-4.jsonl`."""
+    from llava_simplified.captioning.runner import CaptionJob
+
+    # Processes on several machines cannot append to one file.
+    if chunks > 1:
+        output = output.with_name(f"{output.stem}-{chunk}-of-{chunks}{output.suffix}")
+    return CaptionJob(
+        model_path=args.model_path,
+        source=source,
+        output=str(output),
+        options=options,
+        instructions=tuple(args.instructions),
+        image_folder=args.image_folder,
+        model_base=args.model_base,
+        vision_tower=args.vision_tower,
+        bits=args.bits,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        chunk=chunk,
+        chunks=chunks,
+    )
+
+
+def _report(counts: CaptionCounts, output: str) -> int:
+    """Log the result of a job. The exit status is 1 if no image could be read."""
+    logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
+    if counts.failed:
+        logger.warning(
+            "The images of %s records cannot be read; they are listed in %s.bad.jsonl.",
+            f"{counts.failed:,}",
+            output,
+        )
+    return 1 if counts.failed and not counts.captioned else 0

@@ -1,4 +1,4 @@
-"""What `llava caption` accepts: images, folders, glob patterns, shards and files of records."""
+"""Open the inputs of `llava caption`: images, folders, glob patterns, shards and files of records."""
 
 from __future__ import annotations
 
@@ -12,17 +12,30 @@ from llava_simplified.data.records import Record, insert_image_placeholders
 from llava_simplified.data.shards import shard_index
 from llava_simplified.prompt import Message
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+RECORD_SUFFIXES = {".json", ".jsonl", ".parquet"}
 
 
-class Pictures(Sequence[Record]):
-    """Each question about each picture, as a record made when it is asked for."""
+class ImageRecords(Sequence[Record]):
+    """One record for each image and instruction, created when it is indexed.
 
-    def __init__(self, names: Sequence[str], questions: Sequence[str]) -> None:
-        self.names, self.questions = names, questions
+    All instructions about an image are neighbours:
+
+        index     0          1          2          3
+        record    image 0    image 0    image 1    image 1
+                  instr. 0   instr. 1   instr. 0   instr. 1
+
+    Args:
+        names: Image names, relative to the image folder; `shard.tar#key` for an image in a shard.
+        instructions: Instructions about every image.
+    """
+
+    def __init__(self, names: Sequence[str], instructions: Sequence[str]) -> None:
+        self.names = names
+        self.instructions = instructions
 
     def __len__(self) -> int:
-        return len(self.names) * len(self.questions)
+        return len(self.names) * len(self.instructions)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -31,46 +44,69 @@ class Pictures(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        name, question = (
-            self.names[index // len(self.questions)],
-            self.questions[index % len(self.questions)],
-        )
-        return Record(
-            (name,), insert_image_placeholders([Message("user", question)], 1, name), (), name
-        )
+        image_index, instruction_index = divmod(index, len(self.instructions))
+        name = self.names[image_index]
+        message = Message("user", self.instructions[instruction_index])
+        turns = insert_image_placeholders([message], 1, name)
+        return Record((name,), turns, (), name)
 
 
 def open_inputs(
-    source: str, image_folder: str | None, questions: Sequence[str]
+    source: str, image_folder: str | None, instructions: Sequence[str]
 ) -> tuple[Sequence[Record], str]:
-    """What SOURCE holds, and the folder that its images are in.
+    """Return the records of a source, and the folder that their image names are relative to.
 
     Args:
-        source: a picture, a .tar shard, a folder (with all below it) or glob pattern of these, or a file of records.
-        questions: asked about every picture; records bring their own.
+        source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these, or a file of records.
+        image_folder: Folder of the images; only for records.
+        instructions: Instructions about every image; not for records, which contain instructions.
 
     Raises:
-        ValueError: nothing is there, no picture, or questions beside records.
+        ValueError: The source does not exist or contains no image, or instructions were given with records.
+    """
+    # Decided by the name alone, so that a missing file of records is reported as one.
+    if Path(source).suffix in RECORD_SUFFIXES:
+        if instructions:
+            raise ValueError(
+                f"--instruction: the records of {source} contain their own instructions; remove the option."
+            )
+        # Records may be unanswered: this command writes the answers.
+        return open_data(source, image_folder, "--image-folder", require_responses=False)
+    names, folder = find_images(source)
+    if not names:
+        raise ValueError(
+            f"{source}: not an image, a folder of images, a .tar shard or a file of records"
+        )
+    # Absolute, because a Ray worker has another working directory.
+    return ImageRecords(names, instructions), str(folder.absolute())
+
+
+def find_images(source: str) -> tuple[list[str], Path]:
+    """Return the names of the images in a file, folder, shard or glob pattern, and the folder they are relative to.
+
+    A single file counts as an image whatever its suffix is; of several files, those with the suffix of an image.
     """
     path = Path(source)
-    if path.suffix in (".json", ".jsonl", ".parquet"):
-        if questions:
-            raise ValueError(f"--prompt: the records of {source} bring their own questions")
-        return open_data(source, image_folder, "--image-folder", require_responses=False)
     folder = Path()
     if path.is_dir():
-        folder, found = path, sorted(path.rglob("*"))
+        folder = path
+        files = sorted(path.rglob("*"))
     elif path.is_file():
-        folder, found = path.parent, [path]
+        folder = path.parent
+        files = [path]
     else:
-        found = sorted(map(Path, glob.glob(source, recursive=True)))  # noqa: PTH207 - may be absolute
+        # Path.glob does not accept absolute patterns.
+        files = sorted(Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
+
     names: list[str] = []
-    for file in found:
-        name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
+    for file in files:
+        # Relative names keep the output valid when the folder is moved.
+        name = str(file)
+        if file.is_relative_to(folder):
+            name = file.relative_to(folder).as_posix()
         if file.suffix == ".tar":
+            # `read_image_bytes` finds one image of a shard by its key.
             names += [f"{name}#{key.decode()}" for key in shard_index(file).keys]
-        elif file == path or (file.suffix.lower() in PICTURES and file.is_file()):
+        elif file == path or (file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()):
             names.append(name)
-    if not names:
-        raise ValueError(f"{source}: no picture, folder of pictures, shard or file of records")
-    return Pictures(names, questions), str(folder.absolute())
+    return names, folder

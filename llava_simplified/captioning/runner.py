@@ -1,6 +1,14 @@
-"""Pictures -> captions: a file of records, a folder, a shard or one picture; in batches, and going on where it was stopped.
+"""Caption many images into a file, in batches, as a job that can be killed and resumed.
 
-`predict.py` and `llava predict` (the tutorial's flags), `llava caption` and `llava chat` come here.
+Files of a job with `--output captions.jsonl`:
+
+    captions.jsonl                  one row per caption; this is also the journal of the job
+    captions.jsonl.bad.jsonl        one row per record whose image cannot be read
+    captions.jsonl.settings.json    what the job was started with
+    .captions.jsonl.lock            held by the process that writes
+
+A JSON array cannot be appended to. With `--output predictions.json`, the journal is `predictions.json.part.jsonl`,
+and the array is written from it at the end.
 """
 
 from __future__ import annotations
@@ -8,44 +16,61 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
-from llava_simplified.captioning.inputs import Pictures, open_inputs
+from llava_simplified.captioning.inputs import ImageRecords, open_inputs
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, prediction_row
-from llava_simplified.model.generation import (
-    GenerationOptions,
-    encode,
-    generate_from,
-    prompt_hashes,
+from llava_simplified.jobs import (
+    Journal,
+    Progress,
+    atomic_file,
+    check_settings,
+    exclusive_lock,
+    read_json_lines,
 )
+from llava_simplified.model.generation import encode_images, generate_from_features
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.sampling import prompt_hashes
 
-WINDOW = 8  # batches that are sorted together, so that prompts of one length meet
+logger = logging.getLogger(__name__)
+
+# Records of this number of batches are sorted by the length of their prompts, so that a batch needs little padding.
+BATCHES_PER_WINDOW = 8
+
+Row = dict[str, Any]
 
 
-# ---- what is captioned ----
-
-
-# ---- captions, batch by batch ----
+# ---- the job ----
 
 
 @dataclass(frozen=True)
-class Job:
-    """What `caption_file` needs to know: it can be sent to another process or machine, and compared at a resume."""
+class CaptionJob:
+    """What `caption_file` does. It can be sent to another process or machine.
+
+    Attributes:
+        model_path, model_base, vision_tower, bits: See `Llava.from_pretrained`.
+        source, image_folder, instructions: See `inputs.open_inputs`.
+        output: A .jsonl file, or a file of any other name for a JSON array.
+        options: How to generate; `num_return_sequences` is the number of captions per record.
+        limit: Caption only this number of records.
+        batch_size: Records per batch.
+        chunk, chunks: Caption only every `chunks`-th record, beginning with record `chunk`.
+    """
 
     model_path: str
     source: str
     output: str
     options: GenerationOptions
-    questions: tuple[str, ...] = ()
+    instructions: tuple[str, ...] = ()
     image_folder: str | None = None
     model_base: str | None = None
     vision_tower: str | None = None
@@ -56,97 +81,196 @@ class Job:
     chunks: int = 1
 
 
-def caption_file(job: Job, model: Llava | None = None) -> tuple[int, int]:
-    """Caption a source, or one chunk of it, into a .jsonl file; returns how many records it holds, and how many were bad.
+class CaptionCounts(NamedTuple):
+    """Number of records of a job that have captions, and of those whose images cannot be read."""
 
-    What the file has already is kept: a killed run goes on, no record twice, none missing. Pictures that can't be read
-    are named in `<output>.bad.jsonl`.
+    captioned: int
+    failed: int
+
+
+class JobFiles(NamedTuple):
+    """The files of a job; see the top of this module."""
+
+    output: Path
+    journal: Path
+    failures: Path
+    settings: Path
+    lock: Path
+
+    @classmethod
+    def of(cls, output: str) -> JobFiles:
+        """Return the files of the job that writes `output`."""
+        # The names are those of 0.1.0, whose unfinished jobs can be continued.
+        journal = output if Path(output).suffix == ".jsonl" else f"{output}.part.jsonl"
+        return cls(
+            output=Path(output),
+            journal=Path(journal),
+            failures=Path(f"{journal}.bad.jsonl"),
+            settings=Path(f"{journal}.settings.json"),
+            lock=Path(output).with_name(f".{Path(output).name}.lock"),
+        )
+
+
+def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
+    """Run a job, or continue it where it was killed. No record is captioned twice or left out.
+
+    Args:
+        job: The job.
+        model: The model of the job, if it is loaded already.
 
     Raises:
-        ValueError: nothing to caption, or the file was begun with other settings.
+        ValueError: There is nothing to caption, the output was started with other settings, or another process writes
+            to it.
     """
-    output, bad_path, begun = (
-        Path(job.output + end) for end in ("", ".bad.jsonl", ".settings.json")
-    )
-    records, folder = open_inputs(job.source, job.image_folder, job.questions)
-    # of a batch's size a caption knows nothing, and a folder may be moved
-    settings = {
-        **asdict(job),
-        "batch_size": None,
-        "output": None,
-        "model": _written(job.model_path),
-    }
-    settings = json.loads(
-        json.dumps({**settings, "contents of the source": _contents(records, job.source)})
-    )
-    if output.exists():
-        old = json.loads(begun.read_text(encoding="utf-8")) if begun.exists() else {}
-        if other := [name for name in settings if name not in old or old[name] != settings[name]]:
-            raise ValueError(
-                f"{output} was begun with another {', '.join(other)}: delete it, or give another --output"
-            )
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        bad_path.unlink(missing_ok=True)
-        begun.write_text(json.dumps(settings), encoding="utf-8")
-    done = _whole_records(output, job.options.num_return_sequences) | _whole_records(bad_path, 1)
-
-    model = model or load_model(job)
-    if isinstance(records, Pictures) and not job.questions:
-        records.questions = (model.instruction,)
-    indices = range(min(len(records), job.limit or len(records)))[job.chunk :: job.chunks]
-    todo = [index for index in indices if index not in done]
-    bar = tqdm(
-        total=len(indices), initial=len(indices) - len(todo), unit=" records", dynamic_ncols=True
-    )
-    with output.open("ab") as good, bad_path.open("ab") as rejected, bar:
-        for rows, bad in caption_records(model, records, folder, job.options, job.batch_size, todo):
-            for stream, batch in ((good, rows), (rejected, bad)):
-                stream.write(
-                    b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch)
-                )
-                stream.flush()
-            bar.update(len(rows) // job.options.num_return_sequences + len(bad))
-    bad_count = len(_whole_records(bad_path, 1))
-    if not bad_count:
-        bad_path.unlink()
-    return len(indices) - bad_count, bad_count
+    files = JobFiles.of(job.output)
+    # Everything that can be wrong with the source, the output or the settings is found before the model is loaded,
+    # which takes minutes for a large one.
+    records, folder = open_inputs(job.source, job.image_folder, job.instructions)
+    with exclusive_lock(files.lock, job.output):
+        _start_or_resume(files, _job_settings(job, records))
+        model = model or load_model(job)
+        if isinstance(records, ImageRecords) and not job.instructions:
+            # Only the checkpoint knows the instruction that it was trained with. The settings need not contain it,
+            # because they identify the checkpoint.
+            records.instructions = (model.instruction,)
+        with Journal(files.journal) as journal, Journal(files.failures) as failures:
+            counts = _caption_remaining(job, model, records, folder, journal, failures)
+        # The job is complete: what remains is cleaning up, which a killed process repeats.
+        if not counts.failed:
+            files.failures.unlink()
+        if files.journal != files.output:
+            _publish_array(files)
+    return counts
 
 
-def _written(model_path: str) -> list[int]:
-    """When a checkpoint's files were written: trained anew in the same place, it is another model."""
-    return (
-        sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors"))
-        if model_path
-        else []
-    )
+def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
+    """Prepare the files of a new job, or check that an unfinished one has the same settings.
+
+    The journal decides which of the two it is: who deletes it starts the job anew.
+    """
+    if not files.journal.exists():
+        # Both may be left over from a job whose journal was deleted. Its failures must not be skipped in this job.
+        files.failures.unlink(missing_ok=True)
+        files.settings.unlink(missing_ok=True)
+    elif not files.settings.exists():
+        # The file was copied here, or another program has written it. Never append to rows of unknown origin.
+        raise ValueError(
+            f"{files.journal} exists, but {files.settings.name}, which describes its job, does not. "
+            "Delete both or pass another --output."
+        )
+    check_settings(files.settings, settings, str(files.output))
 
 
-def _contents(records: Sequence[Record], source: str) -> object:
-    """Which record has which number: with a picture more in the folder, other ones."""
-    if isinstance(records, Pictures):
+def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
+    """Return what decides which rows the output contains, under the names of version 0.1.0.
+
+    The batch size does not change a caption, and the output may be moved.
+    """
+    settings = asdict(job)
+    # Jobs that 0.1.0 has begun must continue, so the names in the file are fixed.
+    settings["questions"] = settings.pop("instructions")
+    settings["batch_size"] = None
+    settings["output"] = None
+    settings["model"] = _modification_times(job.model_path)
+    settings["contents of the source"] = _describe_contents(records, job.source)
+    return settings
+
+
+def _modification_times(model_path: str) -> list[int]:
+    """Return the modification times of the weights: a model that is trained anew is another model."""
+    if not model_path:
+        return []
+    return sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors"))
+
+
+def _describe_contents(records: Sequence[Record], source: str) -> object:
+    """Return a value that changes if the indices of the output would mean other records."""
+    if isinstance(records, ImageRecords):
+        # One more image in a folder shifts the indices of all images behind it.
         return hashlib.sha256("\n".join(records.names).encode()).hexdigest()
-    return [Path(source).stat().st_size, Path(source).stat().st_mtime_ns]
+    # A file of records may have gigabytes. Size and time are cheap, and change with every edit.
+    stat = Path(source).stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
-def _whole_records(path: Path, rows_each: int) -> set[int]:
-    """The records whose rows are all in a .jsonl file. What a killed run left of one more is cut off."""
-    if not path.exists():
-        return set()
-    whole: set[int] = set()
-    last, count, position, kept = -1, 0, 0, 0
-    with path.open("r+b") as stream:
-        for line in stream:
-            if not line.endswith(b"\n"):
-                break
-            position += len(line)
-            index = json.loads(line)["index"]
-            last, count = index, count + 1 if index == last else 1
-            if count == rows_each:
-                whole.add(index)
-                kept = position
-        stream.truncate(kept)
-    return whole
+def _caption_remaining(
+    job: CaptionJob,
+    model: Llava,
+    records: Sequence[Record],
+    folder: str,
+    journal: Journal,
+    failures: Journal,
+) -> CaptionCounts:
+    """Caption the records that neither journal contains yet."""
+    rows_per_record = job.options.num_return_sequences
+    finished = _finished_records(journal, rows_per_record)
+    failed = _finished_records(failures, 1)
+    total = len(records)
+    if job.limit:
+        total = min(total, job.limit)
+    # Slices are interleaved: a slow part of the source, such as large images, is shared by all processes.
+    indices = range(job.chunk, total, job.chunks)
+    remaining = [index for index in indices if index not in finished and index not in failed]
+
+    initial = len(indices) - len(remaining)
+    show_progress = logger.isEnabledFor(logging.INFO)
+    with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
+        batches = caption_records(model, records, folder, job.options, job.batch_size, remaining)
+        for rows, failed_rows in batches:
+            # A process that is killed between the two writes tries the failed records again, and they fail again.
+            journal.append(rows)
+            failures.append(failed_rows)
+            failed.update(row["index"] for row in failed_rows)
+            progress.advance(len(rows) // rows_per_record + len(failed_rows))
+    return CaptionCounts(len(indices) - len(failed), len(failed))
+
+
+def _finished_records(journal: Journal, rows_per_record: int) -> set[int]:
+    """Return the indices of the records with all their rows in a journal.
+
+    A process that was killed between two captions of one record leaves an incomplete record at the end. Its rows are
+    cut off: random draws depend on the record alone, so that the same captions are generated again.
+    """
+    finished: set[int] = set()
+    last_index = -1
+    rows_of_record = 0
+    end = 0  # in bytes, of the last complete record
+    for row, position in read_json_lines(journal.path):
+        # The rows of one record are neighbours: a batch is written with one call.
+        rows_of_record = rows_of_record + 1 if row["index"] == last_index else 1
+        last_index = row["index"]
+        if rows_of_record == rows_per_record:
+            finished.add(last_index)
+            end = position
+    journal.truncate(end)
+    return finished
+
+
+def _publish_array(files: JobFiles) -> None:
+    """Write the journal's rows as a JSON array, and delete the files that only an unfinished job needs."""
+    rows = [row for row, _ in read_json_lines(files.journal)]
+    with atomic_file(files.output) as part:
+        part.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    published_failures = Path(f"{files.output}.bad.jsonl")
+    published_failures.unlink(missing_ok=True)  # of an earlier job
+    if files.failures.exists():
+        files.failures.replace(published_failures)
+    # The journal decides whether a job is new, so it goes first: a journal without settings would be refused.
+    files.journal.unlink()
+    files.settings.unlink()
+
+
+def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
+    """Load the model that a job or a command line names."""
+    return Llava.from_pretrained(
+        checkpoint.model_path,
+        model_base=checkpoint.model_base,
+        vision_tower=checkpoint.vision_tower,
+        bits=checkpoint.bits,
+    )
+
+
+# ---- records -> captions ----
 
 
 def caption_records(
@@ -156,35 +280,65 @@ def caption_records(
     options: GenerationOptions,
     batch_size: int = 16,
     indices: Sequence[int] | None = None,
-) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """The records at `indices` (all of them where None), in order, each as soon as those before it are done.
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Caption records in their order.
+
+    A batch is as wide as its longest prompt, so records are sorted by prompt length before they are batched. Sorting
+    all of them would delay the first row until the end, so it is done within a window. With a batch size of 2:
+
+        window             0  1  2  3  4  5
+        by prompt length   1  4 | 0  5 | 2  3      batches
+        rows after each    -    | 0  1 | 2  3  4  5
+
+    A record is yielded as soon as it and all records before it are done.
+
+    Args:
+        model: The model.
+        records: Records with instructions; responses are not needed.
+        image_folder: Folder that the image names are relative to.
+        options: How to generate.
+        batch_size: Records per batch.
+        indices: Indices of the records to caption; None for all.
 
     Yields:
-        The prediction rows (one a trial), and a row for each record whose picture can't be read.
+        After every batch: prediction rows, `num_return_sequences` per record, and one row for each record whose image
+        cannot be read.
     """
-    indices = range(len(records)) if indices is None else indices
-    for start in range(0, len(indices), WINDOW * batch_size):
-        numbers = indices[start : start + WINDOW * batch_size]
-        window = [records[index] for index in numbers]
-        head, done = 0, dict[int, list[str] | ImageError]()
-        for batch in _caption_window(model, window, image_folder, options, batch_size):
-            done |= batch
-            rows: list[dict[str, Any]] = []
-            bad: list[dict[str, Any]] = []
-            while head in done:
-                index, record, outcome = numbers[head], window[head], done.pop(head)
-                if isinstance(outcome, ImageError):
-                    bad.append(
-                        {
-                            "index": index,
-                            "image": record.images[0],
-                            "error": f"{record.id}: {outcome}",
-                        }
-                    )
-                else:
-                    rows += [prediction_row(index, record, text) for text in outcome]
-                head += 1
-            yield rows, bad
+    if indices is None:
+        indices = range(len(records))
+    window_size = BATCHES_PER_WINDOW * batch_size
+    for start in range(0, len(indices), window_size):
+        window_indices = indices[start : start + window_size]
+        window = [records[index] for index in window_indices]
+        batches = _caption_window(model, window, image_folder, options, batch_size)
+        yield from _in_record_order(window_indices, window, batches)
+
+
+# The captions of a record, or the reason why its image cannot be read.
+Outcome = list[str] | ImageError
+
+
+def _in_record_order(
+    indices: Sequence[int], window: Sequence[Record], batches: Iterable[dict[int, Outcome]]
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Turn outcomes by position in the window into rows in the order of the window."""
+    waiting: dict[int, Outcome] = {}
+    position = 0  # of the next record to yield
+    for batch in batches:
+        waiting.update(batch)
+        rows: list[Row] = []
+        failed_rows: list[Row] = []
+        while position in waiting:
+            index = indices[position]
+            record = window[position]
+            outcome = waiting.pop(position)
+            if isinstance(outcome, ImageError):
+                error = f"{record.id}: {outcome}"
+                failed_rows.append({"index": index, "image": record.images[0], "error": error})
+            else:
+                rows += [prediction_row(index, record, caption) for caption in outcome]
+            position += 1
+        yield rows, failed_rows
 
 
 def _caption_window(
@@ -193,46 +347,96 @@ def _caption_window(
     image_folder: str | Path,
     options: GenerationOptions,
     batch_size: int,
-) -> Iterator[dict[int, list[str] | ImageError]]:
-    """Batches of prompts of nearly one length: what was said, or what is wrong with a picture, by place in the window."""
-
-    def load(name: str) -> torch.Tensor:
-        return model.vision_tower.transform(decode_image(read_image_bytes(name, image_folder)))
-
+) -> Iterator[dict[int, Outcome]]:
+    """Yield the outcomes of one batch after the other, by position in the window."""
+    # Without a response (None), the prompt ends where the model's answer begins.
     prompts = [model.prompt.render(record.turns, None, record.id).input_ids for record in window]
-    order = sorted(range(len(window)), key=lambda place: len(prompts[place]))
-    features: dict[
-        str, torch.Tensor
-    ] = {}  # a picture is read and encoded once, however much is asked about it
-    with ThreadPoolExecutor(1) as reader:  # ahead of the model
-        names = dict.fromkeys(name for place in order for name in window[place].images)
-        pixels = {name: reader.submit(load, name) for name in names}
-        for first in range(0, len(order), batch_size):
-            places = order[first : first + batch_size]
-            outcomes: dict[int, list[str] | ImageError] = {}
-            for place in places:
-                errors = [pixels[name].exception() for name in window[place].images]
-                if error := next(filter(None, errors), None):
-                    if not isinstance(error, ImageError):
-                        raise error
-                    outcomes[place] = error
-            asked = [place for place in places if place not in outcomes]
-            wanted = [name for place in asked for name in window[place].images]
-            if new := [name for name in dict.fromkeys(wanted) if name not in features]:
-                features.update(
-                    zip(new, encode(model, torch.stack([pixels[name].result() for name in new])))
+    by_length = sorted(range(len(window)), key=lambda position: len(prompts[position]))
+    # One thread reads images in the order in which the batches need them, while the model computes. One is enough:
+    # reading an image takes milliseconds, captioning it takes far longer.
+    with ThreadPoolExecutor(1) as reader:
+        images = _WindowImages(model, image_folder, reader)
+        for position in by_length:
+            images.read_ahead(window[position].images)
+        for start in range(0, len(by_length), batch_size):
+            batch = by_length[start : start + batch_size]
+            outcomes: dict[int, Outcome] = {}
+            for position in batch:
+                error = images.error_of(window[position])
+                if error is not None:
+                    outcomes[position] = error
+            # The other records of the batch are not affected by an image that cannot be read.
+            readable = [position for position in batch if position not in outcomes]
+            if readable:
+                names = _image_names(window[position] for position in readable)
+                batch_prompts = [prompts[position] for position in readable]
+                # Random draws are derived from the content of prompt and images, so that a sampled caption depends
+                # neither on the batch nor on the index of its record.
+                hashes = prompt_hashes(batch_prompts, images.pixels(names))
+                captions = generate_from_features(
+                    model, batch_prompts, images.features(names), options, hashes
                 )
-            if asked:
-                batch = [prompts[place] for place in asked]
-                shown = torch.stack([features[name] for name in wanted]) if wanted else None
-                keys = prompt_hashes(batch, [pixels[name].result() for name in wanted])
-                outcomes |= zip(asked, generate_from(model, batch, shown, options, keys))
+                outcomes.update(zip(readable, captions))
             yield outcomes
 
 
-# ---- commands ----
+def _image_names(records: Iterable[Record]) -> list[str]:
+    """Return the image names of records, in the order of the image placeholders in their prompts."""
+    names: list[str] = []
+    for record in records:
+        names += record.images
+    return names
 
 
-def load_model(asked: argparse.Namespace | Job) -> Llava:
-    where = {name: getattr(asked, name) for name in ("model_base", "vision_tower", "bits")}
-    return Llava.from_pretrained(asked.model_path, **where)
+class _WindowImages:
+    """The images of a window. Each is read and encoded once, however many records refer to it.
+
+    Args:
+        model: The model, for its transform and its vision tower.
+        image_folder: Folder that the image names are relative to.
+        reader: Reads the images.
+    """
+
+    def __init__(self, model: Llava, image_folder: str | Path, reader: ThreadPoolExecutor) -> None:
+        self._model = model
+        self._image_folder = image_folder
+        self._reader = reader
+        self._pixels: dict[str, Any] = {}  # futures by image name
+        self._features: dict[str, torch.Tensor] = {}
+
+    def read_ahead(self, names: Sequence[str]) -> None:
+        """Start to read images that have not been read yet."""
+        for name in names:
+            if name not in self._pixels:
+                self._pixels[name] = self._reader.submit(self._read, name)
+
+    def _read(self, name: str) -> torch.Tensor:
+        image = decode_image(read_image_bytes(name, self._image_folder))
+        return self._model.vision_tower.transform(image)
+
+    def error_of(self, record: Record) -> ImageError | None:
+        """Return the reason why an image of the record cannot be read, or None. Other errors are raised."""
+        for name in record.images:
+            # Waits until the image has been read.
+            error = self._pixels[name].exception()
+            if isinstance(error, ImageError):
+                return error
+            if error is not None:
+                raise error
+        return None
+
+    def pixels(self, names: Sequence[str]) -> list[torch.Tensor]:
+        """Return the transformed images: uint8 (3, height, width) each."""
+        return [self._pixels[name].result() for name in names]
+
+    def features(self, names: Sequence[str]) -> torch.Tensor | None:
+        """Return image features of shape (images, tokens, vision width), or None for no images."""
+        if not names:
+            return None
+        # Without duplicates: two records of one batch may refer to the same image.
+        new = [name for name in dict.fromkeys(names) if name not in self._features]
+        if new:
+            # Encoding a whole batch at once is what makes the vision tower fast.
+            encoded = encode_images(self._model, torch.stack(self.pixels(new)))
+            self._features.update(zip(new, encoded))
+        return torch.stack([self._features[name] for name in names])

@@ -22,12 +22,12 @@ answer:
     predicted from    -    -    -    -  |  3    4    5    |  3    7    8
 
 A batch therefore lists pairs: `logit_positions` (where a token is predicted) and `labels` (which token). Position 3
-occurs twice. The model computes logits at the listed positions only, which also saves most of the work: 94 % of the
-positions of a caption behind 196 patches are not trained.
+occurs twice. The model computes logits at the listed positions only, which also saves most of the work of its last
+layer: 94 % of the positions of a caption behind 196 patches are not trained.
 
 Training several continuations of one prompt as branches of one sequence is prior work: Molmo and Molmo2 ("message
-trees"), PrefixGrouper, flash-preference, and others. Here the first token of every branch is trained too, so that loss
-and gradients equal those of separate sequences.
+trees"), PrefixGrouper, flash-preference, unsloth's GRPO, NeMo Automodel. What is special here: the first token of every
+branch is trained too, and images are part of the prefix, so that loss and gradients equal those of separate sequences.
 
 **Who attends to whom.** Three integers per position describe all attention masks:
 
@@ -207,9 +207,8 @@ def expand_example(example: Example, tokens_per_image: int) -> ExpandedExample:
         # The predecessor of a branch's first token is the last token of the prompt, not of the branch before.
         predicted_from[starts] = prompt_length - 1
         # The start of the branch that each position belongs to; unused in the prompt.
-        start_of_own_branch = np.concatenate([[0], starts])[
-            np.searchsorted(starts, index, side="right")
-        ]
+        branch_number = np.searchsorted(starts, index, side="right")
+        start_of_own_branch = np.concatenate([[0], starts])[branch_number]
         position_ids = np.where(
             branch_ids == 0,
             index,
@@ -254,12 +253,12 @@ class Collator:
 
     def __call__(self, rows: Sequence[Example | Sequence[Example]]) -> Batch:
         """Collate examples or packs of examples."""
-        packs: list[list[Example]] = []
-        for row in rows:
-            packs.append([row] if isinstance(row, Example) else list(row))
-        examples = [example for pack in packs for example in pack]
+        # A single example is a pack of one. `expanded` has one list per pack, `examples` is flat.
+        examples: list[Example] = []
         expanded: list[list[ExpandedExample]] = []
-        for pack in packs:
+        for row in rows:
+            pack = [row] if isinstance(row, Example) else list(row)
+            examples += pack
             expanded.append([expand_example(example, self.tokens_per_image) for example in pack])
 
         input_ids = pad_sequences(_concatenate(expanded, "input_ids"), self.pad_token_id)
@@ -271,10 +270,12 @@ class Collator:
             "metadata": _describe(examples, expanded),
         }
 
-        one_example_per_row = len(examples) == len(packs)
-        if one_example_per_row and all(example.branches is None for example in examples):
-            lengths = [len(pack[0].input_ids) for pack in expanded]
-            batch["attention_mask"] = pad_sequences([np.ones(length) for length in lengths], 0)
+        has_packs = len(examples) > len(expanded)
+        has_branches = any(example.branches is not None for example in examples)
+        if not has_packs and not has_branches:
+            # A plain mask works with every attention implementation.
+            masks = [np.ones_like(example.input_ids) for [example] in expanded]
+            batch["attention_mask"] = pad_sequences(masks, 0)
         else:
             batch["segment_ids"] = pad_sequences([_segment_ids(pack) for pack in expanded], 0)
             batch["branch_ids"] = pad_sequences(_concatenate(expanded, "branch_ids"), 0)
@@ -284,8 +285,15 @@ class Collator:
 
     def _add_images(self, batch: Batch, examples: Sequence[Example]) -> None:
         """Concatenate the images of all examples in reading order, or add the dummy image."""
-        pixels = [e.pixel_values for e in examples if e.pixel_values is not None]
-        features = [e.image_features for e in examples if e.image_features is not None]
+        pixels: list[torch.Tensor] = []
+        features: list[torch.Tensor] = []
+        for example in examples:
+            if example.pixel_values is not None:
+                pixels.append(example.pixel_values)
+            if example.image_features is not None:
+                features.append(example.image_features)
+        # Examples have different numbers of images: they are concatenated, not stacked. The model assigns them to
+        # placeholders by their order.
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
         if features:
@@ -298,14 +306,17 @@ def _concatenate(expanded: Sequence[Sequence[ExpandedExample]], name: str) -> li
     """Concatenate one array of all examples of a pack; one result per pack."""
     rows = []
     for pack in expanded:
-        rows.append(np.concatenate([getattr(example, name) for example in pack]))
+        arrays = [getattr(example, name) for example in pack]
+        rows.append(np.concatenate(arrays))
     return rows
 
 
 def _segment_ids(pack: Sequence[ExpandedExample]) -> np.ndarray:
     """Return n for every position of the n-th example of a pack, from 1; 0 is left for padding."""
-    lengths = [len(example.input_ids) for example in pack]
-    return np.repeat(np.arange(1, len(pack) + 1), lengths)
+    segments = []
+    for number, example in enumerate(pack, start=1):
+        segments.append(np.full_like(example.input_ids, number))
+    return np.concatenate(segments)
 
 
 def _flatten_pairs(
@@ -315,26 +326,26 @@ def _flatten_pairs(
     positions = []
     labels = []
     for row, pack in enumerate(expanded):
+        # Where the example begins in the flattened batch. Within a row, examples follow one another without padding.
         start = row * row_length
         for example in pack:
             positions.append(start + example.logit_positions)
             labels.append(example.labels)
             start += len(example.input_ids)
-    return torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(labels))
+    flat_positions = torch.from_numpy(np.concatenate(positions))
+    flat_labels = torch.from_numpy(np.concatenate(labels))
+    return flat_positions, flat_labels
 
 
 def _describe(
     examples: Sequence[Example], expanded: Sequence[Sequence[ExpandedExample]]
 ) -> BatchMetadata:
     """Return the metadata of a batch."""
-    warnings: list[str] = []
+    metadata: BatchMetadata = {"ids": [], "warnings": [], "tokens": 0}
     for example in examples:
-        warnings += example.warnings
-    tokens = 0
+        metadata["ids"].append(example.id)
+        metadata["warnings"] += example.warnings
     for pack in expanded:
-        tokens += sum(len(example.input_ids) for example in pack)
-    return {
-        "ids": [example.id for example in examples],
-        "warnings": warnings,
-        "tokens": tokens,
-    }
+        for expanded_example in pack:
+            metadata["tokens"] += len(expanded_example.input_ids)
+    return metadata

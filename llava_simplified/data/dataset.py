@@ -1,9 +1,9 @@
-"""Records -> examples: what a training step is fed with, one index at a time."""
+"""Records -> examples: tokenize the text and load the images of one training example at a time."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,33 +13,35 @@ from torch.utils.data import Dataset
 
 from llava_simplified.data.collate import Example
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
-from llava_simplified.data.records import Record, open_records
+from llava_simplified.data.records import Record, Records, open_records
 from llava_simplified.data.rows import find_records
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prompt import IMAGE_INDEX, Prompt
 
+NUM_PROBED_RECORDS = 20  # whose images `open_data` tries to read
+
 
 class FeatureStore(Protocol):
-    """Images by name: features (tokens, width), or uint8 pixels (3, height, width); `dummy_image`: one of nothing."""
+    """Precomputed inputs by image name, such as the cache of a frozen vision tower's features.
+
+    All values have the same shape and dtype: features (tokens, width), or transformed pixels, uint8 (3, height, width).
+    """
 
     @property
-    def dummy_image(self) -> torch.Tensor: ...
+    def dummy_image(self) -> torch.Tensor:
+        """An empty image, in the form of the others."""
+        ...
+
     def __contains__(self, image: str, /) -> bool: ...
+
     def __getitem__(self, image: str, /) -> torch.Tensor: ...
 
 
 class CaptionDataset(Dataset[Example]):
-    """One example for each record; five captions of an image are five answers that share image and prompt.
+    """A map-style dataset with one example per record.
 
-    Args:
-        records: what to train on.
-        prompt: renders text and labels.
-        image_folder: where the records' image paths begin.
-        transform: the vision tower's resize and crop.
-        max_length: the most text tokens of a prompt with one answer, an image counting as one. A longer answer loses
-            words at its end; a prompt that leaves no room is an error.
-        share_prefix: False makes one example for each response.
-        features: by image name, patch features that were computed before, or pixels: then no picture is opened.
+    Several responses of a record (five captions of an image) are branches of one example: they share the image and the
+    prompt, which are computed once. See `collate`.
     """
 
     def __init__(
@@ -52,110 +54,183 @@ class CaptionDataset(Dataset[Example]):
         share_prefix: bool = True,
         features: FeatureStore | None = None,
     ) -> None:
+        """Create a dataset.
+
+        Args:
+            records: What to train on.
+            prompt: Renders text to token ids and labels.
+            image_folder: The folder that the records' image paths are relative to.
+            transform: Resize and crop of the vision tower.
+            max_length: Maximum number of text tokens of a prompt with one answer; an image counts as one. Longer
+                answers lose words at their end. A prompt that leaves no room for an answer is an error.
+            share_prefix: True makes one example per record. False makes one example per response.
+            features: Precomputed features or pixels. No image file is opened then.
+        """
         self.records = records
         self.prompt = prompt
         self.image_folder = Path(image_folder)
         self.transform = transform
         self.max_length = max_length
         self.features = features
+        # With one example per response: for each record, the number of examples up to and including it.
         self._ends: np.ndarray | None = None
-        if not share_prefix:  # all records are read for it
-            counts = np.fromiter(
-                (len(r.responses) for r in records), dtype=np.int64, count=len(records)
-            )
-            self._ends = np.cumsum(counts)
+        if not share_prefix:
+            # This reads and parses all records.
+            counts = (len(record.responses) for record in records)
+            self._ends = np.cumsum(np.fromiter(counts, dtype=np.int64, count=len(records)))
 
     def __len__(self) -> int:
-        return len(self.records) if self._ends is None else int(self._ends[-1])
+        if self._ends is None:
+            return len(self.records)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Example:
-        """The example at `index`; where its image can't be read, the next one that can, and a note that says so."""
+        """Return the example at `index`.
+
+        If its image cannot be read, the next example whose image can be read takes its place, image and text together,
+        and a warning says so: one bad file in millions must not end a run, and the trainer counts the warnings.
+
+        Raises:
+            ValueError: No image of the whole dataset can be read, or a record has no usable response.
+        """
         warnings: list[str] = []
         for offset in range(len(self)):
+            # After the last example comes the first.
             record, responses = self.locate((index + offset) % len(self))
             example = self.tokenize(record, responses)
             try:
                 example.pixel_values, example.image_features = self.load_images(record)
             except ImageError as error:
+                # The trainer counts warnings by what is before the comma.
                 warnings.append(f"bad image, {record.id}: {error}")
                 continue
             example.warnings = warnings + example.warnings
             return example
-        raise ValueError(f"no image of {len(self)} could be read; the first: {warnings[0]}")
+        raise ValueError(
+            f"none of the {len(self)} examples has an image that can be read; "
+            f"the first: {warnings[0]}"
+        )
 
     def lengths(self, tokens_per_image: int) -> np.ndarray:
-        """Positions that each example takes. All text is tokenised for it: some 20,000 examples a second."""
-        every = (self.tokenize(*self.locate(index)).input_ids for index in range(len(self)))
-        counts = (len(ids) + (tokens_per_image - 1) * ids.count(IMAGE_INDEX) for ids in every)
-        return np.fromiter(counts, np.int32, len(self))
+        """Return the number of positions of each example, images expanded.
+
+        Tokenizes all text: some 20,000 examples per second.
+
+        Args:
+            tokens_per_image: Number of patch features per image.
+
+        Returns:
+            int32 (examples,).
+        """
+        return np.fromiter(self._iter_lengths(tokens_per_image), np.int32, len(self))
+
+    def _iter_lengths(self, tokens_per_image: int) -> Iterator[int]:
+        for index in range(len(self)):
+            record, responses = self.locate(index)
+            input_ids = self.tokenize(record, responses).input_ids
+            num_images = input_ids.count(IMAGE_INDEX)
+            # A placeholder is one token already.
+            yield len(input_ids) + (tokens_per_image - 1) * num_images
 
     def locate(self, index: int) -> tuple[Record, Sequence[str]]:
-        """Which record, and which of its responses, are the example at `index`."""
+        """Return the record of the example at `index`, and which of its responses the example contains."""
         if self._ends is None:
-            return self.records[index], self.records[index].responses
+            record = self.records[index]
+            return record, record.responses
+        # The first record whose examples end behind `index`; records without a response are skipped.
         row = bisect_right(self._ends, index)
         record = self.records[row]
-        return record, [
-            record.responses[index - int(self._ends[row])]
-        ]  # counted from the end: negative
+        first_index = int(self._ends[row]) - len(record.responses)
+        return record, [record.responses[index - first_index]]
 
     def load_images(self, record: Record) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Pixels, uint8 (images, 3, height, width), or features, (images, tokens, width), where they are stored already.
+        """Load the images of a record, or look up their features.
+
+        Returns:
+            Pixels and features, at most one of which is not None: uint8 (images, 3, height, width), and
+            (images, tokens, width).
 
         Raises:
-            ImageError: an image that can't be read.
+            ImageError: An image cannot be read.
         """
-        if record.images and self.features is not None:
-            if missing := next((name for name in record.images if name not in self.features), None):
+        if not record.images or self.features is None:
+            return load_record_images(record, self.image_folder, self.transform), None
+        for name in record.images:
+            if name not in self.features:
                 raise ImageError(
-                    "corrupt", f"{missing} could not be read when the features of all were computed"
+                    "corrupt",
+                    f"{name} could not be read when the features of all images were computed",
                 )
-            rows = torch.stack([self.features[name] for name in record.images])
-            return (rows, None) if rows.dtype == torch.uint8 else (None, rows)
-        return load_record_images(record, self.image_folder, self.transform), None
+        stored = torch.stack([self.features[name] for name in record.images])
+        # The store holds pixels if the tower is trained, so that its features change, or if they do not fit.
+        if stored.dtype == torch.uint8:
+            return stored, None
+        return None, stored
 
     def tokenize(self, record: Record, responses: Sequence[str]) -> Example:
-        """Ids and labels, each answer cut to `max_length`.
+        """Return an example without its images.
+
+        Args:
+            record: The record.
+            responses: Which of its responses the example contains. Each is truncated to `max_length` on its own.
 
         Raises:
-            ValueError: no answer, an empty one, or one for which the prompt leaves no room.
+            ValueError: There is no response, an empty one, or the prompt leaves no room for it.
         """
         if not responses:
             raise ValueError(f"{record.id}: no response to train on")
         warnings: list[str] = []
         prefix, answers = self.prompt.render_branches(record.turns, responses, record.id)
-        ids, labels = list(prefix.input_ids), list(prefix.labels)
-        branches = [0] * len(ids)
+        input_ids = list(prefix.input_ids)
+        labels = list(prefix.labels)
+        branches = [0] * len(input_ids)
+        # Every answer has the same room: behind the prompt, as if it were the only one.
+        room = self.max_length - len(prefix.input_ids)
         for number, (answer, text) in enumerate(zip(answers, responses), start=1):
-            if len(prefix.input_ids) + len(answer) > self.max_length:
-                answer = self._truncate(record, text, self.max_length - len(prefix.input_ids))
+            if len(answer) > room:
+                answer = self._truncate(record, text, room)
                 warnings.append(
-                    f"cut, {record.id}: an answer longer than model_max_length, {self.max_length} tokens"
+                    f"truncated answer, {record.id}: prompt and answer are longer than "
+                    f"--model_max_length {self.max_length}"
                 )
-            ids += answer
-            labels += answer
+            input_ids += answer
+            labels += answer  # every token of an answer is trained, its end token included
             branches += [number] * len(answer)
         return Example(
-            ids,
+            input_ids,
             labels,
             warnings=warnings,
             branches=branches if len(answers) > 1 else None,
-            id=record.id,
+            id=record.id,  # the trainer names it if its loss is not finite
         )
 
     def _truncate(self, record: Record, text: str, room: int) -> list[int]:
-        """As many whole words as fit, and the end token: what is learned from it still stops."""
+        """Return the token ids of as many whole words as fit, and the end token.
+
+        The end token is kept, so that the model still learns to stop.
+
+        Args:
+            record: The record, for its turns.
+            text: The response.
+            room: Maximum number of tokens, with the end token.
+
+        Raises:
+            ValueError: There is no room for one token and the end token.
+        """
         if room < 2:
             raise ValueError(
-                f"{record.id}: the prompt leaves no room for an answer: model_max_length is {self.max_length} tokens; "
-                "raise it or shorten the instruction"
+                f"{record.id}: the prompt leaves no room for an answer with "
+                f"--model_max_length {self.max_length}. Raise it, or shorten the instruction."
             )
+        # A word has at least one token. The prompt is rendered anew for each attempt, because the number of tokens of
+        # a text is not the sum of its words'.
         words = text.split(" ")[:room]
         while True:
             _, (answer,) = self.prompt.render_branches(record.turns, [" ".join(words)], record.id)
             if len(answer) <= room:
                 return answer
-            if len(words) == 1:  # not a word of any language
+            if len(words) == 1:
+                # A single "word" that does not fit: a long URL, or a language without spaces.
                 return [*answer[: room - 1], self.prompt.end_id]
             words.pop()
 
@@ -163,48 +238,63 @@ class CaptionDataset(Dataset[Example]):
 def load_record_images(
     record: Record, folder: str | Path, transform: ImageTransform
 ) -> torch.Tensor | None:
-    """A record's images as the tower takes them: uint8 (images, 3, height, width), or None where it has none.
+    """Read, decode and transform the images of a record.
+
+    Returns:
+        uint8 (images, 3, height, width); None if the record has no image.
 
     Raises:
-        ImageError: an image that can't be read.
+        ImageError: An image cannot be read.
     """
     if not record.images:
         return None
-    return torch.stack(
-        [transform(decode_image(read_image_bytes(name, folder))) for name in record.images]
-    )
+    images = []
+    for name in record.images:
+        pixels = decode_image(read_image_bytes(name, folder))
+        images.append(transform(pixels))
+    return torch.stack(images)
 
 
 def open_data(
     path: str, folder: str | None, option: str, require_responses: bool = True
-) -> tuple[Sequence[Record], str]:
-    """Records and the folder of their images (the data file's own where `folder` is None).
+) -> tuple[Records, str]:
+    """Open a file of records, and check that its images are in the image folder.
 
-    The first images are opened as well: a wrong folder shows now, not in an hour.
+    The first images are decoded, so that a wrong folder is reported now and not after the model is loaded.
 
     Args:
-        option: the name of the folder's option, for the errors.
-        require_responses: every record must have its answers, as training needs them.
+        path: A file of records, or a folder that `llava download` wrote.
+        folder: The image folder; None means the folder of the file of records.
+        option: The option that sets the image folder, for error messages.
+        require_responses: Every record must have a response, as training needs them.
+
+    Returns:
+        The records, and the image folder.
 
     Raises:
-        ValueError: no records, one without an answer, no such folder, or none of the first images can be read.
+        ValueError: There are no records, a checked record has no response, there is no such folder, or none of the
+            first images can be read.
+        MissingExtraError: pyarrow is needed and not installed.
     """
     records = open_records(path, require_responses)
     if not len(records):
-        raise ValueError(f"{path}: no records in it")
-    folder = folder or str(find_records(Path(path)).parent)
+        raise ValueError(f"{path}: no records in this file")
+    if not folder:
+        folder = str(find_records(Path(path)).parent)
     if not Path(folder).is_dir():
         raise ValueError(f"{option} {folder}: no such folder")
-    names = [name for index in range(min(20, len(records))) for name in records[index].images]
-    errors = []
-    for name in names:
-        try:
-            decode_image(read_image_bytes(name, folder))
-            break
-        except ImageError as error:
-            errors.append(error)
-    if names and len(errors) == len(names):
+
+    first_error: ImageError | None = None
+    for record in records[:NUM_PROBED_RECORDS]:
+        for name in record.images:
+            try:
+                decode_image(read_image_bytes(name, folder))
+            except ImageError as error:
+                first_error = first_error or error
+            else:
+                return records, folder
+    if first_error is not None:
         raise ValueError(
-            f"{option} {folder}: none of the first images can be read; the first: {errors[0]}"
+            f"{option} {folder}: none of the first images can be read; the first: {first_error}"
         )
-    return records, folder
+    return records, folder  # text only

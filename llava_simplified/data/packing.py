@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -58,19 +59,19 @@ def plan_packs(
     packs: list[list[int]] = []
     order = np.random.default_rng(seed).permutation(len(lengths))
     for start in range(0, len(order), pool):
-        longest_first = sorted(
-            order[start : start + pool].tolist(),
-            key=lambda index: -lengths[index],
-        )
+        # Long examples are the hardest to place: they come first, and short ones fill the gaps.
+        indices = order[start : start + pool].tolist()
+        indices.sort(key=lambda index: -lengths[index])
         # (free positions, index of the pack) of the packs of this pool, sorted: the best fit is one bisection.
         free: list[tuple[int, int]] = []
-        for index in longest_first:
+        for index in indices:
             # The first pack with at least this many free positions: -1 sorts before every pack's index.
             best = bisect_left(free, (lengths[index], -1))
             if best < len(free):
                 room, pack = free.pop(best)
             else:
-                room, pack = pack_length, len(packs)
+                room = pack_length
+                pack = len(packs)
                 packs.append([])
             packs[pack].append(index)
             insort(free, (room - lengths[index], pack))
@@ -110,8 +111,8 @@ class PackedDataset(Dataset[list[Example]]):
         packs = plan_packs(lengths.tolist(), pack_length, seed)
         # Two flat arrays instead of a million lists: forked workers share arrays, whereas reading a list changes the
         # reference counts of its elements and so copies its memory pages into every worker.
-        flat = (index for pack in packs for index in pack)
-        self._order = np.fromiter(flat, np.int32, len(lengths))
+        self._order = np.fromiter(chain.from_iterable(packs), np.int32, len(lengths))
+        # Where each pack begins in `_order`, and the end of the last.
         self._starts = np.cumsum([0, *map(len, packs)])
         self._lengths = np.add.reduceat(lengths[self._order], self._starts[:-1])
 
@@ -134,4 +135,6 @@ class PackedDataset(Dataset[list[Example]]):
     def __getitem__(self, index: int) -> list[Example]:
         start = self._starts[index]
         end = self._starts[index + 1]
-        return [self.dataset[int(i)] for i in self._order[start:end]]
+        # Plain integers: a dataset may use them as list indices or in messages.
+        indices = self._order[start:end].tolist()
+        return [self.dataset[i] for i in indices]

@@ -1,19 +1,27 @@
-"""One captioned image (or conversation about images) as the rest of the code sees it."""
+"""Records: one captioned image, or one conversation about images, in the form that all other modules use.
+
+Three JSON forms are read:
+
+    {"image": "0.jpg", "instruction": "Describe it.", "response": "a cat"}
+    {"image": "0.jpg", "instruction": "Describe it.", "responses": ["a cat", "my pet"]}
+    {"image": "0.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                         {"from": "gpt", "value": "a cat"}]}
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
-CHECK_ALL = 20_000  # rows that `open_records` parses before it answers
-_ROLES = {
+MAX_CHECKED_ROWS = 20_000  # rows that `open_records` parses before it returns: under a second
+_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -24,15 +32,15 @@ _ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What every caption source becomes.
+    """One row of a data set.
 
     Attributes:
-        images: paths relative to the image folder, or `shard.tar#key`; empty for a text-only row.
-        turns: the conversation up to, and without, the last answer. The user texts hold exactly one
+        images: Paths relative to the image folder, or `shard.tar#key`; empty for a row with text only.
+        turns: The conversation up to the last answer, which is not included. The user turns contain exactly one
             `<image>` per image.
-        responses: the alternatives of the last answer (several captions of one image); empty where the
-            row has none, which is enough to caption it but not to train on it.
-        id: where the row came from, for messages to people.
+        responses: The alternatives for the last answer (several captions of one image). Empty if the row has none:
+            then it can be captioned, but not trained on.
+        id: Where the row came from, for messages: "train.json row 7".
     """
 
     images: tuple[str, ...]
@@ -42,113 +50,162 @@ class Record:
 
     @classmethod
     def from_json(cls, row: dict[str, Any], where: str) -> Record:
-        """Read one row: `{image, instruction, response | responses}` or LLaVA's `{image, conversations}`.
+        """Parse one row.
+
+        Args:
+            row: A JSON object in one of the forms of the module's docstring.
+            where: Where the row came from, for error messages.
 
         Raises:
-            ValueError: names `where` and the key that is missing or of the wrong type.
+            ValueError: The row is not a record. The message names `where`, and the key that is missing or has the
+                wrong type.
         """
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
-        images = _images(row, where)
+            raise ValueError(
+                f"{where}: a record must be a JSON object, this is {type(row).__name__}"
+            )
+        images = _parse_images(row, where)
         if "conversations" in row:
-            turns, responses = _conversation(row["conversations"], where)
+            turns, responses = _parse_conversation(row["conversations"], where)
         else:
-            turns, responses = _instruction(row, where)
-        return cls(images, insert_image_placeholders(turns, len(images), where), responses, where)
+            turns, responses = _parse_instruction(row, where)
+        return cls(
+            images=images,
+            turns=insert_image_placeholders(turns, len(images), where),
+            responses=responses,
+            id=where,
+        )
 
 
-def _images(row: dict[str, Any], where: str) -> tuple[str, ...]:
+def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    """Return the image names of a row: `image` or `images`, a string or a list of strings."""
     value = row.get("image", row.get("images"))
+    # Rows of text alone have no key, null or an empty string, by their source.
     if value is None or value == "":
         return ()
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
+    if isinstance(value, str):
+        return (value,)
+    if not _is_list_of_strings(value) or "" in value:
         raise ValueError(f"{where}: 'image' must be a path or a list of paths, got {value!r}")
-    return tuple(values)
+    return tuple(value)
 
 
-def _instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
-    if not isinstance(row.get("instruction"), str):
-        raise ValueError(
-            f"{where}: no 'instruction' text and no 'conversations'; keys are {sorted(row)}"
-        )
-    responses = (
-        row["responses"] if "responses" in row else [row["response"]] if "response" in row else []
-    )
-    if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
-        raise ValueError(
-            f"{where}: 'response' must be a text, 'responses' a list of texts, got {responses!r}"
-        )
-    return [Message("user", row["instruction"])], tuple(responses)
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _conversation(rows: Any, where: str) -> tuple[list[Message], tuple[str, ...]]:
-    if not isinstance(rows, list) or not rows:
+def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
+    """Return turns and responses of a row in the instruction form."""
+    instruction = row.get("instruction")
+    if not isinstance(instruction, str):
         raise ValueError(
-            f"{where}: 'conversations' must be a list of {{from, value}}, got {rows!r}"
+            f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
+            f"this one has {sorted(row)}"
         )
-    turns = []
-    for number, row in enumerate(rows):
-        if (
-            not isinstance(row, dict)
-            or row.get("from") not in _ROLES
-            or not isinstance(row.get("value"), str)
-        ):
-            raise ValueError(
-                f"{where}: turn {number} needs 'from' (one of {', '.join(_ROLES)}) and a text 'value'"
-            )
-        turns.append(Message(_ROLES[row["from"]], row["value"]))  # type: ignore[arg-type]
-    spoken = [turn.role for turn in turns if turn.role != "system"]
-    if (
-        spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2)
-        or not spoken
-    ):
+    # Without responses the record can still be captioned.
+    responses: Any = []
+    if "responses" in row:
+        responses = row["responses"]
+    elif "response" in row:
+        responses = [row["response"]]
+    if not _is_list_of_strings(responses):
         raise ValueError(
-            f"{where}: turns must alternate human, gpt, human, ...; they are {', '.join(spoken)}"
+            f"{where}: 'response' must be a string and 'responses' a list of strings, "
+            f"got {responses!r}"
         )
-    if turns[-1].role == "assistant":
-        return turns[:-1], (turns[-1].content,)
+    return [Message("user", instruction)], tuple(responses)
+
+
+def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[str, ...]]:
+    """Return turns and responses of LLaVA's `conversations`: the last answer is split off as the response."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"{where}: 'conversations' must be a list of {{from, value}}, got {value!r}"
+        )
+    turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
+    # A system turn can be anywhere as far as this check goes; the prompt allows it at the beginning only.
+    roles = [turn.role for turn in turns if turn.role != "system"]
+    expected = ["user", "assistant"] * len(roles)
+    if not roles or roles != expected[: len(roles)]:
+        raise ValueError(
+            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ...; "
+            f"they are {', '.join(roles)}"
+        )
+    last = turns[-1]
+    if last.role == "assistant":
+        return turns[:-1], (last.content,)
+    # The conversation ends with a question: enough for captioning.
     return turns, ()
 
 
+def _parse_turn(turn: Any, number: int, where: str) -> Message:
+    """Return one turn of LLaVA's `conversations` as a message."""
+    is_turn = isinstance(turn, dict) and isinstance(turn.get("value"), str)
+    if not is_turn or turn.get("from") not in _ROLES:
+        raise ValueError(
+            f"{where}: turn {number} of 'conversations' needs the keys 'from' "
+            f"(one of {', '.join(_ROLES)}) and 'value' (a string)"
+        )
+    return Message(_ROLES[turn["from"]], turn["value"])
+
+
 def insert_image_placeholders(
-    turns: Sequence[Message], count: int, where: str
+    turns: Sequence[Message],
+    count: int,
+    where: str,
 ) -> tuple[Message, ...]:
-    """Put `<image>` before the first user text where there are images and no text names one.
+    """Insert `<image>` before the first user text if there are images and no text contains a placeholder.
+
+    Args:
+        turns: The conversation.
+        count: Number of images.
+        where: Where the conversation came from, for error messages.
 
     Raises:
-        ValueError: the texts name another number of images.
+        ValueError: The texts contain another number of placeholders.
     """
-    named, first = (
-        count_images(turns),
-        next((i for i, turn in enumerate(turns) if turn.role == "user"), None),
-    )
-    if first is not None and count and not named:
-        lines = f"{IMAGE_PLACEHOLDER}\n" * count
-        turns = [*turns[:first], Message("user", lines + turns[first].content), *turns[first + 1 :]]
-    elif named != count:
+    placeholders = count_images(turns)
+    if placeholders == count:
+        return tuple(turns)
+    roles = [turn.role for turn in turns]
+    if placeholders > 0 or "user" not in roles:
         raise ValueError(
-            f"{where}: {count} image(s), but the text says {IMAGE_PLACEHOLDER} {named} time(s)"
+            f"{where}: {count} image(s), but the text contains {IMAGE_PLACEHOLDER} "
+            f"{placeholders} time(s)"
         )
-    return tuple(turns)
+    # LLaVA's form: each placeholder on its own line, before the text.
+    lines = f"{IMAGE_PLACEHOLDER}\n" * count
+    first_user = roles.index("user")
+    with_images = list(turns)
+    with_images[first_user] = Message("user", lines + turns[first_user].content)
+    return tuple(with_images)
 
 
 def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
-    """What a model said of a record, as prediction files hold it: a row a trial."""
-    truth: str | list[str] = (
-        list(record.responses) if len(record.responses) > 1 else "".join(record.responses)
-    )
+    """Return one row of a prediction file: one generated text of one record.
+
+    Args:
+        index: The record's index in its data set.
+        record: The record.
+        text: What the model generated.
+    """
+    # A single reference is a string, as in the original tutorial; no reference is an empty one.
+    ground_truth: str | list[str] = "".join(record.responses)
+    if len(record.responses) > 1:
+        ground_truth = list(record.responses)
+    # The instruction without the placeholders that `insert_image_placeholders` may have added.
+    instruction = record.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", "")
     return {
         "index": index,
         "image": record.images[0] if record.images else None,
-        "instruction": record.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", ""),
-        "gt_caption": truth,
+        "instruction": instruction,
+        "gt_caption": ground_truth,
         "pred_output": text,
     }
 
 
 class Records(Sequence[Record]):
-    """Records parsed one at a time out of a file of rows: cheap to hold, to pickle and to fork."""
+    """The records of a file, parsed when they are asked for. Cheap to hold, to pickle and to fork."""
 
     def __init__(self, rows: RowFile) -> None:
         self.rows = rows
@@ -166,27 +223,36 @@ class Records(Sequence[Record]):
         return Record.from_json(self.rows[index], self.rows.where(index))
 
     def longest(self, count: int) -> list[int]:
-        """The rows of most bytes: among them is, nearly always, the one of most tokens; no text is read."""
+        """Return the indices of the rows with most bytes, without reading any text.
+
+        They nearly always include the row with most tokens.
+        """
         return self.rows.longest(count)
 
 
 def open_records(path: str | Path, require_responses: bool = False) -> Records:
-    """All records of a `.json` array, a `.jsonl` or `.parquet` file, or of a folder of `llava download`.
+    """Open all records of a file, or of a folder that `llava download` wrote.
 
-    Up to `CHECK_ALL` rows are checked at once, of larger files that many, evenly spread, so that a wrong file
-    is refused here and not in the middle of a run.
+    Up to 20,000 rows are parsed at once; of larger files as many, evenly spread. A wrong file is rejected here, and
+    not in the middle of a run.
 
     Args:
-        require_responses: a row without an answer, or with an empty one, is wrong too.
+        path: A .json array, a .jsonl or .parquet file, or a folder.
+        require_responses: Reject rows without a response, or with an empty one.
 
     Raises:
-        ValueError: names the file, the row and what is wrong with it.
+        ValueError: The file cannot be read, or one of its rows is not a record. The message names file and row.
     """
     records = Records(open_rows(path))
-    for index in np.linspace(0, len(records) - 1, min(len(records), CHECK_ALL)).astype(int):
-        record = records[int(index)]
-        if require_responses and not (record.responses and all(map(str.strip, record.responses))):
+    num_checked = min(len(records), MAX_CHECKED_ROWS)
+    evenly_spread = np.linspace(0, len(records) - 1, num_checked).astype(int)
+    for index in evenly_spread.tolist():
+        record = records[index]  # raises a ValueError if the row is not a record
+        if not require_responses:
+            continue
+        if not record.responses or not all(text.strip() for text in record.responses):
             raise ValueError(
-                f"{record.id}: no answer to learn from, or an empty one; `llava clean` sets those aside"
+                f"{record.id}: no response to train on, or an empty one. "
+                "`llava clean` sets such records aside."
             )
     return records

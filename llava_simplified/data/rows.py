@@ -1,4 +1,21 @@
-"""Files of JSON rows, millions of them, read at random with a few bytes of memory a row."""
+"""Random access to the rows of JSON, JSONL and Parquet files with millions of rows.
+
+A training set of 3.3 million rows takes gigabytes as Python objects, and every data loader worker would get a copy.
+Instead, the file is scanned once, and only the *span* of each row is kept: its first byte and its length.
+
+    [{"image": "0.jpg", ...},  {"image": "1.jpg", ...},  ...]
+     ^                      ^  ^
+     start                     start
+     |-------- length ------|
+
+A row is read with `pread` and parsed when it is asked for. Spans cost 12 bytes a row (40 MB for 3.3 million), in numpy
+arrays that forked workers share; the text itself stays in the page cache of the operating system. The file is not
+memory-mapped: the kernel would count the mapped pages as memory of the process, all of them once rows have been read at
+random, and job schedulers kill processes for that.
+
+Parquet files cannot be read one row at a time: reading one row decodes its whole row group. They are converted to JSONL
+in the user's cache folder once.
+"""
 
 from __future__ import annotations
 
@@ -8,58 +25,85 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 
 from llava_simplified.data.shards import image_column
+from llava_simplified.extras import require_extra
+from llava_simplified.jobs import atomic_file
 
-BOM = b"\xef\xbb\xbf"
-_AFTER = tuple(",:]} \t\r\n")  # what may follow a JSON value
-_LARGEST = 1 << 26  # bytes of one JSON value; what is longer is taken for broken JSON
+BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which Windows programs write
+RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
+_LINE_BLOCK_BYTES = 1 << 22
+_MAX_VALUE_BYTES = 1 << 26  # a longer JSON value is taken for broken JSON, such as a missing quote
+# What can follow a JSON value. A tuple and not a string, because `"" in "abc"` is true: the end of the window is not a
+# delimiter.
+_VALUE_DELIMITERS = tuple(",:]} \t\r\n")
+
+
+# An element of a JSON file: (key of the top-level object or "", value, first byte, end byte).
+JsonItem: TypeAlias = tuple[str, Any, int, int]
 
 
 def open_rows(path: str | Path) -> RowFile:
-    """The rows of a `.json` array, a `.jsonl` or `.parquet` file, or of a folder of `llava download`.
+    """Open the rows of a file, or of a folder that `llava download` wrote.
+
+    Args:
+        path: A .json file with an array of objects, a .jsonl or .parquet file, or a folder with `records.json` or
+            `records.jsonl`.
 
     Raises:
-        ValueError: where there is no such file, or it isn't JSON.
+        ValueError: The file does not exist, has another suffix, or is not JSON.
+        MissingExtraError: It is a Parquet file, and pyarrow is not installed.
     """
     path = find_records(Path(path))
     if not path.is_file():
-        raise ValueError(f"{path}: no such file of records (a .json array, .jsonl or .parquet)")
-    if path.suffix not in (".json", ".jsonl", ".parquet"):
         raise ValueError(
-            f"{path}: a file of records ends .json, .jsonl or .parquet; see `llava convert`"
+            f"{path}: no such file. Records are read from a .json, .jsonl or .parquet file."
         )
-    return RowFile(_parquet_as_jsonl(path) if path.suffix == ".parquet" else path, path.name)
+    if path.suffix not in RECORD_SUFFIXES:
+        raise ValueError(
+            f"{path}: records are read from .json, .jsonl and .parquet files. "
+            "Convert other formats with `llava convert`."
+        )
+    if path.suffix == ".parquet":
+        return RowFile(_parquet_to_jsonl(path), name=path.name)
+    return RowFile(path, name=path.name)
 
 
 def find_records(path: Path) -> Path:
-    """Of a folder of `llava download` its records, of shards or of plain files; a file is itself."""
-    names = ("records.json", "records.jsonl") if path.is_dir() else ()
-    return next(
-        (path / name for name in names if (path / name).is_file()),
-        path / names[-1] if names else path,
-    )
+    """Return the file of records in a folder that `llava download` wrote; return a file as it is.
+
+    `llava download` writes `records.json` beside plain image files and `records.jsonl` beside shards. If the folder
+    has neither, the path of the latter is returned, for the error message.
+    """
+    if not path.is_dir():
+        return path
+    plain = path / "records.json"
+    if plain.is_file():
+        return plain
+    return path / "records.jsonl"
 
 
 class RowFile(Sequence[dict[str, Any]]):
-    """The rows of a JSON array or JSONL file, read and parsed one at a time.
+    """The rows of a JSON array or JSONL file, read and parsed when they are asked for.
 
-    3.3 million rows cost 40 MB (where each row begins, and its length), which forked workers share; the text stays in
-    the page cache. Not mapped: a map counts as the process's own memory, all of it once rows are read at random.
-    Pickled without the open file: a spawned worker opens it again.
+    Cheap to hold, to fork and to pickle. The open file is not pickled: a spawned worker opens the file again.
+
+    Args:
+        path: The .json or .jsonl file.
+        name: The file's name in messages; it differs from `path` for a converted Parquet file.
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
-        self._starts, self._lengths = (_line_spans if path.suffix == ".jsonl" else _array_spans)(
-            path
-        )
+        self.path = path
+        self.name = name
+        if path.suffix == ".jsonl":
+            self._starts, self._lengths = _line_spans(path)
+        else:
+            self._starts, self._lengths = _array_spans(path)
         self._file: IO[bytes] | None = None
 
     def __len__(self) -> int:
@@ -69,20 +113,20 @@ class RowFile(Sequence[dict[str, Any]]):
         return {**self.__dict__, "_file": None}
 
     def raw(self, index: int) -> bytes:
-        """The JSON text of row `index`, as it stands in the file."""
-        start, length = int(self._starts[index]), int(self._lengths[index])
+        """Return the JSON text of a row as it is in the file."""
+        start = int(self._starts[index])
+        length = int(self._lengths[index])
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
-        return os.pread(
-            self._file.fileno(), length, start
-        )  # leaves no position behind: forked workers share the file
+        # pread does not move the file's position, which forked workers share. seek + read would be a race.
+        return os.pread(self._file.fileno(), length, start)
 
     def longest(self, count: int) -> list[int]:
-        """The `count` rows of most bytes."""
+        """Return the indices of the `count` rows with most bytes, longest first."""
         return np.argsort(-self._lengths, kind="stable")[:count].tolist()
 
     def where(self, index: int) -> str:
-        """What messages to people call row `index`."""
+        """Return the name of a row for messages: "train.json row 7"."""
         return f"{self.name} row {index % len(self)}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
@@ -92,33 +136,61 @@ class RowFile(Sequence[dict[str, Any]]):
             raise ValueError(f"{self.where(index)}: not JSON: {error}") from None
 
 
+# ---- spans ----
+
+
 def _line_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Where each line that isn't blank begins, and its length."""
-    starts, lengths, position = [], [], 0
+    """Find the lines of a JSONL file that are not blank.
+
+    Returns:
+        Starts (int64) and lengths (int32) in bytes, without the line breaks.
+    """
+    starts: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
     with path.open("rb") as file:
-        before = len(BOM) - 1 if file.read(3) == BOM else -1  # the place of the last line break
+        has_bom = file.read(len(BOM)) == BOM
         file.seek(0)
-        for block in chain(
-            iter(partial(file.read, 1 << 22), b""), [b"\n"]
-        ):  # the last line may lack its break
-            breaks = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + position
-            edges = np.concatenate([[before], breaks])
-            keep = (
-                np.diff(edges) > 2
-            )  # the shortest row is {}; a blank line holds a carriage return at most
-            starts.append(edges[:-1][keep] + 1)
-            lengths.append((np.diff(edges)[keep] - 1).astype(np.int32))
-            before, position = edges[-1], position + len(block)
+        # The position of the line break before the current line; the byte order mark ends like a line.
+        previous_break = len(BOM) - 1 if has_bom else -1
+        position = 0
+        at_end = False
+        while not at_end:
+            block = file.read(_LINE_BLOCK_BYTES)
+            if not block:
+                at_end = True
+                block = b"\n"  # the last line of a file may lack its line break
+            block_bytes = np.frombuffer(block, np.uint8)
+            breaks = position + np.flatnonzero(block_bytes == ord("\n"))
+            edges = np.concatenate([[previous_break], breaks])
+            distances = np.diff(edges)
+            # The shortest row is {}, two bytes and a line break. A blank line has at most a carriage return.
+            has_row = distances > 2
+            row_starts = edges[:-1][has_row] + 1
+            row_lengths = distances[has_row] - 1  # without the line break
+            starts.append(row_starts)
+            lengths.append(row_lengths.astype(np.int32))
+            previous_break = edges[-1]
+            position += len(block)
     return np.concatenate(starts), np.concatenate(lengths)
 
 
 def _array_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    starts, lengths = array("q"), array("i")
+    """Find the elements of the top-level array of a JSON file.
+
+    Returns:
+        Starts (int64) and lengths (int32) in bytes.
+
+    Raises:
+        ValueError: The top level is an object, or the file is not JSON.
+    """
+    starts = array("q")
+    lengths = array("i")
     with path.open("rb") as file:
         for key, _, start, end in scan_json(file, path.name):
             if key:
                 raise ValueError(
-                    f"{path}: an object with {key!r}, not an array of records; see `llava convert`"
+                    f"{path}: expected an array of records, got an object with the key {key!r}. "
+                    "Convert other formats with `llava convert`."
                 )
             starts.append(start)
             lengths.append(end - start)
@@ -126,137 +198,204 @@ def _array_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scan_json(
-    file: IO[bytes], name: str, block: int = 1 << 20
-) -> Iterator[tuple[str, Any, int, int]]:
-    """Walk a JSON file of any size with one block of it in memory.
+    file: IO[bytes],
+    name: str,
+    block: int = 1 << 20,
+) -> Iterator[JsonItem]:
+    """Iterate over the elements of a JSON file of any size, with one block of it in memory.
 
-    Yields (key, value, first byte, end byte) for each element of a top-level array (key "") or, where the top
-    level is an object, for each element of every array in it and each other value of it.
+    This is not a validator: commas are skipped like white space.
+
+    Args:
+        file: An open binary file.
+        name: The file's name in error messages.
+        block: Number of bytes that are read at a time.
+
+    Yields:
+        If the top level is an array: one item per element, with the key "". If it is an object: one item per element
+        of every array in it, and one for each other value, with their keys.
 
     Raises:
-        ValueError: names the file and the byte where it stops being JSON.
+        ValueError: The file is not JSON. The message names the file and the byte.
     """
-    text = _Window(file, name, block)
-    opening, key = text.peek(), ""
-    if opening not in ("[", "{"):
+    scanner = _JsonScanner(file, name, block)
+    opening = scanner.peek()
+    if opening == "[":
+        yield from _scan_array(scanner, key="")
+    elif opening == "{":
+        yield from _scan_object(scanner)
+    else:
         raise ValueError(
-            f"{name}: neither a JSON array nor an object: it begins {text.text[:40]!r}"
+            f"{name}: expected a JSON array or object; the file begins {scanner.text[:40]!r}"
         )
-    text.at += 1
-    while (letter := text.peek()) not in ("]", "}"):
-        if opening == "{":
-            key = text.value()[0]
-            text.expect(":")
-            letter = text.peek()
-        if opening == "[" or letter != "[":
-            yield key, *text.value()
-            continue
-        text.expect("[")
-        while text.peek() != "]":
-            yield key, *text.value()
-        text.expect("]")
-    text.expect("]" if opening == "[" else "}")
-    if text.peek():
-        raise ValueError(f"{name}: more text after the JSON's end, at byte {text.base + text.at}")
+    if scanner.peek():
+        raise ValueError(
+            f"{name}: more text after the end of the JSON, at byte {scanner.file_position}"
+        )
 
 
-class _Window:
-    """A moving window over JSON bytes.
+def _scan_array(scanner: _JsonScanner, key: str) -> Iterator[JsonItem]:
+    scanner.expect("[")
+    while scanner.peek() not in ("]", "}"):
+        yield key, *scanner.read_value()
+    scanner.expect("]")
 
-    Bytes are read as Latin-1, so that a place in the text is a place in the file, and one bad byte is one bad
-    letter; values with letters beyond ASCII are parsed again from UTF-8.
+
+def _scan_object(scanner: _JsonScanner) -> Iterator[JsonItem]:
+    scanner.expect("{")
+    while scanner.peek() not in ("]", "}"):
+        key, _, _ = scanner.read_value()
+        scanner.expect(":")
+        if scanner.peek() == "[":
+            yield from _scan_array(scanner, key)
+        else:
+            yield key, *scanner.read_value()
+    scanner.expect("}")
+
+
+class _JsonScanner:
+    """A moving window over JSON bytes that parses one value at a time.
+
+        file      ...... | already parsed | not parsed yet | ......
+                         ^ base           ^ base + position
+        text             |<--------- in memory ---------->|
+
+    Bytes are decoded as Latin-1, where every byte is one character, so that positions in the text are positions in
+    the file. JSON's own characters are the same in Latin-1 and UTF-8. Values with characters beyond ASCII are parsed a
+    second time, from UTF-8.
     """
 
     def __init__(self, file: IO[bytes], name: str, block: int) -> None:
-        self.file, self.name, self.block = file, name, block
-        self.text, self.base, self.at = (
-            "",
-            0,
-            0,
-        )  # what is seen, the byte it begins at, the place reached in it
-        self._decode, self._skip = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-        if self._more() and self.text.startswith(BOM.decode("latin-1")):
-            self.at = len(BOM)
+        self.file = file
+        self.name = name
+        self.block = block
+        self.text = ""  # the window
+        self.base = 0  # the position of the window in the file
+        self.position = 0  # how far the window is parsed
+        self._decode = json.JSONDecoder().raw_decode
+        self._separators = re.compile(r"[\s,]*")
+        if self._read_more() and self.text.startswith(BOM.decode("latin-1")):
+            self.position = len(BOM)
 
-    def _more(self) -> bool:
-        grown = self.file.read(max(self.block, len(self.text) - self.at))
-        if grown:
-            self.text, self.base, self.at = (
-                self.text[self.at :] + grown.decode("latin-1"),
-                self.base + self.at,
-                0,
-            )
-        return bool(grown)
+    @property
+    def file_position(self) -> int:
+        """How far the file is parsed, in bytes."""
+        return self.base + self.position
+
+    def _read_more(self) -> bool:
+        """Drop what is parsed and extend the window. Return False at the end of the file."""
+        # At least doubled: a value that spans many blocks is parsed again from its start each time.
+        unparsed_length = len(self.text) - self.position
+        data = self.file.read(max(self.block, unparsed_length))
+        if not data:
+            return False
+        self.text = self.text[self.position :] + data.decode("latin-1")
+        self.base += self.position
+        self.position = 0
+        return True
 
     def peek(self) -> str:
-        """The next letter that isn't space or comma; "" at the end of the file."""
+        """Skip separators and return the next character; "" at the end of the file."""
         while True:
-            self.at = self._skip.match(self.text, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self._more():
+            match = self._separators.match(self.text, self.position)
+            assert match is not None  # the pattern matches the empty string
+            self.position = match.end()
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self._read_more():
                 return ""
 
-    def expect(self, letter: str) -> None:
-        if self.peek() != letter:
-            raise ValueError(
-                f"{self.name}: not JSON at byte {self.base + self.at}: {letter!r} expected"
-            )
-        self.at += 1
+    def expect(self, character: str) -> None:
+        """Consume one character.
 
-    def value(self) -> tuple[Any, int, int]:
-        """The JSON value that begins here, its first byte and its end byte."""
+        Raises:
+            ValueError: The next character is another one.
+        """
+        if self.peek() != character:
+            raise ValueError(
+                f"{self.name}: not JSON at byte {self.file_position}: {character!r} expected"
+            )
+        self.position += 1
+
+    def read_value(self) -> tuple[Any, int, int]:
+        """Parse the value at the current position.
+
+        Returns:
+            The value, its first byte and its end byte.
+
+        Raises:
+            ValueError: There is no JSON value.
+        """
         while True:
             try:
-                item, end = self._decode(self.text, self.at)
-                if (
-                    self.text[end : end + 1] in _AFTER or not self._more()
-                ):  # 1.5 may look like 1 at a block's end
-                    break
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # the first also of numbers of 5,000 digits
-                place = self.base + getattr(error, "pos", self.at)
-                if len(self.text) - self.at > _LARGEST or not self._more():
-                    message = getattr(error, "msg", error)
-                    raise ValueError(f"{self.name}: not JSON at byte {place}: {message}") from None
-        piece, start = self.text[self.at : end], self.base + self.at
-        if not piece.isascii():
-            item = json.loads(piece.encode("latin-1").decode("utf-8", "replace"))
-        self.at = end
-        return item, start, self.base + end
+                value, end = self._decode(self.text, self.position)
+            # RecursionError: arrays nested too deep. ValueError is also raised for numbers of more than 4,300 digits,
+            # without the position that a JSONDecodeError has.
+            except (ValueError, RecursionError) as error:
+                error_byte = self.base + getattr(error, "pos", self.position)
+                window_length = len(self.text) - self.position
+                # The value may only be cut off by the end of the window.
+                if window_length > _MAX_VALUE_BYTES or not self._read_more():
+                    reason = getattr(error, "msg", error)
+                    raise ValueError(
+                        f"{self.name}: not JSON at byte {error_byte}: {reason}"
+                    ) from None
+                continue
+            # A number at the end of the window may go on behind it: 1.5 looks like 1 if the window ends after the 1.
+            next_character = self.text[end : end + 1]
+            if next_character in _VALUE_DELIMITERS or not self._read_more():
+                break
+        text = self.text[self.position : end]
+        start_byte = self.file_position
+        if not text.isascii():
+            value = json.loads(text.encode("latin-1").decode("utf-8", "replace"))
+        self.position = end
+        return value, start_byte, self.file_position
 
 
-def _parquet_as_jsonl(path: Path) -> Path:
-    """The rows as JSONL in the cache, without pictures: Parquet can't be read one row at a time."""
-    import pyarrow.parquet as pq
+# ---- Parquet ----
 
-    cache = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "llava_simplified"
-        / "records"
-    )
-    cache.mkdir(parents=True, exist_ok=True)
-    stat, place = path.stat(), hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    cached = cache / f"{place}-{stat.st_size:x}-{stat.st_mtime_ns:x}.jsonl"
+
+def _parquet_to_jsonl(path: Path) -> Path:
+    """Convert the rows of a Parquet file to JSONL in the cache folder, without the bytes of images.
+
+    Rows of a file with an image column get an `image` that names the row: "file.parquet#7".
+    """
+    cached = _cache_path(path)
     if cached.exists():
         return cached
-    for outdated in cache.glob(f"{place}-*.jsonl"):
+    require_extra("download", "pyarrow", purpose="Reading Parquet files")
+    import pyarrow.parquet as pq
+
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    path_hash = cached.name.partition("-")[0]
+    for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
         outdated.unlink()
-    table = pq.ParquetFile(
-        path, buffer_size=1 << 20
-    )  # a window over each column, not the whole row group
-    pictures = image_column(table.schema_arrow)
-    columns = [field.name for field in table.schema_arrow if "binary" not in str(field.type)]
-    partial, number = cached.with_suffix(f".{os.getpid()}.part"), 0
-    with partial.open("w", encoding="utf-8") as file:
+    # A buffer reads a window of each column. Without it, all columns of a row group are read at once.
+    table = pq.ParquetFile(path, buffer_size=1 << 20)
+    schema = table.schema_arrow
+    has_images = bool(image_column(schema))
+    columns = [field.name for field in schema if "binary" not in str(field.type)]
+    number = 0
+    with atomic_file(cached) as part, part.open("w", encoding="utf-8") as file:
         for batch in table.iter_batches(1024, columns=columns, use_threads=False):
             for values in batch.to_pylist():
+                # Null is an absent key in JSON.
                 row = {name: value for name, value in values.items() if value is not None}
-                if pictures:
+                if has_images:
                     row["image"] = f"{path.name}#{number}"
+                # `default=str` is for dates and decimals, which JSON does not have.
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 number += 1
-    partial.replace(cached)
     return cached
+
+
+def _cache_path(path: Path) -> Path:
+    """Return where the converted file is cached: a name for the path, and one for this version of its contents."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(cache_home) / "llava_simplified" / "records"
+    absolute = str(path.resolve())
+    path_hash = hashlib.sha256(absolute.encode()).hexdigest()[:16]
+    stat = path.stat()
+    # Size and time of modification stand for the contents.
+    return folder / f"{path_hash}-{stat.st_size:x}-{stat.st_mtime_ns:x}.jsonl"

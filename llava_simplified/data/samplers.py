@@ -30,7 +30,12 @@ class LengthGroupedSampler(Sampler[int]):
         seed: Seed of the order.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        seed: int,
+    ) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
@@ -52,13 +57,14 @@ class LengthGroupedSampler(Sampler[int]):
             pool = order[start : start + pool_size]
             # A stable sort: equal lengths keep their random order, on every platform.
             by_length = np.argsort(self.lengths[pool], kind="stable")
-            order[start : start + pool_size] = pool[by_length]
+            pool[:] = pool[by_length]  # a view: this sorts the pool within `order`
 
         # The last batch may be incomplete. It stays at the end: anywhere else it would shift the boundaries of the
         # batches behind it.
         remainder = len(order) % self.batch_size
         in_full_batches = len(order) - remainder
         full_batches = order[:in_full_batches].reshape(-1, self.batch_size)
-        shuffled = random.permutation(full_batches)
-        final_order = np.concatenate([shuffled.ravel(), order[in_full_batches:]])
+        incomplete_batch = order[in_full_batches:]
+        shuffled_batches = random.permutation(full_batches)  # along the first axis
+        final_order = np.concatenate([shuffled_batches.ravel(), incomplete_batch])
         return map(int, final_order)

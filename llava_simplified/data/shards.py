@@ -1,9 +1,25 @@
-"""Shards: a tar of pictures, captions and metadata, and a Parquet manifest that says where each picture lies.
+"""Shards: thousands of images in one tar archive, read at random without unpacking.
 
-`00012.tar` holds `key.jpg`, `key.txt`, `key.json` for each sample, as webdataset and img2dataset read and
-write it; `00012.parquet` has one row per URL that was asked for, whatever came of it, with the picture's
-offset and length in the tar. Pictures are read at random by offset, without unpacking. Tars that others
-wrote are read the same way, after one walk over their headers.
+Millions of small files are slow to create, copy and list on every file system. `llava download` writes shards instead,
+in the layout of webdataset and img2dataset, which other tools read:
+
+    00012.tar                     00012.parquet, the manifest: one row per URL
+      000120000.jpg  image          key        url  status  error     offset  length
+      000120000.txt  captions       000120000  ...  ok      null         512   34012
+      000120000.json metadata       000120001  ...  failed  http_404    null    null
+      000120002.jpg                 000120002  ...  ok      null       37376   80511
+      ...                           ...
+
+A *sample* is the members that share a key: neighbours with the same name up to the first dot. A tar archive is a chain
+of 512-byte headers, each followed by the file's bytes, padded to 512. Files are stored uncompressed, so (offset,
+length) is all that is needed to read one:
+
+    | header | image ...... pad | header | text pad | header | json pad | header | ...  | two blocks of zeros |
+             ^ offset
+
+The manifest contains the offsets. Tars from elsewhere have none: their headers are read once, and the index is kept in
+memory. A record names an image in a shard as `00012.tar#000120000`. Images in a Parquet file, as on the Hugging Face
+hub, are named by their row: `train.parquet#7`.
 """
 
 from __future__ import annotations
@@ -14,14 +30,18 @@ import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from llava_simplified.extras import require_extra
 from llava_simplified.jobs import write_all
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-_PICTURE_COLUMNS = {
+_IMAGE_COLUMN_NAMES = {
     *IMAGE_SUFFIXES,
     "image",
     "img",
@@ -32,20 +52,34 @@ _PICTURE_COLUMNS = {
     "bytes",
     "image_bytes",
 }
-_BLOCK = 512
-END_OF_ARCHIVE = b"\0" * (2 * _BLOCK)  # of a tar
+_MANIFEST_COLUMNS = ["key", "offset", "length"]  # those that are read for the index
+_BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
+END_OF_ARCHIVE = b"\0" * (2 * _BLOCK)
+
+
+# ---- writing ----
 
 
 class ShardWriter:
-    """Appends samples to a tar. What was added is in the file when `add` returns, even if the process dies.
+    """Append samples to a tar archive.
 
-    `end` is where the tar stops being known good; what a killed writer left behind it is cut off.
+    When `add` returns, the sample has been handed to the operating system and survives the death of this process. When
+    `close` returns, it survives a power failure.
+
+    Attributes:
+        end: Number of bytes that are complete.
     """
 
     def __init__(self, path: Path, end: int = 0) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self._file, end)
-        self.end = os.lseek(self._file, 0, os.SEEK_END)
+        """Create the archive, or continue it.
+
+        Args:
+            path: The archive.
+            end: Where its complete samples end. What a killed writer left behind that is cut off.
+        """
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self._descriptor, end)
+        self.end = os.lseek(self._descriptor, 0, os.SEEK_END)
 
     def add(
         self,
@@ -55,232 +89,351 @@ class ShardWriter:
         captions: tuple[str, ...],
         metadata: dict[str, Any],
     ) -> int:
-        """Append one sample; returns the offset of the image's first byte."""
-        members = (
-            (f"{key}.{suffix}", image),
-            (f"{key}.txt", "\n".join(captions).encode()),
-            (f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode()),
+        """Append one sample.
+
+        Args:
+            key: The sample's name, without a dot.
+            image: The image file.
+            suffix: The image's suffix: "jpg".
+            captions: One per line of the .txt member.
+            metadata: JSON values for the .json member.
+
+        Returns:
+            The offset of the image's first byte in the archive.
+
+        Raises:
+            ValueError: The key does not fit into a tar header.
+        """
+        text = "\n".join(captions).encode()
+        metadata_json = json.dumps(metadata, ensure_ascii=False).encode()
+        # A single write, so that a killed process leaves whole samples and at most one torn one.
+        sample = (
+            _tar_member(f"{key}.{suffix}", image)
+            + _tar_member(f"{key}.txt", text)
+            + _tar_member(f"{key}.json", metadata_json)
         )
-        sample = b"".join(_member(name, data) for name, data in members)
-        write_all(self._file, sample)
-        offset, self.end = self.end + _BLOCK, self.end + len(sample)
-        return offset
+        write_all(self._descriptor, sample)
+        image_offset = self.end + _BLOCK
+        self.end += len(sample)
+        return image_offset
 
     def close(self) -> None:
-        """Write the end mark and wait until the disk has everything."""
-        write_all(self._file, END_OF_ARCHIVE)
-        os.fsync(self._file)
-        os.close(self._file)
+        """Write the end of the archive, and wait until the disk has stored everything."""
+        write_all(self._descriptor, END_OF_ARCHIVE)
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
 
 
-def _member(name: str, data: bytes) -> bytes:
-    """One file of a POSIX tar: header, data, padding. tarfile's own takes 30 us more."""
+def _tar_member(name: str, data: bytes) -> bytes:
+    """Return one file of a tar archive in POSIX's ustar format: header, data, padding.
+
+    Written by hand: `tarfile` takes 30 us more per member, which is a lot at three members a sample.
+    """
     if len(name) > 100 or not name.isascii():
-        raise ValueError(f"{name!r} does not fit a tar header: at most 100 ASCII letters")
-    begin = (
-        name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % len(data)
+        raise ValueError(f"{name!r} does not fit into a tar header: at most 100 ASCII characters")
+    checksum_placeholder = b" " * 8  # the checksum is computed as if its field contained spaces
+    before_checksum = (
+        name.encode().ljust(100, b"\0")
+        + b"0000644\0"  # mode
+        + b"0000000\0"  # user
+        + b"0000000\0"  # group
+        + b"%011o\0" % len(data)
+        + b"00000000000\0"  # time of modification: constant, so that equal inputs give equal archives
     )
-    header = begin + b"0" * 11 + b"\0" + b" " * 8 + b"0" + b"\0" * 100 + b"ustar\x0000"
-    checksum = b"%06o\0 " % sum(header)
-    return (
-        header.replace(b" " * 8, checksum, 1).ljust(_BLOCK, b"\0")
-        + data
-        + b"\0" * (-len(data) % _BLOCK)
+    after_checksum = (
+        b"0"  # a regular file
+        + b"\0" * 100  # target of a link
+        + b"ustar\x0000"
     )
+    checksum = b"%06o\0 " % sum(before_checksum + checksum_placeholder + after_checksum)
+    header = (before_checksum + checksum + after_checksum).ljust(_BLOCK, b"\0")
+    padding = b"\0" * (-len(data) % _BLOCK)
+    return header + data + padding
 
 
-class Member(NamedTuple):
+# ---- reading archives from beginning to end ----
+
+
+class TarMember(NamedTuple):
+    """A regular file in a tar archive."""
+
     name: str
-    offset: int
+    offset: int  # of its first byte in the archive
     size: int
 
 
-def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    last = "its beginning"
+def tar_members(path: Path) -> Iterator[TarMember]:
+    """Iterate over the regular files of a tar archive, by reading its headers.
+
+    Raises:
+        ValueError: The file is no tar archive or is truncated, or a member is a link, a device or sparse, or its name
+            leaves the archive. The message names the bad member, or the last good one.
+    """
+    archive_size = path.stat().st_size
+    last_good = "the beginning"
+    end = 0  # of the last member, with its padding
+    for member in _tar_headers(path):
+        if member.isdir():
+            end = member.offset_data
+            continue
+        _check_member(path, member, archive_size)
+        last_good = f"member {member.name!r}"
+        blocks = -(-member.size // _BLOCK)  # rounded up
+        end = member.offset_data + blocks * _BLOCK
+        yield TarMember(member.name, member.offset_data, member.size)
+    # tarfile takes a torn header for the end of the archive. The real end is a block of zeros.
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(_BLOCK)
+    if block != b"\0" * _BLOCK:
+        raise ValueError(
+            f"{path}: truncated after {last_good}: {len(block)} bytes and no end of archive"
+        )
+
+
+def _tar_headers(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Iterate over the headers of a tar archive.
+
+    Raises:
+        ValueError: The file is not a complete tar archive.
+    """
+    last_good = "the beginning"
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 yield member
-                last = f"member {member.name!r}"
-                archive.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header it has seen
-    except (
-        tarfile.TarError,
-        ValueError,
-        OverflowError,
-    ) as error:  # numbers in extended headers: tarfile trusts them
-        raise ValueError(f"{path}: not a whole tar: {error}, after {last}") from None
+                last_good = f"member {member.name!r}"
+                # tarfile keeps every header that it has read: gigabytes for a large archive.
+                archive.members.clear()  # type: ignore[attr-defined]
+    # ValueError and OverflowError: tarfile does not check the numbers in extended headers.
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: not a complete tar: {error}, after {last_good}") from None
 
 
-def tar_members(path: Path) -> Iterator[Member]:
-    """The regular files of a tar, by walking its headers.
+def _check_member(path: Path, member: tarfile.TarInfo, archive_size: int) -> None:
+    """Check that a member is a plain file whose bytes and whose name stay inside the archive.
 
     Raises:
-        ValueError: where the tar is truncated, no tar, or holds links, devices or names that leave it; it
-            names the last good member, or the bad one.
+        ValueError: It is not.
     """
-    last, last_end, length = "its beginning", 0, path.stat().st_size
-    for member in _headers(path):
-        last_end = member.offset_data  # of a folder
-        if member.isdir():
-            continue
-        if not member.isreg() or member.issparse():
-            raise ValueError(
-                f"{path}: member {member.name!r} is a link, a device or sparse, not a plain file"
-            )
-        if member.name.startswith("/") or ".." in Path(member.name).parts:
-            raise ValueError(f"{path}: member {member.name!r} points out of the archive; refused")
-        if member.offset_data + member.size > length:
-            raise ValueError(
-                f"{path}: truncated in member {member.name!r}: {length} bytes are not all of it"
-            )
-        last, last_end = (
-            f"member {member.name!r}",
-            member.offset_data + -(-member.size // _BLOCK) * _BLOCK,
+    if not member.isreg() or member.issparse():
+        raise ValueError(
+            f"{path}: member {member.name!r} is a link, a device or sparse, not a plain file"
         )
-        yield Member(member.name, member.offset_data, member.size)
-    with path.open("rb") as file:  # tarfile takes a torn header for the end
-        file.seek(last_end)
-        if (rest := file.read(_BLOCK)) != b"\0" * _BLOCK:
-            raise ValueError(f"{path}: truncated after {last}: {len(rest)} bytes and no end mark")
+    if member.name.startswith("/") or ".." in Path(member.name).parts:
+        raise ValueError(f"{path}: the path of member {member.name!r} leaves the archive")
+    if member.offset_data + member.size > archive_size:
+        raise ValueError(
+            f"{path}: truncated in member {member.name!r}: the file ends at byte {archive_size}"
+        )
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, {suffix: (offset, size)}) of each sample: neighbours that share a name up to its first dot."""
-    key, members = "", dict[str, tuple[int, int]]()
+    """Iterate over the samples of a tar archive: neighbours whose names are equal up to the first dot.
+
+    Yields:
+        (key, {suffix: (offset, size)}). The key includes the folder; suffixes are lower case, without the first dot.
+
+    Raises:
+        ValueError: As `tar_members`.
+    """
+    key = ""
+    members: dict[str, tuple[int, int]] = {}
     for member in tar_members(path):
-        folder, _, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
-        stem = f"{folder}/{stem}" if folder else stem
-        if stem != key and members:
+        folder, _, file_name = member.name.rpartition("/")
+        stem, _, suffix = file_name.partition(".")
+        member_key = f"{folder}/{stem}" if folder else stem
+        if member_key != key and members:
             yield key, members
             members = {}
-        key = stem
+        key = member_key
         members[suffix.lower()] = (member.offset, member.size)
     if members:
         yield key, members
 
 
-class ShardIndex(NamedTuple):
-    """Where each key's picture lies. Arrays: a trainer keeps the index of every shard, 25 bytes a sample."""
+# ---- random access ----
 
-    keys: np.ndarray  # bytes, sorted
-    offsets: np.ndarray
-    sizes: np.ndarray
+
+class ShardIndex(NamedTuple):
+    """Where the image of each key is in a tar archive.
+
+    Arrays and not a dict: a data loader keeps the index of every shard, and this is about 25 bytes a sample.
+    """
+
+    keys: np.ndarray  # bytes (samples,), sorted
+    offsets: np.ndarray  # int64 (samples,)
+    sizes: np.ndarray  # int32 (samples,)
 
     def find(self, key: str) -> tuple[int, int] | None:
-        """(offset, size) of the picture, None where the shard has no such key."""
-        name = _key_bytes(key)
-        place = int(np.searchsorted(self.keys, name))
-        if place == len(self.keys) or self.keys[place] != name:
+        """Return (offset, size) of the image of a key; None if the shard has no such key."""
+        encoded = _encode_key(key)
+        position = int(np.searchsorted(self.keys, encoded))
+        if position == len(self.keys) or self.keys[position] != encoded:
             return None
-        return int(self.offsets[place]), int(self.sizes[place])
-
-
-def _key_bytes(key: str) -> bytes:
-    return key.encode(
-        "utf-8", "surrogatepass"
-    )  # a tar's names may be in any encoding: tarfile makes surrogates of it
+        return int(self.offsets[position]), int(self.sizes[position])
 
 
 def shard_index(path: Path) -> ShardIndex:
-    """The index of a tar, from the manifest where it has offsets, else from its headers. Kept in memory."""
+    """Return the index of a tar archive: from its manifest if that has offsets, else from the tar's headers.
+
+    The index is kept in memory until the file changes.
+
+    Raises:
+        ValueError: The archive cannot be read.
+        MissingExtraError: There is a manifest, and pyarrow is not installed.
+    """
     stat = path.stat()
-    return _shard_index(path, stat.st_mtime_ns, stat.st_size)
+    return _cached_index(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=100_000)
-def _shard_index(path: Path, _modified: int, _size: int) -> ShardIndex:
-    import pyarrow.parquet as pq
-
-    manifest = path.with_suffix(".parquet")
-    if manifest.is_file() and {"key", "offset", "length"} <= set(pq.read_schema(manifest).names):
-        table = pq.read_table(
-            manifest, columns=["key", "offset", "length"], use_threads=False
-        ).drop_null()
-        names, offsets, sizes = (table[name].to_pylist() for name in ("key", "offset", "length"))
-    else:
-        pictures = [
-            (key, *next(members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members))
-            for key, members in tar_samples(path)
-            if any(suffix in members for suffix in IMAGE_SUFFIXES)
-        ]
-        names, offsets, sizes = (
-            (list(column) for column in zip(*pictures)) if pictures else ([], [], [])
-        )
-    keys = np.array([_key_bytes(name) for name in names], dtype="S")
+def _cached_index(path: Path, _modified_ns: int, _size: int) -> ShardIndex:
+    """Build the index. Time and size of the file are part of the cache's key only."""
+    images = _read_manifest(path.with_suffix(".parquet"))
+    if images is None:
+        images = _read_tar_index(path)
+    names, offsets, sizes = images
+    keys = np.array([_encode_key(name) for name in names], dtype="S")
     order = np.argsort(keys, kind="stable")
     return ShardIndex(
-        keys[order], np.array(offsets, np.int64)[order], np.array(sizes, np.int32)[order]
+        keys=keys[order],
+        offsets=np.array(offsets, np.int64)[order],
+        sizes=np.array(sizes, np.int32)[order],
     )
 
 
+def _read_manifest(path: Path) -> tuple[list[str], list[int], list[int]] | None:
+    """Return keys, offsets and sizes of the images from a manifest; None if there is none, or it has no offsets.
+
+    img2dataset writes a Parquet file beside each shard too, without offsets.
+    """
+    if not path.is_file():
+        return None
+    require_extra("download", "pyarrow", purpose="Reading Parquet files")
+    import pyarrow.parquet as pq
+
+    if not set(_MANIFEST_COLUMNS) <= set(pq.read_schema(path).names):
+        return None
+    # Rows without an offset are URLs that were not downloaded.
+    table = pq.read_table(path, columns=_MANIFEST_COLUMNS, use_threads=False).drop_null()
+    return table["key"].to_pylist(), table["offset"].to_pylist(), table["length"].to_pylist()
+
+
+def _read_tar_index(path: Path) -> tuple[list[str], list[int], list[int]]:
+    """Return keys, offsets and sizes of the images from the headers of a tar archive."""
+    keys: list[str] = []
+    offsets: list[int] = []
+    sizes: list[int] = []
+    for key, members in tar_samples(path):
+        suffix = next((s for s in IMAGE_SUFFIXES if s in members), None)
+        if suffix is None:
+            continue
+        offset, size = members[suffix]
+        keys.append(key)
+        offsets.append(offset)
+        sizes.append(size)
+    return keys, offsets, sizes
+
+
+def _encode_key(key: str) -> bytes:
+    """Return a key as bytes: numpy stores those in a quarter of the memory of strings.
+
+    Names in a tar can have any encoding. tarfile represents bytes that are not UTF-8 as lone surrogates.
+    """
+    return key.encode("utf-8", "surrogatepass")
+
+
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset`.
+    """Read `size` bytes from `offset`.
 
     Raises:
-        ValueError: where the file ends before.
+        ValueError: The file is shorter.
     """
     with path.open("rb", buffering=0) as file:
         data = os.pread(file.fileno(), size, offset)
     if len(data) != size:
-        raise ValueError(
-            f"{path}: truncated: {size} bytes expected at {offset}, {len(data)} are there"
-        )
+        raise ValueError(f"{path}: truncated: expected {size} bytes at {offset}, found {len(data)}")
     return data
 
 
 def read_shard_image(path: Path, key: str) -> bytes:
-    """The bytes of one picture: `key` of a tar, or row number `key` of a Parquet file with pictures.
+    """Read one image from a shard.
+
+    Args:
+        path: A tar archive, or a Parquet file with an image column.
+        key: The sample's key in a tar, the row's number in a Parquet file.
 
     Raises:
-        ValueError: no such file, key or row, or the shard is truncated.
+        ValueError: There is no such file, key or row, or the shard is truncated.
+        MissingExtraError: pyarrow is needed and not installed.
     """
     if not path.is_file():
-        raise ValueError(f"no shard {path}; is the image folder right?")
+        raise ValueError(f"no shard at {path}; check the image folder")
     if path.suffix == ".parquet":
-        return _parquet_image(path, int(key))
-    if (place := shard_index(path).find(key)) is None:
-        raise ValueError(f"{path}: no picture with key {key!r} in this shard")
-    return read_range(path, *place)
+        return _read_parquet_image(path, int(key))
+    location = shard_index(path).find(key)
+    if location is None:
+        raise ValueError(f"{path}: no image with key {key!r} in this shard")
+    offset, size = location
+    return read_range(path, offset, size)
 
 
-def image_column(schema: Any) -> str:
-    """The column of a Parquet file that holds pictures, "" where none does: other bytes may be a hash, an embedding."""
-    fields = [field for field in schema if "binary" in str(field.type)]
-    structs = [
-        field.name
-        for field in fields
-        if str(field.type).startswith("struct<") and "bytes: " in str(field.type)
-    ]
-    return next(
-        iter(structs + [field.name for field in fields if field.name.lower() in _PICTURE_COLUMNS]),
-        "",
-    )
+# ---- images in Parquet files ----
 
 
-@lru_cache(maxsize=2)
-def _picture_column(path: Path, group: int) -> Any:
-    """An Arrow column: to make Python bytes of a thousand pictures takes longer than to read them."""
-    import pyarrow.parquet as pq
+def image_column(schema: pa.Schema) -> str:
+    """Return the name of the column of a Parquet file that contains images; "" if there is none.
 
-    table = pq.ParquetFile(path, memory_map=True)
-    if not (column := image_column(table.schema_arrow)):
-        raise ValueError(f"{path}: no column of pictures")
-    return table.read_row_group(group, columns=[column], use_threads=False)[0]
+    That is a struct with `bytes` (the form of Hugging Face datasets), or a binary column with a usual name. Other
+    binary columns can be hashes or embeddings.
+    """
+    by_name = ""
+    for field in schema:
+        data_type = str(field.type)
+        if "binary" not in data_type:
+            continue
+        if data_type.startswith("struct<") and "bytes: " in data_type:
+            return field.name
+        if not by_name and field.name.lower() in _IMAGE_COLUMN_NAMES:
+            by_name = field.name
+    return by_name
 
 
-def _parquet_image(path: Path, row: int) -> bytes:
+def _read_parquet_image(path: Path, row: int) -> bytes:
+    """Read one image from a Parquet file by its row number.
+
+    Raises:
+        ValueError: There is no such row, or it has no image.
+    """
+    require_extra("download", "pyarrow", purpose="Reading Parquet files")
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(path)
-    ends = np.cumsum(
-        [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    )
     if not 0 <= row < metadata.num_rows:
         raise ValueError(f"{path}: no row {row}, it has {metadata.num_rows}")
-    group = int(np.searchsorted(ends, row, side="right"))
-    value = _picture_column(path, group)[row - (int(ends[group - 1]) if group else 0)].as_py()
+    group_sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    group_ends = np.cumsum(group_sizes)
+    group = int(np.searchsorted(group_ends, row, side="right"))
+    row_in_group = row - int(group_ends[group] - group_sizes[group])
+    value = _read_image_group(path, group)[row_in_group].as_py()
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is None:
-        raise ValueError(f"{path}: row {row} holds no picture")
+        raise ValueError(f"{path}: row {row} has no image")
     return data
+
+
+@lru_cache(maxsize=2)
+def _read_image_group(path: Path, group: int) -> pa.ChunkedArray:
+    """Read the image column of one row group.
+
+    Cached, because neighbouring rows are usually read next. The result stays an Arrow array: making Python bytes of a
+    thousand images takes longer than reading them.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(path, memory_map=True)
+    column = image_column(table.schema_arrow)
+    if not column:
+        raise ValueError(f"{path}: no column with images")
+    return table.read_row_group(group, columns=[column], use_threads=False)[0]

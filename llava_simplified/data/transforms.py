@@ -1,27 +1,59 @@
-"""The image transform of a vision tower: resize, center crop and normalize RGB images."""
+"""RGB pixels -> the input of a vision tower: resize, center crop, normalize.
+
+Pixels stay uint8 until they are on the device of the tower: resize and crop run in the data loader's workers on uint8,
+normalization runs on the device. A batch of uint8 is a quarter of the size of float32, in every queue between processes
+and on the way to a GPU.
+
+**Antialiased resize on uint8.** When an image is shrunk, plain interpolation reads only the 2 or 4 nearest pixels and
+skips those between; edges turn into jagged patterns that CLIP never saw in training. With antialiasing the filter is as
+wide as the shrinking factor, so every pixel counts:
+
+    plain        x . . . x . . . x      every fourth pixel is read (factor 4)
+    antialiased  \\_______/\\_____/        a weighted mean of all pixels
+
+Pillow, which CLIP's own preprocessing uses, always does this; torch does with `antialias=True`. torch's uint8 kernel
+uses weights with 16 bits where Pillow's have 22: results differ by at most two of 255 grey levels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:  # torch takes two seconds to import, and the downloader decodes without it
-    import torch
 from llava_simplified.data.images import MAX_PIXELS, ImageError
+
+if TYPE_CHECKING:  # torch takes two seconds to import, and `llava clean` uses the sizes without it
+    import torch
+
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by PIL.Image.Resampling
+
+
+class ImageProcessor(Protocol):
+    """What is read of a Hugging Face image processor. More attributes exist for some models only."""
+
+    do_normalize: bool
+    do_rescale: bool
+    image_mean: list[float]
+    image_std: list[float]
+    resample: int
+    rescale_factor: float
+    size: dict[str, int] | None
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """What a vision tower wants to be given: resize, centre crop; later, on the device, normalise.
+    """The preprocessing of a vision tower: resize and center crop; `normalize` follows on the device.
 
     Attributes:
-        resize: the shorter side (int), or (height, width) to stretch to.
-        crop: (height, width) of the centre crop; the size of the tower's input.
-        interpolation: "bicubic" or "bilinear", with antialiasing as Pillow does it.
-        mean, std: per channel, of pixels scaled to 0..1.
+        resize: Length of the shorter side in pixels, or (height, width) regardless of the aspect ratio.
+        crop: (height, width) of the center crop: the size of the tower's input.
+        interpolation: "bicubic" or "bilinear", antialiased.
+        mean: Per channel, of pixels in the range 0 to 1.
+        std: Per channel, of pixels in the range 0 to 1.
     """
 
     resize: int | tuple[int, int]
@@ -32,128 +64,224 @@ class ImageTransform:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> ImageTransform:
-        """Read `preprocessor_config.json` of any Hugging Face vision model.
+        """Read `preprocessor_config.json` of a Hugging Face vision model.
+
+        Args:
+            name_or_path: A folder, or a model on the hub.
 
         Raises:
-            ValueError: where the processor does something this transform can't (padding to a multiple, tiling).
+            ValueError: The file is missing, or its processor does what this transform cannot do (padding, tiling, no
+                normalization).
         """
-        from transformers import AutoImageProcessor, utils
-
-        try:
-            utils.cached_file(
-                str(name_or_path), "preprocessor_config.json"
-            )  # says why it can't be had, at once
-            processor: Any = AutoImageProcessor.from_pretrained(str(name_or_path), backend="pil")
-        except OSError as error:
-            if (
-                Path(name_or_path).is_dir()
-                and not (Path(name_or_path) / "preprocessor_config.json").is_file()
-            ):
-                raise ValueError(
-                    f"the vision tower's preprocessor_config.json is missing: put it into {name_or_path}"
-                ) from error
+        processor = _load_processor(name_or_path)
+        pads = getattr(processor, "do_pad", False)
+        if pads or not processor.do_normalize or not processor.do_rescale:
             raise ValueError(
-                f"{name_or_path}: no preprocessor_config.json to read: {error}"
-            ) from error
-        if (
-            getattr(processor, "do_pad", False)
-            or not processor.do_normalize
-            or not processor.do_rescale
-        ):
-            raise ValueError(
-                f"{name_or_path}: image processors that pad, or don't normalise, are not supported"
+                f"{name_or_path}: image processors that pad, or that do not rescale and normalize, "
+                "are not supported"
             )
-        size = dict(processor.size or {})
-        resize: int | tuple[int, int]
-        if size.get("shortest_edge"):
-            resize = int(size["shortest_edge"])
-        elif size.get("height") and size.get("width"):
-            resize = (int(size["height"]), int(size["width"]))
-        else:
-            raise ValueError(f"{name_or_path}: can't read 'size' {size} of the image processor")
-        crop = resize if isinstance(resize, tuple) else (resize, resize)
-        if getattr(processor, "do_center_crop", False):
-            crop_size = processor.crop_size
-            crop = (int(crop_size["height"]), int(crop_size["width"]))
-        elif getattr(processor, "crop_pct", None) and isinstance(
-            resize, int
-        ):  # ConvNeXt's own rule
-            resize = int(resize / processor.crop_pct) if resize < 384 else (resize, resize)
-        elif isinstance(resize, int):
-            raise ValueError(
-                f"{name_or_path}: resizes the shorter side without a crop: sizes would differ"
-            )
-        # rescale_factor other than 1/255 (EfficientNet offers it) folds into mean and std
+        resize, crop = _resize_and_crop(processor, name_or_path)
+        # A processor computes (pixels * rescale_factor - offset - mean) / std. This class divides by 255, so another
+        # factor than 1/255, and the offset (both are EfficientNet's), are folded into mean and std.
         scale = 255 * float(processor.rescale_factor)
         offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
         return cls(
-            resize,
-            crop,
-            {2: "bilinear", 3: "bicubic"}[int(processor.resample)],
-            _triple((m + offset) / scale for m in processor.image_mean),
-            _triple(s / scale for s in processor.image_std),
+            resize=resize,
+            crop=crop,
+            interpolation=_INTERPOLATIONS[int(processor.resample)],
+            mean=_per_channel((mean + offset) / scale for mean in processor.image_mean),
+            std=_per_channel(std / scale for std in processor.image_std),
         )
 
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        """uint8 (height, width, 3) -> uint8 (3, crop height, crop width). Four times smaller than floats to move.
+        """Resize and crop one image.
 
-        Equal to Pillow's resize to two grey levels of 255: torch's weights have 16 bits, Pillow's 22.
+        Args:
+            pixels: uint8 RGB (height, width, 3).
+
+        Returns:
+            uint8 (3, crop height, crop width).
+
+        Raises:
+            ImageError: As `resized_size`.
         """
         import torch
         from torch.nn.functional import interpolate
 
-        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
+        # np.array copies: decoders return read-only arrays, which torch warns about.
+        image = torch.from_numpy(np.array(pixels))
+        image = image.permute(2, 0, 1)[None]  # (1, 3, height, width), as `interpolate` expects
         height, width = image.shape[-2:]
         target = self.resized_size(height, width)
         if target != (height, width):
             image = interpolate(image, size=target, mode=self.interpolation, antialias=True)
         return _center_crop(image[0], self.crop).contiguous()
 
-    def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size of a picture before the crop.
+    def resized_size(
+        self,
+        height: int,
+        width: int,
+    ) -> tuple[int, int]:
+        """Return (height, width) of an image of this size after the resize, before the crop.
 
         Raises:
-            ImageError: too_large, of a strip that would be blown up past `MAX_PIXELS`.
+            ImageError: "too_large": the image is a narrow strip, and its longer side would grow with the shorter one
+                beyond `MAX_PIXELS`.
         """
         if not isinstance(self.resize, int):
             return self.resize
-        short = min(height, width)
-        tall, wide = self.resize * height // short, self.resize * width // short
-        if tall * wide > MAX_PIXELS:
+        shorter = min(height, width)
+        # Rounded down, as Hugging Face's and torchvision's processors do.
+        new_height = self.resize * height // shorter
+        new_width = self.resize * width // shorter
+        if new_height * new_width > MAX_PIXELS:
             raise ImageError(
-                "too_large", f"{width}x{height} pixels become {wide}x{tall} when they are resized"
+                "too_large",
+                f"{width}x{height} pixels would be resized to {new_width}x{new_height}, "
+                f"more than {MAX_PIXELS} pixels",
             )
-        return tall, wide
+        return new_height, new_width
 
-    def visible_region(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """What of a picture of this size the tower is shown: (left, top, right, bottom), its sides being 1 long."""
-        tall, wide = self.resized_size(height, width)
-        half_y, half_x = self.crop[0] / tall / 2, self.crop[1] / wide / 2
-        return 0.5 - half_x, 0.5 - half_y, 0.5 + half_x, 0.5 + half_y
+    def visible_region(
+        self,
+        height: int,
+        width: int,
+    ) -> tuple[float, float, float, float]:
+        """Return the part of an image that remains after the crop.
+
+        Args:
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
+
+        Returns:
+            (left, top, right, bottom) as fractions of the image's sides. Below 0 or above 1 where the crop is larger
+            than the resized image, and black pixels are added.
+        """
+        new_height, new_width = self.resized_size(height, width)
+        crop_height, crop_width = self.crop
+        # The crop has the same center as the image.
+        half_height = crop_height / new_height / 2
+        half_width = crop_width / new_width / 2
+        return (
+            0.5 - half_width,
+            0.5 - half_height,
+            0.5 + half_width,
+            0.5 + half_height,
+        )
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (..., 3, height, width) on any device -> float32, by the tower's mean and standard deviation."""
+        """Scale pixels to mean 0 and standard deviation 1 of the tower's training data.
+
+        Args:
+            pixels: uint8 (..., 3, height, width) on any device.
+
+        Returns:
+            float32 of the same shape, on the same device.
+        """
         import torch
 
+        # float32 on every device; the tower converts to its own dtype.
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
 
 
-def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(v) for v in values)
+def _load_processor(name_or_path: str | Path) -> ImageProcessor:
+    """Load the image processor of a vision model.
+
+    Raises:
+        ValueError: There is no `preprocessor_config.json`.
+    """
+    from transformers import AutoImageProcessor, utils
+
+    file_name = "preprocessor_config.json"
+    try:
+        # This call reports at once why the file cannot be read; AutoImageProcessor would try other files first.
+        utils.cached_file(str(name_or_path), file_name)
+        # The Pillow backend does not need torchvision.
+        return AutoImageProcessor.from_pretrained(str(name_or_path), backend="pil")
+    except OSError as error:
+        folder = Path(name_or_path)
+        if folder.is_dir() and not (folder / file_name).is_file():
+            raise ValueError(
+                f"{name_or_path}: {file_name} is missing. Copy the vision tower's file there."
+            ) from error
+        raise ValueError(f"{name_or_path}: cannot read {file_name}: {error}") from error
+
+
+def _resize_and_crop(
+    processor: ImageProcessor,
+    name_or_path: str | Path,
+) -> tuple[int | tuple[int, int], tuple[int, int]]:
+    """Return `ImageTransform.resize` and `ImageTransform.crop` of an image processor.
+
+    Raises:
+        ValueError: The processor's size has another form, or its outputs have different sizes.
+    """
+    size = dict(processor.size or {})
+    crop_size: dict[str, int] = getattr(processor, "crop_size", None) or {}
+    crops = bool(getattr(processor, "do_center_crop", False))
+
+    if not size.get("shortest_edge"):
+        if not size.get("height") or not size.get("width"):
+            raise ValueError(f"{name_or_path}: unknown 'size' of the image processor: {size}")
+        stretched = _height_and_width(size)
+        if crops:
+            return stretched, _height_and_width(crop_size)
+        return stretched, stretched
+
+    shorter_side = int(size["shortest_edge"])
+    if crops:
+        return shorter_side, _height_and_width(crop_size)
+    crop_fraction = getattr(processor, "crop_pct", None)
+    if not crop_fraction:
+        raise ValueError(
+            f"{name_or_path}: the image processor resizes the shorter side and does not crop, "
+            "so that images would have different sizes; this is not supported"
+        )
+    # ConvNeXt: `size` is that of the crop; from 384 pixels on, images are stretched and not cropped.
+    square = (shorter_side, shorter_side)
+    if shorter_side >= 384:
+        return square, square
+    return int(shorter_side / crop_fraction), square
+
+
+def _height_and_width(size: dict[str, int]) -> tuple[int, int]:
+    return int(size["height"]), int(size["width"])
+
+
+def _per_channel(values: Iterable[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
     return red, green, blue
 
 
-def _center_crop(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The centre of (3, H, W); where the image is smaller, zeros around it, as Hugging Face processors do."""
+def _center_crop(
+    image: torch.Tensor,
+    size: tuple[int, int],
+) -> torch.Tensor:
+    """Crop the center of an image; pad with zeros where it is smaller, as Hugging Face's processors do.
+
+    Args:
+        image: (3, height, width).
+        size: (height, width) of the crop.
+
+    Returns:
+        (3, crop height, crop width).
+    """
     from torch.nn.functional import pad
 
-    (height, width), (crop_height, crop_width) = image.shape[-2:], size
-    missing_y, missing_x = max(crop_height - height, 0), max(crop_width - width, 0)
-    if missing_y or missing_x:
-        top, left = -(-missing_y // 2), -(-missing_x // 2)
-        image = pad(image, (left, missing_x - left, top, missing_y - top))
+    height, width = image.shape[-2:]
+    crop_height, crop_width = size
+    missing_height = max(crop_height - height, 0)
+    missing_width = max(crop_width - width, 0)
+    if missing_height or missing_width:
+        # An odd row or column is padded at the top and left, but cropped at the bottom and right.
+        top = (missing_height + 1) // 2
+        left = (missing_width + 1) // 2
+        right = missing_width - left
+        bottom = missing_height - top
+        image = pad(image, (left, right, top, bottom))
         height, width = image.shape[-2:]
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    top = (height - crop_height) // 2
+    left = (width - crop_width) // 2
     return image[:, top : top + crop_height, left : left + crop_width]

@@ -1,117 +1,197 @@
-"""`llava demo`: the whole recipe on small real weights and real pictures, by the commands of any other run."""
+"""`llava demo`: the whole recipe on small pretrained models and emoji drawings.
+
+The demo has no code of its own for training or captioning. It downloads models and images (`assets.py`),
+and runs the commands that you would run on your own data, after printing each of them.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
 import os
 import shlex
 import shutil
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from llava_simplified import cli
 from llava_simplified.demo.assets import DemoAssets, fetch
-from llava_simplified.doctor import fast_bf16
+from llava_simplified.doctor_command import has_fast_bfloat16
+from llava_simplified.options import CommandParser, add_limit_option
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+logger = logging.getLogger(__name__)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Fetch, inspect, train in two stages, caption 300 pictures the model never saw, score, report."""
-    parser = argparse.ArgumentParser("llava demo", description=main.__doc__)
+class Step(NamedTuple):
+    """One command of the demo: a title, and the words behind `llava`."""
+
+    title: str
+    words: list[str]
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava demo`."""
+    parser = CommandParser(
+        "llava demo",
+        "Train, caption and evaluate with small pretrained models, on 2 CPU cores in 20 minutes.",
+    )
     parser.add_argument(
         "--cache-dir",
         type=Path,
-        help="where models and pictures are kept (~/.cache/llava-simplified)",
+        help="Folder of the downloaded models and images (default: ~/.cache/llava-simplified)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("output/demo"), help="(default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("output/demo"),
+        help="Folder of the results (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-steps", type=int, help="stop each stage after so many steps, to try the way through"
+        "--max-steps",
+        type=int,
+        help="Maximum number of steps of each training stage, for a quick try",
     )
-    parser.add_argument("--limit", type=int, help="caption only so many pictures")
-    args = parser.parse_args(argv)
-    if not CONFIGS.is_dir():
-        raise ValueError(
-            f"{CONFIGS} is not there: the demo runs from a checkout of the project (git clone, make demo)"
-        )
+    add_limit_option(parser, "images when captioning")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `llava demo`."""
+    args = build_parser().parse_args(argv)
     start = time.monotonic()
-    for left in args.output.glob(
-        "predictions.json.part*"
-    ):  # of a demo that was stopped; its model is gone
-        left.unlink()
+    # Captions of an interrupted demo: this one trains another model, and must not continue them.
+    for part in args.output.glob("predictions.json.part*"):
+        part.unlink()
     assets = fetch(args.cache_dir)
-    for title, words in commands(assets, args.output, args.max_steps, args.limit):
-        print(
-            f"\n== {title} ({time.monotonic() - start:.0f} s)\n$ llava {shlex.join(words)}",
-            flush=True,
-        )
-        if status := cli.main(words):
+    for step in plan_steps(assets, args.output, args.max_steps, args.limit):
+        seconds = time.monotonic() - start
+        print(f"\n== {step.title} ({seconds:.0f} s)", flush=True)
+        print(f"$ llava {shlex.join(step.words)}", flush=True)
+        status = cli.main(step.words)
+        if status:
             return status
     scores = json.loads((args.output / "scores.json").read_text(encoding="utf-8"))
-    print(summary(next(iter(scores.values())), args.output, time.monotonic() - start))
+    first_file = next(iter(scores.values()))
+    print(summarize(first_file, args.output, time.monotonic() - start))
     return 0
 
 
-def commands(
+def plan_steps(
     assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None
-) -> list[tuple[str, list[str]]]:
-    """Every command of the demo, in order: what a person would type."""
+) -> list[Step]:
+    """Return the commands of the demo, in order.
+
+    Args:
+        assets: The models and images.
+        output: Folder of the results.
+        max_steps: Maximum number of steps of each training stage, or None.
+        limit: Maximum number of images to caption, or None.
+    """
+    # Options that several commands have in common.
+    models = _options(
+        model_name_or_path=assets.language_model,
+        vision_tower=assets.vision_tower,
+    )
+    records = _options(
+        train_data_path=assets.train_json,
+        train_image_folder=assets.images,
+        eval_data_path=assets.val_json,
+        val_image_folder=assets.images,
+    )
+    train = [*models, *records, *_training_options(max_steps)]
+    projector = str(output / "projector")
+    model = str(output / "model")
+    predictions = str(output / "predictions.json")
+
+    # The options that the recipes set, as far as they decide what the model is shown: 3 x 3 image tokens,
+    # and a template without roles.
+    inspect = ["inspect", "--data", str(assets.train_json), "--image_folder", str(assets.images)]
+    inspect += ["--template", "bare", "--count", "1", "--mm_token_pool", "3", *models]
+
+    # LLaVA's two stages. First the projector learns to translate, with everything else frozen; an adapter
+    # that started at the same time would adapt to random image tokens.
+    stage1 = ["train", "--config", "demo_projector", *train, "--output_dir", projector]
+
+    stage2 = ["train", "--config", "demo", "--pretrain_mm_mlp_adapter", projector, *train]
+    stage2 += ["--output_dir", model]
+
+    # Greedy, because each image has one right answer. 24 tokens are enough for the names.
+    predict = ["predict", "--model-path", model, "--data-path", str(assets.val_json)]
+    predict += ["--image-folder", str(assets.images), "--temperature", "0"]
+    predict += ["--max-new-tokens", "24", "--batch-size", "50", "--output", predictions]
+    if limit:
+        predict += ["--limit", str(limit)]
+
+    # `--train-captions` lets the report tell copied captions from new ones. `--no-java`: scores that need
+    # Java are skipped.
+    evaluate = ["evaluate", predictions, "--train-captions", str(assets.train_json)]
+    evaluate += ["--image-folder", str(assets.images), "--model-path", model]
+    evaluate += ["--output", str(output / "scores.json"), "--report", str(output / "report.html")]
+    evaluate += ["--no-java", "--title", "LLaVA Simplified: captions of unseen images"]
+
+    return [
+        Step("What the model is shown, and which tokens it is trained on", inspect),
+        Step("Stage 1: train the projector alone", stage1),
+        Step("Stage 2: train LoRA on the language model, and the projector further", stage2),
+        Step("Caption images that the model was not trained on", predict),
+        Step("Scores and report", evaluate),
+    ]
+
+
+def _options(**values: object) -> list[str]:
+    """Return options as words of a command line."""
+    words: list[str] = []
+    for name, value in values.items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def _training_options(max_steps: int | None) -> list[str]:
+    """Return the options that adapt the recipes to this machine."""
     import torch
 
-    q = shlex.quote
-    train, val, images = q(str(assets.train_json)), q(str(assets.val_json)), q(str(assets.images))
-    parts = f"--model_name_or_path {q(str(assets.language_model))} --vision_tower {q(str(assets.vision_tower))}"
-    data = f"--train_data_path {train} --train_image_folder {images} --eval_data_path {val} --val_image_folder {images}"
-    more = f"--max_steps {max_steps}" if max_steps else ""
+    words: list[str] = []
+    if max_steps:
+        words += _options(max_steps=max_steps)
+    # torch.compile generates C++ code for the CPU.
     if shutil.which(os.environ.get("CXX", "g++")) is None:
-        print(
-            "no C++ compiler here: the layers are not compiled, training takes half as long again"
+        logger.info(
+            "There is no C++ compiler, so layers are not compiled. Training takes 50 % longer."
         )
-        more += " --compile_layers False"
-    if not torch.accelerator.is_available() and not fast_bf16():
-        print("bfloat16 is slow on this CPU: training is in float32")
-        more += " --bf16 False"
-    first, second, out, configs = (
-        q(str(path)) for path in (output / "projector", output / "model", output, CONFIGS)
-    )
-    lines = {
-        "what the model is shown, and which tokens it is trained on": (
-            f"inspect --data {train} --image_folder {images} --template bare --count 1 --mm_token_pool 3 {parts}"
-        ),
-        "stage 1: the projector alone": (
-            f"train --config {configs}/demo_projector.yaml {parts} {data} --output_dir {first} {more}"
-        ),
-        "stage 2: LoRA on the language model, and the projector further": (
-            f"train --config {configs}/demo.yaml --pretrain_mm_mlp_adapter {first} {parts} {data} "
-            f"--output_dir {second} {more}"
-        ),
-        "captions of pictures that it never saw": (
-            f"predict --model-path {second} --data-path {val} --image-folder {images} --temperature 0 "
-            f"--max-new-tokens 24 --batch-size 50 --output {out}/predictions.json"
-            + (f" --limit {limit}" if limit else "")
-        ),
-        "scores and report": (
-            f"evaluate {out}/predictions.json --train-captions {train} --image-folder {images} --model-path {second} "
-            f"--output {out}/scores.json --report {out}/report.html --no-java "
-            "--title 'LLaVA Simplified: what it says of pictures it never saw'"
-        ),
-    }
-    return [(title, shlex.split(line)) for title, line in lines.items()]
+        words += _options(compile_layers=False)
+    if not torch.accelerator.is_available() and not has_fast_bfloat16():
+        logger.info("bfloat16 is slow on this CPU. Training uses float32.")
+        words += _options(bf16=False)
+    return words
 
 
-def summary(scores: dict[str, dict[str, list[float]]], output: Path, seconds: float) -> str:
-    """The last lines that a person sees."""
+def summarize(
+    scores: Mapping[str, Mapping[str, Sequence[float]]], output: Path, seconds: float
+) -> str:
+    """Return the last lines of the demo: scores, where everything is, and what to do next.
 
-    def value(part: str, name: str) -> float:
-        return scores[part][name][0]
-
-    return (
-        f"\nword F1 {value('mean', 'word F1'):.3f} (pictures shuffled: {value('shuffled', 'word F1'):.3f}), "
-        f"exact match {value('mean', 'exact match'):.1%} (shuffled: {value('shuffled', 'exact match'):.1%})\n"
-        f"report: {(output / 'report.html').resolve()}\nmodel:  {(output / 'model').resolve()}\n"
-        f"the whole demo took {seconds / 60:.1f} minutes; caption a picture of your own:\n"
-        f"  .venv/bin/llava predict --model-path {output / 'model'} --image YOUR_PICTURE.png"
-    )
+    Args:
+        scores: "mean", and "shuffled" (each caption scored against another image's), each a mapping
+            from the name of a score to its value and interval.
+        output: Folder of the results.
+        seconds: Duration of the demo.
+    """
+    # Scores of shuffled images show what guessing would reach: captions that are right without looking.
+    mean = scores["mean"]
+    shuffled = scores["shuffled"]
+    llava = "llava"
+    if shutil.which(llava) is None:  # the virtual environment is not activated
+        llava = str(Path(sys.executable).with_name(llava))
+    lines = [
+        "",
+        f"word F1 {mean['word F1'][0]:.3f} (images shuffled: {shuffled['word F1'][0]:.3f}), "
+        f"exact match {mean['exact match'][0]:.1%} (shuffled: {shuffled['exact match'][0]:.1%})",
+        f"report: {(output / 'report.html').resolve()}",
+        f"model:  {(output / 'model').resolve()}",
+        f"The demo took {seconds / 60:.1f} minutes. Caption an image of your own:",
+        f"  {llava} predict --model-path {shlex.quote(str(output / 'model'))} --image YOUR_IMAGE.png",
+    ]
+    return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""How good are the captions, and what do they look like."""
+"""Score captions against references, and show captions, scores and images in a report."""

@@ -1,175 +1,273 @@
-"""`llava evaluate`: prediction files and references in, scores and a report out."""
+"""`llava evaluate`: score prediction files, and write the scores and a report."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llava_simplified.data.images import read_image_bytes
-from llava_simplified.evaluation.evaluation_report import Run, write_report
-from llava_simplified.evaluation.metrics import HEADLINES, Evaluation, Scores, evaluate
-from llava_simplified.evaluation.predictions import (
-    read_predictions,
-    read_references,
-    read_train_captions,
-)
+from llava_simplified.options import CommandParser, add_image_folder_option
 
+if TYPE_CHECKING:
+    from llava_simplified.evaluation.bootstrap import Scores
+    from llava_simplified.evaluation.evaluation_report import Run
+    from llava_simplified.evaluation.metrics import Evaluation
 
-def table(result: Evaluation) -> str:
-    """The scores as text, a metric a line."""
-    several = len(result.trials) > 1
-    columns: list[tuple[str, Scores]] = [
-        (f"trial {n}", scores) for n, scores in enumerate(result.trials, 1)
-    ]
-    columns = [*columns, ("best of trials", result.best)] if several else []
-    columns += [("shuffled", result.shuffled), ("unseen only", result.unseen)]
-    columns = [(title, scores) for title, scores in columns if scores]
-    lines = [
-        [
-            "metric",
-            "mean" if several else "score",
-            "95 % interval",
-            *(title for title, _ in columns),
-        ]
-    ]
-    for name in (name for name in HEADLINES if name in result.mean):
-        value, low, high = result.mean[name]
-        interval = "" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
-        others = [f"{scores[name].value:.4f}" if name in scores else "" for _, scores in columns]
-        lines.append([name, f"{value:.4f}", interval, *others])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
-    ]
-    rows += [f"{name}: {100 * value:.1f} %" for name, value in result.shares.items()]
-    rows += [f"note: {note}" for note in result.notes]
-    return "\n".join([f"{result.pictures} pictures", *rows, ""])
+logger = logging.getLogger(__name__)
 
 
-def as_json(result: Evaluation) -> dict[str, object]:
-    """The scores for a file, without those of single pictures: metric -> [value, low, high]."""
+def build_parser() -> CommandParser:
+    """Return the parser of `llava evaluate`."""
+    parser = CommandParser("llava evaluate", "Score predictions against reference captions.")
+    parser.add_argument(
+        "predictions",
+        nargs="+",
+        type=Path,
+        help="Prediction files (.json or .jsonl); several files are compared with each other",
+    )
+    parser.add_argument(
+        "--references",
+        type=Path,
+        help="COCO caption file with the references (default: gt_caption of the predictions)",
+    )
+    parser.add_argument(
+        "--train-captions",
+        type=Path,
+        help="Training records; adds the shares of novel captions and of unseen references",
+    )
+    add_image_folder_option(parser, default="the current folder")
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder of a CLIP model; adds CLIPScore and RefCLIPScore",
+    )
+    parser.add_argument("--output", type=Path, help="Write the scores to this JSON file")
+    parser.add_argument("--report", type=Path, help="Write a report to this HTML file")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        help="Training log (trainer_log.jsonl) whose curves the report shows (default: that of --model-path)",
+    )
+    parser.add_argument(
+        "--model-path",
+        type=Path,
+        help="Checkpoint that wrote the predictions; its settings and curves are added to the report",
+    )
+    parser.add_argument(
+        "--title",
+        default="Caption evaluation",
+        help="Title of the report (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=1000,
+        help="Bootstrap resamples of the confidence intervals; 0: no intervals (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed of the bootstrap and of the shuffled captions (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-java",
+        action="store_true",
+        help="Leave out METEOR and SPICE, which need Java",
+    )
+    return parser
 
-    def numbers(scores: Scores) -> dict[str, list[float | None]]:
-        return {
-            name: [None if math.isnan(x) else x for x in score] for name, score in scores.items()
-        }
 
-    parts = {key: numbers(getattr(result, key)) for key in ("mean", "best", "shuffled", "unseen")}
-    trials = [numbers(scores) for scores in result.trials]
-    counts = {"pictures": result.pictures, "shares": result.shares, "notes": result.notes}
-    return {**counts, **parts, "trials": trials}
+def main(argv: list[str] | None = None) -> int:
+    """Print the scores of prediction files, and write them to the files that the options name."""
+    args = build_parser().parse_args(argv)
+    paths = sort_by_step(args.predictions)
+    image_folder = Path(args.image_folder or ".")
+
+    from llava_simplified.evaluation.predictions import read_references, read_train_captions
+
+    references = read_references(args.references) if args.references else None
+    train_captions = read_train_captions(args.train_captions) if args.train_captions else None
+
+    runs = []
+    for path, name in zip(paths, name_runs(paths)):
+        run = _evaluate_file(path, name, args, references, train_captions, image_folder)
+        runs.append(run)
+        sys.stdout.write(f"{name}: {format_table(run.result)}\n")
+
+    if args.output:
+        scores = {run.name: to_json(run.result) for run in runs}
+        text = json.dumps(scores, indent=1, ensure_ascii=False)
+        args.output.write_text(text, encoding="utf-8")
+        logger.info("Scores written to %s", args.output)
+    if args.report:
+        from llava_simplified.evaluation.evaluation_report import write_report
+
+        write_report(
+            args.report,
+            title=args.title,
+            runs=runs,
+            image_folder=image_folder,
+            settings=_report_settings(args, paths),
+            log=_training_log(args),
+            train_captions=train_captions,
+        )
+        logger.info("Report written to %s", args.report)
+    return 0
 
 
-def run_names(paths: Sequence[Path]) -> list[str]:
-    """What to call the runs: the files' stems or, where these are the same, their folders' names."""
-    for names in ([path.stem for path in paths], [path.resolve().parent.name for path in paths]):
+def sort_by_step(paths: Sequence[Path]) -> list[Path]:
+    """Sort the files of checkpoints by the step that ends their names; other files keep their order.
+
+    A shell expands `step-*.jsonl` to step-1000 before step-500.
+    """
+    if not all(path.stem[-1:].isdigit() for path in paths):
+        return list(paths)
+    return sorted(paths, key=lambda path: int(re.findall(r"\d+", path.stem)[-1]))
+
+
+def name_runs(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each prediction file: its stem, or the name of its folder if stems are equal."""
+    stems = [path.stem for path in paths]
+    folders = [path.resolve().parent.name for path in paths]
+    for names in (stems, folders):
         if len(set(names)) == len(names):
             return names
     return [str(path) for path in paths]
 
 
-def _model_settings(folder: Path) -> dict[str, str]:
-    """What the checkpoint says of its parts and of its training, for the report."""
+def _evaluate_file(
+    path: Path,
+    name: str,
+    args: argparse.Namespace,
+    references: dict[str, list[str]] | None,
+    train_captions: set[str] | None,
+    image_folder: Path,
+) -> Run:
+    from llava_simplified.data.images import read_image_bytes
+    from llava_simplified.evaluation.evaluation_report import Run
+    from llava_simplified.evaluation.metrics import evaluate
+    from llava_simplified.evaluation.predictions import read_predictions
+
+    samples = read_predictions(path, references)
+    images: list[bytes] = []
+    if args.clip:
+        images = [read_image_bytes(sample.image, image_folder) for sample in samples]
+    result = evaluate(
+        samples,
+        train_captions=train_captions,
+        clip=args.clip,
+        images=images,
+        java=not args.no_java,
+        resamples=args.resamples,
+        seed=args.seed,
+    )
+    return Run(name, samples, result)
+
+
+def _report_settings(args: argparse.Namespace, paths: Sequence[Path]) -> dict[str, str]:
+    """Return the settings that the report shows."""
+    settings = {
+        "predictions": ", ".join(map(str, paths)),
+        "references": str(args.references or "gt_caption of the predictions"),
+        "training captions": str(args.train_captions or "not given"),
+        "bootstrap": f"{args.resamples} resamples, seed {args.seed}",
+    }
+    if args.model_path:
+        settings |= _checkpoint_settings(args.model_path)
+    return settings
+
+
+def _checkpoint_settings(folder: Path) -> dict[str, str]:
+    """Return what a checkpoint's config says about its parts and its training."""
     from llava_simplified.model.config import read_checkpoint_config
 
-    manifest = read_checkpoint_config(folder)
-    parts = {
-        key: value for key, value in manifest["architecture"].items() if key != "weights_digests"
+    config = read_checkpoint_config(folder)
+    settings = {}
+    for name, value in {**config["architecture"], **config["training"]}.items():
+        if isinstance(value, dict):  # the digests of the weights, which tell a reader nothing
+            continue
+        settings[name] = str(value)
+    return settings
+
+
+def _training_log(args: argparse.Namespace) -> Path | None:
+    if args.log:
+        return args.log
+    if args.model_path:
+        log = args.model_path / "trainer_log.jsonl"
+        if log.is_file():  # an imported checkpoint has none
+            return log
+    return None
+
+
+# ---- output ----
+
+
+def format_table(result: Evaluation) -> str:
+    """Return the scores as text, with one line for each metric."""
+    from llava_simplified.evaluation.metrics import METRIC_NAMES
+
+    several_trials = len(result.trials) > 1
+    columns: list[tuple[str, Scores]] = []
+    for number, scores in enumerate(result.trials, 1):
+        columns.append((f"trial {number}", scores))
+    if several_trials:
+        columns.append(("best of trials", result.best))
+    if result.shuffled:
+        columns.append(("shuffled", result.shuffled))
+    if result.unseen:
+        columns.append(("unseen only", result.unseen))
+
+    header = ["metric", "mean" if several_trials else "score", "95 % interval"]
+    header += [title for title, _ in columns]
+    lines = [header]
+    for name in METRIC_NAMES:
+        if name not in result.mean:
+            continue
+        value, low, high = result.mean[name]
+        interval = "" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
+        cells = [name, f"{value:.4f}", interval]
+        for _, scores in columns:
+            cells.append(f"{scores[name].value:.4f}" if name in scores else "")
+        lines.append(cells)
+
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = [f"{result.num_images} images"]
+    for line in lines:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths)]
+        rows.append("  ".join(padded).rstrip())
+    rows += [f"{name}: {100 * value:.1f} %" for name, value in result.shares.items()]
+    rows += [f"note: {note}" for note in result.notes]
+    return "\n".join([*rows, ""])
+
+
+def to_json(result: Evaluation) -> dict[str, object]:
+    """Return the scores as JSON values, without those of single images.
+
+    A score is the list [value, low, high]; a number that is not defined is null.
+    """
+    return {
+        "images": result.num_images,
+        "shares": result.shares,
+        "notes": result.notes,
+        "mean": _scores_to_json(result.mean),
+        "best": _scores_to_json(result.best),
+        "shuffled": _scores_to_json(result.shuffled),
+        "unseen": _scores_to_json(result.unseen),
+        "trials": [_scores_to_json(scores) for scores in result.trials],
     }
-    return {key: str(value) for key, value in {**parts, **manifest["training"]}.items()}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llava evaluate", description="Score predictions against references."
-    )
-    add = parser.add_argument
-    add(
-        "predictions",
-        nargs="+",
-        type=Path,
-        help="predictions.json or .jsonl; several files are compared",
-    )
-    add("--references", type=Path, help="COCO caption JSON, in place of the rows' gt_caption")
-    add(
-        "--train-captions",
-        type=Path,
-        help="the training records: how much is novel, how much was never seen",
-    )
-    add("--image-folder", type=Path, default=Path(), help="where the pictures are")
-    add("--clip", type=Path, metavar="FOLDER", help="a CLIP model's folder: adds CLIPScore")
-    add("--output", type=Path, help="write the scores as JSON")
-    add("--report", type=Path, help="write one self-contained HTML file")
-    add("--log", type=Path, help="trainer_log.jsonl, whose curves the report shows")
-    add(
-        "--model-path",
-        type=Path,
-        help="the checkpoint that wrote them: its settings and its log go into the report",
-    )
-    add("--title", default="Captions, scored", help="of the report")
-    add("--resamples", type=int, default=1000, help="of the bootstrap; 0 for no intervals")
-    add("--seed", type=int, default=0, help="of the bootstrap and of the shuffled pictures")
-    add("--no-java", action="store_true", help="leave METEOR and SPICE out")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`llava evaluate`: print the scores of prediction files; write them and an HTML report."""
-    options = _parser().parse_args(argv)
-    references = read_references(options.references) if options.references else None
-    known = read_train_captions(options.train_captions) if options.train_captions else None
-    if all(
-        path.stem[-1:].isdigit() for path in options.predictions
-    ):  # a shell puts step-1000 before step-500
-        options.predictions.sort(key=lambda path: int(re.findall(r"\d+", path.stem)[-1]))
-    runs = []
-    for path, name in zip(options.predictions, run_names(options.predictions)):
-        samples = read_predictions(path, references)
-        images = (
-            [read_image_bytes(s.image, options.image_folder) for s in samples]
-            if options.clip
-            else []
-        )
-        result = evaluate(
-            samples,
-            train_captions=known,
-            clip=options.clip,
-            images=images,
-            java=not options.no_java,
-            resamples=options.resamples,
-            seed=options.seed,
-        )
-        runs.append(Run(name, samples, result))
-        sys.stdout.write(f"{name}: {table(result)}\n")
-    if options.output:
-        scores = {run.name: as_json(run.result) for run in runs}
-        options.output.write_text(
-            json.dumps(scores, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
-    if options.report:
-        settings = {
-            "predictions": ", ".join(map(str, options.predictions)),
-            "references": str(options.references or "gt_caption of the rows"),
-            "training captions": str(options.train_captions or "not given"),
-            "bootstrap": f"{options.resamples} resamples, seed {options.seed}",
-            **(_model_settings(options.model_path) if options.model_path else {}),
-        }
-        log = options.log or (
-            options.model_path / "trainer_log.jsonl" if options.model_path else None
-        )
-        write_report(
-            options.report,
-            title=options.title,
-            runs=runs,
-            image_folder=options.image_folder,
-            settings=settings,
-            log=log,
-            train_captions=known,
-        )
-        sys.stdout.write(f"report: {options.report}\n")
-    return 0
+def _scores_to_json(scores: Scores) -> dict[str, list[float | None]]:
+    return {
+        name: [None if math.isnan(number) else number for number in score]
+        for name, score in scores.items()
+    }

@@ -1,35 +1,53 @@
-"""The report of an evaluation: one HTML file of pictures, captions, scores and curves, without network."""
+"""The report of an evaluation: one HTML file of images, captions, scores and curves."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
-from PIL import Image
 
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
-from llava_simplified.evaluation.metrics import HEADLINES, Evaluation, Sample, Score, plain
+from llava_simplified.evaluation.bootstrap import Score
+from llava_simplified.evaluation.metrics import (
+    METRIC_NAMES,
+    Evaluation,
+    Sample,
+    exact_match,
+    normalize_caption,
+)
+from llava_simplified.evaluation.training_curves import read_training_log
+from llava_simplified.evaluation.word_usage import WordUsage, compare_word_usage, words_of
+from llava_simplified.html_report import (
+    Bar,
+    Chart,
+    Thumbnail,
+    Tile,
+    line_chart,
+    make_thumbnail,
+    write_page,
+)
 
-CARDS = 500  # pictures shown; with PIXELS and QUALITY this keeps the file below 10 MB
-PIXELS, QUALITY = 288, 72
-PERCENT = ("exact match",)
-WORD = re.compile(r"\w[\w'’-]*")
+MAX_CARDS = (
+    500  # images that are shown; with the size of a thumbnail, this keeps the file below 10 MB
+)
+CLOSE_WORD_F1 = 0.5  # from this score on, a caption is "close"
+
+TILE_METRICS = ("CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR", "CLIPScore", "word F1", "exact match")
+SHUFFLE_METRICS = ("word F1", "CIDEr-D", "exact match")
+UNSEEN_METRICS = ("CIDEr-D", "word F1", "exact match")
+PERCENT_METRICS = ("exact match",)
+
+_GRAY = 5  # the color of comparisons
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model's or checkpoint's captions of the test pictures. A number that ends `name` is its step."""
+    """The captions of one model or checkpoint. A number at the end of its name is its training step."""
 
     name: str
     samples: Sequence[Sample]
@@ -37,6 +55,7 @@ class Run:
 
     @property
     def step(self) -> int | None:
+        """Return the training step, None if the name contains no number."""
         match = re.search(r"(\d+)\D*$", self.name)
         return int(match[1]) if match else None
 
@@ -54,282 +73,325 @@ def write_report(
     """Write the HTML file.
 
     Args:
-        runs: of the same pictures; the last one gives the headline scores and the order of the cards.
-        settings: shown as a table.
-        log: `trainer_log.jsonl`, for the loss curves.
-        train_captions: in `metrics.plain` form: marks references that training never showed.
+        output: The HTML file.
+        title: Heading of the page.
+        runs: Runs on the same images. The last one gives the headline scores and the order of the images.
+        image_folder: Folder of the images.
+        settings: Shown as a table.
+        log: `trainer_log.jsonl`, for the training curves.
+        train_captions: Training captions, normalized: marks references that are not among them.
 
     Raises:
-        ValueError: the runs are of different pictures, no picture can be read, or the log is not JSON lines.
+        ValueError: The runs are on different images, no image can be read, or the log is not a training log.
     """
     runs = list(runs)[::-1]  # the headline run first
-    order = {(s.index, s.image): number for number, s in enumerate(runs[0].samples)}
-    rows = [sorted(run.samples, key=lambda s: order.get((s.index, s.image), -1)) for run in runs]
-    for run, samples in zip(runs, rows):
+    headline = runs[0]
+    aligned = _align_samples(runs)
+    cards = _make_cards(runs, aligned, train_captions)
+    notes: list[str] = []
+    for run in runs:
+        notes += [note for note in run.result.notes if note not in notes]
+    notes += _add_thumbnails(cards, image_folder)
+    num_images = len(headline.samples)
+    if len(cards) < num_images:
+        notes.append(
+            f"{len(cards)} of {num_images} images are shown: the best, the worst, and an even spread in between"
+        )
+    overused, underused = compare_word_usage(headline.samples)
+    largest = max((abs(usage.log_likelihood) for usage in [*overused, *underused]), default=1.0)
+    write_page(
+        output,
+        "evaluation/evaluation_report.html",
+        title=title,
+        run_names=[run.name for run in runs],
+        result=headline.result,
+        num_trials=len(headline.result.trials),
+        tiles=_tiles(headline.result),
+        notes=notes,
+        shuffle_comparison=_compare_shuffled(headline.result),
+        unseen_scores=_unseen_scores(headline.result),
+        cards=cards,
+        charts=_charts(runs, log),
+        overused=[_word_bar(usage, largest, color=1) for usage in overused],
+        underused=[_word_bar(usage, largest, color=0) for usage in underused],
+        score_rows=_score_rows(runs),
+        settings=settings,
+    )
+
+
+def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
+    """Return the samples of each run in the order of the first run."""
+    order = {(s.index, s.image): position for position, s in enumerate(runs[0].samples)}
+    aligned = []
+    for run in runs:
+        samples = sorted(run.samples, key=lambda s: order.get((s.index, s.image), -1))
         if [(s.index, s.image) for s in samples] != list(order):
             raise ValueError(
-                f"runs {runs[0].name!r} and {run.name!r} are of different pictures; compare them apart"
+                f"The runs {runs[0].name!r} and {run.name!r} are on different images. "
+                "Evaluate their prediction files in separate calls."
             )
-    cards = _cards(runs, rows, train_captions)
-    notes = list(dict.fromkeys(note for run in runs for note in run.result.notes))
-    notes += _attach_pictures(cards, image_folder)
-    if len(cards) < len(order):
-        notes.append(
-            f"{len(cards)} of {len(order)} pictures are shown: the best, the worst and an even spread between"
-        )
-    html = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = html.from_string(
-        resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    )
-    text = template.render(
-        title=title,
-        runs=[run.name for run in runs],
-        result=runs[0].result,
-        tiles=[
-            _tile(name, runs[0].result.mean[name])
-            for name in HEADLINES
-            if name in runs[0].result.mean
-        ],
-        table=_score_table(runs),
-        probe=_probe(runs[0].result),
-        charts=_charts(runs, log),
-        words=_words(runs[0].samples),
-        cards=cards,
-        settings=settings,
-        notes=notes,
-        trials=len(runs[0].result.trials),
-        show=_show,
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+        aligned.append(samples)
+    return aligned
 
 
-def _show(name: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if name in PERCENT else f"{value:.3f}"
+# ---- scores ----
 
 
-def _tile(name: str, score: Score) -> dict[str, Any]:
-    interval = (
-        "" if math.isnan(score.low) else f"{_show(name, score.low)} – {_show(name, score.high)}"
-    )
-    return {"name": name, "value": _show(name, score.value), "interval": interval}
+def format_score(name: str, value: float) -> str:
+    """Return a score as text: shares in percent, others with three decimals."""
+    if name in PERCENT_METRICS:
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}"
 
 
-def _score_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A metric a row; each run's value and where value and interval lie on the row's axis, in percent."""
-    table = []
-    for name in HEADLINES:
-        cells = [(run.result.mean.get(name), run.result.best.get(name)) for run in runs]
-        ends = [x for mean, _ in cells if mean for x in mean if not math.isnan(x)]
-        if not ends:
+def _format_interval(name: str, score: Score) -> str:
+    if math.isnan(score.low):
+        return ""
+    return f"{format_score(name, score.low)} – {format_score(name, score.high)}"
+
+
+def _tiles(result: Evaluation) -> list[Tile]:
+    tiles = []
+    for name in METRIC_NAMES:
+        if name in TILE_METRICS and name in result.mean:
+            score = result.mean[name]
+            interval = _format_interval(name, score) or "no interval"
+            tiles.append(Tile(name, format_score(name, score.value), interval))
+    return tiles
+
+
+def _compare_shuffled(result: Evaluation) -> dict[str, list[Bar]]:
+    """Return by metric the scores with the own and with another image's captions."""
+    comparison = {}
+    for name in SHUFFLE_METRICS:
+        if name not in result.shuffled:
             continue
-        top = max([*ends, 1e-9]) * 1.08
-        table.append({"name": name, "cells": [
-            {**_tile(name, mean), "best": _show(name, best.value) if best else "",
-             "at": 100 * mean.value / top,
-             "low": 100 * (mean.value if math.isnan(mean.low) else mean.low) / top,
-             "high": 100 * (mean.value if math.isnan(mean.high) else mean.high) / top} if mean else None
-            for mean, best in cells
-        ]})  # fmt: skip
-    return table
+        own = result.mean[name].value
+        shuffled = result.shuffled[name].value
+        largest = max(own, shuffled, 1e-9)
+        comparison[name] = [
+            Bar("own image", 100 * own / largest, format_score(name, own)),
+            Bar("shuffled", 100 * shuffled / largest, format_score(name, shuffled), color=_GRAY),
+        ]
+    return comparison
 
 
-def _probe(result: Evaluation) -> list[dict[str, Any]]:
-    """Scores with the true and with shuffled pictures, as bar lengths in percent."""
-    bars = []
-    for name in ("word F1", "CIDEr-D", "exact match"):
-        if name in result.shuffled:
-            true, other = result.mean[name].value, result.shuffled[name].value
-            top = max(true, other, 1e-9)
-            bars.append({"name": name, "true": _show(name, true), "shuffled": _show(name, other),
-                         "true_bar": 100 * true / top, "shuffled_bar": 100 * other / top})  # fmt: skip
-    return bars
+def _unseen_scores(result: Evaluation) -> str:
+    scores = []
+    for name in UNSEEN_METRICS:
+        if name in result.unseen:
+            scores.append(f"{name} {format_score(name, result.unseen[name].value)}")
+    return ", ".join(scores)
 
 
-# ----------------------------------------------------------------------------------------------- cards
+@dataclass(frozen=True)
+class ScoreCell:
+    """The score of one run. Positions are in percent of the axis that the runs share."""
+
+    run: int
+    value: str
+    interval: str
+    best: str
+    position: float
+    low: float
+    high: float
 
 
-def _cards(
-    runs: Sequence[Run], rows: Sequence[Sequence[Sample]], known: Collection[str] | None
-) -> list[dict[str, Any]]:
-    """The pictures that are shown, best first by the headline run's word F1, then CIDEr-D."""
-    f1, cider = (runs[0].result.per_image[name].mean(axis=0) for name in ("word F1", "CIDEr-D"))
-    ranked = sorted(range(len(f1)), key=lambda i: (-f1[i], -cider[i], i))
-    if len(ranked) > CARDS:
-        spread = np.linspace(
-            CARDS // 4, len(ranked) - 1 - CARDS // 4, CARDS - 2 * (CARDS // 4)
-        ).astype(int)
-        ranked = [*ranked[: CARDS // 4], *(ranked[i] for i in spread), *ranked[-(CARDS // 4) :]]
+@dataclass(frozen=True)
+class ScoreRow:
+    """One metric, with a cell for each run that has it."""
+
+    name: str
+    cells: list[ScoreCell]
+
+
+def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
+    rows = []
+    for name in METRIC_NAMES:
+        scores = [
+            (number, run.result) for number, run in enumerate(runs) if name in run.result.mean
+        ]
+        numbers = [number for _, result in scores for number in result.mean[name]]
+        finite = [number for number in numbers if not math.isnan(number)]
+        if not finite:
+            continue
+        axis_end = 1.08 * max(*finite, 1e-9)
+        cells = [_score_cell(name, number, result, axis_end) for number, result in scores]
+        rows.append(ScoreRow(name, cells))
+    return rows
+
+
+def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> ScoreCell:
+    score = result.mean[name]
+    low, high = score.low, score.high
+    if math.isnan(low):  # without an interval, only the dot is drawn
+        low = high = score.value
+    best = ""
+    if name in result.best:
+        best = format_score(name, result.best[name].value)
+    return ScoreCell(
+        run=run,
+        value=format_score(name, score.value),
+        interval=_format_interval(name, score),
+        best=best,
+        position=100 * score.value / axis_end,
+        low=100 * low / axis_end,
+        high=100 * high / axis_end,
+    )
+
+
+# ---- images ----
+
+
+@dataclass(frozen=True)
+class MarkedCaption:
+    """A caption, cut into words and spaces.
+
+    Attributes:
+        pieces: Each piece, and whether it is a word of a reference.
+        count: In how many trials the caption was generated.
+        is_exact: Whether the caption equals a reference.
+    """
+
+    pieces: list[tuple[str, bool]]
+    count: int
+    is_exact: bool
+
+
+@dataclass
+class Card:
+    """One image of the report.
+
+    Attributes:
+        sample: The image with its references.
+        position: Position in the prediction file.
+        verdict: "right", "close" or "wrong".
+        word_f1: Mean over the trials of the headline run.
+        cider_d: The same.
+        is_unseen: Whether no reference is in the training data.
+        captions_by_run: Distinct captions of each run.
+        thumbnail: None if the image cannot be read.
+    """
+
+    sample: Sample
+    position: int
+    verdict: str
+    word_f1: float
+    cider_d: float
+    is_unseen: bool
+    captions_by_run: list[list[MarkedCaption]]
+    thumbnail: Thumbnail | None = None
+
+
+def _make_cards(
+    runs: Sequence[Run],
+    aligned: Sequence[Sequence[Sample]],
+    train_captions: Collection[str] | None,
+) -> list[Card]:
+    """Return the images that are shown, best first by the word F1 of the headline run, then by CIDEr-D."""
+    per_image = runs[0].result.per_image
+    word_f1 = per_image["word F1"].mean(axis=0)
+    cider_d = per_image["CIDEr-D"].mean(axis=0)
+    is_exact = per_image["exact match"].max(axis=0) > 0
+    ranked = sorted(range(len(word_f1)), key=lambda i: (-word_f1[i], -cider_d[i], i))
+
     cards = []
-    for i in ranked:
-        sample = rows[0][i]
-        exact = runs[0].result.per_image["exact match"][:, i].max() > 0
-        verdict = "right" if exact else "close" if f1[i] >= 0.5 else "wrong"
-        written = [{"run": number, "name": run.name, "captions": _marked(row[i])}
-                   for number, (run, row) in enumerate(zip(runs, rows))]  # fmt: skip
-        cards.append({
-            "image": sample.image, "references": sample.references, "verdict": verdict, "position": i,
-            "f1": f"{f1[i]:.2f}", "cider": f"{cider[i]:.2f}", "runs": written,
-            "unseen": known is not None and not any(plain(r) in known for r in sample.references),
-        })  # fmt: skip
+    for position in _choose_shown(ranked):
+        sample = aligned[0][position]
+        verdict = "wrong"
+        if is_exact[position]:
+            verdict = "right"
+        elif word_f1[position] >= CLOSE_WORD_F1:
+            verdict = "close"
+        is_unseen = False
+        if train_captions is not None:
+            is_unseen = not any(normalize_caption(r) in train_captions for r in sample.references)
+        card = Card(
+            sample=sample,
+            position=position,
+            verdict=verdict,
+            word_f1=float(word_f1[position]),
+            cider_d=float(cider_d[position]),
+            is_unseen=is_unseen,
+            captions_by_run=[mark_captions(samples[position]) for samples in aligned],
+        )
+        cards.append(card)
     return cards
 
 
-def _marked(sample: Sample) -> list[dict[str, Any]]:
-    """Distinct captions with how often each was written; each word with whether a reference has it."""
-    true = {word for reference in sample.references for word in WORD.findall(reference.lower())}
+def _choose_shown(ranked: list[int]) -> list[int]:
+    """Return at most MAX_CARDS images: the best, the worst, and an even spread in between."""
+    if len(ranked) <= MAX_CARDS:
+        return ranked
+    quarter = MAX_CARDS // 4
+    spread = np.linspace(quarter, len(ranked) - 1 - quarter, MAX_CARDS - 2 * quarter)
+    middle = [ranked[rank] for rank in spread.astype(int)]
+    return [*ranked[:quarter], *middle, *ranked[-quarter:]]
+
+
+def mark_captions(sample: Sample) -> list[MarkedCaption]:
+    """Return the distinct captions of an image, with the words that a reference contains."""
+    reference_words: set[str] = set()
+    for reference in sample.references:
+        reference_words.update(words_of(reference))
     marked = []
-    for caption, times in Counter(sample.captions).items():
-        pieces = re.split(r"(\s+)", caption)
-        words = [
-            (piece, any(word in true for word in WORD.findall(piece.lower()))) for piece in pieces
-        ]
-        exact = plain(caption) in map(plain, sample.references)
-        marked.append({"words": words, "times": times, "exact": exact})
+    for caption, count in Counter(sample.captions).items():
+        pieces = []
+        for piece in re.split(r"(\s+)", caption):
+            pieces.append((piece, not reference_words.isdisjoint(words_of(piece))))
+        if not caption:
+            pieces = []
+        marked.append(MarkedCaption(pieces, count, exact_match(caption, sample.references)))
     return marked
 
 
-def _attach_pictures(cards: Sequence[dict[str, Any]], folder: Path) -> list[str]:
-    """Put a small picture into each card as a data URI. Returns notes on pictures that can't be read."""
+def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
+    """Read the images of the cards.
+
+    Returns:
+        Notes on images that cannot be read.
+
+    Raises:
+        ValueError: No image can be read.
+    """
     errors = []
     for card in cards:
         try:
-            card["picture"], card["width"], card["height"] = _thumbnail(
-                read_image_bytes(card["image"], folder)
-            )
+            pixels = decode_image(read_image_bytes(card.sample.image, folder))
         except ImageError as error:
-            card["picture"], card["width"], card["height"] = "", 4, 3
-            errors.append(f"{card['image']}: {error}")
-    if cards and len(errors) == len(cards):
-        raise ValueError(f"none of the {len(cards)} pictures can be read; the first: {errors[0]}")
-    return [f"{len(errors)} pictures can't be shown; the first: {errors[0]}"] if errors else []
-
-
-def _thumbnail(data: bytes) -> tuple[str, int, int]:
-    image = Image.fromarray(decode_image(data))
-    image.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    buffer = io.BytesIO()
-    image.save(
-        buffer, "WEBP", quality=QUALITY, lossless=max(image.size) <= 96
-    )  # drawings and icons stay sharp
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size
-
-
-# ------------------------------------------------------------------------------------ curves and words
-
-
-def _charts(runs: Sequence[Run], log: Path | None) -> list[dict[str, Any]]:
-    charts = []
-    curves = {name: points for name, points in (read_log(log) if log else {}).items() if points}
-    watched = {"CIDEr-D": curves.pop("CIDEr-D")} if "CIDEr-D" in curves else {}
-    if curves:
-        charts.append(_chart("Loss", "nats a token", curves))
-    if watched:
-        charts.append(
-            _chart("CIDEr-D while training", "of the watched validation pictures", watched)
+            errors.append(f"{card.sample.image}: {error}")
+            continue
+        card.thumbnail = make_thumbnail(pixels)
+    if not errors:
+        return []
+    if len(errors) == len(cards):
+        raise ValueError(
+            f"None of the {len(cards)} images can be read; check --image-folder. The first: {errors[0]}"
         )
-    steps = sorted(
-        (run.step, run.result.mean["CIDEr-D"].value) for run in runs if run.step is not None
-    )
-    if len({step for step, _ in steps}) > 1:
-        charts.append(_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": steps}))
+    return [f"images that cannot be shown: {len(errors)}; the first: {errors[0]}"]
+
+
+# ---- charts ----
+
+
+def _charts(runs: Sequence[Run], log: Path | None) -> list[Chart]:
+    charts = []
+    if log:
+        curves = read_training_log(log)
+        losses = {name: points for name, points in curves.items() if points and name != "CIDEr-D"}
+        if losses:
+            charts.append(line_chart("Loss", "nats per token", losses))
+        if curves["CIDEr-D"]:
+            cider = {"CIDEr-D": curves["CIDEr-D"]}
+            charts.append(line_chart("CIDEr-D during training", "on validation images", cider))
+    points = [
+        (float(run.step), run.result.mean["CIDEr-D"].value) for run in runs if run.step is not None
+    ]
+    if len({step for step, _ in points}) > 1:
+        charts.append(line_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": sorted(points)}))
     return charts
 
 
-def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) points of a `trainer_log.jsonl`: the "training" and "validation" loss, and "CIDEr-D".
-
-    A step that occurs again, after a resume, counts as it was last. The last line may be cut off by a kill.
-
-    Raises:
-        ValueError: names the line that is not a JSON object.
-    """
-    keys = {"training": "loss", "validation": "eval_loss", "CIDEr-D": "eval_cider"}
-    curves: dict[str, dict[float, float]] = {name: {} for name in keys}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-            for name, key in keys.items():
-                if key in row and math.isfinite(row[key]):
-                    curves[name][row["step"]] = row[key]
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path} line {number}: not a row of a training log: {error!r}"
-                ) from None
-    return {name: sorted(points.items()) for name, points in curves.items()}
-
-
-def _chart(
-    title: str, unit: str, series: Mapping[str, Sequence[tuple[float, float]]], most: int = 300
-) -> dict[str, Any]:
-    """Lines in a square of 100 by 100, y downwards, round ticks. Long lines are averaged to `most` points."""
-    thin = {name: [np.mean(part, axis=0).tolist() for part in np.array_split(points, min(most, len(points)))]
-            for name, points in series.items()}  # fmt: skip
-    xs, ys = zip(*(point for points in thin.values() for point in points))
-    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(ys), max(ys))
-    left, right, low, high = (
-        min(xs),
-        max(max(xs), min(xs) + 1e-9),
-        y_ticks[0],
-        max(y_ticks[-1], max(ys)),
-    )
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return round(100 * (x - left) / (right - left), 2), round(
-            100 - 100 * (y - low) / (high - low), 2
-        )
-
-    lines = []
-    for name, points in thin.items():
-        spots = [
-            (*place(x, y), f"{x:g}" if x == int(x) else f"{x:.0f}", f"{y:.3f}") for x, y in points
-        ]
-        path = "M" + "L".join(f"{x} {y}" for x, y, *_ in spots)
-        lines.append({"name": name, "path": path, "spots": spots, "last": f"{points[-1][1]:.3f}"})
-    return {
-        "title": title, "unit": unit, "lines": lines,
-        "x_ticks": [(place(t, low)[0], f"{t:g}") for t in x_ticks if left <= t <= right],
-        "y_ticks": [(place(left, t)[1], f"{t:g}") for t in y_ticks if low <= t <= high],
-    }  # fmt: skip
-
-
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers, the first at or below `low`, the last at or above `high`."""
-    raw = (high - low or abs(high) or 1) / about
-    size = 10 ** math.floor(math.log10(raw))
-    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
-    first = math.floor(low / step)
-    count = max(2, math.ceil(high / step - 1e-9) - first + 1)
-    return [round((first + i) * step, 10) for i in range(count)]
-
-
-def _words(samples: Sequence[Sample], most: int = 12) -> dict[str, list[dict[str, Any]]]:
-    """Words written too often and too rarely, by Dunning's (1993) log-likelihood; counts are per picture."""
-    ours: dict[str, float] = defaultdict(float)
-    true: dict[str, float] = defaultdict(float)
-    for sample in samples:
-        for total, texts in ((ours, sample.captions), (true, sample.references)):
-            for text in texts:
-                for word in WORD.findall(text.lower()):
-                    total[word] += 1 / len(texts)
-    all_ours, all_true = sum(ours.values()) or 1, sum(true.values()) or 1
-
-    def surprise(word: str) -> float:
-        a, b = ours[word], true[word]
-        share = (a + b) / (all_ours + all_true)
-        part = sum(
-            n * math.log(n / (share * total)) for n, total in ((a, all_ours), (b, all_true)) if n
-        )
-        return math.copysign(part, a / all_ours - b / all_true)
-
-    ranked = sorted({*ours, *true}, key=lambda word: (surprise(word), word))
-    chosen = {"over": [w for w in ranked[::-1][:most] if surprise(w) > 1],
-              "under": [w for w in ranked[:most] if surprise(w) < -1]}  # fmt: skip
-    top = max([abs(surprise(w)) for group in chosen.values() for w in group], default=1)
-    return {side: [{"word": word, "ours": f"{ours[word]:.0f}", "true": f"{true[word]:.0f}",
-                    "bar": 100 * abs(surprise(word)) / top} for word in group]
-            for side, group in chosen.items()}  # fmt: skip
+def _word_bar(usage: WordUsage, largest: float, color: int) -> Bar:
+    counts = f"{usage.generated:.0f} : {usage.references:.0f}"
+    return Bar(usage.word, 100 * abs(usage.log_likelihood) / largest, counts, color)

@@ -6,106 +6,141 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llava_simplified.data.records import open_records
 from llava_simplified.data.rows import open_rows
-from llava_simplified.evaluation.metrics import Sample, plain
+from llava_simplified.evaluation.metrics import Sample, normalize_caption
 
 
 def read_predictions(
     path: Path, references: Mapping[str, Sequence[str]] | None = None
 ) -> list[Sample]:
-    """The rows of a prediction file, one a trial, gathered by picture (`index` and `image`).
+    """Read a prediction file, and collect the rows of each image: one row per trial.
 
     Args:
-        references: base name, stem or number of a picture -> captions (see `read_references`), in place of
-            the rows' own `gt_caption` (a text or a list of texts).
+        path: A `.json`, `.jsonl` or `.parquet` file of rows with `index`, `image`, `instruction`, `gt_caption` and
+            `pred_output`. Rows with the same `index` and `image` are trials of one image.
+        references: Captions by file name, stem or image id (see `read_references`). They replace the rows' own
+            `gt_caption`, which is a text or a list of texts.
 
     Raises:
-        ValueError: names the file, the row and what is wrong with it.
+        ValueError: A row is not a prediction. The message names the file, the row and what is wrong.
     """
     rows = open_rows(path)
-    found: dict[tuple[str, str], Sample] = {}
+    samples: dict[tuple[str, str], Sample] = {}
     for number in range(len(rows)):
-        row, where = rows[number], f"{path} row {number}"
-        image, written = (_text(row, key, where) for key in ("image", "pred_output"))
-        true = (
-            _own_references(row, where)
-            if references is None
-            else _references_of(image, references, where)
-        )
-        key = (str(row.get("index", image)), image)
-        old = found.get(key)
-        if old and old.references != tuple(true):
+        row: object = rows[number]
+        where = f"{path} row {number}"
+        if not isinstance(row, dict):
             raise ValueError(
-                f"{where}: other references than in an earlier row of index {key[0]}, {image!r}"
+                f"{where}: a prediction must be a JSON object, but this is {type(row).__name__}."
             )
-        captions = (*old.captions, written) if old else (written,)
-        found[key] = Sample(key[0], image, str(row.get("instruction", "")), tuple(true), captions)
-    return list(found.values())
+        image = _read_text(row, "image", where)
+        caption = _read_text(row, "pred_output", where)
+        row_references: Sequence[str]
+        if references is None:
+            row_references = _own_references(row, where)
+        else:
+            row_references = _find_references(image, references, where)
 
-
-def _text(row: object, key: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a prediction is a JSON object, this is {type(row).__name__}")
-    if not isinstance(row.get(key), str):
-        raise ValueError(
-            f"{where}: {key!r} must be a text, got {row.get(key)!r}; its keys are {sorted(row)}"
+        index = str(row.get("index", image))
+        key = (index, image)
+        previous = samples.get(key)
+        captions: tuple[str, ...] = (caption,)
+        if previous is not None:
+            if previous.references != tuple(row_references):
+                raise ValueError(
+                    f"{where}: its references differ from those in an earlier row of index {index}, image {image!r}."
+                )
+            captions = (*previous.captions, caption)
+        samples[key] = Sample(
+            index=index,
+            image=image,
+            instruction=str(row.get("instruction", "")),
+            references=tuple(row_references),
+            captions=captions,
         )
-    return row[key]
+    return list(samples.values())
 
 
-def _own_references(row: dict[str, Any], where: str) -> list[str]:
+def _read_text(row: Mapping[str, object], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{where}: {key!r} must be a text, but it is {value!r}. The row has the keys {sorted(row)}."
+        )
+    return value
+
+
+def _own_references(row: Mapping[str, object], where: str) -> list[str]:
+    """Return the references in the row's `gt_caption`."""
     value = row.get("gt_caption")
-    texts = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(texts, list)
-        or not texts
-        or not all(isinstance(t, str) and t.strip() for t in texts)
-    ):
+    texts = value if isinstance(value, list) else [value]
+    captions = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not captions or len(captions) < len(texts):
         raise ValueError(
-            f"{where}: 'gt_caption' must be a caption or a list of captions, got {value!r}; see --references"
+            f"{where}: 'gt_caption' must be a caption or a list of captions, but it is {value!r}. "
+            "To use a file of reference captions instead, pass --references."
         )
-    return texts
+    return captions
 
 
-def _references_of(
+def _find_references(
     image: str, references: Mapping[str, Sequence[str]], where: str
 ) -> Sequence[str]:
-    name, stem = Path(image).name, Path(image).stem
-    # in other names it may count anything, and the number of a shard is no picture's
-    number = None if "#" in name else re.fullmatch(r"(?:COCO_\w+_)?0*(\d+)", stem)
-    for key in (name, stem, number[1] if number else ""):
-        if key in references:
-            return references[key]
+    """Return the references of an image by its file name, its stem, or the image id in its name."""
+    name = Path(image).name
+    stem = Path(image).stem
+    candidates = [name, stem]
+    # The names of COCO contain the image id: COCO_val2014_000000000042.jpg, 000000000042.jpg. A number within another
+    # name may count anything, and the number in `shard.tar#key` is that of the shard.
+    coco_name = re.fullmatch(r"(?:COCO_\w+_)?0*(\d+)", stem)
+    if coco_name and "#" not in name:
+        candidates.append(coco_name[1])
+    for candidate in candidates:
+        if candidate in references:
+            return references[candidate]
     raise ValueError(
-        f"{where}: the references hold no caption of {name!r}, neither by name nor by number"
+        f"{where}: --references contains no caption of {name!r}, neither by file name nor by image id."
     )
 
 
 def read_references(path: Path) -> dict[str, list[str]]:
-    """Captions by file name and by image id, of a COCO caption file `{"images", "annotations"}`.
+    """Read a COCO caption file, `{"images": [...], "annotations": [...]}`.
+
+    Returns:
+        Captions by file name and by image id (as text).
 
     Raises:
-        ValueError: the file is not of that form.
+        ValueError: The file does not have this form.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        by_id: dict[str, list[str]] = {}
+        captions: dict[str, list[str]] = {}
         for annotation in content["annotations"]:
-            by_id.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
-        names = {
-            Path(image["file_name"]).name: str(image["id"]) for image in content.get("images", [])
-        }
+            image_id = str(annotation["image_id"])
+            captions.setdefault(image_id, []).append(annotation["caption"])
+        by_name: dict[str, list[str]] = {}
+        for image in content.get("images", []):
+            image_id = str(image["id"])
+            name = Path(image["file_name"]).name
+            if image_id in captions:
+                by_name[name] = captions[image_id]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: not a COCO caption file ({type(error).__name__}: {error}); it needs "
-            '{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}'
+            f"--references: {path} is not a COCO caption file ({type(error).__name__}: {error}). It needs "
+            '{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.'
         ) from None
-    return by_id | {name: by_id[key] for name, key in names.items() if key in by_id}
+    return captions | by_name
 
 
 def read_train_captions(path: Path) -> set[str]:
-    """All answers of a training file, in any form the trainer reads."""
-    return {plain(response) for record in open_records(path) for response in record.responses}
+    """Return all responses of a training file, normalized by `normalize_caption`.
+
+    Args:
+        path: Records in any form that `llava train` reads.
+    """
+    captions: set[str] = set()
+    for record in open_records(path):
+        captions.update(normalize_caption(response) for response in record.responses)
+    return captions

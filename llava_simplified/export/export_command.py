@@ -1,140 +1,202 @@
-"""`llava export`, `llava merge` and `llava push`: a checkpoint leaves the house, with a card that says what it is."""
+"""`llava export`, `llava merge` and `llava push`: write a checkpoint for other tools, and publish it."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
-import sys
 from pathlib import Path
 
-from llava_simplified.export.merge import merge
-from llava_simplified.export.model_card import write_card
 from llava_simplified.model.config import CONFIG_NAME, read_checkpoint_config
+from llava_simplified.options import CommandParser, add_base_model_options
+
+logger = logging.getLogger(__name__)
+
+# Files of a checkpoint that are only for resuming a run.
+_NOT_PUSHED = ["trainer_state/*", "checkpoint-*"]
 
 
-def export_main(argv: list[str] | None = None) -> int:
-    """The command line of `llava export`."""
-    parser = argparse.ArgumentParser(
-        "llava export", description="Write a checkpoint in a form that other tools load."
-    )
-    parser.add_argument("checkpoint")
+# ---- llava export ----
+
+
+def build_export_parser() -> CommandParser:
+    """Return the parser of `llava export`."""
+    parser = CommandParser("llava export", "Write a checkpoint in a form that other tools load.")
+    parser.add_argument("checkpoint", help="Checkpoint folder, as written by `llava train`")
+    parser.add_argument("--output", required=True, type=Path, help="Folder to create")
     parser.add_argument(
         "--format",
         choices=["hf", "peft", "gguf"],
         default="hf",
-        help="stock LLaVA, merged; or with a PEFT adapter; or files for llama.cpp and Ollama",
+        help="hf: stock Hugging Face LLaVA, with merged adapters; peft: the same with a separate PEFT "
+        "adapter; gguf: files for llama.cpp and Ollama (default: %(default)s)",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, help="a folder that does not exist yet"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="Data type of the weights (default: as trained)",
     )
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="as trained where not given"
+        "--images",
+        nargs="*",
+        default=[],
+        help="Images on which the export is compared with the checkpoint (default: two training "
+        "images, or noise)",
     )
-    parser.add_argument(
-        "--images", nargs="*", default=[], help="pictures to compare the two models on (else noise)"
-    )
-    parser.add_argument(
-        "--model-base", help="the language model, if it is not where it was at training"
-    )
-    parser.add_argument("--vision-tower", help="the vision tower, likewise")
+    add_base_model_options(parser)
     parser.add_argument(
         "--scores", type=Path, help="scores.json of `llava evaluate`, for the model card"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def export_main(argv: list[str] | None = None) -> int:
+    """Run `llava export`."""
+    args = build_export_parser().parse_args(argv)
+    # Check this now, and not after minutes of converting.
     if args.scores and not args.scores.is_file():
         raise ValueError(f"--scores {args.scores}: no such file")
-    where = {"model_base": args.model_base, "vision_tower": args.vision_tower}
-    if args.format == "gguf":
-        from llava_simplified.export.gguf import export_gguf
+    from llava_simplified.export.model_card import write_model_card
 
-        compared = export_gguf(args.checkpoint, args.output, args.dtype, **where)
-    else:
-        from llava_simplified.export.stock import export_stock
-
-        adapter = args.format == "peft"
-        compared = export_stock(
-            args.checkpoint, args.output, args.dtype, args.images, adapter, **where
-        )
-    write_card(args.checkpoint, args.output, args.format, args.scores)
-    print(
-        f"{args.output}: loaded back and compared: "
-        + ", ".join(f"{k} {v:.3g}" for k, v in compared.items())
-    )
+    # The export is complete at this point: a card that cannot be written does not undo it.
+    result = _export(args)
+    write_model_card(args.checkpoint, args.output, args.format, args.scores)
+    print(f"{args.output}: loaded back and compared: {result}")
     return 0
+
+
+def _export(args: argparse.Namespace) -> str:
+    """Write the exported folder; return the result of its comparison with the checkpoint."""
+    if args.format == "gguf":
+        from llava_simplified.export.gguf_export import export_gguf
+
+        num_tensors = export_gguf(
+            args.checkpoint,
+            args.output,
+            dtype=args.dtype,
+            model_base=args.model_base,
+            vision_tower=args.vision_tower,
+        )
+        return f"{num_tensors} tensors are equal"
+    from llava_simplified.export.stock import export_stock
+
+    comparison = export_stock(
+        args.checkpoint,
+        args.output,
+        dtype=args.dtype,
+        images=args.images,
+        adapter=args.format == "peft",
+        model_base=args.model_base,
+        vision_tower=args.vision_tower,
+    )
+    return str(comparison)
+
+
+# ---- llava merge ----
+
+
+def build_merge_parser() -> CommandParser:
+    """Return the parser of `llava merge`."""
+    parser = CommandParser("llava merge", "Merge the adapters of a checkpoint into its weights.")
+    parser.add_argument("checkpoint", help="Checkpoint folder, as written by `llava train`")
+    parser.add_argument("--output", required=True, type=Path, help="Folder to create")
+    add_base_model_options(parser)
+    return parser
 
 
 def merge_main(argv: list[str] | None = None) -> int:
-    """The command line of `llava merge`."""
-    parser = argparse.ArgumentParser(
-        "llava merge", description="Put a checkpoint's adapter into its weights."
+    """Run `llava merge`."""
+    args = build_merge_parser().parse_args(argv)
+    from llava_simplified.export.merge import merge_checkpoint
+
+    merge_checkpoint(
+        args.checkpoint, args.output, model_base=args.model_base, vision_tower=args.vision_tower
     )
-    parser.add_argument("checkpoint")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="a folder that does not exist yet"
+    print(
+        f"{args.output}: merged. Of the base models, only those that were not trained are needed."
     )
-    parser.add_argument(
-        "--model-base", help="the language model, if it is not where it was at training"
-    )
-    parser.add_argument("--vision-tower", help="the vision tower, likewise")
-    args = parser.parse_args(argv)
-    merge(**vars(args))
-    print(f"{args.output}: of the base models, only those are needed that were not trained")
     return 0
+
+
+# ---- llava push ----
+
+
+def build_push_parser() -> CommandParser:
+    """Return the parser of `llava push`."""
+    parser = CommandParser(
+        "llava push", "Upload an exported folder or a checkpoint to the Hugging Face hub."
+    )
+    parser.add_argument("folder", type=Path, help="Exported folder, or checkpoint")
+    parser.add_argument("repository", help="Repository on the hub: owner/name")
+    parser.add_argument("--private", action="store_true", help="Create a private repository")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="List what would be uploaded; does not need a network",
+    )
+    return parser
 
 
 def push_main(argv: list[str] | None = None) -> int:
-    """The command line of `llava push`."""
-    parser = argparse.ArgumentParser(
-        "llava push", description="Upload an exported folder or a checkpoint to the hub."
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("repository", help="owner/name")
-    parser.add_argument("--private", action="store_true")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be uploaded; needs no network"
-    )
-    args = parser.parse_args(argv)
-    left_out = ["trainer_state/*", "checkpoint-*"]
-    if not args.folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
+    """Run `llava push`."""
+    args = build_push_parser().parse_args(argv)
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder}: no such folder. Pass an exported folder or a checkpoint.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repository):
         raise ValueError(
-            f"a folder and owner/name are needed, not {args.folder} and {args.repository}"
+            f"{args.repository}: not a repository. Pass its owner and name: owner/name."
         )
-    if (
-        args.folder / CONFIG_NAME
-    ).is_file():  # a checkpoint as it was trained, which remembers where
-        manifest = read_checkpoint_config(args.folder)
-        values = map(str, [*manifest["architecture"].values(), *manifest["training"].values()])
-        if named := sorted({value for value in values if Path(value).is_absolute()}):
-            print(
-                f"warning: this tells of your machine {', '.join(named)}; an export does not",
-                file=sys.stderr,
-            )
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # of httpx, or what took its place
-    from huggingface_hub.utils import filter_repo_objects
-
+    _warn_of_local_paths(args.folder)
     if args.dry_run:
-        names = sorted(
-            p.relative_to(args.folder).as_posix() for p in args.folder.rglob("*") if p.is_file()
-        )
-        sizes = {
-            name: (args.folder / name).stat().st_size
-            for name in filter_repo_objects(names, ignore_patterns=left_out)
-        }
-        for name, size in sizes.items():
-            print(f"{size:>14,}  {name}")
-        print(f"{sum(sizes.values()):>14,}  bytes to {args.repository}; nothing was sent")
+        _list_files(args.folder, args.repository)
         return 0
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # of httpx, or of requests in older versions
+
+    # `exist_ok`: a second push to the same repository is a new commit.
     try:
         api = HfApi()
         api.create_repo(args.repository, private=args.private, exist_ok=True)
-        print(
-            api.upload_folder(
-                repo_id=args.repository, folder_path=args.folder, ignore_patterns=left_out
-            )
+        commit = api.upload_folder(
+            repo_id=args.repository, folder_path=args.folder, ignore_patterns=_NOT_PUSHED
         )
     except (HTTPError, OSError) as error:
         raise ValueError(
-            f"the hub did not take {args.folder}: {error}. `hf auth login` stores a token"
+            f"The upload of {args.folder} failed: {error}. To log in, run `hf auth login`."
         ) from error
+    print(commit)
     return 0
+
+
+def _warn_of_local_paths(folder: Path) -> None:
+    """Warn if `llava.json` contains paths of this machine: a checkpoint does, an export does not."""
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    config = read_checkpoint_config(folder)
+    # Names on the hub ("openai/clip-vit-base-patch16") and numbers are no absolute paths.
+    values = [*config["architecture"].values(), *config["training"].values()]
+    paths = {str(value) for value in values if Path(str(value)).is_absolute()}
+    if paths:
+        logger.warning(
+            "warning: %s contains paths of this machine: %s. An exported folder does not.",
+            CONFIG_NAME,
+            ", ".join(sorted(paths)),
+        )
+
+
+def _list_files(folder: Path, repository: str) -> None:
+    """Print the files that would be uploaded, with their sizes."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    # The same filter that `upload_folder` applies, so that the list is what would be uploaded.
+    names = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            names.append(path.relative_to(folder).as_posix())
+    total = 0
+    for name in sorted(filter_repo_objects(names, ignore_patterns=_NOT_PUSHED)):
+        size = (folder / name).stat().st_size
+        total += size
+        print(f"{size:>14,}  {name}")
+    print(f"{total:>14,}  bytes would be uploaded to {repository}")

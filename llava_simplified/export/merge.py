@@ -5,37 +5,51 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from llava_simplified.model.checkpoint import save_checkpoint
 from llava_simplified.model.config import (
     LlavaConfig,
     TrainedParts,
     read_checkpoint_config,
     resolve_path,
 )
+from llava_simplified.model.llava import Llava
 
 
-def merge(
+def merge_checkpoint(
     checkpoint: str | Path,
     output: Path,
+    *,
     model_base: str | None = None,
     vision_tower: str | None = None,
 ) -> None:
-    """Write a checkpoint of the same model without adapters: `language_model/`, `vision_tower/` in their place.
+    """Write a checkpoint of the same model without adapters.
+
+    Where the checkpoint has `adapter/` and `vision_adapter/`, the new one has `language_model/` and
+    `vision_tower/`. A quantised language model is dequantised first: the adapter was trained on these
+    values, not on the original ones.
+
+    Args:
+        checkpoint: Folder written by `llava train`.
+        output: Folder to create.
+        model_base: Language model, if it was moved since the training.
+        vision_tower: Vision tower, if it was moved since the training.
 
     Raises:
-        ValueError: there is no adapter, or the folder exists.
+        ValueError: The checkpoint has no adapter.
+        FileExistsError: `output` exists already.
     """
-    from llava_simplified.model.checkpoint import save_checkpoint
-    from llava_simplified.model.llava import Llava
-
-    manifest = read_checkpoint_config(checkpoint)
-    trained = TrainedParts.from_stored(manifest)
+    checkpoint_config = read_checkpoint_config(checkpoint)
+    trained = TrainedParts.from_stored(checkpoint_config)
     if trained.language_model != "adapter" and trained.vision_tower != "lora":
-        raise ValueError(f"{checkpoint}: has no adapter to merge")
+        raise ValueError(f"{checkpoint} has no adapter to merge.")
     if output.exists():
-        raise ValueError(f"{output} exists: choose another --output")
-    where = {"model_base": model_base, "vision_tower": vision_tower}
-    model = Llava.from_pretrained(checkpoint, device="cpu", merge=True, **where)
-    config = LlavaConfig.from_dict(manifest["architecture"])
+        raise FileExistsError(f"--output: {output} exists already; choose another folder")
+    # The merged weights are written, and never run: the CPU is enough.
+    model = Llava.from_pretrained(
+        checkpoint, device="cpu", merge=True, model_base=model_base, vision_tower=vision_tower
+    )
+    config = LlavaConfig.from_dict(checkpoint_config["architecture"])
+    # The new checkpoint must find the parts that were not trained, wherever they are now.
     config = replace(
         config,
         language_model=resolve_path(model_base or config.language_model),
@@ -47,4 +61,4 @@ def merge(
         language_model="none" if trained.language_model == "none" else "full",
         vision_tower="none" if trained.vision_tower == "none" else "full",
     )
-    save_checkpoint(model, output, config, merged, manifest["training"])
+    save_checkpoint(model, output, config, merged, checkpoint_config["training"])

@@ -1,102 +1,196 @@
-"""The model card of an exported checkpoint."""
+"""The model card (`README.md`) of an exported checkpoint.
+
+A card has YAML metadata that the Hugging Face hub reads, and sections for people: how to load the model,
+the license, what was trained on which data with which options, scores, and limitations.
+
+An export is meant to be published, so the card contains nothing of the machine that it was made on: of
+local paths only the last part, and none of the options that are about the machine or the display.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llava_simplified.model.config import read_checkpoint_config
 
-# Of a run's settings, those that say where it ran and how it looked while it did: nothing that made the model.
-_OF_THE_MACHINE = re.compile(
-    r"dir$|^config|token$|tqdm|pin_memory|unused|use_cpu|resume|^do_|hub|report_to|log|save|checkpointing|workers|"
-    r"accelerator_config|cache|^steps|^epochs|_data_path|_image_folder|^model_name|^vision_tower|deepspeed"
+# Options of a run that say where it ran and how it was displayed, and nothing about the model. They are
+# searched in the option's name. "token$" matters most: hub_token is a secret. The data, the models and
+# the number of steps have places of their own in the card.
+_MACHINE_OPTIONS = re.compile(
+    r"dir$|^config|token$|tqdm|pin_memory|unused|use_cpu|resume|^do_|hub|report_to|log|save"
+    r"|checkpointing|workers|accelerator_config|cache|^steps|^epochs|_data_path|_image_folder"
+    r"|^model_name|^vision_tower|deepspeed"
 )
+# By the value of `llava export --format`.
+_HOW_TO_LOAD = {
+    "hf": "The adapters are merged. Load it with `AutoModelForImageTextToText` and `AutoProcessor`.",
+    "peft": (
+        "Load `base/` with `AutoModelForImageTextToText`, and `adapter/` on top of it with "
+        "`PeftModel`."
+    ),
+    "gguf": (
+        "For llama.cpp (`llama-server -m model.gguf --mmproj mmproj.gguf`) and Ollama (`ollama "
+        "create NAME -f Modelfile`)."
+    ),
+}
+# By the entry "trained" of `llava.json`.
+_TRAINED = {
+    "adapter": "the projector and LoRA on the language model",
+    "language_model": "the projector and the whole language model",
+    "projector": "the projector",
+}
 
 
-def write_card(checkpoint: str | Path, folder: Path, form: str, scores: Path | None = None) -> None:
-    """README.md of an exported folder: what it was made of, how, how good it is, and where it ends."""
-    manifest = read_checkpoint_config(checkpoint)
-    parts, training = manifest["architecture"], dict(manifest["training"])
-    text, tower = public_name(parts["language_model"]), public_name(parts["vision_tower"])
-    licence = licence_of(parts["language_model"])
-    made = {"adapter": "LoRA on the language model", "language_model": "the whole language model"}
-    steps = (
-        f" {training['steps']:,} steps, {training['epochs']:.2f} epochs."
-        if "epochs" in training
-        else ""
-    )
+def write_model_card(
+    checkpoint: str | Path, folder: Path, export_format: str, scores: Path | None = None
+) -> None:
+    """Write `README.md` into an exported folder, and `training.png` if the checkpoint has one.
+
+    Args:
+        checkpoint: The checkpoint that was exported.
+        folder: The exported folder.
+        export_format: "hf", "peft" or "gguf".
+        scores: `scores.json` of `llava evaluate`, or None.
+    """
+    config = read_checkpoint_config(checkpoint)
+    sections = [
+        _metadata(config),
+        _introduction(config, export_format),
+        _training_section(config),
+    ]
+    if scores is not None:
+        sections.append(_scores_section(scores))
+    plot = Path(checkpoint) / "training.png"
+    if plot.is_file():
+        shutil.copy(plot, folder)
+        sections.append("![Loss of the training](training.png)")
+    sections.append(_limitations_section(has_scores=scores is not None))
+    card = "\n\n".join(sections) + "\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+# ---- sections ----
+
+
+def _metadata(config: Mapping[str, Any]) -> str:
+    """Return the YAML block that the hub reads."""
+    language_model = config["architecture"]["language_model"]
     lines = [
         "---",
-        f"license: {licence or 'other'}",
+        f"license: {read_license(language_model) or 'other'}",
         "pipeline_tag: image-text-to-text",
         "library_name: transformers",
-        *(f"base_model: {name}" for name in (text,) if name == parts["language_model"]),
-        "---",
-        f"# {text} that sees through {tower}",
-        "",
-        f"A LLaVA model: {tower}, a {parts['mm_projector_type']} projector and {text}, trained to answer "
-        f"`{parts['instruction']}` about a picture.",
-        "",
-        {"hf": "Merged; loads with `AutoModelForImageTextToText` and `AutoProcessor`.",
-         "peft": "`base/` loads with `AutoModelForImageTextToText`, `adapter/` on top of it with `PeftModel`.",
-         "gguf": "For llama.cpp (`llama-server -m model.gguf --mmproj mmproj.gguf`) and Ollama (`ollama create`)."}[form],
-        "",
-        f"Licence of the language model: {licence or 'not stated in its folder; look at its own page'}. The vision tower "
-        "and the training data have licences of their own.",
-        "",
-        "## Training",
-        "",
-        f"Trained were the projector{' and ' + made[manifest['trained']] if manifest['trained'] in made else ''}."
-        f"{' The vision tower too.' if manifest.get('trained_tower', 'off') != 'off' else ''}{steps}",
-        "",
-        *(f"- {name}: `{public_name(training[key])}`"
-          for name, key in (("data", "train_data_path"), ("validation data", "eval_data_path")) if training.get(key)),
-        *(f"- {key}: `{public_name(value)}`" for key, value in training.items()
-          if isinstance(value, (str, int, float)) and not _OF_THE_MACHINE.search(key)),
-        f"- with {', '.join(f'{name} {version}' for name, version in manifest['versions'].items())}",
-    ]  # fmt: skip
-    if scores is not None:
-        table = next(iter(json.loads(scores.read_text(encoding="utf-8")).values()))["mean"]
-        lines += ["", "## Scores", "", "| score | value | 95 % interval |", "|---|---|---|"]
-        lines += [f"| {name} | {' | '.join(_score(*value))} |" for name, value in table.items()]
-    if (plot := Path(checkpoint) / "training.png").is_file():
-        shutil.copy(plot, folder)
-        lines += ["", "![loss](training.png)"]
-    lines += [
-        "",
-        "## Limits",
-        "",
-        "It says what its training captions would say, in their language and with their mistakes; it invents what it can't "
-        f"see, and was tested for nothing beyond {'the scores above' if scores else 'what its training measured'}.",
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # The hub links to the base model. A local folder has no page there, and is not named.
+    if public_name(language_model) == language_model:
+        lines.append(f"base_model: {language_model}")
+    lines.append("---")
+    return "\n".join(lines)
+
+
+def _introduction(config: Mapping[str, Any], export_format: str) -> str:
+    """Return title, description, how to load the model, and the license."""
+    architecture = config["architecture"]
+    language_model = public_name(architecture["language_model"])
+    vision_tower = public_name(architecture["vision_tower"])
+    projector = architecture["mm_projector_type"]
+    instruction = architecture["instruction"]
+    license_name = read_license(architecture["language_model"])
+    license_text = license_name or "not stated in its folder; see its own model card"
+    return "\n\n".join(
+        [
+            f"# LLaVA: {language_model} with {vision_tower}",
+            f"A LLaVA model: the vision encoder {vision_tower}, a {projector} projector and the "
+            f"language model {language_model}. Trained to answer `{instruction}` about an image.",
+            _HOW_TO_LOAD[export_format],
+            f"License of the language model: {license_text}. The vision encoder and the training "
+            "data have their own licenses.",
+        ]
+    )
+
+
+def _training_section(config: Mapping[str, Any]) -> str:
+    """Return what was trained, on which data, with which options."""
+    training = config["training"]
+    trained = f"Trained: {_TRAINED[config['trained']]}"
+    if config.get("trained_tower", "off") != "off":
+        trained += ", and the vision encoder"
+    trained += "."
+    if "epochs" in training:
+        trained += f" {training['steps']:,} steps, {training['epochs']:.2f} epochs."
+
+    lines = ["## Training", "", trained, ""]
+    for label, key in (("data", "train_data_path"), ("validation data", "eval_data_path")):
+        if training.get(key):
+            lines.append(f"- {label}: `{public_name(training[key])}`")
+    for key, value in training.items():
+        if isinstance(value, (str, int, float)) and not _MACHINE_OPTIONS.search(key):
+            lines.append(f"- {key}: `{public_name(value)}`")
+    versions = [f"{name} {version}" for name, version in config["versions"].items()]
+    lines.append(f"- versions: {', '.join(versions)}")
+    return "\n".join(lines)
+
+
+def _scores_section(scores: Path) -> str:
+    """Return the table of scores."""
+    # {"predictions.json": {"mean": {"CIDEr-D": [0.91, 0.87, 0.95], ...}, "shuffled": ...}}
+    by_file = json.loads(scores.read_text(encoding="utf-8"))
+    first_file = next(iter(by_file.values()))
+    lines = ["## Scores", "", "| score | value | 95 % interval |", "|---|---|---|"]
+    for name, numbers in first_file["mean"].items():
+        lines.append(_score_row(name, *numbers))
+    return "\n".join(lines)
+
+
+def _score_row(
+    name: str, value: float | None, low: float | None = None, high: float | None = None
+) -> str:
+    """Return one row of the table; a score can be missing, and its interval too."""
+    value_text = "" if value is None else f"{value:.4f}"
+    interval = ""
+    if low is not None and high is not None:
+        interval = f"{low:.4f} to {high:.4f}"
+    return f"| {name} | {value_text} | {interval} |"
+
+
+def _limitations_section(*, has_scores: bool) -> str:
+    tested = "the scores above" if has_scores else "what its training measured"
+    return (
+        "## Limitations\n\n"
+        "The model imitates its training captions, with their language and their mistakes. It invents "
+        f"details that are not in the image. It was not tested for anything beyond {tested}."
+    )
+
+
+# ---- names ----
 
 
 def public_name(value: object) -> str:
-    """A setting as others understand it: of a path on this machine the last part, of a hub's cache the model's name."""
-    if match := re.search(r"models--([^/]+)--([^/]+)", str(value)):
+    """Return a setting without anything of this machine.
+
+    Of the hub's cache folder, this is the name of the model; of another local path, its last part.
+    """
+    text = str(value)
+    # ~/.cache/huggingface/hub/models--openai--clip-vit-base-patch16/snapshots/...
+    match = re.search(r"models--([^/]+)--([^/]+)", text)
+    if match:
         return f"{match[1]}/{match[2]}"
-    path = Path(str(value))
-    return (
-        path.name
-        if path.is_absolute() or path.parts[:1] in (("..",), ("~",)) or path.is_dir()
-        else str(value)
-    )
+    path = Path(text)
+    is_local = path.is_absolute() or path.parts[:1] in (("..",), ("~",)) or path.is_dir()
+    return path.name if is_local else text
 
 
-def _score(
-    value: float | None, low: float | None = None, high: float | None = None
-) -> tuple[str, str]:
-    known = f"{low:.4f} to {high:.4f}" if low is not None and high is not None else ""
-    return ("" if value is None else f"{value:.4f}"), known
-
-
-def licence_of(model: str) -> str | None:
-    """What a local model folder says in its model card, or None."""
+def read_license(model: str) -> str | None:
+    """Return the license in the model card of a local model folder, or None."""
     card = Path(model) / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.search(r"^license: *(\S+)$", text.partition("\n---")[0], re.MULTILINE)
-    return found[1] if found else None
+    if not card.is_file():
+        return None
+    # The metadata are between two lines "---" at the beginning.
+    metadata = card.read_text(encoding="utf-8", errors="replace").partition("\n---")[0]
+    match = re.search(r"^license: *(\S+)$", metadata, re.MULTILINE)
+    return match[1] if match else None

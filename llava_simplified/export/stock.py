@@ -1,301 +1,433 @@
-"""A checkpoint as a stock Hugging Face LLaVA folder, which loads with none of our code; and proof that it says the same."""
+"""Export a checkpoint as a stock Hugging Face LLaVA folder, which loads without any of our code.
+
+A stock LLaVA model (`LlavaForConditionalGeneration`) consists of the same three parts as ours:
+
+| our module                  | stock module                         | names in the files (transformers)    |
+|-----------------------------|--------------------------------------|--------------------------------------|
+| `vision_tower.model`        | `model.vision_tower`                 | `vision_tower.vision_model.*`        |
+| `projector` (any depth)     | `model.multi_modal_projector`        | `multi_modal_projector.linear_{1,2}` |
+| `language_model.model`      | `model.language_model`               | `language_model.model.*`             |
+| `language_model.lm_head`    | `lm_head`                            | `language_model.lm_head.*`           |
+
+What decides how they are joined is in stock `config.json`:
+
+| our setting                            | stock setting                                            |
+|----------------------------------------|----------------------------------------------------------|
+| `mm_vision_select_layer`               | `vision_feature_layer` (an integer or a list)            |
+| `mm_vision_select_feature: patch`      | `vision_feature_select_strategy: "default"`: drop one    |
+|                                        | token in front; `"full"` where the tower has none        |
+| `mm_vision_select_feature: cls_patch`  | `vision_feature_select_strategy: "full"`: keep all       |
+| number of image tokens                 | `image_seq_length`                                       |
+| `template`                             | `chat_template.jinja` (see `chat_template.py`)           |
+
+Not every model of ours has a stock form: stock LLaVA has no convolutional towers, no pooling of image
+tokens, and exactly two projector layers. Such a model is refused with the option that would have made
+it exportable. What is written is loaded back and compared with the checkpoint (`stock_check.py`).
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import re
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 
-from llava_simplified.data.images import (
-    ImageError,
-    ImageSource,
-    decode_image,
-    load_pixels,
-    read_image_bytes,
+from llava_simplified.data.images import ImageSource
+from llava_simplified.export.chat_template import FLATTEN_CONTENT, get_chat_template
+from llava_simplified.export.stock_check import (
+    Reference,
+    StockComparison,
+    choose_images,
+    compare_with_references,
+    compute_reference,
 )
-from llava_simplified.data.records import open_records
+from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.config import read_checkpoint_config
-from llava_simplified.model.generation import DecodingBatch, GenerationOptions
-from llava_simplified.model.language_model import lm_head_at_positions
 from llava_simplified.model.llava import Llava
-from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, TEMPLATES
+from llava_simplified.model.protocols import CausalLM
+from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
-SHARD_SIZE = "5GB"
-# A stock processor is given a list of parts as a user's content, a tokenizer's template one text.
-FLATTEN_CONTENT = (
-    "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
-    "{%- set one = namespace(text=message['content'] if message['content'] is string else '') -%}"
-    "{%- if message['content'] is not string -%}{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{%- set one.text = one.text + '<image>\\n' -%}"
-    "{%- else -%}{%- set one.text = one.text + part['text'] -%}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': one.text}] -%}"
-    "{%- endfor -%}{%- set messages = flat.messages -%}"
-)
-# Where our own templates stand, the answer's beginning has to be asked for.
-GENERATION_PROMPT = {
-    "plain": "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
-    "bare": "",
-}
+SHARD_SIZE = "5GB"  # maximum size of one weight file
+_MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+
+
+class LinearWeights(NamedTuple):
+    """The parameters of one linear layer: `weight` (out, in) and `bias` (out,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StockProjector:
+    """A projector as stock LLaVA computes it: `linear_2(activation(linear_1(features)))`."""
+
+    activation: str  # a key of transformers' ACT2FN: "gelu" or "linear"
+    linear_1: LinearWeights
+    linear_2: LinearWeights
+
+
+@dataclass(frozen=True)
+class StockSettings:
+    """What stock LLaVA's configuration, processor and projector must contain for one model."""
+
+    vision_feature_layer: int | list[int]
+    vision_feature_select_strategy: Literal["default", "full"]
+    image_seq_length: int  # image tokens per image
+    num_additional_image_tokens: int  # tokens of the tower that are not patches: CLS, registers
+    patch_size: int
+    projector: StockProjector
+    stop_ids: list[int]
 
 
 def export_stock(
     checkpoint: str | Path,
     output: str | Path,
+    *,
     dtype: str | None = None,
     images: Sequence[ImageSource] = (),
     adapter: bool = False,
-    **where: Any,
-) -> dict[str, float]:
-    """Write a checkpoint as `LlavaForConditionalGeneration` with its processor, load it back, and compare.
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+) -> StockComparison:
+    """Write a checkpoint as stock LLaVA with its processor, load it back, and compare the two.
 
     Args:
-        dtype: of the weights: float32, bfloat16 or float16; as trained where not given.
-        images: pictures to compare on; two of the training pictures, or noise, where none are named.
-        adapter: write `base/` with the language model untouched, and `adapter/`, a stock PEFT adapter for it.
-        where: `model_base`, `vision_tower`: where the base weights are now.
+        checkpoint: Folder written by `llava train`.
+        output: Folder to create. It appears only if everything has succeeded.
+        dtype: Data type of the weights: float32, bfloat16 or float16; None: as trained.
+        images: Images to compare the two models on; if empty, two training images or random noise.
+        adapter: Write `base/` with the original language model, and `adapter/`, a stock PEFT adapter
+            for it, instead of one merged model.
+        model_base: Language model, if it was moved since the training.
+        vision_tower: Vision tower, if it was moved since the training.
 
     Returns:
-        What was compared: the largest difference of logits, and how many greedy captions.
+        How closely the exported model reproduces the checkpoint.
 
     Raises:
-        ValueError: stock LLaVA has no form for this model (and what to do); or the folder says something else than the
-            checkpoint: it is not left behind.
+        ValueError: The model has no stock form, or the exported model computes something else.
+        FileExistsError: `output` exists already.
     """
-    manifest = read_checkpoint_config(checkpoint)
-    if adapter and manifest["trained"] != "adapter":
-        raise ValueError(
-            f"{checkpoint}: has no adapter (its language model was trained whole, or not at all): use hf"
-        )
-    if adapter and (bits := manifest["architecture"].get("bits", 16)) != 16:
-        raise ValueError(
-            f"{checkpoint}: its adapter belongs to weights of {bits} bits, which stock LLaVA has not: use hf"
-        )
-    pictures, kind = _pictures(manifest["training"], images)
+    config = read_checkpoint_config(checkpoint)
+    if adapter:
+        _check_adapter_can_be_exported(checkpoint, config)
+    comparison_images, image_kind = choose_images(config["training"], images)
     tune_malloc()
-    with atomic_output_dir(Path(output)) as part:
-        model = Llava.from_pretrained(
-            checkpoint, device="cpu", dtype=dtype, merge=not adapter, **where
+    with atomic_directory(Path(output)) as folder:
+        base_folder = folder / "base" if adapter else folder
+        adapter_folder = folder / "adapter" if adapter else None
+        # The checkpoint's model is local to this call, so that its memory is released before the
+        # exported model is loaded: never are both held at once.
+        references = _write_model_and_processor(
+            checkpoint,
+            base_folder,
+            comparison_images,
+            dtype=dtype,
+            merge=not adapter,
+            model_base=model_base,
+            vision_tower=vision_tower,
         )
-        tower, text = cast(Any, model.vision_tower), cast(Any, model.language_model)
-        if isinstance(tower.model, PeftModel):
-            tower.model = (
-                tower.model.merge_and_unload()
-            )  # the adapter that is written is the language model's
-        model.projector.to(tower.dtype)  # as it is written
-        settings = describe(model)
-        expected = [_say(model, picture) for picture in pictures]
-        if adapter:
-            model.language_model = text.unload()  # leaves it as it was before training
-        base = part / "base" if adapter else part
-        template = FLATTEN_CONTENT + chat_template_of(model)
-        _write(model, base, settings)
-        del model, tower, text
-        _write_processor(checkpoint, base, settings, template)
-        if adapter:
-            _write_adapter(
-                Path(checkpoint) / "adapter", part / "adapter", f"{Path(output).name}/base"
-            )
-        largest, equal = _compare(base, part / "adapter" if adapter else None, pictures, expected)
-    return {"logits differ by": largest, f"equal greedy captions of {len(pictures)} {kind}": equal}
+        if adapter_folder is not None:
+            base_name = f"{Path(output).name}/base"
+            _write_peft_adapter(Path(checkpoint) / "adapter", adapter_folder, base_name)
+        return compare_with_references(
+            base_folder, adapter_folder, comparison_images, references, image_kind
+        )
 
 
-def _pictures(
-    training: dict[str, Any], images: Sequence[ImageSource]
-) -> tuple[list[np.ndarray], str]:
-    """What the two models are compared on, and what that is."""
-    if images:
-        return [load_pixels(image) for image in images], "pictures named"
-    data = Path(training.get("train_data_path") or "")
-    if data.is_file():
-        names = [name for record in open_records(data)[:16] for name in record.images][:2]
-        with suppress(ImageError):  # they need not be there any more
-            folder = training.get("train_image_folder") or data.parent
-            if found := [decode_image(read_image_bytes(name, folder)) for name in names]:
-                return found, "training pictures"
-    return [
-        np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8)
-        for seed in range(2)
-    ], "pictures of noise"
+def _check_adapter_can_be_exported(checkpoint: str | Path, config: dict[str, Any]) -> None:
+    """Raise ValueError if `--format peft` is not possible for a checkpoint."""
+    if config["trained"] != "adapter":
+        raise ValueError(
+            f"--format peft: {checkpoint} has no adapter (the language model was trained completely, "
+            "or not at all). Use --format hf."
+        )
+    bits = config["architecture"].get("bits", 16)
+    if bits != 16:
+        # Stock LLaVA would apply the adapter to the original weights, not to the quantised ones that
+        # it was trained on. Merging dequantises them first, so --format hf is exact.
+        raise ValueError(
+            f"--format peft: the adapter of {checkpoint} was trained on weights of {bits} bits, which "
+            "stock LLaVA does not have. Use --format hf."
+        )
 
 
-@contextmanager
-def atomic_output_dir(output: Path) -> Iterator[Path]:
-    """A folder to write to; it becomes `output` when all went well, and is gone when not."""
-    if output.exists():
-        raise ValueError(f"{output} exists: an export is written whole, into a folder of its own")
-    part = output.with_name(f".{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        part.rename(output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+def _write_model_and_processor(
+    checkpoint: str | Path,
+    folder: Path,
+    images: Sequence[np.ndarray],
+    *,
+    dtype: str | None,
+    merge: bool,
+    model_base: str | None,
+    vision_tower: str | None,
+) -> list[Reference]:
+    """Write model and processor; return what the checkpoint computes for each image."""
+    model = Llava.from_pretrained(
+        checkpoint,
+        device="cpu",
+        dtype=dtype,
+        merge=merge,
+        model_base=model_base,
+        vision_tower=vision_tower,
+    )
+    tower = model.vision_tower
+    if isinstance(tower.model, PeftModel):
+        # Only the language model's adapter can stay separate: the tower's is always merged.
+        adapted: Any = tower.model
+        tower.model = adapted.merge_and_unload()
+    # The file has one data type for everything. Compute the reference with the rounded projector.
+    model.projector.to(tower.dtype)
+    settings = describe_for_stock(model)
+    references = [compute_reference(model, image) for image in images]
+    if not merge:
+        # `unload` removes the adapter and restores the language model as it was before the training.
+        language_model: Any = model.language_model
+        model.language_model = language_model.unload()
+    template = FLATTEN_CONTENT + get_chat_template(model)
+    _write_model(model, folder, settings)
+    _write_processor(checkpoint, folder, settings, template)
+    return references
 
 
 def tune_malloc() -> None:
-    """From now on, every block above 64 kB goes back to the system when it is freed. By itself glibc keeps those of up to
-    32 MB for later: of merging and converting, half of a small model."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD of malloc.h
+    """Make glibc return freed blocks of 64 kB and more to the operating system at once.
+
+    By default, glibc raises this threshold to up to 32 MB when large blocks are freed, and keeps
+    smaller ones for later. When a small model is merged and converted, half of its size stays
+    allocated that way. Does nothing on other systems.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl does not have it
+        libc.mallopt(_MALLOC_MMAP_THRESHOLD, 1 << 16)
 
 
-def chat_template_of(model: Llava) -> str:
-    """The chat template that the model was trained with, as one that any tokenizer renders."""
-    own, name = TEMPLATES.get(model.prompt.name), model.prompt.name
-    return own + GENERATION_PROMPT[name] if own else model.tokenizer.get_chat_template()
+# ---- our model in the terms of stock LLaVA ----
 
 
-def describe(model: Llava) -> dict[str, Any]:
-    """The settings of `LlavaConfig` for a model.
+def describe_for_stock(model: Llava) -> StockSettings:
+    """Return the stock settings for a model.
 
     Raises:
-        ValueError: naming what stock LLaVA can't express.
+        ValueError: Stock LLaVA has no form for the model. The message names the reason, and the
+            training option to change.
     """
-    vision, text = model.vision_tower, model.language_model
-    if vision.is_convolutional:
-        raise ValueError(
-            "stock LLaVA has no convolutional vision towers: train with a ViT (CLIP, SigLIP, DINOv2)"
-        )
-    if vision.token_pool:
-        raise ValueError("stock LLaVA does not pool image tokens: train with --mm_token_pool 0")
-    if not any(name.endswith("model.embed_tokens") for name, _ in text.named_modules()):
-        raise ValueError(
-            f"stock LLaVA has no place for a {text.config.model_type}: train with another language model"
-        )
-    grid = (vision.transform.crop[0] // vision.model.config.patch_size) ** 2
+    tower = model.vision_tower
+    language_model = model.language_model
+    _check_parts_have_a_stock_form(model)
+
+    # Tokens that are not patches (CLS, registers) come first. Their number depends on the
+    # architecture: count what one forward pass of the tower returns.
+    height, width = tower.transform.crop
     with torch.no_grad():
-        total = vision.model(
-            torch.zeros(1, 3, *vision.transform.crop, dtype=vision.dtype)
-        ).last_hidden_state.shape[1]
-    others = total - grid
-    patches_only = vision.select_feature == "patch"
-    if others > 1 and patches_only:
+        outputs = tower.model(torch.zeros(1, 3, height, width, dtype=tower.dtype))
+    num_tokens = outputs.last_hidden_state.shape[1]
+    patch_size = tower.model.config.patch_size
+    num_additional_tokens = num_tokens - (height // patch_size) ** 2
+
+    patches_only = tower.select_feature == "patch"
+    if patches_only and num_additional_tokens > 1:
         raise ValueError(
-            f"stock LLaVA drops one token in front of the patches, this tower has {others}: train with "
-            "--mm_vision_select_feature cls_patch"
+            f"Stock LLaVA drops exactly one token in front of the patches, but this vision tower has "
+            f"{num_additional_tokens}. Train with --mm_vision_select_feature cls_patch."
         )
-    if (
-        isinstance(text.get_output_embeddings(), nn.Linear)
-        and text.get_output_embeddings().bias is not None
-    ):
-        raise ValueError(f"stock LLaVA's head has no bias, that of {type(text).__name__} has one")
-    layers = vision.select_layers
-    return {
-        "vision_feature_layer": layers[0] if len(layers) == 1 else list(layers),
-        "vision_feature_select_strategy": "default" if others and patches_only else "full",
-        "image_seq_length": vision.num_tokens,
-        "extra_tokens": others,
-        "patch_size": vision.model.config.patch_size,
-        "projector": two_layers(model.projector, int(text.config.hidden_size)),
-        "stop_ids": model.prompt.stop_ids,
-    }
+    drop_first_token = patches_only and num_additional_tokens == 1
+    layers = list(tower.select_layers)
+    return StockSettings(
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
+        vision_feature_select_strategy="default" if drop_first_token else "full",
+        image_seq_length=tower.num_tokens,
+        num_additional_image_tokens=num_additional_tokens,
+        patch_size=patch_size,
+        projector=to_stock_projector(model.projector, int(language_model.config.hidden_size)),
+        stop_ids=model.prompt.stop_ids,
+    )
 
 
-def two_layers(projector: nn.Module, hidden: int) -> dict[str, Any]:
-    """The projector as stock LLaVA's linear_1, activation, linear_2, `hidden` wide between them.
+def _check_parts_have_a_stock_form(model: Llava) -> None:
+    """Raise ValueError if the tower or the language model cannot be part of a stock LLaVA model."""
+    tower = model.vision_tower
+    language_model = model.language_model
+    if tower.is_convolutional:
+        raise ValueError(
+            "Stock LLaVA has no convolutional vision towers. Train with a vision transformer (CLIP, "
+            "SigLIP, DINOv2): --vision_tower."
+        )
+    if tower.token_pool:
+        raise ValueError("Stock LLaVA does not pool image tokens. Train with --mm_token_pool 0.")
+    # Stock LLaVA contains the decoder below `lm_head`, under the name `model`, and its embeddings.
+    names = [name for name, _ in language_model.named_modules()]
+    if not any(name.endswith("model.embed_tokens") for name in names):
+        raise ValueError(
+            f"Stock LLaVA does not support the modules of a {language_model.config.model_type} "
+            "language model. Train with another --model_name_or_path."
+        )
+    head = language_model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and head.bias is not None:
+        raise ValueError(
+            f"The output head of stock LLaVA has no bias, but that of {type(language_model).__name__} "
+            "has one. Train with another --model_name_or_path."
+        )
 
-    One linear layer W, exactly: where there is room, linear_1 = [I; -I; 0] and linear_2 = [W, -W, 0], for gelu(x) - gelu(-x)
-    = x: the activation stays gelu, which every server knows. Else linear_1 = W, no activation, linear_2 = I.
+
+def to_stock_projector(projector: nn.Module, hidden_size: int) -> StockProjector:
+    """Return a projector in the form of stock LLaVA, with `hidden_size` features between its layers.
+
+    A projector of two layers is stock already. One of a single linear layer W is written as two, and
+    remains exact:
+
+    - If there is room for twice the input width, use gelu(x) - gelu(-x) = x. The activation stays
+      gelu, which every server supports:
+
+          linear_1 = [ I; -I; 0]            linear_2 = [W, -W, 0]
+
+    - Otherwise, use no activation (`"linear"`), and the identity as the second layer:
+
+          linear_1 = W                      linear_2 = I
+
+    Args:
+        projector: The projector of a model.
+        hidden_size: Width between the two layers; in stock LLaVA, that of the language model.
+
+    Raises:
+        ValueError: The projector has no layer, or more than two.
     """
     linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
     if not linears or len(linears) > 2:
         raise ValueError(
-            f"stock LLaVA's projector has two layers, this one {len(linears)}: train with --mm_projector_type linear or "
-            "mlp2x_gelu"
+            f"Stock LLaVA's projector has two layers, this one has {len(linears)}. Train with "
+            "--mm_projector_type linear or mlp2x_gelu."
         )
-    if len(linears) == 2:
-        return {"act": "gelu", "layers": [(layer.weight, layer.bias) for layer in linears]}
-    weight, bias = linears[0].weight, linears[0].bias
-    text_width, width = weight.shape
-    if hidden < 2 * width:
-        return {
-            "act": "linear",
-            "layers": [(weight, bias), (torch.eye(text_width), torch.zeros(text_width))],
-        }
-    first, last = torch.zeros(hidden, width), torch.zeros(text_width, hidden)
-    first[:width], first[width : 2 * width] = torch.eye(width), -torch.eye(width)
-    last[:, :width], last[:, width : 2 * width] = weight, -weight
-    return {"act": "gelu", "layers": [(first, torch.zeros(hidden)), (last, bias)]}
+    layers = [LinearWeights(layer.weight, layer.bias) for layer in linears]
+    if len(layers) == 2:
+        return StockProjector("gelu", layers[0], layers[1])
+
+    weight, bias = layers[0]
+    out_features, in_features = weight.shape
+    if hidden_size < 2 * in_features:
+        identity = LinearWeights(torch.eye(out_features), torch.zeros(out_features))
+        return StockProjector("linear", layers[0], identity)
+
+    positive = slice(0, in_features)
+    negative = slice(in_features, 2 * in_features)
+    first = torch.zeros(hidden_size, in_features)
+    first[positive] = torch.eye(in_features)
+    first[negative] = -torch.eye(in_features)
+    second = torch.zeros(out_features, hidden_size)
+    second[:, positive] = weight
+    second[:, negative] = -weight
+    return StockProjector(
+        "gelu",
+        LinearWeights(first, torch.zeros(hidden_size)),
+        LinearWeights(second, bias),
+    )
+
+
+# ---- writing ----
 
 
 @torch.no_grad()
-def _write(model: Llava, folder: Path, settings: dict[str, Any]) -> None:
+def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
+    """Write `config.json`, `generation_config.json` and the weights.
+
+    The model is taken apart: its modules become modules of the stock model, so that no weight is held
+    twice.
+    """
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    text: Any = model.language_model
-    model.tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
-    image_token: Any = model.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    rows = text.config.vocab_size
-    if image_token >= rows:  # its embedding is never read, but its id is looked up
-        text.config.vocab_size, width = image_token + 1, text.get_input_embeddings().weight.shape[1]
-        for table in {
-            text.get_input_embeddings().weight,
-            text.get_output_embeddings().weight,
-        }:  # one, where tied
-            with NamedTemporaryFile(
-                dir=folder.parent
-            ) as file:  # mapped, its new rows zero: no table is held twice
-                longer = torch.from_file(
-                    file.name, True, (image_token + 1) * width, dtype=table.dtype
-                ).view(-1, width)
-            longer[:rows] = table
-            table.data = longer
-    text.config.architectures = [type(text).__name__]
-    for part in (text.config, model.vision_tower.model.config):
-        part._name_or_path = ""  # a folder of this machine
-    config = LlavaConfig(
-        vision_config=model.vision_tower.model.config,
-        text_config=text.config,
+    tower = model.vision_tower
+    language_model: Any = model.language_model
+    tokenizer = model.tokenizer
+    tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
+    image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    trained_rows: int = language_model.config.vocab_size
+    if image_token >= trained_rows:
+        _grow_vocabulary(language_model, image_token + 1, folder.parent)
+
+    # vLLM chooses the class of the language model by this entry.
+    language_model.config.architectures = [type(language_model).__name__]
+    for config in (language_model.config, tower.model.config):
+        config._name_or_path = ""  # else it would publish a folder of this machine
+    stock_config = LlavaConfig(
+        vision_config=tower.model.config,
+        text_config=language_model.config,
         image_token_index=image_token,
-        projector_hidden_act=settings["projector"]["act"],
-        **{
-            key: settings[key]
-            for key in (
-                "vision_feature_layer",
-                "vision_feature_select_strategy",
-                "image_seq_length",
-            )
-        },
+        projector_hidden_act=settings.projector.activation,
+        vision_feature_layer=settings.vision_feature_layer,
+        vision_feature_select_strategy=settings.vision_feature_select_strategy,
+        image_seq_length=settings.image_seq_length,
     )
+    # On the meta device nothing is allocated; every module is replaced by one that has weights.
     with torch.device("meta"):
-        stock: Any = LlavaForConditionalGeneration(config)
-    # modules change owner: nothing is held twice
-    stock.model.vision_tower, stock.model.language_model = model.vision_tower.model, text.model
-    stock.lm_head = text.get_output_embeddings()
-    dtype = model.vision_tower.dtype
-    for layer, (weight, bias) in zip(("linear_1", "linear_2"), settings["projector"]["layers"]):
-        linear = getattr(stock.model.multi_modal_projector, layer)
-        linear.weight, linear.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
+        stock: Any = LlavaForConditionalGeneration(stock_config)
+    stock.model.vision_tower = tower.model
+    stock.model.language_model = language_model.model
+    stock.lm_head = language_model.get_output_embeddings()
+    projector = stock.model.multi_modal_projector
+    _set_linear(projector.linear_1, settings.projector.linear_1, tower.dtype)
+    _set_linear(projector.linear_2, settings.projector.linear_2, tower.dtype)
     stock.generation_config = GenerationConfig(
-        bos_token_id=model.tokenizer.bos_token_id,
-        eos_token_id=settings["stop_ids"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=settings.stop_ids,
         pad_token_id=model.prompt.end_id,
-        suppress_tokens=sorted(
-            {image_token, *range(rows, image_token)}
-        ),  # rows that were never trained
+        # The rows of the head that were never trained must not be generated.
+        suppress_tokens=sorted({image_token, *range(trained_rows, image_token)}),
     )
-    # transformers before 5.6 looks for the towers' names of its time
+    # A model that was assembled in memory does not know how its weights are called in files: without
+    # this, the tower would be saved without the prefix `vision_model.`, and load nowhere else.
     stock._weight_conversions = get_model_conversion_mapping(stock, add_legacy=False)
     stock.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
+def _grow_vocabulary(language_model: CausalLM, size: int, scratch: Path) -> None:
+    """Append rows of zeros to the embedding table and the output head, in place.
+
+    The embedding of the image token is never used, but stock LLaVA looks it up before it replaces it.
+
+    Args:
+        language_model: A causal language model.
+        size: New number of rows.
+        scratch: Folder on the disk for temporary files.
+    """
+    embeddings = language_model.get_input_embeddings()
+    head = language_model.get_output_embeddings()
+    language_model.config.vocab_size = size
+    tables = {embeddings.weight, head.weight}  # only one, if they are tied
+    for table in tables:
+        old_size, width = table.shape
+        # Memory-mapped from a deleted file: an embedding table can be a third of a small model, and
+        # it would be held twice while it is copied. New rows of the file are zero.
+        with NamedTemporaryFile(dir=scratch) as file:
+            storage = torch.from_file(file.name, True, size * width, dtype=table.dtype)
+        larger = storage.view(-1, width)
+        larger[:old_size] = table
+        table.data = larger
+
+
+def _set_linear(layer: nn.Linear, weights: LinearWeights, dtype: torch.dtype) -> None:
+    """Replace the parameters of a linear layer."""
+    layer.weight = nn.Parameter(weights.weight.to(dtype))
+    layer.bias = nn.Parameter(weights.bias.to(dtype))
+
+
 def _write_processor(
-    checkpoint: str | Path, folder: Path, settings: dict[str, Any], template: str
+    checkpoint: str | Path, folder: Path, settings: StockSettings, template: str
 ) -> None:
+    """Write tokenizer, image processor and chat template."""
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
@@ -303,147 +435,47 @@ def _write_processor(
     processor = LlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(str(checkpoint), backend="pil"),
         tokenizer=tokenizer,
-        patch_size=settings["patch_size"],
-        vision_feature_select_strategy=settings["vision_feature_select_strategy"],
-        num_additional_image_tokens=settings["extra_tokens"],
+        patch_size=settings.patch_size,
+        vision_feature_select_strategy=settings.vision_feature_select_strategy,
+        num_additional_image_tokens=settings.num_additional_image_tokens,
         chat_template=template,
     )
     processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(
-        folder
-    )  # transformers 4 reads it from a file of its own
+    # transformers 4 reads the image processor from a file of its own, preprocessor_config.json.
+    processor.image_processor.save_pretrained(folder)
+    # transformers 5 writes "TokenizersBackend", a class that transformers 4 and vLLM do not know.
     path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(
-        json.dumps({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n",
-        "utf-8",
-    )
+    tokenizer_config = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
 
 
-@torch.inference_mode()
-def _say(model: Llava, picture: np.ndarray) -> dict[str, Any]:
-    """The prompt's ids, the pixels, the logits of the next token, and the greedy caption's tokens."""
-    instruction = model.instruction.replace(
-        IMAGE_PLACEHOLDER, ""
-    ).strip()  # the picture in front, wherever it was
-    prompt, shown = model.ask(instruction, [picture])
-    transform = model.vision_tower.transform
-    pixels = transform.normalize(cast(torch.Tensor, shown))
-    place = prompt.index(IMAGE_INDEX)
-    ids = [*prompt[:place], *[IMAGE_INDEX] * model.vision_tower.num_tokens, *prompt[place + 1 :]]
-    features = model.vision_tower(pixels)
-    with lm_head_at_positions(model.language_model, torch.tensor([len(ids) - 1])):
-        embeds = model.splice(torch.tensor([ids]), features)
-        logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits.flatten()
-    decoding = DecodingBatch(model, [prompt], features, GenerationOptions(max_new_tokens=16))
-    while decoding.live:
-        decoding.step()
-    return {
-        "ids": ids,
-        "pixels": pixels,
-        "grey_level": torch.tensor(transform.std).mul(255).reciprocal().view(3, 1, 1),
-        "logits": logits,
-        "said": decoding.tokens[0],
-        "instruction": instruction,
-    }
+def _write_peft_adapter(source: Path, folder: Path, base: str) -> None:
+    """Write the language model's adapter as a PEFT adapter of the stock LLaVA model.
 
-
-@torch.inference_mode()
-def _compare(
-    folder: Path,
-    adapter: Path | None,
-    pictures: Sequence[np.ndarray],
-    expected: Sequence[dict[str, Any]],
-) -> tuple[float, int]:
-    """Load the folder as anybody would; returns the largest difference of logits, and how many captions are equal.
-
-    Raises:
-        ValueError: prompt, pixels, logits or caption differ from the checkpoint's.
+    Args:
+        source: `adapter/` of the checkpoint.
+        folder: Folder to create.
+        base: Name of the base model, for `adapter_config.json`.
     """
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
-    dtype = model.dtype
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    tolerance = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
-    largest, equal = 0.0, 0
-    for picture, wanted in zip(pictures, expected):
-        parts = [
-            {"type": "image", "image": Image.fromarray(picture)},
-            {"type": "text", "text": wanted["instruction"]},
-        ]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": parts}],
-            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        )  # fmt: skip
-        image_token = model.config.image_token_index
-        ids = [IMAGE_INDEX if i == image_token else i for i in inputs["input_ids"][0].tolist()]
-        if ids != wanted["ids"]:
-            raise ValueError(
-                f"the stock processor renders another prompt: {ids}, trained on {wanted['ids']}"
-            )
-        # torch's resize rounds its weights to 16 bits, Pillow's to 22: two grey levels at most, whatever the picture
-        levels = ((inputs["pixel_values"] - wanted["pixels"]).abs() / wanted["grey_level"]).max()
-        if levels > 2.01:
-            raise ValueError(
-                f"the stock processor's pixels differ by {levels:.1f} grey levels, at most 2 are rounding"
-            )
-        inputs["pixel_values"] = wanted["pixels"].to(dtype)
-        logits = model(**inputs, logits_to_keep=1).logits[0, -1]
-        scale = wanted["logits"].abs().max().clamp_min(1)
-        largest = max(
-            largest, float((logits[: len(wanted["logits"])] - wanted["logits"]).abs().max())
-        )
-        if largest > tolerance * scale:
-            raise ValueError(
-                f"the exported model's logits differ by {largest:.2g}, at most {tolerance * scale:.2g} is rounding: "
-                "the projector, or the language model with its logits, does something that stock LLaVA does not"
-            )
-        said = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
-        equal += said == wanted["said"]
-        if (
-            said != wanted["said"]
-        ):  # may part where two words are as good as each other, and nowhere else
-            same = next(
-                i for i, (ours, theirs) in enumerate(zip(wanted["said"], said)) if ours != theirs
-            )
-            longer = torch.cat(
-                [inputs["input_ids"], torch.tensor([said[:same]], dtype=torch.long)], dim=1
-            )
-            logits = model(
-                input_ids=longer, pixel_values=inputs["pixel_values"], logits_to_keep=1
-            ).logits[0, -1]
-            if logits[said[same]] - logits[wanted["said"][same]] > tolerance * scale:
-                text = [
-                    processor.decode(words, skip_special_tokens=True)
-                    for words in (said, wanted["said"])
-                ]
-                raise ValueError(f"the exported model says {text[0]!r}, the checkpoint {text[1]!r}")
-    return largest, equal
-
-
-def _write_adapter(source: Path, folder: Path, base: str) -> None:
     from safetensors.torch import load_file, save_file
 
     folder.mkdir()
-    # the language model hangs one level deeper in LLaVA
-    old, new = "base_model.model.model.", "base_model.model.model.language_model."
-    weights = {
-        k.replace(old, new, 1): v
-        for k, v in load_file(source / "adapter_model.safetensors").items()
-    }
+    # In stock LLaVA the language model is one level deeper than on its own.
+    old_prefix = "base_model.model.model."
+    new_prefix = "base_model.model.model.language_model."
+    weights = {}
+    for name, weight in load_file(source / "adapter_model.safetensors").items():
+        weights[name.replace(old_prefix, new_prefix, 1)] = weight
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    # an expression, for PEFT shortens many names to their endings, which the tower's layers may have too
-    names = "|".join(
-        re.escape(name.removeprefix("model.")) for name in sorted(config["target_modules"])
-    )
-    config["target_modules"] = rf"model\.language_model\.(.*\.)?({names})"
+    # PEFT shortens many module names to their endings ("q_proj"). The layers of the vision tower can
+    # have the same endings, so a regular expression restricts them to the language model.
+    endings = sorted(name.removeprefix("model.") for name in config["target_modules"])
+    alternatives = "|".join(re.escape(ending) for ending in endings)
+    config["target_modules"] = rf"model\.language_model\.(.*\.)?({alternatives})"
     config["base_model_name_or_path"] = base
-    config["task_type"] = None  # PEFT wraps LLaVA as it is, without the extras of a text model
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    config["task_type"] = None  # "CAUSAL_LM" would add methods that stock LLaVA does not have
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")

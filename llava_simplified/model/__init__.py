@@ -1,1 +1,1 @@
-"""The vision tower, the projector, the language model, and how they are joined."""
+"""The vision tower, the projector, the language model, and how they are joined; start at llava.py."""

@@ -1,104 +1,74 @@
-"""Prompts and pictures -> captions: encode and prefill once, then decode many samples, token by token.
+"""Generate text: encode the images once, prefill once, then decode many sequences token by token.
 
-Greedy search and sampling are our own loop: N samples of a picture are copies of one prefilled cache, a row that has
-ended leaves the batch, and every row draws from a generator of its own, so that a caption does not depend on its
-neighbours. Beam search is transformers' own.
+    images --vision tower--> features --+
+                                        +--splice--> prefill --> KV cache --+--> sequence 0
+    prompts --tokenizer----> token ids -+           (1 row a prompt)        +--> sequence 1
+                                                                            +--> sequence 2
+
+Greedy search and sampling use a decode loop of our own, `DecodingBatch`, with continuous batching (Yu
+et al., Orca, 2022): after each step, sequences that are finished leave the batch, and new ones may
+join. N samples of one prompt are N copies of one prefilled KV cache. Beam search is Transformers' own.
+
+A sequence does not depend on its neighbors in the batch: padding is masked, positions count from the
+sequence's own first token, and random numbers come from a generator of its own (see
+`llava_simplified.model.sampling`).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import pad as nn_pad
+from torch.nn.functional import pad as pad_tensor
 from transformers import DynamicCache
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
 from transformers.generation import logits_process
 
 from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.model.kv_cache import (
+    append_cache_rows,
+    has_key_value_columns,
+    set_cache_length,
+)
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
 from llava_simplified.model.protocols import CaptionModel
-from llava_simplified.prompt import IMAGE_INDEX
-
-DEFAULT_TEMPERATURE = 0.7  # the temperature of several answers to one question, where none is given
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How to decode.
-
-    Attributes:
-        max_new_tokens, min_new_tokens: the longest and the shortest caption, in tokens.
-        temperature: 0 is greedy; higher is more varied.
-        top_p: sample from the most likely tokens that together have this probability.
-        top_k: sample from so many of the most likely tokens; 0 means all.
-        repetition_penalty: over 1, tokens already said become less likely (Keskar et al., 2019).
-        num_beams, length_penalty: over 1 beam: beam search; the score is divided by length ** penalty.
-        num_return_sequences: captions per picture.
-        seed: of the sampling; a row's draws depend on it, the picture and the prompt alone (of beams that are sampled,
-            on the batch too). None: another each time.
-    """
-
-    max_new_tokens: int = 64
-    min_new_tokens: int = 0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    num_return_sequences: int = 1
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if (
-            self.temperature < 0
-            or not 0 < self.top_p <= 1
-            or self.num_beams < 1
-            or self.max_new_tokens < 1
-        ):
-            raise ValueError(
-                "temperature >= 0, 0 < top_p <= 1, num_beams >= 1 and max_new_tokens >= 1 are needed"
-            )
-        if (
-            self.top_k < 0
-            or self.repetition_penalty <= 0
-            or not 0 <= self.min_new_tokens <= self.max_new_tokens
-        ):
-            raise ValueError(
-                "top_k >= 0, repetition_penalty > 0 and min_new_tokens <= max_new_tokens are needed"
-            )
-        if self.num_return_sequences > self.num_beams and (
-            self.temperature == 0 or self.num_beams > 1
-        ):
-            raise ValueError(
-                "several different captions of a picture need temperature > 0, or as many beams"
-            )
+from llava_simplified.model.sampling import draw, make_generator, process_logits, prompt_hashes
 
 
 class DecodingBatch:
-    """A batch under way. `step` gives every live row one token more; rows that have ended leave, others may join.
+    """A batch of sequences in flight: `step` generates one token for each, `join` adds sequences.
+
+    Example:
+        batch = DecodingBatch(model, prompts, features, GenerationOptions(max_new_tokens=20))
+        while batch.active:
+            batch.step()
+        batch.generated_ids  # {0: [312, 78, 2], 1: ...}
+
+    The state of a batch of three active sequences, before a step:
+
+                      columns of the KV cache       _mask
+        row 0  id 4   . . a a a a a a               0 0 1 1 1 1 1 1    _next_positions 6   _logits
+        row 1  id 7   . . . b b b b b               0 0 0 1 1 1 1 1                    5   (3, vocab)
+        row 2  id 8   . . . . . d d d               0 0 0 0 0 1 1 1                    3
+
+    A sequence keeps its id for as long as the batch lives. Its row changes when others leave.
 
     Args:
-        prompts: token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
-        image_features: (images, tokens, vision width) from the tower, all prompts' images in order; None: text only.
-        options: for all prompts, or one each. `num_return_sequences` rows are made of a prompt, side by side.
-        keys: what a prompt's random draws are derived from, beside the seed.
+        model: The model, in evaluation mode (see `eval_mode`).
+        prompts: Token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
+        image_features: (images, tokens, vision width) of all prompts' images in order; None: no image.
+        options: Of all prompts, or one per prompt. A prompt gets `num_return_sequences` ids in a row.
+        hashes: What a prompt's random draws are derived from, beside the seed; see `prompt_hashes`.
 
     Attributes:
-        tokens: row -> what it has said. Who keeps a batch going for long deletes the rows that it has done with.
-        live: the rows that have not ended.
-        errors: row -> why no token could be chosen for it. Such a row has ended; the others continue.
+        generated_ids: Sequence id -> generated token ids, of finished sequences too. Long-running
+            callers must delete the entries of sequences that they are done with.
+        active: Ids of the sequences that are not finished, by row.
+        errors: Sequence id -> why no token could be chosen. Such a sequence is finished; others continue.
     """
 
     def __init__(
@@ -107,21 +77,23 @@ class DecodingBatch:
         prompts: Sequence[Sequence[int]],
         image_features: torch.Tensor | None,
         options: GenerationOptions | Sequence[GenerationOptions],
-        keys: Sequence[bytes] | None = None,
+        hashes: Sequence[bytes] | None = None,
     ) -> None:
         self.model = model
-        self.tokens: dict[int, list[int]] = {}
-        self.live: list[int] = []
+        self.generated_ids: dict[int, list[int]] = {}
+        self.active: list[int] = []
         self.errors: dict[int, Exception] = {}
-        self._numbers = count()
-        # of the live rows: options and random numbers; what of the cache they see (live, length), their next place and
-        # its scores
+        self._new_ids = count()
+        # By id, of active sequences only.
         self._options: dict[int, GenerationOptions] = {}
         self._generators: dict[int, torch.Generator] = {}
-        self._mask = self._next = self._logits = torch.empty(0)
+        # By row.
+        self._mask = torch.empty(0)  # int64 (rows, columns of the cache)
+        self._next_positions = torch.empty(0)  # int64 (rows,)
+        self._logits = torch.empty(0)  # (rows, vocabulary), of the next token
         self._cache: Any = None
         self._cache_kwarg_name = cache_kwarg_name(model.language_model)
-        self.join(prompts, image_features, options, keys)
+        self.join(prompts, image_features, options, hashes)
 
     @torch.inference_mode()
     def join(
@@ -129,266 +101,261 @@ class DecodingBatch:
         prompts: Sequence[Sequence[int]],
         image_features: torch.Tensor | None,
         options: GenerationOptions | Sequence[GenerationOptions],
-        keys: Sequence[bytes] | None = None,
+        hashes: Sequence[bytes] | None = None,
     ) -> list[int]:
-        """Let more prompts into the batch, whatever its rows have said meanwhile; returns the new rows."""
-        model, device = self.model, self.model.device
-        per_prompt = (
-            [options] * len(prompts) if isinstance(options, GenerationOptions) else list(options)
-        )
-        if any(option.num_beams > 1 for option in per_prompt):
-            raise ValueError("beam search is no matter of single steps: use generate")
-        copies = [option.num_return_sequences for option in per_prompt]
+        """Add prompts to the batch, however far its sequences are. The arguments are the constructor's.
 
-        # padded left, so that every row's next token is the last column's
-        rows = [
+        Returns:
+            The ids of the new sequences, those of one prompt side by side.
+
+        Raises:
+            ValueError: `options` ask for beam search.
+        """
+        if isinstance(options, GenerationOptions):
+            options = [options] * len(prompts)
+        if any(option.num_beams > 1 for option in options):
+            raise ValueError("`step()` does not support beam search; use `generate()`")
+
+        mask, next_positions, logits, cache = self._prefill(prompts, image_features)
+
+        # Bring the new rows and the old ones to the same number of columns: as many as the longest
+        # sequence has tokens. Columns that only finished sequences needed are dropped on the way.
+        columns = mask.shape[1]
+        if self.active:
+            columns = max(columns, int(self._mask.sum(1).max()))
+        if self.model.device.type == "cpu":
+            # Pad the attention mask by one fully masked column. Transformers drops a mask that hides
+            # nothing, and without a mask PyTorch's CPU kernel takes six times as long for grouped-query
+            # attention.
+            columns += 1
+        set_cache_length(cache, columns)
+        mask = pad_tensor(mask, (columns - mask.shape[1], 0))
+
+        # One row per sequence instead of one per prompt.
+        copies = [option.num_return_sequences for option in options]
+        device = self.model.device
+        prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(
+            torch.tensor(copies, device=device)
+        )
+        if len(prompt_of_row) > len(prompts):
+            cache.reorder_cache(prompt_of_row)
+        mask = mask[prompt_of_row]
+        next_positions = next_positions[prompt_of_row]
+        logits = logits[prompt_of_row]
+
+        if self.active:
+            set_cache_length(self._cache, columns)
+            append_cache_rows(self._cache, cache)
+            old_mask = pad_tensor(self._mask, (columns - self._mask.shape[1], 0))
+            self._mask = torch.cat([old_mask, mask])
+            self._next_positions = torch.cat([self._next_positions, next_positions])
+            self._logits = torch.cat([self._logits, logits])
+        else:
+            self._cache = cache
+            self._mask = mask
+            self._next_positions = next_positions
+            self._logits = logits
+
+        joined: list[int] = []
+        for option, prompt_hash in zip(options, hashes or [b""] * len(prompts)):
+            for sample in range(option.num_return_sequences):
+                sequence_id = next(self._new_ids)
+                joined.append(sequence_id)
+                self.generated_ids[sequence_id] = []
+                self._options[sequence_id] = option
+                self._generators[sequence_id] = make_generator(
+                    option.seed, prompt_hash, sample, device
+                )
+        self.active += joined
+        return joined
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, int]]:
+        """Generate one token for every active sequence.
+
+        Returns:
+            (sequence id, token id) of each. An end token is among them; its sequence is then finished.
+            A sequence that fails, for example with logits that are not finite, gets no token and an
+            entry in `errors`.
+        """
+        if not self.active:
+            return []
+        tokens = self._choose_tokens()
+        generated: list[tuple[int, int]] = []
+        stop_ids = set(self.model.prompt.stop_ids)
+        rows_to_keep: list[int] = []
+        for row, (sequence_id, token) in enumerate(zip(self.active, tokens)):
+            if token is None:
+                not_finite = FloatingPointError(
+                    "The logits of the next token contain NaN or infinity."
+                )
+                self.errors.setdefault(sequence_id, not_finite)
+                continue
+            generated.append((sequence_id, token))
+            ids = self.generated_ids[sequence_id]
+            ids.append(token)
+            if token not in stop_ids and len(ids) < self._options[sequence_id].max_new_tokens:
+                rows_to_keep.append(row)
+        self._keep_rows(rows_to_keep)
+        if self.active:
+            self._decode()
+        return generated
+
+    def raise_errors(self) -> None:
+        """Raise the first of `errors`, for callers that generate all sequences for one purpose.
+
+        Raises:
+            FloatingPointError: The logits of a sequence were not finite.
+        """
+        for error in self.errors.values():
+            raise error
+
+    @torch.inference_mode()
+    def cancel(self, sequence_id: int) -> None:
+        """Finish a sequence now. Has no effect on one that is finished already."""
+        if sequence_id in self.active:
+            self._keep_rows([row for row, i in enumerate(self.active) if i != sequence_id])
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], image_features: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Run the prompts through the language model.
+
+        Returns:
+            The attention mask (prompts, columns), the positions that come next (prompts,), the logits
+            of the next token (prompts, vocabulary), and the KV cache.
+        """
+        model = self.model
+        expanded = [
             expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts
         ]
-        input_ids = pad_sequences(rows, model.prompt.end_id, side="left").to(device)
-        mask = pad_sequences([np.ones(len(row)) for row in rows], 0, side="left").to(device)
+        # Padded on the left, so that the last column is every row's newest token.
+        input_ids = pad_sequences(expanded, model.prompt.end_id, side="left").to(model.device)
+        ones = [np.ones(len(ids)) for ids in expanded]
+        mask = pad_sequences(ones, 0, side="left").to(model.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        last = torch.arange(1, len(rows) + 1, device=device) * mask.shape[1] - 1
-        text_model: Any = model.language_model
+        last_columns = torch.arange(1, len(prompts) + 1, device=model.device) * mask.shape[1] - 1
         cache: Any = DynamicCache(config=model.config)
-        with lm_head_at_positions(text_model, last):
-            outputs = text_model(
+        with lm_head_at_positions(model.language_model, last_columns):
+            outputs = model.language_model(
                 inputs_embeds=model.splice(input_ids, image_features),
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=True,
                 **{self._cache_kwarg_name: cache},
             )
+        return mask, positions[:, -1] + 1, outputs.logits.flatten(0, -2), cache
 
-        # One column more than anybody sees: transformers drops a mask that hides nothing, and without one PyTorch's
-        # CPU kernel takes six times as long where several heads share their keys.
-        longest = max(mask.shape[1], int(self._mask.sum(1).max()) if self.live else 0) + (
-            device.type == "cpu"
+    def _decode(self) -> None:
+        """Feed each active sequence its newest token: one more column, and the next logits."""
+        newest = [[self.generated_ids[sequence_id][-1]] for sequence_id in self.active]
+        new_column = self._mask.new_ones(len(self.active), 1)
+        self._mask = torch.cat([self._mask, new_column], dim=1)
+        # A model of states alone (Mamba) has no columns that a mask could hide.
+        attention_mask = self._mask if has_key_value_columns(self._cache) else None
+        outputs = self.model.language_model(
+            input_ids=torch.tensor(newest, device=self.model.device),
+            attention_mask=attention_mask,
+            position_ids=self._next_positions[:, None],
+            use_cache=True,
+            **{self._cache_kwarg_name: self._cache},
         )
-        _set_length(cache, longest)
-        prompt_of = torch.arange(len(rows), device=device).repeat_interleave(
-            torch.tensor(copies, device=device)
-        )
-        if len(prompt_of) > len(rows):
-            cache.reorder_cache(prompt_of)
-        new = (
-            nn_pad(mask, (longest - mask.shape[1], 0)),
-            positions[:, -1] + 1,
-            outputs.logits.flatten(0, -2),
-        )
-        state = [value[prompt_of] for value in new]
-        if self.live:
-            _set_length(self._cache, longest)
-            old = (nn_pad(self._mask, (longest - self._mask.shape[1], 0)), self._next, self._logits)
-            state = [torch.cat(pair) for pair in zip(old, state)]
-            _append(self._cache, cache)
-        else:
-            self._cache = cache
-        self._mask, self._next, self._logits = state
+        self._logits = outputs.logits[:, -1]
+        self._next_positions = self._next_positions + 1
 
-        joined: list[int] = []
-        for option, key in zip(per_prompt, keys or [b""] * len(prompts)):
-            for sample in range(option.num_return_sequences):
-                joined.append(row := next(self._numbers))
-                self.tokens[row] = []
-                self._options[row] = option
-                self._generators[row] = _generator(option.seed, key, sample, device)
-        self.live += joined
-        return joined
-
-    @torch.inference_mode()
-    def step(self) -> list[tuple[int, int]]:
-        """One token for every live row: (row, token id). The end token is among them; its row is live no more."""
-        if not self.live:
-            return []
-        chosen = self._choose()
-        stop = set(self.model.prompt.stop_ids)
-        kept: list[int] = []
-        for place, row in enumerate(self.live):
-            if row not in chosen:
-                continue
-            self.tokens[row].append(chosen[row])
-            is_full = len(self.tokens[row]) >= self._options[row].max_new_tokens
-            if chosen[row] not in stop and not is_full:
-                kept.append(place)
-        self._keep(kept)
-        if self.live:
-            last = torch.tensor(
-                [[self.tokens[row][-1]] for row in self.live], device=self.model.device
-            )
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.live), 1)], dim=1)
-            text_model: Any = self.model.language_model
-            attends = any(isinstance(layer, DynamicLayer) for layer in self._cache.layers)
-            outputs = text_model(
-                input_ids=last,
-                attention_mask=self._mask
-                if attends
-                else None,  # a state (Mamba) has no columns to hide
-                position_ids=self._next[:, None],
-                use_cache=True,
-                **{self._cache_kwarg_name: self._cache},
-            )
-            self._logits = outputs.logits[:, -1]
-            self._next = self._next + 1
-        return list(chosen.items())
-
-    @torch.inference_mode()
-    def drop(self, row: int) -> None:
-        """End a row now, whatever it was about to say."""
-        if row in self.live:
-            self._keep([place for place, live in enumerate(self.live) if live != row])
-
-    def _keep(self, places: list[int]) -> None:
-        if len(places) == len(self.live):
+    def _keep_rows(self, rows: list[int]) -> None:
+        """Remove all other rows from the batch."""
+        if len(rows) == len(self.active):
             return
-        index = torch.tensor(places, dtype=torch.long, device=self.model.device)
-        before, self.live = self.live, [self.live[place] for place in places]
-        for row in set(before) - set(self.live):
-            del self._options[row], self._generators[row]
-        self._mask, self._next, self._logits = (
-            self._mask[index],
-            self._next[index],
-            self._logits[index],
-        )
-        if self.live:
+        before = self.active
+        self.active = [before[row] for row in rows]
+        for sequence_id in set(before) - set(self.active):
+            del self._options[sequence_id], self._generators[sequence_id]
+        index = torch.tensor(rows, dtype=torch.long, device=self.model.device)
+        self._mask = self._mask[index]
+        self._next_positions = self._next_positions[index]
+        self._logits = self._logits[index]
+        if self.active:
             self._cache.reorder_cache(index)
         else:
-            self._cache = None  # frees its memory
+            self._cache = None  # Frees its memory.
 
-    def _choose(self) -> dict[int, int]:
-        """Choose the next token of every live row, under the row's own options.
+    def _choose_tokens(self) -> list[int | None]:
+        """Return the next token of every active sequence, chosen under its own options.
 
-        Rows with the same options and the same number of tokens are processed together. If such a group
-        fails, its rows are processed one by one, so that only the row at fault ends up in `errors`.
+        It is None for a sequence that fails: its logits are not finite, or it has an entry in `errors`.
+        The other sequences are not affected.
         """
-        chosen: dict[int, int] = {}
+        # Sequences with equal options and lengths are processed together, which is all of them in
+        # the usual case. Equal lengths, since the repetition penalty reads a tensor of generated ids.
         groups: dict[tuple[GenerationOptions, int], list[int]] = {}
-        for place, row in enumerate(self.live):
-            groups.setdefault((self._options[row], len(self.tokens[row])), []).append(place)
-        for (options, _), places in groups.items():
-            # Drawn once, before anything can fail: the second attempt must not advance the generators.
-            numbers = self._random_numbers(places) if options.temperature else None
+        for row, sequence_id in enumerate(self.active):
+            group = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
+            groups.setdefault(group, []).append(row)
+
+        chosen: list[int | None] = [None] * len(self.active)
+        for (options, _), rows in groups.items():
+            generators = [self._generators[self.active[row]] for row in rows]
+            states = [generator.get_state() for generator in generators]
             try:
-                chosen.update(self._choose_together(places, options, numbers))
-            except Exception:  # noqa: BLE001 - whatever it is, it must not end the other rows
-                chosen.update(self._choose_separately(places, options, numbers))
+                tokens = self._choose_together(rows, options)
+            except Exception:  # noqa: BLE001 - whatever it is, it must not end the other sequences
+                # Repeat it row by row, with the random numbers of the failed attempt.
+                for generator, state in zip(generators, states):
+                    generator.set_state(state)
+                tokens = [self._choose_alone(row, options) for row in rows]
+            for row, token in zip(rows, tokens):
+                chosen[row] = token
         return chosen
 
-    def _choose_separately(
-        self, places: list[int], options: GenerationOptions, numbers: torch.Tensor | None
-    ) -> dict[int, int]:
-        """Do the same as `_choose_together` row by row; the exceptions go to `errors`."""
-        chosen: dict[int, int] = {}
-        for position, place in enumerate(places):
-            number = None if numbers is None else numbers[position : position + 1]
-            try:
-                chosen.update(self._choose_together([place], options, number))
-            except Exception as error:  # noqa: BLE001
-                self.errors[self.live[place]] = error
-        return chosen
-
-    def _choose_together(
-        self, places: list[int], options: GenerationOptions, numbers: torch.Tensor | None
-    ) -> dict[int, int]:
-        """Choose the next token of rows that have the same options and the same number of tokens.
-
-        Args:
-            places: Indices into `live`.
-            options: The options of these rows.
-            numbers: (rows,) random numbers in [0, 1); None for greedy decoding.
-
-        Raises:
-            FloatingPointError: The scores of a row contain NaN or infinity.
-        """
-        rows = [self.live[place] for place in places]
-        scores = self._logits[places].float()
-        if len(self.tokens[rows[0]]) < options.min_new_tokens:
-            scores[:, self.model.prompt.stop_ids] = -torch.inf
-        scores = process_logits(scores, [self.tokens[row] for row in rows], options)
-        # The maximum is NaN if any score is. Single scores may be -inf: those tokens are excluded.
-        if not scores.amax(-1).isfinite().all():
-            raise FloatingPointError("the scores of the next token contain NaN or infinity")
-        tokens = scores.argmax(-1) if numbers is None else _draw(scores, numbers)
-        return dict(zip(rows, tokens.tolist()))
-
-    def _random_numbers(self, places: list[int]) -> torch.Tensor:
-        """Draw a number in [0, 1) from the generator of each of these rows: (rows,)."""
-        device = self._logits.device
-        numbers = [
-            torch.rand(1, generator=self._generators[self.live[place]], device=device)
-            for place in places
+    def _choose_together(self, rows: list[int], options: GenerationOptions) -> list[int | None]:
+        """Choose the next token of rows with equal options and lengths; None: not finite."""
+        ids = [self.active[row] for row in rows]
+        logits = self._logits[rows].float()
+        if len(self.generated_ids[ids[0]]) < options.min_new_tokens:
+            logits[:, self.model.prompt.stop_ids] = -torch.inf
+        logits = process_logits(logits, [self.generated_ids[i] for i in ids], options)
+        if options.temperature:
+            tokens = draw(logits, [self._generators[i] for i in ids])
+        else:
+            tokens = logits.argmax(-1)
+        # The maximum is NaN if any logit is. Single logits may be -inf: tokens that are excluded.
+        is_finite = logits.amax(-1).isfinite()
+        return [
+            token if finite else None for token, finite in zip(tokens.tolist(), is_finite.tolist())
         ]
-        return torch.cat(numbers)
+
+    def _choose_alone(self, row: int, options: GenerationOptions) -> int | None:
+        """Choose the next token of one row. If that raises, the exception is kept in `errors`."""
+        try:
+            return self._choose_together([row], options)[0]
+        except Exception as error:  # noqa: BLE001
+            self.errors[self.active[row]] = error
+            return None
 
 
-def _set_length(cache: Any, length: int) -> None:
-    """Lengthen or shorten what a cache remembers, at its beginning: with columns that no mask shows."""
-    for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer):  # a linear attention: its state has no length
-            continue
-        kept = length
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            kept = min(length, layer.sliding_window - 1)
-            layer.cumulative_length = length
-        for name in ("keys", "values"):
-            old = getattr(layer, name)
-            setattr(layer, name, nn_pad(old, (0, 0, kept - old.shape[-2], 0)))
-
-
-def _append(cache: Any, added: Any) -> None:
-    """The rows of one cache behind those of another of the same length."""
-    for layer, new in zip(cache.layers, added.layers):
-        if isinstance(layer, DynamicLayer):
-            for name in ("keys", "values"):
-                setattr(layer, name, torch.cat([getattr(layer, name), getattr(new, name)]))
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            for name in ("conv_states", "recurrent_states"):
-                states, more = getattr(layer, name), getattr(new, name)
-                states.update(
-                    {
-                        i: torch.cat([state, more[i]])
-                        for i, state in states.items()
-                        if state is not None
-                    }
-                )
-
-
-def process_logits(
-    scores: torch.Tensor, said: Sequence[Sequence[int]], options: GenerationOptions
-) -> torch.Tensor:
-    """Next-token scores (rows, vocabulary) under penalty, temperature, top-k and top-p, in transformers' order."""
-    ids = torch.tensor(said, device=scores.device, dtype=torch.long)
-    processors: list[Any] = []
-    if options.repetition_penalty != 1:
-        processors.append(
-            logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
-        )
-    if options.temperature > 0:
-        processors.append(logits_process.TemperatureLogitsWarper(float(options.temperature)))
-        if options.top_k:
-            processors.append(logits_process.TopKLogitsWarper(options.top_k))
-        if options.top_p < 1:
-            processors.append(logits_process.TopPLogitsWarper(options.top_p))
-    for processor in processors:
-        scores = processor(ids, scores)
-    return scores
-
-
-def _draw(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """A token a row (rows,): the one in whose share of [0, 1) the row's random number falls."""
-    sums = scores.softmax(-1).cumsum(-1)
-    return torch.searchsorted(sums / sums[:, -1:], numbers[:, None], right=True)[:, 0]
-
-
-def _generator(seed: int | None, key: bytes, sample: int, device: torch.device) -> torch.Generator:
-    """Random numbers of one sample of one picture; without a seed they follow torch's global generator."""
-    start = int(torch.randint(2**62, ())) if seed is None else seed
-    digest = hashlib.sha256(key + f"|{start}|{sample}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+@contextmanager
+def eval_mode(model: CaptionModel) -> Iterator[None]:
+    """Put the model into evaluation mode (no dropout) within a `with` block."""
+    was_training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.inference_mode()
-def encode(model: CaptionModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Patch features (images, tokens, width) of pictures, uint8 (images, 3, height, width)."""
+def encode_images(model: CaptionModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Run the vision tower.
+
+    Args:
+        model: The model.
+        pixel_values: uint8 (images, 3, height, width).
+
+    Returns:
+        Patch features (images, tokens, vision width).
+    """
     with eval_mode(model):
         return model.vision_tower(pixel_values.to(model.device))
 
@@ -402,38 +369,52 @@ def generate(
     """Continue each prompt.
 
     Args:
-        prompts: token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
-        pixel_values: uint8 (images, 3, height, width), all prompts' images in order; None: text only.
+        model: The model.
+        prompts: Token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
+        pixel_values: uint8 (images, 3, height, width), the images of all prompts in order; None if
+            there are none.
+        options: Of all prompts.
 
     Returns:
-        For each prompt, `num_return_sequences` texts, without special tokens and outer white space.
+        For each prompt `num_return_sequences` texts, without special tokens and outer white space.
     """
-    features = None if pixel_values is None else encode(model, pixel_values)
-    return generate_from(model, prompts, features, options, prompt_hashes(prompts, pixel_values))
+    features = None if pixel_values is None else encode_images(model, pixel_values)
+    hashes = prompt_hashes(prompts, pixel_values)
+    return generate_from_features(model, prompts, features, options, hashes)
 
 
 @torch.inference_mode()
-def generate_from(
+def generate_from_features(
     model: CaptionModel,
     prompts: Sequence[Sequence[int]],
     image_features: torch.Tensor | None,
     options: GenerationOptions,
-    keys: Sequence[bytes],
+    hashes: Sequence[bytes],
 ) -> list[list[str]]:
-    """`generate`, of pictures that are encoded already; `keys` as `DecodingBatch` takes them."""
+    """Continue each prompt as `generate` does, with images that are encoded already.
+
+    Args:
+        model: The model.
+        prompts: Token ids, one IMAGE_INDEX per image.
+        image_features: (images, tokens, vision width) of all prompts' images in order, or None.
+        options: Of all prompts.
+        hashes: One per prompt, see `prompt_hashes`.
+
+    Returns:
+        For each prompt `num_return_sequences` texts, without special tokens and outer white space.
+    """
     with eval_mode(model):
         if options.num_beams > 1:
-            answers = _beam_search(model, prompts, image_features, options)
+            sequences = _beam_search(model, prompts, image_features, options)
         else:
-            decoding = DecodingBatch(model, prompts, image_features, options, keys)
-            while decoding.live:
-                decoding.step()
-            for error in decoding.errors.values():
-                raise error
-            answers = list(decoding.tokens.values())
-    texts = [model.prompt.decode(ids).strip() for ids in answers]
-    each = options.num_return_sequences
-    return [texts[i : i + each] for i in range(0, len(texts), each)]
+            batch = DecodingBatch(model, prompts, image_features, options, hashes)
+            while batch.active:
+                batch.step()
+                batch.raise_errors()
+            sequences = list(batch.generated_ids.values())
+    texts = [model.prompt.decode(ids).strip() for ids in sequences]
+    per_prompt = options.num_return_sequences
+    return [texts[start : start + per_prompt] for start in range(0, len(texts), per_prompt)]
 
 
 def stream(
@@ -442,78 +423,72 @@ def stream(
     pixel_values: torch.Tensor | None,
     options: GenerationOptions,
 ) -> Iterator[str]:
-    """One answer, as `generate` gives it: all of it so far, again and again, longer each time."""
+    """Generate one sequence, and yield all of its text so far after every token.
+
+    Args:
+        model: The model.
+        prompt: Token ids, one IMAGE_INDEX per image.
+        pixel_values: uint8 (images, 3, height, width), or None.
+        options: With one beam and one sequence.
+
+    Raises:
+        ValueError: `options` ask for several sequences.
+    """
     if options.num_return_sequences > 1:
-        raise ValueError("one answer can be streamed, not several")
+        raise ValueError("num_return_sequences must be 1 when streaming")
     with eval_mode(model):
-        features = None if pixel_values is None else encode(model, pixel_values)
-        decoding = DecodingBatch(
-            model, [prompt], features, options, prompt_hashes([prompt], pixel_values)
-        )
-        while decoding.live:
-            decoding.step()
-            for error in decoding.errors.values():
-                raise error
-            text = model.prompt.decode(decoding.tokens[0])
-            if (
-                not text.endswith("\ufffd") or not decoding.live
-            ):  # else the next token completes a letter
+        features = None if pixel_values is None else encode_images(model, pixel_values)
+        hashes = prompt_hashes([prompt], pixel_values)
+        batch = DecodingBatch(model, [prompt], features, options, hashes)
+        while batch.active:
+            batch.step()
+            batch.raise_errors()
+            text = model.prompt.decode(batch.generated_ids[0])
+            # A character may take several byte tokens; until it is complete the decoder writes a
+            # replacement character. The next token completes it, unless there is none.
+            if not text.endswith("\ufffd") or not batch.active:
                 yield text.lstrip()
-
-
-@contextmanager
-def eval_mode(model: CaptionModel) -> Iterator[None]:
-    """No dropout meanwhile."""
-    was_training = model.training
-    model.train(False)
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def prompt_hashes(
-    prompts: Sequence[Sequence[int]], pixel_values: torch.Tensor | Sequence[torch.Tensor] | None
-) -> list[bytes]:
-    """For each prompt a digest of its text and its pictures: the same in whatever batch they come."""
-    keys, pictures = [], iter(() if pixel_values is None else pixel_values)
-    for prompt in prompts:
-        digest = hashlib.sha256(repr(list(prompt)).encode())
-        for picture in islice(pictures, list(prompt).count(IMAGE_INDEX)):
-            digest.update(picture.cpu().numpy().tobytes())
-        keys.append(digest.digest())
-    return keys
 
 
 def _beam_search(
     model: CaptionModel,
     prompts: Sequence[Sequence[int]],
-    features: torch.Tensor | None,
+    image_features: torch.Tensor | None,
     options: GenerationOptions,
 ) -> list[list[int]]:
-    """transformers' own; with a temperature, beam sampling. `num_return_sequences` beams of each prompt."""
-    rows = [expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts]
-    input_ids = pad_sequences(rows, model.prompt.end_id, side="left").to(model.device)
-    sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    """Run the beam search of Transformers; with a temperature, its beam sampling.
+
+    Returns:
+        `num_return_sequences` lists of token ids for each prompt, one prompt after the other.
+    """
+    expanded = [
+        expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts
+    ]
+    input_ids = pad_sequences(expanded, model.prompt.end_id, side="left").to(model.device)
+    mask = pad_sequences([np.ones(len(ids)) for ids in expanded], 0, side="left").to(model.device)
     if options.temperature and options.seed is not None:
         torch.manual_seed(options.seed)
-    text_model: Any = model.language_model
-    return text_model.generate(
-        inputs_embeds=model.splice(input_ids, features),
-        attention_mask=pad_sequences([np.ones(len(row)) for row in rows], 0, side="left").to(
-            model.device
-        ),
+    sampling: dict[str, Any] = {}
+    if options.temperature:
+        sampling = {
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+        }
+    # Not passed as the option of that name: in a padded batch, Transformers 5 skips as many generated
+    # tokens as there are padding tokens when it looks for repetitions.
+    penalty = logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+    return model.language_model.generate(
+        inputs_embeds=model.splice(input_ids, image_features),
+        attention_mask=mask,
         eos_token_id=model.prompt.stop_ids,
         pad_token_id=model.prompt.end_id,
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=options.min_new_tokens,
-        # not as an option: in a padded batch transformers 5 counts the padding off what is penalised
-        logits_processor=[
-            logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
-        ],
+        logits_processor=[penalty],
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
         num_return_sequences=options.num_return_sequences,
         do_sample=options.temperature > 0,
-        **(sampling if options.temperature else {}),
+        **sampling,
     ).tolist()

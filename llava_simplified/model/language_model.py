@@ -1,4 +1,41 @@
-"""What LLaVA asks of a causal language model beyond its usual forward: logits at some positions only, and who sees whom."""
+"""What LLaVA needs of a causal language model beyond its usual forward.
+
+1. Logits only where a token is trained (`lm_head_at_positions`).
+2. Attention masks for packed rows and for shared prompts (`shared_prefix_mask`, `attention_kwargs`).
+
+Shared prompts
+--------------
+
+Conceptual captions, COCO and human annotations have several captions for one image. Trained as
+separate sequences, the 196 image tokens and the instruction are computed once per caption. Shared,
+they are computed once, and each caption is a branch that continues the same prefix:
+
+    tokens         img  img  What  ?  |  a  red  car  |  a  car   |  padding
+    segment_ids     1    1    1    1     1   1    1      1   1       0
+    branch_ids      0    0    0    0     1   1    1      2   2       0
+    position_ids    0    1    2    3     4   5    6      4   5       0
+
+    mask            img  img  What  ?    a  red  car     a  car      (row attends to column)
+       img           x
+       img           x    x
+       What          x    x    x
+       ?             x    x    x    x
+       a             x    x    x    x    x
+       red           x    x    x    x    x   x
+       car           x    x    x    x    x   x    x
+       a             x    x    x    x                    x
+       car           x    x    x    x                    x   x
+
+A token attends to the prefix and to its own branch, and its position continues after the prefix: it
+computes exactly what it would compute if its caption stood alone behind a prompt of its own. Packing
+is the same thing with several segments in a row.
+
+The technique is not new. Molmo trains on "message trees" (Deitke et al., Dec 2024; also Molmo 2);
+PrefixGrouper, flash-preference, unsloth's GRPO and NeMo Automodel share the prompts of several
+responses. What is special here: loss and every gradient equal those of separate sequences (tested in
+float64 to 1e-10); the first token of every branch is trained, although a shift of the labels by one
+would pair it with the last token of the branch before; and the shared prefix contains images.
+"""
 
 from __future__ import annotations
 
@@ -11,54 +48,70 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import pad as pad_tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from llava_simplified.model.cpu_attention import cpu_matmul_attention
 from llava_simplified.model.protocols import CausalLM
 
-# PEFT asks for it whenever it loads an adapter, under a name that transformers has given up
+# Whenever PEFT loads an adapter it asks for this attribute, by a name that Transformers deprecated.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
-
-def forward_parameters(language_model: Any) -> Mapping[str, inspect.Parameter]:
-    """The arguments of its forward: what is not among them, it would swallow without a word."""
-    own = (
-        language_model.get_base_model() if isinstance(language_model, PeftModel) else language_model
-    )
-    return inspect.signature(own.forward).parameters
+# Makes `set_attn_implementation("cpu_matmul")` work, with the boolean masks of sdpa.
+AttentionInterface.register("cpu_matmul", cpu_matmul_attention)
+AttentionMaskInterface.register("cpu_matmul", sdpa_mask)
 
 
-def cache_kwarg_name(language_model: Any) -> str:
-    """What its forward calls the keys and values, or states, that it goes on from; transformers is about to give them one.
+def forward_parameters(language_model: CausalLM) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a language model's `forward`, by name.
+
+    Unknown keyword arguments are silently ignored by `forward`: check here before you pass one.
+    """
+    model: Any = language_model
+    if isinstance(language_model, PeftModel):
+        model = language_model.get_base_model()
+    return inspect.signature(model.forward).parameters
+
+
+def cache_kwarg_name(language_model: CausalLM) -> str:
+    """Return the name of the `forward` parameter that accepts a `DynamicCache`.
+
+    Transformers calls it `past_key_values`, in state-space models `cache_params`, and is about to
+    call it `cache` everywhere.
 
     Raises:
-        ValueError: it goes on from nothing, or from something of its own (xLSTM).
+        ValueError: There is none, or it requires a cache class of the model's own module (xLSTM).
     """
-    # a class of a model's own module (xLSTM's) is none that a DynamicCache can stand in for
-    for name, its in forward_parameters(language_model).items():
-        if name in (
-            "cache",
-            "past_key_values",
-            "cache_params",
-        ) and "transformers.models" not in str(its.annotation):
+    for name, parameter in forward_parameters(language_model).items():
+        is_cache = name in ("cache", "past_key_values", "cache_params")
+        if is_cache and "transformers.models" not in str(parameter.annotation):
             return name
     raise ValueError(
-        f"{language_model.config.model_type} takes no DynamicCache: it can be trained, but not be asked"
+        f"{language_model.config.model_type} does not support DynamicCache. Training works; generation "
+        "does not."
     )
 
 
 @contextmanager
 def lm_head_at_positions(language_model: CausalLM, positions: torch.Tensor) -> Iterator[None]:
-    """Within this, the language model computes logits only at the given flat positions (trained,).
+    """Within a `with` block, compute logits at the given positions only.
 
-    Done where every causal language model must pass, at the input of its output layer, so that what a family does
-    to its logits afterwards (Gemma's soft cap, Granite's scale) is still done by its own code.
+        hidden states (batch, length, width) --gather--> (1, trained, width) --lm_head--> logits
+
+    The gather is a hook at the input of the output layer, where every causal language model passes,
+    so that what a family does to its logits afterward (Gemma's soft cap, Granite's scale) is done by
+    its own code.
+
+    Args:
+        language_model: Its `outputs.logits` become (1, trained, vocabulary).
+        positions: int64 (trained,), flat indices into batch x length.
     """
 
     def gather(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return inputs[0].flatten(0, 1)[positions][None]
+        hidden_states = inputs[0].flatten(0, 1)  # (batch x length, width)
+        return hidden_states[positions][None]
 
     handle = language_model.get_output_embeddings().register_forward_pre_hook(gather)
     try:
@@ -73,111 +126,159 @@ def shared_prefix_mask(
     position_ids: torch.Tensor,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Every token sees what came before it in its own example: of the prompt all, of the answers only its own.
-
-        image and prompt   x                 Image and prompt are computed once, however many captions the image
-        first caption      x  x              has; no caption sees another. As if each stood alone behind its own
-        second caption     x  .  x           copy of the prompt, to the last bit that rounding leaves.
+    """Build the attention mask of packed rows and shared prompts; the module's docstring has a drawing.
 
     Args:
-        segment_ids, branch_ids, position_ids: (batch, length), see `Llava.forward`.
-        window: of sliding-window attention: how far back a token sees.
+        segment_ids: (batch, length), see `Llava.forward`.
+        branch_ids: (batch, length).
+        position_ids: (batch, length).
+        window: Number of positions that sliding-window attention reaches back; None: all.
 
     Returns:
-        bool (batch, 1, length, length): row sees column.
+        bool (batch, 1, length, length), True where the row attends to the column.
     """
-    batch, place = (torch.arange(size, device=segment_ids.device) for size in segment_ids.shape)
-    sees = _mask_mod(segment_ids, branch_ids, position_ids, window)
-    return sees(batch[:, None, None, None], 0, place[:, None], place)
+    batch_size, length = segment_ids.shape
+    batch = torch.arange(batch_size, device=segment_ids.device)[:, None, None, None]
+    index = torch.arange(length, device=segment_ids.device)
+    attends = _mask_mod(segment_ids, branch_ids, position_ids, window)
+    return attends(batch, 0, index[:, None], index)
 
 
 def _mask_mod(
-    segments: torch.Tensor, branches: torch.Tensor, positions: torch.Tensor, window: int | None
-) -> Callable[[Any, Any, Any, Any], torch.Tensor]:
-    """`shared_prefix_mask` of single indices, or of index tensors that broadcast: what flex_attention asks for."""
+    segment_ids: torch.Tensor,
+    branch_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    window: int | None,
+) -> Callable[..., torch.Tensor]:
+    """Return `shared_prefix_mask` as a function of indices, which is what flex_attention asks for."""
 
-    def sees(batch: Any, head: Any, row: Any, column: Any) -> torch.Tensor:
-        seen = (row >= column) & (segments[batch, row] == segments[batch, column])
-        seen = seen & (
-            (branches[batch, column] == 0) | (branches[batch, row] == branches[batch, column])
-        )
-        return (
-            seen
-            if window is None
-            else seen & (positions[batch, row] - positions[batch, column] < window)
-        )
+    def mask_mod(
+        batch: torch.Tensor, head: torch.Tensor | int, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        causal = query >= key
+        same_segment = segment_ids[batch, query] == segment_ids[batch, key]
+        key_in_prefix = branch_ids[batch, key] == 0
+        same_branch = branch_ids[batch, query] == branch_ids[batch, key]
+        attends = causal & same_segment & (key_in_prefix | same_branch)
+        if window is None:
+            return attends
+        # Distances in positions, not in indices: between a branch and its prefix lie other branches.
+        distance = position_ids[batch, query] - position_ids[batch, key]
+        return attends & (distance < window)
 
-    return sees
+    return mask_mod
 
 
 def attention_kwargs(
-    language_model: Any,
+    language_model: CausalLM,
     segment_ids: torch.Tensor,
     branch_ids: torch.Tensor,
     position_ids: torch.Tensor,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """`shared_prefix_mask` as the arguments that a language model's layers and its attention kernel take.
+    """Return `shared_prefix_mask` in the form that the model's layers and attention kernel accept.
+
+    Args:
+        language_model: Whose `forward` is called with the result.
+        segment_ids: (batch, length), see `Llava.forward`.
+        branch_ids: (batch, length).
+        position_ids: (batch, length).
+        dtype: Of the hidden states.
 
     Raises:
-        ValueError: the kernel, or a kind of layer, can't be told who sees whom; or the model counts places by itself.
+        ValueError: The kernel or a kind of layer cannot use such a mask, or the model does not accept
+            `position_ids`. Nothing is approximated.
     """
+    _check_position_ids(language_model)
     config = language_model.config
-    # ALiBi (MPT, Bloom), GPT-Neo's local layers and decoders of the past go by the distance in the row
-    by_distance = getattr(config, "alibi", False) or "local" in getattr(
-        config, "attention_layers", ()
-    )
-    if by_distance or "position_ids" not in forward_parameters(language_model):
-        raise ValueError(
-            f"{config.model_type} can't be told its tokens' places: neither --packing nor --share_prefix"
-        )
     kernel = config._attn_implementation
     if kernel == "flash_attention_2":
         if branch_ids.any():
             raise ValueError(
-                "flash_attention_2 can't be told that answers share a prompt: --share_prefix False"
+                "flash_attention_2 does not support shared prompts; pass --share_prefix False"
             )
-        # All rows are one, text behind text; a row's padding counts as a text.
-        begins = (
-            segment_ids.diff(dim=1, prepend=segment_ids.new_full((len(segment_ids), 1), -1))
-            .flatten()
-            .nonzero()
-        )
-        ends = nn.functional.pad(begins.flatten(), (0, 1), value=segment_ids.numel()).int()
-        longest = int(ends.diff().max())
-        lengths = {
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
-        return {"attention_mask": None, **lengths}
-
-    def mask(window: int | None) -> Any:
-        if kernel == "flex_attention":
-            rule = _mask_mod(segment_ids, branch_ids, position_ids, window)
-            batch, length = segment_ids.shape
-            return create_block_mask(
-                rule, batch, None, length, length, device=str(segment_ids.device)
-            )
-        seen = shared_prefix_mask(segment_ids, branch_ids, position_ids, window)
-        if kernel in ("sdpa", "cpu_matmul"):
-            return seen
-        # the eager kernel adds its mask; a bool one would silently let everybody see everybody
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return _sequence_lengths(segment_ids)
 
     window = getattr(config, "sliding_window", None)
-    kinds = set(
-        getattr(config, "layer_types", None)
-        or ["sliding_attention" if window else "full_attention"]
-    )
-    if kinds - {"full_attention", "sliding_attention"}:
+    layer_types = getattr(config, "layer_types", None)
+    if not layer_types:
+        layer_types = ["sliding_attention" if window else "full_attention"]
+    unsupported = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unsupported:
         raise ValueError(
-            f"{config.model_type} has layers of the kinds {sorted(kinds)}: neither --packing nor --share_prefix"
+            f"{config.model_type} has layers of the types {sorted(set(layer_types))}, which do not "
+            "support masks of packed examples; turn off --packing and --share_prefix"
         )
-    masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in sorted(kinds)}
-    return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1]}
+    masks = {}
+    for layer_type in sorted(set(layer_types)):
+        layer_window = window if layer_type == "sliding_attention" else None
+        masks[layer_type] = _kernel_mask(
+            kernel, segment_ids, branch_ids, position_ids, layer_window, dtype
+        )
+    if len(masks) == 1:
+        return {"attention_mask": masks.popitem()[1]}
+    return {"attention_mask": masks}
 
 
-AttentionInterface.register("cpu_matmul", cpu_matmul_attention)
-AttentionMaskInterface.register("cpu_matmul", sdpa_mask)
+def _check_position_ids(language_model: CausalLM) -> None:
+    """Raise ValueError if a model derives positions from the index of a token in its row.
+
+    These are the models with ALiBi (MPT, Bloom, some Falcons), GPT-Neo with its local layers, and old
+    decoders. They would run, and be trained on a slightly different loss.
+    """
+    config = language_model.config
+    uses_alibi = getattr(config, "alibi", False)
+    has_local_layers = "local" in getattr(config, "attention_layers", ())
+    accepts_positions = "position_ids" in forward_parameters(language_model)
+    if uses_alibi or has_local_layers or not accepts_positions:
+        raise ValueError(
+            f"{config.model_type} does not accept `position_ids`; turn off --packing and "
+            "--share_prefix."
+        )
+
+
+def _sequence_lengths(segment_ids: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments of a variable-length flash kernel, which has no mask.
+
+    Rows are concatenated, and a sequence begins wherever the segment changes. The padding of a row is
+    a sequence of its own.
+    """
+    # -1 is no segment, so that every row begins with a change.
+    before = segment_ids.new_full((len(segment_ids), 1), -1)
+    starts = segment_ids.diff(dim=1, prepend=before).flatten().nonzero().flatten()
+    boundaries = pad_tensor(starts, (0, 1), value=segment_ids.numel()).int()
+    longest = int(boundaries.diff().max())
+    return {
+        "attention_mask": None,
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _kernel_mask(
+    kernel: str,
+    segment_ids: torch.Tensor,
+    branch_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    window: int | None,
+    dtype: torch.dtype,
+) -> torch.Tensor | BlockMask:
+    """Return the mask of one type of layer, in the form that the attention kernel accepts."""
+    if kernel == "flex_attention":
+        batch_size, length = segment_ids.shape
+        return create_block_mask(
+            _mask_mod(segment_ids, branch_ids, position_ids, window),
+            batch_size,
+            None,
+            length,
+            length,
+            device=str(segment_ids.device),
+        )
+    mask = shared_prefix_mask(segment_ids, branch_ids, position_ids, window)
+    if kernel in ("sdpa", "cpu_matmul"):
+        return mask
+    # The eager kernel adds its mask to the scores. A boolean one would add 0 or 1: no error, and every
+    # token would attend to every other.
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,56 +1,82 @@
-"""LLaVA, top to bottom: pixels -> patch features -> projector -> splice -> language model -> loss.
+"""LLaVA: a vision tower and a language model, joined by a small projector. Start reading here.
 
-    image  (3, 224, 224)                        "USER: <image>\\nWhat is this? ASSISTANT: a cat</s>"
-      | vision tower                              | tokenizer, the placeholder repeated once per patch
-      v                                           v
+    image  uint8 (3, 224, 224)                  "USER: <image>\\nWhat is this? ASSISTANT: a cat</s>"
+      |                                           |
+      | vision tower (frozen)                     | tokenizer; the image placeholder is repeated once
+      v                                           v per patch
     patch features (196, 768)                   input_ids (length,)
-      | projector                                 | embedding table
+      |                                           |
+      | projector (trained)                       | embedding table
       v                                           v
-    image tokens (196, 2048) ---- splice ---->  inputs_embeds (length, 2048)
-                                                  | language model
+    image tokens (196, 4096) ---- splice ---->  inputs_embeds (length, 4096)
+                                                  |
+                                                  | language model (frozen, with a trained adapter)
                                                   v
-                                                logits where a token is trained -> cross entropy
+                                                logits, at trained positions only --> cross entropy
 
-After "Visual Instruction Tuning" (Liu et al., 2023) and "Improved Baselines with Visual Instruction Tuning" (2024).
+To the language model, an image is a run of 196 token embeddings that do not come from its embedding
+table. Nothing else about it changes: its attention, its loss and its generation are those of text.
+
+The files of this package, in reading order:
+
+    llava.py                the model: splice, loss, `caption` and `chat`
+    vision.py               pixels -> patch features, for any vision model of Transformers
+    projector.py            patch features -> image tokens
+    language_model.py       logits at trained positions, attention masks for shared prompts
+    generation.py           KV cache, continuous batching (with kv_cache.py and sampling.py)
+    lora.py                 what is trained and what is frozen
+    config.py, build.py     llava.json; from a config to a model
+    checkpoint.py           save and load
+
+After "Visual Instruction Tuning" (Liu et al., 2023) and "Improved Baselines with Visual Instruction
+Tuning" (Liu et al., 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
 from llava_simplified.data.images import ImageSource, load_pixels
 from llava_simplified.data.records import insert_image_placeholders
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
-from llava_simplified.model.generation import (
-    DEFAULT_TEMPERATURE,
-    GenerationOptions,
-    generate,
-    stream,
-)
+from llava_simplified.model.generation import generate, stream
+from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
 from llava_simplified.model.language_model import attention_kwargs, lm_head_at_positions
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 class LlavaOutput(NamedTuple):
-    """`loss`: summed over the trained tokens, not averaged. `logits`: (trained, vocabulary), without gradient."""
+    """What `Llava.forward` returns.
+
+    Attributes:
+        loss: float32 scalar, summed (not averaged) over the trained tokens.
+        logits: (trained, vocabulary), detached, in the order of `labels`.
+    """
 
     loss: torch.Tensor
     logits: torch.Tensor
 
 
 class Llava(nn.Module):
-    """A vision tower and a language model, joined by a projector."""
+    """A vision tower and a language model, joined by a projector.
+
+    Args:
+        vision_tower: Pixels -> patch features (images, tokens, vision width).
+        projector: (..., vision width) -> (..., text width).
+        language_model: A causal language model of Transformers, or a PEFT model around one.
+        tokenizer: The language model's.
+        template: Name of the prompt template, see `llava_simplified.prompt.Prompt`.
+        instruction: Default instruction of `caption`: the one that the model was trained with.
+    """
 
     def __init__(
         self,
@@ -69,29 +95,16 @@ class Llava(nn.Module):
         self.prompt = Prompt(tokenizer, template)
         self.instruction = instruction
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Llava:
+        """Load a checkpoint; `options` are those of `llava_simplified.model.checkpoint.load_checkpoint`."""
+        # The one import against the order of modules (checkpoints are made of this class), and so
+        # inside the function: `Llava.from_pretrained` is the name that everybody expects.
+        from llava_simplified.model.checkpoint import load_checkpoint
 
-    @property
-    def config(self) -> Any:
-        """The language model's: engines read the width of the layers from it."""
-        return self.language_model.config
+        return load_checkpoint(folder, **options)
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """The classes of its layers: FSDP gathers the weights of one at a time."""
-        named = {
-            *(self.language_model._no_split_modules or ()),
-            *(self.vision_tower.model._no_split_modules or ()),
-        }
-        return sorted({type(module).__name__ for module in self.modules()} & named)
-
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Recompute the language model's activations in the backward pass; a frozen tower keeps none anyway."""
-        self.language_model.gradient_checkpointing_enable(**options)
-        if not self.vision_tower.frozen:
-            self.vision_tower.model.gradient_checkpointing_enable(**options)
+    # ---- training ----
 
     def forward(
         self,
@@ -105,50 +118,75 @@ class Llava(nn.Module):
         branch_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> LlavaOutput:
-        """The loss of a batch, as `data.collate.Collator` makes it.
+        """Compute the loss of a batch, as `llava_simplified.data.collate.Collator` makes it.
+
+        Logits are computed only where a token is trained. In a caption of 12 tokens behind 196 patches
+        and a short prompt that is 6 % of the positions, and the output layer is a matrix as large as
+        the vocabulary:
+
+            input_ids         <s>  img  img  img  What  is  it  [/INST]  a    cat
+            trained                                             |        |    |
+            labels                                              a        cat  </s>
+            logit_positions                                     7        8    9
+
+        Positions and labels are explicit pairs, not labels shifted by one, because of shared prompts:
+        several captions of one image may follow one prompt, and the first token of each is predicted
+        from the prompt's last position (see `llava_simplified.model.language_model`).
 
         Args:
-            input_ids: (batch, length), IMAGE_INDEX where a patch feature goes.
-            logit_positions: (trained,) flat indices into batch x length, from which a token is predicted.
-            labels: (trained,) the token that comes next there.
-            pixel_values: (images, 3, height, width), the batch's images in reading order.
-            image_features: (images, tokens, vision width), where the tower has run before.
-            attention_mask: (batch, length), 0 on padding: one prompt and one answer a row. Or, for packs and answers
-                that share a prompt, three of shape (batch, length):
-            segment_ids: which example of its row a token belongs to; 0 on padding.
-            branch_ids: which answer of its example; 0 in the prompt.
-            position_ids: its place in its text.
+            input_ids: int64 (batch, length), IMAGE_INDEX where a patch feature goes.
+            logit_positions: int64 (trained,), flat indices into batch x length.
+            labels: int64 (trained,), the token to predict at each of these positions.
+            pixel_values: uint8 (images, 3, height, width), the images of the batch in reading order.
+            image_features: (images, tokens, vision width), if the vision tower has run before.
+            attention_mask: int64 (batch, length), 0 on padding, if each row is one prompt and one
+                answer. For packed rows and shared prompts, three tensors (batch, length) instead:
+            segment_ids: Number of the example within its row; 0 on padding.
+            branch_ids: Number of the answer within its example; 0 in the prompt.
+            position_ids: Position within the prompt and one answer, from 0.
         """
         if image_features is None and pixel_values is not None:
             image_features = self.vision_tower(pixel_values)
         inputs_embeds = self.splice(input_ids, image_features)
+
         attention: dict[str, Any] = {"attention_mask": attention_mask}
         if segment_ids is not None and branch_ids is not None and position_ids is not None:
             attention = attention_kwargs(
                 self.language_model, segment_ids, branch_ids, position_ids, inputs_embeds.dtype
             )
-        # In a caption of 12 tokens behind 196 patches, 94 % of the positions train nothing. The head, a matrix as
-        # large as the vocabulary, runs only where a token is trained.
         with lm_head_at_positions(self.language_model, logit_positions):
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False, **attention
             )
-        logits = outputs.logits.flatten(0, -2)
-        # In float32 at least; and a sum, so that micro-batches, devices and packs add up to the mean over all tokens.
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return LlavaOutput(cross_entropy(exact, labels, reduction="sum"), logits.detach())
+        logits = outputs.logits.flatten(0, -2)  # (trained, vocabulary)
+
+        # At least float32: a softmax over a large vocabulary loses too much in bfloat16. And a sum, so
+        # that micro-batches, devices and packs add up to the mean over all tokens of a step.
+        loss_dtype = torch.promote_types(logits.dtype, torch.float32)
+        loss = cross_entropy(logits.to(loss_dtype), labels, reduction="sum")
+        return LlavaOutput(loss, logits.detach())
 
     def splice(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-        """Token embeddings, with projected patch features in place of the placeholders.
+        """Embed the tokens, and put projected patch features in place of the placeholders.
+
+            input_ids        <s>    -200   -200   -200   What   is   this
+            embedding table  e(<s>) .      .      .      e(W)   e(is) e(this)
+            projector               p(f0)  p(f1)  p(f2)
+            result           e(<s>) p(f0)  p(f1)  p(f2)  e(W)   e(is) e(this)
 
         Args:
-            input_ids: (batch, length).
-            image_features: (images, tokens, vision width) in the order of the placeholders; None: text only.
+            input_ids: int64 (batch, length), IMAGE_INDEX (-200) once per patch feature.
+            image_features: (images, tokens, vision width), in the order of the placeholders; None if
+                there are no images.
 
         Returns:
             (batch, length, text width)
+
+        Raises:
+            ValueError: There are more or fewer features than placeholders.
         """
         is_image = input_ids == IMAGE_INDEX
+        # The table has no row -200. Any valid id does, since its embedding is overwritten.
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if image_features is None:
             return embeds
@@ -157,94 +195,149 @@ class Llava(nn.Module):
         return embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
 
     def check_image_token_count(self, is_image: torch.Tensor, image_features: torch.Tensor) -> None:
-        """Raise ValueError where placeholders and features are not as many: what is spliced would be the wrong picture."""
-        room, (images, tokens, _) = int(is_image.sum()), image_features.shape
-        blank = (
-            images == 1 and not room
-        )  # see `Collator`: it passes through all layers, into no text
-        if images * tokens != room and not blank:
-            raise ValueError(
-                f"{images} image(s) of {tokens} tokens, but the text has room for {room} image tokens"
-            )
+        """Raise ValueError if there are more or fewer features than placeholders.
+
+        `masked_scatter` would use the features of the wrong image, without an error.
+
+        Args:
+            is_image: bool (batch, length).
+            image_features: (images, tokens, vision width).
+        """
+        placeholders = int(is_image.sum())
+        images, tokens, _ = image_features.shape
+        if images * tokens == placeholders:
+            return
+        # A micro-batch without images contains a dummy image (see `Collator`), which passes through
+        # the projector and goes nowhere: distributed training requires a gradient of every parameter.
+        if images == 1 and placeholders == 0:
+            return
+        raise ValueError(
+            f"{images} image(s) of {tokens} tokens were given, but the text has {placeholders} image "
+            "placeholder tokens"
+        )
 
     def _projector_dtype(self, embeds: torch.Tensor) -> torch.dtype:
-        return next((p.dtype for p in self.projector.parameters()), embeds.dtype)
+        for parameter in self.projector.parameters():
+            return parameter.dtype
+        return embeds.dtype  # An identity has no parameters.
+
+    # ---- generation ----
 
     def caption(
         self,
         images: ImageSource | Sequence[ImageSource],
         instruction: str | None = None,
-        n: int = 1,
+        num_return_sequences: int = 1,
         batch_size: int = 16,
         **options: Any,
     ) -> Any:
-        """Say what is in a picture, or in several.
+        """Caption one image or several.
+
+            model.caption("cat.jpg")                           -> "a cat on a sofa"
+            model.caption("cat.jpg", num_return_sequences=2)   -> ["a cat on a sofa", "a cat asleep"]
+            model.caption(["cat.jpg", "dog.jpg"])              -> ["a cat on a sofa", "a dog"]
 
         Args:
-            images: a path, bytes, PIL image or uint8 RGB array (height, width, 3); or a list of them.
-            instruction: the user's words, the ones it was trained with where not given; `<image>` in them marks where
-                the picture goes (in front where not given).
-            n: captions of each picture; over 1 they are sampled, at temperature 0.7 where none is given.
-            batch_size: pictures at a time.
-            options: fields of `GenerationOptions`: max_new_tokens, temperature, top_p, num_beams, ...
+            images: A path, bytes, a PIL image or a uint8 RGB array (height, width, 3); or a list.
+            instruction: Text of the user's turn; by default the instruction of the training data.
+                `<image>` in it marks where the image goes; without a mark it goes in front.
+            num_return_sequences: Captions per image. Several are sampled, by default at temperature 0.7.
+            batch_size: Number of images to process at a time.
+            **options: Fields of `GenerationOptions`: max_new_tokens, temperature, top_p, num_beams, ...
 
         Returns:
-            A caption (n = 1) or a list of n; for a list of images, a list of that.
+            A caption, or a list of captions if `num_return_sequences` is above 1; for a list of images
+            a list of these.
 
         Raises:
-            ImageError: a picture that can't be read.
+            ImageError: An image cannot be read.
+            ValueError: An option has an invalid value.
         """
-        many = isinstance(images, (list, tuple))
-        sources: Any = images if many else [images]
-        asked = [Message("user", self.instruction if instruction is None else instruction)]
-        prompt = self.prompt.render(
-            insert_image_placeholders(asked, 1, "the instruction"), None
-        ).input_ids
-        if n > 1 and not options.get("num_beams"):
+        sources: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
+        turn = Message("user", self.instruction if instruction is None else instruction)
+        turns = insert_image_placeholders([turn], 1, "the instruction")
+        prompt = self.prompt.render(turns, None).input_ids
+        if num_return_sequences > 1 and not options.get("num_beams"):
             options = {"temperature": DEFAULT_TEMPERATURE, **options}
-        decoding = GenerationOptions(num_return_sequences=n, **options)
+        generation_options = GenerationOptions(num_return_sequences=num_return_sequences, **options)
+
         captions: list[list[str]] = []
-        for first in range(0, len(sources), batch_size):
-            batch = [load_pixels(image) for image in sources[first : first + batch_size]]
-            pixels = torch.stack([self.vision_tower.transform(image) for image in batch])
-            captions += generate(self, [prompt] * len(pixels), pixels, decoding)
-        answers = captions if n > 1 else [texts[0] for texts in captions]
-        return answers if many else answers[0]
+        for start in range(0, len(sources), batch_size):
+            batch = [load_pixels(source) for source in sources[start : start + batch_size]]
+            pixel_values = torch.stack([self.vision_tower.transform(pixels) for pixels in batch])
+            captions += generate(self, [prompt] * len(batch), pixel_values, generation_options)
+
+        results: list[Any] = captions
+        if num_return_sequences == 1:
+            results = [texts[0] for texts in captions]
+        return results if isinstance(images, (list, tuple)) else results[0]
 
     def chat(
         self, turns: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any
     ) -> str:
-        """The answer to a conversation's last turn; see `stream`."""
+        """Return the answer to the last turn of a conversation; the arguments are those of `stream`."""
         return "".join(self.stream(turns, images, **options)).strip()
 
     def stream(
         self, turns: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any
     ) -> Iterator[str]:
-        """The answer, piece by piece as it is decoded.
+        """Yield the answer to the last turn of a conversation, piece by piece as it is generated.
 
         Args:
-            turns: a question, or the conversation so far; the last turn is the user's.
-            images: one for each `<image>` in the user's turns; without any, they go in front of the first of these.
-            options: fields of `GenerationOptions`, one beam and one sequence.
+            turns: A question, or the conversation so far, whose last turn is the user's.
+            images: One for each `<image>` in the user's turns. If there is none, the images go in
+                front of the first of these turns.
+            **options: Fields of `GenerationOptions`, with one beam and one sequence.
         """
-        prompt, pixels = self.ask(turns, images)
-        said = ""
-        for text in stream(self, prompt, pixels, GenerationOptions(**options)):
-            yield text[len(said) :]
-            said = text
+        prompt, pixel_values = self.prepare_inputs(turns, images)
+        yielded = 0
+        for text in stream(self, prompt, pixel_values, GenerationOptions(**options)):
+            yield text[yielded:]
+            yielded = len(text)
 
-    def ask(
+    def prepare_inputs(
         self, turns: str | Sequence[Message], images: Sequence[ImageSource]
     ) -> tuple[list[int], torch.Tensor | None]:
-        """The prompt's ids, one IMAGE_INDEX per image, and the pixels: uint8 (images, 3, height, width), None without any."""
-        said = [Message("user", turns)] if isinstance(turns, str) else turns
-        placed = insert_image_placeholders(said, len(images), "the conversation")
+        """Render a conversation and load its images, as described for `stream`.
+
+        Returns:
+            The token ids of the prompt, one IMAGE_INDEX per image, and the pixels, uint8 (images, 3,
+            height, width), None if there are no images.
+        """
+        if isinstance(turns, str):
+            turns = [Message("user", turns)]
+        turns = insert_image_placeholders(turns, len(images), "the conversation")
+        prompt = self.prompt.render(turns, None).input_ids
+        if not images:
+            return prompt, None
         pixels = [self.vision_tower.transform(load_pixels(image)) for image in images]
-        return self.prompt.render(placed, None).input_ids, torch.stack(pixels) if pixels else None
+        return prompt, torch.stack(pixels)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> Llava:
-        """Load a checkpoint that training wrote; see `model.checkpoint.load_checkpoint` for the options."""
-        from llava_simplified.model.checkpoint import load_checkpoint
+    # ---- what training engines ask of a model ----
 
-        return load_checkpoint(folder, **options)
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def config(self) -> Any:
+        """The language model's Transformers config: engines read the width of the layers from it."""
+        return self.language_model.config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Class names of the layers that occur here. FSDP gathers the weights of one at a time."""
+        names = {
+            *(self.language_model._no_split_modules or ()),
+            *(self.vision_tower.model._no_split_modules or ()),
+        }
+        return sorted({type(module).__name__ for module in self.modules()} & names)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute the activations of the layers in the backward pass instead of storing them.
+
+        A frozen vision tower stores none, so that there is nothing to save.
+        """
+        self.language_model.gradient_checkpointing_enable(**options)
+        if not self.vision_tower.frozen:
+            self.vision_tower.model.gradient_checkpointing_enable(**options)

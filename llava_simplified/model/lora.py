@@ -1,8 +1,13 @@
-"""What trains: LoRA on the language model, the projector beside it, the tower where asked; and a table to see it."""
+"""What is trained: LoRA adapters, the projector, whole models; and a table that shows and checks it.
+
+freeze(model, parts)                  1. freeze all but the projector and what is trained in full
+add_lora(...), add_tower_lora(...)    2. adapters, each on a model that is frozen
+check_trainable(model, parts)         3. exactly that is trained, or an error
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -10,11 +15,18 @@ from transformers.pytorch_utils import Conv1D
 
 from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.llava import Llava
-from llava_simplified.model.protocols import CausalLM
+from llava_simplified.model.protocols import CausalLM, VisionModel
 
 
-class Part(NamedTuple):
-    """One row of the table: `trained` of `parameters` numbers of a part of the model."""
+class PartCount(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        name: Name of the part ("vision tower", "LoRA adapter", ...).
+        parameters: Number of its parameters (scalars).
+        trained: Number of those that are trained.
+        dtypes: Their data types, separated by commas.
+    """
 
     name: str
     parameters: int
@@ -22,10 +34,64 @@ class Part(NamedTuple):
     dtypes: str
 
 
-def find_linear_modules(language_model: CausalLM) -> list[str]:
-    """Full paths of all linear layers of a language model but its head (Dettmers et al., QLoRA: adapt them all).
+def freeze(model: Llava, parts: TrainedParts) -> None:
+    """Freeze everything except the projector and the models whose own weights are trained.
 
-    Full paths, since a bare "all-linear" or "q_proj" would also match the layers of a vision tower.
+    What is trained becomes float32, whatever the frozen weights are: bfloat16 has 8 bits of precision,
+    and would round small updates away.
+
+    Adapters are added afterward, by `add_lora` and `add_tower_lora`.
+    """
+    tower = model.vision_tower
+    tower.requires_grad_(False)
+    if parts.vision_tower == "full":
+        tower.float()
+        for name, parameter in tower.model.named_parameters():
+            parameter.requires_grad_(name in tower.used_parameters)
+    # A frozen tower stays in evaluation mode, see `VisionTower.train`.
+    tower.eval()
+
+    model.projector.requires_grad_(True).float()
+
+    if parts.language_model == "full":
+        model.language_model.requires_grad_(True).float()
+    else:
+        model.language_model.requires_grad_(False)
+
+
+def add_lora(
+    model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: str = "none"
+) -> None:
+    """Wrap the language model in a PEFT LoRA adapter (Hu et al., 2021). The adapter is float32.
+
+    Args:
+        model: Modified in place.
+        rank: r, the inner width of the adapter.
+        alpha: The output of the adapter is scaled by alpha / r.
+        dropout: Probability, at the input of the adapter.
+        bias: Which biases of the linear layers are trained as well: "none", "all" or "lora_only".
+    """
+    text = model.language_model
+    adapted = _adapt(text, find_linear_modules(text), rank, alpha, dropout, bias, "CAUSAL_LM")
+    model.language_model = cast(CausalLM, adapted)
+
+
+def add_tower_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Wrap the vision tower in a LoRA adapter, on the linear layers that its features depend on."""
+    tower = model.vision_tower
+    layers: list[str] = []
+    for name, module in tower.model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.weight" in tower.used_parameters:
+            layers.append(name)
+    adapted = _adapt(tower.model, layers, rank, alpha, dropout, "none", None)
+    tower.model = cast(VisionModel, adapted)
+
+
+def find_linear_modules(language_model: CausalLM) -> list[str]:
+    """Return the full names of all linear layers except the output layer.
+
+    All of them, as Dettmers et al. recommend (QLoRA, 2023). Full names, since a bare "q_proj" or
+    "all-linear" would match the layers of a vision tower as well.
     """
     head = language_model.get_output_embeddings()
     return [
@@ -35,43 +101,84 @@ def find_linear_modules(language_model: CausalLM) -> list[str]:
     ]
 
 
-def add_lora(
-    model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: str = "none"
-) -> None:
-    """Wrap the language model in a PEFT LoRA adapter; its own weights are frozen, the adapter is float32.
+def count_parameters(model: Llava) -> list[PartCount]:
+    """Count the parameters of vision tower, projector and language model, and of their adapters.
+
+    Returns:
+        One row per part. Adapters that do not exist have none; the projector always has one.
+    """
+    groups: dict[str, list[nn.Parameter]] = {
+        "vision tower": [],
+        "vision adapter": [],
+        "projector": list(model.projector.parameters()),
+        "language model": [],
+        "LoRA adapter": [],
+    }
+    for name, parameter in model.vision_tower.named_parameters():
+        groups["vision adapter" if "lora_" in name else "vision tower"].append(parameter)
+    for name, parameter in model.language_model.named_parameters():
+        groups["LoRA adapter" if "lora_" in name else "language model"].append(parameter)
+
+    rows: list[PartCount] = []
+    for name, group in groups.items():
+        if not group and name != "projector":
+            continue
+        trained = sum(p.numel() for p in group if p.requires_grad)
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in group})
+        rows.append(PartCount(name, sum(p.numel() for p in group), trained, ", ".join(dtypes)))
+    return rows
+
+
+def check_trainable(model: Llava, parts: TrainedParts) -> str:
+    """Check that exactly what should be trained is trained, and return a table for the log.
 
     Args:
-        bias: "none", "all" or "lora_only": which of the linear layers' biases are trained as well.
+        model: The model, frozen and adapted.
+        parts: What should be trained. Adapters and the projector are, wherever they exist; of a
+            vision tower that is trained in full, the parameters that its features depend on.
+
+    Raises:
+        RuntimeError: A part is trained that should not be, or not all of a part.
     """
-    text = model.language_model
-    model.language_model = _adapt(
-        text, find_linear_modules(text), rank, alpha, dropout, bias, "CAUSAL_LM"
-    )
+    rows = count_parameters(model)
+    expected = {row.name: row.parameters for row in rows}
+    expected["vision tower"] = 0
+    if parts.vision_tower == "full":
+        tower = model.vision_tower
+        used = [p for name, p in tower.model.named_parameters() if name in tower.used_parameters]
+        expected["vision tower"] = sum(parameter.numel() for parameter in used)
+    if parts.language_model != "full":
+        expected["language model"] = 0
 
-
-def add_tower_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Wrap the vision tower in an adapter of its own, on the linear layers that its features come through."""
-    tower = model.vision_tower
-    layers = [
-        n
-        for n, m in tower.model.named_modules()
-        if isinstance(m, nn.Linear) and f"{n}.weight" in tower.used_parameters
-    ]
-    tower.model = _adapt(tower.model, layers, rank, alpha, dropout, "none", None)
+    lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}  dtype"]
+    for row in rows:
+        # LoRA may train biases of the language model, which are none of the adapter's parameters.
+        is_exempt = row.name == "language model" and _trains_biases(model.language_model)
+        if row.trained != expected[row.name] and not is_exempt:
+            raise RuntimeError(
+                f"{row.name}: {row.trained:,} parameters are trained, but {expected[row.name]:,} should "
+                "be"
+            )
+        lines.append(f"{row.name:<16}{row.parameters:>16,}{row.trained:>16,}  {row.dtypes}")
+    total = sum(row.parameters for row in rows)
+    trained = sum(row.trained for row in rows)
+    lines.append(f"{'total':<16}{total:>16,}{trained:>16,}  ({trained / total:.2%})")
+    return "\n".join(lines)
 
 
 def _adapt(
-    model: Any,
+    model: CausalLM | VisionModel,
     layers: list[str],
     rank: int,
     alpha: float,
     dropout: float,
     bias: str,
-    task: str | None,
-) -> Any:
+    task_type: str | None,
+) -> PeftModel:
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no linear layer for LoRA: train it whole, or not at all"
+            f"{type(model).__name__} has no linear layer that LoRA could adapt; train all of it, or "
+            "freeze it"
         )
     config = LoraConfig(
         r=rank,
@@ -79,82 +186,13 @@ def _adapt(
         lora_dropout=dropout,
         bias=bias,  # type: ignore[arg-type]
         target_modules=layers,
-        task_type=task,
+        task_type=task_type,
     )
-    return get_peft_model(model, config)
+    return get_peft_model(cast(Any, model), config)
 
 
-def freeze(model: Llava, parts: TrainedParts) -> None:
-    """Freeze everything except the projector and the models whose own weights are trained.
-
-    Adapters come afterward: `add_lora` and `add_tower_lora` freeze the model that they adapt.
-
-    What is trained becomes float32, whatever the frozen weights are: bfloat16 would round small updates away.
-    """
-    tower = model.vision_tower.requires_grad_(False)
-    if parts.vision_tower == "full":
-        for name, parameter in tower.float().model.named_parameters():
-            parameter.requires_grad_(name in tower.used_parameters)
-    tower.eval()
-    model.projector.requires_grad_(True).float()
-    if parts.language_model == "full":
-        model.language_model.requires_grad_(True).float()
-    else:
-        model.language_model.requires_grad_(False)
-
-
-def count_parameters(model: Llava) -> list[Part]:
-    """Count the parameters: vision tower and its adapter, projector, language model and its adapter."""
-    tower, text = model.vision_tower.named_parameters(), model.language_model.named_parameters()
-    groups: dict[str, list[nn.Parameter]] = {"vision tower": [], "vision adapter": []}
-    groups |= {
-        "projector": list(model.projector.parameters()),
-        "language model": [],
-        "LoRA adapter": [],
-    }
-    for whole, adapter, named in (
-        ("vision tower", "vision adapter", tower),
-        ("language model", "LoRA adapter", text),
-    ):
-        for name, parameter in named:
-            groups[adapter if "lora_" in name else whole].append(parameter)
-    return [
-        Part(
-            name,
-            sum(p.numel() for p in group),
-            sum(p.numel() for p in group if p.requires_grad),
-            ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in group})),
-        )
-        for name, group in groups.items()
-        if group or name == "projector"
-    ]
-
-
-def check_trainable(model: Llava, parts: TrainedParts) -> str:
-    """Assert that exactly what should train does, and return the table as text.
-
-    Raises:
-        RuntimeError: a part trains that should not, or does not train whole.
-    """
-    text, tower = model.language_model, model.vision_tower
-    biases = False
-    if isinstance(text, PeftModel):
-        lora_config: Any = text.peft_config["default"]
-        biases = lora_config.bias != "none"
-    used_parameters = sum(
-        p.numel() for n, p in tower.model.named_parameters() if n in tower.used_parameters
-    )
-    rows = count_parameters(model)
-    should = {row.name: row.parameters for row in rows}
-    should |= {"vision tower": used_parameters if parts.vision_tower == "full" else 0}
-    should |= {} if parts.language_model == "full" else {"language model": 0}
-    lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}  dtype"]
-    for part in rows:
-        if part.trained != should[part.name] and not (biases and part.name == "language model"):
-            raise RuntimeError(
-                f"{part.name}: {part.trained:,} parameters train, should be {should[part.name]:,}"
-            )
-        lines.append(f"{part.name:<16}{part.parameters:>16,}{part.trained:>16,}  {part.dtypes}")
-    total, trained = sum(p.parameters for p in rows), sum(p.trained for p in rows)
-    lines.append(f"{'together':<16}{total:>16,}{trained:>16,}  ({trained / total:.2%})")
-    return "\n".join(lines)
+def _trains_biases(language_model: CausalLM) -> bool:
+    if not isinstance(language_model, PeftModel):
+        return False
+    config: Any = language_model.peft_config["default"]
+    return config.bias != "none"

@@ -1,4 +1,4 @@
-"""The projector: from the vision tower's width to the language model's."""
+"""The projector: patch features of the vision tower -> image tokens of the language model."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from torch import nn
 
 
 def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
-    """`linear` (LLaVA), `mlp2x_gelu` (LLaVA-1.5; any depth: `mlp3x_gelu`) or `identity`.
+    """Build a projector (..., vision_width) -> (..., text_width) with PyTorch's default initialization.
 
-    Maps (..., vision_width) to (..., text_width).
+    Args:
+        kind: `linear` (LLaVA), `mlp2x_gelu` (LLaVA-1.5), `mlp3x_gelu` and so on, or `identity`.
+        vision_width: Width of the patch features.
+        text_width: Width of the token embeddings.
 
     Raises:
-        ValueError: an unknown kind, or `identity` between different widths.
+        ValueError: `kind` is unknown, or `identity` between different widths.
     """
     if kind == "linear":
         return nn.Linear(vision_width, text_width)
     if kind == "identity":
         if vision_width != text_width:
             raise ValueError(
-                f"mm_projector_type identity needs equal widths, not {vision_width} and {text_width}"
+                f"--mm_projector_type identity requires equal widths, but the vision tower has "
+                f"{vision_width} and the language model {text_width}"
             )
         return nn.Identity()
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if match is None:
         raise ValueError(
-            f"mm_projector_type is linear, mlp2x_gelu (any depth) or identity, not {kind!r}"
+            "--mm_projector_type must be linear, mlp2x_gelu (or another depth) or identity, not "
+            f"{kind!r}"
         )
+    depth = int(match[1])
     layers: list[nn.Module] = [nn.Linear(vision_width, text_width)]
-    for _ in range(int(match[1]) - 1):
+    for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(text_width, text_width)]
     return nn.Sequential(*layers)
 
@@ -39,29 +45,34 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
 def init_projector_scale(
     projector: nn.Module, features: torch.Tensor, embeddings: torch.Tensor
 ) -> None:
-    """Start a fresh projector where training is easy: on the scale of what it reads and of what it feeds.
+    """Rescale a fresh projector to the features that it reads and the embeddings that it replaces.
 
-    Feature channels differ a hundredfold in scale between towers, and token embeddings are small (SmolLM2's have a
-    standard deviation of 0.1): at PyTorch's default initialisation the first hundreds of steps only mend that. The
-    first layer is rescaled as if its input were standardised per channel, the last as if its output had the
-    embeddings' standard deviation. No parameter is added; the architecture stays the stock one.
+    The channels of features differ a hundredfold in scale between towers, and token embeddings are
+    small (standard deviation 0.1 in SmolLM2). With PyTorch's default initialization, hundreds of
+    training steps are spent on correcting that.
+
+    The first layer is rescaled as if its input were standardized per channel, and the last layer so
+    that the output has the standard deviation of the embeddings. No parameter is added.
 
     Args:
-        features: (images, tokens, vision width), some real ones.
-        embeddings: (vocabulary, text width) of the language model.
+        projector: Modified in place.
+        features: (images, tokens, vision width), of some training images.
+        embeddings: (any number, text width), token embeddings of the language model.
     """
     linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
     if not linears:
-        return
-    features = features.flatten(0, -2).float()
+        return  # An identity.
     first, last = linears[0], linears[-1]
-    # A channel that is silent in all of these pictures is not in all others: a floor keeps it from being shouted.
-    deviation = features.std(0)
-    # And most may be silent, behind a ReLU.
-    first.weight.div_(
-        deviation.clamp_min(0.1 * (float(deviation.median()) or float(deviation.mean())))
-    )
+    features = features.flatten(0, -2).float()
+
+    # (x - mean) / std = x / std - mean / std: into the weight and the bias of the first layer.
+    std = features.std(0)
+    # Clamp the standard deviation so that channels that are nearly constant in these images are not
+    # amplified in others. Behind a ReLU most may be constant, so that the median is 0.
+    typical_std = float(std.median()) or float(std.mean())
+    first.weight.div_(std.clamp_min(0.1 * typical_std))
     first.bias.sub_(first.weight @ features.mean(0))
+
     scale = embeddings.float().std() / projector(features).std()
     last.weight.mul_(scale)
     last.bias.mul_(scale)

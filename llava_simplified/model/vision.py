@@ -1,10 +1,20 @@
-"""The vision tower: any Hugging Face vision model, seen as pixels -> (images, tokens, width)."""
+"""The vision tower: any vision model of Transformers, as pixels -> features (images, tokens, width).
+
+vision transformer (CLIP, SigLIP, DINOv2, ViT)      convolutional (EfficientNet, ConvNeXt, ResNet)
+
+hidden states (images, 1 + 196, 768)                feature maps (images, 1280, 7, 7)
+  | select_layer: one, or several concatenated        | select_layer; all on the smallest grid
+  | select_feature: drop the CLS token                |
+  | token_pool: average the 14 x 14 grid              | token_pool
+  v                                                   v
+(images, 196, 768)                                  (images, 49, 1280)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from math import isqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -18,24 +28,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-class VisionTower(nn.Module):
-    """A vision model and the choice of which of its features are shown to the language model.
+class _Shape(NamedTuple):
+    """What is known of a tower's features without its weights; see the attributes of `VisionTower`."""
 
-    Vision transformers (CLIP, SigLIP, DINOv2, ViT) give one token per patch; convolutional models (EfficientNet,
-    ConvNeXt, ResNet) one per position of a feature map.
+    num_tokens: int
+    width: int
+    grid: tuple[int, int]
+    used_parameters: frozenset[str]
+
+
+class VisionTower(nn.Module):
+    """A vision model, and the choice of which of its features the language model gets.
 
     Args:
-        model: any model that takes `pixel_values` and returns `last_hidden_state` and `hidden_states`.
-        transform: how its pictures are resized and normalised.
-        select_layer: which hidden states. -1 is the last one, -2 (the layer before) is what LLaVA chose for
-            CLIP. Several are concatenated along the width (for feature maps of several sizes: on the grid of
-            the smallest).
-        select_feature: "patch", or "cls_patch" to keep the tokens that are no patch (CLS, registers) in front.
-        token_pool: average the grid down to `token_pool` x `token_pool` tokens; 0 keeps it.
+        model: Accepts `pixel_values`, returns `last_hidden_state` and `hidden_states`.
+        transform: How its images are resized and normalized.
+        select_layer: Which hidden states. -1 are the last ones; -2, those of the layer before, are
+            LLaVA's choice for CLIP. Several are concatenated along the width.
+        select_feature: `patch`, or `cls_patch` to keep the tokens that are not patches (CLS,
+            registers) in front.
+        token_pool: Average the grid of patches to `token_pool` x `token_pool` tokens; 0 keeps it.
 
     Attributes:
-        num_tokens, width: the features of one image are (num_tokens, width).
-        used_parameters: the model's parameters that they depend on. Those of the layers above the selected one have no part in it.
+        num_tokens: Number of tokens of one image.
+        width: Width of a token.
+        grid: (rows, columns) of the tokens that are patches.
+        used_parameters: Names of the model's parameters that the features depend on. Those of the
+            layers above the selected one are not among them.
     """
 
     def __init__(
@@ -49,7 +68,7 @@ class VisionTower(nn.Module):
         super().__init__()
         if select_feature not in ("patch", "cls_patch"):
             raise ValueError(
-                f"mm_vision_select_feature is patch or cls_patch, not {select_feature!r}"
+                f"--mm_vision_select_feature must be patch or cls_patch, not {select_feature!r}"
             )
         self.model: VisionModel = model
         self.transform = transform
@@ -58,17 +77,27 @@ class VisionTower(nn.Module):
         )
         self.select_feature = select_feature
         self.token_pool = token_pool
-        self.num_tokens, self.width, self.grid, self.used_parameters = self._trace()
+        shape = self._trace()
+        self.num_tokens = shape.num_tokens
+        self.width = shape.width
+        self.grid = shape.grid
+        self.used_parameters = shape.used_parameters
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, *, dtype: torch.dtype = torch.float32, **choices: object
+        cls, name_or_path: str, *, dtype: torch.dtype = torch.float32, **choices: Any
     ) -> VisionTower:
-        """Load a vision model, or the vision half of a two-tower model (CLIP, SigLIP), with its image transform.
+        """Load a vision model, or the vision half of a two-tower model (CLIP, SigLIP).
+
+        Args:
+            name_or_path: Folder or hub name, with a `preprocessor_config.json`.
+            dtype: Data type of the weights.
+            **choices: `select_layer`, `select_feature` and `token_pool` of the constructor.
 
         Raises:
-            ValueError: it is no vision model, weights are missing, or its image processor does what `ImageTransform` can't.
-            OSError: the files are not there (the message says which).
+            ValueError: It is not a vision model, weights are missing, or its image processor does
+                something that `ImageTransform` does not support.
+            OSError: A file is missing; the message says which one.
         """
         config = AutoConfig.from_pretrained(name_or_path)
         config = getattr(config, "vision_config", config)
@@ -76,35 +105,50 @@ class VisionTower(nn.Module):
         model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
             raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
-        model, report = model_class.from_pretrained(
+        model, loading_info = model_class.from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True
         )
-        tower = cls(model, transform, **choices)  # type: ignore[arg-type]
-        check_missing_keys(
-            name_or_path, tower.used_parameters & set(report["missing_keys"])
-        )  # a pooling head may well be missing
+        tower = cls(cast(VisionModel, model), transform, **choices)
+        # Weights that the features do not depend on, such as a pooling head, may be missing.
+        check_missing_keys(name_or_path, tower.used_parameters & set(loading_info["missing_keys"]))
         return tower
 
     @classmethod
     def from_config(
-        cls, config: PreTrainedConfig, transform: ImageTransform, **choices: object
+        cls, config: PreTrainedConfig, transform: ImageTransform, **choices: Any
     ) -> VisionTower:
-        """The tower without its weights, on the meta device: enough to know its shape."""
+        """Build the tower on the meta device, without weights: enough to know its shape.
+
+        Args:
+            config: Of a vision model, or of a two-tower model.
+            transform: How its images are resized and normalized.
+            **choices: `select_layer`, `select_feature` and `token_pool` of the constructor.
+        """
+        config = getattr(config, "vision_config", config)
         with torch.device("meta"):
-            return cls(AutoModel.from_config(config), transform, **choices)  # type: ignore[arg-type]
+            model: Any = AutoModel.from_config(config)
+            return cls(cast(VisionModel, model), transform, **choices)
 
     @property
     def frozen(self) -> bool:
-        """True when no parameter of the tower is trained."""
-        return not any(p.requires_grad for p in self.parameters())
+        """Whether no parameter of the tower is trained."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of the features."""
+        """Data type of the weights, and so of the features."""
         return next(self.parameters()).dtype
 
+    @property
+    def is_convolutional(self) -> bool:
+        return not hasattr(self.model.config, "num_attention_heads")
+
     def train(self, mode: bool = True) -> VisionTower:
-        """A frozen tower stays in evaluation mode; one that trains keeps its batch norms' statistics: no picture moves another."""
+        """Set the training mode, but leave in evaluation mode what must stay there.
+
+        A frozen tower must, because of dropout. So must batch norms, even of a tower that is trained:
+        with statistics of the batch, the features of an image would depend on the other images.
+        """
         super().train(mode and not self.frozen)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -112,111 +156,125 @@ class VisionTower(nn.Module):
         return self
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch features.
+        """Compute the features of images.
 
         Args:
-            pixel_values: (images, 3, height, width); uint8 as the transform makes them, or floats already normalised.
+            pixel_values: (images, 3, height, width); uint8 as the transform makes them, or floats
+                that are normalized already.
 
         Returns:
-            (images, num_tokens, width)
+            (images, num_tokens, width), of the tower's dtype.
         """
         if pixel_values.dtype == torch.uint8:
             pixel_values = self.transform.normalize(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         if self.is_convolutional:
-            pixel_values = pixel_values.contiguous(
-                memory_format=torch.channels_last
-            )  # several times faster on CPU
+            # Several times faster on a CPU.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self._select(self.model, pixel_values)[0]
+            features, _ = self._select(self.model, pixel_values)
+        return features
 
     def _select(
         self, model: VisionModel, pixel_values: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The features, and the (rows, columns) of places that their last tokens stand for."""
+        """Run a vision model and select features.
+
+        Returns:
+            Features (images, tokens, width), and the (rows, columns) of the tokens that are patches.
+        """
         outputs = model(pixel_values, output_hidden_states=True)
         if outputs.last_hidden_state.dim() == 4:
-            return self._from_maps(outputs)
-        features = torch.cat([outputs.hidden_states[layer] for layer in self.select_layers], dim=-1)
-        height, width = (
-            side // patch for side, patch in zip(pixel_values.shape[-2:], _patch_size(model))
-        )
-        merged = (
-            isqrt(height * width // features.shape[1]) or 1
-        )  # neighbours become one on the way up: Swin, FocalNet
-        height, width = height // merged, width // merged
-        others = (
-            features.shape[1] - height * width
-        )  # CLS and register tokens stand in front of the patches
-        if self.select_feature == "cls_patch":
-            if self.token_pool or not others:
-                raise ValueError(
-                    "cls_patch can't be pooled"
-                    if self.token_pool
-                    else "this tower has no CLS token: use patch"
-                )
-            return features, (height, width)
-        features = features[:, others:]
-        if self.token_pool:
-            grid = features.transpose(1, 2).unflatten(2, (height, width))
-            features = adaptive_avg_pool2d(grid, self.token_pool).flatten(2).transpose(1, 2)
-            height = width = self.token_pool
-        return features, (height, width)
+            return self._select_maps(outputs.last_hidden_state, outputs.hidden_states)
+        hidden_states = [outputs.hidden_states[layer] for layer in self.select_layers]
+        features = torch.cat(hidden_states, dim=-1)  # (images, CLS and registers + patches, width)
+        rows, columns = _patch_grid(model, pixel_values, features.shape[1])
 
-    def _from_maps(self, outputs: object) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Feature maps (images, channels, height, width) -> (images, tokens, channels)."""
+        # CLS and register tokens stand in front of the patches.
+        num_others = features.shape[1] - rows * columns
         if self.select_feature == "cls_patch":
-            raise ValueError("a convolutional tower has no CLS token: use patch")
-        last: torch.Tensor = outputs.last_hidden_state  # type: ignore[attr-defined]
-        hidden: tuple[torch.Tensor, ...] = outputs.hidden_states  # type: ignore[attr-defined]
-        # -1 means the very last map: EfficientNet's last hidden state lies one convolution before it
-        maps = [last if layer == -1 else hidden[layer] for layer in self.select_layers]
+            if self.token_pool:
+                raise ValueError(
+                    "--mm_vision_select_feature cls_patch cannot be combined with --mm_token_pool"
+                )
+            if not num_others:
+                raise ValueError(
+                    "this vision tower has no CLS token; pass --mm_vision_select_feature patch"
+                )
+            return features, (rows, columns)
+        features = features[:, num_others:]
+        if not self.token_pool:
+            return features, (rows, columns)
+        maps = features.transpose(1, 2).unflatten(2, (rows, columns))
+        features = adaptive_avg_pool2d(maps, self.token_pool).flatten(2).transpose(1, 2)
+        return features, (self.token_pool, self.token_pool)
+
+    def _select_maps(
+        self, last_hidden_state: torch.Tensor, hidden_states: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Select features of a convolutional model, whose states are (images, channels, rows, columns)."""
+        if self.select_feature == "cls_patch":
+            raise ValueError(
+                "a convolutional vision tower has no CLS token; pass --mm_vision_select_feature patch"
+            )
+        maps: list[torch.Tensor] = []
+        for layer in self.select_layers:
+            # EfficientNet applies one more convolution after its last hidden state: -1 means the result.
+            maps.append(last_hidden_state if layer == -1 else hidden_states[layer])
         grid = min((m.shape[-2:] for m in maps), key=lambda size: size.numel())
         if self.token_pool:
             grid = torch.Size((self.token_pool, self.token_pool))
-        maps = [
-            m if m.shape[-2:] == grid else adaptive_avg_pool2d(m, (grid[0], grid[1])) for m in maps
-        ]
-        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2), (grid[0], grid[1])
+        rows, columns = grid
+        for i, feature_map in enumerate(maps):
+            if feature_map.shape[-2:] != grid:
+                maps[i] = adaptive_avg_pool2d(feature_map, (rows, columns))
+        features = torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
+        return features, (rows, columns)
 
-    @property
-    def is_convolutional(self) -> bool:
-        return not hasattr(self.model.config, "num_attention_heads")
+    def _trace(self) -> _Shape:
+        """Find out the shape of the features, and which parameters they depend on.
 
-    def _trace(self) -> tuple[int, int, tuple[int, int], frozenset[str]]:
-        """Tokens, width and grid of one image, and the parameters that they depend on: not those of the layers above.
+        The architecture is run on the meta device, without data. Its gradients are empty too, but they
+        exist for exactly those parameters that the features depend on.
 
-        The one place where they are known: the architecture, run on no data.
+        Raises:
+            ValueError: A selected layer does not exist, or the model gives no grid of features.
         """
         with torch.device("meta"), torch.enable_grad():
-            skeleton = AutoModel.from_config(self.model.config).eval()
-            pixels = torch.empty(1, 3, *self.transform.crop)
+            model: Any = AutoModel.from_config(self.model.config).eval()
+            pixel_values = torch.empty(1, 3, *self.transform.crop)
             try:
-                features, grid = self._select(skeleton, pixels)
-                names, parameters = zip(*skeleton.named_parameters())
+                features, grid = self._select(model, pixel_values)
+                names, parameters = zip(*model.named_parameters())
                 gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
             except IndexError:
-                count = len(skeleton(pixels, output_hidden_states=True).hidden_states)
+                count = len(model(pixel_values, output_hidden_states=True).hidden_states)
                 raise ValueError(
-                    f"mm_vision_select_layer {self.select_layers} is out of range: the tower has {count} hidden states"
+                    f"--mm_vision_select_layer {self.select_layers} is out of range: the vision tower "
+                    f"has {count} hidden states"
                 ) from None
             except (AttributeError, RuntimeError, TypeError) as error:
                 raise ValueError(
-                    f"a {self.model.config.model_type} can't be the vision tower: from `pixel_values` alone it gives no "
-                    f"grid of features ({type(error).__name__}: {error})"
+                    f"a {self.model.config.model_type} cannot be the vision tower: from `pixel_values` "
+                    f"alone it gives no grid of features ({type(error).__name__}: {error})"
                 ) from error
-        used_parameters = frozenset(
-            name for name, gradient in zip(names, gradients) if gradient is not None
-        )
-        return features.shape[1], features.shape[2], grid, used_parameters
+        used = [name for name, gradient in zip(names, gradients) if gradient is not None]
+        return _Shape(features.shape[1], features.shape[2], grid, frozenset(used))
 
 
 def check_missing_keys(source: str, missing: Collection[str]) -> None:
-    """Raise ValueError where weights are missing: transformers would only warn, and draw them at random."""
+    """Raise ValueError if weights are missing. Transformers would only warn, and draw them at random."""
     if missing:
         raise ValueError(f"{source}: weights are missing: {', '.join(sorted(missing)[:5])}")
 
 
-def _patch_size(model: VisionModel) -> tuple[int, int]:
-    size = model.config.patch_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _patch_grid(model: VisionModel, pixel_values: torch.Tensor, num_tokens: int) -> tuple[int, int]:
+    """Return the (rows, columns) of a vision transformer's patches after its last layer."""
+    patch_size = model.config.patch_size
+    if isinstance(patch_size, int):
+        patch_size = (patch_size, patch_size)
+    height, width = pixel_values.shape[-2:]
+    rows, columns = height // patch_size[0], width // patch_size[1]
+    # Swin and FocalNet merge `merged` x `merged` neighbors on the way up.
+    merged = isqrt(rows * columns // num_tokens) or 1
+    return rows // merged, columns // merged

@@ -38,8 +38,9 @@ from llava_simplified.data.records import Record
 from llava_simplified.data.rows import RowFile, find_records, open_rows
 from llava_simplified.data.shards import ShardWriter
 from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.html_report import make_thumbnail
 from llava_simplified.prepare.convert import RecordWriter
-from llava_simplified.prepare.preparation_report import thumbnail, write_page
+from llava_simplified.prepare.preparation_report import Example, write_preparation_report
 from llava_simplified.workers import add_worker_arguments, parse_slice, run_tasks
 
 CHUNK = 500  # records whose verdicts are written at once
@@ -381,9 +382,9 @@ def _run(function: Any, specs: list[Any], engine: str, workers: int, progress: b
 
 def _write(
     rows: RowFile, verdicts: Iterator[ValidationResult], kept: Path, output: Path, folder: Path
-) -> tuple[Counter[str], dict[str, list[dict[str, Any]]]]:
+) -> tuple[Counter[str], dict[str, list[Example]]]:
     """Survivors to `kept`, the others to the quarantine beside `output`."""
-    counts, examples = Counter[str](), dict[str, list[dict[str, Any]]]()
+    counts, examples = Counter[str](), dict[str, list[Example]]()
     aside = output.with_name(f"{output.stem}_quarantine.jsonl")
     with RecordWriter(kept) as good, RecordWriter(aside) as bad:
         for index, verdict in enumerate(verdicts):
@@ -394,13 +395,14 @@ def _write(
                     {"reason": verdict.reason, "detail": verdict.detail, "record": _readable(text)}
                 )
                 if len(seen := examples.setdefault(verdict.reason, [])) < 12:
-                    seen.append(
-                        {
-                            "name": rows.where(index),
-                            "detail": verdict.detail,
-                            **_shown(text, folder),
-                        }
+                    caption, thumbnail = _shown(text, folder)
+                    example = Example(
+                        name=rows.where(index),
+                        caption=caption,
+                        detail=verdict.detail,
+                        thumbnail=thumbnail,
                     )
+                    seen.append(example)
                 continue
             row = rows[index]
             if verdict.bad:  # some of its captions can't be used, the others can
@@ -462,29 +464,36 @@ def _write_compacted(survivors: RowFile, output: Path) -> None:
 
 
 def _report(
-    rows: RowFile, counts: Counter[str], examples: dict[str, list[dict[str, Any]]], output: Path
+    rows: RowFile, counts: Counter[str], examples: dict[str, list[Example]], output: Path
 ) -> None:
     path = output.with_name(f"{output.stem}_report.html")
-    facts = [("records", f"{len(rows):,}"), ("kept", f"{counts['ok']:,}")]
-    title, ordered = f"Cleaning of {rows.name}", sorted(examples.items())
-    write_page(path, title=title, facts=facts, outcomes=counts, examples=ordered)
-    plain = {reason: [{**e, "thumbnail": ""} for e in some] for reason, some in ordered}
+    write_preparation_report(
+        path,
+        title=f"Cleaning of {rows.name}",
+        facts={"records": f"{len(rows):,}", "kept": f"{counts['ok']:,}"},
+        outcomes=counts,
+        examples=examples,
+    )
+    plain = {
+        reason: [{**example, "thumbnail": ""} for example in some]
+        for reason, some in sorted(examples.items())
+    }
     report = json.dumps({"outcomes": counts, "examples": plain}, indent=1, ensure_ascii=False)
     path.with_suffix(".json").write_text(report, "utf-8")
 
 
-def _shown(text: str, folder: Path) -> dict[str, str]:
+def _shown(text: str, folder: Path) -> tuple[str, str]:
     """Caption and picture of a record that was set aside, as far as there are any."""
     try:
         record = Record.from_json(_readable(text), "")
     except ValueError:
-        return {"caption": text[:200], "thumbnail": ""}
+        return text[:200], ""
     caption = " / ".join(record.responses)[:200]
     try:
         pixels = decode_image(read_image_bytes(record.images[0], folder)) if record.images else None
     except ImageError:
         pixels = None
-    return {"caption": caption, "thumbnail": "" if pixels is None else thumbnail(pixels)}
+    return caption, "" if pixels is None else make_thumbnail(pixels).data_uri
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,7 +47,7 @@ from llava_simplified.prepare.convert import (
     make_record,
 )
 from llava_simplified.prepare.fetch import KINDS, FetchOptions, FetchResult, fetch_all
-from llava_simplified.prepare.preparation_report import download_report
+from llava_simplified.prepare.preparation_report import write_download_report
 from llava_simplified.prepare.sources import Columns, ParseIssues, read_source
 from llava_simplified.workers import add_worker_arguments, parse_slice, run_tasks
 
@@ -482,7 +482,7 @@ def merge_manifests(output: str) -> dict[str, Any]:
                     place = f"{name.removesuffix('.parquet')}.tar#{row['key']}"
                     image = f"images/{row['file']}" if known["files"] else place
                     writer.write(make_record(image, INSTRUCTION, row["captions"]))
-    report = download_report(merged, known, work / "report.json", work / "report.html")
+    report = write_download_report(merged, known, work / "report.json", work / "report.html")
     if len(names) < known["shards"]:
         report["missing_shards"] = known["shards"] - len(names)
     for path in (records, merged, work / "report.json", work / "report.html"):

@@ -1,161 +1,231 @@
-"""The pages that say what came of a download or a cleaning: one HTML file each, needing no network."""
+"""The reports of `llava download` and `llava clean`: one HTML file each, and the same numbers as JSON."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ title }}</title>
-<style>
- body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
- h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid #ddd }
- td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top } td.n { text-align: right }
- svg { max-width: 42rem; font-size: 11px; fill: #555 } small { color: #666 }
- .bar { background: #4a7fb5; height: .8rem; display: inline-block } .bar.ok { background: #4c9a5f }
- .cards { display: flex; flex-wrap: wrap; gap: 1rem } .card { width: 11rem; font-size: 12px; overflow-wrap: anywhere }
- .card img { max-width: 11rem; max-height: 9rem; display: block }
-</style>
-<h1>{{ title }}</h1>
-<p>{% for name, value in facts %}<b>{{ value }}</b> {{ name }}{{ ", " if not loop.last }}{% endfor %}</p>
-<h2>Outcomes</h2><table>{% for kind, count in outcomes %}
-<tr><td>{{ kind }}<td class="n">{{ "{:,}".format(count) }}<td class="n">{{ "%.1f"|format(100 * count / total) }} %
-<td><span class="bar {{ 'ok' if kind == 'ok' }}" style="width: {{ 30 * count / total }}rem"></span>{% endfor %}</table>
-{% if oddities %}<h2>What was strange in the source</h2><ul>{% for line in oddities %}<li>{{ line }}{% endfor %}</ul>
-{% endif %}{% for heading, plot in plots %}<h2>{{ heading }}</h2>{{ plot }}{% endfor %}
-{% if hosts %}<h2>Hosts with the most failures</h2><table><tr><th>host<th>rows<th>failed<th>causes{% for row in hosts %}
-<tr><td>{{ row[0] }}<td class="n">{{ row[1] }}<td class="n">{{ row[2] }}<td>{{ row[3] }}{% endfor %}</table>{% endif %}
-{% for kind, rows in examples %}<h2>{{ kind }}</h2><div class="cards">{% for row in rows %}<div class="card">
-{% if row.thumbnail %}<img src="data:image/jpeg;base64,{{ row.thumbnail }}" alt="">{% endif %}
-<b>{{ row.name }}</b><br>{{ row.caption }}<br><small>{{ row.detail }}</small></div>{% endfor %}</div>{% endfor %}</html>"""
+from llava_simplified.html_report import Bar, Chart, Tile, histogram, write_page
+from llava_simplified.jobs import format_duration
+
+MAX_EXAMPLES = 8  # of each error
+MAX_HOSTS = 25
+MAX_CAUSES = 3  # of each host
+ROWS_PER_BATCH = 50_000  # of the manifest
+
+_OK = "ok"
+_GREEN, _ORANGE = 2, 1  # colors of the report
 
 
-def write_page(path: Path, **parts: Any) -> None:
-    """Fill the page. Every value is escaped: captions, URLs and server messages are other people's text."""
-    from jinja2 import Environment
+class Example(TypedDict):
+    """A row with some outcome. It is shown on the page, and written to the JSON report.
 
-    page = Environment(autoescape=True).from_string(_PAGE)
-    defaults: dict[str, Any] = {"oddities": [], "plots": [], "hosts": [], "examples": []}
-    outcomes = Counter(parts.pop("outcomes")).most_common()
-    total = max(1, sum(count for _, count in outcomes))
-    path.write_text(
-        page.render(**{**defaults, **parts}, outcomes=outcomes, total=total), encoding="utf-8"
+    Keys:
+        name: Which row it is.
+        caption: Its captions.
+        detail: What is wrong with it.
+        thumbnail: A data URI, or an empty string.
+    """
+
+    name: str
+    caption: str
+    detail: str
+    thumbnail: str
+
+
+class Host(NamedTuple):
+    """A host with failed downloads."""
+
+    name: str
+    num_rows: int
+    num_failed: int
+    causes: str
+
+
+def write_preparation_report(
+    path: Path,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    outcomes: Mapping[str, int],
+    examples: Mapping[str, Sequence[Example]],
+    warnings: Sequence[str] = (),
+    charts: Sequence[Chart] = (),
+    hosts: Sequence[Host] = (),
+) -> None:
+    """Write the HTML page of a download or a cleaning.
+
+    Args:
+        path: The HTML file.
+        title: Heading of the page.
+        facts: Numbers in large type, by what they count.
+        outcomes: Number of rows by outcome; "ok" is drawn in green.
+        examples: Rows by outcome.
+        warnings: What was unusual in the source.
+        charts: Charts beside the outcomes.
+        hosts: Hosts with the most failures.
+    """
+    total = max(1, sum(outcomes.values()))
+    bars = []
+    for outcome, count in Counter(outcomes).most_common():
+        percent = 100 * count / total
+        color = _GREEN if outcome == _OK else _ORANGE
+        bars.append(Bar(outcome, percent, f"{count:,} ({percent:.1f} %)", color))
+    write_page(
+        path,
+        "prepare/preparation_report.html",
+        title=title,
+        tiles=[Tile(label, value) for label, value in facts.items()],
+        outcomes=bars,
+        warnings=warnings,
+        charts=charts,
+        hosts=hosts,
+        examples=dict(sorted(examples.items())),
     )
 
 
-_BARS = """<svg viewBox="0 0 640 190" role="img" aria-label="{{ label }}">
-{% for count in counts %}<rect x="{{ 50 + loop.index0 * width }}" width="{{ width - 0.6 }}" fill="#4a7fb5"
- y="{{ 150 - 140 * count / top }}" height="{{ 140 * count / top }}"></rect>{% endfor %}
-<path d="M50 10V150H640" stroke="#888" fill="none"></path>
-<text x="46" y="16" text-anchor="end">{{ "{:,.4g}".format(top) }}</text>
-<text x="46" y="152" text-anchor="end">0</text>
-<text x="50" y="168">{{ "{:,.4g}".format(low) }}</text>
-<text x="640" y="168" text-anchor="end">{{ "{:,.4g}".format(high) }}</text>
-<text x="345" y="180" text-anchor="middle">{{ label }}</text></svg>"""
+# ---- download ----
 
 
-def histogram(values: np.ndarray, label: str, *, rate: bool = False, bins: int = 60) -> str:
-    """Bars as SVG: how many values in each of `bins` equal steps; with `rate`, how many per unit."""
-    from jinja2 import Environment
-    from markupsafe import Markup
+@dataclass
+class _DownloadStatistics:
+    """What the rows of a manifest add up to.
 
-    counts, edges = np.histogram(values, bins=bins)
-    heights = counts / (edges[1] - edges[0] or 1.0) if rate else counts.astype(float)
-    template = Environment(autoescape=True).from_string(_BARS)
-    scale = {
-        "top": max(float(heights.max()), 1e-9),
-        "low": edges[0],
-        "high": edges[-1],
-        "width": 590 / bins,
-    }
-    return Markup(template.render(counts=heights.tolist(), label=label, **scale))
+    Attributes:
+        outcomes: Rows by outcome.
+        rows_by_host: Rows by host.
+        errors_by_host: Rows by host and error.
+        examples: Some rows of each error.
+        columns: For each row its time in seconds, width and height in pixels, and size in bytes: arrays (rows, 4). A
+            row without an image has NaN.
+    """
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    rows_by_host: Counter[str] = field(default_factory=Counter)
+    errors_by_host: dict[str, Counter[str]] = field(default_factory=dict)
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    columns: list[np.ndarray] = field(default_factory=list)
+
+    def add(
+        self, index: int, url: str, error: str | None, detail: str, captions: Sequence[str]
+    ) -> None:
+        """Count one row."""
+        self.outcomes[error or _OK] += 1
+        host = url.partition("://")[2].partition("/")[0]
+        self.rows_by_host[host] += 1
+        if not error:
+            return
+        self.errors_by_host.setdefault(host, Counter())[error] += 1
+        shown = self.examples.setdefault(error, [])
+        if len(shown) < MAX_EXAMPLES:
+            caption = captions[0] if captions else ""
+            example = Example(
+                name=f"row {index}",
+                caption=caption,
+                detail=f"{url}: {detail}",
+                thumbnail="",
+            )
+            shown.append(example)
+
+    def worst_hosts(self) -> list[str]:
+        """Return the hosts with the most failures, worst first."""
+        hosts = sorted(self.errors_by_host, key=lambda host: -self.errors_by_host[host].total())
+        return hosts[:MAX_HOSTS]
 
 
-def thumbnail(pixels: np.ndarray) -> str:
-    """uint8 (H, W, 3) -> base64 JPEG of at most 176 pixels."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    image.thumbnail((176, 144))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def download_report(
-    manifest: Path, settings: dict[str, Any], to_json: Path, to_html: Path
+def write_download_report(
+    manifest: Path, settings: Mapping[str, Any], json_path: Path, html_path: Path
 ) -> dict[str, Any]:
-    """Read `manifest.parquet`, write both reports; returns what `report.json` holds."""
-    import pyarrow.parquet as pq
+    """Write the reports of a download.
 
-    outcomes, rows_by_host, hosts = Counter[str](), Counter[str](), dict[str, Counter[str]]()
-    examples: dict[str, list[dict[str, Any]]] = {}
-    parts: list[np.ndarray] = []
-    columns = ["url", "error", "detail", "captions", "at", "width", "height", "length", "index"]
-    for batch in pq.ParquetFile(manifest).iter_batches(50_000, columns=columns):
-        for index, url, error, detail, captions in zip(
-            *(batch[name].to_pylist() for name in ("index", "url", "error", "detail", "captions"))
-        ):
-            outcomes[error or "ok"] += 1
-            host = url.partition("://")[2].partition("/")[0]
-            rows_by_host[host] += 1
-            if error:
-                hosts.setdefault(host, Counter())[error] += 1
-                if len(seen := examples.setdefault(error, [])) < 8:
-                    caption = captions[0] if captions else ""
-                    seen.append(
-                        {"name": f"row {index}", "caption": caption, "detail": f"{url}: {detail}"}
-                    )
-        names = ("at", "width", "height", "length")  # NaN where there is no picture
-        parts.append(np.array([batch[name].to_pylist() for name in names], float))
-    at, width, height, lengths = np.concatenate(parts, axis=1)
-    sides, lengths = np.minimum(width, height)[~np.isnan(lengths)], lengths[~np.isnan(lengths)]
-    seconds = float(at.max() - at.min()) if len(at) else 0.0
-    worst = sorted(hosts, key=lambda host: -hosts[host].total())[:25]
+    Args:
+        manifest: `manifest.parquet`, with one row per URL.
+        settings: The settings of the download; "oddities" are the warnings about its source.
+        json_path: The JSON report.
+        html_path: The HTML page.
+
+    Returns:
+        The content of the JSON report.
+    """
+    statistics = _read_manifest(manifest)
+    no_rows = np.empty((0, 4))
+    times, widths, heights, sizes = np.concatenate([no_rows, *statistics.columns]).T
+    has_image = ~np.isnan(sizes)
+    sizes = sizes[has_image]
+    shorter_sides = np.minimum(widths, heights)[has_image]
+    seconds = float(times.max() - times.min()) if len(times) else 0.0
+    num_rows = statistics.outcomes.total()
+    worst_hosts = statistics.worst_hosts()
+
     report = {
-        "outcomes": dict(outcomes.most_common()),
-        "rows": outcomes.total(),
+        "outcomes": dict(statistics.outcomes.most_common()),
+        "rows": num_rows,
         "seconds": round(seconds, 1),
-        "bytes": int(lengths.sum()),
-        "hosts": len(rows_by_host),
-        "worst_hosts": {host: dict(hosts[host].most_common()) for host in worst},
-        "examples": examples,
+        "bytes": int(sizes.sum()),
+        "hosts": len(statistics.rows_by_host),
+        "worst_hosts": {
+            host: dict(statistics.errors_by_host[host].most_common()) for host in worst_hosts
+        },
+        "examples": statistics.examples,
         "settings": settings,
     }
-    to_json.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-    facts = [("rows", f"{outcomes.total():,}"), ("pictures", f"{outcomes['ok']:,}"),
-             ("MB", f"{lengths.sum() / 1e6:,.0f}"), ("hosts", f"{len(rows_by_host):,}"),
-             ("seconds from the first row to the last", f"{seconds:,.0f}")]  # fmt: skip
-    write_page(
-        to_html,
+    json_path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    charts = []
+    if len(times):
+        charts.append(
+            histogram(
+                "Rate over time",
+                "rows per second",
+                times - times.min(),
+                x_label="seconds",
+                per_unit=True,
+            )
+        )
+    if len(sizes):
+        charts.append(histogram("Shorter side", "images", shorter_sides, x_label="pixels"))
+        charts.append(histogram("File size", "images", sizes / 1000, x_label="kB"))
+    write_preparation_report(
+        html_path,
         title=f"Download of {settings['source']}",
-        facts=facts,
-        outcomes=outcomes,
-        oddities=settings["oddities"],
-        plots=_download_plots(at, sides, lengths),
-        hosts=[
-            (host, rows_by_host[host], hosts[host].total(), _causes(hosts[host])) for host in worst
-        ],
-        examples=sorted(examples.items()),
+        facts={
+            "rows": f"{num_rows:,}",
+            "images": f"{statistics.outcomes[_OK]:,}",
+            "MB": f"{sizes.sum() / 1e6:,.0f}",
+            "hosts": f"{len(statistics.rows_by_host):,}",
+            "duration": format_duration(seconds),
+        },
+        outcomes=statistics.outcomes,
+        warnings=settings["oddities"],
+        charts=charts,
+        hosts=[_describe_host(host, statistics) for host in worst_hosts],
+        examples=statistics.examples,
     )
     return report
 
 
-def _causes(counts: Counter[str]) -> str:
-    return ", ".join(f"{kind} {count}" for kind, count in counts.most_common(3))
+def _read_manifest(manifest: Path) -> _DownloadStatistics:
+    import pyarrow.parquet as pq
+
+    statistics = _DownloadStatistics()
+    texts = ["index", "url", "error", "detail", "captions"]
+    numbers = ["at", "width", "height", "length"]
+    file = pq.ParquetFile(manifest)
+    for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*texts, *numbers]):
+        for row in zip(*(batch[name].to_pylist() for name in texts)):
+            statistics.add(*row)
+        columns = [batch[name].to_pylist() for name in numbers]
+        statistics.columns.append(np.array(columns, float).T)  # None becomes NaN
+    return statistics
 
 
-def _download_plots(
-    at: np.ndarray, sides: np.ndarray, lengths: np.ndarray
-) -> list[tuple[str, str]]:
-    plots = [("Rate over time", histogram(at - at.min(), "rows a second, over seconds", rate=True))]
-    if len(sides):
-        plots.append(("Shorter side", histogram(sides, "pictures, over pixels")))
-        plots.append(("File size", histogram(lengths / 1000, "pictures, over kB")))
-    return plots
+def _describe_host(host: str, statistics: _DownloadStatistics) -> Host:
+    errors = statistics.errors_by_host[host]
+    causes = [f"{error} {count}" for error, count in errors.most_common(MAX_CAUSES)]
+    return Host(host, statistics.rows_by_host[host], errors.total(), ", ".join(causes))

@@ -30,7 +30,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from llava_simplified.data.images import ImageError, load_pixels
-from llava_simplified.model.generation import GenerationOptions
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.serve.attention_map import encode_answer, word_attention
 from llava_simplified.serve.engine import (

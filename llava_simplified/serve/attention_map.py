@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from llava_simplified.data.collate import expand_image_placeholders
 from llava_simplified.data.images import ImageSource
-from llava_simplified.model.generation import encode
+from llava_simplified.model.generation import encode_images
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message
@@ -116,7 +116,7 @@ def attention_map(
     Raises:
         ValueError: There is no image, or the answer contains no word.
     """
-    prompt, pixel_values = model.ask(messages, images)
+    prompt, pixel_values = model.prepare_inputs(messages, images)
     if pixel_values is None:
         raise ValueError("the conversation has no image; attention maps need at least one")
     _, maps = word_attention(model, prompt, pixel_values, encode_answer(model, answer))
@@ -152,7 +152,7 @@ def word_attention(
     Raises:
         ValueError: The answer contains no word.
     """
-    grids = token_attention(model, prompt, answer_ids, encode(model, pixel_values))
+    grids = token_attention(model, prompt, answer_ids, encode_images(model, pixel_values))
     text, starts, ends = _token_spans(model, answer_ids)
     words: list[str] = []
     maps: list[torch.Tensor] = []

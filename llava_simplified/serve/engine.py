@@ -35,13 +35,10 @@ else:
     from async_timeout import timeout
 
 from llava_simplified.data.images import ImageError, ImageSource
-from llava_simplified.model.generation import (
-    DecodingBatch,
-    GenerationOptions,
-    encode,
-    prompt_hashes,
-)
+from llava_simplified.model.generation import DecodingBatch, encode_images
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.sampling import prompt_hashes
 from llava_simplified.prompt import Message
 
 logger = logging.getLogger(__name__)
@@ -225,7 +222,7 @@ class RequestHandle:
                 "context_length_exceeded",
             )
         try:
-            self.prompt, self.pixel_values = model.ask(messages, images)
+            self.prompt, self.pixel_values = model.prepare_inputs(messages, images)
         except ImageError:
             raise
         except ValueError as error:
@@ -528,21 +525,23 @@ class Engine:
         assert self._batch is not None
         if row in self._batch.errors:
             raise self._batch.errors[row]
-        is_active = row in self._batch.live
-        return sequence.request.next_delta(sequence.index, self._batch.tokens[row], is_active)
+        is_active = row in self._batch.active
+        return sequence.request.next_delta(
+            sequence.index, self._batch.generated_ids[row], is_active
+        )
 
     def _admit(self, requests: Sequence[RequestHandle]) -> None:
         """Encode the images of new requests, prefill their prompts, and add their rows to the batch."""
         pixel_values = [
             request.pixel_values for request in requests if request.pixel_values is not None
         ]
-        features = encode(self.model, torch.cat(pixel_values)) if pixel_values else None
+        features = encode_images(self.model, torch.cat(pixel_values)) if pixel_values else None
         prompts = [request.prompt for request in requests]
         options = [request.options for request in requests]
         hashes = [request.prompt_hash for request in requests]
         if self._batch is None:
             self._batch = DecodingBatch(self.model, prompts, features, options, hashes)
-            rows = list(self._batch.live)
+            rows = list(self._batch.active)
         else:
             rows = self._batch.join(prompts, features, options, hashes)
         # The rows of a request are adjacent, in the order of the requests.
@@ -557,8 +556,8 @@ class Engine:
         """Remove a sequence from the batch, whether it has finished or not."""
         assert self._batch is not None
         # The batch would keep the tokens of all sequences that it has ever had.
-        self._batch.drop(row)
-        del self._batch.tokens[row], self.sequences_running[row]
+        self._batch.cancel(row)
+        del self._batch.generated_ids[row], self.sequences_running[row]
         self._batch.errors.pop(row, None)
 
     def _evict_request(self, request: RequestHandle) -> None:

@@ -21,9 +21,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from llava_simplified.captioning.inputs import PICTURES
+from llava_simplified.captioning.inputs import IMAGE_SUFFIXES
 from llava_simplified.data.images import ImageError, decode_image
-from llava_simplified.model.generation import DEFAULT_TEMPERATURE
+from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE
 from llava_simplified.serve.api import Limits
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def find_examples(folder: Path, count: int = MAX_EXAMPLES) -> list[Path]:
         os.scandir(folder).close()  # `rglob` finds nothing in a folder that it cannot read
     except OSError as error:
         raise ValueError(f"--examples {folder}: {error.strerror}") from None
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"--examples {folder}: no images found; expected files such as cat.jpg")
     if len(found) <= count:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llava_simplified.data.records import insert_image_placeholders
-from llava_simplified.model.generation import DEFAULT_TEMPERATURE, GenerationOptions
+from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.engine import RequestError
 

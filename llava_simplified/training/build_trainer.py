@@ -1,34 +1,39 @@
-"""From options to a trainer that stands before its first step: options checked, data opened, model built, its parts frozen."""
+"""From options to a trainer before its first step."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments, describe
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    non_default_options,
+)
 from llava_simplified.data.collate import Collator
 from llava_simplified.data.dataset import CaptionDataset, open_data
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.records import Record
+from llava_simplified.extras import install_command
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.checkpoint import load_projector, load_trained_weights
-from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
+from llava_simplified.model.config import LlavaConfig, TrainedParts, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainable, freeze
 from llava_simplified.model.projector import init_projector_scale
 from llava_simplified.model.weights import check_weights_digest, weights_digest
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
-from llava_simplified.training.feature_cache import cache_features
+from llava_simplified.training.encode import cache_features
 from llava_simplified.training.kernels import (
     check_kernels,
     choose_attention,
@@ -36,241 +41,399 @@ from llava_simplified.training.kernels import (
     use_liger_kernels,
 )
 from llava_simplified.training.model_config import model_config, trained_parts
-from llava_simplified.training.resume import check_same_run, resume_folder
-from llava_simplified.training.trainer import LlavaTrainer
+from llava_simplified.training.resume import check_same_run, find_resume_folder
+from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
+
+logger = logging.getLogger(__name__)
+
+# Images whose features scale a new projector: 64 are a second of work for the tower, cached
+# features cost nothing.
+_SCALING_IMAGES = 64
+_SCALING_CACHED_IMAGES = 1024
+
+
+# The order of the steps below:
+#
+#     options     everything that can be checked without loading anything
+#     data        records of training and validation
+#     config      what the checkpoint will record about the model
+#     model       pretrained parts, frozen or adapted as the options say
+#     features    the frozen vision tower runs over all images, if that pays (see `encode`)
+#     weights     from a checkpoint (resumed run, --init_from, --pretrain_mm_mlp_adapter), or fresh
+#     trainer     datasets, batches, and the table of what is trained
+#
+# Errors come as early as possible: nobody should wait until a model of 14 GB has been loaded to
+# learn about a misspelt folder.
 
 
 def build_trainer(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> tuple[LlavaTrainer, Path | None]:
-    """All that a run needs before its first step: the trainer, and the checkpoint that it goes on from, if any."""
+    """Build the trainer of a run.
+
+    Returns:
+        The trainer, and the checkpoint from which the run is resumed, or None.
+
+    Raises:
+        ValueError: Options that are wrong, contradict each other, or do not fit the data, the model
+            or the checkpoint.
+    """
+    # Before anything is drawn: new adapters and projectors are random.
     transformers.set_seed(args.seed)
     check_options(model_args, data_args, args)
     train_records, train_folder = open_data(
         str(data_args.train_data_path), data_args.train_image_folder, "--train_image_folder"
     )
-    eval_records, eval_folder = (
-        open_data(data_args.eval_data_path, data_args.val_image_folder, "--val_image_folder")
-        if data_args.eval_data_path
-        else (None, "")
-    )
-    architecture = describe_config(model_args, args, train_records)
+    eval_records: Sequence[Record] | None = None
+    eval_folder = ""
+    if data_args.eval_data_path:
+        eval_records, eval_folder = open_data(
+            data_args.eval_data_path, data_args.val_image_folder, "--val_image_folder"
+        )
+    config = build_config(model_args, args, train_records)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    Prompt(
-        tokenizer, model_args.template
-    )  # a template that does not fit fails here, before 14 GB are loaded
-    settings = {**describe(model_args, data_args, args), "processes": args.world_size}
-    resumed = resume_folder(args)
-    for difference in check_same_run(resumed, architecture, settings) if resumed else ():
-        print(f"resuming {resumed}: {difference}", file=sys.stderr)
+    # A chat template that cannot be used raises here, before the model is loaded.
+    Prompt(tokenizer, model_args.template)
+
+    settings = {**non_default_options(model_args, data_args, args), "processes": args.world_size}
+    resumed = find_resume_folder(args)
+    if resumed:
+        for difference in check_same_run(resumed, config, settings):
+            logger.warning("resuming %s: %s", resumed, difference)
     Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
 
-    model = build_model(
-        architecture, tokenizer=tokenizer, attn_implementation=model_args.attn_implementation
-    )
-    choose_attention(model.language_model, model_args.attn_implementation, args.device.type)
+    # Kernels first: LoRA wraps the layers, and Liger looks for the original ones.
+    attention = model_args.attn_implementation
+    model = build_model(config, tokenizer=tokenizer, attn_implementation=attention)
+    choose_attention(model.language_model, attention, args.device.type)
     if args.use_liger_kernel:
         use_liger_kernels(model.language_model)
-
-    def dataset(records: Sequence[Record], folder: str) -> CaptionDataset:
-        shared, transform = data_args.share_prefix, model.vision_tower.transform
-        return CaptionDataset(
-            records, model.prompt, folder, transform, args.model_max_length, shared
-        )
-
-    train_set = dataset(train_records, train_folder)
-    eval_set = dataset(eval_records, eval_folder) if eval_records else None
-    prepare(model, model_args)
-    sets = [train_set] if eval_set is None else [train_set, eval_set]
-    cache_features(
-        model.vision_tower, data_args, args, architecture.weights_digests["vision_tower"], sets
-    )
-    start_trained_parts(model, model_args, train_set, resumed)
     parts = trained_parts(model_args)
+    set_trainable(model, model_args, parts)
+
+    train_set = _build_dataset(model, train_records, train_folder, data_args, args)
+    eval_set = None
+    datasets = [train_set]
+    if eval_records:
+        eval_set = _build_dataset(model, eval_records, eval_folder, data_args, args)
+        datasets.append(eval_set)
+    digest = config.weights_digests["vision_tower"]
+    # The tower is frozen by now (or known to be trained), which decides what can be cached.
+    cache_features(model.vision_tower, data_args, args, digest, datasets)
+    initialize_trained_parts(model, model_args, parts, train_set, resumed)
     table = check_trainable(model, parts)
-    examples: Any = train_set
+
+    examples: TrainingSet = train_set
     if data_args.packing:
-        examples = PackedDataset(
-            train_set, model.vision_tower.num_tokens, data_args.pack_length, args.seed
-        )
+        tokens_per_image = model.vision_tower.num_tokens
+        examples = PackedDataset(train_set, tokens_per_image, data_args.pack_length, args.seed)
+    # Last: an engine wraps the model when the trainer prepares it.
     if args.compile_layers:
         compile_layers(model.language_model)
     trainer = LlavaTrainer(
         model,
         args,
-        architecture,
+        config,
         parts,
         settings,
         data_args.max_bad_images,
         train_dataset=examples,
         eval_dataset=eval_set,
         data_collator=Collator(
-            model.vision_tower.num_tokens, model.prompt.end_id, dummy_image_batch(model, train_set)
+            model.vision_tower.num_tokens,
+            model.prompt.end_id,
+            dummy_image_batch(model, train_set),
         ),
     )
-    packs = (
-        f" in {len(examples):,} packs, {examples.fill_ratio:.1%} full" if data_args.packing else ""
-    )
-    if args.world_size > 1:
-        packs += f", {args.world_size} processes, {trainer.accelerator.distributed_type.value}"
-    trainer.accelerator.print(
-        f"{table}\n{len(train_set):,} training examples{packs}, template {model.prompt.name}"
-    )
+    if trainer.accelerator.is_local_main_process:
+        logger.info("%s\n%s", table, _describe_data(trainer, train_set, examples, model.prompt))
     return trainer, resumed
 
 
-def check_options(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
-    """Raise ValueError for options that can't go together, or not here."""
-    if not data.train_data_path:
-        raise ValueError("--train_data_path is needed: a .json, .jsonl or .parquet file of records")
-    if args.eval_strategy != "no" and not data.eval_data_path:
-        raise ValueError(
-            f"--eval_strategy {IntervalStrategy(args.eval_strategy).value} needs --eval_data_path; or --eval_strategy no"
-        )
-    if (metric := args.metric_for_best_model) is not None:
-        if metric.removeprefix("eval_") not in ("loss", "perplexity", "cider"):
-            raise ValueError(f"--metric_for_best_model is eval_loss or cider, not {metric!r}")
-        if args.eval_strategy == "no":
-            raise ValueError(
-                "the best checkpoint is known by evaluations: --eval_strategy steps --eval_data_path ..."
-            )
-    if args.label_smoothing_factor or args.neftune_noise_alpha:
-        raise ValueError(
-            "--label_smoothing_factor and --neftune_noise_alpha: this loss has neither"
-        )
-    if model.tune_vision_tower not in ("off", "full", "lora"):
-        raise ValueError(
-            f"--tune_vision_tower is off, full or lora, not {model.tune_vision_tower!r}"
-        )
-    if model.tune_vision_tower != "off" and data.cache_vision_features in ("memory", "disk"):
-        raise ValueError(
-            "--tune_vision_tower changes the features with every step: --cache_vision_features pixels, auto or off"
-        )
-    if "wandb" in args.report_to and find_spec("wandb") is None:
-        raise ValueError("--report_to wandb: it is not installed: pip install wandb")
-    if model.init_from and model.pretrain_mm_mlp_adapter:
-        raise ValueError(
-            "--init_from brings a projector along: leave --pretrain_mm_mlp_adapter away"
-        )
-    if origin := model.init_from or model.pretrain_mm_mlp_adapter:
-        check_origin(model, origin)
-    check_kernels(model, data, args)
-
-
-def check_origin(model: ModelArguments, folder: str) -> None:
-    """Raise ValueError where what a checkpoint trained would meet features or weights that it never saw."""
-    manifest = read_checkpoint_config(folder)
-    before = manifest["architecture"]
-    layers = before["mm_vision_select_layer"]
-    if model.mm_vision_select_layer != (layers if isinstance(layers, list) else [layers]):
-        raise ValueError(
-            f"{folder}: its projector was trained with --mm_vision_select_layer {layers}"
-        )
-    parts = [("vision_tower", model.vision_tower), ("language_model", model.model_name_or_path)]
-    for part, name in parts if model.init_from and manifest["trained"] == "adapter" else parts[:1]:
-        inside = (
-            Path(name).resolve().parent == Path(folder).resolve()
-        )  # the checkpoint's own, trained or merged
-        if not inside and (digest := before["weights_digests"].get(part)):
-            check_weights_digest(part, name, digest)
-
-
-def describe_config(
-    model: ModelArguments, args: TrainingArguments, records: Sequence[Record]
-) -> LlavaConfig:
-    """What the checkpoint will say of the model's parts."""
-    sample = next((record for record in islice(records, 1000) if record.images), records[0])
-    question = next(turn.content for turn in sample.turns if turn.role == "user")
-    digests = {}
-    for part, option in (
-        ("language_model", "model_name_or_path"),
-        ("vision_tower", "vision_tower"),
-    ):
-        try:
-            digests[part] = weights_digest(name := getattr(model, option))
-        except OSError as error:
-            raise ValueError(f"--{option} {name}: {error}") from error
-    return replace(
-        model_config(model, args.frozen_dtype),
-        instruction=question.removeprefix(f"{IMAGE_PLACEHOLDER}\n" * len(sample.images)),
-        weights_digests=digests,
+def _build_dataset(
+    model: Llava,
+    records: Sequence[Record],
+    folder: str,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> CaptionDataset:
+    return CaptionDataset(
+        records,
+        model.prompt,
+        folder,
+        model.vision_tower.transform,
+        args.model_max_length,
+        data_args.share_prefix,
     )
 
 
-def prepare(model: Llava, args: ModelArguments) -> None:
-    """Freeze what is frozen, adapt what is adapted."""
-    parts = trained_parts(args)
-    freeze(model, parts)
-    if parts.vision_tower == "lora":
-        add_tower_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
-    if parts.language_model == "adapter":
-        add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_bias)
+def _describe_data(
+    trainer: LlavaTrainer, train_set: CaptionDataset, examples: TrainingSet, prompt: Prompt
+) -> str:
+    text = f"{len(train_set):,} training examples"
+    if isinstance(examples, PackedDataset):
+        text += f" in {len(examples):,} packs, {examples.fill_ratio:.1%} full"
+    if trainer.args.world_size > 1:
+        engine = trainer.accelerator.distributed_type.value
+        text += f", {trainer.args.world_size} processes, {engine}"
+    return f"{text}, template {prompt.name}"
 
 
-def start_trained_parts(
-    model: Llava, args: ModelArguments, train_set: CaptionDataset, resumed: Path | None = None
+# ---- options ----
+
+
+def check_options(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> None:
-    """Where training starts: from a checkpoint, this run's or another's, or afresh.
+    """Check options that contradict each other, or that this machine or project does not support.
 
     Raises:
-        ValueError: `--init_from` names a checkpoint that trained something else.
+        ValueError: Names the option, and what to pass.
+    """
+    if not data_args.train_data_path:
+        raise ValueError(
+            "--train_data_path is required: a .json, .jsonl or .parquet file of records."
+        )
+    _check_evaluation_options(data_args, args)
+    if args.label_smoothing_factor or args.neftune_noise_alpha:
+        raise ValueError(
+            "--label_smoothing_factor and --neftune_noise_alpha are not supported by this loss. Remove them."
+        )
+    _check_tower_options(model_args, data_args)
+    if "wandb" in args.report_to and find_spec("wandb") is None:
+        raise ValueError(
+            f"--report_to wandb needs wandb: run {install_command('wandb')}, or pass --report_to none."
+        )
+    if model_args.init_from and model_args.pretrain_mm_mlp_adapter:
+        raise ValueError(
+            "--init_from and --pretrain_mm_mlp_adapter both load a projector. Pass only one of them."
+        )
+    origin = model_args.init_from or model_args.pretrain_mm_mlp_adapter
+    if origin:
+        check_origin(model_args, origin)
+    check_kernels(model_args, data_args, args)
+
+
+def _check_evaluation_options(data_args: DataArguments, args: TrainingArguments) -> None:
+    evaluates = args.eval_strategy != "no"
+    if evaluates and not data_args.eval_data_path:
+        strategy = IntervalStrategy(args.eval_strategy).value
+        raise ValueError(
+            f"--eval_strategy {strategy} requires validation records. Pass --eval_data_path FILE, or --eval_strategy no."
+        )
+    metric = args.metric_for_best_model
+    if metric is None:
+        return
+    if metric.removeprefix("eval_") not in ("loss", "perplexity", "cider"):
+        raise ValueError(
+            f"--metric_for_best_model {metric}: expected eval_loss, eval_perplexity or cider."
+        )
+    if not evaluates:
+        raise ValueError(
+            f"--metric_for_best_model {metric} requires evaluations. Pass --eval_strategy steps --eval_data_path FILE."
+        )
+
+
+def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:
+    tuning, caching = model_args.tune_vision_tower, data_args.cache_vision_features
+    if tuning not in ("off", "full", "lora"):
+        raise ValueError(f"--tune_vision_tower {tuning}: expected off, full or lora.")
+    if tuning != "off" and caching in ("memory", "disk"):
+        raise ValueError(
+            f"--cache_vision_features {caching}: --tune_vision_tower {tuning} changes the features with every step. "
+            "Pass --cache_vision_features pixels, auto or off."
+        )
+
+
+def check_origin(model_args: ModelArguments, folder: str) -> None:
+    """Check that the weights of a checkpoint fit the pretrained parts of this run.
+
+    A projector or an adapter is only meaningful with the features and weights that it was trained
+    with, although weights of the same shape could be loaded.
+
+    Args:
+        model_args: Model options.
+        folder: The checkpoint of `--init_from` or `--pretrain_mm_mlp_adapter`.
+
+    Raises:
+        ValueError: It was trained with other layers or other base weights.
+    """
+    checkpoint = read_checkpoint_config(folder)
+    trained_with = checkpoint["architecture"]
+    layers = trained_with["mm_vision_select_layer"]
+    expected_layers = layers if isinstance(layers, list) else [layers]
+    if model_args.mm_vision_select_layer != expected_layers:
+        words = " ".join(str(layer) for layer in expected_layers)
+        raise ValueError(
+            f"{folder}: its projector was trained with other layers of the vision tower. Pass "
+            f"--mm_vision_select_layer {words}."
+        )
+    parts = [("vision_tower", model_args.vision_tower)]
+    if model_args.init_from and checkpoint["trained"] == "adapter":
+        parts.append(("language_model", model_args.model_name_or_path))
+    for part, path in parts:
+        # A part that is stored in the checkpoint itself was trained or merged: its digest differs
+        # rightly.
+        is_in_checkpoint = Path(path).resolve().parent == Path(folder).resolve()
+        digest = trained_with["weights_digests"].get(part)
+        if digest and not is_in_checkpoint:
+            check_weights_digest(part, path, digest)
+
+
+def build_config(
+    model_args: ModelArguments, args: TrainingArguments, records: Sequence[Record]
+) -> LlavaConfig:
+    """Return the config of the model, which every checkpoint of the run contains.
+
+    Raises:
+        ValueError: The weights of a pretrained part are missing.
+    """
+    return replace(
+        model_config(model_args, args.frozen_dtype),
+        instruction=_default_instruction(records),
+        weights_digests={
+            "language_model": _digest("--model_name_or_path", model_args.model_name_or_path),
+            "vision_tower": _digest("--vision_tower", model_args.vision_tower),
+        },
+    )
+
+
+def _default_instruction(records: Sequence[Record]) -> str:
+    """Return the instruction of the first record with an image, the default of `Llava.caption`."""
+    first_with_image = records[0]
+    for record in islice(records, 1000):
+        if record.images:
+            first_with_image = record
+            break
+    question = next(turn.content for turn in first_with_image.turns if turn.role == "user")
+    placeholders = f"{IMAGE_PLACEHOLDER}\n" * len(first_with_image.images)
+    return question.removeprefix(placeholders)
+
+
+def _digest(option: str, name_or_path: str) -> str:
+    try:
+        return weights_digest(name_or_path)
+    except OSError as error:
+        raise ValueError(f"{option} {name_or_path}: {error}") from error
+
+
+# ---- what is trained ----
+
+
+def set_trainable(model: Llava, model_args: ModelArguments, parts: TrainedParts) -> None:
+    """Freeze the parts of the model that are frozen, and wrap those that are adapted."""
+    freeze(model, parts)
+    rank, alpha, dropout = model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout
+    if parts.vision_tower == "lora":
+        add_tower_lora(model, rank, alpha, dropout)
+    if parts.language_model == "adapter":
+        add_lora(model, rank, alpha, dropout, model_args.lora_bias)
+
+
+def initialize_trained_parts(
+    model: Llava,
+    model_args: ModelArguments,
+    parts: TrainedParts,
+    train_set: CaptionDataset,
+    resumed: Path | None = None,
+) -> None:
+    """Load the trained parts from a checkpoint, or initialize the projector.
+
+    Args:
+        model: The model, with adapters in place.
+        model_args: Model options.
+        parts: What this run trains.
+        train_set: Its images scale a new projector.
+        resumed: The checkpoint of a resumed run.
+
+    Raises:
+        ValueError: The checkpoint of `--init_from` trained other parts than this run.
     """
     if resumed:
         load_trained_weights(model, resumed)
-    elif args.init_from:
-        manifest = read_checkpoint_config(args.init_from)
-        before, tower = manifest["trained"], manifest["trained_tower"]
-        now, now_tower = trained_parts(args).stored.values()
-        start = Path(args.init_from) / "vision_tower"
-        if tower not in ("off", now_tower) and Path(args.vision_tower).resolve() != start.resolve():
-            raise ValueError(
-                f"--init_from {args.init_from}: its vision tower was trained too: --tune_vision_tower {tower}, or "
-                f"--vision_tower {start} to go on with it frozen"
-                + " (`llava merge` writes it)"
-                * (tower == "lora")
-            )
-        own = (
-            Path(args.init_from) / "language_model"
-        )  # an adapter may be put on what was trained whole
-        on_it = (
-            before == "language_model" and Path(args.model_name_or_path).resolve() == own.resolve()
-        )
-        if before not in (now, "projector") and not on_it:
-            raise ValueError(
-                f"{args.init_from}: trained its {before}, this run trains the {now}; `llava merge`, or start at {own}"
-            )
-        load_trained_weights(model, args.init_from)
-    elif args.pretrain_mm_mlp_adapter:
-        load_projector(model.projector, args.pretrain_mm_mlp_adapter)
+    elif model_args.init_from:
+        _check_same_parts(parts, model_args, model_args.init_from)
+        load_trained_weights(model, model_args.init_from)
+    elif model_args.pretrain_mm_mlp_adapter:
+        load_projector(model.projector, model_args.pretrain_mm_mlp_adapter)
     else:
-        _fit_projector(model, train_set)
+        _scale_projector(model, train_set)
 
 
-def dummy_image_batch(model: Llava, train_set: CaptionDataset) -> dict[str, torch.Tensor]:
-    """An image of nothing, in the form that the images of the batches have."""
-    if train_set.features is None:
-        return {
-            "pixel_values": torch.zeros(1, 3, *model.vision_tower.transform.crop, dtype=torch.uint8)
-        }
-    blank = train_set.features.dummy_image[None]
-    return {"pixel_values" if blank.dtype == torch.uint8 else "image_features": blank}
+def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: str) -> None:
+    """Check that what a checkpoint trained has a place in this run's model.
+
+    Raises:
+        ValueError: It has none, so its training would be lost.
+    """
+    before = TrainedParts.from_stored(read_checkpoint_config(folder))
+
+    # A tower that was trained must be trained again, or be loaded from the checkpoint as a frozen
+    # one.
+    own_tower = Path(folder) / "vision_tower"
+    loads_own_tower = Path(model_args.vision_tower).resolve() == own_tower.resolve()
+    if before.vision_tower not in ("none", parts.vision_tower) and not loads_own_tower:
+        merge_first = " (`llava merge` writes it)" if before.vision_tower == "lora" else ""
+        raise ValueError(
+            f"--init_from {folder}: its vision tower was trained too. Pass --tune_vision_tower {before.vision_tower} to "
+            f"train it further, or --vision_tower {own_tower}{merge_first} to keep it frozen."
+        )
+
+    # The same for the language model. A projector alone fits any run; an adapter may be added to a
+    # language model that was trained as a whole, if the run loads that one.
+    own_language_model = Path(folder) / "language_model"
+    loads_own_language_model = (
+        before.language_model == "full"
+        and Path(model_args.model_name_or_path).resolve() == own_language_model.resolve()
+    )
+    if before.language_model not in ("none", parts.language_model) and not loads_own_language_model:
+        raise ValueError(
+            f"--init_from {folder}: the checkpoint trained the {before.stored['trained']}, this run trains the "
+            f"{parts.stored['trained']}. Merge the checkpoint with `llava merge`, or pass --model_name_or_path "
+            f"{own_language_model}."
+        )
 
 
 @torch.no_grad()
-def _fit_projector(model: Llava, train_set: CaptionDataset) -> None:
-    """Scale the fresh projector on the features of some training images, evenly spread and so always the same."""
-    wanted = 64 if train_set.features is None else 1024  # stored ones cost nothing
+def _scale_projector(model: Llava, train_set: CaptionDataset) -> None:
+    """Scale a new projector so that image tokens are as large as word embeddings.
+
+    It is scaled on training images that are evenly spread over the records, so that every run on
+    the same data chooses the same ones.
+    """
+    wanted = _SCALING_IMAGES if train_set.features is None else _SCALING_CACHED_IMAGES
+    interval = max(len(train_set.records) // wanted, 1)
+    device = next(model.vision_tower.parameters()).device
     features = []
-    for index in range(0, len(train_set.records), max(len(train_set.records) // wanted, 1)):
+    for index in range(0, len(train_set.records), interval):
         try:
-            pixels, stored = train_set.load_images(train_set.records[index])
+            pixels, cached = train_set.load_images(train_set.records[index])
         except ImageError:
-            continue  # counted, and reported, when training meets it
-        if stored is None and pixels is not None:
-            stored = model.vision_tower(pixels.to(next(model.vision_tower.parameters()).device))
-        features += [] if stored is None else [stored.cpu()]
-    if features:
-        embed: Any = model.language_model.get_input_embeddings()
-        # through the module: Gemma's multiplies the table by a constant
-        words = embed(torch.arange(0, embed.num_embeddings, 7, device=embed.weight.device))
-        init_projector_scale(model.projector, torch.cat(features).to(words.device), words)
+            continue  # reported and counted when training meets it
+        if cached is not None:
+            features.append(cached.cpu())
+        elif pixels is not None:
+            features.append(model.vision_tower(pixels.to(device)).cpu())
+    if not features:
+        return
+    embedding = model.language_model.get_input_embeddings()
+    # Call the module, and do not read its weight: Gemma multiplies the embeddings by a constant.
+    some_tokens = torch.arange(0, embedding.num_embeddings, 7, device=embedding.weight.device)
+    words = embedding(some_tokens)
+    init_projector_scale(model.projector, torch.cat(features).to(words.device), words)
+
+
+def dummy_image_batch(model: Llava, train_set: CaptionDataset) -> dict[str, torch.Tensor]:
+    """Return one blank image, in the form that the images of this run's batches have.
+
+    A batch without any image contains it, since all processes must run the same layers.
+
+    Returns:
+        `pixel_values` (1, 3, height, width) or `image_features` (1, tokens, width).
+    """
+    if train_set.features is None:
+        height, width = model.vision_tower.transform.crop
+        return {"pixel_values": torch.zeros(1, 3, height, width, dtype=torch.uint8)}
+    blank = train_set.features.dummy_image[None]
+    key = "pixel_values" if blank.dtype == torch.uint8 else "image_features"
+    return {key: blank}

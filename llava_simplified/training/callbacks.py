@@ -1,209 +1,282 @@
-"""Watching a run: its speed, its alarms, and what the model says of some validation pictures while it learns."""
+"""What is reported during a run: progress, throughput, unusual gradients, problematic samples."""
 
 from __future__ import annotations
 
-import json
+import logging
 import statistics
+import sys
 import time
-from collections import deque
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter, deque
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers import (
+    TrainingArguments as HfTrainingArguments,
+)
 
-from llava_simplified.data.dataset import CaptionDataset, load_record_images
-from llava_simplified.data.images import ImageError
-from llava_simplified.data.records import Record, prediction_row
-from llava_simplified.evaluation.metrics import Sample, evaluate
-from llava_simplified.model.generation import GenerationOptions, encode, generate_from
-from llava_simplified.model.llava import Llava
+from llava_simplified.data.collate import Batch
+from llava_simplified.jobs import format_duration
+from llava_simplified.prompt import IMAGE_INDEX
 
-FOLDER = "eval_captions"  # in the output folder: `step-N.jsonl`, which `llava evaluate` reads
+logger = logging.getLogger(__name__)
+
+
+# ---- progress ----
 
 
 class ProgressLine(TrainerCallback):
-    """One line: steps, time left, and the last loss, learning rate, speed and share of padding."""
+    """One line on a terminal: steps, time left, and the values of the last log."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        is_main_process = state.is_world_process_zero
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
-            disable=not state.is_world_process_zero,
+            disable=not is_main_process,
             dynamic_ncols=True,
         )
+        # Log messages are printed above the line, and do not tear it.
+        self._redirection = ExitStack()
+        if is_main_process:
+            package_logger = logging.getLogger("llava_simplified")
+            self._redirection.enter_context(logging_redirect_tqdm([package_logger]))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+        self,
+        args: HfTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
     ) -> None:
         logs = logs or {}
         if "loss" in logs:
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
-                f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['padding']:.0%} padding"
-            )
-        elif "eval_loss" in logs:
-            cider = f", CIDEr {logs['eval_cider']:.3f}" if "eval_cider" in logs else ""
-            self.bar.write(
-                f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}{cider}"
-            )
+            self.bar.set_postfix_str(describe_training_log(logs))
+        elif "eval_loss" in logs and state.is_world_process_zero:
+            self.bar.write(f"step {state.global_step}: {describe_evaluation_log(logs)}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.bar.close()
+        self._redirection.close()
 
 
-class Meter(TrainerCallback):
-    """How fast the steps since the last log were, evaluations and saves left out, waiting for data included."""
+class ProgressLog(TrainerCallback):
+    """One log message per `--logging_steps`: in a file, or with `--disable_tqdm True`."""
+
+    def on_train_begin(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._start = time.monotonic()
+        self._first_step = state.global_step
+
+    def on_log(
+        self,
+        args: HfTrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        logs = logs or {}
+        step = f"step {state.global_step:,} of {state.max_steps:,}"
+        if "loss" in logs:
+            logger.info("%s: %s%s", step, describe_training_log(logs), self._time_left(state))
+        elif "eval_loss" in logs:
+            logger.info("%s: %s", step, describe_evaluation_log(logs))
+
+    def _time_left(self, state: TrainerState) -> str:
+        done = state.global_step - self._first_step
+        if done <= 0:
+            return ""
+        seconds_per_step = (time.monotonic() - self._start) / done
+        remaining = seconds_per_step * (state.max_steps - state.global_step)
+        return f", {format_duration(remaining)} left"
+
+
+def progress_callback(disable_tqdm: bool) -> TrainerCallback:
+    """Return the progress callback for this process: a line on a terminal, else log messages."""
+    if disable_tqdm or not sys.stderr.isatty():
+        return ProgressLog()
+    return ProgressLine()
+
+
+def describe_training_log(logs: dict[str, float]) -> str:
+    """Return the values that are logged every `--logging_steps`, as text."""
+    return (
+        f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
+        f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['padding']:.0%} padding"
+    )
+
+
+def describe_evaluation_log(logs: dict[str, float]) -> str:
+    """Return the values of an evaluation, as text."""
+    text = f"validation loss {logs['eval_loss']:.4f}"
+    if "eval_cider" in logs:
+        text += f", CIDEr {logs['eval_cider']:.3f}"
+    return text
+
+
+# ---- throughput ----
+
+
+class ThroughputMeter(TrainerCallback):
+    """Measure the throughput of the steps since the last log.
+
+    Waiting for data counts; evaluations and saves do not. The trainer calls `start_step` before it
+    fetches the batches of a step, and `add` when it has counted what they contain.
+    """
 
     def __init__(self) -> None:
-        self._begun = self._seconds = 0.0
+        self._step_start = 0.0
+        self._seconds = 0.0
         self._counts = torch.zeros(3, dtype=torch.long)
 
-    def begin(self) -> None:
-        """A step begins: its batches are about to be fetched."""
-        self._begun = time.perf_counter()
+    def start_step(self) -> None:
+        """Start the clock: the batches of a step are about to be fetched."""
+        self._step_start = time.perf_counter()
 
-    def count(self, counts: torch.Tensor) -> None:
-        """What its batches hold, on all processes together (3,): samples, tokens, and positions with the padding."""
+    def add(self, counts: torch.Tensor) -> None:
+        """Add what the batches of a step contain.
+
+        Args:
+            counts: (3,) samples, tokens, and positions including padding, summed over all
+                processes. The tensor stays on its device until the next log: reading it earlier
+                would wait for the device.
+        """
         self._counts = self._counts.to(counts.device) + counts
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._seconds += time.perf_counter() - self._begun
+    def on_step_end(
+        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._seconds += time.perf_counter() - self._step_start
 
     def read(self) -> dict[str, float]:
-        """`samples_per_second`, `tokens_per_second` and `padding`, a share; and begin anew."""
+        """Return the throughput since the last call, and start anew.
+
+        Returns:
+            `samples_per_second`, `tokens_per_second`, and `padding`, a share of all positions.
+        """
+        # The only place where the counts are read from the device: once per log, not once per step.
         samples, tokens, positions = self._counts.tolist()
-        seconds, padding = max(self._seconds, 1e-9), 1 - tokens / max(positions, 1)
-        self._seconds, self._counts = 0.0, torch.zeros(3, dtype=torch.long)
+        seconds = max(self._seconds, 1e-9)
+        self._seconds = 0.0
+        self._counts = torch.zeros(3, dtype=torch.long)
         return {
             "samples_per_second": samples / seconds,
             "tokens_per_second": tokens / seconds,
-            "padding": padding,
+            "padding": 1 - tokens / max(positions, 1),
         }
 
 
-class GradientAlarm:
-    """Notices a gradient far larger than those before it: the first sign of a run that comes apart."""
-
-    def __init__(self, times: float = 10, known: int = 20) -> None:
-        self.times, self.known = times, known
-        self.said = 0
-        self._recent: deque[float] = deque(maxlen=100)
-
-    def check(self, norm: float) -> str | None:
-        """A sentence about `norm`, or None where it is nothing unusual (or where ten have been said)."""
-        usual = statistics.median(self._recent) if len(self._recent) >= self.known else float("inf")
-        self._recent.append(norm)
-        if norm <= self.times * usual or self.said == 10:
-            return None
-        self.said += 1
-        last = " (the last time that this is said)" if self.said == 10 else ""
-        return f"gradient norm {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}{last}"
+# ---- warnings ----
 
 
-class EvalCaptions:
-    """The same handful of validation pictures, captioned at every evaluation: the curve of what training is for.
+class GradientNormMonitor:
+    """Detect a gradient norm far above the recent ones: often the first sign that a run diverges.
 
     Args:
-        dataset: validation examples.
-        number: how many pictures, evenly spread over the records; those that can't be read or have no caption are left out.
-        output_dir: captions go to `eval_captions/step-N.jsonl` in it.
+        factor: Report norms above this multiple of the median.
+        min_history: Number of norms before the first report: a run starts with unusual gradients.
     """
 
-    def __init__(self, dataset: CaptionDataset, number: int, output_dir: Path) -> None:
-        self.dataset = dataset
-        self.folder = output_dir / FOLDER
-        self.rows: list[tuple[int, Record]] = []
-        self._drawn = False
-        count = len(dataset.records)
-        number = min(number, count)
-        for index in (place * count // number for place in range(number)):
-            record = dataset.records[index]
-            if record.images and record.responses:
-                try:
-                    dataset.load_images(record)
-                except ImageError:
-                    continue  # counted, and reported, when its loss is computed
-                self.rows.append((index, record))
+    MAX_REPORTS = 10
+    HISTORY = 100
 
-    def write(
-        self, model: Llava, step: int, callbacks: Sequence[TrainerCallback], show: int = 3
-    ) -> float:
-        """Caption them, greedily, and write them down; returns CIDEr-D.
+    def __init__(self, factor: float = 10, min_history: int = 20) -> None:
+        self.factor = factor
+        self.min_history = min_history
+        self.reports = 0
+        self._recent: deque[float] = deque(maxlen=self.HISTORY)
 
-        Args:
-            callbacks: TensorBoard and Weights & Biases get pictures and captions too.
-            show: how many are printed.
+    def check(self, norm: float) -> str | None:
+        """Return a warning if `norm` is unusual, else None. It warns at most `MAX_REPORTS` times."""
+        # The median, and not the mean: a few outliers among the recent norms do not hide the next
+        # one.
+        has_history = len(self._recent) >= self.min_history
+        median = statistics.median(self._recent) if has_history else float("inf")
+        # An unusual norm joins the history: if the level stays high, the warnings stop.
+        self._recent.append(norm)
+        if norm <= self.factor * median or self.reports == self.MAX_REPORTS:
+            return None
+        self.reports += 1
+        warning = f"gradient norm {norm:.3g}, {norm / median:.0f} times the median {median:.3g}"
+        if self.reports == self.MAX_REPORTS:
+            warning += " (last warning of this kind)"
+        return warning
+
+
+class SampleWarnings:
+    """Log and count the warnings that samples carry; stop a run with too many unreadable images.
+
+    An image that cannot be read is replaced by the next sample, and an answer that is too long is
+    cut. The dataset attaches a warning to the sample, such as "bad image, train.json row 5: ...".
+    The part before the comma is its kind.
+
+    Args:
+        max_bad_images: `--max_bad_images`, a share of all images.
+        tokens_per_image: Positions that one image takes in `input_ids`.
+        log: Log on this process; one process per machine is enough.
+
+    Attributes:
+        counts: Number of images, and of warnings by kind.
+    """
+
+    MAX_LOGGED = 10  # of each kind
+    # The share is taken of at least this many images: a few bad ones among the first hundred prove
+    # nothing.
+    MIN_IMAGES = 100
+
+    def __init__(self, max_bad_images: float, tokens_per_image: int, log: bool) -> None:
+        self.max_bad_images = max_bad_images
+        self.tokens_per_image = tokens_per_image
+        self.counts = Counter[str]()
+        self._log = log
+
+    def add(self, batch: Batch) -> None:
+        """Add one batch.
+
+        Raises:
+            ValueError: More than `--max_bad_images` of the images could not be read.
         """
-        # compiled for training, the layers would be compiled anew for every length that decoding comes by
-        with torch.compiler.set_stance("force_eager"):
-            texts = [
-                text
-                for start in range(0, len(self.rows), 16)
-                for text in self._say(model, start, start + 16)
-            ]
-        rows = [
-            prediction_row(index, record, text) for (index, record), text in zip(self.rows, texts)
-        ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self.folder / f"step-{step}.jsonl").write_text(lines, encoding="utf-8")
-        for row in rows[:show]:
-            tqdm.write(f"  {row['image']}: {row['pred_output']!r}; true: {row['gt_caption']!r}")
-        for callback in callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
-                self._to_tensorboard(callback.tb_writer, rows, step)
-            elif isinstance(callback, WandbCallback):
-                self._to_wandb(callback._wandb, rows, step)
-        samples = [
-            Sample(str(index), record.images[0], "", record.responses, (text,))
-            for (index, record), text in zip(self.rows, texts)
-        ]
-        return evaluate(samples, java=False, resamples=0).mean["CIDEr-D"].value
-
-    def _say(self, model: Llava, start: int, end: int) -> list[str]:
-        records = [record for _, record in self.rows[start:end]]
-        seen: list[torch.Tensor] = []
-        for pixels, features in map(self.dataset.load_images, records):
-            seen += [] if features is None else [features.to(model.device)]
-            seen += [] if pixels is None else [encode(model, pixels)]
-        prompts = [model.prompt.render(record.turns, None).input_ids for record in records]
-        options = GenerationOptions(
-            seed=0
-        )  # without a seed it would draw from the generator that training draws from
-        return [
-            text
-            for (text,) in generate_from(
-                model, prompts, torch.cat(seen), options, [b""] * len(records)
+        warnings = batch["metadata"]["warnings"]
+        placeholders = int((batch["input_ids"] == IMAGE_INDEX).sum())
+        self.counts["images"] += placeholders // self.tokens_per_image
+        for warning in warnings:
+            kind = warning.partition(",")[0]
+            self.counts[kind] += 1
+            if self._log and self.counts[kind] <= self.MAX_LOGGED:
+                is_last = self.counts[kind] == self.MAX_LOGGED
+                suffix = " (further warnings of this kind are only counted)" if is_last else ""
+                logger.warning("%s%s", warning, suffix)
+        bad, good = self.counts["bad image"], self.counts["images"]
+        if bad > self.max_bad_images * max(good, self.MIN_IMAGES):
+            last = warnings[-1] if warnings else "none in this batch"
+            raise ValueError(
+                f"--max_bad_images {self.max_bad_images:g}: {bad} of the first {good + bad} images could not be read. "
+                f"The last warning: {last}. Remove them with `llava clean`, or raise --max_bad_images."
             )
-        ]
 
-    def _pixels(self, record: Record) -> torch.Tensor:
-        pixels = load_record_images(record, self.dataset.image_folder, self.dataset.transform)
-        assert pixels is not None
-        return pixels[0]
-
-    def _to_tensorboard(self, writer: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
-        """Each picture once, and under its name what was said of it at every step."""
-        for number, (row, (_, record)) in enumerate(zip(rows, self.rows)):
-            name = f"eval_captions/{number:03}_{Path(row['image']).name}"
-            if not self._drawn:
-                writer.add_image(name, self._pixels(record), step)
-            writer.add_text(name, f"{row['pred_output']}\n\ntrue: {row['gt_caption']}", step)
-        self._drawn = True
-
-    def _to_wandb(self, wandb: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
-        images = [
-            wandb.Image(
-                self._pixels(record).permute(1, 2, 0).numpy(),
-                caption=f"{row['pred_output']} | true: {row['gt_caption']}",
-            )
-            for row, (_, record) in zip(rows, self.rows)
-        ]
-        wandb.log({FOLDER: images, "train/global_step": step})
+    def summary(self) -> str:
+        """Return the counts as text."""
+        if not self.counts:
+            return "no samples"
+        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))

@@ -1,6 +1,7 @@
-"""What makes a step cheaper where the machine has it: attention kernels, Liger, compiled layers, quantised weights.
+"""Options that make a step cheaper: attention kernels, Liger, compiled layers, quantization.
 
-Each is refused at the start, with a reason, where it isn't installed, not for this machine, or would not be exact.
+`check_kernels` refuses an option at the start, with the reason, if a package is missing, if the
+machine does not support it, or if the result would not be exact.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import os
 import shutil
 import sys
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch._functorch.config
@@ -17,123 +17,175 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava_simplified.extras import install_command
 from llava_simplified.model.build import quantization
 from llava_simplified.model.protocols import CausalLM
 
+# The share of a layer's activations that a compiled layer may keep for backward; the rest is
+# computed again. 0.9 saves a tenth of the memory at no measurable cost: only operations that are
+# almost free are repeated.
+ACTIVATION_MEMORY_BUDGET = 0.9
+
 
 def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
-    """Raise ValueError for what this machine lacks, or what would change the result."""
-    device, kernel = args.device.type, model.attn_implementation
-    if kernel == "flash_attention_2":
-        if not is_flash_attn_2_available():
-            raise ValueError(
-                f"--attn_implementation {kernel}: needs an NVIDIA GPU, `pip install flash-attn`; or sdpa"
-            )
-        if not (args.bf16 or args.fp16):
-            raise ValueError(
-                f"--attn_implementation {kernel} knows 16-bit numbers only: --bf16 True, or sdpa"
-            )
-        if data.share_prefix:
-            raise ValueError(
-                f"--attn_implementation {kernel} can't be told that captions share a prompt: --share_prefix False, or "
-                "flex_attention"
-            )
-    elif kernel == "flex_attention":
-        if device != "cuda":
-            raise ValueError(
-                f"--attn_implementation {kernel} has no backward pass on this {device}: sdpa"
-            )
-    elif kernel not in (None, "sdpa", "eager", "cpu_matmul", "short"):
-        raise ValueError(
-            f"--attn_implementation is sdpa, eager, flash_attention_2 or flex_attention, not {kernel}: of another it isn't "
-            "known whether it keeps packed texts apart"
-        )
+    """Check the options for kernels, quantization and compilation.
+
+    Raises:
+        ValueError: This machine does not support an option, or the option would change the result.
+    """
+    _check_attention(model, data, args)
     if model.bits != 16:
-        quantization(model.bits, torch.float32)
-        if not (model.lora_enable or model.freeze_backbone):
+        _check_quantization(model, args)
+    if args.use_liger_kernel:
+        _check_liger(args)
+    _check_compilation(args)
+
+
+def _check_attention(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
+    name = model.attn_implementation
+    option = f"--attn_implementation {name}"
+    if name in (None, "sdpa", "eager", "cpu_matmul", "short"):
+        return
+    if name == "flex_attention":
+        if args.device.type != "cuda":
             raise ValueError(
-                f"--bits {model.bits}: quantised weights can't train; --lora_enable True, or --bits 16"
+                f"{option} has no backward pass on {args.device.type}. Pass --attn_implementation sdpa."
             )
-        if args.fsdp or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                f"--bits {model.bits}: quantised weights can't be sharded; ZeRO-2, or --bits 16"
-            )
-    if args.use_liger_kernel and (device != "cuda" or not find_spec("liger_kernel")):
-        lacks = "pip install 'llava-simplified[liger]'"
+        return
+    if name != "flash_attention_2":
+        # For any other kernel it is unknown whether it keeps packed samples apart.
         raise ValueError(
-            f"--use_liger_kernel: {lacks if device == 'cuda' else f'Triton kernels for CUDA, this is a {device}'}"
+            f"{option}: expected sdpa, eager, flash_attention_2 or flex_attention. Pass --attn_implementation sdpa."
         )
-    if args.torch_compile:  # its backend or mode was given
+    if not is_flash_attn_2_available():
         raise ValueError(
-            "--torch_compile_...: the layers are compiled one by one, by --compile_layers True alone"
+            f"{option} needs an NVIDIA GPU and the package flash-attn (pip install flash-attn). Install it, or pass "
+            "--attn_implementation sdpa."
         )
+    if not (args.bf16 or args.fp16):
+        raise ValueError(
+            f"{option} supports 16-bit activations only. Pass --bf16 True, or --attn_implementation sdpa."
+        )
+    if data.share_prefix:
+        raise ValueError(
+            f"{option} does not support captions that share a prompt. Pass --share_prefix False, or "
+            "--attn_implementation flex_attention."
+        )
+
+
+def _check_quantization(model: ModelArguments, args: TrainingArguments) -> None:
+    quantization(model.bits, torch.float32)  # raises if bitsandbytes is missing
+    option = f"--bits {model.bits}"
+    if not (model.lora_enable or model.freeze_backbone):
+        raise ValueError(
+            f"{option}: quantized weights cannot be trained. Pass --lora_enable True, or --bits 16."
+        )
+    if args.fsdp or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"{option}: quantized weights cannot be sharded. Use ZeRO stage 2, or pass --bits 16."
+        )
+
+
+def _check_liger(args: TrainingArguments) -> None:
+    if args.device.type != "cuda":
+        raise ValueError(
+            f"--use_liger_kernel: Liger's Triton kernels run on CUDA, the device is {args.device.type}. Pass "
+            "--use_liger_kernel False."
+        )
+    if not find_spec("liger_kernel"):
+        raise ValueError(
+            f"--use_liger_kernel needs liger-kernel: run {install_command('liger')}, or pass --use_liger_kernel False."
+        )
+
+
+def _check_compilation(args: TrainingArguments) -> None:
+    # --torch_compile itself is renamed to --compile_layers; it is still set if its backend or mode
+    # was given.
+    if args.torch_compile:
+        raise ValueError(
+            "--torch_compile_backend and --torch_compile_mode have no effect: layers are compiled one by one. Pass "
+            "--compile_layers True alone."
+        )
+    device = args.device.type
     if args.compile_layers and not can_compile(device):
-        what = f"the C++ compiler {_cpp_compiler()} (or set CXX)" if device == "cpu" else "Triton"
+        missing = f"the C++ compiler {_cpp_compiler()}" if device == "cpu" else "Triton"
         raise ValueError(
-            f"--compile_layers: needs {what}, which is not there; install it or leave the option away"
+            f"--compile_layers: {missing} was not found. Install it (or name another compiler in the environment "
+            "variable CXX), or pass --compile_layers False."
         )
 
 
 def can_compile(device_type: str) -> bool:
-    """Is there what torch.compile writes its kernels with: a C++ compiler for the CPU, Triton for a GPU?"""
-    return (
-        bool(shutil.which(_cpp_compiler())) if device_type == "cpu" else bool(find_spec("triton"))
-    )
+    """Return True if torch.compile finds a code generator: a C++ compiler for CPUs, else Triton."""
+    if device_type == "cpu":
+        return shutil.which(_cpp_compiler()) is not None
+    return find_spec("triton") is not None
 
 
 def _cpp_compiler() -> str:
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    return os.environ.get("CXX") or default
 
 
 def compile_layers(language_model: CausalLM) -> None:
-    """Compile each decoder layer, in place: all are alike, so the compiler works for seconds, not minutes.
+    """Compile each decoder layer in place.
 
-    What is cheap to compute again on the way back is not kept: a tenth less memory for no time.
+    The layers are alike, so the compiler works for seconds, and not for minutes as for a whole
+    model.
 
     Raises:
-        ValueError: a model that does not say what its layers are.
+        ValueError: The model does not declare which modules are its layers.
     """
-    kinds = set(language_model._no_split_modules or ())
-    layers = [module for module in language_model.modules() if type(module).__name__ in kinds]
+    layer_names = set(language_model._no_split_modules or ())
+    layers = [module for module in language_model.modules() if type(module).__name__ in layer_names]
     if not layers:
         raise ValueError(
-            f"--compile_layers: {type(language_model).__name__} does not say which modules are layers"
+            f"--compile_layers: {type(language_model).__name__} does not declare its layers (_no_split_modules). "
+            "Pass --compile_layers False."
         )
-    torch._functorch.config.activation_memory_budget = (
-        0.9  # read when a layer is compiled, at its first call
-    )
+    # Read when a layer is compiled, at its first call.
+    torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
     for layer in layers:
         layer.compile(dynamic=True)
 
 
-def choose_attention(language_model: CausalLM, chosen: str | None, device_type: str) -> None:
-    """On a CPU, where no kernel is asked for and sdpa would run: `cpu_matmul_attention`."""
-    if (
-        chosen is None
-        and device_type == "cpu"
-        and language_model.config._attn_implementation == "sdpa"
-    ):
+def choose_attention(language_model: CausalLM, requested: str | None, device_type: str) -> None:
+    """Use `cpu_matmul` attention on a CPU, in place of sdpa, unless a kernel was requested.
+
+    Args:
+        language_model: The model, changed in place.
+        requested: `--attn_implementation`.
+        device_type: "cpu", "cuda", ...
+    """
+    if requested is not None or device_type != "cpu":
+        return
+    if language_model.config._attn_implementation == "sdpa":
         language_model.set_attn_implementation("cpu_matmul")
 
 
 def use_liger_kernels(language_model: CausalLM) -> None:
-    """Liger's norms, rotary positions and gated products in the layers (Hsu et al., 2024), before LoRA wraps them.
+    """Replace norms, rotary embeddings and gated MLPs by Liger's kernels (Hsu et al., 2024).
 
-    Not its loss, which would take the logits of all positions: only the trained ones are computed.
+    Call it before LoRA wraps the layers.
+
+    Liger's fused loss is not used: it would compute the logits of all positions, and only trained
+    positions get any.
 
     Raises:
-        ValueError: a family that Liger has no kernels for.
+        ValueError: Liger has no kernels for this model type.
     """
     from liger_kernel.transformers.monkey_patch import (
         MODEL_TYPE_TO_APPLY_LIGER_FN,
         _apply_liger_kernel_to_instance,
     )
 
-    text: Any = language_model
-    if text.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    model_type = language_model.config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(
-            f"--use_liger_kernel: Liger has no kernels for {text.config.model_type} models"
+            f"--use_liger_kernel: Liger has no kernels for {model_type} models. Pass --use_liger_kernel False."
         )
     _apply_liger_kernel_to_instance(
-        model=text, cross_entropy=False, fused_linear_cross_entropy=False
+        model=language_model,
+        cross_entropy=False,
+        fused_linear_cross_entropy=False,
     )

@@ -1,44 +1,81 @@
-"""The picture of a run."""
+"""The plot of a run, `training.png`: losses, captions' CIDEr-D and learning rate over the steps."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_simplified.extras import require_extra
+
+
+class Curve(NamedTuple):
+    """One line of a panel: a key of `trainer_log.jsonl`, its legend, and its matplotlib style."""
+
+    key: str
+    label: str | None
+    style: str
+
+
+class Panel(NamedTuple):
+    """One panel of the figure, with its height in relation to the others."""
+
+    title: str
+    height: int
+    curves: tuple[Curve, ...]
+
+
+LOSS_PANEL = Panel(
+    "loss per token (nats)",
+    3,
+    (Curve("loss", "training", "-"), Curve("eval_loss", "validation", "o-")),
+)
+OPTIONAL_PANELS = (
+    Panel("CIDEr-D, validation", 2, (Curve("eval_cider", None, "o-"),)),
+    Panel("learning rate", 1, (Curve("learning_rate", None, "-"),)),
+)
 
 
 def plot_training(log: Path, output: Path) -> None:
-    """Training and validation loss, CIDEr where captions were watched, and the learning rate, from `trainer_log.jsonl`."""
+    """Plot a training log.
+
+    Args:
+        log: `trainer_log.jsonl`.
+        output: The image file.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require_extra("report", "matplotlib", purpose="the plot of a run")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    panels = [
-        (
-            "loss per token (nats)",
-            3,
-            (("loss", "training", "-"), ("eval_loss", "validation", "o-")),
-        ),
-        ("CIDEr-D, validation", 2, (("eval_cider", None, "o-"),)),
-        ("learning rate", 1, (("learning_rate", None, "-"),)),
-    ]
-    panels = panels[:1] + [
-        panel for panel in panels[1:] if any(panel[2][0][0] in row for row in rows)
-    ]
+    panels = [LOSS_PANEL]
+    for panel in OPTIONAL_PANELS:
+        if any(panel.curves[0].key in row for row in rows):
+            panels.append(panel)
+
+    # The object interface: `pyplot` would keep global state and look for a display.
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(
-        len(panels), sharex=True, squeeze=False, height_ratios=[height for _, height, _ in panels]
-    )
-    for axes, (title, _, lines) in zip(all_axes[:, 0], panels):
-        for key, label, style in lines:
-            points = {
-                row["step"]: row[key] for row in rows if key in row
-            }  # steps that a resumed run repeats: as it was last
-            if points:
-                axes.plot(*zip(*sorted(points.items())), style, label=label, markersize=4)
-        axes.set_ylabel(title)
+    heights = [panel.height for panel in panels]
+    grid = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)
+    for axes, panel in zip(grid[:, 0], panels):
+        for curve in panel.curves:
+            _plot_curve(axes, curve, rows)
+        axes.set_ylabel(panel.title)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
-    all_axes[-1, 0].set_xlabel("step")
+    grid[-1, 0].set_xlabel("step")
     figure.savefig(output, dpi=110)
+
+
+def _plot_curve(axes: Any, curve: Curve, rows: list[dict[str, float]]) -> None:
+    # A resumed run repeats the steps after its checkpoint: for each step, the last row counts.
+    points = {row["step"]: row[curve.key] for row in rows if curve.key in row}
+    if not points:
+        return
+    steps, values = zip(*sorted(points.items()))
+    axes.plot(steps, values, curve.style, label=curve.label, markersize=4)

@@ -1,159 +1,190 @@
-"""Before the first hour: two steps of the very run on its longest examples, a save, a load, a caption.
-
-They happen in a process of its own: the run itself is untouched, and where memory ends it is not the run that is killed.
-"""
+"""`--preflight`: try a long run before it starts."""
 
 from __future__ import annotations
 
-import gc
 import json
+import logging
+import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import TrainerCallback
 
-from llava_simplified.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    parse_arguments,
-)
+from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.dataset import open_data
-from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.records import open_records
-from llava_simplified.model.checkpoint import load_checkpoint
-from llava_simplified.training.build_trainer import build_trainer
-from llava_simplified.training.plan import Plan, duration, make_plan
+from llava_simplified.training.plan import Plan, format_estimate, make_plan
+from llava_simplified.training.resume import is_resuming
 
-MANY_STEPS = 2000  # `auto`: a run of fewer has soon shown by itself what is wrong with it
-STEPS = 2  # the first one allocates and compiles, the second is timed
-_NO_MEMORY = (
+logger = logging.getLogger(__name__)
+
+# A run of days should not fail after hours for a reason that was visible at its start. So a long
+# run is checked in two stages:
+#
+#     forecast   Does it fit into memory? Do its checkpoints fit on the disk?   (see `plan`)
+#     dry run    Steps on the longest examples, evaluation, save, load, caption (see `dry_run`)
+#
+# The dry run is a process of its own. The random state and the memory of the run itself stay as
+# they are, and if memory runs out, it is the dry run that is killed.
+
+# `auto`: a shorter run shows by itself, and soon, what is wrong with it.
+MIN_STEPS_FOR_AUTO = 2000
+# The first step allocates memory and compiles, the second one is timed.
+DRY_RUN_STEPS = 2
+# Gradients and activations of two micro-batches exist at the same time; more of them change
+# nothing.
+DRY_RUN_ACCUMULATION = 2
+MIN_DRY_RUN_RECORDS = 16  # some of their images may be missing
+
+# What CUDA, torch, glibc and Python write when memory runs out.
+_OUT_OF_MEMORY_SIGNS = (
     "out of memory",
     "not enough memory",
     "can't allocate memory",
     "Cannot allocate memory",
     "MemoryError",
 )
+_KILLED = -9  # exit status of a process that the kernel killed, usually for its memory
 
 
 def preflight(
-    argv: Sequence[str], model: ModelArguments, data: DataArguments, args: TrainingArguments
+    argv: Sequence[str],
+    model_args: ModelArguments,
+    data: DataArguments,
+    args: TrainingArguments,
 ) -> None:
-    """Try what the command line `argv` asks for, if `--preflight` says so.
+    """Check and try the run, if `--preflight` says so.
+
+    Args:
+        argv: The command line; the dry run gets it with some options replaced.
+        model_args: Model options.
+        data: Data options.
+        args: Training options.
 
     Raises:
-        ValueError: it can't be done: what is wrong, and what to change.
+        ValueError: The run would fail; the message says what to change.
     """
-    choice = args.preflight.lower()  # YAML has true and false of its own
-    if choice not in ("auto", "true", "false"):
-        raise ValueError(f"--preflight is auto, true or false, not {args.preflight!r}")
-    resumes = args.resume_from_checkpoint not in (None, "", "False", "false")
-    if choice == "false" or not data.train_data_path or (choice == "auto" and resumes):
+    if not _is_wanted(data, args):
         return
-    if "LOCAL_RANK" in os.environ:  # the trial would meet the run itself at its launcher's address
-        if choice == "true":
-            raise ValueError(
-                "--preflight true tries a run of one process, this one has a launcher: --preflight false, and "
-                "`llava plan --devices N` or --max_steps 20 ahead of it"
-            )
-        if args.process_index == 0:
-            print(
-                "preflight: left out under a launcher; `llava plan --devices N` says what the run needs"
-            )
-        return
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps = args.max_steps
-    if steps <= 0:
-        steps = int(args.num_train_epochs * len(open_records(data.train_data_path)) / batch)
-    if choice == "auto" and steps < MANY_STEPS:
-        return
-    plan = make_plan(model, data, args)
+    plan = make_plan(model_args, data, args)
     output = Path(str(args.output_dir))
     output.mkdir(parents=True, exist_ok=True)
-    _check_room(plan, args)
-    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=output) as scratch:
-        found = _try(
-            [*argv, *_shortened(data, args, plan, Path(scratch))], Path(scratch), plan, args
-        )
-    whole = found["seconds"] * plan.steps * args.gradient_accumulation_steps / _accumulated(args)
-    average = whole * (1 if data.packing else plan.positions / plan.longest)
-    print(
-        f"preflight: {found['seconds']:.2f} s a step on the longest examples: {duration(average)} to {duration(whole)} "
-        f"in all; {found['peak'] / 1e9:.2f} GB (planned: {plan.peak / 1e9:.2f}); saved, loaded, the same logits"
-        + (
-            f"; says of a picture, untrained: {found['caption']!r}"
-            if found["caption"] is not None
-            else ""
-        )
-    )
+    _check_memory(plan, args)
+    _check_disk(plan, args)
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=output) as scratch_name:
+        scratch = Path(scratch_name)
+        changed = _dry_run_options(data, args, plan, scratch)
+        result = _start_dry_run([*argv, *changed], scratch, plan, args)
+    logger.info("%s", _describe_result(result, plan, data, args))
 
 
-def _check_room(plan: Plan, args: TrainingArguments) -> None:
-    if plan.peak > (room := _memory(args)):
+def _is_wanted(data: DataArguments, args: TrainingArguments) -> bool:
+    choice = args.preflight.lower()  # YAML may give "True"
+    if choice not in ("auto", "true", "false"):
+        raise ValueError(f"--preflight {args.preflight}: expected auto, true or false.")
+    if choice == "false" or not data.train_data_path:
+        return False
+    if choice == "auto" and is_resuming(args):
+        return False
+    # Under a launcher, the dry run would connect to the address of the run itself.
+    if "LOCAL_RANK" in os.environ:
+        if choice == "true":
+            raise ValueError(
+                "--preflight true: the dry run is a single process, and this run was started by a launcher. Pass "
+                "--preflight false, and use `llava plan --devices N` or a run with --max_steps 20 before it."
+            )
+        if args.process_index == 0:
+            logger.info(
+                "preflight: skipped under a launcher; `llava plan --devices N` forecasts what the run needs"
+            )
+        return False
+    return choice == "true" or _count_steps(data, args) >= MIN_STEPS_FOR_AUTO
+
+
+def _count_steps(data: DataArguments, args: TrainingArguments) -> int:
+    if args.max_steps > 0:
+        return args.max_steps
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    records = open_records(str(data.train_data_path))
+    return int(args.num_train_epochs * len(records) / batch)
+
+
+# ---- memory and disk ----
+
+
+def _check_memory(plan: Plan, args: TrainingArguments) -> None:
+    available = _available_memory(args)
+    if plan.peak > available:
+        reason = f"it needs {plan.peak / 1e9:.3g} GB, {available / 1e9:.3g} GB are available"
+        raise ValueError(_describe_out_of_memory(plan, args, reason))
+
+
+def _check_disk(plan: Plan, args: TrainingArguments) -> None:
+    free = shutil.disk_usage(str(args.output_dir)).free
+    count = plan.count_checkpoints(args)
+    if plan.checkpoint * count > free:
+        fitting = max(1, free // plan.checkpoint)
         raise ValueError(
-            _too_large(plan, args, f"it needs {plan.peak / 1e9:.3g} GB, {room / 1e9:.3g} are free")
-        )
-    free, needed = shutil.disk_usage(str(args.output_dir)).free, plan.checkpoint * plan.kept(args)
-    if needed > free:
-        raise ValueError(
-            f"preflight: {plan.kept(args)} checkpoints of {plan.checkpoint / 1e9:.2f} GB do not fit on the disk of "
-            f"{args.output_dir}, {free / 1e9:.1f} GB are free: --save_total_limit {max(1, free // plan.checkpoint)}, or "
-            "another --output_dir"
+            f"preflight: {count} checkpoints of {plan.checkpoint / 1e9:.2f} GB do not fit on the disk of "
+            f"{args.output_dir}, {free / 1e9:.1f} GB are free. Pass --save_total_limit {fitting}, or another --output_dir."
         )
 
 
-def _memory(args: TrainingArguments) -> int:
-    """Bytes that are free for the run, on its device."""
+def _available_memory(args: TrainingArguments) -> int:
+    """Return the bytes that are free on the device of the run."""
+    if args.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(args.device)
+        return free
+    return psutil.virtual_memory().available
+
+
+def _describe_out_of_memory(plan: Plan, args: TrainingArguments, reason: str) -> str:
+    """Return an error message with the options that reduce memory, the harmless ones first."""
+    remedies = []
+    batch_size = args.per_device_train_batch_size
+    bytes_per_sample = (plan.memory["activations"] + plan.memory["logits"]) / batch_size
+    excess = plan.peak - _available_memory(args)
+    fitting = int(batch_size - excess / bytes_per_sample)
+    if 0 < fitting < batch_size:
+        remedies.append(
+            f"--per_device_train_batch_size {fitting} (with more --gradient_accumulation_steps)"
+        )
+    if not args.gradient_checkpointing:
+        remedies.append("--gradient_checkpointing True")
+    if not (args.bf16 or args.fp16):
+        remedies.append("--bf16 True")
+    remedies.append("--bits 4")
     return (
-        torch.cuda.mem_get_info(args.device)[0]
-        if args.device.type == "cuda"
-        else psutil.virtual_memory().available
+        f"preflight: the longest batch does not fit into memory: {reason}. "
+        f"Pass one of: {'; '.join(remedies)}."
     )
 
 
-def _too_large(plan: Plan, args: TrainingArguments, what: str) -> str:
-    size = args.per_device_train_batch_size
-    each = (plan.memory["activations"] + plan.memory["logits"]) / size
-    fits = int(size - (plan.peak - _memory(args)) / each)
-    ways = (
-        [f"--per_device_train_batch_size {fits} (and more --gradient_accumulation_steps)"]
-        if 0 < fits < size
-        else []
-    )
-    ways += [] if args.gradient_checkpointing else ["--gradient_checkpointing True"]
-    ways += [] if args.bf16 or args.fp16 else ["--bf16 True"]
-    return f"preflight: the longest batch does not fit into memory: {what}. Try {'; '.join([*ways, '--bits 4'])}"
+# ---- the dry run ----
 
 
-def _accumulated(args: TrainingArguments) -> int:
-    return min(
-        2, args.gradient_accumulation_steps
-    )  # the second batch is where gradients and activations meet
+def _accumulation_of_dry_run(args: TrainingArguments) -> int:
+    return min(DRY_RUN_ACCUMULATION, args.gradient_accumulation_steps)
 
 
-def _shortened(
+def _dry_run_options(
     data: DataArguments, args: TrainingArguments, plan: Plan, scratch: Path
 ) -> list[str]:
-    """The options that are not as in the run: the longest examples, few steps, nothing left behind."""
-    packed = -(-data.pack_length // int(plan.positions)) if data.packing else 1
-    sizes = {"train": args.per_device_train_batch_size * _accumulated(args) * packed, "eval": 2}
+    """Return the options of the dry run: the longest examples, few steps, nothing left behind."""
+    accumulation = _accumulation_of_dry_run(args)
     values: dict[str, Any] = {
         "output_dir": scratch / "run",
-        "max_steps": STEPS,
-        "gradient_accumulation_steps": _accumulated(args),
+        "max_steps": DRY_RUN_STEPS,
+        "gradient_accumulation_steps": accumulation,
         "save_strategy": "no",
-        "eval_steps": STEPS,
+        "eval_steps": DRY_RUN_STEPS,
         "eval_captions": min(1, args.eval_captions),
         "load_best_model_at_end": False,
         "push_to_hub": False,
@@ -163,127 +194,90 @@ def _shortened(
         "max_bad_images": 1,
         "cache_vision_features": "memory" if plan.cached else "off",
     }
-    for name, folder in (("train", "train_image_folder"), ("eval", "val_image_folder")):
-        if path := getattr(data, f"{name}_data_path"):
-            records: Any
-            records, images = open_data(path, getattr(data, folder), f"--{folder}")
-            chosen = records.longest(
-                max(16, sizes[name])
-            )  # no fewer: some of their pictures may be missing
-            rows = [records.rows.raw(index).replace(b"\n", b" ") for index in chosen]
-            (scratch / f"{name}.jsonl").write_bytes(b"\n".join(rows))
-            values |= {f"{name}_data_path": scratch / f"{name}.jsonl", folder: images}
-    return [word for option, value in values.items() for word in (f"--{option}", str(value))]
+    records_per_row = 1
+    if data.packing:
+        records_per_row = math.ceil(data.pack_length / int(plan.positions))
+    train_count = args.per_device_train_batch_size * accumulation * records_per_row
+    if data.train_data_path:
+        target = scratch / "train.jsonl"
+        folder = _write_longest_records(
+            data.train_data_path,
+            data.train_image_folder,
+            "--train_image_folder",
+            train_count,
+            target,
+        )
+        values |= {"train_data_path": target, "train_image_folder": folder}
+    if data.eval_data_path:
+        target = scratch / "eval.jsonl"
+        folder = _write_longest_records(
+            data.eval_data_path, data.val_image_folder, "--val_image_folder", 2, target
+        )
+        values |= {"eval_data_path": target, "val_image_folder": folder}
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
-def _try(words: list[str], scratch: Path, plan: Plan, args: TrainingArguments) -> dict[str, Any]:
-    """The trial in its own process: what `trial` found.
+def _write_longest_records(
+    path: str, image_folder: str | None, option: str, count: int, target: Path
+) -> str:
+    """Write the records with the longest texts; return the folder of their images."""
+    _, folder = open_data(path, image_folder, option)
+    records = open_records(path)
+    lines = []
+    for index in records.longest(max(MIN_DRY_RUN_RECORDS, count)):
+        lines.append(records.rows.raw(index).replace(b"\n", b" "))
+    target.write_bytes(b"\n".join(lines))
+    return folder
+
+
+def _start_dry_run(
+    words: Sequence[str], scratch: Path, plan: Plan, args: TrainingArguments
+) -> dict[str, Any]:
+    """Start `dry_run` in its own process, and return what it reports.
 
     Raises:
-        ValueError: it failed.
+        ValueError: It failed.
     """
-    here = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    package_parent = str(Path(__file__).parents[2])
+    python_path = [package_parent]
+    if os.environ.get("PYTHONPATH"):
+        python_path.append(os.environ["PYTHONPATH"])
     done = subprocess.run(
-        [sys.executable, "-m", "llava_simplified.training.preflight", *words],
+        [sys.executable, "-m", "llava_simplified.training.dry_run", *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(here)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(python_path)},
     )
     if done.returncode == 0:
         return json.loads((scratch / "report.json").read_text())
-    if done.returncode == -9 or any(sign in done.stderr for sign in _NO_MEMORY):
-        raise ValueError(_too_large(plan, args, "it was tried"))
+    if done.returncode == _KILLED or any(sign in done.stderr for sign in _OUT_OF_MEMORY_SIGNS):
+        reason = "the dry run ran out of memory"
+        raise ValueError(_describe_out_of_memory(plan, args, reason))
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    # The last line is the error; what was logged before it may explain it.
     print(*lines[:-1], sep="\n", file=sys.stderr)
-    raise ValueError(
-        f"preflight: the run fails in its first steps: {lines[-1].removeprefix('error: ')}"
+    error = lines[-1].removeprefix("error: ")
+    raise ValueError(f"preflight: the run fails in its first steps: {error}")
+
+
+def _describe_result(
+    result: Mapping[str, Any], plan: Plan, data: DataArguments, args: TrainingArguments
+) -> str:
+    accumulation = args.gradient_accumulation_steps / _accumulation_of_dry_run(args)
+    # The dry run used the longest examples: that is the upper limit of the duration. Packs are all
+    # equally long.
+    longest = result["seconds"] * plan.steps * accumulation
+    shortest = longest if data.packing else longest * plan.positions / plan.longest
+    text = (
+        f"preflight: {result['seconds']:.2f} s per step on the longest examples, so {format_estimate(shortest)} to "
+        f"{format_estimate(longest)} in all; {result['peak'] / 1e9:.2f} GB (forecast: {plan.peak / 1e9:.2f} GB); a "
+        "checkpoint was saved and loaded, with the same logits"
     )
-
-
-def dry_run(argv: Sequence[str]) -> None:
-    """In a process of its own: two steps, a save, a load, a caption; what was found goes to `report.json`.
-
-    Raises:
-        ValueError: the saved checkpoint is not the model that was trained.
-    """
-    model, data, args = parse_arguments(list(argv))
-    output = Path(str(args.output_dir))
-    precision = torch.autocast(
-        args.device.type, getattr(torch, args.frozen_dtype), enabled=args.frozen_dtype != "float32"
-    )
-    batch, ours, seconds = _train(model, data, args, precision)
-    cuda = args.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else _peak_rss()
-    gc.collect()  # the trained model: memory need not hold two
-    if cuda:
-        torch.cuda.empty_cache()
-    fresh = load_checkpoint(
-        output, device=args.device, attn_implementation=model.attn_implementation
-    ).eval()
-    with torch.no_grad(), precision:
-        theirs = fresh(**batch).logits.float()
-    difference = float((ours - theirs).abs().max() / ours.abs().max())
-    if not difference < (1e-3 if args.frozen_dtype == "float32" else 3e-2):
-        raise ValueError(
-            f"the saved checkpoint gives other logits than the trained model: off by {difference:.2%}"
-        )
-    caption = None
-    if (record := open_records(str(data.train_data_path))[0]).images:
-        with suppress(ImageError):  # counted, and reported, when training meets it
-            pictures = [
-                read_image_bytes(name, str(data.train_image_folder)) for name in record.images
-            ]
-            caption = fresh.chat(record.turns, pictures, max_new_tokens=16)
-    found = {"seconds": seconds, "peak": peak, "caption": caption}
-    (output.parent / "report.json").write_text(json.dumps(found))
-
-
-def _train(
-    model_args: ModelArguments,
-    data: DataArguments,
-    args: TrainingArguments,
-    precision: torch.autocast,
-) -> tuple[dict[str, Any], torch.Tensor, float]:
-    """Steps and a save: a batch, the logits of it, the seconds of the last step."""
-    trainer, _ = build_trainer(model_args, data, args)
-    clock = _Clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    model: Any = trainer.model
-    examples: Any = trainer.train_dataset
-    batch: Any = trainer._prepare_inputs(
-        trainer.data_collator([examples[i] for i in range(min(2, len(examples)))])
-    )
-    batch.pop("metadata")
-    with torch.no_grad(), precision:
-        logits = model.eval()(**batch).logits.float()
-    trainer.save_final()
-    trainer.accelerator.free_memory()
-    return batch, logits, clock.seconds
-
-
-class _Clock(TrainerCallback):
-    """How long the last step took."""
-
-    began = seconds = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.began = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds = time.perf_counter() - self.began
-
-
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-if __name__ == "__main__":
-    try:
-        dry_run(sys.argv[1:])
-    except (ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    if result["caption"] is not None:
+        text += f"; a caption before training: {result['caption']!r}"
+    return text

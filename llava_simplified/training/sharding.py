@@ -1,8 +1,4 @@
-"""Engines: how several processes train one model. DDP copies it; DeepSpeed's ZeRO and FSDP cut it up.
-
-A run starts with a whole model, which its engine cuts up, and saves whole tensors again: a checkpoint says nothing of
-the engine that wrote it, loads in a single process, and goes on under any engine with any number of processes.
-"""
+"""Several processes train one model: DDP, DeepSpeed's ZeRO and FSDP share one checkpoint form."""
 
 from __future__ import annotations
 
@@ -21,170 +17,273 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.llava import Llava
 
+# DDP gives every process a copy of the model. ZeRO and FSDP split it: a process stores one *shard*
+# of each tensor.
+#
+#                    weights     gradients   optimizer state
+#     DDP            whole       whole       whole
+#     ZeRO-2         whole       shard       shard
+#     ZeRO-3, FSDP   shard       shard       shard
+#
+# Every run starts with a whole model in every process, which the engine then splits. Every save
+# gathers whole tensors again, so that a checkpoint does not depend on the engine that wrote it:
+#
+#     process 0    [shard 0]  --+                                     +--  [shard 0]
+#                               +-> gather -> whole tensor -> split --+
+#     process 1    [shard 1]  --+              in a file              +--  [shard 1]
+#
+# It loads in a single process, and a run can be resumed under another engine with another number of
+# processes.
+#
+# Gathering is a collective operation: *all* processes must iterate over `full_state_dict` and
+# `full_optimizer_state_dict`, although only one of them writes the result. A process that skips it
+# makes the others wait forever.
 
-def shard_on_cpus(accelerator: Accelerator, options: Mapping[str, Any]) -> None:
-    """Run FSDP on CPUs as well: accelerate takes it for a matter of GPUs and would run DDP without a word.
+# Where DeepSpeed trains in half precision, its optimizer updates a float32 copy of the weights
+# ("master weights"). The copy is stored beside the optimizer's state, under this key.
+_MASTER_WEIGHT = "float32"
+
+# State of one weight: {"exp_avg": tensor, "exp_avg_sq": tensor, "step": scalar}.
+ParameterState = dict[str, torch.Tensor]
+
+
+def enable_fsdp_on_cpu(accelerator: Accelerator, options: Mapping[str, Any]) -> None:
+    """Let FSDP run on CPUs too.
+
+    Accelerate enables FSDP on accelerators only. On CPUs it would run DDP without a warning.
 
     Args:
-        options: of `FullyShardedDataParallelPlugin`; what `accelerate launch` says comes through the environment.
+        accelerator: The accelerator of the trainer, before it prepares the model.
+        options: Arguments of `FullyShardedDataParallelPlugin`. Settings of `accelerate launch` come
+            through the environment.
     """
-    if (
-        os.environ.get("ACCELERATE_USE_FSDP") == "true"
-        and accelerator.distributed_type == DistributedType.MULTI_CPU
-    ):
-        plugin = FullyShardedDataParallelPlugin(**options)
-        if accelerator.mixed_precision != "no":
-            plugin.set_mixed_precision(accelerator.mixed_precision)
-        accelerator.state.fsdp_plugin = plugin
-        accelerator.state.distributed_type = DistributedType.FSDP
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if not wants_fsdp or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return
+    plugin = FullyShardedDataParallelPlugin(**options)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+
+
+# ---- weights ----
 
 
 def full_state_dict(model: Llava, parts: TrainedParts) -> Iterator[tuple[str, torch.Tensor]]:
-    """What is trained, by name, in float32. All processes have to go through it: shards are gathered on the way."""
-    for name, parameter in _trained(model):
+    """Yield the trained weights by name, in float32, gathered from all processes.
+
+    All processes must iterate over it.
+
+    Args:
+        model: The unwrapped model.
+        parts: What is trained. A fully trained vision tower is saved as a model folder of its own,
+            so its frozen weights are yielded too: those of the layers behind the last one that
+            features depend on.
+    """
+    for name, parameter in _trained_parameters(model):
         if _is_zero(parameter):
             from deepspeed.utils import safe_get_full_fp32_param
 
             yield name, safe_get_full_fp32_param(parameter)
         else:
-            yield name, _whole(parameter.detach())
-    if (
-        parts.vision_tower == "full"
-    ):  # its folder holds the layers behind the last that is trained, too
-        for name, tensor in model.vision_tower.state_dict(
-            keep_vars=True, prefix="vision_tower."
-        ).items():
-            if hasattr(tensor, "ds_id") and not tensor.requires_grad:
-                from deepspeed.runtime.zero import GatheredParameters
+            yield name, _gather(parameter.detach())
+    if parts.vision_tower == "full":
+        yield from _frozen_tower_weights(model)
 
-                with GatheredParameters([tensor]):
-                    yield name, tensor.detach().clone()
-            elif not tensor.requires_grad:
-                yield name, _whole(tensor.detach())
+
+def _frozen_tower_weights(model: Llava) -> Iterator[tuple[str, torch.Tensor]]:
+    state = model.vision_tower.state_dict(keep_vars=True, prefix="vision_tower.")
+    for name, tensor in state.items():
+        if tensor.requires_grad:
+            continue
+        if hasattr(tensor, "ds_id"):  # ZeRO-3 splits frozen weights too
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([tensor]):
+                yield name, tensor.detach().clone()
+        else:
+            yield name, _gather(tensor.detach())
+
+
+# ---- optimizer ----
 
 
 def full_optimizer_state_dict(
     model: nn.Module, optimizer: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the optimizer keeps of every trained weight, as `("projector.weight/exp_avg", tensor)`.
+    """Yield the optimizer's state of every trained weight, gathered from all processes.
 
-    All processes have to go through it: shards are gathered on the way.
+    All processes must iterate over it.
+
+    Args:
+        model: The unwrapped model.
+        optimizer: The prepared optimizer.
+
+    Yields:
+        Pairs such as `("projector.weight/exp_avg", tensor)`; the tensor has the shape of the whole
+        weight.
     """
-    trained = dict(_trained(model))
-    if any(map(_is_zero, trained.values())):
-        yield from _whole_zero_state(trained, optimizer.optimizer)
+    trained = dict(_trained_parameters(model))
+    if any(_is_zero(parameter) for parameter in trained.values()):
+        yield from _full_zero_state(trained, optimizer.optimizer)
         return
     for name, parameter in trained.items():
         for key, value in optimizer.state[parameter].items():
-            yield f"{name}/{key}", _whole(torch.as_tensor(value))
+            yield f"{name}/{key}", _gather(torch.as_tensor(value))
 
 
 @torch.no_grad()
 def load_optimizer_state_dict(
     model: nn.Module, optimizer: Any, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Give an optimizer that has not stepped yet what `full_optimizer_state_dict` read, whichever engine that was."""
-    stored: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    """Load what `full_optimizer_state_dict` yielded into an optimizer before its first step.
+
+    Args:
+        model: The unwrapped model.
+        optimizer: The prepared optimizer.
+        state: Whole tensors by `name/key`.
+    """
+    stored: dict[str, ParameterState] = defaultdict(dict)
     for path, value in state.items():
         name, _, key = path.rpartition("/")
         stored[name][key] = value
-    trained = dict(_trained(model))
-    if any(map(_is_zero, trained.values())):
-        _restore_zero(trained, optimizer.optimizer, stored)
+
+    trained = dict(_trained_parameters(model))
+    if any(_is_zero(parameter) for parameter in trained.values()):
+        _load_zero_state(trained, optimizer.optimizer, stored)
         return
+
+    # `Optimizer.load_state_dict` identifies a weight by its index in the parameter groups.
     names = {parameter: name for name, parameter in trained.items()}
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shares = {
-        index: {
-            key: _share(value, parameter)
-            for key, value in stored[names[parameter]].items()
-            if key != _MASTER
-        }
-        for index, parameter in enumerate(order)
-        if names[parameter] in stored
-    }
-    optimizer.load_state_dict(
-        {"state": shares, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    state_by_index: dict[int, ParameterState] = {}
+    index = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            if name in stored:
+                state_by_index[index] = _shard_state(stored[name], parameter)
+            index += 1
+    param_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state_by_index, "param_groups": param_groups})
 
 
-_MASTER = (
-    "float32"  # where DeepSpeed trains in a lower precision: the weight that it really updates
-)
+def _shard_state(state: ParameterState, parameter: nn.Parameter) -> ParameterState:
+    return {key: _shard(value, parameter) for key, value in state.items() if key != _MASTER_WEIGHT}
 
 
-def _whole_zero_state(
-    trained: Mapping[str, nn.Parameter], zero: Any
+# ---- DeepSpeed's ZeRO ----
+#
+# ZeRO's inner optimizer does not hold the weights themselves. It holds a few flat float32 tensors,
+# each of which is this process's shard of a whole parameter group:
+#
+#     weights of a group    [w0 ......][w1 ...][w2 .........]
+#     flat, whole           [w0 ......w1 ...w2 .........]
+#     this process's shard             [..w1 ...w2 ..]
+#
+# DeepSpeed's `safe_get_full_*` and `safe_set_full_*` translate between a weight and its place in
+# the flat tensors.
+
+
+def _full_zero_state(
+    trained: Mapping[str, nn.Parameter], zero_optimizer: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    _link(zero)
-    keys = next(iter(zero.optimizer.state.values()))
+    _link_zero_state(zero_optimizer)
+    keys = next(iter(zero_optimizer.optimizer.state.values()))
     for name, parameter in trained.items():
         for key, value in keys.items():
-            whole = (
-                safe_get_full_optimizer_state(parameter, key)
-                if torch.is_tensor(value) and value.dim()
-                else value
-            )
-            yield f"{name}/{key}", torch.as_tensor(whole, dtype=torch.float32)
+            # Scalars (the step count) are the same for all weights and are not split.
+            if torch.is_tensor(value) and value.dim() > 0:
+                value = safe_get_full_optimizer_state(parameter, key)
+            yield f"{name}/{key}", torch.as_tensor(value, dtype=torch.float32)
         if parameter.dtype != torch.float32:
-            yield f"{name}/{_MASTER}", safe_get_full_fp32_param(parameter)
+            yield f"{name}/{_MASTER_WEIGHT}", safe_get_full_fp32_param(parameter)
 
 
-def _restore_zero(
-    trained: Mapping[str, nn.Parameter], zero: Any, stored: Mapping[str, dict[str, torch.Tensor]]
+def _load_zero_state(
+    trained: Mapping[str, nn.Parameter], zero_optimizer: Any, stored: Mapping[str, ParameterState]
 ) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    # its optimizer sees a few flat tensors, this process's shares of all weights behind one another
-    for flat in (
-        getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
-    ):
-        for key, value in next(iter(stored.values())).items():
-            if key != _MASTER:
-                device = flat.device if zero.optimizer.defaults.get("fused") else "cpu"
-                zero.optimizer.state[flat][key] = (
-                    torch.zeros_like(flat) if value.dim() else value.to(device, copy=True)
-                )
-    _link(zero)
+    _create_empty_zero_state(zero_optimizer, next(iter(stored.values())))
+    _link_zero_state(zero_optimizer)
     for name, parameter in trained.items():
         for key, value in stored[name].items():
-            if key == _MASTER:
+            if key == _MASTER_WEIGHT:
                 safe_set_full_fp32_param(parameter, value.to(parameter.device))
-            elif value.dim():
+            elif value.dim() > 0:
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
 
-def _link(zero: Any) -> None:
-    """Let ZeRO-2 find what its optimizer keeps; it looks itself, once, when only the first group of weights has any."""
+def _create_empty_zero_state(zero_optimizer: Any, example: ParameterState) -> None:
+    """Create the state that the inner optimizer would create in its first step, filled with zeros.
+
+    Args:
+        zero_optimizer: DeepSpeed's ZeRO optimizer.
+        example: The stored state of any weight; it decides the keys and the value of scalars.
+    """
+    inner = zero_optimizer.optimizer
+    flat_shards = getattr(zero_optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
+    if not flat_shards:
+        flat_shards = zero_optimizer.single_partition_of_fp32_groups  # ZeRO-2
+    for flat in flat_shards:
+        for key, value in example.items():
+            if key == _MASTER_WEIGHT:
+                continue
+            if value.dim() > 0:
+                inner.state[flat][key] = torch.zeros_like(flat)
+            else:
+                # Fused AdamW requires its step count on the device, the plain one on the CPU.
+                device = flat.device if inner.defaults.get("fused") else "cpu"
+                inner.state[flat][key] = value.to(device, copy=True)
+
+
+def _link_zero_state(zero_optimizer: Any) -> None:
+    """Let ZeRO-2 find the optimizer state of each weight.
+
+    DeepSpeed links it only once, at a moment when only the first parameter group has any state.
+    """
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-    if hasattr(zero, "bit16_groups"):
-        for weights, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups):
-            lazy_init_hp_params_optimizer_state(weights, flat, zero.optimizer.state)
+    if not hasattr(zero_optimizer, "bit16_groups"):  # ZeRO-3 needs no links
+        return
+    shards = zero_optimizer.single_partition_of_fp32_groups
+    for weights, flat in zip(zero_optimizer.bit16_groups, shards):
+        lazy_init_hp_params_optimizer_state(weights, flat, zero_optimizer.optimizer.state)
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+# ---- shared ----
+
+
+def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that are trained, by name."""
     for module in model.modules():
+        # After an evaluation, FSDP leaves gathered copies in place of the sharded parameters that
+        # the optimizer holds.
         if isinstance(module, FSDPModule):
-            module.reshard()  # an evaluation leaves whole weights in place of those that the optimizer knows
-    return (
-        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-    )
+            module.reshard()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
 
 
 def _is_zero(parameter: nn.Parameter) -> bool:
+    """Return True if DeepSpeed manages the parameter: ZeRO-3 sets `ds_id`, ZeRO-2 `_hp_mapping`."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole tensor; FSDP's shards are collected from all processes."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor
 
 
-def _share(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    if not isinstance(parameter, DTensor) or not value.dim():
+def _shard(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """Split a whole tensor as FSDP has split the parameter; scalars stay whole."""
+    if not isinstance(parameter, DTensor) or value.dim() == 0:
         return value
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements
-    )
+    on_device = value.to(parameter.device)
+    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements)

@@ -1,27 +1,38 @@
-"""One training run: check, build, train, save. `train.py` and `llava train` come here."""
+"""`llava train`, `train.py` and `llava_simplified.train`: check, build, train, save."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llava_simplified.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    parse_arguments,
-)
-from llava_simplified.training.build_trainer import build_trainer
-from llava_simplified.training.plots import plot_training
-from llava_simplified.training.preflight import preflight
-from llava_simplified.training.trainer import LlavaTrainer
+from llava_simplified.extras import MissingExtraError
+from llava_simplified.options import CommandParser, configure_logging
+from llava_simplified.training_options import add_training_options, exit_with_help
+
+if TYPE_CHECKING:
+    from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava train`, for help and completion."""
+    parser = CommandParser("llava train", "Train a LLaVA model.", usage="%(prog)s [options]")
+    add_training_options(parser)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line of `train.py`."""
+    """Run `llava train`."""
     argv = sys.argv[1:] if argv is None else argv
-    if any(word in ("-h", "--help") for word in argv):
-        parse_arguments(["--help"])
+    exit_with_help(argv, build_parser())
+
+    from llava_simplified.arguments import parse_arguments
+    from llava_simplified.training.preflight import preflight
+
+    configure_logging()
     groups = parse_arguments(argv)
     preflight(argv, *groups)
     train(*groups)
@@ -29,23 +40,48 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
-    """Train, and save into `args.output_dir`; returns that folder.
+    """Train a model, and save it into `args.output_dir`.
+
+    Progress and warnings are logged; `llava_simplified.options.configure_logging` prints them.
+
+    Args:
+        model_args: Which parts make the model, and which of them are trained.
+        data_args: Records, images, and how they become batches.
+        args: Options of `transformers.TrainingArguments`, and a few more.
+
+    Returns:
+        The output folder; `Llava.from_pretrained` loads it.
 
     Raises:
-        ValueError: what is asked for can't be done; found before the weights are loaded, wherever possible.
+        ValueError: The options cannot be carried out; raised before the weights are loaded where
+            possible.
+        FloatingPointError: The loss or the gradient is not finite.
     """
+    from llava_simplified.training.build_trainer import build_trainer
+
     trainer, resumed = build_trainer(model_args, data_args, args)
-    trainer.train(resume_from_checkpoint=str(resumed / "trainer_state") if resumed else None)
+    state_folder = str(resumed / "trainer_state") if resumed else None
+    trainer.train(resume_from_checkpoint=state_folder)
     trainer.save_final()
+
     output_dir = Path(str(args.output_dir))
     if trainer.is_world_process_zero():
-        plot_training(output_dir / "trainer_log.jsonl", output_dir / "training.png")
-    trainer.accelerator.print(f"saved in {output_dir}; {_counted(trainer)}")
-    trainer.accelerator.wait_for_everyone()  # a process whose peers are gone may hang in saying good-bye
+        _plot(output_dir)
+    if trainer.accelerator.is_local_main_process:
+        counts = trainer.sample_warnings.summary()
+        logger.info("Saved the model in %s. Seen by this process: %s.", output_dir, counts)
+    # A process whose peers have exited may hang in `destroy_process_group()`.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return output_dir
 
 
-def _counted(trainer: LlavaTrainer) -> str:
-    found = [f"{count:,} {kind}" for kind, count in sorted(trainer.seen.items())]
-    return f"{', '.join(found) or 'nothing was left to be'} seen by this process"
+def _plot(output_dir: Path) -> None:
+    """Plot the log of the run, if matplotlib is installed."""
+    from llava_simplified.training.plots import plot_training
+
+    target = output_dir / "training.png"
+    try:
+        plot_training(output_dir / "trainer_log.jsonl", target)
+    except MissingExtraError as error:
+        logger.info("Skipped the plot %s: %s", target, error)

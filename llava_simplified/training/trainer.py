@@ -1,11 +1,21 @@
-"""transformers.Trainer, with LLaVA's loss, parameter groups and checkpoints."""
+"""`transformers.Trainer` with LLaVA's loss, parameter groups, evaluation and checkpoints.
+
+The stock trainer contributes the loop, the engines (DDP, ZeRO, FSDP), mixed precision and
+callbacks. This class overrides what differs for LLaVA:
+
+    training step   the mean over the tokens of a step; values that are not finite end the run
+    evaluation      the mean over the tokens of the set; captions of a few images
+    optimizer       learning rates of projector, vision tower and language model
+    saving          checkpoints that `Llava.from_pretrained` loads, written atomically
+    resuming        weights and optimizer state in a form that does not depend on the engine
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,32 +25,61 @@ import transformers
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    get_last_checkpoint,
+    rotate_checkpoints,
+)
 
 from llava_simplified.arguments import TrainingArguments
+from llava_simplified.data.collate import Batch, Collator
+from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.samplers import LengthGroupedSampler
 from llava_simplified.model.checkpoint import copy_checkpoint, save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
-from llava_simplified.prompt import IMAGE_INDEX
-from llava_simplified.training.callbacks import EvalCaptions, GradientAlarm, Meter, ProgressLine
+from llava_simplified.training.callbacks import (
+    GradientNormMonitor,
+    SampleWarnings,
+    ThroughputMeter,
+    progress_callback,
+)
+from llava_simplified.training.eval_captions import EvalCaptions
+from llava_simplified.training.optimizer import build_parameter_groups, load_scheduler_state
 from llava_simplified.training.sharding import (
+    enable_fsdp_on_cpu,
     full_optimizer_state_dict,
     full_state_dict,
     load_optimizer_state_dict,
-    shard_on_cpus,
 )
+
+logger = logging.getLogger(__name__)
+
+TrainingSet = CaptionDataset | PackedDataset
+# The arguments of `Llava.forward`: a batch of `Collator` without its metadata.
+ModelInputs = dict[str, torch.Tensor]
+
+MAX_LISTED_SAMPLES = 16
 
 
 class LlavaTrainer(transformers.Trainer):
-    """What differs from training a text model, and nothing else.
+    """Train a `Llava`.
 
     Args:
-        architecture, parts, settings: written into every checkpoint.
-        max_bad_images: the share of images that may be unreadable before the run stops.
+        model: The model; what is trained requires gradients.
+        args: Training options.
+        config: Config of the model, written into every checkpoint.
+        parts: What is trained; it decides what a checkpoint contains.
+        settings: Options of the run, written into every checkpoint and compared when the run is
+            resumed.
+        max_bad_images: Largest share of images that may be unreadable.
+        train_dataset: Examples, or packs of examples.
+        eval_dataset: Validation examples.
+        data_collator: Makes batches of them.
     """
 
     args: TrainingArguments
@@ -49,68 +88,118 @@ class LlavaTrainer(transformers.Trainer):
         self,
         model: Llava,
         args: TrainingArguments,
-        architecture: LlavaConfig,
+        config: LlavaConfig,
         parts: TrainedParts,
         settings: Mapping[str, Any],
-        max_bad_images: float = 0.01,
-        **options: Any,
+        max_bad_images: float,
+        train_dataset: TrainingSet,
+        eval_dataset: CaptionDataset | None,
+        data_collator: Collator,
     ) -> None:
-        super().__init__(model=model, args=args, **options)
-        for stock in (ProgressCallback, PrinterCallback):
-            self.remove_callback(stock)
-        if not args.disable_tqdm:
-            self.add_callback(ProgressLine())
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=cast(Any, data_collator),
+        )
+        for stock_callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(stock_callback)
+        self.add_callback(progress_callback(args.disable_tqdm))
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-        self.meter = Meter()
-        self.add_callback(self.meter)
-        self.alarm = GradientAlarm()
-        self.captions = self._watched_pictures()
-        if not self.captions and (args.metric_for_best_model or "").endswith("cider"):
+        self.throughput = ThroughputMeter()
+        self.add_callback(self.throughput)
+        self.gradient_norms = GradientNormMonitor()
+        self.sample_warnings = SampleWarnings(
+            max_bad_images,
+            data_collator.tokens_per_image,
+            log=self.accelerator.is_local_main_process,
+        )
+        self.eval_captions = self._create_eval_captions(eval_dataset)
+        best_by_cider = (args.metric_for_best_model or "").endswith("cider")
+        if best_by_cider and not self.eval_captions:
             raise ValueError(
-                "--metric_for_best_model cider: there is no validation picture to caption; use eval_loss"
+                "--metric_for_best_model cider: no validation image is captioned. Pass --eval_captions 32, or "
+                "--metric_for_best_model eval_loss."
             )
-        self.architecture = architecture
+        self.llava_config = config
         self.parts = parts
         self.settings = dict(settings)
-        self.max_bad_images = max_bad_images
-        self.model_accepts_loss_kwargs = False  # the loss is scaled in compute_loss, once
+        # The loss is scaled in `compute_loss`, once. Both flags keep the stock trainer from scaling
+        # it again.
+        self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
-        self.seen = Counter[str]()
-        self._ids: list[str] = []  # of this step's examples
+        self._step_sample_ids: list[str] = []
         self._staging: Path | None = None  # while a checkpoint is being written
 
+    @property
+    def unwrapped_model(self) -> Llava:
+        """The model without the wrappers of engines and compilers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def output_dir(self) -> Path:
+        """Output folder of the run."""
+        return Path(str(self.args.output_dir))
+
     def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator; FSDP is enabled on CPUs too."""
         super().create_accelerator_and_postprocess()
-        shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args or {})
+        enable_fsdp_on_cpu(self.accelerator, self.args.fsdp_plugin_args or {})
         self.is_fsdp_enabled = self.accelerator.distributed_type == DistributedType.FSDP
 
-    # ---- loss ----
+    # ---- training step ----
+    #
+    # An optimizer step consists of several micro-batches, on several processes, and each of them
+    # has a different number of trained tokens. The step minimizes the mean over *all* of its
+    # tokens:
+    #
+    #     2 processes, 2 micro-batches each; in brackets: trained tokens
+    #
+    #     process 0    micro-batch 0 (10)    micro-batch 1 (30)
+    #     process 1    micro-batch 0 (20)    micro-batch 1 (40)        all together: 100
+    #
+    #     loss of a micro-batch = sum of its token losses / 100 * 2 processes
+    #
+    # `backward` adds up the gradients of a process. The engine then averages over the processes,
+    # which cancels the factor 2. What remains is the gradient of (sum of 100 token losses) / 100,
+    # however the step is divided. The mean of the micro-batches' means would give a token of a
+    # short caption more weight than a token of a long one.
+    #
+    # Values that are not finite never reach the weights. The loss is checked before `backward`, the
+    # norm of the gradient before the optimizer step. Either ends the run with an error that names
+    # the samples and the last good checkpoint.
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor]:
-        """The micro-batches of one step, and how many trained tokens they hold on all devices together."""
-        # a finished run, resumed: the stock loop would take one step more
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor]:
+        """Fetch the micro-batches of one step, and count its trained tokens over all processes.
+
+        Returns:
+            The micro-batches of this process, and the number of trained tokens of the step, a
+            scalar tensor.
+        """
+        # A finished run that is resumed: the stock loop would train one more step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], torch.zeros(())
-        self.meter.begin()
+        self.throughput.start_step()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_sample_ids = []
+        trained = tokens = positions = 0
         for batch in batches:
-            self._read_notes(batch)
-        self._ids = [name for batch in batches for name in batch["metadata"]["ids"]]
-        counts = [
-            sum(len(batch["labels"]) for batch in batches),
-            len(self._ids),
-            sum(batch["metadata"]["tokens"] for batch in batches),
-            sum(batch["input_ids"].numel() for batch in batches),
-        ]
-        trained, *others = self.accelerator.reduce(
-            torch.tensor(counts, device=device), "sum"
-        ).unbind()
-        self.meter.count(torch.stack(others))
-        return batches, trained
+            metadata = batch["metadata"]
+            self.sample_warnings.add(batch)
+            self._step_sample_ids += metadata["ids"]
+            trained += len(batch["labels"])
+            tokens += metadata["tokens"]
+            positions += batch["input_ids"].numel()
+        samples = len(self._step_sample_ids)
+        local_counts = torch.tensor([trained, samples, tokens, positions], device=device)
+        counts = self.accelerator.reduce(local_counts, "sum")
+        self.throughput.add(counts[1:])
+        return batches, counts[0]
 
     def compute_loss(
         self,
@@ -119,267 +208,258 @@ class LlavaTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Sum of the micro-batch's token losses over the tokens of the whole step: accumulation averages tokens."""
+        """Return the micro-batch's share of the loss of the step; see the comment above.
+
+        Args:
+            model: The prepared model.
+            inputs: A batch of `Collator`; its metadata is removed.
+            return_outputs: Return the model's outputs too.
+            num_items_in_batch: Trained tokens of the step on all processes; None: average over this
+                batch alone.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+        """
         ids = inputs.pop("metadata")["ids"]
         outputs = model(**inputs)
-        tokens = len(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
-        # engines average gradients over processes: undo it, the tokens were counted over all of them
-        loss = (
-            outputs.loss
-            / tokens
-            * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        )
+        if num_items_in_batch is None:
+            loss = outputs.loss / len(inputs["labels"])
+        else:
+            # Engines average gradients over the processes; the tokens were counted over all of
+            # them.
+            loss = outputs.loss / num_items_in_batch * self.accelerator.num_processes
         if not torch.isfinite(loss):
-            raise FloatingPointError(self._non_finite(f"the loss is {loss.item()}", ids))
+            raise FloatingPointError(self._describe_divergence(f"the loss is {loss.item()}", ids))
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The stock one; a norm that is not finite ends the run before it reaches the weights, an unusual one is said."""
+        """Return the norm of the gradient; end the run if it is not finite, warn if it is unusual.
+
+        The stock trainer calls this before the optimizer step.
+
+        Raises:
+            FloatingPointError: The norm is not finite.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
-        if (
-            norm is not None and not self.args.fp16
-        ):  # there, too large a loss scale shows like this, and is mended
-            if not math.isfinite(norm):
-                raise FloatingPointError(
-                    self._non_finite(f"the gradient's norm is {float(norm)}", self._ids)
-                )
-            if warning := self.alarm.check(float(norm)):
-                self.accelerator.print(
-                    f"step {self.state.global_step + 1}: {warning}; samples {_listed(self._ids)}"
-                )
+        # With fp16, an infinite norm means that the loss scale is too large. The scaler skips the
+        # step and lowers the scale.
+        if norm is None or self.args.fp16:
+            return norm
+        value = float(norm)
+        if not math.isfinite(value):
+            what = f"the norm of the gradient is {value}"
+            raise FloatingPointError(self._describe_divergence(what, self._step_sample_ids))
+        warning = self.gradient_norms.check(value)
+        if warning and self.accelerator.is_local_main_process:
+            samples = _list_samples(self._step_sample_ids)
+            logger.warning("step %d: %s; samples %s", self.state.global_step + 1, warning, samples)
         return norm
 
-    def _non_finite(self, what: str, ids: Sequence[str]) -> str:
-        last = transformers.trainer_utils.get_last_checkpoint(self.args.output_dir or "")
+    def _describe_divergence(self, what: str, ids: Sequence[str]) -> str:
+        last = get_last_checkpoint(str(self.output_dir)) or "none yet"
         return (
-            f"{what} at step {self.state.global_step + 1}, samples {_listed(ids)}; last good checkpoint: "
-            f"{last or 'none yet'}. Try a lower learning rate, or --bf16 instead of --fp16."
+            f"{what} at step {self.state.global_step + 1}, samples {_list_samples(ids)}; last good checkpoint: {last}. "
+            "Lower --learning_rate, or pass --bf16 True in place of --fp16 True."
         )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log values with the throughput, and append one JSON line to `trainer_log.jsonl`."""
+        if "loss" in logs:
+            logs |= self.throughput.read()
+        super().log(logs, *args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        row = {"step": self.state.global_step, **self.state.log_history[-1]}
+        with (self.output_dir / "trainer_log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    # ---- evaluation ----
+    #
+    # The validation loss does not depend on the batch size or on the number of processes: losses
+    # are summed over tokens, and every sample counts once (see `drop_padding_samples`).
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader[Any],
+        dataloader: DataLoader[Batch],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Validation loss: the mean over all tokens of the set, not over batches. No logits are kept."""
+        """Compute the validation loss, the mean over all tokens of the set. No logits are kept."""
         model = self._wrap_model(cast(nn.Module, self.model), training=False)
         model.eval()
-        total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
+        # (2,): sum of the token losses, number of tokens.
+        totals = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         for batch in dataloader:
-            self._read_notes(batch)
-            batch.pop("metadata")
-            inputs = self._prepare_inputs(self.drop_padding_samples(batch))
+            self.sample_warnings.add(batch)
+            inputs = cast(ModelInputs, {**batch})
+            del inputs["metadata"]
+            inputs = self._prepare_inputs(self.drop_padding_samples(inputs))
             with torch.no_grad(), self.compute_loss_context_manager():
-                total += torch.stack(
-                    [model(**inputs).loss.double(), total.new_tensor(len(inputs["labels"]))]
-                )
+                loss_sum = model(**inputs).loss.double()
+                token_count = totals.new_tensor(len(inputs["labels"]))
+                totals += torch.stack([loss_sum, token_count])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        nll, tokens = self.accelerator.reduce(total, "sum").tolist()
+        loss_sum, token_count = self.accelerator.reduce(totals, "sum").tolist()
+        loss = loss_sum / token_count
         metrics = {
-            f"{metric_key_prefix}_loss": nll / tokens,
-            f"{metric_key_prefix}_perplexity": math.exp(min(nll / tokens, 700)),
+            f"{metric_key_prefix}_loss": loss,
+            # exp(709) is the largest that a double holds
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
         }
-        if self.captions:
-            metrics[f"{metric_key_prefix}_cider"] = self._caption(self.captions)
-        return EvalLoopOutput(None, None, metrics, self.num_examples(dataloader))  # type: ignore[arg-type]
+        if self.eval_captions:
+            metrics[f"{metric_key_prefix}_cider"] = self._write_captions(self.eval_captions)
+        samples = self.num_examples(dataloader)
+        return EvalLoopOutput(None, None, metrics, samples)  # type: ignore[arg-type]
 
-    def drop_padding_samples(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """All processes get as many batches: the last are filled up with rows from the first, which count no second time."""
+    def drop_padding_samples(self, inputs: ModelInputs) -> ModelInputs:
+        """Remove the labels of samples that only fill up the last batches.
+
+        Args:
+            inputs: A batch without its metadata.
+        """
+        # All processes need the same number of batches. Accelerate fills up the last ones with
+        # copies of the first samples, which would count twice:
+        #
+        #     5 samples, 2 processes, batches of 2     process 0    process 1
+        #     first batches                            0  1         2  3
+        #     last batches (remainder: 1)              4 (0)        (1) (2)      in brackets: copies
+        #
+        # The rows stay in the batch, because all processes must run the same layers. Only their
+        # labels are dropped.
         state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
-            rows, length = batch["input_ids"].shape
-            new = (
-                batch["logit_positions"] // length
-                < state.remainder - self.accelerator.process_index * rows
-            )
-            batch = {
-                **batch,
-                "logit_positions": batch["logit_positions"][new],
-                "labels": batch["labels"][new],
-            }
-        return batch
+        is_filled_up = state.end_of_dataloader and state.remainder > 0
+        if not is_filled_up:
+            return inputs
+        rows, length = inputs["input_ids"].shape
+        # `remainder` counts the real samples of the last batches of all processes together.
+        real_rows = state.remainder - self.accelerator.process_index * rows
+        is_real = inputs["logit_positions"] // length < real_rows
+        return {
+            **inputs,
+            "logit_positions": inputs["logit_positions"][is_real],
+            "labels": inputs["labels"][is_real],
+        }
 
-    def _watched_pictures(self) -> EvalCaptions | None:
+    def _create_eval_captions(self, eval_dataset: CaptionDataset | None) -> EvalCaptions | None:
+        """Return the validation images that are captioned, or None if there are none."""
         args = self.args
-        if args.eval_strategy == "no" or not args.eval_captions or self.eval_dataset is None:
+        if args.eval_strategy == "no" or not args.eval_captions or eval_dataset is None:
             return None
-        zero = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if self.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3):
-            self.accelerator.print(
-                "--eval_captions: none, no process has all the weights that captioning takes"
-            )
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        weights_are_sharded = self.is_fsdp_enabled
+        if deepspeed is not None:
+            weights_are_sharded |= deepspeed.zero_stage == 3
+        if weights_are_sharded:
+            # Captions are generated by one process, and none has all the weights.
+            if self.accelerator.is_local_main_process:
+                logger.warning(
+                    "--eval_captions: ZeRO-3 and FSDP shard the weights, so no captions are generated"
+                )
             return None
-        found = EvalCaptions(
-            cast(Any, self.eval_dataset), args.eval_captions, Path(str(args.output_dir))
-        )
-        return found if found.rows else None
+        captions = EvalCaptions(eval_dataset, args.eval_captions, self.output_dir)
+        return captions if captions.rows else None
 
-    def _caption(self, captions: EvalCaptions) -> float:
-        """The first process writes captions, the others wait; all get to know how good they are."""
+    def _write_captions(self, captions: EvalCaptions) -> float:
+        """Caption the validation images in the first process; return CIDEr-D in all of them."""
         score = torch.zeros((), device=self.args.device)
         if self.is_world_process_zero():
-            model: Llava = self.accelerator.unwrap_model(self.model)
-            shown = 0 if self.args.disable_tqdm else 3
-            score += captions.write(
-                model, self.state.global_step, self.callback_handler.callbacks, shown
-            )
+            step, callbacks = self.state.global_step, self.callback_handler.callbacks
+            score += captions.write(self.unwrapped_model, step, callbacks)
+        # The others wait here, and receive the score: 0 from each of them does not change the sum.
         return self.accelerator.reduce(score, "sum").item()
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Besides the stock orders: batches of one length, whatever the dataset's items are."""
-        dataset = train_dataset or self.train_dataset
-        return self._by_length(dataset, self.args.train_batch_size) or super()._get_train_sampler(
-            dataset
-        )
+    # ---- order of the samples ----
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return self._by_length(
-            eval_dataset, self.args.eval_batch_size
-        ) or super()._get_eval_sampler(eval_dataset)
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """Return the stock sampler, or one that groups examples of similar length."""
+        dataset = train_dataset or cast("Dataset[Any]", self.train_dataset)
+        if self.args.train_sampling_strategy == "group_by_length":
+            return self._length_grouped_sampler(dataset, self.args.train_batch_size)
+        return super()._get_train_sampler(dataset)
 
-    def _by_length(self, dataset: Any, batch_size: int) -> LengthGroupedSampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return None
-        lengths = dataset.lengths(self.accelerator.unwrap_model(self.model).vision_tower.num_tokens)
+    def _get_eval_sampler(self, eval_dataset: Dataset[Any]) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy == "group_by_length":
+            return self._length_grouped_sampler(eval_dataset, self.args.eval_batch_size)
+        return super()._get_eval_sampler(eval_dataset)
+
+    def _length_grouped_sampler(
+        self, dataset: Dataset[Any], batch_size: int
+    ) -> LengthGroupedSampler:
+        tokens_per_image = self.unwrapped_model.vision_tower.num_tokens
+        lengths = cast(TrainingSet, dataset).lengths(tokens_per_image)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        # ranks wait for the longest batch: theirs are of one length too
-        return LengthGroupedSampler(lengths, batch_size * self.args.world_size, seed)
-
-    # ---- what people should know ----
-
-    def _read_notes(self, batch: dict[str, Any]) -> None:
-        """Say what the examples of a batch want said; stop when too many images are bad."""
-        warnings: list[str] = batch["metadata"]["warnings"]
-        placeholders = int((batch["input_ids"] == IMAGE_INDEX).sum())
-        self.seen["images"] += placeholders // cast(Any, self.data_collator).tokens_per_image
-        for note in warnings:
-            kind = note.partition(",")[0]
-            self.seen[kind] += 1
-            if self.seen[kind] <= 10:
-                self.accelerator.print(
-                    f"{note}" + (" (later ones are only counted)" if self.seen[kind] == 10 else "")
-                )
-        bad = self.seen["bad image"]
-        # a handful among the first hundred says nothing yet
-        if bad > self.max_bad_images * max(self.seen["images"], 100):
-            raise ValueError(
-                f"{bad} bad images among the first {self.seen['images'] + bad}, more than --max_bad_images "
-                f"{self.max_bad_images:g}; the last: {warnings[-1] if warnings else ''}. `llava clean` sets them aside."
-            )
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Besides the usual: the speed, and one JSON line in `trainer_log.jsonl`."""
-        if "loss" in logs:
-            logs |= self.meter.read()
-        super().log(logs, *args, **kwargs)
-        if self.is_world_process_zero():
-            line = {"step": self.state.global_step, **self.state.log_history[-1]}
-            with (Path(self.args.output_dir or "") / "trainer_log.jsonl").open(
-                "a", encoding="utf-8"
-            ) as stream:
-                stream.write(json.dumps(line) + "\n")
+        # Processes wait for each other in every step, so their batches have similar lengths too.
+        return LengthGroupedSampler(
+            cast(Sequence[int], lengths), batch_size * self.args.world_size, seed
+        )
 
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW on three learning rates: the projector's, the vision tower's and the language model's."""
+        """Create the optimizer with the learning rates of projector, tower and language model."""
         if self.optimizer is None:
-            trained = [
-                (n, p)
-                for n, p in (model or cast(nn.Module, self.model)).named_parameters()
-                if p.requires_grad
-            ]
-            decayed = set(self.get_decay_parameter_names(cast(nn.Module, self.model)))
-            rates = {"projector": self.args.mm_projector_lr, "vision_tower": self.args.vision_lr}
-            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-            for name, parameter in trained:
-                rate = rates.get(name.partition(".")[0])
-                key = (self.args.learning_rate if rate is None else rate, name in decayed)
-                groups.setdefault(key, []).append(parameter)
-            # the log tells the first one's rate
-            ordered = sorted(
-                groups.items(), key=lambda group: group[0][0] != self.args.learning_rate
+            whole_model = cast(nn.Module, self.model)
+            groups = build_parameter_groups(
+                (model or whole_model).named_parameters(),
+                set(self.get_decay_parameter_names(whole_model)),
+                self.args,
             )
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # type: ignore[arg-type]
-            self.optimizer = cls(
-                [
-                    {
-                        "params": parameters,
-                        "lr": rate,
-                        "weight_decay": self.args.weight_decay if decay else 0.0,
-                    }
-                    for (rate, decay), parameters in ordered
-                ],
-                **options,
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(
+                self.args, cast(transformers.PreTrainedModel, self.model)
             )
+            self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    # ---- checkpoints ----
+    # ---- saving ----
+    #
+    # Every save, the intermediate ones too, is a checkpoint that `Llava.from_pretrained` loads.
+    # What resuming needs is in its folder `trainer_state/` (see `resume`). A checkpoint appears
+    # under its final name when all of it has been written, so that a killed run leaves no half
+    # checkpoint:
+    #
+    #     .saving/checkpoint-20/   optimizer, random states        -> checkpoint-20/trainer_state/
+    #     .saving/model/           llava.json, projector, adapter  -> checkpoint-20/
+    #
+    # The engines' own checkpoint formats are not used: all weights and the optimizer state are
+    # gathered into whole tensors (see `sharding`).
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Every save, the intermediate ones too, is a checkpoint that loads with one call."""
-        model: Llava = self.accelerator.unwrap_model(self.model)
-        weights = self._on_main_process(full_state_dict(model, self.parts))
-        if self.args.should_save:
-            training = {
-                "steps": self.state.global_step,
-                "epochs": self.state.epoch,
-                **self.settings,
-            }
-            folder = (
-                self._staging / "model"
-                if self._staging
-                else Path(output_dir or str(self.args.output_dir))
-            )
-            save_checkpoint(model, folder, self.architecture, self.parts, training, weights)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = self._on_main_process(
-            full_optimizer_state_dict(self.accelerator.unwrap_model(self.model), self.optimizer)
-        )
-        if self.args.should_save:
-            save_file(state, Path(output_dir) / "optimizer.safetensors")
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
-
-    def _on_main_process(
-        self, tensors: Iterator[tuple[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
-        """All processes gather, one keeps."""
-        return {name: tensor.cpu().clone() for name, tensor in tensors if self.args.should_save}
+        """Save a checkpoint that `Llava.from_pretrained` loads, without the trainer's state."""
+        model = self.unwrapped_model
+        weights = self._gather_on_main_process(full_state_dict(model, self.parts))
+        if not self.args.should_save:
+            return
+        if self._staging:
+            folder = self._staging / "model"
+        else:
+            folder = Path(output_dir or self.output_dir)
+        progress = {"steps": self.state.global_step, "epochs": self.state.epoch}
+        training = {**progress, **self.settings}
+        save_checkpoint(model, folder, self.llava_config, self.parts, training, weights)
 
     def save_final(self) -> None:
-        """Into the output folder: what the run ends with or, with `--load_best_model_at_end`, its best checkpoint."""
+        """Save the last weights into the output folder.
+
+        With `--load_best_model_at_end`, copy the best checkpoint.
+        """
         best = self.state.best_model_checkpoint
         if not self.args.load_best_model_at_end or best is None:
             self.save_model()
         elif self.args.should_save:
-            copy_checkpoint(best, str(self.args.output_dir))
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """The stock one; what will be wanted at the end is saved now, be it a step of `--save_steps` or not."""
-        best = super()._determine_best_metric(metrics, trial)
-        self.control.should_save |= best and self.args.load_best_model_at_end
-        return best
-
-    def _load_best_model(self) -> None:
-        """Nothing is loaded: `save_final` copies the checkpoint, which works whatever engine holds the weights."""
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or self.args.output_dir)
+            copy_checkpoint(best, self.output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """`checkpoint-N` with `trainer_state/` in it, under a temporary name until all of it is written.
+        """Write `checkpoint-N` under a temporary name, and rename it when it is complete.
 
-        The stock method writes into the folder that `_get_output_dir` names, and calls `save_model`: what it writes itself
-        (optimizer, schedule, random states) becomes .saving/checkpoint-N, our checkpoint .saving/model. Then the first is
-        put into the second, and that takes its place beside the run's others.
+        The stock method writes optimizer, schedule and random states into `checkpoint-N` in the
+        folder that `_get_output_dir` names, and calls `save_model` for the weights. Both go to
+        `.saving`.
         """
-        output_dir = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = staging = output_dir / ".saving"
+        staging = self.output_dir / ".saving"
+        self._staging = staging
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             (staging / name).mkdir(parents=True)
@@ -390,53 +470,94 @@ class LlavaTrainer(transformers.Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.name == name or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(staging / name / "trainer_state.json"))
-            (staging / name).rename(staging / "model" / "trainer_state")
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-            (staging / "model").rename(output_dir / name)
-            staging.rmdir()
-            rotate_checkpoints(
-                output_dir=str(output_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            self._publish_checkpoint(staging, name)
         self.accelerator.wait_for_everyone()
+
+    def _publish_checkpoint(self, staging: Path, name: str) -> None:
+        # The stock method has set the best checkpoint to a path inside the staging folder.
+        best = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best.name == name or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        self.state.save_to_json(str(staging / name / "trainer_state.json"))
+
+        # Complete the checkpoint inside the staging folder. The last rename publishes it.
+        (staging / name).rename(staging / "model" / "trainer_state")
+        target = self.output_dir / name
+        shutil.rmtree(target, ignore_errors=True)
+        (staging / "model").rename(target)
+        staging.rmdir()
+        rotate_checkpoints(
+            output_dir=str(self.output_dir),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = self._gather_on_main_process(
+            full_optimizer_state_dict(self.unwrapped_model, self.optimizer)
+        )
+        if self.args.should_save:
+            save_file(state, Path(output_dir) / "optimizer.safetensors")
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _gather_on_main_process(
+        self, tensors: Iterator[tuple[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """Gather the tensors in all processes, and keep them in one."""
+        kept = {}
+        for name, tensor in tensors:
+            if self.args.should_save:
+                kept[name] = tensor.cpu().clone()
+        return kept
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare with the best metric so far; a new best is saved now if it is wanted at the end.
+
+        The stock trainer would save it only if the step is one of `--save_steps`.
+        """
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
+    def _load_best_model(self) -> None:
+        """Load nothing: `save_final` copies the best checkpoint, under any engine."""
+
+    # ---- resuming ----
+    #
+    # `build_trainer` loads the trained weights into the whole model, as for a new run. When the
+    # engine has split the model, the state of optimizer and schedule follows here. The stock
+    # trainer restores step, random states and the position in the data from `trainer_state/`.
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Nothing: a resumed run gets its weights as a new one does, before an engine cuts the model up."""
+        """Load nothing: `build_trainer` has loaded the weights."""
 
     def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+        self,
+        max_steps: int,
+        train_dataloader: DataLoader[Batch],
+        resume_from_checkpoint: str | None,
     ) -> Any:
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, None
-        )  # it knows each engine's own files
+        """Prepare the model, and restore optimizer, schedule and loss scale of a resumed run."""
+        # The stock method would look for the engine's own files.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
-            state = load_file(folder / "optimizer.safetensors")
-            load_optimizer_state_dict(
-                self.accelerator.unwrap_model(self.model), self.optimizer, state
-            )
-            self._restore_schedule(torch.load(folder / "scheduler.pt", weights_only=True))
+            optimizer = cast(torch.optim.Optimizer, self.optimizer)
+            optimizer_state = load_file(folder / "optimizer.safetensors")
+            load_optimizer_state_dict(self.unwrapped_model, optimizer, optimizer_state)
+            scheduler_state = torch.load(folder / "scheduler.pt", weights_only=True)
+            load_scheduler_state(cast(Any, self.lr_scheduler), optimizer, scheduler_state)
             self._load_scaler(resume_from_checkpoint)
         return prepared
 
-    def _restore_schedule(self, state: dict[str, Any]) -> None:
-        """Where it was; on the learning rates of this command line, if they have changed."""
-        schedule: Any = self.lr_scheduler
-        if isinstance(schedule, LambdaLR):
-            factors = [factor(state["last_epoch"]) for factor in schedule.lr_lambdas]
-            rates = [base * factor for base, factor in zip(schedule.base_lrs, factors)]
-            state = {**state, "base_lrs": schedule.base_lrs, "_last_lr": rates}
-        schedule.load_state_dict(state)
-        for group, rate in zip(self.optimizer.param_groups, state["_last_lr"]):  # type: ignore[union-attr]
-            group["lr"] = rate
 
-
-def _listed(ids: Sequence[str], most: int = 16) -> str:
-    return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+def _list_samples(ids: Sequence[str]) -> str:
+    listed = ", ".join(ids[:MAX_LISTED_SAMPLES])
+    remaining = len(ids) - MAX_LISTED_SAMPLES
+    return f"{listed} and {remaining} more" if remaining > 0 else listed

@@ -1,4 +1,4 @@
-"""Sources of pictures, and a file of captions that loses nothing when it is killed."""
+"""Tests of captioning: sources, resumable output files, and the commands."""
 
 from __future__ import annotations
 
@@ -14,41 +14,53 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_commands import ENVIRONMENT
 
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.captioning import caption_command
-from llava_simplified.captioning import runner as captioning
-from llava_simplified.captioning.caption_command import caption_main, chat_main
+from llava_simplified.captioning import caption_command, runner
+from llava_simplified.captioning.caption_command import (
+    build_caption_parser,
+    caption_main,
+    chat_main,
+    parse_job_slice,
+    predict_main,
+)
 from llava_simplified.captioning.inputs import open_inputs
-from llava_simplified.captioning.runner import Job, caption_file
+from llava_simplified.captioning.runner import (
+    CaptionCounts,
+    CaptionJob,
+    caption_file,
+    caption_records,
+)
 from llava_simplified.data.images import read_image_bytes
-from llava_simplified.model.generation import GenerationOptions
+from llava_simplified.jobs import exclusive_lock
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.train_command import train
 
-OPTIONS = GenerationOptions(max_new_tokens=6, temperature=1.0, num_return_sequences=2, seed=3)
+SAMPLING = GenerationOptions(max_new_tokens=6, temperature=1.0, num_return_sequences=2, seed=3)
+LINE_SEPARATORS = "\u2028\u2029\u0085"  # line breaks for str.splitlines, but not for JSON lines
 
 
 @pytest.fixture(scope="module")
 def checkpoint(
     models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    output = tmp_path_factory.mktemp("model") / "out"
+    """A tiny model after one training step."""
     options = {
         "model_name_or_path": models_folder / "mistral",
         "vision_tower": models_folder / "clip",
         "train_data_path": data_folder / "train.json",
         "train_image_folder": data_folder / "images",
-        "output_dir": output,
+        "output_dir": tmp_path_factory.mktemp("model") / "out",
         "max_steps": 1,
         "cache_vision_features": "off",
     }
-    return train(
-        *parse_arguments(
-            [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        )
-    )
+    argv = []
+    for name, value in options.items():
+        argv += [f"--{name}", str(value)]
+    return train(*parse_arguments(argv))
 
 
 @pytest.fixture(scope="module")
@@ -58,262 +70,491 @@ def model(checkpoint: Path) -> Llava:
 
 @pytest.fixture
 def folder(data_folder: Path, tmp_path: Path) -> Path:
-    """Six pictures, one of them in a subfolder, a broken one, and a file that is no picture."""
-    pictures = tmp_path / "pictures"
-    (pictures / "more").mkdir(parents=True)
+    """A folder with six images, one of them in a subfolder, a broken image, and a text file."""
+    images = tmp_path / "images"
+    (images / "more").mkdir(parents=True)
     for number in range(5):
-        shutil.copy(data_folder / "images" / f"{number}.jpg", pictures)
-    shutil.copy(data_folder / "images" / "5.jpg", pictures / "more" / "5.JPG")
-    (pictures / "bad.jpg").write_bytes(b"not a picture")
-    (pictures / "notes.txt").write_text("hello")
-    return pictures
+        shutil.copy(data_folder / "images" / f"{number}.jpg", images)
+    shutil.copy(data_folder / "images" / "5.jpg", images / "more" / "5.JPG")
+    (images / "bad.jpg").write_bytes(b"not an image")
+    (images / "notes.txt").write_text("hello")
+    return images
 
 
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
 
 
-def test_every_kind_of_source(
-    folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def images(source: object) -> list[str]:
-        return [record.images[0] for record in open_inputs(str(source), None, ["What?"])[0]]
+def folder_job(folder: Path, output: Path, **changes: object) -> CaptionJob:
+    """Return a job that captions a folder with two sampled captions per image."""
+    return replace(CaptionJob("", str(folder), str(output), SAMPLING), **changes)
 
-    def images_of_records(source: Path) -> list[str]:
-        return [record.images[0] for record in open_inputs(str(source), None, [])[0]]
 
-    assert images(folder) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "bad.jpg", "more/5.JPG"]
-    assert images(folder / "1.jpg") == ["1.jpg"]
-    assert images(folder / "[0-2].jpg") == [str(folder / f"{n}.jpg") for n in range(3)]
-    monkeypatch.chdir(folder)
-    assert images("*/*.JPG") == ["more/5.JPG"]
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def failures_of(output: Path) -> Path:
+    return Path(f"{output}.bad.jsonl")
+
+
+# ---- sources ----
+
+
+def image_names(source: object, *instructions: str) -> list[str]:
+    records, _ = open_inputs(str(source), None, instructions)
+    return [record.images[0] for record in records]
+
+
+def add_shard(folder: Path, image: Path) -> None:
+    """Write 00000.tar with the images `a` and `b`."""
+    data = image.read_bytes()
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for key in ("a", "b"):
-            data = (data_folder / "images" / "0.jpg").read_bytes()
             info = tarfile.TarInfo(f"{key}.jpg")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    assert images("00000.tar") == ["00000.tar#a", "00000.tar#b"]
-    assert images("*.tar") == images("00000.tar")
-    assert images(folder)[:3] == ["0.jpg", "00000.tar#a", "00000.tar#b"]
+
+
+def test_open_inputs_finds_images_in_files_folders_and_patterns(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg", "bad.jpg", "more/5.JPG"]
+    assert image_names(folder, "What?") == everything
+    assert image_names(folder / "1.jpg", "What?") == ["1.jpg"]
+    matches = [str(folder / f"{number}.jpg") for number in range(3)]
+    assert image_names(folder / "[0-2].jpg", "What?") == matches
+    monkeypatch.chdir(folder)
+    assert image_names("*/*.JPG", "What?") == ["more/5.JPG"]
+
+
+def test_open_inputs_finds_images_in_shards(
+    folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    add_shard(folder, data_folder / "images" / "0.jpg")
+    assert image_names("00000.tar", "What?") == ["00000.tar#a", "00000.tar#b"]
+    assert image_names("*.tar", "What?") == image_names("00000.tar", "What?")
+    assert image_names(folder, "What?")[:3] == ["0.jpg", "00000.tar#a", "00000.tar#b"]
+
+
+def test_open_inputs_returns_the_folder_of_the_names(
+    folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    add_shard(folder, data_folder / "images" / "0.jpg")
     for source in (folder, folder / "1.jpg", "00000.tar", "*.tar", "[0-2].jpg", folder / "*.jpg"):
-        records, where = open_inputs(str(source), None, ["What?"])
-        assert read_image_bytes(records[0].images[0], where)
-    assert len(open_inputs(str(data_folder / "val.json"), str(data_folder / "images"), [])[0]) == 4
-    unanswered = folder / "unanswered.jsonl"  # what is to be captioned need not have been
+        records, image_folder = open_inputs(str(source), None, ["What?"])
+        assert read_image_bytes(records[0].images[0], image_folder)
+
+
+def test_open_inputs_reads_records_with_and_without_responses(
+    folder: Path, data_folder: Path
+) -> None:
+    records, _ = open_inputs(str(data_folder / "val.json"), str(data_folder / "images"), [])
+    assert len(records) == 4
+    unanswered = folder / "unanswered.jsonl"
     unanswered.write_text(json.dumps({"image": "1.jpg", "instruction": "What?"}) + "\n")
-    assert images_of_records(unanswered) == ["1.jpg"]
-    for wrong, message in (
-        (None, "none of the first images"),
-        ("nowhere", "--image-folder nowhere: no such folder"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            open_inputs(str(data_folder / "val.json"), wrong, [])
-    with pytest.raises(ValueError, match="bring their own questions"):
-        open_inputs(str(data_folder / "val.json"), None, ["What?"])
-    with pytest.raises(ValueError, match="nothing-here: no picture, folder"):
+    assert image_names(unanswered) == ["1.jpg"]
+
+
+def test_open_inputs_refuses_what_cannot_be_captioned(data_folder: Path) -> None:
+    records = str(data_folder / "val.json")
+    with pytest.raises(ValueError, match="--image-folder"):
+        open_inputs(records, None, [])  # the images are elsewhere
+    with pytest.raises(ValueError, match="--image-folder nowhere"):
+        open_inputs(records, "nowhere", [])
+    with pytest.raises(ValueError, match="--instruction.*val.json"):
+        open_inputs(records, None, ["What?"])
+    with pytest.raises(ValueError, match="nothing-here"):
         open_inputs("nothing-here", None, ["What?"])
 
 
-def test_a_folder_with_two_questions(model: Llava, folder: Path, tmp_path: Path) -> None:
-    job = Job(
-        "",
-        str(folder),
-        str(tmp_path / "out.jsonl"),
-        GenerationOptions(6),
-        ("What?", "Where is <image>?"),
-    )
-    assert caption_file(job, model) == (12, 2)
-    written = rows(tmp_path / "out.jsonl")
-    assert [row["index"] for row in written] == [*range(10), 12, 13]
-    assert [row["instruction"] for row in written[:2]] == ["What?", "Where is <image>?"]
-    for row in written[::3]:
-        assert row["pred_output"] == model.caption(
-            folder / row["image"], row["instruction"], max_new_tokens=6
-        )
-    assert [row["index"] for row in rows(Path(job.output + ".bad.jsonl"))] == [10, 11]
+# ---- output files ----
 
 
-@pytest.mark.parametrize("cut", [0, 1, 60, 300, 700, -1, -30, None])
-def test_a_stopped_file_goes_on_where_it_was(
-    model: Llava, folder: Path, tmp_path: Path, cut: int | None
+def test_caption_file_captions_a_folder_with_two_instructions(
+    model: Llava, folder: Path, output: Path
 ) -> None:
-    """Cut at any byte, also inside a row or between the two trials of a picture."""
-    job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS, batch_size=2)
+    instructions = ("What?", "Where is <image>?")
+    job = folder_job(folder, output, options=GenerationOptions(6), instructions=instructions)
+    assert caption_file(job, model) == CaptionCounts(captioned=12, failed=2)
+    rows = read_rows(output)
+    assert [row["index"] for row in rows] == [*range(10), 12, 13]
+    assert [row["instruction"] for row in rows[:2]] == list(instructions)
+    for row in rows[::3]:
+        alone = model.caption(folder / row["image"], row["instruction"], max_new_tokens=6)
+        assert row["pred_output"] == alone
+    assert [row["index"] for row in read_rows(failures_of(output))] == [10, 11]
+
+
+@pytest.mark.parametrize("size", [0, 1, 60, 300, 700, -1, -30, None])
+def test_caption_file_resumes_after_any_byte(
+    model: Llava, folder: Path, output: Path, size: int | None
+) -> None:
+    """The file is cut off inside a row, or between the two captions of an image."""
+    job = folder_job(folder, output, batch_size=2)
     caption_file(job, model)
-    whole = (tmp_path / "out.jsonl").read_bytes()
-    (tmp_path / "out.jsonl").write_bytes(whole[:cut])
+    complete = output.read_bytes()
+    output.write_bytes(complete[:size])
     assert caption_file(job, model) == (6, 1)
-    assert (tmp_path / "out.jsonl").read_bytes() == whole
-    assert len(rows(Path(job.output + ".bad.jsonl"))) == 1
+    assert output.read_bytes() == complete
+    assert len(read_rows(failures_of(output))) == 1
 
 
-def test_chunks_share_the_work_and_batches_change_nothing(
-    model: Llava, folder: Path, tmp_path: Path
+def test_caption_file_chunks_and_batch_size_do_not_change_captions(
+    model: Llava, folder: Path, tmp_path: Path, output: Path
 ) -> None:
-    caption_file(Job("", str(folder), str(tmp_path / "one.jsonl"), OPTIONS), model)
-    parts = []
+    caption_file(folder_job(folder, output), model)
+    rows = []
     for chunk in range(3):
-        output = tmp_path / f"{chunk}.jsonl"
-        caption_file(
-            Job("", str(folder), str(output), OPTIONS, batch_size=1, chunk=chunk, chunks=3), model
-        )
-        parts += rows(output)
-    assert sorted(parts, key=lambda row: row["index"]) == rows(tmp_path / "one.jsonl")
+        part = tmp_path / f"{chunk}.jsonl"
+        caption_file(folder_job(folder, part, batch_size=1, chunk=chunk, chunks=3), model)
+        rows += read_rows(part)
+    assert sorted(rows, key=lambda row: row["index"]) == read_rows(output)
 
 
-def test_other_settings_are_refused(model: Llava, folder: Path, tmp_path: Path) -> None:
-    job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS)
-    caption_file(job, model)
-    with pytest.raises(ValueError, match="was begun with another options, limit: delete"):
-        caption_file(replace(job, options=GenerationOptions(7), limit=2), model)
+def test_caption_file_refuses_other_settings(model: Llava, folder: Path, output: Path) -> None:
+    caption_file(folder_job(folder, output), model)
+    other = folder_job(folder, output, options=GenerationOptions(7), limit=2)
+    with pytest.raises(ValueError, match=r"out\.jsonl .*options.*limit"):
+        caption_file(other, model)
 
 
-def test_a_source_that_has_changed_is_refused(model: Llava, folder: Path, tmp_path: Path) -> None:
-    """With a picture more, the numbers of the rows mean other pictures."""
-    job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS)
-    caption_file(job, model)
+def test_caption_file_refuses_a_changed_source(model: Llava, folder: Path, output: Path) -> None:
+    """One more image in the folder gives other images the indices of the rows."""
+    caption_file(folder_job(folder, output), model)
     shutil.copy(folder / "0.jpg", folder / "00.jpg")
-    with pytest.raises(ValueError, match="was begun with another contents of the source: delete"):
-        caption_file(job, model)
+    with pytest.raises(ValueError, match="contents of the source"):
+        caption_file(folder_job(folder, output), model)
 
 
-def test_chunks_come_from_flags_or_from_torchrun(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_caption_file_refuses_an_output_without_settings(
+    model: Llava, folder: Path, output: Path
 ) -> None:
-    jobs: list[Job] = []
-    monkeypatch.setattr(caption_command, "caption_file", lambda job: jobs.append(job) or (1, 0))
-    words = [str(folder), "--model-path", "m", "--output", str(tmp_path / "out.jsonl")]
-    caption_main([*words, "--num-chunks", "3", "--chunk-idx", "1"])
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    caption_main(words)
-    assert [(job.chunk, job.chunks, Path(job.output).name) for job in jobs] == [
-        (1, 3, "out-1-of-3.jsonl"),
-        (2, 4, "out-2-of-4.jsonl"),
-    ]
-    with pytest.raises(ValueError, match="--chunk-idx 3 is not one of --num-chunks 3"):
-        caption_main([*words, "--num-chunks", "3", "--chunk-idx", "3"])
+    output.write_text('{"index": 0}\n')
+    with pytest.raises(ValueError, match=r"out\.jsonl\.settings\.json"):
+        caption_file(folder_job(folder, output), model)
+    assert output.read_text() == '{"index": 0}\n'
 
 
-def test_a_file_that_is_deleted_is_begun_anew(model: Llava, folder: Path, tmp_path: Path) -> None:
-    """What was bad in the old source must not be skipped in the new one."""
-    job = Job("", str(folder), str(tmp_path / "out.jsonl"), OPTIONS)
+def test_caption_file_refuses_an_output_in_use(
+    model: Llava, folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_simplified.jobs.LOCK_TIMEOUT", 0.1)
+    job = folder_job(folder, output)
+    lock = runner.JobFiles.of(job.output).lock
+    with exclusive_lock(lock, job.output), pytest.raises(ValueError, match=r"out\.jsonl"):
+        caption_file(job, model)
+    assert not output.exists()
+
+
+def test_caption_file_starts_anew_without_its_output(
+    model: Llava, folder: Path, output: Path
+) -> None:
+    """A record that failed in the deleted job must not be skipped in the new one."""
+    job = folder_job(folder, output)
     assert caption_file(job, model) == (6, 1)
-    (tmp_path / "out.jsonl").unlink()
+    output.unlink()
     (folder / "bad.jpg").write_bytes((folder / "0.jpg").read_bytes())
     assert caption_file(job, model) == (7, 0)
-    assert not Path(job.output + ".bad.jsonl").exists()
+    assert not failures_of(output).exists()
 
 
-def test_an_array_that_is_written_anew_names_what_is_bad_now(
-    model: Llava, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["out.jsonl", "out.json"])
+def test_caption_file_keeps_unicode_line_separators(
+    model: Llava, folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(captioning, "load_model", lambda asked: model)
-    records = json.loads((data_folder / "val.json").read_text())[:2]
-    data, output = tmp_path / "data.json", tmp_path / "out.json"
-    words = [
-        "--data-path",
-        data,
-        "--image-folder",
-        data_folder / "images",
-        "--output",
-        output,
-        "--max-new-tokens",
-        2,
-    ]
-    for image, bad in (("gone.jpg", True), ("0.jpg", False)):
-        data.write_text(json.dumps([{**records[0], "image": image}, records[1]]))
-        assert (
-            caption_command.main(["--model-path", "", *map(str, words), "--temperature", "0"]) == 0
-        )
-        assert (tmp_path / "out.json.bad.jsonl").exists() == bad
-        assert len(json.loads(output.read_text())) == 2 - bad
+    caption = f"a{LINE_SEPARATORS}b"
+
+    def generate(model: Llava, prompts: list, *_: object) -> list[list[str]]:
+        return [[caption] for _ in prompts]
+
+    monkeypatch.setattr(runner, "generate_from_features", generate)
+    output = tmp_path / name
+    job = folder_job(folder, output, options=GenerationOptions(6), limit=3)
+    assert caption_file(job, model) == (3, 0)
+    if name == "out.jsonl":
+        # Reading the rows again, for a resume, must not split them.
+        assert caption_file(job, model) == (3, 0)
+        rows = read_rows(output)
+    else:
+        rows = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["pred_output"] for row in rows] == [caption] * 3
 
 
-def test_a_picture_is_encoded_once_and_captions_come_early(
+def test_caption_file_resumes_a_json_array(
+    model: Llava, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that dies before the array is written continues, and leaves only the array and its failures."""
+    output = tmp_path / "new" / "out.json"
+    job = folder_job(folder, output, batch_size=2)
+
+    def fail(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_publish_array", fail)
+        with pytest.raises(KeyboardInterrupt):
+            caption_file(job, model)
+    journal = Path(f"{output}.part.jsonl")
+    rows = read_rows(journal)
+    journal.write_bytes(journal.read_bytes()[:-300])
+    assert not output.exists()
+    assert caption_file(job, model) == (6, 1)
+    assert json.loads(output.read_text()) == rows
+    visible = [path.name for path in output.parent.iterdir() if not path.name.startswith(".")]
+    assert sorted(visible) == ["out.json", "out.json.bad.jsonl"]
+
+
+# ---- jobs of version 0.1.0 ----
+
+
+@pytest.mark.parametrize("kept_rows", [0, 3, 11])
+def test_caption_file_resumes_a_job_of_0_1_0(
+    model: Llava, folder: Path, output: Path, kept_rows: int
+) -> None:
+    """The settings file that 0.1.0 has written for such a job differs only in paths and times."""
+    job = folder_job(folder, output, instructions=("What?",))
+    caption_file(job, model)
+    complete = output.read_bytes()
+
+    fixture = Path(__file__).parents[1] / "fixtures" / "captioning_0_1_0"
+    settings = json.loads((fixture / "captions.jsonl.settings.json").read_text())
+    settings["source"] = str(folder)
+    Path(f"{output}.settings.json").write_text(json.dumps(settings))
+    output.write_bytes(b"".join(complete.splitlines(keepends=True)[:kept_rows]) + b'{"ind')
+    assert caption_file(job, model) == (6, 1)
+    assert output.read_bytes() == complete
+
+
+def test_caption_file_continues_the_rows_of_0_1_0(model: Llava, folder: Path, output: Path) -> None:
+    """Rows that 0.1.0 has written are kept as they are, and only the missing records are captioned."""
+    fixture = Path(__file__).parents[1] / "fixtures" / "captioning_0_1_0"
+    old = (fixture / "captions.jsonl").read_bytes()
+    settings = json.loads((fixture / "captions.jsonl.settings.json").read_text())
+    settings["source"] = str(folder)
+    output.write_bytes(old)
+    Path(f"{output}.settings.json").write_text(json.dumps(settings))
+    assert caption_file(folder_job(folder, output, instructions=("What?",)), model) == (6, 1)
+    # The last row of the fixture is the first of two captions of its image.
+    complete_rows = b"".join(old.splitlines(keepends=True)[:-1])
+    assert output.read_bytes().startswith(complete_rows)
+    indices = [row["index"] for row in read_rows(output)]
+    assert indices == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 6, 6]
+
+
+# ---- batches ----
+
+
+def test_caption_records_encodes_each_image_once(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Questions of different lengths fall into different batches; what is done is given before the window is."""
-    encoded, encode = [], captioning.encode
-    monkeypatch.setattr(
-        captioning,
-        "encode",
-        lambda model, pixels: encoded.append(len(pixels)) or encode(model, pixels),
-    )
-    records, where = open_inputs(
-        str(folder), None, ["What?", "What is it that one can see in this?"]
-    )
-    parts = list(
-        captioning.caption_records(model, records, where, GenerationOptions(3), batch_size=2)
-    )
+    """Instructions of different lengths put one image into several batches."""
+    encoded = []
+    encode = runner.encode_images
+
+    def count_and_encode(model: Llava, pixels: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixels))
+        return encode(model, pixels)
+
+    monkeypatch.setattr(runner, "encode_images", count_and_encode)
+    instructions = ["What?", "What is it that one can see in this?"]
+    records, image_folder = open_inputs(str(folder), None, instructions)
+    parts = list(caption_records(model, records, image_folder, GenerationOptions(3), batch_size=2))
     assert sum(encoded) == 6
-    assert [row["index"] for rows, _ in parts for row in rows] == [*range(10), 12, 13]
-    records, where = open_inputs(str(folder), None, ["What?"])
-    parts = list(
-        captioning.caption_records(model, records, where, GenerationOptions(3), batch_size=2)
-    )
+    indices = [row["index"] for rows, _ in parts for row in rows]
+    assert indices == [*range(10), 12, 13]
+
+
+def test_caption_records_yields_rows_after_every_batch(model: Llava, folder: Path) -> None:
+    records, image_folder = open_inputs(str(folder), None, ["What?"])
+    parts = list(caption_records(model, records, image_folder, GenerationOptions(3), batch_size=2))
     assert [len(rows) for rows, _ in parts] == [2, 2, 1, 1]
 
 
-@pytest.mark.slow
-def test_kill_9_then_the_same_command_again(
-    checkpoint: Path, data_folder: Path, tmp_path: Path
+# ---- commands ----
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[CaptionJob]:
+    """The jobs that a command starts; none is run."""
+    started: list[CaptionJob] = []
+
+    def record(job: CaptionJob) -> CaptionCounts:
+        started.append(job)
+        return CaptionCounts(1, 0)
+
+    monkeypatch.setattr(runner, "caption_file", record)
+    return started
+
+
+SLICES = [["--num-chunks", "3", "--chunk-idx", "1"], ["--shards", "1/3"]]
+
+
+@pytest.mark.parametrize("words", SLICES, ids=lambda words: words[0])
+def test_caption_captions_a_slice(
+    jobs: list[CaptionJob], folder: Path, tmp_path: Path, words: list[str]
 ) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for number in range(200):
-        shutil.copy(data_folder / "images" / f"{number % 6}.jpg", pictures / f"{number:03}.jpg")
-    output = tmp_path / "captions.jsonl"
-    words = [
-        sys.executable,
-        "-m",
-        "llava_simplified.cli",
-        "caption",
-        pictures,
-        "--model-path",
-        checkpoint,
-    ]
-    words += ["--output", output, "--batch-size", "1", "--max-new-tokens", "3"]
-    process = subprocess.Popen(list(map(str, words)), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    while not output.exists() or output.stat().st_size < 2000:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < len(output.read_text().splitlines()) < 200
-    subprocess.run(list(map(str, words)), env=ENVIRONMENT, check=True, capture_output=True)
-    assert [row["index"] for row in rows(output)] == list(range(200))
+    output = str(tmp_path / "out.jsonl")
+    assert caption_main([str(folder), "--model-path", "m", "--output", output, *words]) == 0
+    [job] = jobs
+    assert (job.chunk, job.chunks) == (1, 3)
+    assert job.output == str(tmp_path / "out-1-of-3.jsonl")
 
 
-def test_one_picture_on_the_terminal(
+@pytest.mark.parametrize("words", SLICES, ids=lambda words: words[0])
+def test_predict_captions_a_slice(
+    jobs: list[CaptionJob], data_folder: Path, tmp_path: Path, words: list[str]
+) -> None:
+    data, output = str(data_folder / "val.json"), str(tmp_path / "out.json")
+    assert predict_main(["--model-path", "m", "--data-path", data, "--output", output, *words]) == 0
+    [job] = jobs
+    assert (job.chunk, job.chunks) == (1, 3)
+    assert job.output == str(tmp_path / "out-1-of-3.json")
+
+
+def test_caption_reads_its_slice_from_torchrun(
+    jobs: list[CaptionJob], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    output = str(tmp_path / "out.jsonl")
+    caption_main([str(folder), "--model-path", "m", "--output", output])
+    assert (jobs[0].chunk, jobs[0].chunks) == (2, 4)
+    assert jobs[0].output == str(tmp_path / "out-2-of-4.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["--num-chunks", "3", "--chunk-idx", "3"], "--chunk-idx 3"),
+        (["--chunk-idx", "-1"], "--chunk-idx -1"),
+        (["--shards", "3/3"], "--shards"),
+        (["--shards", "one"], "--shards"),
+        (["--shards", "0/2", "--num-chunks", "2"], "--num-chunks"),
+    ],
+)
+def test_parse_job_slice_refuses_wrong_slices(words: list[str], option: str) -> None:
+    args = build_caption_parser().parse_args(["images", "--model-path", "m", *words])
+    with pytest.raises(ValueError, match=option):
+        parse_job_slice(args)
+
+
+def test_caption_with_ray_captions_all_slices(
+    jobs: list[CaptionJob], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[CaptionJob] = []
+
+    def run_tasks(function: object, specs: list[CaptionJob], engine: str) -> list:
+        assert engine == "ray"
+        submitted.extend(specs)
+        return []
+
+    monkeypatch.setattr(caption_command, "run_tasks", run_tasks)
+    argv = [str(folder), "--model-path", "m", "--engine", "ray", "--num-chunks", "2"]
+    assert caption_main([*argv, "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert [(job.chunk, job.chunks) for job in submitted] == [(0, 2), (1, 2)]
+    with pytest.raises(ValueError, match="--shards"):
+        caption_main([str(folder), "--model-path", "m", "--engine", "ray", "--shards", "0/2"])
+
+
+@pytest.mark.parametrize("option", ["--trials", "--num-return-sequences", "--num_return_sequences"])
+def test_caption_accepts_both_names_of_trials(
+    jobs: list[CaptionJob], folder: Path, option: str
+) -> None:
+    argv = [str(folder), "--model-path", "m", "--temperature", "1", option, "4"]
+    caption_main(argv)
+    assert jobs[0].options.num_return_sequences == 4
+
+
+def test_caption_refuses_an_array_as_output(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"--output out\.json"):
+        caption_main([str(folder), "--model-path", "m", "--output", "out.json"])
+
+
+def test_predict_refuses_an_instruction_with_records(data_folder: Path, tmp_path: Path) -> None:
+    data = str(data_folder / "val.json")
+    argv = ["--model-path", "m", "--data-path", data, "--output", str(tmp_path / "out.json")]
+    with pytest.raises(ValueError, match="--instruction"):
+        predict_main([*argv, "--instruction", "What?"])
+
+
+def test_predict_replaces_the_failures_of_an_earlier_array(
+    model: Llava, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "load_model", lambda _: model)
+    records = json.loads((data_folder / "val.json").read_text())[:2]
+    data = tmp_path / "data.json"
+    output = tmp_path / "out.json"
+    argv = ["--model-path", "", "--data-path", str(data), "--output", str(output)]
+    argv += ["--image-folder", str(data_folder / "images")]
+    argv += ["--max-new-tokens", "2", "--temperature", "0"]
+    for image, failed in (("gone.jpg", 1), ("0.jpg", 0)):
+        data.write_text(json.dumps([{**records[0], "image": image}, records[1]]))
+        assert predict_main(argv) == 0
+        assert failures_of(output).exists() == bool(failed)
+        assert len(json.loads(output.read_text())) == 2 - failed
+
+
+def test_predict_exit_status_is_1_if_no_image_can_be_read(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(runner, "caption_file", lambda job: CaptionCounts(0, 3))
+    assert caption_main([str(folder), "--model-path", "m"]) == 1
+
+
+def test_caption_prints_the_captions_of_one_image(
     checkpoint: Path, model: Llava, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(folder / "0.jpg"), "--model-path", str(checkpoint), "--max-new-tokens", "6"]
-    assert caption_main([*words, "--prompt", "What?", "--prompt", "Where?"]) == 0
-    wanted = [
-        model.caption(folder / "0.jpg", question, max_new_tokens=6)
-        for question in ("What?", "Where?")
+    argv = [str(folder / "0.jpg"), "--model-path", str(checkpoint), "--max-new-tokens", "6"]
+    assert caption_main([*argv, "--instruction", "What?", "--prompt", "Where?"]) == 0
+    expected = [
+        model.caption(folder / "0.jpg", instruction, max_new_tokens=6)
+        for instruction in ("What?", "Where?")
     ]
-    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == wanted
+    printed = capsys.readouterr().out.split("\n")[:-1]
+    assert [line.strip() for line in printed] == expected
 
 
-def test_a_chat_remembers(
+def test_chat_sends_the_whole_conversation(
     checkpoint: Path,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    heard = []
+    conversations = []
+
+    def stream(model: Llava, turns: list, images: list, **_: object) -> list[str]:
+        conversations.append([turn.content for turn in turns])
+        return ["yes"]
+
     monkeypatch.setattr(sys, "stdin", io.StringIO("What?\nWhere?\n\nnever asked\n"))
-    monkeypatch.setattr(
-        captioning.Llava,
-        "stream",
-        lambda self, turns, images, **_: heard.append(list(turns)) or ["yes"],
-    )
+    monkeypatch.setattr(runner.Llava, "stream", stream)
     assert chat_main([str(folder / "0.jpg"), "--model-path", str(checkpoint)]) == 0
     assert capsys.readouterr().out.split() == ["yes", "yes"]
-    assert [[turn.content for turn in turns] for turns in heard] == [
-        ["What?"],
-        ["What?", "yes", "Where?"],
-    ]
+    assert conversations == [["What?"], ["What?", "yes", "Where?"]]
+
+
+@pytest.mark.slow
+def test_caption_continues_after_kill_9(
+    checkpoint: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(200):
+        shutil.copy(data_folder / "images" / f"{number % 6}.jpg", images / f"{number:03}.jpg")
+    output = tmp_path / "captions.jsonl"
+    command = [sys.executable, "-m", "llava_simplified", "caption", str(images)]
+    command += ["--model-path", str(checkpoint), "--output", str(output)]
+    command += ["--batch-size", "1", "--max-new-tokens", "3"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not output.exists() or output.stat().st_size < 2000:
+        assert process.poll() is None, "the command ended before it was killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < output.read_bytes().count(b"\n") < 200
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
+    assert [row["index"] for row in read_rows(output)] == list(range(200))

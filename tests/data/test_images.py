@@ -1,4 +1,4 @@
-"""The one decoder and the one transform, against Pillow and against the stock image processors."""
+"""The decoder against Pillow, and the transform against Hugging Face's image processors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
-from llava_simplified.data.images import ImageError, check_image, decode_image, read_image_bytes
+from llava_simplified.data.images import (
+    ImageError,
+    check_image,
+    decode_image,
+    load_pixels,
+    read_image_bytes,
+    shrink_image,
+)
 from llava_simplified.data.transforms import ImageTransform
 
+EXIF_ORIENTATION = 274
 
-def photo(width: int = 90, height: int = 60, mode: str = "RGB") -> Image.Image:
+
+def draw_photo(width: int = 90, height: int = 60, mode: str = "RGB") -> Image.Image:
+    """Draw an image without any symmetry."""
     image = Image.new("RGB", (width, height), "navy")
     draw = ImageDraw.Draw(image)
     draw.ellipse((10, 5, width // 2, height - 5), fill="orange")
@@ -27,67 +37,100 @@ def photo(width: int = 90, height: int = 60, mode: str = "RGB") -> Image.Image:
     return image.convert(mode)
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
+def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
+    """Return the image as a file."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "GIF", "TIFF"])
-def test_every_format_is_read_as_pillow_reads_it(kind: str) -> None:
-    data = encoded(photo(), kind, **({"lossless": True} if kind == "WEBP" else {}))
+# ---- decoding ----
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "WEBP", "GIF", "TIFF"])
+def test_decode_image_equals_pillow(image_format: str) -> None:
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = encode(draw_photo(), image_format, **options)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert np.array_equal(decode_image(data), expected)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_in_every_colour_space(mode: str) -> None:
-    data = encoded(photo(mode=mode), "JPEG", quality=95)
+def test_decode_image_reads_jpeg_in_every_color_space(mode: str) -> None:
+    data = encode(draw_photo(mode=mode), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(decode_image(data).astype(int) - expected).mean() < 1
 
 
-def test_transparency_lies_on_white() -> None:
-    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert (decode_image(encoded(image, "PNG")) == 255).all()
-    half = Image.new("RGBA", (1, 1), (0, 0, 0, 128))
-    assert decode_image(encoded(half, "PNG"))[0, 0].tolist() == [127, 127, 127]
+def test_decode_image_puts_transparency_on_white() -> None:
+    transparent = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert (decode_image(encode(transparent, "PNG")) == 255).all()
+    half_transparent_black = Image.new("RGBA", (1, 1), (0, 0, 0, 128))
+    assert decode_image(encode(half_transparent_black, "PNG"))[0, 0].tolist() == [127, 127, 127]
 
 
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
+def test_decode_image_scales_sixteen_bits_and_does_not_clip() -> None:
     image = Image.fromarray(np.array([[0, 30000, 65535]], dtype=np.uint16))
-    assert decode_image(encoded(image, "PNG"))[0, :, 0].tolist() == [0, 117, 255]
+    assert decode_image(encode(image, "PNG"))[0, :, 0].tolist() == [0, 117, 255]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_pictures_stand_upright(orientation: int, kind: str) -> None:
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+def test_decode_image_applies_the_exif_orientation(orientation: int, image_format: str) -> None:
     exif = Image.Exif()
-    exif[274] = orientation
-    data = encoded(photo(), kind, exif=exif)
-    from PIL import ImageOps
-
-    expected = np.asarray(
-        ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    ).astype(int)
-    got = decode_image(data).astype(int)
-    assert got.shape == expected.shape
-    assert np.abs(got - expected).mean() < 1
-    assert check_image(data)[2:] == expected.shape[1::-1], "width and height as it is seen"
+    exif[EXIF_ORIENTATION] = orientation
+    data = encode(draw_photo(), image_format, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    expected = np.asarray(upright).astype(int)
+    pixels = decode_image(data).astype(int)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).mean() < 1
+    checked = check_image(data)
+    assert (checked.width, checked.height) == expected.shape[1::-1], "those of the upright image"
 
 
-def test_a_truncated_jpeg_is_corrupt_at_every_length() -> None:
-    data = encoded(photo(), "JPEG")
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_shrink_image_makes_an_upright_jpeg(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    data = encode(draw_photo(90, 60), "JPEG", exif=exif)
+    shrunk = shrink_image(data, 30)
+    expected_size = (45, 30) if orientation == 1 else (30, 45)
+    assert shrunk.suffix == "jpg"
+    assert (shrunk.width, shrunk.height) == expected_size
+    assert decode_image(shrunk.data).shape[1::-1] == expected_size
+    assert shrink_image(data, 60).data == data, "an image that is not larger keeps its bytes"
+
+
+def test_load_pixels_accepts_every_form(tmp_path: Path) -> None:
+    photo = draw_photo()
+    data = encode(photo, "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    pixels = np.asarray(photo)
+    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), data, photo, pixels):
+        assert np.array_equal(load_pixels(image), pixels)
+    with pytest.raises(ImageError) as error:
+        load_pixels(tmp_path / "gone.png")
+    assert error.value.kind == "missing"
+    with pytest.raises(ValueError, match="uint8"):
+        load_pixels(pixels.astype(np.float32))
+
+
+# ---- damaged files ----
+
+
+def test_decode_image_rejects_a_truncated_jpeg_of_every_length() -> None:
+    data = encode(draw_photo(), "JPEG")
     for length in range(200, len(data) - 2, 97):
         with pytest.raises(ImageError) as error:
             decode_image(data[:length])
         assert error.value.kind in ("truncated", "corrupt", "not_image")
 
 
-def test_bytes_corrupted_in_mid_scan_are_seen() -> None:
-    """Pillow shows such a picture with grey stripes, and says nothing."""
+def test_decode_image_rejects_a_jpeg_corrupted_in_mid_scan() -> None:
+    """Pillow decodes this file to grey stripes, without an error."""
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    data = bytearray(encoded(Image.fromarray(noise), "JPEG", quality=90))
+    data = bytearray(encode(Image.fromarray(noise), "JPEG", quality=90))
     middle = len(data) // 2
     data[middle : middle + 40] = b"\xff\xd0" * 20
     with pytest.raises(ImageError) as error:
@@ -95,9 +138,10 @@ def test_bytes_corrupted_in_mid_scan_are_seen() -> None:
     assert error.value.kind == "corrupt"
 
 
-def verdict(judge: Callable[..., Any], data: bytes) -> str:
+def outcome(function: Callable[..., Any], data: bytes) -> str:
+    """Return "ok", or the kind of the ImageError that the function raises. Other errors are not caught."""
     try:
-        judge(data, max_pixels=1_000_000)
+        function(data, max_pixels=1_000_000)
     except ImageError as error:
         return error.kind
     return "ok"
@@ -106,65 +150,87 @@ def verdict(judge: Callable[..., Any], data: bytes) -> str:
 @pytest.mark.parametrize(
     "kind", ["JPEG", "progressive JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 )
-def test_whatever_byte_is_wrong_it_is_pixels_or_an_image_error(kind: str) -> None:
-    """Of a tag's type in a TIFF Pillow makes a TypeError, of an AVIF without its item table a RuntimeError. And what
-    `check_image` says of a file, in less time, is what `decode_image` says."""
-    data = encoded(
-        photo().resize((24, 16)), kind.split()[-1], **{"progressive": True} if " " in kind else {}
-    )
-    broken = [data.replace(b"iloc", b"xxxx")]
-    for place in range(min(len(data), 700)):
+def test_decode_image_raises_image_errors_only_and_check_image_agrees(kind: str) -> None:
+    """Any byte can be wrong. Pillow raises a TypeError for a wrong type of a TIFF tag, for example, and a RuntimeError
+    for an AVIF without its item table."""
+    options = {"progressive": True} if kind == "progressive JPEG" else {}
+    data = encode(draw_photo().resize((24, 16)), kind.removeprefix("progressive "), **options)
+    damaged = [data.replace(b"iloc", b"xxxx")]
+    for position in range(min(len(data), 700)):
         for value in (0, 5, 255):
-            broken.append(data[:place] + bytes([value]) + data[place + 1 :])
-    for changed in broken:
-        found = verdict(decode_image, changed)
-        assert found in ("ok", "not_image", "truncated", "corrupt", "too_large")
-        assert verdict(check_image, changed) == found
+            damaged.append(data[:position] + bytes([value]) + data[position + 1 :])
+    for file in damaged:
+        decoded = outcome(decode_image, file)
+        assert decoded in ("ok", "not_image", "truncated", "corrupt", "too_large")
+        assert outcome(check_image, file) == decoded
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"GIF89a", bytes(100)])
-def test_what_is_no_image(data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "kinds"),
+    [
+        (b"", ["not_image", "truncated"]),
+        (b"<html>not found</html>", ["html"]),
+        (b"GIF89a", ["not_image", "truncated"]),
+        (bytes(100), ["not_image", "truncated"]),
+    ],
+)
+def test_decode_image_rejects_what_is_not_an_image(data: bytes, kinds: list[str]) -> None:
     with pytest.raises(ImageError) as error:
         decode_image(data)
-    assert error.value.kind in (["html"] if data[:1] == b"<" else ["not_image", "truncated"])
+    assert error.value.kind in kinds
 
 
-def test_a_decompression_bomb_is_refused_by_its_header() -> None:
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        )
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    """Return one chunk of a PNG file."""
+    checksum = zlib.crc32(name + body)
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
 
+
+def test_decode_image_rejects_a_decompression_bomb_by_its_header() -> None:
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     data = (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(b""))
+        + png_chunk(b"IEND", b"")
     )
     with pytest.raises(ImageError) as error:
         decode_image(data)
     assert error.value.kind == "too_large"
-    with pytest.raises(ImageError, match="90x60 pixels, the limit is 5000"):
-        decode_image(encoded(photo(), "PNG"), max_pixels=5000)
 
 
-def test_an_error_comes_back_whole_from_a_worker() -> None:
+def test_decode_image_error_names_size_and_limit() -> None:
+    with pytest.raises(ImageError, match="90x60 pixels.* 5000") as error:
+        decode_image(encode(draw_photo(90, 60), "PNG"), max_pixels=5000)
+    assert error.value.kind == "too_large"
+
+
+def test_image_error_is_pickled_with_its_kind() -> None:
     error = pickle.loads(pickle.dumps(ImageError("missing", "no image x")))
-    assert (error.kind, str(error)) == ("missing", "no image x")
+    assert error.kind == "missing"
+    assert str(error) == "no image x"
 
 
-def test_absolute_paths_of_another_machine(tmp_path: Path) -> None:
+# ---- paths ----
+
+
+def test_read_image_bytes_finds_absolute_paths_of_another_machine(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     assert read_image_bytes("/data/somebody/train/a.jpg", tmp_path) == b"x"
     assert read_image_bytes("a.jpg", str(tmp_path)) == b"x"
-    with pytest.raises(ImageError, match=r"no image .*b\.jpg"):
+    with pytest.raises(ImageError, match=r"no image .*b\.jpg") as missing:
         read_image_bytes("b.jpg", tmp_path)
-    with pytest.raises(ImageError, match="leaves its folder"):
+    assert missing.value.kind == "missing"
+    with pytest.raises(ImageError, match="leaves its folder") as unsafe:
         read_image_bytes("../a.jpg", tmp_path)
+    assert unsafe.value.kind == "unsafe"
 
 
-def processors() -> dict[str, object]:
+# ---- transforms ----
+
+
+def make_processors() -> dict[str, Any]:
+    """Return Hugging Face's image processors with different rules for size, crop and scale."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
     from transformers.models.efficientnet.image_processing_pil_efficientnet import (
@@ -181,54 +247,72 @@ def processors() -> dict[str, object]:
         "convnext-384": ConvNextImageProcessorPil(),
         "efficientnet": EfficientNetImageProcessorPil(include_top=False),
         "efficientnet-offset": EfficientNetImageProcessorPil(
-            include_top=False, rescale_offset=True, rescale_factor=1 / 127.5, do_normalize=True
+            include_top=False,
+            rescale_offset=True,
+            rescale_factor=1 / 127.5,
+            do_normalize=True,
         ),
     }
 
 
-@pytest.mark.parametrize("kind", list(processors()))
+@pytest.mark.parametrize("kind", list(make_processors()))
 @pytest.mark.parametrize("size", [(300, 200), (150, 400), (64, 64)])
-def test_the_transform_equals_the_stock_processor(
-    tmp_path: Path, kind: str, size: tuple[int, int]
-) -> None:
-    """To two grey levels of 255, where Pillow's weights have 22 bits and torch's 16."""
-    processor = processors()[kind]
+def test_transform_equals_the_processor(tmp_path: Path, kind: str, size: tuple[int, int]) -> None:
+    """Up to two of 255 grey levels: Pillow's weights have 22 bits, torch's 16."""
+    processor = make_processors()[kind]
     processor.save_pretrained(tmp_path)
     transform = ImageTransform.from_pretrained(tmp_path)
-    image = photo(*size)
-    expected = torch.as_tensor(np.asarray(processor(image, return_tensors="pt")["pixel_values"][0]))
-    got = transform.normalize(transform(np.asarray(image)))
-    assert got.shape == expected.shape == (3, *transform.crop)
-    levels = (got - expected).abs() * 255 * torch.tensor(transform.std).view(3, 1, 1)
-    assert levels.max() < 2.01
-    assert levels.mean() < 0.2
+    image = draw_photo(*size)
+    processed = processor(image, return_tensors="pt")["pixel_values"][0]
+    expected = torch.as_tensor(np.asarray(processed))
+    actual = transform.normalize(transform(np.asarray(image)))
+    assert actual.shape == expected.shape == (3, *transform.crop)
+    std = torch.tensor(transform.std).view(3, 1, 1)
+    grey_levels = (actual - expected).abs() * 255 * std
+    assert grey_levels.max() < 2.01
+    assert grey_levels.mean() < 0.2
 
 
-def test_processors_that_pad_are_refused(tmp_path: Path) -> None:
+def test_transform_rejects_processors_that_do_not_normalize(tmp_path: Path) -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     CLIPImageProcessorPil(do_normalize=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not supported"):
         ImageTransform.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no preprocessor_config"):
+
+
+def test_transform_error_names_the_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere.* preprocessor_config\.json"):
         ImageTransform.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json is missing"):
+        ImageTransform.from_pretrained(tmp_path)
+
+
+def test_transform_rejects_a_strip_that_would_become_too_large() -> None:
+    transform = ImageTransform(224, (224, 224), "bicubic", (0, 0, 0), (1, 1, 1))
+    with pytest.raises(ImageError) as error:
+        transform(np.zeros((1, 2000, 3), np.uint8))
+    assert error.value.kind == "too_large"
 
 
 @pytest.mark.parametrize("resize", [64, 80, (64, 64), 48])
-def test_the_region_is_what_the_tower_is_shown(resize: int | tuple[int, int]) -> None:
-    """A picture whose colours are its coordinates, read off where the transform has put them."""
+def test_visible_region_is_what_the_transform_keeps(resize: int | tuple[int, int]) -> None:
+    """The colors of the image are its coordinates. They are read where the transform puts them."""
     height, width = 250, 500
     y, x = np.mgrid[:height, :width]
-    ruler = np.stack([x * 250 / width, y * 250 / height, np.full_like(x, 255)], axis=2).astype(
-        np.uint8
-    )
+    red = x * 250 / width
+    green = y * 250 / height
+    blue = np.full_like(x, 255)
+    coordinates = np.stack([red, green, blue], axis=2).astype(np.uint8)
+
     transform = ImageTransform(resize, (64, 64), "bilinear", (0, 0, 0), (1, 1, 1))
     left, top, right, bottom = transform.visible_region(height, width)
-    shown = transform(ruler).float()
-    for place in (20, 32, 44):
-        part = (place + 0.5) / 64
-        expected = [left + part * (right - left), top + part * (bottom - top)]
-        assert shown[:2, place, place].tolist() == pytest.approx([250 * e for e in expected], abs=3)
-    assert (shown[2].min() == 0) == (bottom > 1), (
-        "where it reaches beyond the picture, there is black"
-    )
+    cropped = transform(coordinates).float()
+    for pixel in (20, 32, 44):
+        fraction = (pixel + 0.5) / 64
+        expected_x = left + fraction * (right - left)
+        expected_y = top + fraction * (bottom - top)
+        expected = [250 * expected_x, 250 * expected_y]
+        assert cropped[:2, pixel, pixel].tolist() == pytest.approx(expected, abs=3)
+    has_padding = bool(cropped[2].min() == 0)
+    assert has_padding == (bottom > 1), "black where the region reaches beyond the image"

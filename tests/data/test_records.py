@@ -1,4 +1,4 @@
-"""Rows of JSON become records: LLaVA's conversations and the instruction form, or an error that names the row."""
+"""Rows of JSON become records, or an error that names the row."""
 
 from __future__ import annotations
 
@@ -12,60 +12,82 @@ from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message, Prompt
 
-TALK = [
+CONVERSATION = [
     {"from": "human", "value": "What is this?\n<image>"},
     {"from": "gpt", "value": "a red car"},
     {"from": "human", "value": "Where?"},
     {"from": "gpt", "value": "on the street"},
 ]
+QUESTION = CONVERSATION[2:3]
+QUESTION_AND_ANSWER = CONVERSATION[2:]
 
 
-def test_llavas_conversation_trains_every_answer_and_nothing_else(data_folder: Path) -> None:
-    record = Record.from_json({"id": "x", "image": "0.jpg", "conversations": TALK}, "row 0")
+def test_conversation_splits_off_the_last_answer() -> None:
+    row = {"id": "x", "image": "0.jpg", "conversations": CONVERSATION}
+    record = Record.from_json(row, "row 0")
     assert record.turns == (
-        Message("user", "What is this?\n<image>"), Message("assistant", "a red car"), Message("user", "Where?")
-    )  # fmt: skip
+        Message("user", "What is this?\n<image>"),
+        Message("assistant", "a red car"),
+        Message("user", "Where?"),
+    )
     assert record.responses == ("on the street",)
+
+
+def test_conversation_trains_every_answer_and_nothing_else(data_folder: Path) -> None:
+    row = {"id": "x", "image": "0.jpg", "conversations": CONVERSATION}
+    record = Record.from_json(row, "row 0")
     prompt = Prompt(make_tokenizer())
     transform = ImageTransform(32, (32, 32), "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     example = CaptionDataset([record], prompt, data_folder / "images", transform)[0]
-    trained = [
-        token for token, label in zip(example.input_ids, example.labels) if label != IGNORE_INDEX
-    ]
-    ends = [place for place, token in enumerate(trained) if token == prompt.end_id]
-    assert len(ends) == 2 and ends[-1] == len(trained) - 1
-    assert (
-        prompt.decode(trained) == "a red car"
-        and prompt.decode(trained[ends[0] + 1 :]) == "on the street"
-    )
+
+    trained = []
+    for token, label in zip(example.input_ids, example.labels):
+        if label != IGNORE_INDEX:
+            trained.append(token)
+    ends = [position for position, token in enumerate(trained) if token == prompt.end_id]
+    assert len(ends) == 2
+    assert ends[-1] == len(trained) - 1
+    assert prompt.decode(trained) == "a red car"
+    assert prompt.decode(trained[ends[0] + 1 :]) == "on the street"
     assert example.input_ids.count(IMAGE_INDEX) == 1
 
 
 @pytest.mark.parametrize(
     ("row", "turns", "responses"),
     [
-        ({"conversations": TALK[2:]}, [("user", "Where?")], ("on the street",)),  # text alone
-        (
-            {"image": "", "conversations": TALK[2:3]},
+        pytest.param(
+            {"conversations": QUESTION_AND_ANSWER},
+            [("user", "Where?")],
+            ("on the street",),
+            id="text only",
+        ),
+        pytest.param(
+            {"image": "", "conversations": QUESTION},
             [("user", "Where?")],
             (),
-        ),  # a question: enough to ask a model
-        (
+            id="question without an answer",
+        ),
+        pytest.param(
             {
                 "images": ["0.jpg", "1.jpg"],
-                "conversations": [{"from": "system", "value": "Be brief."}, *TALK[2:]],
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    *QUESTION_AND_ANSWER,
+                ],
             },
             [("system", "Be brief."), ("user", "<image>\n<image>\nWhere?")],
             ("on the street",),
+            id="two images and a system turn",
         ),
-        (
+        pytest.param(
             {"image": "0.jpg", "instruction": "What?", "responses": ["a", "b"]},
             [("user", "<image>\nWhat?")],
             ("a", "b"),
+            id="two responses",
         ),
     ],
 )
-def test_images_stand_before_the_first_question_unless_it_says_where(
+def test_record_inserts_placeholders_before_the_first_user_turn(
     row: dict, turns: list, responses: tuple
 ) -> None:
     record = Record.from_json(row, "row 0")
@@ -76,45 +98,43 @@ def test_images_stand_before_the_first_question_unless_it_says_where(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (["0.jpg"], "a record is a JSON object, this is list"),
-        ({"image": 3, "instruction": "?"}, "'image' must be a path"),
-        ({"image": ["0.jpg", ""], "instruction": "?"}, "'image' must be a path"),
+        (["0.jpg"], "JSON object.* list"),
+        ({"image": 3, "instruction": "?"}, "'image'.* path"),
+        ({"image": ["0.jpg", ""], "instruction": "?"}, "'image'.* path"),
+        ({"image": "0.jpg", "caption": "a"}, "'instruction'.*'conversations'.*caption"),
+        ({"instruction": "?", "responses": "a"}, "'responses'.* list"),
+        ({"conversations": []}, "'conversations'.* list"),
+        ({"conversations": ["hi"]}, "turn 0 .*'from'"),
+        ({"conversations": [{"from": "bot", "value": "hi"}]}, "turn 0 .*'from'.* human"),
         (
-            {"image": "0.jpg", "caption": "a"},
-            "no 'instruction' text and no 'conversations'; keys are .*caption",
+            {"conversations": [CONVERSATION[0], {"from": "gpt", "value": None}]},
+            "turn 1 .*'value'",
         ),
-        ({"instruction": "?", "responses": "a"}, "'responses' a list of texts"),
-        ({"conversations": []}, "must be a list"),
-        ({"conversations": ["hi"]}, "turn 0 needs 'from'"),
-        ({"conversations": [{"from": "bot", "value": "hi"}]}, "turn 0 needs 'from' .one of human"),
-        (
-            {"conversations": [TALK[0], {"from": "gpt", "value": None}]},
-            "turn 1 needs .* a text 'value'",
-        ),
-        (
-            {"conversations": TALK[1:]},
-            "turns must alternate .* they are assistant, user, assistant",
-        ),
-        ({"conversations": [{"from": "system", "value": "hi"}]}, "turns must alternate"),
-        ({"conversations": TALK}, r"0 image\(s\), but the text says <image> 1 time"),
-        (
-            {"image": ["0.jpg", "1.jpg"], "conversations": TALK},
-            r"2 image\(s\), but the text says <image> 1 time",
-        ),
+        ({"conversations": CONVERSATION[1:]}, "alternate.* assistant, user, assistant"),
+        ({"conversations": [{"from": "system", "value": "hi"}]}, "alternate"),
+        ({"conversations": CONVERSATION}, r"0 image.*<image> 1 "),
+        ({"image": ["0.jpg", "1.jpg"], "conversations": CONVERSATION}, r"2 image.*<image> 1 "),
     ],
 )
-def test_what_is_no_record_is_named_by_its_row(row: dict, message: str) -> None:
+def test_record_error_names_the_row_and_the_key(row: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"row 7: .*{message}"):
         Record.from_json(row, "row 7")
 
 
-def test_a_prediction_has_the_tutorials_fields() -> None:
-    one = Record.from_json({"image": "0.jpg", "instruction": "What?", "response": "a car"}, "row 0")
-    assert prediction_row(3, one, "a dog") == {
-        "index": 3, "image": "0.jpg", "instruction": "What?", "gt_caption": "a car", "pred_output": "a dog"
-    }  # fmt: skip
-    many = Record.from_json({"instruction": "What?", "responses": ["a", "b"]}, "row 0")
-    assert (
-        prediction_row(0, many, "c")["gt_caption"] == ["a", "b"]
-        and prediction_row(0, many, "c")["image"] is None
-    )
+def test_prediction_row_has_the_fields_of_the_tutorial() -> None:
+    row = {"image": "0.jpg", "instruction": "What?", "response": "a car"}
+    record = Record.from_json(row, "row 0")
+    assert prediction_row(3, record, "a dog") == {
+        "index": 3,
+        "image": "0.jpg",
+        "instruction": "What?",
+        "gt_caption": "a car",
+        "pred_output": "a dog",
+    }
+
+
+def test_prediction_row_lists_several_references() -> None:
+    record = Record.from_json({"instruction": "What?", "responses": ["a", "b"]}, "row 0")
+    row = prediction_row(0, record, "c")
+    assert row["gt_caption"] == ["a", "b"]
+    assert row["image"] is None

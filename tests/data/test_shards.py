@@ -1,4 +1,4 @@
-"""Shards: written so that others can read them, read at random whoever wrote them."""
+"""Shards: written so that other tools can read them, and read at random whoever wrote them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,200 +17,253 @@ from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.shards import (
     END_OF_ARCHIVE,
     ShardWriter,
+    image_column,
     read_shard_image,
     tar_members,
     tar_samples,
 )
 
 
-def write(path: Path, count: int = 20) -> list[bytes]:
+def write_shard(path: Path, count: int = 20) -> list[bytes]:
+    """Write a shard with ShardWriter, and return the images: byte i, repeated."""
+    images = [bytes([i]) * (37 * i + 1) for i in range(count)]
     writer = ShardWriter(path)
-    pictures = [bytes([i]) * (37 * i + 1) for i in range(count)]
-    for i, picture in enumerate(pictures):
-        offset = writer.add(f"{i:09d}", picture, "jpg", (f"caption {i}", "é"), {"width": i})
-        assert path.read_bytes()[offset : offset + len(picture)] == picture, (
-            "there when add returns"
-        )
+    for i, image in enumerate(images):
+        offset = writer.add(f"{i:09d}", image, "jpg", (f"caption {i}", "é"), {"width": i})
+        written = path.read_bytes()[offset : offset + len(image)]
+        assert written == image, "the image is in the file when add returns"
     writer.close()
-    return pictures
+    return images
 
 
-def foreign(path: Path, members: dict[str, bytes], **special: object) -> Path:
+def write_foreign_tar(path: Path, members: dict[str, bytes], **attributes: Any) -> Path:
+    """Write a tar as other tools do, with attributes set on every member."""
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
-            for key, value in special.items():
-                setattr(info, key, value)
+            for attribute, value in attributes.items():
+                setattr(info, attribute, value)
             archive.addfile(info, io.BytesIO(data))
     return path
 
 
-def test_tarfile_reads_what_is_written(tmp_path: Path) -> None:
-    pictures = write(tmp_path / "0.tar")
-    with tarfile.open(tmp_path / "0.tar") as archive:
-        members = {m.name: archive.extractfile(m).read() for m in archive}
-    assert [members[f"{i:09d}.jpg"] for i in range(20)] == pictures
+# ---- writing ----
+
+
+def test_shard_writer_writes_a_tar_that_tarfile_reads(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    images = write_shard(path)
+    with tarfile.open(path) as archive:
+        members = {member.name: archive.extractfile(member).read() for member in archive}
+    assert [members[f"{i:09d}.jpg"] for i in range(20)] == images
     assert members["000000003.txt"] == "caption 3\né".encode()
     assert json.loads(members["000000003.json"]) == {"width": 3}
-    assert (tmp_path / "0.tar").read_bytes().endswith(END_OF_ARCHIVE)
+    assert path.read_bytes().endswith(END_OF_ARCHIVE)
 
 
-def test_what_a_killed_writer_left_is_cut_off(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "0.tar")
-    writer.add("a", b"one", "jpg", (), {})
-    end = writer.end
-    with (tmp_path / "0.tar").open("ab") as file:
+def test_shard_writer_cuts_off_what_a_killed_writer_left(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    killed = ShardWriter(path)
+    killed.add("a", b"one", "jpg", (), {})
+    with path.open("ab") as file:
         file.write(b"half a member")
-    again = ShardWriter(tmp_path / "0.tar", end)
-    again.add("b", b"two", "png", (), {})
-    again.close()
-    assert [(key, sorted(members)) for key, members in tar_samples(tmp_path / "0.tar")] == [
-        ("a", ["jpg", "json", "txt"]), ("b", ["json", "png", "txt"])]  # fmt: skip
+
+    resumed = ShardWriter(path, killed.end)
+    resumed.add("b", b"two", "png", (), {})
+    resumed.close()
+    samples = [(key, sorted(members)) for key, members in tar_samples(path)]
+    assert samples == [("a", ["jpg", "json", "txt"]), ("b", ["json", "png", "txt"])]
 
 
-@pytest.mark.parametrize("manifest", [False, True])
-def test_pictures_are_read_at_random(tmp_path: Path, manifest: bool) -> None:
-    pictures = write(tmp_path / "00000.tar")
-    if manifest:
-        places = [m for m in tar_members(tmp_path / "00000.tar") if m.name.endswith(".jpg")]
-        rows = [{"key": m.name[:-4], "offset": m.offset, "length": m.size} for m in places]
-        rows.append({"key": "999999999", "offset": None, "length": None})  # a failed download
+def test_shard_writer_writes_everything_when_the_system_writes_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original_write = os.write
+    monkeypatch.setattr(
+        os, "write", lambda descriptor, data: original_write(descriptor, data[:300])
+    )
+    writer = ShardWriter(tmp_path / "0.tar")
+    writer.add("0", b"x" * 3000, "jpg", ("a cat",), {})
+    writer.close()
+    monkeypatch.undo()
+    names = [member.name for member in tar_members(tmp_path / "0.tar")]
+    assert names == ["0.jpg", "0.txt", "0.json"]
+
+
+# ---- reading tars ----
+
+
+@pytest.mark.parametrize("has_manifest", [False, True])
+def test_shard_images_are_read_at_random(tmp_path: Path, has_manifest: bool) -> None:
+    path = tmp_path / "00000.tar"
+    images = write_shard(path)
+    if has_manifest:
+        rows: list[dict[str, Any]] = []
+        for member in tar_members(path):
+            if member.name.endswith(".jpg"):
+                key = member.name.removesuffix(".jpg")
+                rows.append({"key": key, "offset": member.offset, "length": member.size})
+        # A failed download.
+        rows.append({"key": "999999999", "offset": None, "length": None})
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "00000.parquet")
     for i in (13, 0, 19):
-        assert read_image_bytes(f"00000.tar#{i:09d}", tmp_path) == pictures[i]
-    with pytest.raises(ImageError, match="no picture with key '999999999'"):
+        assert read_image_bytes(f"00000.tar#{i:09d}", tmp_path) == images[i]
+    with pytest.raises(ImageError, match="'999999999'") as error:
         read_image_bytes("00000.tar#999999999", tmp_path)
+    assert error.value.kind == "missing"
 
 
-def test_tars_of_others_are_read(tmp_path: Path) -> None:
-    long = "folder/" + "x" * 120
+def test_read_shard_image_reads_foreign_tars(tmp_path: Path) -> None:
+    long_key = "folder/" + "x" * 120
     members = {
-        f"{long}.JPG": b"one",
-        f"{long}.txt": b"c",
+        f"{long_key}.JPG": b"one",
+        f"{long_key}.txt": b"c",
         "./b.seg.png": b"mask",
         "./b.png": b"two",
     }
-    foreign(tmp_path / "0.tar", members)
-    assert read_shard_image(tmp_path / "0.tar", long) == b"one"
-    assert read_shard_image(tmp_path / "0.tar", "./b") == b"two"
+    path = write_foreign_tar(tmp_path / "0.tar", members)
+    assert read_shard_image(path, long_key) == b"one"
+    assert read_shard_image(path, "./b") == b"two"
 
 
-def test_names_that_are_no_utf_8_are_names_all_the_same(tmp_path: Path) -> None:
-    data = foreign(tmp_path / "0.tar", {"caf_.jpg": b"one", "b.jpg": b"two"}).read_bytes()
+def test_read_shard_image_reads_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    path = write_foreign_tar(tmp_path / "0.tar", {"caf_.jpg": b"one", "b.jpg": b"two"})
+    data = path.read_bytes()
     header = data[:512].replace(b"caf_", b"caf\xe9")
     checksum = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
-    (tmp_path / "0.tar").write_bytes(
-        header[:148] + b"%06o\0 " % checksum + header[156:] + data[512:]
-    )
-    ((key, _), _) = tar_samples(tmp_path / "0.tar")
-    assert read_shard_image(tmp_path / "0.tar", key) == b"one"
-    assert read_shard_image(tmp_path / "0.tar", "b") == b"two"
+    path.write_bytes(header[:148] + b"%06o\0 " % checksum + header[156:] + data[512:])
+    (key, _), _ = tar_samples(path)
+    assert read_shard_image(path, key) == b"one"
+    assert read_shard_image(path, "b") == b"two"
 
 
-def test_truncated_tars_name_the_member(tmp_path: Path) -> None:
-    write(tmp_path / "0.tar")
-    data = (tmp_path / "0.tar").read_bytes()
-    last = list(tar_members(tmp_path / "0.tar"))[-3]
-    (tmp_path / "0.tar").write_bytes(data[: last.offset + 5])
+# ---- damaged and hostile tars ----
+
+
+def test_tar_members_names_the_truncated_member(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    write_shard(path)
+    data = path.read_bytes()
+    last_image = list(tar_members(path))[-3]
+    path.write_bytes(data[: last_image.offset + 5])
     with pytest.raises(ValueError, match="000000019.jpg"):
-        list(tar_members(tmp_path / "0.tar"))
-    (tmp_path / "0.tar").write_bytes(data[: last.offset - 300])  # in a header
+        list(tar_members(path))
+    # In the header of the image.
+    path.write_bytes(data[: last_image.offset - 300])
     with pytest.raises(ValueError, match=r"truncated after member '000000018.json': 212 bytes"):
-        list(tar_members(tmp_path / "0.tar"))
+        list(tar_members(path))
 
 
 @pytest.mark.parametrize("name", ["../../etc/cron.d/x.jpg", "/etc/passwd.jpg", "a/../../b.jpg"])
-def test_names_that_leave_the_tar_are_refused(tmp_path: Path, name: str) -> None:
-    foreign(tmp_path / "0.tar", {"a.jpg": b"x", name: b"y"})
-    with pytest.raises(ValueError, match="points out of the archive"):
-        list(tar_members(tmp_path / "0.tar"))
+def test_tar_members_rejects_names_that_leave_the_archive(tmp_path: Path, name: str) -> None:
+    path = write_foreign_tar(tmp_path / "0.tar", {"a.jpg": b"x", name: b"y"})
+    with pytest.raises(ValueError, match="leaves the archive") as error:
+        list(tar_members(path))
+    assert name in str(error.value)
 
 
-def test_links_and_what_is_no_tar_are_refused(tmp_path: Path) -> None:
-    foreign(tmp_path / "0.tar", {"evil.jpg": b""}, type=tarfile.SYMTYPE, linkname="/etc/passwd")
+def test_tar_members_rejects_links(tmp_path: Path) -> None:
+    path = write_foreign_tar(
+        tmp_path / "0.tar",
+        {"evil.jpg": b""},
+        type=tarfile.SYMTYPE,
+        linkname="/etc/passwd",
+    )
     with pytest.raises(ValueError, match="member 'evil.jpg' is a link"):
-        list(tar_members(tmp_path / "0.tar"))
-    (tmp_path / "1.tar").write_bytes(b"<html>not found</html>" * 50)
-    with pytest.raises(ValueError, match=r"1.tar: not a whole tar"):
-        list(tar_members(tmp_path / "1.tar"))
+        list(tar_members(path))
+
+
+def test_tar_members_rejects_what_is_not_a_tar(tmp_path: Path) -> None:
+    path = tmp_path / "1.tar"
+    path.write_bytes(b"<html>not found</html>" * 50)
+    with pytest.raises(ValueError, match=r"1.tar: not a complete tar"):
+        list(tar_members(path))
 
 
 @pytest.mark.parametrize(
-    ("pax", "data"),
+    ("headers", "data"),
     [
-        (
-            {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "5"},
+        pytest.param(
+            {
+                "GNU.sparse.major": "1",
+                "GNU.sparse.minor": "0",
+                "GNU.sparse.realsize": "5",
+            },
             b"no number\n",
+            id="no number in the map of holes",
         ),
-        ({"GNU.sparse.map": "0,x"}, b"abc"),
-        (
+        pytest.param({"GNU.sparse.map": "0,x"}, b"abc", id="no number in the header"),
+        # Well-formed, but its contents are not one range of bytes.
+        pytest.param(
             {"GNU.sparse.map": "0,3", "GNU.sparse.size": "9"},
             b"abc",
-        ),  # sparse, and well-formed: no range of bytes is it
+            id="a valid sparse file",
+        ),
     ],
 )
-def test_numbers_that_are_none_and_holes_are_refused(
-    tmp_path: Path, pax: dict[str, str], data: bytes
+def test_tar_members_rejects_sparse_files_and_invalid_numbers(
+    tmp_path: Path, headers: dict[str, str], data: bytes
 ) -> None:
-    foreign(tmp_path / "0.tar", {"a.jpg": data}, pax_headers=pax)
+    path = write_foreign_tar(tmp_path / "0.tar", {"a.jpg": data}, pax_headers=headers)
     with pytest.raises(ValueError, match=r"0\.tar: .*(invalid literal|sparse)"):
-        list(tar_members(tmp_path / "0.tar"))
+        list(tar_members(path))
 
 
-def test_a_header_longer_than_any_file_is_refused(tmp_path: Path) -> None:
-    data = foreign(
-        tmp_path / "0.tar", {"a.jpg": b"x"}, pax_headers={"comment": "z" * 40}
-    ).read_bytes()
-    (tmp_path / "0.tar").write_bytes(
-        data.replace(b"52 comment=" + b"z" * 30, b"9" * 30 + b" comment=" + b"z" * 2)
-    )
-    with pytest.raises(ValueError, match=r"0\.tar: not a whole tar"):
-        list(tar_members(tmp_path / "0.tar"))
+def test_tar_members_rejects_an_extended_header_longer_than_any_file(tmp_path: Path) -> None:
+    path = write_foreign_tar(tmp_path / "0.tar", {"a.jpg": b"x"}, pax_headers={"comment": "z" * 40})
+    length_and_comment = b"52 comment=" + b"z" * 30
+    huge_length = b"9" * 30 + b" comment=" + b"z" * 2
+    path.write_bytes(path.read_bytes().replace(length_and_comment, huge_length))
+    with pytest.raises(ValueError, match=r"0\.tar: not a complete tar"):
+        list(tar_members(path))
 
 
-def test_pictures_inside_parquet_are_read_by_row(tmp_path: Path) -> None:
-    pictures = [{"bytes": bytes([i]), "path": None} for i in range(23)]
-    pq.write_table(
-        pa.table({"image": pictures, "text": ["x"] * 23}), tmp_path / "x.parquet", row_group_size=5
-    )
+# ---- images in Parquet files ----
+
+
+def test_parquet_images_are_read_by_row(tmp_path: Path) -> None:
+    images = [{"bytes": bytes([i]), "path": None} for i in range(23)]
+    table = pa.table({"image": images, "text": ["x"] * 23})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=5)
     for row in (22, 0, 5, 4, 11):
         assert read_image_bytes(f"x.parquet#{row}", tmp_path) == bytes([row])
     with pytest.raises(ImageError, match="no row 23, it has 23"):
         read_image_bytes("x.parquet#23", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"hash": pa.binary(), "text": pa.string()}, ""),
+        ({"hash": pa.binary(), "JPG": pa.binary()}, "JPG"),
+        ({"jpg": pa.binary(), "photo": pa.struct({"bytes": pa.binary()})}, "photo"),
+    ],
+)
+def test_image_column_prefers_structs_and_ignores_other_bytes(
+    columns: dict[str, pa.DataType], expected: str
+) -> None:
+    assert image_column(pa.schema(columns)) == expected
+
+
+# ---- paths ----
+
+
 @pytest.mark.parametrize("image", ["../secret.jpg", "a/../../secret.jpg", "../0.tar#a"])
-def test_a_record_opens_nothing_outside_its_folder(tmp_path: Path, image: str) -> None:
+def test_read_image_bytes_opens_nothing_outside_the_folder(tmp_path: Path, image: str) -> None:
     (tmp_path / "secret.jpg").write_bytes(b"x")
-    write(tmp_path / "0.tar")
+    write_shard(tmp_path / "0.tar")
     (tmp_path / "images" / "a").mkdir(parents=True)
     with pytest.raises(ImageError) as error:
         read_image_bytes(image, tmp_path / "images")
     assert error.value.kind == "unsafe"
 
 
-def test_an_absolute_path_is_its_base_name_unless_it_lies_in_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "1.jpg").write_bytes(b"mine")
+def test_read_image_bytes_uses_the_base_name_of_paths_outside_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").write_bytes(b"top")
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "1.jpg").write_bytes(b"deeper")
-    assert read_image_bytes("/data/somebody/1.jpg", tmp_path) == b"mine"
-    assert read_image_bytes(str(tmp_path / "sub" / "1.jpg"), tmp_path) == b"deeper"
+    (tmp_path / "sub" / "1.jpg").write_bytes(b"sub")
+    assert read_image_bytes("/data/somebody/1.jpg", tmp_path) == b"top"
+    assert read_image_bytes(str(tmp_path / "sub" / "1.jpg"), tmp_path) == b"sub"
     with pytest.raises(ImageError, match="no image .*passwd"):
         read_image_bytes("/etc/passwd", tmp_path)
-
-
-def test_writes_that_the_disk_cuts_short_are_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:300]))
-    writer = ShardWriter(tmp_path / "0.tar")
-    writer.add("0", b"x" * 3000, "jpg", ("a cat",), {})
-    writer.close()
-    monkeypatch.undo()
-    assert [member.name for member in tar_members(tmp_path / "0.tar")] == [
-        "0.jpg",
-        "0.txt",
-        "0.json",
-    ]

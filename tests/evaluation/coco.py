@@ -1,4 +1,4 @@
-"""Captions of our own for the tests, and the COCO server's code where it is installed."""
+"""Captions for the tests of the metrics, and a mark for tests that need Java."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ needs_java = pytest.mark.skipif(
     not shutil.which("java"), reason="Stanford's tokenizer and METEOR need java"
 )
 
-_THINGS = [
+_SUBJECTS = [
     "a cat",
     "two old dogs",
     "the red car",
@@ -22,7 +22,7 @@ _THINGS = [
     "a person's hand",
     "t-shirts",
 ]
-_ACTS = [
+_VERBS = [
     "sleeps on",
     "is parked by",
     "runs across",
@@ -40,26 +40,44 @@ _PLACES = [
     "the beach",
     "a wall",
 ]
+_ENDINGS = ["", " .", "!", " -- again", ", twice"]
 
 
 def make_samples(
     count: int, trials: int = 1, most_references: int = 4, seed: int = 0
 ) -> list[Sample]:
-    """Pictures whose references agree in part, as COCO's do, and captions that are right in part."""
+    """Make images whose references partly agree, as those of COCO do, and captions that are partly right.
+
+    Args:
+        count: Number of images.
+        trials: Captions of each image. About 3 % of them are empty.
+        most_references: Largest number of references of an image.
+        seed: Seed. The expected scores in test_metrics.py depend on it and on the order of the draws.
+    """
     dice = random.Random(seed)
 
-    def sentence(words: tuple[str, str, str], change: float) -> str:
-        chosen = [dice.choice(pool) if dice.random() < change else word
-                  for word, pool in zip(words, (_THINGS, _ACTS, _PLACES))]  # fmt: skip
-        text = " ".join(chosen) + dice.choice(["", " .", "!", " -- again", ", twice"])
+    def make_sentence(words: tuple[str, str, str], change: float) -> str:
+        """Replace each part with the probability `change`, and vary the end and the capitals."""
+        chosen = []
+        for word, pool in zip(words, (_SUBJECTS, _VERBS, _PLACES)):
+            chosen.append(dice.choice(pool) if dice.random() < change else word)
+        text = " ".join(chosen) + dice.choice(_ENDINGS)
         return text.capitalize() if dice.random() < 0.5 else text
 
     samples = []
     for index in range(count):
-        scene = (dice.choice(_THINGS), dice.choice(_ACTS), dice.choice(_PLACES))
-        references = [sentence(scene, 0.2) for _ in range(dice.randint(1, most_references))]
-        captions = [sentence(scene, 0.5) if dice.random() > 0.03 else "" for _ in range(trials)]
-        samples.append(
-            Sample(str(index), f"{index}.jpg", "Describe.", tuple(references), tuple(captions))
+        scene = (dice.choice(_SUBJECTS), dice.choice(_VERBS), dice.choice(_PLACES))
+        references = [make_sentence(scene, 0.2) for _ in range(dice.randint(1, most_references))]
+        captions = []
+        for _ in range(trials):
+            is_empty = dice.random() <= 0.03
+            captions.append("" if is_empty else make_sentence(scene, 0.5))
+        sample = Sample(
+            index=str(index),
+            image=f"{index}.jpg",
+            instruction="Describe.",
+            references=tuple(references),
+            captions=tuple(captions),
         )
+        samples.append(sample)
     return samples

@@ -1,4 +1,4 @@
-"""The tokens equal Stanford's: stored ones everywhere, its own where Java is."""
+"""Tests of the tokenizer: its tokens equal those of Stanford's, stored ones and, where Java is installed, live ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from llava_simplified.evaluation.ptb_tokenizer import tokenize
 
 from .coco import make_samples, needs_java
 
-# caption, tokens: written down from pycocoevalcap 1.2's PTBTokenizer
-STORED = {
+# Caption and tokens, recorded from the PTBTokenizer of pycocoevalcap 1.2.
+EXPECTED_TOKENS = {
     "In Ark. and Az., Wash. or Mass. they wash. Ore. trains, the Tex. plain, Ill. and ill. men, La. and Del. shops": "in ark. and az. wash. or mass. they wash ore. trains the tex. plain ill. and ill men la. and del. shops",
     "A man's hand, holding two cats' toys.": "a man 's hand holding two cats toys",
     "i can't, won't and don't; they're late - aren't they?": "i ca n't wo n't and do n't they 're late are n't they",
@@ -54,18 +54,20 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("caption", STORED)
-def test_tokens_equal_stored_ones(caption: str) -> None:
-    assert tokenize(caption) == STORED[caption]
+@pytest.mark.parametrize("caption", EXPECTED_TOKENS)
+def test_tokenize_returns_recorded_tokens(caption: str) -> None:
+    assert tokenize(caption) == EXPECTED_TOKENS[caption]
 
 
-def test_line_breaks_and_blanks_do_not_count() -> None:
+def test_tokenize_treats_line_breaks_as_spaces() -> None:
     assert tokenize("  a cat\n on\ta\r\nmat  ") == "a cat on a mat"
-    assert tokenize("") == tokenize(" \n ") == ""
+    assert tokenize("") == ""
+    assert tokenize(" \n ") == ""
 
 
-def test_hostile_text_takes_no_long_time() -> None:
-    for text in (
+def test_tokenize_is_fast_on_hostile_text() -> None:
+    """Repeated beginnings of long tokens must not make the regular expressions backtrack for minutes."""
+    hostile = [
         "<a " + "b='" * 3000,
         "a-" * 5000,
         "." * 5000,
@@ -73,25 +75,29 @@ def test_hostile_text_takes_no_long_time() -> None:
         "&" * 5000,
         "'" * 5000,
         "a.b" * 3000,
-    ):
+    ]
+    for text in hostile:
         tokenize(text)
 
 
 @needs_java
-def test_tokens_equal_the_servers_live() -> None:
+def test_tokenize_equals_the_server_live() -> None:
     ptbtokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
     dice = random.Random(1)
-    words = sorted({word for caption in STORED for word in caption.split()})
+    words = sorted({word for caption in EXPECTED_TOKENS for word in caption.split()})
     mixed = [" ".join(dice.choices(words, k=6)) for _ in range(1500)]
-    captions = [*STORED, *mixed, *(r for s in make_samples(200) for r in s.references)]
-    # a neutral line between any two, since the original looks across line ends
-    lines = [line for caption in captions for line in (caption, "next")]
-    theirs = ptbtokenizer.PTBTokenizer().tokenize(
-        {i: [{"caption": line}] for i, line in enumerate(lines)}
-    )
-    wrong = [
-        (c, theirs[2 * i][0], tokenize(c))
-        for i, c in enumerate(captions)
-        if theirs[2 * i][0] != tokenize(c)
-    ]
+    references = [reference for sample in make_samples(200) for reference in sample.references]
+    captions = [*EXPECTED_TOKENS, *mixed, *references]
+    # The server reads all captions as one stream and looks across line ends: put a neutral line between any two.
+    lines = []
+    for caption in captions:
+        lines += [caption, "next"]
+    as_dict = {number: [{"caption": line}] for number, line in enumerate(lines)}
+    server_tokens = ptbtokenizer.PTBTokenizer().tokenize(as_dict)
+    wrong = []
+    for number, caption in enumerate(captions):
+        expected = server_tokens[2 * number][0]
+        actual = tokenize(caption)
+        if actual != expected:
+            wrong.append((caption, expected, actual))
     assert not wrong, wrong[:3]

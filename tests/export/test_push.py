@@ -1,4 +1,8 @@
-"""`llava push` against a stand-in of the hub on this machine: its API for LFS, as `huggingface_hub` speaks it without Xet."""
+"""`llava push` to a stand-in of the hub on this machine.
+
+The stand-in implements the part of the hub's API that `huggingface_hub` uses without Xet: create a
+repository, ask how each file is to be sent, upload large files (LFS), commit.
+"""
 
 from __future__ import annotations
 
@@ -18,75 +22,105 @@ from safetensors.torch import save_file
 
 from llava_simplified import cli
 
+TOKEN = "hf_of_me"
+Push = Callable[..., int]  # (url, *words, token) -> exit status
+
+
+# ---- the stand-in ----
+
 
 class Hub(ThreadingHTTPServer):
-    """Repositories, by name: private or not, and the files of the last commit; blobs, by their SHA-256."""
+    """A hub with one repository.
+
+    Attributes:
+        url: Its address.
+        private: Name of each repository -> whether it is private.
+        files: Path -> contents, after the last commit.
+        blobs: SHA-256 -> contents of uploaded large files.
+    """
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Requests)
+        super().__init__(("127.0.0.1", 0), HubRequestHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.private: dict[str, bool] = {}
         self.files: dict[str, bytes] = {}
         self.blobs: dict[str, bytes] = {}
 
+    def create_repository(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer a request to create a repository."""
+        name = f"{request['organization']}/{request['name']}"
+        is_private = request.get("private", request.get("visibility") == "private")
+        self.private[name] = is_private
+        return {"url": f"{self.url}/{name}", "name": name}
 
-class Requests(BaseHTTPRequestHandler):
+    def choose_upload_modes(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer how each file is to be sent: weights as large files, others within the commit."""
+        files = []
+        for file in request["files"]:
+            mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
+            files.append({"path": file["path"], "shouldIgnore": False, "uploadMode": mode})
+        return {"files": files}
+
+    def choose_upload_addresses(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer where each large file is to be sent."""
+        objects = request["objects"]
+        for blob in objects:
+            blob["actions"] = {"upload": {"href": f"{self.url}/storage/{blob['oid']}"}}
+        return {"transfer": "basic", "objects": objects}
+
+    def commit(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        """Store the files of a commit."""
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                self.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.files[value["path"]] = self.blobs[value["oid"]]
+        commit = "0" * 40
+        return {"commitUrl": f"{self.url}/me/model/commit/{commit}", "commitOid": commit}
+
+
+class HubRequestHandler(BaseHTTPRequestHandler):
+    """One request to a `Hub`."""
+
     server: Hub
 
-    def do_PUT(
-        self,
-    ) -> (
-        None
-    ):  # a large file's bytes; the real hub's storage signs the address instead of asking who it is
+    def do_PUT(self) -> None:
+        """Store a large file. The real address is signed, so no token is sent."""
         data = self.rfile.read(int(self.headers["Content-Length"]))
-        assert self.path == f"/storage/{hashlib.sha256(data).hexdigest()}"
-        self.server.blobs[self.path.removeprefix("/storage/")] = data
+        digest = hashlib.sha256(data).hexdigest()
+        assert self.path == f"/storage/{digest}"
+        self.server.blobs[digest] = data
         self.answer({})
 
     def do_POST(self) -> None:
+        """Answer a request to the API, if the token is right."""
         data = self.read_body()
-        if self.headers["Authorization"] == "Bearer hf_of_me":
-            self.answer(self.said_to(self.path, data))
+        if self.headers["Authorization"] == f"Bearer {TOKEN}":
+            self.answer(self.call_api(data))
         else:
             self.answer({"error": "Invalid username or password."}, 401)
 
-    def said_to(self, path: str, data: bytes) -> dict[str, Any]:
+    def call_api(self, data: bytes) -> dict[str, Any]:
+        """Return the answer of the API to a POST request."""
         hub = self.server
-        if path == "/api/validate-yaml":
+        if self.path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
-        if path == "/api/repos/create":
-            asked = json.loads(data)
-            name = f"{asked['organization']}/{asked['name']}"
-            hub.private[name] = asked.get("private", asked.get("visibility") == "private")
-            return {"url": f"{hub.url}/{name}", "name": name}
-        assert "me/model" in hub.private, "a repository is made before it is filled"
-        if path == "/api/models/me/model/preupload/main":
-            names = [file["path"] for file in json.loads(data)["files"]]
-            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
-            return {
-                "files": [
-                    {"path": n, "shouldIgnore": False, "uploadMode": mode}
-                    for n, mode in modes.items()
-                ]
-            }
-        if path == "/me/model.git/info/lfs/objects/batch":
-            objects = json.loads(data)["objects"]
-            for one in objects:
-                one["actions"] = {"upload": {"href": f"{hub.url}/storage/{one['oid']}"}}
-            return {"transfer": "basic", "objects": objects}
-        assert path == "/api/models/me/model/commit/main"
-        for line in map(json.loads, data.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                hub.files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                hub.files[value["path"]] = hub.blobs[value["oid"]]
-        return {"commitUrl": f"{hub.url}/me/model/commit/{'0' * 40}", "commitOid": "0" * 40}
+        if self.path == "/api/repos/create":
+            return hub.create_repository(json.loads(data))
+        assert "me/model" in hub.private, "the repository is created first"
+        if self.path == "/api/models/me/model/preupload/main":
+            return hub.choose_upload_modes(json.loads(data))
+        if self.path == "/me/model.git/info/lfs/objects/batch":
+            return hub.choose_upload_addresses(json.loads(data))
+        assert self.path == "/api/models/me/model/commit/main"
+        return hub.commit([json.loads(line) for line in data.splitlines()])
 
     def read_body(self) -> bytes:
+        """Return the body of the request. That of a commit is sent in chunks."""
         if "Content-Length" in self.headers:
             return self.rfile.read(int(self.headers["Content-Length"]))
-        chunks = []  # a commit is streamed
+        chunks = []
         while size := int(self.rfile.readline(), 16):
             chunks.append(self.rfile.read(size))
             self.rfile.readline()
@@ -94,6 +128,7 @@ class Requests(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def answer(self, value: dict[str, Any], status: int = 200) -> None:
+        """Send a JSON value."""
         body = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -101,7 +136,11 @@ class Requests(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None: ...
+    def log_message(self, *_: object) -> None:
+        """Do not log."""
+
+
+# ---- fixtures ----
 
 
 @pytest.fixture
@@ -114,74 +153,93 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint with all that may lie in it."""
+    """A checkpoint with everything that can be in its folder."""
+    root = tmp_path / "model"
     for name in ("adapter", "trainer_state", "checkpoint-10/trainer_state"):
-        (tmp_path / "model" / name).mkdir(parents=True)
-    save_file({"weight": torch.arange(1000.0)}, tmp_path / "model" / "projector.safetensors")
-    save_file(
-        {"weight": torch.ones(10)}, tmp_path / "model" / "adapter" / "adapter_model.safetensors"
-    )
-    manifest = {
+        (root / name).mkdir(parents=True)
+    save_file({"weight": torch.arange(1000.0)}, root / "projector.safetensors")
+    save_file({"weight": torch.ones(10)}, root / "adapter" / "adapter_model.safetensors")
+    config = {
         "format_version": 1,
         "architecture": {"language_model": "/home/me/mistral"},
         "training": {},
     }
     texts = {
         "README.md": "---\nlicense: mit\n---\n# x\n",
-        "llava.json": json.dumps(manifest),
+        "llava.json": json.dumps(config),
         "tokenizer.json": "{}",
-    }
-    own = {
+        # What is not uploaded: the state of the run, and its intermediate checkpoints.
         "trainer_state/optimizer.pt": "x",
         "checkpoint-10/llava.json": "{}",
         "checkpoint-10/trainer_state/a": "x",
     }
-    for name, text in {**texts, **own}.items():
-        (tmp_path / "model" / name).write_text(text)
-    return tmp_path / "model"
+    for name, text in texts.items():
+        (root / name).write_text(text)
+    return root
 
 
 @pytest.fixture
-def push(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def call(url: str, *words: str, token: str = "hf_of_me") -> int:
+def push(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Push:
+    """Run `llava push` with the address of a hub, further words, and a token."""
+
+    def run(url: str, *words: str, token: str = TOKEN) -> int:
         monkeypatch.setenv("HF_TOKEN", token)
-        for name, value in {
-            "ENDPOINT": url,
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         return cli.main(["push", str(folder), "me/model", *words])
 
-    return call
+    return run
 
 
-def test_what_the_dry_run_lists_is_what_the_hub_gets(
-    hub: Hub, folder: Path, push: Callable[..., int], capsys: pytest.CaptureFixture[str]
+# ---- tests ----
+
+
+def test_push_uploads_what_a_dry_run_lists(
+    hub: Hub, folder: Path, push: Push, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert push(hub.url, "--dry-run") == 0 and not hub.private, "nothing was sent"
+    assert push(hub.url, "--dry-run") == 0
+    assert not hub.private, "nothing was sent"
     listed = capsys.readouterr().out.splitlines()[:-1]
+
     assert push(hub.url, "--private") == 0
-    said = capsys.readouterr()
-    assert f"{hub.url}/me/model/commit/" in said.out and "/home/me/mistral" in said.err
+    captured = capsys.readouterr()
+    assert f"{hub.url}/me/model/commit/" in captured.out
+    assert "/home/me/mistral" in captured.err
     assert hub.private == {"me/model": True}
-    texts, weights = (
-        {"README.md", "llava.json", "tokenizer.json"},
-        {"projector.safetensors", "adapter/adapter_model.safetensors"},
-    )
+    texts = {"README.md", "llava.json", "tokenizer.json"}
+    weights = {"projector.safetensors", "adapter/adapter_model.safetensors"}
     assert hub.files == {name: (folder / name).read_bytes() for name in texts | weights}
-    assert len(hub.blobs) == 2, "weights went as large files"
+    assert len(hub.blobs) == 2, "weights are sent as large files"
     assert [line.split()[1] for line in listed] == sorted(hub.files)
 
 
-def test_what_the_hub_refuses_is_one_line(
-    hub: Hub, push: Callable[..., int], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("failure", ["wrong token", "no server"])
+def test_push_reports_a_failed_upload_in_one_line(
+    hub: Hub, push: Push, capsys: pytest.CaptureFixture[str], failure: str
 ) -> None:
-    for url, token, reason in (
-        (hub.url, "hf_of_another", "Invalid username"),
-        ("http://127.0.0.1:9", "hf_of_me", "refused"),
-    ):
-        assert push(url, token=token) == 2
-        said = capsys.readouterr().err
-        assert reason in said and "error: the hub did not take" in said and "hf auth login" in said
+    if failure == "wrong token":
+        assert push(hub.url, token="hf_of_another") == 2
+        reason = "Invalid username"
+    else:
+        assert push("http://127.0.0.1:9") == 2
+        reason = "refused"
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert reason in error
+    assert "hf auth login" in error
     assert not hub.files
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gone", "me/model"], "gone: no such folder"),
+        ([".", "model"], "model: not a repository.*owner/name"),
+    ],
+)
+def test_push_refuses_a_wrong_folder_or_repository(words: list[str], message: str) -> None:
+    from llava_simplified.export.export_command import push_main
+
+    with pytest.raises(ValueError, match=message):
+        push_main(words)

@@ -5,181 +5,283 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_simplified import cli
-from llava_simplified.model.build import build_model
+from llava_simplified.model.build import build_model, build_vision_tower
 from llava_simplified.model.checkpoint import load_checkpoint, load_trained_weights, save_checkpoint
-from llava_simplified.model.config import LlavaConfig, TrainedParts
+from llava_simplified.model.config import LlavaConfig, TrainedParts, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, freeze
 from llava_simplified.model.weights import weights_digest
 from llava_simplified.prompt import IMAGE_INDEX
 
 
-def logits(model: Llava) -> torch.Tensor:
-    tokens = model.vision_tower.num_tokens
-    ids = torch.tensor([[0, *[IMAGE_INDEX] * tokens, 7, 8, 9]])
-    pixels = (
-        torch.arange(3 * 32 * 32, dtype=torch.float)
-        .remainder(255)
-        .view(1, 3, 32, 32)
-        .to(torch.uint8)
-    )
+def compute_logits(model: Llava) -> torch.Tensor:
+    num_tokens = model.vision_tower.num_tokens
+    ids = torch.tensor([[0, *[IMAGE_INDEX] * num_tokens, 7, 8, 9]])
+    pixels = torch.arange(3 * 32 * 32).remainder(255).view(1, 3, 32, 32).to(torch.uint8)
     with torch.no_grad():
-        features = model.vision_tower(pixels)
-        return model.language_model(inputs_embeds=model.splice(ids, features)).logits
+        embeds = model.splice(ids, model.vision_tower(pixels))
+        return model.language_model(inputs_embeds=embeds).logits
 
 
-def trained_model(
-    folder: Path, how: str, tower_how: str = "off", **choices
-) -> tuple[Llava, LlavaConfig, TrainedParts]:
-    text, tower = str(folder / "mistral"), str(folder / "clip")
-    prints = {"language_model": weights_digest(text), "vision_tower": weights_digest(tower)}
-    architecture = LlavaConfig(text, tower, weights_digests=prints, **choices)
-    model = build_model(architecture)
-    parts = TrainedParts.from_stored({"trained": how, "trained_tower": tower_how})
+def make_config(folder: Path, **choices: Any) -> LlavaConfig:
+    text = str(folder / "mistral")
+    tower = str(folder / "clip")
+    digests = {"language_model": weights_digest(text), "vision_tower": weights_digest(tower)}
+    return LlavaConfig(text, tower, weights_digests=digests, **choices)
+
+
+def make_trained_model(config: LlavaConfig, parts: TrainedParts) -> Llava:
+    """Build a model, and change its trained weights at random."""
+    model = build_model(config)
     freeze(model, parts)
-    if tower_how == "lora":
+    if parts.vision_tower == "lora":
         add_tower_lora(model, 2, 4)
-    if how == "adapter":
+    if parts.language_model == "adapter":
         add_lora(model, 2, 4)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval(), architecture, parts
+    return model.eval()
 
 
-@pytest.mark.parametrize("how", ["adapter", "projector", "language_model"])
-@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
-def test_a_checkpoint_loads_with_the_same_logits(
-    models_folder: Path, tmp_path: Path, how: str, kind: str
-) -> None:
-    model, architecture, parts = trained_model(models_folder, how, mm_projector_type=kind)
-    save_checkpoint(model, tmp_path / "renamed as one likes", architecture, parts)
-    again = Llava.from_pretrained(tmp_path / "renamed as one likes")
-    assert torch.equal(logits(model), logits(again))
-    assert (
-        json.loads((tmp_path / "renamed as one likes" / "llava.json").read_text())["trained"] == how
-    )
+def save_trained_model(
+    models_folder: Path, checkpoint: Path, parts: TrainedParts, **choices: Any
+) -> Llava:
+    """Make a trained model and save it; return the model."""
+    config = make_config(models_folder, **choices)
+    model = make_trained_model(config, parts)
+    save_checkpoint(model, checkpoint, config, parts)
+    return model
 
 
-@pytest.mark.parametrize("tower_how", ["full", "lora"])
-@pytest.mark.parametrize("how", ["adapter", "language_model"])
-def test_a_trained_tower_comes_back(
-    models_folder: Path, tmp_path: Path, how: str, tower_how: str
-) -> None:
-    model, architecture, parts = trained_model(models_folder, how, tower_how)
-    save_checkpoint(model, tmp_path / "c", architecture, parts)
-    assert json.loads((tmp_path / "c" / "llava.json").read_text())["trained_tower"] == tower_how
-    again = Llava.from_pretrained(tmp_path / "c")
-    assert torch.equal(logits(model), logits(again))
-    base, _, _ = trained_model(models_folder, "projector")
-    base.projector.load_state_dict(model.projector.state_dict())
-    assert not torch.equal(logits(base), logits(again)), "the tower was trained"
-    merged = load_checkpoint(tmp_path / "c", merge=True)
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
-    assert not any("lora_" in name for name, _ in merged.named_parameters())
-    load_trained_weights(base := trained_model(models_folder, how, tower_how)[0], tmp_path / "c")
-    assert torch.equal(logits(model), logits(base)), "as a resume does"
-    folder, file = {"full": ("vision_tower", "model"), "lora": ("vision_adapter", "adapter_model")}[
-        tower_how
-    ]
-    path = tmp_path / "c" / folder / f"{file}.safetensors"
+def remove_tensor(path: Path, name: str) -> None:
     tensors = load_file(path)
-    key = next(name for name in tensors if "layers.0." in name)
-    save_file({n: t for n, t in tensors.items() if n != key}, path, {"format": "pt"})
-    for load in (load_checkpoint, lambda where: load_trained_weights(base, where)):
-        with pytest.raises(ValueError, match=r"missing.*layers\.0\."):
-            load(tmp_path / "c")
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
 
 
-def test_missing_weights_of_a_language_model_are_refused(
+# ---- save and load ----
+
+
+@pytest.mark.parametrize("trained", ["adapter", "projector", "language_model"])
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+def test_checkpoint_loads_with_the_same_logits(
+    models_folder: Path, tmp_path: Path, trained: str, kind: str
+) -> None:
+    parts = TrainedParts.from_stored({"trained": trained})
+    checkpoint = tmp_path / "any name"
+    model = save_trained_model(models_folder, checkpoint, parts, mm_projector_type=kind)
+    loaded = Llava.from_pretrained(checkpoint)
+    assert torch.equal(compute_logits(model), compute_logits(loaded))
+    assert json.loads((checkpoint / "llava.json").read_text())["trained"] == trained
+
+
+@pytest.mark.parametrize("trained_tower", ["full", "lora"])
+@pytest.mark.parametrize("trained", ["adapter", "language_model"])
+def test_checkpoint_includes_a_trained_tower(
+    models_folder: Path, tmp_path: Path, trained: str, trained_tower: str
+) -> None:
+    parts = TrainedParts.from_stored({"trained": trained, "trained_tower": trained_tower})
+    checkpoint = tmp_path / "c"
+    model = save_trained_model(models_folder, checkpoint, parts)
+    assert json.loads((checkpoint / "llava.json").read_text())["trained_tower"] == trained_tower
+    logits = compute_logits(model)
+    loaded = Llava.from_pretrained(checkpoint)
+    assert torch.equal(logits, compute_logits(loaded))
+
+    config = make_config(models_folder)
+    base = make_trained_model(config, TrainedParts())
+    base.projector.load_state_dict(model.projector.state_dict())
+    assert not torch.equal(compute_logits(base), logits), "the tower was trained"
+
+    merged = load_checkpoint(checkpoint, merge=True)
+    torch.testing.assert_close(compute_logits(merged), logits, rtol=1e-4, atol=1e-4)
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+
+    # As a resumed run does.
+    resumed = make_trained_model(config, parts)
+    load_trained_weights(resumed, checkpoint)
+    assert torch.equal(logits, compute_logits(resumed))
+
+    path = checkpoint / "vision_adapter" / "adapter_model.safetensors"
+    if trained_tower == "full":
+        path = checkpoint / "vision_tower" / "model.safetensors"
+    remove_tensor(path, next(name for name in load_file(path) if "layers.0." in name))
+    with pytest.raises(ValueError, match=r"missing.*layers\.0\."):
+        load_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=r"missing.*layers\.0\."):
+        load_trained_weights(resumed, checkpoint)
+
+
+def test_checkpoint_keeps_several_layers_and_the_token_pool(
     models_folder: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(models_folder / "llama", tmp_path / "llama")
-    path = tmp_path / "llama" / "model.safetensors"
-    tensors = load_file(path)
-    tensors.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"weights are missing: model\.layers\.1\.mlp\.up_proj\.weight"
-    ):
-        build_model(LlavaConfig(str(tmp_path / "llama"), str(models_folder / "clip")))
+    choices = {"mm_vision_select_layer": (-2, -1), "mm_token_pool": 2}
+    model = save_trained_model(models_folder, tmp_path / "c", TrainedParts(), **choices)
+    loaded = load_checkpoint(tmp_path / "c")
+    assert loaded.vision_tower.num_tokens == 4
+    assert torch.equal(compute_logits(model), compute_logits(loaded))
 
 
-def test_an_adapter_can_be_trained_further(models_folder: Path, tmp_path: Path) -> None:
-    model, architecture, parts = trained_model(models_folder, "adapter", "lora")
-    save_checkpoint(model, tmp_path / "c", architecture, parts)
-    again = load_checkpoint(tmp_path / "c", trainable=True)
-    assert all(
-        p.requires_grad == ("lora_" in n or n.startswith("projector."))
-        for n, p in again.named_parameters()
-    )
+def test_load_checkpoint_trainable_enables_the_gradients_of_the_trained_parts(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    save_trained_model(models_folder, tmp_path / "c", TrainedParts("adapter", "lora"))
+    loaded = load_checkpoint(tmp_path / "c", trainable=True)
+    for name, parameter in loaded.named_parameters():
+        is_trained = "lora_" in name or name.startswith("projector.")
+        assert parameter.requires_grad == is_trained, name
 
 
-def test_the_adapter_is_a_stock_peft_adapter(models_folder: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def test_load_checkpoint_accepts_the_attention_name_of_0_1_0(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    save_trained_model(models_folder, tmp_path / "c", TrainedParts())
+    for name in ("short", "cpu_matmul"):
+        loaded = load_checkpoint(tmp_path / "c", attn_implementation=name)
+        assert loaded.config._attn_implementation == "cpu_matmul"
 
-    model, architecture, parts = trained_model(models_folder, "adapter")
-    save_checkpoint(model, tmp_path / "c", architecture, parts)
+
+def test_adapter_folder_loads_with_stock_peft(models_folder: Path, tmp_path: Path) -> None:
+    model = save_trained_model(models_folder, tmp_path / "c", TrainedParts("adapter"))
     base = AutoModelForCausalLM.from_pretrained(models_folder / "mistral")
     stock = PeftModel.from_pretrained(base, str(tmp_path / "c" / "adapter")).eval()
     ids = torch.tensor([[0, 5, 6, 7]])
     assert torch.equal(stock(ids).logits, model.language_model(ids).logits)
 
 
-def test_several_layers_and_a_pool_come_back(models_folder: Path, tmp_path: Path) -> None:
-    model, architecture, parts = trained_model(
-        models_folder, "projector", mm_vision_select_layer=(-2, -1), mm_token_pool=2
-    )
-    save_checkpoint(model, tmp_path / "c", architecture, parts)
-    again = load_checkpoint(tmp_path / "c")
-    assert again.vision_tower.num_tokens == 4
-    assert torch.equal(logits(model), logits(again))
-
-
-def test_saving_into_a_folder_with_logs_replaces_and_keeps(
+def test_save_checkpoint_replaces_a_checkpoint_and_keeps_other_files(
     models_folder: Path, tmp_path: Path
 ) -> None:
-    model, architecture, parts = trained_model(models_folder, "adapter")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "trainer_log.jsonl").write_text("{}\n")
-    save_checkpoint(model, tmp_path / "out", architecture, parts)
-    save_checkpoint(model, tmp_path / "out", architecture, parts)
-    assert (tmp_path / "out" / "trainer_log.jsonl").exists()
-    assert torch.equal(logits(load_checkpoint(tmp_path / "out")), logits(model))
-    assert [p.name for p in tmp_path.iterdir()] == ["out"], "a temporary folder was left behind"
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "trainer_log.jsonl").write_text("{}\n")
+    parts = TrainedParts("adapter")
+    config = make_config(models_folder)
+    model = make_trained_model(config, parts)
+    save_checkpoint(model, output, config, parts)
+    save_checkpoint(model, output, config, parts)
+    assert (output / "trainer_log.jsonl").exists()
+    assert torch.equal(compute_logits(load_checkpoint(output)), compute_logits(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "a temporary folder is left"
 
 
 @pytest.mark.parametrize(
-    ("file", "key"),
+    ("model_parts", "saved_parts", "named"),
+    [
+        (TrainedParts("adapter"), TrainedParts("full"), "language model"),
+        (TrainedParts(), TrainedParts("adapter"), "language model"),
+        (TrainedParts(vision_tower="lora"), TrainedParts(), "vision tower"),
+    ],
+)
+def test_save_checkpoint_refuses_parts_that_contradict_the_model(
+    models_folder: Path,
+    tmp_path: Path,
+    model_parts: TrainedParts,
+    saved_parts: TrainedParts,
+    named: str,
+) -> None:
+    config = make_config(models_folder)
+    model = make_trained_model(config, model_parts)
+    with pytest.raises(ValueError, match=named):
+        save_checkpoint(model, tmp_path / "c", config, saved_parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the config ----
+
+
+def test_trained_parts_are_stored_under_the_names_of_the_format() -> None:
+    stored = {
+        TrainedParts(): ("projector", "off"),
+        TrainedParts("adapter", "lora"): ("adapter", "lora"),
+        TrainedParts("full", "full"): ("language_model", "full"),
+    }
+    for parts, (trained, trained_tower) in stored.items():
+        assert parts.stored == {"trained": trained, "trained_tower": trained_tower}
+        assert TrainedParts.from_stored(parts.stored) == parts
+    with pytest.raises(ValueError, match="everything"):
+        TrainedParts.from_stored({"trained": "everything"})
+
+
+def test_read_checkpoint_config_refuses_a_newer_format(tmp_path: Path) -> None:
+    (tmp_path / "llava.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(ValueError, match="99"):
+        read_checkpoint_config(tmp_path)
+
+
+def test_load_checkpoint_refuses_a_folder_that_is_not_a_checkpoint(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"llava\.json is missing"):
+        load_checkpoint(tmp_path)
+    save_trained_model(models_folder, tmp_path / "checkpoint-4", TrainedParts())
+    with pytest.raises(ValueError, match="did you mean .*checkpoint-4"):
+        load_checkpoint(tmp_path)
+
+
+# ---- build ----
+
+
+def test_build_model_on_meta_has_the_parameters_of_a_loaded_model(models_folder: Path) -> None:
+    config = make_config(models_folder, dtype="bfloat16")
+    loaded = build_model(config)
+    meta = build_model(config, device="meta")
+    expected = {name: (p.shape, p.dtype) for name, p in loaded.named_parameters()}
+    assert {name: (p.shape, p.dtype) for name, p in meta.named_parameters()} == expected
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+def test_build_vision_tower_equals_the_tower_of_the_model(models_folder: Path) -> None:
+    config = make_config(models_folder)
+    pixels = torch.rand(1, 3, 32, 32)
+    tower = build_vision_tower(config).eval()
+    assert torch.equal(tower(pixels), build_model(config).eval().vision_tower(pixels))
+    meta = build_vision_tower(config, device="meta")
+    assert meta.num_tokens == tower.num_tokens
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+def test_build_model_refuses_missing_weights(models_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(models_folder / "llama", tmp_path / "llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    remove_tensor(tmp_path / "llama" / "model.safetensors", name)
+    with pytest.raises(ValueError, match=f"weights are missing: {name}"):
+        build_model(LlavaConfig(str(tmp_path / "llama"), str(models_folder / "clip")))
+
+
+# ---- strict loading ----
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
     [("projector.safetensors", "bias"), ("adapter/adapter_model.safetensors", None)],
 )
-def test_a_missing_weight_is_named(
-    models_folder: Path, tmp_path: Path, file: str, key: str | None
+def test_load_checkpoint_names_a_missing_weight(
+    models_folder: Path, tmp_path: Path, file: str, name: str | None
 ) -> None:
-    model, architecture, parts = trained_model(models_folder, "adapter")
-    save_checkpoint(model, tmp_path / "c", architecture, parts)
-    tensors = load_file(tmp_path / "c" / file)
-    key = key or sorted(tensors)[0]
-    del tensors[key]
-    save_file(tensors, tmp_path / "c" / file)
-    with pytest.raises(ValueError, match=f"missing .*{key}"):
+    save_trained_model(models_folder, tmp_path / "c", TrainedParts("adapter"))
+    path = tmp_path / "c" / file
+    name = name or min(load_file(path))
+    remove_tensor(path, name)
+    with pytest.raises(ValueError, match=f"missing .*{name}"):
         load_checkpoint(tmp_path / "c")
 
 
-def test_an_unexpected_weight_and_a_wrong_shape_are_named(
+def test_load_checkpoint_names_an_unexpected_weight_and_a_wrong_shape(
     models_folder: Path, tmp_path: Path
 ) -> None:
-    model, architecture, parts = trained_model(models_folder, "projector")
-    save_checkpoint(model, tmp_path / "c", architecture, parts)
+    save_trained_model(models_folder, tmp_path / "c", TrainedParts())
     path = tmp_path / "c" / "projector.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "extra": torch.zeros(1)}, path)
@@ -190,34 +292,34 @@ def test_an_unexpected_weight_and_a_wrong_shape_are_named(
         load_checkpoint(tmp_path / "c")
 
 
-def test_other_base_weights_of_the_same_shape_are_refused(
+# ---- base weights ----
+
+
+def test_load_checkpoint_refuses_other_base_weights_of_the_same_shape(
     models_folder: Path, tmp_path: Path
 ) -> None:
-    model, architecture, parts = trained_model(models_folder, "adapter")
-    save_checkpoint(model, tmp_path / "c", architecture, parts)
+    model = save_trained_model(models_folder, tmp_path / "c", TrainedParts("adapter"))
     other = tmp_path / "mistral"
     shutil.copytree(models_folder / "mistral", other)
-    assert torch.equal(
-        logits(load_checkpoint(tmp_path / "c", model_base=str(other))), logits(model)
-    ), "a copy is fine"
-    weights = load_file(other / "model.safetensors")
-    save_file(
-        {k: v + 0.01 for k, v in weights.items()},
-        other / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    with pytest.raises(
-        ValueError, match="other weights than those that this checkpoint was trained with"
-    ):
+    # A copy of the base model is accepted.
+    loaded = load_checkpoint(tmp_path / "c", model_base=str(other))
+    assert torch.equal(compute_logits(loaded), compute_logits(model))
+
+    path = other / "model.safetensors"
+    changed = {name: weight + 0.01 for name, weight in load_file(path).items()}
+    save_file(changed, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"language_model .*mistral: other weights"):
         load_checkpoint(tmp_path / "c", model_base=str(other))
 
 
-def test_a_base_that_is_gone_names_the_option(models_folder: Path, tmp_path: Path) -> None:
-    model, architecture, parts = trained_model(models_folder, "adapter")
-    save_checkpoint(model, tmp_path / "c", architecture, parts)
-    manifest = json.loads((tmp_path / "c" / "llava.json").read_text())
-    manifest["architecture"]["language_model"] = "/nowhere/mistral"
-    (tmp_path / "c" / "llava.json").write_text(json.dumps(manifest))
+def test_load_checkpoint_names_the_option_if_a_base_model_has_moved(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    save_trained_model(models_folder, tmp_path / "c", TrainedParts("adapter"))
+    path = tmp_path / "c" / "llava.json"
+    checkpoint_config = json.loads(path.read_text())
+    checkpoint_config["architecture"]["language_model"] = "/nowhere/mistral"
+    path.write_text(json.dumps(checkpoint_config))
     with pytest.raises(ValueError, match="--model-base"):
         load_checkpoint(tmp_path / "c")
 
@@ -234,7 +336,7 @@ def test_a_base_that_is_gone_names_the_option(models_folder: Path, tmp_path: Pat
         ("vision", "preprocessor_config.json"),
     ],
 )
-def test_a_lone_file_that_is_missing_is_named_before_training_and_after(
+def test_missing_file_of_a_base_model_is_named_before_training_and_when_loading(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,
@@ -242,61 +344,55 @@ def test_a_lone_file_that_is_missing_is_named_before_training_and_after(
     part: str,
     name: str,
 ) -> None:
-    AutoModelForCausalLM.from_pretrained(models_folder / "llama").save_pretrained(
-        tmp_path / "language", max_shard_size="40KB"
-    )
-    AutoTokenizer.from_pretrained(models_folder / "llama").save_pretrained(tmp_path / "language")
-    shutil.copytree(models_folder / "clip", tmp_path / "vision")
-    parts = {"language_model": str(tmp_path / "language"), "vision_tower": str(tmp_path / "vision")}
-    prints = {key: weights_digest(folder) for key, folder in parts.items()}
-    architecture = LlavaConfig(**parts, weights_digests=prints)
-    freeze(model := build_model(architecture), TrainedParts())
-    save_checkpoint(model, tmp_path / "c", architecture, TrainedParts())
+    language = tmp_path / "language"
+    vision = tmp_path / "vision"
+    stock = AutoModelForCausalLM.from_pretrained(models_folder / "llama")
+    stock.save_pretrained(language, max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(models_folder / "llama").save_pretrained(language)
+    shutil.copytree(models_folder / "clip", vision)
+    digests = {
+        "language_model": weights_digest(str(language)),
+        "vision_tower": weights_digest(str(vision)),
+    }
+    config = LlavaConfig(str(language), str(vision), weights_digests=digests)
+    save_checkpoint(build_model(config), tmp_path / "c", config, TrainedParts())
+
     (tmp_path / part / name).unlink()
-    words = [
-        "--model_name_or_path",
-        parts["language_model"],
-        "--vision_tower",
-        parts["vision_tower"],
-    ]
-    words += [
-        "--train_data_path",
-        data_folder / "train.json",
-        "--train_image_folder",
-        data_folder / "images",
-    ]
-    assert cli.main(["train", *map(str, [*words, "--output_dir", tmp_path / "out"])]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{name} is missing: put it into {tmp_path / part}" in said
-    assert said.startswith(
-        "error: --" if "token" not in name and "processor" not in name else "error: the "
-    )
-    if name != "tokenizer.json":  # the checkpoint has its own
+    arguments = {
+        "model_name_or_path": language,
+        "vision_tower": vision,
+        "train_data_path": data_folder / "train.json",
+        "train_image_folder": data_folder / "images",
+        "output_dir": tmp_path / "out",
+    }
+    argv = ["train"]
+    for option, value in arguments.items():
+        argv += [f"--{option}", str(value)]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{name} is missing: put it into {tmp_path / part}" in error
+    # Weights and their configs are found missing where the option is known.
+    is_option_known = "token" not in name and "processor" not in name
+    assert error.startswith("error: --" if is_option_known else "error: the ")
+    if name != "tokenizer.json":  # The checkpoint has a tokenizer of its own.
         with pytest.raises(ValueError, match=f"{name} is missing: put it into {tmp_path / part}"):
             load_checkpoint(tmp_path / "c")
 
 
-def test_a_hubs_weights_are_told_apart_by_the_files_that_are_loaded(
+def test_weights_digest_of_a_hub_model_covers_the_files_that_are_loaded(
     models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshot = tmp_path / "models--me--clip" / "snapshots" / ("a" * 40)
+    repository = tmp_path / "models--me--clip"
+    snapshot = repository / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
-    (tmp_path / "models--me--clip" / "refs").mkdir()
-    (tmp_path / "models--me--clip" / "refs" / "main").write_text("a" * 40)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.copy(models_folder / "clip" / "config.json", snapshot)
-    with pytest.raises(OSError, match=r"no model\.safetensors"):  # not the digest of no weights
+    # Not a digest of no weights.
+    with pytest.raises(OSError, match=r"no model\.safetensors"):
         weights_digest("me/clip")
     shutil.copy(models_folder / "clip" / "model.safetensors", snapshot)
     (snapshot / "tf_model.bin").write_bytes(b"of another library")
     assert weights_digest("me/clip") == weights_digest(str(models_folder / "clip"))
-
-
-def test_a_folder_that_is_no_checkpoint(models_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"llava\.json is missing"):
-        load_checkpoint(tmp_path)
-    model, architecture, parts = trained_model(models_folder, "projector")
-    save_checkpoint(model, tmp_path / "checkpoint-4", architecture, parts)
-    with pytest.raises(ValueError, match="did you mean .*checkpoint-4"):
-        load_checkpoint(tmp_path)

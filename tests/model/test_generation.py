@@ -1,38 +1,46 @@
-"""The decode loop against transformers' `generate`, and rows that must not feel their neighbours."""
+"""The decode loop, compared with `generate` of Transformers; and sequences that do not affect each other."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_llava import LANGUAGE_MODELS, build, pictures
+from model_helpers import LANGUAGE_MODELS, build, make_images
 from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, RwkvConfig, xLSTMConfig
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
-from llava_simplified.model.generation import DecodingBatch, GenerationOptions, generate
+from llava_simplified.model.generation import DecodingBatch, generate
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 
 TEXTS = ["What?", "<image>\nWhat is this?", "Compare <image> with <image>, please, in a few words."]
 
 
-def ask(model: Llava, texts: list[str] = TEXTS) -> tuple[list[list[int]], torch.Tensor]:
+def make_prompts(model: Llava, texts: list[str] = TEXTS) -> tuple[list[list[int]], torch.Tensor]:
+    """Return the token ids of the prompts, and their images."""
     prompts = [model.prompt.render([Message("user", text)], None).input_ids for text in texts]
-    return prompts, pictures(model, sum(text.count("<image>") for text in texts))
+    return prompts, make_images(model, sum(text.count("<image>") for text in texts))
 
 
-def stock(
-    model: Llava, prompts: list[list[int]], pixels: torch.Tensor | None, **options
+def stock_generate(
+    model: Llava, prompts: list[list[int]], pixels: torch.Tensor | None, **options: Any
 ) -> list[list[int]]:
-    """transformers' own loop on the same spliced embeddings; cut at the end token."""
+    """Generate with Transformers, from the same spliced embeddings; cut after the end token."""
     rows = [expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts]
     features = None if pixels is None else model.vision_tower(pixels)
     with torch.no_grad():
-        ids = model.language_model.generate(
+        sequences = model.language_model.generate(
             inputs_embeds=model.splice(pad_sequences(rows, 1, "left"), features),
             attention_mask=pad_sequences([np.ones(len(row)) for row in rows], 0, "left"),
             eos_token_id=model.prompt.stop_ids,
@@ -40,21 +48,25 @@ def stock(
             do_sample=False,
             **options,
         ).tolist()
-    ends = [
-        next((i + 1 for i, t in enumerate(row) if t in model.prompt.stop_ids), len(row))
-        for row in ids
-    ]
-    return [row[:end] for row, end in zip(ids, ends)]
+    return [cut_after_end(model, ids) for ids in sequences]
 
 
-def run(decoding: DecodingBatch) -> list[list[int]]:
-    while decoding.live:
-        decoding.step()
-    return list(decoding.tokens.values())
+def cut_after_end(model: Llava, ids: list[int]) -> list[int]:
+    for i, token in enumerate(ids):
+        if token in model.prompt.stop_ids:
+            return ids[: i + 1]
+    return ids
 
 
-def with_states(folder: Path, text: str) -> Llava:
-    """`build`, or a model with a state in place of keys and values: in some of its layers (lfm2), or in all."""
+def run(batch: DecodingBatch) -> list[list[int]]:
+    """Decode until all sequences are finished."""
+    while batch.active:
+        batch.step()
+    return list(batch.generated_ids.values())
+
+
+def build_any(folder: Path, text: str) -> Llava:
+    """`build`, or a model that has states instead of keys and values, in some layers (lfm2) or in all."""
     if text in LANGUAGE_MODELS:
         return build(folder, text)
     model = build(folder, "llama")
@@ -76,188 +88,97 @@ def with_states(folder: Path, text: str) -> Llava:
     return model.eval()
 
 
+# ---- greedy search, sampling, beam search ----
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"repetition_penalty": 1.7}, {"min_new_tokens": 12}],
-    ids=lambda o: "".join(o) or "greedy",
+    ids=lambda options: "".join(options) or "greedy",
 )
 @pytest.mark.parametrize("text", [*LANGUAGE_MODELS, "lfm2", "mamba"])
-def test_greedy_is_transformers_greedy(models_folder: Path, text: str, options: dict) -> None:
-    model = with_states(models_folder, text)
-    model.prompt.stop_ids = [
-        *model.prompt.stop_ids,
-        *range(3, 130),
-    ]  # a random model would never end
-    prompts, pixels = ask(model)
-    ours = run(
-        DecodingBatch(
-            model,
-            prompts,
-            model.vision_tower(pixels),
-            GenerationOptions(max_new_tokens=16, **options),
-        )
-    )
-    # one by one: in a padded batch transformers 5 counts the padding off what is penalised
-    alone = [
-        stock(model, [prompt], images, max_new_tokens=16, **options)[0]
-        for prompt, images in zip(prompts, (None, pixels[:1], pixels[1:]))
+def test_decoding_batch_greedy_equals_transformers(
+    models_folder: Path, text: str, options: dict[str, Any]
+) -> None:
+    model = build_any(models_folder, text)
+    # Random models would never end: stop at a third of the vocabulary.
+    model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 130)]
+    prompts, pixels = make_prompts(model)
+    features = model.vision_tower(pixels)
+    generation_options = GenerationOptions(max_new_tokens=16, **options)
+    generated = run(DecodingBatch(model, prompts, features, generation_options))
+
+    # One by one: in a padded batch, Transformers 5 applies the repetition penalty to fewer tokens.
+    images_of_prompts = (None, pixels[:1], pixels[1:])
+    expected = [
+        stock_generate(model, [prompt], images, max_new_tokens=16, **options)[0]
+        for prompt, images in zip(prompts, images_of_prompts)
     ]
-    assert ours == alone
-    assert len({len(row) for row in ours}) > 1 or options or text not in LANGUAGE_MODELS, (
-        "rows must end at different steps"
-    )
+    assert generated == expected
+    if text in LANGUAGE_MODELS and not options:
+        lengths = {len(ids) for ids in generated}
+        assert len(lengths) > 1, "sequences must end at different steps"
 
 
 @pytest.mark.parametrize("text", ["rwkv", "xlstm"])
-def test_a_model_that_goes_on_from_something_of_its_own_is_refused(
-    models_folder: Path, text: str
-) -> None:
-    with pytest.raises(
-        ValueError, match=f"{text} takes no DynamicCache: it can be trained, but not be asked"
-    ):
-        with_states(models_folder, text).chat([Message("user", "What?")])
+def test_generation_refuses_a_model_without_dynamic_cache(models_folder: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=f"{text} does not support DynamicCache"):
+        build_any(models_folder, text).chat([Message("user", "What?")])
 
 
-def test_samples_of_one_prefill_depend_on_seed_picture_and_prompt_alone(
-    models_folder: Path,
-) -> None:
+def test_generate_samples_depend_on_seed_image_and_prompt_alone(models_folder: Path) -> None:
     model = build(models_folder, "mistral")
-    prompts, pixels = ask(model)
+    prompts, pixels = make_prompts(model)
     options = GenerationOptions(max_new_tokens=8, temperature=1.0, num_return_sequences=3, seed=5)
     together = generate(model, prompts, pixels, options)
     assert len(set(together[1])) == 3, "three samples are three draws"
     assert generate(model, prompts[1:2], pixels[:1], options)[0] == together[1]
     assert generate(model, prompts[::-1], pixels[[1, 2, 0]], options)[::-1] == together
     assert generate(model, prompts, pixels, replace(options, seed=6)) != together
-    assert generate(model, prompts[1:2], pixels[1:2], options)[0] != together[1], "another picture"
+    assert generate(model, prompts[1:2], pixels[1:2], options)[0] != together[1], "another image"
 
 
-def test_samples_follow_the_models_distribution(models_folder: Path) -> None:
-    """The first token of 4,000 samples, against the softmax of transformers' processed logits."""
-    from transformers.generation.logits_process import (
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
+def test_generate_samples_follow_the_distribution_of_the_model(models_folder: Path) -> None:
+    """The first tokens of 4,000 samples, against the softmax of logits that Transformers processed."""
     model = build(models_folder, "llama")
-    prompts, pixels = ask(model, ["<image> What?"])
+    prompts, pixels = make_prompts(model, ["<image> What?"])
+    features = model.vision_tower(pixels)
     options = GenerationOptions(
         1, temperature=3.0, top_p=0.8, top_k=20, num_return_sequences=4000, seed=0
     )
-    drawn = torch.tensor(
-        [row[0] for row in run(DecodingBatch(model, prompts, model.vision_tower(pixels), options))]
-    )
-    ids = torch.from_numpy(expand_image_placeholders(prompts[0], model.vision_tower.num_tokens))[
-        None
-    ]
+    drawn = torch.tensor([ids[0] for ids in run(DecodingBatch(model, prompts, features, options))])
+
+    expanded = expand_image_placeholders(prompts[0], model.vision_tower.num_tokens)
+    ids = torch.from_numpy(expanded)[None]
     with torch.no_grad():
-        scores = model.language_model(
-            inputs_embeds=model.splice(ids, model.vision_tower(pixels))
-        ).logits[:, -1]
-    for warp in (TemperatureLogitsWarper(3.0), TopKLogitsWarper(20), TopPLogitsWarper(0.8)):
-        scores = warp(ids, scores)
-    wanted = scores.softmax(-1)[0]
-    seen = torch.bincount(drawn, minlength=len(wanted)) / 4000
-    assert set(drawn.tolist()) <= set(wanted.nonzero().flatten().tolist())
-    assert (seen - wanted).abs().sum() < 0.12 < (seen - wanted.roll(1)).abs().sum()
+        logits = model.language_model(inputs_embeds=model.splice(ids, features)).logits[:, -1]
+    for warper in (TemperatureLogitsWarper(3.0), TopKLogitsWarper(20), TopPLogitsWarper(0.8)):
+        logits = warper(ids, logits)
+    expected = logits.softmax(-1)[0]
+    frequencies = torch.bincount(drawn, minlength=len(expected)) / 4000
+    assert set(drawn.tolist()) <= set(expected.nonzero().flatten().tolist())
+    assert (frequencies - expected).abs().sum() < 0.12
+    # The bound is tight enough to notice a distribution that is shifted by one token.
+    assert (frequencies - expected.roll(1)).abs().sum() > 0.12
 
 
-def test_every_row_has_its_own_options(models_folder: Path) -> None:
-    model = build(models_folder, "qwen2")
-    prompts, pixels = ask(model)
-    features = model.vision_tower(pixels)
-    options = [
-        GenerationOptions(4),
-        GenerationOptions(9, min_new_tokens=9, temperature=0.7, num_return_sequences=2, seed=1),
-        GenerationOptions(6, repetition_penalty=1.5),
-    ]
-    keys = [b"a", b"b", b"c"]
-    together = run(DecodingBatch(model, prompts, features, options, keys))
-    alone = [
-        row
-        for i, pictures_of in enumerate((None, features[:1], features[1:]))
-        for row in run(DecodingBatch(model, [prompts[i]], pictures_of, options[i], [keys[i]]))
-    ]
-    assert together == alone
-    assert [len(row) for row in together] == [4, 9, 9, 6]
-
-
-@pytest.mark.parametrize("text", [*LANGUAGE_MODELS, "lfm2", "mamba"])
-def test_rows_join_a_batch_under_way(models_folder: Path, text: str) -> None:
-    """Longer prompts than those inside, and shorter ones; also where the sliding window is full, and where it is not."""
-    model = with_states(models_folder, text)
-    prompts, pixels = ask(model)
-    features = model.vision_tower(pixels)
-    asked = [
-        (prompts[0], None, GenerationOptions(20)),
-        (prompts[2], features[1:], GenerationOptions(9, repetition_penalty=1.5)),
-        (
-            prompts[1],
-            features[:1],
-            GenerationOptions(6, temperature=0.7, num_return_sequences=2, seed=1),
-        ),
-        (prompts[0], None, GenerationOptions(5)),
-    ]
-    wanted = [
-        row
-        for prompt, images, options in asked
-        for row in run(DecodingBatch(model, [prompt], images, options))
-    ]
-    decoding = DecodingBatch(model, [asked[0][0]], *asked[0][1:])
-    for number, (prompt, images, options) in enumerate(asked[1:], start=1):
-        decoding.step()
-        assert decoding.join([prompt], images, options) == (
-            [number] if number < 2 else [2, 3] if number < 3 else [4]
-        )
-    assert run(decoding) == wanted
-
-
-def test_a_batch_that_never_empties_keeps_its_size(models_folder: Path) -> None:
-    model = build(models_folder, "mistral")
-    prompts, _ = ask(model, ["What?"])
-    wanted = run(DecodingBatch(model, prompts, None, GenerationOptions(6, min_new_tokens=6)))[0]
-    decoding = DecodingBatch(model, prompts, None, GenerationOptions(6, min_new_tokens=6))
-    for _ in range(30):
-        decoding.step()
-        decoding.step()
-        decoding.join(prompts, None, GenerationOptions(6, min_new_tokens=6))
-        assert decoding._mask.shape[1] <= len(prompts[0]) + 1 + 6
-        assert len(decoding._generators) == len(decoding.live) <= 3
-        for row in set(decoding.tokens) - set(decoding.live):
-            assert decoding.tokens.pop(row) == wanted
-    assert run(decoding) == [wanted] * 3
-
-
-def test_a_dropped_row_leaves_and_the_others_go_on(models_folder: Path) -> None:
-    model = build(models_folder, "gemma2")
-    prompts, pixels = ask(model)
-    features = model.vision_tower(pixels)
-    whole = run(DecodingBatch(model, prompts, features, GenerationOptions(8)))
-    decoding = DecodingBatch(model, prompts, features, GenerationOptions(8))
-    assert [row for row, _ in decoding.step()] == [0, 1, 2]
-    decoding.drop(1)
-    decoding.drop(1)  # a second time does no harm
-    assert [row for row, _ in decoding.step()] == [0, 2]
-    assert run(decoding) == [whole[0], whole[1][:1], whole[2]]
-
-
-def test_beams_are_transformers_beams(models_folder: Path) -> None:
+def test_generate_beams_equal_transformers(models_folder: Path) -> None:
     model = build(models_folder, "llama")
-    prompts, pixels = ask(model)
+    prompts, pixels = make_prompts(model)
     options = {
         "num_beams": 3,
         "num_return_sequences": 2,
         "length_penalty": 0.5,
         "max_new_tokens": 6,
     }
-    ours = generate(model, prompts, pixels, GenerationOptions(**options))
-    texts = [model.prompt.decode(row).strip() for row in stock(model, prompts, pixels, **options)]
-    assert ours == [texts[:2], texts[2:4], texts[4:]]
+    generated = generate(model, prompts, pixels, GenerationOptions(**options))
+    sequences = stock_generate(model, prompts, pixels, **options)
+    texts = [model.prompt.decode(ids).strip() for ids in sequences]
+    assert generated == [texts[:2], texts[2:4], texts[4:]]
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "invalid",
     [
         {"temperature": -1},
         {"top_p": 0},
@@ -270,48 +191,157 @@ def test_beams_are_transformers_beams(models_folder: Path) -> None:
     ],
     ids=str,
 )
-def test_options_that_make_no_sense(bad: dict) -> None:
-    with pytest.raises(ValueError, match="needed|need temperature"):
-        GenerationOptions(**bad)
+def test_generation_options_name_the_invalid_option(invalid: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(invalid))):
+        GenerationOptions(**invalid)
 
 
-def test_a_streamed_answer_is_the_whole_one_in_pieces(models_folder: Path) -> None:
+# ---- continuous batching ----
+
+
+def test_decoding_batch_every_prompt_has_its_own_options(models_folder: Path) -> None:
+    model = build(models_folder, "qwen2")
+    prompts, pixels = make_prompts(model)
+    features = model.vision_tower(pixels)
+    options = [
+        GenerationOptions(4),
+        GenerationOptions(9, min_new_tokens=9, temperature=0.7, num_return_sequences=2, seed=1),
+        GenerationOptions(6, repetition_penalty=1.5),
+    ]
+    hashes = [b"a", b"b", b"c"]
+    together = run(DecodingBatch(model, prompts, features, options, hashes))
+    alone: list[list[int]] = []
+    for i, images in enumerate((None, features[:1], features[1:])):
+        alone += run(DecodingBatch(model, [prompts[i]], images, options[i], [hashes[i]]))
+    assert together == alone
+    assert [len(ids) for ids in together] == [4, 9, 9, 6]
+
+
+@pytest.mark.parametrize("text", [*LANGUAGE_MODELS, "lfm2", "mamba"])
+def test_decoding_batch_sequences_join_while_others_are_in_flight(
+    models_folder: Path, text: str
+) -> None:
+    """Longer and shorter prompts than those in the batch, before and after a sliding window is full."""
+    model = build_any(models_folder, text)
+    prompts, pixels = make_prompts(model)
+    features = model.vision_tower(pixels)
+    sampled = GenerationOptions(6, temperature=0.7, num_return_sequences=2, seed=1)
+    requests = [
+        (prompts[0], None, GenerationOptions(20)),
+        (prompts[2], features[1:], GenerationOptions(9, repetition_penalty=1.5)),
+        (prompts[1], features[:1], sampled),
+        (prompts[0], None, GenerationOptions(5)),
+    ]
+    expected: list[list[int]] = []
+    for prompt, images, options in requests:
+        expected += run(DecodingBatch(model, [prompt], images, options))
+
+    first_prompt, first_images, first_options = requests[0]
+    batch = DecodingBatch(model, [first_prompt], first_images, first_options)
+    new_ids = [[1], [2, 3], [4]]
+    for (prompt, images, options), ids in zip(requests[1:], new_ids):
+        batch.step()
+        assert batch.join([prompt], images, options) == ids
+    assert run(batch) == expected
+
+
+def test_decoding_batch_that_never_empties_does_not_grow(models_folder: Path) -> None:
     model = build(models_folder, "mistral")
-    (pixels,) = pictures(model, 1)
-    image = pixels.permute(1, 2, 0).numpy()
+    prompts, _ = make_prompts(model, ["What?"])
+    options = GenerationOptions(6, min_new_tokens=6)
+    expected = run(DecodingBatch(model, prompts, None, options))[0]
+    batch = DecodingBatch(model, prompts, None, options)
+    for _ in range(30):
+        batch.step()
+        batch.step()
+        batch.join(prompts, None, options)
+        assert batch._mask.shape[1] <= len(prompts[0]) + 1 + 6
+        assert len(batch._generators) == len(batch.active) <= 3
+        for sequence_id in set(batch.generated_ids) - set(batch.active):
+            assert batch.generated_ids.pop(sequence_id) == expected
+    assert run(batch) == [expected] * 3
+
+
+def test_decoding_batch_cancel_leaves_the_others_unchanged(models_folder: Path) -> None:
+    model = build(models_folder, "gemma2")
+    prompts, pixels = make_prompts(model)
+    features = model.vision_tower(pixels)
+    expected = run(DecodingBatch(model, prompts, features, GenerationOptions(8)))
+    batch = DecodingBatch(model, prompts, features, GenerationOptions(8))
+    assert [sequence_id for sequence_id, _ in batch.step()] == [0, 1, 2]
+    batch.cancel(1)
+    batch.cancel(1)  # Has no effect.
+    assert [sequence_id for sequence_id, _ in batch.step()] == [0, 2]
+    assert run(batch) == [expected[0], expected[1][:1], expected[2]]
+
+
+# ---- the methods of Llava ----
+
+
+def test_stream_pieces_add_up_to_the_caption(models_folder: Path) -> None:
+    model = build(models_folder, "mistral")
+    image = make_images(model, 1)[0].permute(1, 2, 0).numpy()
     pieces = list(model.stream("What is this?", [image], max_new_tokens=12))
     assert len(pieces) > 3
     assert "".join(pieces).strip() == model.caption(image, "What is this?", max_new_tokens=12)
 
 
-def test_nothing_is_called_by_a_name_that_was_given_up(models_folder: Path) -> None:
+def test_caption_uses_no_deprecated_names(models_folder: Path) -> None:
     model = build(models_folder, "mistral")
+    image = make_images(model, 1)[0].permute(1, 2, 0).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        model.caption(pictures(model, 1)[0].permute(1, 2, 0).numpy(), max_new_tokens=2)
+        model.caption(image, max_new_tokens=2)
 
 
-def test_a_conversation_goes_on(models_folder: Path) -> None:
+def test_chat_continues_a_conversation(models_folder: Path) -> None:
     model = build(models_folder, "qwen2")
-    first, second = (p.permute(1, 2, 0).numpy() for p in pictures(model, 2))
+    first, second = (pixels.permute(1, 2, 0).numpy() for pixels in make_images(model, 2))
     turns = [Message("user", "What?"), Message("assistant", "a cat"), Message("user", "Where?")]
     answer = model.chat(turns, [first], max_new_tokens=6)
-    placed = [Message("user", "<image>\nWhat?"), *turns[1:]]
-    assert model.chat(placed, [first], max_new_tokens=6) == answer
-    assert model.chat(turns[:1], [first], max_new_tokens=6) != answer, "it heard the rest"
-    assert model.chat(turns, [second], max_new_tokens=6) != answer, "it saw the picture"
-    with pytest.raises(ValueError, match=r"2 image\(s\), but the text says <image> 1 time"):
-        model.chat(placed, [first, second])
+    # Without a placeholder, the image goes in front of the first user turn.
+    with_placeholder = [Message("user", "<image>\nWhat?"), *turns[1:]]
+    assert model.chat(with_placeholder, [first], max_new_tokens=6) == answer
+    assert model.chat(turns[:1], [first], max_new_tokens=6) != answer, "later turns matter"
+    assert model.chat(turns, [second], max_new_tokens=6) != answer, "the image matters"
+    with pytest.raises(ValueError, match=r"2 image.*\b1\b"):
+        model.chat(with_placeholder, [first, second])
     system = Message("system", "Be brief.")
     answer = model.chat([system, *turns], [first], max_new_tokens=6)
-    assert model.chat([system, *placed], [first], max_new_tokens=6) == answer
+    assert model.chat([system, *with_placeholder], [first], max_new_tokens=6) == answer
 
 
-def test_many_pictures_are_captioned_batch_by_batch(models_folder: Path) -> None:
+def test_caption_does_not_depend_on_the_batch_size(models_folder: Path) -> None:
     model = build(models_folder, "llama")
-    images = [p.permute(1, 2, 0).numpy() for p in pictures(model, 3)]
-    options = {"instruction": "What?", "n": 2, "seed": 0, "max_new_tokens": 6}
+    images = [pixels.permute(1, 2, 0).numpy() for pixels in make_images(model, 3)]
+    options = {"instruction": "What?", "num_return_sequences": 2, "seed": 0, "max_new_tokens": 6}
     together = model.caption(images, **options)
     assert [len(texts) for texts in together] == [2, 2, 2]
     assert model.caption(images, batch_size=2, **options) == together
     assert model.caption([], **options) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_decoding_batch_finishes_only_the_sequence_whose_logits_are_not_finite(
+    models_folder: Path, temperature: float
+) -> None:
+    """The neighbours of a failed sequence generate what they generate without it."""
+    model = build(models_folder).eval()
+    prompts, pixels = make_prompts(model)
+    options = GenerationOptions(6, temperature=temperature, seed=1)
+    hashes = [b"a", b"b", b"c"][: len(prompts)]
+    features = model.vision_tower(pixels)
+
+    undisturbed = DecodingBatch(model, prompts, features, options, hashes)
+    expected = run(undisturbed)
+    batch = DecodingBatch(model, prompts, features, options, hashes)
+    batch.step()
+    with torch.inference_mode():  # in which the batch has computed them
+        batch._logits[0, 3] = float("nan")
+    run(batch)
+    assert list(batch.errors) == [0]
+    assert isinstance(batch.errors[0], FloatingPointError)
+    assert batch.generated_ids[0] == expected[0][:1]
+    assert [batch.generated_ids[i] for i in range(1, len(prompts))] == expected[1:]
+    with pytest.raises(FloatingPointError):
+        batch.raise_errors()

@@ -1,4 +1,4 @@
-"""Only what should train trains."""
+"""Exactly what should be trained is trained."""
 
 from __future__ import annotations
 
@@ -25,39 +25,61 @@ def build(folder: Path, text: str = "mistral", dtype: str = "float32") -> Llava:
     return build_model(LlavaConfig(str(folder / text), str(folder / "clip"), dtype=dtype))
 
 
+def trained_names(model: Llava) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_dtypes(model: Llava) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+
+
+def frozen_dtypes(model: Llava) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+
+
 @pytest.mark.parametrize("text", ["mistral", "llama", "qwen2", "phi"])
-def test_all_linear_layers_but_the_head_by_their_full_paths(models_folder: Path, text: str) -> None:
+def test_find_linear_modules_returns_all_but_the_output_layer(
+    models_folder: Path, text: str
+) -> None:
     model = build(models_folder, text)
     layers = find_linear_modules(model.language_model)
-    linears = [n for n, m in model.language_model.named_modules() if isinstance(m, nn.Linear)]
-    assert set(linears) - set(layers) == {"lm_head"}
+    linears = {
+        name
+        for name, module in model.language_model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    assert linears - set(layers) == {"lm_head"}
     add_lora(model, 2, 4)
     adapted = {
-        n.split(".lora_A")[0] for n, _ in model.language_model.named_parameters() if "lora_A" in n
+        name.split(".lora_A")[0]
+        for name, _ in model.language_model.named_parameters()
+        if "lora_A" in name
     }
     assert len(adapted) == len(layers)
 
 
-def test_lora_trains_the_adapter_and_the_projector_and_never_the_tower(models_folder: Path) -> None:
-    """The tower has q_proj and k_proj too: a bare name would adapt them."""
+def test_add_lora_trains_adapter_and_projector_and_not_the_tower(models_folder: Path) -> None:
+    """The tower has layers called q_proj and k_proj too: a bare name would adapt them."""
     model = build(models_folder, dtype="bfloat16")
     freeze(model, TrainedParts())
     add_lora(model, 2, 4)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all("lora_" in n or n.startswith("projector.") for n in trained)
-    assert not any("lora_" in n for n, _ in model.vision_tower.named_parameters())
-    assert {p.dtype for n, p in model.named_parameters() if n in trained} == {torch.float32}
-    assert {p.dtype for n, p in model.named_parameters() if n not in trained} == {torch.bfloat16}
-    table = check_trainable(model, TrainedParts())
-    counted = sum(p.numel() for n, p in model.named_parameters() if n in trained)
-    assert f"{counted:,}" in table
+    trained = trained_names(model)
+    assert all("lora_" in name or name.startswith("projector.") for name in trained)
+    assert not any("lora_" in name for name, _ in model.vision_tower.named_parameters())
+    assert trained_dtypes(model) == {torch.float32}
+    assert frozen_dtypes(model) == {torch.bfloat16}
+    table = check_trainable(model, TrainedParts("adapter"))
+    count = sum(model.get_parameter(name).numel() for name in trained)
+    assert f"{count:,}" in table
 
 
-def test_the_table_refuses_what_should_not_train(models_folder: Path) -> None:
+def test_check_trainable_refuses_what_should_be_frozen_or_is_not_trained(
+    models_folder: Path,
+) -> None:
     model = build(models_folder)
     freeze(model, TrainedParts())
     next(model.vision_tower.parameters()).requires_grad_(True)
-    with pytest.raises(RuntimeError, match="vision tower: .* train, should be 0"):
+    with pytest.raises(RuntimeError, match="vision tower: .* 0 should be"):
         check_trainable(model, TrainedParts())
     freeze(model, TrainedParts())
     model.projector.bias.requires_grad_(False)
@@ -65,81 +87,73 @@ def test_the_table_refuses_what_should_not_train(models_folder: Path) -> None:
         check_trainable(model, TrainedParts())
 
 
-def test_full_fine_tuning_and_projector_only(models_folder: Path) -> None:
+def test_freeze_trains_the_whole_language_model_or_only_the_projector(models_folder: Path) -> None:
     model = build(models_folder, dtype="bfloat16")
     freeze(model, TrainedParts("full"))
     check_trainable(model, TrainedParts("full"))
     assert model.language_model.dtype == torch.float32, "bfloat16 would round the updates away"
     freeze(model, TrainedParts())
     check_trainable(model, TrainedParts())
-    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {
-        "projector"
-    }
+    assert {name.split(".")[0] for name in trained_names(model)} == {"projector"}
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_train_where_asked(models_folder: Path, bias: str) -> None:
-    model = build(models_folder, "qwen2")  # its q, k and v projections have biases
+def test_add_lora_trains_biases_if_asked(models_folder: Path, bias: str) -> None:
+    model = build(models_folder, "qwen2")  # Its q, k and v projections have biases.
     freeze(model, TrainedParts())
     add_lora(model, 2, 4, bias=bias)
-    check_trainable(model, TrainedParts())
+    check_trainable(model, TrainedParts("adapter"))
     assert isinstance(model.language_model, PeftModel)
     assert any(
-        p.requires_grad and n.endswith("bias") for n, p in model.language_model.named_parameters()
+        parameter.requires_grad and name.endswith("bias")
+        for name, parameter in model.language_model.named_parameters()
     )
 
 
-def trained_names(model: Llava) -> set[str]:
-    return {n for n, p in model.named_parameters() if p.requires_grad}
-
-
-def test_a_tower_that_trains_whole_trains_what_its_features_depend_on(models_folder: Path) -> None:
+def test_freeze_trains_what_the_features_of_a_full_tower_depend_on(models_folder: Path) -> None:
+    parts = TrainedParts(vision_tower="full")
     model = build(models_folder, dtype="bfloat16")
-    freeze(model, TrainedParts(vision_tower="full"))
-    tower = {
-        n.removeprefix("vision_tower.model.")
-        for n in trained_names(model)
-        if n.startswith("vision_tower.")
-    }
-    assert tower == set(model.vision_tower.used_parameters)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    table = check_trainable(model, TrainedParts(vision_tower="full"))
-    assert (
-        f"{sum(p.numel() for p in model.vision_tower.parameters() if p.requires_grad):,}" in table
-    )
-    with pytest.raises(RuntimeError, match="vision tower: .* should be 0"):
+    freeze(model, parts)
+    prefix = "vision_tower.model."
+    trained = {n.removeprefix(prefix) for n in trained_names(model) if n.startswith(prefix)}
+    assert trained == set(model.vision_tower.used_parameters)
+    assert trained_dtypes(model) == {torch.float32}
+    table = check_trainable(model, parts)
+    count = sum(p.numel() for p in model.vision_tower.parameters() if p.requires_grad)
+    assert f"{count:,}" in table
+    with pytest.raises(RuntimeError, match="vision tower: .* 0 should be"):
         check_trainable(model, TrainedParts())
-    model.vision_tower.requires_grad_(True)  # and the layers above
+    # With the layers above the selected one, it is too much.
+    model.vision_tower.requires_grad_(True)
     with pytest.raises(RuntimeError, match="vision tower"):
-        check_trainable(model, TrainedParts(vision_tower="full"))
+        check_trainable(model, parts)
 
 
-@pytest.mark.parametrize("text_too", [True, False])
-def test_each_model_has_an_adapter_of_its_own(models_folder: Path, text_too: bool) -> None:
-    """Mistral's and CLIP's layers share names: neither adapter may reach into the other's model."""
+@pytest.mark.parametrize("with_text_adapter", [True, False])
+def test_add_tower_lora_adapts_the_tower_alone(
+    models_folder: Path, with_text_adapter: bool
+) -> None:
+    """Layers of Mistral and of CLIP have the same names: no adapter may reach into the other model."""
     model = build(models_folder, dtype="bfloat16")
     freeze(model, TrainedParts())
     add_tower_lora(model, 2, 4)
-    if text_too:
+    if with_text_adapter:
         add_lora(model, 2, 4)
-    names = trained_names(model)
-    assert all("lora_" in n or n.startswith("projector.") for n in names)
-    assert any(n.startswith("language_model.") for n in names) == text_too
-    adapted = {
-        n.split(".lora_")[0].removeprefix("vision_tower.model.base_model.model.")
-        for n in names
-        if "vision" in n
-    }
-    assert adapted and all(
-        f"{name}.weight" in model.vision_tower.used_parameters for name in adapted
-    )
+    trained = trained_names(model)
+    assert all("lora_" in name or name.startswith("projector.") for name in trained)
+    assert any(name.startswith("language_model.") for name in trained) == with_text_adapter
+
+    prefix = "vision_tower.model.base_model.model."
+    adapted = {n.split(".lora_")[0].removeprefix(prefix) for n in trained if "vision" in n}
+    assert adapted
+    assert all(f"{name}.weight" in model.vision_tower.used_parameters for name in adapted)
     assert not model.vision_tower.frozen
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert "vision adapter" in check_trainable(model, TrainedParts())
+    assert trained_dtypes(model) == {torch.float32}
+    table = check_trainable(model, TrainedParts("adapter" if with_text_adapter else "none", "lora"))
+    assert "vision adapter" in table
+
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     model.train().vision_tower(pixels).float().sum().backward()
-    assert all(
-        p.grad is not None
-        for n, p in model.named_parameters()
-        if "lora_" in n and n.startswith("vision")
-    )
+    for name, parameter in model.vision_tower.named_parameters():
+        if "lora_" in name:
+            assert parameter.grad is not None, name

@@ -1,9 +1,10 @@
-"""Any Hugging Face vision model is a tower; the count of its tokens is known before it runs."""
+"""Any vision model of Transformers can be the tower, and its number of tokens is known before it runs."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,21 +15,19 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_simplified.model.vision import VisionTower
 
-PIXELS = {
-    kind: (64 if kind == "efficientnet" else 32)
-    for kind in ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet")
+# Side of the images, in pixels.
+IMAGE_SIZE = {
+    "clip": 32,
+    "siglip": 32,
+    "dinov2": 32,
+    "vit": 32,
+    "swin": 32,
+    "convnext": 32,
+    "efficientnet": 64,
 }
 
 
-HIDING = {
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-
-
-def tower(folder: Path, kind: str, **choices) -> VisionTower:
+def load_tower(folder: Path, kind: str, **choices: Any) -> VisionTower:
     return VisionTower.from_pretrained(str(folder / kind), **choices).eval()
 
 
@@ -44,143 +43,152 @@ def tower(folder: Path, kind: str, **choices) -> VisionTower:
         ("efficientnet", 4),
     ],
 )
-def test_the_count_from_the_config_is_the_count_of_the_features(
+def test_num_tokens_and_grid_equal_the_shape_of_the_features(
     models_folder: Path, kind: str, tokens: int
 ) -> None:
-    vision = tower(models_folder, kind, select_layer=-1)
-    features = vision(torch.zeros(2, 3, PIXELS[kind], PIXELS[kind], dtype=torch.uint8))
-    assert features.shape == (2, vision.num_tokens, vision.width)
-    assert vision.num_tokens == tokens == vision.grid[0] * vision.grid[1]
+    tower = load_tower(models_folder, kind, select_layer=-1)
+    pixels = torch.zeros(2, 3, IMAGE_SIZE[kind], IMAGE_SIZE[kind], dtype=torch.uint8)
+    assert tower(pixels).shape == (2, tower.num_tokens, tower.width)
+    assert tower.num_tokens == tokens == tower.grid[0] * tower.grid[1]
 
 
-def test_patch_drops_the_cls_token_and_cls_patch_keeps_it(models_folder: Path) -> None:
+def test_select_feature_patch_drops_the_cls_token_and_cls_patch_keeps_it(
+    models_folder: Path,
+) -> None:
     pixels = torch.rand(1, 3, 32, 32)
-    plain = tower(models_folder, "clip", select_layer=-2)
-    kept = tower(models_folder, "clip", select_layer=-2, select_feature="cls_patch")
-    hidden = plain.model(pixels, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(plain(pixels), hidden[-2][:, 1:])
-    torch.testing.assert_close(kept(pixels), hidden[-2])
+    patch = load_tower(models_folder, "clip", select_layer=-2)
+    cls_patch = load_tower(models_folder, "clip", select_layer=-2, select_feature="cls_patch")
+    hidden_states = patch.model(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(patch(pixels), hidden_states[-2][:, 1:])
+    torch.testing.assert_close(cls_patch(pixels), hidden_states[-2])
 
 
-def test_siglip_has_no_cls_token_to_drop_and_none_to_keep(models_folder: Path) -> None:
+def test_siglip_has_no_cls_token_to_drop_or_to_keep(models_folder: Path) -> None:
     pixels = torch.rand(1, 3, 32, 32)
-    vision = tower(models_folder, "siglip", select_layer=-1)
-    torch.testing.assert_close(
-        vision(pixels), vision.model(pixels, output_hidden_states=True).hidden_states[-1]
-    )
+    tower = load_tower(models_folder, "siglip", select_layer=-1)
+    hidden_states = tower.model(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(tower(pixels), hidden_states[-1])
     with pytest.raises(ValueError, match="no CLS token"):
-        tower(models_folder, "siglip", select_feature="cls_patch")
+        load_tower(models_folder, "siglip", select_feature="cls_patch")
 
 
 @pytest.mark.parametrize("kind", ["convnext", "efficientnet"])
-def test_a_feature_map_is_read_row_by_row(models_folder: Path, kind: str) -> None:
-    vision = tower(models_folder, kind, select_layer=-1)
-    pixels = torch.rand(1, 3, PIXELS[kind], PIXELS[kind])
-    last = vision.model(pixels).last_hidden_state
-    torch.testing.assert_close(vision(pixels)[0, 1], last[0, :, 0, 1])
+def test_feature_map_is_read_row_by_row(models_folder: Path, kind: str) -> None:
+    tower = load_tower(models_folder, kind, select_layer=-1)
+    pixels = torch.rand(1, 3, IMAGE_SIZE[kind], IMAGE_SIZE[kind])
+    last_hidden_state = tower.model(pixels).last_hidden_state
+    torch.testing.assert_close(tower(pixels)[0, 1], last_hidden_state[0, :, 0, 1])
 
 
-def test_several_layers_stand_side_by_side(models_folder: Path) -> None:
-    vision = tower(models_folder, "clip", select_layer=(-2, -1))
+def test_several_layers_are_concatenated_along_the_width(models_folder: Path) -> None:
+    tower = load_tower(models_folder, "clip", select_layer=(-2, -1))
     pixels = torch.rand(1, 3, 32, 32)
-    hidden = vision.model(pixels, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(vision(pixels), torch.cat([hidden[-2], hidden[-1]], -1)[:, 1:])
-    assert vision.width == 48
+    hidden_states = tower.model(pixels, output_hidden_states=True).hidden_states
+    expected = torch.cat([hidden_states[-2], hidden_states[-1]], -1)[:, 1:]
+    torch.testing.assert_close(tower(pixels), expected)
+    assert tower.width == 48
 
 
-def test_maps_of_several_sizes_meet_on_the_smallest_grid(models_folder: Path) -> None:
-    vision = tower(models_folder, "convnext", select_layer=(-1, 1))
+def test_feature_maps_of_several_sizes_are_pooled_to_the_smallest(models_folder: Path) -> None:
+    tower = load_tower(models_folder, "convnext", select_layer=(-1, 1))
     pixels = torch.rand(1, 3, 32, 32)
-    outputs = vision.model(pixels, output_hidden_states=True)
+    outputs = tower.model(pixels, output_hidden_states=True)
     early = adaptive_avg_pool2d(outputs.hidden_states[1], 2).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(vision(pixels)[..., 24:], early)
+    torch.testing.assert_close(tower(pixels)[..., 24:], early)
 
 
-def test_token_pool_averages_neighbouring_patches(models_folder: Path) -> None:
+def test_token_pool_averages_neighboring_patches(models_folder: Path) -> None:
     pixels = torch.rand(1, 3, 32, 32)
-    full = tower(models_folder, "clip")(pixels)
-    pooled = tower(models_folder, "clip", token_pool=2)
-    grid = full.view(1, 4, 4, -1)
+    features = load_tower(models_folder, "clip")(pixels)
+    pooled = load_tower(models_folder, "clip", token_pool=2)
+    grid = features.view(1, 4, 4, -1)
     torch.testing.assert_close(pooled(pixels)[0, 0], grid[0, :2, :2].mean((0, 1)))
     assert pooled.num_tokens == 4
-    with pytest.raises(ValueError, match="pooled"):
-        tower(models_folder, "clip", token_pool=2, select_feature="cls_patch")
+    with pytest.raises(ValueError, match="cls_patch .*--mm_token_pool"):
+        load_tower(models_folder, "clip", token_pool=2, select_feature="cls_patch")
 
 
-def test_a_layer_out_of_range_is_named(models_folder: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"mm_vision_select_layer \(-9,\) is out of range: the tower has 4"
-    ):
-        tower(models_folder, "clip", select_layer=-9)
+def test_layer_out_of_range_is_refused(models_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"mm_vision_select_layer \(-9,\) .* 4 hidden states"):
+        load_tower(models_folder, "clip", select_layer=-9)
 
 
-def test_a_model_that_gives_no_grid_of_features_is_named(tmp_path: Path) -> None:
-    """It hides most patches, others at every call."""
-    ViTMAEModel(ViTMAEConfig(**HIDING)).save_pretrained(tmp_path)
+def test_model_without_a_grid_of_features_is_refused(tmp_path: Path) -> None:
+    """A masked autoencoder drops most patches, different ones at every call."""
+    config = ViTMAEConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    ViTMAEModel(config).save_pretrained(tmp_path)
     CLIPImageProcessorPil().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a vit_mae can't be the vision tower"):
+    with pytest.raises(ValueError, match="vit_mae cannot be the vision tower"):
         VisionTower.from_pretrained(str(tmp_path))
 
 
-def test_a_language_model_is_no_tower(models_folder: Path) -> None:
+def test_language_model_is_refused_as_a_tower(models_folder: Path) -> None:
     with pytest.raises(ValueError):
-        tower(models_folder, "mistral")
+        load_tower(models_folder, "mistral")
 
 
-def test_a_frozen_tower_stays_in_evaluation_mode(models_folder: Path) -> None:
-    """Batch norm in training mode would drift its statistics, and dropout would change the features."""
-    vision = tower(models_folder, "efficientnet", select_layer=-1).requires_grad_(False)
-    vision.train()
-    assert not vision.training
-    assert not any(module.training for module in vision.modules())
-    assert not vision(torch.zeros(1, 3, 64, 64)).requires_grad
-    vision.requires_grad_(True).train()
-    assert vision.model.training
+def test_frozen_tower_stays_in_evaluation_mode(models_folder: Path) -> None:
+    """In training mode, batch norms would update their statistics, and dropout change the features."""
+    tower = load_tower(models_folder, "efficientnet", select_layer=-1).requires_grad_(False)
+    tower.train()
+    assert not tower.training
+    assert not any(module.training for module in tower.modules())
+    assert not tower(torch.zeros(1, 3, 64, 64)).requires_grad
+    tower.requires_grad_(True).train()
+    assert tower.model.training
 
 
-def test_uint8_pixels_are_normalised_as_the_processor_does(models_folder: Path) -> None:
-    vision = tower(models_folder, "clip")
+def test_uint8_pixels_are_normalized_as_the_image_processor_does(models_folder: Path) -> None:
+    tower = load_tower(models_folder, "clip")
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    mean = torch.tensor(vision.transform.mean).view(3, 1, 1)
-    std = torch.tensor(vision.transform.std).view(3, 1, 1)
-    torch.testing.assert_close(vision(pixels), vision((pixels / 255 - mean) / std))
+    mean = torch.tensor(tower.transform.mean).view(3, 1, 1)
+    std = torch.tensor(tower.transform.std).view(3, 1, 1)
+    torch.testing.assert_close(tower(pixels), tower((pixels / 255 - mean) / std))
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
-@pytest.mark.parametrize("kind", PIXELS)
-def test_what_the_features_depend_on_is_what_gets_a_gradient(
+@pytest.mark.parametrize("kind", IMAGE_SIZE)
+def test_used_parameters_are_those_that_get_a_gradient(
     models_folder: Path, kind: str, layer: int
 ) -> None:
-    """The layers above the selected one have no part in the features: trained, they would never move."""
-    vision = tower(models_folder, kind, select_layer=layer)
-    vision(torch.rand(2, 3, PIXELS[kind], PIXELS[kind])).sum().backward()
-    moved = {
-        name for name, parameter in vision.model.named_parameters() if parameter.grad is not None
+    """The layers above the selected one do not contribute: training would not change them."""
+    tower = load_tower(models_folder, kind, select_layer=layer)
+    tower(torch.rand(2, 3, IMAGE_SIZE[kind], IMAGE_SIZE[kind])).sum().backward()
+    with_gradient = {
+        name for name, parameter in tower.model.named_parameters() if parameter.grad is not None
     }
-    assert vision.used_parameters == moved and moved
-    assert (
-        kind != "clip"
-        or layer != -2
-        or not any("layers.2." in name for name in vision.used_parameters)
-    )
+    assert with_gradient
+    assert tower.used_parameters == with_gradient
+    if kind == "clip" and layer == -2:
+        assert not any("layers.2." in name for name in tower.used_parameters)
 
 
-def test_a_tower_in_training_keeps_the_statistics_of_its_batch_norms(models_folder: Path) -> None:
-    vision = tower(models_folder, "efficientnet").train()
-    before = {name: buffer.clone() for name, buffer in vision.named_buffers()}
-    vision(torch.rand(2, 3, 64, 64))
-    assert vision.model.training
-    assert all(torch.equal(buffer, before[name]) for name, buffer in vision.named_buffers())
+def test_tower_in_training_keeps_the_statistics_of_its_batch_norms(models_folder: Path) -> None:
+    tower = load_tower(models_folder, "efficientnet").train()
+    before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    tower(torch.rand(2, 3, 64, 64))
+    assert tower.model.training
+    for name, buffer in tower.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
-def test_missing_weights_are_refused_where_they_matter(models_folder: Path, tmp_path: Path) -> None:
-    """transformers would warn, draw them at random, and go on."""
+def test_missing_weights_are_refused_if_the_features_depend_on_them(
+    models_folder: Path, tmp_path: Path
+) -> None:
+    """Transformers would warn, draw them at random, and continue."""
     shutil.copytree(models_folder / "clip", tmp_path / "clip")
     path = tmp_path / "clip" / "model.safetensors"
-    whole = load_file(path)
-    above, below = (next(name for name in whole if f"layers.{n}." in name) for n in (2, 0))
-    save_file({name: w for name, w in whole.items() if name != above}, path, {"format": "pt"})
-    tower(tmp_path, "clip", select_layer=-2)
-    save_file({name: w for name, w in whole.items() if name != below}, path, {"format": "pt"})
+    weights = load_file(path)
+
+    def save_without(layer: int) -> None:
+        missing = next(name for name in weights if f"layers.{layer}." in name)
+        kept = {name: weight for name, weight in weights.items() if name != missing}
+        save_file(kept, path, {"format": "pt"})
+
+    save_without(layer=2)
+    load_tower(tmp_path, "clip", select_layer=-2)
+    save_without(layer=0)
     with pytest.raises(ValueError, match=r"weights are missing: .*layers\.0\."):
-        tower(tmp_path, "clip", select_layer=-2)
+        load_tower(tmp_path, "clip", select_layer=-2)

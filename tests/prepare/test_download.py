@@ -94,7 +94,7 @@ def test_every_row_has_its_true_outcome_and_every_picture_its_place(
     assert not list((tmp_path / "out" / "_work").iterdir()), "nothing is left behind"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "http_404" in page
-    assert page.count("</h2><svg") == 3, "rate, sides and sizes are drawn"
+    assert page.count("<svg") == 3, "rate, sides and sizes are drawn"
     assert (
         json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"] == report["outcomes"]
     )

@@ -117,7 +117,7 @@ def test_other_bytes_of_a_parquet_file_are_no_pictures(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a cat"], "embedding": [b"123"]}), tmp_path / "no.parquet")
     with pytest.raises(ValueError, match="no url or image column among text"):
         read(tmp_path / "no.parquet")
-    with pytest.raises(ValueError, match="no column of pictures"):
+    with pytest.raises(ValueError, match="no column with images"):
         read_shard_image(tmp_path / "no.parquet", "0")
 
 

@@ -65,7 +65,7 @@ def assert_idle(engine: Engine) -> None:
     assert not engine.requests_in_flight
     assert not engine.sequences_running
     batch = engine._batch
-    assert batch is None or not (batch.tokens or batch.live or batch.errors)
+    assert batch is None or not (batch.generated_ids or batch.active or batch.errors)
 
 
 @contextmanager

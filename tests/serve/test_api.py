@@ -105,7 +105,7 @@ def test_chat_samples_as_library(server: LiveServer, model: Llava, photos: list[
         return [choice.message.content for choice in completion.choices]
 
     options = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
-    sampled = model.caption(photos[0], "What?", n=3, max_new_tokens=8, **options)
+    sampled = model.caption(photos[0], "What?", num_return_sequences=3, max_new_tokens=8, **options)
     assert answers(3, **options) == sampled
     assert answers(3, **{**options, "seed": 4}) != sampled
     assert len(set(answers(16))) > 1, "several answers are sampled without a temperature, too"

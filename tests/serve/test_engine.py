@@ -14,7 +14,8 @@ from live_server import assert_idle, paused_after, without_end_tokens
 
 from llava_simplified.data.images import ImageError
 from llava_simplified.model import generation
-from llava_simplified.model.generation import DecodingBatch, GenerationOptions
+from llava_simplified.model.generation import DecodingBatch
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 from llava_simplified.serve.engine import (
@@ -101,7 +102,7 @@ def test_engine_gives_answers_of_model_alone(model: Llava, photos: list[bytes]) 
 
 def test_engine_gives_all_sequences_of_a_request(model: Llava, photos: list[bytes]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
-    alone = model.caption(photos[0], "What?", n=3, **options)
+    alone = model.caption(photos[0], "What?", num_return_sequences=3, **options)
 
     def use(engine: Engine) -> Awaitable[list[str]]:
         return generate_answers(engine, "What?", photos[:1], num_return_sequences=3, **options)
@@ -288,7 +289,7 @@ def test_failed_step_ends_requests_and_next_ones_are_served(
 @contextmanager
 def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
     """Let the vision tower return NaN for one image: all logits of its sequences become NaN."""
-    _, bad_pixels = model.ask("<image>", [photo])
+    _, bad_pixels = model.prepare_inputs("<image>", [photo])
     assert bad_pixels is not None
     bad = bad_pixels[0]
 

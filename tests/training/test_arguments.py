@@ -1,9 +1,14 @@
-"""LLaVA's own script flags are understood; the command line wins over the YAML file."""
+"""Tests of the training options: LLaVA's own names, YAML files, and the help text."""
 
 from __future__ import annotations
 
+import logging
 import re
+import subprocess
+import sys
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -11,10 +16,28 @@ import transformers
 from llava_simplified.arguments import (
     DataArguments,
     ModelArguments,
-    TrainingArguments,
+    non_default_options,
     parse_arguments,
+    split_options,
+    to_words,
+)
+from llava_simplified.training.train_command import build_parser
+from llava_simplified.training.train_command import main as train_main
+from llava_simplified.training_options import (
+    HELP_GROUPS,
+    INHERITED,
+    TrainingDefaults,
 )
 
+PACKAGE = Path(__file__).parents[2] / "llava_simplified"
+OWN_OPTIONS = {
+    option.name: option
+    for group in (ModelArguments, DataArguments, TrainingDefaults)
+    for option in fields(group)
+}
+INHERITED_FIELDS = {option.name: option for option in fields(transformers.TrainingArguments)}
+
+# The command line of LLaVA's finetune.sh.
 FINETUNE_SH = """
 --mm_vision_select_layer -1 --mm_vision_select_feature patch --mm_use_im_start_end False --mm_use_im_patch_token False
 --bf16 True --output_dir OUT --num_train_epochs 1 --per_device_train_batch_size 16 --per_device_eval_batch_size 4
@@ -25,12 +48,20 @@ FINETUNE_SH = """
 """
 
 
-def test_every_flag_of_the_original_script(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def write_config(folder: Path, *lines: str) -> str:
+    path = folder / "config.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+# ---- command line ----
+
+
+def test_parse_arguments_accepts_every_option_of_finetune_sh(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, data, training = parse_arguments(
-        [*FINETUNE_SH.replace("OUT", str(tmp_path)).split(), "--train_data_path", "x.json"]
-    )
+    words = FINETUNE_SH.replace("OUT", str(tmp_path)).split()
+    model, data, training = parse_arguments([*words, "--train_data_path", "x.json"])
     assert model.mm_vision_select_layer == [-1]
     assert (model.lora_r, model.lora_alpha, model.lora_enable) == (128, 256, True)
     assert training.eval_strategy == "steps"
@@ -39,80 +70,39 @@ def test_every_flag_of_the_original_script(
     assert training.bf16
     assert training.gradient_checkpointing
     assert data.train_data_path == "x.json"
-    assert capsys.readouterr().err.count("--lazy_preprocess has no effect") == 1
+    assert caplog.text.count("--lazy_preprocess has no effect") == 1
 
 
-def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text(
-        "learning_rate: 1e-3\nlora_r: 7\nmm_vision_select_layer: [-1, -3]\nbf16: false\ntrain_data_path: a.json\n"
-    )
-    model, data, training = parse_arguments(
-        ["--config", str(config), "--lora-r=9", "--output_dir", str(tmp_path)]
-    )
-    assert training.learning_rate == 1e-3  # YAML reads 1e-3 as a text
-    assert model.lora_r == 9
-    assert model.mm_vision_select_layer == [-1, -3]
-    assert data.train_data_path == "a.json"
-
-
-def test_the_file_says_off_no_and_mappings_as_the_command_line_does(tmp_path: Path) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text(
-        "cache_vision_features: off\ntune_vision_tower: off\neval_strategy: no\npacking: yes\ngroup_by_length: true\n"
-        "lr_scheduler_kwargs: {min_lr_rate: 0.1}\naccelerator_config: {even_batches: false}\nrun_name: null\n"
-    )
-    model, data, training = parse_arguments(["--config", str(config), "--group_by_length", "False"])
-    assert (model.tune_vision_tower, data.cache_vision_features, training.eval_strategy) == (
-        "off",
-        "off",
-        "no",
-    )
-    assert data.packing
-    assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
-    assert training.accelerator_config.even_batches is False  # type: ignore[union-attr]
-    assert training.train_sampling_strategy == "random"
-
-
-def test_a_shortened_name_is_no_option(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("lora_r: 7\n")
-    with pytest.raises(ValueError, match="unknown option --conf;"):
-        parse_arguments(["--conf", str(tmp_path / "c.yaml")])
-
-
-def test_an_unknown_key_in_the_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("learnin_rate: 1e-3\n")
-    with pytest.raises(ValueError, match="unknown option --learnin_rate"):
-        parse_arguments(["--config", str(tmp_path / "c.yaml")])
+def test_parse_arguments_accepts_dashes_and_underscores() -> None:
+    underscores = ["--lora_r", "9", "--per_device_train_batch_size=3", "--weight_decay", "0.5"]
+    dashes = [word.replace("_", "-") for word in underscores]
+    for words in (underscores, dashes):
+        model, _, training = parse_arguments(words)
+        assert model.lora_r == 9
+        assert training.per_device_train_batch_size == 3
+        assert training.weight_decay == 0.5
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("misspelt", "suggestion"),
     [
-        (["stray", "--bf16", "True"], "'stray' belongs to no option"),
-        (
-            ["--mm_use_im_start_end", "True"],
-            "--mm_use_im_start_end: image start and end tokens is not part",
-        ),
-        (["--config", "gone.yaml"], "gone.yaml: no such file"),
-        (["--config", "list.yaml"], "must be a mapping"),
-        (["--config", "broken.yaml"], "not YAML"),
+        ("--learnin_rate", "--learning_rate"),
+        ("--lora-rr", "--lora_r"),
+        ("--conf", "--config"),  # an abbreviation
+        ("--evaluation_strateg", "--evaluation_strategy"),
     ],
 )
-def test_what_is_no_option_is_said(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("list.yaml").write_text("- lora_r\n")
-    Path("broken.yaml").write_text("a: [\n")
-    with pytest.raises(ValueError, match=message):
-        parse_arguments(words)
+def test_parse_arguments_suggests_the_nearest_option(misspelt: str, suggestion: str) -> None:
+    with pytest.raises(ValueError, match=f"{suggestion}\\?"):
+        parse_arguments([misspelt, "1"])
 
 
-def test_names_of_older_versions_are_translated() -> None:
+def test_parse_arguments_translates_names_of_older_versions() -> None:
     _, _, training = parse_arguments(["--group_by_length", "True", "--no_cuda", "True"])
-    assert training.train_sampling_strategy == "group_by_length" and training.use_cpu
-    assert parse_arguments(["--group_by_length", "False"])[2].train_sampling_strategy == "random"
+    assert training.train_sampling_strategy == "group_by_length"
+    assert training.use_cpu
+    _, _, training = parse_arguments(["--group_by_length", "False"])
+    assert training.train_sampling_strategy == "random"
     words = ["--data_path", "x.json", "--image_folder", "y", "--group_by_modality_length", "True"]
     _, data, training = parse_arguments(words)
     assert (data.train_data_path, data.train_image_folder) == ("x.json", "y")
@@ -120,69 +110,231 @@ def test_names_of_older_versions_are_translated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "words", "message"),
+    ("words", "named"),
+    [
+        (["stray", "--bf16", "True"], "'stray'"),
+        (["--mm_use_im_start_end", "True"], "--mm_use_im_start_end False"),
+        (["--config", "gone.yaml"], "--config gone.yaml"),
+        (["--config"], "--config"),
+        (["--config", "list.yaml"], "--config list.yaml: .*mapping"),
+        (["--config", "broken.yaml"], "--config broken.yaml: .*YAML"),
+    ],
+)
+def test_parse_arguments_names_what_is_wrong(
+    words: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("- lora_r\n")
+    Path("broken.yaml").write_text("a: [\n")
+    with pytest.raises(ValueError, match=named):
+        parse_arguments(words)
+
+
+def test_parse_arguments_reports_a_wrong_value_in_a_few_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments(["--learning_rate", "fast"])
+    assert exit_.value.code == 2
+    printed = capsys.readouterr().err
+    assert "--learning_rate/--learning-rate: invalid float value: 'fast'" in printed
+    assert printed.count("\n") < 5
+
+
+def test_parse_arguments_names_the_output_folder_after_the_models() -> None:
+    *_, training = parse_arguments(["--vision_tower", "openai/clip-vit-base-patch16"])
+    assert training.output_dir == "output/mistral-7b-instruct-v0.1-clip-vit-base-patch16"
+
+
+def test_parse_arguments_reports_to_no_tracker_by_default() -> None:
+    assert parse_arguments([])[2].report_to == []
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [([], logging.INFO), (["--verbose"], logging.DEBUG), (["--quiet"], logging.WARNING)],
+)
+def test_parse_arguments_sets_the_log_level(words: list[str], level: int) -> None:
+    parse_arguments(words)
+    assert logging.getLogger("llava_simplified").level == level
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "named"),
     [
         ({}, ["--deepspeed", "ds_configs/zero2.json"], "--deepspeed needs its launcher"),
         (
             {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
             [],
-            "several processes and started one",
+            "accelerate launch --multi_gpu",
         ),
         (
             {"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
             ["--deepspeed", "ds_configs/zero2.json"],
-            "under an accelerate launch that has a DeepSpeed configuration",
+            "--deepspeed: accelerate launch has a DeepSpeed configuration",
         ),
     ],
 )
-def test_a_launch_that_would_do_something_else_is_refused(
-    environment: dict[str, str], words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+def test_parse_arguments_refuses_a_launcher_that_does_something_else(
+    environment: dict[str, str], words: list[str], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=named):
         parse_arguments(words)
 
 
-def test_a_wrong_value_is_said_in_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_arguments(["--learning_rate", "fast"])
-    said = capsys.readouterr().err
-    assert "--learning_rate/--learning-rate: invalid float value: 'fast'" in said
-    assert said.count("\n") < 5
+# ---- YAML ----
 
 
-def test_the_output_folder_has_a_default() -> None:
-    *_, training = parse_arguments(["--vision_tower", "openai/clip-vit-base-patch16"])
-    assert training.output_dir == "output/mistral-7b-instruct-v0.1-clip-vit-base-patch16"
+def test_command_line_has_precedence_over_the_config_file(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        "learning_rate: 1e-3",  # a text for YAML
+        "lora_r: 7",
+        "mm_vision_select_layer: [-1, -3]",
+        "bf16: false",
+        "train_data_path: a.json",
+    )
+    words = ["--config", config, "--lora-r=9", "--output_dir", str(tmp_path)]
+    model, data, training = parse_arguments(words)
+    assert training.learning_rate == 1e-3
+    assert model.lora_r == 9
+    assert model.mm_vision_select_layer == [-1, -3]
+    assert data.train_data_path == "a.json"
 
 
-def test_wandb_is_silent_unless_asked() -> None:
-    assert parse_arguments([])[2].report_to == []
+def test_config_file_accepts_off_no_and_mappings(tmp_path: Path) -> None:
+    """`off` and `no` are False for YAML, but values of options here."""
+    config = write_config(
+        tmp_path,
+        "cache_vision_features: off",
+        "tune_vision_tower: off",
+        "eval_strategy: no",
+        "packing: yes",
+        "group_by_length: true",
+        "lr_scheduler_kwargs: {min_lr_rate: 0.1}",
+        "accelerator_config: {even_batches: false}",
+        "run_name: null",
+    )
+    model, data, training = parse_arguments(["--config", config, "--group_by_length", "False"])
+    assert model.tune_vision_tower == "off"
+    assert data.cache_vision_features == "off"
+    assert training.eval_strategy == "no"
+    assert data.packing
+    assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert training.accelerator_config.even_batches is False  # type: ignore[union-attr]
+    assert training.train_sampling_strategy == "random"
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_every_recipe_is_understood_and_says_what_to_expect(recipe: Path) -> None:
-    more = ["--bf16", "False"] if recipe.stem.startswith(("cc3m", "coco", "qlora")) else []
-    model, _, training = parse_arguments(["--config", str(recipe), *more])
+def test_config_file_is_not_read_under_an_abbreviation(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown option --conf;"):
+        parse_arguments(["--conf", write_config(tmp_path, "lora_r: 7")])
+
+
+def test_config_file_with_an_unknown_option_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown option --learnin_rate"):
+        parse_arguments(["--config", write_config(tmp_path, "learnin_rate: 1e-3")])
+
+
+RECIPES = sorted((PACKAGE.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_states_what_to_expect(recipe: Path) -> None:
+    words = ["--config", str(recipe)]
+    if recipe.stem.startswith(("cc3m", "coco", "qlora")):
+        words += ["--bf16", "False"]
+    model, _, training = parse_arguments(words)
     assert training.max_steps > 0 or training.num_train_epochs >= 1
     assert model.mm_projector_type in ("linear", "mlp2x_gelu")
-    comment = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
-    assert any("Check" in line or "Expect" in line for line in comment)
-    assert any(unit in " ".join(comment) for unit in ("day", "hour", "minute")), "the expected time"
+    comments = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    assert any("Check" in line or "Expect" in line for line in comments)
+    units = ("day", "hour", "minute")
+    assert any(unit in " ".join(comments) for unit in units), "the expected time"
+
+
+# ---- words and options ----
+
+
+def test_split_options_inverts_to_words() -> None:
+    words = to_words({"lora_r": 8, "layers": [-1, -2], "kwargs": {"a": 1}, "run_name": None})
+    assert split_options(words) == [
+        ("lora_r", ["8"]),
+        ("layers", ["-1", "-2"]),
+        ("kwargs", ['{"a": 1}']),
+    ]
+
+
+def test_non_default_options_lists_changes_but_no_tokens() -> None:
+    groups = parse_arguments(["--lora_r", "8", "--hub_token", "secret", "--packing"])
+    changed = non_default_options(*groups)
+    assert changed["lora_r"] == 8
+    assert changed["packing"] is True
+    assert "hub_token" not in changed
+    assert "lora_alpha" not in changed
 
 
 def test_every_option_is_read_somewhere() -> None:
-    """A flag that nobody reads is a promise that nobody keeps."""
-    package = Path(__file__).parents[2] / "llava_simplified"
-    code = "".join(path.read_text() for path in package.rglob("*.py"))
-    for group in (ModelArguments, DataArguments, TrainingArguments):
-        for name in (
-            group.__annotations__.keys()
-            - transformers.TrainingArguments.__dataclass_fields__.keys()
-        ):
-            assert re.search(rf"\b\w*(args|data|model|self)\.{name}\b", code), (
-                f"--{name} is read by nobody"
-            )
+    """An option that nothing reads would silently have no effect."""
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    for name in OWN_OPTIONS.keys() - INHERITED_FIELDS.keys():
+        assert re.search(rf"\b\w*(args|data|model|self)\.{name}\b", code), f"--{name} is not read"
+
+
+# ---- help ----
+
+
+def default_of(option: Field[Any]) -> Any:
+    default = option.default
+    if option.default_factory is not MISSING:
+        default = option.default_factory()
+    return getattr(default, "value", default)  # of an enumeration
+
+
+def test_help_lists_every_own_option_in_one_group() -> None:
+    listed = [name for names in HELP_GROUPS.values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == OWN_OPTIONS.keys() | INHERITED.keys()
+    assert not OWN_OPTIONS.keys() & INHERITED.keys()
+
+
+@pytest.mark.parametrize("name", INHERITED)
+def test_help_states_the_defaults_of_transformers(name: str) -> None:
+    assert INHERITED[name].default == default_of(INHERITED_FIELDS[name])
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    printed = run_python(
+        "import sys, atexit\n"
+        "from llava_simplified.training.train_command import main\n"
+        "atexit.register(lambda: print({'torch', 'transformers'} & sys.modules.keys()))\n"
+        "main(['--lora-r', '8', '--help'])"
+    )
+    assert printed.endswith("set()\n")
+    for heading in HELP_GROUPS:
+        assert f"\n{heading}:\n" in printed
+    assert "--lora_r" in printed
+    assert "--adam_beta1" not in printed
+
+
+def test_help_all_lists_every_option_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        train_main(["--help-all"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    for name in OWN_OPTIONS.keys() | {"adam_beta1", "hub_token"}:
+        assert len(re.findall(rf"^  --{name}\b", printed, re.MULTILINE)) == 1, name
+
+
+def test_parser_for_completion_knows_every_option_of_the_help() -> None:
+    known = build_parser()._option_string_actions
+    for names in HELP_GROUPS.values():
+        for name in names:
+            assert f"--{name}" in known

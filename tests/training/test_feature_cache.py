@@ -1,199 +1,282 @@
-"""Features kept are the features the tower gives, found only for the same picture through the same tower."""
+"""Cached features are those of the tower, and are found only for the same image and the same tower."""
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from test_run import options, run
+from PIL import Image
+from training_runs import ROOT, run_training, training_options
 
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.training.build_trainer import dummy_image_batch
-from llava_simplified.training.feature_cache import (
-    FeatureCache,
-    ImageFeatures,
-    cache_key,
-    encode_main,
-)
+from llava_simplified.training.encode_command import main as encode_main
+from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures, cache_key
 
 
-def tower(models_folder: Path, dtype: torch.dtype = torch.float32, **choices) -> VisionTower:
-    vision = VisionTower.from_pretrained(str(models_folder / "clip"), dtype=dtype, **choices)
-    return vision.requires_grad_(False).eval()
+def load_tower(
+    models_folder: Path, dtype: torch.dtype = torch.float32, **choices: Any
+) -> VisionTower:
+    tower = VisionTower.from_pretrained(str(models_folder / "clip"), dtype=dtype, **choices)
+    return tower.requires_grad_(False).eval()
 
 
-def direct(vision: VisionTower, path: Path) -> torch.Tensor:
-    return vision(vision.transform(decode_image(path.read_bytes()))[None])[0]
+def tower_features(tower: VisionTower, path: Path) -> torch.Tensor:
+    """Return the features of one image, computed by the tower itself."""
+    pixels = tower.transform(decode_image(path.read_bytes()))
+    return tower(pixels[None])[0]
+
+
+def fail_forward(*_: object) -> None:
+    pytest.fail("the tower ran again")
+
+
+# ---- the cache ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("on_disk", [True, False])
-def test_what_is_kept_is_what_the_tower_gives(
+def test_cache_returns_what_the_tower_returns(
     models_folder: Path, data_folder: Path, tmp_path: Path, dtype: torch.dtype, on_disk: bool
 ) -> None:
-    vision = tower(models_folder, dtype)
-    cache = FeatureCache(vision, "w", tmp_path if on_disk else None)
-    names = [f"{i}.jpg" for i in range(5)]
+    tower = load_tower(models_folder, dtype)
+    cache = FeatureCache(tower, "w", tmp_path if on_disk else None)
+    names = [f"{number}.jpg" for number in range(5)]
     features = cache.fill(names, data_folder / "images", batch_size=1, progress=False)
-    features = pickle.loads(pickle.dumps(features))  # as a worker process gets it
+    features = pickle.loads(pickle.dumps(features))  # as a worker process receives it
     for name in names:
-        assert torch.equal(features[name], direct(vision, data_folder / "images" / name))
+        expected = tower_features(tower, data_folder / "images" / name)
+        assert torch.equal(features[name], expected)
 
 
-def test_a_second_run_computes_nothing(
+def test_cache_computes_nothing_in_a_second_run(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    names = [f"{i}.jpg" for i in range(5)]
-    first = FeatureCache(tower(models_folder), "w", tmp_path).fill(
-        names, data_folder / "images", progress=False
+    names = [f"{number}.jpg" for number in range(5)]
+    images = data_folder / "images"
+    first = FeatureCache(load_tower(models_folder), "w", tmp_path).fill(
+        names, images, progress=False
     )
-    blind = tower(models_folder)
-    blind.forward = lambda pixels: pytest.fail("the tower ran again")  # type: ignore[method-assign]
-    again = FeatureCache(blind, "w", tmp_path).fill(
-        names[::-1], data_folder / "images", progress=False
-    )
-    assert all(torch.equal(first[name], again[name]) for name in names)
+    tower = load_tower(models_folder)
+    tower.forward = fail_forward  # type: ignore[method-assign, assignment]
+    second = FeatureCache(tower, "w", tmp_path).fill(names[::-1], images, progress=False)
+    assert all(torch.equal(first[name], second[name]) for name in names)
 
 
-def test_a_stale_feature_is_never_found(
+def test_cache_never_finds_a_stale_feature(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    vision = tower(models_folder)
+    tower = load_tower(models_folder)
     keys = {
-        cache_key(vision, "w"),
-        cache_key(vision, "other weights"),
-        cache_key(tower(models_folder, select_layer=-1), "w"),
-        cache_key(tower(models_folder, token_pool=2), "w"),
-        cache_key(tower(models_folder, torch.bfloat16), "w"),
+        cache_key(tower, "w"),
+        cache_key(tower, "other weights"),
+        cache_key(load_tower(models_folder, select_layer=-1), "w"),
+        cache_key(load_tower(models_folder, token_pool=2), "w"),
+        cache_key(load_tower(models_folder, torch.bfloat16), "w"),
     }
     assert len(keys) == 5
     (tmp_path / "images").mkdir()
-    picture = tmp_path / "images" / "x.jpg"
-    for source in ("0.jpg", "1.jpg"):  # the same name, another picture
-        picture.write_bytes((data_folder / "images" / source).read_bytes())
-        features = FeatureCache(vision, "w", tmp_path / "cache").fill(
-            ["x.jpg"], picture.parent, progress=False
-        )
-        torch.testing.assert_close(features["x.jpg"], direct(vision, picture))
+    image = tmp_path / "images" / "x.jpg"
+    for source in ("0.jpg", "1.jpg"):  # another image under the same name
+        image.write_bytes((data_folder / "images" / source).read_bytes())
+        cache = FeatureCache(tower, "w", tmp_path / "cache")
+        features = cache.fill(["x.jpg"], image.parent, progress=False)
+        torch.testing.assert_close(features["x.jpg"], tower_features(tower, image))
 
 
-@pytest.mark.parametrize("lost", [1, 700, 5000])
-def test_a_killed_run_leaves_no_half_row(
-    models_folder: Path, data_folder: Path, tmp_path: Path, lost: int
+def test_cache_key_is_that_of_release_0_1_0(models_folder: Path) -> None:
+    """Caches that were filled with 0.1.0 are found."""
+    tower = load_tower(models_folder)
+    assert cache_key(tower, "w") == "eeff5fccaf87993e"
+    assert cache_key(tower, "w", pixels=True) == "13847bc71f5bc376"
+
+
+def test_cache_describes_its_content(models_folder: Path, tmp_path: Path) -> None:
+    tower = load_tower(models_folder)
+    FeatureCache(tower, "digest", tmp_path)
+    description = json.loads((tmp_path / f"{cache_key(tower, 'digest')}.json").read_text())
+    assert description["content"] == "features"
+    assert description["weights"] == "digest"
+    assert description["select_layers"] == [-2]
+
+
+@pytest.mark.parametrize("torn_bytes", [1, 700, 5000])
+def test_cache_of_a_killed_run_has_no_torn_row(
+    models_folder: Path, data_folder: Path, tmp_path: Path, torn_bytes: int
 ) -> None:
-    names = [f"{i}.jpg" for i in range(6)]
-    vision = tower(models_folder)
-    FeatureCache(vision, "w", tmp_path).fill(
-        names[:4], data_folder / "images", batch_size=1, progress=False
-    )
+    names = [f"{number}.jpg" for number in range(6)]
+    images = data_folder / "images"
+    tower = load_tower(models_folder)
+    FeatureCache(tower, "w", tmp_path).fill(names[:4], images, batch_size=1, progress=False)
     [hashes] = tmp_path.glob("*.hashes")
     [rows] = tmp_path.glob("*.features")
-    hashes.write_bytes(hashes.read_bytes()[: 3 * 32 + 5])  # the fourth hash was being written
-    rows.write_bytes(rows.read_bytes()[:-1] + bytes(lost))
-    features = FeatureCache(vision, "w", tmp_path).fill(
-        names, data_folder / "images", batch_size=1, progress=False
-    )
+    hashes.write_bytes(hashes.read_bytes()[: 3 * 32 + 5])  # killed while it wrote the fourth hash
+    rows.write_bytes(rows.read_bytes()[:-1] + bytes(torn_bytes))
+    cache = FeatureCache(tower, "w", tmp_path)
+    features = cache.fill(names, images, batch_size=1, progress=False)
     for name in names:
-        assert torch.equal(features[name], direct(vision, data_folder / "images" / name))
+        assert torch.equal(features[name], tower_features(tower, images / name))
 
 
-def test_a_picture_that_cannot_be_read_is_left_to_the_dataset(
+def test_cache_leaves_out_unreadable_images(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    cache = FeatureCache(tower(models_folder), "w", tmp_path)
+    cache = FeatureCache(load_tower(models_folder), "w", tmp_path)
     features = cache.fill(["gone.jpg", "1.jpg"], data_folder / "images", progress=False)
-    assert len(features) == 1 and "1.jpg" in features and "gone.jpg" not in features
+    assert len(features) == 1
+    assert "1.jpg" in features
+    assert "gone.jpg" not in features
     with pytest.raises(KeyError):
         features["gone.jpg"]
 
 
-def test_a_tower_in_training_is_refused(models_folder: Path) -> None:
-    with pytest.raises(ValueError, match="being trained"):
-        FeatureCache(tower(models_folder).requires_grad_(True), "w")
+def test_cache_refuses_a_tower_that_is_trained(models_folder: Path) -> None:
+    with pytest.raises(ValueError, match="--cache_vision_features"):
+        FeatureCache(load_tower(models_folder).requires_grad_(True), "w")
 
 
-def test_several_processes_fill_one_cache(
+def test_cache_can_be_filled_by_several_processes(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """Each opened it empty; neither may write over the other's rows, nor keep a picture twice."""
-    vision, images = tower(models_folder), data_folder / "images"
-    one, other = (FeatureCache(vision, "w", tmp_path) for _ in range(2))
-    names = [f"{i}.jpg" for i in range(8)]
+    """Both opened it empty. Neither may overwrite the other's rows, or store an image twice."""
+    tower, images = load_tower(models_folder), data_folder / "images"
+    one = FeatureCache(tower, "w", tmp_path)
+    other = FeatureCache(tower, "w", tmp_path)
+    names = [f"{number}.jpg" for number in range(8)]
     one.fill(names[:5], images, batch_size=2, progress=False)
     features = other.fill(names[3:], images, batch_size=2, progress=False)
     one.fill(names, images, progress=False)
     [hashes] = tmp_path.glob("*.hashes")
     assert hashes.stat().st_size == 8 * 32
-    for found in (
-        features,
-        one.fill(names, images, progress=False),
-        FeatureCache(vision, "w", tmp_path).fill(names, images),
-    ):
-        for name in (name for name in names if name in found):
-            torch.testing.assert_close(found[name], direct(vision, images / name))
+    third = FeatureCache(tower, "w", tmp_path)
+    for filled in (features, one.fill(names, images, progress=False), third.fill(names, images)):
+        for name in names:
+            if name in filled:
+                expected = tower_features(tower, images / name)
+                torch.testing.assert_close(filled[name], expected)
 
 
-def test_a_run_after_encoding_ahead_does_not_run_the_tower(
-    models_folder: Path,
-    data_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch,
-) -> None:
-    """With the options of the run that follows, which then runs the tower over nothing; in worker processes too."""
-    more = {"eval_data_path": data_folder / "val.json", "val_image_folder": data_folder / "images"}
-    words = options(
-        models_folder, data_folder, tmp_path / "out", max_steps=1, dataloader_num_workers=1, **more
-    )
-    assert encode_main(words) == 0
-    printed = capsys.readouterr().out
-    assert (
-        "16 vision features of pictures: 0.00 GB" in printed
-        and "16 pictures are there, 0 can't be read" in printed
-    )
-    monkeypatch.setattr(VisionTower, "forward", lambda *_: pytest.fail("the tower ran again"))
-    assert encode_main(words) == 0
-    run([*words, "--cache_vision_features", "disk"])
-    with pytest.raises(ValueError, match="llava encode fills the disk"):
-        encode_main([*words, "--cache_vision_features", "memory"])
-
-
-def test_a_full_disk_is_seen_before(
-    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(ValueError, match="GB are needed"):
-        encode_main(options(models_folder, data_folder, tmp_path / "out"))
-
-
-def test_every_name_is_found_and_no_other() -> None:
-    """Many names: some of their hashes end in zero bytes, which numpy's strings lose."""
+def test_image_features_find_every_name_and_no_other() -> None:
+    """Among many names, some hashes end in zero bytes, which NumPy's strings drop."""
     names = [f"{number}.jpg" for number in range(3000)]
-    index = ImageFeatures(SimpleNamespace(row=lambda row: row), names, range(3000))  # type: ignore[arg-type]
+    cache: Any = SimpleNamespace(read_row=lambda row: row)
+    index = ImageFeatures(cache, names, range(3000))
     assert [index[name] for name in names] == list(range(3000))
     assert "3000.jpg" not in index
 
 
 @pytest.mark.parametrize("pixels", [False, True])
-def test_a_blank_image_has_the_form_of_what_is_kept(
-    models_folder: Path, data_folder: Path, tmp_path: Path, pixels: bool
+def test_dummy_image_has_the_form_of_the_cached_images(
+    models_folder: Path, data_folder: Path, pixels: bool
 ) -> None:
-    """Else, of processes that share a model's weights, one runs the tower for a text and waits for the others for ever."""
-    vision = tower(models_folder, torch.bfloat16)
-    data = SimpleNamespace(features=None)
-    assert dummy_image_batch(SimpleNamespace(vision_tower=vision), data).keys() == {"pixel_values"}  # type: ignore[arg-type]
-    data.features = FeatureCache(vision, "w", pixels=pixels).fill(
-        ["0.jpg"], data_folder / "images", progress=False
-    )
-    ((name, blank),) = dummy_image_batch(SimpleNamespace(vision_tower=vision), data).items()  # type: ignore[arg-type]
+    """With another form, one process would run the tower while the others wait for it forever."""
+    tower = load_tower(models_folder, torch.bfloat16)
+    model: Any = SimpleNamespace(vision_tower=tower)
+    dataset: Any = SimpleNamespace(features=None)
+    assert dummy_image_batch(model, dataset).keys() == {"pixel_values"}
+
+    cache = FeatureCache(tower, "w", pixels=pixels)
+    dataset.features = cache.fill(["0.jpg"], data_folder / "images", progress=False)
+    ((name, blank),) = dummy_image_batch(model, dataset).items()
     assert name == ("pixel_values" if pixels else "image_features")
-    assert (blank.shape[1:], blank.dtype) == (
-        data.features["0.jpg"].shape,
-        data.features["0.jpg"].dtype,
-    )
+    cached = dataset.features["0.jpg"]
+    assert blank.shape[1:] == cached.shape
+    assert blank.dtype == cached.dtype
     assert not blank.any()
+
+
+# ---- llava encode ----
+
+
+def test_encode_saves_the_training_run_the_tower(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    package_log: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`llava encode` accepts the options of the run. The run then finds all features, with worker processes too."""
+    options = training_options(
+        models_folder,
+        data_folder,
+        tmp_path / "out",
+        max_steps=1,
+        dataloader_num_workers=1,
+        eval_data_path=data_folder / "val.json",
+        val_image_folder=data_folder / "images",
+    )
+    assert encode_main(options) == 0
+    assert "16 vision features of images: 0.00 GB" in package_log.text
+    printed = capsys.readouterr().out
+    assert "16 images" in printed
+    assert "0 could not be read" in printed
+    assert "--cache_vision_features disk" in printed
+
+    monkeypatch.setattr(VisionTower, "forward", fail_forward)
+    assert encode_main(options) == 0
+    run_training([*options, "--cache_vision_features", "disk"])
+    with pytest.raises(ValueError, match="--cache_vision_features memory: .*`llava encode`"):
+        encode_main([*options, "--cache_vision_features", "memory"])
+
+
+def test_encode_checks_the_disk_space_first(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match="--feature_cache_dir .*GB"):
+        encode_main(training_options(models_folder, data_folder, tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
+def test_encode_killed_and_restarted_continues(models_folder: Path, tmp_path: Path) -> None:
+    """The rows of the killed job stay as they are, and the restarted job adds the others."""
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = []
+    for number in range(600):
+        color = (number % 256, number // 3 % 256, 7 * number % 256)
+        Image.new("RGB", (320, 240), color).save(images / f"{number}.png")
+        rows.append({"image": f"{number}.png", "instruction": "Describe it.", "response": "x"})
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    options = training_options(
+        models_folder, tmp_path, tmp_path / "out", cache_vision_features="disk"
+    )
+    cache = tmp_path / "features"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llava_simplified", "encode", *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    while sum(path.stat().st_size for path in cache.glob("*.hashes")) < 3 * 32 * 32:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    [hashes] = cache.glob("*.hashes")
+    before = hashes.read_bytes()
+    before = before[: len(before) // 32 * 32]
+    assert encode_main(options) == 0
+    after = hashes.read_bytes()
+    assert after.startswith(before)
+    unique = {after[start : start + 32] for start in range(0, len(after), 32)}
+    assert len(after) == 32 * len(unique), "no image is stored twice"
+    tower = load_tower(models_folder)
+    [features_file] = cache.glob("*.features")
+    row_bytes = tower.num_tokens * tower.width * 4
+    assert features_file.stat().st_size == row_bytes * len(unique)

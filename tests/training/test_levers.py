@@ -1,4 +1,4 @@
-"""What makes training cheaper changes its cost and nothing else: the same loss curve over 50 steps, in float32."""
+"""Options that make training cheaper change its cost and nothing else: the same losses over 50 steps, in float32."""
 
 from __future__ import annotations
 
@@ -6,74 +6,95 @@ import json
 from pathlib import Path
 
 import pytest
-from test_run import losses, options, run
+from training_runs import read_log, run_training, training_options
 
 from llava_simplified.training.kernels import can_compile
 
 RECORDS = 6
+STEPS = 50
+# More than there are examples: a step takes all of them, so that no option can change their order.
+ALL_EXAMPLES = 99
+
 CACHE = {"cache_vision_features": "memory"}
 SHARE = {"share_prefix": True, "per_device_train_batch_size": RECORDS}
-PACK = {"packing": True, "pack_length": 200, "per_device_train_batch_size": 99}
-LEVERS = {
-    "apart": {
+PACK = {"packing": True, "pack_length": 200, "per_device_train_batch_size": ALL_EXAMPLES}
+OPTIONS: dict[str, dict[str, object]] = {
+    "accumulation": {
         "share_prefix": False,
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 99,
+        "gradient_accumulation_steps": ALL_EXAMPLES,
     },
-    "cache": {**CACHE, "share_prefix": False, "per_device_train_batch_size": 99},
-    "share": SHARE,
-    "pack": {**PACK, "share_prefix": False, "attn_implementation": "eager"},
-    "lengths": {**SHARE, "group_by_length": True},
+    "cache": {**CACHE, "share_prefix": False, "per_device_train_batch_size": ALL_EXAMPLES},
+    "share_prefix": SHARE,
+    "packing": {**PACK, "share_prefix": False, "attn_implementation": "eager"},
+    "group_by_length": {**SHARE, "group_by_length": True},
     "checkpointing": {**SHARE, "gradient_checkpointing": True},
-    "all": {**CACHE, **PACK, "group_by_length": True},
+    "all": {**CACHE, **PACK, "group_by_length": True, "compile_layers": can_compile("cpu")},
 }
-if can_compile("cpu"):
-    LEVERS["all"] |= {"compile_layers": True}
 
 
 @pytest.fixture(scope="module")
-def five_captions(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records of one to five captions. A step takes them all, so that no lever can change the order."""
+def records(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records with one to five captions, which are of different lengths."""
     rows = json.loads((data_folder / "train.json").read_text())[:RECORDS]
-    for count, row in enumerate(rows):
+    for index, row in enumerate(rows):
         caption = row.pop("response")
-        row["responses"] = [" ".join([caption] * (1 + i)) for i in range(1 + count % 5)]
-    path = tmp_path_factory.mktemp("five") / "train.json"
+        captions = 1 + index % 5
+        row["responses"] = [" ".join([caption] * (1 + number)) for number in range(captions)]
+    path = tmp_path_factory.mktemp("records") / "train.json"
     path.write_text(json.dumps(rows))
     return path
 
 
 @pytest.fixture(scope="module")
-def plain(
-    models_folder: Path, data_folder: Path, five_captions: Path, tmp_path_factory
+def plain_losses(
+    models_folder: Path,
+    data_folder: Path,
+    records: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> list[float]:
-    more = {
+    """Losses without any of the options, and with sdpa in place of the CPU's own attention."""
+    changes: dict[str, object] = {
         "share_prefix": False,
         "cache_vision_features": "off",
-        "per_device_train_batch_size": 99,
+        "per_device_train_batch_size": ALL_EXAMPLES,
+        "attn_implementation": "sdpa",
     }
-    more["attn_implementation"] = "sdpa"  # the others take what a CPU takes by default
-    return curve(models_folder, data_folder, five_captions, tmp_path_factory.mktemp("plain"), more)
+    output = tmp_path_factory.mktemp("plain") / "out"
+    return train_losses(models_folder, data_folder, records, output, changes)
 
 
-def curve(models: Path, data: Path, records: Path, folder: Path, more: dict) -> list[float]:
-    more = {"train_data_path": records, "max_steps": 50, "lora_dropout": 0, **more}
-    seen = losses(run(options(models, data, folder / "out", **more)))
-    assert len(seen) == 50
-    return seen
+def train_losses(
+    models_folder: Path,
+    data_folder: Path,
+    records: Path,
+    output: Path,
+    changes: dict[str, object],
+) -> list[float]:
+    options = training_options(
+        models_folder,
+        data_folder,
+        output,
+        train_data_path=records,
+        max_steps=STEPS,
+        **changes,
+    )
+    losses = read_log(run_training(options))
+    assert len(losses) == STEPS
+    return losses
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lever", LEVERS)
-def test_the_curve_is_the_plain_loops(
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_does_not_change_the_losses(
     models_folder: Path,
     data_folder: Path,
-    five_captions: Path,
+    records: Path,
     tmp_path: Path,
-    plain: list[float],
-    lever: str,
+    plain_losses: list[float],
+    name: str,
 ) -> None:
-    seen = curve(models_folder, data_folder, five_captions, tmp_path, LEVERS[lever])
-    assert plain[-1] < 0.6 * plain[0], "it learns"
-    assert seen == pytest.approx(plain, rel=2e-3)
-    assert seen[:5] == pytest.approx(plain[:5], rel=1e-5)
+    losses = train_losses(models_folder, data_folder, records, tmp_path / "out", OPTIONS[name])
+    assert plain_losses[-1] < 0.6 * plain_losses[0], "the model learns"
+    assert losses == pytest.approx(plain_losses, rel=2e-3)
+    assert losses[:5] == pytest.approx(plain_losses[:5], rel=1e-5)

@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if nothing had happened, bit for bit."""
+"""A killed run is resumed as if nothing had happened, bit for bit; another run is refused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import adapter, losses, options, run
+from training_runs import (
+    ROOT,
+    assert_equal_weights,
+    read_log,
+    run_training,
+    trained_weights,
+    training_options,
+)
 
-ROOT = Path(__file__).parents[2]
-EVERYTHING = {
+# As much as possible at once: packs, worker processes, dropout.
+OPTIONS = {
     "packing": True,
     "pack_length": 128,
     "per_device_train_batch_size": 1,
@@ -26,53 +33,62 @@ EVERYTHING = {
     "max_steps": 14,
     "disable_tqdm": True,
 }
+# KILLS=10 kills the run at ten different moments.
+KILLS = int(os.environ.get("KILLS", "2"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", "2"))))
-def test_kill_9_at_a_random_moment_then_resume(
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_run_killed_at_a_random_step_resumes_bit_for_bit(
     models_folder: Path, data_folder: Path, tmp_path: Path, seed: int
 ) -> None:
-    """KILLS=10 tries ten moments."""
-    straight = run(options(models_folder, data_folder, tmp_path / "straight", **EVERYTHING))
+    uninterrupted = run_training(
+        training_options(models_folder, data_folder, tmp_path / "uninterrupted", **OPTIONS)
+    )
     output = tmp_path / "killed"
-    words = options(models_folder, data_folder, output, **EVERYTHING)
+    options = training_options(models_folder, data_folder, output, **OPTIONS)
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *words],
+        [sys.executable, ROOT / "train.py", *options],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # another number of threads adds up in another order
+        # With another number of threads, sums would be taken in another order.
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
-    wanted = random.Random(seed).randrange(3, 13)  # the first checkpoint is there by then
-    while not (output / "trainer_log.jsonl").exists() or len(losses(output)) < wanted:
+    steps = random.Random(seed).randrange(3, 13)  # after the first checkpoint
+    log = output / "trainer_log.jsonl"
+    while not log.exists() or len(read_log(output)) < steps:
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (output / "llava.json").exists()
 
-    run([*words, "--resume_from_checkpoint", "true"])
-    for name, weight in adapter(straight).items():
-        assert torch.equal(weight, adapter(output)[name]), name
+    run_training([*options, "--resume_from_checkpoint", "true"])
+    assert_equal_weights(trained_weights(uninterrupted), trained_weights(output))
 
 
-def test_what_differs_is_listed_or_refused(
-    models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_resume_with_other_options_is_refused_or_reported(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    package_log: pytest.LogCaptureFixture,
 ) -> None:
-    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    output = run(options(models_folder, data_folder, tmp_path / "out", **more))
-    again = {**more, "resume_from_checkpoint": output / "checkpoint-1"}
+    changes: dict[str, object] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    output = run_training(training_options(models_folder, data_folder, tmp_path / "out", **changes))
+    changes["resume_from_checkpoint"] = output / "checkpoint-1"
     for change, message in (
-        ({"lora_r": 8}, "--lora_r was 4, is 8: not the same run.*--init_from"),
-        ({"packing": True}, "--packing was default, is True"),
-        (
-            {"mm_projector_type": "mlp2x_gelu"},
-            "mm_projector_type was linear, is mlp2x_gelu: that is another model",
-        ),
-        ({"vision_tower": models_folder / "siglip"}, "weights_digests was"),
+        ({"lora_r": 8}, "--lora_r: .* 4, .* 8, .*--init_from"),
+        ({"packing": True}, "--packing: .* default, .* True"),
+        ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type linear, .* mlp2x_gelu"),
+        ({"vision_tower": models_folder / "siglip"}, "weights_digests"),
     ):
+        options = training_options(
+            models_folder, data_folder, tmp_path / "out", **{**changes, **change}
+        )
         with pytest.raises(ValueError, match=message):
-            run(options(models_folder, data_folder, tmp_path / "out", **{**again, **change}))
-    run(options(models_folder, data_folder, tmp_path / "out", **again, learning_rate=1e-3))
-    assert "--learning_rate was 0.005, is 0.001" in capsys.readouterr().err
+            run_training(options)
+
+    changes["learning_rate"] = 1e-3
+    run_training(training_options(models_folder, data_folder, tmp_path / "out", **changes))
+    assert "--learning_rate was 0.005, is 0.001" in package_log.text

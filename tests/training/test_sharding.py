@@ -1,4 +1,4 @@
-"""Two processes are one: whichever engine carries them, loss, weights, optimizer and checkpoints are the single process's."""
+"""Two processes train as one does: under every engine, losses, weights, optimizer state and checkpoints are the same."""
 
 from __future__ import annotations
 
@@ -12,96 +12,99 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import losses, options, run
+from training_runs import ROOT, read_log, run_training, training_options
 
 from llava_simplified.model.checkpoint import load_checkpoint
 
-ROOT = Path(__file__).parents[2]
-ENGINES = {
+ENGINES: dict[str, dict[str, object]] = {
     "ddp": {},
     "fsdp": {"fsdp": True},
     "zero2": {"deepspeed": ROOT / "ds_configs" / "zero2.json"},
     "zero3": {"deepspeed": ROOT / "ds_configs" / "zero3.json"},
 }
-TINY = {
-    "cache_vision_features": "off",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 3,
-    "max_steps": 5,
-    "per_device_train_batch_size": 1,
-}
+PROCESSES = 2
+TIMEOUT = 100  # seconds, for a process that waits for the other in vain
 
 
-def one_of_several(rank: int, port: int, argv: list[str]) -> None:
-    """What a launcher starts."""
-    where = {
+def train_as_rank(rank: int, port: int, options: list[str]) -> None:
+    """Train as one of two processes, with the environment that a launcher would set."""
+    environment = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": 2,
-        "LOCAL_WORLD_SIZE": 2,
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(PROCESSES),
+        "LOCAL_WORLD_SIZE": str(PROCESSES),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
     }
-    os.environ.update(
-        {name: str(value) for name, value in {**where, "RANK": rank, "LOCAL_RANK": rank}.items()}
-    )
-    faulthandler.dump_traceback_later(
-        100, exit=True
-    )  # of a process that waits for the other in vain
+    os.environ.update(environment)
+    faulthandler.dump_traceback_later(TIMEOUT, exit=True)
     torch.set_num_threads(1)
-    run(argv)
+    run_training(options)
 
 
-def run_twofold(argv: list[str]) -> None:
-    """Train in two processes, forked from one that has its imports behind it."""
+def train_in_two_processes(options: list[str]) -> None:
+    """Train in two processes, forked from a server that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["llava_simplified.training.train_command", "deepspeed", "test_run"]
+        [
+            "llava_simplified.training.train_command",
+            "llava_simplified.training.build_trainer",
+            "deepspeed",
+            "training_runs",
+        ]
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        context.Process(target=one_of_several, args=(rank, port, argv)) for rank in range(2)
-    ]
-    for process in processes:
+    processes = []
+    for rank in range(PROCESSES):
+        process = context.Process(target=train_as_rank, args=(rank, port, options))
         process.start()
+        processes.append(process)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
 
 
-def saved(folder: Path) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds of weights, and of the optimizer's state."""
-    return {
-        f"{path.name}:{k}": v
-        for path in folder.glob("**/*.safetensors")
-        for k, v in load_file(path).items()
-    }
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint, those of the optimizer included."""
+    tensors = {}
+    for path in folder.glob("**/*.safetensors"):
+        for name, tensor in load_file(path).items():
+            tensors[f"{path.name}:{name}"] = tensor
+    return tensors
 
 
-def assert_same(one: Path, other: Path, **tolerance: float) -> None:
-    first, second = saved(one), saved(other)
+def assert_same_checkpoints(one: Path, other: Path, rtol: float = 0.0, atol: float = 0.0) -> None:
+    first, second = saved_tensors(one), saved_tensors(other)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert tensor.dtype == second[name].dtype, name
-        torch.testing.assert_close(
-            tensor, second[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name
-        )
+        torch.testing.assert_close(tensor, second[name], rtol=rtol, atol=atol, msg=name)
 
 
 @pytest.fixture(scope="session")
 def mixed(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Rows of which the first, the second or neither process has an image; three for validation, an odd number."""
-    rows = [json.loads((data_folder / f"{split}.json").read_text()) for split in ("train", "val")]
+    """Options of a run whose batches have an image in the first, the second or neither process.
+
+    The number of validation records is odd: one process gets a padding sample.
+    """
+    train_rows = json.loads((data_folder / "train.json").read_text())
     for index in (1, 2, 4, 5, 7):
-        del rows[0][index]["image"]
-    del rows[1][2]["image"]
+        del train_rows[index]["image"]
+    eval_rows = json.loads((data_folder / "val.json").read_text())[:3]
+    del eval_rows[2]["image"]
     folder = tmp_path_factory.mktemp("mixed")
-    for split, part in zip(("train", "val"), (rows[0], rows[1][:3])):
-        (folder / f"{split}.json").write_text(json.dumps(part))
+    (folder / "train.json").write_text(json.dumps(train_rows))
+    (folder / "val.json").write_text(json.dumps(eval_rows))
     return {
-        **TINY,
+        "cache_vision_features": "off",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_steps": 5,
+        "per_device_train_batch_size": 1,
         "train_data_path": folder / "train.json",
         "eval_data_path": folder / "val.json",
         "val_image_folder": data_folder / "images",
@@ -113,58 +116,61 @@ def mixed(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.fixture(scope="session")
-def alone(
-    models_folder: Path, data_folder: Path, mixed: dict, tmp_path_factory: pytest.TempPathFactory
+def single_process_run(
+    models_folder: Path,
+    data_folder: Path,
+    mixed: dict[str, object],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    output = tmp_path_factory.mktemp("alone") / "out"
-    return run(
-        options(models_folder, data_folder, output, **{**mixed, "per_device_train_batch_size": 2})
-    )
+    """The run that two processes with batches of 1 must equal: one process with batches of 2."""
+    output = tmp_path_factory.mktemp("single") / "out"
+    changes = {**mixed, "per_device_train_batch_size": 2}
+    return run_training(training_options(models_folder, data_folder, output, **changes))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_of_batch_1_are_one_of_batch_2(
+def test_two_processes_equal_one(
     models_folder: Path,
     data_folder: Path,
     tmp_path: Path,
-    mixed: dict,
-    alone: Path,
+    mixed: dict[str, object],
+    single_process_run: Path,
     engine: str,
-    capsys: pytest.CaptureFixture[str],
+    package_log: pytest.LogCaptureFixture,
 ) -> None:
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
-    words = options(models_folder, data_folder, tmp_path / "two", **{**mixed, **ENGINES[engine]})
-    run_twofold(words)
-    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-6)
-    assert losses(tmp_path / "two", "eval_loss") == pytest.approx(
-        losses(alone, "eval_loss"), rel=2e-6
-    )
-    for folder in ("checkpoint-3", "checkpoint-5", ""):
-        assert_same(alone / folder, tmp_path / "two" / folder, rtol=1e-4, atol=5e-6)
-    picture = data_folder / "images" / "0.jpg"
-    captions = [
-        load_checkpoint(folder / "checkpoint-5").caption(picture)
-        for folder in (alone, tmp_path / "two")
-    ]
+    two = tmp_path / "two"
+    changes = {**mixed, **ENGINES[engine]}
+    train_in_two_processes(training_options(models_folder, data_folder, two, **changes))
+    assert read_log(two) == pytest.approx(read_log(single_process_run), rel=2e-6)
+    eval_losses = read_log(single_process_run, "eval_loss")
+    assert read_log(two, "eval_loss") == pytest.approx(eval_losses, rel=2e-6)
+    for name in ("checkpoint-3", "checkpoint-5", ""):
+        assert_same_checkpoints(single_process_run / name, two / name, rtol=1e-4, atol=5e-6)
+    captions = []
+    for folder in (single_process_run, two):
+        model = load_checkpoint(folder / "checkpoint-5")
+        captions.append(model.caption(data_folder / "images" / "0.jpg"))
     assert captions[0] == captions[1]
 
-    start = ["--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-3")]
-    again = options(models_folder, data_folder, tmp_path / "again", **{**mixed, **ENGINES[engine]})
-    run_twofold([*again, *start])
-    assert_same(tmp_path / "two" / "checkpoint-5", tmp_path / "again" / "checkpoint-5")
-    single = options(
-        models_folder,
-        data_folder,
-        tmp_path / "single",
-        **{**mixed, "per_device_train_batch_size": 2},
-    )
-    assert_same(alone, run([*single, *start]), rtol=1e-4, atol=5e-6)
-    assert "another number of processes" in capsys.readouterr().err
+    # Resumed in two processes: bit for bit.
+    resume = ["--resume_from_checkpoint", str(two / "checkpoint-3")]
+    again = tmp_path / "again"
+    options = training_options(models_folder, data_folder, again, **changes)
+    train_in_two_processes([*options, *resume])
+    assert_same_checkpoints(two / "checkpoint-5", again / "checkpoint-5")
+
+    # Resumed in a single process, without the engine.
+    changes = {**mixed, "per_device_train_batch_size": 2}
+    options = training_options(models_folder, data_folder, tmp_path / "one", **changes)
+    output = run_training([*options, *resume])
+    assert_same_checkpoints(single_process_run, output, rtol=1e-4, atol=5e-6)
+    assert "number of processes" in package_log.text
 
 
-WHOLE = {
+FULL_FINE_TUNING = {
     "lora_enable": False,
     "freeze_backbone": False,
     "tune_vision_tower": "full",
@@ -174,25 +180,26 @@ WHOLE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "more"),
-    [("zero3", WHOLE), ("fsdp", {"cache_vision_features": "memory"})],
-    ids=["zero3 trains all", "fsdp with features"],
+    ("engine", "changes"),
+    [("zero3", FULL_FINE_TUNING), ("fsdp", {"cache_vision_features": "memory"})],
+    ids=["zero3 full fine-tuning", "fsdp with cached features"],
 )
-def test_so_they_are_with_all_weights_trained_and_with_cached_features(
-    models_folder: Path, data_folder: Path, tmp_path: Path, mixed: dict, engine: str, more: dict
+def test_two_processes_equal_one_with_other_options(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    mixed: dict[str, object],
+    engine: str,
+    changes: dict[str, object],
 ) -> None:
-    """Also where a process has no picture at all: what stands in for one has the form of the others."""
+    """Also if a process has no image at all: its dummy image has the form of the others."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
-    more = {**mixed, **more, "max_steps": 3}
-    one = run(
-        options(
-            models_folder,
-            data_folder,
-            tmp_path / "one",
-            **{**more, "per_device_train_batch_size": 2},
-        )
-    )
-    run_twofold(options(models_folder, data_folder, tmp_path / "two", **more, **ENGINES[engine]))
-    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=2e-6)
-    assert_same(one, tmp_path / "two", rtol=1e-4, atol=2e-5)
+    changes = {**mixed, **changes, "max_steps": 3}
+    single = {**changes, "per_device_train_batch_size": 2}
+    one = run_training(training_options(models_folder, data_folder, tmp_path / "one", **single))
+    two = tmp_path / "two"
+    options = training_options(models_folder, data_folder, two, **changes, **ENGINES[engine])
+    train_in_two_processes(options)
+    assert read_log(two) == pytest.approx(read_log(one), rel=2e-6)
+    assert_same_checkpoints(one, two, rtol=1e-4, atol=2e-5)

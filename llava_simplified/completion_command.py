@@ -1,0 +1,69 @@
+"""`llava completion`: print a script that completes commands and options in bash or zsh."""
+
+from __future__ import annotations
+
+import argparse
+
+import shtab
+
+from llava_simplified import __version__
+from llava_simplified.cli import COMMANDS, resolve
+from llava_simplified.options import CommandParser
+
+# Options and arguments whose values are paths, by the name of the attribute.
+FOLDERS = {"image_folder", "train_image_folder", "val_image_folder"}
+FILES = {
+    "config",
+    "data_path",
+    "eval_data_path",
+    "image",
+    "model_base",
+    "model_name_or_path",
+    "model_path",
+    "output",
+    "output_dir",
+    "source",
+    "train_data_path",
+    "vision_tower",
+}
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava completion`."""
+    parser = CommandParser(
+        "llava completion",
+        "Print a shell completion script.",
+        epilog='bash: eval "$(llava completion bash)"    '
+        'zsh: llava completion zsh > "${fpath[1]}/_llava"',
+    )
+    parser.add_argument("shell", choices=["bash", "zsh"], help="Shell that runs the script")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `llava completion`."""
+    args = build_parser().parse_args(argv)
+    print(shtab.complete(build_llava_parser(), shell=args.shell))
+    return 0
+
+
+def build_llava_parser() -> argparse.ArgumentParser:
+    """Return a parser of `llava` with all subcommands and their options, as shtab needs it."""
+    parser = argparse.ArgumentParser("llava")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
+    for name, command in COMMANDS.items():
+        try:
+            command_parser = resolve(command.parser)()
+        except AttributeError:
+            # A command without a parser of its own: its name is completed, its options are not.
+            commands.add_parser(name, help=command.summary)
+            continue
+        # shtab completes the value of an action that has this attribute.
+        for action in command_parser._actions:
+            if action.dest in FOLDERS:
+                action.complete = shtab.DIRECTORY
+            elif action.dest in FILES:
+                action.complete = shtab.FILE
+        commands.add_parser(name, help=command.summary, parents=[command_parser], add_help=False)
+    return parser

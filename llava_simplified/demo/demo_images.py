@@ -1,0 +1,118 @@
+"""The demo's images and captions: emoji drawings and their English names.
+
+The drawings and the names come from two packages. They are joined by the code points of the emoji, which
+the packages spell differently (see `normalize_code_points`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+NUM_HELD_OUT = 300  # images that the demo does not train on
+INSTRUCTION = "What is this?"
+_DRAWING = re.compile(r"package/img/google/64/([0-9a-f-]+)\.png")
+
+
+def build_images(drawings: Path, names: Path, target: Path) -> None:
+    """Write `images/*.png` (64 x 64, with alpha), `train.json` and `val.json`.
+
+    Args:
+        drawings: The npm package `emoji-datasource-google` (.tgz).
+        names: The npm package `emojibase-data` (.tgz).
+        target: An empty folder.
+
+    Raises:
+        ValueError: A drawing has no name.
+    """
+    # The package contains sheets of all drawings, too. The names of the single images are the code points:
+    # "1f1f3-1f1f4.png" is the flag of Norway.
+    captions_by_code = _read_captions(names)
+    folder = target / "images"
+    folder.mkdir()
+    digests: dict[str, str] = {}  # file name -> sha256
+    captions: dict[str, str] = {}  # file name -> caption
+    with tarfile.open(drawings) as archive:
+        for member in archive:
+            match = _DRAWING.fullmatch(member.name)
+            if match is None:
+                continue
+            source = archive.extractfile(member)
+            if source is None:  # not a file
+                continue
+            code = normalize_code_points(match[1])
+            if code not in captions_by_code:
+                raise ValueError(f"{drawings}: {names} has no name for {member.name}")
+            data = source.read()
+            name = f"{match[1]}.png"
+            (folder / name).write_bytes(data)
+            digests[name] = hashlib.sha256(data).hexdigest()
+            captions[name] = captions_by_code[code]
+
+    held_out = choose_held_out(digests, NUM_HELD_OUT)
+    _write_records(target / "train.json", digests.keys() - held_out, captions)
+    _write_records(target / "val.json", held_out, captions)
+
+
+def _write_records(path: Path, names: set[str], captions: Mapping[str, str]) -> None:
+    """Write the records of some images, in the order of their names."""
+    records = []
+    for name in sorted(names):
+        record = {"image": name, "instruction": INSTRUCTION, "response": captions[name]}
+        records.append(record)
+    text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_captions(names: Path) -> dict[str, str]:
+    """Return the English name of each emoji by its code points, variants of skin tone included."""
+    with tarfile.open(names) as archive:
+        source = archive.extractfile("package/en/data.json")
+        assert source is not None, f"{names}: package/en/data.json is not a file"
+        entries = json.load(source)
+    # [{"hexcode": "1F44B", "label": "waving hand", "skins": [{"hexcode": "1F44B-1F3FB", ...}]}, ...]
+    captions = {}
+    for entry in entries:
+        for variant in (entry, *entry.get("skins", ())):
+            captions[normalize_code_points(variant["hexcode"])] = variant["label"]
+    return captions
+
+
+def normalize_code_points(code: str) -> str:
+    """Return the code points of an emoji in one spelling: "1F3F3-FE0F" -> "1f3f3".
+
+    FE0F selects the colored presentation of a character. The packages differ in where they write it.
+    """
+    parts = code.lower().split("-")
+    return "-".join(part for part in parts if part != "fe0f")
+
+
+def choose_held_out(digests: Mapping[str, str], count: int) -> set[str]:
+    """Choose images for validation by the hashes of their bytes.
+
+    The choice depends neither on the order nor on the names of the files, nor on chance. Files with the
+    same bytes (the flag of Norway is also that of Svalbard) end up on the same side.
+
+    Args:
+        digests: File name -> sha256 of the file.
+        count: Number of files to choose. A group of equal files that would exceed it is skipped.
+
+    Raises:
+        ValueError: There are too few images to leave any for training.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, digest in digests.items():
+        groups.setdefault(digest, []).append(name)
+    # Hashes are as good as random numbers, and everybody gets the same ones.
+    chosen: set[str] = set()
+    for digest in sorted(groups):
+        group = groups[digest]
+        if len(chosen) + len(group) <= count:
+            chosen.update(group)
+    if len(chosen) < count or len(chosen) == len(digests):
+        raise ValueError(f"Cannot hold out {count} of {len(digests)} images.")
+    return chosen

@@ -1,0 +1,137 @@
+"""CLIPScore and RefCLIPScore: how well captions fit images, by the embeddings of a CLIP model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerBase
+
+BATCH_SIZE = 64
+PROMPT = "A photo depicts "  # the prefix of the paper
+CLIP_SCORE_WEIGHT = 2.5  # spreads the cosines, which are rarely above 0.4, over [0, 1]
+
+
+def clip_scores(
+    model: Path,
+    images: Sequence[bytes],
+    captions: Sequence[Sequence[str]],
+    references: Sequence[Sequence[str]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv:2104.08718).
+
+    CLIPScore is 2.5 * max(cos(caption, image), 0). RefCLIPScore is the harmonic mean of CLIPScore and of the largest
+    cosine between the caption and one of its references.
+
+    Args:
+        model: Folder that `transformers.CLIPModel` loads.
+        images: Encoded image files.
+        captions: Captions by trial and image.
+        references: References by image.
+
+    Returns:
+        Two arrays (trials, images).
+
+    Raises:
+        ValueError: The folder does not contain a whole CLIP model.
+    """
+    import torch
+
+    embedder = _ClipEmbedder(model)
+    all_texts = {text for group in [*captions, *references] for text in group}
+    texts = sorted(all_texts)
+    row_of_text = {text: row for row, text in enumerate(texts)}
+    text_embeddings = embedder.embed_texts(texts)
+    image_embeddings = embedder.embed_images(images)
+
+    def rows(group: Sequence[str]) -> torch.Tensor:
+        return text_embeddings[[row_of_text[text] for text in group]]
+
+    caption_embeddings = torch.stack([rows(trial) for trial in captions])  # (trials, images, width)
+    image_cosine = (caption_embeddings * image_embeddings).sum(-1)
+    score = CLIP_SCORE_WEIGHT * image_cosine.clamp(min=0).numpy()
+
+    closest = []
+    for image, group in enumerate(references):
+        cosines = caption_embeddings[:, image] @ rows(group).T  # (trials, references)
+        closest.append(cosines.amax(-1))
+    reference_cosine = torch.stack(closest, dim=1).clamp(min=0).numpy()
+
+    total = score + reference_cosine
+    harmonic_mean = np.divide(
+        2 * score * reference_cosine,
+        total,
+        out=np.zeros_like(total),
+        where=total > 0,
+    )
+    return score, harmonic_mean
+
+
+class _ClipEmbedder:
+    """Compute normalized embeddings of texts and images, in batches, on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+        try:
+            loaded = CLIPModel.from_pretrained(folder, output_loading_info=True)
+            model, loading_info = cast("tuple[CLIPModel, dict[str, set[str]]]", loaded)
+            missing = sorted(loading_info["missing_keys"])
+            if missing:  # Transformers would only warn, and leave them random
+                raise ValueError(f"there are no weights for {missing[0]}")
+            self._model = model.eval()
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"--clip: {folder} is not a folder of a CLIP model, with text model, vision model, tokenizer and image "
+                f"processor; a vision tower alone is not enough ({reason})"
+            ) from None
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the embeddings of texts, float32 (texts, width)."""
+        import torch
+
+        # The number of learned positions: longer texts are cut off.
+        limit = self._model.text_model.embeddings.position_embedding.num_embeddings
+        parts = []
+        for start in range(0, len(texts), BATCH_SIZE):
+            batch = texts[start : start + BATCH_SIZE]
+            inputs = self._tokenizer(
+                [PROMPT + text for text in batch],
+                padding=True,
+                truncation=True,
+                max_length=limit,
+                return_tensors="pt",
+            )
+            with torch.inference_mode():
+                pooled = self._model.text_model(**inputs).pooler_output
+                parts.append(self._model.text_projection(pooled))
+        return _normalize(parts)
+
+    def embed_images(self, images: Sequence[bytes]) -> torch.Tensor:
+        """Return the embeddings of image files, float32 (images, width)."""
+        import torch
+
+        from llava_simplified.data.images import decode_image
+
+        parts = []
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = [decode_image(data) for data in images[start : start + BATCH_SIZE]]
+            inputs = self._processor(batch, return_tensors="pt")
+            with torch.inference_mode():
+                pooled = self._model.vision_model(**inputs).pooler_output
+                parts.append(self._model.visual_projection(pooled))
+        return _normalize(parts)
+
+
+def _normalize(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.nn.functional.normalize(torch.cat(list(parts)).float(), dim=-1)

@@ -1,0 +1,107 @@
+"""METEOR and SPICE through pycocoevalcap, which runs them in Java."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, cast
+
+import numpy as np
+
+from llava_simplified.evaluation.bootstrap import Score, ScoreTable
+
+
+class _Scorer(Protocol):
+    """The interface of pycocoevalcap's scorers."""
+
+    def compute_score(
+        self, references: dict[int, list[str]], captions: dict[int, list[str]]
+    ) -> tuple[float, Sequence[object]]: ...
+
+
+class _JavaScores(NamedTuple):
+    """The scores of one metric, with a row for each trial and a last one for the best captions."""
+
+    corpus: np.ndarray  # (trials + 1,)
+    per_image: np.ndarray  # (trials + 1, images)
+
+
+def add_java_metrics(
+    table: ScoreTable, captions: list[list[str]], references: list[list[str]]
+) -> list[str]:
+    """Add METEOR and SPICE to the scores, if Java and pycocoevalcap are installed.
+
+    They have no intervals: METEOR's score of a corpus is not a mean over images, and each resample would need a run
+    of Java.
+
+    Args:
+        table: The scores, which are changed.
+        captions: Tokens separated by spaces, by trial and image.
+        references: The same by image and reference.
+
+    Returns:
+        Notes on metrics that were left out, with the reason.
+    """
+    scorers, notes = _find_scorers()
+    for name, scorer in scorers.items():
+        scores = _compute(name, scorer, captions, references)
+        for trial_scores, value in zip(table.trials, scores.corpus):
+            trial_scores[name] = Score(float(value))
+        table.mean[name] = Score(float(scores.corpus[:-1].mean()))
+        table.best[name] = Score(float(scores.corpus[-1]))
+        table.per_image[name] = scores.per_image[:-1]
+    return notes
+
+
+def _find_scorers() -> tuple[dict[str, _Scorer], list[str]]:
+    """Return the scorers that can run here, and notes on the others."""
+    if not shutil.which("java"):
+        return {}, ["METEOR and SPICE were left out: there is no java on the PATH"]
+    if not importlib.util.find_spec("pycocoevalcap"):
+        return {}, [
+            "METEOR and SPICE were left out: pycocoevalcap is not installed (pip install pycocoevalcap)"
+        ]
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.spice import spice
+
+    scorers: dict[str, _Scorer] = {"METEOR": Meteor()}
+    notes: list[str] = []
+    # If the models are missing, the constructor of Spice downloads them over plain HTTP without asking.
+    models = Path(spice.__file__).parent / "lib" / "stanford-corenlp-3.6.0-models.jar"
+    if models.is_file():
+        scorers["SPICE"] = spice.Spice()
+    else:
+        notes.append(
+            f"SPICE was left out: {models} is missing; "
+            "`python -m pycocoevalcap.spice.get_stanford_models` downloads it (0.4 GB)"
+        )
+    return scorers, notes
+
+
+def _compute(
+    name: str, scorer: _Scorer, captions: list[list[str]], references: list[list[str]]
+) -> _JavaScores:
+    corpus: list[float] = []
+    per_image: list[list[float]] = []
+
+    def score(trial: Sequence[str]) -> None:
+        as_dict = {image: [caption] for image, caption in enumerate(trial)}
+        value, single = scorer.compute_score(dict(enumerate(references)), as_dict)
+        corpus.append(value)
+        per_image.append([_image_score(name, image_score) for image_score in single])
+
+    for trial in captions:
+        score(trial)
+    best_trial = np.array(per_image).argmax(axis=0)
+    score([captions[trial][image] for image, trial in enumerate(best_trial)])
+    return _JavaScores(np.array(corpus), np.array(per_image))
+
+
+def _image_score(name: str, score: object) -> float:
+    if (
+        name == "SPICE"
+    ):  # its scores are dictionaries: {"All": {"pr": ..., "re": ..., "f": ...}, ...}
+        return cast(dict[str, dict[str, float]], score)["All"]["f"]
+    return float(cast(float, score))

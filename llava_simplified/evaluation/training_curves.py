@@ -1,0 +1,43 @@
+"""The curves of a training run, from its log."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+# Name of the curve in the report, and its key in the rows of the log.
+CURVES = {"training": "loss", "validation": "eval_loss", "CIDEr-D": "eval_cider"}
+
+
+def read_training_log(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Read the curves of a `trainer_log.jsonl`.
+
+    Args:
+        path: A file of JSON lines with `step` and one of the keys of `CURVES`; other rows are skipped. If a step
+            occurs again, because the run was resumed, its last value counts.
+
+    Returns:
+        Points (step, value) by the name of the curve, in the order of the steps.
+
+    Raises:
+        ValueError: A line is not a row of a log. The last line may be cut off, because the run was killed.
+    """
+    curves: dict[str, dict[float, float]] = {name: {} for name in CURVES}
+    # Not splitlines(): it also splits at separators like U+2028, which JSON allows inside of a text.
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            for name, key in CURVES.items():
+                if key in row and math.isfinite(row[key]):
+                    curves[name][row["step"]] = row[key]
+        except (ValueError, TypeError, KeyError) as error:
+            is_last = number == len(lines)
+            if not is_last:
+                raise ValueError(
+                    f"{path} line {number}: this is not a row of a training log ({error!r})."
+                ) from None
+    return {name: sorted(points.items()) for name, points in curves.items()}

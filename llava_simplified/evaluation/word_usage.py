@@ -1,0 +1,76 @@
+"""Words that a model generates too often or too rarely, compared with the references."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from llava_simplified.evaluation.metrics import Sample
+
+MIN_LOG_LIKELIHOOD = 1.0  # words whose counts differ less are not shown
+MAX_WORDS = 12
+
+_WORD = re.compile(r"\w[\w'’-]*")
+
+
+class WordUsage(NamedTuple):
+    """How often a word occurs, counted per image: a word in one of two captions of an image counts 1/2."""
+
+    word: str
+    generated: float
+    references: float
+    log_likelihood: float  # positive if the word is generated too often
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
+    return _WORD.findall(text.lower())
+
+
+def compare_word_usage(
+    samples: Sequence[Sample], max_words: int = MAX_WORDS
+) -> tuple[list[WordUsage], list[WordUsage]]:
+    """Return the words that are generated too often, and those that are generated too rarely.
+
+    Words are ranked by the log-likelihood ratio (Dunning 1993): how unlikely the two counts are if both texts use the
+    word equally often. Unlike a ratio of counts, it does not favour words that occur once.
+
+    Args:
+        samples: Images with captions and references.
+        max_words: Maximum number of words in each list.
+    """
+    generated: dict[str, float] = defaultdict(float)
+    references: dict[str, float] = defaultdict(float)
+    for sample in samples:
+        for word, weight in _weighted_words(sample.captions):
+            generated[word] += weight
+        for word, weight in _weighted_words(sample.references):
+            references[word] += weight
+    num_generated = sum(generated.values()) or 1
+    num_references = sum(references.values()) or 1
+
+    usages = []
+    for word in {*generated, *references}:
+        ours = generated[word]
+        theirs = references[word]
+        expected_share = (ours + theirs) / (num_generated + num_references)
+        ratio = 0.0
+        for count, total in ((ours, num_generated), (theirs, num_references)):
+            if count:
+                ratio += count * math.log(count / (expected_share * total))
+        sign = ours / num_generated - theirs / num_references
+        usages.append(WordUsage(word, ours, theirs, math.copysign(ratio, sign)))
+    usages.sort(key=lambda usage: (usage.log_likelihood, usage.word))
+
+    overused = [u for u in usages[::-1][:max_words] if u.log_likelihood > MIN_LOG_LIKELIHOOD]
+    underused = [u for u in usages[:max_words] if u.log_likelihood < -MIN_LOG_LIKELIHOOD]
+    return overused, underused
+
+
+def _weighted_words(texts: Sequence[str]) -> Iterator[tuple[str, float]]:
+    for text in texts:
+        for word in words_of(text):
+            yield word, 1 / len(texts)

@@ -1,0 +1,283 @@
+"""Export a checkpoint for llama.cpp and Ollama: two GGUF files and a `Modelfile`.
+
+| file          | contents                                                  | written by                    |
+|---------------|-----------------------------------------------------------|-------------------------------|
+| `model.gguf`  | language model, tokenizer, chat template                  | this file, `gguf_tokenizer.py`|
+| `mmproj.gguf` | vision tower and projector ("multimodal projector")       | `gguf_vision.py`              |
+| `Modelfile`   | `ollama create NAME -f Modelfile`                         | `ollama.py`                   |
+
+The keys are those that llama.cpp reads: `src/llama-arch.cpp` and `src/llama-vocab.cpp` for the language
+model, `tools/mtmd/clip-impl.h` for the tower. The names of the tensors come from the `gguf` package.
+
+Data types: llama.cpp multiplies with matrices of any type, but adds only float32. Therefore only true
+matrices are stored in the type of the model. Biases, the weights of norms, position embeddings (which
+are added, although they have two dimensions) and the patch filter (four dimensions) stay float32.
+
+llama.cpp differs from training in two ways, whatever the file contains: gelu is always its tanh
+approximation, and an image that is not square is padded, not cropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava_simplified.export.gguf_tokenizer import vocabulary_settings
+from llava_simplified.export.gguf_vision import vision_settings, vision_weights
+from llava_simplified.export.ollama import modelfile
+from llava_simplified.export.stock import describe_for_stock
+from llava_simplified.extras import require_extra
+from llava_simplified.jobs import atomic_directory
+from llava_simplified.model.llava import Llava
+from llava_simplified.model.protocols import CausalLM
+
+Weights = dict[str, torch.Tensor]
+Settings = dict[str, Any]  # GGUF key -> string, number, boolean, or a list of these
+
+# Hugging Face's model_type -> llama.cpp's architecture. Mistral is a Llama for llama.cpp.
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+# llama.cpp's enum llama_ftype, the value of `general.file_type`.
+FILE_TYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 32,
+}
+
+
+def export_gguf(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    model_base: str | None = None,
+    vision_tower: str | None = None,
+) -> int:
+    """Write `model.gguf`, `mmproj.gguf` and `Modelfile`; read both files back and compare every tensor.
+
+    Args:
+        checkpoint: Folder written by `llava train`.
+        output: Folder to create. It appears only if everything has succeeded.
+        dtype: Data type of the matrices: float32, bfloat16 or float16; None: as trained.
+        model_base: Language model, if it was moved since the training.
+        vision_tower: Vision tower, if it was moved since the training.
+
+    Returns:
+        The number of tensors that were compared.
+
+    Raises:
+        ValueError: llama.cpp has no form for the model (the message says what to do), or a file does
+            not contain what was written.
+        FileExistsError: `output` exists already.
+    """
+    require_extra("gguf", "gguf", purpose="--format gguf")
+    with atomic_directory(Path(output)) as folder:
+        model = Llava.from_pretrained(
+            checkpoint,
+            device="cpu",
+            dtype=dtype,
+            merge=True,
+            model_base=model_base,
+            vision_tower=vision_tower,
+        )
+        # llama.cpp's LLaVA has the limits of stock LLaVA (two projector layers, no pooling, no bias in
+        # the head), and some more that are checked below.
+        describe_for_stock(model)
+        language_model = model.language_model
+        architecture = _architecture(language_model)
+        file_type = {"general.file_type": FILE_TYPES[language_model.dtype]}
+
+        # Everything that can be refused is refused before anything is written.
+        text_settings = file_type | _text_settings(model, architecture)
+        text_weights = _text_weights(language_model, architecture)
+        tower_settings = file_type | vision_settings(model)
+        tower_weights = vector_weights_to_float32(vision_weights(model))
+
+        _write(folder / "model.gguf", architecture, text_settings, text_weights)
+        _compare(folder / "model.gguf", text_weights)
+        _write(folder / "mmproj.gguf", "clip", tower_settings, tower_weights)
+        _compare(folder / "mmproj.gguf", tower_weights)
+        (folder / "Modelfile").write_text(modelfile(model), encoding="utf-8")
+    return len(text_weights) + len(tower_weights)
+
+
+def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
+    """Convert everything that llama.cpp does not use as a matrix to float32."""
+    converted = {}
+    for name, weight in weights.items():
+        is_matrix = weight.dim() == 2 and "position" not in name
+        converted[name] = weight.detach() if is_matrix else weight.detach().float()
+    return converted
+
+
+# ---- language model ----
+
+
+def _architecture(language_model: CausalLM) -> str:
+    """Return llama.cpp's name of the language model's architecture."""
+    model_type = language_model.config.model_type
+    if model_type not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise ValueError(
+            f"--format gguf: no mapping for a {model_type} language model, only for {supported}. Use "
+            "--format hf, and convert the result with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return ARCHITECTURES[model_type]
+
+
+def _text_settings(model: Llava, architecture: str) -> Settings:
+    """Return the keys of `model.gguf`."""
+    config = model.language_model.config
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None:
+        head_dim = config.hidden_size // config.num_attention_heads
+    # llama.cpp has no sliding window for these architectures: every token attends to all before it.
+    # Within one window that is the same, so the context must not become longer.
+    context_length = config.max_position_embeddings
+    sliding_window = getattr(config, "sliding_window", None)
+    if sliding_window:
+        context_length = min(context_length, sliding_window)
+    values = {
+        "vocab_size": config.vocab_size,
+        "context_length": context_length,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": head_dim,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    settings: Settings = {"general.type": "model"}
+    for key, value in values.items():
+        settings[f"{architecture}.{key}"] = value
+    return settings | vocabulary_settings(model)
+
+
+def _text_weights(language_model: CausalLM, architecture: str) -> Weights:
+    """Return the tensors of `model.gguf` by llama.cpp's names.
+
+    Query and key projections of a Llama are permuted in place, so the model is of no use afterwards.
+    """
+    import gguf
+
+    config = language_model.config
+    model_arch = getattr(gguf.MODEL_ARCH, architecture.upper())
+    names = gguf.get_tensor_name_map(model_arch, config.num_hidden_layers)
+    weights = _rope_factors(language_model, architecture)
+    for name, weight in language_model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # llama.cpp uses the embedding table where there is no head
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise ValueError(
+                f"--format gguf: llama.cpp has no name for {name} in a {architecture} model. Use "
+                "--format hf."
+            )
+        # Only llama.cpp's "llama" pairs neighbouring channels; qwen2 and qwen3 pair halves, as here.
+        match = re.search(r"\.([qk])_proj\.", name)
+        if architecture == "llama" and match:
+            num_heads = config.num_attention_heads
+            if match[1] == "k":
+                num_heads = config.num_key_value_heads
+            _permute_for_rope(weight, num_heads)
+        weights[gguf_name] = weight
+    return vector_weights_to_float32(weights)
+
+
+def _permute_for_rope(weight: torch.Tensor, num_heads: int) -> None:
+    """Reorder the rows of a query or key projection for llama.cpp's rotary embedding, in place.
+
+    Both rotate pairs of a head's n channels. They pair different ones:
+
+        Hugging Face, halves:       (0, n/2), (1, n/2 + 1), ...
+        llama.cpp, neighbours:      (0, 1),   (2, 3), ...
+
+    Args:
+        weight: (heads * n, in), or (heads * n,) for a bias.
+        num_heads: Number of heads.
+    """
+    halves = weight.unflatten(0, (num_heads, 2, -1))  # (heads, 2, n / 2, ...)
+    weight.copy_(halves.transpose(1, 2).flatten(0, 2))
+
+
+def _rope_factors(language_model: CausalLM, architecture: str) -> Weights:
+    """Return what the rotary frequencies are divided by: `rope_freqs.weight`, or nothing if that is 1.
+
+    Llama 3.1 divides low frequencies by up to 8, to reach a longer context. llama.cpp reads the
+    divisors, one for each pair of channels, from this tensor.
+    """
+    transformer: Any = language_model
+    rope = transformer.model.rotary_emb
+    parameters = language_model.config.rope_parameters
+    count = len(rope.inv_freq)
+    unscaled = 1 / parameters["rope_theta"] ** (torch.arange(count) / count)
+    factors = unscaled / rope.inv_freq.float()
+    if torch.allclose(factors, torch.ones(())) and rope.attention_scaling == 1:
+        return {}
+    if architecture != "llama" or rope.attention_scaling != 1:
+        raise ValueError(
+            f"--format gguf: no mapping for the rotary scaling {parameters} of a {architecture} model. "
+            "Use --format hf."
+        )
+    return {"rope_freqs.weight": factors}
+
+
+# ---- files ----
+
+
+def _write(path: Path, architecture: str, settings: Settings, weights: Weights) -> None:
+    """Write one GGUF file."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in settings.items():
+        # llama.cpp reads counts as unsigned numbers. `get_type` would make integers signed; of a list
+        # it takes the type of the first element.
+        value_type = gguf.GGUFValueType.get_type(value)
+        if type(value) is int:
+            value_type = gguf.GGUFValueType.UINT32
+        writer.add_key_value(key, value, value_type)
+    for name, weight in weights.items():
+        raw_dtype = None
+        if weight.dtype == torch.bfloat16:
+            raw_dtype = gguf.GGMLQuantizationType.BF16
+        writer.add_tensor(name, _to_numpy(weight), raw_dtype=raw_dtype)
+    # The order is that of the file: header, keys, tensors.
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _to_numpy(weight: torch.Tensor) -> np.ndarray:
+    """Return a tensor as an array; bfloat16, which numpy does not have, as its bytes."""
+    weight = weight.contiguous()
+    if weight.dtype == torch.bfloat16:
+        weight = weight.view(torch.uint8)
+    return weight.numpy()
+
+
+def _compare(path: Path, weights: Weights) -> None:
+    """Raise ValueError if a GGUF file does not contain exactly these tensors."""
+    import gguf
+
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    if stored.keys() != weights.keys():
+        different = sorted(stored.keys() ^ weights.keys())[:5]
+        raise ValueError(f"{path.name}: missing or unexpected tensors after writing: {different}.")
+    for name, weight in weights.items():
+        if not np.array_equal(stored[name], _to_numpy(weight)):
+            raise ValueError(f"{path.name}: {name} has other values than were written.")

@@ -1,0 +1,47 @@
+"""`llava import`: convert a LLaVA checkpoint of another code base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_simplified.model.config import DEFAULT_INSTRUCTION
+from llava_simplified.options import CommandParser
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava import`."""
+    parser = CommandParser("llava import", "Convert a LLaVA checkpoint of another code base.")
+    parser.add_argument(
+        "source", type=Path, help="Folder of the checkpoint, or a file mm_projector.bin"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="Folder to create")
+    parser.add_argument(
+        "--model-base", help="Language model below a LoRA adapter or a single projector"
+    )
+    parser.add_argument(
+        "--vision-tower", help="Vision tower (default: where the checkpoint says that it is)"
+    )
+    parser.add_argument(
+        "--template",
+        choices=["auto", "chat", "plain", "bare"],
+        default="auto",
+        help="Prompt template of the training; auto: the tokenizer's chat template if it has one, "
+        "else plain (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--instruction",
+        default=DEFAULT_INSTRUCTION,
+        help="Instruction for captions where none is given (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `llava import`."""
+    options = vars(build_parser().parse_args(argv))
+    from llava_simplified.export.import_checkpoint import import_checkpoint
+
+    for line in import_checkpoint(**options):
+        print(line)
+    print(f"-> {options['output']}")
+    return 0

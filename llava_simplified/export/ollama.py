@@ -1,0 +1,44 @@
+"""The `Modelfile` for Ollama: which files make the model, and how its prompt is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llava_simplified.export.chat_template import get_chat_template
+from llava_simplified.model.llava import Llava
+
+# A character that occurs in no chat template: it marks where the user's message goes.
+_MARKER = "⟦"
+
+# Ollama's templates are Go templates. It writes "[img-0]" in front of the message, without the line
+# break that the model was trained with. If the prompt starts with an image, write its seven
+# characters, the line break, and the rest; otherwise, the prompt as it is.
+_PROMPT = (
+    '{{ if and (ge (len .Prompt) 7) (eq (slice .Prompt 0 5) "[img-") }}'
+    "{{ slice .Prompt 0 7 }}\n{{ slice .Prompt 7 }}"
+    "{{ else }}{{ .Prompt }}{{ end }}"
+)
+
+
+def modelfile(model: Llava) -> str:
+    """Return the text of a `Modelfile`, for `ollama create NAME -f Modelfile`."""
+    tokenizer: Any = model.tokenizer
+    rendered: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARKER}],
+        chat_template=get_chat_template(model),
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    before, after = rendered.split(_MARKER)
+    if tokenizer.bos_token:
+        before = before.removeprefix(tokenizer.bos_token)  # Ollama adds it itself
+    end_token = tokenizer.convert_ids_to_tokens(model.prompt.end_id)
+    template = f"{before}{_PROMPT}{after}{{{{ .Response }}}}"
+    lines = [
+        "FROM ./model.gguf",
+        "FROM ./mmproj.gguf",
+        f'TEMPLATE """{template}"""',
+        f'PARAMETER stop "{end_token}"',
+        "PARAMETER temperature 0",
+    ]
+    return "\n".join(lines) + "\n"

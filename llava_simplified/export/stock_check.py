@@ -1,0 +1,313 @@
+"""Compare an exported stock LLaVA folder with the checkpoint that it was made from.
+
+The folder is loaded as any user would load it, with `AutoModelForImageTextToText` and `AutoProcessor`.
+Four things are compared for each image, in the order in which they depend on each other:
+
+1. the token ids of the prompt must be equal;
+2. the pixel values may differ by two gray levels (see `MAX_GRAY_LEVELS`);
+3. the logits of the first generated token may differ by rounding only (see `LOGIT_TOLERANCE`). Both
+   models get the same pixel values here, so that a difference in 2. is not counted twice;
+4. the greedy captions must be equal, up to ties: where they part, the two tokens must have the same
+   logit up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from llava_simplified.data.images import (
+    ImageError,
+    ImageSource,
+    decode_image,
+    load_pixels,
+    read_image_bytes,
+)
+from llava_simplified.data.records import open_records
+from llava_simplified.model.generation import DecodingBatch
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.model.language_model import lm_head_at_positions
+from llava_simplified.model.llava import Llava
+from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER
+
+CAPTION_LENGTH = 16  # new tokens of the captions that are compared
+# torch's resize rounds its filter weights to 16 bits, Pillow's to 22 bits. The results differ by at
+# most two of the 255 gray levels, whatever the image.
+MAX_GRAY_LEVELS = 2.01
+# Largest difference of two logits, relative to the largest absolute logit (or to 1, if that is
+# larger). Equal computations in another order differ by some units in the last place; a missing layer
+# or a wrong activation differs by much more.
+LOGIT_TOLERANCE = {
+    torch.float32: 5e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a checkpoint computes for one image and its own instruction."""
+
+    instruction: str
+    input_ids: list[int]  # of the prompt, with IMAGE_INDEX for each image token
+    pixel_values: torch.Tensor  # (1, 3, height, width), normalised
+    gray_level: torch.Tensor  # (3, 1, 1): one of 255 gray levels, in units of `pixel_values`
+    logits: torch.Tensor  # (vocabulary,), of the first generated token
+    caption_ids: list[int]  # of the greedy caption
+
+
+@dataclass(frozen=True)
+class StockComparison:
+    """How closely an exported model reproduces its checkpoint."""
+
+    max_logit_difference: float
+    equal_captions: int
+    num_images: int
+    image_kind: str  # "given images", "training images" or "images of noise"
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by {self.max_logit_difference:.3g}, {self.equal_captions} of "
+            f"{self.num_images} greedy captions are equal ({self.image_kind})"
+        )
+
+
+def choose_images(
+    training: dict[str, Any], images: Sequence[ImageSource]
+) -> tuple[list[np.ndarray], str]:
+    """Return the images to compare two models on, and of which kind they are.
+
+    Args:
+        training: The settings of the training run, from the checkpoint.
+        images: The user's choice; may be empty.
+
+    Returns:
+        RGB images (height, width, 3), uint8, and "given images", "training images" or "images of
+        noise".
+    """
+    if images:
+        return [load_pixels(image) for image in images], "given images"
+    from_training = _read_training_images(training)
+    if from_training:
+        return from_training, "training images"
+    noise = []
+    for seed in range(2):
+        generator = np.random.default_rng(seed)
+        noise.append(generator.integers(0, 256, (240, 320, 3), dtype=np.uint8))
+    return noise, "images of noise"
+
+
+def _read_training_images(training: dict[str, Any], count: int = 2) -> list[np.ndarray]:
+    """Return the first training images, or none if they are no longer there."""
+    records_path = Path(training.get("train_data_path") or "")
+    if not records_path.is_file():
+        return []
+    folder = training.get("train_image_folder") or records_path.parent
+    # A record can have no image. Among the first 16 there are two, in all likelihood.
+    names: list[str] = []
+    for record in open_records(records_path)[:16]:
+        names += record.images
+    with suppress(ImageError):
+        return [decode_image(read_image_bytes(name, folder)) for name in names[:count]]
+    return []
+
+
+# ---- the checkpoint ----
+
+
+@torch.inference_mode()
+def compute_reference(model: Llava, image: np.ndarray) -> Reference:
+    """Return the prompt, the pixel values, the first logits and the greedy caption of one image.
+
+    Args:
+        model: A model on the CPU.
+        image: RGB image (height, width, 3), uint8.
+    """
+    # Stock processors put the image in front, wherever it was in the instruction.
+    instruction = model.instruction.replace(IMAGE_PLACEHOLDER, "").strip()
+    prompt, pixels = model.prepare_inputs(instruction, [image])
+    assert pixels is not None, "one image was given"
+    tower = model.vision_tower
+    pixel_values = tower.transform.normalize(pixels)
+    features = tower(pixel_values)
+
+    position = prompt.index(IMAGE_INDEX)
+    image_tokens = [IMAGE_INDEX] * tower.num_tokens
+    input_ids = prompt[:position] + image_tokens + prompt[position + 1 :]
+    # Only the last position predicts the first token of the caption.
+    last_position = torch.tensor([len(input_ids) - 1])
+    with lm_head_at_positions(model.language_model, last_position):
+        embeds = model.splice(torch.tensor([input_ids]), features)
+        outputs = model.language_model(inputs_embeds=embeds, use_cache=False)
+
+    options = GenerationOptions(max_new_tokens=CAPTION_LENGTH)
+    batch = DecodingBatch(model, [prompt], features, options)
+    while batch.active:
+        batch.step()
+
+    # Pixel values are (x / 255 - mean) / std, so that one gray level is 1 / (255 std) per channel.
+    std = torch.tensor(tower.transform.std)
+    return Reference(
+        instruction=instruction,
+        input_ids=input_ids,
+        pixel_values=pixel_values,
+        gray_level=(1 / (255 * std)).view(3, 1, 1),
+        logits=outputs.logits.flatten(),
+        caption_ids=batch.generated_ids[0],
+    )
+
+
+# ---- the exported model ----
+
+
+@torch.inference_mode()
+def compare_with_references(
+    folder: Path,
+    adapter: Path | None,
+    images: Sequence[np.ndarray],
+    references: Sequence[Reference],
+    image_kind: str,
+) -> StockComparison:
+    """Load an exported folder with stock classes, and compare it with the checkpoint.
+
+    Args:
+        folder: The stock LLaVA folder.
+        adapter: Folder of a PEFT adapter for it, or None.
+        images: RGB images (height, width, 3), uint8.
+        references: What the checkpoint computed for each image.
+        image_kind: What the images are, for the result.
+
+    Raises:
+        ValueError: Prompt, pixel values, logits or caption differ from the checkpoint's.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    dtype = model.dtype
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    processor: Any = AutoProcessor.from_pretrained(folder, backend="pil")
+    # Later checks depend on earlier ones: with another prompt, the logits would differ anyway.
+    largest = 0.0
+    equal_captions = 0
+    for image, reference in zip(images, references):
+        inputs = _process(processor, image, reference.instruction)
+        _check_prompt(inputs, model.config.image_token_index, reference)
+        _check_pixels(inputs, reference)
+        inputs["pixel_values"] = reference.pixel_values.to(dtype)
+        scale = float(reference.logits.abs().max().clamp_min(1))
+        tolerance = LOGIT_TOLERANCE[dtype] * scale
+        largest = max(largest, _check_logits(model, inputs, reference, tolerance))
+        equal_captions += _check_caption(model, processor, inputs, reference, tolerance)
+    return StockComparison(largest, equal_captions, len(images), image_kind)
+
+
+def _process(processor: Any, image: np.ndarray, instruction: str) -> dict[str, torch.Tensor]:
+    """Return the model inputs that the stock processor makes of an image and an instruction."""
+    from PIL import Image
+
+    content = [
+        {"type": "image", "image": Image.fromarray(image)},
+        {"type": "text", "text": instruction},
+    ]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def _check_prompt(inputs: dict[str, torch.Tensor], image_token: int, reference: Reference) -> None:
+    """Raise ValueError if the prompt has other token ids than the checkpoint's."""
+    input_ids = inputs["input_ids"][0].tolist()
+    input_ids = [IMAGE_INDEX if token == image_token else token for token in input_ids]
+    if input_ids != reference.input_ids:
+        raise ValueError(
+            f"The stock processor renders another prompt than the model was trained with: token ids "
+            f"{input_ids}, expected {reference.input_ids}."
+        )
+
+
+def _check_pixels(inputs: dict[str, torch.Tensor], reference: Reference) -> None:
+    """Raise ValueError if the pixel values differ by more than the rounding of a resize."""
+    difference = (inputs["pixel_values"] - reference.pixel_values).abs()
+    levels = float((difference / reference.gray_level).max())
+    if levels > MAX_GRAY_LEVELS:
+        raise ValueError(
+            f"The pixel values of the stock processor differ by {levels:.1f} gray levels; rounding "
+            "explains at most 2."
+        )
+
+
+def _check_logits(
+    model: Any, inputs: dict[str, torch.Tensor], reference: Reference, tolerance: float
+) -> float:
+    """Return the largest difference of two logits.
+
+    Raises:
+        ValueError: It exceeds the tolerance.
+    """
+    logits = model(**inputs, logits_to_keep=1).logits[0, -1]
+    # The exported vocabulary can have more entries: the image token.
+    difference = logits[: len(reference.logits)] - reference.logits
+    largest = float(difference.abs().max())
+    if largest > tolerance:
+        raise ValueError(
+            f"The exported model's logits differ by {largest:.2g}; rounding explains at most "
+            f"{tolerance:.2g}. The projector or the language model does something that stock LLaVA "
+            "does not."
+        )
+    return largest
+
+
+def _check_caption(
+    model: Any,
+    processor: Any,
+    inputs: dict[str, torch.Tensor],
+    reference: Reference,
+    tolerance: float,
+) -> bool:
+    """Return whether the greedy captions are equal.
+
+    Raises:
+        ValueError: They part at two tokens whose logits differ by more than the tolerance.
+    """
+    prompt_length = inputs["input_ids"].shape[1]
+    generated = model.generate(**inputs, max_new_tokens=CAPTION_LENGTH, do_sample=False)
+    caption_ids = generated[0, prompt_length:].tolist()
+    if caption_ids == reference.caption_ids:
+        return True
+
+    position = _first_difference(caption_ids, reference.caption_ids)
+    if position is not None:
+        # Compute the logits from which the two chose different tokens.
+        common = torch.tensor([caption_ids[:position]], dtype=torch.long)
+        longer = torch.cat([inputs["input_ids"], common], dim=1)
+        outputs = model(input_ids=longer, pixel_values=inputs["pixel_values"], logits_to_keep=1)
+        logits = outputs.logits[0, -1]
+        difference = logits[caption_ids[position]] - logits[reference.caption_ids[position]]
+        if difference <= tolerance:
+            return False
+    generated_text = processor.decode(caption_ids, skip_special_tokens=True)
+    expected_text = processor.decode(reference.caption_ids, skip_special_tokens=True)
+    raise ValueError(
+        f"The exported model generates {generated_text!r}, but the checkpoint generates "
+        f"{expected_text!r}."
+    )
+
+
+def _first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """Return the first position with two different tokens; None if one continues the other."""
+    for position, (one, other) in enumerate(zip(first, second)):
+        if one != other:
+            return position
+    return None

@@ -1,0 +1,304 @@
+"""HTML reports that are a single file: page skeleton, style, charts and thumbnails, which all reports share.
+
+A report is a Jinja template that extends `html_report.html` and is filled by `render_report`. Everything that is put
+into it is escaped: captions, URLs and server messages are other people's text. A page makes no request to any server:
+images are data URIs, charts are inline SVG, and a content security policy forbids the rest.
+
+The template `html_report_parts.html` draws what the classes of this module describe: tiles, bars and charts.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+THUMBNAIL_SIDE = 288  # pixels; together with the quality, 500 photos stay below 10 MB
+THUMBNAIL_QUALITY = 72
+LOSSLESS_SIDE = 96  # drawings and icons of up to this size stay sharp
+
+MAX_LINE_POINTS = 300
+HISTOGRAM_BINS = 60
+
+
+def render_report(template: str, **values: object) -> str:
+    """Fill a template of a report.
+
+    Args:
+        template: Path of the template below the package, for example "evaluation/evaluation_report.html".
+        values: What the template shows.
+
+    Returns:
+        The HTML page.
+    """
+    import jinja2  # not at the top: workers that only make thumbnails do not need it
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("llava_simplified", package_path=""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(values)
+
+
+def write_page(path: Path, template: str, **values: object) -> None:
+    """Fill a template of a report, and write the page to a file. See `render_report`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_report(template, **values), encoding="utf-8")
+
+
+# ---- numbers ----
+
+
+class Tile(NamedTuple):
+    """A number in large type."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+class Bar(NamedTuple):
+    """A row of a bar chart whose bars lie on their side.
+
+    Attributes:
+        label: What the bar stands for.
+        percent: Length of the bar, 0 to 100.
+        text: The number behind the bar.
+        color: Number of the color, 0 to 5.
+    """
+
+    label: str
+    percent: float
+    text: str
+    color: int = 0
+
+
+# ---- charts ----
+
+
+class Tick(NamedTuple):
+    """A label on an axis; `position` is in percent of the axis, from the left or from the top."""
+
+    position: float
+    label: str
+
+
+class Point(NamedTuple):
+    """A point of a line. `x` and `y` are in percent of the plot, from its top left corner."""
+
+    x: float
+    y: float
+    x_text: str
+    y_text: str
+
+
+class Line(NamedTuple):
+    """A line of a chart."""
+
+    name: str
+    path: str  # the `d` attribute of an SVG path
+    points: list[Point]
+    last: str  # the last value, for the legend
+
+
+class Column(NamedTuple):
+    """A column of a histogram, in percent of the plot."""
+
+    x: float
+    width: float
+    height: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart or a histogram.
+
+    Positions are percentages of the plot. The template stretches the SVG over the plot, whatever its size, and puts the
+    labels around it as HTML, so that the text stays readable on a phone.
+    """
+
+    title: str
+    unit: str
+    x_label: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    lines: Sequence[Line] = ()
+    columns: Sequence[Column] = ()
+
+
+def line_chart(
+    title: str,
+    unit: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x_label: str = "step",
+    max_points: int = MAX_LINE_POINTS,
+) -> Chart:
+    """Lay out a line chart.
+
+    Args:
+        title: Heading.
+        unit: What the y axis shows.
+        series: Points (x, y) of each line by its name; each line has at least one.
+        x_label: What the x axis shows.
+        max_points: Longer lines are averaged to this number of points.
+    """
+    averaged: dict[str, list[list[float]]] = {}
+    for name, all_points in series.items():
+        parts = np.array_split(all_points, min(max_points, len(all_points)))
+        averaged[name] = [np.mean(part, axis=0).tolist() for part in parts]
+    xs = [x for points in averaged.values() for x, _ in points]
+    ys = [y for points in averaged.values() for _, y in points]
+
+    y_ticks = round_ticks(min(ys), max(ys))
+    left = min(xs)
+    right = max(max(xs), left + 1e-9)  # a single point has no width
+    bottom = y_ticks[0]
+    top = max(y_ticks[-1], max(ys))
+
+    def x_position(x: float) -> float:
+        return round(100 * (x - left) / (right - left), 2)
+
+    def y_position(y: float) -> float:
+        return round(100 - 100 * (y - bottom) / (top - bottom), 2)
+
+    lines = []
+    for name, points in averaged.items():
+        placed = []
+        for x, y in points:
+            x_text = f"{x:g}" if x == int(x) else f"{x:.0f}"
+            placed.append(Point(x_position(x), y_position(y), x_text, f"{y:.3f}"))
+        path = "M" + "L".join(f"{point.x} {point.y}" for point in placed)
+        lines.append(Line(name, path, placed, last=placed[-1].y_text))
+    x_ticks = [tick for tick in round_ticks(min(xs), max(xs)) if left <= tick <= right]
+    return Chart(
+        title=title,
+        unit=unit,
+        x_label=x_label,
+        x_ticks=[Tick(x_position(tick), format_number(tick)) for tick in x_ticks],
+        y_ticks=[Tick(y_position(tick), format_number(tick)) for tick in y_ticks],
+        lines=lines,
+    )
+
+
+def histogram(
+    title: str,
+    unit: str,
+    values: np.ndarray,
+    *,
+    x_label: str,
+    per_unit: bool = False,
+    bins: int = HISTOGRAM_BINS,
+) -> Chart:
+    """Lay out a histogram.
+
+    Args:
+        title: Heading.
+        unit: What the y axis shows.
+        values: At least one number.
+        x_label: What the x axis shows.
+        per_unit: Divide the counts by the width of a bin: a rate, if the values are times.
+        bins: Number of columns.
+    """
+    counts, edges = np.histogram(values, bins=bins)
+    heights = counts.astype(float)
+    if per_unit:
+        heights = heights / (edges[1] - edges[0])
+    y_ticks = round_ticks(0, max(float(heights.max()), 1e-9))
+    top = y_ticks[-1]
+    left = float(edges[0])
+    right = float(edges[-1])
+
+    columns = []
+    for index, height in enumerate(heights.tolist()):
+        first, last = float(edges[index]), float(edges[index + 1])
+        text = f"{format_number(first)} to {format_number(last)} {x_label}: {format_number(height)}"
+        columns.append(Column(100 * index / bins, 100 / bins, 100 * height / top, f"{text} {unit}"))
+    x_ticks = []
+    for tick in round_ticks(left, right):
+        if left <= tick <= right:
+            x_ticks.append(Tick(100 * (tick - left) / (right - left), format_number(tick)))
+    return Chart(
+        title=title,
+        unit=unit,
+        x_label=x_label,
+        x_ticks=x_ticks,
+        y_ticks=[Tick(100 - 100 * tick / top, format_number(tick)) for tick in y_ticks],
+        columns=columns,
+    )
+
+
+def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Return round numbers at equal distances, the first at or below `low`, the last at or above `high`.
+
+    Args:
+        low: Smallest value.
+        high: Largest value.
+        about: Number of steps to aim at.
+    """
+    extent = high - low or abs(high) or 1.0
+    step = _round_step(extent / about)
+    first = math.floor(low / step)
+    # The tolerance avoids one more tick if `high` is a multiple of the step but for rounding.
+    last = math.ceil(high / step - 1e-9)
+    count = max(2, last - first + 1)
+    return [round((first + index) * step, 10) for index in range(count)]
+
+
+def _round_step(smallest: float) -> float:
+    """Return the smallest of 1, 2, 2.5, 5 and 10 times a power of ten that is not below `smallest`."""
+    power = 10 ** math.floor(math.log10(smallest))
+    for factor in (1, 2, 2.5, 5):
+        if power * factor >= smallest * 0.999:
+            return power * factor
+    return power * 10
+
+
+def format_number(number: float) -> str:
+    """Return a number in few characters: thousands are separated, four digits are significant."""
+    if abs(number) >= 1000:
+        return f"{number:,.0f}"
+    return f"{number:.4g}"
+
+
+# ---- images ----
+
+
+class Thumbnail(NamedTuple):
+    """A small image as a data URI; width and height in pixels."""
+
+    data_uri: str
+    width: int
+    height: int
+
+    @property
+    def is_tiny(self) -> bool:
+        """Return whether the image is a drawing or an icon, to be shown at a fixed size."""
+        return max(self.width, self.height) <= LOSSLESS_SIDE
+
+
+def make_thumbnail(pixels: np.ndarray) -> Thumbnail:
+    """Shrink an image for a report.
+
+    Args:
+        pixels: uint8 RGB (height, width, 3).
+    """
+    image = Image.fromarray(pixels)
+    size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    image.thumbnail(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    buffer = io.BytesIO()
+    lossless = max(image.size) <= LOSSLESS_SIDE
+    image.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, lossless=lossless)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return Thumbnail(f"data:image/webp;base64,{encoded}", image.width, image.height)

@@ -1,0 +1,1 @@
+"""Show training samples token by token, and add up the tokens of a data file."""

@@ -1,0 +1,116 @@
+"""What the rows of a data file add up to: examples, tokens, trained tokens, lengths and problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+from llava_simplified.data.records import Record, Records
+from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Prompt
+
+
+@dataclass
+class DataTotals:
+    """Totals of some rows. Each response of a row is one example.
+
+    Attributes:
+        prompt: The prompt renderer of training.
+        tokens_per_image: Positions of one image in the language model.
+        num_rows: Number of rows.
+        num_trained: Number of trained tokens.
+        num_images: Number of images; an image with several responses counts once for each.
+        lengths: Length of each example, with an image as one token: what `--model_max_length` limits.
+        expanded_lengths: Length of each example in the language model, with all tokens of its images.
+        problems: Messages about rows that cannot be trained on.
+    """
+
+    prompt: Prompt
+    tokens_per_image: int
+    num_rows: int = 0
+    num_trained: int = 0
+    num_images: int = 0
+    lengths: list[int] = field(default_factory=list)
+    expanded_lengths: list[int] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, records: Records, index: int) -> Record | None:
+        """Render a row as training does, and count it.
+
+        Returns:
+            The record, or None if it cannot be trained on. Then there is one problem more.
+        """
+        self.num_rows += 1
+        try:
+            record = records[index]
+            prefix, branches = self.prompt.render_branches(
+                record.turns, record.responses, record.id
+            )
+            if not branches:
+                raise ValueError(f"{record.id}: no response to train on")
+        except ValueError as error:
+            self.problems.append(str(error))
+            return None
+
+        num_images = prefix.input_ids.count(IMAGE_INDEX)
+        trained_in_prefix = sum(label != IGNORE_INDEX for label in prefix.labels)  # earlier answers
+        for branch in branches:
+            length = len(prefix.input_ids) + len(branch)
+            self.lengths.append(length)
+            self.expanded_lengths.append(length + num_images * (self.tokens_per_image - 1))
+            self.num_trained += trained_in_prefix + len(branch)
+            self.num_images += num_images
+        return record
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens in the language model."""
+        return sum(self.expanded_lengths)
+
+
+def totals_table(
+    shown: DataTotals, scanned: DataTotals, *, num_rows: int, model_max_length: int | None
+) -> Table:
+    """Return a table with the totals of the shown samples beside those of the file.
+
+    Args:
+        shown: Totals of the samples that were shown.
+        scanned: Totals of the rows that were scanned.
+        num_rows: Number of rows of the file.
+        model_max_length: Count the examples that are longer.
+    """
+    scope = "the file"
+    if scanned.num_rows < num_rows:
+        scope = f"{scanned.num_rows:,} of {num_rows:,} rows"
+    title = f"{shown.prompt.name} template"
+    table = Table("", "shown", scope, title=title, box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add_row(name: str, value: Callable[[DataTotals], str]) -> None:
+        table.add_row(name, value(shown), value(scanned))
+
+    def share_trained(totals: DataTotals) -> str:
+        return f"{totals.num_trained / max(1, totals.num_tokens):.1%}"
+
+    def mean_length(totals: DataTotals) -> str:
+        return f"{totals.num_tokens / max(1, len(totals.lengths)):.1f}"
+
+    add_row("rows", lambda totals: f"{totals.num_rows:,}")
+    add_row("examples", lambda totals: f"{len(totals.lengths):,}")
+    add_row("tokens", lambda totals: f"{totals.num_tokens:,}")
+    add_row("  of images", lambda totals: f"{totals.num_images * totals.tokens_per_image:,}")
+    add_row("  trained", lambda totals: f"{totals.num_trained:,}")
+    add_row("share trained", share_trained)
+    add_row("mean length", mean_length)
+    add_row("longest", lambda totals: f"{max(totals.expanded_lengths, default=0):,}")
+    if model_max_length:
+        limit = model_max_length
+
+        def num_cut(totals: DataTotals) -> str:
+            return f"{sum(length > limit for length in totals.lengths):,}"
+
+        add_row(f"cut at {limit}", num_cut)
+    add_row("rows with a problem", lambda totals: f"{len(totals.problems):,}")
+    return table

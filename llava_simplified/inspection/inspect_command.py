@@ -1,0 +1,187 @@
+"""`llava inspect`: show training samples token by token, and the totals of a data file.
+
+Run it before training: it shows every token, which tokens are trained, and where the image features go. It uses the
+same `Prompt` and `Record` as training.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, cast
+
+from llava_simplified.options import CommandParser, add_image_folder_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerFast
+
+    from llava_simplified.data.records import Records
+    from llava_simplified.inspection.data_totals import DataTotals
+    from llava_simplified.inspection.token_table import SampleView
+
+MAX_NAMED_PROBLEMS = 10  # rows with a problem that are named; the others are only counted
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava inspect`."""
+    parser = CommandParser(
+        "llava inspect",
+        "Show training samples token by token, and the totals of a data file.",
+    )
+    parser.add_argument("--data", required=True, help="Records: .json, .jsonl or .parquet")
+    parser.add_argument(
+        "--model_name_or_path",
+        required=True,
+        help="Language model or checkpoint whose tokenizer is used",
+    )
+    add_image_folder_option(parser, default="images are not opened")
+    parser.add_argument(
+        "--vision_tower",
+        help="Vision tower that decides the number of tokens per image (default: count an image as one)",
+    )
+    parser.add_argument(
+        "--mm_vision_select_layer",
+        type=int,
+        nargs="+",
+        default=[-2],
+        help="Hidden layers of the vision tower, as in training (default: -2)",
+    )
+    parser.add_argument(
+        "--mm_vision_select_feature",
+        default="patch",
+        choices=["patch", "cls_patch"],
+        help="Features of the vision tower, as in training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mm_token_pool",
+        type=int,
+        default=0,
+        help="Pool the patch grid to K x K tokens; 0: keep the grid (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--template",
+        default="auto",
+        choices=["auto", "chat", "plain", "bare"],
+        help="Prompt template, as in training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model_max_length",
+        type=int,
+        help="Count the examples that are longer than this number of tokens",
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=3,
+        help="Number of samples to show (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scan",
+        type=int,
+        default=20_000,
+        help="Number of rows to add up, evenly spread over the file; 0: all (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print samples and totals. Returns 1 if a row has a problem, else 0."""
+    args = build_parser().parse_args(argv)
+
+    from rich.console import Console
+
+    from llava_simplified.data.records import Records
+    from llava_simplified.data.rows import open_rows
+    from llava_simplified.inspection.data_totals import DataTotals, totals_table
+    from llava_simplified.inspection.token_table import SampleView
+    from llava_simplified.model.build import load_tokenizer
+    from llava_simplified.prompt import Prompt
+
+    records = Records(open_rows(args.data))
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    prompt = Prompt(tokenizer, args.template)
+    tokens_per_image = _tokens_per_image(args)
+
+    console = Console(highlight=False)
+    # `Prompt` has checked that the tokenizer is a fast one.
+    fast_tokenizer = cast("PreTrainedTokenizerFast", tokenizer)
+    view = SampleView(fast_tokenizer, prompt, tokens_per_image)
+    shown = DataTotals(prompt, tokens_per_image or 1)
+    scanned = DataTotals(prompt, tokens_per_image or 1)
+    _show_samples(console, records, view, shown, args)
+    _scan(records, scanned, args.scan)
+    table = totals_table(
+        shown,
+        scanned,
+        num_rows=len(records),
+        model_max_length=args.model_max_length,
+    )
+    console.print(table)
+    # A row that was shown is usually scanned too: name it once.
+    problems = list(dict.fromkeys([*shown.problems, *scanned.problems]))
+    _print_problems(console, problems)
+    return 1 if problems else 0
+
+
+def _tokens_per_image(args: argparse.Namespace) -> int | None:
+    """Return the number of tokens that the vision tower makes of an image; None if it is not given."""
+    if not args.vision_tower:
+        return None
+
+    from transformers import AutoConfig
+
+    from llava_simplified.data.transforms import ImageTransform
+    from llava_simplified.model.vision import VisionTower
+
+    config = AutoConfig.from_pretrained(args.vision_tower)
+    config = getattr(config, "vision_config", config)  # of CLIP, only the vision model
+    transform = ImageTransform.from_pretrained(args.vision_tower)
+    # The tower is built from its config alone: its weights are not read.
+    tower = VisionTower.from_config(
+        config,
+        transform,
+        select_layer=args.mm_vision_select_layer,
+        select_feature=args.mm_vision_select_feature,
+        token_pool=args.mm_token_pool,
+    )
+    return tower.num_tokens
+
+
+def _show_samples(
+    console: Console,
+    records: Records,
+    view: SampleView,
+    totals: DataTotals,
+    args: argparse.Namespace,
+) -> None:
+    for index in range(min(args.count, len(records))):
+        record = totals.add(records, index)
+        if record is None:
+            continue
+        console.print(*view.render(record), sep="\n")
+        if args.image_folder:
+            lines, problems = view.describe_images(record, args.image_folder)
+            totals.problems += problems
+            # Long file names must not be broken into two lines.
+            console.print(*lines, "", sep="\n", soft_wrap=True)
+
+
+def _scan(records: Records, totals: DataTotals, max_rows: int) -> None:
+    """Add up at most `max_rows` rows, evenly spread; all rows if it is 0."""
+    stride = 1.0
+    if max_rows:
+        stride = max(1.0, len(records) / max_rows)
+    for number in range(round(len(records) / stride)):
+        totals.add(records, int(number * stride))
+
+
+def _print_problems(console: Console, problems: list[str]) -> None:
+    from rich.text import Text
+
+    from llava_simplified.inspection.token_table import printable
+
+    for problem in problems[:MAX_NAMED_PROBLEMS]:
+        console.print(Text(printable(problem), "red"), soft_wrap=True)
+    unnamed = len(problems) - MAX_NAMED_PROBLEMS
+    if unnamed > 0:
+        console.print(Text(f"... and {unnamed:,} more rows with a problem", "red"))

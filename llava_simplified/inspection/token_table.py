@@ -1,0 +1,125 @@
+"""Samples as tables: one line for each token, with its position, its text and whether it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from llava_simplified.data.images import decode_image, read_image_bytes
+from llava_simplified.data.records import Record
+from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, IMAGE_PLACEHOLDER, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class SampleView:
+    """Draw samples.
+
+    Args:
+        tokenizer: The tokenizer of the language model.
+        prompt: The prompt renderer of training.
+        tokens_per_image: Positions of one image in the language model; None if it is not known.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt: Prompt,
+        tokens_per_image: int | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._tokens_per_image = tokens_per_image
+
+    def render(self, record: Record) -> Iterator[Text | Table]:
+        """Yield a heading, the tokens of the first example of a record, and its length."""
+        input_ids, labels = self._prompt.render(record.turns, record.responses[0], record.id)
+        table = Table(
+            "position",
+            "token",
+            "id",
+            "trained",
+            box=None,
+            header_style="bold",
+            padding=(0, 2, 0, 0),
+        )
+        position = 0
+        for token, label in zip(input_ids, labels):
+            if token == IMAGE_INDEX:
+                position += self._add_image(table, position)
+                continue
+            is_trained = label != IGNORE_INDEX
+            table.add_row(
+                str(position),
+                Text(self.token_text(token)),
+                str(token),
+                "yes" if is_trained else "-",
+                style="bold green" if is_trained else "dim",
+            )
+            position += 1
+
+        num_trained = sum(label != IGNORE_INDEX for label in labels)
+        alternatives = ""
+        if len(record.responses) > 1:
+            alternatives = f" (the first of {len(record.responses)} responses)"
+        images = printable(", ".join(record.images)) or "no image"
+        yield Text(f"{record.id}{alternatives}  {images}", "bold")
+        yield table
+        share = num_trained / position
+        yield Text(f"{position} tokens, {num_trained} trained ({share:.0%})\n")
+
+    def _add_image(self, table: Table, position: int) -> int:
+        """Add the line of an image; returns the number of its positions."""
+        count = self._tokens_per_image or 1
+        positions = f"{position}-{position + count - 1}" if count > 1 else str(position)
+        name = IMAGE_PLACEHOLDER
+        if self._tokens_per_image:
+            name = f"{IMAGE_PLACEHOLDER} x {self._tokens_per_image}"
+        table.add_row(positions, Text(name), "", "image", style="magenta")
+        return count
+
+    def token_text(self, token: int) -> str:
+        """Return the text of a token on one line: a space as `␣`, unprintable characters escaped."""
+        # Decoders may drop a space at the beginning, so the token is decoded behind an "x".
+        prefix = self._tokenizer.encode("x", add_special_tokens=False)
+        decode = self._tokenizer.backend_tokenizer.decode
+        prefix_text = decode(prefix, skip_special_tokens=False)
+        text = decode([*prefix, token], skip_special_tokens=False)[len(prefix_text) :]
+        # A token may be a part of a character: some bytes of UTF-8. It is shown by its name in the vocabulary.
+        if not text or "\N{REPLACEMENT CHARACTER}" in text:
+            text = str(self._tokenizer.convert_ids_to_tokens(token))
+        return printable(text).replace(" ", "␣")
+
+    def describe_images(self, record: Record, folder: str) -> tuple[list[Text], list[str]]:
+        """Open the images of a record as training does.
+
+        Returns:
+            A line with the size of each image, and a message for each image that cannot be read.
+        """
+        lines = []
+        problems = []
+        for name in record.images:
+            try:
+                height, width, _ = decode_image(read_image_bytes(name, folder)).shape
+            except ValueError as error:
+                problems.append(f"{record.id}: {error}")
+                continue
+            lines.append(Text(f"{printable(name)}: {width} x {height} pixels"))
+        return lines, problems
+
+
+def printable(text: str) -> str:
+    """Escape characters that a terminal would not print.
+
+    Data may contain escape sequences, which clear the screen, or marks that reverse the direction of writing.
+    """
+    characters = []
+    for character in text:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        characters.append(character)
+    return "".join(characters)

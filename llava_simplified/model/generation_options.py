@@ -1,0 +1,68 @@
+"""The options of text generation. This module does not import torch, so that commands start quickly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Used for several sequences per prompt if no temperature is given: greedy ones would all be the same.
+DEFAULT_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to generate; the names are those of Transformers.
+
+    Attributes:
+        max_new_tokens: Maximum number of generated tokens, the end token included.
+        min_new_tokens: Number of tokens before which the end token is excluded.
+        temperature: Divisor of the logits; 0 is greedy search, higher values are more varied.
+        top_p: Sample from the most likely tokens that together have this probability.
+        top_k: Sample from this many of the most likely tokens; 0 is all of them.
+        repetition_penalty: Above 1, generated tokens become less likely (Keskar et al., 2019).
+        num_beams: Above 1, beam search; with a temperature, beam sampling.
+        length_penalty: Of beam search: a beam's score is divided by its length to this power.
+        num_return_sequences: Number of generated sequences per prompt.
+        seed: Seed of the sampling. What a sequence draws depends only on the seed, its images and its
+            prompt (with sampled beams, on the batch as well). None: different every time.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    num_return_sequences: int = 1
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        requirements = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
+            "min_new_tokens": (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                "must be between 0 and max_new_tokens",
+            ),
+            "temperature": (self.temperature >= 0, "must be at least 0"),
+            "top_p": (0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "must be at least 0"),
+            "repetition_penalty": (self.repetition_penalty > 0, "must be above 0"),
+            "num_beams": (self.num_beams >= 1, "must be at least 1"),
+        }
+        for name, (fulfilled, requirement) in requirements.items():
+            # A NaN fulfills no comparison, and so is refused.
+            if not fulfilled:
+                raise ValueError(f"{name} {requirement}, not {getattr(self, name)}")
+        if self.num_return_sequences <= self.num_beams:
+            return
+        if self.num_beams > 1:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} requires as many num_beams, not "
+                f"{self.num_beams}"
+            )
+        if self.temperature == 0:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} requires a temperature above 0, or "
+                "as many num_beams: greedy search has only one result"
+            )

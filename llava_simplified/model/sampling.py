@@ -1,0 +1,107 @@
+"""From next-token logits to a token: penalties, temperature, top-k, top-p, and one draw per sequence.
+
+Every sequence draws from a random generator of its own, seeded by what identifies the sequence and by
+nothing else. So its tokens do not depend on which other sequences are in the batch, on their order, or
+on when it joined:
+
+    seed of the request ----+
+    hash of prompt, images -+--> SHA-256 --> torch.Generator of this sequence --> one number a step
+    number of the sample ---+
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+from transformers.generation import LogitsProcessor, logits_process
+
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.prompt import IMAGE_INDEX
+
+
+def prompt_hashes(
+    prompts: Sequence[Sequence[int]], pixel_values: torch.Tensor | Sequence[torch.Tensor] | None
+) -> list[bytes]:
+    """Return a hash of each prompt's token ids and images: the same in whatever batch it comes.
+
+    Args:
+        prompts: Token ids, one IMAGE_INDEX per image.
+        pixel_values: uint8 (images, 3, height, width), the images of all prompts in order.
+    """
+    hashes: list[bytes] = []
+    images = iter(()) if pixel_values is None else iter(pixel_values)
+    for prompt in prompts:
+        digest = hashlib.sha256(repr(list(prompt)).encode())
+        for image in islice(images, list(prompt).count(IMAGE_INDEX)):
+            digest.update(image.cpu().numpy().tobytes())
+        hashes.append(digest.digest())
+    return hashes
+
+
+def make_generator(
+    seed: int | None, prompt_hash: bytes, sample: int, device: torch.device
+) -> torch.Generator:
+    """Return the random generator of one sequence.
+
+    Args:
+        seed: Seed of the request; None draws one from torch's global generator.
+        prompt_hash: Hash of the prompt and its images, see `prompt_hashes`.
+        sample: Number of the sequence among those of the same prompt.
+        device: Device of the logits.
+    """
+    start = int(torch.randint(2**62, ())) if seed is None else seed
+    digest = hashlib.sha256(prompt_hash + f"|{start}|{sample}".encode()).digest()
+    # Shifted by one bit, since manual_seed does not accept all 64-bit numbers.
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def process_logits(
+    logits: torch.Tensor, generated_ids: Sequence[Sequence[int]], options: GenerationOptions
+) -> torch.Tensor:
+    """Apply repetition penalty, temperature, top-k and top-p, in the order of Transformers.
+
+    Args:
+        logits: float32 (rows, vocabulary).
+        generated_ids: What each row has generated so far; rows of the same length.
+        options: Of all these rows.
+
+    Returns:
+        (rows, vocabulary), -inf for excluded tokens.
+    """
+    processors: list[LogitsProcessor] = []
+    if options.repetition_penalty != 1:
+        penalty = float(options.repetition_penalty)
+        processors.append(logits_process.RepetitionPenaltyLogitsProcessor(penalty))
+    if options.temperature > 0:
+        processors.append(logits_process.TemperatureLogitsWarper(float(options.temperature)))
+        if options.top_k:
+            processors.append(logits_process.TopKLogitsWarper(options.top_k))
+        if options.top_p < 1:
+            processors.append(logits_process.TopPLogitsWarper(options.top_p))
+    ids = torch.tensor(generated_ids, device=logits.device, dtype=torch.long)
+    for processor in processors:
+        logits = processor(ids, logits)
+    return logits
+
+
+def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Draw one token per row, with the row's own generator.
+
+    Not `torch.multinomial`, which has one generator for all rows. Each row draws one number from
+    [0, 1) and gets the token whose share of the cumulative distribution contains it.
+
+    Args:
+        logits: (rows, vocabulary).
+        generators: One per row.
+
+    Returns:
+        Token ids (rows,).
+    """
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # Rounding may leave the last sum below 1: divide, so that every number falls on some token.
+    cumulative = cumulative / cumulative[:, -1:]
+    numbers = [torch.rand(1, generator=random, device=logits.device) for random in generators]
+    return torch.searchsorted(cumulative, torch.cat(numbers)[:, None], right=True)[:, 0]

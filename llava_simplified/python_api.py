@@ -1,0 +1,111 @@
+"""`llava_simplified.train` and `llava_simplified.evaluate`: the two commands as Python functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_simplified.evaluation.metrics import Evaluation, Sample
+
+
+def train(config: str | Path | None = None, **options: Any) -> Path:
+    """Train a model, as `llava train` does.
+
+        train(
+            model_name_or_path="mistralai/Mistral-7B-Instruct-v0.1",
+            vision_tower="openai/clip-vit-base-patch16",
+            train_data_path="data/train.json",
+            output_dir="output/captioner",
+            lora_r=8,
+        )
+
+    Args:
+        config: A YAML file with options.
+        options: Options of `llava train` by name; they have precedence over the file. None means not given.
+
+    Returns:
+        The folder of the trained model, for `Llava.from_pretrained`.
+
+    Raises:
+        ValueError: An option does not exist or has a wrong value, or the data cannot be used.
+    """
+    # Imported here because these modules import transformers, which takes seconds.
+    from llava_simplified.arguments import parse_arguments, to_words
+    from llava_simplified.training import train_command
+    from llava_simplified.training.preflight import preflight
+
+    # As words of a command line: old names, conversions and errors are then the same as in `llava train`.
+    argv = to_words({"config": config, **options})
+    arguments = parse_arguments(argv)
+    preflight(argv, *arguments)
+    return train_command.train(*arguments)
+
+
+def evaluate(
+    predictions: str | Path | Sequence[Sample],
+    references: str | Path | Mapping[str, Sequence[str]] | None = None,
+    *,
+    train_captions: str | Path | Iterable[str] | None = None,
+    clip: str | Path | None = None,
+    image_folder: str | Path = "",
+    java: bool = True,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Evaluation:
+    """Score predictions, as `llava evaluate` does.
+
+        scores = evaluate("predictions.json").mean
+        print(scores["CIDEr-D"].value)
+
+    Args:
+        predictions: A prediction file of `llava predict` or `llava caption`, or samples.
+        references: A COCO caption file, or captions by image name, instead of the captions in the prediction file.
+        train_captions: The training records, or their captions: adds the shares of novel captions and of references
+            that were not in the training data.
+        clip: Folder of a CLIP model: adds CLIPScore, which needs the images.
+        image_folder: Folder of the images, for CLIPScore.
+        java: Compute METEOR and SPICE as well, if Java and pycocoevalcap are installed.
+        resamples: Number of bootstrap resamples for the intervals; 0 for none.
+        seed: Random seed of the bootstrap.
+
+    Returns:
+        The scores: `.mean` over the captions of an image, `.best`, `.per_image`, and more.
+
+    Raises:
+        ValueError: The predictions cannot be read, or do not belong to the references.
+    """
+    from llava_simplified.data.images import read_image_bytes
+    from llava_simplified.evaluation import metrics
+    from llava_simplified.evaluation.predictions import (
+        read_predictions,
+        read_references,
+        read_train_captions,
+    )
+
+    if isinstance(references, (str, Path)):
+        references = read_references(Path(references))
+    if isinstance(train_captions, (str, Path)):
+        train_captions = read_train_captions(Path(train_captions))
+    if isinstance(predictions, (str, Path)):
+        samples: Sequence[Sample] = read_predictions(Path(predictions), references)
+    elif references is not None:
+        raise ValueError(
+            "references: samples have references of their own; pass a file of predictions."
+        )
+    else:
+        samples = predictions
+    # Only CLIPScore looks at images: without it, the folder need not exist.
+    images: list[bytes] = []
+    if clip is not None:
+        images = [read_image_bytes(sample.image, Path(image_folder)) for sample in samples]
+    return metrics.evaluate(
+        samples,
+        train_captions=train_captions,
+        clip=None if clip is None else Path(clip),
+        images=images,
+        java=java,
+        resamples=resamples,
+        seed=seed,
+    )

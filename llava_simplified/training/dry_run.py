@@ -1,0 +1,154 @@
+"""The dry run of `--preflight`: a few steps, a save, a load and a caption, in a process of its own.
+
+Usage: python -m llava_simplified.training.dry_run TRAINING_OPTIONS
+
+The result is written to `report.json` beside the output folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+)
+from llava_simplified.data.images import ImageError, read_image_bytes
+from llava_simplified.data.records import open_records
+from llava_simplified.model.checkpoint import load_checkpoint
+from llava_simplified.model.llava import Llava
+from llava_simplified.training.build_trainer import build_trainer
+
+# Largest difference of logits between the trained and the loaded model, relative to the largest
+# logit.
+_TOLERANCE_FLOAT32 = 1e-3
+_TOLERANCE_16_BIT = 3e-2
+
+
+class TrainedSteps(NamedTuple):
+    """A batch, the logits of the trained model for it, and the seconds of a step."""
+
+    batch: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    seconds: float
+
+
+def dry_run(argv: Sequence[str]) -> None:
+    """Train a few steps, save, load, compare the logits, and caption an image.
+
+    Args:
+        argv: Training options.
+
+    Raises:
+        ValueError: The loaded checkpoint has other logits than the trained model.
+    """
+    model_args, data, args = parse_arguments(list(argv))
+    output = Path(str(args.output_dir))
+    is_float32 = args.frozen_dtype == "float32"
+    precision = torch.autocast(
+        args.device.type, getattr(torch, args.frozen_dtype), enabled=not is_float32
+    )
+    trained = _train_and_save(model_args, data, args, precision)
+    peak = _peak_memory(args.device)
+
+    # Release the trained model first: memory need not hold two models.
+    gc.collect()
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
+    loaded = load_checkpoint(
+        output, device=args.device, attn_implementation=model_args.attn_implementation
+    ).eval()
+    with torch.no_grad(), precision:
+        logits = loaded(**trained.batch).logits.float()
+    difference = float((trained.logits - logits).abs().max() / trained.logits.abs().max())
+    tolerance = _TOLERANCE_FLOAT32 if is_float32 else _TOLERANCE_16_BIT
+    if not difference < tolerance:  # also if it is NaN
+        raise ValueError(
+            f"the saved checkpoint has other logits than the trained model: they differ by {difference:.2%}"
+        )
+    report = {
+        "seconds": trained.seconds,
+        "peak": peak,
+        "caption": _caption_first_record(loaded, data),
+    }
+    (output.parent / "report.json").write_text(json.dumps(report))
+
+
+def _train_and_save(
+    model_args: ModelArguments,
+    data: DataArguments,
+    args: TrainingArguments,
+    precision: torch.autocast,
+) -> TrainedSteps:
+    trainer, _ = build_trainer(model_args, data, args)
+    timer = _StepTimer()
+    trainer.add_callback(timer)
+    trainer.train()
+    examples = cast(Any, trainer.train_dataset)
+    first_examples = [examples[index] for index in range(min(2, len(examples)))]
+    batch = trainer._prepare_inputs(trainer.data_collator(first_examples))
+    batch.pop("metadata")
+    model = cast(Llava, trainer.model).eval()
+    with torch.no_grad(), precision:
+        logits = model(**batch).logits.float()
+    trainer.save_final()
+    trainer.accelerator.free_memory()
+    return TrainedSteps(batch, logits, timer.seconds)
+
+
+def _caption_first_record(model: Llava, data: DataArguments) -> str | None:
+    """Return a caption of the first record, or None if it has no readable image."""
+    record = open_records(str(data.train_data_path))[0]
+    if not record.images:
+        return None
+    with suppress(ImageError):  # reported and counted when training meets it
+        images = [read_image_bytes(name, str(data.train_image_folder)) for name in record.images]
+        return model.chat(record.turns, images, max_new_tokens=16)
+    return None
+
+
+class _StepTimer(TrainerCallback):
+    """Measure the duration of the last step."""
+
+    def __init__(self) -> None:
+        self.start = 0.0
+        self.seconds = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = time.perf_counter() - self.start
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the largest number of bytes that were allocated: on the GPU, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # POSIX only; psutil has no peak there
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kibibytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    try:
+        dry_run(sys.argv[1:])
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,199 @@
+"""Which images are cached, where, and by which process: what `--cache_vision_features` means."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+
+from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava_simplified.data.dataset import CaptionDataset, open_data
+from llava_simplified.data.records import Record
+from llava_simplified.model.build import build_vision_tower
+from llava_simplified.model.vision import VisionTower
+from llava_simplified.model.weights import weights_digest
+from llava_simplified.training.feature_cache import FeatureCache, ImageFeatures
+from llava_simplified.training.model_config import model_config
+
+logger = logging.getLogger(__name__)
+
+MODES = ("auto", "memory", "disk", "pixels", "off")
+# `auto` assumes that no image occurs in more records than this. Then millions of records need not
+# be read to see that their images cannot fit.
+_MAX_RECORDS_PER_IMAGE = 20
+
+
+def cache_features(
+    vision: VisionTower,
+    data: DataArguments,
+    args: TrainingArguments,
+    weights: str,
+    datasets: Sequence[CaptionDataset],
+) -> None:
+    """Cache the features of all images as `--cache_vision_features` says, for the datasets to use.
+
+    Args:
+        vision: The vision tower.
+        data: Data options.
+        args: Training options.
+        weights: Digest of the tower's weights.
+        datasets: The training set, and the validation set if there is one.
+
+    Raises:
+        ValueError: An unknown mode, or too little disk space.
+    """
+    mode = data.cache_vision_features
+    if mode not in MODES:
+        raise ValueError(
+            f"--cache_vision_features {mode}: expected auto, memory, disk, pixels or off."
+        )
+    if mode == "off":
+        return
+    budget = data.feature_cache_gb * 1e9
+    row_bytes = _row_bytes_by_mode(vision, weights)
+    if mode == "auto":
+        fewest_images = len(datasets[0].records) / _MAX_RECORDS_PER_IMAGE
+        if fewest_images * min(row_bytes.values()) > budget:
+            return
+
+    # Parses all records: with millions of them this takes minutes, hence the check above.
+    names = [unique_image_names(dataset.records) for dataset in datasets]
+    count = sum(len(images) for images in names)
+    if mode == "auto":
+        has_several_epochs = args.num_train_epochs > 1 or args.max_steps > 0
+        # In one epoch, an image is seen more than once if it occurs in several examples.
+        sees_images_again = has_several_epochs or len(datasets[0]) > len(names[0])
+        fitting = [name for name, size in row_bytes.items() if count * size <= budget]
+        if not fitting or not sees_images_again:
+            return
+        mode = fitting[0]
+
+    cache = _open_cache(vision, weights, mode, data, args, count)
+    for dataset, images in zip(datasets, names):
+        dataset.features = _fill_together(cache, images, dataset.image_folder, args)
+
+
+def _row_bytes_by_mode(vision: VisionTower, weights: str) -> dict[str, int]:
+    """Return the bytes per image of the modes that `auto` chooses from, the preferred one first."""
+    sizes = {}
+    if vision.frozen:
+        sizes["disk"] = FeatureCache(vision, weights).row_bytes
+    sizes["pixels"] = FeatureCache(vision, weights, pixels=True).row_bytes
+    return sizes
+
+
+def encode_data(
+    model_args: ModelArguments, data: DataArguments, args: TrainingArguments
+) -> tuple[int, int, str]:
+    """Fill the cache on disk with the images of a training run: the work of `llava encode`.
+
+    The job can be killed and restarted at any time. Images that are in the cache are not encoded
+    again.
+
+    Returns:
+        Number of images in the cache, number of images that cannot be read, and the mode ("disk" or
+        "pixels").
+
+    Raises:
+        ValueError: The options do not name data or a mode on disk, or the disk space is too small.
+    """
+    if data.cache_vision_features not in ("auto", "disk", "pixels"):
+        raise ValueError(
+            f"--cache_vision_features {data.cache_vision_features}: `llava encode` writes to the disk. Pass "
+            "--cache_vision_features disk, or pixels."
+        )
+    mode = "pixels" if data.cache_vision_features == "pixels" else "disk"
+    opened = []
+    if data.train_data_path:
+        opened.append(
+            open_data(data.train_data_path, data.train_image_folder, "--train_image_folder")
+        )
+    if data.eval_data_path:
+        opened.append(open_data(data.eval_data_path, data.val_image_folder, "--val_image_folder"))
+    if not opened:
+        raise ValueError(
+            "--train_data_path is required: a .json, .jsonl or .parquet file of records."
+        )
+    tower = build_vision_tower(model_config(model_args, args.frozen_dtype))
+    tower.requires_grad_(False)
+    names = [unique_image_names(records) for records, _ in opened]
+    count = sum(len(images) for images in names)
+    digest = weights_digest(model_args.vision_tower)
+    cache = _open_cache(tower, digest, mode, data, args, count)
+    encoded = 0
+    for images, (_, folder) in zip(names, opened):
+        encoded += len(_fill_together(cache, images, folder, args))
+    return encoded, count - encoded, mode
+
+
+def unique_image_names(records: Sequence[Record]) -> list[str]:
+    """Return every image name of the records once, in their order. All records are parsed."""
+    names: dict[str, None] = {}
+    for record in records:
+        names.update(dict.fromkeys(record.images))
+    return list(names)
+
+
+def _open_cache(
+    vision: VisionTower,
+    weights: str,
+    mode: str,
+    data: DataArguments,
+    args: TrainingArguments,
+    count: int,
+) -> FeatureCache:
+    """Open the cache of a mode, log its size, and check the disk space.
+
+    Args:
+        vision: The vision tower; it is moved to the device of the run.
+        weights: Digest of the tower's weights.
+        mode: "memory", "disk" or "pixels".
+        data: Data options.
+        args: Training options.
+        count: Number of images.
+
+    Raises:
+        ValueError: The disk space is too small.
+    """
+    folder = None if mode == "memory" else Path(data.feature_cache_dir).expanduser()
+    cache = FeatureCache(vision.to(args.device), weights, folder, pixels=mode == "pixels")
+    if args.local_process_index == 0:
+        content = "resized images" if cache.pixels else "vision features of images"
+        place = f"in {folder}" if folder else "in memory"
+        gigabytes = count * cache.row_bytes / 1e9
+        logger.info("Caching %s %s: %.2f GB %s", f"{count:,}", content, gigabytes, place)
+    if folder is None:
+        return cache
+    required = max(count - len(cache), 0) * cache.row_bytes
+    free = shutil.disk_usage(folder).free
+    if required > free:
+        raise ValueError(
+            f"--feature_cache_dir {folder}: {required / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. Pass "
+            "another --feature_cache_dir, or --cache_vision_features off."
+        )
+    return cache
+
+
+def _fill_together(
+    cache: FeatureCache, images: Sequence[str], folder: str | Path, args: TrainingArguments
+) -> ImageFeatures:
+    """Fill the cache. The processes of this machine share the work if the cache is on disk.
+
+    Afterwards each process looks up the rows of all images, which the others may have written.
+    """
+    workers = args.dataloader_num_workers
+    rank = args.local_process_index
+    # torchrun and DeepSpeed set the first variable, MPI launchers the second.
+    local_processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+    processes = int(local_processes)
+    progress = not args.disable_tqdm and rank == 0
+    # Each process fills an equal share; a cache in memory cannot be shared, so each fills all of
+    # it.
+    if processes > 1 and cache.on_disk:
+        cache.fill(images[rank::processes], folder, workers=workers, progress=progress)
+        PartialState().wait_for_everyone()
+    return cache.fill(images, folder, workers=workers, progress=progress)

@@ -1,0 +1,140 @@
+"""`llava plan`: print the forecast of a run, from the options of `llava train` and a few more."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_simplified.options import CommandParser, configure_logging
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava_simplified.arguments import TrainingArguments
+    from llava_simplified.training.plan import Plan
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of the options that `llava train` does not have."""
+    parser = CommandParser(
+        "llava plan",
+        "Forecast memory, time and disk space of a run. Accepts all options of `llava train`, and:",
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        help="TFLOP/s that a device reaches in a matrix product (default: measured on this machine)",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        help="Share of --tflops that training reaches (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, help="Number of devices (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--deepspeed",
+        type=Path,
+        help="DeepSpeed configuration of the run; its ZeRO stage decides what the devices share",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `llava plan`."""
+    own, training_options = build_parser().parse_known_args(argv)
+    configure_logging(verbose=own.verbose, quiet=own.quiet)
+
+    import torch
+
+    from llava_simplified.arguments import parse_arguments
+    from llava_simplified.training.plan import make_plan
+
+    model_args, data_args, args = parse_arguments(training_options)
+    zero = read_zero_stage(own.deepspeed)
+    plan = make_plan(model_args, data_args, args, devices=own.devices, zero=zero)
+    tflops = own.tflops
+    if tflops is None:
+        tflops = measure_matmul_flops(args.device, getattr(torch, args.frozen_dtype)) / 1e12
+    print(describe_plan(plan, args, tflops, own.mfu, own.devices))
+    return 0
+
+
+def read_zero_stage(config: Path | None) -> int:
+    """Return the ZeRO stage of a DeepSpeed configuration, or 0 without one.
+
+    Raises:
+        ValueError: The file has no stage.
+    """
+    if config is None:
+        return 0
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        return int(values["zero_optimization"]["stage"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--deepspeed {config}: expected a JSON file with zero_optimization.stage ({error!r})."
+        ) from error
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large matrix product on this device: the limit of a training step."""
+    import torch
+
+    size = 2048
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        product = matrix @ matrix
+        float(product[0, 0])  # wait until the device has finished
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def describe_plan(
+    plan: Plan, args: TrainingArguments, tflops: float, mfu: float, devices: int
+) -> str:
+    """Return the plan as text.
+
+    Args:
+        plan: The plan.
+        args: Training options.
+        tflops: TFLOP/s of a device in a matrix product.
+        mfu: Share of `tflops` that training reaches.
+        devices: Number of devices.
+    """
+    from llava_simplified.training.plan import format_estimate
+
+    gigabyte = 1e9
+    total_flops = plan.flops * plan.samples
+    seconds = total_flops / (tflops * 1e12 * mfu * devices)
+    if plan.steps:
+        run = f"the run           {plan.steps:,} steps, "
+        checkpoints = f", {plan.count_checkpoints(args)} kept"
+        features = f"{plan.features / gigabyte:.2f} GB if all features are cached"
+    else:
+        # Neither --max_steps nor --train_data_path: the number of steps is unknown.
+        run = "one step          (--train_data_path says how many) "
+        checkpoints = ""
+        features = f"{plan.features / 1e3:.0f} KB per image if features are cached"
+    lines = [
+        plan.table,
+        f"a sample          {plan.positions:.0f} positions (longest {plan.longest}), {plan.trained:.0f} trained, "
+        f"{plan.flops / 1e9:,.1f} GFLOP",
+        f"{run}{plan.samples:,} samples, {total_flops / 1e15:,.2f} PFLOP",
+        f"time              {format_estimate(seconds)} on {devices} device(s) of {tflops:.3g} TFLOP/s at {mfu:.0%} "
+        "of that",
+        "memory, each device, at the longest batch:",
+    ]
+    for name, size in plan.memory.items():
+        lines.append(f"  {name:<16}{size / gigabyte:>8.2f} GB")
+    lines += [
+        f"  {'at the peak':<16}{plan.peak / gigabyte:>8.2f} GB, without overhead of libraries and the allocator",
+        f"disk              {plan.checkpoint / gigabyte:.2f} GB a checkpoint{checkpoints}; {features}",
+    ]
+    return "\n".join(lines)

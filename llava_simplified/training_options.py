@@ -1,0 +1,485 @@
+"""The options of `llava train`, `llava encode` and `llava plan`: their defaults, help texts and groups.
+
+`arguments.py` parses them; it must import transformers for that, which takes seconds. This module imports neither
+torch nor transformers, so that `llava train --help` is fast. `--help` lists the options that are named in
+`HELP_GROUPS`; `--help-all` adds the hundred others of `transformers.TrainingArguments`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, NamedTuple
+
+from llava_simplified.options import normalize_spelling
+
+
+@dataclass
+class ModelArguments:
+    """The parts of the model, and which of them are trained."""
+
+    model_name_or_path: str = field(
+        default="mistralai/Mistral-7B-Instruct-v0.1",
+        metadata={"help": "Causal language model: a folder or a name on the Hugging Face Hub"},
+    )
+    vision_tower: str = field(
+        default="openai/clip-vit-base-patch16",
+        metadata={"help": "Vision tower: CLIP, SigLIP, DINOv2, ViT, EfficientNet, and others"},
+    )
+    mm_vision_select_layer: list[int] = field(
+        default_factory=lambda: [-2],
+        metadata={
+            "help": "Hidden states of the vision tower that become image features, for example -2; "
+            "several are concatenated"
+        },
+    )
+    mm_vision_select_feature: str = field(
+        default="patch",
+        metadata={"help": "Image features: patch, or cls_patch to keep the CLS token"},
+    )
+    mm_projector_type: str = field(
+        default="linear",
+        metadata={"help": "Projector: linear, identity, or an MLP such as mlp2x_gelu"},
+    )
+    mm_token_pool: int = field(
+        default=0,
+        metadata={"help": "Average the patch features to a grid of K x K tokens; 0 keeps all"},
+    )
+    template: str = field(
+        default="auto",
+        metadata={
+            "help": "Prompt format: chat (the tokenizer's chat template), plain, bare (no roles), or auto "
+            "(chat if the tokenizer has a template, else plain)"
+        },
+    )
+    # The names that start with mm_ or tune_mm_ are LLaVA's: its scripts work unchanged.
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint folder to load the projector from"},
+    )
+    tune_mm_mlp_adapter: bool = field(
+        default=False,
+        metadata={"help": "Train only the projector, as in LLaVA's first stage"},
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint folder to load all trained parts from; the training itself starts anew"
+        },
+    )
+    # What is trained: by default the projector, and LoRA adapters in the language model.
+    freeze_backbone: bool = field(
+        default=True,
+        metadata={
+            "help": "Freeze the weights of the language model; False with --lora_enable False trains all"
+        },
+    )
+    lora_enable: bool = field(
+        default=True,
+        metadata={"help": "Train the language model with LoRA"},
+    )
+    lora_r: int = field(default=64, metadata={"help": "LoRA rank"})
+    lora_alpha: float = field(
+        default=16,
+        metadata={"help": "LoRA scale: the adapter's output is multiplied by alpha / r"},
+    )
+    lora_dropout: float = field(
+        default=0.05,
+        metadata={"help": "Dropout of the adapter's input"},
+    )
+    lora_bias: str = field(
+        default="none",
+        metadata={"help": "Biases to train: none, all or lora_only"},
+    )
+    tune_vision_tower: str = field(
+        default="off",
+        metadata={
+            "help": "Training of the vision tower: off, full, or lora (with the LoRA options above)"
+        },
+    )
+    bits: int = field(
+        default=16,
+        metadata={
+            "help": "Bits per weight of the frozen language model: 16, 8, or 4 (QLoRA); 8 and 4 need "
+            "bitsandbytes"
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention of the language model: sdpa, eager, or on CUDA also flash_attention_2 and "
+            "flex_attention (default: the fastest that the model supports)"
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """The records, and how they become batches."""
+
+    train_data_path: str | None = field(
+        default=None,
+        metadata={"help": "Training records: a .json, .jsonl or .parquet file"},
+    )
+    eval_data_path: str | None = field(
+        default=None,
+        metadata={"help": "Validation records"},
+    )
+    train_image_folder: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the training images (default: the folder of the records)"},
+    )
+    val_image_folder: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the validation images (default: the folder of the records)"},
+    )
+    # How examples are arranged in a batch. Neither changes the loss of an example.
+    share_prefix: bool = field(
+        default=True,
+        metadata={
+            "help": "Train several captions of one image as one sequence that contains the image once; "
+            "a batch then counts images. False: a batch counts captions"
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Fill each sequence of a batch with several examples, which do not attend to each other"
+        },
+    )
+    pack_length: int = field(
+        default=4096,
+        metadata={
+            "help": "Maximum number of positions of a packed sequence, image tokens included"
+        },
+    )
+    # Reuse of what a frozen vision tower computes.
+    cache_vision_features: str = field(
+        default="auto",
+        metadata={
+            "help": "Run the frozen vision tower once per image and keep its features: memory, disk or off; "
+            "pixels keeps the preprocessed images on disk; auto selects disk, else pixels, if images are used "
+            "more than once and everything fits into --feature_cache_gb"
+        },
+    )
+    feature_cache_dir: str = field(
+        default="~/.cache/llava-simplified/features",
+        metadata={"help": "Folder of cached features, which later runs use again"},
+    )
+    feature_cache_gb: float = field(
+        default=8.0,
+        metadata={"help": "Maximum size in GB of what --cache_vision_features auto stores"},
+    )
+    max_bad_images: float = field(
+        default=0.01,
+        metadata={"help": "Maximum share of unreadable images; above it, training stops"},
+    )
+
+
+def bf16_is_supported() -> bool:
+    """Return whether this machine has a GPU that computes in bfloat16."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+@dataclass
+class TrainingDefaults:
+    """The options that this package adds to `transformers.TrainingArguments`, or whose default it changes."""
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the trained model (default: output/<language model>-<vision tower>)"
+        },
+    )
+    config: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with any of these options, or a recipe of the package, such as demo; the command "
+            "line has precedence"
+        },
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate"})
+    mm_projector_lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the projector (default: --learning_rate)"},
+    )
+    vision_lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the vision tower (default: --learning_rate)"},
+    )
+    lr_scheduler_type: str = field(
+        default="cosine",
+        metadata={"help": "Learning rate schedule: cosine, linear, constant, and others"},
+    )
+    warmup_steps: float = field(
+        default=0.03,
+        metadata={"help": "Number of warm-up steps; below 1, their share of all steps"},
+    )
+    bf16: bool = field(
+        default_factory=bf16_is_supported,
+        metadata={
+            "help": "Keep frozen weights and activations in bfloat16 (default: if the GPU supports it)"
+        },
+    )
+    model_max_length: int = field(
+        default=2048,
+        metadata={
+            "help": "Maximum number of text tokens per sample (an image counts as one)",
+        },
+    )
+    preflight: str = field(
+        default="auto",
+        metadata={
+            "help": "Try two steps, saving and loading in a separate process before training: true, false, or "
+            "auto (true for 2000 steps and more)"
+        },
+    )
+    eval_captions: int = field(
+        default=32,
+        metadata={
+            "help": "Number of validation images to caption at every evaluation, logged as eval_cider; "
+            "0 means none"
+        },
+    )
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={
+            "help": "Stop after this number of evaluations without a better --metric_for_best_model; "
+            "0 means never"
+        },
+    )
+    report_to: str = field(
+        default="none",
+        metadata={"help": "Experiment tracker: wandb, tensorboard or none"},
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Number of steps between two log entries"},
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "Hide the progress bar"})
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile each layer of the language model with torch.compile; needs a C++ compiler, or "
+            "Triton on GPUs"
+        },
+    )
+    ddp_find_unused_parameters: bool = field(
+        default=False,
+        metadata={
+            "help": "Search for unused parameters in distributed training; there are none here"
+        },
+    )
+
+
+class InheritedOption(NamedTuple):
+    """A much-used option of `transformers.TrainingArguments`. Its text here must agree with the default there."""
+
+    default: Any
+    help: str
+
+
+INHERITED = {
+    "num_train_epochs": InheritedOption(3.0, "Number of passes over the training records"),
+    "max_steps": InheritedOption(-1, "Number of optimizer steps; above 0, it replaces the epochs"),
+    "per_device_train_batch_size": InheritedOption(8, "Training batch size per device"),
+    "gradient_accumulation_steps": InheritedOption(
+        1, "Number of batches whose gradients are added up for one optimizer step"
+    ),
+    "weight_decay": InheritedOption(0.0, "Weight decay of AdamW"),
+    "max_grad_norm": InheritedOption(1.0, "Maximum norm of the gradient, for clipping"),
+    "fp16": InheritedOption(False, "Keep frozen weights and activations in float16"),
+    "seed": InheritedOption(42, "Random seed"),
+    "resume_from_checkpoint": InheritedOption(
+        None, "Continue an interrupted run: True for its last checkpoint, or a checkpoint folder"
+    ),
+    "eval_strategy": InheritedOption("no", "When to evaluate: no, steps or epoch"),
+    "eval_steps": InheritedOption(
+        None, "Number of steps between two evaluations (default: --logging_steps)"
+    ),
+    "per_device_eval_batch_size": InheritedOption(8, "Validation batch size per device"),
+    "save_strategy": InheritedOption("steps", "When to save checkpoints: no, steps, epoch or best"),
+    "save_steps": InheritedOption(500, "Number of steps between two checkpoints"),
+    "save_total_limit": InheritedOption(None, "Maximum number of checkpoints (default: all)"),
+    "load_best_model_at_end": InheritedOption(
+        False, "Keep the checkpoint with the best --metric_for_best_model"
+    ),
+    "metric_for_best_model": InheritedOption(
+        None, "Metric that decides which checkpoint is best, for example eval_loss or eval_cider"
+    ),
+    "run_name": InheritedOption(None, "Name of the run in the experiment tracker"),
+    "gradient_checkpointing": InheritedOption(
+        None, "Recompute activations in the backward pass to save memory"
+    ),
+    "dataloader_num_workers": InheritedOption(0, "Number of processes that load images"),
+    "tf32": InheritedOption(None, "Allow TF32 matrix products on NVIDIA GPUs"),
+    "deepspeed": InheritedOption(None, "DeepSpeed configuration file"),
+    "fsdp": InheritedOption(None, "Shard the model with FSDP: True, with --fsdp_config"),
+    "fsdp_config": InheritedOption(None, "FSDP configuration file"),
+}
+
+# Boolean options whose default is None or depends on the machine.
+BOOLEANS_WITHOUT_DEFAULT = {"bf16", "gradient_checkpointing", "tf32"}
+
+# The sections of `--help`. The order within a section is the order in the help: most-used options first.
+HELP_GROUPS = {
+    "Model": (
+        "model_name_or_path",
+        "vision_tower",
+        "mm_projector_type",
+        "mm_vision_select_layer",
+        "mm_vision_select_feature",
+        "mm_token_pool",
+        "template",
+        "pretrain_mm_mlp_adapter",
+        "tune_mm_mlp_adapter",
+        "init_from",
+        "freeze_backbone",
+    ),
+    "Data": (
+        "train_data_path",
+        "train_image_folder",
+        "eval_data_path",
+        "val_image_folder",
+        "model_max_length",
+        "share_prefix",
+        "packing",
+        "pack_length",
+        "max_bad_images",
+    ),
+    "LoRA": (
+        "lora_enable",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_bias",
+        "tune_vision_tower",
+        "bits",
+    ),
+    "Training": (
+        "output_dir",
+        "config",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "mm_projector_lr",
+        "vision_lr",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "bf16",
+        "fp16",
+        "seed",
+        "preflight",
+        "resume_from_checkpoint",
+    ),
+    "Evaluation and checkpoints": (
+        "eval_strategy",
+        "eval_steps",
+        "per_device_eval_batch_size",
+        "eval_captions",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "early_stopping_patience",
+    ),
+    "Logging": ("report_to", "run_name", "logging_steps", "disable_tqdm"),
+    "Performance": (
+        "gradient_checkpointing",
+        "compile_layers",
+        "attn_implementation",
+        "cache_vision_features",
+        "feature_cache_dir",
+        "feature_cache_gb",
+        "dataloader_num_workers",
+        "tf32",
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
+        "ddp_find_unused_parameters",
+    ),
+}
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `HELP_GROUPS` and `--help-all` to a parser, for help and completion.
+
+    Values are not converted or checked: `arguments.parse_arguments` does that.
+    """
+    parser.add_argument(
+        "--help-all",
+        action="store_true",
+        help="Show the other options of transformers.TrainingArguments too, and exit",
+    )
+    own = {
+        option.name: option
+        for arguments in (ModelArguments, DataArguments, TrainingDefaults)
+        for option in fields(arguments)
+    }
+    for heading, names in HELP_GROUPS.items():
+        group = parser.add_argument_group(heading)
+        for name in names:
+            if name in own:
+                _add_option(group, name, _default_of(own[name]), own[name].metadata["help"])
+            else:
+                _add_option(group, name, INHERITED[name].default, INHERITED[name].help)
+
+
+def _default_of(option: Field[Any]) -> Any:
+    """Return the default of a dataclass field, or None if it depends on the machine (`bf16`)."""
+    if option.default_factory is bf16_is_supported:
+        return None
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return option.default
+
+
+def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
+    # An option of dataclasses has no metavar: the last word of its name says what the value is.
+    # argparse formats help texts with %, as in "%(default)s"
+    text = help_text.replace("%", "%%")
+    if default is not None:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text += f" (default: {shown})"
+    metavar = name.rpartition("_")[2].upper()
+    nargs: Any = None
+    if isinstance(default, bool) or name in BOOLEANS_WITHOUT_DEFAULT:
+        metavar = "BOOL"
+        nargs = "?"  # `--packing` alone means True
+    elif isinstance(default, list):
+        nargs = "+"
+    group.add_argument(f"--{name}", default=default, metavar=metavar, nargs=nargs, help=text)
+
+
+def exit_with_help(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Print the help text of a training command and exit, if `argv` contains -h, --help or --help-all.
+
+    Call this before transformers is imported. Only `--help-all` imports it.
+    """
+    words = normalize_spelling(argv, ["--help", "--help-all"])
+    if "--help-all" in words:
+        _add_inherited_options(parser)
+    elif "--help" not in words and "-h" not in words:
+        return
+    parser.print_help()
+    parser.exit()
+
+
+def _add_inherited_options(parser: argparse.ArgumentParser) -> None:
+    """Add all options of `transformers.TrainingArguments` that the parser does not have yet."""
+    import transformers
+
+    group = parser.add_argument_group("Other options of transformers.TrainingArguments")
+    inherited = transformers.HfArgumentParser(transformers.TrainingArguments)  # type: ignore[arg-type]
+    for action in inherited._actions:
+        shown = [name for name in action.option_strings if name in parser._option_string_actions]
+        if not shown and action.dest not in INHERITED:
+            group._add_action(action)

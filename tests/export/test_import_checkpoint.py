@@ -1,0 +1,591 @@
+"""Checkpoints in the layouts of other code bases are imported, used for captions, and trained further.
+
+The expected captions are computed from the foreign files by stock towers, language models and adapters
+with plain torch between them, and nothing of this project.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import train_checkpoint
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import gelu, linear
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers import LlavaConfig as StockLlavaConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava_simplified.captioning.caption_command import predict_main
+from llava_simplified.export.import_checkpoint import import_checkpoint
+from llava_simplified.export.import_command import main as import_main
+from llava_simplified.export.merge import merge_checkpoint
+from llava_simplified.model.llava import Llava
+
+INSTRUCTION = "Generate a caption of this image:"
+EOS_TOKEN_ID = 1
+Weights = dict[str, torch.Tensor]
+Source = tuple[Path, Path]  # a checkpoint with an adapter, and its merged form
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def source(
+    request: pytest.FixtureRequest,
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Source:
+    """A trained checkpoint and its merged form: where the weights of the layouts come from."""
+    root = tmp_path_factory.mktemp(request.param)
+    checkpoint = train_checkpoint(
+        data_folder,
+        root / "out",
+        model_name_or_path=models_folder / request.param,
+        vision_tower=models_folder / "clip",
+        mm_projector_type="mlp2x_gelu",
+    )
+    merge_checkpoint(checkpoint, root / "merged")
+    return checkpoint, root / "merged"
+
+
+@pytest.fixture
+def image(data_folder: Path, tmp_path: Path) -> Path:
+    """An image of the tower's size: it is not resized, which would round differently."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    path = folder / "a.png"
+    Image.open(data_folder / "images" / "0.jpg").resize((32, 32)).save(path)
+    return path
+
+
+# ---- layouts of other code bases ----
+
+
+def base_language_model(checkpoint: Path) -> str:
+    """Return the language model that a checkpoint was trained on."""
+    config = json.loads((checkpoint / "llava.json").read_text())
+    return config["architecture"]["language_model"]
+
+
+def projector_weights(checkpoint: Path, prefix: str) -> Weights:
+    """Return the projector of one of our checkpoints, with a prefix before each name."""
+    weights = load_file(checkpoint / "projector.safetensors")
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def write_original(merged: Path, clip: Path, folder: Path) -> Path:
+    """Write a whole model as original LLaVA does.
+
+    Two pickles and an index, `mm_*` entries in `config.json`, and the frozen vision tower.
+    """
+    shutil.copytree(merged / "language_model", folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weights |= projector_weights(merged, "model.mm_projector.")
+    for name, value in CLIPVisionModel.from_pretrained(clip).state_dict().items():
+        bare_name = name.removeprefix("vision_model.")
+        weights[f"model.vision_tower.vision_tower.vision_model.{bare_name}"] = value
+
+    names = sorted(weights)
+    weight_map = {}
+    for part, chosen in enumerate((names[::2], names[1::2]), start=1):
+        file = f"pytorch_model-0000{part}-of-00002.bin"
+        weight_map |= dict.fromkeys(chosen, file)
+        torch.save({name: weights[name].clone() for name in chosen}, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+    config = json.loads((folder / "config.json").read_text())
+    model_type = config["model_type"]
+    config |= {
+        "model_type": f"llava_{model_type}",
+        "architectures": [f"Llava{model_type.title()}ForCausalLM"],
+        "mm_vision_tower": str(clip),
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_hidden_size": 32,
+        "mm_use_im_start_end": False,
+        "image_aspect_ratio": "pad",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in (*merged.glob("tokenizer*"), *merged.glob("*.jinja")):
+        shutil.copy(file, folder)
+    return folder
+
+
+def write_lora(
+    checkpoint: Path, clip: Path, folder: Path, suffix: str, projector: str = "mlp2x_gelu"
+) -> Path:
+    """Write a LoRA run as original LLaVA and its tutorial do.
+
+    The adapter, and everything else that was trained in a pickle beside it.
+
+    Args:
+        checkpoint: One of our checkpoints with an adapter.
+        clip: Its vision tower.
+        folder: Folder to create.
+        suffix: Format of the adapter: "bin" or "safetensors".
+        projector: "mlp2x_gelu": that of the checkpoint; "linear": one with random weights.
+    """
+    folder.mkdir()
+    weights = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
+    if suffix == "bin":
+        torch.save(weights, folder / "adapter_model.bin")
+    else:
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapter_config = {
+        "auto_mapping": None,
+        "base_model_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 4,
+        "revision": None,
+        "target_modules": sorted({name.split(".")[-3] for name in weights}),
+        "task_type": "CAUSAL_LM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config))
+
+    prefix = "base_model.model.model.mm_projector."
+    others = projector_weights(checkpoint, prefix)
+    if projector == "linear":
+        random = torch.Generator().manual_seed(0)
+        others = {
+            f"{prefix}weight": torch.randn(32, 24, generator=random) / 5,
+            f"{prefix}bias": torch.randn(32, generator=random) / 5,
+        }
+    torch.save(others, folder / "non_lora_trainables.bin")
+    config = {
+        "model_type": "llava_llama",
+        "mm_vision_tower": str(clip),
+        "mm_vision_select_layer": -2,
+        "mm_projector_type": projector,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# ---- what is expected ----
+
+
+@torch.no_grad()
+def caption_by_hand(
+    language_model: torch.nn.Module,
+    weights: Weights,
+    clip: Path,
+    tokenizer_folder: Path,
+    image: Path,
+    max_new_tokens: int = 8,
+) -> str:
+    """Caption an image with LLaVA in plain torch: one sequence, greedy, without a cache.
+
+    Args:
+        language_model: A stock language model.
+        weights: The source's weights, among them `mm_projector.*`.
+        clip: Folder of the vision tower.
+        tokenizer_folder: Folder of the tokenizer.
+        image: Image file.
+        max_new_tokens: Maximum length.
+    """
+    processor = CLIPImageProcessorPil.from_pretrained(clip)
+    pixels = processor(Image.open(image), return_tensors="pt")["pixel_values"]
+    tower = CLIPVisionModel.from_pretrained(clip)
+    tokens = tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
+    projector = {}
+    for name, value in weights.items():
+        if "mm_projector" in name:
+            projector[re.sub(r".*mm_projector\.", "", name)] = value
+    if "0.weight" in projector:
+        hidden = linear(tokens, projector["0.weight"], projector["0.bias"])
+        tokens = linear(gelu(hidden), projector["2.weight"], projector["2.bias"])
+    else:
+        tokens = linear(tokens, projector["weight"], projector["bias"])
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    before = tokenizer("<s>[INST] ", add_special_tokens=False).input_ids
+    after = tokenizer(f"\n{INSTRUCTION} [/INST]", add_special_tokens=False).input_ids
+    table = language_model.get_input_embeddings().weight
+    embeds = torch.cat([table[before], tokens, table[after]])
+    ids: list[int] = []
+    while len(ids) < max_new_tokens and EOS_TOKEN_ID not in ids:
+        logits = language_model.eval()(inputs_embeds=embeds[None]).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        embeds = torch.cat([embeds, table[ids[-1:]]])
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def assert_captions_and_trains(
+    checkpoint: Path,
+    caption: str,
+    image: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    **options: object,
+) -> None:
+    """Check `llava predict`, and `llava train --init_from` after a step with learning rate 0.
+
+    Args:
+        checkpoint: The imported checkpoint.
+        caption: What both must generate for the image.
+        image: Image file.
+        data_folder: What to train on.
+        tmp_path: Where to write.
+        options: Options of the training.
+    """
+    record = {"image": image.name, "instruction": INSTRUCTION, "response": "x"}
+    records = tmp_path / "one.json"
+    records.write_text(json.dumps([record]))
+    output = tmp_path / "predictions.json"
+    words = ["--model-path", str(checkpoint), "--data-path", str(records)]
+    words += ["--image-folder", str(image.parent), "--output", str(output)]
+    words += ["--temperature", "0", "--max-new-tokens", "8"]
+    predict_main(words)
+    assert [row["pred_output"] for row in json.loads(output.read_text())] == [caption]
+
+    trained = train_checkpoint(
+        data_folder,
+        tmp_path / "further",
+        init_from=checkpoint,
+        learning_rate=0,
+        max_steps=1,
+        **options,
+    )
+    assert Llava.from_pretrained(trained).caption(image, max_new_tokens=8) == caption
+
+
+# ---- original LLaVA ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained_further", ["adapter", "everything"])
+def test_import_checkpoint_reads_an_original_whole_model(
+    source: Source,
+    models_folder: Path,
+    data_folder: Path,
+    image: Path,
+    tmp_path: Path,
+    trained_further: str,
+) -> None:
+    _, merged = source
+    clip = models_folder / "clip"
+    folder = write_original(merged, clip, tmp_path / "llava-v1.5-tiny")
+    weights: Weights = {}
+    for path in folder.glob("*.bin"):
+        weights |= torch.load(path, weights_only=True)
+    config = json.loads((merged / "language_model" / "config.json").read_text())
+    model_type = config.pop("model_type")
+    language_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+    text_weights = {}
+    for name, weight in weights.items():
+        if "mm_projector" not in name and "tower" not in name:
+            text_weights[name] = weight
+    language_model.load_state_dict(text_weights)
+    caption = caption_by_hand(language_model, weights, clip, folder, image)
+
+    checkpoint = tmp_path / "ours"
+    report = import_checkpoint(folder, checkpoint)
+    assert "4 weights of the projector" in report
+    assert "image_aspect_ratio pad" in report[-2]
+    shutil.rmtree(folder)  # it is not needed any more
+    options: dict[str, object] = {"mm_projector_type": "mlp2x_gelu", "vision_tower": clip}
+    if trained_further == "everything":
+        options["model_name_or_path"] = models_folder / model_type
+        options |= {"lora_enable": False, "freeze_backbone": False}
+    else:
+        options["model_name_or_path"] = checkpoint / "language_model"
+    assert_captions_and_trains(checkpoint, caption, image, data_folder, tmp_path, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suffix", "projector"), [("bin", "mlp2x_gelu"), ("safetensors", "linear")]
+)
+def test_import_checkpoint_reads_a_lora_folder(
+    source: Source,
+    models_folder: Path,
+    data_folder: Path,
+    image: Path,
+    tmp_path: Path,
+    suffix: str,
+    projector: str,
+) -> None:
+    trained, _ = source
+    clip = models_folder / "clip"
+    base = base_language_model(trained)
+    folder = write_lora(trained, clip, tmp_path / "llava-lora", suffix, projector)
+    language_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    weights = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    caption = caption_by_hand(language_model, weights, clip, Path(base), image)
+
+    checkpoint = tmp_path / "ours"
+    with pytest.raises(ValueError, match="--model-base"):
+        import_checkpoint(folder, checkpoint)
+    import_checkpoint(folder, checkpoint, model_base=base)
+    options = {"model_name_or_path": base, "vision_tower": clip, "mm_projector_type": projector}
+    assert_captions_and_trains(checkpoint, caption, image, data_folder, tmp_path, **options)
+    with pytest.raises(ValueError, match="--lora_r 4 --lora_alpha 16"):
+        train_checkpoint(
+            data_folder, tmp_path / "other", init_from=checkpoint, lora_alpha=32, **options
+        )
+
+
+@pytest.mark.slow
+def test_import_command_reads_a_single_projector(
+    source: Source,
+    models_folder: Path,
+    data_folder: Path,
+    image: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained, _ = source
+    clip = models_folder / "clip"
+    base = base_language_model(trained)
+    weights = projector_weights(trained, "model.mm_projector.")
+    torch.save(weights, tmp_path / "mm_projector.bin")
+    checkpoint = tmp_path / "ours"
+    monkeypatch.chdir(base)
+    words = [str(tmp_path / "mm_projector.bin"), "--output", str(checkpoint), "--model-base", "."]
+    with pytest.raises(ValueError, match="--vision-tower"):
+        import_main(words)
+    assert import_main([*words, "--vision-tower", str(clip)]) == 0
+    monkeypatch.chdir(tmp_path)  # the relative path must have become absolute
+
+    language_model = AutoModelForCausalLM.from_pretrained(base)
+    caption = caption_by_hand(language_model, weights, clip, Path(base), image)
+    options = {"model_name_or_path": base, "vision_tower": clip, "mm_projector_type": "mlp2x_gelu"}
+    assert_captions_and_trains(checkpoint, caption, image, data_folder, tmp_path, **options)
+
+
+# ---- Hugging Face LLaVA ----
+
+
+def name_in_transformers_4(name: str) -> str:
+    """Return a weight's name in a folder written by transformers 4, as those of llava-hf on the hub."""
+    name = name.removeprefix("model.")
+    if name.startswith("vision_tower."):
+        bare_name = name.removeprefix("vision_tower.").removeprefix("vision_model.")
+        return f"vision_tower.vision_model.{bare_name}"
+    name = name.replace("language_model.", "language_model.model.")
+    return re.sub("^lm_head", "language_model.lm_head", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rename", [name_in_transformers_4, str], ids=["transformers-4", "transformers-5"]
+)
+@pytest.mark.parametrize("text", ["llama", "mistral"])
+def test_import_checkpoint_reads_a_hugging_face_folder(
+    models_folder: Path,
+    data_folder: Path,
+    image: Path,
+    tmp_path: Path,
+    text: str,
+    rename: Callable[[str], str],
+) -> None:
+    """The folder and the expected caption are made by transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(models_folder / text)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    image_token = len(tokenizer) - 1
+    config = StockLlavaConfig(
+        text_config=AutoConfig.from_pretrained(models_folder / text, vocab_size=len(tokenizer)),
+        vision_config=AutoConfig.from_pretrained(models_folder / "clip"),
+        image_token_index=image_token,
+    )
+    torch.manual_seed(3)
+    stock = LlavaForConditionalGeneration(config).eval()
+    for parameter in stock.parameters():
+        parameter.data.normal_(0, 0.3)  # large enough that the image changes the caption
+    folder = tmp_path / "llava-tiny-hf"
+    stock.save_pretrained(folder)
+    weights = {rename(name): value.clone() for name, value in stock.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    image_processor = CLIPImageProcessorPil.from_pretrained(models_folder / "clip")
+    processor = LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+
+    inputs = processor(
+        images=Image.open(image),
+        text=f"<s>[INST] <image>\n{INSTRUCTION} [/INST]",
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    with torch.no_grad():
+        generated = stock.generate(
+            **inputs,
+            max_new_tokens=8,
+            do_sample=False,
+            suppress_tokens=[image_token],
+            eos_token_id=EOS_TOKEN_ID,
+        )
+    caption_ids = generated[0, inputs["input_ids"].shape[1] :]
+    caption = tokenizer.decode(caption_ids, skip_special_tokens=True).strip()
+
+    checkpoint = tmp_path / "ours"
+    report = import_checkpoint(folder, checkpoint)
+    found = [line.split(" of the ")[1] for line in report]
+    assert found == ["language model", "projector", "vision tower"]
+    shutil.rmtree(folder)  # it is not needed any more
+    options = {
+        "model_name_or_path": checkpoint / "language_model",
+        "vision_tower": checkpoint / "vision_tower",
+        "mm_projector_type": "mlp2x_gelu",
+    }
+    assert_captions_and_trains(checkpoint, caption, image, data_folder, tmp_path, **options)
+
+
+# ---- what is refused ----
+
+
+def remove_weight(weights: Weights, key: str) -> None:
+    del weights[key]
+
+
+def add_weight(weights: Weights, key: str) -> None:
+    weights[f"{key}_too"] = weights[key].clone()
+
+
+def shorten_weight(weights: Weights, key: str) -> None:
+    weights[key] = weights[key][:-1].clone()
+
+
+# Fault -> what is done to a weight, and the error. {name} is the name of the weight in our model.
+FAULTS: dict[str, tuple[Callable[[Weights, str], None], str]] = {
+    "missing": (remove_weight, r"missing \['{name}'\]"),
+    "unexpected": (add_weight, r"unexpected \['{name}_too'\]"),
+    "shape": (shorten_weight, r"{name} .*\(.+\(.+\)"),
+}
+ADAPTER_WEIGHT = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+# Part -> the layout, a weight of it, and the name of this weight in our model.
+PARTS = {
+    "language model": ("original", "model.norm.weight", "model.norm.weight"),
+    "projector": ("original", "model.mm_projector.2.bias", "2.bias"),
+    "adapter": ("lora", ADAPTER_WEIGHT, ADAPTER_WEIGHT),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("part", PARTS)
+def test_import_checkpoint_names_a_weight_that_does_not_fit(
+    source: Source, models_folder: Path, tmp_path: Path, part: str, fault: str
+) -> None:
+    trained, merged = source
+    layout, key, name = PARTS[part]
+    change, message = FAULTS[fault]
+    clip = models_folder / "clip"
+    options: dict[str, Any] = {}
+    if layout == "original":
+        folder = write_original(merged, clip, tmp_path / "odd")
+    else:
+        folder = write_lora(trained, clip, tmp_path / "odd", "bin")
+        options["model_base"] = base_language_model(trained)
+    for path in folder.glob("*.bin"):
+        weights = torch.load(path, weights_only=True)
+        if key in weights:
+            change(weights, key)
+            torch.save(weights, path)
+    pattern = f"{part}.*" + message.replace("{name}", re.escape(name))
+    with pytest.raises(ValueError, match=pattern):
+        import_checkpoint(folder, tmp_path / "ours", **options)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_import_checkpoint_refuses_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no weights"):
+        import_checkpoint(tmp_path / "empty", tmp_path / "ours")
+
+
+def test_import_checkpoint_refuses_another_vision_tower(
+    source: Source, models_folder: Path, tmp_path: Path
+) -> None:
+    _, merged = source
+    folder = write_original(merged, models_folder / "clip", tmp_path / "odd")
+    other = tmp_path / "clip"
+    shutil.copytree(models_folder / "clip", other)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if name.endswith("post_layernorm.bias"))
+    weights[name] = weights[name] + 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"vision tower: .*post_layernorm\.bias .*--vision-tower"):
+        import_checkpoint(folder, tmp_path / "ours", vision_tower=str(other))
+
+
+def test_import_checkpoint_refuses_image_start_and_end_tokens(
+    source: Source, models_folder: Path, tmp_path: Path
+) -> None:
+    _, merged = source
+    folder = write_original(merged, models_folder / "clip", tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    config["mm_use_im_start_end"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="mm_use_im_start_end"):
+        import_checkpoint(folder, tmp_path / "ours")
+
+
+class Trap:
+    """A pickled object that calls a function when it is read: it empties a file."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.victim), "w")
+
+
+@pytest.mark.parametrize(
+    "save_options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"]
+)
+@pytest.mark.parametrize(
+    "name",
+    ["pytorch_model.bin", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin"],
+)
+def test_import_checkpoint_refuses_a_pickle_that_runs_code(
+    models_folder: Path, tmp_path: Path, name: str, save_options: dict
+) -> None:
+    victim = tmp_path / "victim"
+    folder = tmp_path / "trap"
+    folder.mkdir()
+    torch.save({"model.mm_projector.weight": Trap(victim)}, folder / name, **save_options)
+    for source in (folder, folder / name):
+        with pytest.raises(ValueError, match=f"{name}: not a file of tensors"):
+            import_checkpoint(
+                source,
+                tmp_path / "ours",
+                model_base=str(models_folder / "llama"),
+                vision_tower=str(models_folder / "clip"),
+            )
+    assert not victim.exists()
+    assert not (tmp_path / "ours").exists()
+    torch.load(folder / name, weights_only=False)
+    assert victim.exists(), "the trap works"

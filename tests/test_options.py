@@ -1,0 +1,231 @@
+"""Tests of command-line options, generated from the parsers of all commands."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from typing import Any
+
+import pytest
+
+from llava_simplified.cli import COMMANDS, resolve
+from llava_simplified.options import CommandParser, configure_logging, normalize_spelling
+
+# Commands whose parsers cannot be built on their own yet. This list must only shrink.
+WITHOUT_PARSER = {
+    "clean",
+    "convert",
+    "demo",
+    "doctor",
+    "download",
+    "encode",
+    "evaluate",
+    "export",
+    "import",
+    "inspect",
+    "merge",
+    "merge-manifests",
+    "plan",
+    "push",
+    "reduce",
+    "serve",
+}
+WITH_PARSER = sorted(COMMANDS.keys() - WITHOUT_PARSER)
+TRAINING_COMMANDS = {"train", "encode", "plan"}  # their texts describe training
+
+# Options that mean something else, or have another default, in some commands.
+DIFFERENT_BY_COMMAND = {
+    "--output",  # every command has its own kind of output
+    "--temperature",  # predictions are sampled, as in LLaVA; other captions are greedy
+    "--trials",  # predictions have three captions per image, as in LLaVA
+    "--num-return-sequences",
+    "--model-path",
+    "--seed",
+}
+
+
+def build(name: str) -> CommandParser:
+    parser: CommandParser = resolve(COMMANDS[name].parser)()
+    return parser
+
+
+def options_of(name: str) -> list[argparse.Action]:
+    return [action for action in build(name)._actions if action.option_strings]
+
+
+def example_value(action: argparse.Action) -> list[str]:
+    """Return words that an option accepts as its value."""
+    if action.nargs == 0:
+        return []
+    if action.choices:
+        return [str(next(iter(action.choices)))]
+    if action.type in (int, float):
+        return ["1"]
+    return ["x"]
+
+
+def required_words(parser: argparse.ArgumentParser, without: argparse.Action) -> list[str]:
+    """Return the shortest command line that a parser accepts, without one option."""
+    words = []
+    for action in parser._actions:
+        if not action.option_strings and action.nargs not in ("?", "*"):
+            words += example_value(action)
+        elif action.required and action.dest != without.dest:
+            words += [action.option_strings[0], *example_value(action)]
+    for group in parser._mutually_exclusive_groups:
+        if group.required and without not in group._group_actions:
+            action = group._group_actions[0]
+            words += [action.option_strings[0], *example_value(action)]
+    return words
+
+
+@pytest.mark.parametrize("name", WITH_PARSER)
+def test_every_option_is_accepted_in_both_spellings(name: str) -> None:
+    parser = build(name)
+    for action in parser._actions:
+        if action.dest in ("help", "version", "verbose", "quiet"):
+            continue
+        for option in action.option_strings:
+            if not option.startswith("--"):
+                continue
+            for spelling in {option.replace("_", "-"), "--" + option[2:].replace("-", "_")}:
+                words = required_words(parser, action)
+                args = parser.parse_args([*words, spelling, *example_value(action)])
+                assert hasattr(args, action.dest), spelling
+
+
+@pytest.mark.parametrize("name", WITH_PARSER)
+def test_misspelt_options_name_the_nearest(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Abbreviations are refused too, also before the check of what is required."""
+    for action in options_of(name):
+        option = action.option_strings[-1]
+        if len(option) < 6:
+            continue
+        for misspelt in (option[:-1], f"{option[:4]}x{option[4:]}"):
+            with pytest.raises(SystemExit) as exit_:
+                build(name).parse_args([misspelt])
+            assert exit_.value.code == 2
+            printed = capsys.readouterr().err
+            assert f"unknown option {misspelt}; did you mean --" in printed
+
+
+@pytest.mark.parametrize("name", WITH_PARSER)
+def test_parser_imports_nothing_heavy(name: str) -> None:
+    module, _, function = COMMANDS[name].parser.partition(":")
+    code = (
+        "import sys, importlib\n"
+        f"importlib.import_module({module!r}).{function}().format_help()\n"
+        "assert not {'torch', 'transformers', 'pyarrow', 'aiohttp'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", WITH_PARSER)
+def test_every_option_has_a_help_text(name: str) -> None:
+    parser = build(name)
+    assert parser.prog == f"llava {name}"
+    assert parser.description
+    for action in parser._actions:
+        assert action.help, action.dest
+        # -h comes from argparse
+        assert action.dest == "help" or action.help[0].isupper() or action.help[0].isdigit()
+    parser.format_help()
+
+
+def test_options_of_several_commands_are_the_same() -> None:
+    """An option with one name has one help text and one default, except in the training commands."""
+    seen: dict[str, set[Any]] = defaultdict(set)
+    for name in WITH_PARSER:
+        if name in TRAINING_COMMANDS:
+            continue
+        for action in options_of(name):
+            for option in action.option_strings:
+                if option not in DIFFERENT_BY_COMMAND:
+                    seen[option].add((action.help, str(action.default)))
+    different = {option: texts for option, texts in seen.items() if len(texts) > 1}
+    assert not different
+
+
+# ---- CommandParser ----
+
+
+@pytest.fixture
+def parser() -> CommandParser:
+    parser = CommandParser("llava test", "Test.")
+    parser.add_argument("source")
+    parser.add_argument("--image-folder")
+    parser.add_argument("--lora_r", type=int)
+    return parser
+
+
+def test_parser_accepts_values_with_equals_signs_and_dashes(parser: CommandParser) -> None:
+    args = parser.parse_args(["x", "--image_folder=a_b-c=d", "--lora-r=8"])
+    assert (args.image_folder, args.lora_r) == ("a_b-c=d", 8)
+    assert parser.parse_args(["--", "--image_folder"]).source == "--image_folder"
+    assert parser.parse_args(["x", "--image-folder", "--two words"]).image_folder == "--two words"
+
+
+def test_parser_reports_a_misspelling_before_what_is_missing(
+    parser: CommandParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--image-foldr", "x"])
+    printed = capsys.readouterr().err
+    assert "--image-folder" in printed
+    assert "source" not in printed
+    assert "llava test --help" in printed
+
+
+def test_parser_refuses_a_further_argument(
+    parser: CommandParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args(["x", "stray"])
+    assert "'stray'" in capsys.readouterr().err
+
+
+def test_normalize_spelling_keeps_unknown_options_and_values() -> None:
+    words = ["--lora-r", "a_b", "--no_such", "--", "--lora-r"]
+    expected = ["--lora_r", "a_b", "--no_such", "--", "--lora-r"]
+    assert normalize_spelling(words, ["--lora_r"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [([], logging.INFO), (["--verbose"], logging.DEBUG), (["--quiet"], logging.WARNING)],
+)
+def test_parser_sets_the_log_level(parser: CommandParser, words: list[str], level: int) -> None:
+    args = parser.parse_args(["x", *words])
+    assert logging.getLogger("llava_simplified").level == level
+    assert not hasattr(args, "verbose")
+
+
+def test_configure_logging_writes_each_message_once_to_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logger = logging.getLogger("llava_simplified.test")
+    configure_logging(quiet=True)
+    configure_logging()
+    logger.info("a message")
+    logger.debug("a detail")
+    captured = capsys.readouterr()
+    assert captured.err == "a message\n"
+    assert captured.out == ""
+
+
+# ---- help texts ----
+
+
+def test_help_texts_do_not_contain_formatting_errors() -> None:
+    """A default that is written out must be the real one: use %(default)s."""
+    for name in WITH_PARSER:
+        if name in TRAINING_COMMANDS:
+            continue
+        for action in options_of(name):
+            stated = re.search(r"\(default: ([\d.]+)\)", action.help or "")
+            assert not stated, f"llava {name} {action.option_strings[0]}: write %(default)s"

@@ -1,0 +1,124 @@
+"""Errors that are found before training starts, and the config that a checkpoint records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from training_runs import run_training, training_options
+
+from llava_simplified.arguments import parse_arguments
+from llava_simplified.data.records import Record
+from llava_simplified.prompt import Message
+from llava_simplified.training.build_trainer import build_config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_data_path": "nowhere.json"}, "nowhere.json: no such file"),
+        ({"train_image_folder": "nowhere"}, "--train_image_folder nowhere"),
+        ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere: .*config.json"),
+        ({"vision_tower": "nowhere"}, "--vision_tower nowhere: .*config.json"),
+        ({"mm_projector_type": "magic"}, "mm_projector_type .*linear"),
+        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature .*patch.* cls_patch"),
+        ({"mm_use_im_start_end": "True"}, "--mm_use_im_start_end"),
+        ({"no_such_option": "1"}, "--no_such_option"),
+        ({"model_max_length": "6"}, "model_max_length"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"resume_from_checkpoint": "true"}, "--resume_from_checkpoint true: no checkpoint in"),
+        ({"eval_strategy": "steps"}, "--eval_strategy steps .*--eval_data_path"),
+        (
+            {"tune_vision_tower": "lora", "cache_vision_features": "disk"},
+            "--cache_vision_features disk: --tune_vision_tower lora",
+        ),
+        ({"tune_vision_tower": "yes"}, "--tune_vision_tower yes: .*off, full or lora"),
+        (
+            {"cache_vision_features": "yes"},
+            "--cache_vision_features yes: .*auto, memory, disk, pixels or off",
+        ),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "--attn_implementation flash_attention_2 .*NVIDIA GPU",
+        ),
+        (
+            {"attn_implementation": "flex_attention"},
+            "--attn_implementation flex_attention .*backward",
+        ),
+        (
+            {"attn_implementation": "paged|sdpa"},
+            r"--attn_implementation paged\|sdpa: .*sdpa, eager",
+        ),
+        ({"use_liger_kernel": "True"}, "--use_liger_kernel: .*Triton kernels run on CUDA"),
+        ({"torch_compile_backend": "eager"}, "--torch_compile_backend .*--compile_layers True"),
+        ({"label_smoothing_factor": "0.1"}, "--label_smoothing_factor"),
+        ({"bits": "3"}, "--bits .*4, 8 or 16"),
+        (
+            {"pretrain_mm_mlp_adapter": "mm_projector.bin"},
+            r"llava\.json is missing.*`llava import`",
+        ),
+    ],
+)
+def test_wrong_option_is_refused_and_named(
+    models_folder: Path, data_folder: Path, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_training(training_options(models_folder, data_folder, tmp_path / "out", **change))
+
+
+@pytest.mark.parametrize("option", ["train_data_path", "eval_data_path"])
+@pytest.mark.parametrize(
+    "change", [{"response": " "}, {"response": None}, {"responses": ["a cat", ""]}]
+)
+def test_record_without_answer_is_named_before_a_model_is_loaded(
+    models_folder: Path, data_folder: Path, tmp_path: Path, option: str, change: dict[str, object]
+) -> None:
+    rows = json.loads((data_folder / "train.json").read_text())
+    changed_row = {**rows[7], **change}
+    rows[7] = {key: value for key, value in changed_row.items() if value is not None}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    changes = {
+        "model_name_or_path": "nowhere",  # would be an error of its own, later
+        "val_image_folder": data_folder / "images",
+        option: tmp_path / "rows.json",
+    }
+    options = training_options(models_folder, data_folder, tmp_path / "out", **changes)
+    with pytest.raises(ValueError, match=r"rows.json row 7: "):
+        run_training(options)
+
+
+WHAT_IS_IT = Message("user", "<image>\nWhat is it?")
+
+
+@pytest.mark.parametrize(
+    ("turns", "images", "instruction"),
+    [
+        ((WHAT_IS_IT,), 1, "What is it?"),
+        ((Message("user", "<image>\n<image>\n<image>\nCompare."),), 3, "Compare."),
+        ((Message("user", "What is it?\n<image>"),), 1, "What is it?\n<image>"),
+        (
+            (
+                Message("system", "Be brief."),
+                WHAT_IS_IT,
+                Message("assistant", "A cat."),
+                Message("user", "Where?"),
+            ),
+            1,
+            "What is it?",
+        ),
+    ],
+)
+def test_config_records_the_instruction_of_the_first_image(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    turns: tuple[Message, ...],
+    images: int,
+    instruction: str,
+) -> None:
+    options = training_options(models_folder, data_folder, tmp_path / "out")
+    model_args, _, args = parse_arguments(options)
+    text_only = Record((), (Message("user", "Say hello."),), ("hello",), "0")
+    records = [text_only, Record(("a.jpg",) * images, turns, ("a cat",), "1")]
+    assert build_config(model_args, args, records).instruction == instruction
