@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -133,25 +132,27 @@ def page_routes(
     async def page_settings(_: Request) -> Response:
         return JSONResponse(settings, headers=PAGE_HEADERS)
 
-    async def example(request: Request) -> Response:
-        number = request.path_params["number"]
-        if number >= len(examples):
-            raise HTTPException(404, f"There is no example {number}.")
-        return Response(examples[number], media_type="image/jpeg", headers=PAGE_HEADERS)
-
-    return [
-        _static_route("/", "page.html", "text/html"),
-        _static_route("/page.css", "page.css", "text/css"),
-        *(_static_route(f"/{script}", script, "text/javascript") for script in _SCRIPTS),
+    # One route per file, and no pattern: there is nothing in a path that could be misunderstood.
+    routes = [
+        _static_route("/", _read("page.html"), "text/html"),
+        _static_route("/page.css", _read("page.css"), "text/css"),
         Route("/page.json", page_settings),
-        Route("/examples/{number:int}", example),
     ]
+    for script in _SCRIPTS:
+        routes.append(_static_route(f"/{script}", _read(script), "text/javascript"))
+    for number, example in enumerate(examples):
+        routes.append(_static_route(f"/examples/{number}", example, "image/jpeg"))
+    return routes
 
 
-def _static_route(path: str, file_name: str, media_type: str) -> Route:
-    """Return a route for a file of this package, which is read now."""
+def _read(file_name: str) -> bytes:
+    """Return the content of a file of this package."""
     assert __package__
-    content = resources.files(__package__).joinpath(file_name).read_bytes()
+    return resources.files(__package__).joinpath(file_name).read_bytes()
+
+
+def _static_route(path: str, content: bytes, media_type: str) -> Route:
+    """Return a route that always has the same response."""
 
     async def static(_: Request) -> Response:
         return Response(content, media_type=media_type, headers=PAGE_HEADERS)

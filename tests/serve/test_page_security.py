@@ -51,7 +51,7 @@ ROUTES: dict[str, tuple[str, str, str]] = {
         "the model's name and instruction, the limits, whether a key is needed",
     ),
     "/health": ("GET HEAD", "public", "whether the engine's loop runs"),
-    "/examples/{number:int}": (
+    "/examples/0": (
         "GET HEAD",
         "key",
         "a JPEG made at the start from the operator's folder",
@@ -70,11 +70,8 @@ ROUTES: dict[str, tuple[str, str, str]] = {
         "attention maps of one image and one answer, within the same limits",
     ),
 }
-# The same table, with paths that exist in the place of patterns.
-TABLE = {
-    path.replace("{number:int}", "0").replace("{name:path}", "tiny"): entry
-    for path, entry in ROUTES.items()
-}
+# The same table, with a path that exists in the place of the pattern.
+TABLE = {path.replace("{name:path}", "tiny"): entry for path, entry in ROUTES.items()}
 PATHS = list(TABLE)
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"]
 
