@@ -1,8 +1,8 @@
-"""Run every benchmark and write what it prints to RESULTS.md, beside the command that repeats it.
+"""Run benchmarks, and write what they print to RESULTS.md, with the command that repeats it.
 
     python benchmarks/all.py [metrics train ...]
 
-Those that are named anew replace what the file said of them; the others stay.
+The results of the named benchmarks are replaced; those of others stay.
 """
 
 from __future__ import annotations
@@ -16,44 +16,62 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
-ALL = ("train", "caption", "serve", "scale", "download", "clean", "convert", "metrics")
+BENCHMARKS = ("train", "caption", "serve", "scale", "download", "clean", "convert", "metrics")
 HEAD = """# Results
 
-Each figure has both sides measured in one run; what counts is the ratio. `make bench` repeats all, the command over a
-table that table alone.
+Both sides of each comparison are measured in one run; what counts is their ratio. `make bench` repeats all of
+them, and the command above a table repeats that table.
 """
 
 
+def run_benchmark(name: str) -> str:
+    """Run one benchmark, print what it prints, and return it."""
+    command = [sys.executable, str(HERE / f"bench_{name}.py")]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as run:
+        for line in run.stdout or ():
+            print(line, end="", flush=True)
+            # DeepSpeed prints when it is imported that there is no GPU.
+            if "real_accelerator.py" not in line:
+                lines.append(line)
+    if run.returncode:
+        sys.exit(f"bench_{name}.py failed; {RESULTS.name} contains the benchmarks before it")
+    return "".join(lines).strip("\n")
+
+
+def read_sections() -> dict[str, str]:
+    """Return the sections of RESULTS.md by the name of the benchmark."""
+    if not RESULTS.exists():
+        return {}
+    text = RESULTS.read_text(encoding="utf-8")
+    return dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S))
+
+
+def write_sections(sections: dict[str, str]) -> None:
+    """Write RESULTS.md, in the order of `BENCHMARKS`."""
+    text = HEAD + "\n"
+    for name in BENCHMARKS:
+        if name in sections:
+            text += f"## {name}\n{sections[name]}"
+    RESULTS.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    names = sys.argv[1:] or list(ALL)
-    if unknown := set(names) - set(ALL):
-        sys.exit(f"no benchmark {', '.join(sorted(unknown))}: there are {', '.join(ALL)}")
-    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
-    tables = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S))
-    where = (
+    """Run the benchmarks that the command line names."""
+    names = sys.argv[1:] or list(BENCHMARKS)
+    unknown = sorted(set(names) - set(BENCHMARKS))
+    if unknown:
+        sys.exit(f"unknown benchmark {', '.join(unknown)}; known are {', '.join(BENCHMARKS)}")
+    machine = (
         f"{os.cpu_count()} cores, torch {version('torch')}, transformers {version('transformers')}"
     )
+    sections = read_sections()
     for name in names:
         print(f"== {name}", flush=True)
-        command = [sys.executable, str(HERE / f"bench_{name}.py")]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as run:
-            lines = []
-            for line in run.stdout or ():
-                print(line, end="", flush=True)
-                if (
-                    "real_accelerator.py" not in line
-                ):  # deepspeed says on import that there is no GPU
-                    lines.append(line)
-        if run.returncode:
-            sys.exit(f"bench_{name}.py failed; {RESULTS.name} keeps what was measured before it")
-        shown = "".join(lines).strip("\n")
-        tables[name] = (
-            f"\n    python benchmarks/bench_{name}.py\n\n{where}\n\n```\n{shown}\n```\n\n"
-        )
-        RESULTS.write_text(
-            HEAD + "\n" + "".join(f"## {n}\n{tables[n]}" for n in ALL if n in tables),
-            encoding="utf-8",
-        )
+        output = run_benchmark(name)
+        command = f"    python benchmarks/bench_{name}.py"
+        sections[name] = f"\n{command}\n\n{machine}\n\n```\n{output}\n```\n\n"
+        write_sections(sections)  # after each, so that a failure keeps what was measured
 
 
 if __name__ == "__main__":

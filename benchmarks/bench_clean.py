@@ -37,7 +37,7 @@ for row in json.load(open(records)):
         pass
 json.dump(good, open(output, "w"))
 """
-OURS = "import sys; from llava_simplified.prepare.clean import main; sys.exit(main(sys.argv[1:]))"
+OURS = "import sys; from llava_simplified.prepare.clean_command import main; sys.exit(main(sys.argv[1:]))"
 
 
 def write_pictures(folder: Path, count: int, photos: Path | None) -> dict[str, str]:

@@ -88,7 +88,7 @@ def main() -> None:
         convert = [
             sys.executable,
             "-c",
-            "from llava_simplified.prepare.convert import main; main()",
+            "from llava_simplified.prepare.convert_command import main; main()",
         ]
         for suffix in (".json", ".jsonl", ".parquet"):
             output = Path(folder, f"records{suffix}")

@@ -1,9 +1,10 @@
-"""Scoring captions: ours against pycocoevalcap 1.2, the COCO server's code, in one process.
+"""Score captions: ours against pycocoevalcap 1.2, the code of the COCO server, in one process.
 
-    python benchmarks/bench_metrics.py [--pictures 5000] [--references 5]
+    python benchmarks/bench_metrics.py [--images 5000] [--references 5]
 
-Both get the same raw captions: BLEU-1..4, ROUGE-L and CIDEr-D, tokenising included (theirs starts two Java
-processes). Scores must agree to 1e-6. Best of three runs each, in turns.
+Both get the same raw captions, and compute BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D, tokenization included
+(pycocoevalcap starts two Java processes for it). Scores must agree to 1e-6. The best of three runs each, in
+turns.
 """
 
 from __future__ import annotations
@@ -13,146 +14,130 @@ import contextlib
 import io
 import random
 import time
+from typing import NamedTuple
 
-from llava_simplified.evaluation import ptb_tokenizer as ptb
+from llava_simplified.evaluation import ptb_tokenizer
 from llava_simplified.evaluation.ngram_metrics import ngram_metrics
 from llava_simplified.evaluation.rouge import rouge_l
 
-WORDS = [
-    *(
-        "a",
-        "the",
-        "on",
-        "in",
-        "of",
-        "with",
-        "and",
-        "man",
-        "woman",
-        "dog",
-        "cat",
-        "horse",
-        "child",
-        "red",
-        "green",
-    ),
-    *(
-        "old",
-        "young",
-        "two",
-        "three",
-        "sits",
-        "stands",
-        "runs",
-        "holds",
-        "near",
-        "under",
-        "street",
-        "beach",
-        "it's",
-    ),
-    *(
-        "table",
-        "grass",
-        "water",
-        "field",
-        "snow",
-        "city",
-        "train",
-        "boat",
-        "sky",
-        "tree",
-        "hat",
-        "ball",
-        "kite",
-    ),
-]
+VOCABULARY = """a the on in of with and man woman dog cat horse child red green old young two three sits stands
+runs holds near under street beach it's table grass water field snow city train boat sky tree hat ball kite"""
+WORDS = VOCABULARY.split()
+ROUNDS = 3
 
 
-def make_corpus(pictures: int, references: int) -> tuple[list[str], list[list[str]]]:
-    """Sentences of COCO's length, with names and numbers so that the vocabulary has COCO's long tail."""
-    dice = random.Random(0)
+class Result(NamedTuple):
+    """Scores of a corpus by name, and the seconds of tokenization."""
 
-    def sentence(base: list[str]) -> str:
-        words = [word if dice.random() > 0.4 else dice.choice(WORDS) for word in base]
-        words = [
-            word if dice.random() > 0.1 else f"thing{int(dice.expovariate(1 / 2000))}"
-            for word in words
-        ]
-        # Ends in a noun: whether a lone letter keeps its full stop depends, over there, on the next caption.
-        return " ".join([*words, "field"]).capitalize() + dice.choice([".", "", ",", " ."])
-
-    bases = [dice.choices(WORDS, k=dice.randint(7, 14)) for _ in range(pictures)]
-    return [sentence(base) for base in bases], [
-        [sentence(base) for _ in range(references)] for base in bases
-    ]
+    scores: dict[str, float]
+    tokenization: float
 
 
-def ours(captions: list[str], references: list[list[str]]) -> tuple[dict[str, float], float]:
-    ptb._scan_chunk.cache_clear()
+def make_corpus(num_images: int, num_references: int) -> tuple[list[str], list[list[str]]]:
+    """Return captions and references of COCO's length.
+
+    Names with numbers give the vocabulary COCO's long tail.
+    """
+    draw = random.Random(0)
+
+    def vary(base: list[str]) -> str:
+        """Return a sentence that has most words of `base`."""
+        words = []
+        for word in base:
+            words.append(word if draw.random() > 0.4 else draw.choice(WORDS))
+        for position, _ in enumerate(words):
+            if draw.random() <= 0.1:
+                words[position] = f"thing{int(draw.expovariate(1 / 2000))}"
+        # The last word is a noun: whether a single letter keeps its full stop depends, in the Java
+        # tokenizer, on the next caption.
+        sentence = " ".join([*words, "field"]).capitalize()
+        return sentence + draw.choice([".", "", ",", " ."])
+
+    bases = [draw.choices(WORDS, k=draw.randint(7, 14)) for _ in range(num_images)]
+    captions = [vary(base) for base in bases]
+    references = []
+    for base in bases:
+        references.append([vary(base) for _ in range(num_references)])
+    return captions, references
+
+
+def score_ours(captions: list[str], references: list[list[str]]) -> Result:
+    """Score with this project."""
+    ptb_tokenizer._scan_chunk.cache_clear()  # filled by earlier rounds
     start = time.perf_counter()
-    tokens, true = (
-        [[ptb.tokenize(c) for c in captions]],
-        [[ptb.tokenize(r) for r in group] for group in references],
-    )
-    tokenised = time.perf_counter() - start
+    tokens = [ptb_tokenizer.tokenize(caption) for caption in captions]
+    reference_tokens = []
+    for group in references:
+        reference_tokens.append([ptb_tokenizer.tokenize(reference) for reference in group])
+    tokenization = time.perf_counter() - start
     scores = {}
-    for metric in ngram_metrics(tokens, true):
+    for metric in ngram_metrics([tokens], reference_tokens):
         values = metric.finish(metric.statistics.sum(axis=1), len(captions))[0]
         scores.update(zip(metric.names, map(float, values)))
-    scores["ROUGE-L"] = sum(map(rouge_l, tokens[0], true)) / len(captions)
-    return scores, tokenised
+    scores["ROUGE-L"] = sum(map(rouge_l, tokens, reference_tokens)) / len(captions)
+    return Result(scores, tokenization)
 
 
-def theirs(captions: list[str], references: list[list[str]]) -> tuple[dict[str, float], float]:
+def score_pycocoevalcap(captions: list[str], references: list[list[str]]) -> Result:
+    """Score with pycocoevalcap."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+    caption_rows = {}
+    reference_rows = {}
+    for image, (caption, group) in enumerate(zip(captions, references)):
+        caption_rows[image] = [{"caption": caption}]
+        reference_rows[image] = [{"caption": reference} for reference in group]
     start = time.perf_counter()
     java = PTBTokenizer()
-    written = java.tokenize({i: [{"caption": c}] for i, c in enumerate(captions)})
-    true = java.tokenize({i: [{"caption": r} for r in group] for i, group in enumerate(references)})
-    tokenised = time.perf_counter() - start
-    bleu = Bleu(4).compute_score(true, written, verbose=0)[0]
-    scores = {f"BLEU-{n + 1}": float(value) for n, value in enumerate(bleu)}
-    scores["CIDEr-D"] = float(Cider().compute_score(true, written)[0])
-    return {**scores, "ROUGE-L": float(Rouge().compute_score(true, written)[0])}, tokenised
+    tokens = java.tokenize(caption_rows)
+    reference_tokens = java.tokenize(reference_rows)
+    tokenization = time.perf_counter() - start
+    bleu = Bleu(4).compute_score(reference_tokens, tokens, verbose=0)[0]
+    scores = {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
+    scores["CIDEr-D"] = float(Cider().compute_score(reference_tokens, tokens)[0])
+    scores["ROUGE-L"] = float(Rouge().compute_score(reference_tokens, tokens)[0])
+    return Result(scores, tokenization)
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--images", "--pictures", type=int, default=5000)
     parser.add_argument("--references", type=int, default=5)
-    options = parser.parse_args()
-    captions, references = make_corpus(options.pictures, options.references)
-    best: dict[str, tuple[float, float]] = {}
+    args = parser.parse_args()
+    captions, references = make_corpus(args.images, args.references)
+    sides = {"pycocoevalcap": score_pycocoevalcap, "ours": score_ours}
+    best: dict[str, tuple[float, float]] = {}  # seconds in all, and of tokenization
     scores: dict[str, dict[str, float]] = {}
-    for _ in range(3):
-        for name, run in (("pycocoevalcap", theirs), ("ours", ours)):
+    for _ in range(ROUNDS):
+        for name, score in sides.items():
             start = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()):
-                scores[name], tokenised = run(captions, references)
-            seconds = time.perf_counter() - start
-            best[name] = min(best.get(name, (9e9, 0.0)), (seconds, tokenised))
-    for name, value in scores["ours"].items():
-        if name in scores["pycocoevalcap"]:
-            assert abs(value - scores["pycocoevalcap"][name]) < 1e-6, (
-                name,
-                value,
-                scores["pycocoevalcap"][name],
-            )
-    for name, (seconds, tokenised) in best.items():
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocoevalcap prints
+                result = score(captions, references)
+            seconds = (time.perf_counter() - start, result.tokenization)
+            best[name] = min(best.get(name, seconds), seconds)
+            scores[name] = result.scores
+    for name, expected in scores["pycocoevalcap"].items():
+        value = scores["ours"][name]
+        assert abs(value - expected) < 1e-6, (name, value, expected)
+    for name, (total, tokenization) in best.items():
         print(
-            f"{name:14} {seconds:6.2f} s   tokens {tokenised:5.2f} s, scores {seconds - tokenised:5.2f} s"
+            f"{name:14} {total:6.2f} s   tokens {tokenization:5.2f} s, "
+            f"scores {total - tokenization:5.2f} s"
         )
-    (whole, tokens), (other, other_tokens) = best["ours"], best["pycocoevalcap"]
-    alone = (other - other_tokens) / (whole - tokens)
-    print(f"{options.pictures} pictures, {options.references} references each:")
-    print(f"{other / whole:.1f} times as fast; without tokenising {alone:.1f} times")
+    ours_total, ours_tokenization = best["ours"]
+    peer_total, peer_tokenization = best["pycocoevalcap"]
+    without_tokens = (peer_total - peer_tokenization) / (ours_total - ours_tokenization)
+    print(f"{args.images} images, {args.references} references each:")
+    print(
+        f"{peer_total / ours_total:.1f} times as fast; without tokenization "
+        f"{without_tokens:.1f} times"
+    )
 
 
 if __name__ == "__main__":

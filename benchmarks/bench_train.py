@@ -1,12 +1,14 @@
-"""A training step: `llava train` against stock LLaVA under transformers' Trainer and PEFT, under TRL, and against the tutorial's recipe.
+"""A training step of `llava train`, of stock LLaVA under transformers' Trainer and TRL, and of the tutorial.
 
     python benchmarks/bench_train.py [--language-model FOLDER] [--captions 1 5] [--steps 2] [--rounds 1]
 
-The same weights on both sides (SmolLM2-135M, which is fetched where no folder is given, and a random tower of CLIP
-ViT-B/16's shape), the same 224-pixel pictures, tokens, optimizer and number of updates; frozen weights in bfloat16, bfloat16
-autocast (float32 on a machine that is slow in bfloat16); the losses of the first step must agree. Every run is a process of
-its own, measured from its third step on, input included. Prints captions per second and peak memory as ratios, and the share
-of what a large matrix product reaches on this machine.
+All sides have the same weights (SmolLM2-135M, downloaded if no folder is given, and a random tower in the
+shape of CLIP ViT-B/16), images of 224 pixels, tokens, optimizer and number of updates. Frozen weights are
+bfloat16, with bfloat16 autocast (float32 on a machine that is slow in bfloat16). The losses of the first
+step must agree. Every run is a process of its own, measured from its third step on, input included.
+
+Prints captions per second and peak memory as ratios, and the share of the speed that a large matrix product
+reaches on this machine.
 """
 
 from __future__ import annotations
@@ -15,126 +17,43 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "red dog",
-    "a car",
-    "the man",
-    "of two",
-    "woman with",
-    "old street",
-    "on a field",
-    "in the park",
-    "near water",
+from workload import (
+    compute_dtype,
+    option_words,
+    run_child,
+    stock_projector_weights,
+    write_data,
+    write_models,
 )
-WARM_UP = 2  # steps: compilation, caches, allocator
+
+WARM_UP_STEPS = 2  # compilation, caches, allocator
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0}
-PEERS = ("transformers + PEFT", "TRL's SFTTrainer", "the tutorial's recipe")
-OURS = {  # one lever more in each line
+TRAINER, TRL, TUTORIAL = "transformers + PEFT", "TRL's SFTTrainer", "the tutorial's recipe"
+PEERS = (TRAINER, TRL, TUTORIAL)
+# Our side, with one more technique in each line.
+OURS: dict[str, dict[str, Any]] = {
     "ours: logits where trained": {"cache_vision_features": "off", "share_prefix": False},
     "+ cached features": {"cache_vision_features": "memory", "share_prefix": False},
     "+ shared prefixes": {"cache_vision_features": "memory"},
     "+ compiled layers": {"cache_vision_features": "memory", "compile_layers": True},
 }
+Models = tuple[str, str]  # folders of language model and vision tower
 
 
-def number_type() -> str:
-    """What every side computes in: bfloat16, or float32 on a machine that is slow in it. The runs inherit what was measured."""
-    from llava_simplified.doctor_command import has_fast_bfloat16
-
-    if "BENCH_DTYPE" not in os.environ:
-        os.environ["BENCH_DTYPE"] = "bfloat16" if has_fast_bfloat16() else "float32"
-    return os.environ["BENCH_DTYPE"]
-
-
-def write_models(folder: Path, language_model: Path | None) -> tuple[Path, Path]:
-    import torch
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
-
-    from llava_simplified.demo.assets import fetch
-
-    torch.manual_seed(0)
-    tower = folder / "clip"
-    CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16)).save_pretrained(tower)
-    CLIPImageProcessorPil().save_pretrained(tower)
-    return language_model or fetch().language_model, tower
-
-
-def write_data(folder: Path, images: int, captions: int) -> None:
-    """Pictures that need no resizing (its cost is the cleaner's benchmark), and captions of 8 to 16 words."""
-    import numpy as np
-    from PIL import Image
-
-    draw, rows = random.Random(0), []
-    for index in range(images):
-        coarse = np.random.default_rng(index).integers(0, 256, (14, 14, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((224, 224)).save(folder / f"{index}.png")
-        texts = [" ".join(draw.choices(WORDS, k=draw.randint(4, 8))) for _ in range(captions)]
-        rows.append(
-            {
-                "image": f"{index}.png",
-                "instruction": "Generate a caption of this image:",
-                "responses": texts,
-            }
-        )
-    (folder / "train.json").write_text(json.dumps(rows))
-
-
-def watch_steps(seen: list[tuple[float, float]]) -> None:
-    """Note when each training step begins, and its loss, whoever's Trainer it is."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    step = transformers.Trainer.training_step
-
-    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        loss = step(self, *args, **kwargs)
-        seen.append((start, loss.item()))
-        return loss
-
-    transformers.Trainer.training_step = watched  # type: ignore[method-assign]
-
-
-def train_ours(
-    folder: Path, models: tuple[str, str], batch: int, steps: int, levers: dict[str, Any]
-) -> None:
-    from llava_simplified.arguments import parse_arguments
-    from llava_simplified.training.train_command import train
-
-    more = {
-        "model_name_or_path": models[0],
-        "vision_tower": models[1],
-        "train_data_path": folder / "train.json",
-        "output_dir": folder / "ours",
-        "per_device_train_batch_size": batch,
-        "pretrain_mm_mlp_adapter": folder / "projector",
-        **common(steps),
-        **LORA,
-        **levers,
-    }
-    train(
-        *parse_arguments(
-            [word for name, value in more.items() for word in (f"--{name}", str(value))]
-        )
-    )
-
-
-def common(steps: int) -> dict[str, Any]:
+def common_options(steps: int) -> dict[str, Any]:
+    """Return the options of transformers' Trainer that all sides share."""
     return {
         "max_steps": steps,
         "learning_rate": 2e-4,
         "warmup_steps": 0,
-        "bf16": number_type() == "bfloat16",
+        "bf16": compute_dtype() == "bfloat16",
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
@@ -143,8 +62,54 @@ def common(steps: int) -> dict[str, Any]:
     }
 
 
-def stock_model(folder: Path, models: tuple[str, str]) -> tuple[Any, Any, Any]:
-    """What transformers' documentation of LLaVA amounts to: (model, processor, PEFT configuration)."""
+# ---- our side ----
+
+
+def train_ours(
+    folder: Path, models: Models, output: Path, batch: int, steps: int, **options: Any
+) -> None:
+    """Run `llava train`."""
+    from llava_simplified.arguments import parse_arguments
+    from llava_simplified.training.train_command import train
+
+    all_options = {
+        "model_name_or_path": models[0],
+        "vision_tower": models[1],
+        "train_data_path": folder / "train.json",
+        "output_dir": output,
+        "per_device_train_batch_size": batch,
+        "mm_projector_type": "mlp2x_gelu",
+        **common_options(steps),
+        **options,
+    }
+    train(*parse_arguments(option_words(all_options)))
+
+
+def write_projector(folder: Path, models: Models) -> None:
+    """Write a checkpoint of one step. All sides start with its projector."""
+    output = folder / "projector"
+    output.mkdir()
+    train_ours(
+        folder,
+        models,
+        output,
+        batch=1,
+        steps=1,
+        tune_mm_mlp_adapter=True,
+        cache_vision_features="off",
+        share_prefix=False,
+    )
+
+
+# ---- other sides ----
+
+
+def build_stock_model(folder: Path, models: Models) -> tuple[Any, Any, Any]:
+    """Build a model as transformers' documentation of LLaVA describes it.
+
+    Returns:
+        The model, its processor, and a PEFT config with our LoRA rank.
+    """
     import torch
     from peft import LoraConfig
     from safetensors.torch import load_file
@@ -158,31 +123,24 @@ def stock_model(folder: Path, models: tuple[str, str]) -> tuple[Any, Any, Any]:
         LlavaProcessor,
     )
 
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    dtype = getattr(torch, compute_dtype())
+    tokenizer: Any = AutoTokenizer.from_pretrained(models[0])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    dtype = getattr(torch, number_type())
-    text = AutoModelForCausalLM.from_pretrained(models[0], dtype=dtype)
-    text.resize_token_embeddings(len(tokenizer))
-    tower = CLIPVisionModel.from_pretrained(models[1], dtype=dtype)
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=tower.config,
-            text_config=text.config,
-            image_token_id=image_token,
-            projector_hidden_act="gelu",
-        )
-    ).to(dtype)
-    model.model.vision_tower, model.model.language_model, model.lm_head = (
-        tower,
-        text.model,
-        text.lm_head,
+    language_model: Any = AutoModelForCausalLM.from_pretrained(models[0], dtype=dtype)
+    language_model.resize_token_embeddings(len(tokenizer))
+    tower: Any = CLIPVisionModel.from_pretrained(models[1], dtype=dtype)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        projector_hidden_act="gelu",
     )
+    model: Any = LlavaForConditionalGeneration(config).to(dtype)
+    model.model.vision_tower = tower
+    model.model.language_model = language_model.model
+    model.lm_head = language_model.lm_head
     weights = load_file(folder / "projector" / "projector.safetensors")
-    names = {"0.": "linear_1.", "2.": "linear_2."}
-    model.model.multi_modal_projector.load_state_dict(
-        {names[k[:2]] + k[2:]: v for k, v in weights.items()}
-    )
+    model.model.multi_modal_projector.load_state_dict(stock_projector_weights(weights))
     processor = LlavaProcessor(
         CLIPImageProcessorPil.from_pretrained(models[1]),
         tokenizer,
@@ -190,87 +148,86 @@ def stock_model(folder: Path, models: tuple[str, str]) -> tuple[Any, Any, Any]:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    config = LoraConfig(
+    peft_config = LoraConfig(
         r=LORA["lora_r"],
         lora_alpha=LORA["lora_alpha"],
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
         modules_to_save=["multi_modal_projector"],
     )
-    return model, processor, config
+    return model, processor, peft_config
 
 
-def samples(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
-    """Picture, prompt and completion of every caption."""
-    rows = []
-    for row in json.loads((folder / "train.json").read_text()):
-        turn = {"role": "user", "content": f"<image>\n{row['instruction']}"}
+def read_samples(folder: Path, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return image, prompt and completion of every caption."""
+    samples = []
+    for record in json.loads((folder / "train.json").read_text()):
+        turn = {"role": "user", "content": f"<image>\n{record['instruction']}"}
         prompt = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-        for caption in row["responses"]:
-            rows.append(
-                {
-                    "image": str(folder / row["image"]),
-                    "prompt": prompt,
-                    "completion": f"{caption}<|im_end|>",
-                }
-            )
-    return rows
+        for caption in record["responses"]:
+            sample = {
+                "image": str(folder / record["image"]),
+                "prompt": prompt,
+                "completion": f"{caption}<|im_end|>",
+            }
+            samples.append(sample)
+    return samples
 
 
 def train_stock(
-    folder: Path, models: tuple[str, str], batch: int, steps: int, options: dict[str, Any]
+    folder: Path, models: Models, batch: int, steps: int, *, gradient_checkpointing: bool
 ) -> None:
-    """transformers' Trainer with PEFT: every batch padded, logits at every position."""
+    """Train with transformers' Trainer and PEFT: every batch padded, logits at every position."""
     import torch
     from peft import get_peft_model
     from PIL import Image
     from transformers import Trainer, TrainingArguments
 
-    model, processor, config = stock_model(folder, models)
-    model = get_peft_model(model, config)
+    model, processor, peft_config = build_stock_model(folder, models)
+    model = get_peft_model(model, peft_config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = [Image.open(row["image"]).convert("RGB") for row in rows]
+        images = [Image.open(row["image"]).convert("RGB") for row in rows]
         texts = [row["prompt"] + row["completion"] for row in rows]
         inputs = processor(
-            images=pictures, text=texts, padding=True, padding_side="right", return_tensors="pt"
+            images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"
         )
-        trained = [len(processor.tokenizer(row["completion"]).input_ids) for row in rows]
-        ends = inputs["attention_mask"].sum(1)
-        place = torch.arange(inputs["input_ids"].shape[1])
-        answer = (place >= (ends - torch.tensor(trained))[:, None]) & (place < ends[:, None])
-        return {**inputs, "labels": inputs["input_ids"].masked_fill(~answer, -100)}
+        # Labels are the tokens of the completion: the last ones before the padding.
+        lengths = [len(processor.tokenizer(row["completion"]).input_ids) for row in rows]
+        end = inputs["attention_mask"].sum(1)[:, None]
+        start = end - torch.tensor(lengths)[:, None]
+        position = torch.arange(inputs["input_ids"].shape[1])
+        is_label = (position >= start) & (position < end)
+        return {**inputs, "labels": inputs["input_ids"].masked_fill(~is_label, -100)}
 
     args = TrainingArguments(
         output_dir=str(folder / "stock"),
         per_device_train_batch_size=batch,
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         lr_scheduler_type="cosine",
-        **common(steps),
-        **options,
+        **common_options(steps),
     )
-    if options.get("gradient_checkpointing"):
+    if gradient_checkpointing:
         model.enable_input_require_grads()
-    Trainer(
-        model, args, train_dataset=samples(folder, processor.tokenizer), data_collator=collate
-    ).train()  # type: ignore[arg-type]
+    samples: Any = read_samples(folder, processor.tokenizer)
+    Trainer(model, args, train_dataset=samples, data_collator=collate).train()
 
 
-def train_trl(folder: Path, models: tuple[str, str], batch: int, steps: int) -> None:
-    """TRL's SFTTrainer on prompts and completions, without the gradient checkpointing that it turns on by default."""
+def train_trl(folder: Path, models: Models, batch: int, steps: int) -> None:
+    """Train with TRL's SFTTrainer, without the gradient checkpointing that is its default."""
     import torch
     from datasets import Dataset
     from datasets import Image as ImageColumn
     from trl import SFTConfig, SFTTrainer
 
-    model, processor, config = stock_model(folder, models)
-    data = Dataset.from_list(samples(folder, processor.tokenizer)).cast_column(
-        "image", ImageColumn()
-    )
+    model, processor, peft_config = build_stock_model(folder, models)
+    samples = Dataset.from_list(read_samples(folder, processor.tokenizer))
+    samples = samples.cast_column("image", ImageColumn())
     args = SFTConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=batch,
@@ -278,200 +235,213 @@ def train_trl(folder: Path, models: tuple[str, str], batch: int, steps: int) -> 
         gradient_checkpointing=False,
         max_length=None,
         lr_scheduler_type="cosine",
-        **common(steps),
+        **common_options(steps),
     )
     SFTTrainer(
-        model, args=args, train_dataset=data, processing_class=processor, peft_config=config
+        model,
+        args=args,
+        train_dataset=samples,
+        processing_class=processor,
+        peft_config=peft_config,
     ).train()
 
 
-def write_projector(folder: Path, models: tuple[str, str]) -> None:
-    """A checkpoint of one step whose projector both sides start with."""
-    levers = {
-        **OURS["ours: logits where trained"],
-        "mm_projector_type": "mlp2x_gelu",
-        "tune_mm_mlp_adapter": True,
-    }
-    (folder / "projector").mkdir()
-    from llava_simplified.arguments import parse_arguments
-    from llava_simplified.training.train_command import train
-
-    more = {
-        "model_name_or_path": models[0],
-        "vision_tower": models[1],
-        "train_data_path": folder / "train.json",
-        "output_dir": folder / "projector",
-        "per_device_train_batch_size": 1,
-        **common(1),
-        **levers,
-    }
-    train(
-        *parse_arguments(
-            [word for name, value in more.items() for word in (f"--{name}", str(value))]
-        )
-    )
+# ---- measuring ----
 
 
-def matmul_limit() -> float:
-    """FLOP/s of a large matrix product."""
+def record_steps(steps: list[tuple[float, float]]) -> None:
+    """Append the start time and the loss of each training step, of whatever subclass of Trainer."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    training_step = transformers.Trainer.training_step
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        loss = training_step(self, *args, **kwargs)
+        steps.append((start, loss.item()))
+        return loss
+
+    transformers.Trainer.training_step = recorded  # type: ignore[method-assign]
+
+
+def measure_matmul() -> float:
+    """Return the FLOP/s of a large matrix product."""
     import torch
 
-    a = torch.randn(2048, 2048, dtype=getattr(torch, number_type()))
+    size = 2048
+    matrix = torch.randn(size, size, dtype=getattr(torch, compute_dtype()))
     best = 0.0
     for _ in range(8):
         start = time.perf_counter()
-        a @ a
-        best = max(best, 2 * 2048**3 / (time.perf_counter() - start))
+        matrix @ matrix
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
 
-def one_run(
-    folder: Path, models: tuple[str, str], name: str, batch: int, steps: int
-) -> dict[str, Any]:
-    """In a process of its own: seconds per step, the first loss, peak memory, the limit of the machine."""
-    seen: list[tuple[float, float]] = []
-    watch_steps(seen)
+def run_side(folder: Path, models: Models, name: str, batch: int, steps: int) -> dict[str, Any]:
+    """Measure one side, in a process of its own.
+
+    Returns:
+        "seconds" per step, the first "loss", peak "memory", and the machine's "limit" in FLOP/s.
+    """
+    recorded: list[tuple[float, float]] = []
+    record_steps(recorded)
     if name in OURS:
-        train_ours(folder, models, batch, steps, {**OURS[name], "mm_projector_type": "mlp2x_gelu"})
-    elif "TRL" in name:
+        projector = folder / "projector"
+        options = LORA | OURS[name] | {"pretrain_mm_mlp_adapter": projector}
+        train_ours(folder, models, folder / "ours", batch, steps, **options)
+    elif name == TRL:
         train_trl(folder, models, batch, steps)
     else:
-        train_stock(
-            folder,
-            models,
-            batch,
-            steps,
-            {"gradient_checkpointing": True} if "tutorial" in name else {},
-        )
-    times = [start for start, _ in seen]
+        checkpointing = name == TUTORIAL
+        train_stock(folder, models, batch, steps, gradient_checkpointing=checkpointing)
+    times = [start for start, _ in recorded]
+    measured_steps = len(times) - 1 - WARM_UP_STEPS
     return {
-        "seconds": (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP),
-        "loss": seen[0][1],
+        "seconds": (times[-1] - times[WARM_UP_STEPS]) / measured_steps,
+        "loss": recorded[0][1],
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "limit": matmul_limit(),
+        "limit": measure_matmul(),
     }
 
 
-def step_flops(folder: Path, models: tuple[str, str], images: int, captions: int) -> float:
-    """What one of our steps with everything on has to compute: frozen weights twice, LoRA three times, no tower.
+def step_flops(folder: Path, models: Models, images: int) -> float:
+    """Return the FLOPs that a step with all our techniques needs, without the vision tower.
 
-    Of attention the half below the diagonal, three times.
+    A weight costs two FLOPs per token (multiply, add) in each of: forward, gradient of the input,
+    gradient of the weight. Frozen weights have the first two, LoRA all three. Of attention, the half
+    below the diagonal is counted.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     from llava_simplified.prompt import Message, Prompt
 
-    config, prompt = (
-        AutoConfig.from_pretrained(models[0]),
-        Prompt(AutoTokenizer.from_pretrained(models[0])),
-    )
-    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    kv = d // heads * config.num_key_value_heads
-    shapes = [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)]
-    body = config.num_hidden_layers * sum(a * b for a, b in shapes)
-    lora = config.num_hidden_layers * sum((a + b) * LORA["lora_r"] for a, b in shapes)
-    rows = json.loads((folder / "train.json").read_text())
-    length = trained = pairs = 0
-    for row in rows:
-        prefix, answers = prompt.render_branches(
-            [Message("user", f"<image>\n{row['instruction']}")], row["responses"]
-        )
-        trained += sum(map(len, answers))
-        before = len(prefix.input_ids) + 195
-        length += before + sum(map(len, answers))
-        pairs += before**2 / 2 + sum(len(answer) * (before + len(answer) / 2) for answer in answers)
-    attention = (
-        12 * pairs * d * config.num_hidden_layers
-    )  # scores and sums, a multiplication and an addition each
-    share = images / len(rows)
-    return share * (
-        length * (4 * body + 6 * lora) + attention + 4 * trained * d * config.vocab_size
-    )
+    config: Any = AutoConfig.from_pretrained(models[0])
+    prompt = Prompt(AutoTokenizer.from_pretrained(models[0]))
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv_width = hidden // config.num_attention_heads * config.num_key_value_heads
+    shapes = [
+        (hidden, hidden),  # query
+        (hidden, kv_width),  # key
+        (hidden, kv_width),  # value
+        (hidden, hidden),  # attention output
+        (hidden, inner),  # gate
+        (hidden, inner),  # up
+        (inner, hidden),  # down
+    ]
+    num_layers = config.num_hidden_layers
+    frozen_weights = num_layers * sum(a * b for a, b in shapes)
+    lora_weights = num_layers * sum((a + b) * LORA["lora_r"] for a, b in shapes)
+
+    records = json.loads((folder / "train.json").read_text())
+    num_tokens = num_trained = 0
+    attended = 0.0  # pairs of a query and a key
+    for record in records:
+        turns = [Message("user", f"<image>\n{record['instruction']}")]
+        prefix, answers = prompt.render_branches(turns, record["responses"])
+        # The prefix contains one token for the image, which becomes 196.
+        prefix_length = len(prefix.input_ids) + 195
+        answer_lengths = [len(answer) for answer in answers]
+        num_trained += sum(answer_lengths)
+        num_tokens += prefix_length + sum(answer_lengths)
+        attended += prefix_length**2 / 2
+        for length in answer_lengths:
+            attended += length * (prefix_length + length / 2)
+    # Scores and weighted sums, a multiplication and an addition each, three times.
+    attention = 12 * attended * hidden * num_layers
+    layers = num_tokens * (4 * frozen_weights + 6 * lora_weights)
+    head = 4 * num_trained * hidden * config.vocab_size
+    return images / len(records) * (layers + attention + head)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--language-model", type=Path, help="folder of SmolLM2-135M-Instruct")
-    parser.add_argument(
-        "--captions", type=int, nargs="+", default=[1, 5], help="captions per image"
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=4,
-        help="images in a batch; half as many where they have several captions",
-    )
-    parser.add_argument("--steps", type=int, default=2, help="measured steps")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.run:
-        folder, language_model, tower, name, batch = args.run
-        result = one_run(
-            Path(folder), (language_model, tower), name, int(batch), WARM_UP + 1 + args.steps
-        )
-        (Path(folder) / "result.json").write_text(json.dumps(result))
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        with contextlib.redirect_stdout(sys.stderr):  # the tables alone are the result
-            models = tuple(map(str, write_models(root, args.language_model)))
-        for captions in args.captions:
-            folder = root / str(captions)
-            folder.mkdir()
-            images = args.batch if captions == 1 else args.batch // 2
-            write_data(folder, images * (WARM_UP + 1 + args.steps), captions)
-            with contextlib.redirect_stdout(sys.stderr):
-                write_projector(folder, models)  # type: ignore[arg-type]
-            names = [*PEERS, *OURS]
-            results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-            for _ in range(args.rounds):
-                for name in names:
-                    shared = name.startswith("+ ") and OURS[name].get("share_prefix", True)
-                    batch = images * (1 if shared else captions)
-                    words = [
-                        sys.executable,
-                        __file__,
-                        "--steps",
-                        args.steps,
-                        "--run",
-                        folder,
-                        *models,
-                        name,
-                        batch,
-                    ]
-                    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
-                    if done.returncode:
-                        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-                    results[name].append(json.loads((folder / "result.json").read_text()))
-                    print(
-                        f"{name}: {results[name][-1]['seconds']:.2f} s a step",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-            flops = step_flops(folder, models, images, captions)  # type: ignore[arg-type]
-            print_table(results, captions, images * captions, flops)
+# ---- the table ----
+
+
+def run_sides(
+    args: argparse.Namespace, folder: Path, models: Models, images: int, captions: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the runs of each side, with the same captions per update."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in (*PEERS, *OURS)}
+    for _ in range(args.rounds):
+        for name, runs in results.items():
+            # A batch counts images if captions share their prefix, and captions otherwise.
+            shares_prefix = name in OURS and OURS[name].get("share_prefix", True)
+            batch = images if shares_prefix else images * captions
+            words = ["--steps", args.steps, "--run", folder, *models, name, batch]
+            run_child(__file__, *words, name=name)
+            runs.append(json.loads((folder / "result.json").read_text()))
+            print(f"{name}: {runs[-1]['seconds']:.2f} s per step", file=sys.stderr, flush=True)
+    return results
 
 
 def print_table(
     results: dict[str, list[dict[str, Any]]], captions: int, samples: int, flops: float
 ) -> None:
-    best = {name: min(runs, key=lambda run: run["seconds"]) for name, runs in results.items()}
-    stock, trl, tutorial = (best[name] for name in PEERS)
-    limit = max(run["limit"] for runs in results.values() for run in runs)
-    print(f"\n{captions} caption(s) an image, {samples} captions an update, {number_type()}")
+    """Print the best run of each side; exit if a side does not train the same."""
+    best = {}
+    limits = []
+    for name, runs in results.items():
+        best[name] = min(runs, key=lambda run: run["seconds"])
+        limits += [run["limit"] for run in runs]
+    stock = best[TRAINER]
+    print(f"\n{captions} caption(s) per image, {samples} captions per update, {compute_dtype()}")
     heads = ("captions/s", "x Trainer", "x TRL", "x tutorial", "memory", "first loss", "of matmul")
     print(f"{'':32}" + "".join(f"{head:>12}" for head in heads))
+    last = list(best)[-1]  # the side that `step_flops` describes
     for name, run in best.items():
         values = [f"{samples / run['seconds']:.2f}"]
-        values += [f"{peer['seconds'] / run['seconds']:.2f}" for peer in (stock, trl, tutorial)]
+        values += [f"{best[peer]['seconds'] / run['seconds']:.2f}" for peer in PEERS]
         values += [f"{run['memory'] / stock['memory']:.2f}", f"{run['loss']:.4f}"]
-        values += [f"{flops / run['seconds'] / limit:.0%}"] if name == list(best)[-1] else []
+        if name == last:
+            values.append(f"{flops / run['seconds'] / max(limits):.0%}")
         print(f"{name:32}" + "".join(f"{value:>12}" for value in values))
         if abs(run["loss"] / stock["loss"] - 1) > 0.01:
             sys.exit(
-                f"{name}: the first loss is not the stock model's: the sides do not train the same thing"
+                f"{name}: the first loss differs from the stock model's; the comparison is not valid"
             )
+
+
+def main() -> None:
+    """Run the benchmark, or one side of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--language-model", type=Path, help="Folder of SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--captions", type=int, nargs="+", default=[1, 5], help="Captions per image"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=4,
+        help="Images per batch; half as many if they have several captions (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=int, default=2, help="Number of measured steps")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    steps = WARM_UP_STEPS + 1 + args.steps
+    if args.run:
+        folder, language_model, tower, name, batch = args.run
+        result = run_side(Path(folder), (language_model, tower), name, int(batch), steps)
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        # Libraries print while they load; only the tables are the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            language_model, tower = write_models(root, args.language_model)
+        models = (str(language_model), str(tower))
+        for captions in args.captions:
+            folder = root / str(captions)
+            folder.mkdir()
+            images = args.batch if captions == 1 else args.batch // 2
+            write_data(folder, images * steps, captions)
+            with contextlib.redirect_stdout(sys.stderr):
+                write_projector(folder, models)
+            results = run_sides(args, folder, models, images, captions)
+            flops = step_flops(folder, models, images)
+            print_table(results, captions, images * captions, flops)
 
 
 if __name__ == "__main__":

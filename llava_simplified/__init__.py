@@ -5,7 +5,8 @@
     model = Llava.from_pretrained("output/my-model")
     print(model.caption("photo.jpg"))
 
-Public names are imported on first use, because torch and transformers take seconds to import (PEP 562).
+Public names are imported on first use (PEP 562), because torch and transformers take seconds to
+import.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
-"""Parse the options of a training run: command line, YAML file, and the names of LLaVA's own scripts.
+"""Parse the options of a training run: command line, YAML file, and LLaVA's own option names.
 
-    words of the command line -> (name, values) pairs -> names of today -> HfArgumentParser -> three dataclasses
+    words of the command line
+        -> (name, values) pairs, behind those of the YAML file
+        -> names of today
+        -> HfArgumentParser
+        -> ModelArguments, DataArguments, TrainingArguments
 
-`training_options.py` defines the options of this package. Importing this module imports transformers.
+`training_options.py` defines the options of this package. Importing this module imports
+transformers.
 """
 
 from __future__ import annotations
@@ -61,7 +66,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.world_size:
             raise ValueError(
-                f"{started} processes were started, but each would train alone; start them with torchrun."
+                f"{started} processes were started, but each would train alone; use torchrun."
             )
 
     def _check_bf16(self) -> None:
@@ -96,8 +101,9 @@ def _check_launcher(deepspeed: bool) -> None:
     accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerate and "MASTER_ADDR" in os.environ and not distributed:
         raise ValueError(
-            "accelerate launch was asked for several processes but started only one, as it does with --cpu. "
-            "Use `accelerate launch --multi_gpu --num_processes 2`, which also works on CPUs, or torchrun."
+            "accelerate launch was asked for several processes but started only one, as it does "
+            "with --cpu. Use `accelerate launch --multi_gpu --num_processes 2`, which also works on "
+            "CPUs, or torchrun."
         )
     if deepspeed and not distributed:
         raise ValueError(
@@ -105,7 +111,8 @@ def _check_launcher(deepspeed: bool) -> None:
         )
     if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            "--deepspeed: accelerate launch has a DeepSpeed configuration of its own; remove one of the two."
+            "--deepspeed: accelerate launch has a DeepSpeed configuration of its own; remove one of "
+            "the two."
         )
 
 
@@ -152,7 +159,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     Options may be spelled with dashes or underscores. `--verbose` and `--quiet` set the log level.
 
     Raises:
-        ValueError: An option does not exist, or asks for something that this package does not support.
+        ValueError: An option does not exist, or asks for something that this package does not
+            support.
     """
     options = split_options(argv)
     given = dict(options)
@@ -208,7 +216,7 @@ def _default_output_dir(given: Mapping[str, list[str]]) -> str:
 def split_options(words: list[str]) -> list[Option]:
     """Split a command line into options with their values; dashes in names become underscores.
 
-        ["--lora-r", "8", "--mm_vision_select_layer=-2"] -> [("lora_r", ["8"]), ("mm_vision_select_layer", ["-2"])]
+        ["--lora-r", "8", "--weight_decay=0"] -> [("lora_r", ["8"]), ("weight_decay", ["0"])]
 
     Raises:
         ValueError: The first word is not an option.
@@ -256,8 +264,8 @@ def read_config(config: str) -> dict[str, Any]:
 def to_words(values: Mapping[str, Any]) -> list[str]:
     """Return options as words of a command line.
 
-    argparse then converts the values of a file, such as 1e-3 (a text in YAML), exactly as it converts the command
-    line. None means that the option is not given.
+    argparse then converts the values of a file, such as 1e-3 (a text in YAML), exactly as it
+    converts the command line. None means that the option is not given.
     """
     words: list[str] = []
     for name, value in values.items():
@@ -284,7 +292,7 @@ def translate_option(name: str, values: list[str]) -> list[str]:
     if name in MUST_BE_OFF:
         if _is_true(values):
             raise ValueError(
-                f"--{name} True: stock LLaVA models have no {MUST_BE_OFF[name].removeprefix('an ')}; "
+                f"--{name} True: stock LLaVA models do not have {MUST_BE_OFF[name]}; "
                 f"pass --{name} False."
             )
         return []
@@ -302,7 +310,9 @@ def translate_option(name: str, values: list[str]) -> list[str]:
 
 
 def non_default_options(*arguments: Any) -> dict[str, Any]:
-    """Return the options that differ from their defaults, for the log and the checkpoint; access tokens are left out.
+    """Return the options that differ from their defaults, for the log and the checkpoint.
+
+    Access tokens are left out.
 
     Args:
         arguments: Dataclass instances.

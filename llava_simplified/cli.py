@@ -21,8 +21,9 @@ class Command(NamedTuple):
     """One subcommand.
 
     Attributes:
-        main: "module:function" that runs the command; the function accepts `argv` and returns the exit status. The
-            module imports nothing heavy: the function does, after it has parsed the arguments.
+        main: "module:function" that runs the command; the function accepts `argv` and returns the
+            exit status. The module imports nothing heavy: the function does, after it has parsed
+            the arguments.
         summary: What the command does, for `llava --help`.
         uses_torch: Whether the command computes with torch in this process.
     """
@@ -33,9 +34,9 @@ class Command(NamedTuple):
 
     @property
     def parser(self) -> str:
-        """The "module:function" that returns the parser of the command: `build_parser` beside `main`.
+        """The "module:function" that returns the parser of the command.
 
-        In modules with several commands it is `build_merge_parser` beside `merge_main`.
+        It is `build_parser` beside `main`, or `build_merge_parser` beside `merge_main`.
         """
         module, _, function = self.main.partition(":")
         prefix = function.removesuffix("main")
@@ -46,27 +47,27 @@ class Command(NamedTuple):
 COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "Prepare data": {
         "download": Command(
-            "llava_simplified.prepare.download:main",
+            "llava_simplified.prepare.download_command:main",
             "Download image URLs into shards or files",
             uses_torch=False,
         ),
         "convert": Command(
-            "llava_simplified.prepare.convert:main",
+            "llava_simplified.prepare.convert_command:main",
             "Convert a caption data set to records",
             uses_torch=False,
         ),
         "clean": Command(
-            "llava_simplified.prepare.clean:main",
+            "llava_simplified.prepare.clean_command:main",
             "Remove records that cannot be used for training, and report why",
             uses_torch=False,
         ),
         "reduce": Command(
-            "llava_simplified.prepare.convert:reduce_main",
+            "llava_simplified.prepare.convert_command:reduce_main",
             "Draw a random sample of the records",
             uses_torch=False,
         ),
         "merge-manifests": Command(
-            "llava_simplified.prepare.download:merge_main",
+            "llava_simplified.prepare.download_command:merge_main",
             "Merge the manifests of downloads by several machines",
             uses_torch=False,
         ),
@@ -155,8 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        The exit status: 0 after success, 1 if the command ran but failed on its data, 2 after an error of the user,
-        130 after Ctrl-C.
+        The exit status: 0 after success, 1 if the command ran but failed on its data, 2 after an
+        error of the user, 130 after Ctrl-C.
     """
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
@@ -196,14 +197,16 @@ def describe_commands() -> str:
 def run_command(name: str, argv: list[str]) -> int:
     """Run a subcommand by its name; see `main` for the exit status.
 
-    Errors that the user can correct are printed as one line; set LLAVA_TRACEBACK=1 to get the traceback. Bugs of
-    this package always give a traceback.
+    Errors that the user can correct are printed as one line; set LLAVA_TRACEBACK=1 to get the
+    traceback. Bugs of this package always give a traceback.
     """
     command = COMMANDS[name]
-    configure_process(uses_torch=command.uses_torch)
+    shows_help = "-h" in argv or "--help" in argv
+    configure_process(uses_torch=command.uses_torch and not shows_help)
     try:
         return resolve(command.main)(argv)
-    # OSError: a model that does not exist, a full disk. FloatingPointError: a loss that is not finite.
+    # OSError: a model that does not exist, a full disk. FloatingPointError: a loss that is not
+    # finite.
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
@@ -222,8 +225,9 @@ def resolve(target: str) -> Callable[..., Any]:
 
 
 def configure_process(*, uses_torch: bool) -> None:
-    """Set environment variables and log filters that must be in place before libraries are imported."""
-    # Without torchvision, transformers warns about each of its hundred image processors; none of them is used.
+    """Set the environment variables and log filters that must precede the import of libraries."""
+    # Without torchvision, transformers warns about each of its hundred image processors; none of
+    # them is used.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Arrow's own allocator keeps 10 MB in every worker process.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -242,8 +246,8 @@ def configure_process(*, uses_torch: bool) -> None:
 def cpus_are_shared() -> bool:
     """Return whether other processes compute on this machine, or this is one of several processes.
 
-    OpenMP threads spin while they wait for each other. That makes a training step a third faster on idle CPUs, and
-    several times slower on busy ones.
+    OpenMP threads spin while they wait for each other. That makes a training step a third faster on
+    idle CPUs, and several times slower on busy ones.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return True

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class MissingExtraError(ValueError):
-    """An optional dependency is not installed. The message names the pip command that installs it."""
+    """An optional dependency is not installed; the message contains the pip command."""
 
 
 def require_extra(extra: str, *modules: str, purpose: str) -> None:

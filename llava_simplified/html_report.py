@@ -154,19 +154,26 @@ def line_chart(
         x_label: What the x axis shows.
         max_points: Longer lines are averaged to this number of points.
     """
+    # Average neighbouring points of long lines: a curve of 100,000 steps is noise on a screen, and a large file.
     averaged: dict[str, list[list[float]]] = {}
     for name, all_points in series.items():
         parts = np.array_split(all_points, min(max_points, len(all_points)))
         averaged[name] = [np.mean(part, axis=0).tolist() for part in parts]
-    xs = [x for points in averaged.values() for x, _ in points]
-    ys = [y for points in averaged.values() for _, y in points]
+    xs: list[float] = []
+    ys: list[float] = []
+    for points in averaged.values():
+        for x, y in points:
+            xs.append(x)
+            ys.append(y)
 
+    # The x axis begins and ends with the data; the y axis at round numbers, so that the lines do not touch the frame.
     y_ticks = round_ticks(min(ys), max(ys))
     left = min(xs)
     right = max(max(xs), left + 1e-9)  # a single point has no width
     bottom = y_ticks[0]
     top = max(y_ticks[-1], max(ys))
 
+    # Percent of the plot, from its left edge and from its top edge.
     def x_position(x: float) -> float:
         return round(100 * (x - left) / (right - left), 2)
 
@@ -177,16 +184,20 @@ def line_chart(
     for name, points in averaged.items():
         placed = []
         for x, y in points:
+            # Averaged steps are rarely whole numbers.
             x_text = f"{x:g}" if x == int(x) else f"{x:.0f}"
             placed.append(Point(x_position(x), y_position(y), x_text, f"{y:.3f}"))
         path = "M" + "L".join(f"{point.x} {point.y}" for point in placed)
         lines.append(Line(name, path, placed, last=placed[-1].y_text))
-    x_ticks = [tick for tick in round_ticks(min(xs), max(xs)) if left <= tick <= right]
+    x_ticks = []
+    for tick in round_ticks(min(xs), max(xs)):
+        if left <= tick <= right:
+            x_ticks.append(Tick(x_position(tick), format_number(tick)))
     return Chart(
         title=title,
         unit=unit,
         x_label=x_label,
-        x_ticks=[Tick(x_position(tick), format_number(tick)) for tick in x_ticks],
+        x_ticks=x_ticks,
         y_ticks=[Tick(y_position(tick), format_number(tick)) for tick in y_ticks],
         lines=lines,
     )
@@ -211,10 +222,12 @@ def histogram(
         per_unit: Divide the counts by the width of a bin: a rate, if the values are times.
         bins: Number of columns.
     """
+    # If all values are equal, numpy returns a range of width 1 around them.
     counts, edges = np.histogram(values, bins=bins)
     heights = counts.astype(float)
     if per_unit:
         heights = heights / (edges[1] - edges[0])
+    # Counts begin at 0, and the axis ends at a round number.
     y_ticks = round_ticks(0, max(float(heights.max()), 1e-9))
     top = y_ticks[-1]
     left = float(edges[0])
@@ -247,6 +260,7 @@ def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
         high: Largest value.
         about: Number of steps to aim at.
     """
+    # If all values are equal, their size decides the distance of the ticks.
     extent = high - low or abs(high) or 1.0
     step = _round_step(extent / about)
     first = math.floor(low / step)
@@ -294,6 +308,7 @@ def make_thumbnail(pixels: np.ndarray) -> Thumbnail:
     Args:
         pixels: uint8 RGB (height, width, 3).
     """
+    # reducing_gap: shrink by a whole number first, which is much faster for photos and looks the same.
     image = Image.fromarray(pixels)
     size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     image.thumbnail(size, Image.Resampling.LANCZOS, reducing_gap=2.0)

@@ -1,20 +1,35 @@
 """The core of resumable jobs: settings, locks, journals, atomic outputs and progress.
 
-Download, cleaning, captioning and encoding take hours, and are killed, restarted and run twice by mistake. They
-all keep the same promises with the tools of this module:
+Download, cleaning, captioning and encoding take hours. They are killed, restarted, and sometimes started twice by
+mistake. All of them keep the same promises with the tools of this module:
 
-- **Settings.** `check_settings` stores what the job was started with. A restart with other settings is an error
-  that names the difference; it never mixes two jobs in one output.
-- **Lock.** `exclusive_lock` lets one process at a time write to an output. The operating system releases the lock
-  of a process that is killed.
-- **Journal.** `Journal` is a file of JSON lines, one per finished item, appended after the item's result is
-  safely written. A torn last line (the process was killed while it wrote) is cut off when the journal is read.
-- **Atomic outputs.** `atomic_file` and `atomic_directory` write under a temporary name and rename: nobody ever
-  reads half an output.
+- **Settings.** `check_settings` stores what a job was started with. A restart with other settings is an error that
+  names each difference, so that one output never mixes two jobs.
+- **Lock.** `exclusive_lock` lets one process at a time write to an output. The operating system releases the lock of
+  a process that is killed.
+- **Journal.** `Journal` is a file of JSON lines, one per finished item. A line is appended only after the result of
+  the item is safely in the output. A torn last line (the process was killed while it wrote) is cut off when the
+  journal is opened again.
+- **Atomic outputs.** `atomic_file` and `atomic_directory` write under a temporary name and rename at the end, so that
+  nobody ever reads half an output.
+- **Progress.** `Progress` shows how far the job is: on one line of a terminal, or as an occasional line of a log.
+
+A job that uses them looks like this::
+
+    with exclusive_lock(work / "job.lock", output):
+        check_settings(work / "settings.json", settings, output)
+        with Journal(work / "journal") as journal:
+            finished = {row["index"] for row in journal.rows()}
+            for index in range(count):
+                if index not in finished:
+                    write_result(index)
+                    journal.append([{"index": index}])
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import shutil
@@ -22,25 +37,33 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-LOCK_TIMEOUT = 8.0  # seconds: the workers of a killed process may live a moment longer
+# Seconds to wait for a lock. The workers of a killed run notice it after half a second, and finish what they are
+# writing; a restart must wait for them and not fail.
+LOCK_TIMEOUT = 8.0
 
 
 # ---- settings ----
 
 
-def check_settings(path: Path, settings: Mapping[str, Any], output: str) -> bool:
+def check_settings(
+    path: Path,
+    settings: Mapping[str, Any],
+    output: str | Path,
+    *,
+    option: str = "--output",
+) -> bool:
     """Store the settings of a new job, or compare them with those of the job that is resumed.
 
     Args:
         path: The settings file, beside the output.
-        settings: JSON values by name; everything that decides what the output contains.
+        settings: JSON values by name: everything that decides what the output contains.
         output: The output, for the error message.
+        option: The command-line option that names the output, for the error message.
 
     Returns:
         True if the job is resumed, False if it is new.
@@ -48,32 +71,67 @@ def check_settings(path: Path, settings: Mapping[str, Any], output: str) -> bool
     Raises:
         ValueError: The job was started with other settings. The message names each difference.
     """
-    current = json.loads(json.dumps(settings))
-    if not path.exists():
-        with atomic_file(path) as part:
-            part.write_text(json.dumps(current, indent=1, ensure_ascii=False), encoding="utf-8")
-        return False
-    previous = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in current if name not in previous or previous[name] != current[name]]
-    if changed:
+    if path.exists():
+        try:
+            previous = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not valid JSON ({error}). Delete {output} and start again."
+            ) from None
+        compare_settings(previous, settings, output, option=option)
+        return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as part:
+        part.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+    return False
+
+
+def compare_settings(
+    previous: Mapping[str, Any],
+    current: Mapping[str, Any],
+    output: str | Path,
+    *,
+    option: str = "--output",
+) -> None:
+    """Check that a job is resumed with the settings that it was started with.
+
+    Settings that only `previous` has are ignored: a later version may have dropped one.
+
+    Raises:
+        ValueError: A setting differs. The message names each one with both values.
+    """
+    current = json.loads(json.dumps(current))  # tuples become lists, as in the file
+    differences = []
+    for name, value in current.items():
+        if name not in previous:
+            differences.append(f"{name} was not set, now it is {_short(value)}")
+        elif previous[name] != value:
+            differences.append(f"{name} was {_short(previous[name])}, now it is {_short(value)}")
+    if differences:
         raise ValueError(
-            f"{output} was started with different settings ({', '.join(changed)}). "
-            "Use the same settings to continue, delete the output, or pass another --output."
+            f"{output} was started with different settings: {'; '.join(differences)}. "
+            f"Use the same settings to continue, delete the output, or pass another {option}."
         )
-    return True
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ---- lock ----
 
 
-@contextmanager
-def exclusive_lock(path: Path, output: str, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
-    """Hold the lock file at `path`: only one process at a time writes to `output`.
+@contextlib.contextmanager
+def exclusive_lock(path: Path, output: str | Path, timeout: float | None = None) -> Iterator[None]:
+    """Hold the lock file at `path`, so that only one process at a time writes to `output`.
+
+    The lock file is deleted at the end.
 
     Args:
-        path: The lock file.
+        path: The lock file. Its folder is created.
         output: The output, for the error message.
-        timeout: Seconds to wait for the process that holds the lock.
+        timeout: Seconds to wait for the process that holds the lock (default: `LOCK_TIMEOUT`).
 
     Raises:
         ValueError: Another process holds the lock.
@@ -81,14 +139,19 @@ def exclusive_lock(path: Path, output: str, timeout: float = LOCK_TIMEOUT) -> It
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=timeout)
+        lock.acquire(timeout=LOCK_TIMEOUT if timeout is None else timeout)
     except Timeout:
         raise ValueError(
-            f"{output}: another process is writing to it. Wait until it ends."
+            f"{output}: another process is writing to it (lock file {path}). "
+            "Wait until it ends, or pass another --output."
         ) from None
     try:
         yield
     finally:
+        # Delete before releasing: afterwards the file could already belong to the next holder. On Windows an open
+        # file cannot be deleted, but there `release` deletes it.
+        with contextlib.suppress(OSError):
+            path.unlink()
         lock.release()
 
 
@@ -98,15 +161,27 @@ def exclusive_lock(path: Path, output: str, timeout: float = LOCK_TIMEOUT) -> It
 def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield each complete line of a file of JSON lines, with the position of its end in bytes.
 
-    Lines end with "\\n" only; other line separators of Unicode are part of a text.
+    Lines end with "\\n" only: the other line separators of Unicode, such as U+2028, may be part of a text. The file
+    is read as it is iterated; a torn last line is ignored.
+
+    Raises:
+        ValueError: A complete line is not JSON, as after a disk error. The message names the file and the position.
     """
-    position = 0
+    start = 0
     with path.open("rb") as stream:
         for line in stream:
             if not line.endswith(b"\n"):
                 return
-            position += len(line)
-            yield json.loads(line), position
+            end = start + len(line)
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: the line at byte {start} is not JSON ({error}). "
+                    f"Cut the file there to continue (truncate --size={start} '{path}')."
+                ) from None
+            yield row, end
+            start = end
 
 
 def encode_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -115,54 +190,83 @@ def encode_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write all bytes to a file descriptor: `os.write` may write fewer than it is given."""
+    """Write all bytes to a file descriptor.
+
+    `os.write` may write fewer bytes than it is given, for example when the disk is nearly full.
+    """
     view = memoryview(data)
     while view:
-        view = view[os.write(descriptor, view) :]
+        written = os.write(descriptor, view)
+        view = view[written:]
 
 
 class Journal:
     """An append-only file of JSON lines: what a job has finished.
 
-    Use it as a context manager. Opening it cuts off a torn last line. A row is appended with a single write, so
-    that a killed process leaves whole lines and at most one torn one.
+    Use it as a context manager, while holding the lock of the output. Opening it cuts off a torn last line. Rows are
+    appended with a single write, so that a killed process leaves complete lines and at most one torn one. Nothing is
+    flushed to the disk (`fsync`) on every append: what the operating system has accepted survives the process,
+    although not a power failure.
+
+    Args:
+        path: The journal; it is created if it does not exist.
     """
+
+    _BLOCK = 1 << 16  # bytes that are searched at once for the last line end
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = -1
 
     def __enter__(self) -> Journal:
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        ends = [0]
-        ends += [end for _, end in read_json_lines(self.path)]
-        os.ftruncate(self._descriptor, ends[-1])
+        # Windows would otherwise translate line ends.
+        binary = getattr(os, "O_BINARY", 0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | binary
+        self._descriptor = os.open(self.path, flags, 0o666)
+        self.truncate(self._end_of_last_line())
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
         self._descriptor = -1
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return all rows, oldest first."""
-        return [row for row, _ in read_json_lines(self.path)]
+    def _end_of_last_line(self) -> int:
+        """Return the position behind the last line end, searching backwards: journals can be large."""
+        end = os.lseek(self._descriptor, 0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - self._BLOCK)
+            os.lseek(self._descriptor, start, os.SEEK_SET)
+            block = os.read(self._descriptor, end - start)
+            position = block.rfind(b"\n")
+            if position >= 0:
+                return start + position + 1
+            end = start
+        return 0
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield all rows, oldest first."""
+        for row, _ in read_json_lines(self.path):
+            yield row
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows."""
+        """Append rows with a single write."""
         write_all(self._descriptor, encode_json_lines(rows))
 
     def truncate(self, end: int) -> None:
-        """Cut the journal off after `end` bytes."""
+        """Cut the journal off after `end` bytes, for example behind the last complete group of rows."""
         os.ftruncate(self._descriptor, end)
 
 
 # ---- atomic outputs ----
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, and rename it to `target` when the block ends without an error."""
-    part = target.with_name(f".{target.name}.part{uuid.uuid4().hex[:8]}")
+    """Yield a temporary path beside `target`, and rename it to `target` when the block ends without an error.
+
+    After an error the temporary file is deleted, and an older `target` stays as it was.
+    """
+    part = _temporary_path(target)
     try:
         yield part
         part.replace(target)
@@ -170,7 +274,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target`, and rename it to `target` when the block ends without an error.
 
@@ -179,7 +283,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already: choose another output folder")
-    part = target.with_name(f".{target.name}.part{uuid.uuid4().hex[:8]}")
+    part = _temporary_path(target)
     part.mkdir(parents=True)
     try:
         yield part
@@ -188,17 +292,33 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def remove_temporary_files(target: Path) -> None:
+    """Delete what killed processes have left of `target`. Only the holder of the output's lock may call this."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.part*"):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _temporary_path(target: Path) -> Path:
+    """Return an unused name beside `target`: a rename is only atomic within one file system."""
+    return target.with_name(f".{target.name}.part{uuid.uuid4().hex[:8]}")
+
+
 # ---- progress ----
 
 
 class Progress:
-    """The progress of a job on standard error: one line that is redrawn on a terminal, else a line now and then.
+    """The progress of a job on standard error.
+
+    On a terminal it is one line that is redrawn; elsewhere (a log file, a batch system) a line is printed now and then.
 
     Args:
         total: Number of items; 0 if it is not known.
-        unit: What is counted, in the plural: "records".
-        initial: Items that were finished before this run; they do not count in the rate.
-        enabled: False shows nothing.
+        unit: What is counted, in the plural, for example "records".
+        initial: Items that were finished before this run. They do not count in the rate.
+        enabled: False prints nothing.
     """
 
     TERMINAL_INTERVAL = 0.2  # seconds between two updates
@@ -208,8 +328,8 @@ class Progress:
         self.total = total
         self.unit = unit
         self.done = initial
+        self.initial = initial
         self.details = ""
-        self._initial = initial
         self._enabled = enabled
         self._start = time.monotonic()
         self._last_shown = self._start
@@ -222,24 +342,42 @@ class Progress:
         if self._enabled and self._terminal:
             self._show()
             sys.stderr.write("\n")
+            sys.stderr.flush()
 
     def advance(self, count: int = 1) -> None:
-        """Count finished items."""
+        """Count `count` more finished items."""
         self.update(self.done + count)
 
     def update(self, done: int, details: str = "") -> None:
-        """Set the number of finished items, and what to show behind it."""
+        """Set the number of finished items.
+
+        Args:
+            done: Finished items, including the initial ones.
+            details: Text to show behind the number, for example "3 failed". An empty text keeps the last one.
+        """
         self.done = done
         self.details = details or self.details
+        if not self._enabled:
+            return
         now = time.monotonic()
         interval = self.TERMINAL_INTERVAL if self._terminal else self.LOG_INTERVAL
-        if self._enabled and now - self._last_shown >= interval:
+        if now - self._last_shown >= interval:
             self._last_shown = now
             self._show()
 
     def _show(self) -> None:
+        line = self.line()
+        if self._terminal:
+            # Back to the start of the line, and erase what a longer line has left behind.
+            sys.stderr.write(f"\r{line}\x1b[K")
+        else:
+            sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+    def line(self) -> str:
+        """Return the line that is shown: count, rate, details and the time that is left."""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        rate = (self.done - self._initial) / seconds
+        rate = (self.done - self.initial) / seconds
         line = f"{self.done:,}"
         if self.total:
             line += f" of {self.total:,}"
@@ -248,11 +386,7 @@ class Progress:
             line += f", {self.details}"
         if self.total > self.done and rate > 0:
             line += f", {format_duration((self.total - self.done) / rate)} left"
-        if self._terminal:
-            sys.stderr.write(f"\r{line}\x1b[K")
-        else:
-            sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+        return line
 
 
 def format_duration(seconds: float) -> str:

@@ -1,8 +1,8 @@
 """The parser of all commands, and the command-line options that several commands share.
 
-Every option is accepted with dashes and with underscores (`--image-folder`, `--image_folder`). Options cannot be
-abbreviated; the error for an unknown option names the nearest known one. Nothing heavy is imported here, so that
-`--help` is fast.
+Every option is accepted with dashes and with underscores (`--image-folder`, `--image_folder`).
+Options cannot be abbreviated; the error for an unknown option names the nearest known one. Nothing
+heavy is imported here, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-# The scripts of LLaVA's tutorial run one command each. Their help and error messages name the script.
+# The scripts of LLaVA's tutorial run one command each. Their help and error messages name the
+# script.
 SCRIPTS = {
     "llava train": "train.py",
     "llava predict": "predict.py",
@@ -60,14 +62,16 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments with either spelling of each option; unknown ones are returned."""
         words = sys.argv[1:] if args is None else list(args)
-        # argparse knows only one spelling of an option, so the command line is changed before it is parsed.
+        # argparse knows only one spelling of an option, so the command line is changed before it is
+        # parsed.
         return super().parse_known_args(
             normalize_spelling(words, self._option_string_actions), namespace
         )
 
     def format_help(self) -> str:
         """Return the help text, with the options of the command before those of all commands."""
-        # argparse shows groups in the order in which they were added, and this group is added first.
+        # argparse shows groups in the order in which they were added, and this group is added
+        # first.
         self._action_groups.remove(self._messages)
         self._action_groups.append(self._messages)
         return super().format_help()
@@ -97,7 +101,8 @@ def normalize_spelling(words: Sequence[str], known: Iterable[str]) -> list[str]:
         known: The option strings of the parser, for example {"--image-folder", "--bits"}.
 
     Returns:
-        The command line. Unknown options and values are unchanged, as is everything behind a lone "--".
+        The command line. Unknown options and values are unchanged, as is everything behind a lone
+        "--".
     """
     spellings = {name.replace("_", "-"): name for name in known}
     normalized: list[str] = []
@@ -129,7 +134,7 @@ def unknown_options(words: Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def describe_unknown(unknown: Sequence[str], known: Iterable[str]) -> str:
-    """Return an error message that names unknown arguments, and the options that were probably meant."""
+    """Return an error message that names unknown arguments and the most similar options."""
     descriptions = []
     for word in unknown:
         name = word.partition("=")[0]
@@ -176,6 +181,9 @@ def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
         level = logging.DEBUG
     elif quiet:
         level = logging.WARNING
+        # Progress bars of transformers and other libraries; tqdm reads the variable when it is
+        # imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     logger = logging.getLogger("llava_simplified")
     logger.setLevel(level)
     # A process may run several commands: every message is still written once.
@@ -235,7 +243,7 @@ def add_generation_options(parser: Any, *, temperature: float) -> None:
         "--top-p",
         type=float,
         default=1.0,
-        help="Sample from the most likely tokens with this total probability (default: %(default)s)",
+        help="Sample from the most likely tokens of this total probability (default: %(default)s)",
     )
     group.add_argument(
         "--top-k",

@@ -1,4 +1,4 @@
-"""`llava_simplified.train` and `llava_simplified.evaluate`: the two commands as Python functions."""
+"""`llava_simplified.train` and `llava_simplified.evaluate`: two commands as Python functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def train(config: str | Path | None = None, **options: Any) -> Path:
 
     Args:
         config: A YAML file with options.
-        options: Options of `llava train` by name; they have precedence over the file. None means not given.
+        options: Options of `llava train` by name; they have precedence over the file. None means
+            not given.
 
     Returns:
         The folder of the trained model, for `Llava.from_pretrained`.
@@ -36,7 +37,8 @@ def train(config: str | Path | None = None, **options: Any) -> Path:
     from llava_simplified.training import train_command
     from llava_simplified.training.preflight import preflight
 
-    # As words of a command line: old names, conversions and errors are then the same as in `llava train`.
+    # As words of a command line: old names, conversions and errors are then the same as in `llava
+    # train`.
     argv = to_words({"config": config, **options})
     arguments = parse_arguments(argv)
     preflight(argv, *arguments)
@@ -61,9 +63,10 @@ def evaluate(
 
     Args:
         predictions: A prediction file of `llava predict` or `llava caption`, or samples.
-        references: A COCO caption file, or captions by image name, instead of the captions in the prediction file.
-        train_captions: The training records, or their captions: adds the shares of novel captions and of references
-            that were not in the training data.
+        references: A COCO caption file, or captions by image name, instead of the captions in the
+            prediction file.
+        train_captions: The training records, or their captions: adds the shares of novel captions
+            and of references that were not in the training data.
         clip: Folder of a CLIP model: adds CLIPScore, which needs the images.
         image_folder: Folder of the images, for CLIPScore.
         java: Compute METEOR and SPICE as well, if Java and pycocoevalcap are installed.

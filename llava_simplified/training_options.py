@@ -1,8 +1,9 @@
-"""The options of `llava train`, `llava encode` and `llava plan`: their defaults, help texts and groups.
+"""The options of `llava train`, `encode` and `plan`: their defaults, help texts and groups.
 
-`arguments.py` parses them; it must import transformers for that, which takes seconds. This module imports neither
-torch nor transformers, so that `llava train --help` is fast. `--help` lists the options that are named in
-`HELP_GROUPS`; `--help-all` adds the hundred others of `transformers.TrainingArguments`.
+`arguments.py` parses them; it must import transformers for that, which takes seconds. This module
+imports neither torch nor transformers, so that `llava train --help` is fast. `--help` lists the
+options that are named in `HELP_GROUPS`; `--help-all` adds the hundred others of
+`transformers.TrainingArguments`.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class ModelArguments:
     template: str = field(
         default="auto",
         metadata={
-            "help": "Prompt format: chat (the tokenizer's chat template), plain, bare (no roles), or auto "
-            "(chat if the tokenizer has a template, else plain)"
+            "help": "Prompt format: chat (the tokenizer's chat template), plain, bare (no roles), or "
+            "auto (chat if the tokenizer has a template, else plain)"
         },
     )
     # The names that start with mm_ or tune_mm_ are LLaVA's: its scripts work unchanged.
@@ -65,14 +66,15 @@ class ModelArguments:
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint folder to load all trained parts from; the training itself starts anew"
+            "help": "Checkpoint folder to load all trained parts from, for a new training run"
         },
     )
     # What is trained: by default the projector, and LoRA adapters in the language model.
     freeze_backbone: bool = field(
         default=True,
         metadata={
-            "help": "Freeze the weights of the language model; False with --lora_enable False trains all"
+            "help": "Freeze the weights of the language model; False with --lora_enable False "
+            "trains all of them"
         },
     )
     lora_enable: bool = field(
@@ -101,15 +103,15 @@ class ModelArguments:
     bits: int = field(
         default=16,
         metadata={
-            "help": "Bits per weight of the frozen language model: 16, 8, or 4 (QLoRA); 8 and 4 need "
-            "bitsandbytes"
+            "help": "Bits per weight of the frozen language model: 16, 8, or 4 (QLoRA); 8 and 4 "
+            "need bitsandbytes"
         },
     )
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "Attention of the language model: sdpa, eager, or on CUDA also flash_attention_2 and "
-            "flex_attention (default: the fastest that the model supports)"
+            "help": "Attention of the language model: sdpa, eager, or on CUDA also "
+            "flash_attention_2 and flex_attention (default: the fastest that the model supports)"
         },
     )
 
@@ -138,14 +140,15 @@ class DataArguments:
     share_prefix: bool = field(
         default=True,
         metadata={
-            "help": "Train several captions of one image as one sequence that contains the image once; "
-            "a batch then counts images. False: a batch counts captions"
+            "help": "Train several captions of one image as one sequence that contains the image "
+            "once; a batch then counts images. False: a batch counts captions"
         },
     )
     packing: bool = field(
         default=False,
         metadata={
-            "help": "Fill each sequence of a batch with several examples, which do not attend to each other"
+            "help": "Fill each sequence of a batch with several examples, which do not attend to "
+            "each other"
         },
     )
     pack_length: int = field(
@@ -158,9 +161,9 @@ class DataArguments:
     cache_vision_features: str = field(
         default="auto",
         metadata={
-            "help": "Run the frozen vision tower once per image and keep its features: memory, disk or off; "
-            "pixels keeps the preprocessed images on disk; auto selects disk, else pixels, if images are used "
-            "more than once and everything fits into --feature_cache_gb"
+            "help": "Run the frozen vision tower once per image and keep its features: memory, disk "
+            "or off; pixels keeps the preprocessed images on disk; auto selects disk, else pixels, "
+            "if images are used more than once and everything fits into --feature_cache_gb"
         },
     )
     feature_cache_dir: str = field(
@@ -186,7 +189,7 @@ def bf16_is_supported() -> bool:
 
 @dataclass
 class TrainingDefaults:
-    """The options that this package adds to `transformers.TrainingArguments`, or whose default it changes."""
+    """The options that this package adds to `transformers.TrainingArguments`, or changes."""
 
     output_dir: str | None = field(
         default=None,
@@ -197,8 +200,8 @@ class TrainingDefaults:
     config: str | None = field(
         default=None,
         metadata={
-            "help": "YAML file with any of these options, or a recipe of the package, such as demo; the command "
-            "line has precedence"
+            "help": "YAML file with any of these options, or a recipe of the package, such as demo; "
+            "the command line has precedence"
         },
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate"})
@@ -221,7 +224,8 @@ class TrainingDefaults:
     bf16: bool = field(
         default_factory=bf16_is_supported,
         metadata={
-            "help": "Keep frozen weights and activations in bfloat16 (default: if the GPU supports it)"
+            "help": "Keep frozen weights and activations in bfloat16 (default: if the GPU supports "
+            "it)"
         },
     )
     model_max_length: int = field(
@@ -233,22 +237,22 @@ class TrainingDefaults:
     preflight: str = field(
         default="auto",
         metadata={
-            "help": "Try two steps, saving and loading in a separate process before training: true, false, or "
-            "auto (true for 2000 steps and more)"
+            "help": "Try two steps, saving and loading in a separate process before training: true, "
+            "false, or auto (true for 2000 steps and more)"
         },
     )
     eval_captions: int = field(
         default=32,
         metadata={
-            "help": "Number of validation images to caption at every evaluation, logged as eval_cider; "
-            "0 means none"
+            "help": "Number of validation images to caption at every evaluation, logged as "
+            "eval_cider; 0 means none"
         },
     )
     early_stopping_patience: int = field(
         default=0,
         metadata={
-            "help": "Stop after this number of evaluations without a better --metric_for_best_model; "
-            "0 means never"
+            "help": "Stop after this number of evaluations without a better "
+            "--metric_for_best_model; 0 means never"
         },
     )
     report_to: str = field(
@@ -263,8 +267,8 @@ class TrainingDefaults:
     compile_layers: bool = field(
         default=False,
         metadata={
-            "help": "Compile each layer of the language model with torch.compile; needs a C++ compiler, or "
-            "Triton on GPUs"
+            "help": "Compile each layer of the language model with torch.compile; needs a C++ "
+            "compiler, or Triton on GPUs"
         },
     )
     ddp_find_unused_parameters: bool = field(
@@ -276,7 +280,7 @@ class TrainingDefaults:
 
 
 class InheritedOption(NamedTuple):
-    """A much-used option of `transformers.TrainingArguments`. Its text here must agree with the default there."""
+    """A much-used option of `transformers.TrainingArguments`; the default must be the same."""
 
     default: Any
     help: str
@@ -324,7 +328,8 @@ INHERITED = {
 # Boolean options whose default is None or depends on the machine.
 BOOLEANS_WITHOUT_DEFAULT = {"bf16", "gradient_checkpointing", "tf32"}
 
-# The sections of `--help`. The order within a section is the order in the help: most-used options first.
+# The sections of `--help`. The order within a section is the order in the help: most-used options
+# first.
 HELP_GROUPS = {
     "Model": (
         "model_name_or_path",
@@ -460,7 +465,7 @@ def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
 
 
 def exit_with_help(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Print the help text of a training command and exit, if `argv` contains -h, --help or --help-all.
+    """Print the help text of a training command and exit, if `argv` asks for it.
 
     Call this before transformers is imported. Only `--help-all` imports it.
     """

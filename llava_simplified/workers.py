@@ -1,12 +1,12 @@
-"""Run a function over many shards: in local processes, as Ray tasks, or a slice of them for a job array.
+"""Run a function over many tasks: in local processes, on a Ray cluster, or one slice of them in a job array.
 
-A shard function is idempotent and takes up its own unfinished work, so that a shard that failed, or whose
-process died, is simply run again. Nothing here knows what a shard holds.
+The function must be idempotent and must resume its own unfinished work (see `jobs`). Then a task that failed, or whose
+process died, is simply run again. Nothing here knows what a task does: a task is any picklable description, such as
+the number of a shard.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import multiprocessing
@@ -21,19 +21,47 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from llava_simplified.extras import require_extra
 
 S = TypeVar("S")
 R = TypeVar("R")
 
+_WAIT_INTERVAL = 1.0  # seconds between two calls of `tick`
+
 
 @dataclass(frozen=True)
 class TaskResult(Generic[S, R]):
-    """What came of one shard: `result`, or after the last attempt an `error`."""
+    """The outcome of one task.
+
+    Attributes:
+        spec: The task.
+        result: What the function returned; None after an error.
+        error: The error of the last attempt; empty if the task succeeded.
+    """
 
     spec: S
     result: R | None
     error: str
+
+
+class Backend(Protocol):
+    """Where tasks run. A handle stands for one running task."""
+
+    slots: int  # number of tasks that run at once
+
+    def submit(self, spec: Any) -> Any:
+        """Start a task and return its handle."""
+
+    def wait(self, handles: list[Any], timeout: float) -> list[Any]:
+        """Return the handles of finished tasks, after at most `timeout` seconds."""
+
+    def result(self, handle: Any) -> tuple[Any, Exception | None]:
+        """Return the result of a finished task, or its error."""
+
+    def close(self) -> None:
+        """Stop all running tasks."""
 
 
 def run_tasks(
@@ -46,34 +74,39 @@ def run_tasks(
     attempts: int = 3,
     tick: Callable[[], None] | None = None,
 ) -> Iterator[TaskResult[S, R]]:
-    """Yield what came of each shard, as they finish.
+    """Run a function over all tasks, and yield the outcome of each task as soon as it has finished.
 
     Args:
-        function: importable by name, for it runs in other processes.
-        engine: `local`, or `ray` (a cluster where RAY_ADDRESS is set, else this machine).
-        workers: shards at a time; 0 means `per_cpu` for each CPU of this machine or cluster.
-        per_cpu: 2 where a shard ends by waiting.
-        attempts: how often a shard is tried. A ValueError is final: it would come again.
-        tick: called about once a second; what it raises ends the run.
+        function: A function that other processes can import by name.
+        specs: The tasks.
+        engine: "local", or "ray" (the cluster at RAY_ADDRESS, otherwise Ray on this machine).
+        workers: Number of tasks that run at once; 0 means `per_cpu` for each CPU of this machine or cluster.
+        per_cpu: Tasks per CPU. Use 2 for tasks that spend part of their time waiting.
+        attempts: Maximum number of attempts per task. A ValueError is never retried: it is the user's to fix.
+        tick: Called about once a second. An exception that it raises ends the run.
+
+    Raises:
+        ValueError: There is no such engine, or it is not installed.
     """
     if not specs:
         return
-    if engine not in _ENGINES:
-        raise ValueError(f"--engine {engine!r}: there are {', '.join(_ENGINES)}")
-    backend = _ENGINES[engine](function, workers, per_cpu)
+    if engine not in _BACKENDS:
+        raise ValueError(f"--engine {engine}: choose one of {', '.join(_BACKENDS)}.")
+    backend = _BACKENDS[engine](function, workers, per_cpu)
     waiting = deque((spec, 1) for spec in specs)
     running: dict[Any, tuple[S, int]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < backend.slots:
                 spec, attempt = waiting.popleft()
-                running[backend.submit(spec)] = spec, attempt
-            finished = backend.wait(list(running), 1.0)
+                handle = backend.submit(spec)
+                running[handle] = (spec, attempt)
+            finished = backend.wait(list(running), _WAIT_INTERVAL)
             if tick:
                 tick()
             for handle in finished:
                 spec, attempt = running.pop(handle)
-                result, error = backend.answer(handle)
+                result, error = backend.result(handle)
                 if error is None:
                     yield TaskResult(spec, result, "")
                 elif isinstance(error, ValueError) or attempt == attempts:
@@ -84,119 +117,153 @@ def run_tasks(
         backend.close()
 
 
-def _cpus() -> int:
-    """Those that this job was given, where the system tells; of a shared machine that is not all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_cpus() -> int:
+    """Return the number of CPUs that this process may use: on a shared machine fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---- local processes ----
 
 
 class _Worker(NamedTuple):
+    """A worker process, and our end of the pipe to it. It is also the handle of the task that it runs."""
+
     process: Any
     pipe: connection.Connection
 
 
-class _Local:
-    """Processes of this machine, one shard at a time each.
+class LocalBackend:
+    """Worker processes on this machine. Each runs one task at a time.
 
-    A process that dies (the kernel kills what takes too much memory) fails its own shard and is replaced.
+    A process that dies (the kernel kills the process that uses too much memory) fails only its own task, and is
+    replaced when the next task needs it.
     """
 
     def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
-        self._function, self.slots = function, workers or per_cpu * _cpus()
-        # Forked processes share what is imported; but torch's threads do not survive a fork.
-        fork = sys.platform == "linux" and "torch" not in sys.modules
-        self._context: Any = multiprocessing.get_context("fork" if fork else "spawn")
-        gc.freeze()  # else the collector's marks unshare the pages
+        self._function = function
+        self.slots = workers or per_cpu * count_cpus()
+        # A forked process shares the memory of everything that is imported already. But the threads of torch do not
+        # survive a fork, so once torch is imported every process must start from scratch.
+        can_fork = sys.platform == "linux" and "torch" not in sys.modules
+        self._context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
+        # The garbage collector writes to the header of every object that it visits, which would copy the shared pages.
+        gc.freeze()
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
 
-    def _start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
+    def _start_worker(self) -> _Worker:
+        our_end, their_end = self._context.Pipe()
         process = self._context.Process(
-            target=_work, args=(theirs, self._function, os.getpid()), daemon=True
+            target=_run_worker, args=(their_end, self._function, os.getpid()), daemon=True
         )
         process.start()
-        theirs.close()
-        self._workers.append(_Worker(process, ours))
-        return self._workers[-1]
+        their_end.close()
+        worker = _Worker(process, our_end)
+        self._workers.append(worker)
+        return worker
 
     def submit(self, spec: Any) -> _Worker:
-        worker = self._idle.pop() if self._idle else self._start()
-        with contextlib.suppress(OSError):  # it has just died: `answer` will see that and say so
+        """Send a task to an idle worker, or to a new one."""
+        worker = self._idle.pop() if self._idle else self._start_worker()
+        # If the worker has just died, `result` reports it.
+        with contextlib.suppress(OSError):
             worker.pipe.send(spec)
         return worker
 
-    def wait(self, handles: list[_Worker], seconds: float) -> list[_Worker]:
-        ready = connection.wait([worker.pipe for worker in handles], seconds)
+    def wait(self, handles: list[_Worker], timeout: float) -> list[_Worker]:
+        """Return the workers that have sent a result, or whose pipe was closed."""
+        ready = connection.wait([worker.pipe for worker in handles], timeout)
         return [worker for worker in handles if worker.pipe in ready]
 
-    def answer(self, worker: _Worker) -> tuple[Any, Exception | None]:
+    def result(self, handle: _Worker) -> tuple[Any, Exception | None]:
+        """Receive the result of a task. The worker is idle afterwards."""
         try:
-            answer = worker.pipe.recv()
-            self._idle.append(worker)
+            outcome = handle.pipe.recv()
         except (EOFError, OSError):
-            worker.process.join()
-            answer = None, OSError(f"its process died with exit code {worker.process.exitcode}")
-            self._workers.remove(worker)
-        return answer
+            handle.process.join()
+            self._workers.remove(handle)
+            return None, OSError(f"its process died with exit code {handle.process.exitcode}")
+        self._idle.append(handle)
+        return outcome
 
     def close(self) -> None:
+        """Stop all worker processes."""
         for worker in self._workers:
             worker.process.terminate()
             worker.process.join()
 
 
-def _work(pipe: connection.Connection, function: Callable[[Any], Any], parent: int) -> None:
-    """The life of a worker process. It ends with its parent, so that no killed run writes on."""
+def _run_worker(pipe: connection.Connection, function: Callable[[Any], Any], parent: int) -> None:
+    """Run tasks until the parent ends. This is the main function of a worker process.
 
-    def watch() -> None:  # the pipe does not tell: forked siblings hold its other end too
+    Args:
+        pipe: The tasks come from here, and the results go back.
+        function: What is run for each task.
+        parent: The process id of the parent.
+    """
+
+    def exit_with_parent() -> None:
+        # The pipe does not tell when the parent is killed: workers that were forked later hold its other end open
+        # too. Without this watch, the workers of a killed run would go on writing.
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=watch, daemon=True).start()
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     while True:
         spec = pipe.recv()
-        answer: tuple[Any, Exception | None]
+        outcome: tuple[Any, Exception | None]
         try:
-            answer = function(spec), None
-        except (
-            ValueError,
-            OSError,
-        ) as error:  # written for the user, or by the system; others need the traceback
-            answer = None, (ValueError if isinstance(error, ValueError) else OSError)(str(error))
-        except Exception:  # noqa: BLE001 - whatever it is, the parent decides
-            answer = None, RuntimeError(traceback.format_exc())
-        pipe.send(answer)
+            outcome = (function(spec), None)
+        except ValueError as error:
+            # ValueErrors and OSErrors are written for the user. They are rebuilt from their text, because an exception
+            # of another class may not survive pickling.
+            outcome = (None, ValueError(str(error)))
+        except OSError as error:
+            outcome = (None, OSError(str(error)))
+        except Exception:  # noqa: BLE001 - whatever it is, the parent decides what to do
+            outcome = (None, RuntimeError(traceback.format_exc()))
+        pipe.send(outcome)
 
 
-class _Ray:
-    """Tasks that take `1 / per_cpu` of a CPU each. A lost worker or machine is an error like others."""
+# ---- Ray ----
+
+
+class RayBackend:
+    """Tasks on a Ray cluster; each reserves `1 / per_cpu` of a CPU. A lost machine is an error like any other."""
 
     def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise ValueError(
-                "--engine ray needs Ray: pip install 'llava-simplified[ray]'"
-            ) from None
-        self._ray, self._ours = ray, not ray.is_initialized()
-        if self._ours:
+        require_extra("ray", "ray", purpose="--engine ray")
+        import ray
+
+        self._ray = ray
+        self._started_here = not ray.is_initialized()
+        if self._started_here:
             address = os.environ.get("RAY_ADDRESS")
-            own: dict[str, Any] = (
-                {} if address else {"num_cpus": _cpus(), "include_dashboard": False}
-            )
-            ray.init(address=address, log_to_driver=False, **own)
-        self.slots = workers or max(1, per_cpu * int(ray.cluster_resources().get("CPU", 1)))
+            options: dict[str, Any] = {}
+            if not address:
+                options = {"num_cpus": count_cpus(), "include_dashboard": False}
+            ray.init(address=address, log_to_driver=False, **options)
+        cluster_cpus = int(ray.cluster_resources().get("CPU", 1))
+        self.slots = workers or max(1, per_cpu * cluster_cpus)
+        # `run_tasks` counts the attempts, so Ray must not retry on its own.
         self._remote = ray.remote(num_cpus=1 / per_cpu, max_retries=0)(function)
 
     def submit(self, spec: Any) -> Any:
+        """Start a Ray task."""
         return self._remote.remote(spec)
 
-    def wait(self, handles: list[Any], seconds: float) -> list[Any]:
-        return self._ray.wait(handles, num_returns=1, timeout=seconds)[0]
+    def wait(self, handles: list[Any], timeout: float) -> list[Any]:
+        """Return a task that has finished, if there is one."""
+        finished, _ = self._ray.wait(handles, num_returns=1, timeout=timeout)
+        return finished
 
-    def answer(self, handle: Any) -> tuple[Any, Exception | None]:
+    def result(self, handle: Any) -> tuple[Any, Exception | None]:
+        """Return the result of a task. Ray wraps the error of a task; a ValueError is unwrapped."""
         try:
             return self._ray.get(handle), None
         except self._ray.exceptions.RayError as error:
@@ -204,30 +271,35 @@ class _Ray:
             return None, cause if isinstance(cause, ValueError) else error
 
     def close(self) -> None:
-        if self._ours:
+        """Shut Ray down, unless it was running before."""
+        if self._started_here:
             self._ray.shutdown()
 
 
-_ENGINES: dict[str, Any] = {"local": _Local, "ray": _Ray}
+_BACKENDS: dict[str, Callable[[Callable[[Any], Any], int, int], Backend]] = {
+    "local": LocalBackend,
+    "ray": RayBackend,
+}
+
+
+# ---- slices ----
 
 
 def parse_slice(text: str, total: int) -> range:
-    """Which of `total` shards `--shards i/n` means: every n-th from the i-th, from 0; "" means all."""
+    """Return the task numbers that `--shards i/n` selects: every n-th one, starting at i.
+
+    Args:
+        text: "i/n" with i counted from 0, or "" for all tasks.
+        total: Number of tasks.
+
+    Raises:
+        ValueError: The text is not of this form, or i is not below n.
+    """
     if not text:
         return range(total)
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise ValueError(f"--shards {text!r}: give i/n with i from 0 to n-1, as in 0/8 .. 7/8")
+        raise ValueError(
+            f"--shards {text}: expected i/n with i from 0 to n-1, for example --shards 0/8."
+        )
     return range(int(match[1]), total, int(match[2]))
-
-
-def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--engine`, `--workers` and `--shards`, the same for every command that works shard by shard."""
-    group = parser.add_argument_group("where the shards run")
-    group.add_argument("--engine", choices=list(_ENGINES), default="local")
-    group.add_argument(
-        "--workers", type=int, default=0, help="shards at a time (default: as the CPUs can take)"
-    )
-    group.add_argument(
-        "--shards", default="", metavar="i/n", help="only this slice, for a job array: 0/8 .. 7/8"
-    )

@@ -29,7 +29,7 @@ LAUNCHERS = {
 
 
 def run(*words: object, folder: Path, **environment: object) -> str:
-    """Run a command that must succeed; return what it prints to standard output and standard error."""
+    """Run a command that must succeed; return its standard output and standard error."""
     done = subprocess.run(
         [str(word) for word in words],
         cwd=folder,
@@ -82,7 +82,7 @@ def test_train_py_and_predict_py_work_as_in_the_tutorial(
 def test_finetune_sh_and_predict_sh_run_as_written(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    """All options of LLaVA's finetune.sh, in the folders of the tutorial; only the models are tiny."""
+    """All options of LLaVA's finetune.sh in the tutorial's folders; only the models are tiny."""
     for split in ("train", "val"):
         records = tmp_path / f"conceptual_captions_instruct_{split}_clean.json"
         records.symlink_to(data_folder / f"{split}.json")

@@ -1,4 +1,4 @@
-"""Tests of shell completion: the scripts are valid, and bash completes commands and options with them."""
+"""Tests of shell completion: the scripts are valid, and bash completes with them."""
 
 from __future__ import annotations
 

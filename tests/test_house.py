@@ -25,7 +25,8 @@ SCORES_OF_TEXTS = [
     )
 ]
 ORDER = [
-    ("options", "extras", "jobs", "workers", "recipes"),
+    ("options", "extras"),
+    ("jobs", "workers", "recipes"),
     ("prompt", "html_report"),
     ("data",),
     ("prepare", *SCORES_OF_TEXTS),

@@ -1,4 +1,4 @@
-"""Shards in processes that fail, die and come back; as Ray tasks; as slices."""
+"""Tasks in processes that fail, die and are replaced; as Ray tasks; in slices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llava_simplified.workers import parse_slice, run_tasks
+from llava_simplified.workers import TaskResult, parse_slice, run_tasks
 
 
 def square(number: int) -> int:
@@ -20,18 +20,20 @@ def square(number: int) -> int:
 
 
 def fail_once(path: str) -> str:
-    """A fault of the code or the machine: it may pass."""
+    """Fail in a way that may pass: an error of the code or of the machine."""
     if not Path(path).exists():
         Path(path).touch()
         raise RuntimeError("first time")
     return path
 
 
-def always_wrong(number: int) -> int:
-    raise ValueError(f"row {number} can't be")
+def fail_always(number: int) -> int:
+    """Fail with an error that the user must fix."""
+    raise ValueError(f"row {number} is wrong")
 
 
 def die_once(path: str) -> str:
+    """Kill the worker process, the first time that a "bad" task runs."""
     if "bad" in path and not Path(path).exists():
         Path(path).touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -39,29 +41,48 @@ def die_once(path: str) -> str:
     return path
 
 
-def test_every_shard_comes_back() -> None:
-    done = list(run_tasks(square, range(30), workers=2))
-    assert {d.spec: d.result for d in done} == {n: n * n for n in range(30)}
+def count_siblings(_: int) -> int:
+    """Return how many worker processes there are, seen from one of them."""
+    time.sleep(0.2)
+    return len(psutil.Process(os.getppid()).children())
 
 
-def test_a_failed_shard_is_tried_again(tmp_path: Path) -> None:
-    paths = [str(tmp_path / str(i)) for i in range(3)]
-    assert sorted(d.result for d in run_tasks(fail_once, paths, workers=2)) == paths
+def write_forever(path: str) -> None:
+    while True:
+        Path(path).write_text(str(time.time()))
+        time.sleep(0.02)
+
+
+def results_by_task(results: list[TaskResult[int, int]]) -> dict[int, int | None]:
+    return {done.spec: done.result for done in results}
+
+
+def test_run_tasks_returns_every_result() -> None:
+    results = list(run_tasks(square, range(30), workers=2))
+    assert results_by_task(results) == {number: number * number for number in range(30)}
+
+
+def test_run_tasks_tries_a_failed_task_again(tmp_path: Path) -> None:
+    paths = [str(tmp_path / str(number)) for number in range(3)]
+    assert sorted(done.result for done in run_tasks(fail_once, paths, workers=2)) == paths
     (done,) = run_tasks(fail_once, [str(tmp_path / "one")], workers=1, attempts=1)
     assert done.result is None
     assert "first time" in done.error
 
 
-def test_a_users_error_is_not_tried_again_and_reads_as_it_was_written() -> None:
-    assert [d.error for d in run_tasks(always_wrong, [7], workers=1)] == ["row 7 can't be"]
+def test_run_tasks_does_not_retry_an_error_of_the_user() -> None:
+    results = run_tasks(fail_always, [7], workers=1)
+    assert [done.error for done in results] == ["row 7 is wrong"], "the message is unchanged"
 
 
-def test_a_killed_process_costs_no_shard(tmp_path: Path) -> None:
-    paths = [str(tmp_path / f"{'bad' if i == 2 else 'good'}{i}") for i in range(8)]
-    assert sorted(d.result for d in run_tasks(die_once, paths, workers=2)) == sorted(paths)
+def test_run_tasks_replaces_a_killed_process(tmp_path: Path) -> None:
+    names = ["bad2" if number == 2 else f"good{number}" for number in range(8)]
+    paths = [str(tmp_path / name) for name in names]
+    results = run_tasks(die_once, paths, workers=2)
+    assert sorted(done.result for done in results) == sorted(paths)
 
 
-def test_what_the_tick_raises_ends_the_run_and_its_processes() -> None:
+def test_run_tasks_ends_with_its_processes_when_tick_raises() -> None:
     def stop() -> None:
         raise ValueError("enough")
 
@@ -72,7 +93,8 @@ def test_what_the_tick_raises_ends_the_run_and_its_processes() -> None:
 
 
 @pytest.mark.slow
-def test_no_process_outlives_a_killed_run(tmp_path: Path) -> None:
+def test_run_tasks_processes_end_with_a_killed_run(tmp_path: Path) -> None:
+    outputs = [tmp_path / "a", tmp_path / "b"]
     script = f"""
 import os, sys, time
 from pathlib import Path
@@ -80,69 +102,59 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_workers import write_forever
 from llava_simplified.workers import run_tasks
 if __name__ == "__main__":
-    list(run_tasks(write_forever, [{str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}], workers=2))
+    list(run_tasks(write_forever, {[str(path) for path in outputs]!r}, workers=2))
 """
     process = subprocess.Popen([sys.executable, "-c", script])
-    while not (tmp_path / "a").exists() or not (tmp_path / "b").exists():
+    while not all(path.exists() for path in outputs):
         time.sleep(0.1)
         assert process.poll() is None
     process.kill()
     process.wait()
     time.sleep(2)
-    before = [(tmp_path / name).read_text() for name in "ab"]
+    before = [path.read_text() for path in outputs]
     time.sleep(0.5)
-    assert [(tmp_path / name).read_text() for name in "ab"] == before
+    assert [path.read_text() for path in outputs] == before
 
 
-def write_forever(path: str) -> None:
-    while True:
-        Path(path).write_text(str(time.time()))
-        time.sleep(0.02)
+def test_run_tasks_starts_no_more_processes_than_tasks_or_cpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = len(psutil.Process().children())
+    (only,) = run_tasks(count_siblings, [0], workers=9)
+    assert only.result == before + 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
+    assert max(done.result for done in run_tasks(count_siblings, range(9))) == before + 3
 
 
-def test_slices_cover_all_shards_once() -> None:
-    assert sorted(i for k in range(3) for i in parse_slice(f"{k}/3", 10)) == list(range(10))
-    assert list(parse_slice("", 4)) == [0, 1, 2, 3]
-    for wrong in ("3/3", "x", "1", "-1/2"):
-        with pytest.raises(ValueError, match="--shards"):
-            parse_slice(wrong, 4)
-
-
-def test_an_unknown_or_missing_engine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="there are local, ray"):
+def test_run_tasks_refuses_an_unknown_or_missing_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--engine dask.*local, ray"):
         list(run_tasks(square, [1], engine="dask"))
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"pip install 'llava-simplified\[ray\]'"):
+    with pytest.raises(ValueError, match=r"--engine ray.*pip install .*\[ray\]'"):
         list(run_tasks(square, [1], engine="ray"))
 
 
 @pytest.mark.slow
-def test_ray_runs_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_tasks_on_ray_returns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="the ray extra is not installed")
-    monkeypatch.setenv(
-        "PYTHONPATH", str(Path(__file__).parent)
-    )  # so that Ray's processes can import this file
-    assert {d.spec: d.result for d in run_tasks(square, range(6), engine="ray", workers=2)} == {
-        n: n * n for n in range(6)
-    }
-    paths = [str(tmp_path / f"{'bad' if i == 1 else 'good'}{i}") for i in range(3)]
-    assert sorted(d.result for d in run_tasks(die_once, paths, engine="ray", workers=2)) == sorted(
-        paths
-    )
-    (done,) = run_tasks(always_wrong, [7], engine="ray", workers=1)
-    assert "row 7 can't be" in done.error
+    # So that Ray's processes can import this file.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    results = list(run_tasks(square, range(6), engine="ray", workers=2))
+    assert results_by_task(results) == {number: number * number for number in range(6)}
+    paths = [str(tmp_path / name) for name in ("good0", "bad1", "good2")]
+    killed = run_tasks(die_once, paths, engine="ray", workers=2)
+    assert sorted(done.result for done in killed) == sorted(paths)
+    (failed,) = run_tasks(fail_always, [7], engine="ray", workers=1)
+    assert "row 7 is wrong" in failed.error
 
 
-def processes(_: int) -> int:
-    """How many workers are there, seen from one of them."""
-    time.sleep(0.2)
-    return len(psutil.Process(os.getppid()).children())
+def test_parse_slice_covers_all_tasks_once() -> None:
+    slices = [parse_slice(f"{index}/3", 10) for index in range(3)]
+    assert sorted(number for numbers in slices for number in numbers) == list(range(10))
+    assert list(parse_slice("", 4)) == [0, 1, 2, 3]
 
 
-def test_no_more_processes_than_shards_or_than_the_job_was_given(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    before = len(psutil.Process().children())
-    assert [d.result for d in run_tasks(processes, [0], workers=9)] == [before + 1]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
-    assert max(d.result for d in run_tasks(processes, range(9))) == before + 3
+@pytest.mark.parametrize("wrong", ["3/3", "x", "1", "-1/2"])
+def test_parse_slice_refuses_another_form(wrong: str) -> None:
+    with pytest.raises(ValueError, match="--shards"):
+        parse_slice(wrong, 4)

@@ -1,7 +1,8 @@
 """The commands `llava caption`, `llava predict` and `llava chat`.
 
-`predict` is the command of LLaVA's tutorial: it captions a file of records, for evaluation. `caption` also accepts
-images, folders and shards. Both run `runner.caption_file`. Nothing heavy is imported before the arguments are parsed.
+`predict` is the command of LLaVA's tutorial: it captions a file of records, for evaluation.
+`caption` also accepts images, folders and shards. Both run `runner.caption_file`. Nothing heavy is
+imported before the arguments are parsed.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def build_caption_parser() -> CommandParser:
     parser = CommandParser("llava caption", "Caption an image, a folder, a shard or records.")
     parser.add_argument(
         "source",
-        help="Image, folder, glob pattern, .tar shard, or .json, .jsonl or .parquet file of records",
+        help="Image, folder, glob pattern, .tar shard, or .json, .jsonl or .parquet records",
     )
     parser.add_argument(
         "--output",
-        help="Output file, .jsonl (default: captions.jsonl; a single image is captioned on the terminal)",
+        help="Output file, .jsonl (default: captions.jsonl; for a single image the terminal)",
     )
     add_checkpoint_options(parser)
     _add_job_options(parser)
@@ -105,8 +106,8 @@ def _add_job_options(parser: CommandParser) -> None:
         dest="instructions",
         action="append",
         default=[],
-        help="Instruction or question about each image; repeat the option for several (default: the "
-        "instruction of the training data). Records contain their own",
+        help="Instruction or question about each image; repeat the option for several. Records "
+        "contain their own (default: the instruction of the training data)",
     )
     add_limit_option(parser, "records")
     add_batch_size_option(parser)
@@ -133,7 +134,8 @@ def caption_main(argv: list[str] | None = None) -> int:
     if not args.output and _is_image(args.source):
         return _caption_on_terminal(args, args.source, options)
     output = Path(args.output or "captions.jsonl")
-    # Only `llava predict` writes arrays: a folder may have millions of images, and an array is written at the end.
+    # Only `llava predict` writes arrays: a folder may have millions of images, and an array is
+    # written at the end.
     if output.suffix != ".jsonl":
         raise ValueError(f"--output {output}: the file name must end in .jsonl")
     if args.engine == "ray":
@@ -155,7 +157,10 @@ def predict_main(argv: list[str] | None = None) -> int:
 
 
 def chat_main(argv: list[str] | None = None) -> int:
-    """Run `llava chat`: read questions from standard input, and print each answer while it is generated."""
+    """Run `llava chat`: read questions from standard input, and print the answers.
+
+    An answer is printed while it is generated.
+    """
     args = build_chat_parser().parse_args(argv)
     options = asdict(_generation_options(args, 1))
 
@@ -226,7 +231,8 @@ def _caption_on_terminal(args: argparse.Namespace, image: str, options: Generati
     generation: dict[str, Any] = asdict(options)
     count = generation.pop("num_return_sequences")
     for instruction in args.instructions or [model.instruction]:
-        # Beam search knows its best caption only at the end, and several captions would mix on the screen.
+        # Beam search knows its best caption only at the end, and several captions would mix on the
+        # screen.
         if count == 1 and options.num_beams == 1:
             for piece in model.stream(instruction, [pixels], **generation):
                 print(piece, end="", flush=True)
@@ -245,7 +251,8 @@ def _caption_on_terminal(args: argparse.Namespace, image: str, options: Generati
 def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
     """Return (index, count) of the slice to caption.
 
-    It comes from `--shards i/n`, from LLaVA's `--num-chunks n --chunk-idx i`, or else from torchrun's environment.
+    It comes from `--shards i/n`, from LLaVA's `--num-chunks n --chunk-idx i`, or else from
+    torchrun's environment.
 
     Raises:
         ValueError: The options contradict each other, or the index is not below the count.
@@ -295,7 +302,8 @@ def _caption_on_cluster(args: argparse.Namespace, output: Path, options: Generat
     # Ray distributes the slices itself; a slice of the slices would silently leave out records.
     if args.shards or args.chunk_idx is not None:
         raise ValueError(
-            "--engine ray captions all slices: pass --num-chunks N, without --shards and --chunk-idx."
+            "--engine ray captions all slices: pass --num-chunks N, but neither --shards nor "
+            "--chunk-idx."
         )
     chunks = args.num_chunks or 1
     jobs = [_make_job(args, args.source, output, options, chunk, chunks) for chunk in range(chunks)]
@@ -318,7 +326,7 @@ def _make_job(
     chunk: int,
     chunks: int,
 ) -> CaptionJob:
-    """Return the job of one slice. Every slice has an output of its own: `captions-0-of-4.jsonl`."""
+    """Return the job of one slice, which has its own output, such as `captions-0-of-4.jsonl`."""
     from llava_simplified.captioning.runner import CaptionJob
 
     # Processes on several machines cannot append to one file.
@@ -346,7 +354,7 @@ def _report(counts: CaptionCounts, output: str) -> int:
     logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
     if counts.failed:
         logger.warning(
-            "The images of %s records cannot be read; they are listed in %s.bad.jsonl.",
+            "Records whose images cannot be read: %s. They are listed in %s.bad.jsonl.",
             f"{counts.failed:,}",
             output,
         )

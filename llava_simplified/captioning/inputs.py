@@ -1,4 +1,4 @@
-"""Open the inputs of `llava caption`: images, folders, glob patterns, shards and files of records."""
+"""Open the inputs of `llava caption`: images, folders, patterns, shards and files of records."""
 
 from __future__ import annotations
 
@@ -57,18 +57,21 @@ def open_inputs(
     """Return the records of a source, and the folder that their image names are relative to.
 
     Args:
-        source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these, or a file of records.
+        source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these, or
+            a file of records.
         image_folder: Folder of the images; only for records.
         instructions: Instructions about every image; not for records, which contain instructions.
 
     Raises:
-        ValueError: The source does not exist or contains no image, or instructions were given with records.
+        ValueError: The source does not exist or contains no image, or instructions were given with
+            records.
     """
     # Decided by the name alone, so that a missing file of records is reported as one.
     if Path(source).suffix in RECORD_SUFFIXES:
         if instructions:
             raise ValueError(
-                f"--instruction: the records of {source} contain their own instructions; remove the option."
+                f"--instruction: the records of {source} contain their own instructions; "
+                "remove the option."
             )
         # Records may be unanswered: this command writes the answers.
         return open_data(source, image_folder, "--image-folder", require_responses=False)
@@ -82,9 +85,11 @@ def open_inputs(
 
 
 def find_images(source: str) -> tuple[list[str], Path]:
-    """Return the names of the images in a file, folder, shard or glob pattern, and the folder they are relative to.
+    """Return image names, and the folder that they are relative to.
 
-    A single file counts as an image whatever its suffix is; of several files, those with the suffix of an image.
+    The source is a file, folder, shard or glob pattern.
+    A single file counts as an image whatever its suffix is; of several files, those with the suffix
+    of an image.
     """
     path = Path(source)
     folder = Path()

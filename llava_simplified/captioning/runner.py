@@ -7,8 +7,8 @@ Files of a job with `--output captions.jsonl`:
     captions.jsonl.settings.json    what the job was started with
     .captions.jsonl.lock            held by the process that writes
 
-A JSON array cannot be appended to. With `--output predictions.json`, the journal is `predictions.json.part.jsonl`,
-and the array is written from it at the end.
+A JSON array cannot be appended to. With `--output predictions.json`, the journal is
+`predictions.json.part.jsonl`, and the array is written from it at the end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from llava_simplified.model.sampling import prompt_hashes
 
 logger = logging.getLogger(__name__)
 
-# Records of this number of batches are sorted by the length of their prompts, so that a batch needs little padding.
+# Records of this number of batches are sorted by the length of their prompts, so that a batch needs
+# little padding.
 BATCHES_PER_WINDOW = 8
 
 Row = dict[str, Any]
@@ -119,19 +120,19 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         model: The model of the job, if it is loaded already.
 
     Raises:
-        ValueError: There is nothing to caption, the output was started with other settings, or another process writes
-            to it.
+        ValueError: There is nothing to caption, the output was started with other settings, or
+            another process writes to it.
     """
     files = JobFiles.of(job.output)
-    # Everything that can be wrong with the source, the output or the settings is found before the model is loaded,
-    # which takes minutes for a large one.
+    # Everything that can be wrong with the source, the output or the settings is found before the
+    # model is loaded, which takes minutes for a large one.
     records, folder = open_inputs(job.source, job.image_folder, job.instructions)
     with exclusive_lock(files.lock, job.output):
         _start_or_resume(files, _job_settings(job, records))
         model = model or load_model(job)
         if isinstance(records, ImageRecords) and not job.instructions:
-            # Only the checkpoint knows the instruction that it was trained with. The settings need not contain it,
-            # because they identify the checkpoint.
+            # Only the checkpoint knows the instruction that it was trained with. The settings need
+            # not contain it, because they identify the checkpoint.
             records.instructions = (model.instruction,)
         with Journal(files.journal) as journal, Journal(files.failures) as failures:
             counts = _caption_remaining(job, model, records, folder, journal, failures)
@@ -149,13 +150,15 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
     The journal decides which of the two it is: who deletes it starts the job anew.
     """
     if not files.journal.exists():
-        # Both may be left over from a job whose journal was deleted. Its failures must not be skipped in this job.
+        # Both may be left over from a job whose journal was deleted. Its failures must not be
+        # skipped in this job.
         files.failures.unlink(missing_ok=True)
         files.settings.unlink(missing_ok=True)
     elif not files.settings.exists():
-        # The file was copied here, or another program has written it. Never append to rows of unknown origin.
+        # The file was copied here, or another program has written it. Never append to rows of
+        # unknown origin.
         raise ValueError(
-            f"{files.journal} exists, but {files.settings.name}, which describes its job, does not. "
+            f"{files.journal} exists, but the settings of its job, {files.settings.name}, do not. "
             "Delete both or pass another --output."
         )
     check_settings(files.settings, settings, str(files.output))
@@ -177,7 +180,7 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _modification_times(model_path: str) -> list[int]:
-    """Return the modification times of the weights: a model that is trained anew is another model."""
+    """Return when the weights were written: a model that is trained anew is another model."""
     if not model_path:
         return []
     return sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors"))
@@ -208,16 +211,20 @@ def _caption_remaining(
     total = len(records)
     if job.limit:
         total = min(total, job.limit)
-    # Slices are interleaved: a slow part of the source, such as large images, is shared by all processes.
+    # Slices are interleaved: a slow part of the source, such as large images, is shared by all
+    # processes.
     indices = range(job.chunk, total, job.chunks)
     remaining = [index for index in indices if index not in finished and index not in failed]
 
     initial = len(indices) - len(remaining)
+    if initial:
+        logger.info("Continuing %s: %s of %s records are done.", job.output, initial, len(indices))
     show_progress = logger.isEnabledFor(logging.INFO)
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
         batches = caption_records(model, records, folder, job.options, job.batch_size, remaining)
         for rows, failed_rows in batches:
-            # A process that is killed between the two writes tries the failed records again, and they fail again.
+            # A process that is killed between the two writes tries the failed records again, and
+            # they fail again.
             journal.append(rows)
             failures.append(failed_rows)
             failed.update(row["index"] for row in failed_rows)
@@ -228,8 +235,9 @@ def _caption_remaining(
 def _finished_records(journal: Journal, rows_per_record: int) -> set[int]:
     """Return the indices of the records with all their rows in a journal.
 
-    A process that was killed between two captions of one record leaves an incomplete record at the end. Its rows are
-    cut off: random draws depend on the record alone, so that the same captions are generated again.
+    A process that was killed between two captions of one record leaves an incomplete record at the
+    end. Its rows are cut off: random draws depend on the record alone, so that the same captions
+    are generated again.
     """
     finished: set[int] = set()
     last_index = -1
@@ -247,7 +255,7 @@ def _finished_records(journal: Journal, rows_per_record: int) -> set[int]:
 
 
 def _publish_array(files: JobFiles) -> None:
-    """Write the journal's rows as a JSON array, and delete the files that only an unfinished job needs."""
+    """Write the rows of the journal as a JSON array, and delete the files of an unfinished job."""
     rows = [row for row, _ in read_json_lines(files.journal)]
     with atomic_file(files.output) as part:
         part.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -255,7 +263,8 @@ def _publish_array(files: JobFiles) -> None:
     published_failures.unlink(missing_ok=True)  # of an earlier job
     if files.failures.exists():
         files.failures.replace(published_failures)
-    # The journal decides whether a job is new, so it goes first: a journal without settings would be refused.
+    # The journal decides whether a job is new, so it goes first: a journal without settings would
+    # be refused.
     files.journal.unlink()
     files.settings.unlink()
 
@@ -283,8 +292,9 @@ def caption_records(
 ) -> Iterator[tuple[list[Row], list[Row]]]:
     """Caption records in their order.
 
-    A batch is as wide as its longest prompt, so records are sorted by prompt length before they are batched. Sorting
-    all of them would delay the first row until the end, so it is done within a window. With a batch size of 2:
+    A batch is as wide as its longest prompt, so records are sorted by prompt length before they are
+    batched. Sorting all of them would delay the first row until the end, so it is done within a
+    window. With a batch size of 2:
 
         window             0  1  2  3  4  5
         by prompt length   1  4 | 0  5 | 2  3      batches
@@ -301,8 +311,8 @@ def caption_records(
         indices: Indices of the records to caption; None for all.
 
     Yields:
-        After every batch: prediction rows, `num_return_sequences` per record, and one row for each record whose image
-        cannot be read.
+        After every batch: prediction rows, `num_return_sequences` per record, and one row for each
+        record whose image cannot be read.
     """
     if indices is None:
         indices = range(len(records))
@@ -352,8 +362,8 @@ def _caption_window(
     # Without a response (None), the prompt ends where the model's answer begins.
     prompts = [model.prompt.render(record.turns, None, record.id).input_ids for record in window]
     by_length = sorted(range(len(window)), key=lambda position: len(prompts[position]))
-    # One thread reads images in the order in which the batches need them, while the model computes. One is enough:
-    # reading an image takes milliseconds, captioning it takes far longer.
+    # One thread reads images in the order in which the batches need them, while the model computes.
+    # One is enough: reading an image takes milliseconds, captioning it takes far longer.
     with ThreadPoolExecutor(1) as reader:
         images = _WindowImages(model, image_folder, reader)
         for position in by_length:
@@ -370,8 +380,8 @@ def _caption_window(
             if readable:
                 names = _image_names(window[position] for position in readable)
                 batch_prompts = [prompts[position] for position in readable]
-                # Random draws are derived from the content of prompt and images, so that a sampled caption depends
-                # neither on the batch nor on the index of its record.
+                # Random draws are derived from the content of prompt and images, so that a sampled
+                # caption depends neither on the batch nor on the index of its record.
                 hashes = prompt_hashes(batch_prompts, images.pixels(names))
                 captions = generate_from_features(
                     model, batch_prompts, images.features(names), options, hashes
@@ -381,7 +391,7 @@ def _caption_window(
 
 
 def _image_names(records: Iterable[Record]) -> list[str]:
-    """Return the image names of records, in the order of the image placeholders in their prompts."""
+    """Return the image names of records, in the order of the placeholders in their prompts."""
     names: list[str] = []
     for record in records:
         names += record.images
@@ -415,7 +425,7 @@ class _WindowImages:
         return self._model.vision_tower.transform(image)
 
     def error_of(self, record: Record) -> ImageError | None:
-        """Return the reason why an image of the record cannot be read, or None. Other errors are raised."""
+        """Return why an image of the record cannot be read, or None. Raise other errors."""
         for name in record.images:
             # Waits until the image has been read.
             error = self._pixels[name].exception()

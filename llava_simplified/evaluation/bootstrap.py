@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Large sets are resampled in chunks; the result does not depend on their size.
 MAX_DRAWS = 20_000_000  # resamples x images that are in memory at once: 160 MB
 INTERVAL_PERCENTILES = (2.5, 97.5)
 
@@ -109,10 +110,12 @@ def score_metrics(metrics: Sequence[Metric], resamples: int, seed: int) -> Score
     bootstrap = _resample(columns, num_images, resamples, seed)
 
     table = ScoreTable(trials=[{} for _ in range(num_trials)])
+    # Row -1 of the values belongs to the best captions, the rows before it to the trials.
     for column, resampled in zip(columns, bootstrap):
         values = column.score(column.statistics.sum(axis=1), num_images)  # (trials + 1,)
         for trial, scores in enumerate(table.trials):
             scores[column.name] = _with_interval(values[trial], resampled[:, trial])
+        # The interval of the mean is that of the resamples' means: trials of one image are not independent.
         table.mean[column.name] = _with_interval(
             values[:-1].mean(),
             resampled[:, :-1].mean(axis=1),
@@ -128,6 +131,8 @@ def _columns(metric: Metric) -> list[_Column]:
     per_image = metric.finish(metric.statistics, 1)  # each image as a corpus of one
     for index, name in enumerate(metric.names):
         scores = per_image[..., index]
+        # For each image, the statistics of the trial with the best score. BLEU-1 and BLEU-4 may choose
+        # different trials, so each name has its own.
         best_trial = scores.argmax(axis=0)
         best = np.take_along_axis(metric.statistics, best_trial[None, :, None], axis=0)
         statistics = np.concatenate([metric.statistics, best])
@@ -151,6 +156,7 @@ def _resample(
         size = min(chunk, resamples - start)
         draws = generator.multinomial(num_images, probabilities, size=size).astype(float)
         for column, target in zip(columns, scores):
+            # (size, images) @ (images, k) for each trial -> (size, trials + 1, k)
             sums = np.stack([draws @ trial for trial in column.statistics], axis=1)
             target[start : start + size] = column.score(sums, num_images)
     return scores

@@ -43,8 +43,8 @@ def clip_scores(
     import torch
 
     embedder = _ClipEmbedder(model)
-    all_texts = {text for group in [*captions, *references] for text in group}
-    texts = sorted(all_texts)
+    # Captions and references repeat: embed each distinct text once.
+    texts = sorted(set().union(*captions, *references))
     row_of_text = {text: row for row, text in enumerate(texts)}
     text_embeddings = embedder.embed_texts(texts)
     image_embeddings = embedder.embed_images(images)
@@ -52,10 +52,12 @@ def clip_scores(
     def rows(group: Sequence[str]) -> torch.Tensor:
         return text_embeddings[[row_of_text[text] for text in group]]
 
-    caption_embeddings = torch.stack([rows(trial) for trial in captions])  # (trials, images, width)
+    # The embeddings have length 1, so a dot product is a cosine.
+    caption_embeddings = torch.stack(list(map(rows, captions)))  # (trials, images, width)
     image_cosine = (caption_embeddings * image_embeddings).sum(-1)
     score = CLIP_SCORE_WEIGHT * image_cosine.clamp(min=0).numpy()
 
+    # For each image, the reference that is nearest to the caption of each trial.
     closest = []
     for image, group in enumerate(references):
         cosines = caption_embeddings[:, image] @ rows(group).T  # (trials, references)
@@ -63,6 +65,7 @@ def clip_scores(
     reference_cosine = torch.stack(closest, dim=1).clamp(min=0).numpy()
 
     total = score + reference_cosine
+    # Where both are 0, so is their mean.
     harmonic_mean = np.divide(
         2 * score * reference_cosine,
         total,

@@ -53,12 +53,13 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--log",
         type=Path,
-        help="Training log (trainer_log.jsonl) whose curves the report shows (default: that of --model-path)",
+        help="Training log (trainer_log.jsonl) whose curves the report shows (default: that of "
+        "--model-path)",
     )
     parser.add_argument(
         "--model-path",
         type=Path,
-        help="Checkpoint that wrote the predictions; its settings and curves are added to the report",
+        help="Checkpoint that wrote the predictions; the report shows its settings and curves",
     )
     parser.add_argument(
         "--title",
@@ -69,7 +70,7 @@ def build_parser() -> CommandParser:
         "--resamples",
         type=int,
         default=1000,
-        help="Bootstrap resamples of the confidence intervals; 0: no intervals (default: %(default)s)",
+        help="Bootstrap resamples of the intervals; 0: no intervals (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -91,11 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     paths = sort_by_step(args.predictions)
     image_folder = Path(args.image_folder or ".")
 
+    # Not at the top of the file: `--help` must not wait for numpy and Transformers.
     from llava_simplified.evaluation.predictions import read_references, read_train_captions
 
     references = read_references(args.references) if args.references else None
     train_captions = read_train_captions(args.train_captions) if args.train_captions else None
 
+    # Every run is scored before anything is written: a bad second file leaves no half report behind.
     runs = []
     for path, name in zip(paths, name_runs(paths)):
         run = _evaluate_file(path, name, args, references, train_captions, image_folder)
@@ -128,9 +131,13 @@ def sort_by_step(paths: Sequence[Path]) -> list[Path]:
 
     A shell expands `step-*.jsonl` to step-1000 before step-500.
     """
-    if not all(path.stem[-1:].isdigit() for path in paths):
-        return list(paths)
-    return sorted(paths, key=lambda path: int(re.findall(r"\d+", path.stem)[-1]))
+    steps = {}
+    for path in paths:
+        match = re.search(r"(\d+)$", path.stem)
+        if match is None:  # not a series of checkpoints
+            return list(paths)
+        steps[path] = int(match[1])
+    return sorted(paths, key=lambda path: steps[path])
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
@@ -140,7 +147,8 @@ def name_runs(paths: Sequence[Path]) -> list[str]:
     for names in (stems, folders):
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in paths]
+    # Neither tells the files apart.
+    return list(map(str, paths))
 
 
 def _evaluate_file(
@@ -158,7 +166,7 @@ def _evaluate_file(
 
     samples = read_predictions(path, references)
     images: list[bytes] = []
-    if args.clip:
+    if args.clip:  # only CLIPScore looks at the images
         images = [read_image_bytes(sample.image, image_folder) for sample in samples]
     result = evaluate(
         samples,
@@ -180,7 +188,7 @@ def _report_settings(args: argparse.Namespace, paths: Sequence[Path]) -> dict[st
         "training captions": str(args.train_captions or "not given"),
         "bootstrap": f"{args.resamples} resamples, seed {args.seed}",
     }
-    if args.model_path:
+    if args.model_path:  # what the model was trained with, beside what it was evaluated with
         settings |= _checkpoint_settings(args.model_path)
     return settings
 
@@ -216,6 +224,8 @@ def format_table(result: Evaluation) -> str:
     from llava_simplified.evaluation.metrics import METRIC_NAMES
 
     several_trials = len(result.trials) > 1
+
+    # The columns behind the mean and its interval.
     columns: list[tuple[str, Scores]] = []
     for number, scores in enumerate(result.trials, 1):
         columns.append((f"trial {number}", scores))
@@ -227,7 +237,8 @@ def format_table(result: Evaluation) -> str:
         columns.append(("unseen only", result.unseen))
 
     header = ["metric", "mean" if several_trials else "score", "95 % interval"]
-    header += [title for title, _ in columns]
+    for title, _ in columns:
+        header.append(title)
     lines = [header]
     for name in METRIC_NAMES:
         if name not in result.mean:
@@ -236,17 +247,21 @@ def format_table(result: Evaluation) -> str:
         interval = "" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
         cells = [name, f"{value:.4f}", interval]
         for _, scores in columns:
+            # CLIPScore and the Java metrics exist for the trials only.
             cells.append(f"{scores[name].value:.4f}" if name in scores else "")
         lines.append(cells)
 
+    # Align the columns.
     widths = [max(map(len, column)) for column in zip(*lines)]
     rows = [f"{result.num_images} images"]
     for line in lines:
         padded = [cell.ljust(width) for cell, width in zip(line, widths)]
         rows.append("  ".join(padded).rstrip())
-    rows += [f"{name}: {100 * value:.1f} %" for name, value in result.shares.items()]
-    rows += [f"note: {note}" for note in result.notes]
-    return "\n".join([*rows, ""])
+    for name, value in result.shares.items():
+        rows.append(f"{name}: {100 * value:.1f} %")
+    for note in result.notes:
+        rows.append(f"note: {note}")
+    return "\n".join(rows) + "\n"
 
 
 def to_json(result: Evaluation) -> dict[str, object]:
@@ -262,12 +277,13 @@ def to_json(result: Evaluation) -> dict[str, object]:
         "best": _scores_to_json(result.best),
         "shuffled": _scores_to_json(result.shuffled),
         "unseen": _scores_to_json(result.unseen),
-        "trials": [_scores_to_json(scores) for scores in result.trials],
+        "trials": list(map(_scores_to_json, result.trials)),
     }
 
 
 def _scores_to_json(scores: Scores) -> dict[str, list[float | None]]:
-    return {
-        name: [None if math.isnan(number) else number for number in score]
-        for name, score in scores.items()
-    }
+    converted: dict[str, list[float | None]] = {}
+    for name, score in scores.items():
+        # JSON has no NaN: an interval that was not computed is null.
+        converted[name] = [None if math.isnan(number) else number for number in score]
+    return converted

@@ -21,7 +21,7 @@ from llava_simplified.evaluation.metrics import (
     normalize_caption,
 )
 from llava_simplified.evaluation.training_curves import read_training_log
-from llava_simplified.evaluation.word_usage import WordUsage, compare_word_usage, words_of
+from llava_simplified.evaluation.word_usage import compare_word_usage, words_of
 from llava_simplified.html_report import (
     Bar,
     Chart,
@@ -42,7 +42,8 @@ SHUFFLE_METRICS = ("word F1", "CIDEr-D", "exact match")
 UNSEEN_METRICS = ("CIDEr-D", "word F1", "exact match")
 PERCENT_METRICS = ("exact match",)
 
-_GRAY = 5  # the color of comparisons
+# Colors of the report's style sheet.
+_BLUE, _ORANGE, _GRAY = 0, 1, 5
 
 
 @dataclass(frozen=True)
@@ -84,21 +85,24 @@ def write_report(
     Raises:
         ValueError: The runs are on different images, no image can be read, or the log is not a training log.
     """
-    runs = list(runs)[::-1]  # the headline run first
+    # The last run is the newest checkpoint: it comes first in the report, and gives its headline scores.
+    runs = list(runs)[::-1]
     headline = runs[0]
     aligned = _align_samples(runs)
     cards = _make_cards(runs, aligned, train_captions)
     notes: list[str] = []
     for run in runs:
-        notes += [note for note in run.result.notes if note not in notes]
+        for note in run.result.notes:
+            if note not in notes:  # most runs have the same notes
+                notes.append(note)
     notes += _add_thumbnails(cards, image_folder)
     num_images = len(headline.samples)
     if len(cards) < num_images:
         notes.append(
-            f"{len(cards)} of {num_images} images are shown: the best, the worst, and an even spread in between"
+            f"{len(cards)} of {num_images} images are shown: the best, the worst, and an even "
+            "spread in between"
         )
-    overused, underused = compare_word_usage(headline.samples)
-    largest = max((abs(usage.log_likelihood) for usage in [*overused, *underused]), default=1.0)
+    overused, underused = _word_bars(headline.samples)
     write_page(
         output,
         "evaluation/evaluation_report.html",
@@ -112,8 +116,8 @@ def write_report(
         unseen_scores=_unseen_scores(headline.result),
         cards=cards,
         charts=_charts(runs, log),
-        overused=[_word_bar(usage, largest, color=1) for usage in overused],
-        underused=[_word_bar(usage, largest, color=0) for usage in underused],
+        overused=overused,
+        underused=underused,
         score_rows=_score_rows(runs),
         settings=settings,
     )
@@ -121,17 +125,26 @@ def write_report(
 
 def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
     """Return the samples of each run in the order of the first run."""
-    order = {(s.index, s.image): position for position, s in enumerate(runs[0].samples)}
+    # The position of each image in the first run.
+    order: dict[tuple[str, str], int] = {}
+    for position, sample in enumerate(runs[0].samples):
+        order[_image_key(sample)] = position
+
     aligned = []
     for run in runs:
-        samples = sorted(run.samples, key=lambda s: order.get((s.index, s.image), -1))
-        if [(s.index, s.image) for s in samples] != list(order):
+        # The position -1 of an image that the first run does not have makes the comparison fail.
+        samples = sorted(run.samples, key=lambda sample: order.get(_image_key(sample), -1))
+        if list(map(_image_key, samples)) != list(order):
             raise ValueError(
                 f"The runs {runs[0].name!r} and {run.name!r} are on different images. "
                 "Evaluate their prediction files in separate calls."
             )
         aligned.append(samples)
     return aligned
+
+
+def _image_key(sample: Sample) -> tuple[str, str]:
+    return sample.index, sample.image
 
 
 # ---- scores ----
@@ -168,7 +181,7 @@ def _compare_shuffled(result: Evaluation) -> dict[str, list[Bar]]:
             continue
         own = result.mean[name].value
         shuffled = result.shuffled[name].value
-        largest = max(own, shuffled, 1e-9)
+        largest = max(own, shuffled, 1e-9)  # both may be 0
         comparison[name] = [
             Bar("own image", 100 * own / largest, format_score(name, own)),
             Bar("shuffled", 100 * shuffled / largest, format_score(name, shuffled), color=_GRAY),
@@ -208,21 +221,25 @@ class ScoreRow:
 def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
     rows = []
     for name in METRIC_NAMES:
-        scores = [
-            (number, run.result) for number, run in enumerate(runs) if name in run.result.mean
-        ]
-        numbers = [number for _, result in scores for number in result.mean[name]]
-        finite = [number for number in numbers if not math.isnan(number)]
-        if not finite:
-            continue
-        axis_end = 1.08 * max(*finite, 1e-9)
-        cells = [_score_cell(name, number, result, axis_end) for number, result in scores]
-        rows.append(ScoreRow(name, cells))
+        # The axis begins at 0, and ends a little behind the largest score or interval of all runs.
+        largest = 1e-9
+        for run in runs:
+            score = run.result.mean.get(name, Score(0.0))
+            largest = max(largest, score.value)
+            if not math.isnan(score.high):
+                largest = max(largest, score.high)
+        cells = []
+        for number, run in enumerate(runs):
+            if name in run.result.mean:
+                cells.append(_score_cell(name, number, run.result, axis_end=1.08 * largest))
+        if cells:  # a metric that no run has, such as METEOR without Java, is left out
+            rows.append(ScoreRow(name, cells))
     return rows
 
 
 def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> ScoreCell:
     score = result.mean[name]
+    # In percent of the axis, these are the ends of a bar behind the dot of the score.
     low, high = score.low, score.high
     if math.isnan(low):  # without an interval, only the dot is drawn
         low = high = score.value
@@ -289,10 +306,12 @@ def _make_cards(
     train_captions: Collection[str] | None,
 ) -> list[Card]:
     """Return the images that are shown, best first by the word F1 of the headline run, then by CIDEr-D."""
+    # Arrays (images,) of the headline run, from (trials, images).
     per_image = runs[0].result.per_image
     word_f1 = per_image["word F1"].mean(axis=0)
     cider_d = per_image["CIDEr-D"].mean(axis=0)
     is_exact = per_image["exact match"].max(axis=0) > 0
+    # CIDEr-D only decides between captions with the same word F1: in a small set, its values say little.
     ranked = sorted(range(len(word_f1)), key=lambda i: (-word_f1[i], -cider_d[i], i))
 
     cards = []
@@ -305,7 +324,8 @@ def _make_cards(
             verdict = "close"
         is_unseen = False
         if train_captions is not None:
-            is_unseen = not any(normalize_caption(r) in train_captions for r in sample.references)
+            normalized = map(normalize_caption, sample.references)
+            is_unseen = not any(reference in train_captions for reference in normalized)
         card = Card(
             sample=sample,
             position=position,
@@ -323,6 +343,7 @@ def _choose_shown(ranked: list[int]) -> list[int]:
     """Return at most MAX_CARDS images: the best, the worst, and an even spread in between."""
     if len(ranked) <= MAX_CARDS:
         return ranked
+    # A quarter of the cards for each end; positions in the ranking, evenly spread, for the rest.
     quarter = MAX_CARDS // 4
     spread = np.linspace(quarter, len(ranked) - 1 - quarter, MAX_CARDS - 2 * quarter)
     middle = [ranked[rank] for rank in spread.astype(int)]
@@ -331,16 +352,18 @@ def _choose_shown(ranked: list[int]) -> list[int]:
 
 def mark_captions(sample: Sample) -> list[MarkedCaption]:
     """Return the distinct captions of an image, with the words that a reference contains."""
+    # Case and punctuation do not count: "Mat." in a caption is the word "mat" of a reference.
     reference_words: set[str] = set()
     for reference in sample.references:
         reference_words.update(words_of(reference))
     marked = []
+    # Trials often repeat a caption: it is shown once, with its count.
     for caption, count in Counter(sample.captions).items():
         pieces = []
+        # The group keeps the spaces as pieces of their own: the caption is shown as it was written.
         for piece in re.split(r"(\s+)", caption):
-            pieces.append((piece, not reference_words.isdisjoint(words_of(piece))))
-        if not caption:
-            pieces = []
+            if piece:
+                pieces.append((piece, not reference_words.isdisjoint(words_of(piece))))
         marked.append(MarkedCaption(pieces, count, exact_match(caption, sample.references)))
     return marked
 
@@ -358,15 +381,16 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
     for card in cards:
         try:
             pixels = decode_image(read_image_bytes(card.sample.image, folder))
-        except ImageError as error:
+        except ImageError as error:  # the card says that there is no image
             errors.append(f"{card.sample.image}: {error}")
             continue
         card.thumbnail = make_thumbnail(pixels)
     if not errors:
         return []
-    if len(errors) == len(cards):
+    if len(errors) == len(cards):  # not a few bad files, but a wrong folder
         raise ValueError(
-            f"None of the {len(cards)} images can be read; check --image-folder. The first: {errors[0]}"
+            f"None of the {len(cards)} images can be read; check --image-folder. "
+            f"The first: {errors[0]}"
         )
     return [f"images that cannot be shown: {len(errors)}; the first: {errors[0]}"]
 
@@ -378,20 +402,36 @@ def _charts(runs: Sequence[Run], log: Path | None) -> list[Chart]:
     charts = []
     if log:
         curves = read_training_log(log)
-        losses = {name: points for name, points in curves.items() if points and name != "CIDEr-D"}
+        cider_points = curves.pop("CIDEr-D")
+        losses = {name: points for name, points in curves.items() if points}
         if losses:
             charts.append(line_chart("Loss", "nats per token", losses))
-        if curves["CIDEr-D"]:
-            cider = {"CIDEr-D": curves["CIDEr-D"]}
+        if cider_points:
+            cider = {"CIDEr-D": cider_points}
             charts.append(line_chart("CIDEr-D during training", "on validation images", cider))
-    points = [
-        (float(run.step), run.result.mean["CIDEr-D"].value) for run in runs if run.step is not None
-    ]
-    if len({step for step, _ in points}) > 1:
-        charts.append(line_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": sorted(points)}))
+
+    # The scores of several checkpoints, over their steps.
+    by_step = []
+    for run in runs:
+        if run.step is not None:
+            by_step.append((float(run.step), run.result.mean["CIDEr-D"].value))
+    if len({step for step, _ in by_step}) > 1:
+        charts.append(line_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": sorted(by_step)}))
     return charts
 
 
-def _word_bar(usage: WordUsage, largest: float, color: int) -> Bar:
-    counts = f"{usage.generated:.0f} : {usage.references:.0f}"
-    return Bar(usage.word, 100 * abs(usage.log_likelihood) / largest, counts, color)
+def _word_bars(samples: Sequence[Sample]) -> tuple[list[Bar], list[Bar]]:
+    """Return bars for the words that are generated too often, and for those generated too rarely."""
+    overused, underused = compare_word_usage(samples)
+    # The bars of both lists have the same scale.
+    largest = 1e-9
+    for usage in [*overused, *underused]:
+        largest = max(largest, abs(usage.log_likelihood))
+
+    bars: tuple[list[Bar], list[Bar]] = ([], [])
+    for side, (usages, color) in enumerate(((overused, _ORANGE), (underused, _BLUE))):
+        for usage in usages:
+            percent = 100 * abs(usage.log_likelihood) / largest
+            counts = f"{usage.generated:.0f} : {usage.references:.0f}"
+            bars[side].append(Bar(usage.word, percent, counts, color))
+    return bars

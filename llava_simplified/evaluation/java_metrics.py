@@ -45,6 +45,7 @@ def add_java_metrics(
         Notes on metrics that were left out, with the reason.
     """
     scorers, notes = _find_scorers()
+    # The last row of the scores belongs to the best captions.
     for name, scorer in scorers.items():
         scores = _compute(name, scorer, captions, references)
         for trial_scores, value in zip(table.trials, scores.corpus):
@@ -61,7 +62,8 @@ def _find_scorers() -> tuple[dict[str, _Scorer], list[str]]:
         return {}, ["METEOR and SPICE were left out: there is no java on the PATH"]
     if not importlib.util.find_spec("pycocoevalcap"):
         return {}, [
-            "METEOR and SPICE were left out: pycocoevalcap is not installed (pip install pycocoevalcap)"
+            "METEOR and SPICE were left out: pycocoevalcap is not installed "
+            "(pip install pycocoevalcap)"
         ]
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.spice import spice
@@ -86,6 +88,7 @@ def _compute(
     corpus: list[float] = []
     per_image: list[list[float]] = []
 
+    # The scorers expect dictionaries of lists; a caption is a list of one.
     def score(trial: Sequence[str]) -> None:
         as_dict = {image: [caption] for image, caption in enumerate(trial)}
         value, single = scorer.compute_score(dict(enumerate(references)), as_dict)
@@ -94,6 +97,7 @@ def _compute(
 
     for trial in captions:
         score(trial)
+    # METEOR's score of a corpus is not a mean: the best captions must be scored together.
     best_trial = np.array(per_image).argmax(axis=0)
     score([captions[trial][image] for image, trial in enumerate(best_trial)])
     return _JavaScores(np.array(corpus), np.array(per_image))

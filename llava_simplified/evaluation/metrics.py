@@ -8,7 +8,7 @@ equal pycocoevalcap 1.2, the server's code (Chen et al. 2015, arXiv:1504.00325).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,10 +120,16 @@ def evaluate(
     """
     _check_samples(samples)
     num_images = len(samples)
-    # The metrics work on (trials, images); the samples hold (images, trials).
-    captions = [list(trial) for trial in zip(*(sample.captions for sample in samples))]
-    references = [list(sample.references) for sample in samples]
+    # The samples hold (images, trials); the metrics work on (trials, images).
+    num_trials = len(samples[0].captions)
+    captions: list[list[str]] = [[] for _ in range(num_trials)]
+    references: list[list[str]] = []
+    for sample in samples:
+        for trial, caption in zip(captions, sample.captions):
+            trial.append(caption)
+        references.append(list(sample.references))
 
+    # CLIPScore is computed here only, and not for the shuffled captions below.
     extra_metrics = []
     if clip is not None:
         clip_score, ref_clip_score = clip_scores(clip, images, captions, references)
@@ -135,7 +141,8 @@ def evaluate(
         notes += add_java_metrics(table, _tokenize_all(captions), _tokenize_all(references))
     if num_images < MIN_IMAGES_FOR_CIDER:
         notes.append(
-            f"only {num_images} images with references: CIDEr is unstable below {MIN_IMAGES_FOR_CIDER}"
+            f"only {num_images} images with references: "
+            f"CIDEr is unstable below {MIN_IMAGES_FOR_CIDER}"
         )
     result = Evaluation(
         num_images=num_images,
@@ -146,7 +153,7 @@ def evaluate(
         notes=notes,
     )
 
-    if num_images > 1:
+    if num_images > 1:  # a single image has no other captions to get
         shuffled = _shuffle_captions(captions, seed)
         result.shuffled = _score_captions(shuffled, references, resamples, seed).mean
     result.shares["distinct captions"] = _distinct_share(captions)
@@ -163,12 +170,13 @@ def _check_samples(samples: Sequence[Sample]) -> None:
         where = f"image {sample.image!r} (index {sample.index})"
         if not sample.references:
             raise ValueError(
-                f"{where} has no reference caption: its row needs 'gt_caption', or pass --references."
+                f"{where} has no reference caption: add 'gt_caption' to its row, or pass --references."
             )
         if len(sample.captions) != len(first.captions):
             raise ValueError(
-                f"{where} has {len(sample.captions)} captions, but {first.image!r} has {len(first.captions)}. "
-                "Each image needs one row per trial; check that `llava predict` has finished."
+                f"{where} has {len(sample.captions)} captions, but {first.image!r} has "
+                f"{len(first.captions)}. Each image needs one row per trial; check that "
+                "`llava predict` has finished."
             )
 
 
@@ -183,22 +191,29 @@ def _score_captions(
     caption_tokens = _tokenize_all(captions)
     reference_tokens = _tokenize_all(references)
     metrics = ngram_metrics(caption_tokens, reference_tokens)
-    # ROUGE-L compares tokens; the last two compare the captions as they were written.
-    for name, score, texts, group_of_image in (
-        ("ROUGE-L", rouge_l, caption_tokens, reference_tokens),
-        ("word F1", word_f1, captions, references),
-        ("exact match", exact_match, captions, references),
-    ):
-        scores = [
-            [float(score(caption, group)) for caption, group in zip(trial, group_of_image)]
-            for trial in texts
-        ]
-        metrics.append(mean_metric(name, np.array(scores)))
+    metrics.append(_score_each("ROUGE-L", rouge_l, caption_tokens, reference_tokens))
+    # These two compare the captions as they were written, punctuation included.
+    metrics.append(_score_each("word F1", word_f1, captions, references))
+    metrics.append(_score_each("exact match", exact_match, captions, references))
     return score_metrics([*metrics, *extra_metrics], resamples, seed)
 
 
+def _score_each(
+    name: str,
+    score: Callable[[str, Sequence[str]], float],
+    captions: list[list[str]],
+    references: list[list[str]],
+) -> Metric:
+    """Return a metric that scores each caption on its own."""
+    scores = np.zeros((len(captions), len(references)))
+    for trial, trial_captions in enumerate(captions):
+        for image, caption in enumerate(trial_captions):
+            scores[trial, image] = score(caption, references[image])
+    return mean_metric(name, scores)
+
+
 def _tokenize_all(groups: Iterable[Iterable[str]]) -> list[list[str]]:
-    return [[tokenize(text) for text in group] for group in groups]
+    return [list(map(tokenize, group)) for group in groups]
 
 
 # ---- simple metrics ----
@@ -216,14 +231,14 @@ def exact_match(caption: str, references: Sequence[str]) -> bool:
 
 def word_f1(caption: str, references: Sequence[str]) -> float:
     """Return the F1 score between the bags of lower-cased words, with the reference where it is best."""
-    words = Counter(caption.lower().split())
+    words = Counter(caption.lower().split())  # how often each word occurs
     best = 0.0
     for reference in references:
         reference_words = Counter(reference.lower().split())
         total = words.total() + reference_words.total()
         if total == 0:  # both are empty
             return 1.0
-        common = (words & reference_words).total()
+        common = (words & reference_words).total()  # the smaller count of each word
         best = max(best, 2 * common / total)
     return best
 
@@ -239,8 +254,12 @@ def _shuffle_captions(captions: list[list[str]], seed: int) -> list[list[str]]:
     """
     num_images = len(captions[0])
     circle = np.random.default_rng(seed).permutation(num_images)
-    neighbour = dict(zip(circle.tolist(), np.roll(circle, 1).tolist()))
-    return [[trial[neighbour[image]] for image in range(num_images)] for trial in captions]
+    source = np.empty(num_images, dtype=int)  # the image whose captions each image gets
+    source[circle] = np.roll(circle, 1)
+    shuffled = []
+    for trial in captions:
+        shuffled.append([trial[image] for image in source])
+    return shuffled
 
 
 def _distinct_share(captions: list[list[str]]) -> float:
@@ -259,16 +278,23 @@ def _compare_with_training(
 ) -> None:
     """Add to the result what the model could not have learned by heart."""
     known = {normalize_caption(caption) for caption in train_captions}
-    is_novel = [normalize_caption(caption) not in known for trial in captions for caption in trial]
-    result.shares["novel captions"] = float(np.mean(is_novel))
+    num_novel = 0
+    for trial in captions:
+        num_novel += sum(normalize_caption(caption) not in known for caption in trial)
+    result.shares["novel captions"] = num_novel / (len(captions) * len(references))
 
-    unseen = []  # images none of whose references occurs in the training data
+    # Images none of whose references occurs in the training data. A single known reference is enough to leave an image
+    # out: the model may have learned the caption with the same or with a similar image.
+    unseen = []
     for image, group in enumerate(references):
         if known.isdisjoint(map(normalize_caption, group)):
             unseen.append(image)
     result.shares["unseen references"] = len(unseen) / len(references)
     if unseen:
-        unseen_captions = [[trial[image] for image in unseen] for trial in captions]
         unseen_references = [references[image] for image in unseen]
+        unseen_captions = []
+        for trial in captions:
+            unseen_captions.append([trial[image] for image in unseen])
+        # CIDEr's document frequencies are those of these images only: its values cannot be compared with the mean.
         table = _score_captions(unseen_captions, unseen_references, resamples, seed)
         result.unseen = table.mean

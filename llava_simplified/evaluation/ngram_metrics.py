@@ -107,7 +107,7 @@ def count_ngrams(texts: Sequence[Sequence[str]]) -> NGramTable:
     for words in texts:
         word_ids += [vocabulary.setdefault(word, len(vocabulary)) for word in words]
     word = np.array(word_ids, np.int64)
-    text_of_word = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    text_of_word = np.repeat(np.arange(len(texts)), list(map(len, texts)))
 
     start = np.arange(len(word))  # position of the first word of each n-gram
     gram = word
@@ -170,18 +170,22 @@ class _Corpus:
 
 
 def _build_corpus(captions: list[list[str]], references: list[list[str]]) -> _Corpus:
-    caption_words = [caption.split() for trial in captions for caption in trial]
-    reference_words = [reference.split() for group in references for reference in group]
+    caption_words: list[list[str]] = []
+    for trial in captions:
+        caption_words += [caption.split() for caption in trial]
+    reference_words: list[list[str]] = []
+    for group in references:
+        reference_words += [reference.split() for reference in group]
     # Captions and references are counted together, so that an n-gram has the same id in both.
     ngrams = count_ngrams(caption_words + reference_words)
     is_caption = ngrams.text < len(caption_words)
-    references_per_image = [len(group) for group in references]
+    references_per_image = list(map(len, references))
     return _Corpus(
         num_trials=len(captions),
         num_images=len(references),
-        caption_lengths=np.array([len(words) for words in caption_words]),
+        caption_lengths=np.array(list(map(len, caption_words))),
         caption_ngrams=ngrams.select(is_caption, first_text=0),
-        reference_lengths=np.array([len(words) for words in reference_words]),
+        reference_lengths=np.array(list(map(len, reference_words))),
         reference_ngrams=ngrams.select(~is_caption, first_text=len(caption_words)),
         reference_image=np.repeat(np.arange(len(references)), references_per_image),
     )

@@ -44,13 +44,16 @@ def read_predictions(
             row_references = _find_references(image, references, where)
 
         index = str(row.get("index", image))
+        # Without an index, the image alone identifies the rows of an image.
         key = (index, image)
         previous = samples.get(key)
         captions: tuple[str, ...] = (caption,)
         if previous is not None:
+            # Trials of one image are scored together, against the same references.
             if previous.references != tuple(row_references):
                 raise ValueError(
-                    f"{where}: its references differ from those in an earlier row of index {index}, image {image!r}."
+                    f"{where}: its references differ from those in an earlier row of index "
+                    f"{index}, image {image!r}."
                 )
             captions = (*previous.captions, caption)
         samples[key] = Sample(
@@ -67,7 +70,8 @@ def _read_text(row: Mapping[str, object], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise ValueError(
-            f"{where}: {key!r} must be a text, but it is {value!r}. The row has the keys {sorted(row)}."
+            f"{where}: {key!r} must be a text, but it is {value!r}. "
+            f"The row has the keys {sorted(row)}."
         )
     return value
 
@@ -76,6 +80,7 @@ def _own_references(row: Mapping[str, object], where: str) -> list[str]:
     """Return the references in the row's `gt_caption`."""
     value = row.get("gt_caption")
     texts = value if isinstance(value, list) else [value]
+    # An empty reference would match an empty caption.
     captions = [text for text in texts if isinstance(text, str) and text.strip()]
     if not captions or len(captions) < len(texts):
         raise ValueError(
@@ -101,7 +106,8 @@ def _find_references(
         if candidate in references:
             return references[candidate]
     raise ValueError(
-        f"{where}: --references contains no caption of {name!r}, neither by file name nor by image id."
+        f"{where}: --references contains no caption of {name!r}, neither by file name nor by "
+        "image id."
     )
 
 
@@ -124,13 +130,14 @@ def read_references(path: Path) -> dict[str, list[str]]:
         for image in content.get("images", []):
             image_id = str(image["id"])
             name = Path(image["file_name"]).name
-            if image_id in captions:
+            if image_id in captions:  # an image without captions is no error before it is needed
                 by_name[name] = captions[image_id]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"--references: {path} is not a COCO caption file ({type(error).__name__}: {error}). It needs "
-            '{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.'
+            f"--references: {path} is not a COCO caption file ({type(error).__name__}: {error}). "
+            'It needs {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.'
         ) from None
+    # File names end with a suffix and image ids are numbers, so the two kinds of keys do not collide.
     return captions | by_name
 
 

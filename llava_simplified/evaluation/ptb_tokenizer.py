@@ -93,6 +93,7 @@ def tokenize(caption: str) -> str:
 
     Line breaks count as spaces. A token may contain a no-break space ("3\\xa01/2"), as in the original.
     """
+    # split() also splits at no-break spaces and line breaks.
     chunks = _SPACE_ENTITY.sub(" ", caption).split()
     # In nearly all captions, every chunk can be tokenized on its own. Words repeat, so most chunks are in the cache.
     if all(_INDEPENDENT_CHUNK.fullmatch(chunk) for chunk in chunks):
@@ -125,6 +126,7 @@ def _next_token(text: str, position: int) -> tuple[str, int]:
     if plain and plain[0].lower() not in SECOND_WORD_LENGTH:
         return plain[0], plain.end()
 
+    # Maximal munch. `>` and not `>=`: of equally long matches, the first wins.
     best: re.Match[str] | None = None
     best_end = position
     for rule in compiled_rules():
@@ -138,6 +140,7 @@ def _next_token(text: str, position: int) -> tuple[str, int]:
     token = best[1]
     if best.lastgroup == "two":
         token = token[: -SECOND_WORD_LENGTH[token.lower()]]
+    # The next token begins behind this one, not behind the match: what was looked ahead at is read again.
     end = position + len(token)
     if best.lastgroup == "quote":
         return _APOSTROPHE_ENTITY.sub("'", token).translate(_QUOTES), end

@@ -32,6 +32,7 @@ def read_training_log(path: Path) -> dict[str, list[tuple[float, float]]]:
         try:
             row = json.loads(line)
             for name, key in CURVES.items():
+                # A run that diverged logs NaN; it cannot be drawn.
                 if key in row and math.isfinite(row[key]):
                     curves[name][row["step"]] = row[key]
         except (ValueError, TypeError, KeyError) as error:

@@ -42,6 +42,7 @@ def compare_word_usage(
         samples: Images with captions and references.
         max_words: Maximum number of words in each list.
     """
+    # Every image counts the same, however many captions and references it has.
     generated: dict[str, float] = defaultdict(float)
     references: dict[str, float] = defaultdict(float)
     for sample in samples:
@@ -56,15 +57,18 @@ def compare_word_usage(
     for word in {*generated, *references}:
         ours = generated[word]
         theirs = references[word]
+        # If both used the word equally often, its share would be this in both. The ratio is the log-likelihood of
+        # the counts with their own shares, minus that with the common share.
         expected_share = (ours + theirs) / (num_generated + num_references)
         ratio = 0.0
         for count, total in ((ours, num_generated), (theirs, num_references)):
-            if count:
+            if count:  # 0 * log(0) is 0
                 ratio += count * math.log(count / (expected_share * total))
         sign = ours / num_generated - theirs / num_references
         usages.append(WordUsage(word, ours, theirs, math.copysign(ratio, sign)))
     usages.sort(key=lambda usage: (usage.log_likelihood, usage.word))
 
+    # Ascending: the most underused words come first, the most overused ones last.
     overused = [u for u in usages[::-1][:max_words] if u.log_likelihood > MIN_LOG_LIKELIHOOD]
     underused = [u for u in usages[:max_words] if u.log_likelihood < -MIN_LOG_LIKELIHOOD]
     return overused, underused

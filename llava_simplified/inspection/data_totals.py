@@ -42,20 +42,24 @@ class DataTotals:
             The record, or None if it cannot be trained on. Then there is one problem more.
         """
         self.num_rows += 1
+        # A row may be invalid JSON or no record, or the prompt may reject it: all of them are ValueErrors.
         try:
             record = records[index]
             prefix, branches = self.prompt.render_branches(
                 record.turns, record.responses, record.id
             )
-            if not branches:
+            if not branches:  # enough to caption the image, but not to train on it
                 raise ValueError(f"{record.id}: no response to train on")
         except ValueError as error:
             self.problems.append(str(error))
             return None
 
+        # The responses share the prompt, and each of them is an example with the whole prompt in front. Training may
+        # compute the prompt once for all of them (--share_prefix), which changes the cost but not these numbers.
         num_images = prefix.input_ids.count(IMAGE_INDEX)
         trained_in_prefix = sum(label != IGNORE_INDEX for label in prefix.labels)  # earlier answers
         for branch in branches:
+            # In the ids, an image is one token; the model sees all positions of its features.
             length = len(prefix.input_ids) + len(branch)
             self.lengths.append(length)
             self.expanded_lengths.append(length + num_images * (self.tokens_per_image - 1))
@@ -80,7 +84,7 @@ def totals_table(
         num_rows: Number of rows of the file.
         model_max_length: Count the examples that are longer.
     """
-    scope = "the file"
+    scope = "the file"  # or a part of it, if --scan is smaller
     if scanned.num_rows < num_rows:
         scope = f"{scanned.num_rows:,} of {num_rows:,} rows"
     title = f"{shown.prompt.name} template"
@@ -88,6 +92,7 @@ def totals_table(
     for column in table.columns[1:]:
         column.justify = "right"
 
+    # Every line is one number, computed for both columns.
     def add_row(name: str, value: Callable[[DataTotals], str]) -> None:
         table.add_row(name, value(shown), value(scanned))
 

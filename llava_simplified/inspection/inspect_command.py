@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print samples and totals. Returns 1 if a row has a problem, else 0."""
     args = build_parser().parse_args(argv)
 
+    # Not at the top of the file: `--help` must not wait for torch and Transformers.
     from rich.console import Console
 
     from llava_simplified.data.records import Records
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     prompt = Prompt(tokenizer, args.template)
     tokens_per_image = _tokens_per_image(args)
 
+    # highlight=False: rich would color the numbers and paths in captions.
     console = Console(highlight=False)
     # `Prompt` has checked that the tokenizer is a fast one.
     fast_tokenizer = cast("PreTrainedTokenizerFast", tokenizer)
@@ -110,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     scanned = DataTotals(prompt, tokens_per_image or 1)
     _show_samples(console, records, view, shown, args)
     _scan(records, scanned, args.scan)
+    # The shown samples have totals of their own: they can be compared with what is on the screen.
     table = totals_table(
         shown,
         scanned,
@@ -156,21 +159,23 @@ def _show_samples(
 ) -> None:
     for index in range(min(args.count, len(records))):
         record = totals.add(records, index)
-        if record is None:
+        if record is None:  # its problem is named at the end
             continue
         console.print(*view.render(record), sep="\n")
         if args.image_folder:
             lines, problems = view.describe_images(record, args.image_folder)
-            totals.problems += problems
+            totals.problems += problems  # an image that training could not read either
             # Long file names must not be broken into two lines.
             console.print(*lines, "", sep="\n", soft_wrap=True)
 
 
 def _scan(records: Records, totals: DataTotals, max_rows: int) -> None:
     """Add up at most `max_rows` rows, evenly spread; all rows if it is 0."""
+    # The stride is not rounded: 20,000 of 30,000 rows are every 1.5th.
     stride = 1.0
     if max_rows:
         stride = max(1.0, len(records) / max_rows)
+    # An evenly spread sample, and not the first rows: data files are often sorted.
     for number in range(round(len(records) / stride)):
         totals.add(records, int(number * stride))
 
@@ -180,6 +185,7 @@ def _print_problems(console: Console, problems: list[str]) -> None:
 
     from llava_simplified.inspection.token_table import printable
 
+    # As Text, not as str: rich would read "[red]" in a caption as markup.
     for problem in problems[:MAX_NAMED_PROBLEMS]:
         console.print(Text(printable(problem), "red"), soft_wrap=True)
     unnamed = len(problems) - MAX_NAMED_PROBLEMS

@@ -47,12 +47,14 @@ class SampleView:
             header_style="bold",
             padding=(0, 2, 0, 0),
         )
+        # Positions are those in the language model, where an image takes many; the ids have one entry for it.
         position = 0
         for token, label in zip(input_ids, labels):
             if token == IMAGE_INDEX:
                 position += self._add_image(table, position)
                 continue
             is_trained = label != IGNORE_INDEX
+            # Text is not parsed for rich's markup, which a caption may contain.
             table.add_row(
                 str(position),
                 Text(self.token_text(token)),
@@ -62,6 +64,7 @@ class SampleView:
             )
             position += 1
 
+        # The image counts as untrained positions.
         num_trained = sum(label != IGNORE_INDEX for label in labels)
         alternatives = ""
         if len(record.responses) > 1:
@@ -74,6 +77,7 @@ class SampleView:
 
     def _add_image(self, table: Table, position: int) -> int:
         """Add the line of an image; returns the number of its positions."""
+        # Without a vision tower, the number of its tokens is unknown, and the image counts as one.
         count = self._tokens_per_image or 1
         positions = f"{position}-{position + count - 1}" if count > 1 else str(position)
         name = IMAGE_PLACEHOLDER
@@ -105,7 +109,7 @@ class SampleView:
         for name in record.images:
             try:
                 height, width, _ = decode_image(read_image_bytes(name, folder)).shape
-            except ValueError as error:
+            except ValueError as error:  # ImageError, or a name that is not allowed
                 problems.append(f"{record.id}: {error}")
                 continue
             lines.append(Text(f"{printable(name)}: {width} x {height} pixels"))
@@ -117,6 +121,7 @@ def printable(text: str) -> str:
 
     Data may contain escape sequences, which clear the screen, or marks that reverse the direction of writing.
     """
+    # Escaping is by character, so that emoji and letters of all scripts stay.
     characters = []
     for character in text:
         if not character.isprintable():

@@ -1,22 +1,25 @@
-"""`llava clean`: which records the trainer can really use, and why not the others.
+"""Separate the records that training can use from those that it cannot, and say why.
 
-Every picture gets the verdict of the one decoder and of the tower's own transform, as in training. What fails
-is set aside with its reason, in a file beside the output; nothing is deleted. Work goes by chunks of records,
-whose verdicts stay on disk until the end, so that a killed run goes on where it was.
+Each image is checked by the decoder and the transform of training, so that both agree. A record that fails is written
+to a quarantine file with its reason; nothing is deleted.
+
+    records -> chunks of 500 -> workers: validate_chunk() -> <output>.work/<settings>/000012.parquet
+                                                          \\-> one more pass: duplicates, output, quarantine, report
+
+The results of a chunk are published with a rename, and stay in the work folder until the end. So a run that was killed
+continues with the chunks that are missing. The name of the work folder depends on all settings: results of other rules
+are never mixed.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,158 +35,163 @@ from llava_simplified.data.images import (
     check_image,
     decode_image,
     read_image_bytes,
-    shrink_image,
 )
 from llava_simplified.data.records import Record
 from llava_simplified.data.rows import RowFile, find_records, open_rows
-from llava_simplified.data.shards import ShardWriter
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.html_report import make_thumbnail
-from llava_simplified.prepare.convert import RecordWriter
+from llava_simplified.jobs import atomic_file, exclusive_lock, remove_temporary_files
+from llava_simplified.prepare.clean_rules import Rules
+from llava_simplified.prepare.compact import compact_images, write_compacted_records
+from llava_simplified.prepare.duplicates import (
+    DIGEST_BYTES,
+    PERCEPTUAL_BYTES,
+    find_duplicates,
+    perceptual_hash,
+)
 from llava_simplified.prepare.preparation_report import Example, write_preparation_report
-from llava_simplified.workers import add_worker_arguments, parse_slice, run_tasks
+from llava_simplified.prepare.record_tasks import cached_rows, run_record_tasks
+from llava_simplified.prepare.record_writer import RecordWriter, check_suffix
+from llava_simplified.workers import parse_slice
 
-CHUNK = 500  # records whose verdicts are written at once
-SHARD = 5_000  # records of a compacted shard
-_RESULTS = pa.schema(
+CHUNK_RECORDS = 500  # records whose results are written at once
+_EXAMPLES_PER_REASON = 12  # in the report
+_SHOWN_CAPTION = 200  # characters of a caption in the report
+# The columns of a chunk's results. Their names are those of version 0.1.0, whose unfinished work can be continued.
+_RESULT_SCHEMA = pa.schema(
     {
         "reason": pa.string(),
         "detail": pa.string(),
-        "bad": pa.list_(pa.int16()),  # which responses can't be used, where others can
-        "digest": pa.binary(16),
-        "look": pa.binary(19),
+        "bad": pa.list_(pa.int16()),
+        "digest": pa.binary(DIGEST_BYTES),
+        "look": pa.binary(PERCEPTUAL_BYTES),
     }
 )
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a usable record is; sides in pixels, captions in characters."""
-
-    min_side: int = 32
-    max_aspect: float = 10.0
-    max_caption: int = 2_000
-    max_pixels: int = MAX_PIXELS
-    perceptual: bool = False
+# ---- one record ----
 
 
 class ValidationResult(NamedTuple):
-    """`reason` is empty for a good record; `digest` and `look`: which pictures are the same, or look it."""
+    """Whether training can use a record.
+
+    Attributes:
+        reason: Why not; empty for a usable record.
+        detail: A sentence about the reason. For a usable record: the reasons why some of its responses are not.
+        unusable_responses: The positions of the responses that cannot be used, where others can.
+        digest: 16 bytes that are equal for equal images; None without images.
+        perceptual_hash: 19 bytes, see `duplicates`; None if it was not asked for, or without images.
+    """
 
     reason: str = ""
     detail: str = ""
-    bad: tuple[int, ...] = ()
+    unusable_responses: tuple[int, ...] = ()
     digest: bytes | None = None
-    look: bytes | None = None
+    perceptual_hash: bytes | None = None
 
 
 def validate_record(
     row: dict[str, Any], where: str, folder: Path, transform: ImageTransform | None, rules: Rules
 ) -> ValidationResult:
-    """What training would make of a record."""
+    """Check whether training can use a record.
+
+    Args:
+        row: The record as JSON.
+        where: The file and row, for messages.
+        folder: The folder of the images.
+        transform: The transform of the vision tower; None checks only that the images can be decoded.
+        rules: What a usable record is.
+    """
     try:
         record = Record.from_json(row, where)
-        whole, data = hashlib.sha256(), b""
-        for name in record.images:
-            data = read_image_bytes(name, folder)
-            _check(data, transform, rules)
-            whole.update(data)
-        digest = whole.digest() if record.images else None
-        look = (
-            perceptual_hash(decode_image(data))
-            if rules.perceptual and len(record.images) == 1
-            else digest
-        )
+        digest, look = _check_images(record, folder, transform, rules)
     except ImageError as error:
         return ValidationResult(error.kind, str(error))
     except ValueError as error:
         return ValidationResult("not_a_record", str(error))
-    bad = {i: why for i, text in enumerate(record.responses) if (why := _unusable(text, rules))}
-    if len(bad) == len(record.responses):
-        return ValidationResult(bad.get(0, "no_caption"), repr(record.responses)[:200])
-    return ValidationResult(
-        "",
-        ", ".join(sorted(set(bad.values()))),
-        tuple(bad),
-        digest and digest[:16],
-        look and look[:19],
-    )
+    problems = _check_captions(record.responses, rules)
+    if len(problems) == len(record.responses):
+        reason = problems.get(0, "no_caption")
+        return ValidationResult(reason, repr(record.responses)[:_SHOWN_CAPTION])
+    detail = ", ".join(sorted(set(problems.values())))
+    return ValidationResult("", detail, tuple(problems), digest, look)
 
 
-def _check(data: bytes, transform: ImageTransform | None, rules: Rules) -> None:
-    """An ImageError that says what rule a picture breaks, if it breaks one."""
+def _check_images(
+    record: Record, folder: Path, transform: ImageTransform | None, rules: Rules
+) -> tuple[bytes | None, bytes | None]:
+    """Check all images of a record.
+
+    Returns:
+        The digest and the perceptual hash of the images. Only single images are compared by their looks; the
+        "perceptual hash" of several images is their digest.
+
+    Raises:
+        ImageError: An image cannot be used.
+    """
+    if not record.images:
+        return None, None
+    hasher = hashlib.sha256()
+    data = b""
+    for name in record.images:
+        data = read_image_bytes(name, folder)
+        _check_image(data, transform, rules)
+        hasher.update(data)
+    digest = hasher.digest()
+    look = digest
+    if rules.perceptual and len(record.images) == 1:
+        look = perceptual_hash(decode_image(data))
+    return digest[:DIGEST_BYTES], look[:PERCEPTUAL_BYTES]
+
+
+def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) -> None:
+    """Check one image file.
+
+    Raises:
+        ImageError: It cannot be decoded, or breaks a rule.
+    """
     _, suffix, width, height = check_image(data, rules.max_pixels)
     if min(height, width) < rules.min_side:
         raise ImageError("too_small", f"{width}x{height} pixels, --min-side is {rules.min_side}")
     if max(height, width) > rules.max_aspect * min(height, width):
         raise ImageError("aspect", f"{width}x{height} pixels, --max-aspect is {rules.max_aspect:g}")
     if transform is not None:
-        transform.resized_size(height, width)  # all that it can fail at
+        # The only step of the transform that can fail.
+        transform.resized_size(height, width)
     if suffix != "jpg":
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if (frames := getattr(image, "n_frames", 1)) > 1:
-                raise ImageError("animated", f"{frames} frames")
+            frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise ImageError("animated", f"{frames} frames")
 
 
-def _unusable(caption: str, rules: Rules) -> str:
-    if not caption.strip():
-        return "empty_caption"
-    return "long_caption" if len(caption) > rules.max_caption else ""
+def _check_captions(captions: tuple[str, ...], rules: Rules) -> dict[int, str]:
+    """Return the reasons of all captions that cannot be used, by their position."""
+    problems = {}
+    for index, caption in enumerate(captions):
+        if not caption.strip():
+            problems[index] = "empty_caption"
+        elif len(caption) > rules.max_caption:
+            problems[index] = "long_caption"
+    return problems
 
 
-def perceptual_hash(pixels: np.ndarray) -> bytes:
-    """19 bytes that are nearly equal for pictures that look the same, whatever their size and compression.
-
-    The difference hash (brightness against the right and the lower neighbour, on an 8x8 grid) and the mean colour.
-    """
-    small = Image.fromarray(pixels).resize((9, 9), Image.Resampling.BOX, reducing_gap=2.0)
-    grey = np.asarray(small.convert("L"), np.int16)
-    right, below = grey[:8, 1:] > grey[:8, :8], grey[1:, :8] > grey[:8, :8]
-    color = np.asarray(small, np.float32).mean((0, 1)).astype(np.uint8)
-    return np.packbits(np.stack([right, below])).tobytes() + color.tobytes()
-
-
-def find_duplicates(rows: np.ndarray, data: np.ndarray, perceptual: bool) -> dict[int, int]:
-    """{later row: the earlier row it repeats}.
-
-    Args:
-        rows: (n,) row numbers, ascending.
-        data: (n, width) uint8, the digest or look of each; equal ones are duplicates, and with `perceptual`
-            those that differ in at most 5 of 128 bits and little in colour.
-    """
-    if not len(rows):
-        return {}
-    if not perceptual:
-        keys = np.ascontiguousarray(data).view(f"V{data.shape[1]}").reshape(-1)
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        origin = first[inverse.reshape(-1)]
-        return {
-            int(rows[i]): int(rows[origin[i]])
-            for i in np.flatnonzero(origin != np.arange(len(rows)))
-        }
-    found: dict[int, int] = {}
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.uint8)
-    hashes, colors = data[:, :16], data[:, 16:].astype(np.int16)
-    for band in range(
-        0, 16, 2
-    ):  # 5 differing bits leave one of 8 bands equal, where both are neighbours
-        order = np.lexsort(np.roll(hashes, -band, axis=1).T[::-1])
-        for step in range(1, 9):
-            one, other = order[:-step], order[step:]
-            near = bits[hashes[one] ^ hashes[other]].sum(1) <= 5
-            near &= np.abs(colors[one] - colors[other]).max(1) <= 8
-            for a, b in zip(one[near], other[near]):
-                early, late = sorted((int(rows[a]), int(rows[b])))
-                found[late] = min(early, found.get(late, early))
-    return found
-
-
-# ---- over many records
+# ---- a chunk of records ----
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `start` to `stop`, to be judged by a worker that leaves the verdicts in `path`."""
+    """A task of a worker: validate the records from `start` to `stop` (exclusive).
+
+    Attributes:
+        records: The file of records.
+        start: The first record.
+        stop: The record behind the last one.
+        folder: The folder of the images.
+        transform: The transform of the vision tower, or None.
+        rules: What a usable record is.
+        path: Where the results are written.
+    """
 
     records: str
     start: int
@@ -194,77 +202,69 @@ class Chunk:
     path: str
 
 
-@lru_cache(maxsize=1)
-def _rows(path: str) -> RowFile:
-    return open_rows(path)
-
-
 def validate_chunk(chunk: Chunk) -> dict[str, int]:
-    """Write the verdicts on a chunk, unless they are there; returns how many there are of each."""
+    """Write the results of a chunk, unless they exist. Returns the number of records by reason."""
     path = Path(chunk.path)
     if not path.exists():
-        rows, folder = _rows(chunk.records), Path(chunk.folder)
-        verdicts = []
-        for index in range(chunk.start, chunk.stop):
-            try:
-                row = rows[index]
-            except ValueError as error:
-                verdicts.append(ValidationResult("not_a_record", str(error)))
-                continue
-            verdicts.append(
-                validate_record(row, rows.where(index), folder, chunk.transform, chunk.rules)
-            )
-        table = pa.Table.from_pylist([verdict._asdict() for verdict in verdicts], _RESULTS)
-        pq.write_table(table, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        rows = cached_rows(chunk.records)
+        results = [_validate_row(rows, index, chunk) for index in range(chunk.start, chunk.stop)]
+        # One name for each value, in the order of the result's attributes.
+        values = [dict(zip(_RESULT_SCHEMA.names, result)) for result in results]
+        with atomic_file(path) as part:
+            pq.write_table(pa.Table.from_pylist(values, _RESULT_SCHEMA), part)
     return Counter(pq.read_table(path, columns=["reason"])["reason"].to_pylist())
 
 
-@dataclass(frozen=True)
-class CompactShard:
-    """Survivors `start` to `stop`, whose pictures go into `output/<number>.tar`."""
-
-    records: str
-    start: int
-    stop: int
-    folder: str
-    output: str
-    number: int
-    side: int
+def _validate_row(rows: RowFile, index: int, chunk: Chunk) -> ValidationResult:
+    try:
+        row = rows[index]
+    except ValueError as error:
+        return ValidationResult("not_a_record", str(error))
+    where = rows.where(index)
+    return validate_record(row, where, Path(chunk.folder), chunk.transform, chunk.rules)
 
 
-def compact_shard(spec: CompactShard) -> int:
-    """Write one shard of shrunk (`side` 0: untouched) pictures, and its manifest; returns how many it holds."""
-    output, rows = Path(spec.output), _rows(spec.records)
-    manifest = output / f"{spec.number:05d}.parquet"
-    if manifest.exists():
-        return pq.read_metadata(manifest).num_rows
-    entries = []
-    writer = ShardWriter(output / f"{spec.number:05d}.tar.part")
-    for index in range(spec.start, spec.stop):
-        record = Record.from_json(rows[index], rows.where(index))
-        for number, name in enumerate(record.images):
-            data = read_image_bytes(name, spec.folder)
-            picture = shrink_image(data, spec.side) if spec.side else check_image(data)
-            key = compact_key(index, number)
-            about = {"key": key, "source": name, "width": picture.width, "height": picture.height}
-            offset = writer.add(key, picture.data, picture.suffix, record.responses, about)
-            place = {
-                "offset": offset,
-                "length": len(picture.data),
-                "file": f"{key}.{picture.suffix}",
-            }
-            entries.append({**about, **place, "captions": list(record.responses), "status": "ok"})
-    writer.close()
-    (output / f"{spec.number:05d}.tar.part").replace(output / f"{spec.number:05d}.tar")
-    pq.write_table(pa.Table.from_pylist(entries), manifest.with_suffix(".part"), compression="zstd")
-    manifest.with_suffix(".part").replace(manifest)
-    return len(entries)
+def _read_results(
+    chunks: list[Chunk], rows: RowFile, duplicates: dict[int, int]
+) -> Iterator[ValidationResult]:
+    """Yield the result of every record in order; duplicates get their reason here."""
+    for chunk in chunks:
+        values = pq.read_table(chunk.path).to_pylist()
+        for index, value in enumerate(values, chunk.start):
+            result = ValidationResult(*(value[name] for name in _RESULT_SCHEMA.names))
+            original = duplicates.get(index)
+            if original is not None and not _has_other_text(rows[index], rows[original]):
+                detail = f"of {rows.where(original)}"
+                result = result._replace(reason="duplicate", detail=detail)
+            yield result
 
 
-def compact_key(index: int, number: int) -> str:
-    """The key of picture `number` of row `index`."""
-    return f"{index:09d}" if not number else f"{index:09d}_{number}"
+def _has_other_text(row: dict[str, Any], original: dict[str, Any]) -> bool:
+    """Return whether a row is another text about the very same image file, which is no duplicate."""
+    same_images = all(row.get(name) == original.get(name) for name in ("image", "images"))
+    return same_images and row != original
+
+
+def _read_hashes(chunks: list[Chunk], perceptual: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the digests or perceptual hashes of all records that have one.
+
+    Returns:
+        (n,) int64 row numbers, and (n, bytes) uint8 hashes.
+    """
+    column = "look" if perceptual else "digest"
+    width = PERCEPTUAL_BYTES if perceptual else DIGEST_BYTES
+    numbers = [np.zeros(0, np.int64)]
+    hashes = [np.zeros((0, width), np.uint8)]
+    for chunk in chunks:
+        values = pq.read_table(chunk.path)[column].to_pylist()
+        present = [index for index, value in enumerate(values) if value is not None]
+        numbers.append(np.array(present, np.int64) + chunk.start)
+        joined = b"".join(values[index] for index in present)
+        hashes.append(np.frombuffer(joined, np.uint8).reshape(len(present), width))
+    return np.concatenate(numbers), np.concatenate(hashes)
+
+
+# ---- a file of records ----
 
 
 def clean(
@@ -273,7 +273,7 @@ def clean(
     *,
     image_folder: Path | None = None,
     vision_tower: str = "",
-    rules: Rules = Rules(),
+    rules: Rules = Rules(),  # noqa: B008 - immutable
     dedupe: str = "",
     compact: Path | None = None,
     compact_size: int = 224,
@@ -282,31 +282,85 @@ def clean(
     shards: str = "",
     progress: bool = False,
 ) -> dict[str, int]:
-    """Write the usable records of `source` to `output`, in their order; returns how many rows got which verdict.
+    """Write the usable records of a file, in their order.
 
-    Beside it: `<output>_quarantine.jsonl` (reason, detail and the record itself), `<output>_report.html` and `.json`.
+    Beside the output, `<output>_quarantine.jsonl` holds the other records with reason and detail, and
+    `<output>_report.html` and `.json` show the numbers and examples.
 
     Args:
-        image_folder: where the pictures are; by default, where `source` is.
-        vision_tower: whose transform every picture must pass; none if empty.
-        dedupe: `exact` (same bytes), `perceptual` (looks the same), or "". Other words about a picture are no duplicate.
-        compact: a folder for shards of the survivors, their shorter side shrunk to `compact_size` (0 keeps the
-            bytes); then `output` names the pictures there.
-        shards: `i/n`, judge only this slice; a last call without it puts everything together.
+        source: A file of records, or the folder of a download.
+        output: `.json`, `.jsonl` or `.parquet`.
+        image_folder: The folder of the images; by default that of `source`.
+        vision_tower: A model whose transform every image must pass; empty for none.
+        rules: What a usable record is.
+        dedupe: "exact" (equal files), "perceptual" (similar images), or "" to keep duplicates. A second text about the
+            same image file is not a duplicate.
+        compact: A folder for shards with the images of the usable records; `output` then refers to them.
+        compact_size: Shorter side of the images in `compact`, in pixels; 0 keeps the bytes.
+        engine: Where chunks are validated, see `run_tasks`.
+        workers: Chunks that are validated at once, see `run_tasks`.
+        shards: "i/n" validates only this slice. A last call without it writes the outputs.
+        progress: Show a progress line.
+
+    Returns:
+        The number of records by reason; "ok" for usable ones. Of a slice, the reason of usable ones is "".
+
+    Raises:
+        ValueError: An argument is wrong, or another process is writing to the output.
     """
     if rules.max_pixels > MAX_PIXELS:
         raise ValueError(
-            f"--max-pixels {rules.max_pixels}: training opens no picture of more than {MAX_PIXELS}"
+            f"--max-pixels {rules.max_pixels}: training refuses images of more than {MAX_PIXELS} pixels. "
+            f"Pass --max-pixels {MAX_PIXELS} or less."
         )
+    check_suffix(output)
     rows = open_rows(source)
     folder = image_folder or find_records(source).parent
     if not folder.is_dir():
         raise ValueError(f"--image-folder {folder}: no such folder")
-    stat, transform = (
-        rows.path.stat(),
-        ImageTransform.from_pretrained(vision_tower) if vision_tower else None,
-    )
-    facts = [
+    transform = ImageTransform.from_pretrained(vision_tower) if vision_tower else None
+    # Beside the output, because the work folder is deleted while the lock is held.
+    lock_name = f".{output.name}.lock"
+    if shards:
+        lock_name = f".{output.name}-{shards.replace('/', '-of-')}.lock"
+    with exclusive_lock(output.with_name(lock_name), output):
+        work = _work_folder(rows, output, folder, transform, rules)
+        chunks = _make_chunks(source, len(rows), folder, transform, rules, work)
+        mine = [chunks[index] for index in parse_slice(shards, len(chunks))]
+        run_record_tasks(validate_chunk, mine, engine=engine, workers=workers, progress=progress)
+        if shards:
+            return dict(sum((Counter(validate_chunk(chunk)) for chunk in mine), Counter()))
+        duplicates = {}
+        if dedupe:
+            numbers, hashes = _read_hashes(chunks, dedupe == "perceptual")
+            duplicates = find_duplicates(numbers, hashes, dedupe == "perceptual")
+        results = _read_results(chunks, rows, duplicates)
+        kept = output if compact is None else work / "survivors.jsonl"
+        outputs = _Outputs(rows, folder, kept, output)
+        outputs.write(results)
+        if compact is not None:
+            compact_images(
+                kept,
+                folder,
+                compact,
+                compact_size,
+                engine=engine,
+                workers=workers,
+                progress=progress,
+            )
+            remove_temporary_files(output)
+            write_compacted_records(open_rows(kept), output)
+        outputs.write_report()
+        shutil.rmtree(work.parent)
+    return dict(outputs.counts)
+
+
+def _work_folder(
+    rows: RowFile, output: Path, folder: Path, transform: ImageTransform | None, rules: Rules
+) -> Path:
+    """Return the folder of the results. Its name is a digest of everything that they depend on."""
+    stat = rows.path.stat()
+    settings = [
         str(rows.path),
         stat.st_size,
         stat.st_mtime_ns,
@@ -314,259 +368,127 @@ def clean(
         str(transform),
         asdict(rules),
     ]
-    work = (
-        output.with_name(f"{output.name}.work")
-        / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    )
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    work = output.with_name(f"{output.name}.work") / digest
     work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def _make_chunks(
+    source: Path,
+    count: int,
+    folder: Path,
+    transform: ImageTransform | None,
+    rules: Rules,
+    work: Path,
+) -> list[Chunk]:
     chunks = []
-    for number, start in enumerate(range(0, len(rows), CHUNK)):
-        stop, path = min(start + CHUNK, len(rows)), str(work / f"{number:06d}.parquet")
+    for number, start in enumerate(range(0, count, CHUNK_RECORDS)):
+        stop = min(start + CHUNK_RECORDS, count)
+        path = str(work / f"{number:06d}.parquet")
         chunks.append(Chunk(str(source), start, stop, str(folder), transform, rules, path))
-    mine = [chunks[i] for i in parse_slice(shards, len(chunks))]
-    _run(validate_chunk, mine, engine, workers, progress)
-    if shards:
-        return dict(sum((Counter(validate_chunk(chunk)) for chunk in mine), Counter()))
-    duplicates = {}
-    if dedupe:
-        duplicates = find_duplicates(
-            *_fingerprints(chunks, dedupe == "perceptual"), dedupe == "perceptual"
+    return chunks
+
+
+# ---- outputs ----
+
+
+class _Outputs:
+    """Writes usable records, quarantine and report.
+
+    Args:
+        rows: All records.
+        folder: The folder of the images.
+        kept: Where usable records are written.
+        output: The output of the command; the other files stand beside it.
+    """
+
+    def __init__(self, rows: RowFile, folder: Path, kept: Path, output: Path) -> None:
+        self.counts: Counter[str] = Counter()
+        self._rows = rows
+        self._folder = folder
+        self._kept = kept
+        self._quarantine = output.with_name(f"{output.stem}_quarantine.jsonl")
+        self._report = output.with_name(f"{output.stem}_report.html")
+        self._examples: dict[str, list[Example]] = {}
+
+    def write(self, results: Iterator[ValidationResult]) -> None:
+        """Write each record to the usable ones or to the quarantine."""
+        remove_temporary_files(self._kept)
+        remove_temporary_files(self._quarantine)
+        with RecordWriter(self._kept) as usable, RecordWriter(self._quarantine) as quarantine:
+            for index, result in enumerate(results):
+                self.counts[result.reason or "ok"] += 1
+                if result.reason:
+                    quarantine.write(self._quarantine_row(index, result))
+                    continue
+                row = self._rows[index]
+                if result.unusable_responses:
+                    row, removed = _split_responses(row, result.unusable_responses)
+                    quarantine.write({"reason": result.detail, "detail": "", "record": removed})
+                usable.write(row)
+
+    def _quarantine_row(self, index: int, result: ValidationResult) -> dict[str, Any]:
+        text = self._rows.raw(index).decode("utf-8", "replace")
+        examples = self._examples.setdefault(result.reason, [])
+        if len(examples) < _EXAMPLES_PER_REASON:
+            caption, thumbnail = _caption_and_thumbnail(text, self._folder)
+            examples.append(
+                Example(
+                    name=self._rows.where(index),
+                    caption=caption,
+                    detail=result.detail,
+                    thumbnail=thumbnail,
+                )
+            )
+        return {"reason": result.reason, "detail": result.detail, "record": _parse_or_text(text)}
+
+    def write_report(self) -> None:
+        """Write the report as HTML and JSON."""
+        write_preparation_report(
+            self._report,
+            title=f"Cleaning of {self._rows.name}",
+            facts={"records": f"{len(self._rows):,}", "kept": f"{self.counts['ok']:,}"},
+            outcomes=self.counts,
+            examples=self._examples,
         )
-    kept = output if compact is None else work / "survivors.jsonl"
-    counts, examples = _write(rows, _verdicts(chunks, rows, duplicates), kept, output, folder)
-    if compact is not None:
-        _compact(kept, folder, compact, compact_size, engine, workers, progress)
-        _write_compacted(open_rows(kept), output)
-    _report(rows, counts, examples, output)
-    shutil.rmtree(work.parent)
-    return dict(counts)
+        plain_examples = {}
+        for reason, some in sorted(self._examples.items()):
+            plain_examples[reason] = [{**example, "thumbnail": ""} for example in some]
+        report = {"outcomes": self.counts, "examples": plain_examples}
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        self._report.with_suffix(".json").write_text(text, "utf-8")
 
 
-def _fingerprints(chunks: list[Chunk], perceptual: bool) -> tuple[np.ndarray, np.ndarray]:
-    rows, data = [np.zeros(0, np.int64)], [np.zeros((0, 19 if perceptual else 16), np.uint8)]
-    for chunk in chunks:
-        column = pq.read_table(chunk.path)["look" if perceptual else "digest"].to_pylist()
-        there = [i for i, value in enumerate(column) if value is not None]
-        rows.append(np.array(there, np.int64) + chunk.start)
-        joined = b"".join(column[i] for i in there)
-        data.append(np.frombuffer(joined, np.uint8).reshape(len(there), data[0].shape[1]))
-    return np.concatenate(rows), np.concatenate(data)
+def _split_responses(
+    row: dict[str, Any], unusable: tuple[int, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a row with its usable responses, and a copy with the others."""
+    responses = row["responses"]
+    usable = [text for index, text in enumerate(responses) if index not in unusable]
+    removed = [responses[index] for index in unusable]
+    return {**row, "responses": usable}, {**row, "responses": removed}
 
 
-def _verdicts(
-    chunks: list[Chunk], rows: RowFile, duplicates: dict[int, int]
-) -> Iterator[ValidationResult]:
-    for chunk in chunks:
-        for index, values in enumerate(pq.read_table(chunk.path).to_pylist(), chunk.start):
-            verdict = ValidationResult(**values)
-            if index in duplicates and not _other_words(rows[index], rows[duplicates[index]]):
-                verdict = verdict._replace(
-                    reason="duplicate", detail=f"of {rows.where(duplicates[index])}"
-                )
-            yield verdict
-
-
-def _other_words(row: dict[str, Any], first: dict[str, Any]) -> bool:
-    return row != first and all(row.get(name) == first.get(name) for name in ("image", "images"))
-
-
-def _run(function: Any, specs: list[Any], engine: str, workers: int, progress: bool) -> None:
-    done, total = 0, sum(spec.stop - spec.start for spec in specs)
-    for result in run_tasks(function, specs, engine=engine, workers=workers):
-        if result.error:
-            raise ValueError(f"{result.error}\nThe same command goes on where this stopped.")
-        done += result.spec.stop - result.spec.start
-        if progress:
-            sys.stderr.write(f"\r{done:,} of {total:,} records   {'' if done < total else chr(10)}")
-
-
-def _write(
-    rows: RowFile, verdicts: Iterator[ValidationResult], kept: Path, output: Path, folder: Path
-) -> tuple[Counter[str], dict[str, list[Example]]]:
-    """Survivors to `kept`, the others to the quarantine beside `output`."""
-    counts, examples = Counter[str](), dict[str, list[Example]]()
-    aside = output.with_name(f"{output.stem}_quarantine.jsonl")
-    with RecordWriter(kept) as good, RecordWriter(aside) as bad:
-        for index, verdict in enumerate(verdicts):
-            counts[verdict.reason or "ok"] += 1
-            if verdict.reason:
-                text = rows.raw(index).decode("utf-8", "replace")
-                bad.write(
-                    {"reason": verdict.reason, "detail": verdict.detail, "record": _readable(text)}
-                )
-                if len(seen := examples.setdefault(verdict.reason, [])) < 12:
-                    caption, thumbnail = _shown(text, folder)
-                    example = Example(
-                        name=rows.where(index),
-                        caption=caption,
-                        detail=verdict.detail,
-                        thumbnail=thumbnail,
-                    )
-                    seen.append(example)
-                continue
-            row = rows[index]
-            if verdict.bad:  # some of its captions can't be used, the others can
-                unusable = [row["responses"][i] for i in verdict.bad]
-                bad.write(
-                    {
-                        "reason": verdict.detail,
-                        "detail": "",
-                        "record": {**row, "responses": unusable},
-                    }
-                )
-                row["responses"] = [
-                    r for i, r in enumerate(row["responses"]) if i not in verdict.bad
-                ]
-            good.write(row)
-    return counts, examples
-
-
-def _readable(text: str) -> Any:
+def _parse_or_text(text: str) -> Any:
+    """Return the JSON value of a text, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _compact(
-    records: Path, folder: Path, output: Path, side: int, engine: str, workers: int, progress: bool
-) -> None:
-    """A shard that is there whole is taken as it is: the mark says that it was made of the same rows."""
-    output.mkdir(parents=True, exist_ok=True)
-    mark, made_of = output / "made_of", hashlib.sha256(f"{folder.resolve()} {side}".encode())
-    with records.open("rb") as file:
-        for block in iter(partial(file.read, 1 << 20), b""):
-            made_of.update(block)
-    if any(output.iterdir()) and not (mark.is_file() and mark.read_text() == made_of.hexdigest()):
-        raise ValueError(
-            f"--compact {output}: what is there was made of other records; empty it, or name another folder"
-        )
-    mark.write_text(made_of.hexdigest())
-    specs, count = [], len(open_rows(records))
-    for number, start in enumerate(range(0, count, SHARD)):
-        stop = min(start + SHARD, count)
-        specs.append(
-            CompactShard(str(records), start, stop, str(folder), str(output), number, side)
-        )
-    _run(compact_shard, specs, engine, workers, progress)
-
-
-def _write_compacted(survivors: RowFile, output: Path) -> None:
-    with RecordWriter(output) as writer:
-        for index, row in enumerate(survivors):
-            name = "image" if "image" in row else "images"
-            several = isinstance(row.get(name), list)
-            count = len(row[name]) if several else int(bool(row.get(name)))
-            places = [
-                f"{index // SHARD:05d}.tar#{compact_key(index, number)}" for number in range(count)
-            ]
-            writer.write({**row, **({name: places if several else places[0]} if places else {})})
-
-
-def _report(
-    rows: RowFile, counts: Counter[str], examples: dict[str, list[Example]], output: Path
-) -> None:
-    path = output.with_name(f"{output.stem}_report.html")
-    write_preparation_report(
-        path,
-        title=f"Cleaning of {rows.name}",
-        facts={"records": f"{len(rows):,}", "kept": f"{counts['ok']:,}"},
-        outcomes=counts,
-        examples=examples,
-    )
-    plain = {
-        reason: [{**example, "thumbnail": ""} for example in some]
-        for reason, some in sorted(examples.items())
-    }
-    report = json.dumps({"outcomes": counts, "examples": plain}, indent=1, ensure_ascii=False)
-    path.with_suffix(".json").write_text(report, "utf-8")
-
-
-def _shown(text: str, folder: Path) -> tuple[str, str]:
-    """Caption and picture of a record that was set aside, as far as there are any."""
+def _caption_and_thumbnail(text: str, folder: Path) -> tuple[str, str]:
+    """Return the caption of a record in the quarantine and its image as a data URI, as far as they can be read."""
     try:
-        record = Record.from_json(_readable(text), "")
+        record = Record.from_json(_parse_or_text(text), "")
     except ValueError:
-        return text[:200], ""
-    caption = " / ".join(record.responses)[:200]
+        return text[:_SHOWN_CAPTION], ""
+    caption = " / ".join(record.responses)[:_SHOWN_CAPTION]
+    if not record.images:
+        return caption, ""
     try:
-        pixels = decode_image(read_image_bytes(record.images[0], folder)) if record.images else None
+        pixels = decode_image(read_image_bytes(record.images[0], folder))
     except ImageError:
-        pixels = None
-    return caption, "" if pixels is None else make_thumbnail(pixels).data_uri
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`llava clean data/cc3m --vision_tower openai/clip-vit-base-patch16 --output cc3m_clean.json`."""
-    parser = argparse.ArgumentParser(
-        "llava clean", description="Keep the records that training can use."
-    )
-    add, rules = parser.add_argument, Rules()
-    add(
-        "records",
-        type=Path,
-        help="a folder of `llava download`, or .json, .jsonl, .parquet of records",
-    )
-    add("--output", type=Path, required=True, help="the good records: .json, .jsonl or .parquet")
-    add("--image-folder", type=Path, help="where the pictures are (default: with the records)")
-    add(
-        "--vision_tower",
-        "--vision-tower",
-        default="",
-        help="whose transform the pictures must pass",
-    )
-    add(
-        "--min-side",
-        type=int,
-        default=rules.min_side,
-        help="pixels of the shorter side (%(default)s)",
-    )
-    add(
-        "--max-aspect",
-        type=float,
-        default=rules.max_aspect,
-        help="longer side over shorter side (%(default)s)",
-    )
-    add("--max-caption", type=int, default=rules.max_caption, help="characters (%(default)s)")
-    add("--max-pixels", type=int, default=rules.max_pixels, help="(%(default)s)")
-    add(
-        "--dedupe",
-        choices=["exact", "perceptual"],
-        default="",
-        help="keep the first of equal pictures",
-    )
-    add(
-        "--compact",
-        type=Path,
-        metavar="SHARDS",
-        help="also write the kept pictures, smaller, to shards here",
-    )
-    add(
-        "--compact-size",
-        default="224",
-        help="their shorter side, 224 or 256; exact keeps the bytes",
-    )
-    add_worker_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.compact_size != "exact" and not args.compact_size.isdigit():
-        raise ValueError(f"--compact-size {args.compact_size!r}: a number of pixels, or exact")
-    same = ("image_folder", "vision_tower", "dedupe", "compact", "engine", "workers", "shards")
-    counts = clean(
-        args.records,
-        args.output,
-        rules=Rules(
-            args.min_side,
-            args.max_aspect,
-            args.max_caption,
-            args.max_pixels,
-            args.dedupe == "perceptual",
-        ),
-        compact_size=0 if args.compact_size == "exact" else int(args.compact_size),
-        progress=sys.stderr.isatty(),
-        **{name: getattr(args, name) for name in same},
-    )
-    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
-        sys.stdout.write(f"{count:>9,} {reason or 'ok'}\n")
-    if not args.shards:
-        sys.stdout.write(f"{counts.get('ok', 0):>9,} records -> {args.output}\n")
-    return 0
+        return caption, ""
+    return caption, make_thumbnail(pixels).data_uri

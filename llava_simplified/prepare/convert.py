@@ -1,15 +1,11 @@
-"""`llava convert`: any caption source -> a file of records. `llava reduce`: a random sample of one."""
+"""Turn any source of captions into files of records, and draw random samples from such files."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import random
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,175 +14,145 @@ import numpy as np
 
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.shards import IMAGE_SUFFIXES
-from llava_simplified.prepare.sources import Columns, ParseIssues, SourceRow, read_source
+from llava_simplified.prepare.record_writer import (
+    INSTRUCTION,
+    RecordWriter,
+    image_file_name,
+    make_record,
+)
+from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
+from llava_simplified.prepare.sources import read_source
 
-INSTRUCTION = "Generate a caption of this image:"
-_ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
+_ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # also one of Windows
+
+
+# ---- captions of one image ----
 
 
 def group_captions(
-    read: Callable[[ParseIssues], Iterator[SourceRow]], odd: ParseIssues
+    read: Callable[[ParseIssues], Iterator[SourceRow]], issues: ParseIssues
 ) -> Iterator[SourceRow]:
-    """One row an image with all its captions, streaming; `read` is called twice.
+    """Yield one row per image with all its captions, without holding the source in memory.
 
-    The first pass counts how often each image occurs, 8 bytes a row; the second gives a row out when its
-    image's last caption has come. So memory holds only images whose captions are apart in the source.
+    The source is read twice. The first pass counts how often each image occurs (8 bytes a row). The second pass yields
+    a row as soon as the last caption of its image has come:
+
+        source      a.jpg  b.jpg  a.jpg  c.jpg        counts: a 2, b 1, c 1
+        yields             b             a with two captions, then c
+
+    Memory therefore holds only the images whose captions are apart in the source.
+
+    Args:
+        read: Returns the rows of the source; it is called once for each pass.
+        issues: What the source contains; only the second pass notes it.
     """
+    # `hash` of a text differs between processes, but within one it is fast and fixed.
     hashes = np.fromiter((hash(row.url or row.image) for row in read(ParseIssues())), np.int64)
     values, counts = np.unique(hashes, return_counts=True)
-    several = dict(zip(values[counts > 1].tolist(), counts[counts > 1].tolist()))
+    repeated = counts > 1
+    occurrences = dict(zip(values[repeated].tolist(), counts[repeated].tolist()))
     del hashes, values, counts
+
     waiting: dict[str, list[SourceRow]] = {}
-    for row in read(odd):
+    for row in read(issues):
         key = row.url or row.image
-        if row.record is not None or not key or (expected := several.get(hash(key))) is None:
+        expected = occurrences.get(hash(key)) if key else None
+        if row.record is not None or expected is None:
             yield row
             continue
         rows = waiting.setdefault(key, [])
         rows.append(row)
         if len(rows) == expected:
-            yield _merged(waiting.pop(key))
-    for rows in waiting.values():  # two images with one hash: neither was seen to be complete
-        yield _merged(rows)
+            yield _merge_rows(waiting.pop(key))
+    # Two images with the same hash: their rows were counted together, so neither seemed to be complete.
+    for rows in waiting.values():
+        yield _merge_rows(rows)
 
 
-def _merged(rows: list[SourceRow]) -> SourceRow:
-    return rows[0]._replace(captions=tuple(dict.fromkeys(c for row in rows for c in row.captions)))
+def _merge_rows(rows: list[SourceRow]) -> SourceRow:
+    """Return the first row with the captions of all rows, each once."""
+    captions: dict[str, None] = {}
+    for row in rows:
+        captions.update(dict.fromkeys(row.captions))
+    return rows[0]._replace(captions=tuple(captions))
 
 
-def file_name(index: int, url: str) -> str:
-    """The picture of row `index` in a folder: `0_1595581236.jpg`, that is index and CRC-32 of the URL."""
-    return f"{index}_{zlib.crc32(url.encode())}.jpg"
+# ---- rows to records ----
 
 
-def make_record(image: str, instruction: str, captions: Sequence[str]) -> dict[str, Any]:
-    """The JSON of a record: `response` for one caption, `responses` for several."""
-    said = {"response": captions[0]} if len(captions) == 1 else {"responses": list(captions)}
-    return {"image": image, "instruction": instruction, **said}
-
-
-def fraction(name: str) -> float:
-    """A number in [0, 1) that depends on `name` alone, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+def hash_fraction(name: str) -> float:
+    """Return a number in [0, 1) that depends only on `name` and is the same on every machine."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def to_records(
-    rows: Iterable[SourceRow], odd: ParseIssues, instructions: list[str], image_folder: Path | None
+    rows: Iterable[SourceRow],
+    issues: ParseIssues,
+    instructions: list[str],
+    image_folder: Path | None,
 ) -> Iterator[tuple[dict[str, Any], SourceRow]]:
-    """Rows -> JSON records, each with the row it came from; what can't become one is noted in `odd`."""
+    """Yield the record of each row, together with the row.
+
+    Args:
+        rows: The rows of a source, grouped by image.
+        issues: Rows that cannot become a record are noted here.
+        instructions: Templates; a hash of the image chooses one.
+        image_folder: If given, rows whose image is not in this folder are left out.
+    """
     for index, row in enumerate(rows):
-        image = row.image or (file_name(index, row.url) if row.url else "")
+        image = row.image
+        if not image and row.url:
+            image = image_file_name(index, row.url)
         if row.record is None and not image:
-            odd.note("row without an image (left out)", row.number, row.captions)
+            issues.note("row without an image (left out)", row.number, row.captions)
             continue
-        if _ABSOLUTE.match(image):
-            if image_folder is not None and Path(image).is_relative_to(image_folder.absolute()):
-                image = str(Path(image).relative_to(image_folder.absolute()))
-            else:  # of the machine that wrote it
-                odd.note("absolute path, not in --image-folder (base name kept)", row.number, image)
-                image = re.split(r"[/\\]", image)[-1]
+        if _ABSOLUTE_PATH.match(image):
+            image = _relative_path(image, row, issues, image_folder)
         if image_folder is not None and image and "#" not in image:
-            stem = image.rpartition(".")[0]  # what a URL held, only its first bytes can tell
-            names = [image] if row.image else [f"{stem}.{suffix}" for suffix in IMAGE_SUFFIXES]
-            found = next((name for name in names if (image_folder / name).is_file()), None)
-            if found is None:
-                odd.note(f"image not in {image_folder} (left out)", row.number, image)
+            found = _find_image(image, row, image_folder)
+            if not found:
+                issues.note(f"image not in {image_folder} (left out)", row.number, image)
                 continue
             image = found
         if row.record is not None:
             yield ({**row.record, "image": image} if image else row.record), row
         elif not row.captions:
-            odd.note("image without any caption (left out)", row.number, image)
+            issues.note("image without any caption (left out)", row.number, image)
         else:
-            template = instructions[int(fraction(image + "?") * len(instructions))]
-            yield make_record(image, template, row.captions), row
+            # The question mark keeps this choice independent of that of the split.
+            choice = int(hash_fraction(image + "?") * len(instructions))
+            yield make_record(image, instructions[choice], row.captions), row
 
 
-class RecordWriter:
-    """Writes records to `.json` (an array, one row a line), `.jsonl` or `.parquet`; whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        if path.suffix not in (".json", ".jsonl", ".parquet"):
-            raise ValueError(f"{path}: records are written to .json, .jsonl or .parquet")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.count = path, 0
-        self._partial = path.with_name(path.name + ".part")
-        self._rows: list[dict[str, Any]] = []
-        self._parquet: Any = None
-        self._encode = json.JSONEncoder(ensure_ascii=False).encode
-        self._file = (
-            None if path.suffix == ".parquet" else self._partial.open("w", encoding="utf-8")
-        )
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Add one record."""
-        if self._file is None:
-            self._rows.append(record)
-            if len(self._rows) == 8192:
-                self._flush()
-        elif self.path.suffix == ".jsonl":
-            self._file.write(f"{self._encode(record)}\n")
-        else:
-            self._file.write(f"{',' if self.count else '['}\n{self._encode(record)}")
-        self.count += 1
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        for row in self._rows:
-            if not isinstance(row.get("image"), str) or not row.get("instruction"):
-                raise ValueError(
-                    f"{self.path}: Parquet holds image, instruction and responses, but a row has {sorted(row)}: "
-                    "write conversations to .json or .jsonl"
-                )
-        rows = [
-            {**row, "responses": row.get("responses") or [row.get("response")]}
-            for row in self._rows
-        ]
-        columns = {
-            "image": pa.string(),
-            "instruction": pa.string(),
-            "responses": pa.list_(pa.string()),
-        }
-        table = pa.Table.from_pylist(rows, pa.schema(columns))
-        self._parquet = self._parquet or pq.ParquetWriter(
-            self._partial, table.schema, compression="zstd"
-        )
-        self._parquet.write_table(table)
-        self._rows.clear()
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._file is None:
-            if kind is None:
-                self._flush()
-                self._parquet.close()
-        else:
-            if self.path.suffix == ".json":
-                self._file.write("\n]\n" if self.count else "[]\n")
-            self._file.close()
-        if kind is None:
-            self._partial.replace(self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
+def _relative_path(
+    image: str, row: SourceRow, issues: ParseIssues, image_folder: Path | None
+) -> str:
+    """Return an absolute path relative to the image folder, or its base name: it is often of another machine."""
+    if image_folder is not None:
+        folder = image_folder.absolute()
+        if Path(image).is_relative_to(folder):
+            return str(Path(image).relative_to(folder))
+    issues.note("absolute path, not in --image-folder (base name kept)", row.number, image)
+    return re.split(r"[/\\]", image)[-1]
 
 
-def _parse_split(text: str) -> dict[str, float]:
-    try:
-        parts = {
-            name.strip(): float(share)
-            for name, _, share in (p.partition("=") for p in text.split(","))
-        }
-    except ValueError:
-        parts = {}
-    if not parts or not all(0 < share < 1 for share in parts.values()) or sum(parts.values()) >= 1:
-        raise ValueError(
-            f"--split {text!r}: give names and shares below 1, as in val=0.01 or val=0.01,test=0.01"
-        )
-    return parts
+def _find_image(image: str, row: SourceRow, image_folder: Path) -> str:
+    """Return the name of the image in the folder, or an empty text.
+
+    The suffix of an image that was downloaded from a URL follows its bytes, so all suffixes are tried.
+    """
+    names = [image]
+    if not row.image:
+        stem = image.rpartition(".")[0]
+        names = [f"{stem}.{suffix}" for suffix in IMAGE_SUFFIXES]
+    for name in names:
+        if (image_folder / name).is_file():
+            return name
+    return ""
+
+
+# ---- whole files ----
 
 
 def convert(
@@ -198,126 +164,117 @@ def convert(
     split: str = "",
     columns: Columns = Columns(),  # noqa: B008 - immutable
 ) -> tuple[dict[str, int], ParseIssues]:
-    """Write the records of `source` to `output`; returns each file's count, and what was odd.
+    """Write the records of a source.
 
     Args:
-        image_folder: where the pictures are; rows whose picture isn't there are left out (and counted).
-        instruction: what the user says, or a .txt of templates, one a line, drawn by a hash of the image.
-        split: `val=0.01` sends that share, by a hash of the image, to `<output>_val`, the rest to
-            `<output>_train`; `source` follows the source's own split (Karpathy's).
+        source: Anything that `read_source` reads.
+        output: `.json`, `.jsonl` or `.parquet`.
+        image_folder: The folder of the images. Rows whose image is not in it are left out and counted.
+        instruction: The user's text, or a `.txt` file of templates, one a line, chosen by a hash of the image.
+        split: "val=0.01" writes this share (by a hash of the image) to `<output>_val`, and the rest to
+            `<output>_train`; "source" uses the split of the source itself (Karpathy's); "" writes one file.
+        columns: Names of columns that the user passed.
+
+    Returns:
+        The number of records by file name, and what was left out or repaired.
+
+    Raises:
+        ValueError: An argument is wrong, or the source has no record.
     """
     if image_folder is not None and not image_folder.is_dir():
         raise ValueError(f"--image-folder {image_folder}: no such folder")
-    instructions = [instruction]
-    if instruction.endswith(".txt"):
-        instructions = [
-            line.strip()
-            for line in Path(instruction).read_text("utf-8").splitlines()
-            if line.strip()
-        ]
-        if not instructions:
-            raise ValueError(f"--instruction {instruction}: no template in this file")
-    shares = _parse_split(split) if split not in ("", "source") else {}
-    odd = ParseIssues()
-    rows = group_captions(lambda notes: read_source(source, notes, columns), odd)
+    instructions = _read_instructions(instruction)
+    shares: dict[str, float] = {}
+    if split not in ("", "source"):
+        shares = _parse_split(split)
+    issues = ParseIssues()
+    rows = group_captions(lambda pass_issues: read_source(source, pass_issues, columns), issues)
     writers: dict[str, RecordWriter] = {}
     with ExitStack() as stack:
 
-        def begin(part: str) -> None:
-            path = output.with_stem(f"{output.stem}_{part}") if part else output
-            writers[part] = stack.enter_context(RecordWriter(path))
+        def open_part(part: str) -> RecordWriter:
+            if part not in writers:
+                path = output.with_stem(f"{output.stem}_{part}") if part else output
+                writers[part] = stack.enter_context(RecordWriter(path))
+            return writers[part]
 
-        for part in (
-            ("train", *shares) if shares else ()
-        ):  # a share that gets nothing leaves no older file in its place
-            begin(part)
-        for record, row in to_records(rows, odd, instructions, image_folder):
+        # Open all parts at once: a share without any record must still replace the file of an earlier run.
+        if shares:
+            for part in ("train", *shares):
+                open_part(part)
+        for record, row in to_records(rows, issues, instructions, image_folder):
             part = ""
             if split == "source":
-                part = {"restval": "train", "": "train"}.get(row.split, row.split)
-                if not row.split:
-                    odd.note(
-                        "row without a split of its own (taken for training)", row.number, row.image
-                    )
+                part = _source_part(row, issues)
             elif shares:
-                part, place = "train", fraction(str(record.get("image") or row.number))
-                for name, share in shares.items():
-                    if 0 <= place < share:
-                        part = name
-                    place -= share
-            if part not in writers:
-                begin(part)
-            writers[part].write(record)
+                part = _choose_part(str(record.get("image") or row.number), shares)
+            open_part(part).write(record)
+        # Inside the block, so that the error discards the files.
         if not any(writer.count for writer in writers.values()):
-            raise ValueError(f"{source}: no record came of it\n" + "\n".join(odd.lines()))
-    return {str(writer.path): writer.count for writer in writers.values()}, odd
+            raise ValueError("\n".join([f"{source}: contains no usable record", *issues.lines()]))
+    return {str(writer.path): writer.count for writer in writers.values()}, issues
+
+
+def _read_instructions(instruction: str) -> list[str]:
+    if not instruction.endswith(".txt"):
+        return [instruction]
+    lines = Path(instruction).read_text("utf-8").splitlines()
+    templates = [line.strip() for line in lines if line.strip()]
+    if not templates:
+        raise ValueError(f"--instruction {instruction}: the file contains no template")
+    return templates
+
+
+def _parse_split(text: str) -> dict[str, float]:
+    """Return the shares by name of "val=0.01,test=0.01"."""
+    shares: dict[str, float] = {}
+    try:
+        for part in text.split(","):
+            name, _, share = part.partition("=")
+            shares[name.strip()] = float(share)
+    except ValueError:
+        shares = {}
+    in_range = all(0 < share < 1 for share in shares.values())
+    if not shares or not in_range or sum(shares.values()) >= 1:
+        raise ValueError(
+            f"--split {text}: expected names with shares that sum to less than 1, for example "
+            "--split val=0.01 or --split val=0.01,test=0.01; or --split source."
+        )
+    return shares
+
+
+def _source_part(row: SourceRow, issues: ParseIssues) -> str:
+    """Return the part that the source assigns to a row; "restval" is Karpathy's name for more training images."""
+    if not row.split:
+        issues.note("row without a split of its own (taken for training)", row.number, row.image)
+        return "train"
+    return "train" if row.split == "restval" else row.split
+
+
+def _choose_part(name: str, shares: dict[str, float]) -> str:
+    """Return the part of an image: the interval of [0, 1) that the hash of its name falls into."""
+    position = hash_fraction(name)
+    for part, share in shares.items():
+        if position < share:
+            return part
+        position -= share
+    return "train"
 
 
 def reduce(source: Path, output: Path, count: int, seed: int) -> int:
-    """A random sample of `count` records, in their order; returns how many."""
+    """Write a random sample of `count` records in their original order.
+
+    Returns:
+        The number of records that were written: all of them if the source has fewer.
+
+    Raises:
+        ValueError: `count` is below 1, or the source is not a file of records.
+    """
     rows = open_rows(source)
     if count < 1:
-        raise ValueError(f"--count {count}: at least 1")
+        raise ValueError(f"--count {count}: must be at least 1")
     chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
     with RecordWriter(output) as writer:
         for index in chosen:
             writer.write(rows[index])
     return len(chosen)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`llava convert SOURCE --output records.json`."""
-    parser = argparse.ArgumentParser(
-        "llava convert", description="Make records of any caption source."
-    )
-    parser.add_argument(
-        "source", help="TSV, CSV, JSON, JSONL, Parquet, tar, a folder of them, a glob, a URL"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="records: .json, .jsonl or .parquet"
-    )
-    parser.add_argument(
-        "--image-folder", type=Path, help="keep only rows whose picture is in this folder"
-    )
-    parser.add_argument(
-        "--instruction", default=INSTRUCTION, help="a text, or a .txt of templates, one a line"
-    )
-    parser.add_argument(
-        "--split", default="", help="val=0.01 (by hash of the image) or source (its own split)"
-    )
-    for column in Columns._fields:
-        parser.add_argument(
-            f"--{column}-column", default="", help=f"name of the column with the {column}"
-        )
-    args = parser.parse_args(argv)
-    counts, odd = convert(
-        args.source,
-        args.output,
-        image_folder=args.image_folder,
-        instruction=args.instruction,
-        split=args.split,
-        columns=Columns(args.url_column, args.image_column, args.caption_column),
-    )
-    for path, count in counts.items():
-        sys.stdout.write(f"{count:>9,} records -> {path}\n")
-    sys.stdout.write("".join(f"{line}\n" for line in odd.lines()))
-    return 0
-
-
-def reduce_main(argv: list[str] | None = None) -> int:
-    """`llava reduce records.json --count 1000 --seed 0`."""
-    parser = argparse.ArgumentParser(
-        "llava reduce", description="A random sample of a file of records."
-    )
-    parser.add_argument("records", type=Path, help=".json, .jsonl or .parquet")
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="default: the same name with _COUNT added")
-    args = parser.parse_args(argv)
-    output = args.output or args.records.with_name(
-        f"{args.records.stem}_{args.count}{args.records.suffix}"
-    )
-    sys.stdout.write(
-        f"{reduce(args.records, output, args.count, args.seed):>9,} records -> {output}\n"
-    )
-    return 0

@@ -71,6 +71,7 @@ def write_preparation_report(
         charts: Charts beside the outcomes.
         hosts: Hosts with the most failures.
     """
+    # Bars are shares of all rows, the most frequent outcome first.
     total = max(1, sum(outcomes.values()))
     bars = []
     for outcome, count in Counter(outcomes).most_common():
@@ -81,7 +82,7 @@ def write_preparation_report(
         path,
         "prepare/preparation_report.html",
         title=title,
-        tiles=[Tile(label, value) for label, value in facts.items()],
+        tiles=[Tile(*fact) for fact in facts.items()],
         outcomes=bars,
         warnings=warnings,
         charts=charts,
@@ -117,10 +118,12 @@ class _DownloadStatistics:
     ) -> None:
         """Count one row."""
         self.outcomes[error or _OK] += 1
+        # Not urllib: it rejects some of the URLs that failed, and these must be counted too.
         host = url.partition("://")[2].partition("/")[0]
         self.rows_by_host[host] += 1
         if not error:
             return
+        # Failures are also counted by host, and a few of each kind are shown.
         self.errors_by_host.setdefault(host, Counter())[error] += 1
         shown = self.examples.setdefault(error, [])
         if len(shown) < MAX_EXAMPLES:
@@ -154,14 +157,20 @@ def write_download_report(
         The content of the JSON report.
     """
     statistics = _read_manifest(manifest)
+    # Columns of all rows; a manifest may have no rows at all.
     no_rows = np.empty((0, 4))
     times, widths, heights, sizes = np.concatenate([no_rows, *statistics.columns]).T
+    # A row without an image has NaN in all columns but the first.
     has_image = ~np.isnan(sizes)
     sizes = sizes[has_image]
     shorter_sides = np.minimum(widths, heights)[has_image]
-    seconds = float(times.max() - times.min()) if len(times) else 0.0
+    # From the first row to the last: a download that was interrupted took less than that.
+    seconds = float(np.ptp(times)) if len(times) else 0.0
     num_rows = statistics.outcomes.total()
     worst_hosts = statistics.worst_hosts()
+    worst_errors = {}
+    for host in worst_hosts:
+        worst_errors[host] = dict(statistics.errors_by_host[host].most_common())
 
     report = {
         "outcomes": dict(statistics.outcomes.most_common()),
@@ -169,14 +178,13 @@ def write_download_report(
         "seconds": round(seconds, 1),
         "bytes": int(sizes.sum()),
         "hosts": len(statistics.rows_by_host),
-        "worst_hosts": {
-            host: dict(statistics.errors_by_host[host].most_common()) for host in worst_hosts
-        },
+        "worst_hosts": worst_errors,
         "examples": statistics.examples,
         "settings": settings,
     }
     json_path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
 
+    # A download without any image has no sizes to draw.
     charts = []
     if len(times):
         charts.append(
@@ -213,6 +221,7 @@ def write_download_report(
 def _read_manifest(manifest: Path) -> _DownloadStatistics:
     import pyarrow.parquet as pq
 
+    # Batch by batch: a manifest has millions of rows. Of the texts, only counts and a few examples are kept.
     statistics = _DownloadStatistics()
     texts = ["index", "url", "error", "detail", "captions"]
     numbers = ["at", "width", "height", "length"]
@@ -227,5 +236,6 @@ def _read_manifest(manifest: Path) -> _DownloadStatistics:
 
 def _describe_host(host: str, statistics: _DownloadStatistics) -> Host:
     errors = statistics.errors_by_host[host]
+    # Most hosts fail in one or two ways; the JSON report has all of them.
     causes = [f"{error} {count}" for error, count in errors.most_common(MAX_CAUSES)]
     return Host(host, statistics.rows_by_host[host], errors.total(), ", ".join(causes))

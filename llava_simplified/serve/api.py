@@ -50,8 +50,9 @@ from llava_simplified.serve.schemas import (
 )
 from llava_simplified.serve.security import HostCheck, KeyCheck, SecurityHeaders
 
-if TYPE_CHECKING:  # needs aiohttp, which only --allow-image-urls does
-    from llava_simplified.prepare.fetch import Fetcher, FetchOptions
+if TYPE_CHECKING:
+    from llava_simplified.prepare.fetch import Fetcher
+    from llava_simplified.prepare.fetch_options import FetchOptions
 
 logger = logging.getLogger(__name__)
 
@@ -233,13 +234,13 @@ class ModelEndpoint:
             )
         # The fetcher limits sizes and times, and connects to public addresses only; see `prepare/fetch.py`.
         fetched = await self.fetcher.fetch(url)
-        if fetched.picture is None:
+        if fetched.image is None:
             raise RequestError(
                 f"An image could not be fetched: {fetched.kind}: {fetched.detail}",
                 "messages",
                 fetched.kind,
             )
-        return fetched.picture.data
+        return fetched.image.data
 
 
 class ChatCompletions(ModelEndpoint):
@@ -595,6 +596,7 @@ def _add_engine_metrics(engine: Engine, registry: CollectorRegistry) -> None:
 def _create_fetcher(limits: Limits) -> Fetcher | None:
     if limits.fetch is None:
         return None
+    # Needs aiohttp, which the extra `serve` does not install.
     from llava_simplified.prepare.fetch import Fetcher
 
     return Fetcher(limits.fetch)

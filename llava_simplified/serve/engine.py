@@ -6,7 +6,7 @@
                 -----------------------> t  x  evicted: the client has disconnected
 
 A request does not wait for the batch to finish: it is admitted before the next step, wherever the others
-are. A sequence that has finished, or whose client has left, gives its place to the next request.
+are. A sequence that has finished, or whose client has left, makes room for the next request.
 
     with engine.open_request() as request:               # QueueFullError
         await request.submit(messages, images, options)  # RequestError, ImageError, TimeoutError
@@ -101,7 +101,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class RunningSequence:
-    """One row of the batch: a request, and which of its sequences."""
+    """A sequence of the batch: its request, and which of the request's sequences it is."""
 
     request: RequestHandle
     index: int
@@ -358,8 +358,8 @@ class Engine:
 
     Attributes:
         requests_in_flight: The open requests, whether they are being read, waiting or running.
-        sequences_running: Row of the batch -> its sequence. Rows of closed requests remain until the next
-            step evicts them.
+        sequences_running: Id of a sequence in the batch -> the sequence. Those of closed requests remain
+            until the next step evicts them.
         reader_threads: Executor for work on the CPU that needs no language model.
     """
 
@@ -458,8 +458,9 @@ class Engine:
 
     def _next_requests(self) -> list[RequestHandle]:
         """Remove from the queue the requests that the next step admits, oldest first."""
-        # Rows of closed requests do not count: the step evicts them before it admits.
-        occupied = [row for row in self.sequences_running.values() if not row.request.is_closed]
+        # Sequences of closed requests do not count: the step evicts them before it admits.
+        sequences = self.sequences_running.values()
+        occupied = [sequence for sequence in sequences if not sequence.request.is_closed]
         free = self.batch_size - len(occupied)
         admitted: list[RequestHandle] = []
         while self._waiting:
@@ -492,10 +493,10 @@ class Engine:
         Returns:
             The deltas and errors, each with the request that it belongs to.
         """
-        # Eviction comes first: `_next_requests` has counted the rows of closed requests as free.
-        for row, sequence in list(self.sequences_running.items()):
+        # Eviction comes first: `_next_requests` has counted the sequences of closed requests as free.
+        for sequence_id, sequence in list(self.sequences_running.items()):
             if sequence.request.is_closed:
-                self._evict(row)
+                self._evict(sequence_id)
         if admitted:
             self._admit(admitted)
         if self._batch is None:
@@ -503,35 +504,37 @@ class Engine:
 
         self._batch.step()
         results: list[tuple[RequestHandle, Delta | Exception]] = []
-        for row, sequence in list(self.sequences_running.items()):
-            if row not in self.sequences_running:  # evicted with a failed sequence of its request
+        for sequence_id, sequence in list(self.sequences_running.items()):
+            if (
+                sequence_id not in self.sequences_running
+            ):  # evicted with a failed sequence of its request
                 continue
             try:
-                delta = self._read_delta(row, sequence)
+                delta = self._read_delta(sequence_id, sequence)
             except Exception as error:
                 logger.exception("A sequence failed. Only its request ends with an error.")
                 self._evict_request(sequence.request)
                 results.append((sequence.request, error))
                 continue
             if delta.finish_reason:
-                self._evict(row)
+                self._evict(sequence_id)
             # No text: half of a character, or the possible beginning of a stop text.
             if delta.text or delta.finish_reason:
                 results.append((sequence.request, delta))
         return results
 
-    def _read_delta(self, row: int, sequence: RunningSequence) -> Delta:
+    def _read_delta(self, sequence_id: int, sequence: RunningSequence) -> Delta:
         """Return the delta of a sequence after a step, or raise what made it fail."""
         assert self._batch is not None
-        if row in self._batch.errors:
-            raise self._batch.errors[row]
-        is_active = row in self._batch.active
+        if sequence_id in self._batch.errors:
+            raise self._batch.errors[sequence_id]
+        is_active = sequence_id in self._batch.active
         return sequence.request.next_delta(
-            sequence.index, self._batch.generated_ids[row], is_active
+            sequence.index, self._batch.generated_ids[sequence_id], is_active
         )
 
     def _admit(self, requests: Sequence[RequestHandle]) -> None:
-        """Encode the images of new requests, prefill their prompts, and add their rows to the batch."""
+        """Encode the images of new requests, prefill their prompts, and add their sequences to the batch."""
         pixel_values = [
             request.pixel_values for request in requests if request.pixel_values is not None
         ]
@@ -541,27 +544,27 @@ class Engine:
         hashes = [request.prompt_hash for request in requests]
         if self._batch is None:
             self._batch = DecodingBatch(self.model, prompts, features, options, hashes)
-            rows = list(self._batch.active)
+            ids = list(self._batch.active)
         else:
-            rows = self._batch.join(prompts, features, options, hashes)
-        # The rows of a request are adjacent, in the order of the requests.
+            ids = self._batch.join(prompts, features, options, hashes)
+        # The ids of a request are adjacent, in the order of the requests.
         sequences = [
             RunningSequence(request, index)
             for request in requests
             for index in range(request.options.num_return_sequences)
         ]
-        self.sequences_running.update(zip(rows, sequences))
+        self.sequences_running.update(zip(ids, sequences))
 
-    def _evict(self, row: int) -> None:
+    def _evict(self, sequence_id: int) -> None:
         """Remove a sequence from the batch, whether it has finished or not."""
         assert self._batch is not None
         # The batch would keep the tokens of all sequences that it has ever had.
-        self._batch.cancel(row)
-        del self._batch.generated_ids[row], self.sequences_running[row]
-        self._batch.errors.pop(row, None)
+        self._batch.cancel(sequence_id)
+        del self._batch.generated_ids[sequence_id], self.sequences_running[sequence_id]
+        self._batch.errors.pop(sequence_id, None)
 
     def _evict_request(self, request: RequestHandle) -> None:
         """Remove all sequences of a request from the batch."""
-        for row, sequence in list(self.sequences_running.items()):
+        for sequence_id, sequence in list(self.sequences_running.items()):
             if sequence.request is request:
-                self._evict(row)
+                self._evict(sequence_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -45,7 +46,7 @@ def _add_network_options(parser: CommandParser) -> None:
         help="Address to listen on; 0.0.0.0 is reachable from other machines (default: %(default)s)",
     )
     group.add_argument(
-        "--port", type=_port, default=8000, help="Port to listen on (default: %(default)s)"
+        "--port", type=int, default=8000, help="Port to listen on (default: %(default)s)"
     )
     group.add_argument(
         "--api-key",
@@ -81,82 +82,76 @@ def _add_limit_options(parser: CommandParser) -> None:
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--batch-size",
-        type=_positive,
+        type=int,
         default=16,
         help="Sequences generated at the same time (default: %(default)s)",
     )
     group.add_argument(
         "--queue",
-        type=_not_negative,
+        type=int,
         default=64,
         help="Further requests that may wait; more are refused with status 429 (default: %(default)s)",
     )
     group.add_argument(
         "--timeout",
-        type=_seconds,
+        type=float,
         default=120.0,
         metavar="SECONDS",
         help="Maximum duration of a request, waiting included (default: %(default)s)",
     )
     group.add_argument(
         "--context",
-        type=_positive,
+        type=int,
         default=4096,
         metavar="TOKENS",
         help="Maximum number of tokens of prompt, images and answer together (default: %(default)s)",
     )
     group.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=int,
         default=512,
         help="Maximum number of new tokens per answer (default: %(default)s)",
     )
     group.add_argument(
         "--max-images",
-        type=_not_negative,
+        type=int,
         default=8,
         help="Maximum number of images per request (default: %(default)s)",
     )
     group.add_argument(
         "--max-body",
-        type=_positive,
+        type=int,
         default=20,
         metavar="MEGABYTES",
         help="Maximum size of a request (default: %(default)s)",
     )
 
 
-def _port(text: str) -> int:
-    return _whole_number(text, 1, 65535)
+# The least and the greatest value of each number.
+_RANGES = {
+    "port": (1, 65535),
+    "batch_size": (1, math.inf),
+    "queue": (0, math.inf),
+    "context": (1, math.inf),
+    "max_tokens": (1, math.inf),
+    "max_images": (0, math.inf),
+    "max_body": (1, math.inf),
+}
 
 
-def _positive(text: str) -> int:
-    return _whole_number(text, 1)
-
-
-def _not_negative(text: str) -> int:
-    return _whole_number(text, 0)
-
-
-def _whole_number(text: str, least: int, most: int | None = None) -> int:
-    """Return the number in a text, or raise the error that argparse shows."""
-    expected = f"from {least} to {most}" if most else f"of at least {least}"
-    # `isdecimal` is false for signs: negative numbers are out of every range here.
-    number = int(text) if text.isdecimal() else -1
-    if number < least or (most and number > most):
-        raise argparse.ArgumentTypeError(f"expected a number {expected}, got {text!r}")
-    return number
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise ValueError for a number that is out of range."""
+    for name, (least, greatest) in _RANGES.items():
+        value = getattr(args, name)
+        if not least <= value <= greatest:
+            limits = (
+                f"from {least} to {greatest}" if greatest < math.inf else f"of at least {least}"
+            )
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value}: expected a number {limits}")
     # False for NaN, too: a timeout of NaN would never end.
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
-    return seconds
+    if not 0 < args.timeout < math.inf:
+        raise ValueError(f"--timeout {args.timeout}: expected a positive number of seconds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,12 +161,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "serve", "starlette", "uvicorn", "pydantic", "prometheus_client", purpose="llava serve"
     )
     if args.allow_image_urls:
-        require_extra("download", "aiohttp", purpose="--allow-image-urls")
+        require_extra("download", "aiohttp", "aiodns", purpose="--allow-image-urls")
 
     from llava_simplified.serve.page import find_examples, load_examples
     from llava_simplified.serve.security import check_host_names
 
     # Loading a model takes minutes: find mistakes before.
+    _check_numbers(args)
     check_host_names(args.allowed_hosts)
     _check_address(args.host, args.port)
     examples = load_examples(find_examples(args.examples)) if args.examples else []
@@ -251,7 +247,7 @@ def _limits(args: argparse.Namespace) -> Limits:
     if not args.allow_image_urls:
         return Limits(max_body, args.max_images, args.max_tokens)
 
-    from llava_simplified.prepare.fetch import FetchOptions
+    from llava_simplified.prepare.fetch_options import FetchOptions
 
     # No retries: the client waits, and can repeat its request.
     fetch = FetchOptions(retries=0, max_bytes=max_body)

@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import sys
 
-from llava_simplified.options import configure_logging
+from llava_simplified.options import CommandParser
+from llava_simplified.training_options import add_training_options, exit_with_help
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava encode`, for help and completion."""
+    parser = CommandParser(
+        "llava encode",
+        "Compute the image features of a training run in advance. Accepts the options of the run.",
+        usage="%(prog)s [options]",
+    )
+    add_training_options(parser)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `llava encode`."""
+    argv = sys.argv[1:] if argv is None else argv
+    exit_with_help(argv, build_parser())
+
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.encode import encode_data
 
-    configure_logging()
-    groups = parse_arguments(sys.argv[1:] if argv is None else argv)
+    groups = parse_arguments(argv)
     encoded, unreadable, mode = encode_data(*groups)
     print(
         f"{encoded:,} images are in the cache, {unreadable:,} could not be read. Train with the same options and "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_simplified.extras import MissingExtraError
-from llava_simplified.options import CommandParser, configure_logging
+from llava_simplified.options import CommandParser
 from llava_simplified.training_options import add_training_options, exit_with_help
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.preflight import preflight
 
-    configure_logging()
     groups = parse_arguments(argv)
     preflight(argv, *groups)
     train(*groups)

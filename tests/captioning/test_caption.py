@@ -287,7 +287,7 @@ def test_caption_file_keeps_unicode_line_separators(
 def test_caption_file_resumes_a_json_array(
     model: Llava, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that dies before the array is written continues, and leaves only the array and its failures."""
+    """A job that dies before the array is written leaves only the array in the end."""
     output = tmp_path / "new" / "out.json"
     job = folder_job(folder, output, batch_size=2)
 
@@ -330,7 +330,7 @@ def test_caption_file_resumes_a_job_of_0_1_0(
 
 
 def test_caption_file_continues_the_rows_of_0_1_0(model: Llava, folder: Path, output: Path) -> None:
-    """Rows that 0.1.0 has written are kept as they are, and only the missing records are captioned."""
+    """Rows that 0.1.0 has written are kept, and only the missing records are captioned."""
     fixture = Path(__file__).parents[1] / "fixtures" / "captioning_0_1_0"
     old = (fixture / "captions.jsonl").read_bytes()
     settings = json.loads((fixture / "captions.jsonl.settings.json").read_text())

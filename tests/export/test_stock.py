@@ -535,9 +535,10 @@ def save_untrained_checkpoint(folder: Path, language_model: Path, vision_tower: 
     """Write a checkpoint with a new adapter."""
     config = LlavaConfig(str(language_model), str(vision_tower), dtype="bfloat16")
     model = build_model(config)
-    freeze(model, language_model=True, vision_tower=True)
+    parts = TrainedParts(language_model="adapter")
+    freeze(model, parts)
     add_lora(model, 4, 8, 0.0, "none")
-    save_checkpoint(model, folder, config, TrainedParts(language_model="adapter"))
+    save_checkpoint(model, folder, config, parts)
 
 
 def save_large_language_model(folder: Path) -> None:

@@ -26,7 +26,8 @@ with atheris.instrument_imports(include=["PIL", "tarfile", "llava_simplified"]):
 
     from llava_simplified.data.images import ImageError, decode_image
     from llava_simplified.data.shards import read_range, read_shard_image, tar_samples
-    from llava_simplified.prepare.sources import Columns, ParseIssues, read_source
+    from llava_simplified.prepare.source_rows import Columns, ParseIssues
+    from llava_simplified.prepare.sources import read_source
 
 WORK = Path(tempfile.mkdtemp(prefix="fuzz-"))
 FORMS = ("tsv", "csv", "json", "jsonl", "parquet", "tar", "tsv.gz", "json.xz", "jsonl.bz2")

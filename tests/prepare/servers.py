@@ -1,4 +1,4 @@
-"""The server that misbehaves, in a thread of the tests' own process."""
+"""The server that misbehaves (`benchmarks/loopback.py`), in a thread of the test process."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ import loopback
 
 
 class Server:
-    """Its port, what was asked of it, and the redirects and robots.txt that a test sets up."""
+    """A running server.
+
+    Attributes:
+        port: Its port, on every loopback address.
+        served: The number of requests by path.
+        requests: All requests as they came.
+        targets: What a test sets up: the target of `/redirect/name` by name, and the text "robots" of robots.txt.
+    """
 
     def __init__(self, port: int, handler: type) -> None:
-        self.port, self.served, self.targets, self.requests = (
-            port,
-            handler.served,
-            handler.targets,
-            handler.requests,
-        )
+        self.port = port
+        self.served = handler.served
+        self.requests = handler.requests
+        self.targets = handler.targets
 
     def url(self, path: str, host: str = "127.0.0.1", scheme: str = "http") -> str:
+        """Return the URL of a path; its first part is what happens, see `loopback.EXPECTED`."""
         return f"{scheme}://{host}:{self.port}/{path}"
 
 

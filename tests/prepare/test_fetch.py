@@ -1,9 +1,10 @@
-"""The downloader under attack: every threat, by a server that really does it."""
+"""The downloader against a server that really does what it must withstand."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import re
 import time
 from collections import Counter
@@ -15,60 +16,84 @@ import pytest
 from multidict import CIMultiDict
 from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
 
-from llava_simplified.prepare import fetch
-from llava_simplified.prepare.fetch import FetchOptions, FetchResult, fetch_all, opted_out
+from llava_simplified.data.images import ImageError, check_image
+from llava_simplified.prepare import address_guard, fetch_hosts
+from llava_simplified.prepare.address_guard import is_public
+from llava_simplified.prepare.fetch import Fetcher, FetchResult, opted_out, parse_retry_after
+from llava_simplified.prepare.fetch_hosts import fetch_all, host_of
+from llava_simplified.prepare.fetch_options import FetchOptions
 
 OPEN = FetchOptions(allow_private=True, timeout=3, retries=0)
 
+Headers = dict[str, str] | None
 
-def get(urls: str | list[str], options: FetchOptions = OPEN) -> list[FetchResult]:
-    """Results in the order of the URLs."""
-    urls = [urls] if isinstance(urls, str) else urls
+
+def fetch(urls: str | list[str], options: FetchOptions = OPEN) -> list[FetchResult]:
+    """Fetch URLs, and return the results in their order."""
+    url_list = [urls] if isinstance(urls, str) else urls
 
     async def run() -> list[FetchResult]:
-        found = {row: fetched async for row, _, fetched in fetch_all(enumerate(urls), options)}
-        return [found[i] for i in range(len(urls))]
+        results = {
+            row: fetched async for row, _, fetched in fetch_all(enumerate(url_list), options)
+        }
+        return [results[row] for row in range(len(url_list))]
 
     return asyncio.run(run())
+
+
+def kinds_of(results: list[FetchResult]) -> set[str]:
+    return {fetched.kind for fetched in results}
+
+
+# ---- outcomes of one URL ----
 
 
 @pytest.mark.parametrize(
     "kind", [kind for kind in loopback.EXPECTED if kind not in ("drip", "busy")]
 )
-def test_every_outcome_is_reported_by_its_true_cause(server: Server, kind: str) -> None:
-    options = FetchOptions(allow_private=True, timeout=1 if kind == "hang" else 20, retries=0)
-    (fetched,) = get(server.url(f"{kind}/3.jpg"), options)
+def test_fetch_names_every_outcome_by_its_cause(server: Server, kind: str) -> None:
+    timeout = 1 if kind == "hang" else 20
+    options = FetchOptions(allow_private=True, timeout=timeout, retries=0)
+    (fetched,) = fetch(server.url(f"{kind}/3.jpg"), options)
     outcome, digest = loopback.expected(kind, 3)
     assert fetched.kind == outcome, fetched
     if digest:
-        assert hashlib.sha256(fetched.picture.data).hexdigest() == digest, "kept byte by byte"
+        assert fetched.image is not None
+        assert hashlib.sha256(fetched.image.data).hexdigest() == digest, "kept byte by byte"
     else:
-        assert fetched.picture is None
-        assert fetched.detail.encode(), "can be written down"
+        assert fetched.image is None
+        assert fetched.detail.encode(), "can be written to a file"
 
 
-def test_one_byte_a_second_is_given_up_early(server: Server) -> None:
+def test_fetch_gives_up_early_on_one_byte_a_second(server: Server) -> None:
     start = time.monotonic()
-    (fetched,) = get(server.url("drip/1.jpg"), FetchOptions(allow_private=True, timeout=60))
+    (fetched,) = fetch(server.url("drip/1.jpg"), FetchOptions(allow_private=True, timeout=60))
     assert fetched.kind == "too_slow"
     assert time.monotonic() - start < 8
 
 
-def test_an_endless_body_stops_at_the_limit(server: Server) -> None:
-    (fetched,) = get(
-        server.url("endless/1.jpg"),
-        FetchOptions(allow_private=True, timeout=20, max_bytes=1_000_000),
-    )
+def test_fetch_stops_an_endless_body_at_the_limit(server: Server) -> None:
+    options = FetchOptions(allow_private=True, timeout=20, max_bytes=1_000_000)
+    (fetched,) = fetch(server.url("endless/1.jpg"), options)
     assert fetched.kind == "too_large"
     assert "1000000" in fetched.detail
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (8_000, 8_000)])
+def test_check_image_refuses_a_bomb_by_its_header(size: tuple[int, int]) -> None:
+    start = time.monotonic()
+    with pytest.raises(ImageError, match=r"pixels") as error:
+        check_image(loopback.bomb_png(*size))
+    assert error.value.kind == "too_large"
+    assert time.monotonic() - start < 0.5
 
 
 @pytest.mark.parametrize(
     "url",
     ["file:///etc/passwd", "ftp://example.org/1.jpg", "data:image/png;base64,AAAA", "javascript:x"],
 )
-def test_other_schemes_are_refused(url: str) -> None:
-    assert get(url)[0].kind == "scheme"
+def test_fetch_refuses_other_schemes(url: str) -> None:
+    assert fetch(url)[0].kind == "scheme"
 
 
 @pytest.mark.parametrize(
@@ -83,34 +108,52 @@ def test_other_schemes_are_refused(url: str) -> None:
         "http://x:99999/",
     ],
 )
-def test_what_is_no_url_is_an_outcome_and_no_exception(url: str) -> None:
-    assert get(url)[0].kind in ("bad_url", "scheme", "dns")
+def test_fetch_of_a_malformed_url_is_an_outcome_and_no_exception(url: str) -> None:
+    assert fetch(url)[0].kind in ("bad_url", "scheme", "dns")
 
 
-PRIVATE = ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "[::ffff:127.0.0.1]", "0.0.0.0"]  # fmt: skip
+def test_fetch_names_unknown_hosts_and_closed_ports() -> None:
+    assert fetch("http://no-such-host.invalid/1.jpg")[0].kind == "dns"
+    assert fetch("http://127.0.0.1:9/1.jpg")[0].kind == "refused"
 
 
-@pytest.mark.parametrize("host", PRIVATE)
-def test_private_addresses_are_refused_however_they_are_written(server: Server, host: str) -> None:
-    (fetched,) = get(f"http://{host}:{server.port}/ok/1.jpg", FetchOptions(timeout=5, retries=0))
-    assert fetched.kind in ("blocked_address", "dns", "bad_url"), fetched
-    assert not server.served, "nobody was asked"
-    if host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"):
-        assert fetched.kind == "blocked_address", fetched
+# ---- addresses that are not public ----
+
+# The same address in every notation. aiohttp or the resolver may refuse some of them earlier, under another name.
+PRIVATE_HOSTS = {
+    "127.0.0.1": ["blocked_address"],
+    "localhost": ["blocked_address"],
+    "[::1]": ["blocked_address"],
+    "[::ffff:127.0.0.1]": ["blocked_address"],
+    "0.0.0.0": ["blocked_address"],
+    "2130706433": ["blocked_address", "dns", "bad_url"],
+    "0x7f000001": ["blocked_address", "dns", "bad_url"],
+    "0177.0.0.1": ["blocked_address", "dns", "bad_url"],
+    "127.1": ["blocked_address", "dns", "bad_url"],
+}
 
 
-@pytest.mark.parametrize("host", PRIVATE)
-def test_a_redirect_to_a_private_address_is_refused(
+@pytest.mark.parametrize("host", PRIVATE_HOSTS)
+def test_fetch_refuses_private_addresses_in_every_notation(server: Server, host: str) -> None:
+    options = FetchOptions(timeout=5, retries=0)
+    (fetched,) = fetch(f"http://{host}:{server.port}/ok/1.jpg", options)
+    assert fetched.kind in PRIVATE_HOSTS[host], fetched
+    assert not server.served, "no request was sent"
+
+
+@pytest.mark.parametrize("host", PRIVATE_HOSTS)
+def test_fetch_refuses_a_redirect_to_a_private_address(
     server: Server, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first hop is let through as if 127.0.0.2 were a public server, the second must not be."""
-    public = fetch._is_public
-    monkeypatch.setattr(
-        fetch, "_is_public", lambda address: address == "127.0.0.2" or public(address)
-    )
+    """The first hop is allowed as if 127.0.0.2 were a public server; the second must not be."""
+
+    def is_public_or_first_hop(address: str) -> bool:
+        return address == "127.0.0.2" or is_public(address)
+
+    monkeypatch.setattr(address_guard, "is_public", is_public_or_first_hop)
     server.targets["there"] = f"http://{host}:{server.port}/ok/secret.jpg"
     url = server.url("redirect/there", "127.0.0.2")
-    (fetched,) = get(url, FetchOptions(timeout=5, retries=0))
+    (fetched,) = fetch(url, FetchOptions(timeout=5, retries=0))
     assert fetched.kind in ("blocked_address", "dns", "bad_url"), fetched
     assert list(server.served) == ["/redirect/there"]
 
@@ -118,18 +161,44 @@ def test_a_redirect_to_a_private_address_is_refused(
 @pytest.mark.parametrize(
     ("address", "public"),
     [
-        ("8.8.8.8", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True), ("64:ff9b::808:808", True),
-        ("10.1.2.3", False), ("172.16.0.1", False), ("192.168.1.1", False), ("169.254.169.254", False),
-        ("100.64.0.1", False), ("0.0.0.0", False), ("255.255.255.255", False), ("224.0.0.1", False),
-        ("::", False), ("::1", False), ("fe80::1%eth0", False), ("fd00::1", False), ("ff02::1", False),
-        ("::ffff:10.0.0.1", False), ("2002:7f00:1::", False), ("64:ff9b::7f00:1", False),
-        ("2001:0:0:0:0:0:80ff:fffe", False),  # teredo of 127.0.0.1
-        ("64:ff9b:1:7f00:0:100:808:808", False),  # a translator of one's own: only it knows which bits are the address
-        ("fec0::1", False), ("::7f00:1", False), ("::ffff:0:7f00:1", False), ("5f00::1", False),
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::808:808", True),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("255.255.255.255", False),
+        ("224.0.0.1", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("ff02::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+        ("2001:0:0:0:0:0:80ff:fffe", False),  # Teredo of 127.0.0.1
+        # A local translator: only itself knows which bits are the address.
+        ("64:ff9b:1:7f00:0:100:808:808", False),
+        ("fec0::1", False),
+        ("::7f00:1", False),
+        ("::ffff:0:7f00:1", False),
+        ("5f00::1", False),
     ],
-)  # fmt: skip
-def test_which_addresses_are_public(address: str, public: bool) -> None:
-    assert fetch._is_public(address) == public
+)
+def test_is_public(address: str, public: bool) -> None:
+    assert is_public(address) == public
+
+
+def test_aiohttp_has_the_hook_of_the_address_guard() -> None:
+    assert "socket_factory" in inspect.signature(aiohttp.TCPConnector.__init__).parameters
+
+
+# ---- opt-outs, robots.txt and the user agent ----
 
 
 @pytest.mark.parametrize(
@@ -147,253 +216,244 @@ def test_which_addresses_are_public(address: str, public: bool) -> None:
         ([("TDM-Reservation", "0")], False),
     ],
 )
-def test_opt_outs_are_read(headers: list, forbids: bool) -> None:
+def test_opted_out_reads_both_conventions(headers: list[tuple[str, str]], forbids: bool) -> None:
     assert bool(opted_out(CIMultiDict(headers))) == forbids
 
 
-def test_the_user_agent_is_honest(server: Server) -> None:
-    get(
-        server.url("ok/1.jpg"),
-        FetchOptions(allow_private=True, contact="https://lab.example/crawl"),
-    )
-    (agent,) = [line for line in server.requests[0].splitlines() if line.startswith("User-Agent: ")]
+def test_fetch_obeys_robots_txt_when_asked(server: Server) -> None:
+    # Too long to arrive in one piece.
+    comment = "# comment\n" * 30_000
+    server.targets["robots"] = f"User-agent: *\n{comment}Disallow: /png/\n"
+    urls = [server.url("ok/1.jpg"), server.url("png/1.jpg"), server.url("png/2.jpg")]
+    results = fetch(urls, FetchOptions(allow_private=True, robots=True))
+    assert [fetched.kind for fetched in results] == ["ok", "robots", "robots"]
+    assert server.served == {"/robots.txt": 1, "/ok/1.jpg": 1}
+
+
+def test_fetch_sends_an_honest_user_agent(server: Server) -> None:
+    options = FetchOptions(allow_private=True, contact="https://lab.example/crawl")
+    fetch(server.url("ok/1.jpg"), options)
+    lines = server.requests[0].splitlines()
+    (agent,) = [line for line in lines if line.startswith("User-Agent: ")]
     assert agent.startswith("User-Agent: llava-simplified/")
     assert "(+https://lab.example/crawl)" in agent
 
 
-def test_at_most_four_requests_to_a_host_and_hosts_take_turns(
+# ---- many URLs: fairness between hosts ----
+
+
+def test_fetch_all_limits_requests_per_host_and_lets_hosts_take_turns(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One host has 60 URLs that come first in the list, ten others have one each."""
-    under_way: Counter[str] = Counter()
+    in_flight: Counter[str] = Counter()
     most: Counter[str] = Counter()
     order: list[str] = []
-    real = fetch.Fetcher._get
+    get = Fetcher._get
 
-    async def watched(
-        self: fetch.Fetcher, url: str, headers: dict[str, str] | None
-    ) -> tuple[bytes, int]:
-        host = fetch.host_of(url)
+    async def watched_get(self: Fetcher, url: str, headers: Headers) -> tuple[bytes, int]:
+        host = host_of(url)
         order.append(host)
-        under_way[host] += 1
-        most[host] = max(most[host], under_way[host])
+        in_flight[host] += 1
+        most[host] = max(most[host], in_flight[host])
         try:
-            return await real(self, url, headers)
+            return await get(self, url, headers)
         finally:
-            under_way[host] -= 1
+            in_flight[host] -= 1
 
-    monkeypatch.setattr(fetch.Fetcher, "_get", watched)
-    many = [server.url(f"ok/{i}.jpg", "127.0.0.1") for i in range(60)]
-    few = [server.url("ok/1.jpg", f"127.0.0.{i}") for i in range(2, 12)]
-    results = get([*many, *few], FetchOptions(allow_private=True, concurrency=32))
-    assert {fetched.kind for fetched in results} == {"ok"}
+    monkeypatch.setattr(Fetcher, "_get", watched_get)
+    small_hosts = [f"127.0.0.{number}" for number in range(2, 12)]
+    many = [server.url(f"ok/{number}.jpg", "127.0.0.1") for number in range(60)]
+    few = [server.url("ok/1.jpg", host) for host in small_hosts]
+    results = fetch([*many, *few], FetchOptions(allow_private=True, concurrency=32))
+    assert kinds_of(results) == {"ok"}
     assert most["127.0.0.1"] == 4
-    assert set(order[:16]) >= {f"127.0.0.{i}" for i in range(2, 12)}, "the small hosts did not wait"
+    assert set(order[:16]) >= set(small_hosts), "the small hosts did not wait"
 
 
-def test_who_wants_no_more_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transfers under way are cancelled, some in the moment in which they end; none may miss it."""
+def test_fetch_all_opens_a_second_connection_only_where_slots_are_free(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten hosts, five workers: every host has its first connection before any has its second.
 
-    async def soon(
-        self: fetch.Fetcher, url: str, headers: dict[str, str] | None
-    ) -> tuple[bytes, int]:
+    The last request to a host closes its connection.
+    """
+    connected: list[str] = []
+    create_connection = aiohttp.TCPConnector._create_connection
+
+    async def noted_connection(self: Any, request: Any, *rest: Any) -> Any:
+        connected.append(request.url.host)
+        return await create_connection(self, request, *rest)
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", noted_connection)
+    hosts = [f"127.0.0.{number}" for number in range(1, 11)]
+    urls = []
+    for number in range(4):
+        urls += [server.url(f"ok/{number}.jpg", host) for host in hosts]
+    results = fetch(urls, replace(OPEN, concurrency=5))
+    assert kinds_of(results) == {"ok"}
+    assert sorted(connected[:10]) == sorted(hosts)
+    assert len(connected) < 20, "connections are used again"
+    closing = [request for request in server.requests if "connection: close" in request.lower()]
+    closed_hosts = [re.search(r"Host: ([\d.]+)", request)[1] for request in closing]
+    assert sorted(closed_hosts) == sorted(hosts)
+
+
+def test_fetch_all_starts_with_the_host_that_has_most_urls(server: Server) -> None:
+    """Started last, it would be alone at the end, with all but four workers idle."""
+    few = [server.url("ok/1.jpg", f"127.0.0.{number}") for number in range(2, 12)]
+    many = [server.url(f"ok/{number}.jpg", "127.0.0.1") for number in range(12)]
+    assert kinds_of(fetch([*few, *many], replace(OPEN, concurrency=4))) == {"ok"}
+    assert "Host: 127.0.0.1:" in "".join(server.requests[:4])
+
+
+def test_fetch_all_limits_requests_to_a_host_that_many_hosts_redirect_to(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for a free slot does not count as time of the row.
+
+    Forty rows, four at a time, take much longer than the timeout of one row.
+    """
+    in_flight = most = 0
+    request_once = Fetcher._request
+
+    async def watched_request(self: Fetcher, url: Any, headers: Headers) -> Any:
+        nonlocal in_flight, most
+        is_target = url.host == "127.0.0.1"
+        in_flight += is_target
+        most = max(most, in_flight)
+        await asyncio.sleep(0.1)
+        try:
+            return await request_once(self, url, headers)
+        finally:
+            in_flight -= is_target
+
+    # The first request makes the server draw its images, which takes long.
+    assert fetch(server.url("ok/1.jpg"))[0].kind == "ok"
+    monkeypatch.setattr(Fetcher, "_request", watched_request)
+    server.targets["there"] = f"http://127.0.0.1:{server.port}/ok/1.jpg"
+    urls = [server.url("redirect/there", f"127.0.2.{number}") for number in range(1, 41)]
+    assert kinds_of(fetch(urls, replace(OPEN, timeout=0.8))) == {"ok"}
+    assert most == 4
+
+
+def test_fetch_all_keeps_few_connections_open(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows on each of eighty hosts: connections must not stay open until their host's next turn.
+
+    A process may open only a limited number of files.
+    """
+    count = most = 0
+    connection_made = loopback._Handler.connection_made
+
+    def count_made(handler: Any, transport: asyncio.BaseTransport) -> None:
+        nonlocal count, most
+        count += 1
+        most = max(most, count)
+        connection_made(handler, transport)
+
+    def count_lost(handler: Any, error: Exception | None) -> None:
+        nonlocal count
+        count -= 1
+
+    monkeypatch.setattr(loopback._Handler, "connection_made", count_made)
+    monkeypatch.setattr(loopback._Handler, "connection_lost", count_lost)
+    hosts = [f"127.0.1.{number % 80 + 1}" for number in range(240)]
+    urls = [server.url(f"ok/{number}.jpg", host) for number, host in enumerate(hosts)]
+    assert kinds_of(fetch(urls, replace(OPEN, concurrency=8, timeout=20))) == {"ok"}
+    assert most <= 16
+
+
+def test_fetch_all_cancels_all_transfers_when_the_caller_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some transfers are cancelled in the very moment in which they end; no cancellation may be lost."""
+
+    async def end_soon(self: Fetcher, url: str, headers: Headers) -> tuple[bytes, int]:
         await asyncio.sleep(0)
-        return b"no picture", 200
+        return b"no image", 200
 
     async def run() -> None:
         for wanted in range(1, 21):
-            results = fetch_all(
-                ((i, f"http://{i % 64}.test/{i}") for i in range(640)),
-                replace(OPEN, concurrency=64),
-            )
+            urls = [f"http://{number % 64}.test/{number}" for number in range(640)]
+            results = fetch_all(enumerate(urls), replace(OPEN, concurrency=64))
             for _ in range(wanted):
                 assert (await anext(results))[2].kind == "not_image"
             closing = asyncio.create_task(results.aclose())  # type: ignore[attr-defined]
             done, _ = await asyncio.wait([closing], timeout=5)
             assert done, "a worker goes on"
 
-    monkeypatch.setattr(fetch.Fetcher, "_get", soon)
+    monkeypatch.setattr(Fetcher, "_get", end_soon)
     asyncio.run(run())
 
 
-def test_a_host_gets_a_second_connection_only_where_slots_are_free(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ten hosts, five slots: each is given its first connection before any its second; its last request closes one."""
-    made: list[str] = []
-    real = aiohttp.TCPConnector._create_connection
-
-    async def noted(self: Any, request: Any, *rest: Any) -> Any:
-        made.append(request.url.host)
-        return await real(self, request, *rest)
-
-    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", noted)
-    hosts = [f"127.0.0.{i}" for i in range(1, 11)]
-    results = get(
-        [server.url(f"ok/{i}.jpg", host) for i in range(4) for host in hosts],
-        replace(OPEN, concurrency=5),
-    )
-    assert {fetched.kind for fetched in results} == {"ok"}
-    assert sorted(made[:10]) == sorted(hosts)
-    assert len(made) < 20, "a connection is used again"
-    closing = [request for request in server.requests if "connection: close" in request.lower()]
-    assert sorted(re.search(r"Host: ([\d.]+)", request)[1] for request in closing) == sorted(hosts)
+# ---- hosts that are down or ask for pauses ----
 
 
-def test_the_host_with_most_rows_is_begun_first(server: Server) -> None:
-    """Begun last, it would be alone at the end, with all but four of the slots idle."""
-    few = [server.url("ok/1.jpg", f"127.0.0.{i}") for i in range(2, 12)]
-    many = [server.url(f"ok/{i}.jpg", "127.0.0.1") for i in range(12)]
-    assert {fetched.kind for fetched in get([*few, *many], replace(OPEN, concurrency=4))} == {"ok"}
-    assert "Host: 127.0.0.1:" in "".join(server.requests[:4])
-
-
-def test_at_most_four_requests_to_a_host_that_many_redirect_to(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Waiting for it is not the row's time: forty rows, four at a time, take far longer than one may."""
-    under_way = most = 0
-    real = fetch.Fetcher._ask
-
-    async def watched(self: fetch.Fetcher, url: Any, headers: dict[str, str] | None) -> Any:
-        nonlocal under_way, most
-        there = url.host == "127.0.0.1"
-        under_way += there
-        most = max(most, under_way)
-        await asyncio.sleep(0.1)
-        try:
-            return await real(self, url, headers)
-        finally:
-            under_way -= there
-
-    assert get(server.url("ok/1.jpg"))[0].kind == "ok"  # the first has the server draw its pictures
-    monkeypatch.setattr(fetch.Fetcher, "_ask", watched)
-    server.targets["there"] = f"http://127.0.0.1:{server.port}/ok/1.jpg"
-    urls = [server.url("redirect/there", f"127.0.2.{i}") for i in range(1, 41)]
-    assert {fetched.kind for fetched in get(urls, replace(OPEN, timeout=0.8))} == {"ok"}
-    assert most == 4
-
-
-def test_a_host_that_is_down_is_given_up(server: Server) -> None:
-    """It would cost a timeout for each of its rows; a host that answers now and then goes on."""
-    down = [server.url(f"hang/{i}.jpg", "127.0.0.2") for i in range(100)]
-    mixed = [
-        server.url(f"{'hang' if i % 3 else 'missing'}/{i}.jpg", "127.0.0.3") for i in range(30)
-    ]
-    results = get([*down, *mixed], replace(OPEN, timeout=0.2))
-    assert {fetched.kind for fetched in results[:100]} == {"timeout"}
-    assert (
-        sum("/hang/" in request and "127.0.0.2" in request for request in server.requests)
-        <= 10 + OPEN.per_host
-    )
-    assert "127.0.0.2 was silent 10 times in a row" in results[99].detail
+def test_fetch_all_gives_up_a_host_that_is_down(server: Server) -> None:
+    """It would cost a timeout for each of its rows. A host that answers now and then is not given up."""
+    down = [server.url(f"hang/{number}.jpg", "127.0.0.2") for number in range(100)]
+    mixed = []
+    for number in range(30):
+        kind = "hang" if number % 3 else "missing"
+        mixed.append(server.url(f"{kind}/{number}.jpg", "127.0.0.3"))
+    results = fetch([*down, *mixed], replace(OPEN, timeout=0.2))
+    assert kinds_of(results[:100]) == {"timeout"}
+    sent_down = ["/hang/" in text and "127.0.0.2" in text for text in server.requests]
+    assert sum(sent_down) <= 10 + OPEN.per_host
+    assert "10 requests to 127.0.0.2 timed out" in results[99].detail
     assert sum("127.0.0.3" in request for request in server.requests) == 30
 
 
-def test_retry_after_is_waited_for(server: Server) -> None:
+def test_fetch_all_waits_as_retry_after_asks(server: Server) -> None:
     start = time.monotonic()
-    (fetched,) = get(server.url("busy/1.jpg"), FetchOptions(allow_private=True, retries=1))
+    (fetched,) = fetch(server.url("busy/1.jpg"), FetchOptions(allow_private=True, retries=1))
     assert (fetched.kind, fetched.http) == ("http_429", 429)
     assert server.served == {"/busy/1.jpg": 2}
     assert time.monotonic() - start >= 1
 
 
-def test_a_host_that_asks_for_a_long_pause_is_left_alone(server: Server) -> None:
-    urls = [server.url("busy/3600.jpg"), *(server.url(f"ok/{i}.jpg") for i in range(20))]
+def test_fetch_all_gives_up_a_host_that_asks_for_a_long_pause(server: Server) -> None:
+    urls = [server.url(f"ok/{number}.jpg") for number in range(20)]
     options = FetchOptions(allow_private=True, per_host=1)
-    assert Counter(fetched.kind for fetched in get(urls, options)) == {
-        "http_429": 1,
-        "rate_limited": 20,
-    }
+    results = fetch([server.url("busy/3600.jpg"), *urls], options)
+    kinds = Counter(fetched.kind for fetched in results)
+    assert kinds == {"http_429": 1, "rate_limited": 20}
     assert sum(server.served.values()) == 1
 
 
-def test_a_host_that_asks_for_pause_after_pause_is_left_alone(
+def test_fetch_all_gives_up_a_host_that_asks_for_one_pause_after_the_other(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each pause is short, but two requests for every one of a host's thousand rows would take a night."""
-    monkeypatch.setattr(fetch, "_LONGEST_PAUSE", 1.5)
-    kinds = Counter(fetched.kind for fetched in get([server.url("busy/1.jpg")] * 50))
+    """Each pause is short, but with two requests for each of a thousand rows they would take a night."""
+    monkeypatch.setattr(fetch_hosts, "MAX_PAUSE", 1.5)
+    kinds = Counter(fetched.kind for fetched in fetch([server.url("busy/1.jpg")] * 50))
     assert kinds["rate_limited"] > 30
     assert kinds["http_429"] == 50 - kinds["rate_limited"]
 
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("7", 7), ("\u00b2", None), ("-5", None), ("soon", None), ("Mon, 01 Jan 0001 00:00:00 -0000", 0),
-     ("9" * 400, float("inf")), ("Mon, 01 Jan 2001 00:00:00 +9999", None)],
-)  # fmt: skip
-def test_what_a_retry_after_means(value: str, seconds: float | None) -> None:
-    assert fetch._retry_after(value) == seconds
+    [
+        ("7", 7),
+        ("\u00b2", None),
+        ("-5", None),
+        ("soon", None),
+        ("Mon, 01 Jan 0001 00:00:00 -0000", 0),
+        ("9" * 400, float("inf")),
+        ("Mon, 01 Jan 2001 00:00:00 +9999", None),
+    ],
+)
+def test_parse_retry_after(value: str, seconds: float | None) -> None:
+    assert parse_retry_after(value) == seconds
 
 
-def test_connections_do_not_wait_for_their_hosts_next_turn(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three rows of each of eighty hosts: a process may open only so many files, and what it can't open it would
-    call the server's fault."""
-    count = most = 0
-
-    def made(handler: Any, transport: asyncio.BaseTransport) -> None:
-        nonlocal count, most
-        count += 1
-        most = max(most, count)
-        begin(handler, transport)
-
-    def lost(handler: Any, error: Exception | None) -> None:
-        nonlocal count
-        count -= 1
-
-    begin = loopback._Handler.connection_made
-    monkeypatch.setattr(loopback._Handler, "connection_made", made)
-    monkeypatch.setattr(loopback._Handler, "connection_lost", lost)
-    urls = [server.url(f"ok/{i}.jpg", f"127.0.1.{i % 80 + 1}") for i in range(240)]
-    assert {fetched.kind for fetched in get(urls, replace(OPEN, concurrency=8, timeout=20))} == {
-        "ok"
-    }
-    assert most <= 16
-
-
-def test_resets_and_server_errors_are_tried_again_timeouts_are_not(server: Server) -> None:
-    urls = [
-        server.url("reset/1.jpg"),
-        server.url("broken/1.jpg"),
-        server.url("missing/1.jpg"),
-        server.url("hang/1.jpg"),
-    ]
-    get(urls, FetchOptions(allow_private=True, timeout=1, retries=2))
-    resets = server.served.pop("/reset/1.jpg")  # aiohttp itself repeats what a kept connection lost
+def test_fetch_all_retries_resets_and_server_errors_but_not_timeouts(server: Server) -> None:
+    kinds = ("reset", "broken", "missing", "hang")
+    urls = [server.url(f"{kind}/1.jpg") for kind in kinds]
+    fetch(urls, FetchOptions(allow_private=True, timeout=1, retries=2))
+    # aiohttp itself repeats a request that a kept connection has lost.
+    resets = server.served.pop("/reset/1.jpg")
     assert 3 <= resets <= 6
     assert server.served == {"/broken/1.jpg": 3, "/missing/1.jpg": 1, "/hang/1.jpg": 1}
-
-
-def test_robots_txt_is_obeyed_when_asked(server: Server) -> None:
-    server.targets["robots"] = (
-        "User-agent: *\n" + "# does not come in one piece\n" * 10_000 + "Disallow: /png/\n"
-    )
-    urls = [server.url("ok/1.jpg"), server.url("png/1.jpg"), server.url("png/2.jpg")]
-    kinds = [fetched.kind for fetched in get(urls, FetchOptions(allow_private=True, robots=True))]
-    assert kinds == ["ok", "robots", "robots"]
-    assert server.served == {"/robots.txt": 1, "/ok/1.jpg": 1}
-
-
-def test_names_that_do_not_resolve_and_ports_that_are_closed() -> None:
-    assert get("http://no-such-host.invalid/1.jpg")[0].kind == "dns"
-    assert get("http://127.0.0.1:9/1.jpg")[0].kind == "refused"
-
-
-@pytest.mark.parametrize("size", [(60_000, 60_000), (8_000, 8_000)])
-def test_a_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
-    from llava_simplified.data.images import check_image
-
-    start = time.monotonic()
-    with pytest.raises(ValueError, match=r"pixels") as error:
-        check_image(loopback.bomb_png(*size))
-    assert error.value.kind == "too_large"
-    assert time.monotonic() - start < 0.5
-
-
-def test_aiohttp_still_has_the_hook_that_the_guard_needs() -> None:
-    import inspect
-
-    assert "socket_factory" in inspect.signature(aiohttp.TCPConnector.__init__).parameters

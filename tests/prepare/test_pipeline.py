@@ -1,11 +1,13 @@
-"""URLs -> shards -> records -> clean records, by the commands a user types, against a server that misbehaves."""
+"""URLs to shards to records to clean records: the commands that a user types, against a server that misbehaves."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-import pyarrow.parquet as parquet
+import pyarrow.parquet as pq
 import pytest
 from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
 
@@ -13,73 +15,63 @@ from llava_simplified.cli import main
 from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.data.records import open_records
 
-KINDS = ["ok", "missing", "html", "to_file", "optout", "cut", "ok"]
+KINDS = ["ok", "missing", "html", "to_file", "optout", "cut", "ok"]  # what the server does
 
 
-def url_list(server: Server, folder: Path) -> Path:
+def write_urls(server: Server, folder: Path) -> Path:
     path = folder / "urls.tsv"
-    lines = (f"caption {i}\t{server.url(f'{kind}/{i}.jpg')}\n" for i, kind in enumerate(KINDS))
-    path.write_text("".join(lines))
+    urls = [server.url(f"{kind}/{index}.jpg") for index, kind in enumerate(KINDS)]
+    path.write_text("".join(f"caption {index}\t{url}\n" for index, url in enumerate(urls)))
     return path
 
 
-def test_good_pictures_are_kept_byte_exact_and_bad_ones_by_their_cause(
+def download(server: Server, folder: Path, *more: str) -> int:
+    """Run `llava download` into `folder / "out"`."""
+    source = write_urls(server, folder)
+    return main(["download", str(source), "--output", str(folder / "out"), "--workers", "1", *more])
+
+
+def test_download_keeps_good_images_and_names_the_cause_of_the_others(
     server: Server, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    words = [
-        str(url_list(server, tmp_path)),
-        "--output",
-        str(out),
-        "--allow-private",
-        "--resize",
-        "0",
-    ]
-    assert main(["download", *words, "--workers", "1"]) == 0
-    rows = parquet.read_table(out / "manifest.parquet").to_pylist()
+    output = tmp_path / "out"
+    assert download(server, tmp_path, "--allow-private", "--resize", "0") == 0
+    rows = pq.read_table(output / "manifest.parquet").to_pylist()
     assert len(rows) == len(KINDS), "every URL has a row"
     causes = {row["index"]: row["error"] or row["status"] for row in rows}
-    assert [causes[index] for index in range(len(KINDS))] == [
-        loopback.EXPECTED[kind] for kind in KINDS
-    ]
-    records = open_records(out / "records.jsonl")
+    expected = [loopback.EXPECTED[kind] for kind in KINDS]
+    assert [causes[index] for index in range(len(KINDS))] == expected
+    records = open_records(output / "records.jsonl")
     assert [record.responses for record in records] == [("caption 0",), ("caption 6",)]
     for record, index in zip(records, (0, 6)):
-        assert read_image_bytes(record.images[0], out) == loopback.pictures()[index]
+        assert read_image_bytes(record.images[0], output) == loopback.pictures()[index]
 
 
-def test_what_is_recorded_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
-    words = [
-        "download",
-        str(url_list(server, tmp_path)),
-        "--output",
-        str(tmp_path / "out"),
-        "--allow-private",
-    ]
-    main([*words, "--workers", "1"])
+def test_download_again_fetches_nothing(server: Server, tmp_path: Path) -> None:
+    download(server, tmp_path, "--allow-private")
     before = dict(server.served)
     assert before
-    main([*words, "--workers", "1"])
+    download(server, tmp_path, "--allow-private")
     assert server.served == before
 
 
-def test_private_addresses_are_refused_unless_allowed(server: Server, tmp_path: Path) -> None:
-    main(
-        [
-            "download",
-            str(url_list(server, tmp_path)),
-            "--output",
-            str(tmp_path / "out"),
-            "--workers",
-            "1",
-        ]
-    )
-    rows = parquet.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+def test_download_refuses_private_addresses_by_default(server: Server, tmp_path: Path) -> None:
+    download(server, tmp_path)
+    rows = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
     assert {row["error"] for row in rows} == {"blocked_address"}
     assert not server.served
 
 
-def test_odd_rows_of_a_tsv_swallow_no_neighbour(
+def test_download_with_resize_stores_images_that_can_be_decoded(
+    server: Server, tmp_path: Path
+) -> None:
+    download(server, tmp_path, "--allow-private", "--resize", "32")
+    for record in open_records(tmp_path / "out" / "records.jsonl"):
+        pixels = decode_image(read_image_bytes(record.images[0], tmp_path / "out"))
+        assert min(pixels.shape[:2]) == 32
+
+
+def test_convert_of_unusual_rows_affects_no_other_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "cc.tsv"
@@ -99,12 +91,11 @@ def test_odd_rows_of_a_tsv_swallow_no_neighbour(
     assert len(texts) == 4
 
 
-def test_captions_of_one_coco_picture_stay_together(tmp_path: Path) -> None:
+def test_convert_keeps_the_captions_of_one_coco_image_together(tmp_path: Path) -> None:
+    captions = [(7, "one"), (8, "two"), (7, "three")]
     coco = {
         "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
-        "annotations": [
-            {"image_id": i, "caption": c} for i, c in ((7, "one"), (8, "two"), (7, "three"))
-        ],
+        "annotations": [{"image_id": image, "caption": caption} for image, caption in captions],
     }
     (tmp_path / "coco.json").write_text(json.dumps(coco))
     main(["convert", str(tmp_path / "coco.json"), "--output", str(tmp_path / "out.json")])
@@ -112,65 +103,82 @@ def test_captions_of_one_coco_picture_stay_together(tmp_path: Path) -> None:
     assert found == {"a.jpg": ("one", "three"), "b.jpg": ("two",)}
 
 
-def test_cleaning_keeps_order_and_sets_aside_with_the_reason(
+def test_clean_keeps_the_order_and_names_the_reason(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     rows = json.loads((data_folder / "train.json").read_text())
-    rows[1]["image"], rows[3]["response"] = "gone.jpg", " "
+    rows[1]["image"] = "gone.jpg"
+    rows[3]["response"] = " "
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = [
-        "--image-folder",
-        str(data_folder / "images"),
-        "--vision_tower",
-        str(models_folder / "clip"),
-    ]
-    out = tmp_path / "clean.json"
-    main(
-        [
-            "clean",
-            str(tmp_path / "rows.json"),
-            "--output",
-            str(out),
-            "--min-side",
-            "1",
-            "--workers",
-            "1",
-            *words,
-        ]
+    output = tmp_path / "clean.json"
+    words = ["clean", str(tmp_path / "rows.json"), "--output", str(output)]
+    words += ["--image-folder", str(data_folder / "images"), "--min-side", "1"]
+    words += ["--vision_tower", str(models_folder / "clip"), "--workers", "1"]
+    main(words)
+    kept = [record.images[0] for record in open_records(output)]
+    assert kept == [row["image"] for index, row in enumerate(rows) if index not in (1, 3)]
+    quarantine = (tmp_path / "clean_quarantine.jsonl").read_text().splitlines()
+    assert len(quarantine) == 2
+    assert "gone.jpg" in quarantine[0]
+
+
+def test_reduce_draws_the_same_random_sample_for_the_same_seed(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    def draw(seed: int) -> list[str]:
+        output = tmp_path / f"{seed}.json"
+        words = ["reduce", str(data_folder / "train.json"), "--count", "5"]
+        main([*words, "--seed", str(seed), "--output", str(output)])
+        return [record.images[0] for record in open_records(output)]
+
+    assert draw(0) == draw(0)
+    assert len(set(draw(0))) == 5
+    assert draw(0) != draw(1)
+
+
+PARSERS = [
+    "download_command:build_parser",
+    "download_command:build_merge_parser",
+    "convert_command:build_parser",
+    "convert_command:build_reduce_parser",
+    "clean_command:build_parser",
+]
+
+
+@pytest.mark.parametrize("target", PARSERS)
+def test_build_parser_imports_nothing_heavy(target: str) -> None:
+    module, _, function = target.partition(":")
+    code = (
+        f"import sys; from llava_simplified.prepare.{module} import {function}; "
+        f"{function}().format_help(); "
+        "print([name for name in ('torch', 'numpy', 'PIL', 'pyarrow', 'fsspec', 'aiohttp') "
+        "if name in sys.modules])"
     )
-    kept = [record.images[0] for record in open_records(out)]
-    assert kept == [row["image"] for i, row in enumerate(rows) if i not in (1, 3)]
-    aside = (tmp_path / "clean_quarantine.jsonl").read_text().splitlines()
-    assert len(aside) == 2
-    assert "gone.jpg" in aside[0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
-def test_reduce_draws_a_random_sample_that_repeats(data_folder: Path, tmp_path: Path) -> None:
-    def sample(seed: int) -> list[str]:
-        out = tmp_path / f"{seed}.json"
-        main(
-            [
-                "reduce",
-                str(data_folder / "train.json"),
-                "--count",
-                "5",
-                "--seed",
-                str(seed),
-                "--output",
-                str(out),
-            ]
-        )
-        return [record.images[0] for record in open_records(out)]
-
-    assert sample(0) == sample(0)
-    assert len(set(sample(0))) == 5
-    assert sample(0) != sample(1)
+def test_commands_name_the_extra_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.tsv").write_text("a\thttp://a/1.jpg\n")
+    for command, module in (("download", "aiohttp"), ("clean", "pyarrow")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            words = [command, str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out.json")]
+            assert main(words) == 2
+        error = capsys.readouterr().err
+        assert module in error
+        assert "[download]" in error
 
 
-def test_downloaded_pictures_decode(server: Server, tmp_path: Path) -> None:
-    words = [str(url_list(server, tmp_path)), "--output", str(tmp_path / "out"), "--allow-private"]
-    main(["download", *words, "--resize", "32", "--workers", "1"])
-    for record in open_records(tmp_path / "out" / "records.jsonl"):
-        assert (
-            min(decode_image(read_image_bytes(record.images[0], tmp_path / "out")).shape[:2]) == 32
-        )
+def test_convert_works_without_the_extra(tmp_path: Path) -> None:
+    """Local text needs only the core."""
+    (tmp_path / "x.tsv").write_text("a\thttp://a/1.jpg\n")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['aiohttp', 'fsspec', 'pyarrow'])); "
+        "from llava_simplified.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["convert", str(tmp_path / "x.tsv"), "--output", str(tmp_path / "out.json")]
+    subprocess.run([sys.executable, "-c", code, *words], check=True)
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 1

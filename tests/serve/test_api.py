@@ -35,7 +35,7 @@ from PIL import Image
 from test_engine import nan_features_for
 
 from llava_simplified.model.llava import Llava
-from llava_simplified.prepare.fetch import FetchOptions
+from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prompt import Message
 from llava_simplified.serve.attention_map import WORD, attention_map
 from llava_simplified.serve.schemas import ChatMessage

@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from llava_simplified.cli import main as llava
 from llava_simplified.model.llava import Llava
-from llava_simplified.prepare.fetch import FetchOptions
+from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.serve import page
 from llava_simplified.serve.api import create_app
 from llava_simplified.serve.engine import Engine

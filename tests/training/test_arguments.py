@@ -154,7 +154,10 @@ def test_parse_arguments_reports_to_no_tracker_by_default() -> None:
     ("words", "level"),
     [([], logging.INFO), (["--verbose"], logging.DEBUG), (["--quiet"], logging.WARNING)],
 )
-def test_parse_arguments_sets_the_log_level(words: list[str], level: int) -> None:
+def test_parse_arguments_sets_the_log_level(
+    words: list[str], level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # --quiet would set it for all later tests
     parse_arguments(words)
     assert logging.getLogger("llava_simplified").level == level
 

@@ -1,0 +1,130 @@
+"""What several benchmarks compute on: models, images, captions, and the data type of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+INSTRUCTION = "Generate a caption of this image:"
+MAX_CAPTION_LENGTH = 37  # tokens
+# Pieces of captions; the captions need not make sense, only have the right length.
+PHRASES = (
+    "red dog",
+    "a car",
+    "the man",
+    "of two",
+    "woman with",
+    "old street",
+    "on a field",
+    "in the park",
+    "near water",
+)
+
+
+def compute_dtype() -> str:
+    """Return the data type in which all sides compute: bfloat16, or float32 where that is faster.
+
+    The result is stored in an environment variable, so that all processes of a benchmark agree.
+    """
+    from llava_simplified.doctor_command import has_fast_bfloat16
+
+    if "BENCH_DTYPE" not in os.environ:
+        os.environ["BENCH_DTYPE"] = "bfloat16" if has_fast_bfloat16() else "float32"
+    return os.environ["BENCH_DTYPE"]
+
+
+def write_models(folder: Path, language_model: Path | None) -> tuple[Path, Path]:
+    """Return the folders of a language model and of a vision tower.
+
+    Args:
+        folder: Where to write the tower: random weights in the shape of CLIP ViT-B/16.
+        language_model: Folder of SmolLM2-135M-Instruct; downloaded if None.
+    """
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    from llava_simplified.demo.assets import fetch
+
+    torch.manual_seed(0)
+    tower = folder / "clip"
+    CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16)).save_pretrained(tower)
+    CLIPImageProcessorPil().save_pretrained(tower)
+    return language_model or fetch().language_model, tower
+
+
+def write_data(folder: Path, images: int, captions: int) -> None:
+    """Write `train.json`, and images that need no resizing (which is measured by bench_clean.py).
+
+    Args:
+        folder: An existing folder.
+        images: Number of images.
+        captions: Number of captions per image, of 8 to 16 words each.
+    """
+    import numpy as np
+    from PIL import Image
+
+    draw = random.Random(0)
+    records = []
+    for index in range(images):
+        generator = np.random.default_rng(index)
+        coarse = generator.integers(0, 256, (14, 14, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((224, 224)).save(folder / f"{index}.png")
+        texts = []
+        for _ in range(captions):
+            texts.append(" ".join(draw.choices(PHRASES, k=draw.randint(4, 8))))
+        record = {"image": f"{index}.png", "instruction": INSTRUCTION, "responses": texts}
+        records.append(record)
+    (folder / "train.json").write_text(json.dumps(records))
+
+
+def draw_caption_lengths(count: int) -> list[int]:
+    """Return the number of tokens of the captions of each image.
+
+    A random projector makes the model generate without an end, so the lengths are drawn beforehand:
+    from 6 to 37 tokens, 12 on average, like those of Conceptual Captions.
+    """
+    draw = random.Random(0)
+    lengths = []
+    for _ in range(count):
+        length = round(draw.lognormvariate(2.44, 0.36))
+        lengths.append(min(max(length, 6), MAX_CAPTION_LENGTH))
+    return lengths
+
+
+def option_words(options: Mapping[str, Any]) -> list[str]:
+    """Return options as words of a command line."""
+    words = []
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def stock_projector_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weights of our projector of two layers under the names of stock LLaVA."""
+    stock_layers = {"0": "linear_1", "2": "linear_2"}
+    renamed = {}
+    for name, weight in weights.items():
+        layer, parameter = name.split(".")
+        renamed[f"{stock_layers[layer]}.{parameter}"] = weight
+    return renamed
+
+
+def run_child(script: str, *words: object, name: str) -> str:
+    """Run a script in a process of its own, and return what it prints.
+
+    Args:
+        script: Path of the script.
+        words: Its arguments.
+        name: What runs, for the error message.
+    """
+    command = [sys.executable, script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return done.stdout

@@ -1,0 +1,154 @@
+"""Read captions from Parquet files and from tar shards.
+
+Parquet   LAION and DataComp (URLs), `image: struct<bytes, path>` (images inside the file), manifests of shards
+tar       webdataset and img2dataset: `key.jpg` with `key.txt`, `key.caption` or `key.json`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_simplified.data.shards import IMAGE_SUFFIXES, image_column, read_range, tar_samples
+from llava_simplified.extras import require_extra
+from llava_simplified.prepare.json_source import (
+    NOT_AN_OBJECT,
+    columns_of_row,
+    is_record,
+    parse_object,
+    row_from_mapping,
+)
+from llava_simplified.prepare.source_rows import (
+    Columns,
+    NamedColumns,
+    ParseIssues,
+    SourceRow,
+    find_columns,
+)
+
+_CAPTION_SUFFIXES = ("txt", "caption", "json")  # of a sample in a tar; the first that exists counts
+_DOWNLOADED = ("ok", "success")  # the status of a downloaded image: ours, and img2dataset's
+_BATCH_ROWS = 8192
+
+
+def read_parquet(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
+    """Yield the rows of a Parquet file.
+
+    Raises:
+        ValueError: The file cannot be read, or its columns cannot be determined.
+    """
+    require_extra("download", "fsspec", "pyarrow", purpose=f"the Parquet source {source}")
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with fsspec.open(source, "rb") as stream:
+            yield from _parquet_rows(pq.ParquetFile(stream), source, issues, columns)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: cannot be read as Parquet: {error}") from error
+
+
+def _parquet_rows(
+    table: Any, source: str, issues: ParseIssues, columns: Columns
+) -> Iterator[SourceRow]:
+    schema = table.schema_arrow
+    holds_images = bool(image_column(schema))
+    # Columns of bytes are images, hashes or embeddings; they are never a caption, and expensive to read.
+    names = [field.name for field in schema if "binary" not in str(field.type)]
+    is_manifest = "key" in names and "status" in names
+    wanted, named = names, None
+    if "sentences" not in names and not is_record(dict.fromkeys(names)):
+        # The images of a manifest or of the file itself get names of their own.
+        virtual_names = [*names, "image"] if holds_images or is_manifest else names
+        named = find_columns(source, virtual_names, columns, _first_row(table, names))
+        wanted = [name for name in (*named, "split", "key", "status") if name in names]
+    for number, row in enumerate(_iterate_rows(table, wanted)):
+        if is_manifest:
+            if row["status"] not in _DOWNLOADED:
+                issues.note("not downloaded (left out)", number, row["status"])
+                continue
+            row["image"] = f"{Path(source).stem}.tar#{row['key']}"
+        elif holds_images:
+            row["image"] = f"{Path(source).name}#{number}"
+        yield row_from_mapping(row, number, named)
+
+
+def _first_row(table: Any, names: list[str]) -> object:
+    """Return the first row, for error messages; of an empty file the names of its columns."""
+    for batch in table.iter_batches(1, columns=names):
+        if batch.num_rows:
+            return batch.to_pylist()[0]
+    return table.schema_arrow.names
+
+
+def _iterate_rows(table: Any, names: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in table.iter_batches(_BATCH_ROWS, columns=names):
+        yield from batch.to_pylist()
+
+
+def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
+    """Yield the rows of a tar shard: from the manifest beside it if there is one, otherwise from its members.
+
+    Raises:
+        ValueError: The tar is not a local file, is damaged, or its JSON members have no captions.
+    """
+    if "://" in source:
+        raise ValueError(
+            f"{source}: training reads the images of a tar at random positions, so the tar must be a local file. "
+            "Copy it first, and pass the copy."
+        )
+    path = Path(source)
+    manifest = path.with_suffix(".parquet")
+    if manifest.is_file():
+        yield from read_parquet(str(manifest), issues, columns)
+        return
+    # The image is always the member with the sample's key, whatever the JSON says.
+    columns = columns._replace(url="", image="image")
+    named: NamedColumns | None = None
+    seen: set[str] = set()
+    for number, (key, members) in enumerate(tar_samples(path)):
+        if key in seen:
+            # In tars that were concatenated. The key refers to the image of the first one.
+            issues.note("second sample with the same key (left out)", number, key)
+            continue
+        seen.add(key)
+        if not any(suffix in members for suffix in IMAGE_SUFFIXES):
+            issues.note("sample without an image (left out)", number, key)
+            continue
+        texts = _read_texts(path, members)
+        if not texts:
+            issues.note("sample without a caption (left out)", number, key)
+            continue
+        row = _row_of_texts(texts)
+        if row is None:
+            issues.note(NOT_AN_OBJECT, number, key)
+            continue
+        row["image"] = f"{path.name}#{key}"
+        member = f"{source} member {key}.{next(iter(texts))}"
+        named = columns_of_row(row, named, member, columns)
+        yield row_from_mapping(row, number, named._replace(url=""))
+
+
+def _read_texts(path: Path, members: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """Return the text members of a sample by suffix, in the order of `_CAPTION_SUFFIXES`."""
+    texts = {}
+    for suffix in _CAPTION_SUFFIXES:
+        if suffix in members:
+            offset, size = members[suffix]
+            texts[suffix] = read_range(path, offset, size).decode("utf-8", "replace")
+    return texts
+
+
+def _row_of_texts(texts: dict[str, str]) -> dict[str, Any] | None:
+    """Return the row of a sample, or None if its only text is not a JSON object.
+
+    The .txt of our own shards holds several captions, one a line; only the .json tells where each begins.
+    """
+    row = parse_object(texts.get("json", ""))
+    suffix, text = next(iter(texts.items()))
+    has_list = row is not None and isinstance(row.get("captions"), list)
+    if suffix != "json" and not has_list:
+        return {"caption": text}
+    return row

@@ -1,0 +1,120 @@
+"""The command `llava clean`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from llava_simplified.extras import require_extra
+from llava_simplified.options import CommandParser, add_worker_options
+from llava_simplified.prepare.clean_rules import Rules
+
+logger = logging.getLogger(__name__)
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava clean`."""
+    parser = CommandParser("llava clean", "Keep the records that training can use.")
+    rules = Rules()
+    parser.add_argument(
+        "records",
+        type=Path,
+        help="Folder of `llava download`, or file of records: .json, .jsonl or .parquet",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="File of the usable records: .json, .jsonl or .parquet",
+    )
+    parser.add_argument(
+        "--image-folder", type=Path, help="Folder of the images (default: that of the records)"
+    )
+    parser.add_argument(
+        "--vision-tower",
+        default="",
+        help="Vision tower whose transform the images must pass (default: none)",
+    )
+    parser.add_argument(
+        "--min-side",
+        type=int,
+        default=rules.min_side,
+        help="Smallest shorter side of an image in pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-aspect",
+        type=float,
+        default=rules.max_aspect,
+        help="Largest ratio of the longer side to the shorter side (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-caption",
+        type=int,
+        default=rules.max_caption,
+        help="Longest caption in characters (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=rules.max_pixels,
+        help="Largest image in pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dedupe",
+        choices=["exact", "perceptual"],
+        default="",
+        help="Keep only the first of equal files (exact), or of similar images (perceptual)",
+    )
+    parser.add_argument(
+        "--compact",
+        type=Path,
+        metavar="FOLDER",
+        help="Also write the images of the usable records, shrunk, to shards in this folder",
+    )
+    parser.add_argument(
+        "--compact-size",
+        default="224",
+        help="Shorter side of these images in pixels, or exact to keep their bytes (default: %(default)s)",
+    )
+    add_worker_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `llava clean` and return the exit status."""
+    args = build_parser().parse_args(argv)
+    if args.compact_size != "exact" and not args.compact_size.isdigit():
+        raise ValueError(
+            f"--compact-size {args.compact_size}: expected a number of pixels, or exact"
+        )
+    require_extra("download", "pyarrow", purpose="llava clean")
+
+    from llava_simplified.prepare.clean import clean
+
+    rules = Rules(
+        min_side=args.min_side,
+        max_aspect=args.max_aspect,
+        max_caption=args.max_caption,
+        max_pixels=args.max_pixels,
+        perceptual=args.dedupe == "perceptual",
+    )
+    counts = clean(
+        args.records,
+        args.output,
+        image_folder=args.image_folder,
+        vision_tower=args.vision_tower,
+        rules=rules,
+        dedupe=args.dedupe,
+        compact=args.compact,
+        compact_size=0 if args.compact_size == "exact" else int(args.compact_size),
+        engine=args.engine,
+        workers=args.workers,
+        shards=args.shards,
+        progress=logger.isEnabledFor(logging.INFO),
+    )
+    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+        sys.stdout.write(f"{count:>9,} {reason or 'ok'}\n")
+    if not args.shards:
+        sys.stdout.write(f"{counts.get('ok', 0):>9,} records -> {args.output}\n")
+    return 0

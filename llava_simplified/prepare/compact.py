@@ -1,0 +1,189 @@
+"""Write the images of a file of records, shrunk to the size that training needs, into new shards."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llava_simplified.data.images import check_image, read_image_bytes, shrink_image
+from llava_simplified.data.records import Record
+from llava_simplified.data.rows import RowFile, open_rows
+from llava_simplified.data.shards import ShardWriter
+from llava_simplified.jobs import (
+    atomic_file,
+    check_settings,
+    exclusive_lock,
+    remove_temporary_files,
+)
+from llava_simplified.prepare.record_tasks import cached_rows, run_record_tasks
+from llava_simplified.prepare.record_writer import RecordWriter
+
+SHARD_RECORDS = 5_000
+SETTINGS_NAME = "compact.json"
+_DIGEST_NAME_0_1_0 = "made_of"  # version 0.1.0 stored one digest of all settings under this name
+_READ_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class CompactShard:
+    """One shard to write: the images of the records from `start` to `stop` (exclusive).
+
+    Attributes:
+        records: The file of records.
+        start: The first record.
+        stop: The record behind the last one.
+        folder: The folder of the images.
+        output: The folder of the shards.
+        number: The number of the shard.
+        side: Shorter side of the images in pixels; 0 keeps the bytes.
+    """
+
+    records: str
+    start: int
+    stop: int
+    folder: str
+    output: str
+    number: int
+    side: int
+
+
+def compact_images(
+    records: Path,
+    folder: Path,
+    output: Path,
+    side: int,
+    *,
+    engine: str,
+    workers: int,
+    progress: bool,
+) -> None:
+    """Write the images of all records into shards; continue an earlier run over the same records.
+
+    Args:
+        records: A JSON lines file of records.
+        folder: The folder of their images.
+        output: The folder of the shards.
+        side: Shorter side of the images in pixels; 0 keeps the bytes.
+        engine: Where shards are written, see `run_tasks`.
+        workers: Shards that are written at once, see `run_tasks`.
+        progress: Show a progress line.
+
+    Raises:
+        ValueError: The folder holds something else, or another process is writing to it.
+    """
+    lock = output.with_name(f".{output.name}.lock")
+    with exclusive_lock(lock, f"--compact {output}"):
+        output.mkdir(parents=True, exist_ok=True)
+        _check_output(records, folder, output, side)
+        count = len(open_rows(records))
+        shards = []
+        for number, start in enumerate(range(0, count, SHARD_RECORDS)):
+            stop = min(start + SHARD_RECORDS, count)
+            shards.append(
+                CompactShard(str(records), start, stop, str(folder), str(output), number, side)
+            )
+        run_record_tasks(compact_shard, shards, engine=engine, workers=workers, progress=progress)
+
+
+def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
+    """Check that what is in the output was made of the same records.
+
+    Otherwise a finished shard of other records would be taken as it is, and captions would be joined to the images of
+    another run.
+    """
+    settings = {
+        "records_sha256": _file_digest(records, hashlib.sha256()),
+        "image_folder": str(folder.resolve()),
+        "compact_size": side,
+    }
+    settings_path = output / SETTINGS_NAME
+    if not settings_path.exists() and any(output.iterdir()):
+        previous = output / _DIGEST_NAME_0_1_0
+        start = hashlib.sha256(f"{folder.resolve()} {side}".encode())
+        if not previous.is_file() or previous.read_text() != _file_digest(records, start):
+            raise ValueError(
+                f"--compact {output}: the folder holds files that were not made of these records. "
+                "Empty it, or pass another folder to --compact."
+            )
+    check_settings(settings_path, settings, f"--compact {output}", option="--compact")
+
+
+def _file_digest(path: Path, digest: Any) -> str:
+    """Return the hexadecimal digest of what `digest` has been given so far, and a file."""
+    with path.open("rb") as stream:
+        for block in iter(partial(stream.read, _READ_BLOCK), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def compact_shard(spec: CompactShard) -> int:
+    """Write one shard and its manifest, unless they exist. Returns the number of its images."""
+    output = Path(spec.output)
+    tar = output / f"{spec.number:05d}.tar"
+    manifest = tar.with_suffix(".parquet")
+    if manifest.exists():
+        return pq.read_metadata(manifest).num_rows
+    rows = cached_rows(spec.records)
+    remove_temporary_files(tar)
+    remove_temporary_files(manifest)
+    entries = []
+    with atomic_file(tar) as part:
+        writer = ShardWriter(part)
+        for index in range(spec.start, spec.stop):
+            record = Record.from_json(rows[index], rows.where(index))
+            for number, name in enumerate(record.images):
+                entries.append(_add_image(writer, index, number, name, record, spec))
+        writer.close()
+    # The manifest comes last: its existence means that the shard is finished.
+    with atomic_file(manifest) as part:
+        pq.write_table(pa.Table.from_pylist(entries), part, compression="zstd")
+    return len(entries)
+
+
+def _add_image(
+    writer: ShardWriter, index: int, number: int, name: str, record: Record, spec: CompactShard
+) -> dict[str, Any]:
+    """Add one image to a shard. Returns its row of the manifest."""
+    data = read_image_bytes(name, spec.folder)
+    image = shrink_image(data, spec.side) if spec.side else check_image(data)
+    key = compact_key(index, number)
+    metadata = {"key": key, "source": name, "width": image.width, "height": image.height}
+    offset = writer.add(key, image.data, image.suffix, record.responses, metadata)
+    return {
+        **metadata,
+        "offset": offset,
+        "length": len(image.data),
+        "file": f"{key}.{image.suffix}",
+        "captions": list(record.responses),
+        "status": "ok",
+    }
+
+
+def compact_key(index: int, number: int) -> str:
+    """Return the key of image `number` of row `index`."""
+    return f"{index:09d}_{number}" if number else f"{index:09d}"
+
+
+def write_compacted_records(records: RowFile, output: Path) -> None:
+    """Write records with the names that their images have in the new shards."""
+    with RecordWriter(output) as writer:
+        for index, row in enumerate(records):
+            writer.write(_rename_images(row, index))
+
+
+def _rename_images(row: dict[str, Any], index: int) -> dict[str, Any]:
+    column = "image" if "image" in row else "images"
+    value = row.get(column)
+    if not value:  # a record without images
+        return row
+    shard = f"{index // SHARD_RECORDS:05d}.tar"
+    if isinstance(value, list):
+        names = [f"{shard}#{compact_key(index, number)}" for number in range(len(value))]
+        return {**row, column: names}
+    return {**row, column: f"{shard}#{compact_key(index, 0)}"}

@@ -1,0 +1,97 @@
+"""The commands `llava convert` and `llava reduce`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_simplified.options import CommandParser
+from llava_simplified.prepare.record_writer import INSTRUCTION
+from llava_simplified.prepare.source_rows import Columns
+
+
+def add_column_options(parser: Any) -> None:
+    """Add `--url-column`, `--image-column` and `--caption-column`, for sources with unusual names of columns."""
+    for column in Columns._fields:
+        parser.add_argument(
+            f"--{column}-column",
+            default="",
+            metavar="NAME",
+            help=f"Name of the column with the {column} (default: found by its name)",
+        )
+
+
+def build_parser() -> CommandParser:
+    """Return the parser of `llava convert`."""
+    parser = CommandParser("llava convert", "Convert any source of captions to records.")
+    parser.add_argument(
+        "source",
+        help="TSV, CSV, JSON, JSON Lines, Parquet, tar, a folder of them, a glob pattern, or a URL",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="File of records: .json, .jsonl or .parquet"
+    )
+    parser.add_argument(
+        "--image-folder", type=Path, help="Keep only rows whose image is in this folder"
+    )
+    parser.add_argument(
+        "--instruction",
+        default=INSTRUCTION,
+        help="User's text of every record, or a .txt file of templates, one a line (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--split",
+        default="",
+        help="Write several files: val=0.01 (share, by a hash of the image), or source (the source's own split)",
+    )
+    add_column_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `llava convert` and return the exit status."""
+    args = build_parser().parse_args(argv)
+
+    from llava_simplified.prepare.convert import convert
+
+    counts, issues = convert(
+        args.source,
+        args.output,
+        image_folder=args.image_folder,
+        instruction=args.instruction,
+        split=args.split,
+        columns=Columns(args.url_column, args.image_column, args.caption_column),
+    )
+    for path, count in counts.items():
+        sys.stdout.write(f"{count:>9,} records -> {path}\n")
+    for line in issues.lines():
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
+def build_reduce_parser() -> CommandParser:
+    """Return the parser of `llava reduce`."""
+    parser = CommandParser("llava reduce", "Draw a random sample from a file of records.")
+    parser.add_argument("records", type=Path, help="File of records: .json, .jsonl or .parquet")
+    parser.add_argument("--count", type=int, required=True, help="Number of records")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="File of records (default: the same name with _COUNT added)"
+    )
+    return parser
+
+
+def reduce_main(argv: list[str] | None = None) -> int:
+    """Run `llava reduce` and return the exit status."""
+    args = build_reduce_parser().parse_args(argv)
+
+    from llava_simplified.prepare.convert import reduce
+
+    records: Path = args.records
+    output = args.output or records.with_name(f"{records.stem}_{args.count}{records.suffix}")
+    count = reduce(records, output, args.count, args.seed)
+    sys.stdout.write(f"{count:>9,} records -> {output}\n")
+    return 0

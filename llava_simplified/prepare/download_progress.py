@@ -1,0 +1,109 @@
+"""Follow the journals of a download: the progress line, and the early stop of a run that cannot succeed.
+
+The shards are fetched by other processes, perhaps on other machines. Their journals grow in the work folder, which all
+of them share, so no other channel is needed: about once a second the new lines of each journal are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from llava_simplified.jobs import Progress
+
+# The run stops if this many rows have failed in the same way, and none has succeeded.
+FAIL_FAST_AFTER = 500
+FAILURE_ADVICE = {
+    "dns": "No host name could be resolved. Check the network and its DNS server.",
+    "connect": "No connection could be made. Check the firewall, and whether a proxy must be used.",
+    "refused": "Every connection was refused. If this is your own mirror, check that it runs, and its port.",
+    "timeout": "Nothing answered in time. Check the firewall; otherwise pass a longer --timeout or a lower --concurrency.",
+    "tls": "No certificate could be verified. Check whether a proxy opens TLS (SSL_CERT_FILE), and the clock.",
+    "blocked_address": "All addresses are private. If this is your own mirror, pass --allow-private.",
+    "http_403": "The servers refuse. Say who you are with --user-agent-contact, and lower --concurrency.",
+    "http_407": "A proxy asks for credentials.",
+    "scheme": "These are not http or https URLs. Check --url-column.",
+    "bad_url": "These are not URLs. Check --url-column.",
+}
+_OTHER_ADVICE = "The details of each row are in the journals of the work folder."
+
+
+class DownloadProgress:
+    """The outcomes of all rows so far, and the progress line.
+
+    Args:
+        work: The work folder with the journals.
+        numbers: The shards of this run; other journals belong to other jobs.
+        finished_before: The shards that were finished before this run.
+        rows: Number of rows of the download; 0 if only a part of it is fetched.
+        enabled: False shows no progress line.
+    """
+
+    def __init__(
+        self, work: Path, numbers: range, finished_before: set[int], rows: int, enabled: bool
+    ) -> None:
+        self._work = work
+        self._numbers = numbers
+        self._finished_before = finished_before
+        self._positions: Counter[Path] = Counter()  # how far each journal was read
+        self._outcomes: dict[int, Counter[str]] = {}  # by shard
+        self._read_journals()
+        self._before = self.total()  # outcomes of earlier runs
+        self.progress = Progress(rows, "rows", self._before.total(), enabled)
+
+    def _read_journals(self) -> None:
+        for path in self._work.glob("*.journal"):
+            number = int(path.stem)
+            if number not in self._numbers:
+                continue
+            try:
+                with path.open("rb") as stream:
+                    stream.seek(self._positions[path])
+                    data = stream.read()
+            except FileNotFoundError:  # the shard has just been finished
+                continue
+            # The last line may be half written.
+            complete = data[: data.rfind(b"\n") + 1]
+            self._positions[path] += len(complete)
+            outcomes = self._outcomes.setdefault(number, Counter())
+            for line in complete.splitlines():
+                row = json.loads(line)
+                if row["index"] >= 0:
+                    outcomes[row["error"] or "ok"] += 1
+
+    def tick(self) -> None:
+        """Read what the journals have gained, and update the progress line.
+
+        Raises:
+            ValueError: All rows of this run have failed in the same way.
+        """
+        self._read_journals()
+        self._check_first_rows()
+        self._update()
+
+    def _check_first_rows(self) -> None:
+        in_this_run = self.total() - self._before
+        if len(in_this_run) != 1 or in_this_run.total() < FAIL_FAST_AFTER or "ok" in in_this_run:
+            return
+        ((kind, count),) = in_this_run.items()
+        advice = FAILURE_ADVICE.get(kind, _OTHER_ADVICE)
+        raise ValueError(f"Stopped: the first {count} rows all failed with '{kind}'. {advice}")
+
+    def finish_shard(self, number: int, outcomes: dict[str, int]) -> None:
+        """Replace what the journal of a shard has said by its final outcomes."""
+        self._outcomes[number] = Counter(outcomes)
+        if number in self._finished_before:
+            self._before += self._outcomes[number]
+            self.progress.initial = self._before.total()
+        self._update()
+
+    def total(self) -> Counter[str]:
+        """Return the number of rows by outcome, including those of earlier runs."""
+        return sum(self._outcomes.values(), Counter())
+
+    def _update(self) -> None:
+        total = self.total()
+        done = total.total()
+        details = f"{total['ok']:,} ok, {done - total['ok']:,} failed"
+        self.progress.update(done, details)

@@ -1,0 +1,93 @@
+"""The output of a download: a local folder, or any file system that fsspec can write."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import fsspec.implementations.local
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SETTINGS_NAME = "download.json"
+
+
+class Store:
+    """The output of a download.
+
+    Args:
+        output: A folder, or a URL of fsspec such as "s3://bucket/cc3m". It is created if it does not exist.
+
+    Attributes:
+        root: The output as its file system spells it.
+        is_local: The output is a folder of this machine.
+        work: The local folder of unfinished shards: inside a local output, otherwise in the cache.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.fs, self.root = fsspec.core.url_to_fs(output)
+        self.is_local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
+        # File systems of buckets remember listings, but other processes write here too.
+        self.fs.invalidate_cache()
+        self.fs.makedirs(self.root, exist_ok=True)
+        self.work = Path(self.root, "_work") if self.is_local else self._cache_folder()
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    def _cache_folder(self) -> Path:
+        """Return the work folder of an output that is not local; it depends on the whole URL with its protocol."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        url = self.fs.unstrip_protocol(self.root)
+        digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+        return cache / "llava_simplified" / "download" / digest
+
+    def path(self, name: str) -> str:
+        """Return the path of a file of the output."""
+        return f"{self.root}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Return whether a file of the output exists. It is complete then."""
+        return bool(self.fs.exists(self.path(name)))
+
+    def publish(self, local: Path, name: str) -> None:
+        """Move a finished local file into the output, where it appears at once with all its content."""
+        if self.is_local:
+            local.replace(self.path(name))
+            return
+        part = self.path(f".{name}.part{uuid.uuid4().hex[:8]}")
+        try:
+            self.fs.put_file(str(local), part)
+            self.fs.mv(part, self.path(name))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.fs.rm(part)
+            raise
+        local.unlink()
+
+    def fetch(self, name: str, local: Path) -> None:
+        """Copy a file of the output to a local path, which appears at once with all its content."""
+        copy = local.with_name(f"{local.name}.copy")
+        self.fs.get_file(self.path(name), str(copy))
+        copy.replace(local)
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return what `download.json` holds, or None for a new output."""
+        if not self.exists(SETTINGS_NAME):
+            return None
+        return json.loads(self.fs.cat_file(self.path(SETTINGS_NAME)))
+
+    def manifests(self) -> list[str]:
+        """Return the names of the manifests of all finished shards, in order."""
+        names = [path.rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
+        return sorted(name for name in names if re.fullmatch(r"\d{5,}\.parquet", name))
+
+    def read_manifest(self, name: str) -> pa.Table:
+        """Return one manifest."""
+        with self.fs.open(self.path(name), "rb") as stream:
+            return pq.ParquetFile(stream).read()

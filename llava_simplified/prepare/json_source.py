@@ -1,0 +1,226 @@
+"""Read captions from JSON and JSON Lines, streaming.
+
+The forms of JSON, by the keys at the top level:
+
+    COCO            {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id", "caption"}]}
+    Karpathy split  {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}
+    SBU             {"image_urls": [...], "captions": [...]}: two parallel arrays
+    rows            [{...}, ...], {"data": [...]} or {"rows": [...]}: records, or objects with a URL and a caption
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from llava_simplified.data.rows import scan_json
+from llava_simplified.prepare.source_files import open_source, read_lines
+from llava_simplified.prepare.source_rows import (
+    Columns,
+    NamedColumns,
+    ParseIssues,
+    SourceRow,
+    find_columns,
+)
+
+NOT_AN_OBJECT = "not a JSON object (left out)"
+_ROW_KEYS = ("", "images", "annotations", "data", "rows")  # "" is a top-level array
+_PARALLEL_KEYS = ("image_urls", "captions")
+
+
+def read_json(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
+    """Yield the rows of a JSON file of any of the forms above; the file may be larger than the memory.
+
+    Raises:
+        ValueError: The file is not JSON, the columns of its rows cannot be determined, or its arrays do not match.
+    """
+    reader = _JsonReader(source, issues, columns)
+    with open_source(source) as stream:
+        for key, value, _, _ in scan_json(stream, source):
+            yield from reader.read(key, value)
+    yield from reader.finish()
+
+
+class _JsonReader:
+    """Turns the values of a JSON file into rows, one at a time.
+
+    COCO's annotations name an image by its id. Those that come before their image wait until the end of the file.
+    """
+
+    def __init__(self, source: str, issues: ParseIssues, columns: Columns) -> None:
+        self._source = source
+        self._issues = issues
+        self._columns = columns
+        self._number = -1  # of the last row
+        self._named: NamedColumns | None = None
+        self._images: dict[str, tuple[str, str]] = {}  # COCO: image id -> (file name, URL)
+        self._early: list[tuple[int, dict[str, Any]]] = []  # annotations before their images
+        self._parallel: dict[str, list[str]] = {}
+
+    def read(self, key: str, value: Any) -> Iterator[SourceRow]:
+        """Yield the rows of one value of the file; `key` is the name of the array that contains it."""
+        if key in _PARALLEL_KEYS and not isinstance(value, dict):
+            self._parallel.setdefault(key, []).append(as_text(value))
+            return
+        if key not in _ROW_KEYS:  # COCO's info and licenses, SBU's user ids
+            return
+        if not isinstance(value, dict):
+            self._number += 1
+            self._issues.note(NOT_AN_OBJECT, self._number, value)
+        elif key == "annotations":
+            yield from self._read_annotation(value)
+        elif key == "images" and "sentences" not in value and "id" in value:
+            image = (as_text(value.get("file_name")), as_text(value.get("coco_url")))
+            self._images[str(value["id"])] = image
+        else:
+            self._number += 1
+            if "sentences" not in value and not is_record(value):
+                self._named = columns_of_row(value, self._named, self._source, self._columns)
+            yield row_from_mapping(value, self._number, self._named)
+
+    def _read_annotation(self, annotation: dict[str, Any]) -> Iterator[SourceRow]:
+        self._number += 1
+        if self._number == 0 and not isinstance(annotation.get("caption"), str):
+            raise ValueError(
+                f"{self._source}: the annotations of this COCO file have no captions. "
+                f"Pass the captions_*.json file. First annotation: {annotation}"
+            )
+        if str(annotation.get("image_id")) in self._images:
+            yield from self._caption_row(annotation, self._number)
+        else:
+            self._early.append((self._number, annotation))
+
+    def _caption_row(self, annotation: dict[str, Any], number: int) -> Iterator[SourceRow]:
+        image = self._images.get(str(annotation.get("image_id")))
+        if image is None:
+            self._issues.note("annotation of an unknown image (left out)", number, annotation)
+            return
+        name, url = image
+        yield SourceRow(number, name, url, (as_text(annotation.get("caption")),))
+
+    def finish(self) -> Iterator[SourceRow]:
+        """Yield the rows that could not be built before the end of the file."""
+        for number, annotation in self._early:
+            yield from self._caption_row(annotation, number)
+        if not self._parallel:
+            return
+        urls = self._parallel.get("image_urls", [])
+        captions = self._parallel.get("captions", [])
+        if len(urls) != len(captions):
+            raise ValueError(
+                f"{self._source}: {len(urls)} 'image_urls', but {len(captions)} 'captions'; "
+                "the two arrays must have the same length."
+            )
+        for number, (url, caption) in enumerate(zip(urls, captions)):
+            yield SourceRow(number, "", url, (caption,))
+
+
+def read_json_lines_source(
+    source: str, issues: ParseIssues, columns: Columns
+) -> Iterator[SourceRow]:
+    """Yield the rows of a file of JSON lines."""
+    named: NamedColumns | None = None
+    for number, text in read_lines(source, issues):
+        value = parse_object(text)
+        if value is None:
+            issues.note(NOT_AN_OBJECT, number, text)
+            continue
+        if not is_record(value):
+            named = columns_of_row(value, named, source, columns)
+        yield row_from_mapping(value, number, named)
+
+
+# ---- one JSON object or Parquet row ----
+
+
+def columns_of_row(
+    row: dict[str, Any], known: NamedColumns | None, source: str, columns: Columns
+) -> NamedColumns:
+    """Return the columns of a row: those of the rows before it if it has them, otherwise its own.
+
+    Args:
+        row: The row.
+        known: The columns of the rows before; None for the first row.
+        source: The source, for error messages.
+        columns: The names that the user passed.
+
+    Raises:
+        ValueError: The columns of the first row cannot be determined. A later row without captions is no error; it
+            yields a row without captions, which is noted.
+    """
+    if known and set(known) - {""} <= row.keys():
+        return known
+    try:
+        return find_columns(source, row, columns, row)
+    except ValueError:
+        if known is None:
+            raise
+        return known
+
+
+def row_from_mapping(value: dict[str, Any], number: int, named: NamedColumns | None) -> SourceRow:
+    """Return the source row of a JSON object or Parquet row.
+
+    Args:
+        value: A row of the Karpathy split, a record, or a row with the columns `named`.
+        number: The row number.
+        named: The columns; may be None for the first two forms.
+    """
+    split = as_text(value.get("split"))
+    if "sentences" in value:
+        return _karpathy_row(value, number, split)
+    if is_record(value):
+        image = value.get("image")
+        answers = _last_answers(value)
+        return SourceRow(number, image if isinstance(image, str) else "", "", answers, record=value)
+    assert named is not None
+    captions = tuple(as_text(caption) for caption in _as_list(value.get(named.caption)))
+    image, url = as_text(value.get(named.image)), as_text(value.get(named.url))
+    return SourceRow(number, image, url, captions, split)
+
+
+def _karpathy_row(value: dict[str, Any], number: int, split: str) -> SourceRow:
+    folder_and_name = [as_text(value.get(name)) for name in ("filepath", "filename")]
+    image = as_text(value.get("image")) or "/".join(part for part in folder_and_name if part)
+    captions = []
+    for sentence in _as_list(value["sentences"]):
+        # An object in the original JSON, a plain text in the Parquet version on the hub.
+        text = sentence.get("raw") if isinstance(sentence, dict) else sentence
+        captions.append(as_text(text))
+    return SourceRow(number, image, as_text(value.get("url")), tuple(captions), split)
+
+
+def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
+    """Return the alternatives of a record's last answer."""
+    if "conversations" in record:
+        last_turn = _as_list(record["conversations"])[-1:]
+        return tuple(as_text(turn.get("value")) for turn in last_turn if isinstance(turn, dict))
+    answers = record.get("responses") or record.get("response")
+    return tuple(as_text(answer) for answer in _as_list(answers))
+
+
+def is_record(value: dict[str, Any]) -> bool:
+    """Return whether a JSON object is a record already: LLaVA's form or the tutorial's."""
+    return "conversations" in value or "instruction" in value
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """Return the JSON object that a text is, or None."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # the second for values that are nested a thousand times
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def as_text(value: object) -> str:
+    """Return a text without surrounding spaces, or an integer as text.
+
+    Anything else gives an empty text, so that the name or caption counts as missing.
+    """
+    return str(value).strip() if isinstance(value, str | int) else ""
+
+
+def _as_list(value: object) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,134 @@
+"""Build records, and write them to `.json`, `.jsonl` or `.parquet`.
+
+A record is `{"image": ..., "instruction": ..., "response": ...}`, or with `"responses": [...]` for several captions of
+one image.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from llava_simplified.extras import require_extra
+from llava_simplified.jobs import atomic_file
+
+INSTRUCTION = "Generate a caption of this image:"
+SUFFIXES = (".json", ".jsonl", ".parquet")
+_PARQUET_BATCH = 8192  # records that are written to a Parquet file at once
+
+
+def image_file_name(index: int, url: str) -> str:
+    """Return the file name of the image of row `index`: `0_1595581236.jpg`, the index and the CRC-32 of its URL."""
+    return f"{index}_{zlib.crc32(url.encode())}.jpg"
+
+
+def make_record(image: str, instruction: str, captions: Sequence[str]) -> dict[str, Any]:
+    """Return a record with `response` for one caption, or `responses` for several."""
+    record: dict[str, Any] = {"image": image, "instruction": instruction}
+    if len(captions) == 1:
+        record["response"] = captions[0]
+    else:
+        record["responses"] = list(captions)
+    return record
+
+
+def check_suffix(path: Path) -> None:
+    """Check that records can be written to a path, before a long job does the work for it.
+
+    Raises:
+        ValueError: The suffix is none of `SUFFIXES`.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path}: records are written to {', '.join(SUFFIXES)}; choose one of these suffixes."
+        )
+
+
+class RecordWriter:
+    """Writes records to a file that appears only when it is complete. Use it as a context manager.
+
+    Args:
+        path: The output. Its suffix is the form: `.json` is an array with one record a line, `.jsonl` has one record
+            a line, `.parquet` has the columns image, instruction and responses.
+
+    Raises:
+        ValueError: The suffix is another one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_suffix(path)
+        self.path = path
+        self.count = 0
+        self._stack = ExitStack()
+        self._encode = json.JSONEncoder(ensure_ascii=False).encode
+        self._file: Any = None  # for JSON
+        self._parquet: Any = None
+        self._rows: list[dict[str, Any]] = []  # that wait to be written to Parquet
+
+    def __enter__(self) -> RecordWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._stack.enter_context(atomic_file(self.path))
+        if self.path.suffix == ".parquet":
+            require_extra("download", "pyarrow", purpose=f"writing {self.path.name}")
+            import pyarrow.parquet as pq
+
+            writer = pq.ParquetWriter(part, _parquet_schema(), compression="zstd")
+            self._parquet = self._stack.enter_context(writer)
+        else:
+            self._file = self._stack.enter_context(part.open("w", encoding="utf-8"))
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        # Closes the file, and then renames it, or deletes it after an error.
+        with self._stack:
+            if kind is not None:
+                self._stack.__exit__(kind, error, trace)
+            elif self._parquet is not None:
+                self._flush()
+            elif self.path.suffix == ".json":
+                self._file.write("\n]\n" if self.count else "[]\n")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add one record."""
+        if self._parquet is not None:
+            self._rows.append(record)
+            if len(self._rows) == _PARQUET_BATCH:
+                self._flush()
+        elif self.path.suffix == ".jsonl":
+            self._file.write(f"{self._encode(record)}\n")
+        else:
+            separator = "," if self.count else "["
+            self._file.write(f"{separator}\n{self._encode(record)}")
+        self.count += 1
+
+    def _flush(self) -> None:
+        """Write the waiting records to the Parquet file."""
+        import pyarrow as pa
+
+        rows = []
+        for record in self._rows:
+            if not isinstance(record.get("image"), str) or not record.get("instruction"):
+                raise ValueError(
+                    f"{self.path}: a Parquet file of records has the columns image, instruction and responses, but a "
+                    f"record has {', '.join(sorted(record))}. Write conversations to .json or .jsonl."
+                )
+            responses = record.get("responses") or [record.get("response")]
+            rows.append({**record, "responses": responses})
+        self._parquet.write_table(pa.Table.from_pylist(rows, _parquet_schema()))
+        self._rows.clear()
+
+
+def _parquet_schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "image": pa.string(),
+            "instruction": pa.string(),
+            "responses": pa.list_(pa.string()),
+        }
+    )

@@ -1,0 +1,96 @@
+"""Open the file of a caption source, and read the lines of a text without losing any of them."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from llava_simplified.data.rows import BOM
+from llava_simplified.extras import require_extra
+from llava_simplified.prepare.source_rows import ParseIssues
+
+_DECOMPRESSORS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".lzma": lzma.open,
+}
+_OTHER_COMPRESSIONS = (".zip", ".zst", ".lz4", ".snappy")
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@contextlib.contextmanager
+def open_source(source: str) -> Iterator[IO[bytes]]:
+    """Open a file or any URL of fsspec; compressed files are decompressed by their suffix.
+
+    Raises:
+        ValueError: The file cannot be read, also when that shows only while it is read (a torn gzip file).
+    """
+    try:
+        with _open_stream(source) as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{source}: cannot be read: {error}") from error
+
+
+def _open_stream(source: str) -> Any:
+    suffix = Path(source).suffix.lower()
+    if "://" in source or suffix in _OTHER_COMPRESSIONS:
+        require_extra("download", "fsspec", purpose=f"the source {source}")
+        import fsspec
+
+        return fsspec.open(source, "rb", compression="infer")
+    return _DECOMPRESSORS.get(suffix, open)(source, "rb")
+
+
+def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
+    """Yield each line of a text that is not blank, whatever bytes it holds.
+
+    Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists. What was
+    repaired or left out is noted in `issues`.
+
+    Yields:
+        The line number, counted from 1, and the text without its line end.
+
+    Raises:
+        ValueError: The file cannot be read, or is UTF-16.
+    """
+    with open_source(source) as stream:
+        for number, raw in enumerate(stream, 1):
+            if number == 1:
+                raw = _check_start(raw, source, issues)
+            try:
+                text = raw.decode()
+            except UnicodeDecodeError:
+                text = raw.decode("cp1252", "replace")
+                issues.note("not UTF-8 (read as Windows-1252)", number, raw[:80])
+            text = text.rstrip("\n")
+            if text.endswith("\r"):
+                text = text[:-1]
+                issues.note("CRLF line end (removed)", number, text)
+            if "\0" in text:
+                text = text.replace("\0", "")
+                issues.note("NUL byte (removed)", number, text)
+            if text.strip():
+                yield number, text
+            else:
+                issues.note("blank line (left out)", number, "")
+
+
+def _check_start(raw: bytes, source: str, issues: ParseIssues) -> bytes:
+    """Return the first line without the byte order mark of UTF-8; refuse UTF-16."""
+    if raw.startswith(BOM):
+        issues.note("byte order mark (removed)", 1, "UTF-8")
+        return raw[len(BOM) :]
+    if raw.startswith(_UTF16_MARKS):
+        raise ValueError(
+            f"{source}: the text is UTF-16. Convert it to UTF-8 first: "
+            f"iconv -f UTF-16 -t UTF-8 '{source}' > utf8.txt"
+        )
+    return raw

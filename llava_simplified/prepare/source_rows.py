@@ -1,0 +1,136 @@
+"""What every reader of caption sources produces, and how columns are recognised by their names.
+
+Only the standard library is imported here, so that the parsers of commands can use it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+# Column names in the order in which they are looked for; compared without regard to case.
+URL_NAMES = ("url", "image_url", "coco_url", "flickr_url", "img_url", "link")
+IMAGE_NAMES = (
+    "image",
+    "file_name",
+    "filename",
+    "image_name",
+    "image_path",
+    "file",
+    "path",
+    "filepath",
+    "img",
+)
+CAPTION_NAMES = (
+    "caption",
+    "text",
+    "captions",
+    "alt_text",
+    "sentence",
+    "comment",
+    "description",
+    "title",
+    "raw",
+)
+COLUMN_OPTIONS = "--url-column, --image-column and --caption-column"
+
+
+class SourceRow(NamedTuple):
+    """One row of a caption source.
+
+    Attributes:
+        number: Where the row is, for messages: counted from 1 for the lines of a text, from 0 for other rows.
+        image: A file name or `shard.tar#key`; empty if the source has only a URL.
+        url: The URL of the image; empty if there is none.
+        captions: The captions of the image; empty ones are removed by `read_source`.
+        split: The split that the source itself assigns ("train", "val", ...); empty if there is none.
+        record: The row itself if it is a record already (LLaVA's or the tutorial's form).
+    """
+
+    number: int
+    image: str
+    url: str
+    captions: tuple[str, ...]
+    split: str = ""
+    record: dict[str, Any] | None = None
+
+
+class Columns(NamedTuple):
+    """Column names that the user passed; empty where the column is to be found by its name."""
+
+    url: str = ""
+    image: str = ""
+    caption: str = ""
+
+
+class ParseIssues:
+    """What is wrong or unusual in a source: how often each kind occurs, and where it occurs first.
+
+    Nothing is left out or repaired silently: every reader notes it here.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def note(self, kind: str, number: int, text: object) -> None:
+        """Count one issue, and keep the row number and text of the first of its kind."""
+        self.counts[kind] += 1
+        if kind not in self.first:
+            self.first[kind] = f"row {number}: {str(text)[:120]!r}"
+
+    def lines(self) -> list[str]:
+        """Return one line for each kind of issue, the most frequent first."""
+        return [
+            f"{count:>9,} {kind} (first: {self.first[kind]})"
+            for kind, count in self.counts.most_common()
+        ]
+
+
+class NamedColumns(NamedTuple):
+    """The columns of a source by name; `url` or `image` is empty if the source has no such column."""
+
+    url: str
+    image: str
+    caption: str
+
+
+def find_columns(
+    source: str, names: Iterable[str], columns: Columns, first_row: object
+) -> NamedColumns:
+    """Find the columns of URL, image and caption among `names`.
+
+    Args:
+        source: The source, for error messages.
+        names: All column names.
+        columns: The names that the user passed; they take precedence.
+        first_row: The first row, for error messages.
+
+    Raises:
+        ValueError: A column that the user named does not exist, or there is no column of captions, or neither a
+            column of URLs nor one of images.
+    """
+    by_lower_name = {name.lower(): name for name in names}
+    all_names = ", ".join(by_lower_name.values())
+
+    def find(requested: str, usual_names: tuple[str, ...]) -> str:
+        if requested:
+            if requested.lower() not in by_lower_name:
+                raise ValueError(f"{source}: no column {requested!r}; the columns are {all_names}.")
+            return by_lower_name[requested.lower()]
+        for name in usual_names:
+            if name in by_lower_name:
+                return by_lower_name[name]
+        return ""
+
+    url = find(columns.url, URL_NAMES)
+    image = find(columns.image, IMAGE_NAMES)
+    caption = find(columns.caption, CAPTION_NAMES)
+    if not caption or not (url or image):
+        missing = "caption" if not caption else "url or image"
+        raise ValueError(
+            f"{source}: no {missing} column among {all_names}; name the columns with {COLUMN_OPTIONS}. "
+            f"First row: {str(first_row)[:400]}"
+        )
+    return NamedColumns(url, image, caption)
