@@ -189,7 +189,8 @@ class DecodingBatch:
 
         Returns:
             (sequence id, token id) of each. An end token is among them; its sequence is then finished.
-            A sequence whose logits are not finite gets no token and an entry in `errors`.
+            A sequence that fails, for example with logits that are not finite, gets no token and an
+            entry in `errors`.
         """
         if not self.active:
             return []
@@ -199,9 +200,10 @@ class DecodingBatch:
         rows_to_keep: list[int] = []
         for row, (sequence_id, token) in enumerate(zip(self.active, tokens)):
             if token is None:
-                self.errors[sequence_id] = FloatingPointError(
+                not_finite = FloatingPointError(
                     "The logits of the next token contain NaN or infinity."
                 )
+                self.errors.setdefault(sequence_id, not_finite)
                 continue
             generated.append((sequence_id, token))
             ids = self.generated_ids[sequence_id]
@@ -297,7 +299,8 @@ class DecodingBatch:
     def _choose_tokens(self) -> list[int | None]:
         """Return the next token of every active sequence, chosen under its own options.
 
-        It is None for a sequence whose logits are not finite. The other sequences are not affected.
+        It is None for a sequence that fails: its logits are not finite, or it has an entry in `errors`.
+        The other sequences are not affected.
         """
         # Sequences with equal options and lengths are processed together, which is all of them in
         # the usual case. Equal lengths, since the repetition penalty reads a tensor of generated ids.
@@ -307,22 +310,44 @@ class DecodingBatch:
             groups.setdefault(group, []).append(row)
 
         chosen: list[int | None] = [None] * len(self.active)
-        for (options, num_generated), rows in groups.items():
-            ids = [self.active[row] for row in rows]
-            logits = self._logits[rows].float()
-            if num_generated < options.min_new_tokens:
-                logits[:, self.model.prompt.stop_ids] = -torch.inf
-            logits = process_logits(logits, [self.generated_ids[i] for i in ids], options)
-            if options.temperature:
-                tokens = draw(logits, [self._generators[i] for i in ids])
-            else:
-                tokens = logits.argmax(-1)
-            # The maximum is NaN if any logit is. Single logits may be -inf: tokens that are excluded.
-            is_finite = logits.amax(-1).isfinite()
-            for row, token, finite in zip(rows, tokens.tolist(), is_finite.tolist()):
-                if finite:
-                    chosen[row] = token
+        for (options, _), rows in groups.items():
+            generators = [self._generators[self.active[row]] for row in rows]
+            states = [generator.get_state() for generator in generators]
+            try:
+                tokens = self._choose_together(rows, options)
+            except Exception:  # noqa: BLE001 - whatever it is, it must not end the other sequences
+                # Repeat it row by row, with the random numbers of the failed attempt.
+                for generator, state in zip(generators, states):
+                    generator.set_state(state)
+                tokens = [self._choose_alone(row, options) for row in rows]
+            for row, token in zip(rows, tokens):
+                chosen[row] = token
         return chosen
+
+    def _choose_together(self, rows: list[int], options: GenerationOptions) -> list[int | None]:
+        """Choose the next token of rows with equal options and lengths; None: not finite."""
+        ids = [self.active[row] for row in rows]
+        logits = self._logits[rows].float()
+        if len(self.generated_ids[ids[0]]) < options.min_new_tokens:
+            logits[:, self.model.prompt.stop_ids] = -torch.inf
+        logits = process_logits(logits, [self.generated_ids[i] for i in ids], options)
+        if options.temperature:
+            tokens = draw(logits, [self._generators[i] for i in ids])
+        else:
+            tokens = logits.argmax(-1)
+        # The maximum is NaN if any logit is. Single logits may be -inf: tokens that are excluded.
+        is_finite = logits.amax(-1).isfinite()
+        return [
+            token if finite else None for token, finite in zip(tokens.tolist(), is_finite.tolist())
+        ]
+
+    def _choose_alone(self, row: int, options: GenerationOptions) -> int | None:
+        """Choose the next token of one row. If that raises, the exception is kept in `errors`."""
+        try:
+            return self._choose_together([row], options)[0]
+        except Exception as error:  # noqa: BLE001
+            self.errors[self.active[row]] = error
+            return None
 
 
 @contextmanager
