@@ -23,4 +23,4 @@ def test_every_cell_of_the_notebook_runs() -> None:
     text = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
-    assert "captions right" in text and "labels broken" in text
+    assert "correct captions" in text and "labels broken" in text
