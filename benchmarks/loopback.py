@@ -1,7 +1,7 @@
 """A web server on this machine that misbehaves in every way that matters, and knows what it did.
 
 The first part of a URL's path is what happens, the second is which image:
-`http://127.0.3.7:8000/ok/123.jpg`. `expected(kind)` is the outcome a downloader should report.
+`http://127.0.3.7:8000/ok/123.jpg`. `expected(kind, number)` is the outcome that a downloader should report.
 
     python benchmarks/loopback.py --port 8000 --latency 0.1 [--tls FOLDER]
 """
@@ -43,7 +43,7 @@ EXPECTED = {
     "html": "html",
     "empty": "empty",
     "cut": "truncated",  # the body ends before its Content-Length
-    "short": "truncated",  # the file ends before the image
+    "short": "truncated",  # the file ends before the image does
     "corrupt": "corrupt",  # bytes changed in mid-scan
     "loop": "redirect",
     "hang": "timeout",
@@ -84,8 +84,9 @@ SIZES = [(500, 375), (640, 427), (400, 500), (800, 600), (320, 240), (1024, 683)
 
 @cache
 def images() -> list[bytes]:
-    """Photo-like JPEGs, 20 to 130 kB: smooth shapes with fine grain."""
-    rng, made = np.random.default_rng(0), []
+    """Return photo-like JPEGs of 20 to 130 kB: smooth shapes with fine grain."""
+    random = np.random.default_rng(0)
+    encoded = []
     for index in range(POOL):
         width, height = SIZES[index % len(SIZES)]
         coarse = Image.fromarray(random.integers(0, 255, (6, 8, 3), dtype=np.uint8))
@@ -140,7 +141,7 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def expected(kind: str, number: int) -> tuple[str, str]:
-    """(outcome, sha256 of the image or "") that a downloader should report."""
+    """Return the outcome that a downloader should report, and the image's sha256 ("" for a failure)."""
     outcome = EXPECTED[kind]
     if outcome != "ok":
         return outcome, ""
@@ -225,8 +226,35 @@ class _Handler(asyncio.Protocol):
     def respond(self, kind: str, number: int, name: str) -> None:
         """Write a complete response (of kind "cut": half of it)."""
         status = _STATUS.get(kind, "200 OK")
-        body = b"no image here" if kind in _STATUS else body_of(kind, number)
-        extra = {
+        body = self.encoded_body(kind, number)
+        headers = self.extra_headers(kind, number, name)
+        content_type = "text/html" if kind == "html" else "image/jpeg"
+        head = (
+            f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\n{headers}"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        if kind == "cut":
+            body = body[: len(body) // 2]
+        # "\udce9" in a header becomes the byte E9, which is not UTF-8.
+        self.transport.write(head.encode(errors="surrogateescape") + body)
+        if kind == "cut" or self.closes:
+            self.transport.close()
+
+    def encoded_body(self, kind: str, number: int) -> bytes:
+        """Return the body as it is sent."""
+        if kind == "robots.txt":
+            return self.targets.get("robots", "").encode()
+        if kind in _STATUS:
+            return b"no image here"
+        if kind == "gzip":
+            return zlib.compress(body_of(kind, number))
+        if kind == "gzipbomb":
+            return zlib.compress(b"\0" * 60_000_000)
+        return body_of(kind, number)
+
+    def extra_headers(self, kind: str, number: int, name: str) -> str:
+        """Return the header lines that only some kinds have."""
+        headers = {
             "optout": "X-Robots-Tag: noai, noimageai, \udce9\r\n",
             "reserved": "TDM-Reservation: 1\r\n",
             "busy": f"Retry-After: {number}\r\n",
