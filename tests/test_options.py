@@ -35,6 +35,7 @@ DIFFERENT_BY_COMMAND = {
     "--limit": "the demo counts images",
     "--cache-dir": "llava doctor reports its disk space",
     "--batch-size": "llava serve counts sequences",
+    "--timeout": "of a request in llava serve, of an image in llava download",
 }
 
 
