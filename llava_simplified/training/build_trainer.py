@@ -95,7 +95,8 @@ def build_trainer(
     # A chat template that cannot be used raises here, before the model is loaded.
     Prompt(tokenizer, model_args.template)
 
-    settings = {**non_default_options(model_args, data_args, args), "processes": args.world_size}
+    options = non_default_options(model_args, data_args, args)
+    settings = {**options, "processes": args.world_size}
     resumed = find_resume_folder(args)
     if resumed:
         for difference in check_same_run(resumed, config, settings):
