@@ -102,7 +102,7 @@ def test_mark_captions_marks_words_of_references() -> None:
 def test_report_rejects_runs_on_different_images(image_folder: Path) -> None:
     one = make_run("one", ("a", "b"))
     two = make_run("two", ("a", "b"), ("c", "d"))
-    with pytest.raises(ValueError, match="'two' and 'one' are on different images"):
+    with pytest.raises(ValueError, match="'one' and 'two' are on different images"):
         write_page(image_folder, one, two)
 
 
