@@ -160,7 +160,9 @@ def _collect_notes(runs: Sequence[Run]) -> list[str]:
 def _make_panels(runs: Sequence[Run]) -> list[RunPanel]:
     panels = []
     for number, run in enumerate(runs):
-        overused, underused = _word_bars(run.samples)
+        # Of a single run, the colors tell the two lists apart; of several, the runs.
+        colors = (_ORANGE, _BLUE) if len(runs) == 1 else (number, number)
+        overused, underused = _word_bars(run.samples, colors)
         unseen = _unseen_scores(run.result)
         panels.append(RunPanel(number, run.name, run.result, unseen, overused, underused))
     return panels
@@ -609,7 +611,7 @@ def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) 
     return charts
 
 
-def _word_bars(samples: Sequence[Sample]) -> tuple[list[Bar], list[Bar]]:
+def _word_bars(samples: Sequence[Sample], colors: tuple[int, int]) -> tuple[list[Bar], list[Bar]]:
     """Return bars for the words that are generated too often, and for those generated too rarely."""
     overused, underused = compare_word_usage(samples)
     # The bars of both lists have the same scale.
@@ -618,7 +620,7 @@ def _word_bars(samples: Sequence[Sample]) -> tuple[list[Bar], list[Bar]]:
         largest = max(largest, abs(usage.log_likelihood))
 
     bars: tuple[list[Bar], list[Bar]] = ([], [])
-    for side, (usages, color) in enumerate(((overused, _ORANGE), (underused, _BLUE))):
+    for side, (usages, color) in enumerate(zip((overused, underused), colors)):
         for usage in usages:
             percent = 100 * abs(usage.log_likelihood) / largest
             counts = f"{usage.generated:.0f} : {usage.references:.0f}"
