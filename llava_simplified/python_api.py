@@ -92,7 +92,8 @@ def evaluate(
     if isinstance(references, (str, Path)):
         captions_by_image = read_references(Path(references))
     elif references is not None:
-        captions_by_image = References(references)
+        # A key may be a name, or what the id of a COCO file is: the name without its suffix.
+        captions_by_image = References(references, by_id=references)
     if isinstance(train_captions, (str, Path)):
         train_captions = read_train_captions(Path(train_captions))
     if isinstance(predictions, (str, Path)):

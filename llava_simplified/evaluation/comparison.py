@@ -76,11 +76,15 @@ class Comparison:
 
 def align_samples(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
     """Return samples in the order of others; None if they are not of the same images."""
+    # An index can occur with several images, and an image with several instructions.
     by_key = {(sample.index, sample.image): sample for sample in samples}
-    keys = [(sample.index, sample.image) for sample in order]
-    if len(samples) != len(order) or by_key.keys() != set(keys):
-        return None
-    return [by_key[key] for key in keys]
+    aligned = []
+    for sample in order:
+        same_image = by_key.pop((sample.index, sample.image), None)
+        if same_image is None:
+            return None
+        aligned.append(same_image)
+    return aligned if not by_key else None  # what is left over is not among the others
 
 
 def compare_runs(
@@ -108,18 +112,29 @@ def compare_runs(
         per_image[name] = change
         num_better = int((change > _EQUAL).sum())
         num_worse = int((change < -_EQUAL).sum())
-        score = _difference(name, first, second)
         differences[name] = Difference(
-            score, num_better, num_worse, len(change) - num_better - num_worse
+            score=_difference(name, first, second),
+            num_better=num_better,
+            num_worse=num_worse,
+            num_equal=len(change) - num_better - num_worse,
         )
 
+    # Other captions can have equal scores, so the captions decide which images have changed, and not the scores.
     changed = []
     for position, (before, after) in enumerate(zip(first_samples, second_samples)):
-        if _normalized(before) != _normalized(after):
-            of_image = {name: float(change[position]) for name, change in per_image.items()}
-            changed.append(ChangedImage(position, of_image))
-    changed.sort(key=lambda image: [-image.differences[name] for name in RANK_METRICS])
+        if _normalized(before) == _normalized(after):
+            continue
+        of_image = {}
+        for name, change in per_image.items():
+            of_image[name] = float(change[position])
+        changed.append(ChangedImage(position, of_image))
+    changed.sort(key=_gain, reverse=True)
     return Comparison(differences, changed)
+
+
+def _gain(image: ChangedImage) -> list[float]:
+    """Return the key by which changed images are sorted."""
+    return [image.differences[name] for name in RANK_METRICS]
 
 
 def _difference(name: str, first: Evaluation, second: Evaluation) -> Score:
@@ -128,6 +143,7 @@ def _difference(name: str, first: Evaluation, second: Evaluation) -> Score:
     after = second.resampled.get(name)
     if before is None or after is None or not len(before):  # no bootstrap, as for METEOR and SPICE
         return Score(value)
+    # The resamples of both runs draw the same images, so they are subtracted one by one.
     low, high = np.percentile(after - before, INTERVAL_PERCENTILES)
     return Score(value, float(low), float(high))
 
@@ -152,6 +168,7 @@ def format_comparison(first: str, second: str, num_images: int, comparison: Comp
         interval = "" if math.isnan(score.low) else f"{score.low:+.4f} to {score.high:+.4f}"
         counts = [difference.num_better, difference.num_worse, difference.num_equal]
         lines.append([name, f"{score.value:+.4f}", interval, *map(str, counts)])
+    # Align the columns.
     widths = [max(map(len, column)) for column in zip(*lines)]
     rows = [f"{second} minus {first}: {num_images} images, paired bootstrap"]
     for line in lines:

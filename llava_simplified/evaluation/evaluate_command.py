@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         scores = {run.name: to_json(run.result) for run in runs}
         for name, comparison in comparisons.items():
             scores[name]["compared with"] = comparison_to_json(runs[0], comparison)
+        # Names and captions are readable in the file, in any language.
         text = json.dumps(scores, indent=1, ensure_ascii=False)
         args.output.write_text(printable(text), encoding="utf-8")
         logger.info("Scores written to %s", args.output)
@@ -176,6 +177,7 @@ def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
         format_comparison,
     )
 
+    # The first file is the baseline. A series of checkpoints is compared with its first checkpoint.
     first = runs[0]
     comparisons = {}
     for run in runs[1:]:

@@ -108,6 +108,7 @@ def write_report(
         ValueError: The runs are on different images, no image can be read, or the log is not a training log.
     """
     given_runs = runs
+    # Of checkpoints of one run, the newest is the one that matters. Other runs keep the order that the user chose.
     steps = training_steps([run.name for run in runs])
     if steps is not None:
         runs = list(runs)[::-1]
@@ -146,6 +147,7 @@ def write_report(
 
 def _collect_notes(runs: Sequence[Run]) -> list[str]:
     """Return the notes of all runs; one that not all of them have names its runs."""
+    # Most notes are those of all runs.
     runs_by_note: dict[str, list[str]] = {}
     for run in runs:
         for note in run.result.notes:
@@ -233,12 +235,14 @@ def _compare_shuffled(runs: Sequence[Run]) -> dict[str, list[Bar]]:
     """Return by metric the scores of each run with the own and with another image's captions."""
     comparison = {}
     for name in SHUFFLE_METRICS:
+        # A set of one image has no shuffled scores.
         scored = [(n, run) for n, run in enumerate(runs) if name in run.result.shuffled]
         largest = 1e-9  # all may be 0
         for _, run in scored:
             largest = max(largest, run.result.mean[name].value, run.result.shuffled[name].value)
         bars = []
         for number, run in scored:
+            # The number of colors is limited, so that the labels name the runs.
             prefix = f"{run.name}: " if len(runs) > 1 else ""
             own = run.result.mean[name].value
             shuffled = run.result.shuffled[name].value
@@ -388,6 +392,7 @@ def _comparison_panels(
                 num_equal=difference.num_equal,
             )
             rows.append(row)
+        # Sorted from the greatest gain to the greatest loss. Images may have other captions that are as good.
         changed = comparison.changed
         gains = [image for image in changed if image.differences[RANK_METRICS[0]] > 0]
         losses = [image for image in changed[::-1] if image.differences[RANK_METRICS[0]] < 0]
@@ -407,7 +412,8 @@ def _changed_row(image: ChangedImage, first: Run, second: Run) -> ChangedRow:
     before = first.samples[image.position]
     after = second.samples[image.position]
     return ChangedRow(
-        image=before.image or f"index {before.index}",
+        image=before.image or f"index {before.index}",  # a record of text alone
+        # Trials often repeat a caption.
         references=before.references,
         before=tuple(dict.fromkeys(before.captions)),
         after=tuple(dict.fromkeys(after.captions)),

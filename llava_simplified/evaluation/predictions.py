@@ -10,7 +10,6 @@ Every row ends as a caption that is scored, or in one of the counts of `Predicti
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,11 @@ from llava_simplified.data.names import AmbiguousNameError, name_parts
 from llava_simplified.data.records import open_records
 from llava_simplified.data.rows import open_rows
 from llava_simplified.evaluation.metrics import Sample, normalize_caption
-from llava_simplified.evaluation.references import ReferenceMatch, References
-
-_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
+from llava_simplified.evaluation.references import (
+    ReferenceMatch,
+    References,
+    replace_half_surrogates,
+)
 
 
 @dataclass
@@ -89,6 +90,7 @@ class _Reader:
         key = (row.index, row.image)
         row_references = self._find_references(row, where)
         if not row_references:
+            # `llava predict` writes an empty reference for a record without a response.
             self.without_references.setdefault(key, where)
             return
         previous = self.samples.get(key)
@@ -150,6 +152,7 @@ class _Reader:
                 f"{where}: 'image_id' must be a number or a text, but it is {image_id!r}."
             )
         caption = self._read_text(row, "caption", where)
+        # With its name, the report can show the image.
         name = self.references.name_of(str(image_id))
         return _Row(str(image_id), name or str(image_id), "", caption, (), str(image_id))
 
@@ -157,9 +160,8 @@ class _Reader:
         return self._replace_half_surrogates(_read_string(row, key, where))
 
     def _replace_half_surrogates(self, text: str) -> str:
-        """JSON can contain half a surrogate pair, which can be neither printed nor written as UTF-8."""
-        replaced, count = _HALF_SURROGATE.subn("\ufffd", text)
-        self.num_half_surrogates += bool(count)
+        replaced = replace_half_surrogates(text)
+        self.num_half_surrogates += replaced != text
         return replaced
 
     def _own_references(self, row: Mapping[str, object], where: str) -> tuple[str, ...]:
@@ -180,6 +182,7 @@ class _Reader:
     def _find_references(self, row: _Row, where: str) -> tuple[str, ...]:
         if self.references is None:
             return row.own_references
+        # Most images have several rows, one for each trial.
         key = (row.image, row.image_id)
         match = self.matches.get(key)
         if match is None:
@@ -209,6 +212,7 @@ class _Reader:
         Raises:
             ValueError: No image has references.
         """
+        # A few images without references are counted; if all are, it is the wrong file.
         if self.without_references and not self.samples:
             where = next(iter(self.without_references.values()))
             _, image = next(iter(self.without_references))
@@ -229,17 +233,24 @@ class _Reader:
         return result
 
     def _describe_matches(self, references: References, result: Predictions) -> None:
-        matched = [match for match in self.matches.values() if match.captions]
-        for rule in ("exact", "suffix", "image id"):
-            count = sum(match.rule == rule for match in matched)
+        num_matched = dict.fromkeys(_RULE_NAMES, 0)
+        by_suffix = []
+        used = set()
+        for (name, _), match in self.matches.items():
+            if match.rule == "none":
+                continue
+            num_matched[match.rule] += 1
+            used.add(match.key)
+            if match.rule == "suffix":
+                by_suffix.append(name)
+        for rule, count in num_matched.items():
             result.counts[f"references matched by {_RULE_NAMES[rule]}"] = count
-        by_suffix = [name for (name, _), match in self.matches.items() if match.rule == "suffix"]
+        # An exact match needs no explanation; a match by the end of the path may not be what was meant.
         if by_suffix:
             result.notes.append(
                 f"references of {len(by_suffix)} images were matched by the end of the path, "
                 f"for example those of {by_suffix[0]!r}"
             )
-        used = {match.key for match in matched}
         unused = references.unused(used)
         result.counts["references without a prediction"] = len(unused)
         if unused:
@@ -269,6 +280,7 @@ class _Reader:
             )
 
 
+# How the rules are called in counts.
 _RULE_NAMES = {
     "exact": "the whole name",
     "suffix": "the end of the path",
@@ -309,5 +321,6 @@ def read_train_captions(path: Path) -> set[str]:
     """
     captions: set[str] = set()
     for record in open_records(path):
-        captions.update(normalize_caption(response) for response in record.responses)
+        for response in record.responses:
+            captions.add(normalize_caption(replace_half_surrogates(response)))
     return captions

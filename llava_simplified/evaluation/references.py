@@ -17,6 +17,11 @@ _COCO_DIGITS = 12
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def replace_half_surrogates(text: str) -> str:
+    """Replace half surrogate pairs: JSON can contain them, but they can be neither printed nor written as UTF-8."""
+    return _HALF_SURROGATE.sub("\ufffd", text)
+
+
 class ReferenceMatch(NamedTuple):
     """The references of an image, the rule that found them, and the name or id that they have in the file."""
 
@@ -49,7 +54,7 @@ class References:
         self.by_id = by_id or {}
         self.counts = dict(counts or {})
         self._names = dict(names or {})
-        self._ids = {name: image_id for image_id, name in self._names.items()}
+        self._ids = dict(zip(self._names.values(), self._names))
         self._index = NameIndex(by_name)
 
     def name_of(self, image_id: str) -> str | None:
@@ -67,9 +72,10 @@ class References:
             AmbiguousNameError: The name matches several images.
         """
         if image_id is not None:
-            captions = tuple(self.by_id.get(image_id, ()))
-            return ReferenceMatch(captions, "image id", image_id) if captions else _NO_MATCH
-        match = self._index.find(image) if image else None
+            if image_id not in self.by_id:
+                return _NO_MATCH
+            return ReferenceMatch(tuple(self.by_id[image_id]), "image id", image_id)
+        match = self._index.find(image)
         if match is not None:
             # References that have an id are known by it, so that both ways to them count as one.
             key = self._ids.get(match.name, match.name)
@@ -85,8 +91,11 @@ class References:
         if not parts or "#" in parts[-1]:  # a number in `shard.tar#key` is that of the shard
             return None
         stem = PurePosixPath(parts[-1]).stem
+        candidates = [stem]  # an id can be any text
         numbered = _COCO_NAME.fullmatch(stem)
-        for image_id in (stem, numbered[1] if numbered else ""):
+        if numbered is not None:
+            candidates.append(numbered[1])
+        for image_id in candidates:
             if image_id not in self.by_id:
                 continue
             name = self._names.get(image_id)
@@ -94,10 +103,9 @@ class References:
                 return image_id
             # `cats/1.jpg` is not the image with id 1 if that one is called `dogs/1.jpg` or `dogs/7.jpg`. COCO numbers
             # its images in 12 digits, and its names differ between the years.
-            is_coco_name = numbered is not None and (
-                stem.startswith("COCO_") or len(stem) == _COCO_DIGITS
-            )
-            if is_coco_name and PurePosixPath(name).stem != stem:
+            is_coco_name = stem.startswith("COCO_") or len(stem) == _COCO_DIGITS
+            # With the same base name, the rule for names has already refused it: the folders differ.
+            if numbered is not None and is_coco_name and PurePosixPath(name).stem != stem:
                 return image_id
         return None
 
@@ -107,10 +115,13 @@ class References:
         Args:
             used: Keys of matches.
         """
-        keys = dict.fromkeys([*self.by_id, *(self._ids.get(name, name) for name in self.by_name)])
+        # In the order of the file; references that have a name and an id count once.
+        unused = dict.fromkeys(self.by_id)
+        for name in self.by_name:
+            unused[self._ids.get(name, name)] = None
         for key in used:
-            keys.pop(key, None)
-        return [self._names.get(key, key) for key in keys]
+            unused.pop(key, None)
+        return [self._names.get(key, key) for key in unused]
 
 
 def read_references(path: Path) -> References:
@@ -125,6 +136,7 @@ def read_references(path: Path) -> References:
     """
     content: object = None
     try:
+        # Caption files have a few hundred megabytes at most. Records in other formats are read row by row.
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -150,7 +162,7 @@ def _read_coco(content: Mapping[str, object], path: Path) -> References:
             caption = annotation["caption"]
             captions = by_id.setdefault(str(annotation["image_id"]), [])
             if isinstance(caption, str) and caption.strip():
-                captions.append(_HALF_SURROGATE.sub("\ufffd", caption))
+                captions.append(replace_half_surrogates(caption))
             else:  # null or empty
                 num_without_text += 1
         for image in _list(content.get("images", [])):
@@ -163,15 +175,18 @@ def _read_coco(content: Mapping[str, object], path: Path) -> References:
         ) from None
     except ValueError as error:
         raise ValueError(f"--references: {path}: {error}") from None
+    # An image whose annotations are all empty has no references.
     with_captions = {image_id: captions for image_id, captions in by_id.items() if captions}
-    by_name = {
-        name: with_captions[image_id]
-        for image_id, name in names.items()
-        if image_id in with_captions
-    }
+    by_name = {}
+    num_without_caption = 0
+    for image_id, name in names.items():
+        if image_id in with_captions:
+            by_name[name] = with_captions[image_id]
+        else:
+            num_without_caption += 1
     counts = {
         "annotations without a text": num_without_text,
-        "images without a caption": sum(image_id not in with_captions for image_id in names),
+        "images without a caption": num_without_caption,
     }
     return References(by_name, with_captions, names, counts)
 
@@ -203,7 +218,8 @@ def _read_records(path: Path) -> References:
     num_without_image = 0
     num_without_caption = 0
     for record in open_records(path):
-        captions = [text for text in record.responses if text.strip()]
+        captions = [replace_half_surrogates(text) for text in record.responses if text.strip()]
+        # A conversation about several images says nothing about each of them.
         if len(record.images) != 1:
             num_without_image += 1
         elif not captions:

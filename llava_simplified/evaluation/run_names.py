@@ -26,12 +26,16 @@ def training_steps(names: Sequence[str]) -> list[int] | None:
 
     The names of a series end with `step-N` or `checkpoint-N`, and are the same in front of it.
     """
-    matches = [_STEP.fullmatch(name) for name in names]
-    steps = [int(match[2]) for match in matches if match]
-    prefixes = {match[1] for match in matches if match}
-    if len(steps) < len(names) or len(prefixes) > 1:
-        return None
-    return steps
+    steps = []
+    prefixes = set()
+    for name in names:
+        match = _STEP.fullmatch(name)
+        if match is None:
+            return None
+        prefixes.add(match[1])
+        steps.append(int(match[2]))
+    # The checkpoints of two runs are no series, even if their steps differ.
+    return steps if len(prefixes) == 1 else None
 
 
 def sort_by_step(paths: Sequence[Path]) -> list[Path]:
@@ -42,5 +46,4 @@ def sort_by_step(paths: Sequence[Path]) -> list[Path]:
     steps = training_steps(name_runs(paths))
     if steps is None:
         return list(paths)
-    order = sorted(range(len(paths)), key=lambda index: steps[index])
-    return [paths[index] for index in order]
+    return [path for _, path in sorted(zip(steps, paths))]
