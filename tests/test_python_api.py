@@ -72,9 +72,14 @@ def test_evaluate_scores_prediction_files_of_0_1_0(name: str) -> None:
     assert scores == pytest.approx(expected[Path(name).stem])
 
 
-def test_evaluate_accepts_references_and_training_captions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["", ".jpg"])
+def test_evaluate_accepts_references_and_training_captions(suffix: str) -> None:
+    """References are given by name, or by the name without its suffix, as the ids of COCO files are."""
     rows = json.loads((PREDICTIONS / "predictions.json").read_text())
-    references = {row["image"]: [row["pred_output"]] for row in rows[::3]}
+    references = {}
+    for row in rows[::3]:
+        name = Path(row["image"]).with_suffix(suffix).name
+        references[name] = [row["pred_output"]]
     result = evaluate(
         PREDICTIONS / "greedy.jsonl",
         references,
