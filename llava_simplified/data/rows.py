@@ -125,6 +125,10 @@ class RowFile(Sequence[dict[str, Any]]):
         """Return the indices of the `count` rows with most bytes, longest first."""
         return np.argsort(-self._lengths, kind="stable")[:count].tolist()
 
+    def longer_than(self, num_bytes: int) -> list[int]:
+        """Return the indices of the rows with more than `num_bytes` bytes."""
+        return np.flatnonzero(self._lengths > num_bytes).tolist()
+
     def where(self, index: int) -> str:
         """Return the name of a row for messages: "train.json row 7"."""
         return f"{self.name} row {index % len(self)}"

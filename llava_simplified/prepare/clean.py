@@ -14,7 +14,6 @@ are never mixed.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
 from collections import Counter
@@ -26,13 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from llava_simplified.data.images import (
-    FORMATS,
     MAX_PIXELS,
     ImageError,
     check_image,
+    count_frames,
     decode_image,
     read_image_bytes,
 )
@@ -159,8 +157,7 @@ def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) ->
         # The only step of the transform that can fail.
         transform.resized_size(height, width)
     if suffix != "jpg":
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            frames = getattr(image, "n_frames", 1)
+        frames = count_frames(data, rules.max_pixels)
         if frames > 1:
             raise ImageError("animated", f"{frames} frames")
 
