@@ -141,6 +141,14 @@ class Prompt:
         )
         self._lead = self._layout([Message("user", "")], "").answer.lead
 
+    def max_expansion(self) -> float:
+        """How many times longer a text can become, in bytes, before it is cut into tokens."""
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        if normalizer is None:
+            return 1.0
+        longest = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"  # 18 letters in the forms NFKC and NFKD
+        return max(1.0, len(normalizer.normalize_str(longest).encode()) / len(longest.encode()))
+
     def render(
         self, turns: Sequence[Message], response: str | None, where: str = ""
     ) -> TokenizedPrompt:

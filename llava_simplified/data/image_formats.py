@@ -46,6 +46,10 @@ _SIGNATURE_PATTERNS = [
 # Comments, a declaration and a document type may stand in front of the element.
 _SVG = re.compile(rb"<(?:\w+:)?svg[\s>]", re.IGNORECASE)
 _SNIFFED_BYTES = 4096
+IMAGE_HEADER_BYTES = 512  # that `is_image_header` looks at
+_DECODED = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\x00|MM\x00\*|....ftypavi[fs]", re.DOTALL
+)
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks of a PNG that decide over pixels, transparency and orientation, and those of an animation.
@@ -57,6 +61,11 @@ _TIFF_TAGS = {
     *(512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
 }
 _TIFF_ENTRY = 12  # bytes: tag, type, count, value or its position
+
+
+def is_image_header(head: bytes) -> bool:
+    """Return whether a file begins like an image: one that is decoded, or one whose format is only named."""
+    return bool(_DECODED.match(head)) or sniff_format(head).endswith("image")
 
 
 def sniff_format(data: bytes) -> str:

@@ -223,12 +223,14 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
             f"{where}: 'conversations' must be a list of {{from, value}}, got {value!r}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
-    # A system turn can be anywhere as far as this check goes; the prompt allows it at the beginning only.
-    roles = [turn.role for turn in turns if turn.role != "system"]
+    roles = [turn.role for turn in turns]
+    if roles[0] == "system":
+        roles = roles[1:]
     expected = ["user", "assistant"] * len(roles)
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(
-            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ...; "
+            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ..., "
+            f"and a system turn comes first; "
             f"they are {', '.join(roles)}"
         )
     last = turns[-1]
@@ -334,6 +336,16 @@ class Records(Sequence[Record]):
         return self.rows.longer_than(num_bytes)
 
 
+def response_problem(record: Record) -> str:
+    """Return why a record cannot be trained on for its responses; empty if it can."""
+    if record.responses and all(text.strip() for text in record.responses):
+        return ""
+    return (
+        f"{record.id}: no response to train on, or an empty one. "
+        "`llava clean` sets such records aside."
+    )
+
+
 class BadRecords:
     """Records that cannot be used, and how many of them are tolerated.
 
@@ -408,10 +420,8 @@ def open_records(
             continue
         if not require_responses:
             continue
-        if not record.responses or not all(text.strip() for text in record.responses):
-            raise ValueError(
-                f"{record.id}: no response to train on, or an empty one. "
-                "`llava clean` sets such records aside."
-            )
+        problem = response_problem(record)
+        if problem:
+            raise ValueError(problem)
     bad.check()
     return records

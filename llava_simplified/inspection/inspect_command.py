@@ -13,7 +13,7 @@ from llava_simplified.options import CommandParser, add_image_folder_option
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from llava_simplified.data.records import Records
     from llava_simplified.inspection.data_totals import DataTotals
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     records = Records(open_rows(args.data))
     tokenizer = load_tokenizer(args.model_name_or_path)
     prompt = Prompt(tokenizer, args.template)
+    vocabulary_problems = _vocabulary_problems(tokenizer, args.model_name_or_path)
     tokens_per_image = _tokens_per_image(args)
 
     # highlight=False: rich would color the numbers and paths in captions.
@@ -121,9 +122,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     console.print(table)
     # A row that was shown is usually scanned too: name it once.
-    problems = list(dict.fromkeys([*shown.problems, *scanned.problems]))
+    problems = list(dict.fromkeys([*vocabulary_problems, *shown.problems, *scanned.problems]))
     _print_problems(console, problems)
     return 1 if problems else 0
+
+
+def _vocabulary_problems(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> list[str]:
+    """Return a message if tokens have no row in the embedding table of the model, as far as its config is there."""
+    from llava_simplified.model.build import check_vocabulary, find_language_model_config
+
+    config = find_language_model_config(name_or_path)
+    if config is None:
+        return []
+    try:
+        check_vocabulary(tokenizer, config, name_or_path)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _tokens_per_image(args: argparse.Namespace) -> int | None:

@@ -25,7 +25,7 @@ from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.model.config import LlavaConfig
+from llava_simplified.model.config import CONFIG_NAME, LlavaConfig, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.protocols import CausalLM
@@ -70,6 +70,14 @@ def build_model(
         source = _load_transformers_config(str(source))
     attn_implementation = _ATTENTION_ALIASES.get(attn_implementation or "", attn_implementation)
 
+    if tokenizer is None:
+        tokenizer = load_tokenizer(str(language_model or config.language_model))
+    # Before weights are read, which takes minutes for a large model.
+    text_config = source
+    if not isinstance(text_config, PreTrainedConfig):
+        text_config = _load_transformers_config(str(source))
+    check_vocabulary(tokenizer, text_config, str(language_model or config.language_model))
+
     tower = build_vision_tower(config, source=vision_tower, device="meta" if on_meta else None)
     with torch.device("meta") if on_meta else nullcontext():
         if isinstance(source, PreTrainedConfig):
@@ -80,8 +88,6 @@ def build_model(
             text = _load_language_model(str(source), dtype, config.bits, attn_implementation)
         text_width = text.get_input_embeddings().weight.shape[1]
         projector = build_projector(config.mm_projector_type, tower.width, text_width)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(str(language_model or config.language_model))
     model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
     if device is None or on_meta:
         return model
@@ -145,6 +151,46 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str
+) -> None:
+    """Check that every token has a row in the embedding table.
+
+    Args:
+        tokenizer: The tokenizer.
+        config: Config of the language model.
+        name: Name of the model, for the message.
+
+    Raises:
+        ValueError: The tokenizer is wider than the table. The message names the first such token.
+    """
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if rows is None:
+        return
+    outside = [(index, token) for token, index in tokenizer.get_vocab().items() if index >= rows]
+    if outside:
+        index, token = min(outside)
+        raise ValueError(
+            f"{name}: the token {token!r} of the tokenizer has the id {index}, but the embedding table has {rows} rows "
+            f"({len(outside)} token(s) have no row). Use the tokenizer of this model, or resize the table: "
+            "model.resize_token_embeddings(len(tokenizer)), then save model and tokenizer."
+        )
+
+
+def find_language_model_config(name_or_path: str) -> PreTrainedConfig | None:
+    """Return the config of a language model, or of the one of a checkpoint; None if there is only a tokenizer."""
+    folder = Path(name_or_path)
+    if (folder / CONFIG_NAME).is_file():
+        own_weights = folder / "language_model"
+        name_or_path = str(own_weights)
+        if not own_weights.is_dir():
+            name_or_path = read_checkpoint_config(folder)["architecture"]["language_model"]
+    try:
+        return _load_transformers_config(name_or_path)
+    except ValueError:
+        return None
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:

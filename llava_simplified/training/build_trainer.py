@@ -20,10 +20,14 @@ from llava_simplified.arguments import (
     non_default_options,
 )
 from llava_simplified.data.collate import Collator
-from llava_simplified.data.dataset import CaptionDataset, open_data
+from llava_simplified.data.dataset import (
+    CaptionDataset,
+    open_data,
+    set_bad_records_aside,
+)
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.packing import PackedDataset
-from llava_simplified.data.records import Record
+from llava_simplified.data.records import Record, Records
 from llava_simplified.extras import install_command
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.checkpoint import load_projector, load_trained_weights
@@ -82,18 +86,31 @@ def build_trainer(
     transformers.set_seed(args.seed)
     check_options(model_args, data_args, args)
     train_records, train_folder = open_data(
-        str(data_args.train_data_path), data_args.train_image_folder, "--train_image_folder"
+        str(data_args.train_data_path),
+        data_args.train_image_folder,
+        "--train_image_folder",
+        max_bad_records=data_args.max_bad_records,
     )
-    eval_records: Sequence[Record] | None = None
+    eval_records: Records | None = None
     eval_folder = ""
     if data_args.eval_data_path:
         eval_records, eval_folder = open_data(
-            data_args.eval_data_path, data_args.val_image_folder, "--val_image_folder"
+            data_args.eval_data_path,
+            data_args.val_image_folder,
+            "--val_image_folder",
+            max_bad_records=data_args.max_bad_records,
         )
-    config = build_config(model_args, args, train_records)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     # A chat template that cannot be used raises here, before the model is loaded.
-    Prompt(tokenizer, model_args.template)
+    prompt = Prompt(tokenizer, model_args.template)
+    train_records = set_bad_records_aside(
+        train_records, data_args.max_bad_records, prompt, args.model_max_length
+    )
+    if eval_records:
+        eval_records = set_bad_records_aside(
+            eval_records, data_args.max_bad_records, prompt, args.model_max_length
+        )
+    config = build_config(model_args, args, train_records)
 
     settings = {**non_default_options(model_args, data_args, args), "processes": args.world_size}
     resumed = find_resume_folder(args)
