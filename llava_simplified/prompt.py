@@ -141,6 +141,19 @@ class Prompt:
         )
         self._lead = self._layout([Message("user", "")], "").answer.lead
 
+    def usable_tokens(self) -> dict[int, str]:
+        """The ids that prompts and answers can contain, with their tokens: those of texts and the template's own.
+
+        Other control tokens never occur: they are not parsed in data."""
+        backend = self._tokenizer.backend_tokenizer
+        tokens = {i: token for token, i in backend.get_vocab(with_added_tokens=False).items()}
+        roles = [Message("user", ""), Message("assistant", ""), Message("user", "")]
+        parts = self._layout(roles, "").prefix
+        for part in [*parts, self.end_id]:
+            if isinstance(part, int):
+                tokens[part] = str(self._tokenizer.convert_ids_to_tokens(part))
+        return tokens
+
     def max_expansion(self) -> float:
         """How many times longer a text can become, in bytes, before it is cut into tokens."""
         normalizer = self._tokenizer.backend_tokenizer.normalizer

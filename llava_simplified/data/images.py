@@ -489,8 +489,23 @@ def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> np.ndarray:
 def _to_pixels(image: Image.Image) -> np.ndarray:
     """Return a PIL image as uint8 RGB (height, width, 3), upright, with transparency on white."""
     # Before the orientation is read: loading a TIFF applies it, and loading a PNG finds metadata behind the pixels.
-    image.load()
+    _load(image)
     return np.asarray(_to_rgb(_make_upright(image, _read_orientation(image))))
+
+
+def _load(image: Image.Image) -> None:
+    """Decode a PIL image, unless that has been done."""
+    filename = getattr(image, "filename", None)
+    if not filename or image.format != "TIFF":
+        image.load()
+        return
+    # Pillow maps an uncompressed TIFF that was opened by its path into memory, with the size that it has after it was
+    # rotated: the pixels of a photo in upright format would be scrambled. Without a path it reads the file.
+    image.filename = ""  # type: ignore[attr-defined]
+    try:
+        image.load()
+    finally:
+        image.filename = filename  # type: ignore[attr-defined]
 
 
 def _read_orientation(image: Image.Image) -> int:

@@ -30,6 +30,7 @@ from llava_simplified.model.llava import Llava
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.model.vision import VisionTower, check_missing_keys
+from llava_simplified.prompt import Prompt
 
 # LLaVA Simplified 0.1.0 called its attention kernel for CPUs "short".
 _ATTENTION_ALIASES = {"short": "cpu_matmul"}
@@ -70,14 +71,6 @@ def build_model(
         source = _load_transformers_config(str(source))
     attn_implementation = _ATTENTION_ALIASES.get(attn_implementation or "", attn_implementation)
 
-    if tokenizer is None:
-        tokenizer = load_tokenizer(str(language_model or config.language_model))
-    # Before weights are read, which takes minutes for a large model.
-    text_config = source
-    if not isinstance(text_config, PreTrainedConfig):
-        text_config = _load_transformers_config(str(source))
-    check_vocabulary(tokenizer, text_config, str(language_model or config.language_model))
-
     tower = build_vision_tower(config, source=vision_tower, device="meta" if on_meta else None)
     with torch.device("meta") if on_meta else nullcontext():
         if isinstance(source, PreTrainedConfig):
@@ -88,7 +81,10 @@ def build_model(
             text = _load_language_model(str(source), dtype, config.bits, attn_implementation)
         text_width = text.get_input_embeddings().weight.shape[1]
         projector = build_projector(config.mm_projector_type, tower.width, text_width)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(str(language_model or config.language_model))
     model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
+    check_vocabulary(model.prompt, text.config, str(language_model or config.language_model))
     if device is None or on_meta:
         return model
     return model.to(device)
@@ -153,28 +149,26 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str
-) -> None:
-    """Check that every token has a row in the embedding table.
+def check_vocabulary(prompt: Prompt, config: PreTrainedConfig | None, name: str) -> None:
+    """Check that every token that a prompt or an answer can contain has a row in the embedding table.
 
     Args:
-        tokenizer: The tokenizer.
-        config: Config of the language model.
+        prompt: The renderer with the tokenizer.
+        config: Config of the language model; None if it is not known.
         name: Name of the model, for the message.
 
     Raises:
         ValueError: The tokenizer is wider than the table. The message names the first such token.
     """
-    rows = getattr(config.get_text_config(), "vocab_size", None)
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     if rows is None:
         return
-    outside = [(index, token) for token, index in tokenizer.get_vocab().items() if index >= rows]
+    outside = {index: token for index, token in prompt.usable_tokens().items() if index >= rows}
     if outside:
-        index, token = min(outside)
+        index = min(outside)
         raise ValueError(
-            f"{name}: the token {token!r} of the tokenizer has the id {index}, but the embedding table has {rows} rows "
-            f"({len(outside)} token(s) have no row). Use the tokenizer of this model, or resize the table: "
+            f"{name}: the token {outside[index]!r} of the tokenizer has the id {index}, but the embedding table has "
+            f"{rows} rows ({len(outside)} token(s) have none). Use the tokenizer of this model, or resize the table: "
             "model.resize_token_embeddings(len(tokenizer)), then save model and tokenizer."
         )
 
