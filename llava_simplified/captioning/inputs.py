@@ -137,7 +137,8 @@ def find_images(source: str) -> FoundImages:
         # Names are resolved in `folder` only, so it must be the one that the pattern means: a file
         # of the same name in the current folder is another image.
         if ".." in path.parts:
-            files = [file.parent.resolve() / file.name for file in files]
+            # Two paths with ".." can lead to one file.
+            files = list(dict.fromkeys(file.parent.resolve() / file.name for file in files))
             folder = Path(os.path.commonpath([file.parent for file in files])) if files else folder
         elif path.is_absolute():
             folder = _fixed_folder(path)
