@@ -1,11 +1,11 @@
-"""Fetch 6,000 URLs with mixed faults from a server on this machine: three programs.
+"""Download 6,000 URLs with mixed faults from a server on this machine, with three programs.
 
     python benchmarks/bench_download.py [--count 6000] [--only http,https,resize] [--rounds 2] [--no-tutorial]
 
-Interleaved runs; for each the wall time, the CPU time a response, the peak memory of all its processes
-(proportional set size, shared pages counted once) and, URL by URL, whether the outcome is the one the
-server knows. img2dataset goes into a virtual environment of its own (`--peer-venv`, made when missing).
-Both get the same timeout, no retries, shards.
+The runs take turns. For each program: the time, the CPU time per response, the peak memory of all its
+processes (proportional set size: shared pages count once) and, for each URL, whether the outcome is the one
+that the server knows. img2dataset is installed into a virtual environment of its own (`--peer-venv`, created
+if it is missing). All have the same timeout, no retries, and write shards.
 """
 
 from __future__ import annotations
@@ -22,82 +22,124 @@ import threading
 import time
 import venv
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import loopback
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-TIMEOUT = 5
+HERE = Path(__file__).parent
+TIMEOUT = 5  # seconds
+LATENCY = 0.1  # seconds
+OURS, IMG2DATASET, TUTORIAL = "llava download", "img2dataset", "process pool + requests"
+OUTPUT = "OUT"  # stands for the output folder in a command
+Job = tuple[str, str, int]  # URL, what the server does, number of the image
 
 
-def measured(command: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
-    """(seconds, CPU seconds, peak MB of proportional set size) of a command and all its children."""
+class Cost(NamedTuple):
+    """Seconds of a command, CPU seconds and peak megabytes of all its processes."""
+
+    seconds: float
+    cpu: float
+    megabytes: float
+
+
+# ---- measuring ----
+
+
+def measure(command: Sequence[str], environment: dict[str, str]) -> Cost:
+    """Run a command that must succeed, and watch its memory four times a second."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, env=environment, **pipes)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    # A thread reads the output, so that a full pipe does not stop the command.
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout or ()), daemon=True)
     reader.start()
-    before, peak, root = (
-        resource.getrusage(resource.RUSAGE_CHILDREN),
-        0.0,
-        psutil.Process(process.pid),
-    )
+    root = psutil.Process(process.pid)
+    peak = 0
     while process.poll() is None:
-        memory = 0
-        for one in [root, *_children(root)]:
-            try:
-                memory += one.memory_full_info().pss
-            except psutil.Error:
-                continue
-        peak = max(peak, memory / 2**20)
+        peak = max(peak, proportional_set_size(root))
         time.sleep(0.25)
     seconds = time.perf_counter() - start
     reader.join(2)
     if process.returncode:
         raise SystemExit("".join(output[-40:]))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(seconds, cpu, peak / 2**20)
 
 
-def _children(root: psutil.Process) -> list[psutil.Process]:
+def proportional_set_size(root: psutil.Process) -> int:
+    """Return the memory of a process and its children, in bytes."""
     try:
-        return root.children(recursive=True)
-    except psutil.Error:
-        return []
+        processes = [root, *root.children(recursive=True)]
+    except psutil.Error:  # it has just ended
+        return 0
+    memory = 0
+    for process in processes:
+        try:
+            memory += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return memory
 
 
-def check_ours(output: Path, jobs: list[tuple[str, str, int]], exact: bool) -> str:
-    """Outcomes against what the server knows."""
+# ---- outcomes ----
+
+
+def check_ours(output: Path, jobs: Sequence[Job], *, exact: bool) -> str:
+    """Compare our manifest with what the server knows.
+
+    Args:
+        output: Folder of the download.
+        jobs: What was requested.
+        exact: Compare the bytes of the images as well: they were not resized.
+    """
     rows = pq.read_table(output / "manifest.parquet").to_pylist()
     wrong: Counter[str] = Counter()
     for (url, kind, number), row in zip(jobs, rows):
-        outcome, digest = loopback.expected(kind, number)
         assert row["url"] == url
-        if (row["error"] or "ok") != outcome or (exact and digest and digest != row["sha256"]):
+        outcome, digest = loopback.expected(kind, number)
+        other_bytes = exact and bool(digest) and digest != row["sha256"]
+        if (row["error"] or "ok") != outcome or other_bytes:
             wrong[f"{kind} -> {row['error']}"] += 1
     kept = sum(row["status"] == "ok" for row in rows)
-    return f"{kept} kept, {len(rows)} outcomes of {len(jobs)} rows, {sum(wrong.values())} wrong {dict(wrong) or ''}"
+    return describe_outcomes(kept, len(rows), len(jobs), wrong)
 
 
-def check_peer(output: Path, jobs: list[tuple[str, str, int]]) -> str:
-    """What img2dataset kept that is no picture, and what it lost."""
+def check_img2dataset(output: Path, jobs: Sequence[Job]) -> str:
+    """Count what img2dataset has kept that is not an image, and which images it has lost."""
     wrong: Counter[str] = Counter()
     kept = total = 0
     for path in sorted(output.glob("*.parquet")):
         for row in pq.read_table(path).to_pylist():
             kind = jobs[row["row"]][1]
-            good = loopback.EXPECTED[kind] == "ok"
-            kept, total = kept + (row["status"] == "success"), total + 1
-            if good != (row["status"] == "success"):
-                wrong[f"{kind} {'lost' if good else 'kept'}"] += 1
-    return f"{kept} kept, {total} outcomes of {len(jobs)} rows, {sum(wrong.values())} wrong {dict(wrong) or ''}"
+            is_good = loopback.EXPECTED[kind] == "ok"
+            is_kept = row["status"] == "success"
+            total += 1
+            kept += is_kept
+            if is_good != is_kept:
+                wrong[f"{kind} {'lost' if is_good else 'kept'}"] += 1
+    return describe_outcomes(kept, total, len(jobs), wrong)
 
 
-def peer_python(folder: Path) -> Path:
-    """The Python of img2dataset's own virtual environment."""
+def describe_outcomes(kept: int, outcomes: int, rows: int, wrong: Counter[str]) -> str:
+    """Return the outcomes in words."""
+    details = f" {dict(wrong)}" if wrong else ""
+    return f"{kept} kept, {outcomes} outcomes of {rows} rows, {sum(wrong.values())} wrong{details}"
+
+
+# ---- commands ----
+
+
+def create_peer_python(folder: Path) -> Path:
+    """Return the Python of img2dataset's virtual environment, which is created if it is missing."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -105,118 +147,127 @@ def peer_python(folder: Path) -> Path:
     return python
 
 
+def make_commands(
+    args: argparse.Namespace, case: str, peer: Path, tsv: Path, table: Path, count: int
+) -> dict[str, list[str]]:
+    """Return the command of each program, with `OUTPUT` for its output folder."""
+    side = "256" if case == "resize" else "0"
+    # One shard for each of two processes. A shard is finished only when its hanging URLs have timed
+    # out, so more shards would wait several times.
+    shard_size = str(count // 2)
+    ours = [sys.executable, "-m", "llava_simplified.cli", "download", str(tsv)]
+    ours += ["--output", OUTPUT, "--timeout", str(TIMEOUT), "--retries", "0", "--allow-private"]
+    ours += ["--shard-size", shard_size, "--resize", side, "--concurrency", args.concurrency]
+    commands = {OURS: ours}
+    for threads in args.threads.split(","):
+        command = [str(peer), str(HERE / "peer_img2dataset.py"), str(table), OUTPUT]
+        command += [threads, side, shard_size, str(TIMEOUT)]
+        commands[f"{IMG2DATASET}, 2x{threads}"] = command
+    if args.tutorial and case == "http":
+        command = [sys.executable, str(HERE / "peer_requests.py"), str(tsv), OUTPUT, str(TIMEOUT)]
+        commands[TUTORIAL] = command
+    return commands
+
+
+def write_urls(jobs: Sequence[Job], tsv: Path, table: Path) -> None:
+    """Write the URLs as each program reads them: TSV, and Parquet for img2dataset."""
+    lines = []
+    columns: dict[str, list[object]] = {"url": [], "caption": [], "row": []}
+    for url, _, number in jobs:
+        caption = f"caption {number}"
+        lines.append(f"{caption}\t{url}\n")
+        columns["url"].append(url)
+        columns["caption"].append(caption)
+        columns["row"].append(len(columns["row"]))
+    tsv.write_text("".join(lines))
+    pq.write_table(pa.table(columns), table)
+
+
+def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> None:
+    """Run every program on one of "http", "resize" and "https", and print the best run of each."""
+    count = args.count
+    environment = dict(os.environ)
+    certificates = None
+    if case == "https":
+        count = min(count, 3000)  # img2dataset reaches 50 a second
+        certificates = folder
+        environment["SSL_CERT_FILE"] = str(loopback.trust_store(folder))
+    scheme = "https" if certificates else "http"
+    best: dict[str, Cost] = {}
+    outcomes: dict[str, str] = {}
+    with loopback.running(LATENCY, certificates) as port:
+        jobs = loopback.urls(count, port, scheme)
+        tsv, table = folder / "urls.tsv", folder / "urls.parquet"
+        write_urls(jobs, tsv, table)
+        commands = make_commands(args, case, peer, tsv, table, count)
+        output = folder / "out"
+        for round_number in range(args.rounds):
+            for name, command in commands.items():
+                if name == TUTORIAL and round_number > 0:
+                    continue  # it takes minutes
+                shutil.rmtree(output, ignore_errors=True)
+                words = [str(output) if word == OUTPUT else word for word in command]
+                cost = measure(words, environment)
+                best[name] = min(best.get(name, cost), cost)
+                if name == OURS:
+                    outcomes[name] = check_ours(output, jobs, exact=case != "resize")
+                elif name.startswith(IMG2DATASET):
+                    outcomes[name] = check_img2dataset(output, jobs)
+    print(f"\n{case}: {count} URLs, 100 ms latency, {os.cpu_count()} cores, best of {args.rounds}")
+    print_table(best, outcomes, count)
+
+
+def print_table(best: dict[str, Cost], outcomes: dict[str, str], count: int) -> None:
+    """Print the costs of each program, and the ratios of ours to the best of img2dataset."""
+    for name, cost in best.items():
+        print(
+            f"  {name:24} {count / cost.seconds:7,.0f} responses/s, "
+            f"{cost.cpu / count * 1000:6.2f} ms CPU each, {cost.megabytes:6.0f} MB; "
+            f"{outcomes.get(name, '')}"
+        )
+    ours = best[OURS]
+    peers = [name for name in best if name.startswith(IMG2DATASET)]
+    fastest = min(peers, key=best.__getitem__)
+    peer = best[fastest]
+    ratios = {
+        "speed": round(peer.seconds / ours.seconds, 2),
+        "cpu": round(ours.cpu / peer.cpu, 2),
+        "memory": round(ours.megabytes / peer.megabytes, 2),
+    }
+    print(f"  against {fastest}: {json.dumps(ratios)}", flush=True)
+
+
 def main() -> None:
-    """Run what was asked for, print ratios."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_simplified"
     parser.add_argument("--count", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", default="http,resize,https")
+    parser.add_argument("--only", default="http,resize,https", help="Cases to run")
     parser.add_argument(
-        "--threads", default="128,256", help="img2dataset's settings to try; the best one counts"
+        "--threads",
+        default="128,256",
+        help="Settings of img2dataset to try; the best one counts (default: %(default)s)",
     )
     parser.add_argument(
-        "--concurrency", default="256", help="ours, for each of the two shards under way"
+        "--concurrency",
+        default="256",
+        help="Our setting, for each of the two shards in flight (default: %(default)s)",
     )
     parser.add_argument(
         "--tutorial",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="http the tutorial's way too",
+        help="Run the tutorial's downloader, too (http only)",
     )
     parser.add_argument("--peer-venv", type=Path, default=cache / "img2dataset")
     args = parser.parse_args()
-    peer = peer_python(args.peer_venv)
+    peer = create_peer_python(args.peer_venv)
     for case in args.only.split(","):
-        with tempfile.TemporaryDirectory() as name:
-            run_case(case, args, peer, Path(name))
-
-
-def run_case(case: str, args: argparse.Namespace, peer: Path, folder: Path) -> None:
-    """One of http, resize, https: every program in turn, the best round of each."""
-    count = (
-        args.count if case != "https" else min(args.count, 3000)
-    )  # of which img2dataset does 50 a second
-    environment, tls = dict(os.environ), folder if case == "https" else None
-    if tls:
-        environment["SSL_CERT_FILE"] = str(loopback.trust_store(folder))
-    best: dict[str, tuple[float, float, float]] = {}
-    notes: dict[str, str] = {}
-    with loopback.running(0.1, tls) as port:
-        jobs = loopback.urls(count, port, "https" if tls else "http")
-        tsv, table = folder / "urls.tsv", folder / "urls.parquet"
-        tsv.write_text("".join(f"caption {number}\t{url}\n" for url, _, number in jobs))
-        columns = {
-            "url": [url for url, _, _ in jobs],
-            "caption": [f"caption {n}" for _, _, n in jobs],
-        }
-        pq.write_table(pa.table({**columns, "row": list(range(count))}), table)
-        side = "256" if case == "resize" else "0"
-        half = str(
-            count // 2
-        )  # one shard for each of two processes, theirs and ours: it waits for hangs once
-        for turn in range(args.rounds):
-            runs: dict[str, list[str]] = {}
-            ours = [
-                str(tsv),
-                "--output",
-                "OUT",
-                "--timeout",
-                str(TIMEOUT),
-                "--retries",
-                "0",
-                "--allow-private",
-            ]
-            ours += ["--shard-size", half, "--resize", side, "--concurrency", args.concurrency]
-            runs["llava download"] = [
-                sys.executable,
-                "-m",
-                "llava_simplified.cli",
-                "download",
-                *ours,
-            ]
-            here = Path(__file__).parent
-            for threads in args.threads.split(","):
-                command = [str(peer), str(here / "peer_img2dataset.py"), str(table), "OUT"]
-                command += [threads, side, half]
-                runs[f"img2dataset, 2x{threads}"] = [*command, str(TIMEOUT)]
-            if args.tutorial and case == "http" and not turn:
-                command = [
-                    sys.executable,
-                    str(here / "peer_requests.py"),
-                    str(tsv),
-                    "OUT",
-                    str(TIMEOUT),
-                ]
-                runs["process pool + requests"] = command
-            for label, command in runs.items():
-                output = folder / "out"
-                shutil.rmtree(output, ignore_errors=True)
-                result = measured(
-                    [str(output) if part == "OUT" else part for part in command], environment
-                )
-                if label not in best or result < best[label]:
-                    best[label] = result
-                if label == "llava download":
-                    notes[label] = check_ours(output, jobs, case != "resize")
-                elif label.startswith("img2dataset"):
-                    notes[label] = check_peer(output, jobs)
-    print(f"\n{case}: {count} URLs, 100 ms latency, {os.cpu_count()} cores, best of {args.rounds}")
-    for label, (seconds, cpu, peak) in best.items():
-        rate = f"{count / seconds:7,.0f} responses/s, {cpu / count * 1000:6.2f} ms CPU each, {peak:6.0f} MB"
-        print(f"  {label:24} {rate}; {notes.get(label, '')}")
-    mine = best["llava download"]
-    label, other = min(
-        ((k, v) for k, v in best.items() if k.startswith("img2")), key=lambda item: item[1]
-    )
-    ratios = {"speed": other[0] / mine[0], "cpu": mine[1] / other[1], "memory": mine[2] / other[2]}
-    print(
-        f"  against {label}: "
-        + json.dumps({key: round(value, 2) for key, value in ratios.items()}),
-        flush=True,
-    )
+        with tempfile.TemporaryDirectory() as folder:
+            run_case(case, args, peer, Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A web server on this machine that misbehaves in every way that matters, and knows what it did.
 
-The first part of a URL's path is what happens, the second is which picture:
-`http://127.0.3.7:8000/ok/123.jpg`. `expected(kind)` is the outcome a downloader should report.
+The first part of a URL's path is what happens, the second is which image:
+`http://127.0.3.7:8000/ok/123.jpg`. `expected(kind, number)` is the outcome that a downloader should report.
 
     python benchmarks/loopback.py --port 8000 --latency 0.1 [--tls FOLDER]
 """
@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,23 +25,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+# All of 127.0.0.0/8 is this machine: many hosts, so that limits per host do not decide the speed.
 HOSTS = [f"127.0.{i // 16}.{i % 16 + 1}" for i in range(250)]
+# What happens -> the outcome that a downloader should report.
 EXPECTED = {
     "ok": "ok",
     "png": "ok",
     "webp": "ok",
     "moved": "ok",
     "gzip": "ok",
-    "ungzipped": "ok",  # says that it is packed, and is not
+    "ungzipped": "ok",  # has a Content-Encoding, but is not encoded
     "missing": "http_404",
     "forbidden": "http_403",
     "broken": "http_500",
-    "rude": "http_404",  # a reason with a byte that is no UTF-8
+    "rude": "http_404",  # the reason phrase is not UTF-8
     "busy": "http_429",
     "html": "html",
     "empty": "empty",
     "cut": "truncated",  # the body ends before its Content-Length
-    "short": "truncated",  # the file ends before the picture
+    "short": "truncated",  # the file ends before the image does
     "corrupt": "corrupt",  # bytes changed in mid-scan
     "loop": "redirect",
     "hang": "timeout",
@@ -55,39 +57,57 @@ EXPECTED = {
     "to_file": "scheme",
     "not_http": "protocol",
 }
-# What the benchmark asks for: the shares are those of an old list of links, hangs kept rare.
-MIX = dict(ok=620, png=20, webp=20, moved=60, missing=150, forbidden=30, broken=15, html=40, cut=10)
-MIX |= dict(short=10, corrupt=10, reset=5, empty=5, optout=2, hang=3)
-POOL = 48
+# Weights of the kinds that the benchmark requests: those of an old list of links, with few hanging URLs.
+MIX = {
+    "ok": 620,
+    "png": 20,
+    "webp": 20,
+    "moved": 60,
+    "missing": 150,
+    "forbidden": 30,
+    "broken": 15,
+    "html": 40,
+    "cut": 10,
+    "short": 10,
+    "corrupt": 10,
+    "reset": 5,
+    "empty": 5,
+    "optout": 2,
+    "hang": 3,
+}
+POOL = 48  # number of different images
+SIZES = [(500, 375), (640, 427), (400, 500), (800, 600), (320, 240), (1024, 683)]
+
+
+# ---- bodies ----
 
 
 @cache
-def pictures() -> list[bytes]:
-    """Photo-like JPEGs, 20 to 130 kB: smooth shapes with fine grain."""
-    rng, made = np.random.default_rng(0), []
+def images() -> list[bytes]:
+    """Return photo-like JPEGs of 20 to 130 kB: smooth shapes with fine grain."""
+    random = np.random.default_rng(0)
+    encoded = []
     for index in range(POOL):
-        width, height = [(500, 375), (640, 427), (400, 500), (800, 600), (320, 240), (1024, 683)][
-            index % 6
-        ]
-        small = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
-        smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-        grain = rng.normal(0, 9, (height, width, 1)).astype(np.float32)
+        width, height = SIZES[index % len(SIZES)]
+        coarse = Image.fromarray(random.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+        resized = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        smooth = np.asarray(resized, np.float32)
+        grain = random.normal(0, 9, (height, width, 1)).astype(np.float32)
+        pixels = (smooth + grain).clip(0, 255).astype(np.uint8)
         buffer = io.BytesIO()
-        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(
-            buffer, "JPEG", quality=80
-        )
-        made.append(buffer.getvalue())
-    return made
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
+        encoded.append(buffer.getvalue())
+    return encoded
 
 
 def body_of(kind: str, number: int) -> bytes:
-    """The bytes that a URL of this kind and number serves, before the connection has its say."""
+    """Return the body of a URL's response, before anything happens to the connection."""
     return _body(kind, number % POOL)
 
 
 @cache
 def _body(kind: str, number: int) -> bytes:
-    data = pictures()[number]
+    data = images()[number]
     if kind in ("png", "webp"):
         buffer = io.BytesIO()
         Image.open(io.BytesIO(data)).resize((300, 200)).save(buffer, kind, quality=80)
@@ -95,35 +115,42 @@ def _body(kind: str, number: int) -> bytes:
     if kind == "short":
         return data[: len(data) * 2 // 3]
     if kind == "corrupt":
+        # An end-of-image marker, and the start of a table, in the middle of the scan.
         middle = len(data) // 2
         return data[:middle] + b"\xff\xd9\x00\xff\xc4" * 3 + data[middle + 15 :]
     if kind == "html":
         return b"<!DOCTYPE html><html><body>This picture has moved.</body></html>"
     if kind == "empty":
         return b""
-    return bomb_png(60_000, 60_000) if kind == "bomb" else data
+    if kind == "bomb":
+        return bomb_png(60_000, 60_000)
+    return data
 
 
 def bomb_png(width: int, height: int) -> bytes:
-    """A PNG of a few kB that says it is 60,000 pixels wide."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
+    """Return a PNG of a few kB whose header claims a huge size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     lines = zlib.compress(b"\0" * 1_000_000)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
-    )
+    chunks = _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", lines) + _png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
 def expected(kind: str, number: int) -> tuple[str, str]:
-    """(outcome, sha256 of the picture or "") that a downloader should report."""
+    """Return the outcome that a downloader should report, and the image's sha256 ("" for a failure)."""
     outcome = EXPECTED[kind]
-    known = body_of(kind if kind in ("png", "webp") else "ok", number)
-    return outcome, hashlib.sha256(known).hexdigest() if outcome == "ok" else ""
+    if outcome != "ok":
+        return outcome, ""
+    # Redirects and encodings end in the bytes of the plain image.
+    body = body_of(kind if kind in ("png", "webp") else "ok", number)
+    return outcome, hashlib.sha256(body).hexdigest()
+
+
+# ---- server ----
 
 
 _STATUS = {
@@ -140,51 +167,94 @@ _STATUS = {
 
 
 class _Handler(asyncio.Protocol):
+    """One connection. The attributes belong to the server: `start` makes a subclass for each.
+
+    Attributes:
+        latency: Seconds between a request and its response.
+        served: Path -> number of requests.
+        targets: Redirects that a test sets up: /redirect/NAME -> location; "robots" -> robots.txt.
+        requests: The heads of all requests, in their order.
+    """
+
     latency = 0.1
-    served: dict[str, int]  # requests by path
-    targets: dict[str, str]  # redirects that a test sets up: /redirect/name -> its location
-    requests: list[str]  # as they came, in order
+    served: dict[str, int]
+    targets: dict[str, str]
+    requests: list[str]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start with an empty buffer."""
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
         self.buffer = b""
 
     def data_received(self, data: bytes) -> None:
+        """Answer every complete request after the latency."""
         self.buffer += data
-        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
-            request, self.buffer = self.buffer[:end], self.buffer[end + 4 :]
+        while b"\r\n\r\n" in self.buffer:
+            request, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
             path = request.split(b" ", 2)[1].decode()
             self.requests.append(request.decode("latin-1"))
             self.served[path] = self.served.get(path, 0) + 1
-            self.last = b"\nconnection: close" in request.lower()
+            self.closes = b"\nconnection: close" in request.lower()
             asyncio.get_running_loop().call_later(self.latency, self.answer, path)
 
     def answer(self, path: str) -> None:
+        """Do what the first part of the path says."""
         if self.transport.is_closing():
             return
         kind, _, name = path.strip("/").partition("/")
-        number = int(name.partition(".")[0] or 0) if name.partition(".")[0].isdigit() else 0
+        stem = name.partition(".")[0]
+        number = int(stem) if stem.isdigit() else 0
         if kind == "hang":
             return
         if kind == "reset":
             self.transport.abort()
         elif kind == "not_http":
             self.transport.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
-        elif kind in ("drip", "endless"):
-            length = 100_000 if kind == "drip" else 1 << 40
-            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n")
-            self.pour(
-                b"\xff" if kind == "drip" else b"\xff\xd8\xff" + b"\0" * 200_000,
-                length,
-                kind == "drip",
-            )
+        elif kind == "drip":
+            self.start_image()
+            self.pour(b"\xff", left=100_000, pause=1.0)
+        elif kind == "endless":
+            self.start_image()
+            self.pour(b"\xff\xd8\xff" + b"\0" * 200_000, left=1 << 40, pause=0.001)
         else:
             self.respond(kind, number, name)
 
+    def start_image(self) -> None:
+        """Write the head of a response of unknown length."""
+        self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\n\r\n")
+
     def respond(self, kind: str, number: int, name: str) -> None:
+        """Write a complete response (of kind "cut": half of it)."""
         status = _STATUS.get(kind, "200 OK")
-        body = b"no picture here" if kind in _STATUS else body_of(kind, number)
-        extra = {
+        body = self.encoded_body(kind, number)
+        headers = self.extra_headers(kind, number, name)
+        content_type = "text/html" if kind == "html" else "image/jpeg"
+        head = (
+            f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\n{headers}"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        if kind == "cut":
+            body = body[: len(body) // 2]
+        # "\udce9" in a header becomes the byte E9, which is not UTF-8.
+        self.transport.write(head.encode(errors="surrogateescape") + body)
+        if kind == "cut" or self.closes:
+            self.transport.close()
+
+    def encoded_body(self, kind: str, number: int) -> bytes:
+        """Return the body as it is sent."""
+        if kind == "robots.txt":
+            return self.targets.get("robots", "").encode()
+        if kind in _STATUS:
+            return b"no image here"
+        if kind == "gzip":
+            return zlib.compress(body_of(kind, number))
+        if kind == "gzipbomb":
+            return zlib.compress(b"\0" * 60_000_000)
+        return body_of(kind, number)
+
+    def extra_headers(self, kind: str, number: int, name: str) -> str:
+        """Return the header lines that only some kinds have."""
+        headers = {
             "optout": "X-Robots-Tag: noai, noimageai, \udce9\r\n",
             "reserved": "TDM-Reservation: 1\r\n",
             "busy": f"Retry-After: {number}\r\n",
@@ -192,69 +262,68 @@ class _Handler(asyncio.Protocol):
             "loop": f"Location: /loop/{number + 1}.jpg\r\n",
             "to_file": "Location: file:///etc/passwd\r\n",
             "redirect": f"Location: {self.targets.get(name, '')}\r\n",
-        }.get(kind, "")
-        if kind == "robots.txt":
-            body = self.targets.get("robots", "").encode()
-        if kind in ("gzip", "gzipbomb"):
-            body = zlib.compress(b"\0" * 60_000_000 if kind == "gzipbomb" else body)
-        if kind in ("gzip", "ungzipped", "gzipbomb"):
-            extra = "Content-Encoding: deflate\r\n"
-        content = "text/html" if kind == "html" else "image/jpeg"
-        extra += "Connection: close\r\n" if self.last else ""
-        head = f"HTTP/1.1 {status}\r\nContent-Type: {content}\r\n{extra}Content-Length: {len(body)}\r\n\r\n"
-        if kind == "cut":
-            body = body[: len(body) // 2]
-        self.transport.write(head.encode(errors="surrogateescape") + body)
-        if kind == "cut" or self.last:
-            self.transport.close()
+            "gzip": "Content-Encoding: deflate\r\n",
+            "ungzipped": "Content-Encoding: deflate\r\n",
+            "gzipbomb": "Content-Encoding: deflate\r\n",
+        }
+        extra = headers.get(kind, "")
+        if self.closes:
+            extra += "Connection: close\r\n"
+        return extra
 
-    def pour(self, piece: bytes, left: int, slowly: bool) -> None:
-        if not self.transport.is_closing() and left > 0:
-            self.transport.write(piece)
-            wait = 1.0 if slowly else 0.001
-            asyncio.get_running_loop().call_later(wait, self.pour, piece, left - len(piece), slowly)
+    def pour(self, piece: bytes, left: int, pause: float) -> None:
+        """Write a piece again and again, until `left` bytes are written or the client has left."""
+        if self.transport.is_closing() or left <= 0:
+            return
+        self.transport.write(piece)
+        loop = asyncio.get_running_loop()
+        loop.call_later(pause, self.pour, piece, left - len(piece), pause)
 
 
 async def start(
     host: str | None, port: int, latency: float, context: ssl.SSLContext | None = None
 ) -> tuple[asyncio.Server, type[_Handler]]:
-    """A server and its handler class, whose `served` counts requests."""
-    handler = type(
-        "Handler", (_Handler,), {"latency": latency, "served": {}, "targets": {}, "requests": []}
-    )
+    """Start a server; return it and its handler class, whose `served` counts requests."""
+    attributes = {"latency": latency, "served": {}, "targets": {}, "requests": []}
+    handler = type("Handler", (_Handler,), attributes)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(handler, host, port, ssl=context, backlog=4096)
     return server, handler
 
 
 def make_certificate(folder: Path) -> Path:
-    """A throw-away certificate for every host of this server; to be trusted through SSL_CERT_FILE."""
-    certificate, names = folder / "cert.pem", ",".join(f"IP:{host}" for host in HOSTS)
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-days", "2", "-subj", "/CN=loopback", "-addext", f"subjectAltName={names}",
-         "-keyout", str(folder / "key.pem"), "-out", str(certificate)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    """Write a temporary certificate for all hosts of this server, and return it."""
+    certificate = folder / "cert.pem"
+    names = ",".join(f"IP:{host}" for host in HOSTS)
+    command = ["openssl", "req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=loopback"]
+    command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    command += ["-addext", f"subjectAltName={names}"]
+    command += ["-keyout", str(folder / "key.pem"), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
     return certificate
 
 
 def trust_store(folder: Path) -> Path:
-    """What a machine trusts, and the throw-away certificate: one alone would make contexts cheaper than they are."""
-    store, usual = folder / "trusted.pem", ssl.get_default_verify_paths().cafile
-    store.write_text(
-        make_certificate(folder).read_text() + (Path(usual).read_text() if usual else "")
-    )
+    """Write what this machine trusts, and the temporary certificate; for SSL_CERT_FILE.
+
+    With the temporary certificate alone, TLS contexts would be cheaper than they are in reality.
+    """
+    store = folder / "trusted.pem"
+    certificates = make_certificate(folder).read_text()
+    usual = ssl.get_default_verify_paths().cafile
+    if usual:
+        certificates += Path(usual).read_text()
+    store.write_text(certificates)
     return store
 
 
 @contextmanager
 def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
-    """The server in a process of its own; yields its port."""
+    """Run the server in a process of its own, and yield its port."""
     command = [sys.executable, str(Path(__file__).resolve()), "--latency", str(latency)]
-    process = subprocess.Popen(
-        [*command, *(["--tls", str(tls)] if tls else [])], stdout=subprocess.PIPE, text=True
-    )
+    if tls:
+        command += ["--tls", str(tls)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         yield int(process.stdout.readline())
@@ -266,25 +335,29 @@ def running(latency: float = 0.1, tls: Path | None = None) -> Iterator[int]:
 def urls(
     count: int, port: int, scheme: str = "http", mix: dict[str, int] = MIX
 ) -> list[tuple[str, str, int]]:
-    """(url, kind, number), mixed by `mix`, over all hosts."""
-    rng = np.random.default_rng(1)
-    kinds = rng.choice(list(mix), size=count, p=np.array(list(mix.values())) / sum(mix.values()))
-    return [
-        (f"{scheme}://{HOSTS[i % len(HOSTS)]}:{port}/{kind}/{i}.jpg", str(kind), i)
-        for i, kind in enumerate(kinds)
-    ]
+    """Return (URL, kind, number), over all hosts, with kinds drawn by the weights of `mix`."""
+    random = np.random.default_rng(1)
+    weights = np.array(list(mix.values()))
+    kinds = random.choice(list(mix), size=count, p=weights / weights.sum())
+    jobs = []
+    for number, kind in enumerate(kinds):
+        host = HOSTS[number % len(HOSTS)]
+        jobs.append((f"{scheme}://{host}:{port}/{kind}/{number}.jpg", str(kind), number))
+    return jobs
 
 
-async def _serve(arguments: argparse.Namespace, told: Callable[[int], None]) -> None:
+async def serve(args: argparse.Namespace) -> None:
+    """Serve until this process is killed; print the port when the server is ready."""
     context = None
-    if arguments.tls:
+    if args.tls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(arguments.tls / "cert.pem", arguments.tls / "key.pem")
+        context.load_cert_chain(args.tls / "cert.pem", args.tls / "key.pem")
+    # Encode all images now, and not while the time is measured.
     for kind in EXPECTED:
-        for index in range(POOL):
-            body_of(kind, index)
-    server, _ = await start("0.0.0.0", arguments.port, arguments.latency, context)
-    told(server.sockets[0].getsockname()[1])
+        for number in range(POOL):
+            body_of(kind, number)
+    server, _ = await start("0.0.0.0", args.port, args.latency, context)
+    print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
@@ -293,4 +366,4 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.1)
     parser.add_argument("--tls", type=Path)
-    asyncio.run(_serve(parser.parse_args(), lambda port: print(port, flush=True)))
+    asyncio.run(serve(parser.parse_args()))

@@ -1,17 +1,23 @@
-"""img2dataset as its README runs it, in its own virtual environment; started by bench_download.py."""
+"""img2dataset as its README runs it, in a virtual environment of its own. Started by bench_download.py.
+
+    python peer_img2dataset.py URLS.parquet OUTPUT THREADS SIDE SHARD_SIZE TIMEOUT
+
+SIDE is the size that images are reduced to; 0 keeps them as they are.
+"""
 
 import sys
 
 from img2dataset import download
 
 if __name__ == "__main__":
-    source, output, threads, resize, shard, timeout = sys.argv[1:]
-    smaller = {
-        "resize_mode": "keep_ratio",
-        "image_size": int(resize),
-        "resize_only_if_bigger": True,
-    }
-    raw = {"resize_mode": "no", "disable_all_reencoding": True}
+    source, output, threads, side, shard_size, timeout = sys.argv[1:]
+    resizing = {"resize_mode": "no", "disable_all_reencoding": True}
+    if int(side):
+        resizing = {
+            "resize_mode": "keep_ratio",
+            "image_size": int(side),
+            "resize_only_if_bigger": True,
+        }
     download(
         url_list=source,
         input_format="parquet",
@@ -20,10 +26,10 @@ if __name__ == "__main__":
         save_additional_columns=["row"],
         output_folder=output,
         output_format="webdataset",
-        number_sample_per_shard=int(shard),
+        number_sample_per_shard=int(shard_size),
         processes_count=2,
         thread_count=int(threads),
         timeout=int(timeout),
         retries=0,
-        **(smaller if int(resize) else raw),
+        **resizing,
     )

@@ -1,4 +1,7 @@
-"""The tutorial's way to download: a pool of processes, one request each; for bench_download.py."""
+"""The tutorial's downloader: a pool of processes, one request each. Started by bench_download.py.
+
+python peer_requests.py URLS.tsv OUTPUT TIMEOUT
+"""
 
 import multiprocessing
 import sys
@@ -7,27 +10,30 @@ from pathlib import Path
 
 import requests
 
+NUM_PROCESSES = 32
+
 
 def fetch(job: tuple[int, str]) -> int:
-    """Every failure is a 408, as there."""
+    """Download one URL, and return its status. As in the tutorial, every failure is a 408."""
     index, url = job
     try:
         response = requests.get(url, timeout=int(sys.argv[3]), allow_redirects=True)
         if response.ok:
-            Path(sys.argv[2], f"{index}_{zlib.crc32(url.encode())}.jpg").write_bytes(
-                response.content
-            )
+            name = f"{index}_{zlib.crc32(url.encode())}.jpg"
+            Path(sys.argv[2], name).write_bytes(response.content)
         return response.status_code
-    except Exception:  # noqa: BLE001 - as there
+    except Exception:  # noqa: BLE001 - as in the tutorial
         return 408
 
 
-if __name__ == "__main__":
-    jobs = list(
-        enumerate(
-            line.split("\t")[1].strip() for line in Path(sys.argv[1]).read_text().splitlines()
-        )
-    )
+def main() -> None:
+    """Download every URL of a TSV file."""
+    lines = Path(sys.argv[1]).read_text().splitlines()
+    urls = [line.split("\t")[1].strip() for line in lines]
     Path(sys.argv[2]).mkdir()
-    with multiprocessing.Pool(32) as pool:
-        pool.map(fetch, jobs, chunksize=8)
+    with multiprocessing.Pool(NUM_PROCESSES) as pool:
+        pool.map(fetch, list(enumerate(urls)), chunksize=8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Set aside the rows whose picture the vision tower can't be given.
+"""Separate the records that training can use from those that it cannot.
 
     python data_preprocessing/clean.py conceptual_captions_instruct_train.json --image-folder data/train/images \
         --vision_tower openai/clip-vit-base-patch16 --output conceptual_captions_instruct_train_clean.json

@@ -1,4 +1,4 @@
-"""A random sample of the rows, the same for the same seed.
+"""Draw a random sample of the records; the same seed gives the same sample.
 
 python data_preprocessing/reduce.py conceptual_captions_instruct_train_clean.json --count 1000 --seed 0
 """

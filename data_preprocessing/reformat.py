@@ -1,4 +1,4 @@
-"""Make the training JSON from a caption file and the folder of its pictures.
+"""Make the training JSON from a file of captions and the folder of its images.
 
     python data_preprocessing/reformat.py Train_GCC-training.tsv --image-folder data/train/images \
         --output conceptual_captions_instruct_train.json

@@ -1,9 +1,9 @@
-"""Fetch the pictures of a list of URLs into a folder of files.
+"""Download the images of a list of URLs into a folder of files.
 
     python data_preprocessing/retrieve_images.py Train_GCC-training.tsv --output data/train
 
-The pictures are data/train/images/INDEX_CRC.jpg, the captions of those that came data/train/records.json. For more
-than some ten thousand, `llava download` writes shards instead.
+The images are written to data/train/images/INDEX_CRC.jpg, and the records of those that were downloaded to
+data/train/records.json. For more than about ten thousand images use `llava download`, which writes shards.
 """
 
 import sys

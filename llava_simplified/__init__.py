@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_simplified.data.dataset import CaptionDataset
-    from llava_simplified.model.generation import GenerationOptions
+    from llava_simplified.model.generation_options import GenerationOptions
     from llava_simplified.model.llava import Llava
     from llava_simplified.prompt import Message
     from llava_simplified.python_api import evaluate, train
@@ -35,7 +35,7 @@ __all__ = [
 
 _MODULES = {
     "CaptionDataset": "llava_simplified.data.dataset",
-    "GenerationOptions": "llava_simplified.model.generation",
+    "GenerationOptions": "llava_simplified.model.generation_options",
     "Llava": "llava_simplified.model.llava",
     "Message": "llava_simplified.prompt",
     "evaluate": "llava_simplified.python_api",

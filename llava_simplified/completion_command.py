@@ -53,12 +53,7 @@ def build_llava_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
     for name, command in COMMANDS.items():
-        try:
-            command_parser = resolve(command.parser)()
-        except AttributeError:
-            # A command without a parser of its own: its name is completed, its options are not.
-            commands.add_parser(name, help=command.summary)
-            continue
+        command_parser = resolve(command.parser)()
         # shtab completes the value of an action that has this attribute.
         for action in command_parser._actions:
             if action.dest in FOLDERS:

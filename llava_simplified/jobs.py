@@ -83,6 +83,7 @@ def check_settings(
             ) from None
         compare_settings(previous, settings, output, option=option)
         return True
+    # A new job. Atomic, because a killed process must not leave half a settings file.
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as part:
         part.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -105,6 +106,7 @@ def compare_settings(
     """
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
     differences = []
+    # All differences in one message: nobody wants to correct one after the other.
     for name, value in current.items():
         if name not in previous:
             differences.append(f"{name} was not set, now it is {_short(value)}")
@@ -126,20 +128,28 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, output: str | Path, timeout: float | None = None) -> Iterator[None]:
+def exclusive_lock(
+    path: Path,
+    output: str | Path,
+    timeout: float | None = None,
+    keep_file: bool = False,
+) -> Iterator[None]:
     """Hold the lock file at `path`, so that only one process at a time writes to `output`.
-
-    The lock file is deleted at the end.
 
     Args:
         path: The lock file. Its folder is created.
         output: The output, for the error message.
         timeout: Seconds to wait for the process that holds the lock (default: `LOCK_TIMEOUT`).
+        keep_file: Keep the lock file at the end; by default it is deleted. Keep it if several processes take the lock
+            in turn. Otherwise one of them could have opened the file that another one deletes, and both would hold
+            the lock: older versions of filelock do not notice it.
 
     Raises:
         ValueError: Another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # An operating system lock and not a file that exists: it ends with its process, however that
+    # ends.
     lock = FileLock(path)
     try:
         lock.acquire(timeout=LOCK_TIMEOUT if timeout is None else timeout)
@@ -153,8 +163,9 @@ def exclusive_lock(path: Path, output: str | Path, timeout: float | None = None)
     finally:
         # Delete before releasing: afterwards the file could already belong to the next holder. On Windows an open
         # file cannot be deleted, but there `release` deletes it.
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if not keep_file:
+            with contextlib.suppress(OSError):
+                path.unlink()
         lock.release()
 
 
@@ -173,6 +184,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     start = 0
     with path.open("rb") as stream:
         for line in stream:
+            # Only the last line can be torn, because every append writes whole lines.
             if not line.endswith(b"\n"):
                 return
             end = start + len(line)
@@ -227,6 +239,7 @@ class Journal:
         binary = getattr(os, "O_BINARY", 0)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | binary
         self._descriptor = os.open(self.path, flags, 0o666)
+        # Otherwise the next row would be appended to half a line, and both would be lost.
         self.truncate(self._end_of_last_line())
         return self
 
@@ -285,6 +298,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: `target` exists already.
     """
+    # Checked before the work is done; `rename` would replace an empty folder.
     if target.exists():
         raise FileExistsError(f"{target} exists already: choose another output folder")
     part = _temporary_path(target)
@@ -381,6 +395,7 @@ class Progress:
     def line(self) -> str:
         """Return the line that is shown: count, rate, details and the time that is left."""
         seconds = max(time.monotonic() - self._start, 1e-9)
+        # Only what this run has done: the rows of an earlier run took none of its time.
         rate = (self.done - self.initial) / seconds
         line = f"{self.done:,}"
         if self.total:

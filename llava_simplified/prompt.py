@@ -1,36 +1,58 @@
 """Text and `<image>` -> token ids and labels. The only place that renders a prompt.
 
-Training, evaluation, prediction and the web page all come here, so a model is asked exactly as it was
-taught. The labels are right by construction, not by searching for the answer in a finished text:
+Training, evaluation, captioning and serving all render here, so that a model is prompted exactly as it
+was trained.
 
-1. The chat template is rendered once for each sequence of roles, with a mark in place of every text.
-2. The result is cut at the marks. What the template wrote is parsed for control tokens (`<|im_start|>`,
-   `[INST]`); what takes the place of a mark, the data, never is: a caption "</s>" is four characters.
-3. The prompt ends where the answer begins. The answer is encoded on its own and closed with the template's
-   end token: these ids are trained, nothing else. Generation starts from the very same prompt ids.
+How labels are made
+-------------------
 
-For ordinary text the ids equal `tokenizer.apply_chat_template`'s. tests/test_prompt.py is the specification.
+Usual code renders a conversation to text, encodes it, and then searches the ids for the answer, to
+mask the rest. That goes wrong as soon as tokens merge across the boundary or data contains a control
+token. Here labels are right by construction, because the answer is never searched for:
+
+1. The chat template is rendered once per sequence of roles, with a marker in place of every text:
+
+       <s> [INST] ⟦user 0⟧ [/INST] ⟦assistant 1⟧ </s>
+
+2. The result is cut at the markers and at the control tokens. What the template wrote is parsed for
+   control tokens; what replaces a marker (the data) never is: a caption "</s>" is four characters.
+
+       control   text      slot     text       slot of the answer
+       <s>       " [INST] " user 0  " [/INST]"  assistant 1          (and its end token)
+
+3. The slots are filled. The texts between two control tokens are encoded in one piece; an image is
+   one IMAGE_INDEX. The prompt ends where the answer begins. The answer is encoded on its own and closed
+   with the template's end token: these ids are trained, and nothing else.
+
+       input_ids   <s>  [INST]  -200  What  is  this  ?  [/INST]  a    cat  </s>
+       labels      .    .       .     .     .   .     .  .        a    cat  </s>     "." is IGNORE_INDEX
+
+   Generation starts from exactly these prompt ids.
+
+For ordinary text the ids equal those of `tokenizer.apply_chat_template`. tests/test_prompt.py is the
+specification.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 from uuid import uuid4
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    import tokenizers
 
-IGNORE_INDEX = -100  # the label of a token that is not trained
-IMAGE_INDEX = (
-    -200
-)  # stands in input_ids for one image, until batching makes room for its patch features
+# The label of a token that is not trained.
+IGNORE_INDEX = -100
+# Stands in input_ids for one image, until batching repeats it once per patch feature.
+IMAGE_INDEX = -200
 IMAGE_PLACEHOLDER = "<image>"
 
-# Templates of our own. plain: for base models, which have no chat template, the form of Vicuna v1. bare: no roles at all,
-# one text under the other, a third of the tokens; what LLaVA trains its projector on in the first stage.
+# Templates of our own. "plain" is for base models, which have no chat template: the format of Vicuna
+# v1. "bare" has no roles, only one text per line, and takes a third of the tokens: the format in which
+# LLaVA trains its projector in the first stage.
 TEMPLATES = {
     "plain": (
         "{{ bos_token }}{% for message in messages %}"
@@ -43,67 +65,112 @@ TEMPLATES = {
         "{{ eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"
     ),
 }
-# Some templates write today's date. A model must not be asked tomorrow otherwise than it was trained today,
-# so the date stands still, at the day Llama-3 itself falls back to. The macro hides a function of that name.
-FIXED_DATE = "{%- macro strftime_now(format) %}{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}{% endmacro -%}"
+# Some templates write today's date. A model must be prompted tomorrow as it was trained today, so the
+# date is fixed, to the one that Llama 3's own template falls back to. In Jinja, a macro hides the
+# function of the same name.
+FIXED_DATE = (
+    "{%- macro strftime_now(format) %}"
+    "{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}"
+    "{% endmacro -%}"
+)
+
+
+class Tokenizer(Protocol):
+    """What a prompt needs of a fast tokenizer of Transformers."""
+
+    backend_tokenizer: Any
+    chat_template: Any
+
+    @property
+    def eos_token(self) -> Any: ...
+    @property
+    def eos_token_id(self) -> Any: ...
+    def get_chat_template(self) -> str: ...
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
 
 class Message(NamedTuple):
+    """One turn of a conversation. In a user's turn, `<image>` stands for an image."""
+
     role: Literal["system", "user", "assistant"]
     content: str
 
 
 class TokenizedPrompt(NamedTuple):
-    """One sequence, two lists of the same length. A label is the id itself where that is trained,
-    IGNORE_INDEX elsewhere, and is not shifted. IMAGE_INDEX stands in `input_ids` once for each image."""
+    """One sequence.
+
+    Attributes:
+        input_ids: Token ids, with IMAGE_INDEX once per image.
+        labels: Of the same length, not shifted: the id itself where it is trained, else IGNORE_INDEX.
+    """
 
     input_ids: list[int]
     labels: list[int]
 
 
 class Slot(NamedTuple):
-    """The place of the text of one turn, and of its end token if that is an answer. `lead` is the space
-    before an answer. It belongs to the answer's first token ("▁a", "Ġa"), not to the prompt's end."""
+    """The place of the text of one turn in a layout; for an answer, of its end token too.
+
+    Attributes:
+        turn: Index of the turn.
+        lead: The space before an answer. It belongs to the first token of the answer ("▁a", "Ġa"), and
+            not to the end of the prompt.
+    """
 
     turn: int
     lead: str = ""
 
 
-Part: TypeAlias = (
-    "int | str | Slot"  # of a rendered template: control token, the template's own text, data
-)
+# A part of a rendered template: id of a control token, text of the template, or place of a text.
+Part: TypeAlias = "int | str | Slot"
 
 
 class Layout(NamedTuple):
-    prefix: list[Part]  # what stands before the last answer
+    """A template that is rendered for a sequence of roles, and cut into parts.
+
+    Attributes:
+        prefix: What stands before the last answer.
+        answer: The last answer.
+    """
+
+    prefix: list[Part]
     answer: Slot
 
 
 def count_images(turns: Sequence[Message]) -> int:
-    """How many images the turns ask for: `<image>` counts in the user's text; anywhere else it is text."""
+    """Count the images that the turns ask for. Outside of user turns, `<image>` is ordinary text."""
     return sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
 
 
 class Prompt:
-    """The renderer for one tokenizer (one that has a `backend_tokenizer` of the tokenizers library).
+    """The renderer of one tokenizer and one template.
 
-    `template`: "chat" is the tokenizer's own, "plain" is `USER: ... ASSISTANT: ...`, "bare" has no roles, "auto" is
-    chat where there is one, else plain; `name` tells which. `end_id` closes every answer and is trained; generation
-    stops at any of `stop_ids`. Raises ValueError where the tokenizer cannot serve.
+    Args:
+        tokenizer: A fast tokenizer of Transformers, that is, with a `backend_tokenizer`.
+        template: "chat" is the tokenizer's own template, "plain" is `USER: ... ASSISTANT: ...`, "bare"
+            has no roles. "auto" is "chat" if the tokenizer has a template, else "plain".
+
+    Attributes:
+        name: "chat", "plain" or "bare".
+        end_id: The token that ends every answer, and is trained.
+        stop_ids: The tokens at which generation stops: `end_id` and the tokenizer's EOS token.
+
+    Raises:
+        ValueError: The tokenizer or its template cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "auto") -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str = "auto") -> None:
         if template not in ("auto", "chat", *TEMPLATES):
             raise ValueError(
-                f"unknown prompt template {template!r}: choose auto, chat, plain or bare"
+                f"unknown prompt template {template!r}; pass --template auto, chat, plain or bare"
             )
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(
-                f"{type(tokenizer).__name__} has no tokenizer.json behind it: convert it first"
+                f"{type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer first"
             )
         if template == "chat" and not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: choose the plain one")
+            raise ValueError("the tokenizer has no chat template; pass --template plain")
         self.name = template
         if template == "auto":
             self.name = "chat" if tokenizer.chat_template else "plain"
@@ -111,35 +178,33 @@ class Prompt:
         self._tokenizer = tokenizer
         self._layouts: dict[tuple[str, ...], Layout] = {}
 
-        # Two encoders that know no control tokens, so that data cannot inject one: for text after a control
-        # token, played by the anchor, and for text inside text, where a tokenizer must add no first space.
+        # Two encoders that know no control tokens, so that data cannot inject one. The inner one adds
+        # no space before its text. The other one encodes text after a control token, where tokenizers
+        # do as they do: the anchor, a control token that no data can contain, plays that one.
         self._anchor = f"⟦{uuid4()}⟧"
-        self._text, self._inner_text = _text_encoder(backend), _text_encoder(backend, inner=True)
-        self._text.add_special_tokens([self._anchor])
+        self._text_encoder = _make_encoder(backend)
+        self._text_encoder.add_special_tokens([self._anchor])
+        self._inner_encoder = _make_encoder(backend, inner=True)
 
-        added = backend.get_added_tokens_decoder()
-        self._control_ids: dict[str, int] = {token.content: i for i, token in added.items()}
-        longest_first = sorted(added.values(), key=lambda token: len(token.content), reverse=True)
-        control = "|".join(
-            r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
-            for token in longest_first
-        )
-        tail = self._apply_template(("user", "assistant"), "").partition("⟦assistant 1⟧")[2]
-        match = re.match(rf"\s*({control})", tail) if control else None
-        end = match[1] if match else tokenizer.eos_token
-        if end is None:
-            raise ValueError(
-                "neither the template nor the tokenizer has a token that ends an answer"
-            )
+        added_tokens = backend.get_added_tokens_decoder()
+        self._control_ids: dict[str, int] = {t.content: i for i, t in added_tokens.items()}
+        control_pattern = _control_pattern(added_tokens.values())
+        end = self._find_end_token(control_pattern)
         self.end_id = self._control_id(end)
-        self.stop_ids: list[int] = sorted({self.end_id, tokenizer.eos_token_id} - {None})
-        # Text between an answer and its end token (Llama-2 has a space there) is dropped: left untrained, the
-        # model would not learn to stop; trained, it would not be the caption.
-        self._parts = re.compile(
+        stop_ids = {self.end_id, tokenizer.eos_token_id}
+        self.stop_ids: list[int] = sorted(stop_ids - {None})
+
+        # A text between an answer and its end token (Llama 2 has a space there) is dropped. If it were
+        # in the sequence but not trained, the model would not learn to stop; trained, it would become
+        # part of the caption.
+        self._part_pattern = re.compile(
             rf"(?P<lead> *)⟦assistant (?P<answer>\d+)⟧(?:\s*{re.escape(end)})?"
-            rf"|⟦(?:system|user) (?P<question>\d+)⟧|(?P<control>{control or '(?!)'})"
+            rf"|⟦(?:system|user) (?P<question>\d+)⟧"
+            rf"|(?P<control>{control_pattern or _NEVER_MATCHES})"
         )
         self._lead = self._layout([Message("user", "")], "").answer.lead
+
+    # ---- public ----
 
     def usable_tokens(self) -> dict[int, str]:
         """The ids that prompts and answers can contain, with their tokens: those of texts and the template's own.
@@ -165,13 +230,21 @@ class Prompt:
     def render(
         self, turns: Sequence[Message], response: str | None, where: str = ""
     ) -> TokenizedPrompt:
-        """The training sequence; with `response` None the generation prompt, which is exactly its beginning.
+        """Render a training sequence or, without a response, the prompt for generation.
 
-        Trained are the response, the earlier assistant turns, and the end token of each. `where` names the
-        record in errors. Raises ValueError for turns out of order and for an answer without text.
+        The prompt for generation is exactly the beginning of the training sequence. Trained are the
+        response, the earlier assistant turns, and the end token of each.
+
+        Args:
+            turns: At most one system turn, then user and assistant turns, the user's last.
+            response: The answer to the last turn, or None.
+            where: Name of the record, for error messages.
+
+        Raises:
+            ValueError: The turns are out of order, or an answer is empty.
         """
         if response is None:
-            ids = self._prefix(turns, where).input_ids
+            ids = self._render_prefix(turns, where).input_ids
             return TokenizedPrompt(ids, [IGNORE_INDEX] * len(ids))
         prefix, (branch,) = self.render_branches(turns, [response], where)
         return TokenizedPrompt(prefix.input_ids + branch, prefix.labels + branch)
@@ -179,160 +252,244 @@ class Prompt:
     def render_branches(
         self, turns: Sequence[Message], responses: Sequence[str], where: str = ""
     ) -> tuple[TokenizedPrompt, list[list[int]]]:
-        """Several answers to the same turns: the shared prompt once, and each answer's trained ids with the
-        end token. The prompt and one of them are what `render` gives."""
+        """Render several answers to the same turns.
+
+        Returns:
+            The shared prompt, and the ids of each answer with its end token, all of which are trained.
+            The prompt and one of the answers together are what `render` returns.
+        """
         slot = self._layout(turns, where).answer
-        return self._prefix(turns, where), [
-            self._answer_ids(slot, text, where) for text in responses
-        ]
+        prefix = self._render_prefix(turns, where)
+        return prefix, [self._answer_ids(slot, response, where) for response in responses]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, trained or generated, up to its end token: `render_branches` undone."""
-        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        # WHY the x: sentencepiece decoders drop a space at the very beginning, even one that was written.
-        decode, x = self._tokenizer.backend_tokenizer.decode, self._inner_text.encode("x").ids
-        return decode([*x, *ids[:end]])[len(decode(x)) :].removeprefix(self._lead)
+        """Return the text of an answer up to its end token: the inverse of `render_branches`."""
+        answer: list[int] = []
+        for token in ids:
+            if token in self.stop_ids:
+                break
+            answer.append(token)
+        # Sentencepiece decoders drop a space at the very beginning, even one that belongs to the text:
+        # decode behind an "x", and cut that off.
+        x = self._inner_encoder.encode("x").ids
+        decode = self._tokenizer.backend_tokenizer.decode
+        text: str = decode([*x, *answer])[len(decode(x)) :]
+        return text.removeprefix(self._lead)
 
-    def _prefix(self, turns: Sequence[Message], where: str) -> TokenizedPrompt:
-        """What stands before the last answer. Text between two control tokens is encoded in one piece."""
-        ids: list[int] = []
-        labels: list[int] = []
-        text = ""
-        for part in [
-            *_fill(self._layout(turns, where).prefix, turns),
-            None,
-        ]:  # None: the end, for the text before it
-            if isinstance(part, str):
-                text += part
-                continue
-            if text:  # behind a control token it is encoded with the anchor, whose own id is left out again
-                new = self._encode(self._text, self._anchor + text if ids else text, where)[
-                    bool(ids) :
-                ]
-                ids, labels, text = ids + new, labels + [IGNORE_INDEX] * len(new), ""
-            if isinstance(part, Slot):
-                new = self._answer_ids(part, turns[part.turn].content, where)
-                ids, labels = ids + new, labels + new
-            elif part is not None:
-                ids, labels = [*ids, part], [*labels, IGNORE_INDEX]
-        return TokenizedPrompt(ids, labels)
-
-    def _answer_ids(self, slot: Slot, text: str, where: str) -> list[int]:
-        ids = self._encode(self._inner_text, slot.lead + text, where)
-        if not text.strip() or not ids:
-            raise ValueError(
-                _at(where) + "the answer is empty: give it a text or leave the record out"
-            )
-        return [*ids, self.end_id]
-
-    def _encode(self, encoder: Tokenizer, text: str, where: str) -> list[int]:
-        try:
-            return encoder.encode(text).ids
-        except TypeError as error:  # what the library raises for half of a surrogate pair
-            raise ValueError(_at(where) + f"this is not Unicode text: {text!r}") from error
+    # ---- layouts: the template, rendered and cut ----
 
     def _layout(self, turns: Sequence[Message], where: str) -> Layout:
-        """The template, rendered for the roles of these turns and an answer, and cut into its parts."""
+        """Return the template for the roles of these turns and an answer."""
         roles = (*(turn.role for turn in turns), "assistant")
         if roles in self._layouts:
             return self._layouts[roles]
         if not re.fullmatch("(system )?(user assistant )+", " ".join(roles) + " "):
-            order = "at most one system turn, then user and assistant in turn, the user's last"
             raise ValueError(
-                _at(where) + f"the roles of the turns are {list(roles[:-1])}, but must be {order}"
+                f"{_at(where)}the roles of the turns are {list(roles[:-1])}, but must be at most one "
+                "system turn, then user and assistant in turn, the user's last"
             )
-        rendered, end = self._apply_template(roles, where), 0
+        parts = self._cut(self._apply_template(roles, where))
+        for i, part in enumerate(parts):
+            if isinstance(part, Slot) and part.turn == len(turns):
+                self._layouts[roles] = Layout(parts[:i], part)
+                return self._layouts[roles]
+        raise AssertionError("`_apply_template` returns all markers")
+
+    def _cut(self, rendered: str) -> list[Part]:
+        """Cut a rendered template at its markers and control tokens."""
         parts: list[Part] = []
-        for match in self._parts.finditer(rendered):
+        end = 0
+        for match in self._part_pattern.finditer(rendered):
             if match.start() > end:
                 parts.append(rendered[end : match.start()])
             end = match.end()
             if match["question"]:
                 parts.append(Slot(int(match["question"])))
             elif match["answer"]:
-                parts.append(Slot(int(match["answer"]), self._lead_after(parts, match["lead"])))
+                lead = self._answer_lead(parts, match["lead"])
+                parts.append(Slot(int(match["answer"]), lead))
             else:
                 parts.append(self._control_id(match["control"]))
-        last = next(
-            i for i, part in enumerate(parts) if isinstance(part, Slot) and part.turn == len(turns)
-        )
-        answer = parts[last]
-        assert isinstance(answer, Slot)
-        return self._layouts.setdefault(roles, Layout(parts[:last], answer))
+        return parts
 
-    def _lead_after(self, parts: Sequence[Part], lead: str) -> str:
-        """The template's space before an answer and, right after a control token, the tokenizer's own."""
-        if parts and isinstance(parts[-1], int):
-            ids = self._text.encode(f"{self._anchor}{lead}x").ids[1:]
-            return lead if ids == self._inner_text.encode(f"{lead}x").ids else " " + lead
-        return lead
-
-    def _control_id(self, matched: str) -> int:
-        return self._control_ids[matched if matched in self._control_ids else matched.strip()]
+    def _answer_lead(self, parts: Sequence[Part], lead: str) -> str:
+        """Return the space before an answer: the template's and, after a control token, the tokenizer's."""
+        if not parts or not isinstance(parts[-1], int):
+            return lead
+        ids = self._text_encoder.encode(f"{self._anchor}{lead}x").ids[1:]
+        if ids == self._inner_encoder.encode(f"{lead}x").ids:
+            return lead
+        return " " + lead
 
     def _apply_template(self, roles: Sequence[str], where: str) -> str:
-        """The template's own rendering, marks in place of texts. Where it knows no system role (Gemma), the
-        system's text goes before the first question."""
+        """Render the template with a marker in place of each text.
+
+        If the template has no system role (Gemma), the system's text goes in front of the first
+        question.
+        """
         from jinja2 import TemplateError
 
-        marks = [f"⟦{role} {turn}⟧" for turn, role in enumerate(roles)]
-        attempts = [(roles, marks)]
+        markers = [f"⟦{role} {turn}⟧" for turn, role in enumerate(roles)]
+        attempts = [(roles, markers)]
         if roles[0] == "system":
-            attempts.append((roles[1:], [f"{marks[0]}\n\n{marks[1]}", *marks[2:]]))
-        for spoken, texts in attempts:
-            messages = [{"role": role, "content": text} for role, text in zip(spoken, texts)]
-            try:  # enable_thinking is Qwen3's: a caption comes without a thought before it
+            attempts.append((roles[1:], [f"{markers[0]}\n\n{markers[1]}", *markers[2:]]))
+        for attempt_roles, texts in attempts:
+            messages = [{"role": role, "content": text} for role, text in zip(attempt_roles, texts)]
+            try:
                 rendered: str = self._tokenizer.apply_chat_template(
-                    messages, chat_template=self._template, tokenize=False, enable_thinking=False
+                    messages,
+                    chat_template=self._template,
+                    tokenize=False,
+                    # Of Qwen 3 and others: a caption comes without reasoning before it.
+                    enable_thinking=False,
                 )
             except TemplateError as error:
                 problem = str(error)
                 continue
-            if all(rendered.count(mark) == 1 for mark in marks):
+            if all(rendered.count(marker) == 1 for marker in markers):
                 return rendered
             problem = "it leaves out or repeats a turn"
         raise ValueError(
-            _at(where)
-            + f"the chat template cannot render {list(roles)}: {problem}. Try the plain template"
+            f"{_at(where)}the chat template cannot render {list(roles)}: {problem}. Try --template plain"
         )
 
+    def _find_end_token(self, control_pattern: str) -> str:
+        """Return the control token that follows an answer in the template, or else the EOS token."""
+        rendered = self._apply_template(("user", "assistant"), "")
+        after_answer = rendered.partition("⟦assistant 1⟧")[2]
+        if control_pattern:
+            match = re.match(rf"\s*({control_pattern})", after_answer)
+            if match:
+                return match[1]
+        if self._tokenizer.eos_token is None:
+            raise ValueError(
+                "neither the template nor the tokenizer has a token that ends an answer; set eos_token "
+                "in tokenizer_config.json"
+            )
+        return self._tokenizer.eos_token
 
-def _text_encoder(backend: Tokenizer, inner: bool = False) -> Tokenizer:
-    """An encoder with the same vocabulary that parses no control token; `inner` ones add no first space."""
-    # WHY not backend.encode with split_special_tokens: Transformers 5 leaves that switch turned in the shared
-    # tokenizer, and tokens that were added as "not special" (Qwen3's <think>) are parsed all the same.
+    def _control_id(self, matched: str) -> int:
+        # A token with `lstrip` or `rstrip` also matches the white space beside it.
+        if matched in self._control_ids:
+            return self._control_ids[matched]
+        return self._control_ids[matched.strip()]
+
+    # ---- token ids ----
+
+    def _render_prefix(self, turns: Sequence[Message], where: str) -> TokenizedPrompt:
+        """Render what stands before the last answer."""
+        ids: list[int] = []
+        labels: list[int] = []
+        text = ""
+
+        def flush() -> None:
+            """Encode the text that has accumulated since the last control token, image or answer."""
+            nonlocal text
+            if not text:
+                return
+            if ids:
+                # The first id is the anchor's.
+                text_ids = self._encode(self._text_encoder, self._anchor + text, where)[1:]
+            else:
+                text_ids = self._encode(self._text_encoder, text, where)
+            ids.extend(text_ids)
+            labels.extend([IGNORE_INDEX] * len(text_ids))
+            text = ""
+
+        for part in _fill(self._layout(turns, where).prefix, turns):
+            if isinstance(part, str):
+                # Not encoded yet: a token may cross the boundary of template and question.
+                text += part
+                continue
+            flush()
+            if isinstance(part, Slot):
+                answer = self._answer_ids(part, turns[part.turn].content, where)
+                ids.extend(answer)
+                labels.extend(answer)
+            else:
+                ids.append(part)
+                labels.append(IGNORE_INDEX)
+        flush()
+        return TokenizedPrompt(ids, labels)
+
+    def _answer_ids(self, slot: Slot, text: str, where: str) -> list[int]:
+        ids = self._encode(self._inner_encoder, slot.lead + text, where)
+        if not text.strip() or not ids:
+            raise ValueError(f"{_at(where)}the answer is empty; add a text, or remove the record")
+        return [*ids, self.end_id]
+
+    def _encode(self, encoder: tokenizers.Tokenizer, text: str, where: str) -> list[int]:
+        try:
+            return encoder.encode(text).ids
+        except TypeError as error:
+            # What the library raises for half of a surrogate pair.
+            raise ValueError(f"{_at(where)}not valid Unicode text: {text!r}") from error
+
+
+# A regular expression that matches nowhere, for tokenizers without control tokens.
+_NEVER_MATCHES = "(?!)"
+
+
+def _control_pattern(added_tokens: Any) -> str:
+    """Return a regular expression of all control tokens, "" if there are none."""
+    patterns: list[str] = []
+    # The longest first, since one token may be the beginning of another.
+    for token in sorted(added_tokens, key=lambda token: len(token.content), reverse=True):
+        left = r"\s*" if token.lstrip else ""
+        right = r"\s*" if token.rstrip else ""
+        patterns.append(left + re.escape(token.content) + right)
+    return "|".join(patterns)
+
+
+def _make_encoder(backend: tokenizers.Tokenizer, inner: bool = False) -> tokenizers.Tokenizer:
+    """Return an encoder with the same vocabulary that does not parse control tokens.
+
+    Not `backend.encode` with `split_special_tokens`: Transformers 5 leaves that switch turned on in the
+    shared tokenizer, and tokens that were added as "not special" (Qwen 3's <think>) are parsed anyway.
+
+    Args:
+        backend: The tokenizer of the tokenizers library.
+        inner: Add no space before the first word.
+    """
     from tokenizers import Tokenizer, models
 
     encoder = Tokenizer(models.BPE())
-    encoder.normalizer, encoder.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    encoder.normalizer = backend.normalizer
+    encoder.pre_tokenizer = backend.pre_tokenizer
     if inner:
-        encoder = Tokenizer.from_str(
-            json.dumps(json.loads(encoder.to_str(), object_hook=_no_first_space))
-        )
-    encoder.model = backend.model  # shared, not copied
+        steps = json.loads(encoder.to_str(), object_hook=_without_first_space)
+        encoder = Tokenizer.from_str(json.dumps(steps))
+    encoder.model = backend.model  # Shared, not copied.
     return encoder
 
 
-def _no_first_space(step: dict[str, Any]) -> dict[str, Any]:
-    """The three ways in which a tokenizer.json puts a space before the first word, turned off."""
-    off = {"prepend_scheme": "never", "add_prefix_space": False}
+def _without_first_space(step: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn off the three ways in which a tokenizer.json adds a space before the first word."""
+    step = dict(step)
+    if "prepend_scheme" in step:
+        step["prepend_scheme"] = "never"
+    if "add_prefix_space" in step:
+        step["add_prefix_space"] = False
     if step.get("type") == "Prepend":
-        off["prepend"] = ""
-    return step | {key: value for key, value in off.items() if key in step}
+        step["prepend"] = ""
+    return step
 
 
 def _fill(parts: Sequence[Part], turns: Sequence[Message]) -> Iterator[Part]:
-    """Put the texts of the questions into their places; an image becomes IMAGE_INDEX."""
+    """Replace the slots of questions by their texts, and images by IMAGE_INDEX."""
     for part in parts:
         if not isinstance(part, Slot) or turns[part.turn].role == "assistant":
             yield part
-        elif turns[part.turn].role == "system":
-            yield turns[part.turn].content
-        else:
-            text, *after_images = turns[part.turn].content.split(IMAGE_PLACEHOLDER)
+            continue
+        turn = turns[part.turn]
+        if turn.role == "system":
+            yield turn.content
+            continue
+        before, *after_images = turn.content.split(IMAGE_PLACEHOLDER)
+        yield before
+        for text in after_images:
+            yield IMAGE_INDEX
             yield text
-            for text in after_images:
-                yield from (IMAGE_INDEX, text)
 
 
 def _at(where: str) -> str:

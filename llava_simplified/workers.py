@@ -93,6 +93,7 @@ def run_tasks(
     if engine not in _BACKENDS:
         raise ValueError(f"--engine {engine}: choose one of {', '.join(_BACKENDS)}.")
     backend = _BACKENDS[engine](function, workers, per_cpu)
+    # Each task with the number of its next attempt.
     waiting = deque((spec, 1) for spec in specs)
     running: dict[Any, tuple[S, int]] = {}
     try:
@@ -112,6 +113,8 @@ def run_tasks(
                 elif isinstance(error, ValueError) or attempt == attempts:
                     yield TaskResult(spec, None, str(error))
                 else:
+                    # Behind the other tasks: what was wrong with the machine may have passed by
+                    # then.
                     waiting.append((spec, attempt + 1))
     finally:
         backend.close()
@@ -185,6 +188,7 @@ class LocalBackend:
             handle.process.join()
             self._workers.remove(handle)
             return None, OSError(f"its process died with exit code {handle.process.exitcode}")
+        # The process stays alive: starting one takes longer than many tasks.
         self._idle.append(handle)
         return outcome
 

@@ -133,6 +133,14 @@ def test_exclusive_lock_waits_for_a_process_that_is_about_to_end(tmp_path: Path)
             assert process.wait(timeout=5) != 0
 
 
+def test_exclusive_lock_can_keep_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.lock"
+    for _ in range(2):
+        with exclusive_lock(path, "out", keep_file=True):
+            assert path.exists()
+        assert path.exists()
+
+
 def test_exclusive_lock_leaves_no_file(tmp_path: Path) -> None:
     with exclusive_lock(tmp_path / "new" / "job.lock", "out"):
         assert names_in(tmp_path / "new") == {"job.lock"}

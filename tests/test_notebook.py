@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_every_cell_of_the_notebook_runs() -> None:
+def test_notebook_runs_from_top_to_bottom() -> None:
     notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), (
-        "without outputs: they would say what no code says"
+        "outputs must be cleared: they would show what no code has computed"
     )
     NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "docs")}}
@@ -23,4 +23,4 @@ def test_every_cell_of_the_notebook_runs() -> None:
     text = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )
-    assert "captions right" in text and "labels broken" in text
+    assert "correct captions" in text and "broken labels" in text

@@ -1,8 +1,9 @@
-"""The specification of prompts: what the model reads, and which of it is trained.
+"""The specification of prompts: what the model gets, and which of it is trained.
 
-Each family is a small tokenizer of the true kind (byte-level as Llama-3, Qwen and SmolLM; sentencepiece-like
-as Llama-2, Gemma and Zephyr; Mistral's own, real) with that family's chat template. The judges are not ours:
-`apply_chat_template`, mistral-common, and `spell`, which reads ids back by the vocabulary alone.
+Each family is a small tokenizer of the real kind (byte-level like Llama 3, Qwen and SmolLM;
+sentencepiece-like as Llama 2, Gemma and Zephyr; the real vocabularies of Mistral) with the chat template of
+that family. The references are independent of our code: `apply_chat_template`, mistral-common, and
+`spell_out`, which reads ids with nothing but the vocabulary.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-QWEN3 = (  # a thought block in the last answer, none in the earlier ones
+# A block of reasoning in the last answer, none in earlier ones.
+QWEN3 = (
     "{%- for message in messages %}{%- set content = message.content %}"
     "{%- if message.role == 'assistant' %}{%- if '</think>' in content %}"
     "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
@@ -60,7 +62,8 @@ QWEN3 = (  # a thought block in the last answer, none in the earlier ones
     "{%- endif %}"
     "{%- endif %}"
 )
-LLAMA3 = (  # trims, and writes the date
+# Trims texts, and writes the date.
+LLAMA3 = (
     "{{- bos_token }}{%- if not date_string is defined %}{%- if strftime_now is defined %}"
     "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
     "{%- endif %}"
@@ -83,7 +86,8 @@ GEMMA = (
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-LLAMA2 = (  # trims, opens each exchange with BOS, and puts a space before the end token
+# Trims texts, begins each exchange with BOS, and puts a space before the end token.
+LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
     "{% set loop_messages = messages[1:] %}"
     "{% else %}{% set system = false %}{% set loop_messages = messages %}{% endif %}"
@@ -93,7 +97,8 @@ LLAMA2 = (  # trims, opens each exchange with BOS, and puts a space before the e
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-ZEPHYR = (  # role names are plain text
+# Role names are ordinary text.
+ZEPHYR = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -103,7 +108,8 @@ PHI3 = (
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-ALPACA = (  # nothing ends an answer but the next question
+# Nothing ends an answer but the next question.
+ALPACA = (
     "{% for message in messages %}{{ '### ' + message['role'] + ': ' + message['content'] + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
@@ -120,7 +126,8 @@ MISTRAL_V1 = (
     "{%- else %}{{- raise_exception('Only user and assistant roles are supported') }}{%- endif %}"
     "{%- endfor %}"
 )
-MISTRAL_V3 = (  # [INST] is a control token; the system's text goes into the last question
+# [INST] is a control token; the system's text goes into the last question.
+MISTRAL_V3 = (
     "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}"
     "{%- set system_message = messages[0]['content'] %}"
     "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}"
@@ -130,16 +137,15 @@ MISTRAL_V3 = (  # [INST] is a control token; the system's text goes into the las
     "{%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}"
     "{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"
 )
-MISTRAL_V3_TIGHT = MISTRAL_V3.replace(
-    "{{- ' ' + message", "{{- message"
-)  # no space before the answer
+# No space before the answer.
+MISTRAL_V3_TIGHT = MISTRAL_V3.replace("{{- ' ' + message", "{{- message")
 
 
-# ---- the tokenizers -------------------------------------------------------------------------------
+# ---- the tokenizers ----
 
 
 def byte_level(control: list[str], **kwargs: Any) -> PreTrainedTokenizerFast:
-    """As Llama-3, Qwen, SmolLM: bytes, split by a regular expression."""
+    """Return a tokenizer like Llama 3's, Qwen's and SmolLM's: bytes, split by a regular expression."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(
         r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -163,13 +169,17 @@ def byte_level(control: list[str], **kwargs: Any) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_like(control: list[str], style: str, **kwargs: Any) -> PreTrainedTokenizerFast:
-    """As Llama-2 ("first", "always", or "legacy": a normalizer puts the first space) and Gemma ("none"), with
-    bytes for what the vocabulary lacks."""
+    """Return a tokenizer like those of Llama 2 and Gemma, with bytes for what the vocabulary lacks.
+
+    Args:
+        control: Names of the control tokens.
+        style: Where a space is added in front: "first", "always", "legacy" (by a normalizer), "none".
+        **kwargs: Of PreTrainedTokenizerFast.
+    """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    lines = [
-        line for text in CORPUS for line in text.splitlines()
-    ]  # sentencepiece never sees a newline
+    # Sentencepiece is trained on lines, without the newlines.
+    lines = "\n".join(CORPUS).splitlines()
     trained.train_from_iterator(lines * 3, trainers.BpeTrainer(vocab_size=400, show_progress=False))
     learned = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
@@ -188,7 +198,9 @@ def sentencepiece_like(control: list[str], style: str, **kwargs: Any) -> PreTrai
     else:
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * (style != "none"))
+    if style != "none":
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(
         [AddedToken(t, normalized=False, special=True) for t in ["<unk>", "<s>", "</s>", *control]]
     )
@@ -210,7 +222,7 @@ def mistral_file(version: str) -> Path:
 
 
 def mistral(version: str) -> PreTrainedTokenizerFast:
-    """Mistral's real vocabulary, converted by Transformers."""
+    """Return a tokenizer with a real vocabulary of Mistral, converted by Transformers."""
     import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(mistral_file(version)))
@@ -221,7 +233,7 @@ def mistral(version: str) -> PreTrainedTokenizerFast:
 
 
 def legacy(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """As in older tokenizer.json files: a normalizer puts a space before any text after a control token."""
+    """Change a tokenizer to the older form: a normalizer adds a space after every control token."""
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -239,7 +251,7 @@ def qwen3() -> PreTrainedTokenizerFast:
 
 
 def phi3() -> PreTrainedTokenizerFast:
-    """Its control tokens swallow the white space after them."""
+    """Return a tokenizer whose control tokens include the white space after them."""
     tokenizer = sentencepiece_like([], "first")
     names = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
     tokens = [AddedToken(name, rstrip=True, normalized=False, special=True) for name in names]
@@ -273,7 +285,7 @@ def base() -> PreTrainedTokenizerFast:
     return byte_level(["<|endoftext|>"], eos_token="<|endoftext|>")
 
 
-# name: tokenizer, chat template, the token that ends an answer, the space in the answer's first token
+# name: (tokenizer, chat template, end token of an answer, space in the first token of an answer)
 FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str | None, str, str]] = {
     "smollm": (smollm, CHATML, "<|im_end|>", ""),
     "qwen3": (qwen3, QWEN3, "<|im_end|>", ""),
@@ -304,11 +316,21 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str | None, str
 
 
 class Family(NamedTuple):
+    """A tokenizer with its prompt.
+
+    Attributes:
+        tokenizer: With a chat template.
+        prompt: Its renderer.
+        end: The token that ends an answer.
+        lead: The space that belongs to the first token of an answer.
+        preserve: What the vocabulary can express of a text: sentencepiece has one symbol for "▁" and space.
+    """
+
     tokenizer: PreTrainedTokenizerFast
     prompt: Prompt
     end: str
     lead: str
-    keeps: Callable[[str], str]  # a sentencepiece vocabulary cannot tell "▁" from a space
+    preserve: Callable[[str], str]
 
 
 @functools.cache
@@ -326,27 +348,27 @@ def family(name: str) -> Family:
     )
 
 
-# ---- the judges -----------------------------------------------------------------------------------
+# ---- references ----
 
 
-def spell(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    """What the ids say, letter by letter out of the vocabulary, with no decoder's manners."""
+def spell_out(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """Return the text of token ids, symbol by symbol from the vocabulary, without a decoder."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
-    spelled = b""
+    bytes_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    text = b""
     for token in tokenizer.convert_ids_to_tokens(ids):
         if isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
-            spelled += bytes(letters[letter] for letter in token)
+            text += bytes(bytes_of[symbol] for symbol in token)
         elif match := re.fullmatch("<0x(..)>", token):
-            spelled += bytes.fromhex(match[1])
+            text += bytes.fromhex(match[1])
         else:
-            spelled += token.replace("▁", " ").encode()
-    return spelled.decode()
+            text += token.replace("▁", " ").encode()
+    return text.decode()
 
 
-def reference(name: str, messages: list[Message], **kwargs: Any) -> list[int]:
-    """The ids of `apply_chat_template`, where `<image>` is a control token as in stock LLaVA."""
+def stock_ids(name: str, messages: list[Message], **kwargs: Any) -> list[int]:
+    """Return the ids of `apply_chat_template`, with `<image>` as a control token, as in stock LLaVA."""
     tokenizer, image = with_image_token(name)
     ids = tokenizer.apply_chat_template(
         [{"role": message.role, "content": message.content} for message in messages],
@@ -364,11 +386,11 @@ def with_image_token(name: str) -> tuple[PreTrainedTokenizerFast, int]:
     return tokenizer, tokenizer.convert_tokens_to_ids("<image>")
 
 
-def trained(labels: list[int]) -> list[int]:
+def trained_ids(labels: list[int]) -> list[int]:
     return [label for label in labels if label != IGNORE_INDEX]
 
 
-def ask(text: str = "<image>\nGenerate a caption of this image:") -> list[Message]:
+def user_turn(text: str = "<image>\nGenerate a caption of this image:") -> list[Message]:
     return [Message("user", text)]
 
 
@@ -409,7 +431,7 @@ words = st.from_regex(r"[A-Za-z][a-z]{0,8}", fullmatch=True) | st.sampled_from(
 ordinary_text = st.lists(words, min_size=1, max_size=6).map(" ".join)
 
 
-# ---- what is trained ------------------------------------------------------------------------------
+# ---- what is trained ----
 
 
 @every_family
@@ -419,51 +441,51 @@ ordinary_text = st.lists(words, min_size=1, max_size=6).map(" ".join)
 @example(question="<image>\nwhat?", answer="\na cat\n")
 @example(question="a <image> b<image>", answer="</s>")
 @example(question="", answer="a </s><|im_end|><|eot_id|><end_of_turn> [INST] <image> b")
-def test_the_answer_and_its_end_token_are_trained_and_nothing_else(
+def test_render_trains_the_answer_and_its_end_token_and_nothing_else(
     name: str, question: str, answer: str
 ) -> None:
-    tokenizer, prompt, end, lead, keeps = family(name)
-    sequence = prompt.render(ask(question), answer)
-    start = len(prompt.render(ask(question), None).input_ids)
+    tokenizer, prompt, end, lead, preserve = family(name)
+    sequence = prompt.render(user_turn(question), answer)
+    start = len(prompt.render(user_turn(question), None).input_ids)
 
-    assert sequence.input_ids[:start] == prompt.render(ask(question), None).input_ids
+    assert sequence.input_ids[:start] == prompt.render(user_turn(question), None).input_ids
     assert sequence.labels == [IGNORE_INDEX] * start + sequence.input_ids[start:]
-    *said, last = sequence.labels[start:]
+    *answer_ids, last = sequence.labels[start:]
     assert tokenizer.convert_ids_to_tokens(last) == end
-    assert spell(tokenizer, said) == keeps(lead + answer)
-    assert prompt.decode(sequence.labels[start:]) == keeps(answer)
+    assert spell_out(tokenizer, answer_ids) == preserve(lead + answer)
+    assert prompt.decode(sequence.labels[start:]) == preserve(answer)
     control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
-    assert not control & set(said)
+    assert not control & set(answer_ids)
     assert (
         sequence.input_ids.count(IMAGE_INDEX)
         == question.count("<image>")
-        == count_images(ask(question))
+        == count_images(user_turn(question))
     )
 
 
 @every_family
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(question=any_text)
-def test_data_adds_no_control_token_to_the_prompt(name: str, question: str) -> None:
+def test_render_data_adds_no_control_token_to_the_prompt(name: str, question: str) -> None:
     tokenizer, prompt, *_ = family(name)
     control = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
-    plain = [i for i in prompt.render(ask("x"), None).input_ids if i in control]
-    turns = [Message("system", question), *ask(question)]
-    assert [i for i in prompt.render(ask(question), None).input_ids if i in control] == plain
+    plain = [i for i in prompt.render(user_turn("x"), None).input_ids if i in control]
+    turns = [Message("system", question), *user_turn(question)]
+    assert [i for i in prompt.render(user_turn(question), None).input_ids if i in control] == plain
     assert prompt.render(turns, None).input_ids.count(IMAGE_INDEX) == question.count("<image>")
 
 
 @every_family
-def test_earlier_answers_are_trained_too(name: str) -> None:
+def test_render_trains_earlier_answers_too(name: str) -> None:
     prompt = family(name).prompt
     turns = [
         Message("system", "Be brief."),
-        *ask(),
+        *user_turn(),
         Message("assistant", " two </s> cats"),
         Message("user", "Where?"),
     ]
     sequence = prompt.render(turns, "On a bench")
-    ids = trained(sequence.labels)
+    ids = trained_ids(sequence.labels)
     first = ids.index(prompt.end_id)
     assert prompt.decode(ids) == " two </s> cats"
     assert prompt.decode(ids[first + 1 :]) == "On a bench"
@@ -473,14 +495,17 @@ def test_earlier_answers_are_trained_too(name: str) -> None:
 
 
 @every_family
-def test_branches_share_one_prompt(name: str) -> None:
+def test_render_branches_share_one_prompt(name: str) -> None:
     prompt = family(name).prompt
-    prefix, branches = prompt.render_branches(ask(), ["a cat", " a dog\n"])
+    prefix, branches = prompt.render_branches(user_turn(), ["a cat", " a dog\n"])
     for text, branch in zip(["a cat", " a dog\n"], branches):
-        assert prompt.render(ask(), text) == (prefix.input_ids + branch, prefix.labels + branch)
+        assert prompt.render(user_turn(), text) == (
+            prefix.input_ids + branch,
+            prefix.labels + branch,
+        )
 
 
-# ---- equal to the tokenizer's own chat template, and to Mistral's own code ------------------------
+# ---- equal to the tokenizer's own chat template, and to Mistral's own code ----
 
 
 @pytest.mark.parametrize("name", WITH_TEMPLATE)
@@ -490,62 +515,59 @@ def test_branches_share_one_prompt(name: str) -> None:
     answer=ordinary_text,
     image=st.sampled_from(["<image>\n{}", "{}\n<image>", "{0} <image> {0}", "{}"]),
 )
-def test_ordinary_text_has_the_ids_of_apply_chat_template(
+def test_render_ordinary_text_equals_apply_chat_template(
     name: str, question: str, answer: str, image: str
 ) -> None:
     tokenizer, prompt, *_ = family(name)
-    turns = ask(image.format(question))
+    turns = user_turn(image.format(question))
     ours = prompt.render(turns, answer).input_ids
-    theirs = reference(name, [*turns, Message("assistant", answer)])
-    if name.startswith(
-        "llama2"
-    ):  # whose template has a space between the answer and </s>, which is not trained
+    theirs = stock_ids(name, [*turns, Message("assistant", answer)])
+    if name.startswith("llama2"):
+        # Its template has a space between the answer and </s>, which is dropped here.
         theirs = [*theirs[:-2], theirs[-1]]
     assert theirs[: len(ours)] == ours
-    assert not spell(
-        tokenizer, theirs[len(ours) :]
-    ).strip()  # what a template puts after the end token
+    # A template may add white space after the end token.
+    assert not spell_out(tokenizer, theirs[len(ours) :]).strip()
     ours = prompt.render(turns, None).input_ids
-    assert ours == reference(name, turns, add_generation_prompt=True)
+    assert ours == stock_ids(name, turns, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_TEMPLATE if not name.startswith("llama2")])
-def test_a_conversation_has_the_ids_of_apply_chat_template(name: str) -> None:
-    talk = [
-        *ask(),
+def test_render_conversation_equals_apply_chat_template(name: str) -> None:
+    turns = [
+        *user_turn(),
         Message("assistant", "two cats"),
         Message("user", "Where?"),
         Message("assistant", "on a bench"),
     ]
-    if not name.startswith(("mistral-v2", "mistral-v3")) and name not in (
-        "gemma",
-        "always-tight",
-    ):  # which put the system elsewhere, see below
-        talk = [Message("system", "You are brief."), *talk]
-    ours = family(name).prompt.render(talk[:-1], talk[-1].content).input_ids
-    assert reference(name, talk)[: len(ours)] == ours
+    # These put the system's text elsewhere, see below.
+    system_elsewhere = ("mistral-v2", "mistral-v3", "gemma", "always-tight")
+    if not name.startswith(system_elsewhere):
+        turns = [Message("system", "You are brief."), *turns]
+    ours = family(name).prompt.render(turns[:-1], turns[-1].content).input_ids
+    assert stock_ids(name, turns)[: len(ours)] == ours
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(question=any_answer, answer=any_answer)
 @example(question="what is [INST] this?", answer="a </s> cat [/INST] <s>")
-def test_mistral_s_own_code_gives_the_same_ids(version: str, question: str, answer: str) -> None:
+def test_render_equals_mistral_common(version: str, question: str, answer: str) -> None:
     from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-    # WHY one space: Transformers 5 converts the .model file with the merges of spaces ("▁▁") first, where
-    # sentencepiece has them last (score -1e9); that is the tokenizer's own fault, in any prompt.
-    question, answer = (
-        re.sub("[ ▁]+", " ", text).strip()
-        for text in (question.replace("<image>", "image"), answer)
-    )
+    # Single spaces only: when Transformers 5 converts the .model file, the merges of spaces ("▁▁") come
+    # first, where sentencepiece has them last (score -1e9). That is a fault of the tokenizer.
+    question = re.sub("[ ▁]+", " ", question.replace("<image>", "image")).strip()
+    answer = re.sub("[ ▁]+", " ", answer).strip()
     assume(question and answer)
     request = ChatCompletionRequest(
         messages=[UserMessage(content=question), AssistantMessage(content=answer)]
     )
     theirs = mistral_common(version).encode_chat_completion(request).tokens
-    assert family(f"mistral-{version}").prompt.render(ask(question), answer).input_ids == theirs
+    assert (
+        family(f"mistral-{version}").prompt.render(user_turn(question), answer).input_ids == theirs
+    )
 
 
 @functools.cache
@@ -557,15 +579,15 @@ def mistral_common(version: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["mistral-v1", "mistral-v1-legacy", "mistral-v3"])
-def test_on_mistral_the_trained_tokens_are_the_caption_and_the_end(name: str) -> None:
+def test_render_on_mistral_trains_the_caption_and_the_end_token(name: str) -> None:
     tokenizer, prompt, *_ = family(name)
     tokens = tokenizer.convert_ids_to_tokens(
-        trained(prompt.render(ask(), "a bedroom with a double bed").labels)
+        trained_ids(prompt.render(user_turn(), "a bedroom with a double bed").labels)
     )
     assert tokens == ["▁a", "▁bedroom", "▁with", "▁a", "▁double", "▁bed", "</s>"]
 
 
-def test_the_plain_template() -> None:
+def test_plain_template() -> None:
     tokenizer, prompt, *_ = family("plain")
     text = "<s>USER: what is it? ASSISTANT: two cats</s>USER: where? ASSISTANT: on a bench</s>"
     turns = [
@@ -580,7 +602,7 @@ def test_the_plain_template() -> None:
     assert prompt.name == "plain"
 
 
-def test_the_bare_template() -> None:
+def test_bare_template() -> None:
     tokenizer, prompt, *_ = family("plain-bare-bytes")
     text = "<|im_start|>what is it?\ntwo cats<|im_end|>where?\non a bench<|im_end|>"
     turns = [
@@ -595,86 +617,86 @@ def test_the_bare_template() -> None:
     assert prompt.name == "bare"
 
 
-# ---- one BOS, ends, dates, thoughts ---------------------------------------------------------------
+# ---- BOS, end tokens, dates, reasoning ----
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma", "plain", "mistral-v1", "mistral-v3"])
-def test_there_is_one_bos(name: str) -> None:
+def test_render_has_one_bos_token(name: str) -> None:
     tokenizer, prompt, *_ = family(name)
     ids = prompt.render(
-        [Message("system", "<s>"), *ask("<s><bos><|begin_of_text|>")], "<s> a"
+        [Message("system", "<s>"), *user_turn("<s><bos><|begin_of_text|>")], "<s> a"
     ).input_ids
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_generation_stops_at_the_end_of_the_turn_and_at_the_end_of_the_text() -> None:
+def test_stop_ids_are_the_end_of_the_turn_and_of_the_text() -> None:
     tokenizer, prompt, *_ = family("llama3")
     assert tokenizer.convert_ids_to_tokens(prompt.end_id) == "<|eot_id|>"
     assert set(tokenizer.convert_ids_to_tokens(prompt.stop_ids)) == {
         "<|eot_id|>",
         "<|end_of_text|>",
     }
-    cat = prompt.render_branches(ask(), ["a cat"])[1][0]
+    cat = prompt.render_branches(user_turn(), ["a cat"])[1][0]
     assert prompt.decode([*cat, *cat]) == "a cat"
     assert prompt.decode([*cat[:-1], tokenizer.eos_token_id, *cat]) == "a cat"
 
 
-def test_where_the_template_ends_no_answer_the_eos_does() -> None:
+def test_end_token_is_eos_if_the_template_has_none() -> None:
     tokenizer, prompt, *_ = family("alpaca")
     turns = [Message("user", "what?"), Message("assistant", "a cat"), Message("user", "where?")]
-    text = spell(
+    text = spell_out(
         tokenizer, [i for i in prompt.render(turns, "here").input_ids if i != prompt.end_id]
     )
     assert text == "### user: what?\n### assistant: a cat\n### user: where?\n### assistant: here"
     assert len([i for i in prompt.render(turns, "here").labels if i == tokenizer.eos_token_id]) == 2
 
 
-def test_the_prompt_is_the_same_on_another_day() -> None:
+def test_render_writes_a_fixed_date() -> None:
     tokenizer, prompt, *_ = family("llama3")
     assert "\nToday Date: 26 Jul 2024\n\n" in tokenizer.decode(
-        prompt.render(ask("x"), None).input_ids
+        prompt.render(user_turn("x"), None).input_ids
     )
 
 
-def test_the_empty_thought_belongs_to_the_prompt() -> None:
+def test_render_empty_reasoning_belongs_to_the_prompt() -> None:
     tokenizer, prompt, *_ = family("qwen3")
-    assert tokenizer.decode(prompt.render(ask("x"), None).input_ids).endswith(
+    assert tokenizer.decode(prompt.render(user_turn("x"), None).input_ids).endswith(
         "<think>\n\n</think>\n\n"
     )
 
 
 @pytest.mark.parametrize("name", ["mistral-v3", "mistral-v3-tight"])
-def test_a_template_that_drops_the_system_from_a_finished_exchange(name: str) -> None:
-    """Mistral's shows the system only where a question comes last. As at generation, so in training."""
-    turns = [Message("system", "Be brief."), *ask()]
+def test_render_system_turn_in_training_as_in_generation(name: str) -> None:
+    """Mistral's template writes the system's text only if a question comes last, as at generation."""
+    turns = [Message("system", "Be brief."), *user_turn()]
     ours = family(name).prompt.render(turns, None).input_ids
-    assert ours == reference(name, turns, add_generation_prompt=True)
+    assert ours == stock_ids(name, turns, add_generation_prompt=True)
 
 
-def test_a_model_that_can_think_is_told_not_to() -> None:
-    """SmolLM3 and others say so in the prompt, before the question."""
+def test_render_turns_reasoning_off() -> None:
+    """SmolLM3 and others write it into the prompt, before the question."""
     tokenizer = copy.deepcopy(family("smollm").tokenizer)
     thinking = "{{ 'think' if enable_thinking is not defined or enable_thinking else 'no think' }}"
     tokenizer.chat_template = thinking + CHATML
-    assert tokenizer.decode(Prompt(tokenizer).render(ask("x"), None).input_ids).startswith(
+    assert tokenizer.decode(Prompt(tokenizer).render(user_turn("x"), None).input_ids).startswith(
         "no think<|im_start|>"
     )
 
 
-def test_a_template_without_a_system_role_puts_it_before_the_first_question() -> None:
+def test_render_system_turn_goes_before_the_first_question_without_a_system_role() -> None:
     prompt = family("gemma").prompt
-    folded = prompt.render([Message("system", "Be brief."), *ask("What?")], None)
-    assert folded == prompt.render(ask("Be brief.\n\nWhat?"), None)
+    folded = prompt.render([Message("system", "Be brief."), *user_turn("What?")], None)
+    assert folded == prompt.render(user_turn("Be brief.\n\nWhat?"), None)
 
 
-# ---- errors ---------------------------------------------------------------------------------------
+# ---- errors ----
 
 
 @pytest.mark.parametrize("answer", ["", " ", "\n\t"])
-def test_an_empty_answer_is_an_error_that_names_the_row(answer: str) -> None:
+def test_render_refuses_an_empty_answer_and_names_the_record(answer: str) -> None:
     with pytest.raises(ValueError, match=r"train\.json row 17: the answer is empty"):
-        family("llama3").prompt.render(ask(), answer, "train.json row 17")
-    turns = [*ask(), Message("assistant", answer), Message("user", "Where?")]
+        family("llama3").prompt.render(user_turn(), answer, "train.json row 17")
+    turns = [*user_turn(), Message("assistant", answer), Message("user", "Where?")]
     with pytest.raises(ValueError, match="row 3: the answer is empty"):
         family("llama3").prompt.render(turns, "a cat", "row 3")
 
@@ -682,25 +704,25 @@ def test_an_empty_answer_is_an_error_that_names_the_row(answer: str) -> None:
 @pytest.mark.parametrize(
     "roles", ["", "assistant", "user user", "user assistant", "user system user"]
 )
-def test_turns_out_of_order_are_an_error(roles: str) -> None:
+def test_render_refuses_turns_out_of_order(roles: str) -> None:
     turns = [Message(role, "x") for role in roles.split()]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="row 3: the roles of the turns are"):
         family("smollm").prompt.render(turns, "a cat", "row 3")
 
 
-def test_half_a_character_is_an_error_that_names_the_row() -> None:
-    with pytest.raises(ValueError, match="row 3: this is not Unicode"):
-        family("smollm").prompt.render(ask(), "a \ud83d cat", "row 3")
-    with pytest.raises(ValueError, match="row 3: this is not Unicode"):
-        family("smollm").prompt.render(ask("\ud83d"), "a cat", "row 3")
+def test_render_refuses_half_a_surrogate_pair_and_names_the_record() -> None:
+    with pytest.raises(ValueError, match="row 3: .*Unicode"):
+        family("smollm").prompt.render(user_turn(), "a \ud83d cat", "row 3")
+    with pytest.raises(ValueError, match="row 3: .*Unicode"):
+        family("smollm").prompt.render(user_turn("\ud83d"), "a cat", "row 3")
 
 
-def test_a_tokenizer_that_cannot_serve_is_an_error() -> None:
+def test_prompt_refuses_an_unusable_tokenizer() -> None:
     base = byte_level(["<|endoftext|>"])
     with pytest.raises(ValueError, match="token that ends an answer"):
         Prompt(base)
     base.eos_token = "<|endoftext|>"
-    assert Prompt(base).name == "plain"  # no BOS is no fault: Qwen has none
+    assert Prompt(base).name == "plain", "a BOS token is not required: Qwen has none"
     with pytest.raises(ValueError, match="no chat template"):
         Prompt(base, "chat")
     with pytest.raises(ValueError, match="unknown prompt template 'vicuna'"):
@@ -709,29 +731,28 @@ def test_a_tokenizer_that_cannot_serve_is_an_error() -> None:
         Prompt(object())
 
 
-def test_a_template_that_drops_the_text_is_an_error() -> None:
+def test_prompt_refuses_a_template_that_drops_text_or_fails() -> None:
     tokenizer = copy.deepcopy(family("smollm").tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
-    with pytest.raises(ValueError, match=r"cannot render .*Try the plain template"):
+    with pytest.raises(ValueError, match=r"cannot render .*--template plain"):
         Prompt(tokenizer)
     tokenizer.chat_template = "{{ raise_exception('not today') }}"
     with pytest.raises(ValueError, match="not today"):
         Prompt(tokenizer)
 
 
-# ---- as a good neighbour --------------------------------------------------------------------------
+# ---- shared state ----
 
 
 @every_family
-def test_it_leaves_the_tokenizer_alone_and_does_not_mind_what_others_do_to_it(name: str) -> None:
+def test_prompt_neither_changes_the_tokenizer_nor_depends_on_its_state(name: str) -> None:
     tokenizer = copy.deepcopy(family(name).tokenizer)
     before = tokenizer.backend_tokenizer.to_str()
     prompt = Prompt(tokenizer)
-    ids = prompt.render(ask(), "a </s> cat")
+    ids = prompt.render(user_turn(), "a </s> cat")
+    # Neither does rendering leave a trace in the tokenizer, nor do other calls change what is rendered.
     assert tokenizer.backend_tokenizer.to_str() == before
     tokenizer("</s>", split_special_tokens=True, truncation=True, max_length=2)
-    assert (
-        prompt.render(ask(), "a </s> cat")
-        == ids
-        == pickle.loads(pickle.dumps(prompt)).render(ask(), "a </s> cat")
-    )
+    assert prompt.render(user_turn(), "a </s> cat") == ids
+    unpickled = pickle.loads(pickle.dumps(prompt))
+    assert unpickled.render(user_turn(), "a </s> cat") == ids

@@ -30,7 +30,7 @@ from llava_simplified.workers import parse_slice, run_tasks
 
 if TYPE_CHECKING:
     from llava_simplified.captioning.runner import CaptionCounts, CaptionJob
-    from llava_simplified.model.generation import GenerationOptions
+    from llava_simplified.model.generation_options import GenerationOptions
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def _read_line(prompt: str) -> str:
 
 
 def _generation_options(args: argparse.Namespace, num_return_sequences: int) -> GenerationOptions:
-    from llava_simplified.model.generation import GenerationOptions
+    from llava_simplified.model.generation_options import GenerationOptions
 
     return GenerationOptions(
         max_new_tokens=args.max_new_tokens,

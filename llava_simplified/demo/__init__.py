@@ -1,1 +1,1 @@
-"""The embedded default: small pretrained models and a captioned picture set, from package registries."""
+"""The demo: small pretrained models and emoji drawings with captions, from package registries."""

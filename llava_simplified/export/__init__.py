@@ -1,1 +1,1 @@
-"""Checkpoints as other tools read them."""
+"""Checkpoints in the formats of other tools: export, import, merge, model cards."""

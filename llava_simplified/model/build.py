@@ -65,6 +65,7 @@ def build_model(
         ValueError: A part cannot be loaded, or some of its weights are missing.
     """
     dtype = getattr(torch, config.dtype)
+    # "meta" tensors have a shape and a dtype, but no data: a 7B model takes no memory and no time.
     on_meta = device is not None and torch.device(device).type == "meta"
     source = language_model or config.language_model
     if on_meta and not isinstance(source, PreTrainedConfig):
@@ -72,6 +73,8 @@ def build_model(
     attn_implementation = _ATTENTION_ALIASES.get(attn_implementation or "", attn_implementation)
 
     tower = build_vision_tower(config, source=vision_tower, device="meta" if on_meta else None)
+    # The order matters for reproducibility: the tower, the language model, then the projector draw
+    # random numbers (for weights that are overwritten, too).
     with torch.device("meta") if on_meta else nullcontext():
         if isinstance(source, PreTrainedConfig):
             text: CausalLM = AutoModelForCausalLM.from_config(
@@ -79,12 +82,14 @@ def build_model(
             )
         else:
             text = _load_language_model(str(source), dtype, config.bits, attn_implementation)
+        # Not `config.hidden_size`: some families (OPT) embed tokens in another width.
         text_width = text.get_input_embeddings().weight.shape[1]
         projector = build_projector(config.mm_projector_type, tower.width, text_width)
     if tokenizer is None:
         tokenizer = load_tokenizer(str(language_model or config.language_model))
     model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
     check_vocabulary(model.prompt, text.config, str(language_model or config.language_model))
+    # Only now: random weights are the same on every device if they are drawn on the CPU.
     if device is None or on_meta:
         return model
     return model.to(device)
@@ -232,6 +237,7 @@ def _load_language_model(
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         name_or_path, dtype=dtype, output_loading_info=True, **options
     )
+    # Transformers would draw missing weights at random, with no more than a warning.
     language_model, loading_info = loaded
     check_missing_keys(name_or_path, loading_info["missing_keys"])
     for module in language_model.modules():

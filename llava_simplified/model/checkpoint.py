@@ -85,6 +85,7 @@ def save_checkpoint(
     temporary = _temporary_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    # Names begin with the attribute of `Llava` that holds the part: "projector.", "language_model.", ...
     weights = dict(model.state_dict() if state_dict is None else state_dict)
 
     save_file(
@@ -179,6 +180,7 @@ def load_checkpoint(
         bits=bits or config.bits,
     )
 
+    # Base weights are verified before 14 GB of them are loaded.
     # A part whose own weights were trained is loaded from the checkpoint, another from its base.
     trained_text = folder / "language_model" if parts.language_model == "full" else None
     trained_tower = folder / "vision_tower" if parts.vision_tower == "full" else None
@@ -196,6 +198,7 @@ def load_checkpoint(
         attn_implementation=attn_implementation,
     )
     load_projector(model.projector, folder)
+    # Adapters go on last, onto base weights that are complete and verified.
     language_model: Any = model.language_model
     if merge and config.bits != 16:
         language_model = language_model.dequantize()
@@ -297,6 +300,7 @@ def _load_trained_part(part: PretrainedModule, adapter: Path, full: Path) -> Non
             _load_adapter(part, adapter)
         return
     model_class: Any = type(part)
+    # Through Transformers, since names in the file may differ from those in memory.
     stored, loading_info = model_class.from_pretrained(
         full, dtype=part.dtype, output_loading_info=True
     )
@@ -320,6 +324,7 @@ def _load_adapter(model: PeftModel, folder: Path) -> None:
     """Fill an adapter, strictly: PEFT would only warn about keys, and not compare the scaling."""
     current: Any = model.peft_config["default"]
     stored: Any = PeftConfig.from_pretrained(str(folder))
+    # Another rank would fail with a message about shapes, another alpha would not fail at all.
     if (current.r, current.lora_alpha) != (stored.r, stored.lora_alpha):
         raise ValueError(
             f"{folder}: the adapter was trained with r={stored.r}, alpha={stored.lora_alpha:g}; pass "

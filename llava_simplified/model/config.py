@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 CONFIG_NAME = "llava.json"
+# Increase it when older versions of this package could no longer read the file, and add to
+# `READABLE_FORMAT_VERSIONS` and to `read_checkpoint_config` what it takes to read the old one.
 FORMAT_VERSION = 2
 # Version 1 (LLaVA Simplified 0.1.0) calls `weights_digests` "fingerprints".
 READABLE_FORMAT_VERSIONS = (1, 2)
@@ -138,12 +140,14 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     architecture = checkpoint_config["architecture"]
     if "fingerprints" in architecture:
         architecture["weights_digests"] = architecture.pop("fingerprints")
+    # Written since vision towers can be trained.
     checkpoint_config.setdefault("trained_tower", "off")
     return checkpoint_config
 
 
 def _suggestion(folder: Path) -> str:
     """The end of an error message: what the user may have meant instead of `folder`."""
+    # An output folder has its checkpoints in subfolders; the newest is the likeliest.
     found = sorted(folder.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime)
     if found:
         return f"; did you mean {found[-1].parent}?"

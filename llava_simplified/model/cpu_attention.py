@@ -38,6 +38,7 @@ class _MatmulAttention(torch.autograd.Function):
         mask: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
+        # Stack the query heads of a group; see the docstring of the class.
         shape = query.shape
         length = shape[2]
         groups = key.shape[0] * key.shape[1]
@@ -45,15 +46,20 @@ class _MatmulAttention(torch.autograd.Function):
         key = key.reshape(groups, -1, key.shape[-1])
         value = value.reshape(groups, -1, value.shape[-1])
 
-        scores = torch.bmm(query, key.mT).mul_(scale).view(*shape[:3], length)
+        # In place, since the scores are the largest tensors here.
+        scores = torch.bmm(query, key.mT).mul_(scale)
+        scores = scores.view(*shape[:3], length)  # (batch, heads, length, length), as the mask
         # The smallest number instead of -inf: a padding token may attend to nothing at all, and the
         # softmax of a row of -inf is NaN.
         scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         attn_weights = scores.softmax(-1).view(groups, -1, length)
+        # The attention weights, (groups, heads per group x length, length), are what the fused kernel
+        # would compute a second time in the backward pass.
         ctx.save_for_backward(query, key, value, attn_weights)
         ctx.scale = scale
         ctx.shape = shape
-        return torch.bmm(attn_weights, value).view(*shape[:3], -1)
+        output = torch.bmm(attn_weights, value)
+        return output.view(*shape[:3], -1)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -61,11 +67,14 @@ class _MatmulAttention(torch.autograd.Function):
         batch, _, length, _ = ctx.shape
         grad_output = grad_output.reshape(len(attn_weights), -1, value.shape[-1])
         grad_weights = torch.bmm(grad_output, value.mT)
+        # d softmax: weights * (gradient - sum(weights * gradient)). Masked scores have a weight of 0, and so
+        # a gradient of 0: the mask is not needed again.
         grad_scores = torch._softmax_backward_data(
             grad_weights, attn_weights, -1, attn_weights.dtype
         ).mul_(ctx.scale)
         grad_query = torch.bmm(grad_scores, key).view(ctx.shape)
-        grad_key = torch.bmm(grad_scores.mT, query).view(batch, -1, length, key.shape[-1])
+        grad_key = torch.bmm(grad_scores.mT, query)
+        grad_key = grad_key.view(batch, -1, length, key.shape[-1])
         grad_value = torch.bmm(attn_weights.mT, grad_output)
         grad_value = grad_value.view(batch, -1, length, value.shape[-1])
         return grad_query, grad_key, grad_value, None, None
@@ -112,7 +121,8 @@ def cpu_matmul_attention(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
     if attention_mask is None:
-        attention_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        all_pairs = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        attention_mask = all_pairs.tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output: torch.Tensor = _MatmulAttention.apply(query, key, value, attention_mask, scale)
     return output.transpose(1, 2).contiguous(), None

@@ -48,14 +48,8 @@ class DecodingBatch:
             batch.step()
         batch.generated_ids  # {0: [312, 78, 2], 1: ...}
 
-    The state of a batch of three active sequences, before a step:
-
-                      columns of the KV cache       _mask
-        row 0  id 4   . . a a a a a a               0 0 1 1 1 1 1 1    _next_positions 6   _logits
-        row 1  id 7   . . . b b b b b               0 0 0 1 1 1 1 1                    5   (3, vocab)
-        row 2  id 8   . . . . . d d d               0 0 0 0 0 1 1 1                    3
-
-    A sequence keeps its id for as long as the batch lives. Its row changes when others leave.
+    A sequence keeps its id for as long as the batch lives. Its row in the batch changes when others
+    leave.
 
     Args:
         model: The model, in evaluation mode (see `eval_mode`).
@@ -84,10 +78,17 @@ class DecodingBatch:
         self.active: list[int] = []
         self.errors: dict[int, Exception] = {}
         self._new_ids = count()
-        # By id, of active sequences only.
+        # The state of a batch of three active sequences, before a step:
+        #
+        #                   columns of the KV cache     _mask               _next_positions  _logits
+        #     row 0  id 4   . . a a a a a a             0 0 1 1 1 1 1 1     6                (3, vocab)
+        #     row 1  id 7   . . . b b b b b             0 0 0 1 1 1 1 1     5
+        #     row 2  id 8   . . . . . d d d             0 0 0 0 0 1 1 1     3
+        #
+        # By id, of active sequences only:
         self._options: dict[int, GenerationOptions] = {}
         self._generators: dict[int, torch.Generator] = {}
-        # By row.
+        # By row:
         self._mask = torch.empty(0)  # int64 (rows, columns of the cache)
         self._next_positions = torch.empty(0)  # int64 (rows,)
         self._logits = torch.empty(0)  # (rows, vocabulary), of the next token
@@ -95,6 +96,16 @@ class DecodingBatch:
         self._cache_kwarg_name = cache_kwarg_name(model.language_model)
         self.join(prompts, image_features, options, hashes)
 
+    # Joining a batch in flight. The new prompts are prefilled by themselves, and then their rows are
+    # appended to those of the batch. Nothing of the old sequences is computed again:
+    #
+    #     batch   . . a a a a a a      prefill   p p p p    ->   set both caches to the same length, by
+    #             . . . b b b b b                . . q q         masked columns in front, and append:
+    #
+    #                                                            . . a a a a a a
+    #                                                            . . . b b b b b
+    #                                                            . . . . p p p p
+    #                                                            . . . . . . q q
     @torch.inference_mode()
     def join(
         self,
@@ -122,7 +133,8 @@ class DecodingBatch:
         # sequence has tokens. Columns that only finished sequences needed are dropped on the way.
         columns = mask.shape[1]
         if self.active:
-            columns = max(columns, int(self._mask.sum(1).max()))
+            longest = self._mask.sum(1).max()
+            columns = max(columns, int(longest))
         if self.model.device.type == "cpu":
             # Pad the attention mask by one fully masked column. Transformers drops a mask that hides
             # nothing, and without a mask PyTorch's CPU kernel takes six times as long for grouped-query
@@ -143,10 +155,12 @@ class DecodingBatch:
         next_positions = next_positions[prompt_of_row]
         logits = logits[prompt_of_row]
 
+        # Old rows first, so that the row of an active sequence does not change by a join.
         if self.active:
             set_cache_length(self._cache, columns)
             append_cache_rows(self._cache, cache)
-            old_mask = pad_tensor(self._mask, (columns - self._mask.shape[1], 0))
+            added = columns - self._mask.shape[1]  # Negative to remove columns.
+            old_mask = pad_tensor(self._mask, (added, 0))
             self._mask = torch.cat([old_mask, mask])
             self._next_positions = torch.cat([self._next_positions, next_positions])
             self._logits = torch.cat([self._logits, logits])
@@ -175,7 +189,8 @@ class DecodingBatch:
 
         Returns:
             (sequence id, token id) of each. An end token is among them; its sequence is then finished.
-            A sequence whose logits are not finite gets no token and an entry in `errors`.
+            A sequence that fails, for example with logits that are not finite, gets no token and an
+            entry in `errors`.
         """
         if not self.active:
             return []
@@ -185,15 +200,17 @@ class DecodingBatch:
         rows_to_keep: list[int] = []
         for row, (sequence_id, token) in enumerate(zip(self.active, tokens)):
             if token is None:
-                self.errors[sequence_id] = FloatingPointError(
+                not_finite = FloatingPointError(
                     "The logits of the next token contain NaN or infinity."
                 )
+                self.errors.setdefault(sequence_id, not_finite)
                 continue
             generated.append((sequence_id, token))
             ids = self.generated_ids[sequence_id]
             ids.append(token)
             if token not in stop_ids and len(ids) < self._options[sequence_id].max_new_tokens:
                 rows_to_keep.append(row)
+        # Finished sequences leave before the next forward, so that it computes nothing for them.
         self._keep_rows(rows_to_keep)
         if self.active:
             self._decode()
@@ -212,7 +229,9 @@ class DecodingBatch:
     def cancel(self, sequence_id: int) -> None:
         """Finish a sequence now. Has no effect on one that is finished already."""
         if sequence_id in self.active:
-            self._keep_rows([row for row, i in enumerate(self.active) if i != sequence_id])
+            row = self.active.index(sequence_id)
+            others = [other for other in range(len(self.active)) if other != row]
+            self._keep_rows(others)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], image_features: torch.Tensor | None
@@ -224,15 +243,12 @@ class DecodingBatch:
             of the next token (prompts, vocabulary), and the KV cache.
         """
         model = self.model
-        expanded = [
-            expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts
-        ]
-        # Padded on the left, so that the last column is every row's newest token.
-        input_ids = pad_sequences(expanded, model.prompt.end_id, side="left").to(model.device)
-        ones = [np.ones(len(ids)) for ids in expanded]
-        mask = pad_sequences(ones, 0, side="left").to(model.device)
+        input_ids, mask = _expand_and_pad(model, prompts)
+        # Padding gets position 0; the mask hides it.
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        last_columns = torch.arange(1, len(prompts) + 1, device=model.device) * mask.shape[1] - 1
+        # Logits at the last column of each row, as indices into prompts x columns.
+        row_ends = torch.arange(1, len(prompts) + 1, device=model.device) * mask.shape[1]
+        last_columns = row_ends - 1
         cache: Any = DynamicCache(config=model.config)
         with lm_head_at_positions(model.language_model, last_columns):
             outputs = model.language_model(
@@ -242,7 +258,9 @@ class DecodingBatch:
                 use_cache=True,
                 **{self._cache_kwarg_name: cache},
             )
-        return mask, positions[:, -1] + 1, outputs.logits.flatten(0, -2), cache
+        next_positions = positions[:, -1] + 1
+        logits = outputs.logits.flatten(0, -2)
+        return mask, next_positions, logits, cache
 
     def _decode(self) -> None:
         """Feed each active sequence its newest token: one more column, and the next logits."""
@@ -281,7 +299,8 @@ class DecodingBatch:
     def _choose_tokens(self) -> list[int | None]:
         """Return the next token of every active sequence, chosen under its own options.
 
-        It is None for a sequence whose logits are not finite. The other sequences are not affected.
+        It is None for a sequence that fails: its logits are not finite, or it has an entry in `errors`.
+        The other sequences are not affected.
         """
         # Sequences with equal options and lengths are processed together, which is all of them in
         # the usual case. Equal lengths, since the repetition penalty reads a tensor of generated ids.
@@ -291,22 +310,44 @@ class DecodingBatch:
             groups.setdefault(group, []).append(row)
 
         chosen: list[int | None] = [None] * len(self.active)
-        for (options, num_generated), rows in groups.items():
-            ids = [self.active[row] for row in rows]
-            logits = self._logits[rows].float()
-            if num_generated < options.min_new_tokens:
-                logits[:, self.model.prompt.stop_ids] = -torch.inf
-            logits = process_logits(logits, [self.generated_ids[i] for i in ids], options)
-            if options.temperature:
-                tokens = draw(logits, [self._generators[i] for i in ids])
-            else:
-                tokens = logits.argmax(-1)
-            # The maximum is NaN if any logit is. Single logits may be -inf: tokens that are excluded.
-            is_finite = logits.amax(-1).isfinite()
-            for row, token, finite in zip(rows, tokens.tolist(), is_finite.tolist()):
-                if finite:
-                    chosen[row] = token
+        for (options, _), rows in groups.items():
+            generators = [self._generators[self.active[row]] for row in rows]
+            states = [generator.get_state() for generator in generators]
+            try:
+                tokens = self._choose_together(rows, options)
+            except Exception:  # noqa: BLE001 - whatever it is, it must not end the other sequences
+                # Repeat it row by row, with the random numbers of the failed attempt.
+                for generator, state in zip(generators, states):
+                    generator.set_state(state)
+                tokens = [self._choose_alone(row, options) for row in rows]
+            for row, token in zip(rows, tokens):
+                chosen[row] = token
         return chosen
+
+    def _choose_together(self, rows: list[int], options: GenerationOptions) -> list[int | None]:
+        """Choose the next token of rows with equal options and lengths; None: not finite."""
+        ids = [self.active[row] for row in rows]
+        logits = self._logits[rows].float()
+        if len(self.generated_ids[ids[0]]) < options.min_new_tokens:
+            logits[:, self.model.prompt.stop_ids] = -torch.inf
+        logits = process_logits(logits, [self.generated_ids[i] for i in ids], options)
+        if options.temperature:
+            tokens = draw(logits, [self._generators[i] for i in ids])
+        else:
+            tokens = logits.argmax(-1)
+        # The maximum is NaN if any logit is. Single logits may be -inf: tokens that are excluded.
+        is_finite = logits.amax(-1).isfinite()
+        return [
+            token if finite else None for token, finite in zip(tokens.tolist(), is_finite.tolist())
+        ]
+
+    def _choose_alone(self, row: int, options: GenerationOptions) -> int | None:
+        """Choose the next token of one row. If that raises, the exception is kept in `errors`."""
+        try:
+            return self._choose_together([row], options)[0]
+        except Exception as error:  # noqa: BLE001
+            self.errors[self.active[row]] = error
+            return None
 
 
 @contextmanager
@@ -387,9 +428,13 @@ def generate_from_features(
                 batch.step()
                 batch.raise_errors()
             sequences = list(batch.generated_ids.values())
+    # The sequences of one prompt are side by side.
     texts = [model.prompt.decode(ids).strip() for ids in sequences]
     per_prompt = options.num_return_sequences
-    return [texts[start : start + per_prompt] for start in range(0, len(texts), per_prompt)]
+    results: list[list[str]] = []
+    for start in range(0, len(texts), per_prompt):
+        results.append(texts[start : start + per_prompt])
+    return results
 
 
 def stream(
@@ -425,6 +470,25 @@ def stream(
                 yield text.lstrip()
 
 
+def _expand_and_pad(
+    model: CaptionModel,
+    prompts: Sequence[Sequence[int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make room for the patch features, and pad the prompts on the left.
+
+    On the left, so that the last column is the newest token of every row.
+
+    Returns:
+        The token ids and the attention mask, int64 (prompts, columns).
+    """
+    num_tokens = model.vision_tower.num_tokens
+    expanded = [expand_image_placeholders(prompt, num_tokens) for prompt in prompts]
+    input_ids = pad_sequences(expanded, model.prompt.end_id, side="left")
+    ones = [np.ones(len(ids)) for ids in expanded]
+    mask = pad_sequences(ones, 0, side="left")
+    return input_ids.to(model.device), mask.to(model.device)
+
+
 def _beam_search(
     model: CaptionModel,
     prompts: Sequence[Sequence[int]],
@@ -436,11 +500,7 @@ def _beam_search(
     Returns:
         `num_return_sequences` lists of token ids for each prompt, one prompt after the other.
     """
-    expanded = [
-        expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts
-    ]
-    input_ids = pad_sequences(expanded, model.prompt.end_id, side="left").to(model.device)
-    mask = pad_sequences([np.ones(len(ids)) for ids in expanded], 0, side="left").to(model.device)
+    input_ids, attention_mask = _expand_and_pad(model, prompts)
     if options.temperature and options.seed is not None:
         torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {}
@@ -455,7 +515,7 @@ def _beam_search(
     penalty = logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
     return model.language_model.generate(
         inputs_embeds=model.splice(input_ids, image_features),
-        attention_mask=mask,
+        attention_mask=attention_mask,
         eos_token_id=model.prompt.stop_ids,
         pad_token_id=model.prompt.end_id,
         max_new_tokens=options.max_new_tokens,

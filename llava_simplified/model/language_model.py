@@ -2,39 +2,6 @@
 
 1. Logits only where a token is trained (`lm_head_at_positions`).
 2. Attention masks for packed rows and for shared prompts (`shared_prefix_mask`, `attention_kwargs`).
-
-Shared prompts
---------------
-
-Conceptual captions, COCO and human annotations have several captions for one image. Trained as
-separate sequences, the 196 image tokens and the instruction are computed once per caption. Shared,
-they are computed once, and each caption is a branch that continues the same prefix:
-
-    tokens         img  img  What  ?  |  a  red  car  |  a  car   |  padding
-    segment_ids     1    1    1    1     1   1    1      1   1       0
-    branch_ids      0    0    0    0     1   1    1      2   2       0
-    position_ids    0    1    2    3     4   5    6      4   5       0
-
-    mask            img  img  What  ?    a  red  car     a  car      (row attends to column)
-       img           x
-       img           x    x
-       What          x    x    x
-       ?             x    x    x    x
-       a             x    x    x    x    x
-       red           x    x    x    x    x   x
-       car           x    x    x    x    x   x    x
-       a             x    x    x    x                    x
-       car           x    x    x    x                    x   x
-
-A token attends to the prefix and to its own branch, and its position continues after the prefix: it
-computes exactly what it would compute if its caption stood alone behind a prompt of its own. Packing
-is the same thing with several segments in a row.
-
-The technique is not new. Molmo trains on "message trees" (Deitke et al., Dec 2024; also Molmo 2);
-PrefixGrouper, flash-preference, unsloth's GRPO and NeMo Automodel share the prompts of several
-responses. What is special here: loss and every gradient equal those of separate sequences (tested in
-float64 to 1e-10); the first token of every branch is trained, although a shift of the labels by one
-would pair it with the last token of the branch before; and the shared prefix contains images.
 """
 
 from __future__ import annotations
@@ -120,13 +87,46 @@ def lm_head_at_positions(language_model: CausalLM, positions: torch.Tensor) -> I
         handle.remove()
 
 
+# ---- Shared prompts ----
+#
+# Conceptual captions, COCO and human annotations have several captions for one image. Trained as
+# separate sequences, the 196 image tokens and the instruction are computed once per caption. Shared,
+# they are computed once, and each caption is a branch that continues the same prefix:
+#
+#     tokens         img  img  What  ?  |  a  red  car  |  a  car   |  padding
+#     segment_ids     1    1    1    1     1   1    1      1   1       0
+#     branch_ids      0    0    0    0     1   1    1      2   2       0
+#     position_ids    0    1    2    3     4   5    6      4   5       0
+#
+#     mask            img  img  What  ?    a  red  car     a  car      (row attends to column)
+#        img           x
+#        img           x    x
+#        What          x    x    x
+#        ?             x    x    x    x
+#        a             x    x    x    x    x
+#        red           x    x    x    x    x   x
+#        car           x    x    x    x    x   x    x
+#        a             x    x    x    x                    x
+#        car           x    x    x    x                    x   x
+#
+# A token attends to the prefix and to its own branch, and its position continues after the prefix: it
+# computes exactly what it would compute if its caption stood alone behind a prompt of its own. Packing
+# is the same thing with several segments in a row.
+#
+# The technique is not new. Molmo trains on "message trees" (Deitke et al., Dec 2024; also Molmo 2);
+# PrefixGrouper, flash-preference, unsloth's GRPO and NeMo Automodel share the prompts of several
+# responses. What is special here: loss and every gradient equal those of separate sequences (tested in
+# float64 to 1e-10); the first token of every branch is trained, although a shift of the labels by one
+# would pair it with the last token of the branch before; and the shared prefix contains images.
+
+
 def shared_prefix_mask(
     segment_ids: torch.Tensor,
     branch_ids: torch.Tensor,
     position_ids: torch.Tensor,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Build the attention mask of packed rows and shared prompts; the module's docstring has a drawing.
+    """Build the attention mask of packed rows and shared prompts; see the drawing above.
 
     Args:
         segment_ids: (batch, length), see `Llava.forward`.

@@ -106,6 +106,18 @@ class Llava(nn.Module):
 
     # ---- training ----
 
+    # Logits are computed only where a token is trained. In a caption of 12 tokens behind 196 patches and
+    # a short prompt that is 6 % of the positions, and the output layer is a matrix as large as the
+    # vocabulary: a fifth of the computation, and its output is the largest tensor of a step.
+    #
+    #     input_ids         <s>  img  img  img  What  is  it  [/INST]  a    cat  </s>
+    #     logit_positions                                     7        8    9
+    #     labels                                              a        cat  </s>
+    #
+    # Positions and labels are explicit pairs, not labels shifted by one, because of shared prompts:
+    # several captions of one image may follow one prompt, and the first token of each is predicted from
+    # the last position of the prompt. See language_model.py.
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -119,19 +131,6 @@ class Llava(nn.Module):
         position_ids: torch.Tensor | None = None,
     ) -> LlavaOutput:
         """Compute the loss of a batch, as `llava_simplified.data.collate.Collator` makes it.
-
-        Logits are computed only where a token is trained. In a caption of 12 tokens behind 196 patches
-        and a short prompt that is 6 % of the positions, and the output layer is a matrix as large as
-        the vocabulary:
-
-            input_ids         <s>  img  img  img  What  is  it  [/INST]  a    cat
-            trained                                             |        |    |
-            labels                                              a        cat  </s>
-            logit_positions                                     7        8    9
-
-        Positions and labels are explicit pairs, not labels shifted by one, because of shared prompts:
-        several captions of one image may follow one prompt, and the first token of each is predicted
-        from the prompt's last position (see `llava_simplified.model.language_model`).
 
         Args:
             input_ids: int64 (batch, length), IMAGE_INDEX where a patch feature goes.
@@ -166,13 +165,21 @@ class Llava(nn.Module):
         loss = cross_entropy(logits.to(loss_dtype), labels, reduction="sum")
         return LlavaOutput(loss, logits.detach())
 
-    def splice(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-        """Embed the tokens, and put projected patch features in place of the placeholders.
+    # The splice, which is all there is to LLaVA:
+    #
+    #     input_ids        <s>     -200   -200   -200   What     is     this
+    #     embedding table  e(<s>)   .      .      .     e(What)  e(is)  e(this)
+    #     projector                p(f0)  p(f1)  p(f2)
+    #     inputs_embeds    e(<s>)  p(f0)  p(f1)  p(f2)  e(What)  e(is)  e(this)
+    #
+    # To the language model, this is a sequence of embeddings like any other.
 
-            input_ids        <s>    -200   -200   -200   What   is   this
-            embedding table  e(<s>) .      .      .      e(W)   e(is) e(this)
-            projector               p(f0)  p(f1)  p(f2)
-            result           e(<s>) p(f0)  p(f1)  p(f2)  e(W)   e(is) e(this)
+    def splice(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Embed the tokens, and put projected patch features in place of the placeholders.
 
         Args:
             input_ids: int64 (batch, length), IMAGE_INDEX (-200) once per patch feature.
@@ -190,11 +197,16 @@ class Llava(nn.Module):
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if image_features is None:
             return embeds
+        # The features have the dtype of the frozen tower, while a trained projector is float32.
         image_tokens = self.projector(image_features.to(self._projector_dtype(embeds)))
         self.check_image_token_count(is_image, image_features)
         return embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
 
-    def check_image_token_count(self, is_image: torch.Tensor, image_features: torch.Tensor) -> None:
+    def check_image_token_count(
+        self,
+        is_image: torch.Tensor,
+        image_features: torch.Tensor,
+    ) -> None:
         """Raise ValueError if there are more or fewer features than placeholders.
 
         `masked_scatter` would use the features of the wrong image, without an error.
@@ -253,7 +265,8 @@ class Llava(nn.Module):
             ImageError: An image cannot be read.
             ValueError: An option has an invalid value.
         """
-        sources: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
+        is_list = isinstance(images, (list, tuple))
+        sources: Any = images if is_list else [images]
         turn = Message("user", self.instruction if instruction is None else instruction)
         turns = insert_image_placeholders([turn], 1, "the instruction")
         prompt = self.prompt.render(turns, None).input_ids
@@ -270,16 +283,23 @@ class Llava(nn.Module):
         results: list[Any] = captions
         if num_return_sequences == 1:
             results = [texts[0] for texts in captions]
-        return results if isinstance(images, (list, tuple)) else results[0]
+        return results if is_list else results[0]
 
     def chat(
-        self, turns: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any
+        self,
+        turns: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        **options: Any,
     ) -> str:
         """Return the answer to the last turn of a conversation; the arguments are those of `stream`."""
-        return "".join(self.stream(turns, images, **options)).strip()
+        pieces = self.stream(turns, images, **options)
+        return "".join(pieces).strip()
 
     def stream(
-        self, turns: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any
+        self,
+        turns: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        **options: Any,
     ) -> Iterator[str]:
         """Yield the answer to the last turn of a conversation, piece by piece as it is generated.
 
@@ -296,7 +316,9 @@ class Llava(nn.Module):
             yielded = len(text)
 
     def prepare_inputs(
-        self, turns: str | Sequence[Message], images: Sequence[ImageSource]
+        self,
+        turns: str | Sequence[Message],
+        images: Sequence[ImageSource],
     ) -> tuple[list[int], torch.Tensor | None]:
         """Render a conversation and load its images, as described for `stream`.
 
@@ -331,7 +353,8 @@ class Llava(nn.Module):
             *(self.language_model._no_split_modules or ()),
             *(self.vision_tower.model._no_split_modules or ()),
         }
-        return sorted({type(module).__name__ for module in self.modules()} & names)
+        existing = {type(module).__name__ for module in self.modules()}
+        return sorted(existing & names)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the activations of the layers in the backward pass instead of storing them.

@@ -51,6 +51,7 @@ def freeze(model: Llava, parts: TrainedParts) -> None:
     # A frozen tower stays in evaluation mode, see `VisionTower.train`.
     tower.eval()
 
+    # The projector is always trained: it is what a fresh model lacks.
     model.projector.requires_grad_(True).float()
 
     if parts.language_model == "full":
@@ -60,7 +61,11 @@ def freeze(model: Llava, parts: TrainedParts) -> None:
 
 
 def add_lora(
-    model: Llava, rank: int, alpha: float, dropout: float = 0.0, bias: str = "none"
+    model: Llava,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    bias: str = "none",
 ) -> None:
     """Wrap the language model in a PEFT LoRA adapter (Hu et al., 2021). The adapter is float32.
 
@@ -72,11 +77,17 @@ def add_lora(
         bias: Which biases of the linear layers are trained as well: "none", "all" or "lora_only".
     """
     text = model.language_model
-    adapted = _adapt(text, find_linear_modules(text), rank, alpha, dropout, bias, "CAUSAL_LM")
+    layers = find_linear_modules(text)
+    adapted = _adapt(text, layers, rank, alpha, dropout, bias, "CAUSAL_LM")
     model.language_model = cast(CausalLM, adapted)
 
 
-def add_tower_lora(model: Llava, rank: int, alpha: float, dropout: float = 0.0) -> None:
+def add_tower_lora(
+    model: Llava,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+) -> None:
     """Wrap the vision tower in a LoRA adapter, on the linear layers that its features depend on."""
     tower = model.vision_tower
     layers: list[str] = []
@@ -94,11 +105,12 @@ def find_linear_modules(language_model: CausalLM) -> list[str]:
     "all-linear" would match the layers of a vision tower as well.
     """
     head = language_model.get_output_embeddings()
-    return [
-        name
-        for name, module in language_model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    ]
+    names: list[str] = []
+    for name, module in language_model.named_modules():
+        # Conv1D is what GPT-2 calls its linear layers.
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            names.append(name)
+    return names
 
 
 def count_parameters(model: Llava) -> list[PartCount]:
@@ -114,6 +126,7 @@ def count_parameters(model: Llava) -> list[PartCount]:
         "language model": [],
         "LoRA adapter": [],
     }
+    # PEFT puts "lora_A" or "lora_B" into the names of an adapter's parameters.
     for name, parameter in model.vision_tower.named_parameters():
         groups["vision adapter" if "lora_" in name else "vision tower"].append(parameter)
     for name, parameter in model.language_model.named_parameters():
@@ -123,9 +136,15 @@ def count_parameters(model: Llava) -> list[PartCount]:
     for name, group in groups.items():
         if not group and name != "projector":
             continue
-        trained = sum(p.numel() for p in group if p.requires_grad)
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in group})
-        rows.append(PartCount(name, sum(p.numel() for p in group), trained, ", ".join(dtypes)))
+        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in group}
+        rows.append(
+            PartCount(
+                name=name,
+                parameters=sum(parameter.numel() for parameter in group),
+                trained=sum(parameter.numel() for parameter in group if parameter.requires_grad),
+                dtypes=", ".join(sorted(dtypes)),
+            )
+        )
     return rows
 
 
@@ -141,6 +160,7 @@ def check_trainable(model: Llava, parts: TrainedParts) -> str:
         RuntimeError: A part is trained that should not be, or not all of a part.
     """
     rows = count_parameters(model)
+    # Adapters and the projector in full; then the models themselves.
     expected = {row.name: row.parameters for row in rows}
     expected["vision tower"] = 0
     if parts.vision_tower == "full":
@@ -180,6 +200,8 @@ def _adapt(
             f"{type(model).__name__} has no linear layer that LoRA could adapt; train all of it, or "
             "freeze it"
         )
+    # Full names: PEFT matches names by their endings too, and other tools put the adapter on a model that
+    # contains both the language model and the vision tower.
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]

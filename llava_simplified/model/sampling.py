@@ -1,13 +1,4 @@
-"""From next-token logits to a token: penalties, temperature, top-k, top-p, and one draw per sequence.
-
-Every sequence draws from a random generator of its own, seeded by what identifies the sequence and by
-nothing else. So its tokens do not depend on which other sequences are in the batch, on their order, or
-on when it joined:
-
-    seed of the request ----+
-    hash of prompt, images -+--> SHA-256 --> torch.Generator of this sequence --> one number a step
-    number of the sample ---+
-"""
+"""From next-token logits to a token: penalties, temperature, top-k, top-p, and one draw per sequence."""
 
 from __future__ import annotations
 
@@ -21,9 +12,18 @@ from transformers.generation import LogitsProcessor, logits_process
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.prompt import IMAGE_INDEX
 
+# Every sequence draws from a random generator of its own, seeded by what identifies the sequence and by
+# nothing else. So its tokens do not depend on which other sequences are in the batch, on their order, or
+# on when it joined:
+#
+#     seed of the request ----+
+#     hash of prompt, images -+--> SHA-256 --> torch.Generator of this sequence --> one number a step
+#     number of the sample ---+
+
 
 def prompt_hashes(
-    prompts: Sequence[Sequence[int]], pixel_values: torch.Tensor | Sequence[torch.Tensor] | None
+    prompts: Sequence[Sequence[int]],
+    pixel_values: torch.Tensor | Sequence[torch.Tensor] | None,
 ) -> list[bytes]:
     """Return a hash of each prompt's token ids and images: the same in whatever batch it comes.
 
@@ -32,17 +32,22 @@ def prompt_hashes(
         pixel_values: uint8 (images, 3, height, width), the images of all prompts in order.
     """
     hashes: list[bytes] = []
+    # One iterator for all prompts: each takes as many images as it has placeholders.
     images = iter(()) if pixel_values is None else iter(pixel_values)
     for prompt in prompts:
-        digest = hashlib.sha256(repr(list(prompt)).encode())
-        for image in islice(images, list(prompt).count(IMAGE_INDEX)):
+        ids = list(prompt)
+        digest = hashlib.sha256(repr(ids).encode())
+        for image in islice(images, ids.count(IMAGE_INDEX)):
             digest.update(image.cpu().numpy().tobytes())
         hashes.append(digest.digest())
     return hashes
 
 
 def make_generator(
-    seed: int | None, prompt_hash: bytes, sample: int, device: torch.device
+    seed: int | None,
+    prompt_hash: bytes,
+    sample: int,
+    device: torch.device,
 ) -> torch.Generator:
     """Return the random generator of one sequence.
 
@@ -52,14 +57,21 @@ def make_generator(
         sample: Number of the sequence among those of the same prompt.
         device: Device of the logits.
     """
-    start = int(torch.randint(2**62, ())) if seed is None else seed
-    digest = hashlib.sha256(prompt_hash + f"|{start}|{sample}".encode()).digest()
-    # Shifted by one bit, since manual_seed does not accept all 64-bit numbers.
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    if seed is None:
+        # From torch's global CPU generator, so that `torch.manual_seed` makes it reproducible.
+        seed = int(torch.randint(2**62, ()))
+    digest = hashlib.sha256(prompt_hash + f"|{seed}|{sample}".encode()).digest()
+    number = int.from_bytes(digest[:8], "big")
+    generator = torch.Generator(device)
+    # Shifted by one bit, since `manual_seed` does not accept all 64-bit numbers.
+    generator.manual_seed(number >> 1)
+    return generator
 
 
 def process_logits(
-    logits: torch.Tensor, generated_ids: Sequence[Sequence[int]], options: GenerationOptions
+    logits: torch.Tensor,
+    generated_ids: Sequence[Sequence[int]],
+    options: GenerationOptions,
 ) -> torch.Tensor:
     """Apply repetition penalty, temperature, top-k and top-p, in the order of Transformers.
 

@@ -72,9 +72,9 @@ class VisionTower(nn.Module):
             )
         self.model: VisionModel = model
         self.transform = transform
-        self.select_layers = (
-            (select_layer,) if isinstance(select_layer, int) else tuple(select_layer)
-        )
+        if isinstance(select_layer, int):
+            select_layer = (select_layer,)
+        self.select_layers = tuple(select_layer)
         self.select_feature = select_feature
         self.token_pool = token_pool
         shape = self._trace()
@@ -171,6 +171,7 @@ class VisionTower(nn.Module):
         if self.is_convolutional:
             # Several times faster on a CPU.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        # Without gradients, a frozen tower stores no activations.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features, _ = self._select(self.model, pixel_values)
         return features
@@ -205,8 +206,10 @@ class VisionTower(nn.Module):
         features = features[:, num_others:]
         if not self.token_pool:
             return features, (rows, columns)
+        # Pooling works on (images, width, rows, columns).
         maps = features.transpose(1, 2).unflatten(2, (rows, columns))
-        features = adaptive_avg_pool2d(maps, self.token_pool).flatten(2).transpose(1, 2)
+        pooled = adaptive_avg_pool2d(maps, self.token_pool)
+        features = pooled.flatten(2).transpose(1, 2)
         return features, (self.token_pool, self.token_pool)
 
     def _select_maps(
@@ -221,14 +224,17 @@ class VisionTower(nn.Module):
         for layer in self.select_layers:
             # EfficientNet applies one more convolution after its last hidden state: -1 means the result.
             maps.append(last_hidden_state if layer == -1 else hidden_states[layer])
-        grid = min((m.shape[-2:] for m in maps), key=lambda size: size.numel())
+        # Early maps are larger: bring all to the smallest grid, so that their channels can be concatenated.
+        sizes = [feature_map.shape[-2:] for feature_map in maps]
+        grid = min(sizes, key=torch.Size.numel)
         if self.token_pool:
             grid = torch.Size((self.token_pool, self.token_pool))
         rows, columns = grid
         for i, feature_map in enumerate(maps):
             if feature_map.shape[-2:] != grid:
                 maps[i] = adaptive_avg_pool2d(feature_map, (rows, columns))
-        features = torch.cat(maps, dim=1).flatten(2).transpose(1, 2)
+        features = torch.cat(maps, dim=1)  # (images, channels, rows, columns)
+        features = features.flatten(2).transpose(1, 2)
         return features, (rows, columns)
 
     def _trace(self) -> _Shape:
@@ -241,6 +247,7 @@ class VisionTower(nn.Module):
             ValueError: A selected layer does not exist, or the model gives no grid of features.
         """
         with torch.device("meta"), torch.enable_grad():
+            # A second model, since the first one has data, and PEFT may have wrapped it.
             model: Any = AutoModel.from_config(self.model.config).eval()
             pixel_values = torch.empty(1, 3, *self.transform.crop)
             try:
@@ -248,18 +255,25 @@ class VisionTower(nn.Module):
                 names, parameters = zip(*model.named_parameters())
                 gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
             except IndexError:
+                # Of `hidden_states[layer]`. Counted by running the model again: it is on the meta device.
                 count = len(model(pixel_values, output_hidden_states=True).hidden_states)
                 raise ValueError(
                     f"--mm_vision_select_layer {self.select_layers} is out of range: the vision tower "
                     f"has {count} hidden states"
                 ) from None
             except (AttributeError, RuntimeError, TypeError) as error:
+                # Whatever another kind of model does when it gets `pixel_values` and nothing else.
                 raise ValueError(
                     f"a {self.model.config.model_type} cannot be the vision tower: from `pixel_values` "
                     f"alone it gives no grid of features ({type(error).__name__}: {error})"
                 ) from error
         used = [name for name, gradient in zip(names, gradients) if gradient is not None]
-        return _Shape(features.shape[1], features.shape[2], grid, frozenset(used))
+        return _Shape(
+            num_tokens=features.shape[1],
+            width=features.shape[2],
+            grid=grid,
+            used_parameters=frozenset(used),
+        )
 
 
 def check_missing_keys(source: str, missing: Collection[str]) -> None:

@@ -17,6 +17,7 @@ _SAMPLE_BYTES = 4096
 def filter_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Return the weights whose names begin with a prefix, without it, and contiguous in memory."""
     return {
+        # safetensors refuses to write tensors that are views with strides.
         name.removeprefix(prefix): weight.contiguous()
         for name, weight in weights.items()
         if name.startswith(prefix)
@@ -39,6 +40,7 @@ def check_state_dict(
         raise ValueError(
             f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}"
         )
+    # The names are the same from here on.
     for name, weight in stored.items():
         if weight.shape != expected[name].shape:
             raise ValueError(
@@ -57,6 +59,7 @@ def weight_files(name_or_path: str) -> list[Path]:
         OSError: A file is missing. The message says which one, and where it belongs.
     """
     _find_file(name_or_path, "config.json")
+    # One file, or an index that names its shards.
     for name in ("model.safetensors", "pytorch_model.bin"):
         if _has_file(name_or_path, name):
             return [_find_file(name_or_path, name)]
@@ -80,6 +83,7 @@ def weights_digest(name_or_path: str) -> str:
     Raises:
         OSError: A file is missing.
     """
+    # Changing anything here would make all checkpoints refuse their base models.
     digest = hashlib.sha256()
     for path in weight_files(name_or_path):
         size = path.stat().st_size

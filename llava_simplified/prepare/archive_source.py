@@ -43,6 +43,8 @@ def read_parquet(source: str, issues: ParseIssues, columns: Columns) -> Iterator
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # fsspec also for local files, so that a remote Parquet file needs no code of its own. Only the
+    # parts of the file that are read are transferred.
     try:
         with fsspec.open(source, "rb") as stream:
             yield from _parquet_rows(pq.ParquetFile(stream), source, issues, columns)
@@ -58,12 +60,16 @@ def _parquet_rows(
     # Columns of bytes are images, hashes or embeddings; they are never a caption, and expensive to read.
     names = [field.name for field in schema if "binary" not in str(field.type)]
     is_manifest = "key" in names and "status" in names
+    # A table of records or of Karpathy's split is read as a whole: its form tells what each column
+    # is. For any other table the columns are found by their names, and only those are read.
     wanted, named = names, None
     if "sentences" not in names and not is_record(dict.fromkeys(names)):
         # The images of a manifest or of the file itself get names of their own.
         virtual_names = [*names, "image"] if holds_images or is_manifest else names
         named = find_columns(source, virtual_names, columns, _first_row(table, names))
         wanted = [name for name in (*named, "split", "key", "status") if name in names]
+    # `number` counts all rows, also those that are left out: it is the row that `read_shard_image`
+    # opens.
     for number, row in enumerate(_iterate_rows(table, wanted)):
         if is_manifest:
             if row["status"] not in _DOWNLOADED:
@@ -107,6 +113,7 @@ def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[Sou
     # The image is always the member with the sample's key, whatever the JSON says.
     columns = columns._replace(url="", image="image")
     named: NamedColumns | None = None
+    # Of one tar, so that a set of all its keys fits into memory.
     seen: set[str] = set()
     for number, (key, members) in enumerate(tar_samples(path)):
         if key in seen:
@@ -114,6 +121,7 @@ def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[Sou
             issues.note("second sample with the same key (left out)", number, key)
             continue
         seen.add(key)
+        # The order of these checks decides which reason is reported for a sample that lacks both.
         if not any(suffix in members for suffix in IMAGE_SUFFIXES):
             issues.note("sample without an image (left out)", number, key)
             continue
@@ -136,6 +144,7 @@ def _read_texts(path: Path, members: dict[str, tuple[int, int]]) -> dict[str, st
     texts = {}
     for suffix in _CAPTION_SUFFIXES:
         if suffix in members:
+            # Read by position: the tar is never unpacked, and images are not read at all.
             offset, size = members[suffix]
             texts[suffix] = read_range(path, offset, size).decode("utf-8", "replace")
     return texts
@@ -146,6 +155,7 @@ def _row_of_texts(texts: dict[str, str]) -> dict[str, Any] | None:
 
     The .txt of our own shards holds several captions, one a line; only the .json tells where each begins.
     """
+    # An empty text is not JSON, so that `row` is None for a sample without a .json member.
     row = parse_object(texts.get("json", ""))
     suffix, text = next(iter(texts.items()))
     has_list = row is not None and isinstance(row.get("captions"), list)

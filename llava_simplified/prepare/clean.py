@@ -62,6 +62,8 @@ from llava_simplified.workers import parse_slice
 logger = logging.getLogger(__name__)
 
 _MATCHED_BY = "image name matched by "  # and the rule, in the details of usable records
+# Small enough that a killed run repeats little, large enough that the files are few: 6,600 for
+# CC3M.
 CHUNK_RECORDS = 500  # records whose results are written at once
 _EXAMPLES_PER_REASON = 12  # in the report
 _SHOWN_CAPTION = 200  # characters of a caption in the report
@@ -122,12 +124,14 @@ def validate_record(
     rules_before = matches.rules.copy()
     try:
         record = Record.from_json(row, where)
+        # ImageError is a ValueError, so it must be caught first.
         digest, look = _check_images(record, folder, transform, rules, matches)
     except ImageError as error:
         return ValidationResult(error.kind, str(error))
     except ValueError as error:
         return ValidationResult("not_a_record", str(error))
     problems = _check_captions(record.responses, rules)
+    # This also holds for a record without any response.
     if len(problems) == len(record.responses):
         reason = problems.get(0, "no_caption")
         return ValidationResult(reason, repr(record.responses)[:_SHOWN_CAPTION])
@@ -160,8 +164,10 @@ def _check_images(
     for name in record.images:
         data = read_image_bytes(name, folder, matches)
         _check_image(data, transform, rules)
+        # One digest over all images: records with the same images in another order are not equal.
         hasher.update(data)
     digest = hasher.digest()
+    # For several images nobody has defined when they look the same, so only equality counts.
     look = digest
     if rules.perceptual and len(record.images) == 1:
         look = perceptual_hash(decode_image(data))
@@ -179,9 +185,12 @@ def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) ->
         raise ImageError("too_small", f"{width}x{height} pixels, --min-side is {rules.min_side}")
     if max(height, width) > rules.max_aspect * min(height, width):
         raise ImageError("aspect", f"{width}x{height} pixels, --max-aspect is {rules.max_aspect:g}")
+    # Sizes are checked with the numbers of the header; pixels are decoded only once, by
+    # `check_image`.
     if transform is not None:
         # The only step of the transform that can fail.
         transform.resized_size(height, width)
+    # JPEG has no animation, and most images are JPEGs: they need not be opened a second time.
     if suffix != "jpg":
         frames = count_frames(data, rules.max_pixels)
         if frames > 1:
@@ -228,6 +237,7 @@ class Chunk:
 def validate_chunk(chunk: Chunk) -> dict[str, int]:
     """Write the results of a chunk, unless they exist. Returns the number of records by reason."""
     path = Path(chunk.path)
+    # An earlier run has published the file with a rename, so that it is complete.
     if not path.exists():
         rows = cached_rows(chunk.records)
         matches = NameMatches()
@@ -238,6 +248,7 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
         values = [dict(zip(_RESULT_SCHEMA.names, result)) for result in results]
         with atomic_file(path) as part:
             pq.write_table(pa.Table.from_pylist(values, _RESULT_SCHEMA), part)
+    # Read back what is on the disk, so that new and earlier results are counted in the same way.
     return Counter(pq.read_table(path, columns=["reason"])["reason"].to_pylist())
 
 
@@ -261,6 +272,7 @@ def _read_results(
         values = pq.read_table(chunk.path).to_pylist()
         for index, value in enumerate(values, chunk.start):
             result = ValidationResult(*(value[name] for name in _RESULT_SCHEMA.names))
+            # The workers cannot know duplicates, because each sees only its own chunk.
             original = duplicates.get(index)
             if original is not None and not _has_other_text(rows[index], rows[original]):
                 detail = f"of {rows.where(original)}"
@@ -282,9 +294,12 @@ def _read_hashes(chunks: list[Chunk], perceptual: bool) -> tuple[np.ndarray, np.
     """
     column = "look" if perceptual else "digest"
     width = PERCEPTUAL_BYTES if perceptual else DIGEST_BYTES
+    # Start with empty arrays, because `np.concatenate` needs at least one and fixes the width with
+    # it.
     numbers = [np.zeros(0, np.int64)]
     hashes = [np.zeros((0, width), np.uint8)]
     for chunk in chunks:
+        # Records that failed have no hash: they can neither be a duplicate nor have one.
         values = pq.read_table(chunk.path)[column].to_pylist()
         present = [index for index, value in enumerate(values) if value is not None]
         numbers.append(np.array(present, np.int64) + chunk.start)
@@ -342,6 +357,7 @@ def clean(
             f"--max-pixels {rules.max_pixels}: training refuses images of more than {MAX_PIXELS} pixels. "
             f"Pass --max-pixels {MAX_PIXELS} or less."
         )
+    # Whatever can be wrong with the arguments is checked before the first image is opened.
     check_suffix(output)
     rows = open_rows(source)
     folder = image_folder or find_records(source).parent
@@ -354,6 +370,8 @@ def clean(
         lock_name = f".{output.name}-{shards.replace('/', '-of-')}.lock"
     with exclusive_lock(output.with_name(lock_name), output):
         work = _work_folder(rows, output, folder, transform, rules)
+        # The chunks of a slice are those of the whole, so that a last call without --shards finds
+        # them all.
         chunks = _make_chunks(source, len(rows), folder, transform, rules, work)
         mine = [chunks[index] for index in parse_slice(shards, len(chunks))]
         run_record_tasks(validate_chunk, mine, engine=engine, workers=workers, progress=progress)
@@ -364,6 +382,8 @@ def clean(
             numbers, hashes = _read_hashes(chunks, dedupe == "perceptual")
             duplicates = find_duplicates(numbers, hashes, dedupe == "perceptual")
         results = _read_results(chunks, rows, duplicates)
+        # With --compact the names of the images change, so the records are written twice: first
+        # with the old names, from which the shards are made, then with the new ones.
         kept = output if compact is None else work / "survivors.jsonl"
         outputs = _Outputs(rows, folder, kept, output)
         outputs.write(results)
@@ -379,6 +399,7 @@ def clean(
             )
             remove_temporary_files(output)
             write_compacted_records(open_rows(kept), output)
+        # Everything is written; only now the results may go.
         outputs.write_report()
         shutil.rmtree(work.parent)
     return dict(outputs.counts)
@@ -389,6 +410,8 @@ def _work_folder(
 ) -> Path:
     """Return the folder of the results. Its name is a digest of everything that they depend on."""
     stat = rows.path.stat()
+    # Size and time of the file stand for its content: hashing gigabytes of records would take
+    # longer than resuming saves. The order is that of version 0.1.0.
     settings = [
         str(rows.path),
         stat.st_size,
@@ -449,6 +472,7 @@ class _Outputs:
         with RecordWriter(self._kept) as usable, RecordWriter(self._quarantine) as quarantine:
             for index, result in enumerate(results):
                 self.counts[result.reason or "ok"] += 1
+                # Every row is counted exactly once above, whatever happens to it here.
                 if result.reason:
                     quarantine.write(self._quarantine_row(index, result))
                     continue
@@ -456,6 +480,8 @@ class _Outputs:
                 notes = [note for note in result.detail.split(", ") if note]
                 matched = [note for note in notes if note.startswith(_MATCHED_BY)]
                 self.matched.update(matched)
+                # One bad caption of five is no reason to lose the other four. It is set aside
+                # alone.
                 if result.unusable_responses:
                     row, removed = _split_responses(row, result.unusable_responses)
                     reason = ", ".join(note for note in notes if note not in matched)
@@ -463,6 +489,8 @@ class _Outputs:
                 usable.write(row)
 
     def _quarantine_row(self, index: int, result: ValidationResult) -> dict[str, Any]:
+        # The raw text and not the parsed row, because the row may be the very thing that is not
+        # JSON.
         text = self._rows.raw(index).decode("utf-8", "replace")
         examples = self._examples.setdefault(result.reason, [])
         if len(examples) < _EXAMPLES_PER_REASON:
@@ -493,6 +521,7 @@ class _Outputs:
             outcomes=self.counts,
             examples=self._examples,
         )
+        # The JSON report is for programs: no images in it.
         plain_examples = {}
         for reason, some in sorted(self._examples.items()):
             plain_examples[reason] = [{**example, "thumbnail": ""} for example in some]

@@ -24,6 +24,7 @@ from llava_simplified.jobs import (
 from llava_simplified.prepare.record_tasks import cached_rows, run_record_tasks
 from llava_simplified.prepare.record_writer import RecordWriter
 
+# At 224 pixels an image takes roughly 15 kB, so that a shard has some 75 MB.
 SHARD_RECORDS = 5_000
 SETTINGS_NAME = "compact.json"
 _DIGEST_NAME_0_1_0 = "made_of"  # version 0.1.0 stored one digest of all settings under this name
@@ -77,6 +78,8 @@ def compact_images(
     Raises:
         ValueError: The folder holds something else, or another process is writing to it.
     """
+    # The lock of the cleaning is that of its output file; another cleaning may compact into this
+    # folder.
     lock = output.with_name(f".{output.name}.lock")
     with exclusive_lock(lock, f"--compact {output}"):
         output.mkdir(parents=True, exist_ok=True)
@@ -103,6 +106,7 @@ def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
         "compact_size": side,
     }
     settings_path = output / SETTINGS_NAME
+    # A folder with files but without settings: of version 0.1.0, or of something else entirely.
     if not settings_path.exists() and any(output.iterdir()):
         previous = output / _DIGEST_NAME_0_1_0
         start = hashlib.sha256(f"{folder.resolve()} {side}".encode())
@@ -126,6 +130,7 @@ def compact_shard(spec: CompactShard) -> int:
     """Write one shard and its manifest, unless they exist. Returns the number of its images."""
     output = Path(spec.output)
     tar = output / f"{spec.number:05d}.tar"
+    # The settings were compared before, so a manifest that exists was made of the same records.
     manifest = tar.with_suffix(".parquet")
     if manifest.exists():
         return pq.read_metadata(manifest).num_rows
@@ -138,6 +143,8 @@ def compact_shard(spec: CompactShard) -> int:
         for index in range(spec.start, spec.stop):
             record = Record.from_json(rows[index], rows.where(index))
             for number, name in enumerate(record.images):
+                # The records were validated a moment ago. An image that has vanished since then
+                # ends the run.
                 entries.append(_add_image(writer, index, number, name, record, spec))
         writer.close()
     # The manifest comes last: its existence means that the shard is finished.
@@ -151,6 +158,7 @@ def _add_image(
 ) -> dict[str, Any]:
     """Add one image to a shard. Returns its row of the manifest."""
     data = read_image_bytes(name, spec.folder)
+    # Both decode the image, so that no damaged file gets into a shard.
     image = shrink_image(data, spec.side) if spec.side else check_image(data)
     key = compact_key(index, number)
     metadata = {"key": key, "source": name, "width": image.width, "height": image.height}
@@ -183,6 +191,7 @@ def _rename_images(row: dict[str, Any], index: int) -> dict[str, Any]:
     if not value:  # a record without images
         return row
     shard = f"{index // SHARD_RECORDS:05d}.tar"
+    # The number of a record among the survivors decides its shard, here as in `compact_images`.
     if isinstance(value, list):
         names = [f"{shard}#{compact_key(index, number)}" for number in range(len(value))]
         return {**row, column: names}

@@ -85,6 +85,8 @@ def download(
     """
     _check_arguments(options, shard_size, limit, retry)
     store = Store(output)
+    # A file system of buckets charges for every request; millions of small files are what shards
+    # avoid.
     if files and not store.is_local:
         raise ValueError(
             f"--output {output}: plain files need a local folder. Use --output-format shards, or a local folder."
@@ -95,18 +97,23 @@ def download(
         "shard_size": shard_size,
         "limit": limit,
         "resize": options.resize,
+        # The size stands for the content of the source: rows that were added later would never be
+        # fetched.
         "bytes": Path(source).stat().st_size if Path(source).is_file() else 0,
     }
+    # From here to the end nobody else writes to the output, except for other slices.
     with _run_lock(store, output, shards):
         plan = _load_or_make_plan(source, columns, store, settings, shards, output)
         if files:
             Path(store.root, "images").mkdir(exist_ok=True)
         numbers = parse_slice(shards, plan["shards"])
+        # Shards that an earlier run has finished; their rows do not count in the rate.
         finished_before = {int(name.removesuffix(".parquet")) for name in store.manifests()}
         rows = 0 if shards else plan["rows"]
         watch = DownloadProgress(store.work, numbers, finished_before, rows, progress)
         specs = [ShardSpec(number, output, files, retry, options) for number in numbers]
         _fetch_shards(specs, watch, engine, workers)
+        # Other slices may still run, so only a whole run merges.
         if shards:
             return {"outcomes": dict(watch.total())}
         return _merge(store, output)
@@ -234,6 +241,7 @@ def plan_shards(
     if not total:
         raise ValueError(f"{source}: contains no rows")
     plan = {**settings, "rows": total, "shards": number, "oddities": issues.lines()}
+    # Written last: `download.json` tells that the plans are complete.
     # A unique name: the jobs of an array may plan at the same time. All of them write the same content.
     local = store.work / f"{SETTINGS_NAME}.{uuid.uuid4().hex[:8]}"
     local.write_text(json.dumps(plan, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -246,6 +254,7 @@ def _plan_chunks(
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of one shard after the other."""
     rows = group_captions(lambda pass_issues: read_source(source, pass_issues, columns), issues)
+    # Indices are those of the whole source. They name images, and stay the same with every --limit.
     numbered = islice(enumerate(rows), settings["limit"] or None)
     while True:
         chunk = [
@@ -280,6 +289,7 @@ def merge_manifests(output: str) -> dict[str, Any]:
     """
     fs, root = fsspec.core.url_to_fs(output)
     # `Store` would create the folder.
+    # Check before anything is created: the path may be misspelt.
     if not fs.exists(root) or not Store(output).manifests():
         raise ValueError(
             f"{output}: contains no finished shard (00000.parquet) of `llava download`. Check the path."
@@ -303,6 +313,7 @@ def _merge(store: Store, output: str) -> dict[str, Any]:
         pq.ParquetWriter(merged, MANIFEST_SCHEMA, compression="zstd") as merged_writer,
     ):
         for name in names:
+            # One shard at a time, so that memory does not depend on the size of the download.
             table = store.read_manifest(name)
             merged_writer.write_table(table)
             for row in table.select(["key", "file", "captions", "status"]).to_pylist():
@@ -315,9 +326,11 @@ def _merge(store: Store, output: str) -> dict[str, Any]:
     report_json = store.work / "report.json"
     report_html = store.work / "report.html"
     report = write_download_report(merged, plan, report_json, report_html)
+    # A report of a part is useful too, as long as it says that it is one.
     missing = plan["shards"] - len(names)
     if missing > 0:
         report["missing_shards"] = missing
+    # The report comes last, so that whoever waits for it finds everything else.
     for path in (records, merged, report_json, report_html):
         store.publish(path, path.name)
     return report

@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     outcomes = report["outcomes"]
     if not outcomes or outcomes.get("ok"):  # a slice may have no shards
         return 0
+    # One piece of advice, about the failure that matters most.
     most_frequent = max(outcomes, key=lambda kind: outcomes[kind])
     advice = FAILURE_ADVICE.get(most_frequent, "")
     print(

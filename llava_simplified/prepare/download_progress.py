@@ -63,6 +63,7 @@ class DownloadProgress:
                     data = stream.read()
             except FileNotFoundError:  # the shard has just been finished
                 continue
+            # Journals only grow, so each is read from where the last reading ended.
             # The last line may be half written.
             complete = data[: data.rfind(b"\n") + 1]
             self._positions[path] += len(complete)
@@ -91,7 +92,7 @@ class DownloadProgress:
         raise ValueError(f"Stopped: the first {count} rows all failed with '{kind}'. {advice}")
 
     def finish_shard(self, number: int, outcomes: dict[str, int]) -> None:
-        """Replace what the journal of a shard has said by its final outcomes."""
+        """Replace the outcomes that were read from the journal of a shard by its final ones."""
         self._outcomes[number] = Counter(outcomes)
         if number in self._finished_before:
             self._before += self._outcomes[number]

@@ -135,6 +135,7 @@ class _ShardJob:
         finished: list[dict[str, Any]] | None = None
         if self.store.exists(self.manifest_name):
             finished = self.store.read_manifest(self.manifest_name).to_pylist()
+        # A journal beside a manifest means that a retry was killed: it goes on below.
         if finished is not None and not self.journal.exists():
             kept = [row for row in finished if not self._is_retried(row)]
             if len(kept) == len(finished):
@@ -143,8 +144,10 @@ class _ShardJob:
         rows = finished
         if rows is None:
             rows = [row for row, _ in read_json_lines(self.plan)]
+        # A finished shard has no plan any more, but its manifest contains the same columns.
         planned = [{name: row[name] for name in PLAN_COLUMNS} for row in rows]
         outcomes = self._fetch_missing(planned)
+        # The order is that of the plan, although rows finish in any order.
         self._publish_manifest([{**outcomes[row["index"]], **row} for row in planned])
         # The manifest is in place: the shard is finished, whatever happens to these two.
         self.plan.unlink(missing_ok=True)
@@ -175,11 +178,14 @@ class _ShardJob:
             self.store.fetch(self.tar_name, self.tar)
         tar_size = self.tar.stat().st_size if self.tar.exists() else 0
         with Journal(self.journal) as journal:
+            # Everything in the tar behind `end` was not recorded, and is cut off by the writer.
             recorded, end = finished_rows(journal.rows(), tar_size)
             outcomes = {index: row for index, row in recorded.items() if not self._is_retried(row)}
             missing = [row for row in planned if row["index"] not in outcomes]
             writer = None if self.spec.files else ShardWriter(self.tar, end)
+            # `outcomes` has the rows that were fetched before, and gets the others as they finish.
             asyncio.run(self._fetch_rows(missing, journal, writer, outcomes))
+        # `close` waits until the disk has everything; before that the tar must not be published.
         if writer:
             writer.close()
             self.store.publish(self.tar, self.tar_name)
@@ -197,6 +203,7 @@ class _ShardJob:
         urls = [(row["index"], row["url"]) for row in rows]
         async for index, url, fetched in fetch_all(urls, self.spec.options):
             outcome = make_outcome(index, fetched)
+            # A row without an image adds nothing to the tar.
             end = 0
             if fetched.image is not None:
                 data, suffix = fetched.image.data, fetched.image.suffix
@@ -211,6 +218,7 @@ class _ShardJob:
                     outcome["file"] = f"{key}.{suffix}"
                     outcome["offset"] = writer.add(key, data, suffix, captions[index], metadata)
                     end = writer.end
+            # The image is in its place. Whatever happens now, the row is not fetched again.
             outcomes[index] = outcome
             journal.append([{**outcome, "end": end}])
 
@@ -311,6 +319,7 @@ def finished_rows(
         if is_in_tar and row_end > tar_size:
             continue
         outcomes[row["index"]] = row
+        # A maximum, because rows of a shard that was finished before are in the order of the plan.
         tar_end = max(tar_end, min(row_end, tar_size))
     outcomes.pop(_END_MARK, None)
     return outcomes, tar_end

@@ -43,6 +43,7 @@ class Store:
     def _cache_folder(self) -> Path:
         """Return the work folder of an output that is not local; it depends on the whole URL with its protocol."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # Without the protocol, s3://a/b and gs://a/b would share a work folder.
         url = self.fs.unstrip_protocol(self.root)
         digest = hashlib.sha256(url.encode()).hexdigest()[:16]
         return cache / "llava_simplified" / "download" / digest
@@ -57,9 +58,12 @@ class Store:
 
     def publish(self, local: Path, name: str) -> None:
         """Move a finished local file into the output, where it appears at once with all its content."""
+        # The work folder is inside the output, so this is a rename within one file system.
         if self.is_local:
             local.replace(self.path(name))
             return
+        # Uploads take time, and some file systems show a file while it grows. `mv` of a finished
+        # one is quick.
         part = self.path(f".{name}.part{uuid.uuid4().hex[:8]}")
         try:
             self.fs.put_file(str(local), part)
@@ -72,6 +76,7 @@ class Store:
 
     def fetch(self, name: str, local: Path) -> None:
         """Copy a file of the output to a local path, which appears at once with all its content."""
+        # A killed copy must not be taken for the whole file.
         copy = local.with_name(f"{local.name}.copy")
         self.fs.get_file(self.path(name), str(copy))
         copy.replace(local)
@@ -84,6 +89,7 @@ class Store:
 
     def manifests(self) -> list[str]:
         """Return the names of the manifests of all finished shards, in order."""
+        # Only the manifests of shards: manifest.parquet is the merged one.
         names = [path.rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
         return sorted(name for name in names if re.fullmatch(r"\d{5,}\.parquet", name))
 

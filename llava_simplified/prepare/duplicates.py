@@ -40,9 +40,11 @@ def perceptual_hash(pixels: np.ndarray) -> bytes:
     small = image.resize((_GRID + 1, _GRID + 1), Image.Resampling.BOX, reducing_gap=2.0)
     grey = np.asarray(small.convert("L"), np.int16)
     cells = grey[:_GRID, :_GRID]
+    # Comparisons instead of values, because brightness and contrast change with every compression.
     brighter_right = grey[:_GRID, 1:] > cells
     brighter_below = grey[1:, :_GRID] > cells
     bits = np.packbits(np.stack([brighter_right, brighter_below]))
+    # A mean over the grid; it decides only between images with the same structure.
     color = np.asarray(small, np.float32).mean((0, 1)).astype(np.uint8)
     return bits.tobytes() + color.tobytes()
 
@@ -99,6 +101,7 @@ def _find_similar(rows: np.ndarray, data: np.ndarray) -> dict[int, int]:
             color_difference = np.abs(colors[one] - colors[other]).max(1)
             similar = (different_bits <= MAX_BITS) & (color_difference <= MAX_COLOR_DIFFERENCE)
             for a, b in zip(one[similar], other[similar]):
+                # Loops over the pairs that were found, which are few.
                 early, late = sorted((int(rows[a]), int(rows[b])))
                 found[late] = min(early, found.get(late, early))
     return found

@@ -110,6 +110,7 @@ class Fetcher:
         }
         # One task per origin: URLs of one host wait for the same answer.
         self._robots: dict[URL, asyncio.Task[RobotFileParser]] = {}
+        # Shared by all URLs of a host, also by those that only a redirect leads there.
         self._host_slots = defaultdict[str, asyncio.Semaphore](
             lambda: asyncio.Semaphore(options.per_host)
         )
@@ -118,6 +119,7 @@ class Fetcher:
     async def __aenter__(self) -> Fetcher:
         guard = None if self.options.allow_private else guard_address
         # The number of connections is limited by `fetch_hosts` and by the slots of each host, not by the connector.
+        # Names are resolved again after ten minutes; most hosts occur many times in a shard.
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=600, socket_factory=guard)
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -143,8 +145,10 @@ class Fetcher:
             data, http = await self._get(url, _CLOSE_CONNECTION if last else None)
             image = await self._check(data)
             return FetchResult("ok", http, "", image, len(data), time.perf_counter() - start)
+        # What our own rules refuse has a name already.
         except FetchError as error:
             failure = error
+        # The server has answered properly, but not with an image that can be used.
         except ImageError as error:
             failure = FetchError(error.kind, str(error), 200)
         except TIMEOUT_ERRORS:
@@ -153,6 +157,7 @@ class Fetcher:
             failure = FetchError(name_failure(error), f"{type(error).__name__}: {error}")
         # Headers may contain any bytes, but the journal holds only UTF-8.
         detail = str(failure)[:MAX_DETAIL_LENGTH].encode(errors="replace").decode()
+        # Failures are timed too; a slow failure tells more than a fast one.
         seconds = time.perf_counter() - start
         return FetchResult(failure.kind, failure.http, detail, seconds=seconds, pause=failure.pause)
 
@@ -180,6 +185,7 @@ class Fetcher:
         for _ in range(MAX_REDIRECTS + 1):
             await self._check_url(url, text)
             host = str(url.host)
+            # The slot is taken again for every hop, because each may lead to another host.
             async with self._host_slots[host]:
                 if self._consecutive_timeouts[host] >= MAX_CONSECUTIVE_TIMEOUTS:
                     raise FetchError(
@@ -194,6 +200,7 @@ class Fetcher:
                 except TIMEOUT_ERRORS:
                     self._consecutive_timeouts[host] += 1
                     raise
+                # Only the time of the request counts, not the time that it waited for the slot.
                 seconds_left -= time.monotonic() - start
             if not isinstance(answer, URL):
                 return answer
@@ -225,6 +232,7 @@ class Fetcher:
                 pause = parse_retry_after(response.headers.get("Retry-After"))
                 kind = f"http_{response.status}"
                 raise FetchError(kind, str(response.reason), response.status, pause)
+            # Checked before the body is read: what must not be used need not be transferred.
             reason = opted_out(response.headers)
             if reason:
                 raise FetchError("opt_out", reason, response.status)
@@ -249,6 +257,7 @@ class Fetcher:
             seconds = time.perf_counter() - start
             if seconds > SLOW_AFTER and size < SLOW_RATE * seconds:
                 raise FetchError("too_slow", f"{size} bytes in {seconds:.1f} s", 200)
+        # Joined once at the end: appending to one bytes object would copy it for every chunk.
         data = self._decompress(b"".join(chunks), response)
         if not data:
             raise FetchError("empty", "no bytes", 200)

@@ -94,11 +94,13 @@ class _FetchLoop:
         # The second number keeps lanes with the same priority in order, so that hosts are never compared.
         self._lanes: asyncio.PriorityQueue[tuple[int, int, _Host]] = asyncio.PriorityQueue()
         self._turn = count()
+        # URLs without a host are one group as well: the fetcher names what is wrong with them.
         hosts: dict[str, _Host] = {}
         for row, url in rows:
             host = hosts.setdefault(host_of(url), _Host())
             host.requests.append(_Request(row, url, 0))
         self.unfinished = sum(len(host.requests) for host in hosts.values())
+        # More workers than URLs would only wait.
         self._workers = min(self.unfinished, options.concurrency)
         for host in sorted(hosts.values(), key=lambda host: -len(host.requests)):
             for lane in range(min(options.per_host, len(host.requests))):
@@ -121,6 +123,8 @@ class _FetchLoop:
             lane, _, host = await self._lanes.get()
             while host.requests:
                 pause = host.resume_at - time.monotonic()
+                # Another lane of this host was asked to pause. The worker is free for other hosts
+                # meanwhile.
                 if pause > 0:
                     loop = asyncio.get_running_loop()
                     loop.call_later(pause, self._queue_lane, lane, host)
@@ -130,6 +134,7 @@ class _FetchLoop:
     async def _fetch_next(self, fetcher: Fetcher, host: _Host) -> None:
         """Fetch the next URL of a host, and put its result into the queue unless it is tried again."""
         request = host.requests.popleft()
+        # A retry may still follow; then a new connection is opened, which is rare.
         is_last = not host.requests
         fetched = host.given_up or await fetcher.fetch(request.url, last=is_last)
         now = time.monotonic()
@@ -142,6 +147,7 @@ class _FetchLoop:
         elif retry:
             wait = RETRY_PAUSE if fetched.pause is None else fetched.pause
             host.resume_at = max(host.resume_at, now + wait)
+        # Behind the other URLs of the host, so that time passes before the next attempt.
         if retry:
             host.requests.append(request._replace(attempts=request.attempts + 1))
         else:
@@ -152,6 +158,7 @@ class _FetchLoop:
         if fetched.pause is None:
             host.pausing_since = math.inf
             return
+        # Answers that overtake each other must not extend the pause: the earliest counts.
         host.pausing_since = min(host.pausing_since, now)
         total = now + fetched.pause - host.pausing_since
         if total > MAX_PAUSE:
@@ -176,6 +183,8 @@ async def fetch_all(
     """
     loop = _FetchLoop(rows, options)
     task = asyncio.create_task(loop.run())
+    # Results are yielded one by one, so that the caller can store an image before the next is
+    # there.
     try:
         while loop.unfinished:
             result = await loop.results.get()
@@ -184,6 +193,7 @@ async def fetch_all(
             loop.unfinished -= 1
             yield result
     finally:
+        # Also when the caller stops early, or is cancelled itself. Waiting closes all connections.
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     if loop.unfinished:

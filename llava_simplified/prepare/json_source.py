@@ -63,6 +63,7 @@ class _JsonReader:
         if key in _PARALLEL_KEYS and not isinstance(value, dict):
             self._parallel.setdefault(key, []).append(as_text(value))
             return
+        # Parallel arrays are collected, because URLs and captions are far apart in the file.
         if key not in _ROW_KEYS:  # COCO's info and licenses, SBU's user ids
             return
         if not isinstance(value, dict):
@@ -81,6 +82,7 @@ class _JsonReader:
 
     def _read_annotation(self, annotation: dict[str, Any]) -> Iterator[SourceRow]:
         self._number += 1
+        # COCO has annotation files for boxes and for key points, with the same structure.
         if self._number == 0 and not isinstance(annotation.get("caption"), str):
             raise ValueError(
                 f"{self._source}: the annotations of this COCO file have no captions. "
@@ -105,6 +107,7 @@ class _JsonReader:
             yield from self._caption_row(annotation, number)
         if not self._parallel:
             return
+        # Joined by position, which is only right if none is missing.
         urls = self._parallel.get("image_urls", [])
         captions = self._parallel.get("captions", [])
         if len(urls) != len(captions):
@@ -126,6 +129,7 @@ def read_json_lines_source(
         if value is None:
             issues.note(NOT_AN_OBJECT, number, text)
             continue
+        # Records have fixed keys; only other objects need columns.
         if not is_record(value):
             named = columns_of_row(value, named, source, columns)
         yield row_from_mapping(value, number, named)
@@ -149,8 +153,10 @@ def columns_of_row(
         ValueError: The columns of the first row cannot be determined. A later row without captions is no error; it
             yields a row without captions, which is noted.
     """
+    # Rows of one file may lack a key, or have others; the first row must not decide for all.
     if known and set(known) - {""} <= row.keys():
         return known
+    # Find the columns of this row alone. If it has none, its caption is noted as missing later on.
     try:
         return find_columns(source, row, columns, row)
     except ValueError:
@@ -168,12 +174,14 @@ def row_from_mapping(value: dict[str, Any], number: int, named: NamedColumns | N
         named: The columns; may be None for the first two forms.
     """
     split = as_text(value.get("split"))
+    # The order matters: Karpathy's rows could also be taken for rows with an image column.
     if "sentences" in value:
         return _karpathy_row(value, number, split)
     if is_record(value):
         image = value.get("image")
         answers = _last_answers(value)
         return SourceRow(number, image if isinstance(image, str) else "", "", answers, record=value)
+    # `columns_of_row` was called for every row of this form.
     assert named is not None
     captions = tuple(as_text(caption) for caption in _as_list(value.get(named.caption)))
     image, url = as_text(value.get(named.image)), as_text(value.get(named.url))
@@ -196,6 +204,7 @@ def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
     if "conversations" in record:
         last_turn = _as_list(record["conversations"])[-1:]
         return tuple(as_text(turn.get("value")) for turn in last_turn if isinstance(turn, dict))
+    # An empty list falls back to the single response, as in `Record.from_json`.
     answers = record.get("responses") or record.get("response")
     return tuple(as_text(answer) for answer in _as_list(answers))
 

@@ -45,9 +45,11 @@ def run_record_tasks(
     Raises:
         ValueError: A task failed at every attempt.
     """
+    # Progress counts records and not tasks: the last task is often much smaller than the others.
     total = sum(task.stop - task.start for task in tasks)
     with Progress(total, "records", enabled=progress) as shown:
         for result in run_tasks(function, tasks, engine=engine, workers=workers):
+            # A failed task is an error of the code or the machine; bad records are results.
             if result.error:
                 raise ValueError(f"{result.error}\nRun the same command again to continue.")
             shown.advance(result.spec.stop - result.spec.start)

@@ -64,6 +64,7 @@ class RecordWriter:
         self.path = path
         self.count = 0
         self._stack = ExitStack()
+        # One encoder for all records: `json.dumps` with options makes a new one for every call.
         self._encode = json.JSONEncoder(ensure_ascii=False).encode
         self._file: Any = None  # for JSON
         self._parquet: Any = None
@@ -71,6 +72,7 @@ class RecordWriter:
 
     def __enter__(self) -> RecordWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Entered first and so left last: the file is closed before it is renamed.
         part = self._stack.enter_context(atomic_file(self.path))
         if self.path.suffix == ".parquet":
             require_extra("download", "pyarrow", purpose=f"writing {self.path.name}")
@@ -103,6 +105,8 @@ class RecordWriter:
         elif self.path.suffix == ".jsonl":
             self._file.write(f"{self._encode(record)}\n")
         else:
+            # An array that is written as it grows, with one record a line, so that people can read
+            # it.
             separator = "," if self.count else "["
             self._file.write(f"{separator}\n{self._encode(record)}")
         self.count += 1
@@ -118,6 +122,7 @@ class RecordWriter:
                     f"{self.path}: a Parquet file of records has the columns image, instruction and responses, but a "
                     f"record has {', '.join(sorted(record))}. Write conversations to .json or .jsonl."
                 )
+            # Parquet needs one type per column, so that a single response becomes a list of one.
             responses = record.get("responses") or [record.get("response")]
             rows.append({**record, "responses": responses})
         self._parquet.write_table(pa.Table.from_pylist(rows, _parquet_schema()))

@@ -21,6 +21,7 @@ _DECOMPRESSORS: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".lzma": lzma.open,
 }
+# fsspec decompresses these, some of them only if their library is installed.
 _OTHER_COMPRESSIONS = (".zip", ".zst", ".lz4", ".snappy")
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -33,6 +34,8 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
         ValueError: The file cannot be read, also when that shows only while it is read (a torn gzip file).
     """
     try:
+        # Errors of the caller's block pass through here too, because a torn file is noticed while
+        # it is read.
         with _open_stream(source) as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -41,6 +44,7 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
 
 def _open_stream(source: str) -> Any:
     suffix = Path(source).suffix.lower()
+    # Everything else works without the extra.
     if "://" in source or suffix in _OTHER_COMPRESSIONS:
         require_extra("download", "fsspec", purpose=f"the source {source}")
         import fsspec
@@ -65,11 +69,13 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
         for number, raw in enumerate(stream, 1):
             if number == 1:
                 raw = _check_start(raw, source, issues)
+            # Line by line, because lists are put together from files with different encodings.
             try:
                 text = raw.decode()
             except UnicodeDecodeError:
                 text = raw.decode("cp1252", "replace")
                 issues.note("not UTF-8 (read as Windows-1252)", number, raw[:80])
+            # Only the line end: spaces may separate fields.
             text = text.rstrip("\n")
             if text.endswith("\r"):
                 text = text[:-1]

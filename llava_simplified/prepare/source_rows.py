@@ -114,6 +114,7 @@ def find_columns(
     by_lower_name = {name.lower(): name for name in names}
     all_names = ", ".join(by_lower_name.values())
 
+    # The first of the usual names wins: "caption" before "title", if a table has both.
     def find(requested: str, usual_names: tuple[str, ...]) -> str:
         if requested:
             if requested.lower() not in by_lower_name:
@@ -127,6 +128,7 @@ def find_columns(
     url = find(columns.url, URL_NAMES)
     image = find(columns.image, IMAGE_NAMES)
     caption = find(columns.caption, CAPTION_NAMES)
+    # An image without a URL is enough to train on, and a URL without an image to download.
     if not caption or not (url or image):
         missing = "caption" if not caption else "url or image"
         raise ValueError(

@@ -54,9 +54,11 @@ def read_source(source: str, issues: ParseIssues, columns: Columns) -> Iterator[
             shows the first row.
     """
     for row in _read_any(source, issues, columns):
+        # The first test is much cheaper, and true for almost no row; "a..b.jpg" is a valid name.
         if ".." in row.image and ".." in Path(row.image).parts:
             issues.note("image outside its folder, '..' (left out)", row.number, row.image)
             continue
+        # Such a text would make every later step fail that writes it to a file.
         if not _can_be_encoded(row):
             issues.note(
                 "unpaired surrogate, not a character (left out)",
@@ -65,6 +67,8 @@ def read_source(source: str, issues: ParseIssues, columns: Columns) -> Iterator[
             )
             continue
         if not all(row.captions):
+            # The caption is removed but not the row: an image may have other captions, in this row
+            # or in another.
             kind = "record with an empty answer (kept)"
             if row.record is None:
                 kind = "empty caption (left out)"
@@ -133,6 +137,7 @@ def _read_folder(folder: Path, issues: ParseIssues, columns: Columns) -> Iterato
     if records.is_file():
         yield from _read_any(str(records), issues, columns)
         return
+    # Of an imagefolder with splits: train/metadata.csv, val/metadata.csv.
     metadata = sorted(path for path in folder.rglob("metadata.*") if path.name in _METADATA_NAMES)
     for path in metadata:
         below = path.parent.relative_to(folder)
@@ -141,12 +146,14 @@ def _read_folder(folder: Path, issues: ParseIssues, columns: Columns) -> Iterato
             yield row._replace(image=image)
     if metadata:
         return
+    # Shards come before their manifests, and archives before the texts that describe them.
     for suffixes in _PART_SUFFIXES:
         parts = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
         for part in parts:
             yield from _read_any(str(part), issues, columns)
         if parts:
             return
+    # Show what is there, because most often the path is one level too high or too low.
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), 8))
     raise ValueError(
         f"{folder}: this folder contains no metadata file, shard or file of captions; "

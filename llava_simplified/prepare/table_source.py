@@ -60,6 +60,8 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
         ValueError: The file is empty, or the columns cannot be determined.
     """
     lines = read_lines(source, issues)
+    # Read once from the stream and put back by `chain`: a remote source cannot be opened twice
+    # cheaply.
     head = list(itertools.islice(lines, _SAMPLE_LINES))
     if not head:
         raise ValueError(f"{source}: empty file")
@@ -71,6 +73,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     if layout.has_header:
         next(rows)
     for number, text, fields in rows:
+        # Which field is missing cannot be known, so nothing of the line is used.
         if len(fields) < layout.width:
             issues.note("ragged: too few fields (left out)", number, text)
             continue
@@ -79,6 +82,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
             issues.note(f"{separator!r} inside a caption (kept)", number, text)
         if '"' in text and separator != ",":
             issues.note("quote character (kept as text)", number, text)
+        # A tab inside a caption would break the TSV that somebody writes of it later.
         caption = fields[layout.caption].strip().replace("\t", " ")
         image = ""
         if layout.image >= 0:
@@ -92,6 +96,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
 def _find_separator(first_line: str) -> str:
     if "\t" in first_line:
         return "\t"
+    # "| " with a space behind it: a bar alone also occurs in captions and URLs.
     if _BAR_SEPARATED.match(first_line):
         return "|"
     return ","
@@ -148,10 +153,13 @@ def _split_csv(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
         if line is None:
             return
         number, text = line
+        # Almost all lines, and much faster than a CSV reader for each.
         if '"' not in text:
             yield number, text, text.split(",")
             continue
         quoted_lines = _with_following_lines(text, ahead, lines)
+        # A reader of its own for each row, so that an error cannot affect the next row. csv refuses
+        # a lone carriage return, which may be inside a caption.
         reader = csv.reader(piece.replace("\r", " ") + "\n" for piece in quoted_lines)
         try:
             fields = [field.replace("\n", " ") for field in next(reader)]
@@ -159,6 +167,7 @@ def _split_csv(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
             issues.note("unclosed quote (kept as text)", number, text)
             yield number, text, text.split(",")
             continue
+        # The reader tells how many lines the row has; they leave `ahead`, the others stay.
         following = reader.line_num - 1
         if following:
             del ahead[:following]
@@ -203,6 +212,7 @@ def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layo
     names = [field.strip().lower() for field in first]
     known_names = {*URL_NAMES, *IMAGE_NAMES, *CAPTION_NAMES}
     known_names.update(name.lower() for name in columns if name)
+    # A first line with a URL is data, even if a caption happens to be "image".
     has_url = any(_URL.match(field) for field in first)
     if known_names.intersection(names) and not has_url:
         found = find_columns(source, names, columns, first)
@@ -228,6 +238,7 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
     pairs = [(fields[0], fields[-1]) for fields in sample if len(fields) > 1] or [("", "")]
     for pattern in (_URL, _IMAGE_NAME):
         shares = [_share_of_matches(pattern, [pair[column] for pair in pairs]) for column in (0, 1)]
+        # Half of the lines must agree: single lines may lack a URL or contain one in the caption.
         if min(shares) > 0.5:
             raise ValueError(
                 f"{source}: both columns look like URLs or names of images. Insert a header line that names them "

@@ -1,20 +1,15 @@
-"""The HTTP API that OpenAI's clients speak, in front of a `Worker`.
-
-What is asked is read strictly: a parameter that is unknown, out of range or asks for what isn't done here is an error that
-names it, not a silent difference. Everything that a request holds is freed where it ends, in whatever way.
-"""
+"""The HTTP API: OpenAI's chat completions, and attention maps, in front of an `Engine`."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from prometheus_client import (
@@ -25,7 +20,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -34,37 +29,55 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from llava_simplified.data.images import load_pixels
-from llava_simplified.data.records import insert_image_placeholders
-from llava_simplified.extras import require_extra
-from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
+from llava_simplified.data.images import ImageError, load_pixels
+from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
-from llava_simplified.prepare.fetch_options import FetchOptions
-from llava_simplified.prompt import Message
 from llava_simplified.serve.attention_map import encode_answer, word_attention
-from llava_simplified.serve.engine import Busy, Piece, Place, Worker
+from llava_simplified.serve.engine import (
+    Delta,
+    Engine,
+    QueueFullError,
+    RequestError,
+    RequestHandle,
+)
 from llava_simplified.serve.errors import handle_exception, to_openai_error
+from llava_simplified.serve.schemas import (
+    AttentionRequest,
+    ChatMessage,
+    ChatRequest,
+    Conversation,
+    image_urls,
+)
 from llava_simplified.serve.security import HostCheck, KeyCheck, SecurityHeaders
 
 if TYPE_CHECKING:
     from llava_simplified.prepare.fetch import Fetcher
+    from llava_simplified.prepare.fetch_options import FetchOptions
 
-_GRACE = 5.0  # seconds beyond its time for a client to read its answer
+logger = logging.getLogger(__name__)
+
+# Seconds after the deadline in which a slow client may still read its response.
+_READ_GRACE = 5.0
+# Upper bounds of the histograms in seconds.
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
-_SSE = [
+_CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected
+_EVENT_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect the pieces
+    (b"x-accel-buffering", b"no"),  # nginx would collect the events otherwise
 ]
-_MIN_TEMPERATURE = (
-    1e-3  # below, logits divided by the temperature overflow; the limit is greedy decoding
-)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request: the bytes of its body, its pictures, the tokens of an answer (as many are given where it names
-    none), and how http(s) pictures are fetched (None: refused)."""
+    """Limits of one request.
+
+    Attributes:
+        max_body: Bytes of the body.
+        max_images: Images of the conversation.
+        max_tokens: Tokens of an answer, also the default where a request names none.
+        fetch: How http(s) images are fetched; None refuses them.
+    """
 
     max_body: int = 20_000_000
     max_images: int = 8
@@ -72,158 +85,30 @@ class Limits:
     fetch: FetchOptions | None = None
 
 
-# ---- what may be asked ----
-
-
-class _Given(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class TextPart(_Given):
-    type: Literal["text"]
-    text: str
-
-
-class ImageURL(_Given):
-    url: str | bytes  # bytes: of a data URI
-    detail: Literal["auto", "low", "high"] | None = None  # there is one size
-
-    @field_validator("url")
-    @classmethod
-    def decode(cls, url: str) -> str | bytes:
-        if not url.startswith("data:"):
-            return url
-        head, _, data = url.partition(",")
-        if not head.endswith(";base64"):
-            raise ValueError("a data URI must be data:image/...;base64,...")
-        try:
-            return base64.b64decode(data, validate=True)
-        except ValueError as error:
-            raise ValueError(f"the data URI is not base64: {error}") from None
-
-
-class ImagePart(_Given):
-    type: Literal["image_url"]
-    image_url: ImageURL
-
-
-class Turn(_Given):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-    name: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def one_text(cls, content: object) -> object:
-        return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-    @property
-    def images(self) -> list[str | bytes]:
-        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
-
-    def message(self, instruction: str) -> Message:
-        """Pictures stand in front of the text, as in training, unless it says by `<image>` where they go."""
-        text = "\n".join(part.text for part in self.content if isinstance(part, TextPart))
-        count = len(self.images)
-        if count and self.role != "user":
-            raise ValueError(f"pictures belong to the user's messages, not to the {self.role}'s")
-        message = Message("system" if self.role == "developer" else self.role, text)
-        if count and not text.strip():
-            message = message._replace(content=instruction)
-        return insert_image_placeholders([message], count, "a message")[0]
-
-
-class StreamOptions(_Given):
-    include_usage: bool = False
-
-
-class TextFormat(_Given):
-    type: Literal["text"]
-
-
-class Conversation(_Given):
-    """The fields that chat completions and attention maps have in common."""
-
-    model: str
-    messages: list[Turn] = Field(min_length=1, max_length=100)
-
-
 ConversationT = TypeVar("ConversationT", bound=Conversation)
 
 
-class AttentionRequest(Conversation):
-    """The body of POST /v1/attention: a conversation about one image, and the answer that was given to it."""
-
-    answer: str = Field(min_length=1, max_length=100_000)
-
-
-class ChatRequest(Conversation):
-    """The body of POST /v1/chat/completions; the last six are taken where they ask for what is done anyway."""
-
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=2**31)
-    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
-    n: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(
-        None, max_length=4
-    )
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    logprobs: Literal[False] | None = None
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    response_format: TextFormat | None = None
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def one_stop(cls, stop: object) -> object:
-        return [stop] if isinstance(stop, str) else stop
-
-    def options(self, longest: int) -> GenerationOptions:
-        """Return the options of the decoder. All options of requests, the page's included, pass through here.
-
-        Without a temperature, one answer is greedy and several are sampled at 0.7, as by `Llava.caption`.
-
-        Args:
-            longest: The maximum number of tokens of an answer, and the default.
-        """
-        most = self.max_completion_tokens or self.max_tokens or longest
-        if most > longest:
-            raise ValueError(f"an answer has {longest} tokens at most here, {most} are asked for")
-        count = self.n or 1
-        temperature = (
-            self.temperature if self.temperature is not None else DEFAULT_TEMPERATURE * (count > 1)
-        )
-        return GenerationOptions(
-            max_new_tokens=most,
-            temperature=temperature if temperature >= _MIN_TEMPERATURE else 0.0,
-            top_p=self.top_p or 1.0,
-            top_k=self.top_k or 0,
-            repetition_penalty=self.repetition_penalty or 1.0,
-            num_return_sequences=count,
-            seed=self.seed,
-        )
-
-
-# ---- the answer ----
+# The way of a request:
+#
+#     SecurityHeaders --> HostCheck --> KeyCheck --> route --> ModelEndpoint.__call__
+#                                                                1. open a request (429: the queue is full)
+#                                                                2. read the body (413, 415)
+#                                                                3. `_respond`, unless the client disconnects
+#                                                                4. count and log the status
+#
+# The endpoints of the model are ASGI applications and not Starlette's request handlers, because they must
+# notice a client that disconnects while its answer is being generated: its sequences are evicted at once.
 
 
 class ModelEndpoint:
     """An ASGI application that answers POST requests with the model.
 
-    A request occupies a place of the worker from before its body is read until its response is sent. The
-    place is released when the call returns, for whatever reason: an answer, an error, a timeout, or a
-    client that has disconnected.
+    A request is in flight from before its body is read until its response is sent: reading bodies costs
+    memory too. It is closed when the call returns, for whatever reason: an answer, an error, a timeout, or
+    a client that has disconnected.
 
     Args:
-        worker: Owns the model.
+        engine: Owns the model.
         name: The name of the model, as clients must give it.
         limits: The limits of one request.
         fetcher: Fetches the images of http(s) URLs; None if that is not allowed.
@@ -234,155 +119,128 @@ class ModelEndpoint:
 
     def __init__(
         self,
-        worker: Worker,
+        engine: Engine,
         name: str,
         limits: Limits,
         fetcher: Fetcher | None,
         registry: CollectorRegistry,
     ) -> None:
-        self.worker, self.name, self.limits, self.fetcher = worker, name, limits, fetcher
-        prefix = self.metrics_prefix
+        self.engine = engine
+        self.name = name
+        self.limits = limits
+        self.fetcher = fetcher
         self._requests = Counter(
-            f"{prefix}_requests", "Requests by status", ["status"], registry=registry
+            f"{self.metrics_prefix}_requests", "Requests by status", ["status"], registry=registry
         )
         self._seconds = Histogram(
-            f"{prefix}_request_seconds",
-            "From a request to the end of its response",
+            f"{self.metrics_prefix}_request_seconds",
+            "Seconds from a request to the end of its response",
             registry=registry,
             buckets=_BUCKETS,
         )
 
-    async def _answer(self, body: bytes, place: Place, send: Send) -> None:
+    async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
         """Send the response to a request with this body."""
         raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start, status, begun = time.perf_counter(), 499, False
+        start = time.perf_counter()
+        status = _CLIENT_CLOSED_REQUEST  # unless an answer or an error replaces it
+        has_started = False
 
-        async def reply(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
-            begun = True
+        async def send_and_note(message: MutableMapping[str, Any]) -> None:
+            nonlocal has_started
+            has_started = True
             await send(message)
 
         try:
-            with self.worker.place() as place:
-                async with place.deadline():
-                    body = await self._body(Request(scope, receive))
-                await _while_there(receive, self._answer(body, place, reply), place.left + _GRACE)
+            with self.engine.open_request() as request:
+                async with request.deadline():
+                    body = await self._read_body(Request(scope, receive))
+                response = self._respond(body, request, send_and_note)
+                await _run_while_connected(receive, response, request.seconds_left + _READ_GRACE)
             status = 200
         except ClientDisconnect:
             pass
         except Exception as error:
-            status, body_of_error, _ = to_openai_error(error)
-            if not begun:
-                raise
-            await send(_event(body_of_error, more=False))
+            status, error_body, _ = to_openai_error(error)
+            if not has_started:
+                raise  # `handle_exception` sends the response
+            if status == 500:
+                logger.exception("A stream ended with an error.")
+            # The status line of a stream has been sent: the error is its last event.
+            await send(_event(error_body, more_body=False))
         finally:
             seconds = time.perf_counter() - start
             self._requests.labels(status).inc()
             self._seconds.observe(seconds)
-            logging.getLogger(__name__).info("%d in %.2f s", status, seconds)
+            # Nothing of the request's content is logged.
+            logger.info("%d in %.2f s", status, seconds)
 
-    async def _body(self, request: Request) -> bytes:
+    async def _read_body(self, request: Request) -> bytes:
         # Other types can be sent by any web page without a preflight request.
-        if (
-            request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            != "application/json"
-        ):
-            raise HTTPException(415, "the content-type must be application/json")
-        body = bytearray()
+        content_type = request.headers.get("content-type", "").partition(";")[0]
+        if content_type.strip().lower() != "application/json":
+            raise HTTPException(415, "The Content-Type must be application/json.")
+        max_body = self.limits.max_body
         too_large = HTTPException(
-            413, f"the body is over {self.limits.max_body} bytes", {"connection": "close"}
+            413, f"The body exceeds {max_body} bytes.", {"connection": "close"}
         )
-        if int(request.headers.get("content-length", 0)) > self.limits.max_body:
+        if int(request.headers.get("content-length", 0)) > max_body:
             raise too_large
+        # A chunked body announces no length.
+        body = bytearray()
         async for chunk in request.stream():
             body += chunk
-            if len(body) > self.limits.max_body:
+            if len(body) > max_body:
                 raise too_large
         return bytes(body)
 
-    async def _parse(self, kind: type[ConversationT], body: bytes) -> ConversationT:
+    async def _parse(self, schema: type[ConversationT], body: bytes) -> ConversationT:
         """Validate a body and the name of the model in it."""
         loop = asyncio.get_running_loop()
-        asked = await loop.run_in_executor(self.worker.readers, kind.model_validate_json, body)
-        if asked.model != self.name:
-            raise HTTPException(404, f"there is no model {asked.model!r} here, but {self.name!r}")
-        return asked
+        # In a thread: parsing 20 MB and decoding base64 would block the event loop.
+        readers = self.engine.reader_threads
+        parsed = await loop.run_in_executor(readers, schema.model_validate_json, body)
+        if parsed.model != self.name:
+            raise RequestError(
+                f"The model {parsed.model!r} does not exist; this server has {self.name!r}.",
+                "model",
+                "model_not_found",
+                status=404,
+            )
+        return parsed
 
-    async def _images(self, messages: Sequence[Turn]) -> list[bytes]:
+    async def _load_images(self, messages: Sequence[ChatMessage]) -> list[bytes]:
         """Return the files of all images, in the order of the messages."""
-        urls = [url for turn in messages for url in turn.images]
+        urls = image_urls(messages)
         if len(urls) > self.limits.max_images:
-            raise ValueError(f"{len(urls)} pictures; {self.limits.max_images} may be shown at once")
-        return await asyncio.gather(*(self._image(url) for url in urls))
+            raise RequestError(
+                f"The conversation has {len(urls)} images, the maximum is {self.limits.max_images}.",
+                "messages",
+                "too_many_images",
+            )
+        return await asyncio.gather(*(self._load_image(url) for url in urls))
 
-    async def _image(self, url: str | bytes) -> bytes:
-        if isinstance(url, bytes):
+    async def _load_image(self, url: str | bytes) -> bytes:
+        if isinstance(url, bytes):  # the content of a data URL
             return url
         if self.fetcher is None:
-            raise ValueError(
-                "a picture must be a data URI: this server fetches none (--allow-image-urls)"
+            raise RequestError(
+                "Expected images as data URLs (data:image/...;base64,...). This server fetches no other "
+                "URLs; start it with --allow-image-urls to change that.",
+                "messages",
+                "image_url_not_allowed",
             )
+        # The fetcher limits sizes and times, and connects to public addresses only; see `prepare/fetch.py`.
         fetched = await self.fetcher.fetch(url)
         if fetched.image is None:
-            raise ValueError(f"the picture can't be fetched: {fetched.kind}: {fetched.detail}")
+            raise RequestError(
+                f"An image could not be fetched: {fetched.kind}: {fetched.detail}",
+                "messages",
+                fetched.kind,
+            )
         return fetched.image.data
-
-
-class Attention(ModelEndpoint):
-    """POST /v1/attention, an extension of OpenAI's API: where each word of an answer attended to in the image."""
-
-    metrics_prefix = "llava_attention"
-
-    async def _answer(self, body: bytes, place: Place, send: Send) -> None:
-        asked = await self._parse(AttentionRequest, body)
-        turns = [turn.message(self.worker.model.instruction) for turn in asked.messages]
-        images = await self._images(asked.messages)
-        if len(images) != 1:
-            raise ValueError(
-                f"attention maps need exactly one image, the messages have {len(images)}"
-            )
-        loop = asyncio.get_running_loop()
-        readers = self.worker.readers
-        async with place.deadline():
-            answer_ids = await loop.run_in_executor(readers, self._answer_ids, asked.answer)
-            pixels = await loop.run_in_executor(readers, load_pixels, images[0])
-        # The answer counts as generated tokens, so that the limit of the context applies to it.
-        await place.read(turns, [pixels], GenerationOptions(max_new_tokens=len(answer_ids)))
-        async with place.deadline():
-            words, grids = await self.worker.call(
-                lambda model: self._grids(model, place, answer_ids)
-            )
-        height, width = pixels.shape[:2]
-        content = {
-            "object": "attention",
-            "model": self.name,
-            "region": self.worker.model.vision_tower.transform.visible_region(height, width),
-            "words": [{"word": word, "grid": grid} for word, grid in zip(words, grids)],
-        }
-        await _send_json(content, send)
-
-    def _answer_ids(self, answer: str) -> list[int]:
-        ids = encode_answer(self.worker.model, answer)
-        if not 0 < len(ids) <= self.limits.max_tokens:
-            raise ValueError(
-                f"answer: expected 1 to {self.limits.max_tokens} tokens, got {len(ids)}"
-            )
-        return ids
-
-    @staticmethod
-    def _grids(
-        model: Llava, place: Place, answer_ids: list[int]
-    ) -> tuple[list[str], list[list[list[float]]]]:
-        """Return the words and, for each, its attention to the image's patches (rows, columns)."""
-        assert place.pixels is not None
-        words, grids = word_attention(model, place.prompt, place.pixels, answer_ids)
-        rounded = [
-            [[float(f"{weight:.4g}") for weight in row] for row in grid]
-            for grid in grids[:, 0].nan_to_num().tolist()
-        ]
-        return words, rounded
 
 
 class ChatCompletions(ModelEndpoint):
@@ -390,85 +248,108 @@ class ChatCompletions(ModelEndpoint):
 
     def __init__(
         self,
-        worker: Worker,
+        engine: Engine,
         name: str,
         limits: Limits,
         fetcher: Fetcher | None,
         registry: CollectorRegistry,
     ) -> None:
-        super().__init__(worker, name, limits, fetcher, registry)
+        super().__init__(engine, name, limits, fetcher, registry)
         self._tokens = Counter(
             "llava_tokens", "Tokens of answered requests", ["kind"], registry=registry
         )
-        self._first = Histogram(
+        self._first_token_seconds = Histogram(
             "llava_first_token_seconds",
-            "From a request to its answer's beginning",
+            "Seconds from a request to the first token of its answer",
             registry=registry,
             buckets=_BUCKETS,
         )
 
-    async def _answer(self, body: bytes, place: Place, send: Send) -> None:
-        asked = await self._parse(ChatRequest, body)
-        options = asked.options(self.limits.max_tokens)
-        turns = [turn.message(self.worker.model.instruction) for turn in asked.messages]
-        images = await self._images(asked.messages)
-        await place.ask(turns, images, options, asked.stop or ())
-        await (self._stream if asked.stream else self._whole)(asked, place, send)
+    async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
+        chat = await self._parse(ChatRequest, body)
+        options = chat.to_generation_options(self.limits.max_tokens)
+        messages = chat.to_messages(self.engine.model.instruction)
+        images = await self._load_images(chat.messages)
+        await request.submit(messages, images, options, chat.stop or ())
+        if chat.stream:
+            await self._send_stream(chat, request, send)
+        else:
+            await self._send_complete(request, send)
 
-    async def _pieces(self, place: Place, tokens: list[int]) -> AsyncIterator[Piece]:
-        """The place's pieces; `tokens` keeps how many each sample has."""
-        async for piece in place:
-            if not any(tokens):
-                self._first.observe(self.worker.timeout - place.left)
-            tokens[piece.sample] = piece.tokens
-            yield piece
-        self._tokens.labels("prompt").inc(place.prompt_tokens)
-        self._tokens.labels("answer").inc(sum(tokens))
+    async def _deltas(
+        self, request: RequestHandle, token_counts: list[int]
+    ) -> AsyncIterator[Delta]:
+        """Yield the deltas of a request, and update the metrics.
 
-    async def _whole(self, asked: ChatRequest, place: Place, send: Send) -> None:
-        count = place.options.num_return_sequences
-        texts, ends, tokens = [""] * count, [""] * count, [0] * count
-        async for piece in self._pieces(place, tokens):
-            texts[piece.sample] += piece.text
-            ends[piece.sample] = piece.finish
+        Args:
+            request: The request, which has been submitted.
+            token_counts: For each sequence the number of its tokens; updated with each delta.
+        """
+        async for delta in request:
+            if not any(token_counts):
+                self._first_token_seconds.observe(request.seconds_elapsed)
+            token_counts[delta.index] = delta.num_tokens
+            yield delta
+        self._tokens.labels("prompt").inc(request.prompt_tokens)
+        self._tokens.labels("answer").inc(sum(token_counts))
+
+    async def _send_complete(self, request: RequestHandle, send: Send) -> None:
+        """Send one JSON object when all sequences have finished."""
+        count = request.options.num_return_sequences
+        texts = [""] * count
+        finish_reasons: list[str | None] = [None] * count
+        token_counts = [0] * count
+        async for delta in self._deltas(request, token_counts):
+            texts[delta.index] += delta.text
+            finish_reasons[delta.index] = delta.finish_reason
         choices = [
             {
-                "index": sample,
+                "index": index,
                 "message": {"role": "assistant", "content": text, "refusal": None},
-                "finish_reason": end,
+                "finish_reason": finish_reason,
                 "logprobs": None,
             }
-            for sample, (text, end) in enumerate(zip(texts, ends))
+            for index, (text, finish_reason) in enumerate(zip(texts, finish_reasons))
         ]
         content = {
-            **self._head("chat.completion"),
+            **self._header("chat.completion"),
             "choices": choices,
-            "usage": _usage(place, tokens),
+            "usage": _usage(request, token_counts),
         }
         await _send_json(content, send)
 
-    async def _stream(self, asked: ChatRequest, place: Place, send: Send) -> None:
-        """Server-sent events, a chunk each."""
-        tokens = [0] * place.options.num_return_sequences
-        head = self._head("chat.completion.chunk")
+    async def _send_stream(self, chat: ChatRequest, request: RequestHandle, send: Send) -> None:
+        """Send server-sent events, each with one chunk, as the text is generated."""
+        token_counts = [0] * request.options.num_return_sequences
+        header = self._header("chat.completion.chunk")
 
-        async def chunk(sample: int, delta: dict[str, str], finish: str | None = None) -> None:
-            choice = {"index": sample, "delta": delta, "finish_reason": finish, "logprobs": None}
-            await send(_event({**head, "choices": [choice]}))
+        async def send_chunk(
+            index: int, delta: dict[str, str], finish_reason: str | None = None
+        ) -> None:
+            choice = {
+                "index": index,
+                "delta": delta,
+                "finish_reason": finish_reason,
+                "logprobs": None,
+            }
+            await send(_event({**header, "choices": [choice]}))
 
-        await send({"type": "http.response.start", "status": 200, "headers": _SSE})
-        for sample in range(len(tokens)):
-            await chunk(sample, {"role": "assistant", "content": ""})
-        async for piece in self._pieces(place, tokens):
-            if piece.text:
-                await chunk(piece.sample, {"content": piece.text})
-            if piece.finish:
-                await chunk(piece.sample, {}, piece.finish)
-        if asked.stream_options and asked.stream_options.include_usage:
-            await send(_event({**head, "choices": [], "usage": _usage(place, tokens)}))
-        await send(_event("[DONE]", more=False))
+        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
+        # As OpenAI does: the first chunk of each choice has the role, the last one the reason of its end.
+        for index in range(len(token_counts)):
+            await send_chunk(index, {"role": "assistant", "content": ""})
+        async for delta in self._deltas(request, token_counts):
+            if delta.text:
+                await send_chunk(delta.index, {"content": delta.text})
+            if delta.finish_reason:
+                await send_chunk(delta.index, {}, delta.finish_reason)
+        if chat.stream_options and chat.stream_options.include_usage:
+            usage = _usage(request, token_counts)
+            await send(_event({**header, "choices": [], "usage": usage}))
+        await send(_event("[DONE]", more_body=False))
 
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _header(self, kind: str) -> dict[str, Any]:
+        """Return the fields that all chunks of a response have in common."""
         return {
             "id": f"chatcmpl-{uuid4().hex}",
             "object": kind,
@@ -477,9 +358,85 @@ class ChatCompletions(ModelEndpoint):
         }
 
 
-def _usage(place: Place, tokens: list[int]) -> dict[str, int]:
-    asked, said = place.prompt_tokens, sum(tokens)
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+class Attention(ModelEndpoint):
+    """POST /v1/attention, an extension of OpenAI's API: where each word of an answer attended to in the image."""
+
+    metrics_prefix = "llava_attention"
+
+    async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
+        attention = await self._parse(AttentionRequest, body)
+        messages = attention.to_messages(self.engine.model.instruction)
+        images = await self._load_images(attention.messages)
+        if len(images) != 1:
+            raise RequestError(
+                f"Attention maps need exactly one image, the messages have {len(images)}.",
+                "messages",
+            )
+        loop = asyncio.get_running_loop()
+        readers = self.engine.reader_threads
+        async with request.deadline():
+            answer_ids = await loop.run_in_executor(readers, self._encode_answer, attention.answer)
+            pixels = await loop.run_in_executor(readers, load_pixels, images[0])
+        # The size of the original image is needed below, so it is decoded here and not by `prepare`.
+        # The answer counts as generated tokens, so that the limit of the context applies to it.
+        await request.prepare(messages, [pixels], GenerationOptions(max_new_tokens=len(answer_ids)))
+        async with request.deadline():
+            words, grids = await self.engine.run_on_model(
+                lambda model: _word_attention(model, request, answer_ids)
+            )
+        height, width = pixels.shape[:2]
+        content = {
+            "object": "attention",
+            "model": self.name,
+            "region": self.engine.model.vision_tower.transform.visible_region(height, width),
+            "words": [{"word": word, "grid": grid} for word, grid in zip(words, grids)],
+        }
+        await _send_json(content, send)
+
+    def _encode_answer(self, answer: str) -> list[int]:
+        try:
+            answer_ids = encode_answer(self.engine.model, answer)
+        except ValueError as error:
+            raise RequestError(f"answer: {error}", "answer") from None
+        max_tokens = self.limits.max_tokens
+        if not 0 < len(answer_ids) <= max_tokens:
+            raise RequestError(
+                f"answer: expected 1 to {max_tokens} tokens, got {len(answer_ids)}.", "answer"
+            )
+        return answer_ids
+
+
+def _word_attention(
+    model: Llava, request: RequestHandle, answer_ids: list[int]
+) -> tuple[list[str], list[list[list[float]]]]:
+    """Return the words and, for each, its attention to the image's patches (rows, columns).
+
+    Weights are rounded to 4 digits, which halves the size of the response.
+    """
+    assert request.pixel_values is not None
+    # An answer of incomplete characters, for example, has no word.
+    try:
+        words, grids = word_attention(model, request.prompt, request.pixel_values, answer_ids)
+    except ValueError as error:
+        raise RequestError(f"answer: {error}", "answer") from None
+    rounded: list[list[list[float]]] = []
+    # (words, 1 image, rows, columns). JSON has no NaN, which a broken model may produce.
+    for grid in grids[:, 0].nan_to_num().tolist():
+        rounded.append([[float(f"{weight:.4g}") for weight in row] for row in grid])
+    return words, rounded
+
+
+# ---- responses ----
+
+
+def _usage(request: RequestHandle, token_counts: list[int]) -> dict[str, int]:
+    prompt_tokens = request.prompt_tokens
+    completion_tokens = sum(token_counts)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 async def _send_json(content: object, send: Send) -> None:
@@ -488,68 +445,75 @@ async def _send_json(content: object, send: Send) -> None:
     await send({"type": "http.response.body", "body": response.body})
 
 
-def _event(content: object, more: bool = True) -> dict[str, Any]:
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    return {"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more}
+def _event(content: object, more_body: bool = True) -> dict[str, Any]:
+    """Return the ASGI message of one server-sent event."""
+    data = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return {
+        "type": "http.response.body",
+        "body": f"data: {data}\n\n".encode(),
+        "more_body": more_body,
+    }
 
 
-async def _while_there(receive: Receive, work: Coroutine[Any, Any, None], seconds: float) -> None:
-    """Do the work, as long as the client is there; one that has not read its answer in time counts as gone.
+async def _run_while_connected(
+    receive: Receive, response: Coroutine[Any, Any, None], seconds: float
+) -> None:
+    """Send a response as long as the client is connected.
+
+    Args:
+        receive: Receives the disconnection.
+        response: Sends the response.
+        seconds: Time for all of it. A client that has not read its response by then counts as
+            disconnected: it would occupy its place in the queue forever.
 
     Raises:
-        ClientDisconnect
+        ClientDisconnect: The client has disconnected.
     """
 
-    async def gone() -> None:
+    async def wait_for_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    responding = asyncio.create_task(response)
+    watching = asyncio.create_task(wait_for_disconnect())
     try:
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
+        await asyncio.wait(
+            [responding, watching], timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not responding.done():
             raise ClientDisconnect
-        tasks[0].result()
+        responding.result()  # raises what the response has raised
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        responding.cancel()
+        watching.cancel()
+        await asyncio.gather(responding, watching, return_exceptions=True)
 
 
 # ---- the application ----
 
 
 def create_app(
-    worker: Worker,
+    engine: Engine,
     name: str,
     key: str = "",
     limits: Limits = Limits(),
     page: Sequence[BaseRoute] = (),
     allowed_hosts: Iterable[str] = (),
 ) -> Starlette:
-    """Return the application. It starts and stops the worker.
+    """Return the application. It starts and stops the engine.
 
     Args:
-        worker: Owns the model.
+        engine: Owns the model.
         name: The name of the model, as clients must give it.
         key: The API key; empty if none is required. `security.PUBLIC_PATHS` never require it.
         limits: The limits of one request.
         page: The routes of the web page, from `page.page_routes`.
         allowed_hosts: Additional values of the Host header, see `security.HostCheck`.
     """
+    # A registry of its own: the global one would be shared by all applications of a process.
     registry = CollectorRegistry()
-    fetcher = None
-    if limits.fetch:
-        require_extra("download", "aiohttp", "aiodns", purpose="--allow-image-urls")
-        from llava_simplified.prepare.fetch import Fetcher
-
-        fetcher = Fetcher(limits.fetch)
-    Gauge("llava_places", "Requests under way", registry=registry).set_function(
-        lambda: len(worker.places)
-    )
-    Gauge("llava_rows", "Answers being decoded", registry=registry).set_function(
-        lambda: len(worker.rows)
-    )
+    _add_engine_metrics(engine, registry)
+    fetcher = _create_fetcher(limits)
     model = {
         "id": name,
         "object": "model",
@@ -558,39 +522,54 @@ def create_app(
     }
 
     async def health(_: Request) -> Response:
-        return JSONResponse(
-            {"status": "ok" if worker.alive else "failed"}, 200 if worker.alive else 503
-        )
+        if engine.is_running:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "failed"}, 503)
 
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def models(_: Request) -> Response:
+    async def list_models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def one_model(request: Request) -> Response:
-        if request.path_params["name"] != name:
-            raise HTTPException(
-                404, f"there is no model {request.path_params['name']!r} here, but {name!r}"
+    async def retrieve_model(request: Request) -> Response:
+        requested = request.path_params["name"]
+        if requested != name:
+            raise RequestError(
+                f"The model {requested!r} does not exist; this server has {name!r}.",
+                "model",
+                "model_not_found",
+                status=404,
             )
         return JSONResponse(model)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with worker, fetcher or nullcontext():
+        async with engine, fetcher or nullcontext():
             yield
 
-    endpoint = (worker, name, limits, fetcher, registry)
+    endpoint_args = (engine, name, limits, fetcher, registry)
+    # The first one is outermost: the answers of the others have security headers, too.
     middleware = [Middleware(SecurityHeaders), Middleware(HostCheck, allowed_hosts)]
     if key:
         middleware.append(Middleware(KeyCheck, key))
-    handled = (HTTPException, Busy, asyncio.TimeoutError, ValueError, Exception)
+    # Handlers are looked up by class. The first six are client errors; for any other exception, Starlette
+    # sends the response and raises the exception again, so that uvicorn logs it.
+    handled = (
+        HTTPException,
+        QueueFullError,
+        asyncio.TimeoutError,
+        ValidationError,
+        RequestError,
+        ImageError,
+        Exception,
+    )
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(*endpoint), methods=["POST"]),
-            Route("/v1/attention", Attention(*endpoint), methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/v1/models/{name:path}", one_model),
+            Route("/v1/chat/completions", ChatCompletions(*endpoint_args), methods=["POST"]),
+            Route("/v1/attention", Attention(*endpoint_args), methods=["POST"]),
+            Route("/v1/models", list_models),
+            Route("/v1/models/{name:path}", retrieve_model),
             Route("/health", health),
             Route("/metrics", metrics),
             *page,
@@ -601,3 +580,23 @@ def create_app(
     )
     app.router.redirect_slashes = False  # only the paths above exist
     return app
+
+
+def _add_engine_metrics(engine: Engine, registry: CollectorRegistry) -> None:
+    requests = Gauge(
+        "llava_requests_in_flight", "Requests being read, waiting or running", registry=registry
+    )
+    requests.set_function(lambda: len(engine.requests_in_flight))
+    sequences = Gauge(
+        "llava_sequences_running", "Sequences in the running batch", registry=registry
+    )
+    sequences.set_function(lambda: len(engine.sequences_running))
+
+
+def _create_fetcher(limits: Limits) -> Fetcher | None:
+    if limits.fetch is None:
+        return None
+    # Needs aiohttp, which the extra `serve` does not install.
+    from llava_simplified.prepare.fetch import Fetcher
+
+    return Fetcher(limits.fetch)

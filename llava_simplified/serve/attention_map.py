@@ -1,9 +1,24 @@
-"""Attention maps: which image patches each generated word attended to."""
+"""Attention maps: which image patches each generated word attended to.
+
+A token is predicted at the position before it: the last prompt token predicts the first answer token. The
+attention weights "of" an answer token are therefore the row of the position that predicted it:
+
+    keys:      [ prompt and image patches        | answer          ]
+    query "ASSISTANT:"  . . # # # # . . .                              -> predicts "a"
+    query "a"           . . # # # # . . .          .                   -> predicts "cat"
+    query "cat"         . . # # # # . . .          .  .                -> predicts the end
+                            ^^^^^^^ the columns that are returned
+
+Only the eager attention kernel returns weights, and it needs memory for all queries x keys. The prompt
+therefore passes through the model's own kernel into a KV cache, and only the rows of the answer use the
+eager one.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,64 +33,80 @@ from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_p
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message
 
-# A word with the white space in front of it. Chinese and Japanese are written without spaces: each character is a word.
-# page.js splits answers by the same rule.
+# A word with the white space before it. Chinese and Japanese are written without spaces: each character
+# is a word. page_attention.js splits answers by the same rule.
 WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+)")
 
 
 @torch.inference_mode()
-def attention_grids(
-    model: Llava, prompt: Sequence[int], answer: Sequence[int], image_features: torch.Tensor
+def token_attention(
+    model: Llava, prompt: Sequence[int], answer_ids: Sequence[int], image_features: torch.Tensor
 ) -> torch.Tensor:
-    """For each token of an answer the attention to the patches, while it was chosen: the mean over layers and heads.
+    """Return the attention to the image patches at the position that predicted each answer token.
 
-    A token is chosen where the one before it is read: the rows are those of that place, as `generate` with
-    `output_attentions` gives them. The prompt passes through the model's own attention kernel; only the answer's rows
-    need the eager one, which alone tells its weights.
+    The weights are averaged over all layers that have attention, and over their heads. They equal those
+    of Transformers' `generate(output_attentions=True)`.
 
     Args:
-        prompt: token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
-        answer: the ids that followed.
-        image_features: (images, tokens, vision width) from the tower.
+        model: The model that generated the answer.
+        prompt: Token ids from `Prompt.render(messages, None)`, with one IMAGE_INDEX per image.
+        answer_ids: Token ids of the answer.
+        image_features: (images, tokens, vision width) from the vision tower.
 
     Returns:
-        float32 (answer, images, rows, columns)
+        float32 (answer tokens, images, rows, columns)
     """
-    ids = expand_image_placeholders([*prompt, *answer[:-1]], model.vision_tower.num_tokens)
+    # The last token predicts nothing that is part of the answer.
+    ids = expand_image_placeholders([*prompt, *answer_ids[:-1]], model.vision_tower.num_tokens)
     embeds = model.splice(torch.from_numpy(ids)[None].to(model.device), image_features)
-    start = embeds.shape[1] - len(answer)
-    text_model: Any = model.language_model
-    cache: Any = {cache_kwarg_name(text_model): DynamicCache(config=model.config)}
-    kernel = model.config._attn_implementation
-    with lm_head_at_positions(text_model, torch.tensor([0], device=model.device)):
-        text_model(inputs_embeds=embeds[:, :start], use_cache=True, **cache)
-        model.config._attn_implementation = "eager"
-        try:
-            outputs = text_model(
+    length = embeds.shape[1]
+    start = length - len(answer_ids)  # the position that predicts the first answer token
+
+    language_model: Any = model.language_model
+    cache: Any = {cache_kwarg_name(language_model): DynamicCache(config=model.config)}
+    # No logits are needed. One position is the least that the LM head can be restricted to.
+    with lm_head_at_positions(language_model, torch.tensor([0], device=model.device)):
+        language_model(inputs_embeds=embeds[:, :start], use_cache=True, **cache)
+        with _eager_attention(model.config):
+            outputs = language_model(
                 inputs_embeds=embeds[:, start:], use_cache=True, output_attentions=True, **cache
             )
-        finally:
-            model.config._attn_implementation = kernel
-    # a layer with a sliding window has forgotten what came first: its columns are the last ones
-    layers = [layer[0].float().mean(0) for layer in outputs.attentions if layer is not None]
-    rows = torch.stack([pad(layer, (len(ids) - layer.shape[-1], 0)) for layer in layers]).mean(0)
-    patches = rows[:, torch.from_numpy(ids == IMAGE_INDEX).to(rows.device)].unflatten(
-        1, (len(image_features), -1)
-    )
+
+    layers: list[torch.Tensor] = []
+    for weights in outputs.attentions:
+        if weights is None:  # a layer without attention, such as a convolution
+            continue
+        mean = weights[0].float().mean(0)  # (heads, queries, keys) -> (queries, keys)
+        # A sliding window has dropped the first keys: those that are left are the last ones.
+        layers.append(pad(mean, (length - mean.shape[-1], 0)))
+    attention = torch.stack(layers).mean(0)
+
+    is_image = torch.from_numpy(ids == IMAGE_INDEX).to(attention.device)
+    patches = attention[:, is_image].unflatten(1, (len(image_features), -1))
     height, width = model.vision_tower.grid
-    return patches[..., -height * width :].unflatten(
-        2, (height, width)
-    )  # CLS tokens stand in front of the patches
+    # Class tokens, where the tower has any, precede the patches.
+    return patches[..., -height * width :].unflatten(2, (height, width))
 
 
-def look(
-    model: Llava, turns: str | Sequence[Message], images: Sequence[ImageSource], answer: str
+@contextmanager
+def _eager_attention(config: Any) -> Iterator[None]:
+    """Use the eager attention kernel, the only one that returns attention weights."""
+    implementation = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = implementation
+
+
+def attention_map(
+    model: Llava, messages: str | Sequence[Message], images: Sequence[ImageSource], answer: str
 ) -> torch.Tensor:
     """Return the attention map of each `WORD` of an answer to a conversation.
 
     Args:
         model: The model that generated the answer.
-        turns: A question or a conversation, as for `Llava.stream`.
+        messages: A question or a conversation, as for `Llava.stream`.
         images: The images of the conversation, at least one.
         answer: The text that the model generated.
 
@@ -83,55 +114,71 @@ def look(
         float32 (words, images, rows, columns)
 
     Raises:
-        ValueError: There is no image.
+        ValueError: There is no image, or the answer contains no word.
     """
-    prompt, pixels = model.prepare_inputs(turns, images)
-    if pixels is None:
+    prompt, pixel_values = model.prepare_inputs(messages, images)
+    if pixel_values is None:
         raise ValueError("the conversation has no image; attention maps need at least one")
-    _, grids = word_attention(model, prompt, pixels, encode_answer(model, answer))
-    return grids
+    _, maps = word_attention(model, prompt, pixel_values, encode_answer(model, answer))
+    return maps
 
 
 def encode_answer(model: Llava, answer: str) -> list[int]:
-    """Return the token ids of an answer, without the end token."""
-    _, ([*ids, _end],) = model.prompt.render_branches([Message("user", "")], [answer])
-    return ids
-
-
-def word_attention(
-    model: Llava, prompt: Sequence[int], pixels: torch.Tensor, answer_ids: Sequence[int]
-) -> tuple[list[str], torch.Tensor]:
-    """Return the words of an answer and, for each, the mean of `attention_grids` over its tokens.
-
-    Args:
-        model: The model that generated the answer.
-        prompt: Token ids of the conversation, with one IMAGE_INDEX per image.
-        pixels: uint8 (images, 3, height, width) from the vision tower's transform.
-        answer_ids: Token ids of the answer, without the end token.
-
-    Returns:
-        The words, each with the white space in front of it, and float32 (words, images, rows, columns).
+    """Return the token ids of an answer, without the end token.
 
     Raises:
         ValueError: The answer contains no word.
     """
-    grids = attention_grids(model, prompt, answer_ids, encode_images(model, pixels))
-    # The text that the first N tokens decode to, for every N. A token belongs to each word that it lengthens.
-    texts = [
-        model.prompt.decode(answer_ids[: count + 1]).rstrip("\ufffd")
-        for count in range(len(answer_ids))
-    ]
-    ends = np.array([len(text) for text in texts])
-    starts = np.concatenate([[0], ends[:-1]])
-    ends = np.maximum(
-        ends, starts + 1
-    )  # an incomplete character belongs to the one that the next token completes
+    if not answer.strip():
+        raise ValueError("the answer contains no word")
+    _, (answer_ids,) = model.prompt.render_branches([Message("user", "")], [answer])
+    return answer_ids[:-1]
+
+
+def word_attention(
+    model: Llava, prompt: Sequence[int], pixel_values: torch.Tensor, answer_ids: Sequence[int]
+) -> tuple[list[str], torch.Tensor]:
+    """Return the words of an answer and, for each, the mean of `token_attention` over its tokens.
+
+    Args:
+        model: The model that generated the answer.
+        prompt: Token ids of the conversation, with one IMAGE_INDEX per image.
+        pixel_values: uint8 (images, 3, height, width) from the vision tower's transform.
+        answer_ids: Token ids of the answer, without the end token.
+
+    Returns:
+        The words, each with the white space before it, and float32 (words, images, rows, columns).
+
+    Raises:
+        ValueError: The answer contains no word.
+    """
+    grids = token_attention(model, prompt, answer_ids, encode_images(model, pixel_values))
+    text, starts, ends = _token_spans(model, answer_ids)
     words: list[str] = []
     maps: list[torch.Tensor] = []
-    for match in WORD.finditer(texts[-1]):
+    for match in WORD.finditer(text):
         start, end = match.span()
+        overlaps = (starts < end) & (ends > start)
         words.append(match.group())
-        maps.append(grids[(starts < end) & (ends > start)].mean(0))
+        maps.append(grids[overlaps].mean(0))
     if not words:
         raise ValueError("the answer contains no word")
     return words, torch.stack(maps)
+
+
+def _token_spans(model: Llava, answer_ids: Sequence[int]) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return the text of an answer, and the first and last characters of each token in it.
+
+    Tokens are decoded together with those before them, because a single token need not be valid UTF-8.
+
+    Returns:
+        The text, and int (tokens,) starts and ends. Spans are half-open and never empty: a token that
+        completes no character belongs to the character that a later token completes.
+    """
+    texts: list[str] = []
+    for count in range(1, len(answer_ids) + 1):
+        texts.append(model.prompt.decode(answer_ids[:count]).rstrip("\ufffd"))
+    ends = np.array([len(text) for text in texts])
+    starts = np.concatenate([[0], ends[:-1]])
+    ends = np.maximum(ends, starts + 1)
+    return texts[-1], starts, ends

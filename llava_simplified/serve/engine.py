@@ -1,12 +1,17 @@
-"""Requests share the model: each joins the batch under way, wherever that is, and leaves it when it is answered.
+"""Continuous batching: requests join and leave one running batch between two decoding steps.
 
-    with worker.place() as place:                     # Busy where too many wait already
-        await place.ask(turns, images, options)       # ValueError: what is wrong with the request
-        async for piece in place:
-            print(piece.text, end="")
+    request A    P D D D D D D D            P  prefill: prompt and images -> KV cache and first logits
+    request B        P D D x                D  decode: one token for every running sequence
+    request C    . . . . . . P D D D D      .  waiting: the batch is full
+                -----------------------> t  x  evicted: the client has disconnected
 
-All bookkeeping is done on one event loop, all work on the model in one thread of its own: neither needs a lock. Whoever
-leaves the `with` early, because a client went away or its time is up, frees the rows for others.
+A request does not wait for the batch to finish: it is admitted before the next step, wherever the others
+are. A sequence that has finished, or whose client has left, makes room for the next request.
+
+    with engine.open_request() as request:               # QueueFullError
+        await request.submit(messages, images, options)  # RequestError, ImageError, TimeoutError
+        async for delta in request:                      # RuntimeError, TimeoutError
+            print(delta.text, end="")
 """
 
 from __future__ import annotations
@@ -16,10 +21,11 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,316 +34,537 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout
 
-from llava_simplified.data.images import ImageSource
+from llava_simplified.data.images import ImageError, ImageSource
 from llava_simplified.model.generation import DecodingBatch, encode_images
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.sampling import prompt_hashes
 from llava_simplified.prompt import Message
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
-_READERS = 2  # threads that decode pictures: one of 50 megapixels takes 150 MB
+
+# Threads that decode images. An image of 50 megapixels occupies 150 MB while it is decoded.
+_READER_THREADS = 2
+_REPLACEMENT_CHARACTER = "\ufffd"  # decoders write it for an incomplete UTF-8 sequence
 
 
-class Busy(Exception):
-    """All places are taken; `retry_after`: the seconds that an answer takes at present."""
+class QueueFullError(Exception):
+    """Too many requests are in flight.
+
+    Attributes:
+        retry_after: Seconds until a retry is likely to succeed: the recent duration of a request.
+    """
 
     def __init__(self, retry_after: int) -> None:
-        super().__init__(f"all places are taken; try again in {retry_after} s")
+        super().__init__(f"The queue is full. Retry in {retry_after} s.")
         self.retry_after = retry_after
 
 
-class Piece(NamedTuple):
-    """What an answer goes on with.
+class RequestError(ValueError):
+    """A request that cannot be answered as it is.
 
     Attributes:
-        sample: which of the `num_return_sequences` answers.
-        text: the pieces of a sample, joined, are the text that `Llava.caption` gives.
-        tokens: so many it has by now.
-        finish: "" while it goes on, then "stop" (it has ended) or "length" (it had to).
+        param: The field of the request that is wrong, for example "messages[0].content".
+        code: A short identifier of the problem that does not change, for example "too_many_images".
+        status: The HTTP status.
     """
 
-    sample: int
+    def __init__(
+        self, message: str, param: str | None = None, code: str | None = None, status: int = 400
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+        self.status = status
+
+
+# Dataclasses and no NamedTuples: their field `index` would hide the method `tuple.index`.
+@dataclass(frozen=True)
+class Delta:
+    """New text of one sequence.
+
+    Attributes:
+        index: Which of the request's `num_return_sequences` sequences.
+        text: The text that was added. All deltas of a sequence, joined, are its complete answer.
+        num_tokens: Number of tokens that the sequence has so far.
+        finish_reason: None while the sequence continues, else "stop" (an end token or a stop text) or
+            "length" (`max_new_tokens`).
+    """
+
+    index: int
     text: str
-    tokens: int
-    finish: str
+    num_tokens: int
+    finish_reason: str | None
 
 
-class Place:
-    """One request, from before its body is read until its last piece is written."""
+@dataclass(frozen=True)
+class RunningSequence:
+    """A sequence of the batch: its request, and which of the request's sequences it is."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    request: RequestHandle
+    index: int
+
+
+class RequestHandle:
+    """One request, in flight from `with` until the end of the block.
+
+    Attributes:
+        options: Generation options.
+        prompt: Token ids, with one IMAGE_INDEX per image.
+        pixel_values: uint8 (images, 3, height, width), or None without images.
+        prompt_hash: Digest of prompt and images, from which random draws are derived.
+        prompt_tokens: Number of tokens of the prompt, with all tokens of its images.
+        is_closed: Whether nobody waits for the answer any longer.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._start = time.monotonic()
-        self._pieces = asyncio.Queue[Piece | Exception]()
-        self._said: dict[int, str] = {}  # sample -> text that has gone out
+        # Unbounded: an answer has at most `max_new_tokens` deltas, and the model must not wait for a client.
+        self._deltas = asyncio.Queue[Delta | Exception]()
+        self._sent: dict[int, str] = {}  # sequence -> text of all its deltas
         self._stop: Sequence[str] = ()
         self.options = GenerationOptions()
         self.prompt: list[int] = []
-        self.pixels: torch.Tensor | None = None
-        self.key = b""
+        self.pixel_values: torch.Tensor | None = None
+        self.prompt_hash = b""
         self.prompt_tokens = 0
-        self.closed = False
+        self.is_closed = False
 
-    def __enter__(self) -> Place:
-        self._worker.enter(self)
+    def __enter__(self) -> RequestHandle:
+        self._engine.register(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.closed = True
-        self._worker.leave(self, time.monotonic() - self._start)
+        self.is_closed = True
+        self._engine.unregister(self)
 
     @property
-    def left(self) -> float:
-        """Seconds until its time is up."""
-        return self._start + self._worker.timeout - time.monotonic()
+    def seconds_elapsed(self) -> float:
+        """Seconds since the request arrived."""
+        return time.monotonic() - self._start
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the request times out."""
+        return self._engine.timeout - self.seconds_elapsed
 
     def deadline(self) -> AbstractAsyncContextManager[Any]:
-        """What is awaited within it raises TimeoutError when the time is up.
+        """Return a context in which awaiting raises TimeoutError when the request times out.
 
-        Not `asyncio.wait_for`: before Python 3.12 that loses a cancellation which comes together with the result, and
-        who has left would be answered to the end.
+        `asyncio.wait_for` is no substitute: before Python 3.12 it loses a cancellation that arrives
+        together with the result, and a client that has left would be answered to the end.
         """
-        return timeout(self.left)
+        return timeout(self.seconds_left)
 
-    async def ask(
+    async def submit(
         self,
-        turns: str | Sequence[Message],
+        messages: str | Sequence[Message],
         images: Sequence[ImageSource] = (),
         options: GenerationOptions | None = None,
         stop: Sequence[str] = (),
     ) -> None:
-        """Read the pictures and get in line.
+        """Prepare the request and append it to the queue.
 
         Args:
-            turns, images: as `Llava.stream` takes them.
-            options: one beam; as many sequences as a batch has rows at most.
-            stop: texts before which an answer ends.
+            messages: A question or a conversation, as for `Llava.stream`.
+            images: One for each `<image>` of the messages.
+            options: One beam, and at most `batch_size` sequences.
+            stop: Texts that end an answer; they are not part of it.
 
         Raises:
-            ValueError: an image can't be read (ImageError), or the request asks for what can't be done.
-            TimeoutError
+            ImageError: An image cannot be read.
+            RequestError: The request exceeds a limit of the engine, or its messages are invalid.
+            TimeoutError: The request timed out.
         """
         self._stop = stop
-        await self.read(turns, images, options)
-        self._worker.enqueue(self)
+        await self.prepare(messages, images, options)
+        self._engine.enqueue(self)
 
-    async def read(
+    async def prepare(
         self,
-        turns: str | Sequence[Message],
+        messages: str | Sequence[Message],
         images: Sequence[ImageSource] = (),
         options: GenerationOptions | None = None,
     ) -> None:
-        """Decode the images and tokenize the conversation into `pixels` and `prompt`, without joining the queue.
+        """Set `prompt`, `pixel_values` and `options`, without joining the queue.
 
-        Arguments and exceptions are those of `ask`.
+        Arguments and exceptions are those of `submit`.
         """
-        loop, worker = asyncio.get_running_loop(), self._worker
+        engine = self._engine
         self.options = options or self.options
-        if self.options.num_beams > 1 or self.options.num_return_sequences > worker.batch_size:
-            raise ValueError(f"one beam, and {worker.batch_size} answers at most, are decoded here")
-        reading = loop.run_in_executor(worker.readers, self._read, turns, images)
+        if self.options.num_beams > 1:
+            raise RequestError("Beam search is not supported by the server.", "num_beams")
+        if self.options.num_return_sequences > engine.batch_size:
+            raise RequestError(
+                f"n: {self.options.num_return_sequences} answers were requested, but the server "
+                f"generates at most {engine.batch_size} at a time.",
+                "n",
+            )
+        loop = asyncio.get_running_loop()
+        reading = loop.run_in_executor(engine.reader_threads, self._prepare, messages, images)
         async with self.deadline():
             await reading
 
-    def _read(self, turns: str | Sequence[Message], images: Sequence[ImageSource]) -> None:
-        model, context = self._worker.model, self._worker.context
-        if len(images) * model.vision_tower.num_tokens >= context:  # before they are decoded
-            raise ValueError(
-                f"{len(images)} pictures do not fit into the {context} tokens of the context"
+    def _prepare(self, messages: str | Sequence[Message], images: Sequence[ImageSource]) -> None:
+        """Decode the images and tokenize the messages, in a reader thread."""
+        model = self._engine.model
+        max_context = self._engine.max_context
+        tokens_per_image = model.vision_tower.num_tokens
+        # Checked before the images are decoded, which is expensive.
+        if len(images) * tokens_per_image >= max_context:
+            raise RequestError(
+                f"{len(images)} images of {tokens_per_image} tokens exceed the context of "
+                f"{max_context} tokens.",
+                "messages",
+                "context_length_exceeded",
             )
-        self.prompt, self.pixels = model.prepare_inputs(turns, images)
-        self.prompt_tokens = len(self.prompt) + len(images) * (model.vision_tower.num_tokens - 1)
-        longest = self.prompt_tokens + self.options.max_new_tokens
-        if not self.prompt or longest > context:
-            raise ValueError(
-                f"{self.prompt_tokens} tokens are asked, pictures included, and up to {self.options.max_new_tokens} "
-                f"answered; together they may be {context}"
+        try:
+            self.prompt, self.pixel_values = model.prepare_inputs(messages, images)
+        except ImageError:
+            raise
+        except ValueError as error:
+            raise RequestError(str(error), "messages") from None
+        # In `prompt`, each image is one placeholder; in the context, it has `tokens_per_image` tokens.
+        self.prompt_tokens = len(self.prompt) + len(images) * (tokens_per_image - 1)
+        max_new_tokens = self.options.max_new_tokens
+        if not self.prompt:
+            raise RequestError("The prompt is empty.", "messages")
+        if self.prompt_tokens + max_new_tokens > max_context:
+            raise RequestError(
+                f"The prompt has {self.prompt_tokens} tokens (images included) and the answer may have "
+                f"{max_new_tokens}, but the context has {max_context}. Shorten the conversation or "
+                "lower max_tokens.",
+                "messages",
+                "context_length_exceeded",
             )
-        (self.key,) = prompt_hashes([self.prompt], self.pixels)
+        (self.prompt_hash,) = prompt_hashes([self.prompt], self.pixel_values)
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """The pieces of all samples, as they come.
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Yield the deltas of all sequences as they are generated.
 
         Raises:
-            TimeoutError: the time is up.
-            RuntimeError: the model failed.
+            TimeoutError: The request timed out.
+            RuntimeError: The model failed.
         """
-        going_on = self.options.num_return_sequences
-        while going_on:
+        unfinished = self.options.num_return_sequences
+        while unfinished:
             async with self.deadline():
-                piece = await self._pieces.get()
-            if isinstance(piece, Exception):
-                raise RuntimeError("the model failed") from piece
-            going_on -= bool(piece.finish)
-            yield piece
+                delta = await self._deltas.get()
+            if isinstance(delta, Exception):
+                raise RuntimeError("The model failed to generate an answer.") from delta
+            if delta.finish_reason:
+                unfinished -= 1
+            yield delta
 
-    def put(self, piece: Piece | Exception) -> None:
-        self._pieces.put_nowait(piece)
+    def put(self, delta: Delta | Exception) -> None:
+        """Hand over a delta, or the exception that ends the request. Call it on the event loop."""
+        self._deltas.put_nowait(delta)
 
-    def go_on(self, sample: int, tokens: Sequence[int], live: bool) -> Piece:
-        """What a sample says beyond what has gone out, now that it has these tokens."""
-        prompt = self._worker.model.prompt
-        text = prompt.decode(tokens).lstrip()
-        end = min((at for word in self._stop if (at := text.find(word)) >= 0), default=-1)
-        finish = "" if live else "stop" if tokens[-1] in prompt.stop_ids else "length"
-        if end >= 0:
-            text, finish = text[:end], "stop"
-        elif live:
-            # kept back: half a letter, white space that may be the last, and what may be the beginning of a stop
-            text = text.rstrip("\ufffd")
-            beginnings = (word[:size] for word in self._stop for size in range(1, len(word)))
-            text = text[
-                : len(text)
-                - max((len(part) for part in beginnings if text.endswith(part)), default=0)
-            ]
-        text, said = text.rstrip(), self._said.get(sample, "")
-        self._said[sample] = text
-        return Piece(sample, text[len(said) :], len(tokens), finish)
+    def next_delta(self, index: int, token_ids: Sequence[int], is_active: bool) -> Delta:
+        """Return what has been added to a sequence since its last delta.
+
+        All tokens are decoded again: what a token adds depends on those before it.
+
+        Args:
+            index: The sequence.
+            token_ids: All tokens that were generated for it.
+            is_active: Whether more tokens will follow.
+        """
+        prompt = self._engine.model.prompt
+        text = prompt.decode(token_ids).lstrip()
+        finish_reason: str | None = None
+        if not is_active:
+            finish_reason = "stop" if token_ids[-1] in prompt.stop_ids else "length"
+        # A stop text may consist of parts of several tokens, so it is searched for in the whole text.
+        stop_position = _find_first(text, self._stop)
+        if stop_position is not None:
+            text = text[:stop_position]
+            finish_reason = "stop"
+        elif is_active:
+            text = _without_unfinished_end(text, self._stop)
+        # White space at the end is not part of an answer, and whether it is the end is not yet known.
+        text = text.rstrip()
+        sent = self._sent.get(index, "")
+        self._sent[index] = text
+        return Delta(index, text[len(sent) :], len(token_ids), finish_reason)
 
 
-class Worker:
-    """Owns the model while it serves. Use as an async context manager, on the event loop of the requests.
+def _find_first(text: str, stop: Sequence[str]) -> int | None:
+    """Return the position of the first stop text in `text`, or None."""
+    positions = [text.find(stop_text) for stop_text in stop]
+    found = [position for position in positions if position >= 0]
+    return min(found, default=None)
+
+
+def _without_unfinished_end(text: str, stop: Sequence[str]) -> str:
+    """Remove the end of a text that the next token may change.
+
+    That is an incomplete character, and anything that may be the beginning of a stop text: what has been
+    sent cannot be taken back.
+    """
+    text = text.rstrip(_REPLACEMENT_CHARACTER)
+    longest = 0
+    for stop_text in stop:
+        for length in range(1, len(stop_text)):
+            if text.endswith(stop_text[:length]):
+                longest = max(longest, length)
+    return text[: len(text) - longest]
+
+
+# How a step works. Two threads alternate: while the model thread works on a step, the event loop serves HTTP
+# and leaves the batch alone, so neither side needs a lock.
+#
+#     event loop                                  model thread, the only one that uses the model
+#     ----------                                  ----------------------------------------------
+#     RequestHandle.submit: decode the images
+#     (reader threads), append to the queue
+#     Engine._next_requests: those that fit ----> Engine._step
+#                                                   1. evict the sequences of closed requests
+#                                                   2. admit the new requests: encode images, prefill
+#                                                   3. DecodingBatch.step: one token per sequence
+#     `async for delta in request` <------------    4. read the new text; evict finished sequences
+#
+# Admission. The queue is first in, first out. A request with `num_return_sequences` = n is admitted when n
+# sequences of the batch are free; requests behind it wait, so that it cannot starve. All requests admitted
+# in one step are prefilled together, in one forward pass. Running sequences wait for that pass and then
+# continue: a long prompt delays their next token, and changes nothing else.
+#
+# Independence. Every sequence has its own rows in the KV cache and in the attention mask, its own position
+# ids and generation options, and a random generator seeded from its seed and its prompt. Padding is masked.
+# Its answer is therefore the one that the model generates alone, whichever neighbours join or leave.
+#
+# Failure. If the scores of one sequence are not finite, or if choosing or decoding its token raises, only
+# its request fails. If a forward pass raises (out of memory, for example), the whole batch fails, and the
+# next requests start a new one.
+#
+# Deadlines and back-pressure. A request has `timeout` seconds from its arrival, waiting included. At most
+# `batch_size + max_queue` requests are in flight; further ones are refused with QueueFullError. Whoever
+# leaves the `with` block, for whatever reason, closes the request, and the next step evicts its sequences.
+
+
+class Engine:
+    """Owns the model while it is served. Use it as an async context manager, on the requests' event loop.
 
     Args:
-        batch_size: rows that are decoded at the same time.
-        queue: requests beside these that may wait; more are refused.
-        timeout: seconds that a request may take, its waiting included.
-        context: tokens of prompt, pictures and answer together.
+        model: The model.
+        batch_size: Maximum number of sequences that are generated at the same time.
+        max_queue: Number of further requests that may wait.
+        timeout: Maximum duration of a request in seconds, waiting included.
+        max_context: Maximum number of tokens of prompt, images and answer together; a model with fewer
+            position embeddings lowers it.
 
     Attributes:
-        places: the requests under way.
-        rows: row of the batch -> whose it is, and which sample.
+        requests_in_flight: The open requests, whether they are being read, waiting or running.
+        sequences_running: Id of a sequence in the batch -> the sequence. Those of closed requests remain
+            until the next step evicts them.
+        reader_threads: Executor for work on the CPU that needs no language model.
     """
 
     def __init__(
         self,
         model: Llava,
         batch_size: int = 16,
-        queue: int = 64,
+        max_queue: int = 64,
         timeout: float = 120.0,
-        context: int = 4096,
+        max_context: int = 4096,
     ) -> None:
-        self.model = model.eval()
-        self.batch_size, self.queue, self.timeout = batch_size, queue, timeout
-        self.context = min(context, getattr(model.config, "max_position_embeddings", context))
-        self.places: set[Place] = set()
-        self.rows: dict[int, tuple[Place, int]] = {}
-        self.readers = ThreadPoolExecutor(_READERS, "pictures")
-        self._thread = ThreadPoolExecutor(1, "model")
-        self._decoding: DecodingBatch | None = None
-        self._waiting = deque[Place]()
-        self._wake = asyncio.Event()
-        self._pace = 1.0  # seconds an answer, lately
+        self.model = model.eval()  # dropout would make answers random
+        self.batch_size = batch_size
+        self.max_queue = max_queue
+        self.timeout = timeout
+        self.max_context = min(
+            max_context, getattr(model.config, "max_position_embeddings", max_context)
+        )
+        self.requests_in_flight: set[RequestHandle] = set()
+        self.sequences_running: dict[int, RunningSequence] = {}
+        self.reader_threads = ThreadPoolExecutor(_READER_THREADS, "reader")
+        self._model_thread = ThreadPoolExecutor(1, "model")
+        self._batch: DecodingBatch | None = None
+        self._waiting = deque[RequestHandle]()
+        self._has_work = asyncio.Event()
+        self._seconds_per_request = 1.0  # exponential moving average
 
-    async def __aenter__(self) -> Worker:
-        self._loop = asyncio.create_task(self._run())
+    async def __aenter__(self) -> Engine:
+        self._loop_task = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._loop.cancel()
-        await asyncio.gather(self._loop, return_exceptions=True)
-        for threads in (self._thread, self.readers):
+        # A step that is being computed cannot be cancelled: the shutdown of its thread waits for it.
+        self._loop_task.cancel()
+        await asyncio.gather(self._loop_task, return_exceptions=True)
+        for threads in (self._model_thread, self.reader_threads):
             threads.shutdown(cancel_futures=True)
 
     @property
-    def alive(self) -> bool:
-        return not self._loop.done()
+    def is_running(self) -> bool:
+        """Whether the engine's loop runs."""
+        return not self._loop_task.done()
 
-    def place(self) -> Place:
-        """A place for one request, to be entered with `with`; raises Busy there."""
-        return Place(self)
+    def open_request(self) -> RequestHandle:
+        """Return a handle for one request, to be entered with `with`, which may raise QueueFullError."""
+        return RequestHandle(self)
 
-    async def call(self, work: Callable[[Llava], T]) -> T:
-        """Run anything else on the model, between two steps of the batch."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self.model)
+    async def run_on_model(self, work: Callable[[Llava], T]) -> T:
+        """Run a function on the model, between two steps of the batch."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._model_thread, work, self.model)
 
-    # ---- what a Place calls ----
+    # ---- called by RequestHandle, on the event loop ----
 
-    def enter(self, place: Place) -> None:
-        if len(self.places) >= self.batch_size + self.queue:
-            raise Busy(max(1, round(self._pace)))
-        self.places.add(place)
+    def register(self, request: RequestHandle) -> None:
+        """Count a request as in flight.
 
-    def enqueue(self, place: Place) -> None:
-        self._waiting.append(place)
-        self._wake.set()
+        Raises:
+            QueueFullError: There are `batch_size + max_queue` already.
+        """
+        if len(self.requests_in_flight) >= self.batch_size + self.max_queue:
+            raise QueueFullError(max(1, round(self._seconds_per_request)))
+        self.requests_in_flight.add(request)
 
-    def leave(self, place: Place, seconds: float) -> None:
-        self._pace += 0.1 * (seconds - self._pace)
-        self.places.discard(place)
-        self._wake.set()
+    def enqueue(self, request: RequestHandle) -> None:
+        """Append a prepared request to the queue."""
+        self._waiting.append(request)
+        self._has_work.set()
 
-    # ---- the batch ----
+    def unregister(self, request: RequestHandle) -> None:
+        """Forget a request that has been closed. The next step evicts its sequences."""
+        self._seconds_per_request += 0.1 * (request.seconds_elapsed - self._seconds_per_request)
+        self.requests_in_flight.discard(request)
+        self._has_work.set()
+
+    # ---- the loop, on the event loop ----
 
     async def _run(self) -> None:
+        """Run one step after the other, as long as there is work."""
         loop = asyncio.get_running_loop()
         while True:
-            await self._wake.wait()
-            new = self._next()
-            if not (new or self.rows):
-                self._wake.clear()
+            await self._has_work.wait()
+            admitted = self._next_requests()
+            if not admitted and not self.sequences_running:
+                # Nothing is awaited between the check and here, so no new request can be missed.
+                self._has_work.clear()
                 continue
             try:
-                said = await loop.run_in_executor(self._thread, self._advance, new)
+                deltas = await loop.run_in_executor(self._model_thread, self._step, admitted)
             except Exception as error:
-                logging.getLogger(__name__).exception("the model failed")
-                for failed in {*new, *(place for place, _ in self.rows.values())}:
-                    failed.put(error)
-                self.rows, self._decoding = {}, None
+                logger.exception("The model failed. All requests in the batch end with an error.")
+                self._fail_batch(admitted, error)
                 continue
-            for place, piece in said:
-                place.put(piece)
+            for request, delta in deltas:
+                request.put(delta)
 
-    def _next(self) -> list[Place]:
-        """Those who have waited longest, as many as the batch has room for."""
-        new: list[Place] = []
-        room = self.batch_size - sum(not place.closed for place, _ in self.rows.values())
-        while self._waiting and (
-            self._waiting[0].closed or self._waiting[0].options.num_return_sequences <= room
-        ):
-            place = self._waiting.popleft()
-            if not place.closed:
-                new.append(place)
-                room -= place.options.num_return_sequences
-        return new
+    def _next_requests(self) -> list[RequestHandle]:
+        """Remove from the queue the requests that the next step admits, oldest first."""
+        # Sequences of closed requests do not count: the step evicts them before it admits.
+        sequences = self.sequences_running.values()
+        occupied = [sequence for sequence in sequences if not sequence.request.is_closed]
+        free = self.batch_size - len(occupied)
+        admitted: list[RequestHandle] = []
+        while self._waiting:
+            request = self._waiting[0]
+            if request.is_closed:
+                self._waiting.popleft()
+                continue
+            if request.options.num_return_sequences > free:
+                break
+            free -= request.options.num_return_sequences
+            admitted.append(self._waiting.popleft())
+        return admitted
 
-    def _advance(self, new: Sequence[Place]) -> list[tuple[Place, Piece]]:
-        """One token for everybody, in the model's thread; the new ones are let in first."""
-        for row in [row for row, (place, _) in self.rows.items() if place.closed]:
-            self._forget(row)
-        if new:
-            self._let_in(new)
-        if self._decoding is None:
+    def _fail_batch(self, admitted: Sequence[RequestHandle], error: Exception) -> None:
+        """End all requests of a step that has raised, and discard the batch."""
+        running = [sequence.request for sequence in self.sequences_running.values()]
+        for request in {*admitted, *running}:
+            request.put(error)
+        # An interrupted forward pass leaves the KV cache in an undefined state.
+        self.sequences_running = {}
+        self._batch = None
+
+    # ---- one step, on the model thread ----
+
+    def _step(
+        self, admitted: Sequence[RequestHandle]
+    ) -> list[tuple[RequestHandle, Delta | Exception]]:
+        """Generate one token for every running sequence, after admitting new requests.
+
+        Returns:
+            The deltas and errors, each with the request that it belongs to.
+        """
+        # Eviction comes first: `_next_requests` has counted the sequences of closed requests as free.
+        for sequence_id, sequence in list(self.sequences_running.items()):
+            if sequence.request.is_closed:
+                self._evict(sequence_id)
+        if admitted:
+            self._admit(admitted)
+        if self._batch is None:
             return []
-        said: list[tuple[Place, Piece]] = []
-        for row, _ in self._decoding.step():
-            place, sample = self.rows[row]
-            piece = place.go_on(
-                sample, self._decoding.generated_ids[row], row in self._decoding.active
-            )
-            if piece.finish:
-                self._forget(row)
-            if piece.text or piece.finish:
-                said.append((place, piece))
-        return said
 
-    def _let_in(self, new: Sequence[Place]) -> None:
-        pictures = [place.pixels for place in new if place.pixels is not None]
-        features = encode_images(self.model, torch.cat(pictures)) if pictures else None
-        prompts, options = [place.prompt for place in new], [place.options for place in new]
-        keys = [place.key for place in new]
-        if self._decoding is None:
-            self._decoding = DecodingBatch(self.model, prompts, features, options, keys)
-            rows: Iterable[int] = list(self._decoding.active)
-        else:
-            rows = self._decoding.join(prompts, features, options, keys)
-        owners = [
-            (place, sample) for place in new for sample in range(place.options.num_return_sequences)
+        self._batch.step()
+        results: list[tuple[RequestHandle, Delta | Exception]] = []
+        for sequence_id, sequence in list(self.sequences_running.items()):
+            if (
+                sequence_id not in self.sequences_running
+            ):  # evicted with a failed sequence of its request
+                continue
+            try:
+                delta = self._read_delta(sequence_id, sequence)
+            except Exception as error:
+                logger.exception("A sequence failed. Only its request ends with an error.")
+                self._evict_request(sequence.request)
+                results.append((sequence.request, error))
+                continue
+            if delta.finish_reason:
+                self._evict(sequence_id)
+            # No text: half of a character, or the possible beginning of a stop text.
+            if delta.text or delta.finish_reason:
+                results.append((sequence.request, delta))
+        return results
+
+    def _read_delta(self, sequence_id: int, sequence: RunningSequence) -> Delta:
+        """Return the delta of a sequence after a step, or raise what made it fail."""
+        assert self._batch is not None
+        if sequence_id in self._batch.errors:
+            raise self._batch.errors[sequence_id]
+        is_active = sequence_id in self._batch.active
+        return sequence.request.next_delta(
+            sequence.index, self._batch.generated_ids[sequence_id], is_active
+        )
+
+    def _admit(self, requests: Sequence[RequestHandle]) -> None:
+        """Encode the images of new requests, prefill their prompts, and add their sequences to the batch."""
+        pixel_values = [
+            request.pixel_values for request in requests if request.pixel_values is not None
         ]
-        self.rows.update(zip(rows, owners))
+        features = encode_images(self.model, torch.cat(pixel_values)) if pixel_values else None
+        prompts = [request.prompt for request in requests]
+        options = [request.options for request in requests]
+        hashes = [request.prompt_hash for request in requests]
+        if self._batch is None:
+            self._batch = DecodingBatch(self.model, prompts, features, options, hashes)
+            ids = list(self._batch.active)
+        else:
+            ids = self._batch.join(prompts, features, options, hashes)
+        # The ids of a request are adjacent, in the order of the requests.
+        sequences = [
+            RunningSequence(request, index)
+            for request in requests
+            for index in range(request.options.num_return_sequences)
+        ]
+        self.sequences_running.update(zip(ids, sequences))
 
-    def _forget(self, row: int) -> None:
-        assert self._decoding is not None
-        self._decoding.cancel(row)
-        del self._decoding.generated_ids[row], self.rows[row]
+    def _evict(self, sequence_id: int) -> None:
+        """Remove a sequence from the batch, whether it has finished or not."""
+        assert self._batch is not None
+        # The batch would keep the tokens of all sequences that it has ever had.
+        self._batch.cancel(sequence_id)
+        del self._batch.generated_ids[sequence_id], self.sequences_running[sequence_id]
+        self._batch.errors.pop(sequence_id, None)
+
+    def _evict_request(self, request: RequestHandle) -> None:
+        """Remove all sequences of a request from the batch."""
+        for sequence_id, sequence in list(self.sequences_running.items()):
+            if sequence.request is request:
+                self._evict(sequence_id)

@@ -1,4 +1,4 @@
-"""Errors in the form that OpenAI's clients understand."""
+"""Errors in the format that OpenAI's clients understand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from llava_simplified.serve.engine import Busy
+from llava_simplified.data.images import ImageError
+from llava_simplified.serve.engine import QueueFullError, RequestError
 
 # Values of the field `code` for errors that are identified by their HTTP status.
 _CODES = {
@@ -18,6 +19,7 @@ _CODES = {
     403: "origin_not_allowed",
     404: "not_found",
     413: "body_too_large",
+    415: "unsupported_media_type",
     421: "host_not_allowed",
 }
 
@@ -43,19 +45,22 @@ def to_openai_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, st
         message = error.detail
         headers = dict(error.headers or {})
         code = _CODES.get(status)
-    elif isinstance(error, Busy):
+    # OpenAI's clients wait as long as Retry-After says, and try again.
+    elif isinstance(error, QueueFullError):
         status, kind, code = 429, "rate_limit_error", "queue_full"
         headers = {"retry-after": str(error.retry_after)}
     elif isinstance(error, asyncio.TimeoutError):
         status, kind, code = 504, "timeout_error", "timeout"
-        message = "the request's time is up"
+        message = "The request timed out."
     elif isinstance(error, ValidationError):
         param, message = _first_validation_error(error)
-    elif isinstance(error, ValueError):
-        code = getattr(error, "kind", None)  # the kind of an ImageError, for example "truncated"
-    else:
-        status, kind = 500, "server_error"
-        message = "the server failed; its log says how"
+    elif isinstance(error, RequestError):
+        status, param, code = error.status, error.param, error.code
+    elif isinstance(error, ImageError):
+        param, code = "messages", error.kind  # for example "truncated"
+    else:  # a fault of the server; its message may contain paths or prompts
+        status, kind, code = 500, "server_error", "server_error"
+        message = "The server failed to process the request. Its log has the details."
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     return status, body, headers
 
@@ -64,11 +69,17 @@ def _first_validation_error(error: ValidationError) -> tuple[str | None, str]:
     """Return the path of the first invalid field, such as `messages[0].role`, and the message."""
     first = error.errors(include_url=False, include_context=False)[0]
     path = ""
+    previous: str | int = ""
     for part in first["loc"]:
+        # Pydantic also lists which member of a union was tried: the tag of a content part, which follows
+        # its index, and the types of `ImageURL.url`.
+        is_tag = isinstance(previous, int) and part in ("text", "image_url")
+        is_type = previous == "url"
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in ("text", "image_url"):  # tags of the union of content parts
+        elif not is_tag and not is_type:
             path += f".{part}"
+        previous = part
     param = path.lstrip(".") or None
     return param, f"{param or 'body'}: {first['msg'].removeprefix('Value error, ')}"
 

@@ -4,15 +4,24 @@
 // - The conversation is kept here; every request contains all of it.
 // - Everything that comes from the model, the user or the server is inserted as text, never as HTML.
 // - No request goes to any other server.
-"use strict";
+//
+// This file has the state of the page and connects its parts:
+//
+//     page_client.js      requests, the API key, errors in words
+//     page_image.js       files and the camera
+//     page_attention.js   words and their attention maps
+
+import { aboveAverage, drawVeil, prepareAttention, splitWords } from "./page_attention.js";
+import {
+  explain, PageError, post, readEvents, request, setKey, storedKey, storeKey,
+} from "./page_client.js";
+import { loadFile, setUpCamera } from "./page_image.js";
 
 // ---- state ----
 
 let settings = null; // page.json: the model's name, its instruction, the limits
-let apiKey = "";
-let image = null; // {dataUrl} of the image that is asked about
-let imageSequence = 0; // counts images, to recognize that another one has been chosen meanwhile
-let exchanges = []; // the conversation: [{question, messages, answers, element}]
+let image = null; // {dataUrl} of the image that is asked about; dataUrl is null until the file is read
+let exchanges = []; // the conversation: [{question, messages, answers, elements}]
 let answering = null; // AbortController of the answers being generated
 let attentionRequests = new AbortController(); // aborted when the conversation is cleared
 let pointedWord = null; // the word whose attention map is shown
@@ -31,88 +40,7 @@ function create(tag, className, text = "") {
   return element;
 }
 
-// ---- requests ----
-
-// An error response of the API.
-class ApiError extends Error {
-  constructor(status, error, retryAfter = null) {
-    super(error?.message ?? `HTTP status ${status}`);
-    this.status = status;
-    this.code = error?.code ?? null;
-    this.retryAfter = retryAfter;
-  }
-}
-
-// A problem that was found before anything was sent; the message is shown as it is.
-class PageError extends Error {}
-
-function authorization() {
-  if (!apiKey) return {};
-  // Header values are Latin-1 in fetch; the server expects the bytes of UTF-8.
-  const bytes = new TextEncoder().encode(apiKey);
-  return { Authorization: `Bearer ${String.fromCharCode(...bytes)}` };
-}
-
-async function request(path, options = {}) {
-  const headers = { ...authorization(), ...options.headers };
-  const response = await fetch(path, { ...options, headers, credentials: "omit" });
-  if (response.ok) return response;
-  const body = await response.json().catch(() => null);
-  throw new ApiError(response.status, body?.error, response.headers.get("Retry-After"));
-}
-
-function post(path, body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  return request(path, { method: "POST", headers, body: JSON.stringify(body), signal });
-}
-
-// The data of a stream of server-sent events, parsed; ends with the event [DONE].
-async function* readEvents(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new TypeError("the stream ended early");
-    buffer += value;
-    const events = buffer.split("\n\n");
-    buffer = events.pop();
-    for (const event of events) {
-      const data = event.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      const content = JSON.parse(data);
-      if (content.error) throw new ApiError(500, content.error);
-      yield content;
-    }
-  }
-}
-
 // ---- problems ----
-
-const IMAGE_PROBLEMS = {
-  not_image: "This file is not an image that the server can read. "
-    + "JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are supported.",
-  corrupt: "This image is damaged: part of the file is invalid. Try another copy of it.",
-  truncated: "This image is damaged: the end of the file is missing. Try another copy of it.",
-  html: "This file is a web page, not an image. Download the image itself and try again.",
-};
-
-function explain(error) {
-  if (error instanceof PageError) return error.message;
-  if (!(error instanceof ApiError)) {
-    return "The connection to the server failed. Check that it is running, then try again.";
-  }
-  if (error.code in IMAGE_PROBLEMS) return IMAGE_PROBLEMS[error.code];
-  if (error.code === "too_large") return `This image is too large: ${error.message}.`;
-  if (error.status === 413) return "This image file is too large for the server.";
-  if (error.status === 429) {
-    const seconds = error.retryAfter ?? 1;
-    const unit = Number(seconds) === 1 ? "second" : "seconds";
-    return `The server is busy. Please try again in ${seconds} ${unit}.`;
-  }
-  if (error.code === "timeout") return "The answer took too long. Please try again.";
-  if (error.status >= 500) return "The server failed. Its log has the details.";
-  return `The server refused the request: ${error.message}.`;
-}
 
 function showProblem(text) {
   byId("problem").textContent = text;
@@ -122,24 +50,6 @@ function showProblem(text) {
 }
 
 // ---- the API key ----
-
-const KEY_NAME = "llava-api-key";
-
-// Browsers may forbid storage; the key is then lost when the page is reloaded.
-function storeKey(key) {
-  apiKey = key;
-  try {
-    sessionStorage.setItem(KEY_NAME, key);
-  } catch { /* kept in memory only */ }
-}
-
-function storedKey() {
-  try {
-    return sessionStorage.getItem(KEY_NAME) ?? "";
-  } catch {
-    return "";
-  }
-}
 
 function showKeyForm(problem = "") {
   storeKey("");
@@ -152,7 +62,7 @@ function showKeyForm(problem = "") {
 }
 
 async function tryKey(key) {
-  apiKey = key;
+  setKey(key);
   try {
     await request("v1/models");
   } catch (error) {
@@ -164,49 +74,6 @@ async function tryKey(key) {
 }
 
 // ---- the image ----
-
-// Return why a file cannot be used, judged by its first bytes, or "".
-async function unsupportedType(file) {
-  const bytes = new Uint8Array(await file.slice(0, 64).arrayBuffer());
-  const head = String.fromCharCode(...bytes);
-  const isIso = head.slice(4, 8) === "ftyp"; // the container of HEIC, AVIF and MP4
-  if (isIso && /^(hei[cmsx]|hev[cx]|mif1|msf1)/.test(head.slice(8)) && !head.includes("avif")) {
-    return "HEIC photos are not supported. Export the photo as JPEG, or set the phone's camera "
-      + "to the format “most compatible”.";
-  }
-  if (file.type.startsWith("video/")) return "This file is a video. Only images are supported.";
-  if (head.startsWith("%PDF")) return "This file is a PDF document. Save the page as an image first.";
-  if (file.type === "image/svg+xml") return "SVG drawings are not supported. Export the drawing as PNG.";
-  return "";
-}
-
-function readDataUrl(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
-  });
-}
-
-// Return the file as a data URL; throw PageError if it cannot be used.
-async function loadFile(file) {
-  if (file.size === 0) throw new PageError("This file is empty.");
-  const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
-  const largest = (settings.max_body - 10_000) * 0.75; // base64 writes three bytes as four characters
-  if (file.size > largest) {
-    throw new PageError(`This file is too large: it has ${megabytes(file.size)} MB, `
-      + `the server accepts ${megabytes(largest)} MB.`);
-  }
-  try {
-    const problem = await unsupportedType(file);
-    if (problem) throw new PageError(problem);
-    return await readDataUrl(file);
-  } catch (error) {
-    if (error instanceof PageError) throw error;
-    throw new PageError("The browser could not read this file.");
-  }
-}
 
 function showPreview(file) {
   hidePreview();
@@ -229,24 +96,22 @@ function hidePreview() {
   byId("remove").hidden = true;
 }
 
+// Caption another image. If the user chooses yet another one while the file is read, this one is dropped.
 async function setImage(file) {
-  const sequence = ++imageSequence;
-  image = null;
+  const chosen = { dataUrl: null };
+  image = chosen;
   clearConversation();
   showPreview(file);
   try {
-    const dataUrl = await loadFile(file);
-    if (sequence !== imageSequence) return;
-    image = { dataUrl };
+    chosen.dataUrl = await loadFile(file, settings.max_body);
   } catch (error) {
-    if (sequence === imageSequence) showProblem(explain(error));
+    if (image === chosen) showProblem(explain(error));
     return;
   }
-  await ask("");
+  if (image === chosen) await ask("");
 }
 
 function removeImage() {
-  imageSequence++;
   image = null;
   clearConversation();
   hidePreview();
@@ -257,37 +122,6 @@ function takeFile(files) {
   if (!settings || byId("app").hidden) return;
   const file = [...files].find((candidate) => candidate.type.startsWith("image/")) ?? files[0];
   if (file) setImage(file);
-}
-
-// ---- the camera ----
-
-async function openCamera() {
-  const video = byId("video");
-  try {
-    const wanted = { facingMode: "environment", width: { ideal: 1280 } };
-    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: wanted });
-  } catch {
-    showProblem("The camera cannot be used: there is none, or this page may not use it.");
-    return;
-  }
-  byId("camera-dialog").showModal();
-}
-
-function takePhoto() {
-  const video = byId("video");
-  if (!video.videoWidth) return; // it has not started yet
-  const canvas = document.createElement("canvas");
-  canvas.width = video.videoWidth;
-  canvas.height = video.videoHeight;
-  canvas.getContext("2d").drawImage(video, 0, 0);
-  const usePhoto = (blob) => setImage(new File([blob], "photo.jpg", { type: blob.type }));
-  canvas.toBlob(usePhoto, "image/jpeg", 0.95);
-  byId("camera-dialog").close();
-}
-
-function closeCamera() {
-  for (const track of byId("video").srcObject?.getTracks() ?? []) track.stop();
-  byId("video").srcObject = null;
 }
 
 // ---- the examples ----
@@ -342,7 +176,6 @@ function clearConversation() {
   point(null);
   byId("conversation").replaceChildren();
   showProblem("");
-  showNote();
 }
 
 // Add a question and its empty answers to the page.
@@ -371,7 +204,7 @@ function removeExchange(exchange) {
 
 // Ask a question about the image. Without one, start again with the instruction of the training.
 async function ask(question) {
-  if (!image) {
+  if (!image?.dataUrl) {
     showProblem("Choose an image first.");
     return;
   }
@@ -452,17 +285,10 @@ function finishExchange(exchange) {
 
 // ---- words ----
 
-// A word with the white space in front of it; a Chinese or Japanese character is a word. This is the rule
-// of serve/attention.py, whose attention maps belong to these words. JavaScript's \s differs from Python's.
-const SPACE = "\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000";
-const CJK = "\\u3040-\\u30ff\\u3400-\\u9fff";
-const WORD = new RegExp(`([${SPACE}]*)([${CJK}]|[^${SPACE}${CJK}]+)`, "g");
-
 // Bring the elements of an answer's words up to date with its text. Words that have not changed
 // keep their element.
 function renderWords(answer) {
-  const found = [...answer.text.matchAll(WORD)];
-  found.forEach(([, space, word], index) => {
+  splitWords(answer.text).forEach(({ space, word }, index) => {
     const existing = answer.words[index];
     if (existing) {
       if (existing.textContent !== word) existing.textContent = word;
@@ -537,12 +363,22 @@ function showAttention() {
     return;
   }
   const index = answer.words.indexOf(pointedWord);
-  const isCompared = byId("compare").checked && attention.grids.length > 1;
-  drawVeil(attention, isCompared ? aboveAverage(attention, index) : attention.shares[index]);
-  const percent = Math.round(100 * attention.totals[index]);
-  showNote(`“${pointedWord.textContent}”: ` + (isCompared
-    ? "the image is bright where the attention is above the average of the answer's words."
-    : `${percent} % of the model's attention was on the image, the most where it is bright.`));
+  const isCompared = byId("compare").checked && attention.shares.length > 1;
+  // Browsers cannot show all types of images that the server reads.
+  if (byId("preview").naturalWidth) {
+    const shares = isCompared ? aboveAverage(attention, index) : attention.shares[index];
+    drawVeil(veil, byId("preview"), attention, shares);
+    byId("stage").append(veil);
+  }
+  showNote(`“${pointedWord.textContent}”: ${describeAttention(attention, index, isCompared)}`);
+}
+
+function describeAttention({ totals }, index, isCompared) {
+  if (isCompared) {
+    return "the image is bright where the attention is above the average of the answer's words.";
+  }
+  const percent = Math.round(100 * totals[index]);
+  return `${percent} % of the model's attention was on the image, the most where it is bright.`;
 }
 
 async function loadAttention(answer) {
@@ -551,9 +387,9 @@ async function loadAttention(answer) {
   const signal = attentionRequests.signal;
   try {
     const body = { model: settings.model, messages: answer.messages, answer: answer.text };
-    const { region, words } = await (await post("v1/attention", body, signal)).json();
-    if (words.length !== answer.words.length) throw new PageError("its words could not be matched");
-    answer.attention = attentionOf(region, words.map((word) => word.grid));
+    const maps = await (await post("v1/attention", body, signal)).json();
+    if (maps.words.length !== answer.words.length) throw new PageError("Its words could not be matched.");
+    answer.attention = prepareAttention(maps);
   } catch (error) {
     if (signal.aborted) return;
     answer.attention = null; // pointing at a word again repeats the request
@@ -561,72 +397,6 @@ async function loadAttention(answer) {
     return;
   }
   if (pointedWord && answerOf.get(pointedWord.closest(".answer")) === answer) showAttention();
-}
-
-const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
-
-// totals: the part of each word's attention that is on the image.
-// shares: how that part is distributed over the patches.
-function attentionOf(region, grids) {
-  const flat = grids.map((grid) => grid.flat());
-  const totals = flat.map(sum);
-  const shares = flat.map((weights, index) => weights.map((weight) => weight / (totals[index] || 1)));
-  return { region, grids, totals, shares };
-}
-
-// Some patches attract attention whatever the word ("attention sinks"). Compared with the other words of the
-// answer, what is particular to one becomes visible.
-function aboveAverage({ shares }, index) {
-  return shares[index].map((share, patch) => {
-    const average = sum(shares.map((other) => other[patch])) / shares.length;
-    return Math.max(0, share - average);
-  });
-}
-
-// One pixel for each patch: the more attention, the brighter and the more transparent.
-function patchImage(rows, columns, shares) {
-  const low = Math.min(...shares);
-  const high = Math.max(...shares);
-  const pixels = new ImageData(columns, rows);
-  shares.forEach((share, patch) => {
-    const light = high > low ? (share - low) / (high - low) : 0;
-    const color = [255 * light, 170 * light, 60 * light, 255 * (0.72 - 0.5 * light)];
-    pixels.data.set(color, 4 * patch);
-  });
-  const canvas = new OffscreenCanvas(columns, rows);
-  canvas.getContext("2d").putImageData(pixels, 0, 0);
-  return canvas;
-}
-
-// Lay the attention over the image, which is as large as its box permits and centered in it.
-function drawVeil({ region: [left, top, right, bottom], grids }, shares) {
-  const preview = byId("preview");
-  if (!preview.naturalWidth) return; // of a type that the browser cannot show
-  // Unlike clientWidth, this is not rounded: the edge of the image would remain uncovered.
-  const { width: boxWidth, height: boxHeight } = preview.getBoundingClientRect();
-  const scale = Math.min(boxWidth / preview.naturalWidth, boxHeight / preview.naturalHeight);
-  const width = preview.naturalWidth * scale;
-  const height = preview.naturalHeight * scale;
-  veil.width = Math.round(width);
-  veil.height = Math.round(height);
-  veil.style.width = `${width}px`;
-  veil.style.height = `${height}px`;
-  veil.style.left = `${(boxWidth - width) / 2}px`;
-  veil.style.top = `${(boxHeight - height) / 2}px`;
-
-  const context = veil.getContext("2d");
-  const area = [
-    left * veil.width,
-    top * veil.height,
-    (right - left) * veil.width,
-    (bottom - top) * veil.height,
-  ];
-  context.fillStyle = "rgb(0 0 0 / 72%)"; // the margin that the model does not receive
-  context.fillRect(0, 0, veil.width, veil.height);
-  context.clearRect(...area);
-  context.imageSmoothingQuality = "high";
-  context.drawImage(patchImage(grids[0].length, grids[0][0].length, shares), ...area);
-  byId("stage").append(veil);
 }
 
 // The line below the conversation: a hint, or what the attention map shows.
@@ -727,20 +497,11 @@ function listenToDrops() {
   });
 }
 
-function listenToCamera() {
-  if (!navigator.mediaDevices?.getUserMedia) return; // browsers offer it with https and on localhost only
-  byId("camera").hidden = false;
-  byId("camera").addEventListener("click", openCamera);
-  byId("shoot").addEventListener("click", takePhoto);
-  byId("camera-cancel").addEventListener("click", () => byId("camera-dialog").close());
-  byId("camera-dialog").addEventListener("close", closeCamera);
-}
-
 function listenToForms() {
   byId("ask-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const question = byId("question").value.trim();
-    if (image) byId("question").value = "";
+    if (image?.dataUrl) byId("question").value = "";
     ask(question);
   });
   byId("stop").addEventListener("click", () => {
@@ -782,7 +543,7 @@ async function start() {
   listenToConversation();
   listenToImage();
   listenToDrops();
-  listenToCamera();
+  setUpCamera(setImage, showProblem);
   listenToForms();
   if (!settings.key_required) showApp();
   else if (storedKey()) await tryKey(storedKey());

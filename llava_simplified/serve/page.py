@@ -8,14 +8,14 @@ from a request, and keep no state between requests.
 from __future__ import annotations
 
 import io
-import sys
+import logging
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -25,12 +25,17 @@ from llava_simplified.data.images import ImageError, decode_image
 from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE
 from llava_simplified.serve.api import Limits
 
+logger = logging.getLogger(__name__)
+
 MAX_EXAMPLES = 12
 DEFAULT_MAX_TOKENS = 64
 MAX_ANSWERS = 8  # per question
-_EXAMPLE_SIDE = 768  # maximum width and height in pixels of an example
+_EXAMPLE_SIZE = 768  # maximum width and height in pixels of an example
 _JPEG_QUALITY = 90
+_SCRIPTS = ("page.js", "page_attention.js", "page_client.js", "page_image.js")
 
+# Scripts, styles and requests are limited to this server, so that text of the model or of a user that ended
+# up as HTML by mistake could load and send nothing. blob: and data: are images of the browser's user.
 PAGE_HEADERS = {
     "content-security-policy": "; ".join(
         [
@@ -53,8 +58,12 @@ def find_examples(folder: Path, count: int = MAX_EXAMPLES) -> list[Path]:
     """Return at most `count` images of a folder and its subfolders, evenly spread over the sorted paths.
 
     Raises:
-        ValueError: The folder contains no images.
+        ValueError: The folder cannot be read, or contains no images.
     """
+    try:
+        os.scandir(folder).close()  # `rglob` finds nothing in a folder that it cannot read
+    except OSError as error:
+        raise ValueError(f"--examples {folder}: {error.strerror}") from None
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"--examples {folder}: no images found; expected files such as cat.jpg")
@@ -66,7 +75,7 @@ def find_examples(folder: Path, count: int = MAX_EXAMPLES) -> list[Path]:
 def load_examples(paths: Sequence[Path]) -> list[bytes]:
     """Read images and return them as JPEG files of at most 768 x 768 pixels.
 
-    Images that cannot be read are left out, with a warning on stderr.
+    Images that cannot be read are left out, and a warning is logged.
 
     Raises:
         ValueError: There are paths, but no image can be read.
@@ -76,9 +85,10 @@ def load_examples(paths: Sequence[Path]) -> list[bytes]:
         try:
             image = Image.fromarray(decode_image(path.read_bytes()))
         except (ImageError, OSError) as error:
-            print(f"warning: --examples: skipped {path}: {error}", file=sys.stderr)
+            logger.warning("--examples: skipped %s: %s", path, error)
             continue
-        image.thumbnail((_EXAMPLE_SIDE, _EXAMPLE_SIDE))
+        # Encoded anew: whatever else is in the file (GPS position, comments) is not published.
+        image.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=_JPEG_QUALITY)
         examples.append(file.getvalue())
@@ -101,10 +111,12 @@ def page_routes(
         name: The name of the model.
         instruction: The instruction that the model was trained with, used when no question is asked.
         limits: The API's limits.
-        batch_size: The number of sequences that the worker decodes at the same time.
+        batch_size: The number of sequences that the engine generates at the same time.
         key_required: Whether the API requires a key.
         examples: JPEG files, from `load_examples`.
     """
+    # Everything that the page must know of the server. It is public: the page is loaded before the user can
+    # enter an API key.
     settings: dict[str, Any] = {
         "model": name,
         "instruction": instruction,
@@ -120,25 +132,27 @@ def page_routes(
     async def page_settings(_: Request) -> Response:
         return JSONResponse(settings, headers=PAGE_HEADERS)
 
-    async def example(request: Request) -> Response:
-        number = request.path_params["number"]
-        if number >= len(examples):
-            raise HTTPException(404, f"there is no example {number}")
-        return Response(examples[number], media_type="image/jpeg", headers=PAGE_HEADERS)
-
-    return [
-        _static_route("/", "page.html", "text/html"),
-        _static_route("/page.css", "page.css", "text/css"),
-        _static_route("/page.js", "page.js", "text/javascript"),
+    # One route per file, and no pattern: there is nothing in a path that could be misunderstood.
+    routes = [
+        _static_route("/", _read("page.html"), "text/html"),
+        _static_route("/page.css", _read("page.css"), "text/css"),
         Route("/page.json", page_settings),
-        Route("/examples/{number:int}", example),
     ]
+    for script in _SCRIPTS:
+        routes.append(_static_route(f"/{script}", _read(script), "text/javascript"))
+    for number, example in enumerate(examples):
+        routes.append(_static_route(f"/examples/{number}", example, "image/jpeg"))
+    return routes
 
 
-def _static_route(path: str, file_name: str, media_type: str) -> Route:
-    """Return a route for a file of this package, which is read now."""
+def _read(file_name: str) -> bytes:
+    """Return the content of a file of this package."""
     assert __package__
-    content = resources.files(__package__).joinpath(file_name).read_bytes()
+    return resources.files(__package__).joinpath(file_name).read_bytes()
+
+
+def _static_route(path: str, content: bytes, media_type: str) -> Route:
+    """Return a route that always has the same response."""
 
     async def static(_: Request) -> Response:
         return Response(content, media_type=media_type, headers=PAGE_HEADERS)

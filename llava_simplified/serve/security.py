@@ -1,13 +1,4 @@
-"""Middleware that decides which requests reach the application, and which headers leave it.
-
-A server on a private address can be reached by every web page that is open in a browser on the same
-network. Two checks keep those pages out:
-
-- `HostCheck` refuses host names that are not the server's own. In DNS rebinding, a page at
-  `evil.example` changes the address of its own name to 127.0.0.1; the browser then considers the
-  server part of that page's site, but still sends `Host: evil.example`.
-- The same class refuses requests whose `Origin` is another site.
-"""
+"""Middleware that decides which requests reach the application, and which headers leave it."""
 
 from __future__ import annotations
 
@@ -25,7 +16,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llava_simplified.serve.errors import error_response
 
 # Paths that are answered without the API key. The page contains no secrets; it asks for the key itself.
-PUBLIC_PATHS = frozenset({"/health", "/", "/page.css", "/page.js", "/page.json"})
+PUBLIC_PATHS = frozenset(
+    {
+        "/health",
+        "/",
+        "/page.css",
+        "/page.json",
+        "/page.js",
+        "/page_attention.js",
+        "/page_client.js",
+        "/page_image.js",
+    }
+)
 
 # A host name or an IP literal (IPv6 in brackets), optionally followed by a port.
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
@@ -54,7 +56,7 @@ def split_authority(text: str) -> tuple[str, int | None]:
     port = int(match[2]) if match[2] else None
     if port is not None and port > 65535:
         raise ValueError(f"{text!r}: the port is out of range")
-    host = match[1].lower().removesuffix(".")
+    host = match[1].lower().removesuffix(".")  # "localhost." is the same name, fully qualified
     if not host:
         raise ValueError(f"{text!r} is not a host name")
     return host, port
@@ -66,7 +68,7 @@ def check_host_names(names: Iterable[str]) -> None:
         try:
             _, port = split_authority(name)
         except ValueError:
-            port = 0
+            port = 0  # refused below
         if port is not None:
             raise ValueError(
                 f"--allowed-hosts {name}: expected a host name such as llava.example.org, "
@@ -89,6 +91,15 @@ class SecurityHeaders:
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
+
+
+# A server on a private address can be reached by every web page that is open in a browser on the same network.
+# Two checks keep those pages out:
+#
+# - Host names that are not the server's own are refused. In DNS rebinding, a page at `evil.example` changes
+#   the address of its own name to 127.0.0.1; the browser then considers the server part of that page's site,
+#   but still sends `Host: evil.example`.
+# - Requests whose `Origin` is another site are refused. Browsers send it with every POST of a page.
 
 
 class HostCheck:
@@ -120,21 +131,26 @@ class HostCheck:
     def _check(self, scope: Scope) -> None:
         """Raise HTTPException if the request must be refused."""
         headers = Request(scope).headers
+        # Proxies and servers disagree about which of two Host headers counts.
         hosts = headers.getlist("host")
         if len(hosts) != 1:
-            raise HTTPException(400, f"expected one Host header, got {len(hosts)}")
+            raise HTTPException(400, f"Expected one Host header, got {len(hosts)}.")
         try:
             host, port = split_authority(hosts[0])
         except ValueError as error:
-            raise HTTPException(400, f"the Host header is malformed: {error}") from None
+            raise HTTPException(400, f"The Host header is malformed: {error}.") from None
         if not self._is_allowed(host):
-            message = f"this server does not answer for the host {host!r}; if it should, start it with --allowed-hosts {host}"
-            raise HTTPException(421, message)
+            raise HTTPException(
+                421,
+                f"This server does not answer requests for the host {host!r}. To allow them, start it "
+                f"with --allowed-hosts {host}.",
+            )
+        # Clients that are no browsers send no Origin. Monitoring may probe /health from a page.
         origins = headers.getlist("origin")
         if origins and scope["path"] != "/health":
             is_same = len(origins) == 1 and _is_same_origin(origins[0], host, port)
             if not is_same:
-                raise HTTPException(403, "requests from pages of other origins are refused")
+                raise HTTPException(403, "Requests from pages of other origins are refused.")
 
     def _is_allowed(self, host: str) -> bool:
         if host == "localhost" or host.endswith(".localhost") or host in self._allowed:
@@ -176,19 +192,17 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
-        if (
-            scope["type"] == "http"
-            and scope["path"] not in PUBLIC_PATHS
-            and not self._has_key(scope)
-        ):
+        needs_key = scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS
+        if needs_key and not self._has_key(scope):
             headers = {"www-authenticate": "Bearer"}
-            message = "give the key of this server: Authorization: Bearer KEY"
+            message = "This server requires its API key in the header Authorization: Bearer KEY."
             app = error_response(HTTPException(401, message, headers))
         await app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
         header = Request(scope).headers.get("authorization", "")
         scheme, _, key = header.partition(" ")
+        # The comparison takes the same time wherever the keys differ, so that the time reveals nothing.
         # Header values arrive decoded as Latin-1: encoding them returns the bytes that were sent.
         is_equal = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
         return scheme.lower() == "bearer" and is_equal

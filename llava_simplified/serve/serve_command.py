@@ -5,130 +5,260 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
 import sys
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llava_simplified.extras import require_extra
+from llava_simplified.options import CommandParser, add_checkpoint_options
+
+if TYPE_CHECKING:
+    from llava_simplified.serve.api import Limits
+
+logger = logging.getLogger(__name__)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line of `llava serve`."""
-    parser = argparse.ArgumentParser(
-        "llava serve", description="Serve a model: a web page and an OpenAI-compatible API"
+def build_parser() -> CommandParser:
+    """Return the parser of `llava serve`."""
+    parser = CommandParser(
+        "llava serve", "Serve a model with an OpenAI-compatible API and a web page."
     )
-    parser.add_argument("checkpoint", help="folder that training wrote")
+    add_checkpoint_options(parser, positional=True)
     parser.add_argument(
-        "--model-base", help="the language model, if it is not where it was at training"
+        "--name", help="Name of the model for clients (default: the checkpoint's folder)"
     )
-    parser.add_argument("--vision-tower", help="the vision tower, likewise")
-    parser.add_argument("--name", help="what clients call the model (the folder's name)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine only)"
+    _add_network_options(parser)
+    _add_page_options(parser)
+    _add_limit_options(parser)
+    return parser
+
+
+def _add_network_options(parser: CommandParser) -> None:
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="Address to listen on; 0.0.0.0 is reachable from other machines (default: %(default)s)",
     )
-    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
-    parser.add_argument("--api-key", default=os.environ.get("LLAVA_API_KEY", ""), help="or in LLAVA_API_KEY, which `ps` does not show")  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
+        "--port", type=int, default=8000, help="Port to listen on (default: %(default)s)"
+    )
+    group.add_argument(
+        "--api-key",
+        # The help text does not show the default, which is a secret.
+        default=os.environ.get("LLAVA_API_KEY", ""),
+        help="Key that clients must send (default: the variable LLAVA_API_KEY, which `ps` does not show)",
+    )
+    group.add_argument(
         "--allowed-hosts",
-        "--allowed_hosts",
         nargs="+",
         action="extend",
         default=[],
         metavar="NAME",
-        help="host names, such as a proxy's, that clients may use besides IP addresses, localhost and the name of this machine",
+        help="Host names under which clients may reach the server, for example a proxy's; IP addresses, "
+        "localhost and the name of this machine are always allowed",
     )
-    page = parser.add_mutually_exclusive_group()
-    page.add_argument("--no-page", action="store_true", help="serve the API only")
-    page.add_argument(
-        "--examples", type=Path, metavar="FOLDER", help="folder of example images for the page"
+    group.add_argument(
+        "--allow-image-urls",
+        action="store_true",
+        help="Fetch images of http(s) URLs, from public addresses only",
     )
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--batch-size", type=int, default=16, help="answers decoded at the same time (%(default)s)"
+
+
+def _add_page_options(parser: CommandParser) -> None:
+    group = parser.add_argument_group("web page").add_mutually_exclusive_group()
+    group.add_argument("--no-page", action="store_true", help="Serve the API only")
+    group.add_argument(
+        "--examples", type=Path, metavar="FOLDER", help="Folder of example images for the page"
     )
-    limits.add_argument(
-        "--queue", type=int, default=64, help="requests that may wait; more get 429 (%(default)s)"
+
+
+def _add_limit_options(parser: CommandParser) -> None:
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        help="Sequences generated at the same time (default: %(default)s)",
     )
-    limits.add_argument(
-        "--timeout", type=float, default=120, help="seconds a request may take (%(default)s)"
+    group.add_argument(
+        "--queue",
+        type=int,
+        default=64,
+        help="Further requests that may wait; more are refused with status 429 (default: %(default)s)",
     )
-    limits.add_argument(
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="Maximum duration of a request, waiting included (default: %(default)s)",
+    )
+    group.add_argument(
         "--context",
         type=int,
         default=4096,
-        help="tokens, prompt, pictures and answer (%(default)s)",
+        metavar="TOKENS",
+        help="Maximum number of tokens of prompt, images and answer together (default: %(default)s)",
     )
-    limits.add_argument("--max-tokens", type=int, default=512, help="of an answer (%(default)s)")
-    limits.add_argument("--max-images", type=int, default=8, help="of a request (%(default)s)")
-    limits.add_argument(
-        "--max-body", type=int, default=20, help="megabytes of a request (%(default)s)"
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=512,
+        help="Maximum number of new tokens per answer (default: %(default)s)",
     )
-    limits.add_argument(
-        "--allow-image-urls",
-        action="store_true",
-        help="fetch http(s) pictures, from public addresses",
+    group.add_argument(
+        "--max-images",
+        type=int,
+        default=8,
+        help="Maximum number of images per request (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
-    needed = ["starlette", "uvicorn", "pydantic", "prometheus_client"]
-    if missing := [name for name in needed if not find_spec(name)]:
-        raise ValueError(
-            f"{', '.join(missing)} not installed: pip install 'llava-simplified[serve]'"
-        )
-    return serve(args)
+    group.add_argument(
+        "--max-body",
+        type=int,
+        default=20,
+        metavar="MEGABYTES",
+        help="Maximum size of a request (default: %(default)s)",
+    )
 
 
-def serve(args: argparse.Namespace) -> int:
-    """Run the server until SIGTERM or SIGINT; return 0 when all requests in flight have been answered."""
+# The least and the greatest value of each number.
+_RANGES = {
+    "port": (1, 65535),
+    "batch_size": (1, math.inf),
+    "queue": (0, math.inf),
+    "context": (1, math.inf),
+    "max_tokens": (1, math.inf),
+    "max_images": (0, math.inf),
+    "max_body": (1, math.inf),
+}
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise ValueError for a number that is out of range."""
+    for name, (least, greatest) in _RANGES.items():
+        value = getattr(args, name)
+        if not least <= value <= greatest:
+            limits = (
+                f"from {least} to {greatest}" if greatest < math.inf else f"of at least {least}"
+            )
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value}: expected a number {limits}")
+    # False for NaN, too: a timeout of NaN would never end.
+    if not 0 < args.timeout < math.inf:
+        raise ValueError(f"--timeout {args.timeout}: expected a positive number of seconds")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `llava serve`; return 0 when all requests in flight have been answered."""
+    args = build_parser().parse_args(argv)
+    require_extra(
+        "serve", "starlette", "uvicorn", "pydantic", "prometheus_client", purpose="llava serve"
+    )
+    if args.allow_image_urls:
+        require_extra("download", "aiohttp", "aiodns", purpose="--allow-image-urls")
+
+    from llava_simplified.serve.page import find_examples, load_examples
+    from llava_simplified.serve.security import check_host_names
+
+    # Loading a model takes minutes: find mistakes before.
+    _check_numbers(args)
+    check_host_names(args.allowed_hosts)
+    _check_address(args.host, args.port)
+    examples = load_examples(find_examples(args.examples)) if args.examples else []
+    return _serve(args, examples)
+
+
+def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
     import uvicorn
 
     from llava_simplified.model.llava import Llava
-    from llava_simplified.prepare.fetch_options import FetchOptions
-    from llava_simplified.serve.api import Limits, create_app
-    from llava_simplified.serve.engine import Worker
-    from llava_simplified.serve.page import find_examples, load_examples, page_routes
-    from llava_simplified.serve.security import check_host_names
+    from llava_simplified.serve.api import create_app
+    from llava_simplified.serve.engine import Engine
+    from llava_simplified.serve.page import page_routes
 
-    check_host_names(args.allowed_hosts)
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    socket.create_server(
-        (args.host, args.port), family=family
-    ).close()  # one that is taken shows before the loading
-    examples = load_examples(find_examples(args.examples)) if args.examples else []
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(0)
-    )  # before the server is up, and again when it has drained
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Until uvicorn installs its own handler, and again when it has finished the requests in flight.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _log_with_time()
     if not args.api_key and not _is_loopback(args.host):
-        print(f"warning: {args.host} is open to others, and there is no --api-key", file=sys.stderr)
+        logger.warning("%s is reachable from other machines, and there is no --api-key", args.host)
     model = Llava.from_pretrained(
-        args.checkpoint, model_base=args.model_base, vision_tower=args.vision_tower
+        args.model_path,
+        model_base=args.model_base,
+        vision_tower=args.vision_tower,
+        bits=args.bits,
     )
-    worker = Worker(model, args.batch_size, args.queue, args.timeout, args.context)
-    fetch = (
-        FetchOptions(retries=0, max_bytes=args.max_body * 10**6) if args.allow_image_urls else None
-    )
-    name = args.name or Path(args.checkpoint).resolve().name
-    limits = Limits(args.max_body * 10**6, args.max_images, args.max_tokens, fetch)
+    engine = Engine(model, args.batch_size, args.queue, args.timeout, args.context)
+    name = args.name or Path(args.model_path).resolve().name
+    limits = _limits(args)
     page = []
     if not args.no_page:
         page = page_routes(
             name, model.instruction, limits, args.batch_size, bool(args.api_key), examples
         )
-    app = create_app(worker, name, args.api_key, limits, page, [*args.allowed_hosts, args.host])
+    # Whoever chooses --host llava.example.org wants to be reached under that name.
+    app = create_app(engine, name, args.api_key, limits, page, [*args.allowed_hosts, args.host])
     config = uvicorn.Config(
         app,
         args.host,
         args.port,
         log_level="warning",
-        access_log=False,
+        access_log=False,  # the endpoints log their requests, without addresses
         server_header=False,
+        # After a signal, requests in flight may use their time; an open page must not delay the exit.
         timeout_graceful_shutdown=int(args.timeout),
     )
-    print(f"serving {name} on http://{args.host}:{args.port}", file=sys.stderr)
+    authority = f"[{args.host}]" if ":" in args.host else args.host
+    logger.info("Serving %s on http://%s:%d", name, authority, args.port)
     uvicorn.Server(config).run()
     return 0
+
+
+def _check_address(host: str, port: int) -> None:
+    """Check that the server can listen on an address.
+
+    Raises:
+        ValueError: The address is unknown or in use.
+    """
+    try:
+        (family, *_), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ValueError(
+            f"--host {host}: {error.strerror}; expected an address of this machine, "
+            "such as 127.0.0.1 or 0.0.0.0"
+        ) from None
+    try:
+        # uvicorn binds the port again later: if another process takes it meanwhile, uvicorn reports that.
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ValueError(f"--host {host} --port {port}: {reason}") from None
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from llava_simplified.serve.api import Limits
+
+    max_body = args.max_body * 10**6
+    if not args.allow_image_urls:
+        return Limits(max_body, args.max_images, args.max_tokens)
+
+    from llava_simplified.prepare.fetch_options import FetchOptions
+
+    # No retries: the client waits, and can repeat its request.
+    fetch = FetchOptions(retries=0, max_bytes=max_body)
+    return Limits(max_body, args.max_images, args.max_tokens, fetch)
+
+
+def _log_with_time() -> None:
+    """Log the time of each message: a server's log is read later."""
+    formatter = logging.Formatter("%(asctime)s %(name)s %(message)s")
+    for handler in logging.getLogger("llava_simplified").handlers:
+        handler.setFormatter(formatter)
 
 
 def _is_loopback(host: str) -> bool:

@@ -124,7 +124,8 @@ def build_trainer(
             eval_records, data_args.max_bad_records, prompt, args.model_max_length
         )
 
-    settings = {**non_default_options(model_args, data_args, args), "processes": args.world_size}
+    options = non_default_options(model_args, data_args, args)
+    settings = {**options, "processes": args.world_size}
     resumed = find_resume_folder(args)
     if resumed:
         for difference in check_same_run(resumed, config, settings):

@@ -13,14 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
-from transformers import (
-    TrainingArguments as HfTrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_simplified.data.collate import Batch
 from llava_simplified.jobs import format_duration
@@ -36,7 +29,7 @@ class ProgressLine(TrainerCallback):
     """One line on a terminal: steps, time left, and the values of the last log."""
 
     def on_train_begin(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         is_main_process = state.is_world_process_zero
         self.bar = tqdm(
@@ -52,13 +45,13 @@ class ProgressLine(TrainerCallback):
             self._redirection.enter_context(logging_redirect_tqdm([package_logger]))
 
     def on_step_end(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
         self,
-        args: HfTrainingArguments,
+        args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
@@ -68,10 +61,10 @@ class ProgressLine(TrainerCallback):
         if "loss" in logs:
             self.bar.set_postfix_str(describe_training_log(logs))
         elif "eval_loss" in logs and state.is_world_process_zero:
-            self.bar.write(f"step {state.global_step}: {describe_evaluation_log(logs)}")
+            logger.info("step %d: %s", state.global_step, describe_evaluation_log(logs))
 
     def on_train_end(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.bar.close()
         self._redirection.close()
@@ -81,14 +74,14 @@ class ProgressLog(TrainerCallback):
     """One log message per `--logging_steps`: in a file, or with `--disable_tqdm True`."""
 
     def on_train_begin(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._start = time.monotonic()
         self._first_step = state.global_step
 
     def on_log(
         self,
-        args: HfTrainingArguments,
+        args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
@@ -165,7 +158,7 @@ class ThroughputMeter(TrainerCallback):
         self._counts = self._counts.to(counts.device) + counts
 
     def on_step_end(
-        self, args: HfTrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._seconds += time.perf_counter() - self._step_start
 

@@ -28,13 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     exit_with_help(argv, build_parser())
 
+    # Imported here because these modules import transformers, which takes seconds.
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.encode import encode_data
 
     groups = parse_arguments(argv)
     encoded, unreadable, mode = encode_data(*groups)
     print(
-        f"{encoded:,} images are in the cache, {unreadable:,} could not be read. Train with the same options and "
-        f"--cache_vision_features {mode}."
+        f"{encoded:,} images are in the cache, {unreadable:,} could not be read. "
+        f"Train with the same options and --cache_vision_features {mode}."
     )
     return 0

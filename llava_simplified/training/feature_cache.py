@@ -94,10 +94,10 @@ class FeatureCache:
         self._memory: list[torch.Tensor] = []
         self._map: np.ndarray | None = None
         self._base: Path | None = None
+        self._description = _describe(tower, weights, pixels)
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self._base = Path(folder) / cache_key(tower, weights, pixels)
-            _describe_cache(self._base.with_suffix(".json"), tower, weights, pixels)
             self._read_new_hashes()
 
     @property
@@ -191,6 +191,7 @@ class FeatureCache:
                 for digest, row in zip(pixels, rows)
                 if digest not in self._row_by_hash
             ]
+            self._write_description()
             count = len(self._row_by_hash)
             # First the rows, synced to the disk, and then the hashes that make them count.
             with _open_at(self._base.with_suffix(".features"), count * self.row_bytes) as stream:
@@ -204,12 +205,22 @@ class FeatureCache:
             for digest, _ in new:
                 self._row_by_hash[digest] = len(self._row_by_hash)
 
+    def _write_description(self) -> None:
+        """Write `<key>.json`, unless it is there. A cache that is complete may be read-only."""
+        assert self._base is not None
+        path = self._base.with_suffix(".json")
+        if path.exists():
+            return
+        with atomic_file(path) as part:
+            part.write_text(json.dumps(self._description, indent=1) + "\n", encoding="utf-8")
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other processes from appending, and learn what they have appended so far."""
         assert self._base is not None
         lock = self._base.with_suffix(".lock")
-        with exclusive_lock(lock, f"the feature cache {self._base}", timeout=_LOCK_TIMEOUT):
+        name = f"the feature cache {self._base}"
+        with exclusive_lock(lock, name, timeout=_LOCK_TIMEOUT, keep_file=True):
             self._read_new_hashes()
             yield
 
@@ -246,15 +257,12 @@ def cache_key(tower: VisionTower, weights: str, pixels: bool = False) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
-def _describe_cache(path: Path, tower: VisionTower, weights: str, pixels: bool) -> None:
-    """Write `<key>.json`, unless it is there."""
-    if path.exists():
-        return
+def _describe(tower: VisionTower, weights: str, pixels: bool) -> dict[str, Any]:
+    """Return what `cache_key` is computed from, by name."""
     names = ["transform", "weights", "select_layers", "select_feature", "token_pool", "dtype"]
     description = dict(zip(names, _key_parts(tower, weights, pixels)))
     description["content"] = "pixels" if pixels else "features"
-    with atomic_file(path) as part:
-        part.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    return description
 
 
 def _open_at(path: Path, position: int) -> BinaryIO:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_simplified.options import CommandParser, configure_logging
+from llava_simplified.training_options import add_training_options, exit_with_help
 
 if TYPE_CHECKING:
     import torch
@@ -17,44 +19,60 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> CommandParser:
-    """Return the parser of the options that `llava train` does not have."""
+    """Return the parser of `llava plan`, for help and completion."""
     parser = CommandParser(
         "llava plan",
-        "Forecast memory, time and disk space of a run. Accepts all options of `llava train`, and:",
+        "Estimate memory, time and disk space of a training run, with the options of the run.",
+        usage="%(prog)s [options]",
+        # --deepspeed is an option of `llava train` too; its help text below replaces that one.
+        conflict_handler="resolve",
     )
-    parser.add_argument(
+    add_training_options(parser)
+    add_machine_options(parser)
+    return parser
+
+
+def add_machine_options(parser: CommandParser) -> None:
+    """Add the options that describe the machine, which `llava train` does not have."""
+    group = parser.add_argument_group("Machine")
+    group.add_argument(
         "--tflops",
         type=float,
         help="TFLOP/s that a device reaches in a matrix product (default: measured on this machine)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--mfu",
         type=float,
         default=0.4,
         help="Share of --tflops that training reaches (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--devices", type=int, default=1, help="Number of devices (default: %(default)s)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--deepspeed",
         type=Path,
         help="DeepSpeed configuration of the run; its ZeRO stage decides what the devices share",
     )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `llava plan`."""
-    own, training_options = build_parser().parse_known_args(argv)
-    configure_logging(verbose=own.verbose, quiet=own.quiet)
+    argv = sys.argv[1:] if argv is None else argv
+    exit_with_help(argv, build_parser())
+    machine_parser = CommandParser("llava plan", "Estimate a training run.")
+    add_machine_options(machine_parser)
+    own, training_options = machine_parser.parse_known_args(argv)
 
+    # Imported here because these modules import torch and transformers, which takes seconds.
     import torch
 
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.plan import make_plan
 
     model_args, data_args, args = parse_arguments(training_options)
+    # Parsing the training options has set the log level without these two.
+    configure_logging(verbose=own.verbose, quiet=own.quiet)
     zero = read_zero_stage(own.deepspeed)
     plan = make_plan(model_args, data_args, args, devices=own.devices, zero=zero)
     tflops = own.tflops

@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     exit_with_help(argv, build_parser())
 
+    # Imported here because these modules import transformers, which takes seconds.
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.preflight import preflight
 
@@ -40,8 +41,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
     """Train a model, and save it into `args.output_dir`.
-
-    Progress and warnings are logged; `llava_simplified.options.configure_logging` prints them.
 
     Args:
         model_args: Which parts make the model, and which of them are trained.

@@ -6,11 +6,8 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from test_commands import ENVIRONMENT
 
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.captioning import caption_command, runner
@@ -538,29 +534,6 @@ def test_chat_sends_the_whole_conversation(
     assert chat_main([str(folder / "0.jpg"), "--model-path", str(checkpoint)]) == 0
     assert capsys.readouterr().out.split() == ["yes", "yes"]
     assert conversations == [["What?"], ["What?", "yes", "Where?"]]
-
-
-@pytest.mark.slow
-def test_caption_continues_after_kill_9(
-    checkpoint: Path, data_folder: Path, tmp_path: Path
-) -> None:
-    images = tmp_path / "images"
-    images.mkdir()
-    for number in range(200):
-        shutil.copy(data_folder / "images" / f"{number % 6}.jpg", images / f"{number:03}.jpg")
-    output = tmp_path / "captions.jsonl"
-    command = [sys.executable, "-m", "llava_simplified", "caption", str(images)]
-    command += ["--model-path", str(checkpoint), "--output", str(output)]
-    command += ["--batch-size", "1", "--max-new-tokens", "3"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    while not output.exists() or output.stat().st_size < 2000:
-        assert process.poll() is None, "the command ended before it was killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < output.read_bytes().count(b"\n") < 200
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
-    assert [row["index"] for row in read_rows(output)] == list(range(200))
 
 
 # ---- every input ends as a record, a counted oddity or an error ----

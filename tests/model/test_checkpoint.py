@@ -370,13 +370,16 @@ def test_missing_file_of_a_base_model_is_named_before_training_and_when_loading(
         argv += [f"--{option}", str(value)]
     assert cli.main(argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{name} is missing: put it into {tmp_path / part}" in error
-    # Weights and their configs are found missing where the option is known.
+    assert f"{name} is missing" in error
+    assert str(tmp_path / part) in error
+    # A missing weight file or config is noticed where the option is known.
     is_option_known = "token" not in name and "processor" not in name
-    assert error.startswith("error: --" if is_option_known else "error: the ")
-    if name != "tokenizer.json":  # The checkpoint has a tokenizer of its own.
-        with pytest.raises(ValueError, match=f"{name} is missing: put it into {tmp_path / part}"):
-            load_checkpoint(tmp_path / "c")
+    assert error.startswith("error: --") == is_option_known
+    if name == "tokenizer.json":
+        return  # The checkpoint has a tokenizer of its own.
+    with pytest.raises(ValueError, match=f"{name} is missing") as raised:
+        load_checkpoint(tmp_path / "c")
+    assert str(tmp_path / part) in str(raised.value)
 
 
 def test_weights_digest_of_a_hub_model_covers_the_files_that_are_loaded(

@@ -44,7 +44,7 @@ def test_download_keeps_good_images_and_names_the_cause_of_the_others(
     records = open_records(output / "records.jsonl")
     assert [record.responses for record in records] == [("caption 0",), ("caption 6",)]
     for record, index in zip(records, (0, 6)):
-        assert read_image_bytes(record.images[0], output) == loopback.pictures()[index]
+        assert read_image_bytes(record.images[0], output) == loopback.images()[index]
 
 
 def test_download_again_fetches_nothing(server: Server, tmp_path: Path) -> None:

@@ -1,10 +1,17 @@
-"""A tiny model that says something else of every picture, as a checkpoint and in memory."""
+"""A tiny model that answers differently for every image, as a checkpoint and in memory."""
 
 from __future__ import annotations
 
 import io
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -18,34 +25,69 @@ from llava_simplified.model.llava import Llava
 
 @pytest.fixture(scope="session")
 def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    architecture = LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip"))
+    config = LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip"))
     torch.manual_seed(2)
-    model = build_model(architecture).requires_grad_(False)
+    model = build_model(config).requires_grad_(False)
+    # A larger projector than usual, so that the image decides what is generated.
     for parameter in model.projector.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     folder = tmp_path_factory.mktemp("served") / "tiny"
-    save_checkpoint(model, folder, architecture, TrainedParts())
+    save_checkpoint(model, folder, config, TrainedParts())
     return folder
 
 
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> Llava:
     model = Llava.from_pretrained(checkpoint)
-    model.prompt.stop_ids = [
-        *model.prompt.stop_ids,
-        *range(3, 20),
-    ]  # a random model would never end
+    # The random model hardly ever generates its only end token: give it more of them.
+    model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 20)]
     return model
 
 
 @pytest.fixture(scope="session")
 def photos() -> list[bytes]:
-    """Files of 20 pictures."""
-    random, files = np.random.default_rng(5), []
+    """Return the files of 20 different images."""
+    generator = np.random.default_rng(5)
+    files: list[bytes] = []
     for _ in range(20):
+        pixels = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
         file = io.BytesIO()
-        Image.fromarray(random.integers(0, 255, (4, 4, 3), dtype=np.uint8)).resize((48, 40)).save(
-            file, "PNG"
-        )
+        Image.fromarray(pixels).resize((48, 40)).save(file, "PNG")
         files.append(file.getvalue())
     return files
+
+
+StartedServer = tuple[subprocess.Popen[str], str]
+
+
+@pytest.fixture
+def command(checkpoint: Path) -> Iterator[Callable[..., StartedServer]]:
+    """Start `llava serve` with options; return the process and its URL when it answers."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> StartedServer:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+        arguments = ["serve", str(checkpoint), "--port", str(port), *options]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llava_simplified.cli", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "LLAVA_API_KEY": ""},
+        )
+        started.append(process)
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                httpx.get(f"{url}/health").raise_for_status()
+                return process, url
+            except httpx.HTTPError:
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                time.sleep(0.1)
+        raise AssertionError("the server did not start within a minute")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()

@@ -1,613 +1,570 @@
-"""OpenAI's own client, and clients that misbehave, against a live server on loopback."""
+"""The HTTP API, as OpenAI's own client and clients that misbehave see it."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-import os
+import logging
 import random
-import re
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
+import numpy as np
 import openai
 import pytest
-import uvicorn
+from live_server import (
+    ATTENTION,
+    CHAT,
+    Limits,
+    LiveServer,
+    attention_body,
+    chat_body,
+    image_part,
+    live_server,
+    open_connection,
+    paused_after,
+    user_message,
+    wide_photo,
+    without_end_tokens,
+)
 from PIL import Image
-from starlette.routing import Route
+from test_engine import nan_features_for
 
-from llava_simplified.cli import main as llava
 from llava_simplified.model.llava import Llava
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prompt import Message
-from llava_simplified.serve.api import Limits, Turn, create_app
-from llava_simplified.serve.engine import Worker
-from llava_simplified.serve.page import page_routes
-
-CHAT = "/v1/chat/completions"
-DEFAULTS = Limits()
-
-
-@dataclass
-class Live:
-    url: str
-    worker: Worker
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-
-    def post(self, body: Any, **more: Any) -> httpx.Response:
-        return httpx.post(self.url + CHAT, json=body, timeout=60, **more)
-
-    def metric(self, name: str) -> float:
-        found = re.search(
-            rf"^{re.escape(name)} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE
-        )
-        return float(found[1]) if found else 0.0
-
-    def wait(self, condition: Callable[[], bool]) -> None:
-        for _ in range(1000):
-            if condition():
-                return
-            time.sleep(0.01)
-        raise AssertionError("it never came true")
-
-
-@contextmanager
-def live(
-    model: Llava,
-    key: str = "",
-    limits: Limits = DEFAULTS,
-    examples: Sequence[bytes] | None = None,
-    allowed_hosts: Sequence[str] = (),
-    **batching: Any,
-) -> Iterator[Live]:
-    """Run a server in a thread; with the page if `examples` is given."""
-    worker = Worker(model, **batching)
-    page: list[Route] = []
-    if examples is not None:
-        page = page_routes(
-            "tiny", model.instruction, limits, worker.batch_size, bool(key), examples
-        )
-    app = create_app(worker, "tiny", key, limits, page, allowed_hosts)
-    server = uvicorn.Server(
-        uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", access_log=False)
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server has ended"
-        time.sleep(0.01)
-    here = Live(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", worker)
-    try:
-        yield here
-        here.wait(lambda: not worker.places and not worker.rows)
-        assert worker._decoding is None or not (
-            worker._decoding.generated_ids or worker._decoding.active
-        )
-    finally:
-        server.should_exit = True
-        thread.join()
+from llava_simplified.serve.attention_map import WORD, attention_map
+from llava_simplified.serve.schemas import ChatMessage
 
 
 @pytest.fixture(scope="module")
-def server(model: Llava) -> Iterator[Live]:
-    with live(model, queue=100) as here:
-        yield here
+def server(model: Llava) -> Iterator[LiveServer]:
+    with live_server(model, max_queue=100) as server:
+        yield server
 
 
-@contextmanager
-def endless(model: Llava) -> Iterator[None]:
-    """No answer ends by itself."""
-    stop_ids, model.prompt.stop_ids = model.prompt.stop_ids, [10**6]
-    try:
-        yield
-    finally:
-        model.prompt.stop_ids = stop_ids
+def create_completion(server: LiveServer, messages: list[Any], **options: Any) -> Any:
+    return server.client().chat.completions.create(model="tiny", messages=messages, **options)
 
 
-def uri(photo: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(photo).decode()
+# ---- chat completions ----
 
 
-def shown(*photos: bytes, text: str = "What?") -> list[Any]:
-    """A message in the order in which most clients write it: first the text."""
-    pictures = [{"type": "image_url", "image_url": {"url": uri(photo)}} for photo in photos]
-    return [{"role": "user", "content": [{"type": "text", "text": text}, *pictures]}]
+def test_chat_equals_library(server: LiveServer, model: Llava, photos: list[bytes]) -> None:
+    def answer(messages: list[Any]) -> str:
+        return create_completion(server, messages, max_tokens=7).choices[0].message.content
 
-
-def asked(photo: bytes, **more: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": shown(photo), **more}
-
-
-# ---- what OpenAI's client sees ----
-
-
-def test_text_and_pictures(server: Live, model: Llava, photos: list[bytes]) -> None:
-    complete = server.client().chat.completions.create
-
-    def content(messages: list[Any], **more: Any) -> str | None:
-        return (
-            complete(model="tiny", messages=messages, max_tokens=7, **more)
-            .choices[0]
-            .message.content
-        )
-
+    two_images = user_message(photos[0], photos[1], text="Which of <image> and <image> is it?")
     conversation: list[Any] = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": "Look at this."},
         {"role": "assistant", "content": "I do."},
-        *shown(photos[0], photos[1], text="Which of <image> and <image> is it?"),
+        *two_images,
     ]
-    turns = [
+    messages = [
         Message("system", "Be brief."),
         Message("user", "Look at this."),
         Message("assistant", "I do."),
+        Message("user", "Which of <image> and <image> is it?"),
     ]
-    turns.append(Message("user", "Which of <image> and <image> is it?"))
-    assert content(conversation) == model.chat(turns, photos[:2], max_new_tokens=7)
-    assert content(shown(*photos[:2])) == model.chat(
-        "<image>\n<image>\nWhat?", photos[:2], max_new_tokens=7
-    )
-    assert content(shown(photos[2], text="")) == model.caption(photos[2], max_new_tokens=7), (
-        "as it was trained"
-    )
-    assert content([{"role": "user", "content": "Say it."}]) == model.chat(
-        "Say it.", max_new_tokens=7
-    )
+    assert answer(conversation) == model.chat(messages, photos[:2], max_new_tokens=7)
+    placed_before_text = model.chat("<image>\n<image>\nWhat?", photos[:2], max_new_tokens=7)
+    assert answer(user_message(*photos[:2])) == placed_before_text
+    trained_instruction = model.caption(photos[2], max_new_tokens=7)
+    assert answer(user_message(photos[2], text="")) == trained_instruction
+    text_only = [{"role": "user", "content": "Say it."}]
+    assert answer(text_only) == model.chat("Say it.", max_new_tokens=7)
 
 
-def test_usage_and_the_reason_of_the_end(server: Live, model: Llava, photos: list[bytes]) -> None:
-    complete = server.client().chat.completions.create
+def test_chat_reports_usage_and_finish_reason(
+    server: LiveServer, model: Llava, photos: list[bytes]
+) -> None:
     prompt = model.prompt.render([Message("user", "<image>\nWhat?")], None).input_ids
-    ended = complete(model="tiny", messages=shown(photos[1]), max_completion_tokens=60)
-    assert ended.choices[0].finish_reason == "stop" and ended.usage
+    messages = user_message(photos[1])
+    ended = create_completion(server, messages, max_completion_tokens=60)
+    assert ended.choices[0].finish_reason == "stop"
     assert ended.usage.prompt_tokens == len(prompt) - 1 + model.vision_tower.num_tokens
     assert ended.usage.total_tokens == ended.usage.prompt_tokens + ended.usage.completion_tokens
-    most = ended.usage.completion_tokens - 1  # all but the end token
-    cut = complete(model="tiny", messages=shown(photos[1]), max_tokens=most)
-    assert cut.choices[0].finish_reason == "length" and cut.usage
-    assert cut.usage.completion_tokens == most
+
+    without_end_token = ended.usage.completion_tokens - 1
+    cut = create_completion(server, messages, max_tokens=without_end_token)
+    assert cut.choices[0].finish_reason == "length"
+    assert cut.usage.completion_tokens == without_end_token
     assert cut.choices[0].message.content == ended.choices[0].message.content
 
 
-def test_samples_and_seeds(server: Live, model: Llava, photos: list[bytes]) -> None:
-    def texts(**more: Any) -> list[str | None]:
-        answer = server.client().chat.completions.create(
-            model="tiny", messages=shown(photos[0]), max_tokens=8, **more
-        )
-        assert [choice.index for choice in answer.choices] == list(range(more["n"]))
-        return [choice.message.content for choice in answer.choices]
+def test_chat_samples_as_library(server: LiveServer, model: Llava, photos: list[bytes]) -> None:
+    def answers(n: int, **options: Any) -> list[str]:
+        messages = user_message(photos[0])
+        completion = create_completion(server, messages, max_tokens=8, n=n, **options)
+        assert [choice.index for choice in completion.choices] == list(range(n))
+        return [choice.message.content for choice in completion.choices]
 
-    sampled = {"n": 3, "temperature": 1.0, "top_p": 0.9, "seed": 3}
-    assert texts(**sampled) == model.caption(
-        photos[0],
-        "What?",
-        num_return_sequences=3,
-        temperature=1.0,
-        top_p=0.9,
-        seed=3,
-        max_new_tokens=8,
+    options = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+    sampled = model.caption(photos[0], "What?", num_return_sequences=3, max_new_tokens=8, **options)
+    assert answers(3, **options) == sampled
+    assert answers(3, **{**options, "seed": 4}) != sampled
+    assert len(set(answers(16))) > 1, "several answers are sampled without a temperature, too"
+    # Logits divided by this temperature would be infinite.
+    greedy = model.caption(photos[0], "What?", max_new_tokens=8)
+    assert answers(1, temperature=1e-40) == [greedy]
+
+
+def test_stream_equals_complete_answer(server: LiveServer, photos: list[bytes]) -> None:
+    options: dict[str, Any] = {"max_tokens": 30, "n": 2, "temperature": 1.0, "seed": 5}
+    messages = user_message(photos[1])
+    texts = ["", ""]
+    finish_reasons: list[str | None] = [None, None]
+    usage = None
+    stream_options = {"include_usage": True}
+    stream = create_completion(
+        server, messages, stream=True, stream_options=stream_options, **options
     )
-    assert texts(**{**sampled, "seed": 4}) != texts(**sampled)
-    assert len(set(texts(n=16))) > 1, "several are sampled, also where no temperature is given"
-    like_greedy = texts(n=1, temperature=1e-40)  # would be infinite scores
-    assert like_greedy == [model.caption(photos[0], "What?", max_new_tokens=8)]
-
-
-def test_streaming(server: Live, model: Llava, photos: list[bytes]) -> None:
-    options: Any = {"max_tokens": 30, "n": 2, "temperature": 1.0, "seed": 5}
-    stream = server.client().chat.completions.create(
-        model="tiny",
-        messages=shown(photos[1]),
-        stream=True,
-        stream_options={"include_usage": True},
-        **options,
-    )
-    said, ends, usage = ["", ""], [None, None], None
     for chunk in stream:
         assert usage is None, "the usage comes last"
         usage = chunk.usage
         for choice in chunk.choices:
-            assert ends[choice.index] is None
-            said[choice.index] += choice.delta.content or ""
-            ends[choice.index] = choice.finish_reason
-    whole = server.client().chat.completions.create(
-        model="tiny", messages=shown(photos[1]), **options
-    )
-    assert said == [choice.message.content for choice in whole.choices]
-    assert ends == [choice.finish_reason for choice in whole.choices]
-    assert usage == whole.usage
+            assert finish_reasons[choice.index] is None
+            texts[choice.index] += choice.delta.content or ""
+            finish_reasons[choice.index] = choice.finish_reason
+    complete = create_completion(server, messages, **options)
+    assert texts == [choice.message.content for choice in complete.choices]
+    assert finish_reasons == [choice.finish_reason for choice in complete.choices]
+    assert usage == complete.usage
 
-    with endless(model):  # the pieces come while it speaks, not all at the end
-        stream = server.client().chat.completions.create(
-            model="tiny", messages=shown(photos[1]), stream=True, max_tokens=512, stop="\n\n"
+
+def test_stream_sends_text_while_it_is_generated(
+    server: LiveServer, model: Llava, photos: list[bytes]
+) -> None:
+    with without_end_tokens(model), paused_after(model, steps=5):
+        stream = create_completion(
+            server, user_message(photos[1]), stream=True, max_tokens=512, stop="\n\n"
         )
         first = next(chunk for chunk in stream if chunk.choices[0].delta.content)
-        assert first.choices[0].delta.content and server.worker.rows
+        assert first.choices[0].delta.content
+        assert server.engine.sequences_running
         stream.close()
-        server.wait(lambda: not server.worker.rows)
+    server.wait_until(lambda: not server.engine.sequences_running)
 
 
-def test_the_models(server: Live) -> None:
+def test_models_are_listed(server: LiveServer) -> None:
     client = server.client()
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError) as missing:
         client.models.retrieve("gpt")
+    assert missing.value.code == "model_not_found"
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
-# ---- what is wrong with a request ----
+# ---- invalid requests ----
 
-PICTURE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}]
-WRONG: list[tuple[dict[str, Any], int, str]] = [
-    ({"temperature": -1}, 400, "temperature: .*greater than or equal to 0"),
-    ({"temperature": "0.5"}, 400, "temperature: .*valid number"),
-    ({"temperature": float("nan")}, 400, "temperature: .*finite"),
-    ({"top_p": 0}, 400, "top_p: .*greater than 0"),
-    ({"n": 0}, 400, "n: .*greater than or equal to 1"),
-    ({"n": 17}, 400, "16 answers at most"),
-    ({"n": 2, "temperature": 0}, 400, "different captions.* temperature > 0"),
-    ({"max_tokens": 10**9}, 400, "512 tokens at most"),
-    ({"seed": 1.5}, 400, "seed: .*valid integer"),
-    ({"stop": [""]}, 400, r"stop\[0\]: .*at least 1 character"),
-    ({"tools": []}, 400, "tools: .*not permitted"),
-    ({"logprobs": True}, 400, "logprobs: .*False"),
-    ({"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
-    ({"model": "gpt"}, 404, "no model 'gpt' here, but 'tiny'"),
-    ({"messages": []}, 400, "messages: .*at least 1 item"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, r"messages\[0\]\.role: "),
-    ({"messages": [{"role": "user"}]}, 400, r"messages\[0\]\.content: .*required"),
-    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, r"messages\[0\]\.content\[0\]: "),
-    ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "the user's last"),
-    ({"messages": [{"role": "user", "content": "<image>"}]}, 400, "0 image.* the text says <image> 1 time"),
-    ({"messages": [{"role": "system", "content": PICTURE}]}, 400, "belong to the user"),
-    ({"messages": [{"role": "user", "content": PICTURE}]}, 400, "not an image"),
-    ({"messages": [{"role": "user", "content": PICTURE * 9}]}, 400, "9 pictures; 8 may"),
-    ({"messages": [{"role": "user", "content": "long " * 4000}]}, 400, "together they may be 4096"),
-]  # fmt: skip
+NOT_AN_IMAGE = image_part("data:image/png;base64,aGVsbG8=")
 
 
-@pytest.mark.parametrize("wrong, status, message", WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_named(
-    server: Live, photos: list[bytes], wrong: dict, status: int, message: str
-) -> None:
-    body = json.dumps({**asked(photos[0]), **wrong})
-    answer = httpx.post(
-        server.url + CHAT, content=body, headers={"content-type": "application/json"}
-    )
-    error = answer.json()["error"]
-    assert (answer.status_code, set(error)) == (status, {"message", "type", "param", "code"})
-    assert re.search(message, error["message"]), error
+def message(role: str, content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content}]}
 
 
-def test_a_picture_without_words_is_asked_what_the_model_was_trained_on() -> None:
-    turn = Turn.model_validate_json(json.dumps({"role": "user", "content": PICTURE}))
-    assert turn.message("What is it?").content == "<image>\nWhat is it?"
-    assert turn.message("What is it?\n<image>").content == "What is it?\n<image>"
+# A change to a valid body, and the status, `param` and `code` of the error.
+INVALID: list[tuple[dict[str, Any], int, str | None, str | None]] = [
+    ({"temperature": -1}, 400, "temperature", None),
+    ({"temperature": "0.5"}, 400, "temperature", None),
+    ({"temperature": float("nan")}, 400, "temperature", None),
+    ({"top_p": 0}, 400, "top_p", None),
+    ({"n": 0}, 400, "n", None),
+    ({"n": 17}, 400, "n", None),
+    ({"n": 2, "temperature": 0}, 400, "n", None),
+    ({"max_tokens": 10**9}, 400, "max_tokens", None),
+    ({"max_completion_tokens": 10**9}, 400, "max_completion_tokens", None),
+    ({"seed": 1.5}, 400, "seed", None),
+    ({"stop": [""]}, 400, "stop[0]", None),
+    ({"tools": []}, 400, "tools", None),
+    ({"logprobs": True}, 400, "logprobs", None),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty", None),
+    ({"model": "gpt"}, 404, "model", "model_not_found"),
+    ({"messages": []}, 400, "messages", None),
+    (message("tool", "x"), 400, "messages[0].role", None),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content", None),
+    (message("user", [{"type": "audio"}]), 400, "messages[0].content[0]", None),
+    (message("user", [{"type": "text", "text": 3}]), 400, "messages[0].content[0].text", None),
+    (message("user", [image_part(3)]), 400, "messages[0].content[0].image_url.url", None),  # type: ignore[arg-type]
+    (message("assistant", "x"), 400, "messages", None),
+    (message("user", "<image>"), 400, "messages[0].content", None),
+    (message("system", [NOT_AN_IMAGE]), 400, "messages[0].content", None),
+    (message("user", [NOT_AN_IMAGE]), 400, "messages", "not_image"),
+    (message("user", [NOT_AN_IMAGE] * 9), 400, "messages", "too_many_images"),
+    (message("user", "long " * 4000), 400, "messages", "context_length_exceeded"),
+]
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["data:image/png,abc", "data:image/png;base64,a$b=", "ftp://x/1.png", "", "http://x/1.png"],
+    ("change", "status", "param", "code"), INVALID, ids=lambda value: str(value)[:40]
 )
-def test_pictures_come_as_data_uris(server: Live, url: str) -> None:
-    message: Any = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
-    with pytest.raises(openai.BadRequestError, match="base64|must be a data URI"):
-        server.client().chat.completions.create(model="tiny", messages=[message])
+def test_invalid_request_is_named(
+    server: LiveServer,
+    photos: list[bytes],
+    change: dict[str, Any],
+    status: int,
+    param: str | None,
+    code: str | None,
+) -> None:
+    response = server.post({**chat_body(photos[0]), **change})
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (response.status_code, error["param"], error["code"]) == (status, param, code)
+    assert error["message"]
 
 
-def test_broken_bodies_and_other_paths(server: Live) -> None:
-    def post(content: bytes, kind: str = "application/json") -> tuple[int, str]:
-        answer = httpx.post(server.url + CHAT, content=content, headers={"content-type": kind})
-        return answer.status_code, answer.json()["error"]["message"]
+def test_image_without_text_gets_trained_instruction() -> None:
+    body = json.dumps({"role": "user", "content": [NOT_AN_IMAGE]})
+    chat_message = ChatMessage.model_validate_json(body)
+    assert chat_message.to_message("What is it?").content == "<image>\nWhat is it?"
+    assert chat_message.to_message("What is it?\n<image>").content == "What is it?\n<image>"
 
-    for broken in (b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"model": "\\ud800"}'):
-        status, message = post(broken)
-        assert status == 400 and message.startswith("body: "), (broken[:10], message)
-    assert post(b"{}", "text/plain")[0] == 415
+
+@pytest.mark.parametrize(
+    ("url", "param", "code"),
+    [
+        ("data:image/png,abc", "messages[0].content[0].image_url.url", None),
+        ("data:image/png;base64,a$b=", "messages[0].content[0].image_url.url", None),
+        ("ftp://x/1.png", "messages", "image_url_not_allowed"),
+        ("", "messages", "image_url_not_allowed"),
+        ("http://x/1.png", "messages", "image_url_not_allowed"),
+    ],
+)
+def test_images_must_be_data_urls(
+    server: LiveServer, url: str, param: str, code: str | None
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create_completion(server, [{"role": "user", "content": [image_part(url)]}])
+    assert (refused.value.param, refused.value.code) == (param, code)
+
+
+def test_malformed_bodies_are_refused(server: LiveServer) -> None:
+    def post(content: bytes, content_type: str = "application/json") -> httpx.Response:
+        headers = {"content-type": content_type}
+        return httpx.post(server.url + CHAT, content=content, headers=headers)
+
+    malformed = [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"model": "\\ud800"}']
+    for content in malformed:
+        response = post(content)
+        error = response.json()["error"]
+        assert response.status_code == 400, content[:10]
+        assert error["param"] is None and error["type"] == "invalid_request_error"
+    assert post(b"{}", "text/plain").status_code == 415
+
+
+def test_other_methods_and_paths_are_refused(server: LiveServer) -> None:
     assert httpx.get(server.url + CHAT).status_code == 405
-    assert httpx.get(server.url + "/v1/embeddings").json()["error"]["message"] == "Not Found"
-    allowed = httpx.options(
-        server.url + CHAT, headers={"origin": "http://x", "access-control-request-method": "POST"}
-    )
-    assert not any(name.startswith("access-control") for name in allowed.headers)
+    missing = httpx.get(server.url + "/v1/embeddings")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "not_found"
+    headers = {"origin": "http://x", "access-control-request-method": "POST"}
+    preflight = httpx.options(server.url + CHAT, headers=headers)
+    assert not any(name.startswith("access-control") for name in preflight.headers)
 
 
-def test_limits_of_bodies_and_pixels(model: Llava, photos: list[bytes]) -> None:
+def test_size_of_bodies_and_images_is_limited(model: Llava, photos: list[bytes]) -> None:
     bomb = io.BytesIO()
     Image.new("1", (8000, 8000)).save(bomb, "PNG")
-    with live(model, limits=Limits(max_body=100_000)) as here:
-        answer = here.post(asked(bomb.getvalue()))
-        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_large")
-        assert "8000x8000 pixels" in answer.json()["error"]["message"]
-        answer = here.post(asked(b"x" * 100_000))
-        assert answer.status_code == 413 and "100000 bytes" in answer.json()["error"]["message"]
-        with pytest.raises(openai.APIStatusError, match="413"):
-            here.client().chat.completions.create(model="tiny", messages=shown(b"x" * 3_000_000))
+    with live_server(model, limits=Limits(max_body=100_000)) as server:
+        response = server.post(chat_body(bomb.getvalue()))
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "too_large")
+        assert "8000x8000" in error["message"]
+        response = server.post(chat_body(b"x" * 100_000))
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
+        with pytest.raises(openai.APIStatusError) as refused:
+            create_completion(server, user_message(b"x" * 3_000_000))
+        assert refused.value.status_code == 413
 
-        def parts() -> Iterator[bytes]:  # no length is announced
+        def send_chunks() -> Iterator[bytes]:  # httpx announces no length for an iterator
             yield from [b" " * 10_000] * 20
 
         headers = {"content-type": "application/json"}
-        assert httpx.post(here.url + CHAT, content=parts(), headers=headers).status_code == 413
-        assert here.post(asked(photos[0], max_tokens=2)).status_code == 200
+        response = httpx.post(server.url + CHAT, content=send_chunks(), headers=headers)
+        assert response.status_code == 413
+        assert server.post(chat_body(photos[0], max_tokens=2)).status_code == 200
 
 
-def test_pictures_by_url_under_the_downloaders_rules(model: Llava, photos: list[bytes]) -> None:
-    """Refused where they are not allowed; where they are, not from private addresses, and no redirect to these."""
-
-    class Files(BaseHTTPRequestHandler):
-        served: ClassVar[list[str]] = []
-
-        def do_GET(self) -> None:
-            self.served.append(self.path)
-            self.send_response(302 if self.path == "/away" else 200)
-            self.send_header("Location", "file:///etc/passwd")
-            self.end_headers()
-            self.wfile.write(b"<html>" if self.path == "/page" else photos[1])
-
-        def log_message(self, *_: object) -> None: ...
-
-    def refused(here: Live, url: str) -> str:
-        with pytest.raises(openai.BadRequestError) as error:
-            here.client().chat.completions.create(model="tiny", messages=[ask(url)], max_tokens=9)
-        return str(error.value)
-
-    def ask(url: str) -> Any:
-        return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Files) as files:
-        threading.Thread(target=files.serve_forever, daemon=True).start()
-        port = files.server_address[1]
-        with live(model) as here:
-            assert "--allow-image-urls" in refused(here, f"http://127.0.0.1:{port}/1.png")
-        with live(model, limits=Limits(fetch=FetchOptions(retries=0))) as here:
-            for host in ("127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]"):
-                assert "can't be fetched: " in refused(here, f"http://{host}:{port}/1.png")
-            assert "scheme" in refused(here, "file:///etc/passwd")
-        assert not Files.served, "nobody was asked"
-        with live(model, limits=Limits(fetch=FetchOptions(retries=0, allow_private=True))) as here:
-            assert "scheme" in refused(here, f"http://127.0.0.1:{port}/away")
-            assert "html" in refused(here, f"http://127.0.0.1:{port}/page")
-            answer = here.client().chat.completions.create(
-                model="tiny", messages=[ask(f"http://127.0.0.1:{port}/1.png")], max_tokens=9
-            )
-            assert answer.choices[0].message.content == model.caption(photos[1], max_new_tokens=9)
-        files.shutdown()
+# ---- image URLs ----
 
 
-def test_the_key(model: Llava, caplog: pytest.LogCaptureFixture) -> None:
+class ImageHost(BaseHTTPRequestHandler):
+    """A server of images that the server under test may be asked to fetch."""
+
+    requests: ClassVar[list[str]] = []
+    image: ClassVar[bytes] = b""
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        self.send_response(302 if self.path == "/redirect" else 200)
+        self.send_header("Location", "file:///etc/passwd")
+        self.end_headers()
+        self.wfile.write(b"<html>" if self.path == "/page" else self.image)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_image_urls_follow_rules_of_downloader(model: Llava, photos: list[bytes]) -> None:
+    """They are refused by default; if they are allowed, private addresses and other schemes are not."""
+    ImageHost.image = photos[1]
+
+    def ask_about(url: str) -> list[Any]:
+        return [{"role": "user", "content": [image_part(url)]}]
+
+    def refusal(server: LiveServer, url: str) -> openai.BadRequestError:
+        with pytest.raises(openai.BadRequestError) as refused:
+            create_completion(server, ask_about(url), max_tokens=9)
+        return refused.value
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), ImageHost) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        port = host.server_address[1]
+        url = f"http://127.0.0.1:{port}"
+        with live_server(model) as server:
+            error = refusal(server, f"{url}/1.png")
+            assert error.code == "image_url_not_allowed"
+            assert "--allow-image-urls" in error.message
+        with live_server(model, limits=Limits(fetch=FetchOptions(retries=0))) as server:
+            for name in ("127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]"):
+                assert refusal(server, f"http://{name}:{port}/1.png").code
+            assert "scheme" in refusal(server, "file:///etc/passwd").message
+        assert not ImageHost.requests, "no request has reached the host"
+        allow_private = FetchOptions(retries=0, allow_private=True)
+        with live_server(model, limits=Limits(fetch=allow_private)) as server:
+            assert "scheme" in refusal(server, f"{url}/redirect").message
+            assert refusal(server, f"{url}/page").code == "html"
+            completion = create_completion(server, ask_about(f"{url}/1.png"), max_tokens=9)
+            caption = model.caption(photos[1], max_new_tokens=9)
+            assert completion.choices[0].message.content == caption
+        host.shutdown()
+
+
+# ---- the API key and the log ----
+
+
+@pytest.fixture
+def messages_logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Capture all messages. Commands stop the package's logger from passing messages to the root."""
     caplog.set_level("DEBUG")
-    with live(model, key="s3cret") as here:
+    logger = logging.getLogger("llava_simplified")
+    level = logger.level
+    logger.setLevel("DEBUG")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+
+
+def test_key_is_required_and_log_contains_no_content(
+    model: Llava, messages_logged: pytest.LogCaptureFixture
+) -> None:
+    with live_server(model, key="s3cret") as server:
         for key in ("none", "s3cre", "s3crets"):
-            with pytest.raises(openai.AuthenticationError, match="give the key"):
-                here.client(key).models.list()
+            with pytest.raises(openai.AuthenticationError) as refused:
+                server.client(key).models.list()
+            assert refused.value.code == "invalid_api_key"
         for header in ("Bearer ключ", "Basic s3cret", "s3cret", ""):
-            assert (
-                httpx.get(
-                    f"{here.url}/v1/models", headers={"authorization": header.encode()}
-                ).status_code
-                == 401
-            )
-        assert here.post({}).status_code == 401
-        assert httpx.get(f"{here.url}/metrics").status_code == 401
-        assert httpx.get(f"{here.url}/health").status_code == 200
-        text = [{"role": "user", "content": "a private matter"}]
-        here.client("s3cret").chat.completions.create(model="tiny", messages=text, max_tokens=2)  # type: ignore[call-overload]
-    ours = " ".join(
+            headers = {"authorization": header.encode()}
+            assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 401
+        assert server.post({}).status_code == 401
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        text: list[Any] = [{"role": "user", "content": "a private matter"}]
+        create = server.client("s3cret").chat.completions.create
+        create(model="tiny", messages=text, max_tokens=2)
+    log = " ".join(
         record.getMessage()
-        for record in caplog.records
-        if not record.name.startswith(("openai", "http"))
+        for record in messages_logged.records
+        if not record.name.startswith(("openai", "http"))  # they log what the tests send
     )
-    assert "200 in" in ours and "s3cret" not in ours and "private" not in ours
+    assert "200 in" in log
+    assert "s3cret" not in log and "private" not in log
 
 
-# ---- many at once ----
+# ---- many requests ----
 
 
-def test_nobody_gets_anothers_answer_and_none_is_lost(model: Llava, photos: list[bytes]) -> None:
-    """200 requests from 16 clients, one in ten of them bad."""
-    right = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos]
-    assert len(set(right)) > 15
-    with live(model, batch_size=8) as here:
-        bad: list[Any] = [
-            {"n": -1},
-            {"messages": shown(b"no picture")},
-            {"messages": shown(photos[0][:500])},
-            {"x": 1},
-        ]
+def test_concurrent_clients_get_their_own_answers(model: Llava, photos: list[bytes]) -> None:
+    """200 requests from 16 clients, one in ten of them invalid."""
+    expected = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos]
+    assert len(set(expected)) > 15
+    invalid: list[Any] = [
+        {"n": -1},
+        {"messages": user_message(b"no image")},
+        {"messages": user_message(photos[0][:500])},
+        {"x": 1},
+    ]
 
-        def client(number: int) -> list[str]:
-            draw, openai_client, outcomes = random.Random(number), here.client(), []
-            for request in range(number, 200, 16):
-                if request % 10 == 0:
-                    status = here.post({**asked(photos[0]), **draw.choice(bad)}).status_code
-                    outcomes.append("bad" if status == 400 else f"wrong: {status}")
-                    continue
-                which, stream = draw.randrange(len(photos)), draw.random() < 0.5
-                answer: Any = openai_client.chat.completions.create(
-                    model="tiny", messages=shown(photos[which]), max_tokens=20, stream=stream
-                )  # type: ignore[call-overload]
-                if stream:
-                    text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
-                else:
-                    text = answer.choices[0].message.content
-                outcomes.append(
-                    "right" if text == right[which] else f"wrong: {text!r}, not {right[which]!r}"
-                )
-            return outcomes
+    def run_client(server: LiveServer, number: int) -> list[str]:
+        choose = random.Random(number)
+        outcomes: list[str] = []
+        for request in range(number, 200, 16):
+            if request % 10 == 0:
+                body = {**chat_body(photos[0]), **choose.choice(invalid)}
+                status = server.post(body).status_code
+                outcomes.append("refused" if status == 400 else f"wrong status {status}")
+                continue
+            photo = choose.randrange(len(photos))
+            is_streamed = choose.random() < 0.5
+            answer = create_completion(
+                server, user_message(photos[photo]), max_tokens=20, stream=is_streamed
+            )
+            if is_streamed:
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+            else:
+                text = answer.choices[0].message.content
+            is_right = text == expected[photo]
+            outcomes.append("right" if is_right else f"{text!r}, not {expected[photo]!r}")
+        return outcomes
 
+    with live_server(model, batch_size=8) as server:
         with ThreadPoolExecutor(16) as clients:
-            outcomes = [outcome for done in clients.map(client, range(16)) for outcome in done]
+            results = clients.map(lambda number: run_client(server, number), range(16))
+            outcomes = [outcome for result in results for outcome in result]
+        assert outcomes.count("refused") == 20 and outcomes.count("right") == 180, set(outcomes)
         assert len(outcomes) == 200
-        assert outcomes.count("bad") == 20 and outcomes.count("right") == 180, set(outcomes)
-        assert here.metric('llava_requests_total{status="200"}') == 180
-        assert here.metric('llava_requests_total{status="400"}') == 20
-        assert here.metric("llava_places") == here.metric("llava_rows") == 0
+        assert server.metric('llava_requests_total{status="200"}') == 180
+        assert server.metric('llava_requests_total{status="400"}') == 20
 
 
-def raw(here: Live, body: dict[str, Any], half: bool = False) -> socket.socket:
-    """A connection on which a request, or half of one, has been sent."""
-    content = json.dumps(body).encode()
-    connection = socket.create_connection(("127.0.0.1", int(here.url.rpartition(":")[2])))
-    head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n"
-    )
-    connection.sendall(head.encode() + (content[: len(content) // 2] if half else content))
-    return connection
+def test_metrics_count_requests_and_sequences(model: Llava, photos: list[bytes]) -> None:
+    with live_server(model, batch_size=2) as server, without_end_tokens(model):
+        with paused_after(model, steps=3):
+            connections = [open_connection(server, chat_body(photo)) for photo in photos[:3]]
+            server.wait_until(lambda: server.metric("llava_sequences_running") == 2)
+            server.wait_until(lambda: server.metric("llava_requests_in_flight") == 3)
+            for connection in connections:
+                connection.close()
+        server.wait_until(lambda: server.metric("llava_requests_in_flight") == 0)
+        server.wait_until(lambda: server.metric("llava_sequences_running") == 0)
+        assert server.post(chat_body(photos[0], max_tokens=3)).status_code == 200
+        assert server.metric('llava_tokens_total{kind="answer"}') == 3
+        assert server.metric("llava_first_token_seconds_count") >= 1
 
 
-def test_clients_that_go_away_free_their_places(model: Llava, photos: list[bytes]) -> None:
-    """While they speak, while they wait for their turn, in the middle of their request."""
-    with endless(model), live(model, batch_size=2, queue=10) as here:
-        kinds = [{"stream": True}, {}, {"stream": True}, {}]
-        connections = [raw(here, asked(photo, **kind)) for photo, kind in zip(photos, kinds)]
-        connections.append(raw(here, asked(photos[4]), half=True))
-        here.wait(lambda: len(here.worker.places) == 5 and len(here.worker.rows) == 2)
+def test_disconnected_clients_free_their_sequences(model: Llava, photos: list[bytes]) -> None:
+    """They disconnect while their answer is generated, while they wait, and within their request."""
+    with without_end_tokens(model), live_server(model, batch_size=2, max_queue=10) as server:
+        engine = server.engine
+        options = [{"stream": True}, {}, {"stream": True}, {}]
+        connections = [
+            open_connection(server, chat_body(photo, **option))
+            for photo, option in zip(photos, options)
+        ]
+        connections.append(open_connection(server, chat_body(photos[4]), send_half=True))
+        server.wait_until(
+            lambda: len(engine.requests_in_flight) == 5 and len(engine.sequences_running) == 2
+        )
         for connection in connections:
             connection.close()
-        here.wait(lambda: not here.worker.places and not here.worker.rows)
-        here.wait(lambda: here.metric('llava_requests_total{status="499"}') == 5)
-        assert here.post(asked(photos[0], max_tokens=2)).status_code == 200
+        server.wait_until(lambda: not engine.requests_in_flight and not engine.sequences_running)
+        server.wait_until(lambda: server.metric('llava_requests_total{status="499"}') == 5)
+        assert server.post(chat_body(photos[0], max_tokens=2)).status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_again(model: Llava, photos: list[bytes]) -> None:
-    with endless(model), live(model, batch_size=1, queue=1) as here:
-        connections = [raw(here, asked(photo)) for photo in photos[:2]]
-        here.wait(lambda: len(here.worker.places) == 2)
-        with pytest.raises(openai.RateLimitError) as refused:
-            here.client().chat.completions.create(model="tiny", messages=shown(photos[2]))  # type: ignore[call-overload]
-        assert int(refused.value.response.headers["retry-after"]) >= 1
-        for connection in connections:
-            connection.close()
-        here.wait(lambda: not here.worker.places)
-        assert here.post(asked(photos[2], max_tokens=2)).status_code == 200
+def test_full_queue_says_when_to_retry(model: Llava, photos: list[bytes]) -> None:
+    with without_end_tokens(model), live_server(model, batch_size=1, max_queue=1) as server:
+        with paused_after(model, steps=2):
+            connections = [open_connection(server, chat_body(photo)) for photo in photos[:2]]
+            server.wait_until(lambda: len(server.engine.requests_in_flight) == 2)
+            with pytest.raises(openai.RateLimitError) as refused:
+                create_completion(server, user_message(photos[2]))
+            assert refused.value.code == "queue_full"
+            assert int(refused.value.response.headers["retry-after"]) >= 1
+            response = server.post(attention_body(photos[0], "a cat"), ATTENTION)
+            assert response.status_code == 429 and response.headers["retry-after"]
+            for connection in connections:
+                connection.close()
+        server.wait_until(lambda: not server.engine.requests_in_flight)
+        assert server.post(chat_body(photos[2], max_tokens=2)).status_code == 200
 
 
-def test_time_is_up(model: Llava, photos: list[bytes]) -> None:
-    """An answer that takes too long, streamed or not, and a client that takes too long to ask."""
-    with endless(model), live(model, timeout=0.2) as here:
-        slow = raw(here, asked(photos[0]), half=True)
-        assert here.post(asked(photos[0])).json()["error"]["code"] == "timeout"
-        with pytest.raises(openai.APIError, match="time is up"):
-            list(
-                here.client().chat.completions.create(
-                    model="tiny", messages=shown(photos[0]), stream=True
-                )
-            )  # type: ignore[call-overload]
+def test_requests_time_out(model: Llava, photos: list[bytes]) -> None:
+    """An answer that takes too long, streamed or not, and a client that sends its request too slowly."""
+    with live_server(model, timeout=0.5) as server, paused_after(model, steps=0):
+        slow = open_connection(server, chat_body(photos[0]), send_half=True)
+        response = server.post(chat_body(photos[0]))
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "timeout"
+        with pytest.raises(openai.APIError) as timed_out:
+            list(create_completion(server, user_message(photos[0]), stream=True))
+        assert timed_out.value.code == "timeout"
         assert slow.recv(20).startswith(b"HTTP/1.1 504")
         slow.close()
 
 
-# ---- the command ----
-
-
-@pytest.fixture
-def command(checkpoint: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
-    """Start `llava serve`; returns the process and its URL, when it is up."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*options: str) -> tuple[subprocess.Popen[str], str]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        words = [
-            sys.executable,
-            "-m",
-            "llava_simplified.cli",
-            "serve",
-            str(checkpoint),
-            "--port",
-            str(port),
-            *options,
-        ]
-        process = subprocess.Popen(
-            words, stderr=subprocess.PIPE, text=True, env={**os.environ, "LLAVA_API_KEY": ""}
-        )
-        started.append(process)
-        for _ in range(600):
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
-                return process, f"http://127.0.0.1:{port}"
-            except httpx.HTTPError:
-                assert process.poll() is None, process.stderr and process.stderr.read()
-                time.sleep(0.1)
-        raise AssertionError("it did not start")
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(
-    capsys: pytest.CaptureFixture[str],
+def test_failing_request_gets_500_and_neighbours_their_answers(
+    model: Llava, photos: list[bytes]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert (
-            llava(
-                [
-                    "serve",
-                    "nothing-to-load",
-                    "--port",
-                    str(port := taken.getsockname()[1]),
-                    "--no-page",
-                ]
-            )
-            == 2
-        )
-    assert (
-        f"Address already in use (while attempting to bind on address ('127.0.0.1', {port}))"
-        in capsys.readouterr().err
-    )
+    """The model returns NaN for one image. Its request fails, complete and streamed."""
+    expected = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos[1:7]]
+    with live_server(model) as server, nan_features_for(model, photos[0]):
+
+        def post(photo: bytes) -> httpx.Response:
+            return server.post(chat_body(photo, max_tokens=20))
+
+        with ThreadPoolExecutor(7) as clients:
+            failed, *others = clients.map(post, photos[:7])
+        assert failed.status_code == 500
+        assert failed.json()["error"]["type"] == "server_error"
+        texts = [other.json()["choices"][0]["message"]["content"] for other in others]
+        assert texts == expected
+        with pytest.raises(openai.APIError) as streamed:
+            list(create_completion(server, user_message(photos[0]), stream=True))
+        assert streamed.value.code == "server_error"
+        assert server.metric('llava_requests_total{status="500"}') == 2
 
 
-@pytest.mark.slow
-def test_a_signal_lets_what_was_begun_come_to_its_end(command: Any, photos: list[bytes]) -> None:
-    process, url = command("--no-page", "--batch-size", "2")
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+# ---- attention maps ----
 
-    def ask(photo: bytes) -> int:
-        answer = client.chat.completions.create(
-            model="tiny",
-            messages=shown(photo),
-            max_tokens=200,
-            extra_body={"repetition_penalty": 1.2},
-        )  # type: ignore[call-overload]
-        return answer.usage.completion_tokens
 
-    def begun() -> float:
-        """Requests that the server has taken: a fast machine may have answered some of them by now."""
-        lines = [line.split() for line in httpx.get(f"{url}/metrics").text.splitlines()]
-        return sum(
-            float(line[-1])
-            for line in lines
-            if line[0].startswith(("llava_places", "llava_requests_total"))
-        )
+def test_attention_equals_library(model: Llava) -> None:
+    photo = wide_photo()
+    answer = model.caption(photo, "What?", max_new_tokens=20)
+    with live_server(model) as server:
+        response = server.post(attention_body(photo, answer), ATTENTION)
+        assert response.status_code == 200
+        assert server.metric('llava_attention_requests_total{status="200"}') == 1
+    content = response.json()
+    assert content["object"] == "attention"
+    assert content["region"] == [0.25, 0.0, 0.75, 1.0]
+    assert [word["word"] for word in content["words"]] == WORD.findall(answer)
+    expected = attention_map(model, "What?", [photo], answer)[:, 0]
+    grids = np.array([word["grid"] for word in content["words"]])
+    np.testing.assert_allclose(grids, expected.numpy(), rtol=1e-3)
 
-    with ThreadPoolExecutor(6) as clients:
-        answers = [clients.submit(ask, photo) for photo in photos[:6]]  # four of them wait
-        while begun() < 6:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health")
-        assert all(answer.result() > 0 for answer in answers)
-    assert process.wait(20) == 0
+
+def test_attention_refuses_invalid_requests(model: Llava, photos: list[bytes]) -> None:
+    text_only = [{"role": "user", "content": "What?"}]
+    cases: list[tuple[dict[str, Any], int, str, set[str | None]]] = [
+        ({"messages": text_only}, 400, "messages", {None}),
+        ({"messages": user_message(*photos[:2])}, 400, "messages", {None}),
+        ({"messages": user_message(photos[0][:-40])}, 400, "messages", {"corrupt", "truncated"}),
+        ({"answer": ""}, 400, "answer", {None}),
+        ({"answer": "   "}, 400, "answer", {None}),
+        ({"answer": "\ufffd"}, 400, "answer", {None}),
+        ({"answer": "word " * 200}, 400, "answer", {None}),
+        ({"answer": 3}, 400, "answer", {None}),
+        ({"model": "gpt"}, 404, "model", {"model_not_found"}),
+        ({"temperature": 1}, 400, "temperature", {None}),
+    ]
+    with live_server(model, limits=Limits(max_tokens=20)) as server:
+        for change, status, param, codes in cases:
+            response = server.post({**attention_body(photos[0], "a cat"), **change}, ATTENTION)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (status, param), (change, error)
+            assert error["code"] in codes, (change, error)
+
+
+def test_attention_body_is_limited(model: Llava, photos: list[bytes]) -> None:
+    with live_server(model, limits=Limits(max_body=1000)) as server:
+        response = server.post(attention_body(photos[0], "a cat"), ATTENTION)
+        assert response.status_code == 413

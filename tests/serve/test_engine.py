@@ -1,162 +1,198 @@
-"""Requests that share the model must not feel each other, and whoever leaves takes nothing along."""
+"""Continuous batching: requests do not affect each other, and leave nothing behind."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import pytest
 import torch
+from live_server import assert_idle, paused_after, without_end_tokens
 
 from llava_simplified.data.images import ImageError
+from llava_simplified.model import generation
 from llava_simplified.model.generation import DecodingBatch
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
-from llava_simplified.serve.engine import Busy, Piece, Place, Worker
+from llava_simplified.serve.engine import (
+    Delta,
+    Engine,
+    QueueFullError,
+    RequestError,
+    RequestHandle,
+)
 
 T = TypeVar("T")
 
 
-def serve(model: Llava, use: Callable[[Worker], Awaitable[T]], **limits: float) -> T:
+def run_engine(model: Llava, use: Callable[[Engine], Awaitable[T]], **options: Any) -> T:
+    """Start an engine, use it, and check that nothing of its requests is left."""
+
     async def run() -> T:
-        async with Worker(model, **limits) as worker:  # type: ignore[arg-type]
-            result = await use(worker)
-            for _ in range(100):
-                if not worker.rows:
+        async with Engine(model, **options) as engine:
+            result = await use(engine)
+            for _ in range(500):
+                if not engine.sequences_running:
                     break
                 await asyncio.sleep(0.01)
-            assert worker.alive
-            assert not worker.places and not worker.rows, "nobody is left"
-            assert worker._decoding is None or not (
-                worker._decoding.generated_ids or worker._decoding.active
-            )
+            assert engine.is_running
+            assert_idle(engine)
             return result
 
     return asyncio.run(run())
 
 
-async def answers(worker: Worker, turns: str | list[Message], images: list[bytes], stop: tuple[str, ...] = (), **options) -> list[str]:  # fmt: skip
-    with worker.place() as place:
-        await place.ask(turns, images, GenerationOptions(**options), stop)
-        said = [""] * options.get("num_return_sequences", 1)
-        ends = [""] * len(said)
-        async for piece in place:
-            assert not ends[piece.sample], "nothing comes after the end"
-            said[piece.sample] += piece.text
-            ends[piece.sample] = piece.finish
-        assert all(end in ("stop", "length") for end in ends)
-        return said
+async def generate_answers(
+    engine: Engine,
+    messages: str | list[Message],
+    images: list[bytes],
+    stop: tuple[str, ...] = (),
+    **options: Any,
+) -> list[str]:
+    """Return the answers to one request, joined from their deltas."""
+    with engine.open_request() as request:
+        await request.submit(messages, images, GenerationOptions(**options), stop)
+        count = options.get("num_return_sequences", 1)
+        texts = [""] * count
+        finish_reasons: list[str | None] = [None] * count
+        async for delta in request:
+            assert finish_reasons[delta.index] is None, "a delta after the end of its sequence"
+            texts[delta.index] += delta.text
+            finish_reasons[delta.index] = delta.finish_reason
+        assert set(finish_reasons) <= {"stop", "length"}
+        return texts
 
 
-def test_everybody_gets_the_answer_that_the_model_gives_alone(
-    model: Llava, photos: list[bytes]
-) -> None:
-    """Pictures, text alone, two pictures, a conversation; greedy and sampled; joining whenever they come."""
-    talk = [
+# ---- answers ----
+
+
+def test_engine_gives_answers_of_model_alone(model: Llava, photos: list[bytes]) -> None:
+    """Images, text only, two images, conversations; greedy and sampled; joining at any time."""
+    conversation = [
         Message("user", "<image>\nWhat?"),
         Message("assistant", "a cat"),
         Message("user", "Where?"),
     ]
-    wanted: list[tuple[object, ...]] = []
+    requests: list[tuple[Any, list[bytes], dict[str, Any]]] = []
     for number, photo in enumerate(photos[:10]):
         greedy = {"max_new_tokens": 4 + number}
-        wanted += [("What is this?", [photo], greedy), (talk, [photo], greedy)]
-        wanted.append(("<image> or <image>?", [photo, photos[0]], greedy))
-        wanted.append(("Say something.", [], {**greedy, "temperature": 1.0, "seed": number}))
-    alone = [model.chat(turns, images, **options) for turns, images, options in wanted]
-    assert len(set(alone)) > 0.8 * len(alone), "different questions, different answers"
-
-    async def use(worker: Worker) -> list[str]:
-        async def one(turns: str, images: list[bytes], options: dict) -> str:
-            await asyncio.sleep(random.random() / 5)
-            return (await answers(worker, turns, images, **options))[0]
-
-        return await asyncio.gather(*(one(*request) for request in wanted))
-
-    assert serve(model, use, batch_size=7, queue=100) == alone
-
-
-def test_samples_of_one_request(model: Llava, photos: list[bytes]) -> None:
-    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
-    alone = model.caption(photos[0], "What?", num_return_sequences=3, **options)
-    said = serve(
-        model,
-        lambda worker: answers(worker, "What?", photos[:1], num_return_sequences=3, **options),
+        sampled = {**greedy, "temperature": 1.0, "seed": number}
+        requests.append(("What is this?", [photo], greedy))
+        requests.append((conversation, [photo], greedy))
+        requests.append(("<image> or <image>?", [photo, photos[0]], greedy))
+        requests.append(("Say something.", [], sampled))
+    alone = [model.chat(messages, images, **options) for messages, images, options in requests]
+    assert len(set(alone)) > 0.8 * len(alone), (
+        "the answers must differ for the test to mean anything"
     )
-    assert said == alone
-    assert len(set(said)) == 3
+
+    async def use(engine: Engine) -> list[str]:
+        async def answer(messages: Any, images: list[bytes], options: dict[str, Any]) -> str:
+            await asyncio.sleep(random.random() / 5)
+            return (await generate_answers(engine, messages, images, **options))[0]
+
+        return await asyncio.gather(*(answer(*request) for request in requests))
+
+    assert run_engine(model, use, batch_size=7, max_queue=100) == alone
 
 
-def test_an_answer_ends_before_a_stop_text_even_one_in_pieces(
-    model: Llava, photos: list[bytes]
-) -> None:
+def test_engine_gives_all_sequences_of_a_request(model: Llava, photos: list[bytes]) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
+    alone = model.caption(photos[0], "What?", num_return_sequences=3, **options)
+
+    def use(engine: Engine) -> Awaitable[list[str]]:
+        return generate_answers(engine, "What?", photos[:1], num_return_sequences=3, **options)
+
+    answers = run_engine(model, use)
+    assert answers == alone
+    assert len(set(answers)) == 3
+
+
+def test_stop_text_of_several_tokens_ends_answer(model: Llava, photos: list[bytes]) -> None:
     whole = model.chat("What?", photos[1:2], max_new_tokens=30)
     assert len(whole) > 12
-    stop = whole[7:12]  # some letters of several tokens
+    stop = whole[7:12]
+    almost = whole[-3:] + "x"  # the answer ends with the beginning of this text
 
-    async def use(worker: Worker) -> list[str]:
-        never = await answers(
-            worker, "What?", photos[1:2], max_new_tokens=30, stop=("never said", whole[-3:] + "x")
+    async def use(engine: Engine) -> tuple[list[str], list[str]]:
+        arguments = (engine, "What?", photos[1:2])
+        unaffected = await generate_answers(*arguments, ("absent", almost), max_new_tokens=30)
+        stopped = await generate_answers(*arguments, ("absent", stop), max_new_tokens=30)
+        return unaffected, stopped
+
+    unaffected, stopped = run_engine(model, use)
+    assert unaffected == [whole], "held-back text is sent when the answer ends"
+    assert stopped == [whole[: whole.index(stop)].rstrip()]
+
+
+def test_run_on_model_runs_between_steps(model: Llava, photos: list[bytes]) -> None:
+    async def use(engine: Engine) -> tuple[list[str], str]:
+        answering = asyncio.create_task(
+            generate_answers(engine, "What?", photos[1:2], max_new_tokens=20)
         )
-        assert never == [whole], (
-            "what was kept back for a stop that did not come is said in the end"
+        other = await engine.run_on_model(
+            lambda model: model.chat("Where?", photos[1:2], max_new_tokens=5)
         )
-        return await answers(
-            worker, "What?", photos[1:2], max_new_tokens=30, stop=("never said", stop)
-        )
+        return await answering, other
 
-    assert serve(model, use) == [whole[: whole.index(stop)].rstrip()]
+    answers, other = run_engine(model, use)
+    assert answers == [model.chat("What?", photos[1:2], max_new_tokens=20)]
+    assert other == model.chat("Where?", photos[1:2], max_new_tokens=5)
 
 
-def test_who_leaves_early_frees_the_rows_and_the_others_go_on(
-    model: Llava, photos: list[bytes]
-) -> None:
-    stop_ids, model.prompt.stop_ids = model.prompt.stop_ids, [10**6]  # nobody ends by himself
+# ---- leaving early ----
 
-    async def use(worker: Worker) -> None:
-        async def leave(photo: bytes) -> None:
-            with worker.place() as place:
-                await place.ask("What?", [photo], GenerationOptions(max_new_tokens=4000))
-                async for _ in place:
+
+def test_cancelled_requests_free_their_sequences(model: Llava, photos: list[bytes]) -> None:
+    async def use(engine: Engine) -> list[str]:
+        async def read_one_delta(photo: bytes) -> None:
+            with engine.open_request() as request:
+                await request.submit("What?", [photo], GenerationOptions(max_new_tokens=4000))
+                async for _ in request:
                     return
 
-        stays = asyncio.create_task(answers(worker, "What?", photos[-1:], max_new_tokens=40))
+        staying = asyncio.create_task(
+            generate_answers(engine, "What?", photos[-1:], max_new_tokens=40)
+        )
         endless = [
-            asyncio.create_task(answers(worker, "What?", [photo], max_new_tokens=4000))
+            asyncio.create_task(generate_answers(engine, "What?", [photo], max_new_tokens=4000))
             for photo in photos[:8]
         ]
-        while len(worker.rows) < 4:
+        while len(engine.sequences_running) < 4:
             await asyncio.sleep(0.01)
-        for task in endless:  # some speak, some wait
+        # Some of them are running, others are waiting.
+        for task in endless:
             task.cancel()
-        ends = await asyncio.gather(*endless, return_exceptions=True)
-        assert all(isinstance(end, asyncio.CancelledError) for end in ends)
-        await asyncio.gather(*(leave(photo) for photo in photos[:8]))
-        assert await stays == alone
+        results = await asyncio.gather(*endless, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        await asyncio.gather(*(read_one_delta(photo) for photo in photos[:8]))
+        return await staying
 
-    try:
+    with without_end_tokens(model):
         alone = [model.chat("What?", photos[-1:], max_new_tokens=40)]
-        serve(model, use, batch_size=4)
-    finally:
-        model.prompt.stop_ids = stop_ids
+        assert run_engine(model, use, batch_size=4) == alone
 
 
 @pytest.mark.parametrize("ticks", range(5))
-def test_who_leaves_as_a_piece_comes_has_left(model: Llava, ticks: int) -> None:
-    async def use(worker: Worker) -> None:
+def test_cancellation_together_with_delta_is_not_lost(model: Llava, ticks: int) -> None:
+    """Cancel a reader some ticks of the event loop after a delta has arrived."""
+
+    async def use(engine: Engine) -> None:
+        requests: list[RequestHandle] = []
+
         async def read() -> None:
-            with worker.place() as place:
-                places.append(place)
-                async for _ in place:
+            with engine.open_request() as request:
+                requests.append(request)
+                async for _ in request:
                     pass
 
-        places: list[Place] = []
         reader = asyncio.create_task(read())
         await asyncio.sleep(0.01)
-        places[0].put(Piece(0, "a", 1, ""))
+        requests[0].put(Delta(0, "a", 1, None))
         for _ in range(ticks):
             await asyncio.sleep(0)
         reader.cancel()
@@ -165,72 +201,193 @@ def test_who_leaves_as_a_piece_comes_has_left(model: Llava, ticks: int) -> None:
             reader.cancel()
         assert done, "the cancellation was lost"
 
-    serve(model, use)
+    run_engine(model, use)
 
 
-def test_limits(model: Llava, photos: list[bytes]) -> None:
-    async def use(worker: Worker) -> None:
-        with worker.place(), worker.place(), worker.place() as third:
-            with pytest.raises(Busy) as busy, worker.place():
+# ---- limits ----
+
+
+def test_full_queue_refuses_requests(model: Llava, photos: list[bytes]) -> None:
+    async def use(engine: Engine) -> None:
+        with engine.open_request(), engine.open_request(), engine.open_request() as third:
+            with pytest.raises(QueueFullError) as refused, engine.open_request():
                 pass
-            assert busy.value.retry_after >= 1
-            await third.ask("What?", photos[:1], GenerationOptions(max_new_tokens=2))
-        with worker.place() as place:
-            with pytest.raises(ImageError, match="not an image"):
-                await place.ask("What?", [b"nothing"])
-            with pytest.raises(ValueError, match=r"tokens are asked.*together they may be 100"):
-                await place.ask("What?", photos[:1], GenerationOptions(max_new_tokens=90))
-            with pytest.raises(ValueError, match="7 pictures do not fit"):
-                await place.ask("What?", [b"not even read"] * 7)
-            with pytest.raises(ValueError, match="2 answers at most"):
-                await place.ask(
-                    "What?", photos[:1], GenerationOptions(temperature=1, num_return_sequences=3)
-                )
+            assert refused.value.retry_after >= 1
+            await third.submit("What?", photos[:1], GenerationOptions(max_new_tokens=2))
 
-    serve(model, use, batch_size=2, queue=1, context=100)
+    run_engine(model, use, batch_size=2, max_queue=1)
 
 
-def test_time_is_up_whether_one_waits_or_speaks(model: Llava, photos: list[bytes]) -> None:
-    stop_ids, model.prompt.stop_ids = model.prompt.stop_ids, [10**6]
+def test_submit_refuses_what_exceeds_limits(model: Llava, photos: list[bytes]) -> None:
+    async def use(engine: Engine) -> None:
+        with engine.open_request() as request:
+            with pytest.raises(ImageError) as unreadable:
+                await request.submit("What?", [b"no image"])
+            assert unreadable.value.kind == "not_image"
+            with pytest.raises(RequestError) as too_long:
+                await request.submit("What?", photos[:1], GenerationOptions(max_new_tokens=90))
+            assert too_long.value.code == "context_length_exceeded"
+            with pytest.raises(RequestError) as too_many_images:
+                await request.submit("What?", [b"not even decoded"] * 7)
+            assert too_many_images.value.code == "context_length_exceeded"
+            with pytest.raises(RequestError) as too_many_answers:
+                options = GenerationOptions(temperature=1, num_return_sequences=3)
+                await request.submit("What?", photos[:1], options)
+            assert too_many_answers.value.param == "n"
+            with pytest.raises(RequestError) as beams:
+                await request.submit("What?", photos[:1], GenerationOptions(num_beams=2))
+            assert beams.value.param == "num_beams"
 
-    async def use(worker: Worker) -> None:
-        asked = [answers(worker, "What?", photos[:1], max_new_tokens=4000) for _ in range(2)]
-        ends = await asyncio.gather(*asked, return_exceptions=True)
-        assert all(isinstance(end, asyncio.TimeoutError) for end in ends), ends
-
-    try:
-        serve(model, use, batch_size=1, timeout=0.5)
-    finally:
-        model.prompt.stop_ids = stop_ids
+    run_engine(model, use, batch_size=2, max_context=100)
 
 
-def test_a_fault_of_the_model_is_told_to_those_under_way_and_the_next_are_served(
+def test_requests_time_out_while_running_and_while_waiting(
+    model: Llava, photos: list[bytes]
+) -> None:
+    """The batch has room for one request, and the model never finishes its third step in time."""
+
+    async def use(engine: Engine) -> list[Any]:
+        running_and_waiting = [
+            generate_answers(engine, "What?", photos[:1], max_new_tokens=4000) for _ in range(2)
+        ]
+        results = await asyncio.gather(*running_and_waiting, return_exceptions=True)
+        resume.set()
+        return results
+
+    with without_end_tokens(model), paused_after(model, steps=2) as resume:
+        results = run_engine(model, use, batch_size=1, timeout=0.5)
+    assert [type(result) for result in results] == [asyncio.TimeoutError] * 2
+
+
+# ---- failures ----
+
+
+def test_failed_step_ends_requests_and_next_ones_are_served(
     model: Llava, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, steps = DecodingBatch.step, [0]
+    step = DecodingBatch.step
+    steps = 0
 
-    def fails(decoding: DecodingBatch) -> list[tuple[int, int]]:
-        steps[0] += 1
-        if steps[0] == 3:
+    def fail_third_step(batch: DecodingBatch) -> list[tuple[int, int]]:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
             raise torch.OutOfMemoryError("no memory")
-        return step(decoding)
+        return step(batch)
 
-    monkeypatch.setattr(DecodingBatch, "step", fails)
+    monkeypatch.setattr(DecodingBatch, "step", fail_third_step)
 
-    async def use(worker: Worker) -> list[str]:
-        with pytest.raises(RuntimeError, match="the model failed"):
-            await answers(worker, "What?", photos[1:2], max_new_tokens=20)
-        return await answers(worker, "What?", photos[1:2], max_new_tokens=20)
+    async def use(engine: Engine) -> list[str]:
+        with pytest.raises(RuntimeError) as failed:
+            await generate_answers(engine, "What?", photos[1:2], max_new_tokens=20)
+        assert isinstance(failed.value.__cause__, torch.OutOfMemoryError)
+        return await generate_answers(engine, "What?", photos[1:2], max_new_tokens=20)
 
-    assert serve(model, use) == [model.chat("What?", photos[1:2], max_new_tokens=20)]
+    assert run_engine(model, use) == [model.chat("What?", photos[1:2], max_new_tokens=20)]
 
 
-def test_other_work_on_the_model_comes_between_two_steps(model: Llava, photos: list[bytes]) -> None:
-    async def use(worker: Worker) -> tuple[list[str], str]:
-        talking = asyncio.create_task(answers(worker, "What?", photos[1:2], max_new_tokens=20))
-        other = await worker.call(lambda model: model.chat("Where?", photos[1:2], max_new_tokens=5))
-        return await talking, other
+@contextmanager
+def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
+    """Let the vision tower return NaN for one image: all logits of its sequences become NaN."""
+    _, bad_pixels = model.prepare_inputs("<image>", [photo])
+    assert bad_pixels is not None
+    bad = bad_pixels[0]
 
-    first, second = serve(model, use)
-    assert first == [model.chat("What?", photos[1:2], max_new_tokens=20)]
-    assert second == model.chat("Where?", photos[1:2], max_new_tokens=5)
+    def spoil(
+        _: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
+    ) -> torch.Tensor:
+        is_bad = (inputs[0] == bad).flatten(1).all(1)
+        return torch.where(is_bad[:, None, None], torch.nan, output)
+
+    handle = model.vision_tower.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_image_with_nan_logits_fails_alone(
+    model: Llava, photos: list[bytes], temperature: float
+) -> None:
+    """All requests have the same options and length, so they are sampled as one group."""
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": temperature, "seed": 4}
+    alone = [model.chat("What?", [photo], **options) for photo in photos[1:6]]
+
+    async def use(engine: Engine) -> tuple[list[Any], list[str]]:
+        answers = [generate_answers(engine, "What?", [photo], **options) for photo in photos[:6]]
+        together = await asyncio.gather(*answers, return_exceptions=True)
+        with pytest.raises(RuntimeError):
+            await generate_answers(engine, "What?", photos[:1], **options)
+        return together, await generate_answers(engine, "What?", photos[1:2], **options)
+
+    with nan_features_for(model, photos[0]):
+        (failed, *others), afterwards = run_engine(model, use)
+    assert isinstance(failed, RuntimeError)
+    assert isinstance(failed.__cause__, FloatingPointError)
+    assert others == [[answer] for answer in alone]
+    assert afterwards == [alone[0]]
+
+
+def test_model_refuses_nan_logits(model: Llava, photos: list[bytes]) -> None:
+    """Without a server, the error is raised, and no caption is made up."""
+    with nan_features_for(model, photos[0]):
+        with pytest.raises(FloatingPointError):
+            model.caption(photos[0], max_new_tokens=3)
+        with pytest.raises(FloatingPointError):
+            model.chat("What?", photos[:1], temperature=1.0, max_new_tokens=3)
+
+
+def test_exception_while_sampling_fails_one_request(
+    model: Llava, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draw of one generator is repeated after the failure of its group: samples must not change."""
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 4}
+    alone = [model.chat("What?", [photo], **options) for photo in photos[:5]]
+    process_logits = generation.process_logits
+    first_tokens: list[int] = []
+
+    def fail_for_first(scores: torch.Tensor, tokens: Any, options: GenerationOptions) -> Any:
+        for generated in tokens:
+            if len(generated) == 3 and not first_tokens:
+                first_tokens.extend(generated)
+            if first_tokens and generated[:3] == first_tokens:
+                raise ValueError("this sequence cannot be processed")
+        return process_logits(scores, tokens, options)
+
+    monkeypatch.setattr(generation, "process_logits", fail_for_first)
+
+    async def use(engine: Engine) -> list[Any]:
+        answers = [generate_answers(engine, "What?", [photo], **options) for photo in photos[:5]]
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    results = run_engine(model, use)
+    failed = [isinstance(result, RuntimeError) for result in results]
+    assert sum(failed) == 1
+    for result, answer, has_failed in zip(results, alone, failed):
+        assert has_failed or result == [answer]
+
+
+def test_failing_sequence_ends_all_sequences_of_its_request(
+    model: Llava, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_delta = RequestHandle.next_delta
+
+    def fail_for_second(self: RequestHandle, index: int, *arguments: Any) -> Delta:
+        if index == 1:
+            raise UnicodeError("this text cannot be decoded")
+        return next_delta(self, index, *arguments)
+
+    monkeypatch.setattr(RequestHandle, "next_delta", fail_for_second)
+
+    async def use(engine: Engine) -> tuple[Any, list[str]]:
+        three = {"num_return_sequences": 3, "temperature": 1.0, "max_new_tokens": 12}
+        return await asyncio.gather(
+            generate_answers(engine, "What?", photos[:1], **three),
+            generate_answers(engine, "What?", photos[1:2], max_new_tokens=12),
+            return_exceptions=True,
+        )
+
+    failed, other = run_engine(model, use)
+    assert isinstance(failed, RuntimeError)
+    assert other == [model.chat("What?", photos[1:2], max_new_tokens=12)]

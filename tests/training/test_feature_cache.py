@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from training_runs import ROOT, run_training, training_options
+from training_runs import run_training, training_options
 
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.vision import VisionTower
@@ -103,9 +97,13 @@ def test_cache_key_is_that_of_release_0_1_0(models_folder: Path) -> None:
     assert cache_key(tower, "w", pixels=True) == "13847bc71f5bc376"
 
 
-def test_cache_describes_its_content(models_folder: Path, tmp_path: Path) -> None:
+def test_cache_describes_its_content(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
     tower = load_tower(models_folder)
-    FeatureCache(tower, "digest", tmp_path)
+    cache = FeatureCache(tower, "digest", tmp_path)
+    assert not list(tmp_path.iterdir()), "a cache that is only read may be read-only"
+    cache.fill(["0.jpg"], data_folder / "images", progress=False)
     description = json.loads((tmp_path / f"{cache_key(tower, 'digest')}.json").read_text())
     assert description["content"] == "features"
     assert description["weights"] == "digest"
@@ -238,45 +236,3 @@ def test_encode_checks_the_disk_space_first(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ValueError, match="--feature_cache_dir .*GB"):
         encode_main(training_options(models_folder, data_folder, tmp_path / "out"))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
-def test_encode_killed_and_restarted_continues(models_folder: Path, tmp_path: Path) -> None:
-    """The rows of the killed job stay as they are, and the restarted job adds the others."""
-    images = tmp_path / "images"
-    images.mkdir()
-    rows = []
-    for number in range(600):
-        color = (number % 256, number // 3 % 256, 7 * number % 256)
-        Image.new("RGB", (320, 240), color).save(images / f"{number}.png")
-        rows.append({"image": f"{number}.png", "instruction": "Describe it.", "response": "x"})
-    (tmp_path / "train.json").write_text(json.dumps(rows))
-    options = training_options(
-        models_folder, tmp_path, tmp_path / "out", cache_vision_features="disk"
-    )
-    cache = tmp_path / "features"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llava_simplified", "encode", *options],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    while sum(path.stat().st_size for path in cache.glob("*.hashes")) < 3 * 32 * 32:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    [hashes] = cache.glob("*.hashes")
-    before = hashes.read_bytes()
-    before = before[: len(before) // 32 * 32]
-    assert encode_main(options) == 0
-    after = hashes.read_bytes()
-    assert after.startswith(before)
-    unique = {after[start : start + 32] for start in range(0, len(after), 32)}
-    assert len(after) == 32 * len(unique), "no image is stored twice"
-    tower = load_tower(models_folder)
-    [features_file] = cache.glob("*.features")
-    row_bytes = tower.num_tokens * tower.width * 4
-    assert features_file.stat().st_size == row_bytes * len(unique)

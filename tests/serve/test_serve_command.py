@@ -1,0 +1,167 @@
+"""`llava serve`: its options, the mistakes that it finds early, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from live_server import user_message
+
+from llava_simplified import extras
+from llava_simplified.cli import main as llava
+from llava_simplified.serve.serve_command import build_parser
+
+
+def run_serve(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    """Run `llava serve` for a checkpoint that does not exist; return the status and standard error."""
+    try:
+        status = llava(["serve", "no-checkpoint", *options])
+    except SystemExit as error:  # argparse
+        status = int(error.code or 0)
+    return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--port", "80000"], "--port"),
+        (["--port", "0"], "--port"),
+        (["--port", "http"], "--port"),
+        (["--host", "nowhere.invalid"], "--host"),
+        (["--host", "192.0.2.1"], "--host"),  # an address for documentation, no machine has it
+        (["--examples", "no-such-folder"], "--examples"),
+        (["--examples", __file__], "--examples"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--queue", "-1"], "--queue"),
+        (["--timeout", "nan"], "--timeout"),
+        (["--timeout", "0"], "--timeout"),
+        (["--context", "many"], "--context"),
+        (["--no-page", "--examples", "."], "--no-page"),
+        (["--hots", "0.0.0.0"], "--host"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else value,
+)
+def test_wrong_option_is_named(
+    capsys: pytest.CaptureFixture[str], options: list[str], named: str
+) -> None:
+    status, error = run_serve(capsys, *options)
+    assert status == 2
+    assert named in error and "Traceback" not in error
+    hint = "`llava serve --help` lists the options."
+    lines = [line for line in error.splitlines() if line and line != hint]
+    assert len(lines) == 1, "the mistake is one line"
+
+
+def test_unreadable_examples_folder_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> Any:  # the tests may run as root, who can read everything
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    status, error = run_serve(capsys, "--examples", str(tmp_path))
+    assert status == 2
+    assert f"--examples {tmp_path}" in error
+
+
+def test_port_in_use_is_named_before_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        status, error = run_serve(capsys, "--port", str(port), "--no-page")
+    assert status == 2
+    assert f"--port {port}" in error and "in use" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "extra"),
+    [([], "uvicorn", "serve"), (["--allow-image-urls"], "aiohttp", "download")],
+)
+def test_missing_package_is_named_with_its_extra(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    missing: str,
+    extra: str,
+) -> None:
+    find_spec = extras.find_spec
+
+    def find_others(name: str) -> Any:
+        return None if name == missing else find_spec(name)
+
+    monkeypatch.setattr(extras, "find_spec", find_others)
+    status, error = run_serve(capsys, *options)
+    assert status == 2
+    assert missing in error and f"[{extra}]" in error
+
+
+def test_key_is_read_from_environment_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_API_KEY", "s3cret")
+    parser = build_parser()
+    assert parser.parse_args(["checkpoint"]).api_key == "s3cret"
+    assert parser.parse_args(["checkpoint", "--api_key", "other"]).api_key == "other"
+    assert "s3cret" not in parser.format_help()
+
+
+def run_python(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_parser_needs_no_heavy_packages() -> None:
+    run_python(
+        "import sys; from llava_simplified.serve.serve_command import build_parser; build_parser()\n"
+        "loaded = {'torch', 'transformers', 'starlette', 'pydantic', 'aiohttp'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+
+
+def test_server_needs_no_downloader() -> None:
+    """The extra `serve` does not install aiohttp."""
+    run_python(
+        "import sys; sys.modules['aiohttp'] = None\n"
+        "import llava_simplified.serve.api, llava_simplified.serve.page"
+    )
+
+
+@pytest.mark.slow
+def test_signal_lets_requests_in_flight_finish(command: Any, photos: list[bytes]) -> None:
+    process, url = command("--no-page", "--batch-size", "2")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    def count_tokens_of_answer(photo: bytes) -> int:
+        completion = client.chat.completions.create(
+            model="tiny",
+            messages=user_message(photo),
+            max_tokens=200,
+            extra_body={"repetition_penalty": 1.2},  # else the model repeats one token
+        )
+        assert completion.usage
+        return completion.usage.completion_tokens
+
+    def count_received() -> float:
+        """Return the number of requests in flight and answered: a fast machine has answered some."""
+        received = 0.0
+        for line in httpx.get(f"{url}/metrics").text.splitlines():
+            if line.startswith(("llava_requests_in_flight ", "llava_requests_total")):
+                received += float(line.split()[-1])
+        return received
+
+    with ThreadPoolExecutor(6) as clients:
+        # Two are running, four are waiting.
+        answers = [clients.submit(count_tokens_of_answer, photo) for photo in photos[:6]]
+        while count_received() < 6:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+        assert all(answer.result() > 0 for answer in answers)
+    assert process.wait(20) == 0
