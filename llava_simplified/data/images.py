@@ -171,7 +171,10 @@ def load_pixels(image: ImageSource) -> np.ndarray:
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
             raise ImageError("missing", f"no image at {str(image)!r}")
-        image = Path(image).read_bytes()
+        try:
+            image = Path(image).read_bytes()
+        except OSError as error:
+            raise ImageError("missing", str(error)) from error
     if isinstance(image, (bytes, bytearray, memoryview)):
         return decode_image(bytes(image))
     if isinstance(image, np.ndarray):
