@@ -83,7 +83,7 @@ def check_settings(
     # A new job. Atomic, because a killed process must not leave half a settings file.
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as part:
-        part.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+        part.write_bytes(encode_json(settings, indent=1))
     return False
 
 
@@ -196,9 +196,18 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             start = end
 
 
+def encode_json(value: Any, indent: int | None = None) -> bytes:
+    """Return a value as JSON in UTF-8.
+
+    Half of a surrogate pair, as in a file name that is not UTF-8, is no character. JSON can express it nevertheless,
+    with the escape that Python's error handler writes: `\\ud83d`.
+    """
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
+
+
 def encode_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return rows as JSON lines in UTF-8."""
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    """Return rows as JSON lines in UTF-8; see `encode_json`."""
+    return b"".join(encode_json(row) + b"\n" for row in rows)
 
 
 def write_all(descriptor: int, data: bytes) -> None:

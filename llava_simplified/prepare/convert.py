@@ -29,8 +29,23 @@ _ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # also one of Windows
 # ---- captions of one image ----
 
 
+def image_identity(row: SourceRow) -> str:
+    """Return what makes two rows rows of one image: its name, or its URL if the source does not name it.
+
+    A URL beside a name may be that of a page with several images.
+    """
+    return row.image or row.url
+
+
+def request_identity(row: SourceRow) -> str:
+    """Return what makes two rows rows of one download: the URL, and the name of the image if the source has one."""
+    return f"{row.url}\n{row.image}"
+
+
 def group_captions(
-    read: Callable[[ParseIssues], Iterator[SourceRow]], issues: ParseIssues
+    read: Callable[[ParseIssues], Iterator[SourceRow]],
+    issues: ParseIssues,
+    identity: Callable[[SourceRow], str] = image_identity,
 ) -> Iterator[SourceRow]:
     """Yield one row per image with all its captions, without holding the source in memory.
 
@@ -45,9 +60,10 @@ def group_captions(
     Args:
         read: Returns the rows of the source; it is called once for each pass.
         issues: What the source contains; only the second pass notes it.
+        identity: Returns a text that is equal for rows of one image; empty or blank for a row that is never joined.
     """
     # `hash` of a text differs between processes, but within one it is fast and fixed.
-    hashes = np.fromiter((hash(row.url or row.image) for row in read(ParseIssues())), np.int64)
+    hashes = np.fromiter((hash(identity(row)) for row in read(ParseIssues())), np.int64)
     values, counts = np.unique(hashes, return_counts=True)
     # Most images have one caption. Only the others need a place in the dictionary.
     repeated = counts > 1
@@ -57,24 +73,28 @@ def group_captions(
 
     waiting: dict[str, list[SourceRow]] = {}
     for row in read(issues):
-        key = row.url or row.image
+        key = identity(row)
         # Records have their captions together already, and rows without an image must not be
         # joined.
-        expected = occurrences.get(hash(key)) if key else None
+        expected = occurrences.get(hash(key)) if key.strip() else None
         if row.record is not None or expected is None:
             yield row
             continue
         rows = waiting.setdefault(key, [])
         rows.append(row)
         if len(rows) == expected:
-            yield _merge_rows(waiting.pop(key))
+            yield _merge_rows(waiting.pop(key), issues)
     # Two images with the same hash: their rows were counted together, so neither seemed to be complete.
     for rows in waiting.values():
-        yield _merge_rows(rows)
+        yield _merge_rows(rows, issues)
 
 
-def _merge_rows(rows: list[SourceRow]) -> SourceRow:
+def _merge_rows(rows: list[SourceRow], issues: ParseIssues) -> SourceRow:
     """Return the first row with the captions of all rows, each once."""
+    # An image in training and in the test set would spoil the test; which of them is right cannot be known.
+    for row in rows[1:]:
+        if row.split != rows[0].split:
+            issues.note("image in two splits (kept in the first)", row.number, row.image or row.url)
     captions: dict[str, None] = {}
     for row in rows:
         captions.update(dict.fromkeys(row.captions))

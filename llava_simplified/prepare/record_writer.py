@@ -81,7 +81,9 @@ class RecordWriter:
             writer = pq.ParquetWriter(part, _parquet_schema(), compression="zstd")
             self._parquet = self._stack.enter_context(writer)
         else:
-            self._file = self._stack.enter_context(part.open("w", encoding="utf-8"))
+            # Half of a surrogate pair is written as JSON's escape, as it was read: see `jobs.encode_json`.
+            stream = part.open("w", encoding="utf-8", errors="backslashreplace")
+            self._file = self._stack.enter_context(stream)
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
