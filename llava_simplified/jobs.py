@@ -45,6 +45,9 @@ from filelock import FileLock, Timeout
 # Seconds to wait for a lock. The workers of a killed run notice it after half a second, and finish what they are
 # writing; a restart must wait for them and not fail.
 LOCK_TIMEOUT = 8.0
+# Half of a surrogate pair cannot be encoded in UTF-8. Escaped like this it is what JSON writes for it, "\\ud83d", so that
+# one bad text, or a file name that is not UTF-8, does not end a job that only passes it on.
+SURROGATES_AS_ESCAPES = "backslashreplace"
 
 
 # ---- settings ----
@@ -83,7 +86,8 @@ def check_settings(
     # A new job. Atomic, because a killed process must not leave half a settings file.
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as part:
-        part.write_bytes(encode_json(settings, indent=1))
+        text = json.dumps(settings, indent=1, ensure_ascii=False)
+        part.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
     return False
 
 
@@ -129,7 +133,6 @@ def exclusive_lock(
     path: Path,
     output: str | Path,
     timeout: float | None = None,
-    keep_file: bool = False,
 ) -> Iterator[None]:
     """Hold the lock file at `path`, so that only one process at a time writes to `output`.
 
@@ -137,9 +140,6 @@ def exclusive_lock(
         path: The lock file. Its folder is created.
         output: The output, for the error message.
         timeout: Seconds to wait for the process that holds the lock (default: `LOCK_TIMEOUT`).
-        keep_file: Keep the lock file at the end; by default it is deleted. Keep it if several processes take the lock
-            in turn. Otherwise one of them could have opened the file that another one deletes, and both would hold
-            the lock: older versions of filelock do not notice it.
 
     Raises:
         ValueError: Another process holds the lock.
@@ -149,7 +149,7 @@ def exclusive_lock(
     # ends.
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT if timeout is None else timeout)
+        _acquire(lock, path, LOCK_TIMEOUT if timeout is None else timeout)
     except Timeout:
         raise ValueError(
             f"{output}: another process is writing to it (lock file {path}). "
@@ -160,9 +160,31 @@ def exclusive_lock(
     finally:
         # Delete before releasing: afterwards the file could already belong to the next holder. On Windows an open
         # file cannot be deleted, but there `release` deletes it.
-        if not keep_file:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, timeout: float) -> None:
+    """Acquire a lock whose file every holder deletes at the end.
+
+    Another process may have opened the file that is being deleted. It gets the lock of a file that is no longer at
+    `path`, where a third process makes a new one: both would hold the lock. So the file is compared afterwards.
+
+        first     holds ---- deletes, releases
+        second      opens, waits -------------- gets the lock of the deleted file: tries again
+        third                          makes a new file, gets its lock
+
+    Raises:
+        Timeout: Another process holds the lock.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        descriptor = lock._context.lock_file_fd
+        with contextlib.suppress(FileNotFoundError):
+            if descriptor is None or os.path.samestat(os.fstat(descriptor), path.stat()):
+                return
         lock.release()
 
 
@@ -196,18 +218,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             start = end
 
 
-def encode_json(value: Any, indent: int | None = None) -> bytes:
-    """Return a value as JSON in UTF-8.
-
-    Half of a surrogate pair, as in a file name that is not UTF-8, is no character. JSON can express it nevertheless,
-    with the escape that Python's error handler writes: `\\ud83d`.
-    """
-    return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace")
-
-
 def encode_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return rows as JSON lines in UTF-8; see `encode_json`."""
-    return b"".join(encode_json(row) + b"\n" for row in rows)
+    """Return rows as JSON lines in UTF-8."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    return "".join(lines).encode(errors=SURROGATES_AS_ESCAPES)
 
 
 def write_all(descriptor: int, data: bytes) -> None:

@@ -22,9 +22,9 @@ import fsspec
 import pyarrow.parquet as pq
 
 from llava_simplified.jobs import (
+    SURROGATES_AS_ESCAPES,
     atomic_file,
     compare_settings,
-    encode_json,
     encode_json_lines,
     exclusive_lock,
     remove_temporary_files,
@@ -245,7 +245,8 @@ def plan_shards(
     # Written last: `download.json` tells that the plans are complete.
     # A unique name: the jobs of an array may plan at the same time. All of them write the same content.
     local = store.work / f"{SETTINGS_NAME}.{uuid.uuid4().hex[:8]}"
-    local.write_bytes(encode_json(plan, indent=1))
+    text = json.dumps(plan, indent=1, ensure_ascii=False)
+    local.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
     store.publish(local, SETTINGS_NAME)
     return plan
 

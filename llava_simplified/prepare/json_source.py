@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, NoReturn
 from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.prepare.source_files import open_source, read_lines
 from llava_simplified.prepare.source_rows import (
-    Columns,
-    NamedColumns,
     IMAGE_NAME_PATTERN,
     URL_PATTERN,
+    Columns,
+    NamedColumns,
     ParseIssues,
     SourceRow,
     find_columns,
