@@ -8,9 +8,8 @@ What is refused, and when:
     while the body streams  bodies that are too large or too slow, also after decompression
     before it is kept       everything that does not decode as an image in time; see `decode_pool`
 
-The URL is sent as it is, see `request_url`. Answers are read as leniently as by curl where that is harmless: header
-lines of up to 100 kB, line ends without a carriage return, a status without a reason. Nothing is at stake there, because
-no connection is shared with anybody, and every image is decoded before it is kept.
+The URL is sent as it is, see `request_url`. Responses are read as leniently as by curl where that is harmless, see
+`lenient_response`.
 
 `fetch_hosts` fetches many URLs with this module; the server uses it for the URLs of its users.
 """
@@ -27,6 +26,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 from urllib.robotparser import RobotFileParser
@@ -38,6 +38,7 @@ from llava_simplified.data.images import EncodedImage, ImageError, check_image, 
 from llava_simplified.prepare.address_guard import ADDRESS_REFUSED, guard_address
 from llava_simplified.prepare.decode_pool import DecodePool
 from llava_simplified.prepare.fetch_options import FetchOptions
+from llava_simplified.prepare.lenient_response import MAX_HEAD_BYTES, LenientResponseHandler
 from llava_simplified.prepare.request_url import UrlError, parse_url, resolve_redirect
 
 if sys.version_info >= (3, 11):
@@ -56,7 +57,6 @@ MAX_CONSECUTIVE_TIMEOUTS = 10
 SLOW_AFTER = 3.0  # seconds; from then on a body must have brought ...
 SLOW_RATE = 1000  # ... this many bytes per second on average
 MAX_DETAIL_LENGTH = 300
-MAX_HEADER_BYTES = 100_000  # of one line, as in curl
 # A request with a smaller share of the timeout, because other hosts have used the rest, tells nothing about its host.
 FAIR_SHARE = 0.5
 
@@ -130,13 +130,15 @@ class Fetcher:
         # The number of connections is limited by `fetch_hosts` and by the slots of each host, not by the connector.
         # Names are resolved again after ten minutes; most hosts occur many times in a shard.
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=600, socket_factory=guard)
+        loop = asyncio.get_running_loop()
+        connector._factory = partial(LenientResponseHandler, loop=loop)  # type: ignore[assignment]
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(total=None),  # `_get` limits the time itself
-            max_line_size=MAX_HEADER_BYTES,
-            max_field_size=MAX_HEADER_BYTES,
+            max_line_size=MAX_HEAD_BYTES,
+            max_field_size=MAX_HEAD_BYTES,
             auto_decompress=False,  # `_decompress` limits the size
         )
         self._decode_pool = DecodePool(self.options.timeout, self.options.max_pixels)
