@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,8 @@ from llava_simplified.prepare.record_writer import (
 )
 from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
 from llava_simplified.prepare.sources import read_source
+
+logger = logging.getLogger(__name__)
 
 _ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # also one of Windows
 
@@ -249,7 +252,8 @@ def convert(
 def _read_instructions(instruction: str) -> list[str]:
     if not instruction.endswith(".txt"):
         return [instruction]
-    lines = Path(instruction).read_text("utf-8").splitlines()
+    # Only "\n" ends a line, as in sources: U+2028 may be part of a template.
+    lines = Path(instruction).read_text("utf-8").split("\n")
     templates = [line.strip() for line in lines if line.strip()]
     if not templates:
         raise ValueError(f"--instruction {instruction}: the file contains no template")
@@ -298,18 +302,31 @@ def reduce(source: Path, output: Path, count: int, seed: int) -> int:
     """Write a random sample of `count` records in their original order.
 
     Returns:
-        The number of records that were written: all of them if the source has fewer.
+        The number of records that were written: all of them if the source has fewer. Rows that are not JSON are left
+        out.
 
     Raises:
-        ValueError: `count` is below 1, or the source is not a file of records.
+        ValueError: `count` is below 1, or the source is not a file of records, or has none.
     """
     rows = open_rows(source)
     if count < 1:
         raise ValueError(f"--count {count}: must be at least 1")
+    if not len(rows):
+        raise ValueError(f"{source}: contains no record")
     # `sample` needs no list of all rows, and the sorted numbers keep the order and read the file
     # forwards.
     chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
+    first_error = ""
     with RecordWriter(output) as writer:
         for index in chosen:
-            writer.write(rows[index])
-    return len(chosen)
+            try:
+                row = rows[index]
+            except ValueError as error:
+                logger.warning("%s (left out)", error)
+                first_error = first_error or str(error)
+                continue
+            writer.write(row)
+        # Inside the block, so that the error discards the file.
+        if not writer.count:
+            raise ValueError(f"{source}: no chosen row is a record. {first_error}")
+    return writer.count

@@ -124,6 +124,8 @@ class Fetcher:
             lambda: asyncio.Semaphore(options.per_host)
         )
         self._consecutive_timeouts = Counter[str]()  # by host
+        # Of hosts that redirects lead to; times of the monotonic clock.
+        self._paused_until = defaultdict[str, float](float)
 
     async def __aenter__(self) -> Fetcher:
         guard = None if self.options.allow_private else guard_address
@@ -201,6 +203,7 @@ class Fetcher:
         URL waits for a free slot of a host: many hosts may redirect to the same one.
         """
         url = parse_url(text)
+        first_host = str(url.host)
         seconds_left = self.options.timeout
         for _ in range(MAX_REDIRECTS + 1):
             if self.options.robots and not await self._robots_allow(url):
@@ -214,6 +217,9 @@ class Fetcher:
                         f"not requested: the last {MAX_CONSECUTIVE_TIMEOUTS} requests to {host} timed out",
                     )
                 start = time.monotonic()
+                # `fetch_hosts` keeps the pauses that the host of the URL asks for, but not those of other hosts.
+                if host != first_host and self._paused_until[host] > start:
+                    raise FetchError("rate_limited", f"not requested: {host} asked for a pause")
                 try:
                     # Not `asyncio.wait_for`: before Python 3.12 it can lose a cancellation.
                     async with timeout(seconds_left):
@@ -221,6 +227,11 @@ class Fetcher:
                 except TIMEOUT_ERRORS:
                     if seconds_left >= FAIR_SHARE * self.options.timeout:
                         self._consecutive_timeouts[host] += 1
+                    raise
+                except FetchError as error:
+                    if error.pause is not None and host != first_host:
+                        self._paused_until[host] = time.monotonic() + error.pause
+                        error.pause = None
                     raise
                 # Only the time of the request counts, not the time that it waited for the slot.
                 seconds_left -= time.monotonic() - start
