@@ -101,17 +101,21 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
             fields = _join_fields(fields, layout, separator, number, issues)
         if '"' in text and separator in _UNQUOTED_SEPARATORS:
             issues.note("quote character (kept as text)", number, text)
-        captions: tuple[str, ...] = ()
-        if layout.caption >= 0:
-            # A tab inside a caption would break the TSV that somebody writes of it later.
-            captions = (fields[layout.caption].strip().replace("\t", " "),)
-        image = ""
-        if layout.image >= 0:
-            image = _CAPTION_NUMBER.sub("", fields[layout.image].strip())
-        url = ""
-        if layout.url >= 0:
-            url = fields[layout.url].strip()
-        yield SourceRow(number, image, url, captions)
+        yield _row_of_fields(fields, layout, number)
+
+
+def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
+    captions: tuple[str, ...] = ()
+    if layout.caption >= 0:
+        # A tab inside a caption would break the TSV that somebody writes of it later.
+        captions = (fields[layout.caption].strip().replace("\t", " "),)
+    image = ""
+    if layout.image >= 0:
+        image = _CAPTION_NUMBER.sub("", fields[layout.image].strip())
+    url = ""
+    if layout.url >= 0:
+        url = fields[layout.url].strip()
+    return SourceRow(number, image, url, captions)
 
 
 def _find_separator(head: list[Line], columns: Columns) -> tuple[str, bool]:
