@@ -473,3 +473,15 @@ def test_two_cleanings_into_one_output_leave_one_complete_output(mixed: Mixed) -
         "out_report.html",
         "out_report.json",
     }
+
+
+def test_clean_command_without_a_usable_record_exits_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([make_row("gone.jpg", "a cat")]))
+    words = [str(tmp_path / "x.json"), "--output", str(tmp_path / "o.json"), "--workers", "1"]
+    assert main(words) == 1
+    output = capsys.readouterr()
+    assert "o_quarantine.jsonl" in output.err
+    assert "1 missing" in output.out
+    assert (tmp_path / "o_quarantine.jsonl").read_text().count("\n") == 1
