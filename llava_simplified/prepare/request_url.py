@@ -65,8 +65,17 @@ def parse_url(text: str) -> URL:
     if match is None:
         raise _other_scheme(text)
     scheme, authority, target = match.groups()
-    origin = _parse_authority(scheme.lower(), authority)
-    return URL(origin + _encode_invalid(target), encoded=True)
+    scheme = scheme.lower()
+    target = _encode_invalid(target)
+    if not target.startswith("/"):
+        target = f"/{target}"
+    # The query is part of the path here: yarl would drop the question mark of an empty one.
+    return URL.build(
+        scheme=scheme,
+        authority=_parse_authority(scheme, authority),
+        path=target,
+        encoded=True,
+    )
 
 
 def resolve_redirect(url: URL, location: str) -> URL:
@@ -116,7 +125,7 @@ def _other_scheme(text: str) -> UrlError:
 
 @lru_cache(maxsize=4096)
 def _parse_authority(scheme: str, authority: str) -> str:
-    """Return scheme, user, host and port as they are sent: "https://user@xn--bcher-kva.example:8080".
+    """Return user, host and port as they are sent: "user@xn--bcher-kva.example:8080".
 
     Raises:
         UrlError: There is no host, or something is wrong with host or port.
@@ -132,10 +141,10 @@ def _parse_authority(scheme: str, authority: str) -> str:
         raise UrlError("bad_url", f"no valid host and port in {shown}")
     try:
         # yarl encodes a name beyond ASCII (IDNA), and checks the rest.
-        origin = str(URL.build(scheme=scheme, host=match["host"].strip("[]"), port=port))
+        url = URL.build(scheme=scheme, host=match["host"].strip("[]"), port=port)
     except ValueError as error:
         raise UrlError("bad_url", f"no valid host in {shown}: {error}") from None
-    return origin.replace("//", f"//{_encode_invalid(user)}{at}", 1)
+    return f"{_encode_invalid(user)}{at}{url.raw_authority}"
 
 
 def _encode_invalid(text: str) -> str:
