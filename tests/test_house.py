@@ -19,6 +19,7 @@ SCORES_OF_TEXTS = [
         "java_metrics",
         "metrics",
         "ngram_metrics",
+        "ptb_characters",
         "ptb_rules",
         "ptb_tokenizer",
         "rouge",
