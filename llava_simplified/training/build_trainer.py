@@ -13,12 +13,7 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llava_simplified.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    non_default_options,
-)
+from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import Collator
 from llava_simplified.data.dataset import CaptionDataset, open_data
 from llava_simplified.data.images import ImageError
@@ -41,7 +36,7 @@ from llava_simplified.training.kernels import (
     use_liger_kernels,
 )
 from llava_simplified.training.model_config import model_config, trained_parts
-from llava_simplified.training.resume import check_same_run, find_resume_folder
+from llava_simplified.training.resume import check_same_run, find_resume_folder, run_settings
 from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -95,8 +90,7 @@ def build_trainer(
     # A chat template that cannot be used raises here, before the model is loaded.
     Prompt(tokenizer, model_args.template)
 
-    options = non_default_options(model_args, data_args, args)
-    settings = {**options, "processes": args.world_size}
+    settings = run_settings(model_args, data_args, args)
     resumed = find_resume_folder(args)
     if resumed:
         for difference in check_same_run(resumed, config, settings):
