@@ -68,7 +68,7 @@ def follow_image(checkpoint: Path, cache_dir: Path | None, image: str) -> dict[s
 
     # 4 and 5: text -> ids and labels -> one sequence with the image tokens
     dataset = CaptionDataset(records, model.prompt, assets.images, model.vision_tower.transform)
-    example = dataset.text(record, record.responses)
+    example = dataset.tokenize(record, record.responses)
     example.pixel_values = pixels[None]
     batch = Collator(model.vision_tower.num_tokens, model.prompt.end_id)([example])
     batch.pop("metadata")

@@ -35,7 +35,7 @@ DIFFERENT_BY_COMMAND = {
     "--limit": "the demo counts images",
     "--cache-dir": "llava doctor reports its disk space",
     "--batch-size": "llava serve counts sequences",
-    "--timeout": "of an image in llava download, of a request in llava serve",
+    "--timeout": "of a request in llava serve, of an image in llava download",
 }
 
 
