@@ -483,8 +483,11 @@ def _find_byte_tokens(backend: tokenizers.Tokenizer) -> list[int]:
     shell.decoder = backend.decoder
     if '"ByteFallback"' not in shell.to_str():
         return []
-    ids = [backend.token_to_id(f"<0x{value:02X}>") for value in range(256)]
-    return [] if None in ids else ids
+    vocabulary = backend.get_vocab()
+    names = [f"<0x{value:02X}>" for value in range(256)]
+    if not all(name in vocabulary for name in names):
+        return []
+    return [vocabulary[name] for name in names]
 
 
 def _make_encoder(backend: tokenizers.Tokenizer, inner: bool = False) -> tokenizers.Tokenizer:

@@ -310,6 +310,8 @@ def _digest(option: str, name_or_path: str) -> str:
         return weights_digest(name_or_path)
     except OSError as error:
         raise ValueError(f"{option} {name_or_path}: {error}") from error
+    except ValueError as error:  # it names the folder itself
+        raise ValueError(f"{option} {error}") from error
 
 
 # ---- what is trained ----
