@@ -45,6 +45,9 @@ from filelock import FileLock, Timeout
 # Seconds to wait for a lock. The workers of a killed run notice it after half a second, and finish what they are
 # writing; a restart must wait for them and not fail.
 LOCK_TIMEOUT = 8.0
+# Half of a surrogate pair cannot be encoded in UTF-8. Escaped like this it is what JSON writes for it, "\\ud83d", so that
+# one bad text, or a file name that is not UTF-8, does not end a job that only passes it on.
+SURROGATES_AS_ESCAPES = "backslashreplace"
 
 
 # ---- settings ----
@@ -198,7 +201,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 def encode_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Return rows as JSON lines in UTF-8."""
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    return "".join(lines).encode(errors=SURROGATES_AS_ESCAPES)
 
 
 def write_all(descriptor: int, data: bytes) -> None:

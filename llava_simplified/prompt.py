@@ -209,6 +209,31 @@ class Prompt:
 
     # ---- public ----
 
+    def usable_tokens(self) -> dict[int, str]:
+        """Return the ids that prompts and answers can contain, with their tokens.
+
+        These are the tokens of texts, and the control tokens that the template writes. Other control tokens never
+        occur, because they are not parsed in data.
+        """
+        backend = self._tokenizer.backend_tokenizer
+        text_tokens = backend.get_vocab(with_added_tokens=False)
+        tokens = {index: token for token, index in text_tokens.items()}
+        control_tokens = {index: token for token, index in self._control_ids.items()}
+        turns = [Message("user", ""), Message("assistant", ""), Message("user", "")]
+        for part in [*self._layout(turns, "").prefix, self.end_id]:
+            if isinstance(part, int):
+                tokens[part] = control_tokens.get(part, f"token {part}")
+        return tokens
+
+    def max_expansion(self) -> float:
+        """Return how many times longer a text can become, in bytes, before it is cut into tokens."""
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        if normalizer is None:
+            return 1.0
+        # One character of 3 bytes, 18 characters in the Unicode forms NFKC and NFKD: the most of all.
+        longest = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"
+        return max(1.0, len(normalizer.normalize_str(longest).encode()) / len(longest.encode()))
+
     def render(
         self, turns: Sequence[Message], response: str | None, where: str = ""
     ) -> TokenizedPrompt:

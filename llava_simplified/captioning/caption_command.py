@@ -354,7 +354,7 @@ def _report(counts: CaptionCounts, output: str) -> int:
     logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
     if counts.failed:
         logger.warning(
-            "Records whose images cannot be read: %s. They are listed in %s.bad.jsonl.",
+            "Records that cannot be captioned: %s. They are listed with reasons in %s.bad.jsonl.",
             f"{counts.failed:,}",
             output,
         )

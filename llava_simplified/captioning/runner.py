@@ -3,7 +3,7 @@
 Files of a job with `--output captions.jsonl`:
 
     captions.jsonl                  one row per caption; this is also the journal of the job
-    captions.jsonl.bad.jsonl        one row per record whose image cannot be read
+    captions.jsonl.bad.jsonl        one row per record that cannot be captioned, with the reason
     captions.jsonl.settings.json    what the job was started with
     .captions.jsonl.lock            held by the process that writes
 
@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 import torch
 
 from llava_simplified.captioning.inputs import ImageRecords, open_inputs
+from llava_simplified.data.image_folder import NameMatches
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.jobs import (
+    SURROGATES_AS_ESCAPES,
     Journal,
     Progress,
     atomic_file,
@@ -190,7 +192,7 @@ def _describe_contents(records: Sequence[Record], source: str) -> object:
     """Return a value that changes if the indices of the output would mean other records."""
     if isinstance(records, ImageRecords):
         # One more image in a folder shifts the indices of all images behind it.
-        return hashlib.sha256("\n".join(records.names).encode()).hexdigest()
+        return hashlib.sha256("\n".join(records.names).encode(errors="surrogateescape")).hexdigest()
     # A file of records may have gigabytes. Size and time are cheap, and change with every edit.
     stat = Path(source).stat()
     return [stat.st_size, stat.st_mtime_ns]
@@ -258,7 +260,8 @@ def _publish_array(files: JobFiles) -> None:
     """Write the rows of the journal as a JSON array, and delete the files of an unfinished job."""
     rows = [row for row, _ in read_json_lines(files.journal)]
     with atomic_file(files.output) as part:
-        part.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+        part.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
     published_failures = Path(f"{files.output}.bad.jsonl")
     published_failures.unlink(missing_ok=True)  # of an earlier job
     if files.failures.exists():
@@ -312,24 +315,45 @@ def caption_records(
 
     Yields:
         After every batch: prediction rows, `num_return_sequences` per record, and one row for each
-        record whose image cannot be read.
+        record that cannot be captioned, with the reason.
     """
     if indices is None:
         indices = range(len(records))
     window_size = BATCHES_PER_WINDOW * batch_size
+    matches = NameMatches()
     for start in range(0, len(indices), window_size):
         window_indices = indices[start : start + window_size]
-        window = [records[index] for index in window_indices]
-        batches = _caption_window(model, window, image_folder, options, batch_size)
+        window = [_parse_record(records, index) for index in window_indices]
+        batches = _caption_window(model, window, image_folder, options, batch_size, matches)
         yield from _in_record_order(window_indices, window, batches)
+    if matches.describe():
+        logger.warning("%s", matches.describe())
 
 
-# The captions of a record, or the reason why its image cannot be read.
-Outcome = list[str] | ImageError
+# The captions of a record, or the reason why there are none: its image cannot be read, its prompt
+# cannot be rendered, or the row is not a record.
+Outcome = list[str] | ValueError
+
+
+def _parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
+    """Return a record, or the reason why the row is none. One bad row must not end the job."""
+    try:
+        record = records[index]
+        for name in record.images:
+            name.encode()
+    except UnicodeEncodeError:
+        return ImageError(
+            "unsafe", f"the image name {record.images!r} is not UTF-8; rename the file"
+        )
+    except ValueError as error:
+        return error
+    return record
 
 
 def _in_record_order(
-    indices: Sequence[int], window: Sequence[Record], batches: Iterable[dict[int, Outcome]]
+    indices: Sequence[int],
+    window: Sequence[Record | ValueError],
+    batches: Iterable[dict[int, Outcome]],
 ) -> Iterator[tuple[list[Row], list[Row]]]:
     """Turn outcomes by position in the window into rows in the order of the window."""
     waiting: dict[int, Outcome] = {}
@@ -342,9 +366,12 @@ def _in_record_order(
             index = indices[position]
             record = window[position]
             outcome = waiting.pop(position)
-            if isinstance(outcome, ImageError):
+            if isinstance(record, ValueError):
+                failed_rows.append({"index": index, "image": None, "error": str(record)})
+            elif isinstance(outcome, ValueError):
+                image = record.images[0] if record.images else None
                 error = f"{record.id}: {outcome}"
-                failed_rows.append({"index": index, "image": record.images[0], "error": error})
+                failed_rows.append({"index": index, "image": image, "error": error})
             else:
                 rows += [prediction_row(index, record, caption) for caption in outcome]
             position += 1
@@ -353,28 +380,42 @@ def _in_record_order(
 
 def _caption_window(
     model: Llava,
-    window: Sequence[Record],
+    parsed: Sequence[Record | ValueError],
     image_folder: str | Path,
     options: GenerationOptions,
     batch_size: int,
+    matches: NameMatches,
 ) -> Iterator[dict[int, Outcome]]:
     """Yield the outcomes of one batch after the other, by position in the window."""
-    # Without a response (None), the prompt ends where the model's answer begins.
-    prompts = [model.prompt.render(record.turns, None, record.id).input_ids for record in window]
-    by_length = sorted(range(len(window)), key=lambda position: len(prompts[position]))
+    window: dict[int, Record] = {}
+    prompts: dict[int, list[int]] = {}
+    failed: dict[int, Outcome] = {}
+    for position, record in enumerate(parsed):
+        if isinstance(record, ValueError):
+            failed[position] = record
+            continue
+        try:
+            # Without a response (None), the prompt ends where the model's answer begins.
+            prompts[position] = model.prompt.render(record.turns, None).input_ids
+            window[position] = record
+        except ValueError as error:  # for example turns that the template cannot render
+            failed[position] = error
+    if failed:
+        yield failed
+    by_length = sorted(window, key=lambda position: len(prompts[position]))
     # One thread reads images in the order in which the batches need them, while the model computes.
     # One is enough: reading an image takes milliseconds, captioning it takes far longer.
     with ThreadPoolExecutor(1) as reader:
-        images = _WindowImages(model, image_folder, reader)
+        images = _WindowImages(model, image_folder, reader, matches)
         for position in by_length:
             images.read_ahead(window[position].images)
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             outcomes: dict[int, Outcome] = {}
             for position in batch:
-                error = images.error_of(window[position])
-                if error is not None:
-                    outcomes[position] = error
+                image_error = images.error_of(window[position])
+                if image_error is not None:
+                    outcomes[position] = image_error
             # The other records of the batch are not affected by an image that cannot be read.
             readable = [position for position in batch if position not in outcomes]
             if readable:
@@ -405,9 +446,17 @@ class _WindowImages:
         model: The model, for its transform and its vision tower.
         image_folder: Folder that the image names are relative to.
         reader: Reads the images.
+        matches: Counts by which rule image files are found.
     """
 
-    def __init__(self, model: Llava, image_folder: str | Path, reader: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        model: Llava,
+        image_folder: str | Path,
+        reader: ThreadPoolExecutor,
+        matches: NameMatches,
+    ) -> None:
+        self._matches = matches
         self._model = model
         self._image_folder = image_folder
         self._reader = reader
@@ -421,7 +470,7 @@ class _WindowImages:
                 self._pixels[name] = self._reader.submit(self._read, name)
 
     def _read(self, name: str) -> torch.Tensor:
-        image = decode_image(read_image_bytes(name, self._image_folder))
+        image = decode_image(read_image_bytes(name, self._image_folder, self._matches))
         return self._model.vision_tower.transform(image)
 
     def error_of(self, record: Record) -> ImageError | None:

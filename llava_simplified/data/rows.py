@@ -19,6 +19,7 @@ in the user's cache folder once.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -104,7 +105,18 @@ class RowFile(Sequence[dict[str, Any]]):
             self._starts, self._lengths = _line_spans(path)
         else:
             self._starts, self._lengths = _array_spans(path)
+        self._numbers: np.ndarray | None = None  # of the rows in the file, if some are left out
         self._file: IO[bytes] | None = None
+
+    def without(self, indices: Sequence[int]) -> RowFile:
+        """Return the same file without some rows. The others keep their numbers in messages."""
+        remaining = copy.copy(self)
+        numbers = np.arange(len(self)) if self._numbers is None else self._numbers
+        remaining._numbers = np.delete(numbers, indices)
+        remaining._starts = np.delete(self._starts, indices)
+        remaining._lengths = np.delete(self._lengths, indices)
+        remaining._file = None
+        return remaining
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -125,9 +137,16 @@ class RowFile(Sequence[dict[str, Any]]):
         """Return the indices of the `count` rows with most bytes, longest first."""
         return np.argsort(-self._lengths, kind="stable")[:count].tolist()
 
+    def longer_than(self, num_bytes: int) -> list[int]:
+        """Return the indices of the rows with more than `num_bytes` bytes."""
+        return np.flatnonzero(self._lengths > num_bytes).tolist()
+
     def where(self, index: int) -> str:
         """Return the name of a row for messages: "train.json row 7"."""
-        return f"{self.name} row {index % len(self)}"
+        number = index % len(self)
+        if self._numbers is not None:
+            number = int(self._numbers[number])
+        return f"{self.name} row {number}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         try:

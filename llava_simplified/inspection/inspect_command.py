@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llava_simplified.data.records import Records
     from llava_simplified.inspection.data_totals import DataTotals
     from llava_simplified.inspection.token_table import SampleView
+    from llava_simplified.prompt import Prompt
 
 MAX_NAMED_PROBLEMS = 10  # rows with a problem that are named; the others are only counted
 
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     records = Records(open_rows(args.data))
     tokenizer = load_tokenizer(args.model_name_or_path)
     prompt = Prompt(tokenizer, args.template)
+    vocabulary_problems = _vocabulary_problems(prompt, args.model_name_or_path)
     tokens_per_image = _tokens_per_image(args)
 
     # highlight=False: rich would color the numbers and paths in captions.
@@ -121,9 +123,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     console.print(table)
     # A row that was shown is usually scanned too: name it once.
-    problems = list(dict.fromkeys([*shown.problems, *scanned.problems]))
+    problems = list(dict.fromkeys([*vocabulary_problems, *shown.problems, *scanned.problems]))
     _print_problems(console, problems)
     return 1 if problems else 0
+
+
+def _vocabulary_problems(prompt: Prompt, name_or_path: str) -> list[str]:
+    """Return a message if tokens have no row in the embedding table of the model, as far as its config is there."""
+    from llava_simplified.model.build import check_vocabulary, find_language_model_config
+
+    config = find_language_model_config(name_or_path)
+    try:
+        check_vocabulary(prompt, config, name_or_path)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _tokens_per_image(args: argparse.Namespace) -> int | None:

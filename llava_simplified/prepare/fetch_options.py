@@ -29,6 +29,7 @@ FAILURE_KINDS = (
     "empty",
     "html",
     "not_image",
+    "unsupported",
     "too_large",
     "truncated",
     "corrupt",

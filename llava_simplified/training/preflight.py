@@ -112,7 +112,7 @@ def _count_steps(data: DataArguments, args: TrainingArguments) -> int:
     if args.max_steps > 0:
         return args.max_steps
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    records = open_records(str(data.train_data_path))
+    records = open_records(str(data.train_data_path), max_bad_records=data.max_bad_records)
     return int(args.num_train_epochs * len(records) / batch)
 
 
@@ -192,6 +192,7 @@ def _dry_run_options(
         "report_to": "none",
         "disable_tqdm": True,
         "max_bad_images": 1,
+        "max_bad_records": 1,
         "cache_vision_features": "memory" if plan.cached else "off",
     }
     records_per_row = 1
@@ -224,8 +225,7 @@ def _write_longest_records(
     path: str, image_folder: str | None, option: str, count: int, target: Path
 ) -> str:
     """Write the records with the longest texts; return the folder of their images."""
-    _, folder = open_data(path, image_folder, option)
-    records = open_records(path)
+    records, folder = open_data(path, image_folder, option, max_bad_records=1)
     lines = []
     for index in records.longest(max(MIN_DRY_RUN_RECORDS, count)):
         lines.append(records.rows.raw(index).replace(b"\n", b" "))
