@@ -26,7 +26,7 @@ SCORES_OF_TEXTS = [
     )
 ]
 ORDER = [
-    ("options", "extras"),
+    ("options", "extras", "hub"),
     ("jobs", "workers", "recipes"),
     ("prompt", "html_report"),
     ("data",),

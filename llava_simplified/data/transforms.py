@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from llava_simplified.data.images import MAX_PIXELS, ImageError
+from llava_simplified.hub import check_model_name
 
 if TYPE_CHECKING:  # torch takes two seconds to import, and `llava clean` uses the sizes without it
     import torch
@@ -70,9 +71,10 @@ class ImageTransform:
             name_or_path: A folder, or a model on the hub.
 
         Raises:
-            ValueError: The file is missing, or its processor does what this transform cannot do (padding, tiling, no
+            ValueError: There is no such folder, the file is missing, or its processor does what this transform cannot do (padding, tiling, no
                 normalization).
         """
+        check_model_name(name_or_path)
         processor = _load_processor(name_or_path)
         pads = getattr(processor, "do_pad", False)
         if pads or not processor.do_normalize or not processor.do_rescale:

@@ -38,6 +38,7 @@ from zipfile import is_zipfile
 import torch
 from torch import nn
 
+from llava_simplified.jobs import use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.checkpoint import save_checkpoint
 from llava_simplified.model.config import (
@@ -466,6 +467,7 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
     tower.save_pretrained(target)
     image_processor = AutoImageProcessor.from_pretrained(str(source.folder), backend="pil")
     image_processor.save_pretrained(target)
+    use_default_permissions(target)
     return str(target)
 
 

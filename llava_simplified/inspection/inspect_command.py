@@ -145,22 +145,18 @@ def _tokens_per_image(args: argparse.Namespace) -> int | None:
     if not args.vision_tower:
         return None
 
-    from transformers import AutoConfig
+    from llava_simplified.model.build import build_vision_tower
+    from llava_simplified.model.config import LlavaConfig
 
-    from llava_simplified.data.transforms import ImageTransform
-    from llava_simplified.model.vision import VisionTower
-
-    config = AutoConfig.from_pretrained(args.vision_tower)
-    config = getattr(config, "vision_config", config)  # of CLIP, only the vision model
-    transform = ImageTransform.from_pretrained(args.vision_tower)
-    # The tower is built from its config alone: its weights are not read.
-    tower = VisionTower.from_config(
-        config,
-        transform,
-        select_layer=args.mm_vision_select_layer,
-        select_feature=args.mm_vision_select_feature,
-        token_pool=args.mm_token_pool,
+    config = LlavaConfig(
+        args.model_name_or_path,
+        args.vision_tower,
+        mm_vision_select_layer=tuple(args.mm_vision_select_layer),
+        mm_vision_select_feature=args.mm_vision_select_feature,
+        mm_token_pool=args.mm_token_pool,
     )
+    # On "meta" the tower is built from its config alone: its weights are not read.
+    tower = build_vision_tower(config, device="meta")
     return tower.num_tokens
 
 

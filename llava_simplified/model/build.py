@@ -25,6 +25,8 @@ from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
 from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.extras import install_command
+from llava_simplified.hub import check_model_name
 from llava_simplified.model.config import CONFIG_NAME, LlavaConfig, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.projector import build_projector
@@ -135,6 +137,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: There is no tokenizer, or it has no end-of-sequence token.
     """
+    check_model_name(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
@@ -210,8 +213,7 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
         raise ValueError(f"--bits must be 4, 8 or 16, not {bits}")
     if not is_bitsandbytes_available():
         raise ValueError(
-            f"--bits {bits} requires bitsandbytes: pip install 'llava-simplified[quant]'. "
-            "Or pass --bits 16"
+            f"--bits {bits} requires bitsandbytes: run {install_command('quant')}, or pass --bits 16."
         )
     if not validate_bnb_backend_availability():
         raise ValueError(
@@ -249,6 +251,7 @@ def _load_language_model(
 
 
 def _load_transformers_config(name_or_path: str) -> PreTrainedConfig:
+    check_model_name(name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except OSError as error:

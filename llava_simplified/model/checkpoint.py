@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
+from llava_simplified.jobs import use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.config import (
     CONFIG_NAME,
@@ -280,6 +281,7 @@ def _temporary_folder(folder: Path) -> Path:
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
     """Rename a complete temporary folder; or move its entries into a folder that exists."""
+    use_default_permissions(temporary)
     if not folder.exists():
         temporary.rename(folder)
         return

@@ -127,6 +127,8 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such folder. Pass the folder of a checkpoint.")
         raise ValueError(
             f"{folder}: not a checkpoint, {CONFIG_NAME} is missing{_suggestion(Path(folder))}"
         )
@@ -135,7 +137,7 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     if version not in READABLE_FORMAT_VERSIONS:
         raise ValueError(
             f"{path}: unknown format version {version}; this version of LLaVA Simplified reads "
-            f"{READABLE_FORMAT_VERSIONS}. Update it: pip install -U llava-simplified"
+            f"{READABLE_FORMAT_VERSIONS}. Install a newer version."
         )
     architecture = checkpoint_config["architecture"]
     if "fingerprints" in architecture:

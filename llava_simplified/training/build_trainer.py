@@ -13,12 +13,7 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llava_simplified.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    non_default_options,
-)
+from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import Collator
 from llava_simplified.data.dataset import (
     CaptionDataset,
@@ -55,7 +50,7 @@ from llava_simplified.training.kernels import (
     use_liger_kernels,
 )
 from llava_simplified.training.model_config import model_config, trained_parts
-from llava_simplified.training.resume import check_same_run, find_resume_folder
+from llava_simplified.training.resume import check_same_run, find_resume_folder, run_settings
 from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -124,8 +119,7 @@ def build_trainer(
             eval_records, data_args.max_bad_records, prompt, args.model_max_length
         )
 
-    options = non_default_options(model_args, data_args, args)
-    settings = {**options, "processes": args.world_size}
+    settings = run_settings(model_args, data_args, args)
     resumed = find_resume_folder(args)
     if resumed:
         for difference in check_same_run(resumed, config, settings):
@@ -350,6 +344,8 @@ def _digest(option: str, name_or_path: str) -> str:
         return weights_digest(name_or_path)
     except OSError as error:
         raise ValueError(f"{option} {name_or_path}: {error}") from error
+    except ValueError as error:  # it names the folder itself
+        raise ValueError(f"{option} {error}") from error
 
 
 # ---- what is trained ----
