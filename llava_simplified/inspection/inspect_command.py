@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, cast
 
-from llava_simplified.options import CommandParser, add_image_folder_option
+from llava_simplified.options import CommandParser, add_image_folder_option, add_trust_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +34,7 @@ def build_parser() -> CommandParser:
         required=True,
         help="Language model or checkpoint whose tokenizer is used",
     )
+    add_trust_option(parser)
     add_image_folder_option(parser, default="images are not opened")
     parser.add_argument(
         "--vision_tower",
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.prompt import Prompt
 
     records = Records(open_rows(args.data))
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     prompt = Prompt(tokenizer, args.template)
     tokens_per_image = _tokens_per_image(args)
 
@@ -136,7 +137,7 @@ def _tokens_per_image(args: argparse.Namespace) -> int | None:
     from llava_simplified.data.transforms import ImageTransform
     from llava_simplified.model.vision import VisionTower
 
-    config = AutoConfig.from_pretrained(args.vision_tower)
+    config = AutoConfig.from_pretrained(args.vision_tower, trust_remote_code=False)
     config = getattr(config, "vision_config", config)  # of CLIP, only the vision model
     transform = ImageTransform.from_pretrained(args.vision_tower)
     # The tower is built from its config alone: its weights are not read.
