@@ -379,15 +379,6 @@ def _without_metadata_if_needed(decode: Callable[[bytes], Result], data: bytes) 
             raise error from None
 
 
-def read_image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Return (width, height) of an image file from its header, before its EXIF orientation is applied.
-
-    Raises:
-        ImageError: "html", "not_image", "too_large" or "corrupt".
-    """
-    return _open_image(data, max_pixels).size
-
-
 def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     """Parse the header of an image file, without decoding pixels.
 

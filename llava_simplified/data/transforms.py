@@ -25,7 +25,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from llava_simplified.data.images import MAX_PIXELS, ImageError
+from llava_simplified.foreign_files import blame_file
 from llava_simplified.hub import check_model_name
+
+MAX_SIDE = 8192  # pixels; the largest towers receive some 1,500
 
 if TYPE_CHECKING:  # torch takes two seconds to import, and `llava clean` uses the sizes without it
     import torch
@@ -75,7 +78,23 @@ class ImageTransform:
                 normalization).
         """
         check_model_name(name_or_path)
-        processor = _load_processor(name_or_path)
+        # The entries of the file may have any value, and processors do not check them.
+        with blame_file(name_or_path):
+            transform = cls._of_processor(_load_processor(name_or_path), name_or_path)
+        sides = (*transform.crop, *np.atleast_1d(transform.resize))
+        if not all(1 <= side <= MAX_SIDE for side in sides):
+            raise ValueError(
+                f"{name_or_path}: the image processor must resize to 1 to {MAX_SIDE} pixels, not to "
+                f"{transform.resize}, with a crop of {transform.crop}"
+            )
+        if not np.isfinite([*transform.mean, *transform.std]).all() or 0 in transform.std:
+            raise ValueError(
+                f"{name_or_path}: image_mean and image_std must be finite, and image_std not 0"
+            )
+        return transform
+
+    @classmethod
+    def _of_processor(cls, processor: ImageProcessor, name_or_path: str | Path) -> ImageTransform:
         pads = getattr(processor, "do_pad", False)
         if pads or not processor.do_normalize or not processor.do_rescale:
             raise ValueError(
@@ -201,7 +220,9 @@ def _load_processor(name_or_path: str | Path) -> ImageProcessor:
         # This call reports at once why the file cannot be read; AutoImageProcessor would try other files first.
         utils.cached_file(str(name_or_path), file_name)
         # The Pillow backend does not need torchvision.
-        return AutoImageProcessor.from_pretrained(str(name_or_path), backend="pil")
+        return AutoImageProcessor.from_pretrained(
+            str(name_or_path), backend="pil", trust_remote_code=False
+        )
     except OSError as error:
         folder = Path(name_or_path)
         if folder.is_dir() and not (folder / file_name).is_file():

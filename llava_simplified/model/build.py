@@ -26,6 +26,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.extras import install_command
+from llava_simplified.foreign_files import blame_file
 from llava_simplified.hub import check_model_name
 from llava_simplified.model.config import CONFIG_NAME, LlavaConfig, read_checkpoint_config
 from llava_simplified.model.llava import Llava
@@ -46,6 +47,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Llava:
     """Build a model of pretrained parts, joined by a projector with fresh (random) weights.
 
@@ -58,6 +60,8 @@ def build_model(
         device: Where to put the model. On "meta" it is built without reading or allocating weights:
             the configs and the tokenizer are enough.
         attn_implementation: Attention kernel of the language model, as Transformers names it.
+        trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
+            Vision towers are always models of Transformers.
 
     Returns:
         The model. The vision tower and the language model have the dtype of `config`; the projector
@@ -71,7 +75,7 @@ def build_model(
     on_meta = device is not None and torch.device(device).type == "meta"
     source = language_model or config.language_model
     if on_meta and not isinstance(source, PreTrainedConfig):
-        source = _load_transformers_config(str(source))
+        source = _load_transformers_config(str(source), trust_remote_code)
     attn_implementation = _ATTENTION_ALIASES.get(attn_implementation or "", attn_implementation)
 
     tower = build_vision_tower(config, source=vision_tower, device="meta" if on_meta else None)
@@ -80,15 +84,22 @@ def build_model(
     with torch.device("meta") if on_meta else nullcontext():
         if isinstance(source, PreTrainedConfig):
             text: CausalLM = AutoModelForCausalLM.from_config(
-                source, dtype=dtype, attn_implementation=attn_implementation
+                source,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
             )
         else:
-            text = _load_language_model(str(source), dtype, config.bits, attn_implementation)
+            text = _load_language_model(
+                str(source), dtype, config.bits, attn_implementation, trust_remote_code
+            )
         # Not `config.hidden_size`: some families (OPT) embed tokens in another width.
         text_width = text.get_input_embeddings().weight.shape[1]
         projector = build_projector(config.mm_projector_type, tower.width, text_width)
     if tokenizer is None:
-        tokenizer = load_tokenizer(str(language_model or config.language_model))
+        tokenizer = load_tokenizer(
+            str(language_model or config.language_model), trust_remote_code=trust_remote_code
+        )
     model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
     check_vocabulary(model.prompt, text.config, str(language_model or config.language_model))
     # Only now: random weights are the same on every device if they are drawn on the CPU.
@@ -129,17 +140,27 @@ def build_vision_tower(
     return VisionTower.from_config(transformers_config, transform, **choices).to(dtype)
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer, and make sure that it has a pad token.
 
     A tokenizer without one pads with its end token: padding is masked, and never trained.
+
+    Args:
+        name_or_path: Folder or hub name.
+        trust_remote_code: Run the Python code that the tokenizer comes with.
 
     Raises:
         ValueError: There is no tokenizer, or it has no end-of-sequence token.
     """
     check_model_name(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        # Without a value, Transformers asks on the terminal whether to run code.
+        with blame_file(name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(
+                name_or_path, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
         folder = Path(name_or_path)
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
@@ -231,14 +252,23 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _load_language_model(
-    name_or_path: str, dtype: torch.dtype, bits: int, attn_implementation: str | None
+    name_or_path: str,
+    dtype: torch.dtype,
+    bits: int,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
 ) -> CausalLM:
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if bits != 16:
         options["quantization_config"] = quantization(bits, dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name_or_path, dtype=dtype, output_loading_info=True, **options
-    )
+    with blame_file(name_or_path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     # Transformers would draw missing weights at random, with no more than a warning.
     language_model, loading_info = loaded
     check_missing_keys(name_or_path, loading_info["missing_keys"])
@@ -250,9 +280,12 @@ def _load_language_model(
     return cast(CausalLM, language_model)
 
 
-def _load_transformers_config(name_or_path: str) -> PreTrainedConfig:
+def _load_transformers_config(
+    name_or_path: str, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     check_model_name(name_or_path)
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        with blame_file(name_or_path):
+            return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(f"{name_or_path}: cannot read the model's config.json: {error}") from error

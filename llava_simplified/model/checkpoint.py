@@ -28,7 +28,7 @@ from typing import Any, cast
 
 import torch
 from peft import (
-    PeftConfig,
+    LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -38,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
+from llava_simplified.foreign_files import blame_file, read_json_object
 from llava_simplified.jobs import use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.config import (
@@ -147,6 +148,7 @@ def load_checkpoint(
     trainable: bool = False,
     merge: bool = False,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Llava:
     """Load a checkpoint, strictly: a missing or unexpected weight is an error that names it.
 
@@ -161,6 +163,7 @@ def load_checkpoint(
         merge: Merge the adapters into the weights. A quantized language model is dequantized before,
             so that the adapter meets the values that it was trained with.
         attn_implementation: Attention kernel of the language model, as Transformers names it.
+        trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
 
     Returns:
         The model in evaluation mode.
@@ -195,8 +198,9 @@ def load_checkpoint(
         config,
         language_model=trained_text,
         vision_tower=trained_tower,
-        tokenizer=load_tokenizer(str(folder)),
+        tokenizer=load_tokenizer(str(folder), trust_remote_code=trust_remote_code),
         attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
     load_projector(model.projector, folder)
     # Adapters go on last, onto base weights that are complete and verified.
@@ -251,9 +255,83 @@ def load_projector(projector: nn.Module, folder: str | Path) -> None:
     path = Path(folder) / "projector.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder}: not a checkpoint, projector.safetensors is missing")
-    stored = load_file(path)
+    with blame_file(path):
+        stored = load_file(path)
     check_state_dict(stored, projector.state_dict(), str(path))
     projector.load_state_dict(stored)
+
+
+# The entries of an adapter's config that change what it computes, and that `lora.py` sets.
+_ADAPTER_TYPES: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "bias": (str,),
+    "target_modules": (list,),
+    "fan_in_fan_out": (bool,),
+    "task_type": (str, type(None)),
+    # Of imported adapters.
+    "use_rslora": (bool,),
+    "use_dora": (bool,),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "modules_to_save": (list, type(None)),
+}
+# Entries that describe where the adapter comes from.
+_ADAPTER_ORIGIN = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "init_lora_weights",
+)
+
+
+def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraConfig:
+    """Read the `adapter_config.json` of a checkpoint.
+
+    Only the entries that this package writes are used, and others must have their default. PEFT has many
+    more, and trusts them: "megatron_core", for example, names a Python module that PEFT imports.
+
+    Args:
+        folder: The folder of the adapter.
+        accept_pattern: Accept a regular expression as `target_modules`, which may take forever to match.
+
+    Raises:
+        ValueError: The file is missing or invalid, or asks for something that this package does not write.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: {path.name} is missing")
+    stored = read_json_object(path)
+    if stored.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be LORA, not {stored.get('peft_type')!r:.80}")
+    defaults = LoraConfig().to_dict()
+    used: dict[str, Any] = {}
+    for name, value in stored.items():
+        if name in _ADAPTER_TYPES:
+            types = _ADAPTER_TYPES[name]
+            if name == "target_modules" and accept_pattern:
+                types = (list, str)
+            is_bool = isinstance(value, bool) and bool not in types
+            if is_bool or not isinstance(value, types):
+                raise ValueError(f"{path}: {name} has an invalid value: {value!r:.80}")
+            used[name] = value
+        elif name not in _ADAPTER_ORIGIN and value and value != defaults.get(name):
+            raise ValueError(f"{path}: {name}={value!r:.80} is not supported")
+    missing = {"r", "lora_alpha", "target_modules"} - set(used)
+    if missing:
+        raise ValueError(f"{path}: {sorted(missing)[0]} is missing")
+    for name in ("target_modules", "modules_to_save"):
+        if not all(isinstance(module, str) for module in used.get(name) or ()):
+            raise ValueError(f"{path}: {name} must be names of modules")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not all(isinstance(value, (int, float)) for value in used.get(name, {}).values()):
+            raise ValueError(f"{path}: {name} must contain numbers")
+    with blame_file(path):
+        return LoraConfig(**used)
 
 
 def _check_adapters(model: Llava, parts: TrainedParts) -> None:
@@ -303,19 +381,21 @@ def _load_trained_part(part: PretrainedModule, adapter: Path, full: Path) -> Non
         return
     model_class: Any = type(part)
     # Through Transformers, since names in the file may differ from those in memory.
-    stored, loading_info = model_class.from_pretrained(
-        full, dtype=part.dtype, output_loading_info=True
-    )
+    with blame_file(full):
+        stored, loading_info = model_class.from_pretrained(
+            full, dtype=part.dtype, output_loading_info=True, trust_remote_code=False
+        )
     check_missing_keys(str(full), loading_info["missing_keys"])
     part.load_state_dict(stored.state_dict())
 
 
 def _with_adapter(model: Any, folder: Path, merge: bool) -> PeftModel | nn.Module:
     """Put a stored adapter on a model; with `merge`, return the plain model with merged weights."""
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_adapter_config(folder)
     # PEFT stores True, which would freeze an adapter that is to be trained further.
     config.inference_mode = False
-    adapted = get_peft_model(model, config)
+    with blame_file(folder / "adapter_config.json"):
+        adapted = get_peft_model(model, config)
     _load_adapter(adapted, folder)
     if merge:
         return cast(Any, adapted).merge_and_unload()
@@ -325,13 +405,17 @@ def _with_adapter(model: Any, folder: Path, merge: bool) -> PeftModel | nn.Modul
 def _load_adapter(model: PeftModel, folder: Path) -> None:
     """Fill an adapter, strictly: PEFT would only warn about keys, and not compare the scaling."""
     current: Any = model.peft_config["default"]
-    stored: Any = PeftConfig.from_pretrained(str(folder))
+    stored = read_adapter_config(folder)
     # Another rank would fail with a message about shapes, another alpha would not fail at all.
     if (current.r, current.lora_alpha) != (stored.r, stored.lora_alpha):
         raise ValueError(
             f"{folder}: the adapter was trained with r={stored.r}, alpha={stored.lora_alpha:g}; pass "
             f"--lora_r {stored.r} --lora_alpha {stored.lora_alpha:g}"
         )
-    weights = load_file(folder / "adapter_model.safetensors")
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder}: {path.name} is missing")
+    with blame_file(path):
+        weights = load_file(path)
     check_state_dict(weights, get_peft_model_state_dict(model), str(folder))
     set_peft_model_state_dict(model, weights)

@@ -5,11 +5,12 @@ This module does not import torch, so that commands can look at a checkpoint wit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from llava_simplified.foreign_files import read_json_object
 
 CONFIG_NAME = "llava.json"
 # Increase it when older versions of this package could no longer read the file, and add to
@@ -54,12 +55,55 @@ class LlavaConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LlavaConfig:
-        """Return the config that the "architecture" of a `llava.json` describes."""
+        """Return the config that the "architecture" of a `llava.json` describes.
+
+        Raises:
+            ValueError: An entry is missing, is unknown, or has another type.
+        """
         layer = fields.get("mm_vision_select_layer", cls.mm_vision_select_layer)
         if isinstance(layer, list):
             # JSON has no tuples.
             fields = {**fields, "mm_vision_select_layer": tuple(layer)}
+        for name, value in fields.items():
+            if name not in _FIELD_TYPES:
+                raise ValueError(f'{CONFIG_NAME}: unknown entry {name!r} in "architecture"')
+            _check_type(name, value, _FIELD_TYPES[name])
+        for name in ("language_model", "vision_tower"):
+            if not fields.get(name):
+                raise ValueError(f'{CONFIG_NAME}: "architecture" has no {name}')
+        if fields.get("dtype", cls.dtype) not in DTYPES:
+            raise ValueError(
+                f"{CONFIG_NAME}: dtype must be one of {DTYPES}, not {fields['dtype']!r}"
+            )
+        for name, value in fields.get("weights_digests", {}).items():
+            _check_type(f"weights_digests.{name}", value, (str,))
+        for value in fields.get("mm_vision_select_layer", ()) if isinstance(layer, list) else ():
+            _check_type("mm_vision_select_layer", value, (int,))
         return cls(**fields)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "language_model": (str,),
+    "vision_tower": (str,),
+    "mm_projector_type": (str,),
+    "mm_vision_select_layer": (int, tuple),
+    "mm_vision_select_feature": (str,),
+    "mm_token_pool": (int,),
+    "template": (str,),
+    "instruction": (str,),
+    "dtype": (str,),
+    "bits": (int,),
+    "weights_digests": (dict,),
+}
+
+
+def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
+    # In Python, True is an int.
+    if not isinstance(value, types) or isinstance(value, bool):
+        expected = " or ".join(type_.__name__ for type_ in types)
+        raise ValueError(f"{CONFIG_NAME}: {name} must be of type {expected}, not {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -89,13 +133,16 @@ class TrainedParts:
         Raises:
             ValueError: An entry has an unknown value.
         """
-        trained = checkpoint_config["trained"]
+        trained = checkpoint_config.get("trained")
         trained_tower = checkpoint_config.get("trained_tower", "off")
         language_model = {value: part for part, value in _STORED_LANGUAGE_MODEL.items()}
         vision_tower = {value: part for part, value in _STORED_VISION_TOWER.items()}
-        if trained not in language_model or trained_tower not in vision_tower:
+        # Lists, for example, are no keys of a dict.
+        is_text = isinstance(trained, str) and isinstance(trained_tower, str)
+        if not is_text or trained not in language_model or trained_tower not in vision_tower:
             raise ValueError(
-                f"{CONFIG_NAME}: unknown values trained={trained!r}, trained_tower={trained_tower!r}"
+                f"{CONFIG_NAME}: unknown values trained={trained!r:.80}, "
+                f"trained_tower={trained_tower!r:.80}"
             )
         return cls(language_model[trained], vision_tower[trained_tower])
 
@@ -132,14 +179,22 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: not a checkpoint, {CONFIG_NAME} is missing{_suggestion(Path(folder))}"
         )
-    checkpoint_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    checkpoint_config = read_json_object(path)
     version = checkpoint_config.get("format_version")
-    if version not in READABLE_FORMAT_VERSIONS:
+    if version not in READABLE_FORMAT_VERSIONS or isinstance(version, bool):
         raise ValueError(
-            f"{path}: unknown format version {version}; this version of LLaVA Simplified reads "
+            f"{path}: unknown format version {version!r:.80}; this version of LLaVA Simplified reads "
             f"{READABLE_FORMAT_VERSIONS}. Install a newer version."
         )
-    architecture = checkpoint_config["architecture"]
+    architecture = checkpoint_config.get("architecture")
+    for name, value in (
+        ("architecture", architecture),
+        ("training", checkpoint_config.setdefault("training", {})),
+        ("versions", checkpoint_config.setdefault("versions", {})),
+    ):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {name!r} must be an object, not {value!r:.80}")
+    assert isinstance(architecture, dict)
     if "fingerprints" in architecture:
         architecture["weights_digests"] = architecture.pop("fingerprints")
     # Written since vision towers can be trained.

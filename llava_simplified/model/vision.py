@@ -101,14 +101,18 @@ class VisionTower(nn.Module):
             OSError: A file is missing; the message says which one.
         """
         check_model_name(name_or_path)
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         transform = ImageTransform.from_pretrained(name_or_path)
         model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
             raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
         model, loading_info = model_class.from_pretrained(
-            name_or_path, config=config, dtype=dtype, output_loading_info=True
+            name_or_path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
         tower = cls(cast(VisionModel, model), transform, **choices)
         # Weights that the features do not depend on, such as a pooling head, may be missing.
@@ -128,7 +132,7 @@ class VisionTower(nn.Module):
         """
         config = getattr(config, "vision_config", config)
         with torch.device("meta"):
-            model: Any = AutoModel.from_config(config)
+            model: Any = AutoModel.from_config(config, trust_remote_code=False)
             return cls(cast(VisionModel, model), transform, **choices)
 
     @property
@@ -250,7 +254,7 @@ class VisionTower(nn.Module):
         """
         with torch.device("meta"), torch.enable_grad():
             # A second model, since the first one has data, and PEFT may have wrapped it.
-            model: Any = AutoModel.from_config(self.model.config).eval()
+            model: Any = AutoModel.from_config(self.model.config, trust_remote_code=False).eval()
             pixel_values = torch.empty(1, 3, *self.transform.crop)
             try:
                 features, grid = self._select(model, pixel_values)
