@@ -1,10 +1,10 @@
-"""Untrusted image bytes -> RGB pixels. The one decoder of training, cleaning, captioning and serving.
+"""Untrusted image bytes -> RGB pixels. Training, cleaning, captioning and serving all use this decoder.
 
 Images come from the internet, so nothing about them is trusted: the format is recognized by its magic bytes, the size
 is checked in the header before pixels are allocated, and a file that is damaged anywhere is an error.
 
 **Strict JPEG decoding.** The pixels of a JPEG are one stream of variable-length codes. A flipped byte in the middle
-shifts everything behind it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
+shifts everything after it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
 writes a warning that Pillow ignores. A model would be trained on those stripes, with the caption of the real image.
 simplejpeg's strict mode turns libjpeg's warnings into errors, so JPEGs are decoded with it, and all other formats with
 Pillow.
@@ -30,12 +30,12 @@ ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 """A path, the bytes of an image file, a PIL image, or uint8 RGB pixels (height, width, 3)."""
 
 MAX_PIXELS = 50_000_000  # 150 MB of RGB
-# Pillow reads more formats. EPS must not be among these: Pillow runs Ghostscript on it.
+# Do not add EPS, for which Pillow runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 JPEG_QUALITY = 95  # of images that `shrink_image` encodes
 
 _EXIF_ORIENTATION = 274
-_TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # width and height change places
+_TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # width and height are swapped
 _SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # others: the lower-case format
 # What Pillow and its decoders raise for damaged files; fuzzing (tests/fuzz) has found no other type.
 _DECODER_ERRORS = (
@@ -49,7 +49,7 @@ _DECODER_ERRORS = (
     RuntimeError,
 )
 
-Image.init()  # Import Pillow's plugins now: forked workers share them.
+Image.init()  # Import Pillow's plugins before workers are forked, so that they share the memory.
 
 
 class ImageError(ValueError):
@@ -65,7 +65,7 @@ class ImageError(ValueError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
-        # An exception is pickled with `args`, the message only; worker processes must send `kind` as well.
+        # By default, an exception is pickled with `args` (the message) only; worker processes must send `kind` too.
         return type(self), (self.kind, str(self))
 
 
@@ -84,16 +84,15 @@ class EncodedImage(NamedTuple):
 def read_image_bytes(image: str, folder: str | Path) -> bytes:
     """Read the file of a record's image.
 
-    Nothing outside `folder` is opened. Absolute paths are often those of the machine that wrote the records: one that
-    is not inside `folder` is looked up there by its base name.
+    No file outside `folder` is opened. An absolute path outside `folder` often comes from the machine that wrote the
+    records, so its base name is looked up in `folder`.
 
     Args:
         image: A path below `folder`, `shard.tar#key`, or `rows.parquet#row`.
         folder: The image folder.
 
     Raises:
-        ImageError: "unsafe" if the path contains `..`; "missing" if there is no such image, naming the path that was
-            tried.
+        ImageError: "unsafe" if the path contains `..`; "missing" if there is no such image.
         MissingExtraError: The image is in a Parquet file, and pyarrow is not installed.
     """
     shard, mark, key = image.rpartition("#")
@@ -107,23 +106,23 @@ def read_image_bytes(image: str, folder: str | Path) -> bytes:
     try:
         if is_in_shard:
             return read_shard_image(path, key)
-        # `is_file` excludes pipes and devices: reading one would block.
+        # Check `is_file`, because reading a pipe or a device would block.
         if path.is_file():
             return path.read_bytes()
     except MissingExtraError:
-        raise  # a ValueError, but not this image's fault
-    # For example: the name is too long, there is no permission, the disk fails, the shard has no such key.
+        raise  # this is a ValueError too, but not a problem of the image
+    # For example: the name is too long, permission is denied, the disk fails, the shard has no such key.
     except (OSError, ValueError) as error:
         raise ImageError("missing", str(error)) from error
     raise ImageError("missing", f"no image at {path}; check the image folder")
 
 
 def load_pixels(image: ImageSource) -> np.ndarray:
-    """Convert any form of an image to uint8 RGB (height, width, 3).
+    """Convert a path, bytes, PIL image or array to uint8 RGB (height, width, 3).
 
     Raises:
         ImageError: The file is missing or cannot be decoded.
-        ValueError: An array has another shape or dtype.
+        ValueError: An array is not uint8 with the shape (height, width, 3).
     """
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
@@ -135,7 +134,7 @@ def load_pixels(image: ImageSource) -> np.ndarray:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
                 "an image array must be uint8 RGB (height, width, 3), "
-                f"this one is {image.dtype} {image.shape}"
+                f"got {image.dtype} {image.shape}"
             )
         return image
     return np.asarray(image.convert("RGB"))
@@ -161,10 +160,10 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
-    """Check that `decode_image` would succeed, in less time, and return what the file is.
+    """Check that `decode_image` would succeed, but in less time, and return suffix and size of the image.
 
-    A JPEG is decoded at an eighth of its size. This still reads every coded bit, which is what finds truncated and
-    damaged files; only the inverse transforms are skipped.
+    A JPEG is decoded at an eighth of its size. This still reads every coded bit, and so finds truncated and damaged
+    files; only the inverse transforms are skipped.
 
     Raises:
         ImageError: As `decode_image`.
@@ -184,7 +183,7 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Encode
 
     Args:
         data: The file.
-        side: Length of the shorter side in pixels. An image that is not larger keeps its bytes.
+        side: Length of the shorter side in pixels. Smaller images are returned unchanged.
         max_pixels: Maximum of width * height of the given file.
 
     Raises:
@@ -195,13 +194,13 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Encode
     if shorter <= side:
         return check_image(data, max_pixels)
     width, height = (round(length * side / shorter) for length in image.size)
-    # A large JPEG is decoded at the smallest of libjpeg's scales that is not below the target.
+    # Let libjpeg decode a large JPEG at a reduced scale, which is fast; then resize it to the exact size.
     pixels = _decode_pixels(image, data, min_size=(height, width))
     is_transposed = (pixels.shape[1] > pixels.shape[0]) != (width > height)
     if is_transposed:  # by its EXIF orientation
         width, height = height, width
-    # Bicubic takes 1.6 times as long. After the resize for the vision tower, the result is only a thirtieth closer
-    # to that of the original image.
+    # Use bilinear interpolation: bicubic takes 1.6 times as long, and after the vision tower's own resize its result
+    # is hardly (a thirtieth) closer to that of the original image.
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     encoded = simplejpeg.encode_jpeg(
         np.ascontiguousarray(np.asarray(resized)),
@@ -218,7 +217,9 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
         ImageError: "html", "not_image", "too_large" or "corrupt".
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's warning about the size: `max_pixels` decides
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow's warning about large images: we check `max_pixels`
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
@@ -234,7 +235,7 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise ImageError(
             "too_large",
-            f"{image.width}x{image.height} pixels, the limit is {max_pixels}",
+            f"the image has {image.width}x{image.height} pixels, the limit is {max_pixels}",
         )
     return image
 
@@ -249,8 +250,9 @@ def _decode_pixels(
     Args:
         image: What `_open_image` returned.
         data: The file.
-        min_size: (height, width) before the EXIF orientation is applied. A JPEG is decoded at the smallest of
-            libjpeg's scales (in eighths) that is not below it. None decodes at full size.
+        min_size: (height, width) before the EXIF orientation is applied. libjpeg may decode a JPEG at k/8 of its size
+            (k = 1..8). The smallest such scale that still has at least this height and width is used. None decodes
+            at full size.
 
     Returns:
         uint8 RGB (height, width, 3).
@@ -262,7 +264,7 @@ def _decode_pixels(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's warnings about damaged EXIF
         try:
-            # CMYK JPEGs go to Pillow: libjpeg-turbo does not convert them to RGB.
+            # Use Pillow for CMYK JPEGs too, which libjpeg-turbo does not convert to RGB.
             if image.format != "JPEG" or image.mode not in ("RGB", "L"):
                 return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
             pixels = simplejpeg.decode_jpeg(
@@ -287,7 +289,7 @@ def _apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Rotate and flip pixels (height, width, 3) by an EXIF orientation (1 to 8; 1 is upright)."""
     if orientation == 1:
         return pixels
-    # Pillow's own rule for orientations, unknown values included. It reads the orientation from the image's EXIF.
+    # Let Pillow handle the orientation, including unknown values. It reads the orientation from the image's EXIF.
     image = Image.fromarray(pixels)
     image.getexif()[_EXIF_ORIENTATION] = orientation
     return np.asarray(ImageOps.exif_transpose(image))
@@ -296,7 +298,7 @@ def _apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB, with transparency on white."""
     if image.mode.startswith("I"):
-        # 16 bits per channel. Pillow's `convert` would clip them to 255 instead of scaling.
+        # Scale 16 bits per channel down to 8. Pillow's `convert` would clip the values to 255 instead.
         scaled = np.asarray(image, dtype=np.uint32) >> 8
         return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

@@ -1,6 +1,6 @@
-"""Records: one captioned image, or one conversation about images, in the form that all other modules use.
+"""Records: parsed rows of a data set. A record is a captioned image, or a conversation about images.
 
-Three JSON forms are read:
+Three JSON formats are supported:
 
     {"image": "0.jpg", "instruction": "Describe it.", "response": "a cat"}
     {"image": "0.jpg", "instruction": "Describe it.", "responses": ["a cat", "my pet"]}
@@ -38,9 +38,9 @@ class Record:
         images: Paths relative to the image folder, or `shard.tar#key`; empty for a row with text only.
         turns: The conversation up to the last answer, which is not included. The user turns contain exactly one
             `<image>` per image.
-        responses: The alternatives for the last answer (several captions of one image). Empty if the row has none:
-            then it can be captioned, but not trained on.
-        id: Where the row came from, for messages: "train.json row 7".
+        responses: The alternatives for the last answer (several captions of one image). A record without responses can
+            be captioned, but not trained on.
+        id: File name and row number, for messages: "train.json row 7".
     """
 
     images: tuple[str, ...]
@@ -53,17 +53,15 @@ class Record:
         """Parse one row.
 
         Args:
-            row: A JSON object in one of the forms of the module's docstring.
-            where: Where the row came from, for error messages.
+            row: A JSON object in one of the formats of the module's docstring.
+            where: File name and row number, for error messages.
 
         Raises:
             ValueError: The row is not a record. The message names `where`, and the key that is missing or has the
                 wrong type.
         """
         if not isinstance(row, dict):
-            raise ValueError(
-                f"{where}: a record must be a JSON object, this is {type(row).__name__}"
-            )
+            raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
         images = _parse_images(row, where)
         if "conversations" in row:
             turns, responses = _parse_conversation(row["conversations"], where)
@@ -80,7 +78,7 @@ class Record:
 def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """Return the image names of a row: `image` or `images`, a string or a list of strings."""
     value = row.get("image", row.get("images"))
-    # Rows of text alone have no key, null or an empty string, by their source.
+    # In text-only rows the key is missing, null or an empty string, depending on the source.
     if value is None or value == "":
         return ()
     if isinstance(value, str):
@@ -95,12 +93,12 @@ def _is_list_of_strings(value: Any) -> bool:
 
 
 def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
-    """Return turns and responses of a row in the instruction form."""
+    """Return turns and responses of a row in the instruction format."""
     instruction = row.get("instruction")
     if not isinstance(instruction, str):
         raise ValueError(
-            f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
-            f"this one has {sorted(row)}"
+            f"{where}: a record needs the key 'instruction' (a string) or 'conversations', "
+            f"got only {sorted(row)}"
         )
     # Without responses the record can still be captioned.
     responses: Any = []
@@ -117,24 +115,24 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
 
 
 def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[str, ...]]:
-    """Return turns and responses of LLaVA's `conversations`: the last answer is split off as the response."""
+    """Return turns and responses of LLaVA's `conversations`; the last answer becomes the response."""
     if not isinstance(value, list) or not value:
         raise ValueError(
             f"{where}: 'conversations' must be a list of {{from, value}}, got {value!r}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
-    # A system turn can be anywhere as far as this check goes; the prompt allows it at the beginning only.
+    # Ignore system turns here; rendering the prompt checks their position.
     roles = [turn.role for turn in turns if turn.role != "system"]
     expected = ["user", "assistant"] * len(roles)
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(
             f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ...; "
-            f"they are {', '.join(roles)}"
+            f"got {', '.join(roles)}"
         )
     last = turns[-1]
     if last.role == "assistant":
         return turns[:-1], (last.content,)
-    # The conversation ends with a question: enough for captioning.
+    # The conversation ends with a question, so the record can be captioned but not trained on.
     return turns, ()
 
 
@@ -159,10 +157,10 @@ def insert_image_placeholders(
     Args:
         turns: The conversation.
         count: Number of images.
-        where: Where the conversation came from, for error messages.
+        where: File name and row number, for error messages.
 
     Raises:
-        ValueError: The texts contain another number of placeholders.
+        ValueError: The texts contain placeholders, but not `count`; or there is no user turn.
     """
     placeholders = count_images(turns)
     if placeholders == count:
@@ -173,7 +171,7 @@ def insert_image_placeholders(
             f"{where}: {count} image(s), but the text contains {IMAGE_PLACEHOLDER} "
             f"{placeholders} time(s)"
         )
-    # LLaVA's form: each placeholder on its own line, before the text.
+    # As in LLaVA's data, put each placeholder on its own line, before the text.
     lines = f"{IMAGE_PLACEHOLDER}\n" * count
     first_user = roles.index("user")
     with_images = list(turns)
@@ -187,13 +185,13 @@ def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
     Args:
         index: The record's index in its data set.
         record: The record.
-        text: What the model generated.
+        text: The generated text.
     """
-    # A single reference is a string, as in the original tutorial; no reference is an empty one.
+    # As in the original tutorial, a single reference is a string. No reference is an empty string.
     ground_truth: str | list[str] = "".join(record.responses)
     if len(record.responses) > 1:
         ground_truth = list(record.responses)
-    # The instruction without the placeholders that `insert_image_placeholders` may have added.
+    # Remove the placeholders that `insert_image_placeholders` may have added.
     instruction = record.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", "")
     return {
         "index": index,
@@ -205,7 +203,7 @@ def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
 
 
 class Records(Sequence[Record]):
-    """The records of a file, parsed when they are asked for. Cheap to hold, to pickle and to fork."""
+    """The records of a file, parsed on access. Cheap to keep, to pickle and to fork."""
 
     def __init__(self, rows: RowFile) -> None:
         self.rows = rows
@@ -223,9 +221,9 @@ class Records(Sequence[Record]):
         return Record.from_json(self.rows[index], self.rows.where(index))
 
     def longest(self, count: int) -> list[int]:
-        """Return the indices of the rows with most bytes, without reading any text.
+        """Return the indices of the rows with the most bytes, without reading any text.
 
-        They nearly always include the row with most tokens.
+        They nearly always include the row with the most tokens.
         """
         return self.rows.longest(count)
 
@@ -233,12 +231,12 @@ class Records(Sequence[Record]):
 def open_records(path: str | Path, require_responses: bool = False) -> Records:
     """Open all records of a file, or of a folder that `llava download` wrote.
 
-    Up to 20,000 rows are parsed at once; of larger files as many, evenly spread. A wrong file is rejected here, and
-    not in the middle of a run.
+    Up to 20,000 rows, evenly spread over the file, are parsed immediately, so that a wrong file is rejected here and not
+    in the middle of a run.
 
     Args:
         path: A .json array, a .jsonl or .parquet file, or a folder.
-        require_responses: Reject rows without a response, or with an empty one.
+        require_responses: Reject rows without a response or with an empty response.
 
     Raises:
         ValueError: The file cannot be read, or one of its rows is not a record. The message names file and row.
@@ -252,7 +250,7 @@ def open_records(path: str | Path, require_responses: bool = False) -> Records:
             continue
         if not record.responses or not all(text.strip() for text in record.responses):
             raise ValueError(
-                f"{record.id}: no response to train on, or an empty one. "
-                "`llava clean` sets such records aside."
+                f"{record.id}: a response is missing or empty, so the record cannot be used for training. "
+                "Remove such records with `llava clean`."
             )
     return records
