@@ -26,8 +26,8 @@ SCORES_OF_TEXTS = [
     )
 ]
 ORDER = [
-    ("options", "extras"),
-    ("jobs", "workers", "recipes"),
+    ("options", "extras", "hub"),
+    ("jobs", "workers", "recipes", "foreign_files"),
     ("prompt", "html_report"),
     ("data",),
     ("prepare", *SCORES_OF_TEXTS),
