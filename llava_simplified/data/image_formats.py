@@ -71,6 +71,7 @@ def is_image_header(head: bytes) -> bool:
 def sniff_format(data: bytes) -> str:
     """Return the name of a format that is not decoded, from the first bytes: "HEIC image"; "" if it is unknown."""
     head = data[:_SNIFFED_BYTES]
+    # The order matters: the first bytes of a video are those of every file of its container.
     for pattern, name in _SIGNATURE_PATTERNS:
         if pattern.match(head):
             return name
@@ -102,6 +103,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _png_without_metadata(data: bytes) -> bytes:
+    # length (4 bytes) | name (4) | data | checksum (4)
     parts = [_PNG_SIGNATURE]
     position = len(_PNG_SIGNATURE)
     while position < len(data):
@@ -130,8 +132,9 @@ def _tiff_without_metadata(data: bytes) -> bytes:
             (tag,) = struct.unpack_from(f"{order}H", data, offset)
             if tag in _TIFF_TAGS:
                 entries.append(data[offset : offset + _TIFF_ENTRY])
-    except struct.error:
+    except struct.error:  # the directory is cut off: the decoder says so
         return data
+    # The number of entries, the entries, and the position of the next directory: there is none.
     directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
     padding = bytes(len(data) % 2)  # a directory begins at an even position
     end = len(data) + len(padding)
