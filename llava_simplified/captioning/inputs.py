@@ -6,7 +6,8 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -45,6 +46,33 @@ class ImageRecords(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.names) * len(self.instructions)
 
+    def renumber(self, known: Mapping[str, int]) -> None:
+        """Give each image the number that it has in an unfinished output, and new images free numbers.
+
+        An output of `a c d` in which `a` and `c` are finished is continued in a folder of `a b c d`:
+
+            number    0  1  2  3
+            before    a  c  d
+            now       a  c  b  d
+
+        An image that was captioned and removed since keeps its number, so that no other image gets it.
+
+        Args:
+            known: Number by image name. If no image was added or removed, nothing changes.
+        """
+        new_names = [name for name in self.names if name not in known]
+        taken = set(known.values())
+        free = (number for number in count() if number not in taken)
+        numbered = {number: name for name, number in known.items()}
+        numbered.update(zip(free, new_names))
+        # Numbers that no image has: images that were removed before they were captioned.
+        self.names = [numbered.get(number, "") for number in range(max(numbered, default=-1) + 1)]
+
+    def indices(self) -> list[int]:
+        """Return the indices of the records, in order: of all but the numbers that no image has."""
+        per_image = len(self.instructions)
+        return [index for index in range(len(self)) if self.names[index // per_image]]
+
     @overload
     def __getitem__(self, index: int) -> Record: ...
     @overload
@@ -60,13 +88,13 @@ class ImageRecords(Sequence[Record]):
 
 
 def open_inputs(
-    source: str, image_folder: str | None, instructions: Sequence[str]
+    source: str | Sequence[str], image_folder: str | None, instructions: Sequence[str]
 ) -> tuple[Sequence[Record], str]:
     """Return the records of a source, and the folder that their image names are relative to.
 
     Args:
-        source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these, or
-            a file of records.
+        source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these,
+            or several of them; or a file of records.
         image_folder: Folder of the images; only for records.
         instructions: Instructions about every image; not for records, which contain instructions.
 
@@ -74,8 +102,16 @@ def open_inputs(
         ValueError: The source does not exist or contains no image, or instructions were given with
             records.
     """
+    sources = [source] if isinstance(source, str) else list(source)
+    records_files = [name for name in sources if Path(name).suffix in RECORD_SUFFIXES]
+    if records_files and len(sources) > 1:
+        raise ValueError(
+            f"{records_files[0]}: a file of records must be the only input. Caption each file with "
+            "an --output of its own."
+        )
     # Decided by the name alone, so that a missing file of records is reported as one.
-    if Path(source).suffix in RECORD_SUFFIXES:
+    if records_files:
+        source = records_files[0]
         if instructions:
             raise ValueError(
                 f"--instruction: the records of {source} contain their own instructions; "
@@ -90,15 +126,10 @@ def open_inputs(
             require_responses=False,
             max_bad_records=ALL_RECORDS,
         )
-    names, folder, skipped = find_images(source)
-    counts = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(skipped.items()))
-    if not names:
-        found = f" (found: {counts})" if counts else ""
-        raise ValueError(
-            f"{source}: not an image, a folder of images, a .tar shard or a file of records{found}"
-        )
-    if counts:
-        logger.warning("%s: left out, because they are no images: %s", source, counts)
+    found = [_find_some_images(name) for name in sources]
+    names, folder = found[0].names, found[0].folder
+    if len(found) > 1:
+        names, folder = _join_names(found)
     # Absolute, because a Ray worker has another working directory.
     return ImageRecords(names, instructions), str(folder.absolute())
 
@@ -115,6 +146,33 @@ class FoundImages(NamedTuple):
     names: list[str]
     folder: Path
     skipped: Counter[str]
+
+
+def _find_some_images(source: str) -> FoundImages:
+    """Return the images of a source, of which there must be at least one; name what is left out."""
+    found = find_images(source)
+    counts = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(found.skipped.items()))
+    if not found.names:
+        others = f" (found: {counts})" if counts else ""
+        raise ValueError(
+            f"{source}: not an image, a folder of images, a .tar shard or a file of records{others}"
+        )
+    if counts:
+        logger.warning("%s: left out, because they are no images: %s", source, counts)
+    return found
+
+
+def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
+    """Return the images of several sources, and the deepest folder that contains all of them.
+
+    An image that several sources contain is named once.
+    """
+    paths: dict[Path, None] = {}  # ordered
+    for images in found:
+        folder = images.folder.absolute()
+        paths.update((folder / name, None) for name in images.names)
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    return [path.relative_to(common).as_posix() for path in paths], common
 
 
 def find_images(source: str) -> FoundImages:

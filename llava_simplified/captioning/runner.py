@@ -60,7 +60,7 @@ class CaptionJob:
     """What `caption_file` does. It can be sent to another process or machine.
 
     Attributes:
-        model_path, model_base, vision_tower, bits: See `Llava.from_pretrained`.
+        model_path, model_base, vision_tower, bits, trust_remote_code: See `Llava.from_pretrained`.
         source, image_folder, instructions: See `inputs.open_inputs`.
         output: A .jsonl file, or a file of any other name for a JSON array.
         options: How to generate; `num_return_sequences` is the number of captions per record.
@@ -70,7 +70,7 @@ class CaptionJob:
     """
 
     model_path: str
-    source: str
+    source: str | tuple[str, ...]
     output: str
     options: GenerationOptions
     instructions: tuple[str, ...] = ()
@@ -78,6 +78,7 @@ class CaptionJob:
     model_base: str | None = None
     vision_tower: str | None = None
     bits: int | None = None
+    trust_remote_code: bool = False
     limit: int | None = None
     batch_size: int = 16
     chunk: int = 0
@@ -131,13 +132,17 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
     records, folder = open_inputs(job.source, job.image_folder, job.instructions)
     with exclusive_lock(files.lock, job.output):
         _start_or_resume(files, _job_settings(job, records))
-        model = model or load_model(job)
-        if isinstance(records, ImageRecords) and not job.instructions:
-            # Only the checkpoint knows the instruction that it was trained with. The settings need
-            # not contain it, because they identify the checkpoint.
-            records.instructions = (model.instruction,)
-        with Journal(files.journal) as journal, Journal(files.failures) as failures:
-            counts = _caption_remaining(job, model, records, folder, journal, failures)
+        try:
+            model = model or load_model(job)
+            if isinstance(records, ImageRecords) and not job.instructions:
+                # Only the checkpoint knows the instruction that it was trained with. The settings
+                # need not contain it, because they identify the checkpoint.
+                records.instructions = (model.instruction,)
+            with Journal(files.journal) as journal, Journal(files.failures) as failures:
+                counts = _caption_remaining(job, model, records, folder, journal, failures)
+        except BaseException:
+            _remove_empty_job(files)
+            raise
         # The job is complete: what remains is cleaning up, which a killed process repeats.
         if not counts.failed:
             files.failures.unlink()
@@ -166,6 +171,15 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
     check_settings(files.settings, settings, str(files.output))
 
 
+def _remove_empty_job(files: JobFiles) -> None:
+    """Delete the files of a job without a result, such as one whose model could not be loaded."""
+    results = (files.journal, files.failures)
+    if any(path.exists() and path.stat().st_size for path in results):
+        return
+    for path in (*results, files.settings):
+        path.unlink(missing_ok=True)
+
+
 def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     """Return what decides which rows the output contains, under the names of version 0.1.0.
 
@@ -175,9 +189,13 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     # Jobs that 0.1.0 has begun must continue, so the names in the file are fixed.
     settings["questions"] = settings.pop("instructions")
     settings["batch_size"] = None
+    del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
     settings["output"] = None
     settings["model"] = _modification_times(job.model_path)
-    settings["contents of the source"] = _describe_contents(records, job.source)
+    # Images may be added to a folder (see `ImageRecords.renumber`). Slices cannot: each of them would
+    # have to know the numbers that the others have given.
+    if not isinstance(records, ImageRecords) or job.chunks > 1:
+        settings["contents of the source"] = _describe_contents(records, job.source)
     return settings
 
 
@@ -188,12 +206,13 @@ def _modification_times(model_path: str) -> list[int]:
     return sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors"))
 
 
-def _describe_contents(records: Sequence[Record], source: str) -> object:
+def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...]) -> object:
     """Return a value that changes if the indices of the output would mean other records."""
     if isinstance(records, ImageRecords):
         # One more image in a folder shifts the indices of all images behind it.
         return hashlib.sha256("\n".join(records.names).encode(errors="surrogateescape")).hexdigest()
     # A file of records may have gigabytes. Size and time are cheap, and change with every edit.
+    assert isinstance(source, str)  # `open_inputs` accepts one file of records only
     stat = Path(source).stat()
     return [stat.st_size, stat.st_mtime_ns]
 
@@ -210,12 +229,19 @@ def _caption_remaining(
     rows_per_record = job.options.num_return_sequences
     finished = _finished_records(journal, rows_per_record)
     failed = _finished_records(failures, 1)
-    total = len(records)
+    indices: Sequence[int] = range(len(records))
+    if isinstance(records, ImageRecords):
+        if job.chunks == 1:
+            per_image = len(records.instructions)
+            done = {**finished, **failed}
+            known = {image: index // per_image for index, image in done.items() if image}
+            records.renumber(known)
+        indices = records.indices()
     if job.limit:
-        total = min(total, job.limit)
+        indices = indices[: job.limit]
     # Slices are interleaved: a slow part of the source, such as large images, is shared by all
     # processes.
-    indices = range(job.chunk, total, job.chunks)
+    indices = indices[job.chunk :: job.chunks]
     remaining = [index for index in indices if index not in finished and index not in failed]
 
     initial = len(indices) - len(remaining)
@@ -229,19 +255,19 @@ def _caption_remaining(
             # they fail again.
             journal.append(rows)
             failures.append(failed_rows)
-            failed.update(row["index"] for row in failed_rows)
+            failed.update((row["index"], row.get("image")) for row in failed_rows)
             progress.advance(len(rows) // rows_per_record + len(failed_rows))
     return CaptionCounts(len(indices) - len(failed), len(failed))
 
 
-def _finished_records(journal: Journal, rows_per_record: int) -> set[int]:
-    """Return the indices of the records with all their rows in a journal.
+def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str | None]:
+    """Return index and image of the records with all their rows in a journal.
 
     A process that was killed between two captions of one record leaves an incomplete record at the
     end. Its rows are cut off: random draws depend on the record alone, so that the same captions
     are generated again.
     """
-    finished: set[int] = set()
+    finished: dict[int, str | None] = {}
     last_index = -1
     rows_of_record = 0
     end = 0  # in bytes, of the last complete record
@@ -250,7 +276,7 @@ def _finished_records(journal: Journal, rows_per_record: int) -> set[int]:
         rows_of_record = rows_of_record + 1 if row["index"] == last_index else 1
         last_index = row["index"]
         if rows_of_record == rows_per_record:
-            finished.add(last_index)
+            finished[last_index] = row.get("image")
             end = position
     journal.truncate(end)
     return finished
@@ -279,6 +305,7 @@ def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
         model_base=checkpoint.model_base,
         vision_tower=checkpoint.vision_tower,
         bits=checkpoint.bits,
+        trust_remote_code=checkpoint.trust_remote_code,
     )
 
 

@@ -13,12 +13,7 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llava_simplified.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    non_default_options,
-)
+from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import Collator
 from llava_simplified.data.dataset import (
     CaptionDataset,
@@ -55,7 +50,7 @@ from llava_simplified.training.kernels import (
     use_liger_kernels,
 )
 from llava_simplified.training.model_config import model_config, trained_parts
-from llava_simplified.training.resume import check_same_run, find_resume_folder
+from llava_simplified.training.resume import check_same_run, find_resume_folder, run_settings
 from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -111,7 +106,9 @@ def build_trainer(
             max_bad_records=data_args.max_bad_records,
         )
     config = build_config(model_args, args, train_records)
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    )
     # A chat template that cannot be used raises here, before the model is loaded.
     prompt = Prompt(tokenizer, model_args.template)
     language_model = model_args.model_name_or_path
@@ -124,8 +121,7 @@ def build_trainer(
             eval_records, data_args.max_bad_records, prompt, args.model_max_length
         )
 
-    options = non_default_options(model_args, data_args, args)
-    settings = {**options, "processes": args.world_size}
+    settings = run_settings(model_args, data_args, args)
     resumed = find_resume_folder(args)
     if resumed:
         for difference in check_same_run(resumed, config, settings):
@@ -134,7 +130,12 @@ def build_trainer(
 
     # Kernels first: LoRA wraps the layers, and Liger looks for the original ones.
     attention = model_args.attn_implementation
-    model = build_model(config, tokenizer=tokenizer, attn_implementation=attention)
+    model = build_model(
+        config,
+        tokenizer=tokenizer,
+        attn_implementation=attention,
+        trust_remote_code=model_args.trust_remote_code,
+    )
     choose_attention(model.language_model, attention, args.device.type)
     if args.use_liger_kernel:
         use_liger_kernels(model.language_model)
@@ -350,6 +351,8 @@ def _digest(option: str, name_or_path: str) -> str:
         return weights_digest(name_or_path)
     except OSError as error:
         raise ValueError(f"{option} {name_or_path}: {error}") from error
+    except ValueError as error:  # it names the folder itself
+        raise ValueError(f"{option} {error}") from error
 
 
 # ---- what is trained ----

@@ -70,7 +70,10 @@ def dry_run(argv: Sequence[str]) -> None:
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
     loaded = load_checkpoint(
-        output, device=args.device, attn_implementation=model_args.attn_implementation
+        output,
+        device=args.device,
+        attn_implementation=model_args.attn_implementation,
+        trust_remote_code=model_args.trust_remote_code,
     ).eval()
     with torch.no_grad(), precision:
         logits = loaded(**trained.batch).logits.float()

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,12 +222,90 @@ def test_caption_file_refuses_other_settings(model: Llava, folder: Path, output:
         caption_file(other, model)
 
 
-def test_caption_file_refuses_a_changed_source(model: Llava, folder: Path, output: Path) -> None:
-    """One more image in the folder gives other images the indices of the rows."""
-    caption_file(folder_job(folder, output), model)
+@pytest.mark.parametrize("kept_bytes", [None, 700])
+@pytest.mark.parametrize("instructions", [("What?",), ("What?", "Where is it?")])
+def test_caption_file_continues_with_images_that_were_added(
+    model: Llava,
+    folder: Path,
+    output: Path,
+    kept_bytes: int | None,
+    instructions: tuple[str, ...],
+) -> None:
+    """The finished rows stay as they are; every image has one number, and every number one image."""
+    job = folder_job(folder, output, instructions=instructions)
+    caption_file(job, model)
+    written = output.read_bytes()[:kept_bytes]
+    output.write_bytes(written)
+    # In front, in the middle and at the end; and one is removed.
+    for name in ("00.jpg", "2b.jpg", "more/z.jpg"):
+        shutil.copy(folder / "0.jpg", folder / name)
+    (folder / "4.jpg").unlink()
+    counts = caption_file(job, model)
+    complete_lines = written[: written.rindex(b"\n") + 1]
+    assert output.read_bytes().startswith(complete_lines[: len(complete_lines) // 2])
+
+    rows = read_rows(output)
+    per_image = len(instructions)
+    images = {row["image"] for row in rows}
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.[jJ]*")}
+    assert images - {"4.jpg"} == present - {"bad.jpg"}
+    numbers = {(row["image"], row["index"] // per_image) for row in rows}
+    assert len(numbers) == len(images) == len({number for _, number in numbers})
+    captions = Counter((row["image"], row["instruction"]) for row in rows)
+    assert captions == {(image, text): 2 for image in images for text in instructions}
+    assert counts == (len(images) * per_image, per_image)
+    # Nothing is left to do.
+    complete = output.read_bytes()
+    assert caption_file(job, model) == counts
+    assert output.read_bytes() == complete
+
+
+def test_caption_file_refuses_a_changed_source_of_slices(
+    model: Llava, folder: Path, output: Path
+) -> None:
+    """One more image in the folder gives other images the indices of the other slices."""
+    job = folder_job(folder, output, chunks=2)
+    caption_file(job, model)
     shutil.copy(folder / "0.jpg", folder / "00.jpg")
     with pytest.raises(ValueError, match="contents of the source"):
-        caption_file(folder_job(folder, output), model)
+        caption_file(job, model)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.json"])
+def test_failed_caption_leaves_no_files(folder: Path, tmp_path: Path, name: str) -> None:
+    job = folder_job(folder, tmp_path / name, model_path=str(tmp_path / "no-model"))
+    before = sorted(tmp_path.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no-model"):
+            caption_file(job)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_open_inputs_accepts_several_sources(
+    folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    add_shard(folder, data_folder / "images" / "0.jpg")
+    other = str(data_folder / "images" / "7.jpg")
+    for sources in (
+        ["2.jpg", "1.jpg"],
+        ["more", "1.jpg", "00000.tar", "[0-1].jpg"],
+        ["1.jpg", other],
+    ):
+        records, image_folder = open_inputs(sources, None, ["What?"])
+        names = [record.images[0] for record in records]
+        assert len(names) == len(set(names)) == {2: 2, 4: 5}[len(sources)]
+        for name in names:
+            assert read_image_bytes(name, image_folder)
+    with pytest.raises(ValueError, match=r"val\.json"):
+        open_inputs(["1.jpg", str(data_folder / "val.json")], None, [])
+
+
+def test_caption_accepts_several_images(jobs: list[CaptionJob], folder: Path) -> None:
+    images = (str(folder / "1.jpg"), str(folder / "0.jpg"))
+    assert caption_main([*images, "--model-path", "m"]) == 0
+    assert jobs[0].source == images
+    assert jobs[0].output == "captions.jsonl"
 
 
 def test_caption_file_refuses_an_output_without_settings(
