@@ -285,7 +285,7 @@ def set_bad_records_aside(
 ) -> Records:
     """Return the records that can be trained on, so that none of them ends a run in the middle.
 
-    All rows are parsed, some 100,000 a second. Few are tokenized: a text has at most as many tokens as bytes, so that
+    All rows are parsed, millions in a minute. Few are tokenized: a text has at most as many tokens as bytes, so that
     most prompts are known to be short enough.
 
     Args:
@@ -297,6 +297,7 @@ def set_bad_records_aside(
     Raises:
         ValueError: More cannot be used. The message names the first of them.
     """
+    # Found now, a bad record is a line in the log. Found by a worker at step 10,000, it ends the run.
     bad = BadRecords(max_bad_records, len(records))
     indices = []
     lengths = None if prompt is None else _PromptLengths(prompt)

@@ -80,6 +80,7 @@ def locate_file(name: str, folder: Path) -> LocatedFile | None:
     # `is_file` excludes pipes and devices: reading one would block.
     if path is not None and path.is_file():
         return LocatedFile(path, key, "exact")
+    # The longest end first: it shares most with the name.
     suffixes = list(name_suffixes(file_name))
     for parts in suffixes:
         path = folder.joinpath(*parts)
@@ -98,6 +99,7 @@ def _find_other_case(folder: Path, parts: tuple[str, ...]) -> Path | None:
     for part in parts[:-1]:
         found = _listed(folder).get(_fold(part), ())
         folders = [name for name in found if (folder / name).is_dir()]
+        # With several such folders, the file could be in any of them.
         if len(folders) != 1:
             return None
         folder /= folders[0]
@@ -190,6 +192,7 @@ def check_distinct(names: Iterable[str], folder: Path) -> None:
     Raises:
         AmbiguousNameError: Two names lead to one file.
     """
+    # Hashes in an array, because a dict of millions of names would take gigabytes.
     all_names = list(names)
     ends = [hash(_fold(name_parts(name)[-1])) for name in all_names if name_parts(name)]
     values, counts = np.unique(np.array(ends, np.int64), return_counts=True)

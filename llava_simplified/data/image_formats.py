@@ -54,6 +54,8 @@ _DECODED = re.compile(
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks of a PNG that decide over pixels, transparency and orientation, and those of an animation.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
+# Chunks of a WebP with pixels, transparency or an animation, and its header.
+_WEBP_CHUNKS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
 # Tags of a TIFF that its decoder uses: layout, compression, color, orientation.
 _TIFF_TAGS = {
     *(254, 255, 256, 257, 258, 259, 262, 263, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317),
@@ -71,6 +73,7 @@ def is_image_header(head: bytes) -> bool:
 def sniff_format(data: bytes) -> str:
     """Return the name of a format that is not decoded, from the first bytes: "HEIC image"; "" if it is unknown."""
     head = data[:_SNIFFED_BYTES]
+    # The order matters: the first bytes of a video are those of every file of its container.
     for pattern, name in _SIGNATURE_PATTERNS:
         if pattern.match(head):
             return name
@@ -93,6 +96,8 @@ def without_metadata(data: bytes) -> bytes:
         return jpeg_segments.without_metadata(data)
     if data.startswith(_PNG_SIGNATURE):
         return _png_without_metadata(data)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return _webp_without_metadata(data)
     if data[:4] in (b"II*\0", b"MM\0*"):
         return _tiff_without_metadata(data)
     if data[4:8] == b"ftyp":
@@ -102,6 +107,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _png_without_metadata(data: bytes) -> bytes:
+    # length (4 bytes) | name (4) | data | checksum (4)
     parts = [_PNG_SIGNATURE]
     position = len(_PNG_SIGNATURE)
     while position < len(data):
@@ -118,6 +124,29 @@ def _png_without_metadata(data: bytes) -> bytes:
     return b"".join(parts)
 
 
+def _webp_without_metadata(data: bytes) -> bytes:
+    parts = []
+    has_exif = False
+    position = 12
+    while position + 8 <= len(data):
+        # name (4 bytes) | length (4) | data, padded to an even length
+        name = data[position : position + 4]
+        length = int.from_bytes(data[position + 4 : position + 8], "little")
+        end = position + 8 + length + length % 2
+        chunk = data[position:end]
+        position = end
+        if name == b"EXIF":
+            has_exif = end <= len(data)
+        if name in _WEBP_CHUNKS or (name == b"EXIF" and has_exif):
+            parts.append(chunk)
+    body = b"".join(parts)
+    if body.startswith(b"VP8X") and len(body) > 8:
+        # The header says which metadata follow: a color profile (0x20), EXIF (0x08), XMP (0x04).
+        dropped = 0x24 if has_exif else 0x2C
+        body = body[:8] + bytes([body[8] & ~dropped]) + body[9:]
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
 def _tiff_without_metadata(data: bytes) -> bytes:
     """Return a copy of a TIFF with a new first directory, at its end."""
     order = "<" if data.startswith(b"II") else ">"
@@ -130,8 +159,9 @@ def _tiff_without_metadata(data: bytes) -> bytes:
             (tag,) = struct.unpack_from(f"{order}H", data, offset)
             if tag in _TIFF_TAGS:
                 entries.append(data[offset : offset + _TIFF_ENTRY])
-    except struct.error:
+    except struct.error:  # the directory is cut off: the decoder says so
         return data
+    # The number of entries, the entries, and the position of the next directory: there is none.
     directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
     padding = bytes(len(data) % 2)  # a directory begins at an even position
     end = len(data) + len(padding)

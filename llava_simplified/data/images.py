@@ -362,6 +362,7 @@ def _without_metadata_if_needed(decode: Callable[[bytes], Result], data: bytes) 
     except ImageError as error:
         if error.kind not in ("corrupt", "not_image", "truncated") or not data:
             raise
+        # Everything else is left as it was: "too_large" is a rule, and HTML has no pixels.
         is_jpeg = data.startswith(b"\xff\xd8")
         # What libjpeg says about a JPEG is precise. It is not decoded twice for a damaged scan.
         is_from_libjpeg = any(text in str(error) for text in jpeg_segments.DAMAGING_WARNINGS)
@@ -396,6 +397,7 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
             "too_large",
             f"the image has {image.width}x{image.height} pixels, the limit is {max_pixels}",
         )
+    # MPO: several JPEGs in one file, as phones and 3D cameras write them. The first is decoded.
     if image.format in ("JPEG", "MPO"):
         scans = jpeg_segments.count_scans(data)
         allowed = min(MAX_JPEG_SCANS, MAX_JPEG_SCAN_PIXELS // max(pixels, 1))
@@ -470,6 +472,7 @@ def _decode_pixels(
     if not _is_strict(image):
         with _decoder_errors(image.format):
             return _to_pixels(image)
+    # Not Pillow's `exif_transpose`: it writes the EXIF anew, which fails for damaged ones.
     pixels = _decode_jpeg(data, min_size)
     orientation = _read_orientation(image)
     if orientation not in _ORIENTATIONS:

@@ -76,6 +76,7 @@ def segments(data: bytes) -> Iterator[Segment]:
             if marker == _EOI:
                 return
             continue
+        # The length counts its own two bytes, so that less than 2 is damage.
         length = int.from_bytes(data[position : position + 2], "big")
         body = data[position + 2 : position + length]
         position += max(length, 2)
@@ -121,6 +122,7 @@ def without_metadata(data: bytes) -> bytes:
         if marker == _APP0 and body.startswith(b"JFIF\0"):
             body = body[:5] + b"\x01\x01" + body[7:]
         elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
+            # 0: the components are RGB or CMYK, 1: YCbCr, 2: YCCK
             if body[11] > 2:
                 body = body[:11] + bytes([_ADOBE_YCBCR]) + body[12:]
         elif _APP0 <= marker <= _APP15 or marker == _COMMENT:

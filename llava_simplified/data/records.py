@@ -134,6 +134,7 @@ def _check_media_keys(row: dict[str, Any], images: tuple[str, ...], where: str) 
         ValueError: The row names a video, a sound or the like; or an image, by a key that is not read.
     """
     for key, value in row.items():
+        # Empty values ask for nothing: tables of several media have a column for each.
         if not value or key in _RECORD_KEYS:
             continue
         is_media = isinstance(value, (str, list, dict))  # and not a score or a flag
@@ -168,6 +169,7 @@ def _check_texts(
                 f"{where}: a text contains half of a surrogate pair, which is not Unicode: {text!r:.200}"
             )
     for turn in turns:
+        # Elsewhere a placeholder is text, as `<image>` is.
         if turn.role != "user" or "<" not in turn.content:
             continue
         for match in _OTHER_PLACEHOLDER.finditer(turn.content):

@@ -184,6 +184,28 @@ def test_no_bytes_in_a_png_metadata_chunk_decide_over_pixels(body: bytes, name: 
     assert decode_image(data).size == 48 * 32 * 3
 
 
+@pytest.mark.parametrize("name", [b"EXIF", b"XMP ", b"ICCP", b"abcd"])
+@pytest.mark.parametrize("length", [5, 0x7FFFFFF0])
+def test_webp_metadata_of_any_length_never_decide_over_pixels(name: bytes, length: int) -> None:
+    exif = Image.Exif()
+    exif[271] = "maker"
+    data = encode(draw(), "WEBP", lossless=True, exif=exif, icc_profile=b"p" * 20, xmp=b"<x/>")
+    if name == b"ICCP":  # in front of the pixels, so its length must be right
+        start = data.index(name)
+        data = data[: start + 8] + b"\xff" * 20 + data[start + 28 :]
+    else:
+        data += name + struct.pack("<I", length) + b"abcde\0"
+        data = data[:4] + struct.pack("<I", len(data) - 8) + data[8:]
+    assert np.array_equal(decode_image(data), np.asarray(draw()))
+    assert check_image(data).data == data
+    damaged = data.index(b"VP8L") + 30
+    data = data[:damaged] + b"\xff" * 40 + data[damaged + 40 :]
+    try:
+        decode_image(data)
+    except ImageError as error:
+        assert error.kind in ("corrupt", "truncated", "not_image")
+
+
 def test_without_metadata_keeps_the_damage_of_a_png() -> None:
     data = insert_chunk(encode(draw(), "PNG"), large_text())
     middle = data.rindex(b"IDAT") + 40
@@ -193,7 +215,7 @@ def test_without_metadata_keeps_the_damage_of_a_png() -> None:
     assert error.value.kind in ("corrupt", "truncated")
     assert without_metadata(b"GIF89a") == b"GIF89a"
     for length in range(0, 400, 7):
-        for image_format in ("PNG", "TIFF", "AVIF", "JPEG"):
+        for image_format in ("PNG", "TIFF", "AVIF", "JPEG", "WEBP"):
             without_metadata(encode(draw(), image_format)[:length])  # whatever is left: no error
 
 
