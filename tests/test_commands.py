@@ -84,7 +84,7 @@ def test_finetune_sh_and_predict_sh_run_as_written(
 ) -> None:
     """All options of LLaVA's finetune.sh in the tutorial's folders; only the models are tiny."""
     for split in ("train", "val"):
-        records = tmp_path / f"conceptual_captions_instruct_{split}_clean.json"
+        records = tmp_path / f"{split}.json"
         records.symlink_to(data_folder / f"{split}.json")
         (tmp_path / split).symlink_to(data_folder / "images")
     model = tmp_path / "model"
