@@ -86,7 +86,8 @@ def check_settings(
     # A new job. Atomic, because a killed process must not leave half a settings file.
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as part:
-        part.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(settings, indent=1, ensure_ascii=False)
+        part.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
     return False
 
 
@@ -132,7 +133,6 @@ def exclusive_lock(
     path: Path,
     output: str | Path,
     timeout: float | None = None,
-    keep_file: bool = False,
 ) -> Iterator[None]:
     """Hold the lock file at `path`, so that only one process at a time writes to `output`.
 
@@ -140,9 +140,6 @@ def exclusive_lock(
         path: The lock file. Its folder is created.
         output: The output, for the error message.
         timeout: Seconds to wait for the process that holds the lock (default: `LOCK_TIMEOUT`).
-        keep_file: Keep the lock file at the end; by default it is deleted. Keep it if several processes take the lock
-            in turn. Otherwise one of them could have opened the file that another one deletes, and both would hold
-            the lock: older versions of filelock do not notice it.
 
     Raises:
         ValueError: Another process holds the lock.
@@ -152,7 +149,7 @@ def exclusive_lock(
     # ends.
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT if timeout is None else timeout)
+        _acquire(lock, path, LOCK_TIMEOUT if timeout is None else timeout)
     except Timeout:
         raise ValueError(
             f"{output}: another process is writing to it (lock file {path}). "
@@ -163,9 +160,31 @@ def exclusive_lock(
     finally:
         # Delete before releasing: afterwards the file could already belong to the next holder. On Windows an open
         # file cannot be deleted, but there `release` deletes it.
-        if not keep_file:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, timeout: float) -> None:
+    """Acquire a lock whose file every holder deletes at the end.
+
+    Another process may have opened the file that is being deleted. It gets the lock of a file that is no longer at
+    `path`, where a third process makes a new one: both would hold the lock. So the file is compared afterwards.
+
+        first     holds ---- deletes, releases
+        second      opens, waits -------------- gets the lock of the deleted file: tries again
+        third                          makes a new file, gets its lock
+
+    Raises:
+        Timeout: Another process holds the lock.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        descriptor = lock._context.lock_file_fd
+        with contextlib.suppress(FileNotFoundError):
+            if descriptor is None or os.path.samestat(os.fstat(descriptor), path.stat()):
+                return
         lock.release()
 
 

@@ -80,6 +80,7 @@ class Tokenizer(Protocol):
 
     backend_tokenizer: Any
     chat_template: Any
+    name_or_path: str
 
     @property
     def eos_token(self) -> Any: ...
@@ -380,8 +381,6 @@ class Prompt:
         If the template has no system role (Gemma), the system's text goes in front of the first
         question.
         """
-        from jinja2 import TemplateError
-
         markers = [f"⟦{role} {turn}⟧" for turn, role in enumerate(roles)]
         attempts = [(roles, markers)]
         if roles[0] == "system":
@@ -396,14 +395,15 @@ class Prompt:
                     # Of Qwen 3 and others: a caption comes without reasoning before it.
                     enable_thinking=False,
                 )
-            except TemplateError as error:
-                problem = str(error)
+            # A template is code of the checkpoint's author: it may raise anything.
+            except Exception as error:  # noqa: BLE001
+                problem = f"{type(error).__name__}: {error}"
                 continue
             if all(rendered.count(marker) == 1 for marker in markers):
                 return rendered
             problem = "it leaves out or repeats a turn"
         raise ValueError(
-            f"{_at(where)}the chat template cannot render {list(roles)}: {problem}. Try --template plain"
+            f"{_at(where)}the chat template of {self._tokenizer.name_or_path} cannot render {list(roles)}: {problem}. Try --template plain"
         )
 
     def _find_end_token(self, control_pattern: str) -> str:

@@ -28,6 +28,13 @@ class ModelArguments:
             "unless --config names it)"
         },
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the Python code that the language model or its tokenizer comes with; whoever "
+            "wrote it can then do what you can do on this machine"
+        },
+    )
     vision_tower: str = field(
         default="openai/clip-vit-base-patch16",
         metadata={"help": "Vision tower: CLIP, SigLIP, DINOv2, ViT, EfficientNet, and others"},
@@ -353,6 +360,7 @@ HELP_GROUPS = {
         "pretrain_mm_mlp_adapter",
         "tune_mm_mlp_adapter",
         "init_from",
+        "trust_remote_code",
         "freeze_backbone",
     ),
     "Data": (

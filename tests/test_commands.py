@@ -207,6 +207,22 @@ def test_front_door_imports_nothing_heavy(code: str) -> None:
     run(sys.executable, "-c", IMPORTS_NO_TORCH.format(code=code), folder=ROOT)
 
 
+def test_help_of_every_command_is_fast_and_complete() -> None:
+    """It imports nothing heavy; every option has a text."""
+    code = """
+import contextlib, io, sys
+from llava_simplified.cli import COMMANDS, main, resolve
+for name, command in COMMANDS.items():
+    printed = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):
+        main([name, "--help"])
+    assert printed.getvalue().startswith(f"usage: llava {name}"), name
+    for action in resolve(command.parser)()._actions:
+        assert action.help, (name, action.option_strings)
+"""
+    run(sys.executable, "-c", IMPORTS_NO_TORCH.format(code=code), folder=ROOT)
+
+
 def test_importing_the_package_prints_nothing() -> None:
     """Also where bitsandbytes is installed, which PEFT imports."""
     code = "from llava_simplified import Llava, CaptionDataset; import llava_simplified.training.trainer"

@@ -19,6 +19,7 @@ SCORES_OF_TEXTS = [
         "java_metrics",
         "metrics",
         "ngram_metrics",
+        "ptb_characters",
         "ptb_rules",
         "ptb_tokenizer",
         "rouge",
@@ -26,7 +27,7 @@ SCORES_OF_TEXTS = [
 ]
 ORDER = [
     ("options", "extras", "hub"),
-    ("jobs", "workers", "recipes"),
+    ("jobs", "workers", "recipes", "foreign_files"),
     ("prompt", "html_report"),
     ("data",),
     ("prepare", *SCORES_OF_TEXTS),

@@ -348,6 +348,7 @@ def _make_job(
         model_base=args.model_base,
         vision_tower=args.vision_tower,
         bits=args.bits,
+        trust_remote_code=args.trust_remote_code,
         limit=args.limit,
         batch_size=args.batch_size,
         chunk=chunk,

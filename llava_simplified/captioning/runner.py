@@ -60,7 +60,7 @@ class CaptionJob:
     """What `caption_file` does. It can be sent to another process or machine.
 
     Attributes:
-        model_path, model_base, vision_tower, bits: See `Llava.from_pretrained`.
+        model_path, model_base, vision_tower, bits, trust_remote_code: See `Llava.from_pretrained`.
         source, image_folder, instructions: See `inputs.open_inputs`.
         output: A .jsonl file, or a file of any other name for a JSON array.
         options: How to generate; `num_return_sequences` is the number of captions per record.
@@ -78,6 +78,7 @@ class CaptionJob:
     model_base: str | None = None
     vision_tower: str | None = None
     bits: int | None = None
+    trust_remote_code: bool = False
     limit: int | None = None
     batch_size: int = 16
     chunk: int = 0
@@ -188,6 +189,7 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     # Jobs that 0.1.0 has begun must continue, so the names in the file are fixed.
     settings["questions"] = settings.pop("instructions")
     settings["batch_size"] = None
+    del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
     settings["output"] = None
     settings["model"] = _modification_times(job.model_path)
     # Images may be added to a folder (see `ImageRecords.renumber`). Slices cannot: each of them would
@@ -303,6 +305,7 @@ def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
         model_base=checkpoint.model_base,
         vision_tower=checkpoint.vision_tower,
         bits=checkpoint.bits,
+        trust_remote_code=checkpoint.trust_remote_code,
     )
 
 

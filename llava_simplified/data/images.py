@@ -1,10 +1,10 @@
-"""Untrusted image bytes -> RGB pixels. The one decoder of training, cleaning, captioning and serving.
+"""Untrusted image bytes -> RGB pixels. Training, cleaning, captioning and serving all use this decoder.
 
 Images come from the internet, so nothing about them is trusted: the format is recognized by its magic bytes, the size
 is checked in the header before pixels are allocated, and a file whose pixels are damaged anywhere is an error.
 
 **Strict JPEG decoding.** The pixels of a JPEG are one stream of variable-length codes. A flipped byte in the middle
-shifts everything behind it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
+shifts everything after it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
 writes a warning that Pillow ignores. A model would be trained on those stripes, with the caption of the real image.
 simplejpeg's strict mode turns libjpeg's warnings into errors, so JPEGs are decoded with it, and all other formats with
 Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` tells them apart.
@@ -84,7 +84,7 @@ _MAX_SIXTEEN_BITS = 65_535
 
 Result = TypeVar("Result")
 
-Image.init()  # Import Pillow's plugins now: forked workers share them.
+Image.init()  # Import Pillow's plugins before workers are forked, so that they share the memory.
 
 
 class ImageError(ValueError):
@@ -100,7 +100,7 @@ class ImageError(ValueError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
-        # An exception is pickled with `args`, the message only; worker processes must send `kind` as well.
+        # By default, an exception is pickled with `args` (the message) only; worker processes must send `kind` too.
         return type(self), (self.kind, str(self))
 
 
@@ -171,7 +171,10 @@ def load_pixels(image: ImageSource) -> np.ndarray:
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
             raise ImageError("missing", f"no image at {str(image)!r}")
-        image = Path(image).read_bytes()
+        try:
+            image = Path(image).read_bytes()
+        except OSError as error:
+            raise ImageError("missing", str(error)) from error
     if isinstance(image, (bytes, bytearray, memoryview)):
         return decode_image(bytes(image))
     if isinstance(image, np.ndarray):
@@ -260,7 +263,7 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Encode
 
     Args:
         data: The file.
-        side: Length of the shorter side in pixels. An image that is not larger keeps its bytes.
+        side: Length of the shorter side in pixels. Smaller images are returned unchanged.
         max_pixels: Maximum of width * height of the given file.
 
     Raises:
@@ -391,7 +394,7 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     if pixels > max_pixels:
         raise ImageError(
             "too_large",
-            f"{image.width}x{image.height} pixels, the limit is {max_pixels}",
+            f"the image has {image.width}x{image.height} pixels, the limit is {max_pixels}",
         )
     if image.format in ("JPEG", "MPO"):
         scans = jpeg_segments.count_scans(data)

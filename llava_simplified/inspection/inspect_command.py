@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, cast
 
-from llava_simplified.options import CommandParser, add_image_folder_option
+from llava_simplified.options import CommandParser, add_image_folder_option, add_trust_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,7 @@ def build_parser() -> CommandParser:
         required=True,
         help="Language model or checkpoint whose tokenizer is used",
     )
+    add_trust_option(parser)
     add_image_folder_option(parser, default="images are not opened")
     parser.add_argument(
         "--vision_tower",
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.prompt import Prompt
 
     records = Records(open_rows(args.data))
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     prompt = Prompt(tokenizer, args.template)
     vocabulary_problems = _vocabulary_problems(prompt, args.model_name_or_path)
     tokens_per_image = _tokens_per_image(args)

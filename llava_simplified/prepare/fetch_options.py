@@ -33,6 +33,8 @@ FAILURE_KINDS = (
     "too_large",
     "truncated",
     "corrupt",
+    # A fault of this program; the log has its traceback.
+    "internal",
 )
 
 

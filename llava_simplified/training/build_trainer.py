@@ -106,7 +106,9 @@ def build_trainer(
             max_bad_records=data_args.max_bad_records,
         )
     config = build_config(model_args, args, train_records)
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+    )
     # A chat template that cannot be used raises here, before the model is loaded.
     prompt = Prompt(tokenizer, model_args.template)
     language_model = model_args.model_name_or_path
@@ -128,7 +130,12 @@ def build_trainer(
 
     # Kernels first: LoRA wraps the layers, and Liger looks for the original ones.
     attention = model_args.attn_implementation
-    model = build_model(config, tokenizer=tokenizer, attn_implementation=attention)
+    model = build_model(
+        config,
+        tokenizer=tokenizer,
+        attn_implementation=attention,
+        trust_remote_code=model_args.trust_remote_code,
+    )
     choose_attention(model.language_model, attention, args.device.type)
     if args.use_liger_kernel:
         use_liger_kernels(model.language_model)

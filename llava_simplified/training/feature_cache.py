@@ -228,7 +228,7 @@ class FeatureCache:
         assert self._base is not None
         lock = self._base.with_suffix(".lock")
         name = f"the feature cache {self._base}"
-        with exclusive_lock(lock, name, timeout=_LOCK_TIMEOUT, keep_file=True):
+        with exclusive_lock(lock, name, timeout=_LOCK_TIMEOUT):
             self._read_new_hashes()
             yield
 

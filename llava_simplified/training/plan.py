@@ -126,7 +126,12 @@ def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Lla
     if attention not in (None, "eager"):
         attention = "sdpa"
     config = model_config(model_args, args.frozen_dtype)
-    model = build_model(config, device="meta", attn_implementation=attention)
+    model = build_model(
+        config,
+        device="meta",
+        attn_implementation=attention,
+        trust_remote_code=model_args.trust_remote_code,
+    )
     choose_attention(model.language_model, model_args.attn_implementation, args.device.type)
     with torch.device("meta"):  # the adapters too
         set_trainable(model, model_args, trained_parts(model_args))

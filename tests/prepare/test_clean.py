@@ -546,3 +546,15 @@ def test_clean_counts_images_whose_names_do_not_match_exactly(tmp_path: Path) ->
     report = json.loads((tmp_path / "clean_report.json").read_text())
     expected = {"image name matched by suffix": 1, "image name matched by case": 1}
     assert report["matched"] == expected
+
+
+def test_clean_command_without_a_usable_record_exits_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([make_row("gone.jpg", "a cat")]))
+    words = [str(tmp_path / "x.json"), "--output", str(tmp_path / "o.json"), "--workers", "1"]
+    assert main(words) == 1
+    output = capsys.readouterr()
+    assert "o_quarantine.jsonl" in output.err
+    assert "1 missing" in output.out
+    assert (tmp_path / "o_quarantine.jsonl").read_text().count("\n") == 1
