@@ -3,11 +3,11 @@
 #
 #     DATA=data/cc3m GPUS=8 ./finetune.sh --num_train_epochs 2
 #
-# DATA: folder with the output of `llava download` and `llava clean`. GPUS: number of GPUs on this machine.
+# DATA: folder with train.json, val.json, train/ and val/, as docs/data.md makes them. GPUS: number of GPUs on this machine.
 # Further options are passed on to train.py.
 set -euo pipefail
 cd "$(dirname "$0")"
-DATA=${DATA:-data/conceptual_captions}
+DATA=${DATA:-data/cc3m}
 launcher=(python)
 [ "${GPUS:-1}" -gt 1 ] && launcher=(deepspeed --num_gpus "$GPUS")
 engine=()
@@ -16,8 +16,8 @@ engine=()
 "${launcher[@]}" train.py "${engine[@]}" \
     --model_name_or_path mistralai/Mistral-7B-Instruct-v0.1 \
     --vision_tower openai/clip-vit-base-patch16 \
-    --train_data_path "$DATA/conceptual_captions_instruct_train_clean.json" \
-    --eval_data_path "$DATA/conceptual_captions_instruct_val_clean.json" \
+    --train_data_path "$DATA/train.json" \
+    --eval_data_path "$DATA/val.json" \
     --train_image_folder "$DATA/train" \
     --val_image_folder "$DATA/val" \
     --mm_vision_select_layer -1 \

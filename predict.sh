@@ -6,11 +6,11 @@
 # Further options are passed on to predict.py.
 set -euo pipefail
 cd "$(dirname "$0")"
-DATA=${DATA:-data/conceptual_captions}
+DATA=${DATA:-data/cc3m}
 
 python predict.py \
     --model-path "${MODEL:-output/mistral-7b-clip-lora}" \
-    --data-path "$DATA/conceptual_captions_instruct_val_clean.json" \
+    --data-path "$DATA/val.json" \
     --image-folder "$DATA/val" \
     --temperature 0.2 \
     --top_p 1.0 \

@@ -1,7 +1,9 @@
 """Separate the records that training can use from those that it cannot.
 
-    python data_preprocessing/clean.py conceptual_captions_instruct_train.json --image-folder data/train/images \
-        --vision_tower openai/clip-vit-base-patch16 --output conceptual_captions_instruct_train_clean.json
+    python data_preprocessing/clean.py data/cc3m/train \
+        --vision_tower openai/clip-vit-base-patch16 --output data/cc3m/train.json
+
+The folder is one that retrieve_images.py has written. A file of records works too, with --image-folder.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Draw a random sample of the records; the same seed gives the same sample.
 
-python data_preprocessing/reduce.py conceptual_captions_instruct_train_clean.json --count 1000 --seed 0
+python data_preprocessing/reduce.py data/cc3m/train.json --count 1000 --seed 0
 """
 
 import sys

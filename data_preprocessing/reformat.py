@@ -1,7 +1,8 @@
 """Make the training JSON from a file of captions and the folder of its images.
 
-    python data_preprocessing/reformat.py Train_GCC-training.tsv --image-folder data/train/images \
-        --output conceptual_captions_instruct_train.json
+    python data_preprocessing/reformat.py captions.tsv --image-folder data/mine/train --output data/mine/train.json
+
+Images that retrieve_images.py has downloaded need no such file: their folder contains records.json.
 """
 
 import sys

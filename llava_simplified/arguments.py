@@ -209,7 +209,8 @@ def _default_output_dir(given: Mapping[str, list[str]]) -> str:
     names = []
     for option in ("model_name_or_path", "vision_tower"):
         values = given.get(option) or [getattr(ModelArguments, option)]
-        names.append(Path(values[0]).name.lower())
+        if values[0]:
+            names.append(Path(values[0]).name.lower())
     return str(Path("output") / "-".join(names))
 
 

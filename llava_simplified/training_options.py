@@ -20,9 +20,13 @@ from llava_simplified.options import normalize_spelling
 class ModelArguments:
     """The parts of the model, and which of them are trained."""
 
+    # Without a default: nobody should download 14 GB because an option is missing.
     model_name_or_path: str = field(
-        default="mistralai/Mistral-7B-Instruct-v0.1",
-        metadata={"help": "Causal language model: a folder or a name on the Hugging Face Hub"},
+        default="",
+        metadata={
+            "help": "Causal language model: a folder or a name on the Hugging Face Hub (required, "
+            "unless --config names it)"
+        },
     )
     trust_remote_code: bool = field(
         default=False,
@@ -467,7 +471,7 @@ def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
     # An option of dataclasses has no metavar: the last word of its name says what the value is.
     # argparse formats help texts with %, as in "%(default)s"
     text = help_text.replace("%", "%%")
-    if default is not None:
+    if default not in (None, ""):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text += f" (default: {shown})"
     metavar = name.rpartition("_")[2].upper()

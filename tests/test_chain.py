@@ -114,3 +114,75 @@ def test_from_a_list_of_urls_to_captions(
     rows = json.loads((tmp_path / "predictions.json").read_text())
     assert len(rows) == (16 if way == "shards" else 12)
     assert {row["gt_caption"] for row in rows} <= set(captions)
+
+
+# What the commands of the pages lack here: models from the Hub, a day of time, public addresses.
+SUBSTITUTE_LLAVA = """#!{python}
+import subprocess, sys
+models = {models!r}
+extra = {{
+    "download": ["--allow-private", "--workers", "1"],
+    "train": [
+        "--model_name_or_path", models + "/mistral", "--vision_tower", models + "/clip",
+        "--max_steps", "2", "--eval_steps", "2", "--eval_captions", "1", "--bf16", "False",
+        "--dataloader_num_workers", "0", "--per_device_train_batch_size", "2",
+    ],
+    "predict": ["--max-new-tokens", "4"],
+    "evaluate": ["--no-java"],
+}}
+words = [word.replace("openai/clip-vit-base-patch16", models + "/clip") for word in sys.argv[1:]]
+if words[0] == "reduce":
+    words[words.index("1000")] = "5"
+command = [sys.executable, "-m", "llava_simplified", *words, *extra.get(words[0], [])]
+sys.exit(subprocess.run(command).returncode)
+"""
+
+
+def commands_of(page: str, heading: str) -> str:
+    """Return the first block of commands under a heading of a page."""
+    section = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2]
+    return section.partition("```bash\n")[2].partition("```")[0]
+
+
+@pytest.mark.slow
+def test_documented_commands_run_one_after_the_other(
+    models_folder: Path, data_folder: Path, mirror: str, tmp_path: Path
+) -> None:
+    """From the list of URLs to the report, as the pages write it; and the tutorial's two scripts."""
+    captions = [
+        row["response"]
+        for name in ("train", "val")
+        for row in json.loads((data_folder / f"{name}.json").read_text())
+    ]
+    rows = [f"{text}\t{mirror}/{i}.jpg\n" for i, text in enumerate(captions)]
+    (tmp_path / "Train_GCC-training.tsv").write_text("".join(rows[:12]))
+    (tmp_path / "Validation_GCC-1.1.0-Validation.tsv").write_text("".join(rows[12:]))
+    program = tmp_path / "bin" / "llava"
+    program.parent.mkdir()
+    program.write_text(SUBSTITUTE_LLAVA.format(python=sys.executable, models=str(models_folder)))
+    program.chmod(0o755)
+    script = "\n".join(
+        [
+            "set -eu",
+            f"export PATH='{program.parent}':\"$PATH\" PYTHONPATH='{ROOT}'",
+            commands_of("data.md", "## Start from a list of URLs"),
+            commands_of("training.md", "# Training"),
+            commands_of("evaluation.md", "# Evaluation"),
+        ]
+    )
+    call("bash", "-c", script, folder=tmp_path)
+    assert (tmp_path / "report.html").is_file()
+    assert len(json.loads((tmp_path / "data/cc3m/train_5.json").read_text())) == 5
+
+    environment = f"PATH='{Path(sys.executable).parent}':\"$PATH\" DATA='{tmp_path}/data/cc3m'"
+    model = tmp_path / "model"
+    call(
+        "bash",
+        "-c",
+        f"{environment} '{ROOT}/finetune.sh' --model_name_or_path '{models_folder}/mistral' "
+        f"--vision_tower '{models_folder}/clip' --max_steps 2 --output_dir '{model}' "
+        f"--dataloader_num_workers 0 && {environment} MODEL='{model}' '{ROOT}/predict.sh' "
+        f"--max-new-tokens 4 --output '{tmp_path}/more.json'",
+        folder=tmp_path,
+    )
+    assert len(json.loads((tmp_path / "more.json").read_text())) == 12

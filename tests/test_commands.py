@@ -84,7 +84,7 @@ def test_finetune_sh_and_predict_sh_run_as_written(
 ) -> None:
     """All options of LLaVA's finetune.sh in the tutorial's folders; only the models are tiny."""
     for split in ("train", "val"):
-        records = tmp_path / f"conceptual_captions_instruct_{split}_clean.json"
+        records = tmp_path / f"{split}.json"
         records.symlink_to(data_folder / f"{split}.json")
         (tmp_path / split).symlink_to(data_folder / "images")
     model = tmp_path / "model"
@@ -204,6 +204,22 @@ assert not heavy, heavy
     ],
 )
 def test_front_door_imports_nothing_heavy(code: str) -> None:
+    run(sys.executable, "-c", IMPORTS_NO_TORCH.format(code=code), folder=ROOT)
+
+
+def test_help_of_every_command_is_fast_and_complete() -> None:
+    """It imports nothing heavy; every option has a text."""
+    code = """
+import contextlib, io, sys
+from llava_simplified.cli import COMMANDS, main, resolve
+for name, command in COMMANDS.items():
+    printed = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(printed):
+        main([name, "--help"])
+    assert printed.getvalue().startswith(f"usage: llava {name}"), name
+    for action in resolve(command.parser)()._actions:
+        assert action.help, (name, action.option_strings)
+"""
     run(sys.executable, "-c", IMPORTS_NO_TORCH.format(code=code), folder=ROOT)
 
 

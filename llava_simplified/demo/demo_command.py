@@ -17,10 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from llava_simplified import cli
 from llava_simplified.demo.assets import DemoAssets, fetch
 from llava_simplified.doctor_command import has_fast_bfloat16
 from llava_simplified.options import CommandParser, add_limit_option
+from llava_simplified.recipes import resolve_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +104,7 @@ def plan_steps(
         eval_data_path=assets.val_json,
         val_image_folder=assets.images,
     )
-    train = [*models, *records, *_training_options(max_steps)]
+    train = [*models, *records, *_training_options()]
     projector = str(output / "projector")
     model = str(output / "model")
     predictions = str(output / "predictions.json")
@@ -114,9 +117,10 @@ def plan_steps(
     # LLaVA's two stages. First the projector learns to translate, with everything else frozen; an adapter
     # that started at the same time would adapt to random image tokens.
     stage1 = ["train", "--config", "demo_projector", *train, "--output_dir", projector]
+    stage1 += _fewer_steps("demo_projector", max_steps)
 
     stage2 = ["train", "--config", "demo", "--pretrain_mm_mlp_adapter", projector, *train]
-    stage2 += ["--output_dir", model]
+    stage2 += ["--output_dir", model, *_fewer_steps("demo", max_steps)]
 
     # Greedy, because each image has one right answer. 24 tokens are enough for the names.
     predict = ["predict", "--model-path", model, "--data-path", str(assets.val_json)]
@@ -149,13 +153,19 @@ def _options(**values: object) -> list[str]:
     return words
 
 
-def _training_options(max_steps: int | None) -> list[str]:
+def _fewer_steps(recipe: str, max_steps: int | None) -> list[str]:
+    """Return the option that ends a stage after `max_steps`, if its recipe has more steps."""
+    steps = yaml.safe_load(resolve_recipe(recipe).read_text(encoding="utf-8"))["max_steps"]
+    if max_steps is None or max_steps >= steps:
+        return []
+    return _options(max_steps=max_steps)
+
+
+def _training_options() -> list[str]:
     """Return the options that adapt the recipes to this machine."""
     import torch
 
     words: list[str] = []
-    if max_steps:
-        words += _options(max_steps=max_steps)
     # torch.compile generates C++ code for the CPU.
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         logger.info(

@@ -179,7 +179,9 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder. Pass the folder of a checkpoint.")
+            raise ValueError(
+                f"{folder}: no such folder. Pass the folder of a checkpoint{_suggestion(Path(folder))}"
+            )
         raise ValueError(
             f"{folder}: not a checkpoint, {CONFIG_NAME} is missing{_suggestion(Path(folder))}"
         )

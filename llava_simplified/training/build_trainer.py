@@ -42,7 +42,7 @@ from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainabl
 from llava_simplified.model.projector import init_projector_scale
 from llava_simplified.model.weights import check_weights_digest, weights_digest
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
-from llava_simplified.training.encode import cache_features
+from llava_simplified.training.encode import cache_features, check_cache_mode
 from llava_simplified.training.kernels import (
     check_kernels,
     choose_attention,
@@ -214,14 +214,29 @@ def _describe_data(
 
 
 def check_options(
-    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    planning: bool = False,
 ) -> None:
     """Check options that contradict each other, or that this machine or project does not support.
+
+    Args:
+        model_args: Model options.
+        data_args: Data options.
+        args: Training options.
+        planning: Do not check what only the machine of the run must have: its device, optional
+            packages, and the weights. `llava plan` may run on another one, and without records.
 
     Raises:
         ValueError: Names the option, and what to pass.
     """
-    if not data_args.train_data_path:
+    if not model_args.model_name_or_path:
+        raise ValueError(
+            "--model_name_or_path is required: the folder of a language model or its name on the Hugging Face Hub, such "
+            "as mistralai/Mistral-7B-Instruct-v0.1. Or pass --config with a recipe that names one."
+        )
+    if not data_args.train_data_path and not planning:
         raise ValueError(
             "--train_data_path is required: a .json, .jsonl or .parquet file of records."
         )
@@ -231,7 +246,7 @@ def check_options(
             "--label_smoothing_factor and --neftune_noise_alpha are not supported by this loss. Remove them."
         )
     _check_tower_options(model_args, data_args)
-    if "wandb" in args.report_to and find_spec("wandb") is None:
+    if "wandb" in args.report_to and not planning and find_spec("wandb") is None:
         raise ValueError(
             f"--report_to wandb needs wandb: run {install_command('wandb')}, or pass --report_to none."
         )
@@ -241,8 +256,8 @@ def check_options(
         )
     origin = model_args.init_from or model_args.pretrain_mm_mlp_adapter
     if origin:
-        check_origin(model_args, origin)
-    check_kernels(model_args, data_args, args)
+        check_origin(model_args, origin, check_weights=not planning)
+    check_kernels(model_args, data_args, args, check_machine=not planning)
 
 
 def _check_evaluation_options(data_args: DataArguments, args: TrainingArguments) -> None:
@@ -267,6 +282,7 @@ def _check_evaluation_options(data_args: DataArguments, args: TrainingArguments)
 
 def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:
     tuning, caching = model_args.tune_vision_tower, data_args.cache_vision_features
+    check_cache_mode(caching)
     if tuning not in ("off", "full", "lora"):
         raise ValueError(f"--tune_vision_tower {tuning}: expected off, full or lora.")
     if tuning != "off" and caching in ("memory", "disk"):
@@ -276,7 +292,7 @@ def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -
         )
 
 
-def check_origin(model_args: ModelArguments, folder: str) -> None:
+def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = True) -> None:
     """Check that the weights of a checkpoint fit the pretrained parts of this run.
 
     A projector or an adapter is only meaningful with the features and weights that it was trained
@@ -285,6 +301,7 @@ def check_origin(model_args: ModelArguments, folder: str) -> None:
     Args:
         model_args: Model options.
         folder: The checkpoint of `--init_from` or `--pretrain_mm_mlp_adapter`.
+        check_weights: Compare the base weights too, which must be on this machine.
 
     Raises:
         ValueError: It was trained with other layers or other base weights.
@@ -299,6 +316,8 @@ def check_origin(model_args: ModelArguments, folder: str) -> None:
             f"{folder}: its projector was trained with other layers of the vision tower. Pass "
             f"--mm_vision_select_layer {words}."
         )
+    if not check_weights:
+        return
     parts = [("vision_tower", model_args.vision_tower)]
     if model_args.init_from and checkpoint["trained"] == "adapter":
         parts.append(("language_model", model_args.model_name_or_path))

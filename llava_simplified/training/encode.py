@@ -27,6 +27,14 @@ MODES = ("auto", "memory", "disk", "pixels", "off")
 _MAX_RECORDS_PER_IMAGE = 20
 
 
+def check_cache_mode(mode: str) -> None:
+    """Raise ValueError if `--cache_vision_features` has an unknown value."""
+    if mode not in MODES:
+        raise ValueError(
+            f"--cache_vision_features {mode}: expected auto, memory, disk, pixels or off."
+        )
+
+
 def cache_features(
     vision: VisionTower,
     data: DataArguments,
@@ -47,10 +55,7 @@ def cache_features(
         ValueError: An unknown mode, or too little disk space.
     """
     mode = data.cache_vision_features
-    if mode not in MODES:
-        raise ValueError(
-            f"--cache_vision_features {mode}: expected auto, memory, disk, pixels or off."
-        )
+    check_cache_mode(mode)
     if mode == "off":
         return
     budget = data.feature_cache_gb * 1e9

@@ -27,8 +27,16 @@ from llava_simplified.model.protocols import CausalLM
 ACTIVATION_MEMORY_BUDGET = 0.9
 
 
-def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
+def check_kernels(
+    model: ModelArguments, data: DataArguments, args: TrainingArguments, check_machine: bool = True
+) -> None:
     """Check the options for kernels, quantization and compilation.
+
+    Args:
+        model: Model options.
+        data: Data options.
+        args: Training options.
+        check_machine: Check what this machine supports, too.
 
     Raises:
         ValueError: This machine does not support an option, or the option would change the result.
@@ -36,6 +44,32 @@ def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArgu
     _check_attention(model, data, args)
     if model.bits != 16:
         _check_quantization(model, args)
+    # --torch_compile itself is renamed to --compile_layers; it is still set if its backend or mode
+    # was given.
+    if args.torch_compile:
+        raise ValueError(
+            "--torch_compile_backend and --torch_compile_mode have no effect: layers are compiled one by one. Pass "
+            "--compile_layers True alone."
+        )
+    if check_machine:
+        _check_machine(model, args)
+
+
+def _check_machine(model: ModelArguments, args: TrainingArguments) -> None:
+    """Raise ValueError if this machine or its packages do not support an option."""
+    name = model.attn_implementation
+    option = f"--attn_implementation {name}"
+    if name == "flex_attention" and args.device.type != "cuda":
+        raise ValueError(
+            f"{option} has no backward pass on {args.device.type}. Pass --attn_implementation sdpa."
+        )
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError(
+            f"{option} needs an NVIDIA GPU and the package flash-attn (pip install flash-attn). Install it, or pass "
+            "--attn_implementation sdpa."
+        )
+    if model.bits != 16:
+        quantization(model.bits, torch.float32)  # raises if bitsandbytes is missing
     if args.use_liger_kernel:
         _check_liger(args)
     _check_compilation(args)
@@ -44,23 +78,12 @@ def check_kernels(model: ModelArguments, data: DataArguments, args: TrainingArgu
 def _check_attention(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
     name = model.attn_implementation
     option = f"--attn_implementation {name}"
-    if name in (None, "sdpa", "eager", "cpu_matmul", "short"):
-        return
-    if name == "flex_attention":
-        if args.device.type != "cuda":
-            raise ValueError(
-                f"{option} has no backward pass on {args.device.type}. Pass --attn_implementation sdpa."
-            )
+    if name in (None, "sdpa", "eager", "cpu_matmul", "short", "flex_attention"):
         return
     if name != "flash_attention_2":
         # For any other kernel it is unknown whether it keeps packed samples apart.
         raise ValueError(
             f"{option}: expected sdpa, eager, flash_attention_2 or flex_attention. Pass --attn_implementation sdpa."
-        )
-    if not is_flash_attn_2_available():
-        raise ValueError(
-            f"{option} needs an NVIDIA GPU and the package flash-attn (pip install flash-attn). Install it, or pass "
-            "--attn_implementation sdpa."
         )
     if not (args.bf16 or args.fp16):
         raise ValueError(
@@ -74,8 +97,9 @@ def _check_attention(model: ModelArguments, data: DataArguments, args: TrainingA
 
 
 def _check_quantization(model: ModelArguments, args: TrainingArguments) -> None:
-    quantization(model.bits, torch.float32)  # raises if bitsandbytes is missing
     option = f"--bits {model.bits}"
+    if model.bits not in (4, 8):
+        raise ValueError(f"{option}: expected 4, 8 or 16.")
     if not (model.lora_enable or model.freeze_backbone):
         raise ValueError(
             f"{option}: quantized weights cannot be trained. Pass --lora_enable True, or --bits 16."
@@ -99,13 +123,6 @@ def _check_liger(args: TrainingArguments) -> None:
 
 
 def _check_compilation(args: TrainingArguments) -> None:
-    # --torch_compile itself is renamed to --compile_layers; it is still set if its backend or mode
-    # was given.
-    if args.torch_compile:
-        raise ValueError(
-            "--torch_compile_backend and --torch_compile_mode have no effect: layers are compiled one by one. Pass "
-            "--compile_layers True alone."
-        )
     device = args.device.type
     if args.compile_layers and not can_compile(device):
         missing = f"the C++ compiler {_cpp_compiler()}" if device == "cpu" else "Triton"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +23,11 @@ from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import check_trainable, count_parameters
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
-from llava_simplified.training.build_trainer import set_trainable
+from llava_simplified.training.build_trainer import check_options, set_trainable
 from llava_simplified.training.kernels import choose_attention
 from llava_simplified.training.memory_tracker import MemoryTracker
 from llava_simplified.training.model_config import model_config, trained_parts
+from llava_simplified.training.resume import find_resume_folder
 
 # Records whose tokens are counted: half of them evenly spread over the data, half those with the
 # longest texts.
@@ -337,8 +339,12 @@ def make_plan(
         zero: Stage of ZeRO: 2 shards gradients and optimizer state, 3 the weights too. FSDP is 3.
 
     Raises:
-        ValueError: A configuration, the tokenizer or the data cannot be read.
+        ValueError: A configuration, the tokenizer or the data cannot be read, or the run would be
+            refused for its options.
     """
+    check_options(model_args, data, args, planning=True)
+    find_resume_folder(args)
+    _check_files(data)
     model = build_meta_model(model_args, args)
     lengths = measure_lengths(model, data, args)
     tower = model.vision_tower
@@ -389,6 +395,19 @@ def make_plan(
         features=features,
         cached=cached,
     )
+
+
+def _check_files(data: DataArguments) -> None:
+    """Raise ValueError if a file or folder that the options name is missing."""
+    if data.eval_data_path:
+        open_records(data.eval_data_path, max_bad_records=data.max_bad_records)
+    folders = {
+        "--train_image_folder": data.train_image_folder,
+        "--val_image_folder": data.val_image_folder,
+    }
+    for option, folder in folders.items():
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"{option} {folder}: no such folder")
 
 
 def _uses_feature_cache(features: int, data: DataArguments, args: TrainingArguments) -> bool:

@@ -134,3 +134,19 @@ def test_demo_recipes_are_found_outside_a_checkout(
     assert names == ["demo_projector", "demo"]
     for name in names:
         assert recipes.resolve_recipe(name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "expected"), [(None, [None, None]), (10, ["10", "10"]), (100, [None, "100"])]
+)
+def test_max_steps_only_shortens_the_stages(
+    tmp_path: Path, max_steps: int | None, expected: list[str | None]
+) -> None:
+    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path, max_steps, None)
+    found: list[str | None] = []
+    for step in steps:
+        if step.words[0] == "train":
+            option = "--max_steps"
+            words = step.words
+            found.append(words[words.index(option) + 1] if option in words else None)
+    assert found == expected

@@ -142,7 +142,8 @@ def test_parse_arguments_reports_a_wrong_value_in_a_few_lines(
 
 
 def test_parse_arguments_names_the_output_folder_after_the_models() -> None:
-    *_, training = parse_arguments(["--vision_tower", "openai/clip-vit-base-patch16"])
+    model = ["--model_name_or_path", "mistralai/Mistral-7B-Instruct-v0.1"]
+    *_, training = parse_arguments([*model, "--vision_tower", "openai/clip-vit-base-patch16"])
     assert training.output_dir == "output/mistral-7b-instruct-v0.1-clip-vit-base-patch16"
 
 

@@ -17,59 +17,85 @@ from llava_simplified.model.config import LlavaConfig
 from llava_simplified.prompt import Message
 from llava_simplified.training import build_trainer
 from llava_simplified.training.build_trainer import build_config
+from llava_simplified.training.plan import make_plan
+
+REFUSED_OPTIONS = [
+    ({"train_data_path": "nowhere.json"}, "nowhere.json: no such file"),
+    ({"train_image_folder": "nowhere"}, "--train_image_folder nowhere"),
+    ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere: .*config.json"),
+    ({"vision_tower": "nowhere"}, "--vision_tower nowhere: .*config.json"),
+    ({"mm_projector_type": "magic"}, "mm_projector_type .*linear"),
+    ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature .*patch.* cls_patch"),
+    ({"mm_use_im_start_end": "True"}, "--mm_use_im_start_end"),
+    ({"no_such_option": "1"}, "--no_such_option"),
+    ({"model_max_length": "6"}, "model_max_length"),
+    ({"config": "nowhere.yaml"}, "nowhere.yaml"),
+    ({"resume_from_checkpoint": "true"}, "--resume_from_checkpoint true: no checkpoint in"),
+    ({"model_name_or_path": ""}, "--model_name_or_path is required"),
+    ({"eval_data_path": "nowhere.json"}, "nowhere.json: no such file"),
+    ({"eval_strategy": "steps"}, "--eval_strategy steps .*--eval_data_path"),
+    (
+        {"tune_vision_tower": "lora", "cache_vision_features": "disk"},
+        "--cache_vision_features disk: --tune_vision_tower lora",
+    ),
+    ({"tune_vision_tower": "yes"}, "--tune_vision_tower yes: .*off, full or lora"),
+    (
+        {"cache_vision_features": "yes"},
+        "--cache_vision_features yes: .*auto, memory, disk, pixels or off",
+    ),
+    (
+        {"attn_implementation": "flash_attention_2", "bf16": "True"},
+        "--attn_implementation flash_attention_2 .*--share_prefix False",
+    ),
+    (
+        {"attn_implementation": "paged|sdpa"},
+        r"--attn_implementation paged\|sdpa: .*sdpa, eager",
+    ),
+    ({"torch_compile_backend": "eager"}, "--torch_compile_backend .*--compile_layers True"),
+    ({"label_smoothing_factor": "0.1"}, "--label_smoothing_factor"),
+    ({"bits": "3"}, "--bits .*4, 8 or 16"),
+    (
+        {"pretrain_mm_mlp_adapter": "mm_projector.bin"},
+        r"mm_projector\.bin: no such folder.*`llava import`",
+    ),
+]
+# Another machine may support them.
+REFUSED_ON_THIS_MACHINE = [
+    (
+        {"attn_implementation": "flash_attention_2", "bf16": "True", "share_prefix": "False"},
+        "--attn_implementation flash_attention_2 .*NVIDIA GPU",
+    ),
+    (
+        {"attn_implementation": "flex_attention"},
+        "--attn_implementation flex_attention .*backward",
+    ),
+    ({"use_liger_kernel": "True"}, "--use_liger_kernel: .*Triton kernels run on CUDA"),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train_data_path": "nowhere.json"}, "nowhere.json: no such file"),
-        ({"train_image_folder": "nowhere"}, "--train_image_folder nowhere"),
-        ({"model_name_or_path": "nowhere"}, "--model_name_or_path nowhere: .*config.json"),
-        ({"vision_tower": "nowhere"}, "--vision_tower nowhere: .*config.json"),
-        ({"mm_projector_type": "magic"}, "mm_projector_type .*linear"),
-        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature .*patch.* cls_patch"),
-        ({"mm_use_im_start_end": "True"}, "--mm_use_im_start_end"),
-        ({"no_such_option": "1"}, "--no_such_option"),
-        ({"model_max_length": "6"}, "model_max_length"),
-        ({"config": "nowhere.yaml"}, "nowhere.yaml"),
-        ({"resume_from_checkpoint": "true"}, "--resume_from_checkpoint true: no checkpoint in"),
-        ({"eval_strategy": "steps"}, "--eval_strategy steps .*--eval_data_path"),
-        (
-            {"tune_vision_tower": "lora", "cache_vision_features": "disk"},
-            "--cache_vision_features disk: --tune_vision_tower lora",
-        ),
-        ({"tune_vision_tower": "yes"}, "--tune_vision_tower yes: .*off, full or lora"),
-        (
-            {"cache_vision_features": "yes"},
-            "--cache_vision_features yes: .*auto, memory, disk, pixels or off",
-        ),
-        (
-            {"attn_implementation": "flash_attention_2"},
-            "--attn_implementation flash_attention_2 .*NVIDIA GPU",
-        ),
-        (
-            {"attn_implementation": "flex_attention"},
-            "--attn_implementation flex_attention .*backward",
-        ),
-        (
-            {"attn_implementation": "paged|sdpa"},
-            r"--attn_implementation paged\|sdpa: .*sdpa, eager",
-        ),
-        ({"use_liger_kernel": "True"}, "--use_liger_kernel: .*Triton kernels run on CUDA"),
-        ({"torch_compile_backend": "eager"}, "--torch_compile_backend .*--compile_layers True"),
-        ({"label_smoothing_factor": "0.1"}, "--label_smoothing_factor"),
-        ({"bits": "3"}, "--bits .*4, 8 or 16"),
-        (
-            {"pretrain_mm_mlp_adapter": "mm_projector.bin"},
-            r"llava\.json is missing.*`llava import`",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [*REFUSED_OPTIONS, *REFUSED_ON_THIS_MACHINE])
 def test_wrong_option_is_refused_and_named(
     models_folder: Path, data_folder: Path, tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run_training(training_options(models_folder, data_folder, tmp_path / "out", **change))
+
+
+@pytest.mark.parametrize("change", [change for change, _ in REFUSED_OPTIONS], ids=str)
+def test_plan_refuses_the_options_that_training_refuses(
+    models_folder: Path, data_folder: Path, tmp_path: Path, change: dict[str, str]
+) -> None:
+    options = training_options(models_folder, data_folder, tmp_path / "out", **change)
+    with pytest.raises(ValueError):
+        make_plan(*parse_arguments(options))
+
+
+@pytest.mark.parametrize("change", [change for change, _ in REFUSED_ON_THIS_MACHINE], ids=str)
+def test_plan_accepts_options_of_another_machine(
+    models_folder: Path, data_folder: Path, tmp_path: Path, change: dict[str, str]
+) -> None:
+    options = training_options(models_folder, data_folder, tmp_path / "out", **change)
+    assert make_plan(*parse_arguments(options)).peak > 0
 
 
 @pytest.mark.parametrize("option", ["train_data_path", "eval_data_path"])
