@@ -1,4 +1,4 @@
-"""Open the file of a caption source, and read the lines of a text without losing any of them."""
+"""Open the files of caption sources, and read lines of text without losing any."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
     """Open a file or any URL of fsspec; compressed files are decompressed by their suffix.
 
     Raises:
-        ValueError: The file cannot be read, also when that shows only while it is read (a torn gzip file).
+        ValueError: The file cannot be opened, or reading it fails (for example a truncated gzip file).
     """
     try:
-        # Errors of the caller's block pass through here too, because a torn file is noticed while
-        # it is read.
+        # Keep the `yield` inside the `try`: a truncated file is detected while the caller reads it.
         with _open_stream(source) as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -44,7 +43,7 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
 
 def _open_stream(source: str) -> Any:
     suffix = Path(source).suffix.lower()
-    # Everything else works without the extra.
+    # Require fsspec only for remote and unusual files; everything else works without the extra.
     if "://" in source or suffix in _OTHER_COMPRESSIONS:
         require_extra("download", "fsspec", purpose=f"the source {source}")
         import fsspec
@@ -54,10 +53,10 @@ def _open_stream(source: str) -> Any:
 
 
 def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
-    """Yield each line of a text that is not blank, whatever bytes it holds.
+    """Yield each line of a text file that is not blank. Any bytes are accepted.
 
-    Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists. What was
-    repaired or left out is noted in `issues`.
+    Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists. Repaired and
+    skipped lines are recorded in `issues`.
 
     Yields:
         The line number, counted from 1, and the text without its line end.
@@ -69,13 +68,13 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
         for number, raw in enumerate(stream, 1):
             if number == 1:
                 raw = _check_start(raw, source, issues)
-            # Line by line, because lists are put together from files with different encodings.
+            # Decode line by line, because some lists are concatenated from files with different encodings.
             try:
                 text = raw.decode()
             except UnicodeDecodeError:
                 text = raw.decode("cp1252", "replace")
                 issues.note("not UTF-8 (read as Windows-1252)", number, raw[:80])
-            # Only the line end: spaces may separate fields.
+            # Strip only the line end: other whitespace may separate fields.
             text = text.rstrip("\n")
             if text.endswith("\r"):
                 text = text[:-1]
@@ -86,11 +85,11 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
             if text.strip():
                 yield number, text
             else:
-                issues.note("blank line (left out)", number, "")
+                issues.note("blank line (skipped)", number, "")
 
 
 def _check_start(raw: bytes, source: str, issues: ParseIssues) -> bytes:
-    """Return the first line without the byte order mark of UTF-8; refuse UTF-16."""
+    """Return the first line without the byte order mark of UTF-8; raise ValueError for UTF-16."""
     if raw.startswith(BOM):
         issues.note("byte order mark (removed)", 1, "UTF-8")
         return raw[len(BOM) :]

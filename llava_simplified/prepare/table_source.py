@@ -8,8 +8,8 @@ The files of real datasets follow no standard:
     Flickr8k        image,caption with quoted captions
     anything else   TSV or CSV with a header
 
-Therefore the separator and the columns are found from the first lines. A line never affects its neighbours: a wrong
-number of fields or an unclosed quote costs at most that line, and is noted.
+Therefore separator and columns are detected from the first lines. A bad line never affects its neighbors: a wrong
+number of fields or an unclosed quote costs at most this line, and is recorded as an issue.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from llava_simplified.prepare.source_rows import (
     find_columns,
 )
 
-_SAMPLE_LINES = 100  # lines that decide about separator and columns
-_MAX_QUOTED_LINES = 20  # a quoted field that is longer than this is taken for an unclosed quote
+_SAMPLE_LINES = 100  # number of lines for detecting separator and columns
+_MAX_QUOTED_LINES = 20  # a quoted field with more lines is treated as an unclosed quote
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+)*$", re.IGNORECASE)
 _BAR_SEPARATED = re.compile(r"[^|,]+\| ")
@@ -44,7 +44,7 @@ Fields = tuple[int, str, list[str]]  # line number, the line, its fields
 
 
 class Layout(NamedTuple):
-    """Which field is what; -1 for a field that the table does not have."""
+    """The index of each field in a row; -1 for a field that the table does not have."""
 
     url: int
     image: int
@@ -60,29 +60,29 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
         ValueError: The file is empty, or the columns cannot be determined.
     """
     lines = read_lines(source, issues)
-    # Read once from the stream and put back by `chain`: a remote source cannot be opened twice
-    # cheaply.
+    # Read the first lines, and process them again below with `chain`: opening a remote source twice
+    # would be expensive.
     head = list(itertools.islice(lines, _SAMPLE_LINES))
     if not head:
         raise ValueError(f"{source}: empty file")
     separator = _find_separator(head[0][1])
-    # What the sample contains is noted when it is read again below, as part of the whole.
+    # Pass a throw-away ParseIssues here: the same lines are parsed again below, and counted there.
     sample = [fields for _, _, fields in _split(separator, iter(head), ParseIssues())]
     layout = _find_layout(source, sample, columns)
     rows = _split(separator, itertools.chain(head, lines), issues)
     if layout.has_header:
         next(rows)
     for number, text, fields in rows:
-        # Which field is missing cannot be known, so nothing of the line is used.
+        # Skip the whole line, since it is unknown which field is missing.
         if len(fields) < layout.width:
-            issues.note("ragged: too few fields (left out)", number, text)
+            issues.note("ragged: too few fields (skipped)", number, text)
             continue
         if len(fields) > layout.width:
             fields = _join_caption(fields, layout, separator)
             issues.note(f"{separator!r} inside a caption (kept)", number, text)
         if '"' in text and separator != ",":
             issues.note("quote character (kept as text)", number, text)
-        # A tab inside a caption would break the TSV that somebody writes of it later.
+        # Replace tabs in the caption, so that it can be written to a TSV file later.
         caption = fields[layout.caption].strip().replace("\t", " ")
         image = ""
         if layout.image >= 0:
@@ -96,14 +96,14 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
 def _find_separator(first_line: str) -> str:
     if "\t" in first_line:
         return "\t"
-    # "| " with a space behind it: a bar alone also occurs in captions and URLs.
+    # Require a space after the bar, since a bar alone also occurs in captions and URLs.
     if _BAR_SEPARATED.match(first_line):
         return "|"
     return ","
 
 
 def _join_caption(fields: list[str], layout: Layout, separator: str) -> list[str]:
-    """Put a caption together that contains the separator: names and URLs never contain it."""
+    """Join the fields of a caption that contains the separator; image names and URLs never contain it."""
     start = layout.caption
     stop = start + len(fields) - layout.width + 1
     return [*fields[:start], separator.join(fields[start:stop]), *fields[stop:]]
@@ -121,13 +121,13 @@ def _split(separator: str, lines: Iterator[Line], issues: ParseIssues) -> Iterat
 
 
 def _split_tabs(lines: Iterator[Line]) -> Iterator[Fields]:
-    """Split at every tab: TSV files of captions do not quote, a quote is part of the text."""
+    """Split at every tab. TSV files of captions do not use quoting: a quote is part of the text."""
     for number, text in lines:
         yield number, text, text.split("\t")
 
 
 def _split_bars(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
-    """Split the lines of Flickr30k's results.csv; in one of its rows the second bar is missing."""
+    """Split the lines of Flickr30k's results.csv, in one of whose rows the second bar is missing."""
     for number, text in lines:
         fields = text.split("|")
         if len(fields) == 2:
@@ -141,11 +141,11 @@ def _split_bars(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
 def _split_csv(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
     """Split the lines of a CSV file with quotes.
 
-    A quoted field may continue on the next lines. With a plain CSV reader, one quote that is never closed would
-    swallow the rest of the file. Here the reader may look ahead `_MAX_QUOTED_LINES` lines; if the quote is not
-    closed by then, the line is split at its commas, and the lines behind it are read again as rows of their own:
+    A quoted field may continue on the next lines. In a plain CSV reader, one quote that is never closed would extend the
+    field to the end of the file. Here the reader may look ahead `_MAX_QUOTED_LINES` lines; if the quote is not closed by
+    then, the line is split at its commas, and the following lines are parsed again as separate rows:
 
-        lines      5" nail,http://a      ahead: [..., ...]   lines that were looked at, but belong to no row yet
+        lines      5" nail,http://a      ahead: [..., ...]   lines that were read ahead, but belong to no row yet
     """
     ahead: list[Line] = []
     while True:
@@ -153,13 +153,13 @@ def _split_csv(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
         if line is None:
             return
         number, text = line
-        # Almost all lines, and much faster than a CSV reader for each.
+        # Fast path for almost all lines: splitting is much faster than a CSV reader.
         if '"' not in text:
             yield number, text, text.split(",")
             continue
         quoted_lines = _with_following_lines(text, ahead, lines)
-        # A reader of its own for each row, so that an error cannot affect the next row. csv refuses
-        # a lone carriage return, which may be inside a caption.
+        # Use a new reader for each row, so that an error cannot affect the next row. Replace carriage
+        # returns, which csv rejects.
         reader = csv.reader(piece.replace("\r", " ") + "\n" for piece in quoted_lines)
         try:
             fields = [field.replace("\n", " ") for field in next(reader)]
@@ -167,7 +167,7 @@ def _split_csv(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
             issues.note("unclosed quote (kept as text)", number, text)
             yield number, text, text.split(",")
             continue
-        # The reader tells how many lines the row has; they leave `ahead`, the others stay.
+        # Remove the lines that belong to this row from `ahead`; the others are processed later.
         following = reader.line_num - 1
         if following:
             del ahead[:following]
@@ -176,9 +176,9 @@ def _split_csv(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
 
 
 def _with_following_lines(text: str, ahead: list[Line], lines: Iterator[Line]) -> Iterator[str]:
-    """Yield a line, and then the next ones for as long as the CSV reader is inside a quoted field.
+    """Yield a line, and then the next lines, which the CSV reader requests while inside a quoted field.
 
-    Lines that are taken from `lines` are kept in `ahead`.
+    Lines that are read from `lines` are appended to `ahead`.
 
     Raises:
         csv.Error: The quote is not closed within `_MAX_QUOTED_LINES` lines, or at the end of the file.
@@ -194,11 +194,11 @@ def _with_following_lines(text: str, ahead: list[Line], lines: Iterator[Line]) -
     raise csv.Error("the quote is never closed")
 
 
-# ---- which field is what ----
+# ---- layout of the fields ----
 
 
 def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layout:
-    """Find the columns from a header, or from what the fields of the first lines look like.
+    """Find the columns from a header, or else by the contents of the first lines.
 
     Args:
         source: The source, for error messages.
@@ -212,7 +212,7 @@ def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layo
     names = [field.strip().lower() for field in first]
     known_names = {*URL_NAMES, *IMAGE_NAMES, *CAPTION_NAMES}
     known_names.update(name.lower() for name in columns if name)
-    # A first line with a URL is data, even if a caption happens to be "image".
+    # A first line with a URL is data and not a header, even if a caption happens to be "image".
     has_url = any(_URL.match(field) for field in first)
     if known_names.intersection(names) and not has_url:
         found = find_columns(source, names, columns, first)
@@ -222,7 +222,7 @@ def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layo
     same_width = {len(fields) for fields in sample} == {len(first)}
     if len(sample) > 1 and len(first) > 2 and same_width:
         raise ValueError(
-            f"{source}: {len(first)} fields in every row, but no header with the names of the columns. "
+            f"{source}: every row has {len(first)} fields, but there is no header line with column names. "
             f"Insert a first line such as url, caption, other. First row: {first}"
         )
     return _guess_layout(source, sample)
@@ -231,17 +231,17 @@ def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layo
 def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
     """Find the column of URLs, or else of image names, in a table of two columns without a header.
 
-    The other column holds the captions. Only the first and the last field of a line are compared, because a caption
-    between them may contain separators.
+    The other column contains the captions. Only the first and the last field of a line are checked, because a caption
+    may contain separators.
     """
     first = sample[0]
     pairs = [(fields[0], fields[-1]) for fields in sample if len(fields) > 1] or [("", "")]
     for pattern in (_URL, _IMAGE_NAME):
         shares = [_share_of_matches(pattern, [pair[column] for pair in pairs]) for column in (0, 1)]
-        # Half of the lines must agree: single lines may lack a URL or contain one in the caption.
+        # Require half of the lines, since single lines may lack a URL or have one in the caption.
         if min(shares) > 0.5:
             raise ValueError(
-                f"{source}: both columns look like URLs or names of images. Insert a header line that names them "
+                f"{source}: both columns look like URLs or image names. Insert a header line that names them "
                 f"(url, caption). First row: {first}"
             )
         if max(shares) > 0.5:
@@ -250,7 +250,7 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
             image = -1 if pattern is _URL else column
             return Layout(url, image, caption=1 - column, width=2, has_header=False)
     raise ValueError(
-        f"{source}: no column looks like a URL or the name of an image, and there is no header that names one. "
+        f"{source}: no column looks like a URL or an image name, and there is no header that names one. "
         f"Insert a header line, and name its columns with {COLUMN_OPTIONS}. First row: {first}"
     )
 
