@@ -17,9 +17,9 @@ RECORD_SUFFIXES = {".json", ".jsonl", ".parquet"}
 
 
 class ImageRecords(Sequence[Record]):
-    """One record for each image and instruction, created when it is indexed.
+    """One record for each image and instruction, created on access.
 
-    All instructions about an image are neighbours:
+    The instructions about an image are adjacent:
 
         index     0          1          2          3
         record    image 0    image 0    image 1    image 1
@@ -59,37 +59,36 @@ def open_inputs(
     Args:
         source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these, or
             a file of records.
-        image_folder: Folder of the images; only for records.
+        image_folder: Image folder; only for records.
         instructions: Instructions about every image; not for records, which contain instructions.
 
     Raises:
         ValueError: The source does not exist or contains no image, or instructions were given with
             records.
     """
-    # Decided by the name alone, so that a missing file of records is reported as one.
+    # Check only the suffix, so that a missing file of records is reported as such.
     if Path(source).suffix in RECORD_SUFFIXES:
         if instructions:
             raise ValueError(
                 f"--instruction: the records of {source} contain their own instructions; "
                 "remove the option."
             )
-        # Records may be unanswered: this command writes the answers.
+        # Accept records without responses, since this command generates them.
         return open_data(source, image_folder, "--image-folder", require_responses=False)
     names, folder = find_images(source)
     if not names:
         raise ValueError(
             f"{source}: not an image, a folder of images, a .tar shard or a file of records"
         )
-    # Absolute, because a Ray worker has another working directory.
+    # Make the folder absolute, because a Ray worker has a different working directory.
     return ImageRecords(names, instructions), str(folder.absolute())
 
 
 def find_images(source: str) -> tuple[list[str], Path]:
     """Return image names, and the folder that they are relative to.
 
-    The source is a file, folder, shard or glob pattern.
-    A single file counts as an image whatever its suffix is; of several files, those with the suffix
-    of an image.
+    The source is a file, folder, shard or glob pattern. A single file is treated as an image whatever
+    its suffix is. From a folder or pattern, only files with the suffix of an image or shard are used.
     """
     path = Path(source)
     folder = Path()
@@ -100,17 +99,17 @@ def find_images(source: str) -> tuple[list[str], Path]:
         folder = path.parent
         files = [path]
     else:
-        # Path.glob does not accept absolute patterns.
+        # Use the module glob, because Path.glob does not support absolute patterns.
         files = sorted(Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
 
     names: list[str] = []
     for file in files:
-        # Relative names keep the output valid when the folder is moved.
+        # Use relative names, so that the output remains valid when the folder is moved.
         name = str(file)
         if file.is_relative_to(folder):
             name = file.relative_to(folder).as_posix()
         if file.suffix == ".tar":
-            # `read_image_bytes` finds one image of a shard by its key.
+            # Refer to an image in a shard by its key, as `read_image_bytes` expects.
             names += [f"{name}#{key.decode()}" for key in shard_index(file).keys]
         elif file == path or (file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()):
             names.append(name)
