@@ -1,7 +1,7 @@
 """Options that make a step cheaper: attention kernels, Liger, compiled layers, quantization.
 
-`check_kernels` refuses an option at the start, with the reason, if a package is missing, if the
-machine does not support it, or if the result would not be exact.
+`check_kernels` rejects an option at the start of a run if a package is missing, if the machine does
+not support it, or if the result would not be exact.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from llava_simplified.extras import install_command
 from llava_simplified.model.build import quantization
 from llava_simplified.model.protocols import CausalLM
 
-# The share of a layer's activations that a compiled layer may keep for backward; the rest is
-# computed again. 0.9 saves a tenth of the memory at no measurable cost: only operations that are
-# almost free are repeated.
+# Fraction of its activations that a compiled layer may save for backward; the rest is recomputed. 0.9
+# saves a tenth of the memory at no measurable cost, since only very cheap operations are recomputed.
 ACTIVATION_MEMORY_BUDGET = 0.9
 
 
@@ -53,13 +52,13 @@ def _check_attention(model: ModelArguments, data: DataArguments, args: TrainingA
             )
         return
     if name != "flash_attention_2":
-        # For any other kernel it is unknown whether it keeps packed samples apart.
+        # Reject any other kernel, which may not support the masks that separate packed samples.
         raise ValueError(
             f"{option}: expected sdpa, eager, flash_attention_2 or flex_attention. Pass --attn_implementation sdpa."
         )
     if not is_flash_attn_2_available():
         raise ValueError(
-            f"{option} needs an NVIDIA GPU and the package flash-attn (pip install flash-attn). Install it, or pass "
+            f"{option} requires an NVIDIA GPU and the package flash-attn (pip install flash-attn). Install it, or pass "
             "--attn_implementation sdpa."
         )
     if not (args.bf16 or args.fp16):
@@ -89,18 +88,18 @@ def _check_quantization(model: ModelArguments, args: TrainingArguments) -> None:
 def _check_liger(args: TrainingArguments) -> None:
     if args.device.type != "cuda":
         raise ValueError(
-            f"--use_liger_kernel: Liger's Triton kernels run on CUDA, the device is {args.device.type}. Pass "
+            f"--use_liger_kernel: Liger's Triton kernels require CUDA, but the device is {args.device.type}. Pass "
             "--use_liger_kernel False."
         )
     if not find_spec("liger_kernel"):
         raise ValueError(
-            f"--use_liger_kernel needs liger-kernel: run {install_command('liger')}, or pass --use_liger_kernel False."
+            f"--use_liger_kernel requires liger-kernel: run {install_command('liger')}, or pass --use_liger_kernel False."
         )
 
 
 def _check_compilation(args: TrainingArguments) -> None:
-    # --torch_compile itself is renamed to --compile_layers; it is still set if its backend or mode
-    # was given.
+    # --torch_compile itself was replaced by --compile_layers, but transformers sets it if its backend or
+    # mode is given.
     if args.torch_compile:
         raise ValueError(
             "--torch_compile_backend and --torch_compile_mode have no effect: layers are compiled one by one. Pass "
@@ -130,11 +129,11 @@ def _cpp_compiler() -> str:
 def compile_layers(language_model: CausalLM) -> None:
     """Compile each decoder layer in place.
 
-    The layers are alike, so the compiler works for seconds, and not for minutes as for a whole
-    model.
+    All layers share one compiled graph, so compilation takes seconds, whereas a whole model would take
+    minutes.
 
     Raises:
-        ValueError: The model does not declare which modules are its layers.
+        ValueError: The model class does not declare its layers.
     """
     layer_names = set(language_model._no_split_modules or ())
     layers = [module for module in language_model.modules() if type(module).__name__ in layer_names]
@@ -143,7 +142,7 @@ def compile_layers(language_model: CausalLM) -> None:
             f"--compile_layers: {type(language_model).__name__} does not declare its layers (_no_split_modules). "
             "Pass --compile_layers False."
         )
-    # Read when a layer is compiled, at its first call.
+    # Set this globally: torch reads it when a layer is compiled, at its first call.
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
     for layer in layers:
         layer.compile(dynamic=True)
@@ -168,8 +167,8 @@ def use_liger_kernels(language_model: CausalLM) -> None:
 
     Call it before LoRA wraps the layers.
 
-    Liger's fused loss is not used: it would compute the logits of all positions, and only trained
-    positions get any.
+    Liger's fused loss is not used: it would compute logits at all positions, instead of the trained
+    positions only.
 
     Raises:
         ValueError: Liger has no kernels for this model type.

@@ -1,4 +1,4 @@
-"""Resuming a run: find the checkpoint, and check that it belongs to the same run."""
+"""Resume a run: find the checkpoint, and check that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
 #     rng_state*.pth           random states of each process (Python, NumPy, torch), for dropout
 #     trainer_state.json       step and epoch, log history, best metric, patience of early stopping
 #
-# The position in the data is not stored. It follows from the step: the order of the samples is a
-# function of the seed and the epoch alone. The resumed run draws the same order, and skips the
-# batches that were trained.
+# The position in the data is not stored, because it follows from the step: the order of the samples
+# depends only on the seed and the epoch. The resumed run draws the same order, and skips the batches
+# that were trained.
 #
-# All of this requires the same options, as far as they decide the weights, the samples or their
-# order. `check_same_run` compares them with those that `llava.json` of the checkpoint records.
+# All of this requires the same values of all options that affect the weights, the samples or their
+# order. `check_same_run` compares them with those in `llava.json` of the checkpoint.
 
-# A change of these options is refused: it would give other weights, other samples, or samples that
-# are seen twice or never.
+# These options must not change: the weights or samples would differ, or samples would be used twice or
+# never.
 _MUST_NOT_CHANGE = (
     "train_data_path",
     "share_prefix",
@@ -50,7 +50,7 @@ _MUST_NOT_CHANGE = (
     "freeze_backbone",
     "tune_vision_tower",
 )
-# A change of these is not even reported. "steps" and "epochs" are progress, not options.
+# Changes of these are not reported. "steps" and "epochs" are progress, not options.
 _NOT_COMPARED = {
     "resume_from_checkpoint",
     "output_dir",
@@ -61,8 +61,8 @@ _NOT_COMPARED = {
     "disable_tqdm",
     "preflight",
 }
-# A model that was moved to another folder is the same model: the digests of its weights are
-# compared instead.
+# Do not compare the paths of the base models, which may have moved; compare the digests of their weights
+# instead.
 _LOCATIONS = ("language_model", "vision_tower")
 
 
@@ -78,7 +78,7 @@ def find_resume_folder(args: TrainingArguments) -> Path | None:
         The checkpoint folder, or None if the run is new.
 
     Raises:
-        ValueError: There is no such checkpoint, or it has no trainer state.
+        ValueError: The checkpoint does not exist, or has no trainer state.
     """
     if not is_resuming(args):
         return None
@@ -113,7 +113,7 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
         One line for each difference that is allowed.
 
     Raises:
-        ValueError: The difference would make it another run.
+        ValueError: An option that must not change, or the model, differs.
     """
     checkpoint = read_checkpoint_config(folder)
     _check_same_model(folder, config, checkpoint["architecture"])
@@ -133,8 +133,8 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
         differences.append(f"--{name} was {old_value}, is {new_value}")
     if before.get("processes") != now.get("processes"):
         differences.append(
-            "another number of processes: if the total batch size differs too, some samples of this epoch are seen "
-            "twice or never"
+            "the number of processes differs: if the total batch size differs too, some samples of this epoch are "
+            "used twice or never"
         )
     return differences
 
@@ -146,5 +146,5 @@ def _check_same_model(folder: Path, config: LlavaConfig, stored: Mapping[str, An
         if name not in _LOCATIONS and value != stored.get(name):
             raise ValueError(
                 f"{folder}: its model has {name} {stored.get(name)}, the model of this run has {name} {value}. "
-                f"Pass the old value, or start a new run with another --output_dir."
+                f"Pass the old value, or start a new run with a different --output_dir."
             )
