@@ -50,7 +50,7 @@ from llava_simplified.training.build_trainer import build_config
             {"attn_implementation": "paged|sdpa"},
             r"--attn_implementation paged\|sdpa: .*sdpa, eager",
         ),
-        ({"use_liger_kernel": "True"}, "--use_liger_kernel: .*Triton kernels run on CUDA"),
+        ({"use_liger_kernel": "True"}, "--use_liger_kernel: .*Triton kernels require CUDA"),
         ({"torch_compile_backend": "eager"}, "--torch_compile_backend .*--compile_layers True"),
         ({"label_smoothing_factor": "0.1"}, "--label_smoothing_factor"),
         ({"bits": "3"}, "--bits .*4, 8 or 16"),
