@@ -32,10 +32,9 @@ from llava_simplified.html_report import (
     write_page,
 )
 
-MAX_CARDS = (
-    500  # images that are shown; with the size of a thumbnail, this keeps the file below 10 MB
-)
-CLOSE_WORD_F1 = 0.5  # from this score on, a caption is "close"
+# Maximum number of images in the report, which keeps the file below 10 MB.
+MAX_CARDS = 500
+CLOSE_WORD_F1 = 0.5  # minimum word F1 of a caption that is marked as "close"
 
 TILE_METRICS = ("CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR", "CLIPScore", "word F1", "exact match")
 SHUFFLE_METRICS = ("word F1", "CIDEr-D", "exact match")
@@ -56,7 +55,7 @@ class Run:
 
     @property
     def step(self) -> int | None:
-        """Return the training step, None if the name contains no number."""
+        """Return the training step, or None if the name contains no number."""
         match = re.search(r"(\d+)\D*$", self.name)
         return int(match[1]) if match else None
 
@@ -76,16 +75,16 @@ def write_report(
     Args:
         output: The HTML file.
         title: Heading of the page.
-        runs: Runs on the same images. The last one gives the headline scores and the order of the images.
-        image_folder: Folder of the images.
-        settings: Shown as a table.
+        runs: Runs on the same images. The last one determines the headline scores and the order of the images.
+        image_folder: Image folder.
+        settings: Settings for the table at the end.
         log: `trainer_log.jsonl`, for the training curves.
-        train_captions: Training captions, normalized: marks references that are not among them.
+        train_captions: Normalized training captions, for marking images with unseen references.
 
     Raises:
         ValueError: The runs are on different images, no image can be read, or the log is not a training log.
     """
-    # The last run is the newest checkpoint: it comes first in the report, and gives its headline scores.
+    # Put the last run, which is the newest checkpoint, first. Its scores are the headline of the report.
     runs = list(runs)[::-1]
     headline = runs[0]
     aligned = _align_samples(runs)
@@ -99,8 +98,8 @@ def write_report(
     num_images = len(headline.samples)
     if len(cards) < num_images:
         notes.append(
-            f"{len(cards)} of {num_images} images are shown: the best, the worst, and an even "
-            "spread in between"
+            f"{len(cards)} of {num_images} images are shown: the best, the worst, and an evenly spread "
+            "selection in between"
         )
     overused, underused = _word_bars(headline.samples)
     write_page(
@@ -110,7 +109,7 @@ def write_report(
         run_names=[run.name for run in runs],
         result=headline.result,
         num_trials=len(headline.result.trials),
-        tiles=_tiles(headline.result),
+        tiles=_score_tiles(headline.result),
         notes=notes,
         shuffle_comparison=_compare_shuffled(headline.result),
         unseen_scores=_unseen_scores(headline.result),
@@ -132,7 +131,7 @@ def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
 
     aligned = []
     for run in runs:
-        # The position -1 of an image that the first run does not have makes the comparison fail.
+        # Use -1 for an image that is not in the first run, which makes the comparison below fail.
         samples = sorted(run.samples, key=lambda sample: order.get(_image_key(sample), -1))
         if list(map(_image_key, samples)) != list(order):
             raise ValueError(
@@ -151,7 +150,7 @@ def _image_key(sample: Sample) -> tuple[str, str]:
 
 
 def format_score(name: str, value: float) -> str:
-    """Return a score as text: shares in percent, others with three decimals."""
+    """Return a score as text: exact match in percent, others with three decimals."""
     if name in PERCENT_METRICS:
         return f"{100 * value:.1f} %"
     return f"{value:.3f}"
@@ -163,7 +162,8 @@ def _format_interval(name: str, score: Score) -> str:
     return f"{format_score(name, score.low)} – {format_score(name, score.high)}"
 
 
-def _tiles(result: Evaluation) -> list[Tile]:
+def _score_tiles(result: Evaluation) -> list[Tile]:
+    """Return the headline scores, with their intervals."""
     tiles = []
     for name in METRIC_NAMES:
         if name in TILE_METRICS and name in result.mean:
@@ -174,7 +174,7 @@ def _tiles(result: Evaluation) -> list[Tile]:
 
 
 def _compare_shuffled(result: Evaluation) -> dict[str, list[Bar]]:
-    """Return by metric the scores with the own and with another image's captions."""
+    """Return the bars that compare the scores of each image's own captions and of shuffled captions, by metric."""
     comparison = {}
     for name in SHUFFLE_METRICS:
         if name not in result.shuffled:
@@ -199,7 +199,7 @@ def _unseen_scores(result: Evaluation) -> str:
 
 @dataclass(frozen=True)
 class ScoreCell:
-    """The score of one run. Positions are in percent of the axis that the runs share."""
+    """The score of one run. Positions are in percent of the common axis of all runs."""
 
     run: int
     value: str
@@ -212,7 +212,7 @@ class ScoreCell:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One metric, with a cell for each run that has it."""
+    """One metric, with a cell for each run that has a score."""
 
     name: str
     cells: list[ScoreCell]
@@ -221,7 +221,7 @@ class ScoreRow:
 def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
     rows = []
     for name in METRIC_NAMES:
-        # The axis begins at 0, and ends a little behind the largest score or interval of all runs.
+        # The axis begins at 0, and ends slightly after the largest score or interval of all runs.
         largest = 1e-9
         for run in runs:
             score = run.result.mean.get(name, Score(0.0))
@@ -232,16 +232,16 @@ def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
         for number, run in enumerate(runs):
             if name in run.result.mean:
                 cells.append(_score_cell(name, number, run.result, axis_end=1.08 * largest))
-        if cells:  # a metric that no run has, such as METEOR without Java, is left out
+        if cells:  # skip a metric that no run has, such as METEOR without Java
             rows.append(ScoreRow(name, cells))
     return rows
 
 
 def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> ScoreCell:
     score = result.mean[name]
-    # In percent of the axis, these are the ends of a bar behind the dot of the score.
+    # The interval is drawn as a bar, and the score as a dot on it.
     low, high = score.low, score.high
-    if math.isnan(low):  # without an interval, only the dot is drawn
+    if math.isnan(low):  # draw only the dot
         low = high = score.value
     best = ""
     if name in result.best:
@@ -262,11 +262,11 @@ def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> Sco
 
 @dataclass(frozen=True)
 class MarkedCaption:
-    """A caption, cut into words and spaces.
+    """A caption, split into words and spaces.
 
     Attributes:
-        pieces: Each piece, and whether it is a word of a reference.
-        count: In how many trials the caption was generated.
+        pieces: Pairs of a piece, and whether it is a word of a reference.
+        count: Number of trials in which the caption was generated.
         is_exact: Whether the caption equals a reference.
     """
 
@@ -283,8 +283,8 @@ class Card:
         sample: The image with its references.
         position: Position in the prediction file.
         verdict: "right", "close" or "wrong".
-        word_f1: Mean over the trials of the headline run.
-        cider_d: The same.
+        word_f1: Mean word F1 over the trials of the headline run.
+        cider_d: Mean CIDEr-D over the trials of the headline run.
         is_unseen: Whether no reference is in the training data.
         captions_by_run: Distinct captions of each run.
         thumbnail: None if the image cannot be read.
@@ -305,13 +305,13 @@ def _make_cards(
     aligned: Sequence[Sequence[Sample]],
     train_captions: Collection[str] | None,
 ) -> list[Card]:
-    """Return the images that are shown, best first by the word F1 of the headline run, then by CIDEr-D."""
+    """Return the cards of the report, sorted by word F1 and then CIDEr-D of the headline run, best first."""
     # Arrays (images,) of the headline run, from (trials, images).
     per_image = runs[0].result.per_image
     word_f1 = per_image["word F1"].mean(axis=0)
     cider_d = per_image["CIDEr-D"].mean(axis=0)
     is_exact = per_image["exact match"].max(axis=0) > 0
-    # CIDEr-D only decides between captions with the same word F1: in a small set, its values say little.
+    # Use CIDEr-D only to break ties of word F1: in a small set, its values are not reliable.
     ranked = sorted(range(len(word_f1)), key=lambda i: (-word_f1[i], -cider_d[i], i))
 
     cards = []
@@ -340,10 +340,10 @@ def _make_cards(
 
 
 def _choose_shown(ranked: list[int]) -> list[int]:
-    """Return at most MAX_CARDS images: the best, the worst, and an even spread in between."""
+    """Return at most MAX_CARDS images: the best, the worst, and an evenly spread selection in between."""
     if len(ranked) <= MAX_CARDS:
         return ranked
-    # A quarter of the cards for each end; positions in the ranking, evenly spread, for the rest.
+    # Use a quarter of the cards for each end of the ranking, and the rest for evenly spread positions.
     quarter = MAX_CARDS // 4
     spread = np.linspace(quarter, len(ranked) - 1 - quarter, MAX_CARDS - 2 * quarter)
     middle = [ranked[rank] for rank in spread.astype(int)]
@@ -352,15 +352,15 @@ def _choose_shown(ranked: list[int]) -> list[int]:
 
 def mark_captions(sample: Sample) -> list[MarkedCaption]:
     """Return the distinct captions of an image, with the words that a reference contains."""
-    # Case and punctuation do not count: "Mat." in a caption is the word "mat" of a reference.
+    # Ignore case and punctuation: "Mat." in a caption matches "mat" in a reference.
     reference_words: set[str] = set()
     for reference in sample.references:
         reference_words.update(words_of(reference))
     marked = []
-    # Trials often repeat a caption: it is shown once, with its count.
+    # Count equal captions, since trials often repeat a caption.
     for caption, count in Counter(sample.captions).items():
         pieces = []
-        # The group keeps the spaces as pieces of their own: the caption is shown as it was written.
+        # Split with a group, which keeps the spaces, so that the caption is displayed unchanged.
         for piece in re.split(r"(\s+)", caption):
             if piece:
                 pieces.append((piece, not reference_words.isdisjoint(words_of(piece))))
@@ -372,7 +372,7 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
     """Read the images of the cards.
 
     Returns:
-        Notes on images that cannot be read.
+        Notes about unreadable images.
 
     Raises:
         ValueError: No image can be read.
@@ -381,13 +381,13 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
     for card in cards:
         try:
             pixels = decode_image(read_image_bytes(card.sample.image, folder))
-        except ImageError as error:  # the card says that there is no image
+        except ImageError as error:  # the card is displayed without an image
             errors.append(f"{card.sample.image}: {error}")
             continue
         card.thumbnail = make_thumbnail(pixels)
     if not errors:
         return []
-    if len(errors) == len(cards):  # not a few bad files, but a wrong folder
+    if len(errors) == len(cards):  # probably a wrong folder
         raise ValueError(
             f"None of the {len(cards)} images can be read; check --image-folder. "
             f"The first: {errors[0]}"
@@ -423,7 +423,7 @@ def _charts(runs: Sequence[Run], log: Path | None) -> list[Chart]:
 def _word_bars(samples: Sequence[Sample]) -> tuple[list[Bar], list[Bar]]:
     """Return bars for the words that are generated too often, and for those generated too rarely."""
     overused, underused = compare_word_usage(samples)
-    # The bars of both lists have the same scale.
+    # Use the same scale for both lists.
     largest = 1e-9
     for usage in [*overused, *underused]:
         largest = max(largest, abs(usage.log_likelihood))

@@ -15,16 +15,16 @@ from llava_simplified.evaluation.metrics import Sample, normalize_caption
 def read_predictions(
     path: Path, references: Mapping[str, Sequence[str]] | None = None
 ) -> list[Sample]:
-    """Read a prediction file, and collect the rows of each image: one row per trial.
+    """Read a prediction file, and group the rows (one per trial) by image.
 
     Args:
         path: A `.json`, `.jsonl` or `.parquet` file of rows with `index`, `image`, `instruction`, `gt_caption` and
             `pred_output`. Rows with the same `index` and `image` are trials of one image.
-        references: Captions by file name, stem or image id (see `read_references`). They replace the rows' own
-            `gt_caption`, which is a text or a list of texts.
+        references: Captions by file name, stem or image id (see `read_references`). They replace `gt_caption` (a
+            string or a list of strings) in the rows.
 
     Raises:
-        ValueError: A row is not a prediction. The message names the file, the row and what is wrong.
+        ValueError: A row is not a valid prediction. The message names file, row and problem.
     """
     rows = open_rows(path)
     samples: dict[tuple[str, str], Sample] = {}
@@ -33,7 +33,7 @@ def read_predictions(
         where = f"{path} row {number}"
         if not isinstance(row, dict):
             raise ValueError(
-                f"{where}: a prediction must be a JSON object, but this is {type(row).__name__}."
+                f"{where}: a prediction must be a JSON object, got {type(row).__name__}."
             )
         image = _read_text(row, "image", where)
         caption = _read_text(row, "pred_output", where)
@@ -44,12 +44,12 @@ def read_predictions(
             row_references = _find_references(image, references, where)
 
         index = str(row.get("index", image))
-        # Without an index, the image alone identifies the rows of an image.
+        # If there is no index, the key is the image.
         key = (index, image)
         previous = samples.get(key)
         captions: tuple[str, ...] = (caption,)
         if previous is not None:
-            # Trials of one image are scored together, against the same references.
+            # Require the same references, because the trials of an image are scored together.
             if previous.references != tuple(row_references):
                 raise ValueError(
                     f"{where}: its references differ from those in an earlier row of index "
@@ -70,8 +70,7 @@ def _read_text(row: Mapping[str, object], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise ValueError(
-            f"{where}: {key!r} must be a text, but it is {value!r}. "
-            f"The row has the keys {sorted(row)}."
+            f"{where}: {key!r} must be a string, got {value!r}. The row has the keys {sorted(row)}."
         )
     return value
 
@@ -80,11 +79,11 @@ def _own_references(row: Mapping[str, object], where: str) -> list[str]:
     """Return the references in the row's `gt_caption`."""
     value = row.get("gt_caption")
     texts = value if isinstance(value, list) else [value]
-    # An empty reference would match an empty caption.
+    # Reject empty references, which would match empty captions.
     captions = [text for text in texts if isinstance(text, str) and text.strip()]
     if not captions or len(captions) < len(texts):
         raise ValueError(
-            f"{where}: 'gt_caption' must be a caption or a list of captions, but it is {value!r}. "
+            f"{where}: 'gt_caption' must be a caption or a list of captions, got {value!r}. "
             "To use a file of reference captions instead, pass --references."
         )
     return captions
@@ -97,8 +96,8 @@ def _find_references(
     name = Path(image).name
     stem = Path(image).stem
     candidates = [name, stem]
-    # The names of COCO contain the image id: COCO_val2014_000000000042.jpg, 000000000042.jpg. A number within another
-    # name may count anything, and the number in `shard.tar#key` is that of the shard.
+    # Extract the image id from COCO's file names: COCO_val2014_000000000042.jpg, 000000000042.jpg. Do not use numbers in
+    # other names; in `shard.tar#key`, for example, it is the number of the shard.
     coco_name = re.fullmatch(r"(?:COCO_\w+_)?0*(\d+)", stem)
     if coco_name and "#" not in name:
         candidates.append(coco_name[1])
@@ -106,8 +105,7 @@ def _find_references(
         if candidate in references:
             return references[candidate]
     raise ValueError(
-        f"{where}: --references contains no caption of {name!r}, neither by file name nor by "
-        "image id."
+        f"{where}: --references contains no caption for {name!r}, neither by file name nor by image id."
     )
 
 
@@ -118,7 +116,7 @@ def read_references(path: Path) -> dict[str, list[str]]:
         Captions by file name and by image id (as text).
 
     Raises:
-        ValueError: The file does not have this form.
+        ValueError: The file does not have this format.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -130,14 +128,14 @@ def read_references(path: Path) -> dict[str, list[str]]:
         for image in content.get("images", []):
             image_id = str(image["id"])
             name = Path(image["file_name"]).name
-            if image_id in captions:  # an image without captions is no error before it is needed
+            if image_id in captions:  # ignore images without captions; they may not be needed
                 by_name[name] = captions[image_id]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--references: {path} is not a COCO caption file ({type(error).__name__}: {error}). "
             'It needs {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.'
         ) from None
-    # File names end with a suffix and image ids are numbers, so the two kinds of keys do not collide.
+    # Merge both kinds of keys, which cannot collide: file names have a suffix, image ids are numbers.
     return captions | by_name
 
 
@@ -145,7 +143,7 @@ def read_train_captions(path: Path) -> set[str]:
     """Return all responses of a training file, normalized by `normalize_caption`.
 
     Args:
-        path: Records in any form that `llava train` reads.
+        path: Records in any format that `llava train` supports.
     """
     captions: set[str] = set()
     for record in open_records(path):

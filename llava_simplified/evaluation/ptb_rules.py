@@ -2,14 +2,14 @@ r"""The rules of Stanford's PTBTokenizer 3.4.1, as regular expressions.
 
 The Penn Treebank (Marcus et al. 1993) splits contractions ("do n't"), possessives ("cat 's") and punctuation from
 words, and keeps abbreviations ("U.S."), numbers, web addresses and hyphenated compounds together. Stanford's tokenizer
-is a scanner generated from such rules (`PTBLexer.flex`). The rules below were settled by comparing outputs on captions
+is a scanner generated from such rules (`PTBLexer.flex`). The rules below were developed by comparing outputs on captions
 and on random strings.
 
 How to read a rule:
 
-- Group 1, or the only group, is the token. What follows the group is looked ahead at: it counts for the length of the
-  match, which decides between the rules, but it is scanned again afterwards.
-- A group named `two` is two words written as one ("cannot"): see `SECOND_WORD_LENGTH`.
+- Group 1, or the only group, is the token. The text after the group is lookahead: it counts for the length of the
+  match, by which the rule is selected, but it is scanned again afterward.
+- A group named `two` contains two words written as one ("cannot"): see `SECOND_WORD_LENGTH`.
 - A group named `quote` is a token whose apostrophes and quotation marks are replaced by ASCII ones.
 - The order of the rules matters: of two matches with the same length, the first wins.
 """
@@ -40,7 +40,7 @@ STATES = (
     "Ala|Ariz|Calif|Colo|Conn|Ct|Dak|Fla|Ga|Ind|Kans?|Ky|Md|Mich|Minn|Mo|Mont|Neb|Nev|Okla|Penn"
     "|Tenn|Va|Vt|Wisc?|Wyo"
 )
-# Also words when written in lower case ("la.", "ill.", "wash."): only the capitalized form is an abbreviation.
+# Only the capitalized forms are abbreviations, since these are words in lower case ("la.", "ill.", "wash.").
 CAPITALIZED_STATES = (
     "A(?i:z|rk)|D(?i:el)|I(?i:ll)|L(?i:a)|M(?i:ass|iss)|O(?i:re)|P(?i:a)|T(?i:ex)|W(?i:ash)"
 )
@@ -53,7 +53,7 @@ TITLES = (
     "|Ste?|Ave|Pres|Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Mt|Ft|Adj|Adv|Asst|Assoc|Ens|Insp"
     "|Mlle|Mme|Msgr|Sfc|Invt|Elec|Natl|M[ft]g|Dept|Blvd|Rd|vs|Alex|Wm|Jos|Cie|a\\.k\\.a|cf|TREAS|Ph"
 )
-# If one of these follows a lone letter with a full stop ("vitamin C. The ..."), the full stop ends a sentence.
+# If one of these follows a single letter with a full stop ("vitamin C. The ..."), the full stop ends a sentence.
 SENTENCE_STARTERS = (
     "A(?:bout|ccording|dditionally|fter|n|s|t)?|But|Did|During|Earlier|He(?:re|r)?|How(?:ever)?"
     r"|I[fnt]|Last|Many|More|M[rs]\.|Now|Once|One|Other|Our|She|Since|So|Some|Such|That"
@@ -78,7 +78,8 @@ def compiled_rules() -> list[re.Pattern[str]]:
 def _character_ranges(is_wanted: Callable[[str, str], bool]) -> str:
     """Return the characters from U+0080 to U+D7FF that are wanted, as the inside of a character class.
 
-    Stanford's scanner works on UTF-16: letters above U+FFFF are surrogate pairs, which no rule of it matches.
+    Letters above U+FFFF are excluded: Stanford's scanner works on UTF-16, where they are surrogate pairs, and has no rule
+    for these.
 
     Args:
         is_wanted: Called with a character and its Unicode category.
@@ -137,7 +138,7 @@ def _word_rules(letters: str) -> list[str]:
         *(rf"({elision})" for elision in elisions),
         # "y'all" is "y' all".
         rf"([yY]{apostrophe})[{letters}]",
-        # The endings themselves, which are left over after their word.
+        # The endings themselves, which remain after their word.
         rf"(?P<quote>{ending})[^A-Za-z]",
         r"(')[A-Za-z][^ \t\n\r\xa0]",
         rf"(?P<quote>{ending})",
@@ -194,7 +195,7 @@ def _name_rules() -> list[str]:
         rf"([A-Za-z])\.\s+(?:{SENTENCE_STARTERS})[\s?!]",
         rf"((?i:{BEFORE_NUMBERS})\.)\s?\d",
         r"((?i:pt[ey]|co)\.)\s(?i:ltd|lim)",
-        # Looks up to two characters ahead: the match is longer than those of the rules that drop the full stop.
+        # The lookahead of up to two characters makes the match longer than those of rules that drop the full stop.
         rf"((?:{company})\.)(?:.|\n)?(?:.|\n)?",
         rf"((?:(?i:{TITLES})|M(?i:iss)|{initials}|[A-Za-z])\.)",
         rf"({initials})\s",

@@ -63,10 +63,10 @@ def test_read_predictions_keeps_line_separators_within_a_caption(tmp_path: Path)
     [
         (
             [*make_rows("x"), {"image": "a.jpg"}],
-            "row 1: 'pred_output' must be a text.* None.* keys",
+            "row 1: 'pred_output' must be a string.* None.* keys",
         ),
         ([*make_rows("x"), "text"], "row 1: .*JSON object.* str"),
-        (make_rows("x", image=None), "row 0: 'image' must be a text.* None"),
+        (make_rows("x", image=None), "row 0: 'image' must be a string.* None"),
         (
             make_rows("x", gt_caption=None),
             "row 0: 'gt_caption' must be a caption or a list of captions.* None",
