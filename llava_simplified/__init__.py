@@ -51,7 +51,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Python calls this only for names that the module does not have yet.
+    # Import the name on first use: Python calls this function only for names that are not yet defined.
     value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value  # later uses need no import
     return value

@@ -1,8 +1,8 @@
 """Parse the options of a training run: command line, YAML file, and LLaVA's own option names.
 
-    words of the command line
-        -> (name, values) pairs, behind those of the YAML file
-        -> names of today
+    argv
+        -> (name, values) pairs, after those of the YAML file
+        -> current option names
         -> HfArgumentParser
         -> ModelArguments, DataArguments, TrainingArguments
 
@@ -46,27 +46,27 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
             self._check_bf16()
         else:
             self._use_cpu()
-        # From YAML this is a text; the parser accepts any text as a kind of sharding.
+        # Convert the string that comes from YAML: the parser accepts any string as a kind of sharding.
         if str(self.fsdp).lower() in ("true", "false"):
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         self.output_dir = self.output_dir or "output"
-        # A batch has more entries than the forward arguments of a text model.
+        # Keep all entries of a batch: it has more than the forward arguments of a text model.
         self.remove_unused_columns = False
         self.average_tokens_across_devices = True
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
-            # A resumed run must remember for how many evaluations there was no improvement.
+            # Restore the number of evaluations without improvement in a resumed run.
             self.restore_callback_states_from_checkpoint = True
-        # Every process needs the whole model to start from.
+        # Load the full model in every process, which `sharding` requires.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
-        # transformers has just registered the configuration for the whole process.
-        # Otherwise `from_pretrained` loads models that are already partitioned under ZeRO-3.
+        # Undo the registration of the DeepSpeed config, which was done just above: with it,
+        # `from_pretrained` would load models already partitioned under ZeRO-3.
         unset_hf_deepspeed_config()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.world_size:
             raise ValueError(
-                f"{started} processes were started, but each would train alone; use torchrun."
+                f"{started} processes were started, but each would train separately; use torchrun."
             )
 
     def _check_bf16(self) -> None:
@@ -76,7 +76,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
             )
 
     def _use_cpu(self) -> None:
-        # Without it, several processes would each train alone, unaware of the others.
+        # Set this explicitly; otherwise several processes would each train separately.
         self.use_cpu = True
         if self.tf32:
             logger.warning("--tf32 has no effect: this machine has no NVIDIA GPU.")
@@ -84,35 +84,33 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         if self.deepspeed:
             from deepspeed import ops
 
-            # DeepSpeed would compile this shared-memory operator for a minute at the first start.
+            # Disable this shared-memory operator, which DeepSpeed would compile for a minute.
             ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     @property
     def frozen_dtype(self) -> str:
-        """The dtype of the weights that are not trained."""
+        """The dtype of the frozen weights."""
         if self.bf16:
             return "bfloat16"
         return "float16" if self.fp16 else "float32"
 
 
 def _check_launcher(deepspeed: bool) -> None:
-    """Raise ValueError if the launcher started something else than its command line suggests."""
+    """Raise ValueError if the launcher did not start the processes that its command line requests."""
     distributed = "LOCAL_RANK" in os.environ
     accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerate and "MASTER_ADDR" in os.environ and not distributed:
         raise ValueError(
-            "accelerate launch was asked for several processes but started only one, as it does "
-            "with --cpu. Use `accelerate launch --multi_gpu --num_processes 2`, which also works on "
-            "CPUs, or torchrun."
+            "accelerate launch started only one of several requested processes, as it does with --cpu. "
+            "Use `accelerate launch --multi_gpu --num_processes 2`, which also works on CPUs, or torchrun."
         )
     if deepspeed and not distributed:
         raise ValueError(
-            "--deepspeed needs its launcher: run `deepspeed train.py ...`, or use torchrun."
+            "--deepspeed requires a launcher: run `deepspeed train.py ...`, or use torchrun."
         )
     if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            "--deepspeed: accelerate launch has a DeepSpeed configuration of its own; remove one of "
-            "the two."
+            "--deepspeed: accelerate launch has its own DeepSpeed configuration; remove one of the two."
         )
 
 
@@ -128,39 +126,38 @@ RENAMED = {
     "image_folder": "train_image_folder",
 }
 NO_EFFECT = {
-    "lazy_preprocess": "samples are always read when they are needed",
+    "lazy_preprocess": "samples are always read on demand",
     "save_safetensors": "weights are always saved as safetensors",
     "overwrite_output_dir": "files of the output folder are always replaced",
-    "image_aspect_ratio": "the image processor of the vision tower decides",
+    "image_aspect_ratio": "images are preprocessed by the vision tower's image processor",
     "is_multimodal": "each record states whether it has images",
     "version": "the chat template of the tokenizer is used; pass --template for another format",
 }
 MUST_BE_OFF = {
-    "mm_use_im_start_end": "image start and end tokens",
-    "mm_use_im_patch_token": "an image patch token in the vocabulary",
+    "mm_use_im_start_end": "image start and end tokens are",
+    "mm_use_im_patch_token": "an image patch token in the vocabulary is",
 }
-# An image counts as its tokens, so both names mean the same.
+# Both names mean the same, because lengths include image tokens.
 GROUP_BY_LENGTH = ("group_by_length", "group_by_modality_length")
 
 Option = tuple[str, list[str]]
-"""An option with its values, both as texts: ("lora_r", ["8"])."""
+"""An option with its values, as strings: ("lora_r", ["8"])."""
 
 
 class _Parser(transformers.HfArgumentParser):
-    """HfArgumentParser with short error messages: its usage lists a hundred options."""
+    """HfArgumentParser with short error messages, without the usage of a hundred options."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n`llava train --help` lists the options.\n")
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse a command line, with the options of its `--config` file behind it.
+    """Parse a command line and its `--config` file. The command line takes precedence.
 
     Options may be spelled with dashes or underscores. `--verbose` and `--quiet` set the log level.
 
     Raises:
-        ValueError: An option does not exist, or asks for something that this package does not
-            support.
+        ValueError: An option does not exist, or requests an unsupported feature.
     """
     options = split_options(argv)
     given = dict(options)
@@ -169,21 +166,22 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
 
     if "config" in given:
         config = given["config"][0] if given["config"] else ""
-        # argparse uses the last value of an option, so the command line has precedence.
+        # Put the command line last: argparse uses the last value of an option.
         options = split_options(to_words(read_config(config))) + options
         given = dict(options)
     if "output_dir" not in given:
         options.append(("output_dir", [_default_output_dir(given)]))
 
-    # The old names of a file and of the command line are translated alike, and only then compared.
-    words: list[str] = []
+    # Translate the old names of the file and of the command line before parsing, so that an option is
+    # recognized as the same one under both names.
+    translated: list[str] = []
     for name, values in options:
-        words += translate_option(name, values)
+        translated += translate_option(name, values)
     argument_classes: Any = (ModelArguments, DataArguments, TrainingArguments)
-    # Without abbreviations: a shortened --config would be ignored.
+    # Do not allow abbreviations, because an abbreviated --config would be ignored.
     parser = _Parser(argument_classes, allow_abbrev=False)
     model, data, training, unknown = parser.parse_args_into_dataclasses(
-        words, return_remaining_strings=True, look_for_args_file=False
+        translated, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         names = [option.name for group in argument_classes for option in fields(group)]
@@ -200,7 +198,7 @@ def _is_on(given: Mapping[str, list[str]], name: str) -> bool:
 
 
 def _is_true(values: list[str]) -> bool:
-    """Return whether a boolean option is on; without a value it is."""
+    """Return whether a boolean option is on. An option without a value is on."""
     return values not in (["False"], ["false"], ["0"])
 
 
@@ -214,30 +212,30 @@ def _default_output_dir(given: Mapping[str, list[str]]) -> str:
     return str(Path("output") / "-".join(names))
 
 
-def split_options(words: list[str]) -> list[Option]:
+def split_options(argv: list[str]) -> list[Option]:
     """Split a command line into options with their values; dashes in names become underscores.
 
         ["--lora-r", "8", "--weight_decay=0"] -> [("lora_r", ["8"]), ("weight_decay", ["0"])]
 
     Raises:
-        ValueError: The first word is not an option.
+        ValueError: The first argument is not an option.
     """
     options: list[Option] = []
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
             options.append((name.replace("-", "_"), [value] if equals else []))
         elif options:
-            options[-1][1].append(word)
+            options[-1][1].append(argument)
         else:
             raise ValueError(
-                f"unexpected argument {word!r}: a training run is described by options only."
+                f"unexpected argument {argument!r}; expected options only (--name value)."
             )
     return options
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Loads `off` and `no` as texts: they are values of options, and not all of them mean False."""
+    """Loads `off` and `no` as strings: they are values of some options that are not boolean."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
@@ -253,7 +251,7 @@ def read_config(config: str) -> dict[str, Any]:
     """
     path = resolve_recipe(config)
     try:
-        # The loader derives from SafeLoader.
+        # This is safe, because the loader is derived from SafeLoader.
         values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: not a YAML file: {error}") from error
@@ -263,38 +261,37 @@ def read_config(config: str) -> dict[str, Any]:
 
 
 def to_words(values: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line.
+    """Convert options to a command line (argv).
 
-    argparse then converts the values of a file, such as 1e-3 (a text in YAML), exactly as it
-    converts the command line. None means that the option is not given.
+    argparse then converts the values of a file, such as 1e-3 (a string in YAML), in the same way as
+    those of the command line. None means that the option is not given.
     """
-    words: list[str] = []
+    argv: list[str] = []
     for name, value in values.items():
         if value is None:
             continue
-        words.append(f"--{name}")
+        argv.append(f"--{name}")
         if isinstance(value, dict):
-            words.append(json.dumps(value))
+            argv.append(json.dumps(value))
         elif isinstance(value, (list, tuple)):
-            words += map(str, value)
+            argv += map(str, value)
         else:
-            words.append(str(value))
-    return words
+            argv.append(str(value))
+    return argv
 
 
 def translate_option(name: str, values: list[str]) -> list[str]:
-    """Return one option as words for the parser, under its name of today.
+    """Return the command-line arguments of one option, under its current name.
 
-    Options without effect are logged and left out.
+    Options without effect are logged and dropped.
 
     Raises:
-        ValueError: The option asks for something that stock LLaVA models do not have.
+        ValueError: The option requests an unsupported feature of older LLaVA models.
     """
     if name in MUST_BE_OFF:
         if _is_true(values):
             raise ValueError(
-                f"--{name} True: stock LLaVA models do not have {MUST_BE_OFF[name]}; "
-                f"pass --{name} False."
+                f"--{name} True: {MUST_BE_OFF[name]} not supported; pass --{name} False."
             )
         return []
     if name in NO_EFFECT:
@@ -313,7 +310,7 @@ def translate_option(name: str, values: list[str]) -> list[str]:
 def non_default_options(*arguments: Any) -> dict[str, Any]:
     """Return the options that differ from their defaults, for the log and the checkpoint.
 
-    Access tokens are left out.
+    Access tokens are excluded.
 
     Args:
         arguments: Dataclass instances.
@@ -323,7 +320,7 @@ def non_default_options(*arguments: Any) -> dict[str, Any]:
         for option in fields(group):
             value = getattr(group, option.name)
             is_secret = option.name.endswith("_token")
-            # Fields without `init` are computed by transformers, not given by the user.
+            # Skip fields without `init`, which transformers computes.
             if option.init and not is_secret and value != _default(option):
                 changed[option.name] = value
     return changed

@@ -1,6 +1,6 @@
 """The `llava` command: find the subcommand, set up the process, run it.
 
-Nothing heavy is imported before it is known which subcommand runs, so that `llava --help` is fast.
+Only the module of the requested subcommand is imported, so that `llava --help` is fast.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Command(NamedTuple):
 
     Attributes:
         main: "module:function" that runs the command; the function accepts `argv` and returns the
-            exit status. The module imports nothing heavy: the function does, after it has parsed
-            the arguments.
-        summary: What the command does, for `llava --help`.
+            exit status. Heavy imports belong into the function, after parsing the arguments, and not
+            at the top of the module.
+        summary: One-line description for `llava --help`.
         uses_torch: Whether the command computes with torch in this process.
     """
 
@@ -36,14 +36,14 @@ class Command(NamedTuple):
     def parser(self) -> str:
         """The "module:function" that returns the parser of the command.
 
-        It is `build_parser` beside `main`, or `build_merge_parser` beside `merge_main`.
+        It is `build_parser` for `main`, and `build_merge_parser` for `merge_main`.
         """
         module, _, function = self.main.partition(":")
         prefix = function.removesuffix("main")
         return f"{module}:build_{prefix}parser"
 
 
-# In the order of `llava --help`: data flows from the first group to the last.
+# In the order of `llava --help`, which is the order in which the commands are used.
 COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "Prepare data": {
         "download": Command(
@@ -115,7 +115,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
         ),
         "export": Command(
             "llava_simplified.export.export_command:export_main",
-            "Export a checkpoint to stock LLaVA, PEFT or GGUF",
+            "Export a checkpoint to Hugging Face LLaVA, PEFT or GGUF",
         ),
         "import": Command(
             "llava_simplified.export.import_command:main",
@@ -134,7 +134,7 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "Other": {
         "demo": Command(
             "llava_simplified.demo.demo_command:main",
-            "Run the whole recipe on small real weights and images",
+            "Train, caption and evaluate with small pretrained models",
         ),
         "doctor": Command(
             "llava_simplified.doctor_command:main",
@@ -157,16 +157,16 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 after success, 1 if the command ran but failed on its data, 2 after an
-        error of the user, 130 after Ctrl-C.
+        error that the user can correct, 130 after Ctrl-C.
     """
-    words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] in ("-h", "--help"):
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(describe_commands())
         return 0
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         print(f"llava-simplified {__version__}")
         return 0
-    name = words[0]
+    name = arguments[0]
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         print(
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return run_command(name, words[1:])
+    return run_command(name, arguments[1:])
 
 
 def describe_commands() -> str:
@@ -205,8 +205,8 @@ def run_command(name: str, argv: list[str]) -> int:
     configure_process(uses_torch=command.uses_torch and not shows_help)
     try:
         return resolve(command.main)(argv)
-    # OSError: a model that does not exist, a full disk. FloatingPointError: a loss that is not
-    # finite.
+    # Print these errors without a traceback. OSError: a model that does not exist, a full disk.
+    # FloatingPointError: a loss that is not finite.
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
@@ -226,12 +226,12 @@ def resolve(target: str) -> Callable[..., Any]:
 
 def configure_process(*, uses_torch: bool) -> None:
     """Set the environment variables and log filters that must precede the import of libraries."""
-    # Without torchvision, transformers warns about each of its hundred image processors; none of
-    # them is used.
+    # Hide the warnings of transformers about its hundred image processors that require torchvision,
+    # none of which is used.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Arrow's own allocator keeps 10 MB in every worker process.
+    # Use the system allocator: Arrow's own one keeps 10 MB in every worker process.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-    # Measuring the load takes 0.2 s, which only commands that compute with torch need to spend.
+    # Measure the load (0.2 s) only for commands that compute with torch.
     if uses_torch and "OMP_WAIT_POLICY" not in os.environ and cpus_are_shared():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
@@ -242,10 +242,10 @@ def configure_process(*, uses_torch: bool) -> None:
 
 
 def cpus_are_shared() -> bool:
-    """Return whether other processes compute on this machine, or this is one of several processes.
+    """Return whether this process shares the CPUs, with other programs or with other ranks of the run.
 
-    OpenMP threads spin while they wait for each other. That makes a training step a third faster on
-    idle CPUs, and several times slower on busy ones.
+    OpenMP threads spin while they wait for each other. This makes a training step a third faster on idle
+    CPUs, but several times slower on busy ones.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return True

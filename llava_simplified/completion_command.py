@@ -54,7 +54,7 @@ def build_llava_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
     for name, command in COMMANDS.items():
         command_parser = resolve(command.parser)()
-        # shtab completes the value of an action that has this attribute.
+        # Set the attribute by which shtab completes the value as a path.
         for action in command_parser._actions:
             if action.dest in FOLDERS:
                 action.complete = shtab.DIRECTORY

@@ -1,8 +1,7 @@
-"""`llava doctor`: report what is installed, what this machine can do, and what optional parts would add.
+"""`llava doctor`: report installed packages, devices, extras, access to the hub, and disk space.
 
-The report has five parts: required packages with their versions, devices, extras, the Hugging Face hub, and
-disk space. Packages and extras are read from the metadata of the installation, so that the report follows
-`pyproject.toml`.
+Packages and extras are read from the metadata of the installation, so that the report always corresponds
+to `pyproject.toml`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from llava_simplified.extras import install_command
 from llava_simplified.options import CommandParser
 
 PROJECT = "llava-simplified"
-# The order is that of pyproject.toml. What each extra is for. One that is not listed here is reported without a purpose.
+# Purpose of each extra, in the order of pyproject.toml. An extra that is not listed here is reported without a purpose.
 EXTRA_PURPOSES = {
     "download": "`llava download`, and records in Parquet files",
     "report": "plots of the training, and of reports",
@@ -36,7 +35,7 @@ EXTRA_PURPOSES = {
     "docs": "the documentation as a web site",
     "bench": "TRL, for the benchmarks",
 }
-# Packages that are not part of an extra, because they have to be compiled for the installed torch.
+# Packages that are in no extra, because they have to be compiled for the installed torch.
 OTHER_PURPOSES = {
     "flash-attn": (
         "`--attn_implementation flash_attention_2` on a CUDA GPU; install it with pip install flash-attn"
@@ -53,7 +52,7 @@ def build_parser() -> CommandParser:
         "--cache-dir",
         type=Path,
         default=Path.home() / ".cache",
-        help="Folder whose disk space is reported (default: %(default)s)",
+        help="Folder for the report of free disk space (default: %(default)s)",
     )
     return parser
 
@@ -64,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
     package_lines, all_required_installed = _describe_packages()
     _print_section(package_lines)
-    # Each section is printed before the next one is determined: importing torch and reaching the hub take
-    # seconds, and can fail in an installation that needs a doctor.
+    # Print each section before computing the next one: importing torch and connecting to the hub take
+    # seconds, and may fail in a broken installation.
     _print_section(["devices", *_describe_devices()])
     _print_section(["extras", *_describe_extras()])
     _print_section(["hub", f"  {_describe_hub()}"])
@@ -86,7 +85,7 @@ class Requirements:
     def __init__(self) -> None:
         from packaging.requirements import Requirement
 
-        # "gguf>=0.17; extra == 'gguf'": what stands behind the semicolon is the marker.
+        # Lines are such as "gguf>=0.17; extra == 'gguf'", where the part after the semicolon is the marker.
         lines = importlib.metadata.requires(PROJECT) or []
         self._requirements = [Requirement(line) for line in lines]
         metadata = importlib.metadata.metadata(PROJECT)
@@ -97,10 +96,10 @@ class Requirements:
         return [item.name for item in self._requirements if item.marker is None]
 
     def packages_of_extra(self, extra: str) -> list[str]:
-        """Return the names of an extra's packages that this machine needs."""
+        """Return the names of an extra's packages that are required on this machine."""
         packages: list[str] = []
         for item in self._requirements:
-            # A marker can also depend on the Python version: such a package is needed only there.
+            # Evaluate the marker, which may also depend on the Python version.
             if item.marker is None or not item.marker.evaluate({"extra": extra}):
                 continue
             if item.name == PROJECT:  # "all" consists of other extras
@@ -111,16 +110,16 @@ class Requirements:
         return packages
 
     def problem(self, package: str) -> str | None:
-        """Return what is wrong with a package: it is missing, or has the wrong version."""
+        """Return a message if a package is missing or has the wrong version, else None."""
         version = _version(package)
         for item in self._requirements:
             if item.name != package:
                 continue
             if version is None:
                 return f"MISSING: pip install '{item.name}{item.specifier}'"
-            # Development versions count: torch from its nightly builds is "2.14.0.dev20261101".
+            # Accept development versions, such as "2.14.0.dev20261101" (nightly builds of torch).
             if not item.specifier.contains(version, prereleases=True):
-                return f"{version}, but {item.specifier} is needed"
+                return f"{version}, but {item.specifier} is required"
         return None
 
 
@@ -143,7 +142,7 @@ def _describe_packages() -> tuple[list[str], bool]:
 
 
 def _describe_extras() -> list[str]:
-    """Return a line for each extra, and for the packages that are part of none."""
+    """Return a line for each extra, and for each package of `OTHER_PURPOSES`."""
     requirements = Requirements()
     lines = []
     for extra in requirements.extras:
@@ -171,7 +170,7 @@ def _row(name: str, text: str) -> str:
 
 
 def _describe_devices() -> Sequence[str]:
-    """Return a line for each accelerator, and what training can use on the CPU."""
+    """Return a line for each accelerator, and lines about bfloat16 and compilation on the CPU."""
     import torch
 
     lines = []
@@ -183,11 +182,11 @@ def _describe_devices() -> Sequence[str]:
         lines.append("  no accelerator: everything runs on the CPU")
     bfloat16 = "fast" if has_fast_bfloat16() else "slow; train with --bf16 False"
     lines.append(f"  bfloat16 on this CPU: {bfloat16}")
-    # torch.compile calls this compiler for code that runs on the CPU.
+    # Look for the compiler that torch.compile uses for the CPU.
     compiler = os.environ.get("CXX") or "g++"
     compile_layers = "possible"
     if shutil.which(compiler) is None:
-        compile_layers = f"needs the C++ compiler {compiler}"
+        compile_layers = f"requires the C++ compiler {compiler}"
     lines.append(f"  --compile_layers: {compile_layers}")
     return lines
 
@@ -206,12 +205,12 @@ def _describe_device(index: int) -> str:
 def has_fast_bfloat16() -> bool:
     """Return whether bfloat16 matrix products on this CPU are at least as fast as float32 ones.
 
-    Without AVX-512 instructions for bfloat16 they take eight times as long, so it is measured.
+    This is measured. Without AVX-512 instructions for bfloat16, they take eight times as long.
     """
     import torch
     from torch.utils.benchmark import Timer
 
-    # The size of a layer of a small model: large enough that the product takes longer than the call.
+    # Use the size of a layer of a small model, for which the overhead of the call is negligible.
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(768, 768, dtype=dtype)
@@ -229,7 +228,7 @@ def _describe_hub() -> str:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set: models are loaded from local folders and the cache only"
-    # Three seconds are enough for a reachable server, and bearable behind a firewall that drops packets.
+    # Wait at most three seconds, in case a firewall drops the packets.
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=3).close()
     except OSError as error:
@@ -247,6 +246,6 @@ def _describe_hub() -> str:
 
 
 def _describe_disk(folder: Path) -> str:
-    """Return the disk space where a folder is, or will be."""
+    """Return the free disk space of a folder, or of the home folder if it does not exist."""
     usage = shutil.disk_usage(folder if folder.exists() else Path.home())
     return f"{folder}: {usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f} GB"

@@ -1,4 +1,4 @@
-"""Optional dependencies: name the pip command that installs what a command needs."""
+"""Optional dependencies: check that they are installed, and suggest the pip command that installs them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def require_extra(extra: str, *modules: str, purpose: str) -> None:
 
     Args:
         extra: The name of the group in `pyproject.toml`, for example "serve".
-        modules: Top-level names of the modules that are needed.
-        purpose: What needs them, as the subject of a sentence: "llava serve", "--engine ray".
+        modules: Top-level names of the required modules.
+        purpose: The command or option that requires them: "llava serve", "--engine ray".
 
     Raises:
         MissingExtraError: One of the modules is not installed.

@@ -1,8 +1,8 @@
-"""HTML reports that are a single file: page skeleton, style, charts and thumbnails, which all reports share.
+"""HTML reports in a single file: page skeleton, style, charts and thumbnails, which all reports share.
 
-A report is a Jinja template that extends `html_report.html` and is filled by `render_report`. Everything that is put
-into it is escaped: captions, URLs and server messages are other people's text. A page makes no request to any server:
-images are data URIs, charts are inline SVG, and a content security policy forbids the rest.
+A report is a Jinja template that extends `html_report.html` and is rendered by `render_report`. All values are escaped,
+because captions, URLs and server messages are untrusted text. A page makes no request to any server: images are data
+URIs, charts are inline SVG, and a content security policy blocks everything else.
 
 The template `html_report_parts.html` draws what the classes of this module describe: tiles, bars and charts.
 """
@@ -20,25 +20,25 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-THUMBNAIL_SIDE = 288  # pixels; together with the quality, 500 photos stay below 10 MB
+THUMBNAIL_SIDE = 288  # pixels; with this quality, 500 photos have less than 10 MB
 THUMBNAIL_QUALITY = 72
-LOSSLESS_SIDE = 96  # drawings and icons of up to this size stay sharp
+LOSSLESS_SIDE = 96  # drawings and icons of up to this size are encoded without loss
 
 MAX_LINE_POINTS = 300
 HISTOGRAM_BINS = 60
 
 
 def render_report(template: str, **values: object) -> str:
-    """Fill a template of a report.
+    """Render the template of a report.
 
     Args:
-        template: Path of the template below the package, for example "evaluation/evaluation_report.html".
-        values: What the template shows.
+        template: Path of the template in the package, for example "evaluation/evaluation_report.html".
+        values: Values for the template.
 
     Returns:
         The HTML page.
     """
-    import jinja2  # not at the top: workers that only make thumbnails do not need it
+    import jinja2  # imported here, because workers that only make thumbnails do not need it
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llava_simplified", package_path=""),
@@ -51,7 +51,7 @@ def render_report(template: str, **values: object) -> str:
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
-    """Fill a template of a report, and write the page to a file. See `render_report`."""
+    """Render the template of a report (see `render_report`), and write the page to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files and texts from JSON can contain half a surrogate pair, which UTF-8 cannot: it becomes "?".
     path.write_text(render_report(template, **values), encoding="utf-8", errors="replace")
@@ -69,12 +69,12 @@ class Tile(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A row of a bar chart whose bars lie on their side.
+    """A row of a horizontal bar chart.
 
     Attributes:
-        label: What the bar stands for.
+        label: Label of the bar.
         percent: Length of the bar, 0 to 100.
-        text: The number behind the bar.
+        text: The number after the bar.
         color: Number of the color, 0 to 5.
     """
 
@@ -125,8 +125,8 @@ class Column(NamedTuple):
 class Chart:
     """A line chart or a histogram.
 
-    Positions are percentages of the plot. The template stretches the SVG over the plot, whatever its size, and puts the
-    labels around it as HTML, so that the text stays readable on a phone.
+    Positions are percentages of the plot. The template scales the SVG to the size of the plot, and writes the labels as
+    HTML, so that the text remains readable on a phone.
     """
 
     title: str
@@ -155,7 +155,7 @@ def line_chart(
         x_label: What the x axis shows.
         max_points: Longer lines are averaged to this number of points.
     """
-    # Average neighbouring points of long lines: a curve of 100,000 steps is noise on a screen, and a large file.
+    # Average adjacent points of long lines: a curve of 100,000 steps would look like noise, and make the file large.
     averaged: dict[str, list[list[float]]] = {}
     for name, all_points in series.items():
         parts = np.array_split(all_points, min(max_points, len(all_points)))
@@ -167,14 +167,14 @@ def line_chart(
             xs.append(x)
             ys.append(y)
 
-    # The x axis begins and ends with the data; the y axis at round numbers, so that the lines do not touch the frame.
+    # Let the x axis begin and end with the data, and the y axis at round numbers, so that lines do not touch the frame.
     y_ticks = round_ticks(min(ys), max(ys))
     left = min(xs)
     right = max(max(xs), left + 1e-9)  # a single point has no width
     bottom = y_ticks[0]
     top = max(y_ticks[-1], max(ys))
 
-    # Percent of the plot, from its left edge and from its top edge.
+    # Convert values to percent of the plot, from its left and top edges.
     def x_position(x: float) -> float:
         return round(100 * (x - left) / (right - left), 2)
 
@@ -185,7 +185,7 @@ def line_chart(
     for name, points in averaged.items():
         placed = []
         for x, y in points:
-            # Averaged steps are rarely whole numbers.
+            # Round averaged steps, which are rarely integers.
             x_text = f"{x:g}" if x == int(x) else f"{x:.0f}"
             placed.append(Point(x_position(x), y_position(y), x_text, f"{y:.3f}"))
         path = "M" + "L".join(f"{point.x} {point.y}" for point in placed)
@@ -228,7 +228,7 @@ def histogram(
     heights = counts.astype(float)
     if per_unit:
         heights = heights / (edges[1] - edges[0])
-    # Counts begin at 0, and the axis ends at a round number.
+    # Let the axis begin at 0 and end at a round number.
     y_ticks = round_ticks(0, max(float(heights.max()), 1e-9))
     top = y_ticks[-1]
     left = float(edges[0])
@@ -259,13 +259,13 @@ def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
     Args:
         low: Smallest value.
         high: Largest value.
-        about: Number of steps to aim at.
+        about: Approximate number of steps.
     """
-    # If all values are equal, their size decides the distance of the ticks.
+    # If all values are equal, derive the distance of the ticks from their magnitude.
     extent = high - low or abs(high) or 1.0
     step = _round_step(extent / about)
     first = math.floor(low / step)
-    # The tolerance avoids one more tick if `high` is a multiple of the step but for rounding.
+    # Use a tolerance to avoid an additional tick if `high` is a multiple of the step except for rounding.
     last = math.ceil(high / step - 1e-9)
     count = max(2, last - first + 1)
     return [round((first + index) * step, 10) for index in range(count)]
@@ -309,7 +309,7 @@ def make_thumbnail(pixels: np.ndarray) -> Thumbnail:
     Args:
         pixels: uint8 RGB (height, width, 3).
     """
-    # reducing_gap: shrink by a whole number first, which is much faster for photos and looks the same.
+    # Pass reducing_gap to shrink by an integer factor first, which is much faster for photos and looks the same.
     image = Image.fromarray(pixels)
     size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     image.thumbnail(size, Image.Resampling.LANCZOS, reducing_gap=2.0)

@@ -1,18 +1,18 @@
 """The core of resumable jobs: settings, locks, journals, atomic outputs and progress.
 
 Download, cleaning, captioning and encoding take hours. They are killed, restarted, and sometimes started twice by
-mistake. All of them keep the same promises with the tools of this module:
+mistake. All of them use the tools of this module for the same guarantees:
 
-- **Settings.** `check_settings` stores what a job was started with. A restart with other settings is an error that
+- **Settings.** `check_settings` stores the settings of a job. A restart with different settings raises an error that
   names each difference, so that one output never mixes two jobs.
 - **Lock.** `exclusive_lock` lets one process at a time write to an output. The operating system releases the lock of
   a process that is killed.
 - **Journal.** `Journal` is a file of JSON lines, one per finished item. A line is appended only after the result of
-  the item is safely in the output. A torn last line (the process was killed while it wrote) is cut off when the
+  the item is in the output. If the process was killed while writing, the incomplete last line is removed when the
   journal is opened again.
 - **Atomic outputs.** `atomic_file` and `atomic_directory` write under a temporary name and rename at the end, so that
-  nobody ever reads half an output.
-- **Progress.** `Progress` shows how far the job is: on one line of a terminal, or as an occasional line of a log.
+  an incomplete output never has the final name.
+- **Progress.** `Progress` prints the progress of the job: on one line of a terminal, or as an occasional log line.
 
 A job that uses them looks like this::
 
@@ -42,8 +42,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-# Seconds to wait for a lock. The workers of a killed run notice it after half a second, and finish what they are
-# writing; a restart must wait for them and not fail.
+# Seconds to wait for a lock. After a run is killed, its workers may still be writing for a short time (they check every
+# half second); a restart must wait for them instead of failing.
 LOCK_TIMEOUT = 8.0
 # Half of a surrogate pair cannot be encoded in UTF-8. Escaped like this it is what JSON writes for it, "\\ud83d", so that
 # one bad text, or a file name that is not UTF-8, does not end a job that only passes it on.
@@ -63,8 +63,8 @@ def check_settings(
     """Store the settings of a new job, or compare them with those of the job that is resumed.
 
     Args:
-        path: The settings file, beside the output.
-        settings: JSON values by name: everything that decides what the output contains.
+        path: The settings file.
+        settings: JSON values by name: all settings that affect the contents of the output.
         output: The output, for the error message.
         option: The command-line option that names the output, for the error message.
 
@@ -72,7 +72,7 @@ def check_settings(
         True if the job is resumed, False if it is new.
 
     Raises:
-        ValueError: The job was started with other settings. The message names each difference.
+        ValueError: The job was started with different settings. The message names each difference.
     """
     if path.exists():
         try:
@@ -83,7 +83,7 @@ def check_settings(
             ) from None
         compare_settings(previous, settings, output, option=option)
         return True
-    # A new job. Atomic, because a killed process must not leave half a settings file.
+    # This is a new job. Write the file atomically, so that a killed process leaves no incomplete one.
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as part:
         text = json.dumps(settings, indent=1, ensure_ascii=False)
@@ -107,7 +107,7 @@ def compare_settings(
     """
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
     differences = []
-    # All differences in one message: nobody wants to correct one after the other.
+    # Collect all differences, so that the user can correct them together.
     for name, value in current.items():
         if name not in previous:
             differences.append(f"{name} was not set, now it is {_short(value)}")
@@ -116,7 +116,7 @@ def compare_settings(
     if differences:
         raise ValueError(
             f"{output} was started with different settings: {'; '.join(differences)}. "
-            f"Use the same settings to continue, delete the output, or pass another {option}."
+            f"Use the same settings to continue, delete the output, or pass a different {option}."
         )
 
 
@@ -145,15 +145,14 @@ def exclusive_lock(
         ValueError: Another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # An operating system lock and not a file that exists: it ends with its process, however that
-    # ends.
+    # Use a lock of the operating system, which ends with the process. The existence of the file means nothing.
     lock = FileLock(path)
     try:
         _acquire(lock, path, LOCK_TIMEOUT if timeout is None else timeout)
     except Timeout:
         raise ValueError(
             f"{output}: another process is writing to it (lock file {path}). "
-            "Wait until it ends, or pass another --output."
+            "Wait until it ends, or pass a different --output."
         ) from None
     try:
         yield
@@ -195,7 +194,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield each complete line of a file of JSON lines, with the position of its end in bytes.
 
     Lines end with "\\n" only: the other line separators of Unicode, such as U+2028, may be part of a text. The file
-    is read as it is iterated; a torn last line is ignored.
+    is read lazily; an incomplete last line is ignored.
 
     Raises:
         ValueError: A complete line is not JSON, as after a disk error. The message names the file and the position.
@@ -203,7 +202,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     start = 0
     with path.open("rb") as stream:
         for line in stream:
-            # Only the last line can be torn, because every append writes whole lines.
+            # Stop at an incomplete line. It must be the last one, because every append writes whole lines.
             if not line.endswith(b"\n"):
                 return
             end = start + len(line)
@@ -212,7 +211,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             except ValueError as error:
                 raise ValueError(
                     f"{path}: the line at byte {start} is not JSON ({error}). "
-                    f"Cut the file there to continue (truncate --size={start} '{path}')."
+                    f"To continue, truncate the file there: truncate --size={start} '{path}'"
                 ) from None
             yield row, end
             start = end
@@ -227,7 +226,7 @@ def encode_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def write_all(descriptor: int, data: bytes) -> None:
     """Write all bytes to a file descriptor.
 
-    `os.write` may write fewer bytes than it is given, for example when the disk is nearly full.
+    `os.write` alone may write fewer bytes, for example if the disk is nearly full.
     """
     view = memoryview(data)
     while view:
@@ -236,29 +235,28 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 class Journal:
-    """An append-only file of JSON lines: what a job has finished.
+    """An append-only file of JSON lines, which records the finished items of a job.
 
-    Use it as a context manager, while holding the lock of the output. Opening it cuts off a torn last line. Rows are
-    appended with a single write, so that a killed process leaves complete lines and at most one torn one. Nothing is
-    flushed to the disk (`fsync`) on every append: what the operating system has accepted survives the process,
-    although not a power failure.
+    Use it as a context manager, while holding the lock of the output. Opening it removes an incomplete last line. Rows
+    are appended with a single write, so that a killed process leaves at most one incomplete line. Appends are not synced
+    to the disk (`fsync`): written rows survive the death of the process, but not a power failure.
 
     Args:
         path: The journal; it is created if it does not exist.
     """
 
-    _BLOCK = 1 << 16  # bytes that are searched at once for the last line end
+    _BLOCK = 1 << 16  # number of bytes to read at a time when searching the last line end
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = -1
 
     def __enter__(self) -> Journal:
-        # Windows would otherwise translate line ends.
+        # Prevent Windows from translating line ends.
         binary = getattr(os, "O_BINARY", 0)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | binary
         self._descriptor = os.open(self.path, flags, 0o666)
-        # Otherwise the next row would be appended to half a line, and both would be lost.
+        # Remove an incomplete last line, to which the next row would be appended otherwise.
         self.truncate(self._end_of_last_line())
         return self
 
@@ -267,7 +265,7 @@ class Journal:
         self._descriptor = -1
 
     def _end_of_last_line(self) -> int:
-        """Return the position behind the last line end, searching backwards: journals can be large."""
+        """Return the position after the last line end. Searches backward, because journals can be large."""
         end = os.lseek(self._descriptor, 0, os.SEEK_END)
         while end > 0:
             start = max(0, end - self._BLOCK)
@@ -289,7 +287,7 @@ class Journal:
         write_all(self._descriptor, encode_json_lines(rows))
 
     def truncate(self, end: int) -> None:
-        """Cut the journal off after `end` bytes, for example behind the last complete group of rows."""
+        """Truncate the journal to `end` bytes, for example to remove an incomplete group of rows."""
         os.ftruncate(self._descriptor, end)
 
 
@@ -298,9 +296,9 @@ class Journal:
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, and rename it to `target` when the block ends without an error.
+    """Yield a temporary path, and rename it to `target` when the block ends without an error.
 
-    After an error the temporary file is deleted, and an older `target` stays as it was.
+    After an error the temporary file is deleted, and an existing `target` is not changed.
     """
     part = _temporary_path(target)
     # Whoever writes the file may replace it by one that only the owner can read, as safetensors does.
@@ -316,12 +314,12 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`, and rename it to `target` when the block ends without an error.
+    """Yield a temporary folder, and rename it to `target` when the block ends without an error.
 
     Raises:
         FileExistsError: `target` exists already.
     """
-    # Checked before the work is done; `rename` would replace an empty folder.
+    # Check this before the work is done. (`rename` would also silently replace an empty folder.)
     if target.exists():
         raise FileExistsError(f"{target} exists already: choose another output folder")
     part = _temporary_path(target)
@@ -352,7 +350,7 @@ def use_default_permissions(folder: Path) -> None:
 
 
 def remove_temporary_files(target: Path) -> None:
-    """Delete what killed processes have left of `target`. Only the holder of the output's lock may call this."""
+    """Delete the temporary files of `target` that killed processes left. The caller must hold the lock."""
     for part in target.parent.glob(f".{glob.escape(target.name)}.part*"):
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
@@ -361,7 +359,7 @@ def remove_temporary_files(target: Path) -> None:
 
 
 def _temporary_path(target: Path) -> Path:
-    """Return an unused name beside `target`: a rename is only atomic within one file system."""
+    """Return an unused name in the folder of `target`, since a rename is atomic only within one file system."""
     return target.with_name(f".{target.name}.part{uuid.uuid4().hex[:8]}")
 
 
@@ -371,13 +369,13 @@ def _temporary_path(target: Path) -> Path:
 class Progress:
     """The progress of a job on standard error.
 
-    On a terminal it is one line that is redrawn; elsewhere (a log file, a batch system) a line is printed now and then.
+    On a terminal this is one line that is redrawn; elsewhere (a log file, a batch system) a line is printed occasionally.
 
     Args:
-        total: Number of items; 0 if it is not known.
-        unit: What is counted, in the plural, for example "records".
-        initial: Items that were finished before this run. They do not count in the rate.
-        enabled: False prints nothing.
+        total: Number of items; 0 if unknown.
+        unit: Name of the items in the plural, for example "records".
+        initial: Number of items that were finished before this run. They are excluded from the rate.
+        enabled: Print the progress.
     """
 
     TERMINAL_INTERVAL = 0.2  # seconds between two updates
@@ -412,7 +410,7 @@ class Progress:
 
         Args:
             done: Finished items, including the initial ones.
-            details: Text to show behind the number, for example "3 failed". An empty text keeps the last one.
+            details: Text to print after the number, for example "3 failed". If empty, the previous text remains.
         """
         self.done = done
         self.details = details or self.details
@@ -427,16 +425,16 @@ class Progress:
     def _show(self) -> None:
         line = self.line()
         if self._terminal:
-            # Back to the start of the line, and erase what a longer line has left behind.
+            # Return to the start of the line, and erase the rest of a longer previous line.
             sys.stderr.write(f"\r{line}\x1b[K")
         else:
             sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
     def line(self) -> str:
-        """Return the line that is shown: count, rate, details and the time that is left."""
+        """Return the progress line: count, rate, details and remaining time."""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        # Only what this run has done: the rows of an earlier run took none of its time.
+        # Compute the rate from the items of this run only.
         rate = (self.done - self.initial) / seconds
         line = f"{self.done:,}"
         if self.total:

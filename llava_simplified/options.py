@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-# The scripts of LLaVA's tutorial run one command each. Their help and error messages name the
-# script.
+# The scripts of LLaVA's tutorial each run one command. Their help and error messages contain the name of
+# the script.
 SCRIPTS = {
     "llava train": "train.py",
     "llava predict": "predict.py",
@@ -54,30 +54,28 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments, and set the log level as `--verbose` and `--quiet` say."""
-        words = sys.argv[1:] if args is None else list(args)
-        # Report a misspelt option before argparse reports what is missing because of it.
-        self._refuse(unknown_options(words, self._option_string_actions))
-        parsed, unknown = self.parse_known_args(words, namespace)
-        self._refuse(unknown)
+        """Parse the arguments, and set the log level according to `--verbose` and `--quiet`."""
+        argv = sys.argv[1:] if args is None else list(args)
+        # Check for misspelled options first: argparse would only report that the right option is missing.
+        self._reject(unknown_options(argv, self._option_string_actions))
+        parsed, unknown = self.parse_known_args(argv, namespace)
+        self._reject(unknown)
         configure_logging(verbose=parsed.verbose, quiet=parsed.quiet)
-        # What remains are the options of the command, which some commands pass on as a whole.
+        # Leave only the options of the command, which some commands pass on as a whole.
         del parsed.verbose, parsed.quiet
         return parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments with either spelling of each option; unknown ones are returned."""
-        words = sys.argv[1:] if args is None else list(args)
-        # argparse knows only one spelling of an option, so the command line is changed before it is
-        # parsed.
+        argv = sys.argv[1:] if args is None else list(args)
+        # Normalize the spelling before parsing, because argparse supports only one spelling per option.
         return super().parse_known_args(
-            normalize_spelling(words, self._option_string_actions), namespace
+            normalize_spelling(argv, self._option_string_actions), namespace
         )
 
     def format_help(self) -> str:
         """Return the help text, with the options of the command before those of all commands."""
-        # argparse shows groups in the order in which they were added, and this group is added
-        # first.
+        # Move the group to the end: argparse prints groups in the order in which they were added.
         self._action_groups.remove(self._messages)
         self._action_groups.append(self._messages)
         return super().format_help()
@@ -87,7 +85,7 @@ class CommandParser(argparse.ArgumentParser):
         shown = escape_control_characters(message)
         self.exit(2, f"error: {shown}\n`{self.prog} --help` lists the options.\n")
 
-    def _refuse(self, unknown: Sequence[str]) -> None:
+    def _reject(self, unknown: Sequence[str]) -> None:
         if unknown:
             self.error(describe_unknown(unknown, self._option_string_actions))
 
@@ -100,61 +98,60 @@ def program_name(command: str) -> str:
     return command
 
 
-def normalize_spelling(words: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Replace each option by the spelling that the parser knows.
+def normalize_spelling(argv: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Replace each option by the spelling that the parser supports.
 
     Args:
-        words: The command line.
+        argv: The command line.
         known: The option strings of the parser, for example {"--image-folder", "--bits"}.
 
     Returns:
-        The command line. Unknown options and values are unchanged, as is everything behind a lone
-        "--".
+        The command line. Unknown options and values are unchanged, as is everything after "--".
     """
     spellings = {name.replace("_", "-"): name for name in known}
     normalized: list[str] = []
-    for position, word in enumerate(words):
-        if word == "--":  # only positional arguments follow
-            return normalized + list(words[position:])
-        name, equals, value = word.partition("=")
+    for position, argument in enumerate(argv):
+        if argument == "--":  # only positional arguments follow
+            return normalized + list(argv[position:])
+        name, equals, value = argument.partition("=")
         if name.startswith("--"):
             name = spellings.get(name.replace("_", "-"), name)
         normalized.append(name + equals + value)
     return normalized
 
 
-def unknown_options(words: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Return the words of a command line that look like options but are not in `known`.
+def unknown_options(argv: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the arguments that look like options but are not in `known`.
 
-    As in argparse, a word with a space is a value even if it begins with dashes.
+    As in argparse, an argument with a space is a value even if it begins with dashes.
     """
     spellings = {name.replace("_", "-") for name in known}
     unknown = []
-    for word in words:
-        if word == "--":
+    for argument in argv:
+        if argument == "--":
             break
-        name = word.partition("=")[0]
+        name = argument.partition("=")[0]
         looks_like_option = name.startswith("--") and " " not in name
         if looks_like_option and name.replace("_", "-") not in spellings:
-            unknown.append(word)
+            unknown.append(argument)
     return unknown
 
 
 def describe_unknown(unknown: Sequence[str], known: Iterable[str]) -> str:
-    """Return an error message that names unknown arguments and the most similar options."""
+    """Return an error message with the unknown arguments and the most similar options."""
     descriptions = []
-    for word in unknown:
-        name = word.partition("=")[0]
+    for argument in unknown:
+        name = argument.partition("=")[0]
         if name.startswith("-"):
             descriptions.append(f"unknown option {name}{suggest(name, known)}")
         else:
-            descriptions.append(f"unexpected argument {word!r}")
+            descriptions.append(f"unexpected argument {argument!r}")
     return "; ".join(descriptions)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" with the most similar known name, or an empty string."""
-    # Compared with dashes only: the spelling must not count as a difference.
+    # Compare the spellings with dashes, so that an underscore is not a difference.
     originals = {candidate.replace("_", "-"): candidate for candidate in known}
     close = difflib.get_close_matches(name.replace("_", "-"), originals, n=1, cutoff=0.6)
     if not close:
@@ -183,7 +180,7 @@ class StderrHandler(logging.StreamHandler):
     """Write log messages to the current `sys.stderr`, which tests and notebooks replace."""
 
     def __init__(self) -> None:
-        # Not StreamHandler.__init__: it would set the stream, which is a property here.
+        # Skip StreamHandler.__init__, which would set the stream: it is a property here.
         logging.Handler.__init__(self)
         self.setFormatter(MessageFormatter("%(message)s"))
 
@@ -205,12 +202,12 @@ def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
         level = logging.DEBUG
     elif quiet:
         level = logging.WARNING
-        # Progress bars of transformers and other libraries; tqdm reads the variable when it is
-        # imported.
+        # Hide progress bars of libraries. This works only before tqdm is imported, which reads the
+        # variable then.
         os.environ.setdefault("TQDM_DISABLE", "1")
     logger = logging.getLogger("llava_simplified")
     logger.setLevel(level)
-    # A process may run several commands: every message is still written once.
+    # Add the handler only once, because a process may run several commands.
     if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
         logger.addHandler(StderrHandler())
 
@@ -232,7 +229,7 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False) -> None:
         parser: A parser, or one of its groups.
         positional: Accept the checkpoint as the first argument instead of `--model-path`.
     """
-    checkpoint_help = "Checkpoint folder that `llava train` has written"
+    checkpoint_help = "Checkpoint folder, as written by `llava train`"
     if positional:
         parser.add_argument("model_path", metavar="CHECKPOINT", help=checkpoint_help)
     else:
@@ -250,10 +247,11 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False) -> None:
 def add_base_model_options(parser: Any) -> None:
     """Add `--model-base` and `--vision-tower`: the locations of a checkpoint's pretrained parts."""
     parser.add_argument(
-        "--model-base", help="Language model (default: the one that training started from)"
+        "--model-base",
+        help="Path of the base language model, if it has moved since training",
     )
     parser.add_argument(
-        "--vision-tower", help="Vision tower (default: the one that was used in training)"
+        "--vision-tower", help="Path of the vision tower, if it has moved since training"
     )
 
 
@@ -285,7 +283,7 @@ def add_generation_options(parser: Any, *, temperature: float) -> None:
         "--top-p",
         type=float,
         default=1.0,
-        help="Sample from the most likely tokens of this total probability (default: %(default)s)",
+        help="Sample from the most likely tokens whose probabilities add up to P (default: %(default)s)",
     )
     group.add_argument(
         "--top-k",
@@ -309,7 +307,7 @@ def add_generation_options(parser: Any, *, temperature: float) -> None:
         "--length-penalty",
         type=float,
         default=1.0,
-        help="Beam search: exponent of the length that divides a score (default: %(default)s)",
+        help="Beam search: scores are divided by length ** LENGTH_PENALTY (default: %(default)s)",
     )
     group.add_argument(
         "--min-new-tokens",
@@ -331,9 +329,9 @@ def add_image_folder_option(parser: Any, default: str = "the folder of the recor
 
     Args:
         parser: A parser.
-        default: The folder that is used without the option, in words.
+        default: Description of the default, for the help text.
     """
-    parser.add_argument("--image-folder", help=f"Folder of the images (default: {default})")
+    parser.add_argument("--image-folder", help=f"Image folder (default: {default})")
 
 
 def add_batch_size_option(parser: Any) -> None:
@@ -348,7 +346,7 @@ def add_limit_option(parser: Any, items: str) -> None:
 
     Args:
         parser: A parser.
-        items: What is counted, in the plural, for example "records".
+        items: Name of the items in the plural, for example "records".
     """
     parser.add_argument("--limit", type=int, help=f"Process only the first N {items}")
 
@@ -381,6 +379,6 @@ def add_worker_options(parser: Any) -> None:
         "--workers",
         type=int,
         default=0,
-        help="Number of tasks that run at the same time (default: by CPUs)",
+        help="Number of tasks to run in parallel (default: depends on the number of CPUs)",
     )
     add_shards_option(group)

@@ -6,23 +6,24 @@ was trained.
 How labels are made
 -------------------
 
-Usual code renders a conversation to text, encodes it, and then searches the ids for the answer, to
-mask the rest. That goes wrong as soon as tokens merge across the boundary or data contains a control
-token. Here labels are right by construction, because the answer is never searched for:
+The usual code renders a conversation to text, encodes it, and then searches for the answer in the ids,
+to mask the rest. This fails if tokens merge across the boundary, or if data contains a control token.
+Here labels are right by construction, because the answer is never searched for:
 
 1. The chat template is rendered once per sequence of roles, with a marker in place of every text:
 
        <s> [INST] ⟦user 0⟧ [/INST] ⟦assistant 1⟧ </s>
 
-2. The result is cut at the markers and at the control tokens. What the template wrote is parsed for
-   control tokens; what replaces a marker (the data) never is: a caption "</s>" is four characters.
+2. The result is split at the markers and at the control tokens. The text of the template is parsed
+   for control tokens; the text that replaces a marker (data) is not: a caption "</s>" is four
+   characters.
 
        control   text      slot     text       slot of the answer
        <s>       " [INST] " user 0  " [/INST]"  assistant 1          (and its end token)
 
-3. The slots are filled. The texts between two control tokens are encoded in one piece; an image is
-   one IMAGE_INDEX. The prompt ends where the answer begins. The answer is encoded on its own and closed
-   with the template's end token: these ids are trained, and nothing else.
+3. The slots are filled. All text between two control tokens is encoded together; an image is one
+   IMAGE_INDEX. The prompt ends where the answer begins. The answer is encoded separately, and the
+   template's end token is appended: only these ids are trained.
 
        input_ids   <s>  [INST]  -200  What  is  this  ?  [/INST]  a    cat  </s>
        labels      .    .       .     .     .   .     .  .        a    cat  </s>     "." is IGNORE_INDEX
@@ -46,13 +47,13 @@ if TYPE_CHECKING:
 
 # The label of a token that is not trained.
 IGNORE_INDEX = -100
-# Stands in input_ids for one image, until batching repeats it once per patch feature.
+# The placeholder of an image in input_ids. Collating repeats it once per patch feature.
 IMAGE_INDEX = -200
 IMAGE_PLACEHOLDER = "<image>"
 
-# Templates of our own. "plain" is for base models, which have no chat template: the format of Vicuna
-# v1. "bare" has no roles, only one text per line, and takes a third of the tokens: the format in which
-# LLaVA trains its projector in the first stage.
+# Our own templates. "plain" is the format of Vicuna v1, for base models, which have no chat template.
+# "bare" has no roles, only one text per line, and needs a third of the tokens: LLaVA uses this format to
+# train its projector in the first stage.
 TEMPLATES = {
     "plain": (
         "{{ bos_token }}{% for message in messages %}"
@@ -65,9 +66,8 @@ TEMPLATES = {
         "{{ eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"
     ),
 }
-# Some templates write today's date. A model must be prompted tomorrow as it was trained today, so the
-# date is fixed, to the one that Llama 3's own template falls back to. In Jinja, a macro hides the
-# function of the same name.
+# Some templates contain the current date. Fix the date (to the default of Llama 3's own template), so that
+# a model always gets the same prompt as in training. In Jinja, a macro hides the function of the same name.
 FIXED_DATE = (
     "{%- macro strftime_now(format) %}"
     "{{ '2024-07-26' if '-' in format else '26 Jul 2024' }}"
@@ -76,7 +76,7 @@ FIXED_DATE = (
 
 
 class Tokenizer(Protocol):
-    """What a prompt needs of a fast tokenizer of Transformers."""
+    """The part of a fast tokenizer of Transformers that `Prompt` uses."""
 
     backend_tokenizer: Any
     chat_template: Any
@@ -98,7 +98,7 @@ class Message(NamedTuple):
 
 
 class TokenizedPrompt(NamedTuple):
-    """One sequence.
+    """A tokenized prompt or training sequence.
 
     Attributes:
         input_ids: Token ids, with IMAGE_INDEX once per image.
@@ -110,12 +110,12 @@ class TokenizedPrompt(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """The place of the text of one turn in a layout; for an answer, of its end token too.
+    """The place of a turn's text in a layout, for an answer including its end token.
 
     Attributes:
         turn: Index of the turn.
-        lead: The space before an answer. It belongs to the first token of the answer ("▁a", "Ġa"), and
-            not to the end of the prompt.
+        lead: The space before an answer. It is encoded with the first token of the answer ("▁a", "Ġa"),
+            and not with the end of the prompt.
     """
 
     turn: int
@@ -127,10 +127,10 @@ Part: TypeAlias = "int | str | Slot"
 
 
 class Layout(NamedTuple):
-    """A template that is rendered for a sequence of roles, and cut into parts.
+    """A template that is rendered for a sequence of roles, and split into parts.
 
     Attributes:
-        prefix: What stands before the last answer.
+        prefix: All parts before the last answer.
         answer: The last answer.
     """
 
@@ -139,7 +139,7 @@ class Layout(NamedTuple):
 
 
 def count_images(turns: Sequence[Message]) -> int:
-    """Count the images that the turns ask for. Outside of user turns, `<image>` is ordinary text."""
+    """Count the image placeholders in user turns. In other turns, `<image>` is ordinary text."""
     return sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
 
 
@@ -147,7 +147,7 @@ class Prompt:
     """The renderer of one tokenizer and one template.
 
     Args:
-        tokenizer: A fast tokenizer of Transformers, that is, with a `backend_tokenizer`.
+        tokenizer: A fast tokenizer of Transformers (with a `backend_tokenizer`).
         template: "chat" is the tokenizer's own template, "plain" is `USER: ... ASSISTANT: ...`, "bare"
             has no roles. "auto" is "chat" if the tokenizer has a template, else "plain".
 
@@ -179,9 +179,10 @@ class Prompt:
         self._tokenizer = tokenizer
         self._layouts: dict[tuple[str, ...], Layout] = {}
 
-        # Two encoders that know no control tokens, so that data cannot inject one. The inner one adds
-        # no space before its text. The other one encodes text after a control token, where tokenizers
-        # do as they do: the anchor, a control token that no data can contain, plays that one.
+        # Create two encoders without control tokens, so that data cannot inject any. The inner encoder
+        # adds no space before its text. The text encoder is for text after a control token, where
+        # tokenizers differ. It has a single control token, the anchor, which is put before the text to
+        # get this behavior, and which no data can contain.
         self._anchor = f"⟦{uuid4()}⟧"
         self._text_encoder = _make_encoder(backend)
         self._text_encoder.add_special_tokens([self._anchor])
@@ -198,8 +199,8 @@ class Prompt:
         stop_ids = {self.end_id, tokenizer.eos_token_id}
         self.stop_ids: list[int] = sorted(stop_ids - {None})
 
-        # A text between an answer and its end token (Llama 2 has a space there) is dropped. If it were
-        # in the sequence but not trained, the model would not learn to stop; trained, it would become
+        # Drop whitespace between an answer and its end token (Llama 2 has a space there). If it was in the
+        # sequence but not trained, the model would not learn to stop; if it was trained, it would become
         # part of the caption.
         self._part_pattern = re.compile(
             rf"(?P<lead> *)⟦assistant (?P<answer>\d+)⟧(?:\s*{re.escape(end)})?"
@@ -240,11 +241,12 @@ class Prompt:
     ) -> TokenizedPrompt:
         """Render a training sequence or, without a response, the prompt for generation.
 
-        The prompt for generation is exactly the beginning of the training sequence. Trained are the
-        response, the earlier assistant turns, and the end token of each.
+        The prompt for generation is exactly the beginning of the training sequence. The labels contain
+        the response, the earlier assistant turns, and the end token of each.
 
         Args:
-            turns: At most one system turn, then user and assistant turns, the user's last.
+            turns: At most one system turn, then alternating user and assistant turns, the last from the
+                user.
             response: The answer to the last turn, or None.
             where: Name of the record, for error messages.
 
@@ -287,8 +289,8 @@ class Prompt:
             if token in self.stop_ids:
                 break
             answer.append(token)
-        # Sentencepiece decoders drop a space at the very beginning, even one that belongs to the text:
-        # decode behind an "x", and cut that off.
+        # Decode the answer after an "x", and remove the "x": sentencepiece decoders drop a space at the
+        # very beginning, even if it is part of the text.
         x = self._inner_encoder.encode("x").ids
         decode = self._tokenizer.backend_tokenizer.decode
         text: str = decode([*x, *self._replace_invalid_bytes(answer)])[len(decode(x)) :]
@@ -350,7 +352,7 @@ class Prompt:
         raise AssertionError("`_apply_template` returns all markers")
 
     def _cut(self, rendered: str) -> list[Part]:
-        """Cut a rendered template at its markers and control tokens."""
+        """Split a rendered template at its markers and control tokens."""
         parts: list[Part] = []
         end = 0
         for match in self._part_pattern.finditer(rendered):
@@ -367,7 +369,7 @@ class Prompt:
         return parts
 
     def _answer_lead(self, parts: Sequence[Part], lead: str) -> str:
-        """Return the space before an answer: the template's and, after a control token, the tokenizer's."""
+        """Return the space before an answer: that of the template, and that which the tokenizer adds."""
         if not parts or not isinstance(parts[-1], int):
             return lead
         ids = self._text_encoder.encode(f"{self._anchor}{lead}x").ids[1:]
@@ -378,7 +380,7 @@ class Prompt:
     def _apply_template(self, roles: Sequence[str], where: str) -> str:
         """Render the template with a marker in place of each text.
 
-        If the template has no system role (Gemma), the system's text goes in front of the first
+        If the template does not support a system role (Gemma), the system text is put before the first
         question.
         """
         markers = [f"⟦{role} {turn}⟧" for turn, role in enumerate(roles)]
@@ -392,7 +394,7 @@ class Prompt:
                     messages,
                     chat_template=self._template,
                     tokenize=False,
-                    # Of Qwen 3 and others: a caption comes without reasoning before it.
+                    # For Qwen 3 and others: no reasoning before the caption.
                     enable_thinking=False,
                 )
             # A template is code of the checkpoint's author: it may raise anything.
@@ -401,7 +403,7 @@ class Prompt:
                 continue
             if all(rendered.count(marker) == 1 for marker in markers):
                 return rendered
-            problem = "it leaves out or repeats a turn"
+            problem = "it omits or repeats a turn"
         raise ValueError(
             f"{_at(where)}the chat template of {self._tokenizer.name_or_path} cannot render {list(roles)}: {problem}. Try --template plain"
         )
@@ -422,7 +424,7 @@ class Prompt:
         return self._tokenizer.eos_token
 
     def _control_id(self, matched: str) -> int:
-        # A token with `lstrip` or `rstrip` also matches the white space beside it.
+        # Strip whitespace, which a token with `lstrip` or `rstrip` also matches.
         if matched in self._control_ids:
             return self._control_ids[matched]
         return self._control_ids[matched.strip()]
@@ -430,7 +432,7 @@ class Prompt:
     # ---- token ids ----
 
     def _render_prefix(self, turns: Sequence[Message], where: str) -> TokenizedPrompt:
-        """Render what stands before the last answer."""
+        """Render all parts before the last answer."""
         ids: list[int] = []
         labels: list[int] = []
         text = ""
@@ -441,7 +443,7 @@ class Prompt:
             if not text:
                 return
             if ids:
-                # The first id is the anchor's.
+                # Skip the first id, which is the anchor.
                 text_ids = self._encode(self._text_encoder, self._anchor + text, where)[1:]
             else:
                 text_ids = self._encode(self._text_encoder, text, where)
@@ -451,7 +453,7 @@ class Prompt:
 
         for part in _fill(self._layout(turns, where).prefix, turns):
             if isinstance(part, str):
-                # Not encoded yet: a token may cross the boundary of template and question.
+                # Do not encode it yet, because a token may span the boundary of template and question.
                 text += part
                 continue
             flush()
@@ -475,7 +477,7 @@ class Prompt:
         try:
             return encoder.encode(text).ids
         except TypeError as error:
-            # What the library raises for half of a surrogate pair.
+            # The library raises TypeError for an unpaired surrogate.
             raise ValueError(f"{_at(where)}not valid Unicode text: {text!r}") from error
 
 
@@ -488,7 +490,7 @@ _NEVER_MATCHES = "(?!)"
 def _control_pattern(added_tokens: Any) -> str:
     """Return a regular expression of all control tokens, "" if there are none."""
     patterns: list[str] = []
-    # The longest first, since one token may be the beginning of another.
+    # Try the longest tokens first, since one token may be a prefix of another.
     for token in sorted(added_tokens, key=lambda token: len(token.content), reverse=True):
         left = r"\s*" if token.lstrip else ""
         right = r"\s*" if token.rstrip else ""

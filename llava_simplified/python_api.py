@@ -1,4 +1,4 @@
-"""`llava_simplified.train` and `llava_simplified.evaluate`: two commands as Python functions."""
+"""The Python functions `llava_simplified.train` and `llava_simplified.evaluate`."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def train(config: str | Path | None = None, **options: Any) -> Path:
 
     Args:
         config: A YAML file with options.
-        options: Options of `llava train` by name; they have precedence over the file. None means
-            not given.
+        options: Options of `llava train` by name; they take precedence over the file. None means not
+            given.
 
     Returns:
         The folder of the trained model, for `Llava.from_pretrained`.
 
     Raises:
-        ValueError: An option does not exist or has a wrong value, or the data cannot be used.
+        ValueError: An option does not exist or has an invalid value, or the data is not valid.
     """
-    # Imported here because these modules import transformers, which takes seconds.
+    # Import these here, because they import transformers, which takes seconds.
     from llava_simplified.arguments import parse_arguments, to_words
     from llava_simplified.training import train_command
     from llava_simplified.training.preflight import preflight
 
-    # As words of a command line: old names, conversions and errors are then the same as in `llava
-    # train`.
+    # Convert the options to a command line, so that old names, conversions and errors are the same as in
+    # `llava train`.
     argv = to_words({"config": config, **options})
     arguments = parse_arguments(argv)
     preflight(argv, *arguments)
@@ -65,10 +65,10 @@ def evaluate(
         predictions: A prediction file of `llava predict` or `llava caption`, or samples.
         references: A COCO caption file, or captions by image name, instead of the captions in the
             prediction file.
-        train_captions: The training records, or their captions: adds the shares of novel captions
-            and of references that were not in the training data.
-        clip: Folder of a CLIP model: adds CLIPScore, which needs the images.
-        image_folder: Folder of the images, for CLIPScore.
+        train_captions: The training records, or their captions. If given, the shares of novel captions
+            and of references that are not in the training data are computed.
+        clip: Folder of a CLIP model. If given, CLIPScore is computed, which requires the images.
+        image_folder: Image folder, for CLIPScore.
         java: Compute METEOR and SPICE as well, if Java and pycocoevalcap are installed.
         resamples: Number of bootstrap resamples for the intervals; 0 for none.
         seed: Random seed of the bootstrap.
@@ -100,7 +100,7 @@ def evaluate(
         read = read_predictions(Path(predictions), captions_by_image)
     elif references is not None:
         raise ValueError(
-            "references: samples have references of their own; pass a file of predictions."
+            "references: only supported with a prediction file; samples contain their own references."
         )
     else:
         read = Predictions(list(predictions))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# Part of the package, so that `--config demo` works wherever the package is installed. `configs/` in
-# the root of a checkout is a link to this folder.
+# The folder is part of the package, so that `--config demo` works with every installation. `configs/` in
+# the root of a checkout is a link to it.
 RECIPES_FOLDER = Path(__file__).parent / "configs"
 
 
 def resolve_recipe(name: str | Path) -> Path:
-    """Return the YAML file that `--config` names.
+    """Return the YAML file for a value of `--config`.
 
     Args:
-        name: The path of a file; or a packaged recipe, by its name (`demo`) or by the path that it
-            has in a checkout (`configs/demo.yaml`). An existing file takes precedence.
+        name: The path of a file; or a packaged recipe, by its name (`demo`) or by its path in a checkout
+            (`configs/demo.yaml`). An existing file takes precedence.
 
     Raises:
-        ValueError: There is no such file and no such recipe.
+        ValueError: Neither a file nor a recipe with this name exists.
     """
     path = Path(name)
     if path.is_file():

@@ -18,7 +18,7 @@ from llava_simplified.options import normalize_spelling
 
 @dataclass
 class ModelArguments:
-    """The parts of the model, and which of them are trained."""
+    """Options for the parts of the model, and for which of them are trained."""
 
     # Without a default: nobody should download 14 GB because an option is missing.
     model_name_or_path: str = field(
@@ -42,7 +42,7 @@ class ModelArguments:
     mm_vision_select_layer: list[int] = field(
         default_factory=lambda: [-2],
         metadata={
-            "help": "Hidden states of the vision tower that become image features, for example -2; "
+            "help": "Hidden states of the vision tower to use as image features, for example -2; "
             "several are concatenated"
         },
     )
@@ -65,7 +65,7 @@ class ModelArguments:
             "auto (chat if the tokenizer has a template, else plain)"
         },
     )
-    # The names that start with mm_ or tune_mm_ are LLaVA's: its scripts work unchanged.
+    # Keep LLaVA's names (mm_ and tune_mm_), so that its scripts work unchanged.
     pretrain_mm_mlp_adapter: str | None = field(
         default=None,
         metadata={"help": "Checkpoint folder to load the projector from"},
@@ -129,7 +129,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The records, and how they become batches."""
+    """Options for records, images and batches."""
 
     train_data_path: str | None = field(
         default=None,
@@ -152,7 +152,7 @@ class DataArguments:
         default=True,
         metadata={
             "help": "Train several captions of one image as one sequence that contains the image "
-            "once; a batch then counts images. False: a batch counts captions"
+            "once; the batch size then counts images. False: it counts captions"
         },
     )
     packing: bool = field(
@@ -168,7 +168,7 @@ class DataArguments:
             "help": "Maximum number of positions of a packed sequence, image tokens included"
         },
     )
-    # Reuse of what a frozen vision tower computes.
+    # Cache of the features of a frozen vision tower.
     cache_vision_features: str = field(
         default="auto",
         metadata={
@@ -179,15 +179,15 @@ class DataArguments:
     )
     feature_cache_dir: str = field(
         default="~/.cache/llava-simplified/features",
-        metadata={"help": "Folder of cached features, which later runs use again"},
+        metadata={"help": "Folder of cached features, which later runs reuse"},
     )
     feature_cache_gb: float = field(
         default=8.0,
-        metadata={"help": "Maximum size in GB of what --cache_vision_features auto stores"},
+        metadata={"help": "Maximum size of the cache in GB with --cache_vision_features auto"},
     )
     max_bad_images: float = field(
         default=0.01,
-        metadata={"help": "Maximum share of unreadable images; above it, training stops"},
+        metadata={"help": "Maximum fraction of unreadable images; above it, training stops"},
     )
     max_bad_records: float = field(
         default=0.01,
@@ -207,7 +207,7 @@ def bf16_is_supported() -> bool:
 
 @dataclass
 class TrainingDefaults:
-    """The options that this package adds to `transformers.TrainingArguments`, or changes."""
+    """Options that this package adds to `transformers.TrainingArguments`, or whose default it changes."""
 
     output_dir: str | None = field(
         default=None,
@@ -237,7 +237,7 @@ class TrainingDefaults:
     )
     warmup_steps: float = field(
         default=0.03,
-        metadata={"help": "Number of warm-up steps; below 1, their share of all steps"},
+        metadata={"help": "Number of warm-up steps; below 1, a fraction of all steps"},
     )
     bf16: bool = field(
         default_factory=bf16_is_supported,
@@ -298,7 +298,7 @@ class TrainingDefaults:
 
 
 class InheritedOption(NamedTuple):
-    """A much-used option of `transformers.TrainingArguments`; the default must be the same."""
+    """A frequently used option of `transformers.TrainingArguments`; the default must be the same."""
 
     default: Any
     help: str
@@ -330,7 +330,7 @@ INHERITED = {
         False, "Keep the checkpoint with the best --metric_for_best_model"
     ),
     "metric_for_best_model": InheritedOption(
-        None, "Metric that decides which checkpoint is best, for example eval_loss or eval_cider"
+        None, "Metric for selecting the best checkpoint, for example eval_loss or eval_cider"
     ),
     "run_name": InheritedOption(None, "Name of the run in the experiment tracker"),
     "gradient_checkpointing": InheritedOption(
@@ -346,8 +346,7 @@ INHERITED = {
 # Boolean options whose default is None or depends on the machine.
 BOOLEANS_WITHOUT_DEFAULT = {"bf16", "gradient_checkpointing", "tf32"}
 
-# The sections of `--help`. The order within a section is the order in the help: most-used options
-# first.
+# The sections of `--help`, in the order in which options are listed: frequently used options first.
 HELP_GROUPS = {
     "Model": (
         "model_name_or_path",
@@ -437,7 +436,7 @@ HELP_GROUPS = {
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `HELP_GROUPS` and `--help-all` to a parser, for help and completion.
 
-    Values are not converted or checked: `arguments.parse_arguments` does that.
+    Values are not converted or checked here, but in `arguments.parse_arguments`.
     """
     parser.add_argument(
         "--help-all",
@@ -468,12 +467,13 @@ def _default_of(option: Field[Any]) -> Any:
 
 
 def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
-    # An option of dataclasses has no metavar: the last word of its name says what the value is.
-    # argparse formats help texts with %, as in "%(default)s"
+    """Add one option to a group of the help text, with its default and a metavar."""
+    # Escape %, because argparse formats help texts with %, as in "%(default)s".
     text = help_text.replace("%", "%%")
     if default not in (None, ""):
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text += f" (default: {shown})"
+    # Dataclass fields have no metavar: use the last word of the option's name.
     metavar = name.rpartition("_")[2].upper()
     nargs: Any = None
     if isinstance(default, bool) or name in BOOLEANS_WITHOUT_DEFAULT:
@@ -485,14 +485,14 @@ def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
 
 
 def exit_with_help(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """Print the help text of a training command and exit, if `argv` asks for it.
+    """Print the help text of a training command and exit, if `argv` contains a help option.
 
     Call this before transformers is imported. Only `--help-all` imports it.
     """
-    words = normalize_spelling(argv, ["--help", "--help-all"])
-    if "--help-all" in words:
+    normalized = normalize_spelling(argv, ["--help", "--help-all"])
+    if "--help-all" in normalized:
         _add_inherited_options(parser)
-    elif "--help" not in words and "-h" not in words:
+    elif "--help" not in normalized and "-h" not in normalized:
         return
     parser.print_help()
     parser.exit()

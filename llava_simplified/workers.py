@@ -1,8 +1,7 @@
 """Run a function over many tasks: in local processes, on a Ray cluster, or one slice of them in a job array.
 
-The function must be idempotent and must resume its own unfinished work (see `jobs`). Then a task that failed, or whose
-process died, is simply run again. Nothing here knows what a task does: a task is any picklable description, such as
-the number of a shard.
+The function must be idempotent and must resume its own unfinished work (see `jobs`). A task that failed, or whose process
+died, can then simply be run again. A task is any picklable object, such as the number of a shard.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ class TaskResult(Generic[S, R]):
 
 
 class Backend(Protocol):
-    """Where tasks run. A handle stands for one running task."""
+    """Runs tasks. A handle identifies one running task."""
 
-    slots: int  # number of tasks that run at once
+    slots: int  # maximum number of tasks that run in parallel
 
     def submit(self, spec: Any) -> Any:
         """Start a task and return its handle."""
@@ -82,20 +81,20 @@ def run_tasks(
         function: A function that other processes can import by name.
         specs: The tasks.
         engine: "local", or "ray" (the cluster at RAY_ADDRESS, otherwise Ray on this machine).
-        workers: Number of tasks that run at once; 0 means `per_cpu` for each CPU of this machine or cluster.
+        workers: Number of tasks to run in parallel; 0 means `per_cpu` for each CPU of this machine or cluster.
         per_cpu: Tasks per CPU. Use 2 for tasks that spend part of their time waiting.
-        attempts: Maximum number of attempts per task. A ValueError is never retried: it is the user's to fix.
-        tick: Called about once a second. An exception that it raises ends the run.
+        attempts: Maximum number of attempts per task. A ValueError is not retried, because the user has to fix it.
+        tick: Called about once a second. An exception in it ends the run.
 
     Raises:
-        ValueError: There is no such engine, or it is not installed.
+        ValueError: `engine` is unknown or not installed.
     """
     if not specs:
         return
     if engine not in _BACKENDS:
         raise ValueError(f"--engine {engine}: choose one of {', '.join(_BACKENDS)}.")
     backend = _BACKENDS[engine](function, workers, per_cpu)
-    # Each task with the number of its next attempt.
+    # Pairs of a task and the number of its next attempt.
     waiting = deque((spec, 1) for spec in specs)
     running: dict[Any, tuple[S, int]] = {}
     try:
@@ -115,15 +114,14 @@ def run_tasks(
                 elif isinstance(error, ValueError) or attempt == attempts:
                     yield TaskResult(spec, None, str(error))
                 else:
-                    # Behind the other tasks: what was wrong with the machine may have passed by
-                    # then.
+                    # Retry the task after all others, since a problem of the machine may be temporary.
                     waiting.append((spec, attempt + 1))
     finally:
         backend.close()
 
 
 def count_cpus() -> int:
-    """Return the number of CPUs that this process may use: on a shared machine fewer than there are."""
+    """Return the number of CPUs that this process may use, which can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -133,7 +131,7 @@ def count_cpus() -> int:
 
 
 class _Worker(NamedTuple):
-    """A worker process, and our end of the pipe to it. It is also the handle of the task that it runs."""
+    """A worker process, and our end of the pipe to it. Also the handle of its running task."""
 
     process: Any
     pipe: connection.Connection
@@ -142,18 +140,18 @@ class _Worker(NamedTuple):
 class LocalBackend:
     """Worker processes on this machine. Each runs one task at a time.
 
-    A process that dies (the kernel kills the process that uses too much memory) fails only its own task, and is
-    replaced when the next task needs it.
+    If a process dies (for example, the kernel kills it because memory ran out), only its own task fails. The process is
+    replaced when the next task is submitted.
     """
 
     def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
         self._function = function
         self.slots = workers or per_cpu * count_cpus()
-        # A forked process shares the memory of everything that is imported already. But the threads of torch do not
-        # survive a fork, so once torch is imported every process must start from scratch.
+        # Fork if possible, because forked processes share the memory of all imported modules. The threads of torch do
+        # not survive a fork, so use "spawn" if torch is imported.
         can_fork = sys.platform == "linux" and "torch" not in sys.modules
         self._context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
-        # The garbage collector writes to the header of every object that it visits, which would copy the shared pages.
+        # Exclude existing objects from garbage collection, which writes to object headers and would copy shared pages.
         gc.freeze()
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []
@@ -185,14 +183,14 @@ class LocalBackend:
         return [worker for worker in handles if worker.pipe in ready]
 
     def result(self, handle: _Worker) -> tuple[Any, Exception | None]:
-        """Receive the result of a task. The worker is idle afterwards."""
+        """Receive the result of a task, and mark its worker as idle."""
         try:
             outcome = handle.pipe.recv()
         except (EOFError, OSError):
             handle.process.join()
             self._workers.remove(handle)
             return None, OSError(f"its process died with exit code {handle.process.exitcode}")
-        # The process stays alive: starting one takes longer than many tasks.
+        # Keep the process for the next task: starting one takes longer than many tasks.
         self._idle.append(handle)
         return outcome
 
@@ -222,13 +220,13 @@ def _run_worker(
         configure_logging(verbose=level <= logging.DEBUG, quiet=level >= logging.WARNING)
 
     def exit_with_parent() -> None:
-        # The pipe does not tell when the parent is killed: workers that were forked later hold its other end open
-        # too. Without this watch, the workers of a killed run would go on writing.
+        # Check the parent's process id, because the pipe is not closed when the parent is killed: workers that were
+        # forked later have its other end open too. Without this check, the workers of a killed run would continue.
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
-    # Ctrl-C reaches every process of the terminal; only the parent handles it.
+    # Ignore Ctrl-C, which is sent to every process of the terminal; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
     while True:
@@ -237,12 +235,11 @@ def _run_worker(
         try:
             outcome = (function(spec), None)
         except ValueError as error:
-            # ValueErrors and OSErrors are written for the user. They are rebuilt from their text, because an exception
-            # of another class may not survive pickling.
+            # Create a plain ValueError or OSError with the same message, because subclasses may not be picklable.
             outcome = (None, ValueError(str(error)))
         except OSError as error:
             outcome = (None, OSError(str(error)))
-        except Exception:  # noqa: BLE001 - whatever it is, the parent decides what to do
+        except Exception:  # noqa: BLE001 - the parent handles all errors
             outcome = (None, RuntimeError(traceback.format_exc()))
         pipe.send(outcome)
 
@@ -251,7 +248,7 @@ def _run_worker(
 
 
 class RayBackend:
-    """Tasks on a Ray cluster; each reserves `1 / per_cpu` of a CPU. A lost machine is an error like any other."""
+    """Runs tasks on a Ray cluster. Each reserves `1 / per_cpu` of a CPU. If a machine is lost, its tasks fail."""
 
     def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
         require_extra("ray", "ray", purpose="--engine ray")
@@ -267,7 +264,7 @@ class RayBackend:
             ray.init(address=address, log_to_driver=False, **options)
         cluster_cpus = int(ray.cluster_resources().get("CPU", 1))
         self.slots = workers or max(1, per_cpu * cluster_cpus)
-        # `run_tasks` counts the attempts, so Ray must not retry on its own.
+        # Disable Ray's own retries, since `run_tasks` counts the attempts.
         self._remote = ray.remote(num_cpus=1 / per_cpu, max_retries=0)(function)
 
     def submit(self, spec: Any) -> Any:
@@ -275,7 +272,7 @@ class RayBackend:
         return self._remote.remote(spec)
 
     def wait(self, handles: list[Any], timeout: float) -> list[Any]:
-        """Return a task that has finished, if there is one."""
+        """Return a finished task, if there is one."""
         finished, _ = self._ray.wait(handles, num_returns=1, timeout=timeout)
         return finished
 
@@ -310,7 +307,7 @@ def parse_slice(text: str, total: int) -> range:
         total: Number of tasks.
 
     Raises:
-        ValueError: The text is not of this form, or i is not below n.
+        ValueError: The format is not i/n, or i is not less than n.
     """
     if not text:
         return range(total)

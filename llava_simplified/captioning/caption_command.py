@@ -1,8 +1,8 @@
 """The commands `llava caption`, `llava predict` and `llava chat`.
 
 `predict` is the command of LLaVA's tutorial: it captions a file of records, for evaluation.
-`caption` also accepts images, folders and shards. Both run `runner.caption_file`. Nothing heavy is
-imported before the arguments are parsed.
+`caption` also accepts images, folders and shards. Both run `runner.caption_file`. Heavy modules are
+imported only after the arguments are parsed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def build_caption_parser() -> CommandParser:
     )
     parser.add_argument(
         "--output",
-        help="Output file, .jsonl (default: captions.jsonl; for a single image the terminal)",
+        help="Output file, .jsonl (default: captions.jsonl; the caption of a single image is printed)",
     )
     add_checkpoint_options(parser)
     _add_job_options(parser)
@@ -71,7 +71,7 @@ def build_predict_parser() -> CommandParser:
     parser = CommandParser("llava predict", "Caption the records of a file, or one image.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data-path", help="Records to caption: a .json, .jsonl or .parquet file")
-    source.add_argument("--image", help="Image to caption on the terminal")
+    source.add_argument("--image", help="Image to caption; the caption is printed")
     parser.add_argument(
         "--output",
         default="predictions.json",
@@ -109,20 +109,21 @@ def _add_job_options(parser: CommandParser) -> None:
         dest="instructions",
         action="append",
         default=[],
-        help="Instruction or question about each image; repeat the option for several. Records "
-        "contain their own (default: the instruction of the training data)",
+        help="Instruction or question about each image; repeat the option for several. Not for records, "
+        "which contain their own instructions (default: the instruction of the training data)",
     )
     add_limit_option(parser, "records")
     add_batch_size_option(parser)
     slices = parser.add_argument_group(
-        "slices", "Spread the work over several processes or machines. torchrun needs no option."
+        "slices",
+        "Distribute the records over several processes or machines. torchrun requires no option.",
     )
     add_shards_option(slices)
     slices.add_argument(
-        "--num-chunks", type=int, help="LLaVA's spelling of --shards: number of slices"
+        "--num-chunks", type=int, help="Number of slices (LLaVA's form of --shards)"
     )
     slices.add_argument(
-        "--chunk-idx", type=int, help="LLaVA's spelling of --shards: index of the slice, from 0"
+        "--chunk-idx", type=int, help="Index of the slice, from 0 (LLaVA's form of --shards)"
     )
 
 
@@ -137,8 +138,8 @@ def caption_main(argv: list[str] | None = None) -> int:
     if not args.output and len(args.sources) == 1 and _is_image(args.sources[0]):
         return _caption_on_terminal(args, args.sources[0], options)
     output = Path(args.output or "captions.jsonl")
-    # Only `llava predict` writes arrays: a folder may have millions of images, and an array is
-    # written at the end.
+    # Accept .jsonl only, because a folder may have millions of images, and a JSON array (which
+    # `llava predict` can write) exists only at the end of the job.
     if output.suffix != ".jsonl":
         raise ValueError(f"--output {output}: the file name must end in .jsonl")
     if args.engine == "ray":
@@ -160,10 +161,7 @@ def predict_main(argv: list[str] | None = None) -> int:
 
 
 def chat_main(argv: list[str] | None = None) -> int:
-    """Run `llava chat`: read questions from standard input, and print the answers.
-
-    An answer is printed while it is generated.
-    """
+    """Run `llava chat`: read questions from standard input, and print the answers as they are generated."""
     args = build_chat_parser().parse_args(argv)
     options = asdict(_generation_options(args, 1))
 
@@ -179,18 +177,18 @@ def chat_main(argv: list[str] | None = None) -> int:
             return 0
         turns.append(Message("user", question))
         pieces = []
-        # The whole conversation is the prompt of every answer: the model has no memory of its own.
+        # Pass the whole conversation every time, because the model has no memory between calls.
         for piece in model.stream(turns, [pixels], **options):
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()
-        # Chat templates do not accept an empty turn.
+        # Replace an empty answer, because chat templates do not support empty turns.
         answer = "".join(pieces).strip() or "."
         turns.append(Message("assistant", answer))
 
 
 def _read_line(prompt: str) -> str:
-    """Read a line from standard input; the prompt is shown on a terminal only."""
+    """Read a line from standard input. The prompt is printed on a terminal only."""
     if sys.stdin.isatty():
         print(prompt, end="", flush=True)
     return sys.stdin.readline().strip()
@@ -225,17 +223,17 @@ def _is_image(source: str) -> bool:
 
 
 def _caption_on_terminal(args: argparse.Namespace, image: str, options: GenerationOptions) -> int:
-    """Print the captions of one image. A single caption is printed while it is generated."""
+    """Print the captions of one image. A single caption is printed as it is generated."""
     from llava_simplified.captioning.runner import load_model
     from llava_simplified.data.images import load_pixels
 
-    pixels = load_pixels(image)  # before the model: a wrong path should fail at once
+    pixels = load_pixels(image)  # load it before the model, so that a wrong path fails immediately
     model = load_model(args)
     generation: dict[str, Any] = asdict(options)
     count = generation.pop("num_return_sequences")
     for instruction in args.instructions or [model.instruction]:
-        # Beam search knows its best caption only at the end, and several captions would mix on the
-        # screen.
+        # Stream only a single caption without beam search: the result of beam search is known only at
+        # the end, and several captions would be mixed on the screen.
         if count == 1 and options.num_beams == 1:
             for piece in model.stream(instruction, [pixels], **generation):
                 print(piece, end="", flush=True)
@@ -252,13 +250,13 @@ def _caption_on_terminal(args: argparse.Namespace, image: str, options: Generati
 
 
 def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
-    """Return (index, count) of the slice to caption.
+    """Return (index, count) of the slice to caption: slice `index`, counted from 0, of `count`.
 
-    It comes from `--shards i/n`, from LLaVA's `--num-chunks n --chunk-idx i`, or else from
-    torchrun's environment.
+    It is given by `--shards i/n`, by LLaVA's `--num-chunks n --chunk-idx i`, or by torchrun's
+    environment variables.
 
     Raises:
-        ValueError: The options contradict each other, or the index is not below the count.
+        ValueError: The options contradict each other, or the index is not less than the count.
     """
     if args.shards:
         if args.num_chunks is not None or args.chunk_idx is not None:
@@ -268,41 +266,41 @@ def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
         parse_slice(args.shards, 0)  # checks the format
         index, _, count = args.shards.partition("/")
         return int(index), int(count)
-    # torchrun sets WORLD_SIZE and RANK for every process that it starts.
-    chunks = args.num_chunks
-    if chunks is None:
-        chunks = int(os.environ.get("WORLD_SIZE", "1"))
-    chunk = args.chunk_idx
-    if chunk is None:
-        chunk = int(os.environ.get("RANK", "0"))
-    if not 0 <= chunk < chunks:
+    # By default, use one slice per torchrun process: torchrun sets WORLD_SIZE and RANK.
+    num_slices = args.num_chunks
+    if num_slices is None:
+        num_slices = int(os.environ.get("WORLD_SIZE", "1"))
+    slice_index = args.chunk_idx
+    if slice_index is None:
+        slice_index = int(os.environ.get("RANK", "0"))
+    if not 0 <= slice_index < num_slices:
         raise ValueError(
-            f"--chunk-idx {chunk}: must be at least 0 and less than the number of chunks, {chunks}."
+            f"--chunk-idx {slice_index}: must be at least 0 and less than --num-chunks {num_slices}."
         )
-    return chunk, chunks
+    return slice_index, num_slices
 
 
 def _run_slice(
     args: argparse.Namespace, sources: list[str], output: Path, options: GenerationOptions
 ) -> int:
-    """Caption one slice of the source in this process."""
+    """Caption one slice of the source in this process, and return the exit status."""
     import torch
 
     from llava_simplified.captioning.runner import caption_file
 
-    chunk, chunks = parse_job_slice(args)
-    # Otherwise all processes that torchrun has started on a machine would share its first GPU.
+    slice_index, num_slices = parse_job_slice(args)
+    # One GPU per torchrun process; otherwise all would use cuda:0.
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    job = _make_job(args, sources, output, options, chunk, chunks)
+    job = _make_job(args, sources, output, options, slice_index, num_slices)
     return _report(caption_file(job), job.output)
 
 
 def _caption_on_cluster(args: argparse.Namespace, output: Path, options: GenerationOptions) -> int:
-    """Caption all `--num-chunks` slices of the source as Ray tasks."""
+    """Caption all `--num-chunks` slices of the source as Ray tasks, and return the exit status."""
     from llava_simplified.captioning.runner import caption_file
 
-    # Ray distributes the slices itself; a slice of the slices would silently leave out records.
+    # Reject the options that select one slice: with Ray, this process starts all slices.
     if args.shards or args.chunk_idx is not None:
         raise ValueError(
             "--engine ray captions all slices: pass --num-chunks N, but neither --shards nor "
@@ -315,7 +313,7 @@ def _caption_on_cluster(args: argparse.Namespace, output: Path, options: Generat
     failed = False
     for task in run_tasks(caption_file, jobs, engine="ray"):
         if task.result is None:
-            # The other slices continue. The same command finishes this one later.
+            # Let the other slices continue. Running the same command again finishes this one.
             failed = True
             logger.error("%s: %s", task.spec.output, task.error)
         else:
@@ -328,15 +326,15 @@ def _make_job(
     sources: list[str],
     output: Path,
     options: GenerationOptions,
-    chunk: int,
-    chunks: int,
+    slice_index: int,
+    num_slices: int,
 ) -> CaptionJob:
     """Return the job of one slice, which has its own output, such as `captions-0-of-4.jsonl`."""
     from llava_simplified.captioning.runner import CaptionJob
 
-    # Processes on several machines cannot append to one file.
-    if chunks > 1:
-        output = output.with_name(f"{output.stem}-{chunk}-of-{chunks}{output.suffix}")
+    # Use one file per slice, because processes on several machines cannot append to the same file.
+    if num_slices > 1:
+        output = output.with_name(f"{output.stem}-{slice_index}-of-{num_slices}{output.suffix}")
     return CaptionJob(
         model_path=args.model_path,
         # A single one as 0.1.0 has stored it, whose jobs continue.
@@ -351,13 +349,13 @@ def _make_job(
         trust_remote_code=args.trust_remote_code,
         limit=args.limit,
         batch_size=args.batch_size,
-        chunk=chunk,
-        chunks=chunks,
+        chunk=slice_index,
+        chunks=num_slices,
     )
 
 
 def _report(counts: CaptionCounts, output: str) -> int:
-    """Log the result of a job. The exit status is 1 if no image could be read."""
+    """Log the result of a job, and return the exit status: 1 if no image could be read, else 0."""
     logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
     if counts.failed:
         logger.warning(

@@ -26,9 +26,9 @@ RECORD_SUFFIXES = {".json", ".jsonl", ".parquet"}
 
 
 class ImageRecords(Sequence[Record]):
-    """One record for each image and instruction, created when it is indexed.
+    """One record for each image and instruction, created on access.
 
-    All instructions about an image are neighbours:
+    The instructions about an image are adjacent:
 
         index     0          1          2          3
         record    image 0    image 0    image 1    image 1
@@ -190,7 +190,7 @@ def find_images(source: str) -> FoundImages:
         folder = path.parent
         files = [path]
     else:
-        # Path.glob does not accept absolute patterns.
+        # Use the module glob, because Path.glob does not support absolute patterns.
         files = sorted(Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
         # Names are resolved in `folder` only, so it must be the one that the pattern means: a file
         # of the same name in the current folder is another image.
@@ -206,7 +206,7 @@ def find_images(source: str) -> FoundImages:
     names: list[str] = []
     skipped: Counter[str] = Counter()
     for file in files:
-        # Relative names keep the output valid when the folder is moved.
+        # Use relative names, so that the output remains valid when the folder is moved.
         name = str(file)
         if file.is_relative_to(folder) and not is_absolute_pattern:
             name = file.relative_to(folder).as_posix()

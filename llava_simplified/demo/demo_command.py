@@ -1,7 +1,7 @@
-"""`llava demo`: the whole recipe on small pretrained models and emoji drawings.
+"""`llava demo`: train, caption and evaluate with small pretrained models and emoji drawings.
 
-The demo has no code of its own for training or captioning. It downloads models and images (`assets.py`),
-and runs the commands that you would run on your own data, after printing each of them.
+The demo downloads models and images (`assets.py`), then prints and runs the same `llava` commands that you
+would run on your own data.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
-    """One command of the demo: a title, and the words behind `llava`."""
+    """One command of the demo: a title, and the arguments of `llava`."""
 
     title: str
-    words: list[str]
+    argv: list[str]
 
 
 def build_parser() -> CommandParser:
@@ -44,13 +44,13 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--cache-dir",
         type=Path,
-        help="Folder of the downloaded models and images (default: ~/.cache/llava-simplified)",
+        help="Folder for downloaded models and images (default: ~/.cache/llava-simplified)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("output/demo"),
-        help="Folder of the results (default: %(default)s)",
+        help="Output folder (default: %(default)s)",
     )
     parser.add_argument(
         "--max-steps",
@@ -65,20 +65,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run `llava demo`."""
     args = build_parser().parse_args(argv)
     start = time.monotonic()
-    # Captions of an interrupted demo: this one trains another model, and must not continue them.
+    # Delete the partial captions of an interrupted demo: this run trains a new model, so it must not
+    # resume them.
     for part in args.output.glob("predictions.json.part*"):
         part.unlink()
     assets = fetch(args.cache_dir)
     for step in plan_steps(assets, args.output, args.max_steps, args.limit):
         seconds = time.monotonic() - start
         print(f"\n== {step.title} ({seconds:.0f} s)", flush=True)
-        print(f"$ llava {shlex.join(step.words)}", flush=True)
-        status = cli.main(step.words)
+        print(f"$ llava {shlex.join(step.argv)}", flush=True)
+        status = cli.main(step.argv)
         if status:
             return status
     scores = json.loads((args.output / "scores.json").read_text(encoding="utf-8"))
-    first_file = next(iter(scores.values()))
-    print(summarize(first_file, args.output, time.monotonic() - start))
+    # scores.json has one entry per prediction file, and the demo evaluates one file.
+    first_scores = next(iter(scores.values()))
+    print(summarize(first_scores, args.output, time.monotonic() - start))
     return 0
 
 
@@ -89,11 +91,11 @@ def plan_steps(
 
     Args:
         assets: The models and images.
-        output: Folder of the results.
+        output: Output folder.
         max_steps: Maximum number of steps of each training stage, or None.
         limit: Maximum number of images to caption, or None.
     """
-    # Options that several commands have in common.
+    # Options that several commands share.
     models = _options(
         model_name_or_path=assets.language_model,
         vision_tower=assets.vision_tower,
@@ -109,36 +111,36 @@ def plan_steps(
     model = str(output / "model")
     predictions = str(output / "predictions.json")
 
-    # The options that the recipes set, as far as they decide what the model is shown: 3 x 3 image tokens,
-    # and a template without roles.
+    # Repeat the options of the recipes that affect the tokens: 3 x 3 image tokens, and a template without
+    # roles. `llava inspect` does not read recipes.
     inspect = ["inspect", "--data", str(assets.train_json), "--image_folder", str(assets.images)]
     inspect += ["--template", "bare", "--count", "1", "--mm_token_pool", "3", *models]
 
-    # LLaVA's two stages. First the projector learns to translate, with everything else frozen; an adapter
-    # that started at the same time would adapt to random image tokens.
+    # Train in LLaVA's two stages. The first stage trains only the projector: an adapter that is trained
+    # from the start would adapt to the image tokens of a random projector.
     stage1 = ["train", "--config", "demo_projector", *train, "--output_dir", projector]
     stage1 += _fewer_steps("demo_projector", max_steps)
 
     stage2 = ["train", "--config", "demo", "--pretrain_mm_mlp_adapter", projector, *train]
     stage2 += ["--output_dir", model, *_fewer_steps("demo", max_steps)]
 
-    # Greedy, because each image has one right answer. 24 tokens are enough for the names.
+    # Decode greedily, because each image has one right answer. 24 tokens are enough for the names.
     predict = ["predict", "--model-path", model, "--data-path", str(assets.val_json)]
     predict += ["--image-folder", str(assets.images), "--temperature", "0"]
     predict += ["--max-new-tokens", "24", "--batch-size", "50", "--output", predictions]
     if limit:
         predict += ["--limit", str(limit)]
 
-    # `--train-captions` lets the report tell copied captions from new ones. `--no-java`: scores that need
-    # Java are skipped.
+    # Pass --train-captions, so that the report distinguishes copied captions from new ones. Pass --no-java
+    # to skip the metrics that require Java.
     evaluate = ["evaluate", predictions, "--train-captions", str(assets.train_json)]
     evaluate += ["--image-folder", str(assets.images), "--model-path", model]
     evaluate += ["--output", str(output / "scores.json"), "--report", str(output / "report.html")]
     evaluate += ["--no-java", "--title", "LLaVA Simplified: captions of unseen images"]
 
     return [
-        Step("What the model is shown, and which tokens it is trained on", inspect),
-        Step("Stage 1: train the projector alone", stage1),
+        Step("Inspect the tokens of a training sample", inspect),
+        Step("Stage 1: train the projector only", stage1),
         Step("Stage 2: train LoRA on the language model, and the projector further", stage2),
         Step("Caption images that the model was not trained on", predict),
         Step("Scores and report", evaluate),
@@ -146,11 +148,11 @@ def plan_steps(
 
 
 def _options(**values: object) -> list[str]:
-    """Return options as words of a command line."""
-    words: list[str] = []
+    """Return command-line options: `_options(max_steps=5)` is ["--max_steps", "5"]."""
+    argv: list[str] = []
     for name, value in values.items():
-        words += [f"--{name}", str(value)]
-    return words
+        argv += [f"--{name}", str(value)]
+    return argv
 
 
 def _fewer_steps(recipe: str, max_steps: int | None) -> list[str]:
@@ -165,31 +167,31 @@ def _training_options() -> list[str]:
     """Return the options that adapt the recipes to this machine."""
     import torch
 
-    words: list[str] = []
+    argv: list[str] = []
     # torch.compile generates C++ code for the CPU.
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         logger.info(
             "There is no C++ compiler, so layers are not compiled. Training takes 50 % longer."
         )
-        words += _options(compile_layers=False)
+        argv += _options(compile_layers=False)
     if not torch.accelerator.is_available() and not has_fast_bfloat16():
         logger.info("bfloat16 is slow on this CPU. Training uses float32.")
-        words += _options(bf16=False)
-    return words
+        argv += _options(bf16=False)
+    return argv
 
 
 def summarize(
     scores: Mapping[str, Mapping[str, Sequence[float]]], output: Path, seconds: float
 ) -> str:
-    """Return the last lines of the demo: scores, where everything is, and what to do next.
+    """Return the final output of the demo: scores, paths, and a command to try next.
 
     Args:
-        scores: "mean", and "shuffled" (each caption scored against another image's), each a mapping
-            from the name of a score to its value and interval.
-        output: Folder of the results.
+        scores: "mean", and "shuffled" (each caption compared with the reference of a different image);
+            both map the name of a metric to its value and confidence interval.
+        output: Output folder.
         seconds: Duration of the demo.
     """
-    # Scores of shuffled images show what guessing would reach: captions that are right without looking.
+    # Show the shuffled scores too: they are what the model would reach without using the image.
     mean = scores["mean"]
     shuffled = scores["shuffled"]
     llava = "llava"
@@ -201,7 +203,7 @@ def summarize(
         f"exact match {mean['exact match'][0]:.1%} (shuffled: {shuffled['exact match'][0]:.1%})",
         f"report: {(output / 'report.html').resolve()}",
         f"model:  {(output / 'model').resolve()}",
-        f"The demo took {seconds / 60:.1f} minutes. Caption an image of your own:",
+        f"The demo took {seconds / 60:.1f} minutes. Now caption your own image:",
         f"  {llava} predict --model-path {shlex.quote(str(output / 'model'))} --image YOUR_IMAGE.png",
     ]
     return "\n".join(lines)

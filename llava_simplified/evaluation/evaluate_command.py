@@ -42,27 +42,27 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--train-captions",
         type=Path,
-        help="Training records; adds the shares of novel captions and of unseen references",
+        help="Training records, for the shares of novel captions and of unseen references",
     )
     add_image_folder_option(parser, default="the current folder")
     parser.add_argument(
         "--clip",
         type=Path,
         metavar="FOLDER",
-        help="Folder of a CLIP model; adds CLIPScore and RefCLIPScore",
+        help="Folder of a CLIP model, for CLIPScore and RefCLIPScore",
     )
-    parser.add_argument("--output", type=Path, help="Write the scores to this JSON file")
-    parser.add_argument("--report", type=Path, help="Write a report to this HTML file")
+    parser.add_argument("--output", type=Path, help="Output file (JSON) for the scores")
+    parser.add_argument("--report", type=Path, help="Output file (HTML) for a report")
     parser.add_argument(
         "--log",
         type=Path,
-        help="Training log (trainer_log.jsonl) whose curves the report shows (default: that of "
+        help="Training log (trainer_log.jsonl), for the curves in the report (default: that of "
         "--model-path)",
     )
     parser.add_argument(
         "--model-path",
         type=Path,
-        help="Checkpoint that wrote the predictions; the report shows its settings and curves",
+        help="Checkpoint that generated the predictions, for its settings and curves in the report",
     )
     parser.add_argument(
         "--title",
@@ -73,24 +73,24 @@ def build_parser() -> CommandParser:
         "--resamples",
         type=int,
         default=1000,
-        help="Bootstrap resamples of the intervals; 0: no intervals (default: %(default)s)",
+        help="Number of bootstrap resamples for the intervals; 0: no intervals (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="Seed of the bootstrap and of the shuffled captions (default: %(default)s)",
+        help="Random seed of the bootstrap and the shuffled captions (default: %(default)s)",
     )
     parser.add_argument(
         "--no-java",
         action="store_true",
-        help="Leave out METEOR and SPICE, which need Java",
+        help="Skip METEOR and SPICE, which require Java",
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the scores of prediction files, and write them to the files that the options name."""
+    """Run `llava evaluate`: print the scores, and write the output files."""
     args = build_parser().parse_args(argv)
     paths = sort_by_step(args.predictions)
 
@@ -199,19 +199,19 @@ def _report_settings(args: argparse.Namespace, paths: Sequence[Path]) -> dict[st
         "training captions": str(args.train_captions or "not given"),
         "bootstrap": f"{args.resamples} resamples, seed {args.seed}",
     }
-    if args.model_path:  # what the model was trained with, beside what it was evaluated with
+    if args.model_path:  # add the settings of the training
         settings |= _checkpoint_settings(args.model_path)
     return settings
 
 
 def _checkpoint_settings(folder: Path) -> dict[str, str]:
-    """Return what a checkpoint's config says about its parts and its training."""
+    """Return the settings of a checkpoint: its architecture and training options."""
     from llava_simplified.model.config import read_checkpoint_config
 
     config = read_checkpoint_config(folder)
     settings = {}
     for name, value in {**config["architecture"], **config["training"]}.items():
-        if isinstance(value, dict):  # the digests of the weights, which tell a reader nothing
+        if isinstance(value, dict):  # skip the digests of the weights, which are not informative
             continue
         settings[name] = str(value)
     return settings
@@ -236,7 +236,7 @@ def format_table(result: Evaluation) -> str:
 
     several_trials = len(result.trials) > 1
 
-    # The columns behind the mean and its interval.
+    # The columns after the mean and its interval.
     columns: list[tuple[str, Scores]] = []
     for number, scores in enumerate(result.trials, 1):
         columns.append((f"trial {number}", scores))
@@ -258,7 +258,7 @@ def format_table(result: Evaluation) -> str:
         interval = "" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
         cells = [name, f"{value:.4f}", interval]
         for _, scores in columns:
-            # CLIPScore and the Java metrics exist for the trials only.
+            # Leave the cell empty for CLIPScore and the Java metrics, which exist for the trials only.
             cells.append(f"{scores[name].value:.4f}" if name in scores else "")
         lines.append(cells)
 
@@ -276,9 +276,9 @@ def format_table(result: Evaluation) -> str:
 
 
 def to_json(result: Evaluation) -> dict[str, object]:
-    """Return the scores as JSON values, without those of single images.
+    """Return the scores of the whole set as JSON values.
 
-    A score is the list [value, low, high]; a number that is not defined is null.
+    A score is the list [value, low, high]; undefined numbers are null.
     """
     return {
         "images": result.num_images,
@@ -296,7 +296,7 @@ def to_json(result: Evaluation) -> dict[str, object]:
 def _scores_to_json(scores: Scores) -> dict[str, list[float | None]]:
     converted: dict[str, list[float | None]] = {}
     for name, score in scores.items():
-        # JSON has no NaN: an interval that was not computed is null.
+        # Replace NaN (an interval that was not computed) by null, because JSON does not support NaN.
         converted[name] = [None if math.isnan(number) else number for number in score]
     return converted
 

@@ -120,8 +120,8 @@ def write_report(
     num_images = len(headline.samples)
     if len(cards) < num_images:
         notes.append(
-            f"{len(cards)} of {num_images} images are shown: the best, the worst, and an even "
-            "spread in between"
+            f"{len(cards)} of {num_images} images are shown: the best, the worst, and an evenly spread "
+            "selection in between"
         )
     # Panels of more runs would fill the page; "All scores" and the charts show all of them.
     shown = runs if len(runs) <= MAX_PANELS else runs[:1]
@@ -179,7 +179,7 @@ def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
 
     aligned = []
     for run in runs:
-        # The position -1 of an image that the first run does not have makes the comparison fail.
+        # Use -1 for an image that is not in the first run, which makes the comparison below fail.
         samples = sorted(run.samples, key=lambda sample: order.get(_image_key(sample), -1))
         if list(map(_image_key, samples)) != list(order):
             raise ValueError(
@@ -198,7 +198,7 @@ def _image_key(sample: Sample) -> tuple[str, str]:
 
 
 def format_score(name: str, value: float) -> str:
-    """Return a score as text: shares in percent, others with three decimals."""
+    """Return a score as text: exact match in percent, others with three decimals."""
     if name in PERCENT_METRICS:
         return f"{100 * value:.1f} %"
     return f"{value:.3f}"
@@ -265,7 +265,7 @@ def _unseen_scores(result: Evaluation) -> str:
 
 @dataclass(frozen=True)
 class ScoreCell:
-    """The score of one run. Positions are in percent of the axis that the runs share."""
+    """The score of one run. Positions are in percent of the common axis of all runs."""
 
     run: int
     value: str
@@ -278,7 +278,7 @@ class ScoreCell:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One metric, with a cell for each run that has it."""
+    """One metric, with a cell for each run that has a score."""
 
     name: str
     cells: list[ScoreCell]
@@ -287,7 +287,7 @@ class ScoreRow:
 def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
     rows = []
     for name in METRIC_NAMES:
-        # The axis begins at 0, and ends a little behind the largest score or interval of all runs.
+        # The axis begins at 0, and ends slightly after the largest score or interval of all runs.
         largest = 1e-9
         for run in runs:
             score = run.result.mean.get(name, Score(0.0))
@@ -298,16 +298,16 @@ def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
         for number, run in enumerate(runs):
             if name in run.result.mean:
                 cells.append(_score_cell(name, number, run.result, axis_end=1.08 * largest))
-        if cells:  # a metric that no run has, such as METEOR without Java, is left out
+        if cells:  # skip a metric that no run has, such as METEOR without Java
             rows.append(ScoreRow(name, cells))
     return rows
 
 
 def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> ScoreCell:
     score = result.mean[name]
-    # In percent of the axis, these are the ends of a bar behind the dot of the score.
+    # The interval is drawn as a bar, and the score as a dot on it.
     low, high = score.low, score.high
-    if math.isnan(low):  # without an interval, only the dot is drawn
+    if math.isnan(low):  # draw only the dot
         low = high = score.value
     best = ""
     if name in result.best:
@@ -455,11 +455,11 @@ class CardRun:
 
 @dataclass(frozen=True)
 class MarkedCaption:
-    """A caption, cut into words and spaces.
+    """A caption, split into words and spaces.
 
     Attributes:
-        pieces: Each piece, and whether it is a word of a reference.
-        count: In how many trials the caption was generated.
+        pieces: Pairs of a piece, and whether it is a word of a reference.
+        count: Number of trials in which the caption was generated.
         is_exact: Whether the caption equals a reference.
     """
 
@@ -538,10 +538,10 @@ def _card_run(scores: _CardScores, position: int, sample: Sample) -> CardRun:
 
 
 def _choose_shown(ranked: list[int]) -> list[int]:
-    """Return at most MAX_CARDS images: the best, the worst, and an even spread in between."""
+    """Return at most MAX_CARDS images: the best, the worst, and an evenly spread selection in between."""
     if len(ranked) <= MAX_CARDS:
         return ranked
-    # A quarter of the cards for each end; positions in the ranking, evenly spread, for the rest.
+    # Use a quarter of the cards for each end of the ranking, and the rest for evenly spread positions.
     quarter = MAX_CARDS // 4
     spread = np.linspace(quarter, len(ranked) - 1 - quarter, MAX_CARDS - 2 * quarter)
     middle = [ranked[rank] for rank in spread.astype(int)]
@@ -550,15 +550,15 @@ def _choose_shown(ranked: list[int]) -> list[int]:
 
 def mark_captions(sample: Sample) -> list[MarkedCaption]:
     """Return the distinct captions of an image, with the words that a reference contains."""
-    # Case and punctuation do not count: "Mat." in a caption is the word "mat" of a reference.
+    # Ignore case and punctuation: "Mat." in a caption matches "mat" in a reference.
     reference_words: set[str] = set()
     for reference in sample.references:
         reference_words.update(words_of(reference))
     marked = []
-    # Trials often repeat a caption: it is shown once, with its count.
+    # Count equal captions, since trials often repeat a caption.
     for caption, count in Counter(sample.captions).items():
         pieces = []
-        # The group keeps the spaces as pieces of their own: the caption is shown as it was written.
+        # Split with a group, which keeps the spaces, so that the caption is displayed unchanged.
         for piece in re.split(r"(\s+)", caption):
             if piece:
                 pieces.append((piece, not reference_words.isdisjoint(words_of(piece))))
@@ -570,7 +570,7 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
     """Read the images of the cards.
 
     Returns:
-        Notes on images that cannot be read.
+        Notes about unreadable images.
 
     Raises:
         ValueError: No image can be read.
@@ -580,7 +580,7 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
     for card in with_image:
         try:
             pixels = decode_image(read_image_bytes(card.sample.image, folder))
-        except ImageError as error:  # the card says that there is no image
+        except ImageError as error:  # the card is displayed without an image
             errors.append(f"{card.sample.image}: {error}")
             continue
         card.thumbnail = make_thumbnail(pixels)
@@ -620,7 +620,7 @@ def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) 
 def _word_bars(samples: Sequence[Sample], colors: tuple[int, int]) -> tuple[list[Bar], list[Bar]]:
     """Return bars for the words that are generated too often, and for those generated too rarely."""
     overused, underused = compare_word_usage(samples)
-    # The bars of both lists have the same scale.
+    # Use the same scale for both lists.
     largest = 1e-9
     for usage in [*overused, *underused]:
         largest = max(largest, abs(usage.log_likelihood))

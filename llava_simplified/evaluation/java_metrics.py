@@ -33,19 +33,18 @@ def add_java_metrics(
 ) -> list[str]:
     """Add METEOR and SPICE to the scores, if Java and pycocoevalcap are installed.
 
-    They have no intervals: METEOR's score of a corpus is not a mean over images, and each resample would need a run
-    of Java.
+    They have no intervals: METEOR's corpus score is not a mean over images, so each resample would require a run of Java.
 
     Args:
-        table: The scores, which are changed.
+        table: The scores, changed in place.
         captions: Tokens separated by spaces, by trial and image.
-        references: The same by image and reference.
+        references: Tokens separated by spaces, by image and reference.
 
     Returns:
-        Notes on metrics that were left out, with the reason.
+        Notes about skipped metrics, with the reason.
     """
     scorers, notes = _find_scorers()
-    # The last row of the scores belongs to the best captions.
+    # The last entry of the scores belongs to the best captions, the others to the trials.
     for name, scorer in scorers.items():
         scores = _compute(name, scorer, captions, references)
         for trial_scores, value in zip(table.trials, scores.corpus):
@@ -57,12 +56,12 @@ def add_java_metrics(
 
 
 def _find_scorers() -> tuple[dict[str, _Scorer], list[str]]:
-    """Return the scorers that can run here, and notes on the others."""
+    """Return the scorers that can run here, and notes about the others."""
     if not shutil.which("java"):
-        return {}, ["METEOR and SPICE were left out: there is no java on the PATH"]
+        return {}, ["METEOR and SPICE were skipped: there is no java on the PATH"]
     if not importlib.util.find_spec("pycocoevalcap"):
         return {}, [
-            "METEOR and SPICE were left out: pycocoevalcap is not installed "
+            "METEOR and SPICE were skipped: pycocoevalcap is not installed "
             "(pip install pycocoevalcap)"
         ]
     from pycocoevalcap.meteor.meteor import Meteor
@@ -70,13 +69,13 @@ def _find_scorers() -> tuple[dict[str, _Scorer], list[str]]:
 
     scorers: dict[str, _Scorer] = {"METEOR": Meteor()}
     notes: list[str] = []
-    # If the models are missing, the constructor of Spice downloads them over plain HTTP without asking.
+    # Check for the models, because the constructor of Spice would download them over plain HTTP without asking.
     models = Path(spice.__file__).parent / "lib" / "stanford-corenlp-3.6.0-models.jar"
     if models.is_file():
         scorers["SPICE"] = spice.Spice()
     else:
         notes.append(
-            f"SPICE was left out: {models} is missing; "
+            f"SPICE was skipped: {models} is missing; "
             "`python -m pycocoevalcap.spice.get_stanford_models` downloads it (0.4 GB)"
         )
     return scorers, notes
@@ -88,7 +87,7 @@ def _compute(
     corpus: list[float] = []
     per_image: list[list[float]] = []
 
-    # The scorers expect dictionaries of lists; a caption is a list of one.
+    # The scorers expect dictionaries of lists, so wrap each caption in a list.
     def score(trial: Sequence[str]) -> None:
         as_dict = {image: [caption] for image, caption in enumerate(trial)}
         value, single = scorer.compute_score(dict(enumerate(references)), as_dict)
@@ -97,15 +96,14 @@ def _compute(
 
     for trial in captions:
         score(trial)
-    # METEOR's score of a corpus is not a mean: the best captions must be scored together.
+    # Score the best captions together, because METEOR's corpus score is not a mean over images.
     best_trial = np.array(per_image).argmax(axis=0)
     score([captions[trial][image] for image, trial in enumerate(best_trial)])
     return _JavaScores(np.array(corpus), np.array(per_image))
 
 
 def _image_score(name: str, score: object) -> float:
-    if (
-        name == "SPICE"
-    ):  # its scores are dictionaries: {"All": {"pr": ..., "re": ..., "f": ...}, ...}
+    # SPICE returns dictionaries: {"All": {"pr": ..., "re": ..., "f": ...}, ...}
+    if name == "SPICE":
         return cast(dict[str, dict[str, float]], score)["All"]["f"]
     return float(cast(float, score))

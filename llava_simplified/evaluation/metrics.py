@@ -1,8 +1,8 @@
-"""How good captions are: the scores of the COCO caption server, their intervals, and checks that scores alone hide.
+"""Evaluate captions: the metrics of the COCO caption server, intervals, and checks for guessing and memorization.
 
-`evaluate` is the front of this package. The metrics are computed in `ngram_metrics` (BLEU, CIDEr), `rouge` (ROUGE-L),
+`evaluate` is the entry point. The metrics are computed in `ngram_metrics` (BLEU, CIDEr), `rouge` (ROUGE-L),
 `clip_metrics` (CLIPScore) and `java_metrics` (METEOR, SPICE); `bootstrap` adds the intervals. BLEU, ROUGE-L and CIDEr-D
-equal pycocoevalcap 1.2, the server's code (Chen et al. 2015, arXiv:1504.00325).
+equal those of pycocoevalcap 1.2, the server's code (Chen et al. 2015, arXiv:1504.00325).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llava_simplified.evaluation.ptb_tokenizer import tokenize
 from llava_simplified.evaluation.rouge import rouge_l
 
 MIN_IMAGES_FOR_CIDER = 50
-"""CIDEr weighs n-grams by the number of images whose references contain them. Few images give no stable weights."""
+"""CIDEr weights n-grams by the number of images whose references contain them, which is unstable for few images."""
 
 METRIC_NAMES = (
     "CIDEr-D",
@@ -45,7 +45,7 @@ METRIC_NAMES = (
     "word F1",
     "exact match",
 )
-"""All metrics in the order in which they are shown. The COCO server, and so most papers, call CIDEr-D "CIDEr"."""
+"""All metrics in the order of display. The COCO server (and therefore most papers) calls CIDEr-D "CIDEr"."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Evaluation:
         num_images: Number of images.
         trials: Scores of each trial.
         mean: Mean of the trials' scores.
-        best: Scores of the best caption of each image, chosen for each metric on its own.
-        shuffled: The mean when each image gets the captions of another one: what is possible without the image.
-        unseen: The mean over the images none of whose references is a training caption.
-        shares: Share of distinct captions; with training captions also of novel captions and unseen references.
+        best: Scores of the best caption of each image, which is selected for each metric separately.
+        shuffled: The mean if each image gets the captions of a different image: scores that are possible by guessing.
+        unseen: The mean over the images without any reference that is a training caption.
+        shares: Fraction of distinct captions; with training captions also of novel captions and unseen references.
         per_image: Scores of single captions by metric, arrays (trials, images).
         notes: What was left out and why, and warnings.
         resampled: `mean` on each bootstrap resample by metric, arrays (resamples,); for paired comparisons.
@@ -111,10 +111,10 @@ def evaluate(
     """Score captions against references.
 
     Args:
-        samples: Images with references and captions; the same number of captions for each.
-        train_captions: All captions of the training data. Adds the shares of novel captions and unseen references.
-        clip: Folder of a CLIP model. Adds CLIPScore and RefCLIPScore.
-        images: Encoded image files in the order of the samples; needed for CLIPScore only.
+        samples: Images with references and captions; all have the same number of captions.
+        train_captions: All captions of the training data, for the shares of novel captions and unseen references.
+        clip: Folder of a CLIP model, for CLIPScore and RefCLIPScore.
+        images: Encoded image files in the order of the samples; required for CLIPScore only.
         java: Compute METEOR and SPICE too, if Java and pycocoevalcap are installed.
         resamples: Number of bootstrap resamples over images; 0 computes no intervals.
         seed: Seed of the bootstrap and of the shuffled captions.
@@ -133,7 +133,7 @@ def evaluate(
             trial.append(caption)
         references.append(list(sample.references))
 
-    # CLIPScore is computed here only, and not for the shuffled captions below.
+    # Compute CLIPScore here only, and not for the shuffled captions below.
     extra_metrics = []
     if clip is not None:
         clip_score, ref_clip_score = clip_scores(clip, images, captions, references)
@@ -158,7 +158,7 @@ def evaluate(
         resampled=table.resampled,
     )
 
-    if num_images > 1:  # a single image has no other captions to get
+    if num_images > 1:  # a single image cannot be shuffled
         shuffled = _shuffle_captions(captions, seed)
         result.shuffled = _score_captions(shuffled, references, resamples, seed).mean
     result.shares["distinct captions"] = _distinct_share(captions)
@@ -197,7 +197,7 @@ def _score_captions(
     reference_tokens = _tokenize_all(references)
     metrics = ngram_metrics(caption_tokens, reference_tokens)
     metrics.append(_score_each("ROUGE-L", rouge_l, caption_tokens, reference_tokens))
-    # These two compare the captions as they were written, punctuation included.
+    # Use the original captions for these two metrics, including punctuation.
     metrics.append(_score_each("word F1", word_f1, captions, references))
     metrics.append(_score_each("exact match", exact_match, captions, references))
     return score_metrics([*metrics, *extra_metrics], resamples, seed)
@@ -209,7 +209,7 @@ def _score_each(
     captions: list[list[str]],
     references: list[list[str]],
 ) -> Metric:
-    """Return a metric that scores each caption on its own."""
+    """Return a metric that scores each caption separately."""
     scores = np.zeros((len(captions), len(references)))
     for trial, trial_captions in enumerate(captions):
         for image, caption in enumerate(trial_captions):
@@ -225,7 +225,7 @@ def _tokenize_all(groups: Iterable[Iterable[str]]) -> list[list[str]]:
 
 
 def normalize_caption(caption: str) -> str:
-    """Return the caption in lower case with single spaces: the form in which whole captions are compared."""
+    """Return the caption in lower case with single spaces, for comparing whole captions."""
     return " ".join(caption.lower().split())
 
 
@@ -235,7 +235,7 @@ def exact_match(caption: str, references: Sequence[str]) -> bool:
 
 
 def word_f1(caption: str, references: Sequence[str]) -> float:
-    """Return the F1 score between the bags of lower-cased words, with the reference where it is best."""
+    """Return the best F1 score over the references, between the bags of lower-cased words."""
     words = Counter(caption.lower().split())  # how often each word occurs
     best = 0.0
     for reference in references:
@@ -248,14 +248,14 @@ def word_f1(caption: str, references: Sequence[str]) -> float:
     return best
 
 
-# ---- checks that scores alone hide ----
+# ---- checks for guessing and memorization ----
 
 
 def _shuffle_captions(captions: list[list[str]], seed: int) -> list[list[str]]:
-    """Give each image the captions of another image.
+    """Assign to each image the captions of a different image.
 
-    The images are put into a random circle, and each gets the captions of its neighbour. Unlike a plain permutation,
-    this leaves no image with its own captions.
+    The images are arranged in a random circle, and each gets the captions of its neighbor. Unlike with a random
+    permutation, no image keeps its own captions.
     """
     num_images = len(captions[0])
     circle = np.random.default_rng(seed).permutation(num_images)
@@ -268,7 +268,7 @@ def _shuffle_captions(captions: list[list[str]], seed: int) -> list[list[str]]:
 
 
 def _distinct_share(captions: list[list[str]]) -> float:
-    """Return the share of distinct captions among those of a trial, averaged over the trials."""
+    """Return the fraction of distinct captions in a trial, averaged over the trials."""
     shares = [len(set(map(normalize_caption, trial))) / len(trial) for trial in captions]
     return float(np.mean(shares))
 
@@ -281,15 +281,15 @@ def _compare_with_training(
     resamples: int,
     seed: int,
 ) -> None:
-    """Add to the result what the model could not have learned by heart."""
+    """Add the scores of unseen images, and the fractions of novel captions and unseen references, to the result."""
     known = {normalize_caption(caption) for caption in train_captions}
     num_novel = 0
     for trial in captions:
         num_novel += sum(normalize_caption(caption) not in known for caption in trial)
     result.shares["novel captions"] = num_novel / (len(captions) * len(references))
 
-    # Images none of whose references occurs in the training data. A single known reference is enough to leave an image
-    # out: the model may have learned the caption with the same or with a similar image.
+    # Find the images without any reference that occurs in the training data. A single known reference excludes an
+    # image: the model may have memorized the caption with the same or with a similar image.
     unseen = []
     for image, group in enumerate(references):
         if known.isdisjoint(map(normalize_caption, group)):
@@ -300,6 +300,6 @@ def _compare_with_training(
         unseen_captions = []
         for trial in captions:
             unseen_captions.append([trial[image] for image in unseen])
-        # CIDEr's document frequencies are those of these images only: its values cannot be compared with the mean.
+        # CIDEr's document frequencies are computed on these images only, so its values cannot be compared with the mean.
         table = _score_captions(unseen_captions, unseen_references, resamples, seed)
         result.unseen = table.mean

@@ -1,8 +1,8 @@
-"""BLEU, CIDEr-D and CIDEr, computed for all captions at once with arrays of n-grams.
+"""BLEU, CIDEr-D and CIDEr, computed for all captions together with arrays of n-grams.
 
 The scores equal those of pycocoevalcap 1.2, the code of the COCO caption server (Chen et al. 2015, arXiv:1504.00325).
 That code compares dictionaries of n-grams, caption by caption. Here, every distinct n-gram of the corpus is an integer,
-and a table holds one row for each pair of a text and an n-gram that occurs in it:
+and a table has one row for each pair of a text and an n-gram that occurs in it:
 
     text 0: "a cat sees a dog"        text  gram  order  count
                                       0     a       0      2
@@ -26,8 +26,8 @@ from llava_simplified.evaluation.bootstrap import Metric, mean_metric
 
 MAX_ORDER = 4  # n-grams of 1 to 4 words
 
-# Guards against a division by zero, as in the server's code. They are part of its scores: without them, the BLEU of a
-# caption without any matching n-gram would differ in the last digits.
+# Constants against division by zero, as in the server's code. They are necessary for equal scores: without them, the
+# BLEU of a caption without any matching n-gram would differ in the last digits.
 BLEU_TINY = 1e-15
 BLEU_SMALL = 1e-9
 
@@ -40,7 +40,7 @@ def ngram_metrics(captions: list[list[str]], references: list[list[str]]) -> lis
 
     Args:
         captions: Tokens separated by spaces, for each trial and image.
-        references: The same for each image and reference.
+        references: Tokens separated by spaces, for each image and reference.
     """
     corpus = _build_corpus(captions, references)
     cider_d, cider = _cider_scores(corpus)
@@ -66,9 +66,9 @@ class NGramTable:
 
     Attributes:
         text: Index of the text.
-        gram: Id of the n-gram. Ids continue over the orders: a bigram never has the id of a unigram.
+        gram: Id of the n-gram. Ids are unique over all orders: a bigram never has the id of a unigram.
         order: n - 1.
-        count: How often the n-gram occurs in the text.
+        count: Number of occurrences of the n-gram in the text.
         num_grams: Number of ids.
     """
 
@@ -79,7 +79,7 @@ class NGramTable:
     num_grams: int
 
     def select(self, rows: np.ndarray, first_text: int) -> NGramTable:
-        """Return the rows where `rows` is true, with the texts counted from `first_text`."""
+        """Return the rows where `rows` is true, with texts numbered from `first_text`."""
         return NGramTable(
             text=self.text[rows] - first_text,
             gram=self.gram[rows],
@@ -89,7 +89,7 @@ class NGramTable:
         )
 
     def sum_by_order(self, weights: np.ndarray, num_texts: int) -> np.ndarray:
-        """Sum the rows' weights for each text and order; returns an array (texts, 4)."""
+        """Return the sum of the rows' weights for each text and order, an array (texts, 4)."""
         groups = self.text * MAX_ORDER + self.order
         sums = np.bincount(groups, weights, minlength=num_texts * MAX_ORDER)
         return sums.reshape(num_texts, MAX_ORDER)
@@ -98,9 +98,9 @@ class NGramTable:
 def count_ngrams(texts: Sequence[Sequence[str]]) -> NGramTable:
     """Count the 1- to 4-grams of texts.
 
-    All texts are laid behind each other in one array of word ids. An n-gram is an (n-1)-gram and one more word, so the
-    pair (id of the (n-1)-gram, id of the word) identifies it. Written as one number, `prefix * vocabulary + word`, and
-    numbered from 0 again with `np.unique`, the ids stay small for every n.
+    All texts are concatenated to one array of word ids. An n-gram is an (n-1)-gram and one more word, so the pair (id of
+    the (n-1)-gram, id of the word) identifies it. The pair is written as one number, `prefix * vocabulary + word`, and
+    then numbered from 0 again with `np.unique`, so that the ids are small for every n.
     """
     vocabulary: dict[str, int] = {}
     word_ids = []
@@ -116,7 +116,7 @@ def count_ngrams(texts: Sequence[Sequence[str]]) -> NGramTable:
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     for order in range(MAX_ORDER):
         if order > 0:
-            # The n-gram must end before the texts do, and within the text in which it begins.
+            # Keep n-grams that end within the array, and within the text in which they begin.
             fits = start + order < len(word)
             fits[fits] = text_of_word[start[fits] + order] == text_of_word[start[fits]]
             start = start[fits]
@@ -141,11 +141,11 @@ def count_ngrams(texts: Sequence[Sequence[str]]) -> NGramTable:
 
 
 def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the value of each wanted key, 0 for keys that do not occur. `keys` must be sorted."""
+    """Return the value of each wanted key, or 0 for missing keys. `keys` must be sorted."""
     if not len(keys):
         return np.zeros(len(wanted))
     index = np.searchsorted(keys, wanted)
-    index = np.minimum(index, len(keys) - 1)  # a key behind the last one; it will not be equal
+    index = np.minimum(index, len(keys) - 1)  # keys after the last one; the comparison below fails
     return np.where(keys[index] == wanted, values[index], 0)
 
 
@@ -176,7 +176,7 @@ def _build_corpus(captions: list[list[str]], references: list[list[str]]) -> _Co
     reference_words: list[list[str]] = []
     for group in references:
         reference_words += [reference.split() for reference in group]
-    # Captions and references are counted together, so that an n-gram has the same id in both.
+    # Count captions and references together, so that an n-gram has the same id in both.
     ngrams = count_ngrams(caption_words + reference_words)
     is_caption = ngrams.text < len(caption_words)
     references_per_image = list(map(len, references))
@@ -198,16 +198,16 @@ def _bleu_statistics(corpus: _Corpus) -> np.ndarray:
     """Return the counts that BLEU is computed from, an array (captions, 10).
 
     Columns 0 to 3 are the correct n-grams of each order, 4 to 7 all n-grams of the caption, 8 the length of the caption
-    and 9 the length of the reference whose length is closest.
+    and 9 the length of the reference with the closest length.
 
-    An n-gram of the caption is correct at most as often as it occurs in a single reference ("clipped" counts): of the
+    An n-gram of the caption is correct at most as often as it occurs in a single reference ("clipped" counts): in the
     caption "the the the", only one "the" is correct if each reference has one.
     """
     captions = corpus.caption_ngrams
     references = corpus.reference_ngrams
 
-    # For each image and n-gram, the largest count in one reference: sort the rows by (image, n-gram), and take the
-    # maximum of each run of equal keys.
+    # For each image and n-gram, find the largest count in one reference: sort the rows by (image, n-gram), and compute
+    # the maximum of each run of equal keys.
     reference_keys = corpus.reference_image[references.text] * references.num_grams
     reference_keys = reference_keys + references.gram
     order = np.argsort(reference_keys, kind="stable")
@@ -228,7 +228,7 @@ def _bleu_statistics(corpus: _Corpus) -> np.ndarray:
 
 
 def _closest_reference_lengths(corpus: _Corpus) -> np.ndarray:
-    """Return for each caption the reference length closest to its own; the shorter one of two."""
+    """Return for each caption the reference length closest to its own; of two, the shorter one."""
     lengths_of_image: list[list[int]] = [[] for _ in range(corpus.num_images)]
     for image, length in zip(corpus.reference_image.tolist(), corpus.reference_lengths.tolist()):
         lengths_of_image[image].append(length)
@@ -248,7 +248,7 @@ def _bleu_scores(sums: np.ndarray, num_images: int) -> np.ndarray:
 
     Args:
         sums: The columns of `_bleu_statistics`, summed over images: an array (..., 10).
-        num_images: Not used: BLEU is not a mean over images.
+        num_images: Not used, since BLEU is not a mean over images.
     """
     correct = sums[..., :MAX_ORDER]
     total = sums[..., MAX_ORDER : 2 * MAX_ORDER]
@@ -295,7 +295,7 @@ def _cider_scores(corpus: _Corpus) -> tuple[np.ndarray, np.ndarray]:
     num_grams = references.num_grams
     num_references = len(corpus.reference_lengths)
 
-    # Number of images with the n-gram in a reference. `np.unique` removes the references of the same image.
+    # Count the images with the n-gram in a reference. `np.unique` counts several references of an image once.
     image_and_gram = corpus.reference_image[references.text] * num_grams + references.gram
     gram_of_pair = np.unique(image_and_gram) % num_grams
     document_frequency = np.bincount(gram_of_pair, minlength=num_grams)
@@ -317,7 +317,7 @@ def _cider_scores(corpus: _Corpus) -> tuple[np.ndarray, np.ndarray]:
     cider_d = np.zeros(corpus.num_captions)
     cider = np.zeros(corpus.num_captions)
     for first in range(0, corpus.num_captions, corpus.num_images):
-        # In one trial, each reference is compared with one caption: that of its image.
+        # In each trial, a reference is compared with the caption of its image.
         caption = first + corpus.reference_image  # (references,)
         wanted = caption[references.text] * num_grams + references.gram
         count = _lookup(sorted_keys, sorted_counts, wanted)  # of the reference's n-grams

@@ -114,7 +114,7 @@ class _Reader:
     def _parse(self, row: object, where: str) -> _Row:
         if not isinstance(row, dict):
             raise ValueError(
-                f"{where}: a prediction must be a JSON object, but this is {type(row).__name__}."
+                f"{where}: a prediction must be a JSON object, got {type(row).__name__}."
             )
         if "pred_output" not in row and "image_id" in row:
             return self._parse_coco_result(row, where)
@@ -292,8 +292,7 @@ def _read_string(row: Mapping[str, object], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise ValueError(
-            f"{where}: {key!r} must be a text, but it is {value!r}. "
-            f"The row has the keys {sorted(row)}."
+            f"{where}: {key!r} must be a string, got {value!r}. The row has the keys {sorted(row)}."
         )
     return value
 
@@ -317,7 +316,7 @@ def read_train_captions(path: Path) -> set[str]:
     """Return all responses of a training file, normalized by `normalize_caption`.
 
     Args:
-        path: Records in any form that `llava train` reads.
+        path: Records in any format that `llava train` supports.
     """
     captions: set[str] = set()
     for record in open_records(path):

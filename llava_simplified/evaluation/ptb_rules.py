@@ -2,14 +2,14 @@ r"""The rules of Stanford's PTBTokenizer 3.4.1, as regular expressions.
 
 The Penn Treebank (Marcus et al. 1993) splits contractions ("do n't"), possessives ("cat 's") and punctuation from
 words, and keeps abbreviations ("U.S."), numbers, web addresses and hyphenated compounds together. Stanford's tokenizer
-is a scanner generated from such rules (`PTBLexer.flex`). The rules below were settled by comparing outputs on captions
+is a scanner generated from such rules (`PTBLexer.flex`). The rules below were developed by comparing outputs on captions
 and on random strings.
 
 How to read a rule:
 
-- Group 1, or the only group, is the token. What follows the group is looked ahead at: it counts for the length of the
-  match, which decides between the rules, but it is scanned again afterwards.
-- A group named `two` is two words written as one ("cannot"): see `SECOND_WORD_LENGTH`.
+- Group 1, or the only group, is the token. The text after the group is lookahead: it counts for the length of the
+  match, by which the rule is selected, but it is scanned again afterward.
+- A group named `two` contains two words written as one ("cannot"): see `SECOND_WORD_LENGTH`.
 - A group named `quote` is a token whose apostrophes and quotation marks are replaced by ASCII ones.
 - A group named `space` is no token.
 - A group named `verbatim` is a token that is not rewritten: its soft hyphens, brackets and entities stay.
@@ -42,7 +42,7 @@ STATES = (
     "Ala|Ariz|Calif|Colo|Conn|Ct|Dak|Fla|Ga|Ind|Kans?|Ky|Md|Mich|Minn|Mo|Mont|Neb|Nev|Okla|Penn"
     "|Tenn|Va|Vt|Wisc?|Wyo"
 )
-# Also words when written in lower case ("la.", "ill.", "wash."): only the capitalized form is an abbreviation.
+# Only the capitalized forms are abbreviations, since these are words in lower case ("la.", "ill.", "wash.").
 CAPITALIZED_STATES = (
     "A(?i:z|rk)|D(?i:el)|I(?i:ll)|L(?i:a)|M(?i:ass|iss)|O(?i:re)|P(?i:a)|T(?i:ex)|W(?i:ash)"
 )
@@ -55,7 +55,7 @@ TITLES = (
     "|Ste?|Ave|Pres|Lieut|Hon|Brig|Co?mdr|Pfc|Spc|Supts?|Det|Mt|Ft|Adj|Adv|Asst|Assoc|Ens|Insp"
     "|Mlle|Mme|Msgr|Sfc|Invt|Elec|Natl|M[ft]g|Dept|Blvd|Rd|vs|Alex|Wm|Jos|Cie|a\\.k\\.a|cf|TREAS|Ph"
 )
-# If one of these follows a lone letter with a full stop ("vitamin C. The ..."), the full stop ends a sentence.
+# If one of these follows a single letter with a full stop ("vitamin C. The ..."), the full stop ends a sentence.
 SENTENCE_STARTERS = (
     "A(?:bout|ccording|dditionally|fter|n|s|t)?|But|Did|During|Earlier|He(?:re|r)?|How(?:ever)?"
     r"|I[fnt]|Last|Many|More|M[rs]\.|Now|Once|One|Other|Our|She|Since|So|Some|Such|That"

@@ -1,12 +1,12 @@
-"""Penn Treebank tokenization of captions as the COCO caption server does it, without Java.
+"""Penn Treebank tokenization of captions as in the COCO caption server, without Java.
 
 The server runs Stanford's PTBTokenizer 3.4.1 (`-preserveLines -lowerCase`) and then drops punctuation. This module
 returns the same tokens. Example:
 
     "A man's hand, holding two cats' toys."  ->  "a man 's hand holding two cats toys"
 
-It is a maximal-munch scanner: at each position, all rules of `ptb_rules` are tried, and the longest match wins
-(what a rule only looks ahead at counts too; the first of equally long matches wins).
+It is a maximal-munch scanner: at each position, all rules of `ptb_rules` are tried, and the longest match is used
+(including lookahead; of equally long matches, the first one).
 
 It was compared with the original for every character of Unicode, and on hundreds of thousands of random texts. What is
 deliberately different:
@@ -33,9 +33,9 @@ from llava_simplified.evaluation.ptb_rules import (
 )
 
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
-"""Tokens that the server drops. Brackets stay: the server looks for "-LRB-", but its tokens are in lower case."""
+"""Tokens that the server drops. Brackets are kept: the server tries to drop "-LRB-", but its tokens are in lower case."""
 
-# Tokens that are written in another way, by their lower-case form.
+# Tokens that are replaced, by their lower-case form.
 _REPLACEMENTS = {
     "{": "-LCB-",
     "}": "-RCB-",
@@ -85,12 +85,12 @@ _APOSTROPHE_ENTITY = re.compile("&apos;")
 _LINE_BREAK = re.compile(f"[{LINE_BREAKS}]")
 _ABOVE_BMP = re.compile("[\U00010000-\U0010ffff]")
 
-# A word before a space or a comma: most of a caption. No other rule has a longer match there, so none is tried.
+# Fast path for a word before a space or a comma, which is most of a caption: no rule has a longer match there.
 _PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?=[ \n]|, )")
 
-# A chunk between two spaces that no rule reads together with what follows: words, anything without a sign or digit that
-# begins a longer token (numbers, "3 1/2"; tags; brackets; smileys), and words with a full stop that are no
-# abbreviations before a number.
+# A chunk between two spaces that can be tokenized separately, because no rule matches it together with the following
+# text: words; chunks without signs or digits that begin longer tokens (numbers, "3 1/2"; tags; brackets; smileys); and
+# words with a full stop that are not abbreviations before a number.
 _INDEPENDENT_CHUNK = re.compile(
     r"[A-Za-z][A-Za-z0-9]*"
     r"|[^\s\d.<(+]*"
@@ -101,7 +101,7 @@ _INDEPENDENT_CHUNK = re.compile(
 def tokenize(caption: str) -> str:
     """Return the tokens of a caption in lower case, without punctuation, separated by single spaces.
 
-    Line breaks count as spaces. A token may contain a no-break space ("3\\xa01/2"), as in the original.
+    Line breaks are treated as spaces. A token may contain a no-break space ("3\\xa01/2"), as in the original.
     """
     text = _LINE_BREAK.sub(" ", caption)
     if text.isascii() or not _ABOVE_BMP.search(text):
@@ -144,7 +144,7 @@ _scan_chunk = lru_cache(maxsize=1 << 17)(_scan)
 
 
 def _next_token(text: str, position: int) -> tuple[str, int]:
-    """Return the token at a position, and the position where the next one may begin.
+    """Return the token at a position, and the position where the next token may begin.
 
     The token is empty at a space, and at characters that the server cannot tokenize.
     """
@@ -152,7 +152,7 @@ def _next_token(text: str, position: int) -> tuple[str, int]:
     if plain and plain[0].lower() not in SECOND_WORD_LENGTH:
         return plain[0], plain.end()
 
-    # Maximal munch. `>` and not `>=`: of equally long matches, the first wins.
+    # Find the longest match. Use `>` and not `>=`, so that the first of equally long matches is kept.
     best: re.Match[str] | None = None
     best_end = position
     for rule in compiled_rules():
@@ -166,7 +166,7 @@ def _next_token(text: str, position: int) -> tuple[str, int]:
     token = best[1]
     if best.lastgroup == "two":
         token = token[: -SECOND_WORD_LENGTH[token.lower()]]
-    # The next token begins behind this one, not behind the match: what was looked ahead at is read again.
+    # Continue after the token, and not after the match, so that the lookahead is scanned again.
     end = position + len(token)
     if best.lastgroup == "space":
         return "", best_end

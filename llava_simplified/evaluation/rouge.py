@@ -16,7 +16,7 @@ def rouge_l(caption: str, references: Sequence[str]) -> float:
 
     Args:
         caption: Tokens, separated by single spaces.
-        references: The same for each reference.
+        references: Tokens of each reference, separated by single spaces.
     """
     words = caption.split(" ")
     best_precision = 0.0
@@ -35,8 +35,8 @@ def rouge_l(caption: str, references: Sequence[str]) -> float:
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Return the length of the longest common subsequence of two sequences of words.
 
-    The usual dynamic program fills a table of len(first) x len(second). Neighbouring entries of a row differ by 0 or
-    1, so a row fits into the bits of one integer: bit i is 0 where the row increases at word i of `first`. Hyyrö (2004,
+    The usual dynamic program fills a table of len(first) x len(second). Adjacent entries of a row differ by 0 or 1, so a
+    row can be stored in the bits of one integer: bit i is 0 where the row increases at word i of `first`. Hyyrö (2004,
     "Bit-parallel LCS-length computation revisited") computes the next row from it with one addition, whose carries
     find the next match of each word. The number of zero bits of the last row is the length.
     """

@@ -1,4 +1,4 @@
-"""The curves of a training run, from its log."""
+"""Read the curves of a training run from its log."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def read_training_log(path: Path) -> dict[str, list[tuple[float, float]]]:
     """Read the curves of a `trainer_log.jsonl`.
 
     Args:
-        path: A file of JSON lines with `step` and one of the keys of `CURVES`; other rows are skipped. If a step
-            occurs again, because the run was resumed, its last value counts.
+        path: A file of JSON lines with `step` and one of the keys of `CURVES`; other rows are skipped. If a step occurs
+            several times, because the run was resumed, its last value is used.
 
     Returns:
         Points (step, value) by the name of the curve, in the order of the steps.
 
     Raises:
-        ValueError: A line is not a row of a log. The last line may be cut off, because the run was killed.
+        ValueError: A line is not a row of a training log. (An incomplete last line is ignored.)
     """
     curves: dict[str, dict[float, float]] = {name: {} for name in CURVES}
-    # Not splitlines(): it also splits at separators like U+2028, which JSON allows inside of a text.
+    # Do not use splitlines(), which also splits at separators such as U+2028: JSON strings may contain these.
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -32,7 +32,7 @@ def read_training_log(path: Path) -> dict[str, list[tuple[float, float]]]:
         try:
             row = json.loads(line)
             for name, key in CURVES.items():
-                # A run that diverged logs NaN; it cannot be drawn.
+                # Skip NaN, which a diverged run logs, and which cannot be drawn.
                 if key in row and math.isfinite(row[key]):
                     curves[name][row["step"]] = row[key]
         except (ValueError, TypeError, KeyError) as error:

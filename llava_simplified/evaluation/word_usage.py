@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from llava_simplified.evaluation.metrics import Sample
 
-MIN_LOG_LIKELIHOOD = 1.0  # words whose counts differ less are not shown
+MIN_LOG_LIKELIHOOD = 1.0  # minimum absolute value of a word in the result
 MAX_WORDS = 12
 
 _WORD = re.compile(r"\w[\w'’-]*")
 
 
 class WordUsage(NamedTuple):
-    """How often a word occurs, counted per image: a word in one of two captions of an image counts 1/2."""
+    """The frequency of a word, counted per image: a word in one of two captions of an image counts 1/2."""
 
     word: str
     generated: float
@@ -35,14 +35,14 @@ def compare_word_usage(
 ) -> tuple[list[WordUsage], list[WordUsage]]:
     """Return the words that are generated too often, and those that are generated too rarely.
 
-    Words are ranked by the log-likelihood ratio (Dunning 1993): how unlikely the two counts are if both texts use the
-    word equally often. Unlike a ratio of counts, it does not favour words that occur once.
+    Words are ranked by the log-likelihood ratio (Dunning 1993), which measures how unlikely the two counts are if both
+    texts use the word equally often. Unlike a ratio of counts, it does not favor words that occur once.
 
     Args:
         samples: Images with captions and references.
         max_words: Maximum number of words in each list.
     """
-    # Every image counts the same, however many captions and references it has.
+    # Give every image the same weight, regardless of its number of captions and references.
     generated: dict[str, float] = defaultdict(float)
     references: dict[str, float] = defaultdict(float)
     for sample in samples:
@@ -57,8 +57,8 @@ def compare_word_usage(
     for word in {*generated, *references}:
         ours = generated[word]
         theirs = references[word]
-        # If both used the word equally often, its share would be this in both. The ratio is the log-likelihood of
-        # the counts with their own shares, minus that with the common share.
+        # Fraction of the word if both texts used it equally often. The ratio is the log-likelihood of the counts with
+        # their own fractions, minus that with the common fraction.
         expected_share = (ours + theirs) / (num_generated + num_references)
         ratio = 0.0
         for count, total in ((ours, num_generated), (theirs, num_references)):
@@ -68,7 +68,7 @@ def compare_word_usage(
         usages.append(WordUsage(word, ours, theirs, math.copysign(ratio, sign)))
     usages.sort(key=lambda usage: (usage.log_likelihood, usage.word))
 
-    # Ascending: the most underused words come first, the most overused ones last.
+    # The list is ascending: the most underused words come first, the most overused ones last.
     overused = [u for u in usages[::-1][:max_words] if u.log_likelihood > MIN_LOG_LIKELIHOOD]
     underused = [u for u in usages[:max_words] if u.log_likelihood < -MIN_LOG_LIKELIHOOD]
     return overused, underused

@@ -1,1 +1,1 @@
-"""Checkpoints in the formats of other tools: export, import, merge, model cards."""
+"""Convert checkpoints to and from the formats of other tools, merge adapters, and write model cards."""

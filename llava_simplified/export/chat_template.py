@@ -1,15 +1,14 @@
-"""The chat template of an exported model, in a form that stock processors and servers can render.
+"""The chat template of an exported model, for Transformers' processors and for servers.
 
-Three things differ between the template that a tokenizer has and the one that an exported folder
-needs:
+The template of an exported folder differs from that of the tokenizer in three ways:
 
-- A stock processor passes a user's message as a list of parts, `[{"type": "image"}, {"type": "text",
-  "text": "..."}]`. The templates of language models expect one string. `FLATTEN_CONTENT` joins the
-  parts in front of the template.
-- llama.cpp replaces the image part by a marker (`<__media__>`), and does not write the line break
-  behind it that the model was trained with. `FLATTEN_CONTENT_WITH_MARKERS` adds it.
+- Transformers' processors pass a user's message as a list of parts, `[{"type": "image"}, {"type":
+  "text", "text": "..."}]`, but the templates of language models expect one string. `FLATTEN_CONTENT`,
+  which is prepended to the template, joins the parts.
+- llama.cpp replaces the image part by a marker (`<__media__>`), without the line break after the image
+  that the model was trained with. `FLATTEN_CONTENT_WITH_MARKERS` adds it.
 - Our own templates (`plain`, `bare`) end where the answer begins, so that training can append it.
-  Other tools render `add_generation_prompt=True` instead. `GENERATION_PROMPT` is what that must add.
+  Other tools render with `add_generation_prompt=True`, which must append `GENERATION_PROMPT`.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from llava_simplified.prompt import TEMPLATES
 if TYPE_CHECKING:
     from llava_simplified.model.llava import Llava
 
-# Jinja. `{%-` and `-%}` remove the line breaks and the indentation around each tag, so that nothing of
-# this reaches the prompt. The image is written as "<image>\n", as in training.
+# A Jinja template. `{%-` and `-%}` remove the line breaks and the indentation around each tag, which must
+# not become part of the prompt. The image is written as "<image>\n", as in training.
 _FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -45,8 +44,8 @@ _FLATTEN_CONTENT = """\
 
 FLATTEN_CONTENT = _FLATTEN_CONTENT.replace("TEXT", "content.text")
 
-# llama.cpp's markers are <__media__> or <__media_ab12__>. The first filter removes a line break that
-# some clients do write behind the marker, the second writes exactly one.
+# llama.cpp's markers are <__media__> or <__media_ab12__>. Write exactly one line break after a marker: the
+# first filter removes the line break that some clients write, the second adds one.
 FLATTEN_CONTENT_WITH_MARKERS = _FLATTEN_CONTENT.replace(
     "TEXT", r"content.text | replace('__>\n', '__>') | replace('__>', '__>\n')"
 )
@@ -58,7 +57,7 @@ GENERATION_PROMPT = {
 
 
 def get_chat_template(model: Llava) -> str:
-    """Return the chat template that the model was trained with, as any tokenizer can render it."""
+    """Return the chat template that the model was trained with, for any tokenizer."""
     name = model.prompt.name
     if name in TEMPLATES:
         return TEMPLATES[name] + GENERATION_PROMPT[name]

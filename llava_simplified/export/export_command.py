@@ -21,15 +21,17 @@ _NOT_PUSHED = ["trainer_state/*", "checkpoint-*"]
 
 def build_export_parser() -> CommandParser:
     """Return the parser of `llava export`."""
-    parser = CommandParser("llava export", "Write a checkpoint in a form that other tools load.")
+    parser = CommandParser(
+        "llava export", "Convert a checkpoint to a format that other tools load."
+    )
     parser.add_argument("checkpoint", help="Checkpoint folder, as written by `llava train`")
     parser.add_argument("--output", required=True, type=Path, help="Folder to create")
     parser.add_argument(
         "--format",
         choices=["hf", "peft", "gguf"],
         default="hf",
-        help="hf: stock Hugging Face LLaVA, with merged adapters; peft: the same with a separate PEFT "
-        "adapter; gguf: files for llama.cpp and Ollama (default: %(default)s)",
+        help="hf: Hugging Face LLaVA (LlavaForConditionalGeneration) with merged adapters; peft: the same "
+        "with a separate PEFT adapter; gguf: files for llama.cpp and Ollama (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
@@ -40,8 +42,8 @@ def build_export_parser() -> CommandParser:
         "--images",
         nargs="*",
         default=[],
-        help="Images on which the export is compared with the checkpoint (default: two training "
-        "images, or noise)",
+        help="Images for comparing the export with the checkpoint (default: two training images, or "
+        "random noise)",
     )
     add_base_model_options(parser)
     parser.add_argument(
@@ -53,15 +55,15 @@ def build_export_parser() -> CommandParser:
 def export_main(argv: list[str] | None = None) -> int:
     """Run `llava export`."""
     args = build_export_parser().parse_args(argv)
-    # Check this now, and not after minutes of converting.
+    # Check the option now, before minutes of converting.
     if args.scores and not args.scores.is_file():
         raise ValueError(f"--scores {args.scores}: no such file")
     from llava_simplified.export.model_card import write_model_card
 
-    # The export is complete at this point: a card that cannot be written does not undo it.
+    # Write the card after the export is complete, so that an error in the card does not undo it.
     result = _export(args)
     write_model_card(args.checkpoint, args.output, args.format, args.scores)
-    print(f"{args.output}: loaded back and compared: {result}")
+    print(f"{args.output}: exported, loaded again and compared: {result}")
     return 0
 
 
@@ -117,9 +119,7 @@ def merge_main(argv: list[str] | None = None) -> int:
         vision_tower=args.vision_tower,
         trust_remote_code=args.trust_remote_code,
     )
-    print(
-        f"{args.output}: merged. Of the base models, only those that were not trained are needed."
-    )
+    print(f"{args.output}: merged. Loading it requires only the base models that were not trained.")
     return 0
 
 
@@ -137,7 +137,7 @@ def build_push_parser() -> CommandParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="List what would be uploaded; does not need a network",
+        help="List the files that would be uploaded; requires no network",
     )
     return parser
 
@@ -159,7 +159,7 @@ def push_main(argv: list[str] | None = None) -> int:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # of httpx, or of requests in older versions
 
-    # `exist_ok`: a second push to the same repository is a new commit.
+    # Pass exist_ok, so that a second push to the same repository creates a new commit.
     try:
         api = HfApi()
         api.create_repo(args.repository, private=args.private, exist_ok=True)
@@ -175,16 +175,16 @@ def push_main(argv: list[str] | None = None) -> int:
 
 
 def _warn_of_local_paths(folder: Path) -> None:
-    """Warn if `llava.json` contains paths of this machine: a checkpoint does, an export does not."""
+    """Warn if `llava.json` contains local paths, as in a checkpoint (but not in an exported folder)."""
     if not (folder / CONFIG_NAME).is_file():
         return
     config = read_checkpoint_config(folder)
-    # Names on the hub ("openai/clip-vit-base-patch16") and numbers are no absolute paths.
+    # Look for absolute paths, which excludes hub names ("openai/clip-vit-base-patch16") and numbers.
     values = [*config["architecture"].values(), *config["training"].values()]
     paths = {str(value) for value in values if Path(str(value)).is_absolute()}
     if paths:
         logger.warning(
-            "warning: %s contains paths of this machine: %s. An exported folder does not.",
+            "%s contains local paths: %s. To publish without them, push an exported folder.",
             CONFIG_NAME,
             ", ".join(sorted(paths)),
         )
@@ -194,7 +194,7 @@ def _list_files(folder: Path, repository: str) -> None:
     """Print the files that would be uploaded, with their sizes."""
     from huggingface_hub.utils import filter_repo_objects
 
-    # The same filter that `upload_folder` applies, so that the list is what would be uploaded.
+    # Apply the same filter as `upload_folder`.
     names = []
     for path in sorted(folder.rglob("*")):
         if path.is_file():

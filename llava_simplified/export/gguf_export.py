@@ -6,15 +6,16 @@
 | `mmproj.gguf` | vision tower and projector ("multimodal projector")       | `gguf_vision.py`              |
 | `Modelfile`   | `ollama create NAME -f Modelfile`                         | `ollama.py`                   |
 
-The keys are those that llama.cpp reads: `src/llama-arch.cpp` and `src/llama-vocab.cpp` for the language
-model, `tools/mtmd/clip-impl.h` for the tower. The names of the tensors come from the `gguf` package.
+The metadata keys are defined by llama.cpp: in `src/llama-arch.cpp` and `src/llama-vocab.cpp` for the
+language model, in `tools/mtmd/clip-impl.h` for the tower. The `gguf` package has the tensor names.
 
-Data types: llama.cpp multiplies with matrices of any type, but adds only float32. Therefore only true
-matrices are stored in the type of the model. Biases, the weights of norms, position embeddings (which
-are added, although they have two dimensions) and the patch filter (four dimensions) stay float32.
+Data types: llama.cpp supports matrix products with any data type, but additions in float32 only.
+Therefore only matrices are stored in the data type of the model. Biases, the weights of norms, position
+embeddings (which are added, although they have two dimensions) and the patch filter (four dimensions)
+are stored as float32.
 
-llama.cpp differs from training in two ways, whatever the file contains: gelu is always its tanh
-approximation, and an image that is not square is padded, not cropped.
+llama.cpp differs from training in two ways that no file can change: it always uses the tanh
+approximation of gelu, and it pads an image that is not square instead of cropping it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from llava_simplified.model.llava import Llava
 from llava_simplified.model.protocols import CausalLM
 
 Weights = dict[str, torch.Tensor]
-Settings = dict[str, Any]  # GGUF key -> string, number, boolean, or a list of these
+Metadata = dict[str, Any]  # GGUF key -> string, number, boolean, or a list of these
 
 # Hugging Face's model_type -> llama.cpp's architecture. Mistral is a Llama for llama.cpp.
 ARCHITECTURES = {
@@ -66,17 +67,17 @@ def export_gguf(
 
     Args:
         checkpoint: Folder written by `llava train`.
-        output: Folder to create. It appears only if everything has succeeded.
+        output: Folder to create. It is created only if the export succeeds.
         dtype: Data type of the matrices: float32, bfloat16 or float16; None: as trained.
-        model_base: Language model, if it was moved since the training.
-        vision_tower: Vision tower, if it was moved since the training.
+        model_base: Path of the base language model, if it has moved since training.
+        vision_tower: Path of the vision tower, if it has moved since training.
 
     Returns:
         The number of tensors that were compared.
 
     Raises:
-        ValueError: llama.cpp has no form for the model (the message says what to do), or a file does
-            not contain what was written.
+        ValueError: llama.cpp does not support the architecture (the message says what to do), or a file
+            does not contain the tensors that were written.
         FileExistsError: `output` exists already.
     """
     require_extra("gguf", "gguf", purpose="--format gguf")
@@ -89,29 +90,30 @@ def export_gguf(
             model_base=model_base,
             vision_tower=vision_tower,
         )
-        # llama.cpp's LLaVA has the limits of stock LLaVA (two projector layers, no pooling, no bias in
-        # the head), and some more that are checked below.
+        # Call this only for its checks. llama.cpp has the same limits as the LLaVA classes of
+        # Transformers (two projector layers, no pooling, no bias in lm_head), and more that are checked
+        # below.
         describe_for_stock(model)
         language_model = model.language_model
         architecture = _architecture(language_model)
         file_type = {"general.file_type": FILE_TYPES[language_model.dtype]}
 
-        # Everything that can be refused is refused before anything is written.
-        text_settings = file_type | _text_settings(model, architecture)
+        # Convert everything before writing, because unsupported models are detected here.
+        text_metadata = file_type | _text_metadata(model, architecture)
         text_weights = _text_weights(language_model, architecture)
-        tower_settings = file_type | vision_settings(model)
+        tower_metadata = file_type | vision_settings(model)
         tower_weights = vector_weights_to_float32(vision_weights(model))
 
-        _write(folder / "model.gguf", architecture, text_settings, text_weights)
+        _write(folder / "model.gguf", architecture, text_metadata, text_weights)
         _compare(folder / "model.gguf", text_weights)
-        _write(folder / "mmproj.gguf", "clip", tower_settings, tower_weights)
+        _write(folder / "mmproj.gguf", "clip", tower_metadata, tower_weights)
         _compare(folder / "mmproj.gguf", tower_weights)
         (folder / "Modelfile").write_text(modelfile(model), encoding="utf-8")
     return len(text_weights) + len(tower_weights)
 
 
 def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:
-    """Convert everything that llama.cpp does not use as a matrix to float32."""
+    """Convert all weights to float32 except those that llama.cpp uses in matrix products."""
     converted = {}
     for name, weight in weights.items():
         is_matrix = weight.dim() == 2 and "position" not in name
@@ -128,20 +130,20 @@ def _architecture(language_model: CausalLM) -> str:
     if model_type not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise ValueError(
-            f"--format gguf: no mapping for a {model_type} language model, only for {supported}. Use "
-            "--format hf, and convert the result with llama.cpp's convert_hf_to_gguf.py."
+            f"--format gguf supports {supported} language models, not {model_type}. Use --format hf, and "
+            "convert the result with llama.cpp's convert_hf_to_gguf.py."
         )
     return ARCHITECTURES[model_type]
 
 
-def _text_settings(model: Llava, architecture: str) -> Settings:
-    """Return the keys of `model.gguf`."""
+def _text_metadata(model: Llava, architecture: str) -> Metadata:
+    """Return the metadata of `model.gguf`."""
     config = model.language_model.config
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
         head_dim = config.hidden_size // config.num_attention_heads
-    # llama.cpp has no sliding window for these architectures: every token attends to all before it.
-    # Within one window that is the same, so the context must not become longer.
+    # Limit the context to one sliding window. llama.cpp does not support sliding windows for these
+    # architectures: every token attends to all previous tokens, which is the same within one window.
     context_length = config.max_position_embeddings
     sliding_window = getattr(config, "sliding_window", None)
     if sliding_window:
@@ -160,16 +162,17 @@ def _text_settings(model: Llava, architecture: str) -> Settings:
         "rope.dimension_count": head_dim,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
     }
-    settings: Settings = {"general.type": "model"}
+    metadata: Metadata = {"general.type": "model"}
     for key, value in values.items():
-        settings[f"{architecture}.{key}"] = value
-    return settings | vocabulary_settings(model)
+        metadata[f"{architecture}.{key}"] = value
+    return metadata | vocabulary_settings(model)
 
 
 def _text_weights(language_model: CausalLM, architecture: str) -> Weights:
     """Return the tensors of `model.gguf` by llama.cpp's names.
 
-    Query and key projections of a Llama are permuted in place, so the model is of no use afterwards.
+    The query and key projections of a Llama are permuted in place, so the model must not be used
+    afterward.
     """
     import gguf
 
@@ -179,14 +182,15 @@ def _text_weights(language_model: CausalLM, architecture: str) -> Weights:
     weights = _rope_factors(language_model, architecture)
     for name, weight in language_model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # llama.cpp uses the embedding table where there is no head
+            continue  # without lm_head, llama.cpp uses the embedding table
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise ValueError(
-                f"--format gguf: llama.cpp has no name for {name} in a {architecture} model. Use "
-                "--format hf."
+                f"--format gguf: llama.cpp does not support the weight {name} in a {architecture} model. "
+                "Use --format hf."
             )
-        # Only llama.cpp's "llama" pairs neighbouring channels; qwen2 and qwen3 pair halves, as here.
+        # Permute for "llama" only, which pairs neighboring channels in llama.cpp; qwen2 and qwen3 pair
+        # halves, as Hugging Face does.
         match = re.search(r"\.([qk])_proj\.", name)
         if architecture == "llama" and match:
             num_heads = config.num_attention_heads
@@ -200,10 +204,10 @@ def _text_weights(language_model: CausalLM, architecture: str) -> Weights:
 def _permute_for_rope(weight: torch.Tensor, num_heads: int) -> None:
     """Reorder the rows of a query or key projection for llama.cpp's rotary embedding, in place.
 
-    Both rotate pairs of a head's n channels. They pair different ones:
+    Both rotate pairs of a head's n channels, but they pair different channels:
 
         Hugging Face, halves:       (0, n/2), (1, n/2 + 1), ...
-        llama.cpp, neighbours:      (0, 1),   (2, 3), ...
+        llama.cpp, neighbors:       (0, 1),   (2, 3), ...
 
     Args:
         weight: (heads * n, in), or (heads * n,) for a bias.
@@ -214,10 +218,10 @@ def _permute_for_rope(weight: torch.Tensor, num_heads: int) -> None:
 
 
 def _rope_factors(language_model: CausalLM, architecture: str) -> Weights:
-    """Return what the rotary frequencies are divided by: `rope_freqs.weight`, or nothing if that is 1.
+    """Return the divisors of the rotary frequencies: `rope_freqs.weight`, or nothing if all are 1.
 
-    Llama 3.1 divides low frequencies by up to 8, to reach a longer context. llama.cpp reads the
-    divisors, one for each pair of channels, from this tensor.
+    Llama 3.1 divides low frequencies by up to 8, for a longer context. llama.cpp reads the divisors, one
+    for each pair of channels, from this tensor.
     """
     transformer: Any = language_model
     rope = transformer.model.rotary_emb
@@ -229,7 +233,7 @@ def _rope_factors(language_model: CausalLM, architecture: str) -> Weights:
         return {}
     if architecture != "llama" or rope.attention_scaling != 1:
         raise ValueError(
-            f"--format gguf: no mapping for the rotary scaling {parameters} of a {architecture} model. "
+            f"--format gguf does not support the rotary scaling {parameters} of a {architecture} model. "
             "Use --format hf."
         )
     return {"rope_freqs.weight": factors}
@@ -238,14 +242,13 @@ def _rope_factors(language_model: CausalLM, architecture: str) -> Weights:
 # ---- files ----
 
 
-def _write(path: Path, architecture: str, settings: Settings, weights: Weights) -> None:
+def _write(path: Path, architecture: str, metadata: Metadata, weights: Weights) -> None:
     """Write one GGUF file."""
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in settings.items():
-        # llama.cpp reads counts as unsigned numbers. `get_type` would make integers signed; of a list
-        # it takes the type of the first element.
+    for key, value in metadata.items():
+        # Write integers as unsigned, as llama.cpp expects; `get_type` would make them signed.
         value_type = gguf.GGUFValueType.get_type(value)
         if type(value) is int:
             value_type = gguf.GGUFValueType.UINT32
@@ -255,7 +258,7 @@ def _write(path: Path, architecture: str, settings: Settings, weights: Weights) 
         if weight.dtype == torch.bfloat16:
             raw_dtype = gguf.GGMLQuantizationType.BF16
         writer.add_tensor(name, _to_numpy(weight), raw_dtype=raw_dtype)
-    # The order is that of the file: header, keys, tensors.
+    # Write in the order of the file format: header, metadata, tensors.
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -263,7 +266,7 @@ def _write(path: Path, architecture: str, settings: Settings, weights: Weights) 
 
 
 def _to_numpy(weight: torch.Tensor) -> np.ndarray:
-    """Return a tensor as an array; bfloat16, which numpy does not have, as its bytes."""
+    """Return a tensor as an array; for bfloat16, which numpy does not support, an array of bytes."""
     weight = weight.contiguous()
     if weight.dtype == torch.bfloat16:
         weight = weight.view(torch.uint8)
@@ -280,4 +283,6 @@ def _compare(path: Path, weights: Weights) -> None:
         raise ValueError(f"{path.name}: missing or unexpected tensors after writing: {different}.")
     for name, weight in weights.items():
         if not np.array_equal(stored[name], _to_numpy(weight)):
-            raise ValueError(f"{path.name}: {name} has other values than were written.")
+            raise ValueError(
+                f"{path.name}: the values of {name} differ from those that were written."
+            )

@@ -1,10 +1,10 @@
 """The tokenizer for llama.cpp: the `tokenizer.*` keys of `model.gguf`.
 
-llama.cpp has its own tokenizers. It needs to know which of two families ours belongs to:
+llama.cpp has its own tokenizers, of two families:
 
-| `tokenizer.ggml.model` | what it is                                     | models                         |
+| `tokenizer.ggml.model` | algorithm                                      | models                         |
 |------------------------|------------------------------------------------|--------------------------------|
-| `gpt2`                 | byte-level BPE: words are cut by a regular     | SmolLM2, Llama 3, Qwen         |
+| `gpt2`                 | byte-level BPE: words are split by a regular   | SmolLM2, Llama 3, Qwen         |
 |                        | expression, then merged by a list of merges    |                                |
 | `llama`                | sentencepiece: no words; pieces have scores;   | Llama 2, Mistral               |
 |                        | unknown characters become bytes (<0x0A>)       |                                |
@@ -22,15 +22,15 @@ from llava_simplified.export.chat_template import FLATTEN_CONTENT_WITH_MARKERS, 
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 
-Settings = dict[str, Any]
+Metadata = dict[str, Any]
 
-# The regular expression by which Qwen2 and Llama 3 cut a text into words; they differ in how many
-# digits make one word.
+# The regular expression by which Qwen2 and Llama 3 split a text into words. They differ in the maximum
+# number of digits in a word.
 _WORDS_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBERS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The steps by which a byte-level tokenizer cuts a text into words (see `_pre_tokenizer_name`) ->
+# The steps by which a byte-level tokenizer splits a text into words (see `_pre_tokenizer_name`) ->
 # llama.cpp's name for them, `tokenizer.ggml.pre`.
 PRE_TOKENIZERS = {
     "words": "gpt-2",
@@ -38,17 +38,17 @@ PRE_TOKENIZERS = {
     _WORDS_PATTERN.replace("NUMBERS", r"\p{N}"): "qwen2",
     _WORDS_PATTERN.replace("NUMBERS", r"\p{N}{1,3}"): "llama-bpe",
 }
-# The score of a piece that no merge produces: lower than that of any merge.
+# Score of a piece that is not the result of a merge: lower than that of any merge.
 _UNMERGED_SCORE = -1e6
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """A BPE tokenizer, as `tokenizer.json` describes it."""
+    """A BPE tokenizer, read from `tokenizer.json`."""
 
-    spec: dict[str, Any]  # the whole of tokenizer.json
+    spec: dict[str, Any]  # contents of tokenizer.json
     pieces: dict[int, str]  # token id -> text
-    added: dict[int, dict[str, Any]]  # token id -> entry of a token that was added to the model's
+    added: dict[int, dict[str, Any]]  # token id -> entry in "added_tokens"
     num_rows: int  # of the embedding table, which can be larger than the vocabulary
 
     @property
@@ -67,24 +67,24 @@ class _Vocabulary:
         return pairs
 
 
-def vocabulary_settings(model: Llava) -> Settings:
-    """Return the tokenizer and the chat template as GGUF keys.
+def vocabulary_settings(model: Llava) -> Metadata:
+    """Return the tokenizer and the chat template as GGUF metadata.
 
     Raises:
-        ValueError: The tokenizer is not BPE, or llama.cpp has no name for how it cuts words.
+        ValueError: The tokenizer is not BPE, or llama.cpp does not support its pre-tokenizer.
     """
     vocabulary = _read_vocabulary(model)
-    settings = _common_settings(model, vocabulary)
+    values = _common_metadata(model, vocabulary)
     if vocabulary.bpe["byte_fallback"]:
-        settings |= _sentencepiece_settings(vocabulary)
+        values |= _sentencepiece_metadata(vocabulary)
     else:
-        settings |= _byte_level_settings(vocabulary)
+        values |= _byte_level_metadata(vocabulary)
     chat_template = FLATTEN_CONTENT_WITH_MARKERS + get_chat_template(model)
-    keys: Settings = {}
-    for name, value in settings.items():
-        keys[f"tokenizer.ggml.{name}"] = value
-    keys["tokenizer.chat_template"] = chat_template
-    return keys
+    metadata: Metadata = {}
+    for name, value in values.items():
+        metadata[f"tokenizer.ggml.{name}"] = value
+    metadata["tokenizer.chat_template"] = chat_template
+    return metadata
 
 
 def _read_vocabulary(model: Llava) -> _Vocabulary:
@@ -104,19 +104,19 @@ def _read_vocabulary(model: Llava) -> _Vocabulary:
     )
 
 
-def _common_settings(model: Llava, vocabulary: _Vocabulary) -> Settings:
-    """Return what both families have: the tokens, their types, and the special ones."""
+def _common_metadata(model: Llava, vocabulary: _Vocabulary) -> Metadata:
+    """Return the metadata of both families: tokens, token types, and special tokens."""
     tokenizer: Any = model.tokenizer
     num_rows = vocabulary.num_rows
-    settings: Settings = {
-        # Rows of the table without a token get a name that occurs in no text.
+    metadata: Metadata = {
+        # Rows of the embedding table without a token get a name that occurs in no text.
         "tokens": [vocabulary.pieces.get(i, f"[PAD{i}]") for i in range(num_rows)],
         "token_type": [_token_type(vocabulary, i) for i in range(num_rows)],
         "add_eos_token": False,
     }
-    # llama.cpp adds a BOS token by itself if it is told so. It must, if our prompts start with one.
+    # Make llama.cpp add a BOS token if our prompts start with one.
     prompt = model.prompt.render([Message("user", "a")], None)
-    settings["add_bos_token"] = prompt.input_ids[0] == tokenizer.bos_token_id
+    metadata["add_bos_token"] = prompt.input_ids[0] == tokenizer.bos_token_id
     special_tokens = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
@@ -126,8 +126,8 @@ def _common_settings(model: Llava, vocabulary: _Vocabulary) -> Settings:
     }
     for name, token_id in special_tokens.items():
         if token_id is not None and token_id < num_rows:
-            settings[f"{name}_token_id"] = token_id
-    return settings
+            metadata[f"{name}_token_id"] = token_id
+    return metadata
 
 
 def _token_type(vocabulary: _Vocabulary, token_id: int) -> int:
@@ -149,15 +149,15 @@ def _token_type(vocabulary: _Vocabulary, token_id: int) -> int:
     return int(types.NORMAL)
 
 
-def _sentencepiece_settings(vocabulary: _Vocabulary) -> Settings:
-    """Return the keys of a sentencepiece tokenizer.
+def _sentencepiece_metadata(vocabulary: _Vocabulary) -> Metadata:
+    """Return the metadata of a sentencepiece tokenizer.
 
-    llama.cpp joins the two neighbouring pieces whose union has the highest score. With the negative
-    rank of its merge as a piece's score, it merges in the order of our tokenizer.
+    llama.cpp repeatedly joins the two adjacent pieces whose union has the highest score. Using the
+    negative rank of its merge as the score of a piece gives the merge order of our tokenizer.
     """
     scores_by_piece: dict[str, float] = {}
     for rank, (first, second) in enumerate(vocabulary.merges):
-        scores_by_piece.setdefault(first + second, -float(rank))  # the earliest merge counts
+        scores_by_piece.setdefault(first + second, -float(rank))  # keep the earliest merge
     scores = []
     for token_id in range(vocabulary.num_rows):
         piece = vocabulary.pieces.get(token_id, "")
@@ -177,8 +177,8 @@ def _sentencepiece_settings(vocabulary: _Vocabulary) -> Settings:
     }
 
 
-def _byte_level_settings(vocabulary: _Vocabulary) -> Settings:
-    """Return the keys of a byte-level BPE tokenizer."""
+def _byte_level_metadata(vocabulary: _Vocabulary) -> Metadata:
+    """Return the metadata of a byte-level BPE tokenizer."""
     steps = _steps(vocabulary.spec["pre_tokenizer"], "pretokenizers")
     return {
         "model": "gpt2",
@@ -188,7 +188,7 @@ def _byte_level_settings(vocabulary: _Vocabulary) -> Settings:
 
 
 def _pre_tokenizer_name(steps: Sequence[dict[str, Any]]) -> str:
-    """Return llama.cpp's name for the steps by which a byte-level tokenizer cuts a text into words."""
+    """Return llama.cpp's name for the steps by which a byte-level tokenizer splits a text into words."""
     signature = []
     for step in steps:
         if step["type"] == "Split":
@@ -196,14 +196,14 @@ def _pre_tokenizer_name(steps: Sequence[dict[str, Any]]) -> str:
         elif step["type"] == "Digits" and step["individual_digits"]:
             signature.append("digits")
         elif step["type"] != "ByteLevel" or step["add_prefix_space"]:
-            signature.append(json.dumps(step))  # in none of the known signatures
+            signature.append(json.dumps(step))  # unknown; matches none of the known signatures
         elif step["use_regex"]:
             signature.append("words")  # GPT-2's own regular expression
     name = PRE_TOKENIZERS.get(" ".join(signature))
     if name is None:
         raise ValueError(
-            "--format gguf: llama.cpp's name for the pre-tokenizer of this model is unknown. Use "
-            f"--format hf. The pre-tokenizer: {steps}."
+            "--format gguf does not support the pre-tokenizer of this model. Use --format hf. The "
+            f"pre-tokenizer: {steps}."
         )
     return name
 
@@ -213,7 +213,7 @@ def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
     Args:
         step: Entry of tokenizer.json.
-        key: Where a sequence has its steps: "normalizers" or "pretokenizers".
+        key: Key of the steps in a sequence: "normalizers" or "pretokenizers".
     """
     if step is None:
         return []

@@ -1,4 +1,4 @@
-"""Vision tower and projector for llama.cpp: the settings and tensors of `mmproj.gguf`.
+"""Vision tower and projector for llama.cpp: the metadata and tensors of `mmproj.gguf`.
 
 llama.cpp's `clip_graph_llava` computes:
 
@@ -7,11 +7,11 @@ llama.cpp's `clip_graph_llava` computes:
 
 Three of its conventions differ from ours:
 
-- Hidden states have non-negative indices: 0 is the input of the first block. Our -2 of a tower of 12
-  layers, the input of the last one, is 11.
-- Several hidden states are concatenated from the lowest to the highest, in whatever order they were
-  selected. The columns of the first projector matrix are reordered accordingly.
-- Norms behind the last block (`post_layernorm`) are not part of any hidden state, and are left out.
+- Hidden states have non-negative indices: 0 is the input of the first block. In a tower of 12 layers,
+  our -2 (the input of the last layer) is 11.
+- Several hidden states are always concatenated from the lowest to the highest, regardless of the order
+  of selection. The columns of the first projector matrix are reordered accordingly.
+- The norm after the last block (`post_layernorm`) is not part of any hidden state, and is not written.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from llava_simplified.model.llava import Llava
 from llava_simplified.model.vision import VisionTower
 
 SUPPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
-# Not needed for any hidden state: the final norm, SigLIP's pooling head, and a computed buffer.
+# Weights that no hidden state depends on: the final norm, SigLIP's pooling head, and a computed buffer.
 _UNUSED_WEIGHTS = re.compile(r"post_layernorm|\.head\.|position_ids")
 
 
 def vision_settings(model: Llava) -> dict[str, Any]:
-    """Return the keys of `mmproj.gguf`.
+    """Return the metadata of `mmproj.gguf`.
 
     Raises:
-        ValueError: llama.cpp does not support the tower, or how its features are selected.
+        ValueError: llama.cpp does not support the tower, or its selection of features.
     """
     tower = model.vision_tower
     config = tower.model.config
     _check_tower(tower)
-    # The names of the keys below clip.vision.* are those of llama.cpp, not of Hugging Face.
+    # llama.cpp's keys within clip.vision.*:
     values = {
         "image_size": tower.transform.crop[0],
         "patch_size": config.patch_size,
@@ -53,24 +53,24 @@ def vision_settings(model: Llava) -> dict[str, Any]:
         "projection_dim": int(model.language_model.config.hidden_size),
         "feature_layer": sorted(_hidden_state_indices(tower)),
     }
-    # "mlp" is LLaVA's projector of two layers. CLIP uses quick_gelu (x * sigmoid(1.702 x)), SigLIP gelu:
-    # llama.cpp takes one of the two for the whole tower.
-    settings = {
+    # "mlp" is LLaVA's projector of two layers. llama.cpp uses one activation for the whole tower: gelu
+    # (SigLIP) or quick_gelu (CLIP), which is x * sigmoid(1.702 x).
+    metadata = {
         "general.type": "mmproj",
         "clip.has_vision_encoder": True,
         "clip.projector_type": "mlp",
         "clip.use_gelu": config.hidden_act != "quick_gelu",
     }
     for key, value in values.items():
-        settings[f"clip.vision.{key}"] = value
-    return settings
+        metadata[f"clip.vision.{key}"] = value
+    return metadata
 
 
 def vision_weights(model: Llava) -> dict[str, torch.Tensor]:
     """Return the tensors of `mmproj.gguf` by llama.cpp's names.
 
     Raises:
-        ValueError: llama.cpp does not support the tower, the projector, or how features are selected.
+        ValueError: llama.cpp does not support the tower, its selection of features, or the projector.
     """
     tower = model.vision_tower
     _check_tower(tower)
@@ -78,7 +78,7 @@ def vision_weights(model: Llava) -> dict[str, torch.Tensor]:
 
 
 def _check_tower(tower: VisionTower) -> None:
-    """Raise ValueError if llama.cpp has no form for the tower."""
+    """Raise ValueError if llama.cpp does not support the tower or its selection of features."""
     model_type = tower.model.config.model_type
     if model_type not in SUPPORTED_TOWERS:
         raise ValueError(
@@ -105,25 +105,25 @@ def _hidden_state_indices(tower: VisionTower) -> list[int]:
 
 
 def _num_blocks(tower: VisionTower) -> int:
-    """Return how many blocks to write: those that are needed and, if there is one, the next.
+    """Return the number of blocks to write: those below the selected layer and, if it exists, one more.
 
-    llama.cpp replaces a missing `feature_layer` by the next to last block. With one more block than
-    needed, it finds the right one.
+    llama.cpp replaces a missing `feature_layer` by the second to last block. With one more block than
+    necessary, that is the right one.
     """
     deepest = max(_hidden_state_indices(tower))
     return min(deepest + 1, tower.model.config.num_hidden_layers)
 
 
 def _tower_weights(tower: VisionTower) -> dict[str, torch.Tensor]:
-    """Return the weights of the tower's embeddings and of the blocks that are needed."""
+    """Return the weights of the tower's embeddings and of the first `_num_blocks` blocks."""
     import gguf
 
     num_blocks = _num_blocks(tower)
-    # The map contains names for `num_blocks` blocks only: later ones have no name.
+    # The map has no names for the blocks above the selected layer, whose weights are skipped below.
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, num_blocks)
     weights: dict[str, torch.Tensor] = {}
     for name, weight in tower.model.state_dict().items():
-        # The map expects names as in a LLaVA folder.
+        # The map expects the names of Hugging Face's LlavaForConditionalGeneration.
         full_name = f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
         if _UNUSED_WEIGHTS.search(full_name):
             continue
@@ -134,7 +134,7 @@ def _tower_weights(tower: VisionTower) -> dict[str, torch.Tensor]:
         block = re.search(r"layers\.(\d+)\.", full_name)
         if block is None or int(block[1]) < num_blocks:
             raise ValueError(
-                f"--format gguf: llama.cpp has no name for {name} of a "
+                f"--format gguf: llama.cpp does not support the weight {name} of a "
                 f"{tower.model.config.model_type}. Use --format hf."
             )
     return weights
@@ -143,12 +143,12 @@ def _tower_weights(tower: VisionTower) -> dict[str, torch.Tensor]:
 def _projector_weights(model: Llava) -> dict[str, torch.Tensor]:
     """Return the two projector layers, with the input columns in llama.cpp's order of hidden states."""
     tower = model.vision_tower
-    # llama.cpp has no projector without an activation. With twice the input width between the layers,
-    # every linear projector has a form with gelu.
+    # llama.cpp always applies an activation in the projector. With twice the input size between its
+    # layers, every linear projector can be written as two layers with gelu.
     projector = to_stock_projector(model.projector, 2 * tower.width)
     indices = _hidden_state_indices(tower)
     # linear_1.weight is (hidden, features of the first selected layer | of the second | ...). Reorder
-    # these groups of columns, so that the lowest layer comes first.
+    # these groups of columns from the lowest to the highest layer.
     ascending = sorted(range(len(indices)), key=indices.__getitem__)
     by_hidden_state = projector.linear_1.weight.detach().unflatten(1, (len(indices), -1))
     first_weight = by_hidden_state[:, ascending].flatten(1)

@@ -17,10 +17,10 @@ The names of the weights are mapped as follows; `(x.)` is a prefix that only som
 | vision tower   | `(model.)vision_tower.vision_tower.*`           | `(model.)vision_tower.*`               |
 | language model | `model.layers.*`, `lm_head.*`                   | `language_model.model.layers.*`, or    |
 |                |                                                 | `model.language_model.layers.*`        |
-| LoRA run       | the same names behind `base_model.model.`       |                                        |
+| LoRA run       | the same names, prefixed by `base_model.model.` |                                        |
 
-Loading is strict: a weight without a place, and a place without a weight, is an error that names it.
-Files are read as tensors and nothing else: a pickle that would run code is refused.
+Loading is strict: an unexpected or missing weight raises an error that names it. Files are read as
+tensors only: a pickle file that would run code is rejected.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from llava_simplified.model.weights import check_state_dict, weights_digest
 
 Weights = dict[str, torch.Tensor]
 
-# The files of a folder that contain weights, one or several ("pytorch_model-00001-of-00002.bin").
-# Others of the same types (training_args.bin, optimizer.pt) are no tensors, and not read.
+# Weight files, single or split ("pytorch_model-00001-of-00002.bin"). Other files with the same suffixes
+# (training_args.bin, optimizer.pt) do not contain weights, and are not read.
 _WEIGHT_FILE = re.compile(
     r"(pytorch_model|model|adapter_model|non_lora_trainables|mm_projector)\b.*\.(safetensors|bin)"
 )
@@ -63,11 +63,11 @@ _WEIGHT_FILE = re.compile(
 
 @dataclass
 class SourceCheckpoint:
-    """A checkpoint of another code base, as it was read.
+    """The contents of a checkpoint of another code base.
 
     Attributes:
-        path: The folder, or the file, that the user named.
-        folder: The folder in which the other files are.
+        path: The folder or file that the user passed.
+        folder: The folder with the other files of the checkpoint.
         config: `config.json`; empty if there is none.
         language_model: Weights of the language model, or of its adapter.
         projector: Weights of the projector, named as in `torch.nn.Sequential`: "0.weight".
@@ -83,7 +83,7 @@ class SourceCheckpoint:
 
     @property
     def is_stock(self) -> bool:
-        """Whether Hugging Face transformers wrote it."""
+        """Whether it was written by Hugging Face Transformers."""
         return "text_config" in self.config
 
     @property
@@ -99,12 +99,12 @@ class SourceCheckpoint:
 
     @property
     def has_own_tower(self) -> bool:
-        """Whether its vision tower is part of the model, and not a copy of a published one."""
+        """Whether it has its own vision tower, and not an unchanged copy of a published one."""
         return self.is_stock and bool(self.vision_tower)
 
     @property
     def trained_parts(self) -> TrainedParts:
-        """The parts that it has weights of. They count as trained: our checkpoint stores them."""
+        """The parts whose weights it contains. Our checkpoint stores these, so they are trained parts."""
         vision_tower: Literal["none", "full"] = "full" if self.has_own_tower else "none"
         if self.adapter_config is not None:
             return TrainedParts("adapter", vision_tower)
@@ -125,23 +125,23 @@ def import_checkpoint(
     Args:
         source: A folder, or a file `mm_projector.bin`.
         output: Folder to create. It is removed again if the conversion fails.
-        model_base: Language model below an adapter or a single projector.
-        vision_tower: Vision tower, if it is not where the source says.
+        model_base: Base language model of an adapter or a single projector.
+        vision_tower: Path of the vision tower; overrides the source.
         template: Prompt template of the training: auto, chat, plain or bare.
-        instruction: Instruction for captions where the user gives none.
+        instruction: Default instruction of the model.
 
     Returns:
-        What was found, a line each.
+        A description of the source, one entry per line.
 
     Raises:
-        ValueError: The form of the source is unknown, weights are missing or unexpected, or an option
-            has to be given.
+        ValueError: The format of the source is unknown, weights are missing or unexpected, or a
+            required option is missing.
         FileExistsError: `output` exists already.
     """
     if output.exists():
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
-    # `save_checkpoint` writes `llava.json` last, so that an import that is killed leaves no checkpoint.
-    # It cannot be renamed at the end: the config contains the path of the folder.
+    # Write directly to `output`: a temporary folder cannot be renamed at the end, because the config
+    # contains its path. If the import is killed, there is no `llava.json`, which is written last.
     try:
         return _convert(source, output, model_base, vision_tower, template, instruction)
     except BaseException:
@@ -161,8 +161,8 @@ def _convert(
     report = _describe(source)
     _check_supported(source)
 
-    # Where the three parts come from: the vision tower and the language model are in the source, or
-    # published models that the user or the source names; the projector is always in the source.
+    # Find the three parts. Vision tower and language model are in the source, or they are published
+    # models that the user or the source names; the projector is always in the source.
     if source.has_own_tower:
         vision_tower = _write_vision_tower(source, output / "vision_tower")
     vision_tower = vision_tower or source.config.get("mm_vision_tower")
@@ -185,7 +185,7 @@ def _convert(
         model = build_model(config)
     if source.vision_tower and not source.has_own_tower:
         _check_vision_tower(model.vision_tower, source.vision_tower)
-        report.append("the weights of the vision tower are those of the given vision tower")
+        report.append("the vision tower in the source has the same weights as --vision-tower")
     _load_projector(model.projector, source.projector)
     if source.adapter_config is not None:
         _add_adapter(model, source.adapter_config, source.language_model)
@@ -204,15 +204,15 @@ def read_source(path: Path) -> SourceCheckpoint:
         path: A folder, or a file of weights.
 
     Raises:
-        ValueError: There are no weights, or a file contains something else than tensors.
+        ValueError: No weights were found, or a file contains anything but tensors.
     """
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
     config = {}
     if config_path.is_file():
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    # For a single file, config.json beside it is read as well. Without one, the options of the command
-    # and the defaults of LLaVA apply.
+    # For a single file, the config.json in the same folder is used too. Without one, the options of the
+    # command and the defaults of LLaVA apply.
     language_model, projector, vision_tower = split_weights(read_weights(path))
     return SourceCheckpoint(
         path=path,
@@ -228,7 +228,7 @@ def read_weights(path: Path) -> Weights:
     """Return all tensors of a folder's weight files, or of one file.
 
     Raises:
-        ValueError: There are no weight files, or a pickle contains more than tensors.
+        ValueError: No weight files were found, or a pickle file contains more than tensors.
     """
     files = [path]
     if path.is_dir():
@@ -247,26 +247,26 @@ def _read_weight_file(path: Path) -> Weights:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # `weights_only`: a pickle is a program, and this refuses to run any but one that builds
-        # tensors. Files of the time before PyTorch 1.6 are no zip archives and cannot be mapped.
+        # Pass weights_only, because a pickle file can run any code. Map the file only if it is a zip
+        # archive: files from before PyTorch 1.6 are not, and cannot be mapped.
         return torch.load(path, "cpu", weights_only=True, mmap=is_zipfile(path))
     except (UnpicklingError, RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not a file of tensors: {error}") from error
 
 
 def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights, Weights]:
-    """Sort weights into language model, projector and vision tower, under the names of each part.
+    """Split weights into language model, projector and vision tower, and rename them as in our parts.
 
-    See the table in the module's docstring. The weights of an adapter keep their names.
+    See the table in the module's docstring. The names of adapter weights do not change.
     """
     language_model: Weights = {}
     projector: Weights = {}
     vision_tower: Weights = {}
     for name, tensor in weights.items():
         if "rotary_emb.inv_freq" in name or name.endswith("position_ids"):
-            continue  # buffers that old versions saved; they are computed
-        # A LoRA run saves everything below PEFT's prefix. The names of adapter weights keep it, because
-        # PEFT expects it when it loads them.
+            continue  # computed buffers, which old versions saved
+        # Remove PEFT's prefix, which all weights of a LoRA run have, except from adapter weights: PEFT
+        # expects it there when it loads them.
         is_adapter = "lora_" in name
         plain = name if is_adapter else name.removeprefix("base_model.model.")
         # model.mm_projector.0.weight, multi_modal_projector.linear_1.weight -> 0.weight
@@ -291,9 +291,10 @@ def split_weights(weights: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights
 
 
 def _sequential_name(name: str) -> str:
-    """Return a projector's weight by its place in a `Sequential`: linear_2.bias -> 2.bias.
+    """Return the name of a projector weight in a `Sequential`: linear_2.bias -> 2.bias.
 
-    Hugging Face counts the linear layers from 1. In a `Sequential`, an activation is between each two.
+    Hugging Face counts the linear layers from 1. In the `Sequential`, there is an activation between two
+    linear layers.
     """
     match = re.match(r"linear_(\d)\.(.+)$", name)
     if match is None:
@@ -305,7 +306,7 @@ def _sequential_name(name: str) -> str:
 
 
 def _describe(source: SourceCheckpoint) -> list[str]:
-    """Return what was found in a source, a line each."""
+    """Return a description of a source, one entry per line."""
     lines = []
     groups = {
         "language model": source.language_model,
@@ -316,8 +317,8 @@ def _describe(source: SourceCheckpoint) -> list[str]:
         if weights:
             lines.append(f"{len(weights):,} weights of the {name}")
     aspect_ratio = source.config.get("image_aspect_ratio", "square")
-    # "pad" makes a square with borders, "anyres" adds crops. Neither is done here, so captions can differ
-    # from those of the original code, although the weights are the same.
+    # Warn if images were preprocessed in a way that is not supported here ("pad" adds borders, "anyres"
+    # adds crops): captions can then differ from those of the original code.
     if aspect_ratio != "square":
         lines.append(
             f"warning: trained with image_aspect_ratio {aspect_ratio}; here the preprocessor of the "
@@ -327,8 +328,8 @@ def _describe(source: SourceCheckpoint) -> list[str]:
 
 
 def _check_supported(source: SourceCheckpoint) -> None:
-    """Raise ValueError if a source has no projector, or a kind of prompt that we do not have."""
-    # Such tokens have trained embeddings, and change every prompt. LLaVA 1.5 does not use them.
+    """Raise ValueError if a source has no projector, or marks images with special tokens."""
+    # These tokens have trained embeddings, and occur in every prompt. LLaVA 1.5 does not use them.
     if source.config.get("mm_use_im_start_end") or source.config.get("mm_use_im_patch_token"):
         raise ValueError(
             f"{source.path} marks images with special tokens (mm_use_im_start_end or "
@@ -346,15 +347,15 @@ def _make_config(
     template: str,
     instruction: str,
 ) -> LlavaConfig:
-    """Return the checkpoint config that a source's `config.json` amounts to."""
-    # The matrices of the projector tell its depth. Original LLaVA also stores it as mm_projector_type,
-    # but a lone mm_projector.bin has no config.
+    """Convert the `config.json` of a source to a checkpoint config."""
+    # Count the matrices of the projector. Original LLaVA also stores mm_projector_type, but a single
+    # mm_projector.bin has no config.
     num_layers = sum(weight.dim() == 2 for weight in source.projector.values())
     layer = source.config.get(
         "vision_feature_layer", source.config.get("mm_vision_select_layer", -2)
     )
-    # A part that is loaded from a published model is checked by its digest whenever the checkpoint is
-    # loaded. One that is stored in the checkpoint needs no digest.
+    # Store the digests of parts that are loaded from published models, so that loading the checkpoint
+    # can verify them. A part that is stored in the checkpoint needs no digest.
     digests = {"vision_tower": weights_digest(vision_tower)}
     dtype = "float32"
     if source.has_language_model:
@@ -377,13 +378,13 @@ def _make_config(
 
 
 def _keeps_cls(source: SourceCheckpoint) -> bool:
-    """Return whether the source keeps the tokens in front of the patches."""
+    """Return whether the source keeps the tokens that precede the patches (CLS)."""
     config = source.config
     if config.get("mm_vision_select_feature") == "cls_patch":  # original LLaVA
         return True
     if config.get("vision_feature_select_strategy") != "full":  # Hugging Face LLaVA
         return False
-    # A SigLIP tower has no such token: "full" only says that nothing is dropped.
+    # SigLIP towers have no such token; "full" only means that no token is dropped.
     tower_type = config.get("vision_config", {}).get("model_type", "")
     return not tower_type.startswith("siglip")
 
@@ -400,13 +401,13 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
     model_type = settings.pop("model_type").replace("llava_", "").replace("llava", "llama")
     settings.pop("architectures", None)
     own_settings = {key: value for key, value in settings.items() if not key.startswith("mm_")}
-    # The rest of the settings are those of a stock language model: build one, and load the weights.
+    # Build a plain language model from the remaining settings, and load the weights.
     text_config = AutoConfig.for_model(model_type, **own_settings)
     tokenizer = load_tokenizer(str(source.folder))
     model = build_model(config, language_model=text_config, tokenizer=tokenizer)
     weights = dict(source.language_model)
     if text_config.tie_word_embeddings and "lm_head.weight" not in weights:
-        # Files contain tied weights once, a state dict contains them twice.
+        # Add the tied weight, which files contain once and a state dict twice.
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     _load_strictly(model.language_model, weights, "language model")
     return model
@@ -414,14 +415,14 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
 
 def _load_projector(projector: nn.Module, weights: Weights) -> None:
     """Load the projector's weights."""
-    # Original LLaVA saves a linear projector as "weight" and "bias"; others as a `Sequential` of one.
+    # Remove the index of a linear projector that was saved as a `Sequential` with one layer.
     if set(projector.state_dict()) == {"weight", "bias"}:
         weights = {name.removeprefix("0."): weight for name, weight in weights.items()}
     _load_strictly(projector, weights, "projector")
 
 
 def _load_strictly(module: nn.Module | Module, weights: Weights, name: str) -> None:
-    """Load weights; raise ValueError if some are missing, unexpected, or have another shape."""
+    """Load weights; raise ValueError if a weight is missing, unexpected, or has the wrong shape."""
     check_state_dict(weights, module.state_dict(), name)
     module.load_state_dict(weights)
 
@@ -448,7 +449,7 @@ def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
 
 
 def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
-    """Write the vision tower of a Hugging Face LLaVA folder as a model folder of its own.
+    """Write the vision tower of a Hugging Face LLaVA folder to a separate model folder.
 
     Returns:
         The folder.
@@ -475,26 +476,27 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
 
 
 def _check_vision_tower(tower: VisionTower, weights: Weights) -> None:
-    """Check that the tower in a source is the tower that is used here.
+    """Check that the vision tower stored in the source has the same weights as ours.
 
     Original LLaVA saves its frozen vision tower with everything else. We store only its name, so the
     weights must be the same.
 
     Raises:
-        ValueError: A weight is another one.
+        ValueError: A weight is missing, or has another shape or value.
     """
     expected = {_without_prefix(name): weight for name, weight in tower.model.state_dict().items()}
     for name, weight in weights.items():
         other = expected.get(_without_prefix(name))
         if other is None or other.shape != weight.shape or not _almost_equal(other, weight):
             raise ValueError(
-                f"vision tower: {name} differs from the weight of the given vision tower. It was "
-                "trained, or another tower was used. Pass a folder of the right one: --vision-tower."
+                f"vision tower: {name} differs from the weight of the given vision tower. The vision "
+                "tower was fine-tuned, or a different one was used. Pass the matching one with "
+                "--vision-tower."
             )
 
 
 def _almost_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether two weights are equal, if either may have been rounded to bfloat16."""
+    """Return whether two weights are equal up to rounding to bfloat16."""
     bfloat16_rounding = 2**-8
     return torch.allclose(first.float(), second.float(), rtol=bfloat16_rounding, atol=1e-3)
 

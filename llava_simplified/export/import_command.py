@@ -16,10 +16,10 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--output", required=True, type=Path, help="Folder to create")
     parser.add_argument(
-        "--model-base", help="Language model below a LoRA adapter or a single projector"
+        "--model-base", help="Base language model of a LoRA adapter or a single projector"
     )
     parser.add_argument(
-        "--vision-tower", help="Vision tower (default: where the checkpoint says that it is)"
+        "--vision-tower", help="Vision tower (default: the path or name in the checkpoint)"
     )
     parser.add_argument(
         "--template",
@@ -31,7 +31,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--instruction",
         default=DEFAULT_INSTRUCTION,
-        help="Instruction for captions where none is given (default: %(default)s)",
+        help="Default instruction of the model (default: %(default)s)",
     )
     return parser
 

@@ -25,9 +25,9 @@ def merge_checkpoint(
 ) -> None:
     """Write a checkpoint of the same model without adapters.
 
-    Where the checkpoint has `adapter/` and `vision_adapter/`, the new one has `language_model/` and
-    `vision_tower/`. A quantised language model is dequantised first: the adapter was trained on these
-    values, not on the original ones.
+    The folders `adapter/` and `vision_adapter/` are replaced by `language_model/` and `vision_tower/`. A
+    quantized language model is dequantized first: the adapter was trained with these values, not with the
+    original ones.
 
     Args:
         checkpoint: Folder written by `llava train`.
@@ -46,7 +46,7 @@ def merge_checkpoint(
         raise ValueError(f"{checkpoint} has no adapter to merge.")
     if output.exists():
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
-    # The merged weights are written, and never run: the CPU is enough.
+    # Use the CPU, since the merged model is only written and never run.
     model = Llava.from_pretrained(
         checkpoint,
         device="cpu",
@@ -56,14 +56,14 @@ def merge_checkpoint(
         trust_remote_code=trust_remote_code,
     )
     config = LlavaConfig.from_dict(checkpoint_config["architecture"])
-    # The new checkpoint must find the parts that were not trained, wherever they are now.
+    # Store the current paths of the parts that were not trained.
     config = replace(
         config,
         language_model=resolve_path(model_base or config.language_model),
         vision_tower=resolve_path(vision_tower or config.vision_tower),
         bits=config.bits if trained.language_model == "none" else 16,
     )
-    # Merged weights are stored as if they had been trained themselves.
+    # Declare merged parts as trained in full, so that their weights are stored.
     merged = TrainedParts(
         language_model="none" if trained.language_model == "none" else "full",
         vision_tower="none" if trained.vision_tower == "none" else "full",

@@ -1,10 +1,10 @@
 """The model card (`README.md`) of an exported checkpoint.
 
-A card has YAML metadata that the Hugging Face hub reads, and sections for people: how to load the model,
-the license, what was trained on which data with which options, scores, and limitations.
+A card has YAML front matter for the Hugging Face hub, and sections for readers: how to load the model,
+license, training (trained parts, data, options), scores, and limitations.
 
-An export is meant to be published, so the card contains nothing of the machine that it was made on: of
-local paths only the last part, and none of the options that are about the machine or the display.
+An export is meant to be published, so the card contains nothing about the machine: only the last part of
+local paths, and no options that concern the machine or the display.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 from llava_simplified.model.config import read_checkpoint_config
 
-# Options of a run that say where it ran and how it was displayed, and nothing about the model. They are
-# searched in the option's name. "token$" matters most: hub_token is a secret. The data, the models and
-# the number of steps have places of their own in the card.
+# Names of options that are not listed in the card: they concern the machine or the display, or are shown
+# elsewhere in the card (data, models, number of steps). "token$" is the most important one: hub_token is
+# a secret.
 _MACHINE_OPTIONS = re.compile(
     r"dir$|^config|token$|tqdm|pin_memory|unused|use_cpu|resume|^do_|hub|report_to|log|save"
     r"|checkpointing|workers|accelerator_config|cache|^steps|^epochs|_data_path|_image_folder"
@@ -78,7 +78,7 @@ def write_model_card(
 
 
 def _metadata(config: Mapping[str, Any]) -> str:
-    """Return the YAML block that the hub reads."""
+    """Return the YAML front matter, which the hub reads."""
     language_model = config["architecture"]["language_model"]
     lines = [
         "---",
@@ -86,7 +86,7 @@ def _metadata(config: Mapping[str, Any]) -> str:
         "pipeline_tag: image-text-to-text",
         "library_name: transformers",
     ]
-    # The hub links to the base model. A local folder has no page there, and is not named.
+    # Name the base model only if it is on the hub, which links to it.
     if public_name(language_model) == language_model:
         lines.append(f"base_model: {language_model}")
     lines.append("---")
@@ -115,7 +115,7 @@ def _introduction(config: Mapping[str, Any], export_format: str) -> str:
 
 
 def _training_section(config: Mapping[str, Any]) -> str:
-    """Return what was trained, on which data, with which options."""
+    """Return the section about trained parts, data and options."""
     training = config["training"]
     trained = f"Trained: {_TRAINED[config['trained']]}"
     if config.get("trained_tower", "off") != "off":
@@ -140,9 +140,9 @@ def _scores_section(scores: Path) -> str:
     """Return the table of scores."""
     # {"predictions.json": {"mean": {"CIDEr-D": [0.91, 0.87, 0.95], ...}, "shuffled": ...}}
     by_file = json.loads(scores.read_text(encoding="utf-8"))
-    first_file = next(iter(by_file.values()))
+    first_scores = next(iter(by_file.values()))
     lines = ["## Scores", "", "| score | value | 95 % interval |", "|---|---|---|"]
-    for name, numbers in first_file["mean"].items():
+    for name, numbers in first_scores["mean"].items():
         lines.append(_score_row(name, *numbers))
     return "\n".join(lines)
 
@@ -150,7 +150,7 @@ def _scores_section(scores: Path) -> str:
 def _score_row(
     name: str, value: float | None, low: float | None = None, high: float | None = None
 ) -> str:
-    """Return one row of the table; a score can be missing, and its interval too."""
+    """Return one row of the table; the score, or only its interval, may be missing."""
     value_text = "" if value is None else f"{value:.4f}"
     interval = ""
     if low is not None and high is not None:
@@ -159,7 +159,7 @@ def _score_row(
 
 
 def _limitations_section(*, has_scores: bool) -> str:
-    tested = "the scores above" if has_scores else "what its training measured"
+    tested = "the scores above" if has_scores else "its validation loss in training"
     return (
         "## Limitations\n\n"
         "The model imitates its training captions, with their language and their mistakes. It invents "
@@ -171,9 +171,9 @@ def _limitations_section(*, has_scores: bool) -> str:
 
 
 def public_name(value: object) -> str:
-    """Return a setting without anything of this machine.
+    """Return the value of a setting without local paths.
 
-    Of the hub's cache folder, this is the name of the model; of another local path, its last part.
+    A path in the hub's cache is replaced by the name of the model, any other local path by its last part.
     """
     text = str(value)
     # ~/.cache/huggingface/hub/models--openai--clip-vit-base-patch16/snapshots/...
@@ -190,7 +190,7 @@ def read_license(model: str) -> str | None:
     card = Path(model) / "README.md"
     if not card.is_file():
         return None
-    # The metadata are between two lines "---" at the beginning.
+    # The YAML front matter is between two lines "---" at the beginning.
     metadata = card.read_text(encoding="utf-8", errors="replace").partition("\n---")[0]
     match = re.search(r"^license: *(\S+)$", metadata, re.MULTILINE)
     return match[1] if match else None

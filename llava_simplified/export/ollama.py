@@ -1,4 +1,4 @@
-"""The `Modelfile` for Ollama: which files make the model, and how its prompt is written."""
+"""The `Modelfile` for Ollama: the files of the model, and its prompt template."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from llava_simplified.export.chat_template import get_chat_template
 from llava_simplified.model.llava import Llava
 
-# A character that occurs in no chat template: it marks where the user's message goes.
+# A character that occurs in no chat template. It marks the place of the user's message.
 _MARKER = "⟦"
 
-# Ollama's templates are Go templates. It writes "[img-0]" in front of the message, without the line
-# break that the model was trained with. If the prompt starts with an image, write its seven
-# characters, the line break, and the rest; otherwise, the prompt as it is.
+# A Go template, as Ollama expects. Ollama puts "[img-0]" before the message, without the line break that
+# the model was trained with. Therefore, if the prompt starts with an image, write these seven characters,
+# a line break, and the rest of the prompt.
 _PROMPT = (
     '{{ if and (ge (len .Prompt) 7) (eq (slice .Prompt 0 5) "[img-") }}'
     "{{ slice .Prompt 0 7 }}\n{{ slice .Prompt 7 }}"

@@ -1,6 +1,7 @@
-"""Export a checkpoint as a stock Hugging Face LLaVA folder, which loads without any of our code.
+"""Export a checkpoint to Hugging Face's LLaVA format, which loads without any of our code.
 
-A stock LLaVA model (`LlavaForConditionalGeneration`) consists of the same three parts as ours:
+In this package, "stock LLaVA" means the LLaVA classes of Transformers: `LlavaForConditionalGeneration`,
+`LlavaConfig` and `LlavaProcessor`. A stock model consists of the same three parts as ours:
 
 | our module                  | stock module                         | names in the files (transformers)    |
 |-----------------------------|--------------------------------------|--------------------------------------|
@@ -9,20 +10,20 @@ A stock LLaVA model (`LlavaForConditionalGeneration`) consists of the same three
 | `language_model.model`      | `model.language_model`               | `language_model.model.*`             |
 | `language_model.lm_head`    | `lm_head`                            | `language_model.lm_head.*`           |
 
-What decides how they are joined is in stock `config.json`:
+The `config.json` of stock LLaVA describes how they are joined:
 
 | our setting                            | stock setting                                            |
 |----------------------------------------|----------------------------------------------------------|
 | `mm_vision_select_layer`               | `vision_feature_layer` (an integer or a list)            |
 | `mm_vision_select_feature: patch`      | `vision_feature_select_strategy: "default"`: drop one    |
-|                                        | token in front; `"full"` where the tower has none        |
+|                                        | leading token; `"full"` if the tower has none            |
 | `mm_vision_select_feature: cls_patch`  | `vision_feature_select_strategy: "full"`: keep all       |
 | number of image tokens                 | `image_seq_length`                                       |
 | `template`                             | `chat_template.jinja` (see `chat_template.py`)           |
 
-Not every model of ours has a stock form: stock LLaVA has no convolutional towers, no pooling of image
-tokens, and exactly two projector layers. Such a model is refused with the option that would have made
-it exportable. What is written is loaded back and compared with the checkpoint (`stock_check.py`).
+Some of our models cannot be exported: stock LLaVA has no convolutional towers, no pooling of image
+tokens, and exactly two projector layers. The error then names the training option to change. The
+exported model is loaded again and compared with the checkpoint (`stock_check.py`).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class LinearWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class StockProjector:
-    """A projector as stock LLaVA computes it: `linear_2(activation(linear_1(features)))`."""
+    """A projector of stock LLaVA: `linear_2(activation(linear_1(features)))`."""
 
     activation: str  # a key of transformers' ACT2FN: "gelu" or "linear"
     linear_1: LinearWeights
@@ -79,7 +80,7 @@ class StockProjector:
 
 @dataclass(frozen=True)
 class StockSettings:
-    """What stock LLaVA's configuration, processor and projector must contain for one model."""
+    """The settings of stock LLaVA's config, processor and projector for one model."""
 
     vision_feature_layer: int | list[int]
     vision_feature_select_strategy: Literal["default", "full"]
@@ -100,23 +101,24 @@ def export_stock(
     model_base: str | None = None,
     vision_tower: str | None = None,
 ) -> StockComparison:
-    """Write a checkpoint as stock LLaVA with its processor, load it back, and compare the two.
+    """Write a checkpoint as stock LLaVA with its processor, load it again, and compare the two.
 
     Args:
         checkpoint: Folder written by `llava train`.
-        output: Folder to create. It appears only if everything has succeeded.
+        output: Folder to create. It is created only if the export succeeds.
         dtype: Data type of the weights: float32, bfloat16 or float16; None: as trained.
         images: Images to compare the two models on; if empty, two training images or random noise.
-        adapter: Write `base/` with the original language model, and `adapter/`, a stock PEFT adapter
-            for it, instead of one merged model.
-        model_base: Language model, if it was moved since the training.
-        vision_tower: Vision tower, if it was moved since the training.
+        adapter: Write `base/` with the original language model, and a PEFT adapter for it in `adapter/`,
+            instead of one merged model.
+        model_base: Path of the base language model, if it has moved since training.
+        vision_tower: Path of the vision tower, if it has moved since training.
 
     Returns:
-        How closely the exported model reproduces the checkpoint.
+        The differences between the exported model and the checkpoint.
 
     Raises:
-        ValueError: The model has no stock form, or the exported model computes something else.
+        ValueError: Stock LLaVA does not support the model, or the exported model computes different
+            values than the checkpoint.
         FileExistsError: `output` exists already.
     """
     config = read_checkpoint_config(checkpoint)
@@ -127,8 +129,8 @@ def export_stock(
     with atomic_directory(Path(output)) as folder:
         base_folder = folder / "base" if adapter else folder
         adapter_folder = folder / "adapter" if adapter else None
-        # The checkpoint's model is local to this call, so that its memory is released before the
-        # exported model is loaded: never are both held at once.
+        # Load the checkpoint inside this call, so that its memory is freed before the exported model is
+        # loaded.
         references = _write_model_and_processor(
             checkpoint,
             base_folder,
@@ -150,16 +152,16 @@ def _check_adapter_can_be_exported(checkpoint: str | Path, config: dict[str, Any
     """Raise ValueError if `--format peft` is not possible for a checkpoint."""
     if config["trained"] != "adapter":
         raise ValueError(
-            f"--format peft: {checkpoint} has no adapter (the language model was trained completely, "
-            "or not at all). Use --format hf."
+            f"--format peft: {checkpoint} has no adapter (the language model was trained in full, or "
+            "frozen). Use --format hf."
         )
     bits = config["architecture"].get("bits", 16)
     if bits != 16:
-        # Stock LLaVA would apply the adapter to the original weights, not to the quantised ones that
-        # it was trained on. Merging dequantises them first, so --format hf is exact.
+        # Stock LLaVA would apply the adapter to the original weights, and not to the quantized ones that
+        # it was trained with. Merging dequantizes them first, so --format hf is exact.
         raise ValueError(
-            f"--format peft: the adapter of {checkpoint} was trained on weights of {bits} bits, which "
-            "stock LLaVA does not have. Use --format hf."
+            f"--format peft: the adapter of {checkpoint} was trained with {bits}-bit weights, which this "
+            "format does not support. Use --format hf."
         )
 
 
@@ -173,7 +175,7 @@ def _write_model_and_processor(
     model_base: str | None,
     vision_tower: str | None,
 ) -> list[Reference]:
-    """Write model and processor; return what the checkpoint computes for each image."""
+    """Write model and processor; return the checkpoint's outputs for each image."""
     model = Llava.from_pretrained(
         checkpoint,
         device="cpu",
@@ -184,10 +186,10 @@ def _write_model_and_processor(
     )
     tower = model.vision_tower
     if isinstance(tower.model, PeftModel):
-        # Only the language model's adapter can stay separate: the tower's is always merged.
+        # Merge the tower's adapter in any case; only the language model's adapter can be separate.
         adapted: Any = tower.model
         tower.model = adapted.merge_and_unload()
-    # The file has one data type for everything. Compute the reference with the rounded projector.
+    # Round the projector before computing the references, because the file has a single data type.
     model.projector.to(tower.dtype)
     settings = describe_for_stock(model)
     references = [compute_reference(model, image) for image in images]
@@ -202,11 +204,11 @@ def _write_model_and_processor(
 
 
 def tune_malloc() -> None:
-    """Make glibc return freed blocks of 64 kB and more to the operating system at once.
+    """Make glibc return freed blocks of 64 kB and more to the operating system immediately.
 
     By default, glibc raises this threshold to up to 32 MB when large blocks are freed, and keeps
-    smaller ones for later. When a small model is merged and converted, half of its size stays
-    allocated that way. Does nothing on other systems.
+    smaller blocks for reuse. After merging and converting a small model, half of its size would stay
+    allocated. Does nothing on other systems.
     """
     if sys.platform != "linux":
         return
@@ -215,22 +217,22 @@ def tune_malloc() -> None:
         libc.mallopt(_MALLOC_MMAP_THRESHOLD, 1 << 16)
 
 
-# ---- our model in the terms of stock LLaVA ----
+# ---- conversion of the settings ----
 
 
 def describe_for_stock(model: Llava) -> StockSettings:
-    """Return the stock settings for a model.
+    """Return the settings of stock LLaVA for a model.
 
     Raises:
-        ValueError: Stock LLaVA has no form for the model. The message names the reason, and the
+        ValueError: Stock LLaVA does not support the model. The message contains the reason and the
             training option to change.
     """
     tower = model.vision_tower
     language_model = model.language_model
     _check_parts_have_a_stock_form(model)
 
-    # Tokens that are not patches (CLS, registers) come first. Their number depends on the
-    # architecture: count what one forward pass of the tower returns.
+    # Run the tower once to count the tokens that precede the patches (CLS, registers), because their
+    # number depends on the architecture.
     height, width = tower.transform.crop
     with torch.no_grad():
         outputs = tower.model(torch.zeros(1, 3, height, width, dtype=tower.dtype))
@@ -241,7 +243,7 @@ def describe_for_stock(model: Llava) -> StockSettings:
     patches_only = tower.select_feature == "patch"
     if patches_only and num_additional_tokens > 1:
         raise ValueError(
-            f"Stock LLaVA drops exactly one token in front of the patches, but this vision tower has "
+            "LLaVA in Transformers drops exactly one token before the patches, but this vision tower has "
             f"{num_additional_tokens}. Train with --mm_vision_select_feature cls_patch."
         )
     drop_first_token = patches_only and num_additional_tokens == 1
@@ -258,39 +260,41 @@ def describe_for_stock(model: Llava) -> StockSettings:
 
 
 def _check_parts_have_a_stock_form(model: Llava) -> None:
-    """Raise ValueError if the tower or the language model cannot be part of a stock LLaVA model."""
+    """Raise ValueError if stock LLaVA does not support the tower or the language model."""
     tower = model.vision_tower
     language_model = model.language_model
     if tower.is_convolutional:
         raise ValueError(
-            "Stock LLaVA has no convolutional vision towers. Train with a vision transformer (CLIP, "
-            "SigLIP, DINOv2): --vision_tower."
+            "LLaVA in Transformers does not support convolutional vision towers. Train with a vision "
+            "transformer (CLIP, SigLIP, DINOv2): --vision_tower."
         )
     if tower.token_pool:
-        raise ValueError("Stock LLaVA does not pool image tokens. Train with --mm_token_pool 0.")
-    # Stock LLaVA contains the decoder below `lm_head`, under the name `model`, and its embeddings.
+        raise ValueError(
+            "LLaVA in Transformers does not pool image tokens. Train with --mm_token_pool 0."
+        )
+    # Stock LLaVA requires a decoder called `model` that contains the embeddings, and `lm_head`.
     names = [name for name, _ in language_model.named_modules()]
     if not any(name.endswith("model.embed_tokens") for name in names):
         raise ValueError(
-            f"Stock LLaVA does not support the modules of a {language_model.config.model_type} "
-            "language model. Train with another --model_name_or_path."
+            f"LLaVA in Transformers does not support {language_model.config.model_type} language models. "
+            "Train with a different --model_name_or_path."
         )
-    head = language_model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and head.bias is not None:
+    lm_head = language_model.get_output_embeddings()
+    if isinstance(lm_head, nn.Linear) and lm_head.bias is not None:
         raise ValueError(
-            f"The output head of stock LLaVA has no bias, but that of {type(language_model).__name__} "
-            "has one. Train with another --model_name_or_path."
+            "In LLaVA in Transformers, lm_head has no bias, but that of "
+            f"{type(language_model).__name__} has one. Train with a different --model_name_or_path."
         )
 
 
 def to_stock_projector(projector: nn.Module, hidden_size: int) -> StockProjector:
-    """Return a projector in the form of stock LLaVA, with `hidden_size` features between its layers.
+    """Convert a projector to that of stock LLaVA, with `hidden_size` features between its two layers.
 
-    A projector of two layers is stock already. One of a single linear layer W is written as two, and
-    remains exact:
+    A projector with two layers remains unchanged. A single linear layer W is converted to two layers,
+    exactly:
 
-    - If there is room for twice the input width, use gelu(x) - gelu(-x) = x. The activation stays
-      gelu, which every server supports:
+    - If `hidden_size` is at least twice the input size, use gelu(x) - gelu(-x) = x. The activation
+      remains gelu, which every server supports:
 
           linear_1 = [ I; -I; 0]            linear_2 = [W, -W, 0]
 
@@ -300,16 +304,17 @@ def to_stock_projector(projector: nn.Module, hidden_size: int) -> StockProjector
 
     Args:
         projector: The projector of a model.
-        hidden_size: Width between the two layers; in stock LLaVA, that of the language model.
+        hidden_size: Number of features between the two layers; in stock LLaVA, the hidden size of the
+            language model.
 
     Raises:
-        ValueError: The projector has no layer, or more than two.
+        ValueError: The projector has no linear layer, or more than two.
     """
     linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
     if not linears or len(linears) > 2:
         raise ValueError(
-            f"Stock LLaVA's projector has two layers, this one has {len(linears)}. Train with "
-            "--mm_projector_type linear or mlp2x_gelu."
+            "The projector of LLaVA in Transformers has two layers, but this one has "
+            f"{len(linears)}. Train with --mm_projector_type linear or mlp2x_gelu."
         )
     layers = [LinearWeights(layer.weight, layer.bias) for layer in linears]
     if len(layers) == 2:
@@ -343,8 +348,8 @@ def to_stock_projector(projector: nn.Module, hidden_size: int) -> StockProjector
 def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
     """Write `config.json`, `generation_config.json` and the weights.
 
-    The model is taken apart: its modules become modules of the stock model, so that no weight is held
-    twice.
+    The modules of `model` are moved to the stock model, so that no weight is in memory twice. `model`
+    must not be used afterward.
     """
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -358,10 +363,10 @@ def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
     if image_token >= trained_rows:
         _grow_vocabulary(language_model, image_token + 1, folder.parent)
 
-    # vLLM chooses the class of the language model by this entry.
+    # Set the class of the language model, which vLLM reads.
     language_model.config.architectures = [type(language_model).__name__]
     for config in (language_model.config, tower.model.config):
-        config._name_or_path = ""  # else it would publish a folder of this machine
+        config._name_or_path = ""  # do not publish a local path
     stock_config = LlavaConfig(
         vision_config=tower.model.config,
         text_config=language_model.config,
@@ -371,7 +376,7 @@ def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
         vision_feature_select_strategy=settings.vision_feature_select_strategy,
         image_seq_length=settings.image_seq_length,
     )
-    # On the meta device nothing is allocated; every module is replaced by one that has weights.
+    # Build it on the meta device, without allocating memory; then replace every module by ours.
     with torch.device("meta"):
         stock: Any = LlavaForConditionalGeneration(stock_config)
     stock.model.vision_tower = tower.model
@@ -384,36 +389,38 @@ def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=settings.stop_ids,
         pad_token_id=model.prompt.end_id,
-        # The rows of the head that were never trained must not be generated.
+        # Exclude the new tokens, whose rows of lm_head were never trained, from generation.
         suppress_tokens=sorted({image_token, *range(trained_rows, image_token)}),
     )
-    # A model that was assembled in memory does not know how its weights are called in files: without
-    # this, the tower would be saved without the prefix `vision_model.`, and load nowhere else.
+    # Set the mapping from names in memory to names in files, which is missing in a model that was not
+    # loaded from a file. Without it, the tower would be saved without the prefix `vision_model.`.
     stock._weight_conversions = get_model_conversion_mapping(stock, add_legacy=False)
     stock.save_pretrained(folder, max_shard_size=SHARD_SIZE)
 
 
 def _grow_vocabulary(language_model: CausalLM, size: int, scratch: Path) -> None:
-    """Append rows of zeros to the embedding table and the output head, in place.
+    """Append rows of zeros to the embedding table and to lm_head, in place.
 
-    The embedding of the image token is never used, but stock LLaVA looks it up before it replaces it.
+    The embedding of the image token is never used, but stock LLaVA looks it up before replacing it.
 
     Args:
         language_model: A causal language model.
         size: New number of rows.
-        scratch: Folder on the disk for temporary files.
+        scratch: Folder for temporary files.
     """
     embeddings = language_model.get_input_embeddings()
-    head = language_model.get_output_embeddings()
+    lm_head = language_model.get_output_embeddings()
     language_model.config.vocab_size = size
-    tables = {embeddings.weight, head.weight}  # only one, if they are tied
+    tables = {embeddings.weight, lm_head.weight}  # only one, if they are tied
     for table in tables:
-        old_size, width = table.shape
-        # Memory-mapped from a deleted file: an embedding table can be a third of a small model, and
-        # it would be held twice while it is copied. New rows of the file are zero.
+        old_size, hidden_size = table.shape
+        # Use a memory-mapped file (deleted at once, valid while mapped) instead of RAM: during the copy
+        # both tables exist, and each can be a third of a small model. New rows of the file are zero.
         with NamedTemporaryFile(dir=scratch) as file:
-            storage = torch.from_file(file.name, True, size * width, dtype=table.dtype)
-        larger = storage.view(-1, width)
+            storage = torch.from_file(
+                file.name, shared=True, size=size * hidden_size, dtype=table.dtype
+            )
+        larger = storage.view(-1, hidden_size)
         larger[:old_size] = table
         table.data = larger
 
@@ -443,9 +450,10 @@ def _write_processor(
         chat_template=template,
     )
     processor.save_pretrained(folder)
-    # transformers 4 reads the image processor from a file of its own, preprocessor_config.json.
+    # Also write preprocessor_config.json, from which transformers 4 reads the image processor.
     processor.image_processor.save_pretrained(folder)
-    # transformers 5 writes "TokenizersBackend", a class that transformers 4 and vLLM do not know.
+    # Replace the tokenizer class "TokenizersBackend", which transformers 5 writes, but transformers 4 and
+    # vLLM do not support.
     path = folder / "tokenizer_config.json"
     tokenizer_config = json.loads(path.read_text(encoding="utf-8"))
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -463,7 +471,7 @@ def _write_peft_adapter(source: Path, folder: Path, base: str) -> None:
     from safetensors.torch import load_file, save_file
 
     folder.mkdir()
-    # In stock LLaVA the language model is one level deeper than on its own.
+    # Rename the weights: in stock LLaVA, the language model is one level deeper.
     old_prefix = "base_model.model.model."
     new_prefix = "base_model.model.model.language_model."
     weights = {}
@@ -472,8 +480,8 @@ def _write_peft_adapter(source: Path, folder: Path, base: str) -> None:
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
 
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    # PEFT shortens many module names to their endings ("q_proj"). The layers of the vision tower can
-    # have the same endings, so a regular expression restricts them to the language model.
+    # Restrict the target modules to the language model with a regular expression. PEFT shortens module
+    # names to their endings ("q_proj"), which layers of the vision tower can have too.
     endings = sorted(name.removeprefix("model.") for name in config["target_modules"])
     alternatives = "|".join(re.escape(ending) for ending in endings)
     config["target_modules"] = rf"model\.language_model\.(.*\.)?({alternatives})"

@@ -1,14 +1,14 @@
 """Compare an exported stock LLaVA folder with the checkpoint that it was made from.
 
-The folder is loaded as any user would load it, with `AutoModelForImageTextToText` and `AutoProcessor`.
-Four things are compared for each image, in the order in which they depend on each other:
+The folder is loaded as users load it, with `AutoModelForImageTextToText` and `AutoProcessor`. For each
+image, four results are compared, in this order, since each depends on the previous ones:
 
 1. the token ids of the prompt must be equal;
 2. the pixel values may differ by two gray levels (see `MAX_GRAY_LEVELS`);
 3. the logits of the first generated token may differ by rounding only (see `LOGIT_TOLERANCE`). Both
-   models get the same pixel values here, so that a difference in 2. is not counted twice;
-4. the greedy captions must be equal, up to ties: where they part, the two tokens must have the same
-   logit up to rounding.
+   models get the same pixel values here, so that differences in 2. have no effect;
+4. the greedy captions must be equal, except for ties: at the first difference, the two tokens must have
+   the same logit up to rounding.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from llava_simplified.model.language_model import lm_head_at_positions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER
 
-CAPTION_LENGTH = 16  # new tokens of the captions that are compared
-# torch's resize rounds its filter weights to 16 bits, Pillow's to 22 bits. The results differ by at
-# most two of the 255 gray levels, whatever the image.
+CAPTION_LENGTH = 16  # number of new tokens of the captions
+# torch's resize rounds its filter weights to 16 bits, Pillow's to 22 bits. The results of any image differ
+# by at most two of the 255 gray levels.
 MAX_GRAY_LEVELS = 2.01
-# Largest difference of two logits, relative to the largest absolute logit (or to 1, if that is
-# larger). Equal computations in another order differ by some units in the last place; a missing layer
-# or a wrong activation differs by much more.
+# Maximum difference of two logits, relative to the largest absolute logit (or to 1, if that is larger).
+# The same computation in a different order differs by a few units in the last place; with a missing layer
+# or a wrong activation, the difference is much larger.
 LOGIT_TOLERANCE = {
     torch.float32: 5e-5,
     torch.float16: 5e-3,
@@ -53,11 +53,11 @@ LOGIT_TOLERANCE = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What a checkpoint computes for one image and its own instruction."""
+    """The outputs of a checkpoint for one image and the default instruction."""
 
     instruction: str
     input_ids: list[int]  # of the prompt, with IMAGE_INDEX for each image token
-    pixel_values: torch.Tensor  # (1, 3, height, width), normalised
+    pixel_values: torch.Tensor  # (1, 3, height, width), normalized
     gray_level: torch.Tensor  # (3, 1, 1): one of 255 gray levels, in units of `pixel_values`
     logits: torch.Tensor  # (vocabulary,), of the first generated token
     caption_ids: list[int]  # of the greedy caption
@@ -65,7 +65,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class StockComparison:
-    """How closely an exported model reproduces its checkpoint."""
+    """The differences between an exported model and its checkpoint."""
 
     max_logit_difference: float
     equal_captions: int
@@ -82,11 +82,11 @@ class StockComparison:
 def choose_images(
     training: dict[str, Any], images: Sequence[ImageSource]
 ) -> tuple[list[np.ndarray], str]:
-    """Return the images to compare two models on, and of which kind they are.
+    """Return the images to compare two models on, and their kind.
 
     Args:
         training: The settings of the training run, from the checkpoint.
-        images: The user's choice; may be empty.
+        images: Images that the user passed; may be empty.
 
     Returns:
         RGB images (height, width, 3), uint8, and "given images", "training images" or "images of
@@ -105,12 +105,12 @@ def choose_images(
 
 
 def _read_training_images(training: dict[str, Any], count: int = 2) -> list[np.ndarray]:
-    """Return the first training images, or none if they are no longer there."""
+    """Return the first training images; an empty list if they no longer exist."""
     records_path = Path(training.get("train_data_path") or "")
     if not records_path.is_file():
         return []
     folder = training.get("train_image_folder") or records_path.parent
-    # A record can have no image. Among the first 16 there are two, in all likelihood.
+    # Read 16 records, since some may have no image.
     names: list[str] = []
     for record in open_records(records_path)[:16]:
         names += record.images
@@ -130,7 +130,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
         model: A model on the CPU.
         image: RGB image (height, width, 3), uint8.
     """
-    # Stock processors put the image in front, wherever it was in the instruction.
+    # Remove the placeholder: stock processors always put the image before the text.
     instruction = model.instruction.replace(IMAGE_PLACEHOLDER, "").strip()
     prompt, pixels = model.prepare_inputs(instruction, [image])
     assert pixels is not None, "one image was given"
@@ -141,7 +141,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
     position = prompt.index(IMAGE_INDEX)
     image_tokens = [IMAGE_INDEX] * tower.num_tokens
     input_ids = prompt[:position] + image_tokens + prompt[position + 1 :]
-    # Only the last position predicts the first token of the caption.
+    # Compute the logits of the last position, which predicts the first token of the caption.
     last_position = torch.tensor([len(input_ids) - 1])
     with lm_head_at_positions(model.language_model, last_position):
         embeds = model.splice(torch.tensor([input_ids]), features)
@@ -152,7 +152,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
     while batch.active:
         batch.step()
 
-    # Pixel values are (x / 255 - mean) / std, so that one gray level is 1 / (255 std) per channel.
+    # One gray level is 1 / (255 std) per channel, since pixel values are (x / 255 - mean) / std.
     std = torch.tensor(tower.transform.std)
     return Reference(
         instruction=instruction,
@@ -181,8 +181,8 @@ def compare_with_references(
         folder: The stock LLaVA folder.
         adapter: Folder of a PEFT adapter for it, or None.
         images: RGB images (height, width, 3), uint8.
-        references: What the checkpoint computed for each image.
-        image_kind: What the images are, for the result.
+        references: The outputs of the checkpoint for each image.
+        image_kind: Kind of the images, for the result.
 
     Raises:
         ValueError: Prompt, pixel values, logits or caption differ from the checkpoint's.
@@ -212,7 +212,7 @@ def compare_with_references(
 
 
 def _process(processor: Any, image: np.ndarray, instruction: str) -> dict[str, torch.Tensor]:
-    """Return the model inputs that the stock processor makes of an image and an instruction."""
+    """Return the model inputs from the stock processor for an image and an instruction."""
     from PIL import Image
 
     content = [
@@ -229,12 +229,12 @@ def _process(processor: Any, image: np.ndarray, instruction: str) -> dict[str, t
 
 
 def _check_prompt(inputs: dict[str, torch.Tensor], image_token: int, reference: Reference) -> None:
-    """Raise ValueError if the prompt has other token ids than the checkpoint's."""
+    """Raise ValueError if the token ids of the prompt differ from the checkpoint's."""
     input_ids = inputs["input_ids"][0].tolist()
     input_ids = [IMAGE_INDEX if token == image_token else token for token in input_ids]
     if input_ids != reference.input_ids:
         raise ValueError(
-            f"The stock processor renders another prompt than the model was trained with: token ids "
+            "The prompt of Transformers' LlavaProcessor differs from that of the training: token ids "
             f"{input_ids}, expected {reference.input_ids}."
         )
 
@@ -245,8 +245,8 @@ def _check_pixels(inputs: dict[str, torch.Tensor], reference: Reference) -> None
     levels = float((difference / reference.gray_level).max())
     if levels > MAX_GRAY_LEVELS:
         raise ValueError(
-            f"The pixel values of the stock processor differ by {levels:.1f} gray levels; rounding "
-            "explains at most 2."
+            f"The pixel values of Transformers' LlavaProcessor differ by {levels:.1f} gray levels, "
+            "expected at most 2 (rounding)."
         )
 
 
@@ -256,17 +256,16 @@ def _check_logits(
     """Return the largest difference of two logits.
 
     Raises:
-        ValueError: It exceeds the tolerance.
+        ValueError: The difference exceeds the tolerance.
     """
     logits = model(**inputs, logits_to_keep=1).logits[0, -1]
-    # The exported vocabulary can have more entries: the image token.
+    # Ignore additional entries of the exported vocabulary (the image token).
     difference = logits[: len(reference.logits)] - reference.logits
     largest = float(difference.abs().max())
     if largest > tolerance:
         raise ValueError(
-            f"The exported model's logits differ by {largest:.2g}; rounding explains at most "
-            f"{tolerance:.2g}. The projector or the language model does something that stock LLaVA "
-            "does not."
+            f"The exported model's logits differ by {largest:.2g}, expected at most {tolerance:.2g} "
+            "(rounding). LLaVA in Transformers does not reproduce this projector or language model."
         )
     return largest
 
@@ -281,7 +280,8 @@ def _check_caption(
     """Return whether the greedy captions are equal.
 
     Raises:
-        ValueError: They part at two tokens whose logits differ by more than the tolerance.
+        ValueError: At the first difference, the logits of the two tokens differ by more than the
+            tolerance.
     """
     prompt_length = inputs["input_ids"].shape[1]
     generated = model.generate(**inputs, max_new_tokens=CAPTION_LENGTH, do_sample=False)
@@ -291,7 +291,7 @@ def _check_caption(
 
     position = _first_difference(caption_ids, reference.caption_ids)
     if position is not None:
-        # Compute the logits from which the two chose different tokens.
+        # Compute the logits at the first difference.
         common = torch.tensor([caption_ids[:position]], dtype=torch.long)
         longer = torch.cat([inputs["input_ids"], common], dim=1)
         outputs = model(input_ids=longer, pixel_values=inputs["pixel_values"], logits_to_keep=1)
@@ -308,7 +308,7 @@ def _check_caption(
 
 
 def _first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
-    """Return the first position with two different tokens; None if one continues the other."""
+    """Return the first position with two different tokens; None if one is a prefix of the other."""
     for position, (one, other) in enumerate(zip(first, second)):
         if one != other:
             return position

@@ -1,4 +1,4 @@
-"""What the rows of a data file add up to: examples, tokens, trained tokens, lengths and problems."""
+"""Totals of a data file: number of examples, tokens, trained tokens, lengths and problems."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class DataTotals:
 
     Attributes:
         prompt: The prompt renderer of training.
-        tokens_per_image: Positions of one image in the language model.
+        tokens_per_image: Number of positions per image in the language model.
         num_rows: Number of rows.
         num_trained: Number of trained tokens.
-        num_images: Number of images; an image with several responses counts once for each.
-        lengths: Length of each example, with an image as one token: what `--model_max_length` limits.
+        num_images: Number of images; an image with several responses is counted once for each.
+        lengths: Length of each example, where an image counts as one token, as in `--model_max_length`.
         expanded_lengths: Length of each example in the language model, with all tokens of its images.
         problems: Messages about rows that cannot be trained on.
     """
@@ -39,27 +39,27 @@ class DataTotals:
         """Render a row as training does, and count it.
 
         Returns:
-            The record, or None if it cannot be trained on. Then there is one problem more.
+            The record, or None if it cannot be trained on; the reason is appended to `problems`.
         """
         self.num_rows += 1
-        # A row may be invalid JSON or no record, or the prompt may reject it: all of them are ValueErrors.
+        # Catch ValueError, which is raised for invalid JSON, invalid records and invalid prompts.
         try:
             record = records[index]
             prefix, branches = self.prompt.render_branches(
                 record.turns, record.responses, record.id
             )
-            if not branches:  # enough to caption the image, but not to train on it
+            if not branches:  # valid for captioning, but not for training
                 raise ValueError(f"{record.id}: no response to train on")
         except ValueError as error:
             self.problems.append(str(error))
             return None
 
-        # The responses share the prompt, and each of them is an example with the whole prompt in front. Training may
-        # compute the prompt once for all of them (--share_prefix), which changes the cost but not these numbers.
+        # Count each response as an example with its own copy of the prompt. Training may compute the prompt once for
+        # all responses (--share_prefix), which changes the cost but not these numbers.
         num_images = prefix.input_ids.count(IMAGE_INDEX)
         trained_in_prefix = sum(label != IGNORE_INDEX for label in prefix.labels)  # earlier answers
         for branch in branches:
-            # In the ids, an image is one token; the model sees all positions of its features.
+            # An image is one token in `input_ids`, but `tokens_per_image` positions in the model.
             length = len(prefix.input_ids) + len(branch)
             self.lengths.append(length)
             self.expanded_lengths.append(length + num_images * (self.tokens_per_image - 1))
@@ -76,15 +76,15 @@ class DataTotals:
 def totals_table(
     shown: DataTotals, scanned: DataTotals, *, num_rows: int, model_max_length: int | None
 ) -> Table:
-    """Return a table with the totals of the shown samples beside those of the file.
+    """Return a table with the totals of the shown samples and of the file.
 
     Args:
         shown: Totals of the samples that were shown.
         scanned: Totals of the rows that were scanned.
         num_rows: Number of rows of the file.
-        model_max_length: Count the examples that are longer.
+        model_max_length: If given, add the number of examples that are longer.
     """
-    scope = "the file"  # or a part of it, if --scan is smaller
+    scope = "the file"
     if scanned.num_rows < num_rows:
         scope = f"{scanned.num_rows:,} of {num_rows:,} rows"
     title = f"{shown.prompt.name} template"
@@ -92,11 +92,11 @@ def totals_table(
     for column in table.columns[1:]:
         column.justify = "right"
 
-    # Every line is one number, computed for both columns.
+    # Each table row is one number, computed for both columns.
     def add_row(name: str, value: Callable[[DataTotals], str]) -> None:
         table.add_row(name, value(shown), value(scanned))
 
-    def share_trained(totals: DataTotals) -> str:
+    def trained_fraction(totals: DataTotals) -> str:
         return f"{totals.num_trained / max(1, totals.num_tokens):.1%}"
 
     def mean_length(totals: DataTotals) -> str:
@@ -107,15 +107,15 @@ def totals_table(
     add_row("tokens", lambda totals: f"{totals.num_tokens:,}")
     add_row("  of images", lambda totals: f"{totals.num_images * totals.tokens_per_image:,}")
     add_row("  trained", lambda totals: f"{totals.num_trained:,}")
-    add_row("share trained", share_trained)
+    add_row("share trained", trained_fraction)
     add_row("mean length", mean_length)
     add_row("longest", lambda totals: f"{max(totals.expanded_lengths, default=0):,}")
     if model_max_length:
         limit = model_max_length
 
-        def num_cut(totals: DataTotals) -> str:
+        def num_truncated(totals: DataTotals) -> str:
             return f"{sum(length > limit for length in totals.lengths):,}"
 
-        add_row(f"cut at {limit}", num_cut)
+        add_row(f"cut at {limit}", num_truncated)
     add_row("rows with a problem", lambda totals: f"{len(totals.problems):,}")
     return table

@@ -1,7 +1,7 @@
 """`llava inspect`: show training samples token by token, and the totals of a data file.
 
-Run it before training: it shows every token, which tokens are trained, and where the image features go. It uses the
-same `Prompt` and `Record` as training.
+Run it before training, to check all tokens, which of them are trained, and the positions of the image features. It uses
+the same `Prompt` and `Record` as training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llava_simplified.inspection.token_table import SampleView
     from llava_simplified.prompt import Prompt
 
-MAX_NAMED_PROBLEMS = 10  # rows with a problem that are named; the others are only counted
+MAX_NAMED_PROBLEMS = 10  # maximum number of problems to print; the others are only counted
 
 
 def build_parser() -> CommandParser:
@@ -39,7 +39,7 @@ def build_parser() -> CommandParser:
     add_image_folder_option(parser, default="images are not opened")
     parser.add_argument(
         "--vision_tower",
-        help="Vision tower that decides the number of tokens per image (default: count an image as one)",
+        help="Vision tower, for the number of tokens per image (default: an image counts as one token)",
     )
     parser.add_argument(
         "--mm_vision_select_layer",
@@ -81,16 +81,16 @@ def build_parser() -> CommandParser:
         "--scan",
         type=int,
         default=20_000,
-        help="Number of rows to add up, evenly spread over the file; 0: all (default: %(default)s)",
+        help="Number of rows for the totals, evenly spread over the file; 0: all (default: %(default)s)",
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print samples and totals. Returns 1 if a row has a problem, else 0."""
+    """Run `llava inspect`, and return the exit status: 1 if a row has a problem, else 0."""
     args = build_parser().parse_args(argv)
 
-    # Not at the top of the file: `--help` must not wait for torch and Transformers.
+    # Import these only now, so that `--help` does not wait for torch and Transformers.
     from rich.console import Console
 
     from llava_simplified.data.records import Records
@@ -106,16 +106,16 @@ def main(argv: list[str] | None = None) -> int:
     vocabulary_problems = _vocabulary_problems(prompt, args.model_name_or_path)
     tokens_per_image = _tokens_per_image(args)
 
-    # highlight=False: rich would color the numbers and paths in captions.
+    # Pass highlight=False, because rich would color the numbers and paths in captions.
     console = Console(highlight=False)
-    # `Prompt` has checked that the tokenizer is a fast one.
+    # This cast is safe: `Prompt` has checked that the tokenizer is a fast one.
     fast_tokenizer = cast("PreTrainedTokenizerFast", tokenizer)
     view = SampleView(fast_tokenizer, prompt, tokens_per_image)
     shown = DataTotals(prompt, tokens_per_image or 1)
     scanned = DataTotals(prompt, tokens_per_image or 1)
     _show_samples(console, records, view, shown, args)
     _scan(records, scanned, args.scan)
-    # The shown samples have totals of their own: they can be compared with what is on the screen.
+    # Print separate totals of the shown samples, which can be compared with the samples above.
     table = totals_table(
         shown,
         scanned,
@@ -142,7 +142,7 @@ def _vocabulary_problems(prompt: Prompt, name_or_path: str) -> list[str]:
 
 
 def _tokens_per_image(args: argparse.Namespace) -> int | None:
-    """Return the number of tokens that the vision tower makes of an image; None if it is not given."""
+    """Return the number of tokens per image of the vision tower; None if no tower is given."""
     if not args.vision_tower:
         return None
 
@@ -170,23 +170,23 @@ def _show_samples(
 ) -> None:
     for index in range(min(args.count, len(records))):
         record = totals.add(records, index)
-        if record is None:  # its problem is named at the end
+        if record is None:  # the problem is printed at the end
             continue
         console.print(*view.render(record), sep="\n")
         if args.image_folder:
             lines, problems = view.describe_images(record, args.image_folder)
-            totals.problems += problems  # an image that training could not read either
-            # Long file names must not be broken into two lines.
+            totals.problems += problems  # training could not read these images either
+            # Pass soft_wrap, so that long file names are not broken into two lines.
             console.print(*lines, "", sep="\n", soft_wrap=True)
 
 
 def _scan(records: Records, totals: DataTotals, max_rows: int) -> None:
-    """Add up at most `max_rows` rows, evenly spread; all rows if it is 0."""
-    # The stride is not rounded: 20,000 of 30,000 rows are every 1.5th.
+    """Add at most `max_rows` rows to the totals, evenly spread; all rows if it is 0."""
+    # Do not round the stride: 20,000 of 30,000 rows are every 1.5th row.
     stride = 1.0
     if max_rows:
         stride = max(1.0, len(records) / max_rows)
-    # An evenly spread sample, and not the first rows: data files are often sorted.
+    # Spread the rows evenly instead of using the first ones, because data files are often sorted.
     for number in range(round(len(records) / stride)):
         totals.add(records, int(number * stride))
 
@@ -196,7 +196,7 @@ def _print_problems(console: Console, problems: list[str]) -> None:
 
     from llava_simplified.inspection.token_table import printable
 
-    # As Text, not as str: rich would read "[red]" in a caption as markup.
+    # Print Text instead of str, because rich would interpret "[red]" in a caption as markup.
     for problem in problems[:MAX_NAMED_PROBLEMS]:
         console.print(Text(printable(problem), "red"), soft_wrap=True)
     unnamed = len(problems) - MAX_NAMED_PROBLEMS

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class SampleView:
-    """Draw samples.
+    """Renders samples as tables of tokens.
 
     Args:
         tokenizer: The tokenizer of the language model.
         prompt: The prompt renderer of training.
-        tokens_per_image: Positions of one image in the language model; None if it is not known.
+        tokens_per_image: Number of positions per image in the language model; None if unknown.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class SampleView:
             header_style="bold",
             padding=(0, 2, 0, 0),
         )
-        # Positions are those in the language model, where an image takes many; the ids have one entry for it.
+        # Count positions of the language model, where an image has many; `input_ids` has one entry per image.
         position = 0
         for token, label in zip(input_ids, labels):
             if token == IMAGE_INDEX:
                 position += self._add_image(table, position)
                 continue
             is_trained = label != IGNORE_INDEX
-            # Text is not parsed for rich's markup, which a caption may contain.
+            # Wrap the token in Text, because rich would interpret markup in a str.
             table.add_row(
                 str(position),
                 Text(self.token_text(token)),
@@ -64,7 +64,6 @@ class SampleView:
             )
             position += 1
 
-        # The image counts as untrained positions.
         num_trained = sum(label != IGNORE_INDEX for label in labels)
         alternatives = ""
         if len(record.responses) > 1:
@@ -76,8 +75,8 @@ class SampleView:
         yield Text(f"{position} tokens, {num_trained} trained ({share:.0%})\n")
 
     def _add_image(self, table: Table, position: int) -> int:
-        """Add the line of an image; returns the number of its positions."""
-        # Without a vision tower, the number of its tokens is unknown, and the image counts as one.
+        """Add the table row of an image, and return its number of positions."""
+        # Count an image as one token if the vision tower is unknown.
         count = self._tokens_per_image or 1
         positions = f"{position}-{position + count - 1}" if count > 1 else str(position)
         name = IMAGE_PLACEHOLDER
@@ -88,28 +87,28 @@ class SampleView:
 
     def token_text(self, token: int) -> str:
         """Return the text of a token on one line: a space as `␣`, unprintable characters escaped."""
-        # Decoders may drop a space at the beginning, so the token is decoded behind an "x".
+        # Decode the token after an "x", because decoders may drop a space at the beginning.
         prefix = self._tokenizer.encode("x", add_special_tokens=False)
         decode = self._tokenizer.backend_tokenizer.decode
         prefix_text = decode(prefix, skip_special_tokens=False)
         text = decode([*prefix, token], skip_special_tokens=False)[len(prefix_text) :]
-        # A token may be a part of a character: some bytes of UTF-8. It is shown by its name in the vocabulary.
+        # Use the name in the vocabulary for a token that is only a part of a character (some bytes of UTF-8).
         if not text or "\N{REPLACEMENT CHARACTER}" in text:
             text = str(self._tokenizer.convert_ids_to_tokens(token))
         return printable(text).replace(" ", "␣")
 
     def describe_images(self, record: Record, folder: str) -> tuple[list[Text], list[str]]:
-        """Open the images of a record as training does.
+        """Open the images of a record as training does, and describe them.
 
         Returns:
-            A line with the size of each image, and a message for each image that cannot be read.
+            (lines, problems): a line with the size of each image, and a message for each unreadable image.
         """
         lines = []
         problems = []
         for name in record.images:
             try:
                 height, width, _ = decode_image(read_image_bytes(name, folder)).shape
-            except ValueError as error:  # ImageError, or a name that is not allowed
+            except ValueError as error:  # an ImageError, or an invalid name
                 problems.append(f"{record.id}: {error}")
                 continue
             lines.append(Text(f"{printable(name)}: {width} x {height} pixels"))
@@ -119,9 +118,9 @@ class SampleView:
 def printable(text: str) -> str:
     """Escape characters that a terminal would not print.
 
-    Data may contain escape sequences, which clear the screen, or marks that reverse the direction of writing.
+    Data may contain escape sequences that clear the screen, or marks that reverse the direction of writing.
     """
-    # Escaping is by character, so that emoji and letters of all scripts stay.
+    # Escape single characters, so that emoji and letters of all scripts are preserved.
     characters = []
     for character in text:
         if not character.isprintable():

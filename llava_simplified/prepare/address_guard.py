@@ -1,12 +1,12 @@
-"""Refuse connections to addresses that are not public (server-side request forgery, SSRF).
+"""Block connections to addresses that are not public (server-side request forgery, SSRF).
 
-A list of URLs is untrusted. Without a guard, `http://169.254.169.254/...` would send a cloud machine's credentials to
-whoever wrote the list, and `http://10.0.0.1/` would reach the machines behind the firewall. Checking the URL is not
-enough, because a private address hides behind a public name, a redirect, an unusual notation (`http://2130706433/`,
-`http://0177.0.0.1/`), or a DNS answer that changes between the check and the connection (DNS rebinding).
+A list of URLs is untrusted. Without a guard, `http://169.254.169.254/...` would read the credentials of a cloud machine,
+and `http://10.0.0.1/` would reach machines inside the firewall. Checking the URL is not sufficient: a public name, a
+redirect or an unusual notation (`http://2130706433/`, `http://0177.0.0.1/`) can lead to a private address, and a DNS
+answer can change between the check and the connection (DNS rebinding).
 
-Therefore the check happens at the last possible moment: when the socket for an address is made, right before the
-connection. At that point every name is resolved, and nothing can change any more:
+Therefore the check happens at the last possible moment: when the socket for an address is created, right before the
+connection. At this point every name is resolved, and nothing can change any more:
 
     URL -> DNS -> address -> guard_address -> socket -> connect
 """
@@ -19,7 +19,7 @@ import socket
 from functools import lru_cache
 from typing import Any
 
-# The text of the error, by which `fetch.name_failure` recognises it inside aiohttp's own errors.
+# Text of the error. `fetch.name_failure` searches for it, because aiohttp wraps the error in its own types.
 ADDRESS_REFUSED = "address refused"
 
 _IPV6_UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is assigned to the public
@@ -27,7 +27,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses, for networks th
 
 
 def guard_address(info: tuple[Any, ...]) -> socket.socket:
-    """Make the socket for an address, unless the address is not public.
+    """Create the socket for a public address.
 
     aiohttp calls this function (as its `socket_factory`) for every connection.
 
@@ -54,16 +54,16 @@ def is_public(text: str) -> bool:
     if address.version == 6:
         inner = _embedded_ipv4(address)
         if inner is None:
-            # `is_global` is true for much that no network routes. Only the unicast range is public.
+            # Check the unicast range too: `is_global` is also true for many addresses that no network routes.
             return address in _IPV6_UNICAST and address.is_global
         address = inner
     return address.is_global and not address.is_multicast
 
 
 def _embedded_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address that an IPv6 address leads to, or None.
+    """Return the IPv4 address that is embedded in an IPv6 address, or None.
 
-    It is embedded by IPv4-mapped addresses (::ffff:10.0.0.1), 6to4 (2002::/16), Teredo (2001::/32) and NAT64.
+    Such addresses are IPv4-mapped (::ffff:10.0.0.1), 6to4 (2002::/16), Teredo (2001::/32) and NAT64 addresses.
     """
     if address.ipv4_mapped:
         return address.ipv4_mapped

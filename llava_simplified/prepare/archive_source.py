@@ -27,7 +27,11 @@ from llava_simplified.prepare.source_rows import (
     find_columns,
 )
 
-_CAPTION_SUFFIXES = ("txt", "caption", "json")  # of a sample in a tar; the first that exists counts
+_CAPTION_SUFFIXES = (
+    "txt",
+    "caption",
+    "json",
+)  # of a sample in a tar; the first that exists is used
 _DOWNLOADED = ("ok", "success")  # the status of a downloaded image: ours, and img2dataset's
 _BATCH_ROWS = 8192
 
@@ -43,8 +47,8 @@ def read_parquet(source: str, issues: ParseIssues, columns: Columns) -> Iterator
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # fsspec also for local files, so that a remote Parquet file needs no code of its own. Only the
-    # parts of the file that are read are transferred.
+    # Use fsspec for local files too, so that remote files need no separate code. Of a remote file, only
+    # the parts that are read are transferred.
     try:
         with fsspec.open(source, "rb") as stream:
             yield from _parquet_rows(pq.ParquetFile(stream), source, issues, columns)
@@ -57,23 +61,22 @@ def _parquet_rows(
 ) -> Iterator[SourceRow]:
     schema = table.schema_arrow
     holds_images = bool(image_column(schema))
-    # Columns of bytes are images, hashes or embeddings; they are never a caption, and expensive to read.
+    # Skip binary columns (images, hashes, embeddings): they never contain captions, and are slow to read.
     names = [field.name for field in schema if "binary" not in str(field.type)]
     is_manifest = "key" in names and "status" in names
-    # A table of records or of Karpathy's split is read as a whole: its form tells what each column
-    # is. For any other table the columns are found by their names, and only those are read.
+    # Read all columns of a table of records or of Karpathy's split, which have fixed column names. For
+    # any other table find the columns by their names, and read only those.
     wanted, named = names, None
     if "sentences" not in names and not is_record(dict.fromkeys(names)):
-        # The images of a manifest or of the file itself get names of their own.
+        # Add a column "image", whose values are made below, for a manifest or a file with images.
         virtual_names = [*names, "image"] if holds_images or is_manifest else names
         named = find_columns(source, virtual_names, columns, _first_row(table, names))
         wanted = [name for name in (*named, "split", "key", "status") if name in names]
-    # `number` counts all rows, also those that are left out: it is the row that `read_shard_image`
-    # opens.
+    # Count all rows, including skipped ones: `read_shard_image` uses this number to find the row.
     for number, row in enumerate(_iterate_rows(table, wanted)):
         if is_manifest:
             if row["status"] not in _DOWNLOADED:
-                issues.note("not downloaded (left out)", number, row["status"])
+                issues.note("not downloaded (skipped)", number, row["status"])
                 continue
             row["image"] = f"{Path(source).stem}.tar#{row['key']}"
         elif holds_images:
@@ -82,7 +85,7 @@ def _parquet_rows(
 
 
 def _first_row(table: Any, names: list[str]) -> object:
-    """Return the first row, for error messages; of an empty file the names of its columns."""
+    """Return the first row, for error messages; if the file is empty, its column names."""
     for batch in table.iter_batches(1, columns=names):
         if batch.num_rows:
             return batch.to_pylist()[0]
@@ -95,7 +98,7 @@ def _iterate_rows(table: Any, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
-    """Yield the rows of a tar shard: from the manifest beside it if there is one, otherwise from its members.
+    """Yield the rows of a tar shard, from its manifest if there is one, otherwise from its members.
 
     Raises:
         ValueError: The tar is not a local file, is damaged, or its JSON members have no captions.
@@ -110,24 +113,24 @@ def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[Sou
     if manifest.is_file():
         yield from read_parquet(str(manifest), issues, columns)
         return
-    # The image is always the member with the sample's key, whatever the JSON says.
+    # Ignore image names and URLs in the JSON: the image is always the member with the sample's key.
     columns = columns._replace(url="", image="image")
     named: NamedColumns | None = None
-    # Of one tar, so that a set of all its keys fits into memory.
+    # Keys of this tar only, which fit into memory.
     seen: set[str] = set()
     for number, (key, members) in enumerate(tar_samples(path)):
         if key in seen:
-            # In tars that were concatenated. The key refers to the image of the first one.
-            issues.note("second sample with the same key (left out)", number, key)
+            # This occurs in concatenated tars. The key refers to the image of the first sample.
+            issues.note("second sample with the same key (skipped)", number, key)
             continue
         seen.add(key)
-        # The order of these checks decides which reason is reported for a sample that lacks both.
+        # For a sample that lacks both image and caption, report the missing image.
         if not any(suffix in members for suffix in IMAGE_SUFFIXES):
-            issues.note("sample without an image (left out)", number, key)
+            issues.note("sample without an image (skipped)", number, key)
             continue
         texts = _read_texts(path, members)
         if not texts:
-            issues.note("sample without a caption (left out)", number, key)
+            issues.note("sample without a caption (skipped)", number, key)
             continue
         row = _row_of_texts(texts)
         if row is None:
@@ -144,7 +147,7 @@ def _read_texts(path: Path, members: dict[str, tuple[int, int]]) -> dict[str, st
     texts = {}
     for suffix in _CAPTION_SUFFIXES:
         if suffix in members:
-            # Read by position: the tar is never unpacked, and images are not read at all.
+            # Read the text at its offset. The tar is never unpacked, and images are not read at all.
             offset, size = members[suffix]
             texts[suffix] = read_range(path, offset, size).decode("utf-8", "replace")
     return texts
@@ -153,9 +156,10 @@ def _read_texts(path: Path, members: dict[str, tuple[int, int]]) -> dict[str, st
 def _row_of_texts(texts: dict[str, str]) -> dict[str, Any] | None:
     """Return the row of a sample, or None if its only text is not a JSON object.
 
-    The .txt of our own shards holds several captions, one a line; only the .json tells where each begins.
+    The .json member is preferred if it has a list of captions, as in our own shards. Their .txt has one caption per
+    line, but captions may contain line breaks.
     """
-    # An empty text is not JSON, so that `row` is None for a sample without a .json member.
+    # `row` is None for a sample without a .json member, since an empty text is not JSON.
     row = parse_object(texts.get("json", ""))
     suffix, text = next(iter(texts.items()))
     has_list = row is not None and isinstance(row.get("captions"), list)

@@ -1,14 +1,14 @@
-"""Separate the records that training can use from those that it cannot, and say why.
+"""Split a file of records into usable records and a quarantine file, with a reason for each rejected record.
 
-Each image is checked by the decoder and the transform of training, so that both agree. A record that fails is written
-to a quarantine file with its reason; nothing is deleted.
+Each image is checked with the same decoder and transform as in training, so that both agree. A rejected record is
+written to the quarantine file with its reason; nothing is deleted.
 
     records -> chunks of 500 -> workers: validate_chunk() -> <output>.work/<settings>/000012.parquet
                                                           \\-> one more pass: duplicates, output, quarantine, report
 
-The results of a chunk are published with a rename, and stay in the work folder until the end. So a run that was killed
-continues with the chunks that are missing. The name of the work folder depends on all settings: results of other rules
-are never mixed.
+The results of a chunk are published with a rename, and stay in the work folder until the end. A run that was killed
+therefore continues with the missing chunks. The name of the work folder depends on all settings, so results of different
+settings are never mixed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _RESULT_SCHEMA = pa.schema(
 
 
 class ValidationResult(NamedTuple):
-    """Whether training can use a record.
+    """The result of checking whether training can use a record.
 
     Attributes:
         reason: Why not; empty for a usable record.
@@ -91,7 +91,7 @@ class ValidationResult(NamedTuple):
             which rule its image was found.
         unusable_responses: The positions of the responses that cannot be used, where others can.
         digest: 16 bytes that are equal for equal images; None without images.
-        perceptual_hash: 19 bytes, see `duplicates`; None if it was not asked for, or without images.
+        perceptual_hash: 19 bytes, see `duplicates`; None if not requested, or without images.
     """
 
     reason: str = ""
@@ -114,7 +114,7 @@ def validate_record(
     Args:
         row: The record as JSON.
         where: The file and row, for messages.
-        folder: The folder of the images.
+        folder: The image folder.
         transform: The transform of the vision tower; None checks only that the images can be decoded.
         rules: What a usable record is.
         matches: Rejects two names that lead to one image file.
@@ -131,7 +131,7 @@ def validate_record(
     except ValueError as error:
         return ValidationResult("not_a_record", str(error))
     problems = _check_captions(record.responses, rules)
-    # This also holds for a record without any response.
+    # This condition is also true for a record without any response.
     if len(problems) == len(record.responses):
         reason = problems.get(0, "no_caption")
         return ValidationResult(reason, repr(record.responses)[:_SHOWN_CAPTION])
@@ -151,8 +151,8 @@ def _check_images(
     """Check all images of a record.
 
     Returns:
-        The digest and the perceptual hash of the images. Only single images are compared by their looks; the
-        "perceptual hash" of several images is their digest.
+        The digest and the perceptual hash of the images. Perceptual comparison is supported for single images only;
+        the "perceptual hash" of several images is their digest.
 
     Raises:
         ImageError: An image cannot be used.
@@ -164,10 +164,10 @@ def _check_images(
     for name in record.images:
         data = read_image_bytes(name, folder, matches)
         _check_image(data, transform, rules)
-        # One digest over all images: records with the same images in another order are not equal.
+        # Compute one digest over all images, in order: records with the same images in a different order differ.
         hasher.update(data)
     digest = hasher.digest()
-    # For several images nobody has defined when they look the same, so only equality counts.
+    # Use the digest for several images, since similarity is not defined for them.
     look = digest
     if rules.perceptual and len(record.images) == 1:
         look = perceptual_hash(decode_image(data))
@@ -178,19 +178,18 @@ def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) ->
     """Check one image file.
 
     Raises:
-        ImageError: It cannot be decoded, or breaks a rule.
+        ImageError: The image cannot be decoded, or violates a rule.
     """
     _, suffix, width, height = check_image(data, rules.max_pixels)
     if min(height, width) < rules.min_side:
         raise ImageError("too_small", f"{width}x{height} pixels, --min-side is {rules.min_side}")
     if max(height, width) > rules.max_aspect * min(height, width):
         raise ImageError("aspect", f"{width}x{height} pixels, --max-aspect is {rules.max_aspect:g}")
-    # Sizes are checked with the numbers of the header; pixels are decoded only once, by
-    # `check_image`.
+    # Check only the size for the transform, which is the only step of it that can fail. This needs no
+    # pixels, so the image is decoded only once, by `check_image`.
     if transform is not None:
-        # The only step of the transform that can fail.
         transform.resized_size(height, width)
-    # JPEG has no animation, and most images are JPEGs: they need not be opened a second time.
+    # Skip JPEGs (most images), which cannot be animated, so that they are not opened a second time.
     if suffix != "jpg":
         frames = count_frames(data, rules.max_pixels)
         if frames > 1:
@@ -198,7 +197,7 @@ def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) ->
 
 
 def _check_captions(captions: tuple[str, ...], rules: Rules) -> dict[int, str]:
-    """Return the reasons of all captions that cannot be used, by their position."""
+    """Return the index of each unusable caption with the reason."""
     problems = {}
     for index, caption in enumerate(captions):
         if not caption.strip():
@@ -217,12 +216,12 @@ class Chunk:
 
     Attributes:
         records: The file of records.
-        start: The first record.
-        stop: The record behind the last one.
-        folder: The folder of the images.
+        start: Index of the first record.
+        stop: Index after the last record.
+        folder: The image folder.
         transform: The transform of the vision tower, or None.
-        rules: What a usable record is.
-        path: Where the results are written.
+        rules: Requirements on images and captions.
+        path: Output file of the results.
     """
 
     records: str
@@ -235,9 +234,9 @@ class Chunk:
 
 
 def validate_chunk(chunk: Chunk) -> dict[str, int]:
-    """Write the results of a chunk, unless they exist. Returns the number of records by reason."""
+    """Write the results of a chunk unless they exist, and return the number of records by reason."""
     path = Path(chunk.path)
-    # An earlier run has published the file with a rename, so that it is complete.
+    # An existing file is complete, because it was published with a rename.
     if not path.exists():
         rows = cached_rows(chunk.records)
         matches = NameMatches()
@@ -248,7 +247,7 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
         values = [dict(zip(_RESULT_SCHEMA.names, result)) for result in results]
         with atomic_file(path) as part:
             pq.write_table(pa.Table.from_pylist(values, _RESULT_SCHEMA), part)
-    # Read back what is on the disk, so that new and earlier results are counted in the same way.
+    # Read the file back, so that new and earlier results are counted in the same way.
     return Counter(pq.read_table(path, columns=["reason"])["reason"].to_pylist())
 
 
@@ -272,7 +271,7 @@ def _read_results(
         values = pq.read_table(chunk.path).to_pylist()
         for index, value in enumerate(values, chunk.start):
             result = ValidationResult(*(value[name] for name in _RESULT_SCHEMA.names))
-            # The workers cannot know duplicates, because each sees only its own chunk.
+            # Mark duplicates here, because a worker has only the records of its own chunk.
             original = duplicates.get(index)
             if original is not None and not _has_other_text(rows[index], rows[original]):
                 detail = f"of {rows.where(original)}"
@@ -281,7 +280,7 @@ def _read_results(
 
 
 def _has_other_text(row: dict[str, Any], original: dict[str, Any]) -> bool:
-    """Return whether a row is another text about the very same image file, which is no duplicate."""
+    """Return whether a row has a different text for the very same image file, which is not a duplicate."""
     same_images = all(row.get(name) == original.get(name) for name in ("image", "images"))
     return same_images and row != original
 
@@ -294,12 +293,11 @@ def _read_hashes(chunks: list[Chunk], perceptual: bool) -> tuple[np.ndarray, np.
     """
     column = "look" if perceptual else "digest"
     width = PERCEPTUAL_BYTES if perceptual else DIGEST_BYTES
-    # Start with empty arrays, because `np.concatenate` needs at least one and fixes the width with
-    # it.
+    # Start with empty arrays, because `np.concatenate` needs at least one.
     numbers = [np.zeros(0, np.int64)]
     hashes = [np.zeros((0, width), np.uint8)]
     for chunk in chunks:
-        # Records that failed have no hash: they can neither be a duplicate nor have one.
+        # Skip rejected records, which have no hash and are not compared.
         values = pq.read_table(chunk.path)[column].to_pylist()
         present = [index for index, value in enumerate(values) if value is not None]
         numbers.append(np.array(present, np.int64) + chunk.start)
@@ -328,50 +326,50 @@ def clean(
 ) -> dict[str, int]:
     """Write the usable records of a file, in their order.
 
-    Beside the output, `<output>_quarantine.jsonl` holds the other records with reason and detail, and
-    `<output>_report.html` and `.json` show the numbers and examples.
+    In the same folder, `<output>_quarantine.jsonl` contains the rejected records with reason and detail, and
+    `<output>_report.html` and `.json` contain the numbers and examples.
 
     Args:
         source: A file of records, or the folder of a download.
-        output: `.json`, `.jsonl` or `.parquet`.
-        image_folder: The folder of the images; by default that of `source`.
+        output: Output file: `.json`, `.jsonl` or `.parquet`.
+        image_folder: The image folder; by default that of `source`.
         vision_tower: A model whose transform every image must pass; empty for none.
-        rules: What a usable record is.
+        rules: Requirements on images and captions.
         dedupe: "exact" (equal files), "perceptual" (similar images), or "" to keep duplicates. A second text about the
             same image file is not a duplicate.
-        compact: A folder for shards with the images of the usable records; `output` then refers to them.
-        compact_size: Shorter side of the images in `compact`, in pixels; 0 keeps the bytes.
-        engine: Where chunks are validated, see `run_tasks`.
-        workers: Chunks that are validated at once, see `run_tasks`.
-        shards: "i/n" validates only this slice. A last call without it writes the outputs.
+        compact: Output folder for shards with the images of the usable records; `output` then refers to them.
+        compact_size: Shorter side of the images in `compact`, in pixels; 0 copies the image files unchanged.
+        engine: Run the tasks in local processes or on Ray, see `run_tasks`.
+        workers: Number of chunks to validate in parallel, see `run_tasks`.
+        shards: "i/n" validates only this slice of the chunks. A last call without it writes the outputs.
         progress: Show a progress line.
 
     Returns:
-        The number of records by reason; "ok" for usable ones. Of a slice, the reason of usable ones is "".
+        The number of records by reason. The key of usable records is "ok"; if `shards` is given, it is "".
 
     Raises:
         ValueError: An argument is wrong, or another process is writing to the output.
     """
     if rules.max_pixels > MAX_PIXELS:
         raise ValueError(
-            f"--max-pixels {rules.max_pixels}: training refuses images of more than {MAX_PIXELS} pixels. "
+            f"--max-pixels {rules.max_pixels}: training rejects images of more than {MAX_PIXELS} pixels. "
             f"Pass --max-pixels {MAX_PIXELS} or less."
         )
-    # Whatever can be wrong with the arguments is checked before the first image is opened.
+    # Check all arguments before the first image is opened.
     check_suffix(output)
     rows = open_rows(source)
     folder = image_folder or find_records(source).parent
     if not folder.is_dir():
         raise ValueError(f"--image-folder {folder}: no such folder")
     transform = ImageTransform.from_pretrained(vision_tower) if vision_tower else None
-    # Beside the output, because the work folder is deleted while the lock is held.
+    # Put the lock next to the output: the work folder is deleted while the lock is held.
     lock_name = f".{output.name}.lock"
     if shards:
         lock_name = f".{output.name}-{shards.replace('/', '-of-')}.lock"
     with exclusive_lock(output.with_name(lock_name), output):
         work = _work_folder(rows, output, folder, transform, rules)
-        # The chunks of a slice are those of the whole, so that a last call without --shards finds
-        # them all.
+        # Make the chunks of the whole file, then select those of the slice: a last call without
+        # --shards has to find the results of all slices.
         chunks = _make_chunks(source, len(rows), folder, transform, rules, work)
         mine = [chunks[index] for index in parse_slice(shards, len(chunks))]
         run_record_tasks(validate_chunk, mine, engine=engine, workers=workers, progress=progress)
@@ -382,8 +380,8 @@ def clean(
             numbers, hashes = _read_hashes(chunks, dedupe == "perceptual")
             duplicates = find_duplicates(numbers, hashes, dedupe == "perceptual")
         results = _read_results(chunks, rows, duplicates)
-        # With --compact the names of the images change, so the records are written twice: first
-        # with the old names, from which the shards are made, then with the new ones.
+        # With --compact, write the records twice: first with the old image names, from which the
+        # shards are made, then with the new ones.
         kept = output if compact is None else work / "survivors.jsonl"
         outputs = _Outputs(rows, folder, kept, output)
         outputs.write(results)
@@ -399,7 +397,7 @@ def clean(
             )
             remove_temporary_files(output)
             write_compacted_records(open_rows(kept), output)
-        # Everything is written; only now the results may go.
+        # Delete the results of the chunks last, when everything else is written.
         outputs.write_report()
         shutil.rmtree(work.parent)
     return dict(outputs.counts)
@@ -410,8 +408,8 @@ def _work_folder(
 ) -> Path:
     """Return the folder of the results. Its name is a digest of everything that they depend on."""
     stat = rows.path.stat()
-    # Size and time of the file stand for its content: hashing gigabytes of records would take
-    # longer than resuming saves. The order is that of version 0.1.0.
+    # Use size and modification time of the file, because hashing gigabytes of records would take longer
+    # than resuming saves. Keep the order of version 0.1.0, whose unfinished jobs can be resumed.
     settings = [
         str(rows.path),
         stat.st_size,
@@ -450,9 +448,9 @@ class _Outputs:
 
     Args:
         rows: All records.
-        folder: The folder of the images.
-        kept: Where usable records are written.
-        output: The output of the command; the other files stand beside it.
+        folder: The image folder.
+        kept: Output file for usable records.
+        output: Output file of the command, from which the names of quarantine and report are derived.
     """
 
     def __init__(self, rows: RowFile, folder: Path, kept: Path, output: Path) -> None:
@@ -472,7 +470,6 @@ class _Outputs:
         with RecordWriter(self._kept) as usable, RecordWriter(self._quarantine) as quarantine:
             for index, result in enumerate(results):
                 self.counts[result.reason or "ok"] += 1
-                # Every row is counted exactly once above, whatever happens to it here.
                 if result.reason:
                     quarantine.write(self._quarantine_row(index, result))
                     continue
@@ -489,8 +486,7 @@ class _Outputs:
                 usable.write(row)
 
     def _quarantine_row(self, index: int, result: ValidationResult) -> dict[str, Any]:
-        # The raw text and not the parsed row, because the row may be the very thing that is not
-        # JSON.
+        # Use the raw text and not the parsed row, because the reason may be that the row is not JSON.
         text = self._rows.raw(index).decode("utf-8", "replace")
         examples = self._examples.setdefault(result.reason, [])
         if len(examples) < _EXAMPLES_PER_REASON:
@@ -521,7 +517,7 @@ class _Outputs:
             outcomes=self.counts,
             examples=self._examples,
         )
-        # The JSON report is for programs: no images in it.
+        # Remove the thumbnails from the JSON report, which is meant for programs.
         plain_examples = {}
         for reason, some in sorted(self._examples.items()):
             plain_examples[reason] = [{**example, "thumbnail": ""} for example in some]
@@ -535,7 +531,7 @@ class _Outputs:
 def _split_responses(
     row: dict[str, Any], unusable: tuple[int, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a row with its usable responses, and a copy with the others."""
+    """Return a row with the usable responses, and a copy with the unusable ones."""
     responses = row["responses"]
     usable = [text for index, text in enumerate(responses) if index not in unusable]
     removed = [responses[index] for index in unusable]
@@ -551,7 +547,7 @@ def _parse_or_text(text: str) -> Any:
 
 
 def _caption_and_thumbnail(text: str, folder: Path) -> tuple[str, str]:
-    """Return the caption of a record in the quarantine and its image as a data URI, as far as they can be read."""
+    """Return the caption of a rejected record and its image as a data URI; empty strings if they cannot be read."""
     try:
         record = Record.from_json(_parse_or_text(text), "")
     except ValueError:

@@ -20,45 +20,45 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "records",
         type=Path,
-        help="Folder of `llava download`, or file of records: .json, .jsonl or .parquet",
+        help="Output folder of `llava download`, or file of records: .json, .jsonl or .parquet",
     )
     parser.add_argument(
         "--output",
         type=Path,
         required=True,
-        help="File of the usable records: .json, .jsonl or .parquet",
+        help="Output file for the usable records: .json, .jsonl or .parquet",
     )
     parser.add_argument(
-        "--image-folder", type=Path, help="Folder of the images (default: that of the records)"
+        "--image-folder", type=Path, help="Image folder (default: the folder of the records)"
     )
     parser.add_argument(
         "--vision-tower",
         default="",
-        help="Vision tower whose transform the images must pass (default: none)",
+        help="Vision tower whose preprocessing every image must support (default: no check)",
     )
     parser.add_argument(
         "--min-side",
         type=int,
         default=rules.min_side,
-        help="Smallest shorter side of an image in pixels (default: %(default)s)",
+        help="Minimum length of an image's shorter side in pixels (default: %(default)s)",
     )
     parser.add_argument(
         "--max-aspect",
         type=float,
         default=rules.max_aspect,
-        help="Largest ratio of the longer side to the shorter side (default: %(default)s)",
+        help="Maximum ratio of the longer side to the shorter side (default: %(default)s)",
     )
     parser.add_argument(
         "--max-caption",
         type=int,
         default=rules.max_caption,
-        help="Longest caption in characters (default: %(default)s)",
+        help="Maximum length of a caption in characters (default: %(default)s)",
     )
     parser.add_argument(
         "--max-pixels",
         type=int,
         default=rules.max_pixels,
-        help="Largest image in pixels (default: %(default)s)",
+        help="Maximum number of pixels of an image (default: %(default)s)",
     )
     parser.add_argument(
         "--dedupe",
@@ -75,7 +75,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--compact-size",
         default="224",
-        help="Shorter side of these images in pixels, or exact to keep their bytes (default: %(default)s)",
+        help="Shorter side of the images of --compact in pixels, or `exact` to copy them unchanged (default: %(default)s)",
     )
     add_worker_options(parser)
     return parser

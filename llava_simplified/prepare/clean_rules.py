@@ -1,4 +1,4 @@
-"""What `llava clean` accepts. Light, so that the parser of the command can import it."""
+"""The rules of `llava clean`. This module imports nothing heavy, so that the command's parser can use it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rules:
-    """What a usable record is.
+    """Requirements that the images and captions of a usable record meet.
 
     Attributes:
-        min_side: Smallest shorter side of an image, in pixels.
-        max_aspect: Largest ratio of the longer side to the shorter side.
-        max_caption: Longest caption, in characters.
-        max_pixels: Largest image, in pixels; the default is `data.images.MAX_PIXELS`, the limit of training.
-        perceptual: Also compute the perceptual hash of each image, for the search of duplicates.
+        min_side: Minimum length of an image's shorter side, in pixels.
+        max_aspect: Maximum ratio of the longer side to the shorter side.
+        max_caption: Maximum length of a caption, in characters.
+        max_pixels: Maximum number of pixels of an image; the default is `data.images.MAX_PIXELS`, the limit of training.
+        perceptual: Also compute the perceptual hash of each image, to find duplicates.
     """
 
     min_side: int = 32

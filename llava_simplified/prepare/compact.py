@@ -33,16 +33,16 @@ _READ_BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class CompactShard:
-    """One shard to write: the images of the records from `start` to `stop` (exclusive).
+    """A task of a worker: write a shard with the images of the records from `start` to `stop` (exclusive).
 
     Attributes:
         records: The file of records.
-        start: The first record.
-        stop: The record behind the last one.
-        folder: The folder of the images.
-        output: The folder of the shards.
-        number: The number of the shard.
-        side: Shorter side of the images in pixels; 0 keeps the bytes.
+        start: Index of the first record.
+        stop: Index after the last record.
+        folder: The image folder.
+        output: Output folder of the shards.
+        number: Number of the shard.
+        side: Shorter side of the shrunk images in pixels; 0 copies the image files unchanged.
     """
 
     records: str
@@ -68,18 +68,18 @@ def compact_images(
 
     Args:
         records: A JSON lines file of records.
-        folder: The folder of their images.
-        output: The folder of the shards.
-        side: Shorter side of the images in pixels; 0 keeps the bytes.
-        engine: Where shards are written, see `run_tasks`.
-        workers: Shards that are written at once, see `run_tasks`.
+        folder: The image folder.
+        output: Output folder of the shards.
+        side: Shorter side of the shrunk images in pixels; 0 copies the image files unchanged.
+        engine: Run the tasks in local processes or on Ray, see `run_tasks`.
+        workers: Number of shards to write in parallel, see `run_tasks`.
         progress: Show a progress line.
 
     Raises:
-        ValueError: The folder holds something else, or another process is writing to it.
+        ValueError: The folder contains other files, or another process is writing to it.
     """
-    # The lock of the cleaning is that of its output file; another cleaning may compact into this
-    # folder.
+    # Lock this folder too. The lock of `clean` is for its own output file only, and another `llava
+    # clean` may be writing to the same --compact folder.
     lock = output.with_name(f".{output.name}.lock")
     with exclusive_lock(lock, f"--compact {output}"):
         output.mkdir(parents=True, exist_ok=True)
@@ -95,10 +95,9 @@ def compact_images(
 
 
 def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
-    """Check that what is in the output was made of the same records.
+    """Check that existing files in the output folder were made from the same records.
 
-    Otherwise a finished shard of other records would be taken as it is, and captions would be joined to the images of
-    another run.
+    Otherwise finished shards of other records would be kept, and captions would refer to the wrong images.
     """
     settings = {
         "records_sha256": _file_digest(records, hashlib.sha256()),
@@ -106,20 +105,20 @@ def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
         "compact_size": side,
     }
     settings_path = output / SETTINGS_NAME
-    # A folder with files but without settings: of version 0.1.0, or of something else entirely.
+    # A folder with files but without settings comes from version 0.1.0, or is unrelated.
     if not settings_path.exists() and any(output.iterdir()):
         previous = output / _DIGEST_NAME_0_1_0
         start = hashlib.sha256(f"{folder.resolve()} {side}".encode())
         if not previous.is_file() or previous.read_text() != _file_digest(records, start):
             raise ValueError(
-                f"--compact {output}: the folder holds files that were not made of these records. "
+                f"--compact {output}: the folder contains files that were not made from these records. "
                 "Empty it, or pass another folder to --compact."
             )
     check_settings(settings_path, settings, f"--compact {output}", option="--compact")
 
 
 def _file_digest(path: Path, digest: Any) -> str:
-    """Return the hexadecimal digest of what `digest` has been given so far, and a file."""
+    """Add the contents of a file to a hash object, and return its hexadecimal digest."""
     with path.open("rb") as stream:
         for block in iter(partial(stream.read, _READ_BLOCK), b""):
             digest.update(block)
@@ -127,10 +126,10 @@ def _file_digest(path: Path, digest: Any) -> str:
 
 
 def compact_shard(spec: CompactShard) -> int:
-    """Write one shard and its manifest, unless they exist. Returns the number of its images."""
+    """Write one shard and its manifest unless they exist, and return the number of its images."""
     output = Path(spec.output)
     tar = output / f"{spec.number:05d}.tar"
-    # The settings were compared before, so a manifest that exists was made of the same records.
+    # An existing manifest was made from the same records, because `_check_output` compared the settings.
     manifest = tar.with_suffix(".parquet")
     if manifest.exists():
         return pq.read_metadata(manifest).num_rows
@@ -143,11 +142,10 @@ def compact_shard(spec: CompactShard) -> int:
         for index in range(spec.start, spec.stop):
             record = Record.from_json(rows[index], rows.where(index))
             for number, name in enumerate(record.images):
-                # The records were validated a moment ago. An image that has vanished since then
-                # ends the run.
+                # Let errors end the run: the images were validated just before, so they must be there.
                 entries.append(_add_image(writer, index, number, name, record, spec))
         writer.close()
-    # The manifest comes last: its existence means that the shard is finished.
+    # Write the manifest last, because its existence means that the shard is finished.
     with atomic_file(manifest) as part:
         pq.write_table(pa.Table.from_pylist(entries), part, compression="zstd")
     return len(entries)
@@ -156,9 +154,9 @@ def compact_shard(spec: CompactShard) -> int:
 def _add_image(
     writer: ShardWriter, index: int, number: int, name: str, record: Record, spec: CompactShard
 ) -> dict[str, Any]:
-    """Add one image to a shard. Returns its row of the manifest."""
+    """Add one image to a shard, and return its row of the manifest."""
     data = read_image_bytes(name, spec.folder)
-    # Both decode the image, so that no damaged file gets into a shard.
+    # Decode the image in both cases, so that no damaged file gets into a shard.
     image = shrink_image(data, spec.side) if spec.side else check_image(data)
     key = compact_key(index, number)
     metadata = {"key": key, "source": name, "width": image.width, "height": image.height}
@@ -191,7 +189,7 @@ def _rename_images(row: dict[str, Any], index: int) -> dict[str, Any]:
     if not value:  # a record without images
         return row
     shard = f"{index // SHARD_RECORDS:05d}.tar"
-    # The number of a record among the survivors decides its shard, here as in `compact_images`.
+    # Compute the shard from the index among the usable records, as `compact_images` does.
     if isinstance(value, list):
         names = [f"{shard}#{compact_key(index, number)}" for number in range(len(value))]
         return {**row, column: names}

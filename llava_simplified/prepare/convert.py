@@ -1,4 +1,4 @@
-"""Turn any source of captions into files of records, and draw random samples from such files."""
+"""Convert caption sources to files of records, and draw random samples from such files."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def group_captions(
 ) -> Iterator[SourceRow]:
     """Yield one row per image with all its captions, without holding the source in memory.
 
-    The source is read twice. The first pass counts how often each image occurs (8 bytes a row). The second pass yields
-    a row as soon as the last caption of its image has come:
+    The source is read twice. The first pass counts how often each image occurs (8 bytes per row). The second pass yields
+    a row as soon as the last caption of its image was read:
 
         source      a.jpg  b.jpg  a.jpg  c.jpg        counts: a 2, b 1, c 1
         yields             b             a with two captions, then c
 
-    Memory therefore holds only the images whose captions are apart in the source.
+    Memory therefore contains only images of which some captions were read and others were not.
 
     Args:
         read: Returns the rows of the source; it is called once for each pass.
@@ -68,10 +68,10 @@ def group_captions(
     # `hash` of a text differs between processes, but within one it is fast and fixed.
     hashes = np.fromiter((hash(identity(row)) for row in read(ParseIssues())), np.int64)
     values, counts = np.unique(hashes, return_counts=True)
-    # Most images have one caption. Only the others need a place in the dictionary.
+    # Keep only the images with several captions in the dictionary; most have one.
     repeated = counts > 1
     occurrences = dict(zip(values[repeated].tolist(), counts[repeated].tolist()))
-    # Of 3.3 million rows these arrays take 80 MB, and the second pass does not need them.
+    # Free these arrays before the second pass: for 3.3 million rows they take 80 MB.
     del hashes, values, counts
 
     waiting: dict[str, list[SourceRow]] = {}
@@ -123,35 +123,34 @@ def to_records(
 
     Args:
         rows: The rows of a source, grouped by image.
-        issues: Rows that cannot become a record are noted here.
-        instructions: Templates; a hash of the image chooses one.
-        image_folder: If given, rows whose image is not in this folder are left out.
+        issues: Collects the rows that cannot become a record.
+        instructions: Instruction templates, one of which is selected by a hash of the image name.
+        image_folder: If given, rows whose image is not in this folder are skipped.
     """
     for index, row in enumerate(rows):
         image = row.image
-        # `index` counts the rows of the grouped source, as the downloader does: both derive the
-        # same file name.
+        # Use the index of the grouped rows, as the downloader does, so that both derive the same file name.
         if not image and row.url:
             image = image_file_name(index, row.url)
         if row.record is None and not image:
-            issues.note("row without an image (left out)", row.number, row.captions)
+            issues.note("row without an image (skipped)", row.number, row.captions)
             continue
         if _ABSOLUTE_PATH.match(image):
             image = _relative_path(image, row, issues, image_folder)
-        # An image inside a shard is looked up when it is read.
+        # Do not look for images inside shards here; reading them is too slow.
         if image_folder is not None and image and "#" not in image:
             found = _find_image(image, row, image_folder)
             if not found:
-                issues.note(f"image not in {image_folder} (left out)", row.number, image)
+                issues.note(f"image not in {image_folder} (skipped)", row.number, image)
                 continue
             image = found
-        # A record keeps everything that its source has; only the place of its image may change.
+        # Keep all keys of a row that is a record already; only the path of its image may change.
         if row.record is not None:
             yield ({**row.record, "image": image} if image else row.record), row
         elif not row.captions:
-            issues.note("image without any caption (left out)", row.number, image)
+            issues.note("image without any caption (skipped)", row.number, image)
         else:
-            # The question mark keeps this choice independent of that of the split.
+            # Append a question mark, to make this choice independent of that of the split.
             choice = int(hash_fraction(image + "?") * len(instructions))
             yield make_record(image, instructions[choice], row.captions), row
 
@@ -159,7 +158,7 @@ def to_records(
 def _relative_path(
     image: str, row: SourceRow, issues: ParseIssues, image_folder: Path | None
 ) -> str:
-    """Return an absolute path relative to the image folder, or its base name: it is often of another machine."""
+    """Make an absolute path relative to the image folder; return its base name if it is outside the folder."""
     if image_folder is not None:
         folder = image_folder.absolute()
         if Path(image).is_relative_to(folder):
@@ -169,9 +168,9 @@ def _relative_path(
 
 
 def _find_image(image: str, row: SourceRow, image_folder: Path) -> str:
-    """Return the name of the image in the folder, or an empty text.
+    """Return the name of the image in the folder, or an empty string.
 
-    The suffix of an image that was downloaded from a URL follows its bytes, so all suffixes are tried.
+    The suffix of a downloaded image depends on its bytes, so all suffixes are tried.
     """
     names = [image]
     if not row.image:
@@ -198,19 +197,19 @@ def convert(
     """Write the records of a source.
 
     Args:
-        source: Anything that `read_source` reads.
-        output: `.json`, `.jsonl` or `.parquet`.
-        image_folder: The folder of the images. Rows whose image is not in it are left out and counted.
-        instruction: The user's text, or a `.txt` file of templates, one a line, chosen by a hash of the image.
-        split: "val=0.01" writes this share (by a hash of the image) to `<output>_val`, and the rest to
+        source: Any source that `read_source` supports.
+        output: Output file: `.json`, `.jsonl` or `.parquet`.
+        image_folder: The image folder. Rows whose image is not in it are skipped and counted.
+        instruction: Instruction of all records, or a `.txt` file with one instruction template per line.
+        split: "val=0.01" writes this fraction (by a hash of the image name) to `<output>_val`, and the rest to
             `<output>_train`; "source" uses the split of the source itself (Karpathy's); "" writes one file.
-        columns: Names of columns that the user passed.
+        columns: Column names that the user passed.
 
     Returns:
-        The number of records by file name, and what was left out or repaired.
+        The number of records by file name, and the issues of the source (skipped and repaired rows).
 
     Raises:
-        ValueError: An argument is wrong, or the source has no record.
+        ValueError: An argument is wrong, or the source contains no usable record.
     """
     if image_folder is not None and not image_folder.is_dir():
         raise ValueError(f"--image-folder {image_folder}: no such folder")
@@ -218,8 +217,7 @@ def convert(
     shares: dict[str, float] = {}
     if split not in ("", "source"):
         shares = _parse_split(split)
-    # The source is read twice, and each pass notes its issues; `group_captions` keeps those of the
-    # second.
+    # `group_captions` reads the source twice, but collects issues only in the second pass.
     issues = ParseIssues()
     rows = group_captions(lambda pass_issues: read_source(source, pass_issues, columns), issues)
     writers: dict[str, RecordWriter] = {}
@@ -231,11 +229,10 @@ def convert(
                 writers[part] = stack.enter_context(RecordWriter(path))
             return writers[part]
 
-        # Open all parts at once: a share without any record must still replace the file of an earlier run.
+        # Open all parts now: a part without any record must still replace the file of an earlier run.
         if shares:
             for part in ("train", *shares):
                 open_part(part)
-        # Nothing is collected: each record goes to the file of its part at once.
         for record, row in to_records(rows, issues, instructions, image_folder):
             part = ""
             if split == "source":
@@ -243,7 +240,7 @@ def convert(
             elif shares:
                 part = _choose_part(str(record.get("image") or row.number), shares)
             open_part(part).write(record)
-        # Inside the block, so that the error discards the files.
+        # Raise inside the `with` block, so that the unfinished files are discarded.
         if not any(writer.count for writer in writers.values()):
             raise ValueError("\n".join([f"{source}: contains no usable record", *issues.lines()]))
     return {str(writer.path): writer.count for writer in writers.values()}, issues
@@ -261,7 +258,7 @@ def _read_instructions(instruction: str) -> list[str]:
 
 
 def _parse_split(text: str) -> dict[str, float]:
-    """Return the shares by name of "val=0.01,test=0.01"."""
+    """Parse "val=0.01,test=0.01" to {"val": 0.01, "test": 0.01}."""
     shares: dict[str, float] = {}
     try:
         for part in text.split(","):
@@ -272,7 +269,7 @@ def _parse_split(text: str) -> dict[str, float]:
     in_range = all(0 < share < 1 for share in shares.values())
     if not shares or not in_range or sum(shares.values()) >= 1:
         raise ValueError(
-            f"--split {text}: expected names with shares that sum to less than 1, for example "
+            f"--split {text}: expected names with fractions whose sum is less than 1, for example "
             "--split val=0.01 or --split val=0.01,test=0.01; or --split source."
         )
     return shares
@@ -281,15 +278,15 @@ def _parse_split(text: str) -> dict[str, float]:
 def _source_part(row: SourceRow, issues: ParseIssues) -> str:
     """Return the part that the source assigns to a row; "restval" is Karpathy's name for more training images."""
     if not row.split:
-        issues.note("row without a split of its own (taken for training)", row.number, row.image)
+        issues.note("row without a split (assigned to train)", row.number, row.image)
         return "train"
     return "train" if row.split == "restval" else row.split
 
 
 def _choose_part(name: str, shares: dict[str, float]) -> str:
-    """Return the part of an image: the interval of [0, 1) that the hash of its name falls into."""
-    # [0, val) is val, [val, val + test) is test, the rest is train. An image keeps its part when
-    # the source grows, because nothing but its name decides.
+    """Return the part of an image: the interval of [0, 1) that contains the hash of its name."""
+    # [0, val) is val, [val, val + test) is test, the rest is train. The part depends only on the name,
+    # so an image keeps its part when the source grows.
     position = hash_fraction(name)
     for part, share in shares.items():
         if position < share:

@@ -12,13 +12,13 @@ from llava_simplified.prepare.source_rows import Columns
 
 
 def add_column_options(parser: Any) -> None:
-    """Add `--url-column`, `--image-column` and `--caption-column`, for sources with unusual names of columns."""
+    """Add `--url-column`, `--image-column` and `--caption-column`, for sources with unusual column names."""
     for column in Columns._fields:
         parser.add_argument(
             f"--{column}-column",
             default="",
             metavar="NAME",
-            help=f"Name of the column with the {column} (default: found by its name)",
+            help=f"Name of the {column} column (default: detected by the usual names)",
         )
 
 
@@ -30,7 +30,10 @@ def build_parser() -> CommandParser:
         help="TSV, CSV, JSON, JSON Lines, Parquet, tar, a folder of them, a glob pattern, or a URL",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="File of records: .json, .jsonl or .parquet"
+        "--output",
+        type=Path,
+        required=True,
+        help="Output file of records: .json, .jsonl or .parquet",
     )
     parser.add_argument(
         "--image-folder", type=Path, help="Keep only rows whose image is in this folder"
@@ -38,12 +41,13 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--instruction",
         default=INSTRUCTION,
-        help="User's text of every record, or a .txt file of templates, one a line (default: %(default)s)",
+        help="Instruction (user message) for every record, or a .txt file with one instruction template per line"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--split",
         default="",
-        help="Write several files: val=0.01 (share, by a hash of the image), or source (the source's own split)",
+        help="Write several files: val=0.01 moves 1%% of the images to OUTPUT_val, `source` uses the split in the source",
     )
     add_column_options(parser)
     return parser
@@ -74,12 +78,12 @@ def build_reduce_parser() -> CommandParser:
     """Return the parser of `llava reduce`."""
     parser = CommandParser("llava reduce", "Draw a random sample from a file of records.")
     parser.add_argument("records", type=Path, help="File of records: .json, .jsonl or .parquet")
-    parser.add_argument("--count", type=int, required=True, help="Number of records")
+    parser.add_argument("--count", type=int, required=True, help="Number of records to draw")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="Seed of the sample (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="File of records (default: the same name with _COUNT added)"
+        "--output",
+        type=Path,
+        help="Output file (default: the name of the input with _COUNT added)",
     )
     return parser
 

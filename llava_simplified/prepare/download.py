@@ -2,9 +2,9 @@
 
     download()          plan_shards() -> shards as tasks, see `download_shard` -> merge_manifests()
 
-`download.json` in the output holds what the download was started with, and what the plan found. It is written after
-the plan, so its existence means that the plan is complete. A download that is started again with the same settings
-continues: finished shards are skipped, unfinished ones go on where their journals end.
+`download.json` in the output contains the settings of the download and the number of rows and shards. It is written
+after the plans of the shards, so its existence means that the plans are complete. A download that is started again with
+the same settings continues: finished shards are skipped, unfinished ones continue where their journals end.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from llava_simplified.prepare.sources import read_source
 from llava_simplified.workers import parse_slice, run_tasks
 
 _RETRY_KIND = re.compile(r"all|(http_)?\d{3}|\dxx")
-_SHOWN_FAILURES = 20  # shards whose errors a message names
-# Fetching waits for the network, so there are two shards per CPU.
+_SHOWN_FAILURES = 20  # maximum number of shards that an error message names
+# Run two shards per CPU, since fetching mostly waits for the network.
 _SHARDS_PER_CPU = 2
 
 
@@ -61,36 +61,35 @@ def download(
     shards: str = "",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Fetch every URL of a source; continue where an earlier run was stopped.
+    """Fetch every URL of a source; continue an interrupted download.
 
     Args:
-        source: Anything that `read_source` reads.
-        output: A folder, or a URL of fsspec.
-        options: How to fetch.
-        columns: Names of columns that the user passed.
+        source: Any source that `read_source` supports.
+        output: A folder, or a URL that fsspec can write to.
+        options: Options of the requests.
+        columns: Column names that the user passed.
         files: Write a folder of plain images and `records.json`, instead of shards and `records.jsonl`.
         shard_size: Rows per shard.
         limit: Fetch only the first N rows; 0 means all.
-        retry: Kinds of failures that are fetched again ("timeout", "5xx", "all").
-        engine: Where shards are fetched, see `run_tasks`.
-        workers: Shards that are fetched at once, see `run_tasks`.
-        shards: "i/n" fetches only this slice of the shards; afterwards `merge_manifests` writes the report.
+        retry: Kinds of failures to fetch again ("timeout", "5xx", "all").
+        engine: Run the tasks in local processes or on Ray, see `run_tasks`.
+        workers: Number of shards to fetch in parallel, see `run_tasks`.
+        shards: "i/n" fetches only this slice of the shards; afterward `merge_manifests` writes the report.
         progress: Show a progress line.
 
     Returns:
-        The report; of a slice only its outcomes.
+        The report. If `shards` is given, only its entry "outcomes".
 
     Raises:
-        ValueError: The source has no URLs, the download was started with other settings, another process is writing
-            to the output, a shard failed at every attempt, or the first rows all fail in the same way.
+        ValueError: The source has no URLs, the output belongs to a download with different settings, another process
+            is writing to the output, a shard failed at every attempt, or the first rows all fail in the same way.
     """
     _check_arguments(options, shard_size, limit, retry)
     store = Store(output)
-    # A file system of buckets charges for every request; millions of small files are what shards
-    # avoid.
+    # Object stores charge for every request, so millions of small files would be slow and expensive.
     if files and not store.is_local:
         raise ValueError(
-            f"--output {output}: plain files need a local folder. Use --output-format shards, or a local folder."
+            f"--output {output}: plain files require a local folder. Pass --output-format shards, or a local folder."
         )
     settings = {
         "source": source,
@@ -98,23 +97,22 @@ def download(
         "shard_size": shard_size,
         "limit": limit,
         "resize": options.resize,
-        # The size stands for the content of the source: rows that were added later would never be
-        # fetched.
+        # Use the size to detect a changed source, of which new rows would never be fetched.
         "bytes": Path(source).stat().st_size if Path(source).is_file() else 0,
     }
-    # From here to the end nobody else writes to the output, except for other slices.
+    # The lock excludes all other runs on this output, except for other slices.
     with _run_lock(store, output, shards):
         plan = _load_or_make_plan(source, columns, store, settings, shards, output)
         if files:
             Path(store.root, "images").mkdir(exist_ok=True)
         numbers = parse_slice(shards, plan["shards"])
-        # Shards that an earlier run has finished; their rows do not count in the rate.
+        # Exclude shards that an earlier run finished from the rate in the progress line.
         finished_before = {int(name.removesuffix(".parquet")) for name in store.manifests()}
         rows = 0 if shards else plan["rows"]
         watch = DownloadProgress(store.work, numbers, finished_before, rows, progress)
         specs = [ShardSpec(number, output, files, retry, options) for number in numbers]
         _fetch_shards(specs, watch, engine, workers)
-        # Other slices may still run, so only a whole run merges.
+        # Do not merge after a slice, because other slices may still be running.
         if shards:
             return {"outcomes": dict(watch.total())}
         return _merge(store, output)
@@ -138,13 +136,13 @@ def _check_arguments(
     ]
     if unknown:
         raise ValueError(
-            f"--retry {','.join(unknown)}: no failure has this name. "
+            f"--retry {','.join(unknown)}: unknown kind of failure. "
             f"Use all, 404, 5xx, {', '.join(FAILURE_KINDS)}."
         )
 
 
 def _run_lock(store: Store, output: str, shards: str) -> contextlib.AbstractContextManager[None]:
-    """Return the lock of a whole run, or of one slice: the jobs of an array run at the same time."""
+    """Return the lock of the run. Each slice has its own lock, so that the jobs of an array can run together."""
     name = "download.lock"
     if shards:
         name = f"download-{shards.replace('/', '-of-')}.lock"
@@ -188,7 +186,7 @@ def _load_or_make_plan(
     shards: str,
     output: str,
 ) -> dict[str, Any]:
-    """Return `download.json` of a download that is continued, or plan a new one."""
+    """Return the `download.json` of an existing download, or plan a new one."""
     known = store.settings()
     if known:
         compare_settings(known, settings, output)
@@ -200,8 +198,8 @@ def _load_or_make_plan(
 def _is_planned(store: Store, numbers: range) -> bool:
     """Return whether all shards are finished or have a plan.
 
-    Plans may be missing although `download.json` exists: another job of an array, on another machine, has written only
-    those of its own slice.
+    Plans may be missing although `download.json` exists, if another job of an array wrote it: on a different machine,
+    that job writes only the plans of its own slice.
     """
     available = set(store.manifests())
     available.update(f"{path.stem}.parquet" for path in store.work.glob("*.plan"))
@@ -211,20 +209,20 @@ def _is_planned(store: Store, numbers: range) -> bool:
 def plan_shards(
     source: str, columns: Columns, store: Store, settings: dict[str, Any], shards: str
 ) -> dict[str, Any]:
-    """Cut a source into shards: one file of JSON lines (index, URL, captions) for each.
+    """Split a source into shards, and write a plan for each: a file of JSON lines (index, URL, captions).
 
     Args:
-        source: Anything that `read_source` reads.
-        columns: Names of columns that the user passed.
+        source: Any source that `read_source` supports.
+        columns: Column names that the user passed.
         store: The output.
-        settings: What the download is started with.
+        settings: Settings of the download.
         shards: "i/n" writes only the plans of this slice; "" writes all.
 
     Returns:
-        `download.json`: the settings, the number of rows and shards, and what the source contains.
+        The contents of `download.json`: settings, number of rows and shards, and the issues of the source.
 
     Raises:
-        ValueError: The source has no rows, or no URL among the first ones.
+        ValueError: The source has no rows, or the rows of the first shard have no URL.
     """
     issues = ParseIssues()
     finished = set(store.manifests())
@@ -242,8 +240,8 @@ def plan_shards(
     if not total:
         raise ValueError(f"{source}: contains no rows")
     plan = {**settings, "rows": total, "shards": number, "oddities": issues.lines()}
-    # Written last: `download.json` tells that the plans are complete.
-    # A unique name: the jobs of an array may plan at the same time. All of them write the same content.
+    # Publish `download.json` last, because its existence means that the plans are complete. Use a unique
+    # temporary name: the jobs of an array may plan at the same time, and all write the same content.
     local = store.work / f"{SETTINGS_NAME}.{uuid.uuid4().hex[:8]}"
     text = json.dumps(plan, indent=1, ensure_ascii=False)
     local.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
@@ -281,9 +279,9 @@ def _write_plan(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def merge_manifests(output: str) -> dict[str, Any]:
-    """Write what a whole download has in common, from the manifests of its finished shards.
+    """Merge the manifests of all finished shards of a download.
 
-    That is `manifest.parquet`, the records (`records.jsonl` for shards, `records.json` for plain files), and the report
+    Writes `manifest.parquet`, the records (`records.jsonl` for shards, `records.json` for plain files), and the report
     in JSON and HTML.
 
     Returns:
@@ -293,8 +291,7 @@ def merge_manifests(output: str) -> dict[str, Any]:
         ValueError: The output has no finished shard, or another process is writing to it.
     """
     fs, root = fsspec.core.url_to_fs(output)
-    # `Store` would create the folder.
-    # Check before anything is created: the path may be misspelt.
+    # Check the path before `Store` creates it, because it may be misspelled.
     if not fs.exists(root) or not Store(output).manifests():
         raise ValueError(
             f"{output}: contains no finished shard (00000.parquet) of `llava download`. Check the path."
@@ -305,7 +302,7 @@ def merge_manifests(output: str) -> dict[str, Any]:
 
 
 def _merge(store: Store, output: str) -> dict[str, Any]:
-    """Merge the manifests; the lock of the run must be held."""
+    """Merge the manifests. The caller must hold the lock of the run."""
     plan = store.settings()
     names = store.manifests()
     if not plan or not names:
@@ -318,7 +315,7 @@ def _merge(store: Store, output: str) -> dict[str, Any]:
         pq.ParquetWriter(merged, MANIFEST_SCHEMA, compression="zstd") as merged_writer,
     ):
         for name in names:
-            # One shard at a time, so that memory does not depend on the size of the download.
+            # Process one shard at a time, so that memory does not depend on the size of the download.
             table = store.read_manifest(name)
             merged_writer.write_table(table)
             for row in table.select(["key", "file", "captions", "status"]).to_pylist():
@@ -331,11 +328,11 @@ def _merge(store: Store, output: str) -> dict[str, Any]:
     report_json = store.work / "report.json"
     report_html = store.work / "report.html"
     report = write_download_report(merged, plan, report_json, report_html)
-    # A report of a part is useful too, as long as it says that it is one.
+    # Mark an incomplete report.
     missing = plan["shards"] - len(names)
     if missing > 0:
         report["missing_shards"] = missing
-    # The report comes last, so that whoever waits for it finds everything else.
+    # Publish the report last, so that its existence means that the other files exist too.
     for path in (records, merged, report_json, report_html):
         store.publish(path, path.name)
     return report

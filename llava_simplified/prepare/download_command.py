@@ -15,7 +15,7 @@ from llava_simplified.prepare.source_rows import Columns
 
 logger = logging.getLogger(__name__)
 
-_MODULES = ("aiohttp", "aiodns", "fsspec", "pyarrow")  # of the extra
+_MODULES = ("aiohttp", "aiodns", "fsspec", "pyarrow")  # of the extra "download"
 
 
 def build_parser() -> CommandParser:
@@ -24,12 +24,14 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "source", help="TSV, CSV, JSON, JSON Lines, Parquet, a folder of them, or a glob pattern"
     )
-    parser.add_argument("--output", required=True, help="Folder, or any URL that fsspec can write")
+    parser.add_argument(
+        "--output", required=True, help="Output folder, or a URL that fsspec can write to"
+    )
     parser.add_argument(
         "--output-format",
         choices=["shards", "files"],
         default="shards",
-        help="Tar shards with manifests, or a folder of plain images (default: %(default)s)",
+        help="`shards` writes tar shards with manifests, `files` a folder of plain images (default: %(default)s)",
     )
     parser.add_argument(
         "--shard-size", type=int, default=10_000, help="Rows per shard (default: %(default)s)"
@@ -39,7 +41,7 @@ def build_parser() -> CommandParser:
         "--retry",
         default="",
         metavar="KINDS",
-        help="Fetch these failures of earlier runs again: timeout,5xx,dns,... or all",
+        help="Fetch failed URLs of earlier runs again: `all`, or kinds of failures such as timeout,5xx,dns",
     )
     _add_fetch_options(parser)
     add_column_options(parser)
@@ -55,55 +57,56 @@ def _add_fetch_options(parser: CommandParser) -> None:
         "--concurrency",
         type=int,
         default=defaults.concurrency,
-        help="Requests in flight at once for each shard (default: %(default)s)",
+        help="Maximum number of requests in flight per shard (default: %(default)s)",
     )
     group.add_argument(
         "--per-host",
         type=int,
         default=defaults.per_host,
-        help="Requests in flight at once to one host (default: %(default)s)",
+        help="Maximum number of requests in flight per host, for each shard (default: %(default)s)",
     )
     group.add_argument(
         "--timeout",
         type=float,
         default=defaults.timeout,
-        help="Seconds for one image, including redirects (default: %(default)s)",
+        help="Maximum time per image in seconds, including redirects (default: %(default)s)",
     )
     group.add_argument(
         "--retries",
         type=int,
         default=defaults.retries,
-        help="Further attempts after a reset, 429 or 5xx in the same run (default: %(default)s)",
+        help="Number of retries in the same run after a connection reset, 429 or 5xx (default: %(default)s)",
     )
     group.add_argument(
         "--max-bytes",
         type=int,
         default=defaults.max_bytes,
-        help="Largest image file in bytes (default: %(default)s)",
+        help="Maximum size of an image file in bytes (default: %(default)s)",
     )
     group.add_argument(
         "--max-pixels",
         type=int,
         default=defaults.max_pixels,
-        help="Largest image in pixels (default: %(default)s)",
+        help="Maximum number of pixels of an image (default: %(default)s)",
     )
     group.add_argument(
         "--resize",
         type=int,
         default=defaults.resize,
-        help="Shrink images to this shorter side in pixels; 0 keeps the bytes (default: %(default)s)",
+        help="Shrink images to this length of the shorter side in pixels; 0 stores the files unchanged"
+        " (default: %(default)s)",
     )
     group.add_argument(
         "--user-agent-contact",
         dest="contact",
         default=defaults.contact,
-        help="URL or mail address that is sent to the servers",
+        help="Your URL or email address, sent to the servers in the User-Agent header",
     )
     group.add_argument("--robots", action="store_true", help="Obey each host's robots.txt")
     group.add_argument(
         "--allow-private",
         action="store_true",
-        help="Allow private addresses, for your own mirror",
+        help="Allow requests to private addresses, for example to your own mirror",
     )
 
 
@@ -134,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     outcomes = report["outcomes"]
     if not outcomes or outcomes.get("ok"):  # a slice may have no shards
         return 0
-    # One piece of advice, about the failure that matters most.
+    # Print advice about the most frequent failure only.
     most_frequent = max(outcomes, key=lambda kind: outcomes[kind])
     advice = FAILURE_ADVICE.get(most_frequent, "")
     print(
@@ -148,9 +151,9 @@ def build_merge_parser() -> CommandParser:
     """Return the parser of `llava merge-manifests`."""
     parser = CommandParser(
         "llava merge-manifests",
-        "Write the manifest, records and report of a download, after the last job of an array.",
+        "Write the manifest, records and report of a download whose shards were fetched by several jobs.",
     )
-    parser.add_argument("output", help="The --output of the jobs")
+    parser.add_argument("output", help="--output of the `llava download` jobs")
     return parser
 
 

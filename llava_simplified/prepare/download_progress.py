@@ -1,7 +1,7 @@
-"""Follow the journals of a download: the progress line, and the early stop of a run that cannot succeed.
+"""Follow the journals of a download, for the progress line and to stop early if every row fails.
 
-The shards are fetched by other processes, perhaps on other machines. Their journals grow in the work folder, which all
-of them share, so no other channel is needed: about once a second the new lines of each journal are read.
+The shards are fetched by other processes, possibly on other machines. Their journals grow in the shared work folder, so
+no other communication is needed: about once a second the new lines of each journal are read.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from pathlib import Path
 
 from llava_simplified.jobs import Progress
 
-# The run stops if this many rows have failed in the same way, and none has succeeded.
+# Stop the run if this many rows have failed in the same way, and none has succeeded.
 FAIL_FAST_AFTER = 500
 FAILURE_ADVICE = {
     "dns": "No host name could be resolved. Check the network and its DNS server.",
     "connect": "No connection could be made. Check the firewall, and whether a proxy must be used.",
     "refused": "Every connection was refused. If this is your own mirror, check that it runs, and its port.",
-    "timeout": "Nothing answered in time. Check the firewall; otherwise pass a longer --timeout or a lower --concurrency.",
-    "tls": "No certificate could be verified. Check whether a proxy opens TLS (SSL_CERT_FILE), and the clock.",
+    "timeout": "No server answered in time. Check the firewall; otherwise pass a longer --timeout or a lower --concurrency.",
+    "tls": "No certificate could be verified. Check whether a proxy intercepts TLS (SSL_CERT_FILE), and the clock.",
     "blocked_address": "All addresses are private. If this is your own mirror, pass --allow-private.",
-    "http_403": "The servers refuse. Say who you are with --user-agent-contact, and lower --concurrency.",
-    "http_407": "A proxy asks for credentials.",
+    "http_403": "The servers deny access. Pass --user-agent-contact with your URL or email address, and a lower --concurrency.",
+    "http_407": "A proxy requires credentials.",
     "scheme": "These are not http or https URLs. Check --url-column.",
     "bad_url": "These are not URLs. Check --url-column.",
 }
@@ -36,8 +36,8 @@ class DownloadProgress:
         work: The work folder with the journals.
         numbers: The shards of this run; other journals belong to other jobs.
         finished_before: The shards that were finished before this run.
-        rows: Number of rows of the download; 0 if only a part of it is fetched.
-        enabled: False shows no progress line.
+        rows: Number of rows of the download; 0 if only a slice is fetched.
+        enabled: Show the progress line.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class DownloadProgress:
                     data = stream.read()
             except FileNotFoundError:  # the shard has just been finished
                 continue
-            # Journals only grow, so each is read from where the last reading ended.
-            # The last line may be half written.
+            # Journals only grow, so continue at the end of the last read. Leave an incomplete last line
+            # for the next time.
             complete = data[: data.rfind(b"\n") + 1]
             self._positions[path] += len(complete)
             outcomes = self._outcomes.setdefault(number, Counter())
@@ -74,10 +74,10 @@ class DownloadProgress:
                     outcomes[row["error"] or "ok"] += 1
 
     def tick(self) -> None:
-        """Read what the journals have gained, and update the progress line.
+        """Read the new lines of the journals, and update the progress line.
 
         Raises:
-            ValueError: All rows of this run have failed in the same way.
+            ValueError: The first `FAIL_FAST_AFTER` rows of this run have all failed in the same way.
         """
         self._read_journals()
         self._check_first_rows()
@@ -92,7 +92,7 @@ class DownloadProgress:
         raise ValueError(f"Stopped: the first {count} rows all failed with '{kind}'. {advice}")
 
     def finish_shard(self, number: int, outcomes: dict[str, int]) -> None:
-        """Replace the outcomes that were read from the journal of a shard by its final ones."""
+        """Replace the outcomes from the journal of a shard by the final ones."""
         self._outcomes[number] = Counter(outcomes)
         if number in self._finished_before:
             self._before += self._outcomes[number]

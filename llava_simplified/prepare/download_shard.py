@@ -1,20 +1,20 @@
 """Fetch one shard of a download, and resume it after the process was killed.
 
-While it is fetched, a shard is three files in the work folder:
+An unfinished shard consists of three files in the work folder:
 
-    00012.plan       which rows belong to it: JSON lines with index, URL and captions
-    00012.tar.part   the tar as far as it has come
+    00012.plan       the rows of the shard: JSON lines with index, URL and captions
+    00012.tar.part   the incomplete tar
     00012.journal    one JSON line per finished row
 
-The line of a row is written after its image is in the tar. So whatever kills the process, the journal says exactly
-what is done:
+The journal line of a row is written after its image is in the tar. Whenever the process is killed, the journal therefore
+contains exactly the finished rows:
 
     fetch image -> append to tar -> append to journal
-                                 ^ killed here: the sample is in the tar, but not in the journal. The next run cuts
-                                   the tar off behind the last sample that the journal knows, and fetches the row again.
+                                 ^ killed here: the sample is in the tar, but not in the journal. The next run truncates
+                                   the tar after the last sample in the journal, and fetches the row again.
 
-After the last row the journal becomes the manifest, and tar and manifest are renamed into the output: first the tar,
-then the manifest, whose existence means that the shard is finished.
+After the last row, the journal is converted to the manifest, and tar and manifest are renamed into the output: first the
+tar, then the manifest, whose existence means that the shard is finished.
 """
 
 from __future__ import annotations
@@ -72,22 +72,22 @@ MANIFEST_SCHEMA = pa.schema(
     }
 )
 _OUTCOME_COLUMNS = MANIFEST_SCHEMA.names[len(PLAN_COLUMNS) :]
-_SAMPLE_COLUMNS = ("key", "sha256", "width", "height")  # what a sample's .json repeats
-_END_MARK = -1  # index of the journal's line that holds only the end of a tar that is opened again
-_SPARE_FILES = 64  # open files besides connections
+_SAMPLE_COLUMNS = ("key", "sha256", "width", "height")  # columns that are also in a sample's .json
+_END_MARK = -1  # index of a journal line that contains only the end of a reopened tar
+_SPARE_FILES = 64  # open files in addition to connections
 _TLS_BUFFER_BYTES = 1 << 14  # the size of a TLS record
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """One shard to fetch: everything that a worker process needs to know.
+    """A task of a worker: fetch one shard.
 
     Attributes:
-        number: The number of the shard.
-        output: The output of the download.
+        number: Number of the shard.
+        output: Output folder or URL of the download.
         files: Write plain files instead of a tar.
-        retry: Kinds of failures that are fetched again.
-        options: How to fetch.
+        retry: Kinds of failures to fetch again.
+        options: Options of the requests.
     """
 
     number: int
@@ -98,12 +98,12 @@ class ShardSpec:
 
     @property
     def name(self) -> str:
-        """The name of the shard's files without suffix."""
+        """File name of the shard without suffix."""
         return f"{self.number:05d}"
 
 
 def fetch_shard(spec: ShardSpec) -> dict[str, int]:
-    """Fetch what is missing of a shard. Running it again on a finished shard does nothing.
+    """Fetch the missing rows of a shard. Does nothing if the shard is finished.
 
     Returns:
         The number of rows by outcome: "ok" or a kind of failure.
@@ -119,7 +119,7 @@ def fetch_shard(spec: ShardSpec) -> dict[str, int]:
 
 
 class _ShardJob:
-    """The files of one shard, and the steps to finish it. The lock of the shard must be held."""
+    """The files of one shard, and the steps to finish it. The caller must hold the lock of the shard."""
 
     def __init__(self, spec: ShardSpec, store: Store) -> None:
         self.spec = spec
@@ -135,7 +135,7 @@ class _ShardJob:
         finished: list[dict[str, Any]] | None = None
         if self.store.exists(self.manifest_name):
             finished = self.store.read_manifest(self.manifest_name).to_pylist()
-        # A journal beside a manifest means that a retry was killed: it goes on below.
+        # If there are both a journal and a manifest, a retry was killed: continue it below.
         if finished is not None and not self.journal.exists():
             kept = [row for row in finished if not self._is_retried(row)]
             if len(kept) == len(finished):
@@ -144,12 +144,12 @@ class _ShardJob:
         rows = finished
         if rows is None:
             rows = [row for row, _ in read_json_lines(self.plan)]
-        # A finished shard has no plan any more, but its manifest contains the same columns.
+        # Take the plan's columns from the manifest of a finished shard, whose plan was deleted.
         planned = [{name: row[name] for name in PLAN_COLUMNS} for row in rows]
         outcomes = self._fetch_missing(planned)
-        # The order is that of the plan, although rows finish in any order.
+        # Write the manifest in the order of the plan, although rows finish in any order.
         self._publish_manifest([{**outcomes[row["index"]], **row} for row in planned])
-        # The manifest is in place: the shard is finished, whatever happens to these two.
+        # Delete these files last: with the manifest in place, the shard is finished.
         self.plan.unlink(missing_ok=True)
         self.journal.unlink()
         return count_outcomes(outcomes.values())
@@ -158,12 +158,12 @@ class _ShardJob:
         return matches_kind(row["error"], self.spec.retry)
 
     def _reopen_journal(self, kept: list[dict[str, Any]]) -> None:
-        """Make a journal of the rows of a finished shard that are not fetched again."""
+        """Create a journal for a finished shard, with the rows that are not fetched again."""
         rows: list[dict[str, Any]] = []
         for row in kept:
             rows.append({name: row[name] for name in row if name not in ("url", "captions")})
         if not self.spec.files:
-            # New samples go behind the old ones, over the end-of-archive mark.
+            # Append new samples after the old ones, overwriting the end-of-archive mark.
             tar_size = self.store.fs.size(self.store.path(self.tar_name))
             if tar_size > len(END_OF_ARCHIVE):
                 rows.append({"index": _END_MARK, "end": tar_size - len(END_OF_ARCHIVE)})
@@ -172,20 +172,21 @@ class _ShardJob:
             part.write_bytes(encode_json_lines(rows))
 
     def _fetch_missing(self, planned: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        """Fetch the rows that the journal does not have. Returns the outcome of every row by its index."""
+        """Fetch the rows that are not in the journal, and return the outcome of every row by its index."""
         if not self.spec.files and not self.tar.exists() and self.store.exists(self.tar_name):
-            # To retry failures; or the process was killed between publishing the tar and the manifest.
+            # Continue a published tar: to retry failures, or because the process was killed between
+            # publishing the tar and the manifest.
             self.store.fetch(self.tar_name, self.tar)
         tar_size = self.tar.stat().st_size if self.tar.exists() else 0
         with Journal(self.journal) as journal:
-            # Everything in the tar behind `end` was not recorded, and is cut off by the writer.
+            # The writer truncates the tar at `end`: what follows is not in the journal.
             recorded, end = finished_rows(journal.rows(), tar_size)
             outcomes = {index: row for index, row in recorded.items() if not self._is_retried(row)}
             missing = [row for row in planned if row["index"] not in outcomes]
             writer = None if self.spec.files else ShardWriter(self.tar, end)
-            # `outcomes` has the rows that were fetched before, and gets the others as they finish.
+            # This adds the missing rows to `outcomes` as they finish.
             asyncio.run(self._fetch_rows(missing, journal, writer, outcomes))
-        # `close` waits until the disk has everything; before that the tar must not be published.
+        # Close the tar before publishing it, because `close` syncs it to the disk.
         if writer:
             writer.close()
             self.store.publish(self.tar, self.tar_name)
@@ -203,7 +204,7 @@ class _ShardJob:
         urls = [(row["index"], row["url"]) for row in rows]
         async for index, url, fetched in fetch_all(urls, self.spec.options):
             outcome = make_outcome(index, fetched)
-            # A row without an image adds nothing to the tar.
+            # 0 means that the row added nothing to the tar.
             end = 0
             if fetched.image is not None:
                 data, suffix = fetched.image.data, fetched.image.suffix
@@ -218,13 +219,13 @@ class _ShardJob:
                     outcome["file"] = f"{key}.{suffix}"
                     outcome["offset"] = writer.add(key, data, suffix, captions[index], metadata)
                     end = writer.end
-            # The image is in its place. Whatever happens now, the row is not fetched again.
+            # Add the row to the journal only now that its image is stored.
             outcomes[index] = outcome
             journal.append([{**outcome, "end": end}])
 
     def _write_file(self, data: bytes, name: str) -> None:
-        """Write an image of a download to plain files; it appears at once with all its content."""
-        # One temporary name per shard, in the work folder: a killed process leaves no litter among the images.
+        """Write an image of a download to plain files, atomically."""
+        # Put the temporary file into the work folder, so that a killed process leaves none among the images.
         part = self.store.work / f"{self.spec.name}.image"
         part.write_bytes(data)
         part.replace(Path(self.store.root, "images", name))
@@ -236,19 +237,19 @@ class _ShardJob:
 
 
 def _prepare_process(options: FetchOptions) -> None:
-    """Adapt this process to many connections. Only worker processes of a download call this."""
-    # Every connection holds a buffer of this size; asyncio's default is 16 times as large.
+    """Prepare this process for many connections. Only worker processes of a download call this."""
+    # Reduce the buffer of each connection; asyncio's default is 16 times as large.
     asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
-    # At its usual pace the garbage collector takes a tenth of the time.
+    # Collect garbage less often: with the default thresholds this takes a tenth of the time.
     gc.set_threshold(20_000, 50)
-    # A request has a connection, and perhaps one that is closing.
+    # Allow two files per request: its connection, and possibly an older one that is being closed.
     _raise_file_limit(2 * options.concurrency + _SPARE_FILES)
 
 
 def _raise_file_limit(count: int) -> None:
-    """Let this process open `count` files, since every connection is one.
+    """Raise the limit of open files to `count`, because every connection is an open file.
 
-    What cannot be opened would otherwise be recorded as a failure of the server.
+    Otherwise a connection that cannot be opened would be recorded as a failure of the server.
     """
     try:
         import resource
@@ -261,13 +262,13 @@ def _raise_file_limit(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard_limit))
     except ValueError:
         raise ValueError(
-            f"--concurrency: {count} open files are needed, but the limit is {hard_limit} (ulimit -Hn). "
+            f"--concurrency: {count} open files are required, but the limit is {hard_limit} (ulimit -Hn). "
             f"Pass --concurrency {max(1, (hard_limit - _SPARE_FILES) // 2)} or less."
         ) from None
 
 
 def make_outcome(index: int, fetched: FetchResult) -> dict[str, Any]:
-    """Return the columns of the manifest that describe the outcome of a row; those of the image's place are None."""
+    """Return the columns of the manifest that describe the outcome of a row; file, offset and length are None."""
     outcome: dict[str, Any] = dict.fromkeys(_OUTCOME_COLUMNS)
     outcome.update(
         index=index,
@@ -296,30 +297,30 @@ def make_outcome(index: int, fetched: FetchResult) -> dict[str, Any]:
 def finished_rows(
     rows: Iterable[dict[str, Any]], tar_size: int
 ) -> tuple[dict[int, dict[str, Any]], int]:
-    """Return what the journal of a shard says.
+    """Return the finished rows in the journal of a shard.
 
-    An image that the tar is too short to contain was lost by the disk (the machine went down): its row counts as not
-    fetched.
+    If the machine went down, the disk may have lost the end of the tar. Rows whose image is beyond the end of the tar
+    are therefore treated as not fetched.
 
     Args:
         rows: The rows of the journal.
         tar_size: Bytes of the tar; 0 for plain files.
 
     Returns:
-        The outcomes by the index of their row, and the end of the last complete sample in the tar.
+        The outcomes by row index, and the end of the last complete sample in the tar.
     """
     outcomes: dict[int, dict[str, Any]] = {}
     tar_end = 0
     for row in rows:
         row_end = row.pop("end", 0)
         if not row_end:
-            # A row of a shard that was finished before says where its image is, but not where the sample ends.
+            # Rows from the manifest of a finished shard have the end of the image, but not of the sample.
             row_end = (row["offset"] or 0) + (row["length"] or 0)
         is_in_tar = row.get("file") is not None and bool(row.get("offset"))
         if is_in_tar and row_end > tar_size:
             continue
         outcomes[row["index"]] = row
-        # A maximum, because rows of a shard that was finished before are in the order of the plan.
+        # Use the maximum, because rows from a manifest are in the order of the plan.
         tar_end = max(tar_end, min(row_end, tar_size))
     outcomes.pop(_END_MARK, None)
     return outcomes, tar_end
@@ -331,7 +332,7 @@ def count_outcomes(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
 
 
 def matches_kind(error: str | None, kinds: tuple[str, ...]) -> bool:
-    """Return whether a failure is one of `kinds`: `404`, `http_404`, `4xx`, `all`, or any other kind by its name."""
+    """Return whether a failure is one of `kinds`: `404`, `http_404`, `4xx`, `all`, or the name of any other kind."""
     if not error:
         return False
     names = {"all", error}
@@ -344,7 +345,7 @@ def matches_kind(error: str | None, kinds: tuple[str, ...]) -> bool:
 def _manifest_table(rows: list[dict[str, Any]]) -> pa.Table:
     """Return the rows as a table.
 
-    It goes through Arrow's JSON reader, because `Table.from_pylist` imports pandas if it is installed: 50 MB in each
+    Uses Arrow's JSON reader, because `Table.from_pylist` imports pandas if it is installed, which takes 50 MB in each
     worker.
     """
     lines = "".join(f"{json.dumps(row)}\n" for row in rows).encode()

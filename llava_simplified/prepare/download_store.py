@@ -26,24 +26,24 @@ class Store:
         output: A folder, or a URL of fsspec such as "s3://bucket/cc3m". It is created if it does not exist.
 
     Attributes:
-        root: The output as its file system spells it.
-        is_local: The output is a folder of this machine.
-        work: The local folder of unfinished shards: inside a local output, otherwise in the cache.
+        root: Path of the output in its file system.
+        is_local: The output is a folder on this machine.
+        work: Local folder for unfinished shards: inside a local output, otherwise in the cache folder.
     """
 
     def __init__(self, output: str) -> None:
         self.fs, self.root = fsspec.core.url_to_fs(output)
         self.is_local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
-        # File systems of buckets remember listings, but other processes write here too.
+        # Clear the listings that fsspec caches, since other processes write to the output too.
         self.fs.invalidate_cache()
         self.fs.makedirs(self.root, exist_ok=True)
         self.work = Path(self.root, "_work") if self.is_local else self._cache_folder()
         self.work.mkdir(parents=True, exist_ok=True)
 
     def _cache_folder(self) -> Path:
-        """Return the work folder of an output that is not local; it depends on the whole URL with its protocol."""
+        """Return the work folder of a remote output."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        # Without the protocol, s3://a/b and gs://a/b would share a work folder.
+        # Include the protocol: without it, s3://a/b and gs://a/b would share a work folder.
         url = self.fs.unstrip_protocol(self.root)
         digest = hashlib.sha256(url.encode()).hexdigest()[:16]
         return cache / "llava_simplified" / "download" / digest
@@ -53,17 +53,16 @@ class Store:
         return f"{self.root}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Return whether a file of the output exists. It is complete then."""
+        """Return whether a file of the output exists. An existing file is complete."""
         return bool(self.fs.exists(self.path(name)))
 
     def publish(self, local: Path, name: str) -> None:
-        """Move a finished local file into the output, where it appears at once with all its content."""
-        # The work folder is inside the output, so this is a rename within one file system.
+        """Move a finished local file into the output, atomically."""
+        # In a local output, this is a rename: the work folder is in the same file system.
         if self.is_local:
             local.replace(self.path(name))
             return
-        # Uploads take time, and some file systems show a file while it grows. `mv` of a finished
-        # one is quick.
+        # Upload under a temporary name, then rename: some file systems show a file during the upload.
         part = self.path(f".{name}.part{uuid.uuid4().hex[:8]}")
         try:
             self.fs.put_file(str(local), part)
@@ -75,21 +74,21 @@ class Store:
         local.unlink()
 
     def fetch(self, name: str, local: Path) -> None:
-        """Copy a file of the output to a local path, which appears at once with all its content."""
-        # A killed copy must not be taken for the whole file.
+        """Copy a file of the output to a local path, atomically."""
+        # Copy to a temporary name, so that an incomplete copy is not mistaken for the file.
         copy = local.with_name(f"{local.name}.copy")
         self.fs.get_file(self.path(name), str(copy))
         copy.replace(local)
 
     def settings(self) -> dict[str, Any] | None:
-        """Return what `download.json` holds, or None for a new output."""
+        """Return the contents of `download.json`, or None for a new output."""
         if not self.exists(SETTINGS_NAME):
             return None
         return json.loads(self.fs.cat_file(self.path(SETTINGS_NAME)))
 
     def manifests(self) -> list[str]:
         """Return the names of the manifests of all finished shards, in order."""
-        # Only the manifests of shards: manifest.parquet is the merged one.
+        # Match the manifests of shards only, and not the merged manifest.parquet.
         names = [path.rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
         return sorted(name for name in names if re.fullmatch(r"\d{5,}\.parquet", name))
 

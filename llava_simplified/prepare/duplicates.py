@@ -1,17 +1,17 @@
-"""Find images that are the same, or look the same, among millions.
+"""Find equal and similar images among millions.
 
-Equal files have equal digests. Images that only look the same (another size, another compression) are found by a
-*perceptual hash*: a few bytes that hardly change when the image is scaled or compressed again.
+Equal files have equal digests. Similar images (with a different size or compression) are found by a *perceptual hash*:
+a few bytes that hardly change when the image is scaled or compressed again.
 
-The hash has 128 bits about brightness, and a colour:
+The hash consists of 128 bits about brightness, and a mean color:
 
     9 x 9 grid of the image       for each of the first 8 x 8 cells:
     . . . . . . . . .               bit 1: is the cell to the right brighter?
     . a > . . . . . .               bit 2: is the cell below brighter?
-      v                           mean colour: 3 bytes, because a red and a blue car have the same brightness
+      v                           mean color: 3 bytes, because a red and a blue car have the same brightness
 
-It is the difference hash (dHash) of N. Krawetz, "Kind of Like That", 2013, in both directions. Two images count as the
-same if at most 5 of the 128 bits differ, and each colour channel differs by at most 8.
+It is the difference hash (dHash) of N. Krawetz, "Kind of Like That", 2013, in both directions. Two images are similar if
+at most 5 of the 128 bits differ, and each color channel differs by at most 8.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import numpy as np
 from PIL import Image
 
 HASH_BYTES = 16  # 128 bits
-PERCEPTUAL_BYTES = HASH_BYTES + 3  # and the mean colour
+PERCEPTUAL_BYTES = HASH_BYTES + 3  # with the mean color
 DIGEST_BYTES = 16
 MAX_BITS = 5
 MAX_COLOR_DIFFERENCE = 8
 
 _GRID = 8
 _BAND_BYTES = 2
-_NEIGHBOURS = 8  # that each image is compared with, in each sorted order
+_NEIGHBOURS = 8  # each image is compared with its next N images, in each sorted order
 
 
 def perceptual_hash(pixels: np.ndarray) -> bytes:
-    """Return 19 bytes that are nearly equal for images that look the same.
+    """Return 19 bytes that are nearly equal for similar images.
 
     Args:
         pixels: (height, width, 3) uint8 RGB.
@@ -40,17 +40,17 @@ def perceptual_hash(pixels: np.ndarray) -> bytes:
     small = image.resize((_GRID + 1, _GRID + 1), Image.Resampling.BOX, reducing_gap=2.0)
     grey = np.asarray(small.convert("L"), np.int16)
     cells = grey[:_GRID, :_GRID]
-    # Comparisons instead of values, because brightness and contrast change with every compression.
+    # Use comparisons instead of values, because compression changes brightness and contrast slightly.
     brighter_right = grey[:_GRID, 1:] > cells
     brighter_below = grey[1:, :_GRID] > cells
     bits = np.packbits(np.stack([brighter_right, brighter_below]))
-    # A mean over the grid; it decides only between images with the same structure.
+    # The mean color distinguishes images with the same structure.
     color = np.asarray(small, np.float32).mean((0, 1)).astype(np.uint8)
     return bits.tobytes() + color.tobytes()
 
 
 def find_duplicates(rows: np.ndarray, data: np.ndarray, perceptual: bool) -> dict[int, int]:
-    """Return the earlier row that each duplicate repeats.
+    """Find duplicates, and for each the earlier row that it duplicates.
 
     Args:
         rows: (n,) row numbers, ascending.
@@ -58,7 +58,7 @@ def find_duplicates(rows: np.ndarray, data: np.ndarray, perceptual: bool) -> dic
         perceptual: Compare perceptual hashes; otherwise only equal rows of `data` are duplicates.
 
     Returns:
-        The number of the earlier row by the number of the later row.
+        Row number of each duplicate -> row number of the earlier record.
     """
     if not len(rows):
         return {}
@@ -79,13 +79,13 @@ def _find_equal(rows: np.ndarray, data: np.ndarray) -> dict[int, int]:
 def _find_similar(rows: np.ndarray, data: np.ndarray) -> dict[int, int]:
     """Find pairs of similar hashes without comparing every pair.
 
-    The 16 bytes of a hash are 8 bands of 2 bytes. If at most 5 bits differ, at least 3 bands are equal. So the hashes
-    are sorted 8 times, each time by another band first: similar hashes then stand close together in at least one of
-    the orders, and each is compared with its next 8 neighbours only.
+    The 16 bytes of a hash are 8 bands of 2 bytes. If at most 5 bits differ, at least 3 bands are equal. Therefore the
+    hashes are sorted 8 times, each time with a different band as the first key. Similar hashes are then close together
+    in at least one of the orders, and each hash is compared with its next 8 neighbors only.
 
         order by band 0:   [b0 b1 b2 ...]     order by band 1:   [b1 b2 ... b0]     ...
 
-    Several similar images (a chain of neighbours) all point to the earliest one that they were compared with.
+    If several images are similar, each refers to the earliest one that it was compared with.
     """
     bits_in_byte = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
     bits_in_byte = bits_in_byte.astype(np.uint8)
@@ -94,14 +94,14 @@ def _find_similar(rows: np.ndarray, data: np.ndarray) -> dict[int, int]:
     found: dict[int, int] = {}
     for band in range(0, HASH_BYTES, _BAND_BYTES):
         rolled = np.roll(hashes, -band, axis=1)
-        order = np.lexsort(rolled.T[::-1])  # lexsort takes the most significant key last
+        order = np.lexsort(rolled.T[::-1])  # lexsort expects the most significant key last
         for step in range(1, _NEIGHBOURS + 1):
             one, other = order[:-step], order[step:]
             different_bits = bits_in_byte[hashes[one] ^ hashes[other]].sum(1)
             color_difference = np.abs(colors[one] - colors[other]).max(1)
             similar = (different_bits <= MAX_BITS) & (color_difference <= MAX_COLOR_DIFFERENCE)
             for a, b in zip(one[similar], other[similar]):
-                # Loops over the pairs that were found, which are few.
+                # A Python loop is fast enough here, since few pairs are similar.
                 early, late = sorted((int(rows[a]), int(rows[b])))
                 found[late] = min(early, found.get(late, early))
     return found

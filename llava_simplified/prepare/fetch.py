@@ -1,6 +1,6 @@
-"""Fetch one image from a URL, safely, and name every failure by its cause.
+"""Fetch one image from a URL safely, and classify every failure.
 
-What is refused, and when:
+A fetch is rejected
 
     before the request      schemes other than http and https, at every redirect; robots.txt, if asked to obey it
     when connecting         addresses that are not public (see `address_guard`)
@@ -11,7 +11,7 @@ What is refused, and when:
 The URL is sent as it is, see `request_url`. Responses are read as leniently as by curl where that is harmless, see
 `lenient_response`.
 
-`fetch_hosts` fetches many URLs with this module; the server uses it for the URLs of its users.
+`fetch_hosts` uses this module for many URLs, the server for the URLs in requests.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 TIMEOUT_ERRORS = (TimeoutError, asyncio.TimeoutError)
 AGENT = "llava-simplified"
 MAX_REDIRECTS = 5
-# A host that is down would otherwise cost one timeout for each of its URLs.
+# After this many timeouts in a row, give up on a host. Otherwise a host that is down would cost one timeout
+# per URL.
 MAX_CONSECUTIVE_TIMEOUTS = 10
 SLOW_AFTER = 3.0  # seconds; from then on a body must have brought ...
 SLOW_RATE = 1000  # ... this many bytes per second on average
@@ -69,12 +70,12 @@ _OPT_OUT_WORDS = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"
 
 
 class FetchError(Exception):
-    """Why a URL gave no image.
+    """The reason why no image could be fetched from a URL.
 
     Attributes:
         kind: One of `FAILURE_KINDS`, or http_NNN.
-        http: The status of the answer; 0 if there was none.
-        pause: Seconds that the server asks to wait (`Retry-After`), or None.
+        http: Status code of the response; 0 if there was none.
+        pause: Seconds to wait, as requested by the server (`Retry-After`), or None.
     """
 
     def __init__(self, kind: str, detail: str, http: int = 0, pause: float | None = None) -> None:
@@ -89,12 +90,12 @@ class FetchResult(NamedTuple):
 
     Attributes:
         kind: "ok", or the kind of the failure.
-        http: The status of the answer; 0 if there was none.
-        detail: A sentence about the failure, for people.
+        http: Status code of the response; 0 if there was none.
+        detail: Description of the failure.
         image: The image, or None after a failure.
         received: Bytes of the body, before the image was shrunk.
-        seconds: How long it took.
-        pause: Seconds that the server asks to wait (`Retry-After`), or None.
+        seconds: Duration of the fetch.
+        pause: Seconds to wait, as requested by the server (`Retry-After`), or None.
     """
 
     kind: str
@@ -107,7 +108,7 @@ class FetchResult(NamedTuple):
 
 
 class Fetcher:
-    """A pool of connections that obeys the rules of this module. Use it as an async context manager."""
+    """A pool of connections with the rules of this module. Use it as an async context manager."""
 
     def __init__(self, options: FetchOptions) -> None:
         self.options = options
@@ -117,9 +118,9 @@ class Fetcher:
             "Accept": "image/*,*/*;q=0.5",
             "Accept-Encoding": "identity",  # images are compressed already
         }
-        # One task per origin: URLs of one host wait for the same answer.
+        # One task per origin, so that robots.txt is read once for all URLs of a host.
         self._robots: dict[URL, asyncio.Task[RobotFileParser]] = {}
-        # Shared by all URLs of a host, also by those that only a redirect leads there.
+        # Shared by all URLs of a host, including redirects to it.
         self._host_slots = defaultdict[str, asyncio.Semaphore](
             lambda: asyncio.Semaphore(options.per_host)
         )
@@ -129,8 +130,8 @@ class Fetcher:
 
     async def __aenter__(self) -> Fetcher:
         guard = None if self.options.allow_private else guard_address
-        # The number of connections is limited by `fetch_hosts` and by the slots of each host, not by the connector.
-        # Names are resolved again after ten minutes; most hosts occur many times in a shard.
+        # Do not limit connections in the connector: `fetch_hosts` and the slots of each host limit them. Cache DNS
+        # answers for ten minutes, since most hosts occur many times in a shard.
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=600, socket_factory=guard)
         loop = asyncio.get_running_loop()
         connector._factory = partial(LenientResponseHandler, loop=loop)  # type: ignore[assignment]
@@ -151,21 +152,20 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str, last: bool = False) -> FetchResult:
-        """Fetch and check one image. Never raises for anything that a URL or a server does.
+        """Fetch and check one image. All failures of URLs and servers are returned, not raised.
 
         Args:
             url: The URL.
-            last: Nothing more is wanted from this host, so its connection (100 kB with TLS) is closed.
+            last: This is the last request to the host, so its connection (100 kB with TLS) can be closed.
         """
         start = time.perf_counter()
         try:
             data, http = await self._get(url, _CLOSE_CONNECTION if last else None)
             image = await self._check(data)
             return FetchResult("ok", http, "", image, len(data), time.perf_counter() - start)
-        # What our own rules refuse has a name already.
         except FetchError as error:
             failure = error
-        # The server has answered properly, but not with an image that can be used.
+        # The request succeeded, but the response is not a usable image.
         except ImageError as error:
             failure = FetchError(error.kind, str(error), 200)
         except UrlError as error:
@@ -181,7 +181,6 @@ class Fetcher:
             failure = FetchError("internal", f"{type(error).__name__}: {error}")
         # Headers may contain any bytes, but the journal holds only UTF-8.
         detail = str(failure)[:MAX_DETAIL_LENGTH].encode(errors="replace").decode()
-        # Failures are timed too; a slow failure tells more than a fast one.
         seconds = time.perf_counter() - start
         return FetchResult(failure.kind, failure.http, detail, seconds=seconds, pause=failure.pause)
 
@@ -197,10 +196,10 @@ class Fetcher:
         return await self._decode_pool.run(decode, data)
 
     async def _get(self, text: str, headers: dict[str, str] | None) -> tuple[bytes, int]:
-        """Return the body and the status of a URL, following redirects.
+        """Return body and status code of a URL, following redirects.
 
-        Every hop is checked as if it were the first. `timeout` covers all hops together, but not the time that the
-        URL waits for a free slot of a host: many hosts may redirect to the same one.
+        Every redirect is checked like the original URL. `timeout` covers all requests together, but not the time that
+        the URL waits for a free slot of a host: many hosts may redirect to the same host.
         """
         url = parse_url(text)
         first_host = str(url.host)
@@ -209,7 +208,7 @@ class Fetcher:
             if self.options.robots and not await self._robots_allow(url):
                 raise FetchError("robots", f"robots.txt of {url.host} forbids it")
             host = str(url.host)
-            # The slot is taken again for every hop, because each may lead to another host.
+            # Acquire a slot for every redirect, because it may lead to a different host.
             async with self._host_slots[host]:
                 if self._consecutive_timeouts[host] >= MAX_CONSECUTIVE_TIMEOUTS:
                     raise FetchError(
@@ -221,7 +220,7 @@ class Fetcher:
                 if host != first_host and self._paused_until[host] > start:
                     raise FetchError("rate_limited", f"not requested: {host} asked for a pause")
                 try:
-                    # Not `asyncio.wait_for`: before Python 3.12 it can lose a cancellation.
+                    # Do not use `asyncio.wait_for`, which can lose a cancellation before Python 3.12.
                     async with timeout(seconds_left):
                         answer = await self._request(url, headers)
                 except TIMEOUT_ERRORS:
@@ -233,7 +232,7 @@ class Fetcher:
                         self._paused_until[host] = time.monotonic() + error.pause
                         error.pause = None
                     raise
-                # Only the time of the request counts, not the time that it waited for the slot.
+                # Subtract only the time of the request, and not the time that it waited for the slot.
                 seconds_left -= time.monotonic() - start
             if not isinstance(answer, URL):
                 return answer
@@ -241,9 +240,9 @@ class Fetcher:
         raise FetchError("redirect", f"more than {MAX_REDIRECTS} redirects", 302)
 
     async def _request(self, url: URL, headers: dict[str, str] | None) -> URL | tuple[bytes, int]:
-        """Send one request. Return the target of a redirect, or the body and the status."""
+        """Send one request. Return the target of a redirect, or body and status code."""
         async with self._session.get(url, allow_redirects=False, headers=headers) as response:
-            # Any answer shows that the host is alive.
+            # Reset the count of timeouts after any response.
             self._consecutive_timeouts.pop(str(url.host), None)
             if response.status in _REDIRECT_STATUSES:
                 location = response.headers.get("Location")
@@ -254,19 +253,19 @@ class Fetcher:
                 pause = parse_retry_after(response.headers.get("Retry-After"))
                 kind = f"http_{response.status}"
                 raise FetchError(kind, str(response.reason), response.status, pause)
-            # Checked before the body is read: what must not be used need not be transferred.
+            # Check for an opt-out before reading the body, to avoid a useless transfer.
             reason = opted_out(response.headers)
             if reason:
                 raise FetchError("opt_out", reason, response.status)
             return await self._read_body(response), response.status
 
     async def _read_body(self, response: aiohttp.ClientResponse) -> bytes:
-        """Return the body; give up as soon as it is too large or too slow."""
+        """Return the body; raise as soon as it is too large or too slow."""
         max_bytes = self.options.max_bytes
         announced = response.content_length or 0
         if announced > max_bytes:
             raise FetchError(
-                "too_large", f"{announced} bytes announced, the limit is {max_bytes}", 200
+                "too_large", f"Content-Length is {announced} bytes, the limit is {max_bytes}", 200
             )
         chunks: list[bytes] = []
         size = 0
@@ -279,19 +278,19 @@ class Fetcher:
             seconds = time.perf_counter() - start
             if seconds > SLOW_AFTER and size < SLOW_RATE * seconds:
                 raise FetchError("too_slow", f"{size} bytes in {seconds:.1f} s", 200)
-        # Joined once at the end: appending to one bytes object would copy it for every chunk.
+        # Join the chunks once: appending to one bytes object would copy it for every chunk.
         data = self._decompress(b"".join(chunks), response)
         if not data:
             raise FetchError("empty", "no bytes", 200)
         return data
 
     def _decompress(self, data: bytes, response: aiohttp.ClientResponse) -> bytes:
-        """Undo a compression that was not asked for, without unpacking more than the limit (a "zip bomb")."""
+        """Decompress the body if the server compressed it unasked, up to the size limit (against "zip bombs")."""
         encoding = response.headers.get("Content-Encoding", "identity").lower()
         if encoding not in ("gzip", "deflate"):
             return data
         max_bytes = self.options.max_bytes
-        # Some servers claim a compression that is not there; then the bytes are decoded as they are.
+        # Some servers announce a compression but send plain bytes: use the bytes as they are.
         with contextlib.suppress(zlib.error):
             any_header = 32 + zlib.MAX_WBITS  # gzip or zlib, whichever the data begins with
             data = zlib.decompressobj(any_header).decompress(data, max_bytes + 1)
@@ -305,15 +304,15 @@ class Fetcher:
         origin = url.origin()
         if origin not in self._robots:
             self._robots[origin] = asyncio.create_task(self._read_robots(origin))
-        # Shielded: other URLs wait for the same task, so that a timeout of one must not cancel it.
+        # Shield the task, which other URLs wait for too: a timeout of this URL must not cancel it.
         rules = await asyncio.shield(self._robots[origin])
         # Without user and host, which `can_fetch` does not need, and in which it would decode percent-encodings.
         return rules.can_fetch(AGENT, f"http://host{url.raw_path_qs}")
 
     async def _read_robots(self, origin: URL) -> RobotFileParser:
-        """Read the robots.txt of an origin, as RFC 9309 says.
+        """Read the robots.txt of an origin (RFC 9309).
 
-        A missing file (4xx) allows everything. A server that fails to answer (5xx, no connection) allows nothing.
+        A missing file (4xx) allows everything. A server error (5xx) or a failed connection disallows everything.
         """
         rules = RobotFileParser()
         try:
@@ -350,13 +349,13 @@ class Fetcher:
         return []
 
 
-# ---- the meaning of errors and headers ----
+# ---- errors and headers ----
 
 
 def name_failure(error: BaseException) -> str:
-    """Return the kind of failure that an exception of aiohttp or of the system means.
+    """Return the kind of failure for an exception of aiohttp or of the operating system.
 
-    The order of the tests matters: the errors of aiohttp are derived from one another.
+    The order of the checks matters, because aiohttp's exceptions are derived from each other.
     """
     connection_errors = (aiohttp.ClientConnectorError, ConnectionRefusedError)
     tls_errors = (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch, ssl.SSLError)
@@ -381,23 +380,23 @@ def name_failure(error: BaseException) -> str:
 
 
 def opted_out(headers: Any) -> str:
-    """Return the header that forbids training on the image, or an empty text.
+    """Return the header that opts the image out of training, or an empty string.
 
-    Two conventions are honoured:
+    Two conventions are supported:
 
-    - `X-Robots-Tag: noai` (DeviantArt's directive, and the ones for search engines that forbid an index). A value may
-      be addressed to one robot (`otherbot: noai`); then only that robot must obey.
+    - `X-Robots-Tag: noai` (DeviantArt's directive), and the directives for search engines that forbid indexing. A value
+      with a robot's name (`otherbot: noai`) applies to this robot only.
     - `TDM-Reservation: 1`, the text and data mining reservation protocol of the W3C community group.
 
     Args:
-        headers: Headers of an answer, a multidict without regard to case.
+        headers: Headers of a response, a case-insensitive multidict.
     """
     if headers.get("TDM-Reservation", "").strip() == "1":
         return "TDM-Reservation: 1"
     for value in headers.getall("X-Robots-Tag", ()):
         agent, colon, directives = value.partition(":")
         agent = agent.strip().lower()
-        # Before a colon stands a robot, or a directive with a value such as "max-snippet: 20".
+        # The text before a colon is a robot's name, or a directive with a value such as "max-snippet: 20".
         has_agent = (
             bool(colon) and "," not in agent and not agent.startswith(("unavailable_after", "max-"))
         )
@@ -421,7 +420,7 @@ def _is_robots_line(line: str) -> bool:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header (a number or an HTTP date), or None if it cannot be understood."""
+    """Return the seconds of a Retry-After header (a number or an HTTP date), or None if it cannot be parsed."""
     if value is None:
         return None
     if value.strip().isdecimal():

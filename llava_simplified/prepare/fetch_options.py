@@ -1,11 +1,11 @@
-"""How images are fetched, and the names of all failures. Light, so that the parsers of commands can import it."""
+"""Options of requests, and the names of all failures. This module imports nothing heavy, so that parsers can use it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Why a URL gave no image. These names are written to manifests, counted in reports, and accepted by --retry. In
-# addition there is http_NNN for every status other than 200.
+# The kinds of failures. These names are written to manifests, counted in reports, and accepted by --retry. In addition
+# there is http_NNN for every status code other than 200.
 FAILURE_KINDS = (
     # The URL itself, or a rule forbids the request.
     "bad_url",
@@ -19,7 +19,7 @@ FAILURE_KINDS = (
     "tls",
     "connection",
     "protocol",
-    # The answer.
+    # The response.
     "timeout",
     "too_slow",
     "rate_limited",
@@ -40,19 +40,19 @@ FAILURE_KINDS = (
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """How images are fetched.
+    """Options of the requests for images.
 
     Attributes:
-        concurrency: Requests in flight at once.
-        per_host: Requests in flight at once to one host.
-        timeout: Seconds for one image, with all redirects and the body.
-        max_bytes: Largest body, also after decompression.
-        max_pixels: Largest image; the default is `data.images.MAX_PIXELS`, the limit of training.
-        resize: Shorter side in pixels to which larger images are shrunk; 0 keeps the bytes.
-        retries: Further attempts after a failure that may be gone a moment later.
-        contact: A URL or mail address for the User-Agent header.
+        concurrency: Maximum number of requests in flight.
+        per_host: Maximum number of requests in flight per host.
+        timeout: Maximum time per image in seconds, including redirects and body.
+        max_bytes: Maximum size of the body in bytes, also after decompression.
+        max_pixels: Maximum number of pixels; the default is `data.images.MAX_PIXELS`, the limit of training.
+        resize: Shrink larger images to this length of the shorter side in pixels; 0 stores the files unchanged.
+        retries: Number of retries after a transient failure.
+        contact: URL or email address for the User-Agent header.
         robots: Obey each host's robots.txt.
-        allow_private: Allow private addresses, for one's own mirror.
+        allow_private: Allow requests to private addresses.
     """
 
     concurrency: int = 256

@@ -1,6 +1,6 @@
-"""Read captions from JSON and JSON Lines, streaming.
+"""Read captions from JSON and JSON Lines files of any size, without loading them into memory.
 
-The forms of JSON, by the keys at the top level:
+The supported formats of JSON, by the keys at the top level:
 
     COCO            {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id", "caption"}]}
     Karpathy split  {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}
@@ -42,7 +42,7 @@ _MAX_WITHOUT_CAPTION = 100
 
 
 def read_json(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
-    """Yield the rows of a JSON file of any of the forms above; the file may be larger than the memory.
+    """Yield the rows of a JSON file in any of the formats above.
 
     Raises:
         ValueError: The file is not JSON, the columns of its rows cannot be determined, or its arrays do not match.
@@ -83,7 +83,7 @@ class _CocoImage(NamedTuple):
 
 
 class _JsonReader:
-    """Turns the values of a JSON file into rows, one at a time.
+    """Converts the values of a JSON file to rows, one at a time.
 
     COCO's annotations name an image by its id. Those that come before their image wait until the end of the file. An id
     that two different images have names neither.
@@ -207,7 +207,7 @@ class _JsonReader:
         if not self._parallel:
             self._refuse_unknown_form()
             return
-        # Joined by position, which is only right if none is missing.
+        # Join URLs and captions by index, which requires arrays of equal length.
         urls = self._parallel.get("image_urls", [])
         captions = self._parallel.get("captions", [])
         if len(urls) != len(captions):
@@ -244,7 +244,7 @@ def read_json_lines_source(
             else:
                 yield row
             continue
-        # Records have fixed keys; only other objects need columns.
+        # Find the columns, except in records, which have fixed keys.
         if not is_record(value):
             named = columns_of_row(value, named, source, columns)
         yield row_from_mapping(value, number, named)
@@ -256,22 +256,22 @@ def read_json_lines_source(
 def columns_of_row(
     row: dict[str, Any], known: NamedColumns | None, source: str, columns: Columns
 ) -> NamedColumns:
-    """Return the columns of a row: those of the rows before it if it has them, otherwise its own.
+    """Return the columns of a row: those of the previous rows if it has them, otherwise its own.
 
     Args:
         row: The row.
-        known: The columns of the rows before; None for the first row.
+        known: The columns of the previous rows; None for the first row.
         source: The source, for error messages.
         columns: The names that the user passed.
 
     Raises:
-        ValueError: The columns of the first row cannot be determined. A later row without captions is no error; it
-            yields a row without captions, which is noted.
+        ValueError: The columns of the first row cannot be determined. A later row without a caption column is not an
+            error; its missing caption becomes an issue.
     """
-    # Rows of one file may lack a key, or have others; the first row must not decide for all.
+    # Check every row, since the rows of one file may have different keys.
     if known and set(known) - {""} <= row.keys():
         return known
-    # Find the columns of this row alone. If it has none, its caption is noted as missing later on.
+    # Find the columns of this row. If it has none, its caption is reported as missing later on.
     try:
         return find_columns(source, row, columns, row)
     except ValueError:
@@ -286,17 +286,17 @@ def row_from_mapping(value: dict[str, Any], number: int, named: NamedColumns | N
     Args:
         value: A row of the Karpathy split, a record, or a row with the columns `named`.
         number: The row number.
-        named: The columns; may be None for the first two forms.
+        named: The columns; may be None for the first two formats.
     """
     split = as_text(value.get("split"))
-    # The order matters: Karpathy's rows could also be taken for rows with an image column.
+    # Check for Karpathy's rows first, since these could also be mistaken for rows with an image column.
     if "sentences" in value:
         return _karpathy_row(value, number, split)
     if is_record(value):
         image = value.get("image")
         answers = _last_answers(value)
         return SourceRow(number, image if isinstance(image, str) else "", "", answers, record=value)
-    # `columns_of_row` was called for every row of this form.
+    # The caller has called `columns_of_row` for every row of this format.
     assert named is not None
     captions: tuple[str, ...] = ()
     if named.caption:
@@ -317,7 +317,7 @@ def _karpathy_row(value: dict[str, Any], number: int, split: str) -> SourceRow:
     image = as_text(value.get("image")) or "/".join(part for part in folder_and_name if part)
     captions = []
     for sentence in _as_list(value["sentences"]):
-        # An object in the original JSON, a plain text in the Parquet version on the hub.
+        # A sentence is an object in the original JSON, and a string in the Parquet version on the hub.
         text = sentence.get("raw") if isinstance(sentence, dict) else sentence
         captions.append(as_text(text))
     return SourceRow(number, image, as_text(value.get("url")), tuple(captions), split)
@@ -328,21 +328,21 @@ def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
     if "conversations" in record:
         last_turn = _as_list(record["conversations"])[-1:]
         return tuple(as_text(turn.get("value")) for turn in last_turn if isinstance(turn, dict))
-    # An empty list falls back to the single response, as in `Record.from_json`.
+    # Fall back to the single response if the list is empty.
     answers = record.get("responses") or record.get("response")
     return tuple(as_text(answer) for answer in _as_list(answers))
 
 
 def is_record(value: dict[str, Any]) -> bool:
-    """Return whether a JSON object is a record already: LLaVA's form or the tutorial's."""
+    """Return whether a JSON object is a record already: in LLaVA's format or the tutorial's."""
     return "conversations" in value or "instruction" in value
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
-    """Return the JSON object that a text is, or None."""
+    """Parse a JSON object; return None if the text is anything else."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # the second for values that are nested a thousand times
+    except (ValueError, RecursionError):  # RecursionError: nested a thousand times
         return None
     return value if isinstance(value, dict) else None
 
@@ -358,9 +358,9 @@ def parse_string(text: str) -> str | None:
 
 
 def as_text(value: object) -> str:
-    """Return a text without surrounding spaces, or an integer as text.
+    """Return a string without surrounding spaces, or an integer as a string.
 
-    Anything else gives an empty text, so that the name or caption counts as missing.
+    For anything else return an empty string, which is treated as a missing name or caption.
     """
     return str(value).strip() if isinstance(value, str | int) else ""
 

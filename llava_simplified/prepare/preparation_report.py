@@ -14,23 +14,23 @@ import numpy as np
 from llava_simplified.html_report import Bar, Chart, Tile, histogram, write_page
 from llava_simplified.jobs import SURROGATES_AS_ESCAPES, format_duration
 
-MAX_EXAMPLES = 8  # of each error
+MAX_EXAMPLES = 8  # per kind of error
 MAX_HOSTS = 25
-MAX_CAUSES = 3  # of each host
-ROWS_PER_BATCH = 50_000  # of the manifest
+MAX_CAUSES = 3  # per host
+ROWS_PER_BATCH = 50_000  # rows of the manifest to read at a time
 
 _OK = "ok"
 _GREEN, _ORANGE = 2, 1  # colors of the report
 
 
 class Example(TypedDict):
-    """A row with some outcome. It is shown on the page, and written to the JSON report.
+    """An example of a rejected or failed row, for the HTML page and the JSON report.
 
     Keys:
-        name: Which row it is.
-        caption: Its captions.
-        detail: What is wrong with it.
-        thumbnail: A data URI, or an empty string.
+        name: File and number of the row.
+        caption: Captions of the row.
+        detail: Details of the failure.
+        thumbnail: Image as a data URI, or an empty string.
     """
 
     name: str
@@ -64,14 +64,14 @@ def write_preparation_report(
     Args:
         path: The HTML file.
         title: Heading of the page.
-        facts: Numbers in large type, by what they count.
+        facts: Label -> number, displayed in large type.
         outcomes: Number of rows by outcome; "ok" is drawn in green.
-        examples: Rows by outcome.
-        warnings: What was unusual in the source.
-        charts: Charts beside the outcomes.
+        examples: Example rows by outcome.
+        warnings: Issues of the source.
+        charts: Charts to show next to the outcomes.
         hosts: Hosts with the most failures.
     """
-    # Bars are shares of all rows, the most frequent outcome first.
+    # Draw one bar per outcome, as a percentage of all rows, the most frequent outcome first.
     total = max(1, sum(outcomes.values()))
     bars = []
     for outcome, count in Counter(outcomes).most_common():
@@ -96,7 +96,7 @@ def write_preparation_report(
 
 @dataclass
 class _DownloadStatistics:
-    """What the rows of a manifest add up to.
+    """Statistics of the rows of a manifest.
 
     Attributes:
         outcomes: Rows by outcome.
@@ -118,12 +118,12 @@ class _DownloadStatistics:
     ) -> None:
         """Count one row."""
         self.outcomes[error or _OK] += 1
-        # Not urllib: it rejects some of the URLs that failed, and these must be counted too.
+        # Do not use urllib, which rejects some of the URLs that failed.
         host = url.partition("://")[2].partition("/")[0]
         self.rows_by_host[host] += 1
         if not error:
             return
-        # Failures are also counted by host, and a few of each kind are shown.
+        # Count failures by host too, and keep a few examples of each kind.
         self.errors_by_host.setdefault(host, Counter())[error] += 1
         shown = self.examples.setdefault(error, [])
         if len(shown) < MAX_EXAMPLES:
@@ -157,14 +157,14 @@ def write_download_report(
         The content of the JSON report.
     """
     statistics = _read_manifest(manifest)
-    # Columns of all rows; a manifest may have no rows at all.
+    # Start with an empty array, because a manifest may have no rows at all.
     no_rows = np.empty((0, 4))
     times, widths, heights, sizes = np.concatenate([no_rows, *statistics.columns]).T
     # A row without an image has NaN in all columns but the first.
     has_image = ~np.isnan(sizes)
     sizes = sizes[has_image]
     shorter_sides = np.minimum(widths, heights)[has_image]
-    # From the first row to the last: a download that was interrupted took less than that.
+    # Use the time from the first row to the last. An interrupted download took less than that.
     seconds = float(np.ptp(times)) if len(times) else 0.0
     num_rows = statistics.outcomes.total()
     worst_hosts = statistics.worst_hosts()
@@ -185,7 +185,7 @@ def write_download_report(
     text = json.dumps(report, indent=1, ensure_ascii=False)
     json_path.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
 
-    # A download without any image has no sizes to draw.
+    # Omit the charts for which there is no data.
     charts = []
     if len(times):
         charts.append(
@@ -222,7 +222,7 @@ def write_download_report(
 def _read_manifest(manifest: Path) -> _DownloadStatistics:
     import pyarrow.parquet as pq
 
-    # Batch by batch: a manifest has millions of rows. Of the texts, only counts and a few examples are kept.
+    # Read in batches, because a manifest has millions of rows. Keep only counts and a few examples of the texts.
     statistics = _DownloadStatistics()
     texts = ["index", "url", "error", "detail", "captions"]
     numbers = ["at", "width", "height", "length"]
@@ -237,6 +237,6 @@ def _read_manifest(manifest: Path) -> _DownloadStatistics:
 
 def _describe_host(host: str, statistics: _DownloadStatistics) -> Host:
     errors = statistics.errors_by_host[host]
-    # Most hosts fail in one or two ways; the JSON report has all of them.
+    # List the most frequent causes only; the JSON report has all of them.
     causes = [f"{error} {count}" for error, count in errors.most_common(MAX_CAUSES)]
     return Host(host, statistics.rows_by_host[host], errors.total(), ", ".join(causes))

@@ -1,4 +1,4 @@
-"""Run tasks over ranges of a file of records, with the progress of all of them."""
+"""Run tasks over ranges of a file of records, with a common progress line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class RecordRange(Protocol):
 
     @property
     def start(self) -> int:
-        """The first record."""
+        """Index of the first record."""
 
     @property
     def stop(self) -> int:
-        """The record behind the last one."""
+        """Index after the last record."""
 
 
 T = TypeVar("T", bound=RecordRange)
@@ -28,7 +28,7 @@ T = TypeVar("T", bound=RecordRange)
 
 @lru_cache(maxsize=1)
 def cached_rows(path: str) -> RowFile:
-    """Open a file of records; a worker process keeps it open for its next task."""
+    """Open a file of records, and keep it open for the next task of this worker process."""
     return open_rows(path)
 
 
@@ -45,11 +45,12 @@ def run_record_tasks(
     Raises:
         ValueError: A task failed at every attempt.
     """
-    # Progress counts records and not tasks: the last task is often much smaller than the others.
+    # Count records instead of tasks, since the last task is often much smaller than the others.
     total = sum(task.stop - task.start for task in tasks)
     with Progress(total, "records", enabled=progress) as shown:
         for result in run_tasks(function, tasks, engine=engine, workers=workers):
-            # A failed task is an error of the code or the machine; bad records are results.
+            # Raise for a failed task, which means a problem of the code or the machine. Bad records are
+            # ordinary results.
             if result.error:
                 raise ValueError(f"{result.error}\nRun the same command again to continue.")
             shown.advance(result.spec.stop - result.spec.start)

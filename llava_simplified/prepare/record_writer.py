@@ -18,11 +18,11 @@ from llava_simplified.jobs import SURROGATES_AS_ESCAPES, atomic_file
 
 INSTRUCTION = "Generate a caption of this image:"
 SUFFIXES = (".json", ".jsonl", ".parquet")
-_PARQUET_BATCH = 8192  # records that are written to a Parquet file at once
+_PARQUET_BATCH = 8192  # number of records per write to a Parquet file
 
 
 def image_file_name(index: int, url: str) -> str:
-    """Return the file name of the image of row `index`: `0_1595581236.jpg`, the index and the CRC-32 of its URL."""
+    """Return the file name of a downloaded image: row index and CRC-32 of the URL, such as `0_1595581236.jpg`."""
     return f"{index}_{zlib.crc32(url.encode())}.jpg"
 
 
@@ -37,26 +37,24 @@ def make_record(image: str, instruction: str, captions: Sequence[str]) -> dict[s
 
 
 def check_suffix(path: Path) -> None:
-    """Check that records can be written to a path, before a long job does the work for it.
+    """Check that an output file of records has a supported suffix. Call this before a long job.
 
     Raises:
         ValueError: The suffix is none of `SUFFIXES`.
     """
     if path.suffix not in SUFFIXES:
-        raise ValueError(
-            f"{path}: records are written to {', '.join(SUFFIXES)}; choose one of these suffixes."
-        )
+        raise ValueError(f"{path}: unsupported suffix; use .json, .jsonl or .parquet")
 
 
 class RecordWriter:
     """Writes records to a file that appears only when it is complete. Use it as a context manager.
 
     Args:
-        path: The output. Its suffix is the form: `.json` is an array with one record a line, `.jsonl` has one record
-            a line, `.parquet` has the columns image, instruction and responses.
+        path: The output. Its suffix selects the format: `.json` is an array with one record per line, `.jsonl` has one
+            record per line, `.parquet` has the columns image, instruction and responses.
 
     Raises:
-        ValueError: The suffix is another one.
+        ValueError: The suffix is none of `SUFFIXES`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,15 +62,15 @@ class RecordWriter:
         self.path = path
         self.count = 0
         self._stack = ExitStack()
-        # One encoder for all records: `json.dumps` with options makes a new one for every call.
+        # Use one encoder for all records: `json.dumps` with options creates a new one for every call.
         self._encode = json.JSONEncoder(ensure_ascii=False).encode
         self._file: Any = None  # for JSON
         self._parquet: Any = None
-        self._rows: list[dict[str, Any]] = []  # that wait to be written to Parquet
+        self._rows: list[dict[str, Any]] = []  # rows to be written with the next Parquet batch
 
     def __enter__(self) -> RecordWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Entered first and so left last: the file is closed before it is renamed.
+        # Enter this first, so that it is left last: the file must be closed before it is renamed.
         part = self._stack.enter_context(atomic_file(self.path))
         if self.path.suffix == ".parquet":
             require_extra("download", "pyarrow", purpose=f"writing {self.path.name}")
@@ -87,7 +85,7 @@ class RecordWriter:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        # Closes the file, and then renames it, or deletes it after an error.
+        # The stack closes the file and then renames it, or deletes it after an error.
         with self._stack:
             if kind is not None:
                 self._stack.__exit__(kind, error, trace)
@@ -105,8 +103,7 @@ class RecordWriter:
         elif self.path.suffix == ".jsonl":
             self._file.write(f"{self._encode(record)}\n")
         else:
-            # An array that is written as it grows, with one record a line, so that people can read
-            # it.
+            # Write the array incrementally, with one record per line to make it readable.
             separator = "," if self.count else "["
             self._file.write(f"{separator}\n{self._encode(record)}")
         self.count += 1
@@ -119,10 +116,10 @@ class RecordWriter:
         for record in self._rows:
             if not isinstance(record.get("image"), str) or not record.get("instruction"):
                 raise ValueError(
-                    f"{self.path}: a Parquet file of records has the columns image, instruction and responses, but a "
-                    f"record has {', '.join(sorted(record))}. Write conversations to .json or .jsonl."
+                    f"{self.path}: a Parquet file of records has the columns image, instruction and responses, but "
+                    f"this record has {', '.join(sorted(record))}. Write conversations to .json or .jsonl."
                 )
-            # Parquet needs one type per column, so that a single response becomes a list of one.
+            # Convert a single response to a list, since a Parquet column has one type.
             responses = record.get("responses") or [record.get("response")]
             rows.append({**record, "responses": responses})
         self._parquet.write_table(pa.Table.from_pylist(rows, _parquet_schema()))

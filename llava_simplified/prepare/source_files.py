@@ -1,4 +1,4 @@
-"""Open the file of a caption source, and read the lines of a text without losing any of them."""
+"""Open the files of caption sources, and read lines of text without losing any."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
     """Open a file or any URL of fsspec; compressed files are decompressed by their suffix.
 
     Raises:
-        ValueError: The file cannot be read, also when that shows only while it is read (a torn gzip file).
+        ValueError: The file cannot be opened, or reading it fails (for example a truncated gzip file).
     """
     try:
-        # Errors of the caller's block pass through here too, because a torn file is noticed while
-        # it is read.
+        # Keep the `yield` inside the `try`: a truncated file is detected while the caller reads it.
         with _open_stream(source) as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -47,7 +46,7 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
 
 def _open_stream(source: str) -> Any:
     suffix = Path(source).suffix.lower()
-    # Everything else works without the extra.
+    # Require fsspec only for remote and unusual files; everything else works without the extra.
     if "://" in source or suffix in _OTHER_COMPRESSIONS:
         require_extra("download", "fsspec", purpose=f"the source {source}")
         import fsspec
@@ -57,7 +56,7 @@ def _open_stream(source: str) -> Any:
 
 
 def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
-    """Yield each line of a text that is not blank, whatever bytes it holds.
+    """Yield each line of a text file that is not blank. Any bytes are accepted.
 
     Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists; UTF-16 is
     recognised by its byte order mark. What was repaired or left out is noted in `issues`.
@@ -81,7 +80,7 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
             if text.strip():
                 yield number, text
             else:
-                issues.note("blank line (left out)", number, "")
+                issues.note("blank line (skipped)", number, "")
 
 
 def _decode_lines(stream: IO[bytes], issues: ParseIssues) -> Iterator[str]:

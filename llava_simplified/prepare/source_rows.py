@@ -1,6 +1,6 @@
-"""What every reader of caption sources produces, and how columns are recognised by their names.
+"""Rows and issues of caption sources, which every reader produces; and finding columns by their names.
 
-Only the standard library is imported here, so that the parsers of commands can use it.
+This module imports only the standard library, so that the parsers of commands can use it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-# Column names in the order in which they are looked for; compared without regard to case.
+# Usual column names, in order of preference; the comparison ignores case.
 URL_NAMES = ("url", "image_url", "coco_url", "flickr_url", "img_url", "link")
 IMAGE_NAMES = (
     "image",
@@ -44,12 +44,12 @@ class SourceRow(NamedTuple):
     """One row of a caption source.
 
     Attributes:
-        number: Where the row is, for messages: counted from 1 for the lines of a text, from 0 for other rows.
+        number: Row number for messages: counted from 1 for lines of text, from 0 for other rows.
         image: A file name or `shard.tar#key`; empty if the source has only a URL.
         url: The URL of the image; empty if there is none.
         captions: The captions of the image; empty ones are removed by `read_source`.
         split: The split that the source itself assigns ("train", "val", ...); empty if there is none.
-        record: The row itself if it is a record already (LLaVA's or the tutorial's form).
+        record: The row itself if it is a record already (in LLaVA's or the tutorial's format).
     """
 
     number: int
@@ -61,7 +61,7 @@ class SourceRow(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Column names that the user passed; empty where the column is to be found by its name."""
+    """Column names that the user passed; an empty name means that the usual names are tried."""
 
     url: str = ""
     image: str = ""
@@ -69,9 +69,9 @@ class Columns(NamedTuple):
 
 
 class ParseIssues:
-    """What is wrong or unusual in a source: how often each kind occurs, and where it occurs first.
+    """The issues of a source: the number of occurrences of each kind, and the first row.
 
-    Nothing is left out or repaired silently: every reader notes it here.
+    Readers never skip or repair anything silently; they record it here.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ def find_columns(
     by_lower_name = {name.lower(): name for name in names}
     all_names = ", ".join(by_lower_name.values())
 
-    # The first of the usual names wins: "caption" before "title", if a table has both.
+    # Prefer the first of the usual names: "caption" before "title", if a table has both.
     def find(requested: str, usual_names: tuple[str, ...]) -> str:
         if requested:
             if requested.lower() not in by_lower_name:

@@ -1,16 +1,16 @@
 """Read any source of captions as a stream of rows: image, URL and captions.
 
-The forms, and the module that reads each of them:
+The supported formats, and the module that reads each of them:
 
     table_source     CC3M, CC12M, SBU, Flickr30k, Flickr8k; any TSV or CSV with a header; lists of URLs
     json_source      COCO, Karpathy's split, SBU, LLaVA, the tutorial's records, any array of rows, captions by image
                      name, JSON Lines
     archive_source   Parquet: LAION, DataComp, images inside the file, manifests of shards
                      tar: webdataset and img2dataset
-    this module      folders: imagefolder (`metadata.jsonl|csv|parquet` beside the images), shards, parts of one source
+    this module      folders: imagefolder (`metadata.jsonl|csv|parquet` with the images), shards, parts of one source
 
-Whatever is left out or repaired is counted and named in `ParseIssues`. To add a form, write a generator with the
-parameters `(source, issues, columns)` that yields `SourceRow`s, and name its suffix in `_READERS`.
+Everything that is skipped or repaired is counted in `ParseIssues`. To add a format, write a generator with the
+parameters `(source, issues, columns)` that yields `SourceRow`s, and add its suffix to `_READERS`.
 """
 
 from __future__ import annotations
@@ -52,43 +52,43 @@ _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|lzma|zst|lz4)|tgz|tbz2?|txz|tz
 
 
 def read_source(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
-    """Yield the rows of any source, without what no record may contain.
+    """Yield the rows of any source, without unsafe image paths, text that is not UTF-8, and empty captions.
 
     Args:
         source: A file, a folder, a glob pattern, or the URL of a file that fsspec can open.
-        issues: What was left out or repaired is noted here.
-        columns: Names of columns that the user passed.
+        issues: Collects what was skipped or repaired.
+        columns: Column names that the user passed.
 
     Raises:
-        ValueError: There is no such source, its form is unknown, or a column is missing or ambiguous. The message
+        ValueError: The source does not exist, its format is unknown, or a column is missing or ambiguous. The message
             shows the first row.
     """
     for row in _read_any(source, issues, columns):
-        # The first test is much cheaper, and true for almost no row; "a..b.jpg" is a valid name.
+        # Start with the cheap test, which is false for almost every row. "a..b.jpg" is a valid name.
         if ".." in row.image and ".." in Path(row.image).parts:
-            issues.note("image outside its folder, '..' (left out)", row.number, row.image)
+            issues.note("image outside its folder, '..' (skipped)", row.number, row.image)
             continue
-        # Such a text would make every later step fail that writes it to a file.
+        # Skip text that cannot be written to a file in a later step.
         if not _can_be_encoded(row):
             issues.note(
-                "unpaired surrogate, not a character (left out)",
+                "unpaired surrogate, not a character (skipped)",
                 row.number,
                 row.record or row.captions,
             )
             continue
         if not all(row.captions):
-            # The caption is removed but not the row: an image may have other captions, in this row
-            # or in another.
+            # Remove the empty caption but not the row: the image may have other captions, in this row
+            # or in others.
             kind = "record with an empty answer (kept)"
             if row.record is None:
-                kind = "empty caption (left out)"
+                kind = "empty caption (skipped)"
             issues.note(kind, row.number, row.url or row.image)
             row = row._replace(captions=tuple(caption for caption in row.captions if caption))
         yield row
 
 
 def _can_be_encoded(row: SourceRow) -> bool:
-    """Return False for text that JSON can express (`\\ud83d` alone), but that no UTF-8 file can hold."""
+    """Return False for text that JSON can express (a lone `\\ud83d`), but that cannot be encoded as UTF-8."""
     if row.record is not None:
         text = json.dumps(row.record, ensure_ascii=False)
     else:
@@ -105,7 +105,7 @@ def _read_any(source: str, issues: ParseIssues, columns: Columns) -> Iterator[So
     path = Path(source)
     if not is_url and path.is_dir():
         return _read_folder(path, issues, columns)
-    # A file whose name contains brackets is a file, and not a pattern.
+    # Check for a file first, since the name of a file may contain brackets.
     if not is_url and not path.is_file():
         if any(mark in source for mark in "*?["):
             return _read_glob(source, issues, columns)
@@ -160,12 +160,12 @@ def _read_folder(folder: Path, issues: ParseIssues, columns: Columns) -> Iterato
     if records.is_file():
         yield from _read_any(str(records), issues, columns)
         return
-    # Of an imagefolder with splits: train/metadata.csv, val/metadata.csv.
+    # Search subfolders too: an imagefolder may have splits (train/metadata.csv, val/metadata.csv).
     metadata = sorted(path for path in folder.rglob("metadata.*") if path.name in _METADATA_NAMES)
     if metadata:
         yield from _read_image_folder(folder, metadata, issues, columns)
         return
-    # Shards come before their manifests, and archives before the texts that describe them.
+    # Prefer shards to their manifests, and archives to text files that describe them.
     for suffixes in _PART_SUFFIXES:
         parts = sorted(path for path in folder.iterdir() if _format_suffix(path.name) in suffixes)
         for part in parts:
@@ -173,11 +173,11 @@ def _read_folder(folder: Path, issues: ParseIssues, columns: Columns) -> Iterato
         if parts:
             _note_other_files(folder, parts, issues)
             return
-    # Show what is there, because most often the path is one level too high or too low.
+    # Name some files of the folder, because most often the path is one level too high or too low.
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), 8))
     raise ValueError(
         f"{folder}: this folder contains no metadata file, shard or file of captions; "
-        f"it holds {', '.join(names) or 'nothing'}."
+        f"it contains {', '.join(names) or 'nothing'}."
     )
 
 

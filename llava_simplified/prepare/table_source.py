@@ -10,8 +10,8 @@ The files of real datasets follow no standard:
     list            one URL or image name a line, without captions
     anything else   TSV or CSV with a header
 
-Therefore the separator and the columns are found from the first lines. A line never affects its neighbours: a wrong
-number of fields or an unclosed quote costs at most that line, and is noted.
+Therefore separator and columns are detected from the first lines. A bad line never affects its neighbors: a wrong
+number of fields or an unclosed quote costs at most this line, and is recorded as an issue.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
         ValueError: The file is empty, or the columns cannot be determined.
     """
     lines = read_lines(source, issues)
-    # Read once from the stream and put back by `chain`: a remote source cannot be opened twice
-    # cheaply.
+    # Read the first lines, and process them again below with `chain`: opening a remote source twice
+    # would be expensive.
     head = list(itertools.islice(lines, _SAMPLE_LINES))
     if not head:
         raise ValueError(f"{source}: empty file")
@@ -93,9 +93,9 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     if layout.has_header:
         next(rows)
     for number, text, fields in rows:
-        # Which field is missing cannot be known, so nothing of the line is used.
+        # Skip the whole line, since it is unknown which field is missing.
         if len(fields) < layout.width:
-            issues.note("ragged: too few fields (left out)", number, text)
+            issues.note("ragged: too few fields (skipped)", number, text)
             continue
         if len(fields) > layout.width:
             fields = _join_fields(fields, layout, separator, number, issues)
@@ -249,13 +249,13 @@ def _split(separator: str, lines: Iterator[Line], issues: ParseIssues) -> Iterat
 
 
 def _split_tabs(lines: Iterator[Line]) -> Iterator[Fields]:
-    """Split at every tab: TSV files of captions do not quote, a quote is part of the text."""
+    """Split at every tab. TSV files of captions do not use quoting: a quote is part of the text."""
     for number, text in lines:
         yield number, text, text.split("\t")
 
 
 def _split_bars(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
-    """Split the lines of Flickr30k's results.csv; in one of its rows the second bar is missing."""
+    """Split the lines of Flickr30k's results.csv, in one of whose rows the second bar is missing."""
     for number, text in lines:
         fields = text.split("|")
         if len(fields) == 2:
@@ -282,7 +282,7 @@ def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> It
         if line is None:
             return
         number, text = line
-        # Almost all lines, and much faster than a CSV reader for each.
+        # Fast path for almost all lines: splitting is much faster than a CSV reader.
         if '"' not in text:
             yield number, text, text.split(separator)
             continue
@@ -361,7 +361,7 @@ class _LookAhead:
 
 
 def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layout:
-    """Find the columns from a header, or from what the fields of the first lines look like.
+    """Find the columns from a header, or else by the contents of the first lines.
 
     Args:
         source: The source, for error messages.
@@ -383,7 +383,7 @@ def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layo
     same_width = {len(fields) for fields in sample} == {len(first)}
     if len(sample) > 1 and len(first) > 2 and same_width:
         raise ValueError(
-            f"{source}: {len(first)} fields in every row, but no header with the names of the columns. "
+            f"{source}: every row has {len(first)} fields, but there is no header line with column names. "
             f"Insert a first line such as url, caption, other. First row: {first}"
         )
     return _guess_layout(source, sample)
@@ -392,17 +392,17 @@ def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layo
 def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
     """Find the column of URLs, or else of image names, in a table of two columns without a header.
 
-    The other column holds the captions. Only the first and the last field of a line are compared, because a caption
-    between them may contain separators.
+    The other column contains the captions. Only the first and the last field of a line are checked, because a caption
+    may contain separators.
     """
     first = sample[0]
     pairs = [(fields[0], fields[-1]) for fields in sample if len(fields) > 1] or [("", "")]
     for pattern in (URL_PATTERN, IMAGE_NAME_PATTERN):
         shares = [_share_of_matches(pattern, [pair[column] for pair in pairs]) for column in (0, 1)]
-        # Half of the lines must agree: single lines may lack a URL or contain one in the caption.
+        # Require half of the lines, since single lines may lack a URL or have one in the caption.
         if min(shares) > 0.5:
             raise ValueError(
-                f"{source}: both columns look like URLs or names of images. Insert a header line that names them "
+                f"{source}: both columns look like URLs or image names. Insert a header line that names them "
                 f"(url, caption). First row: {first}"
             )
         if max(shares) > 0.5:
@@ -411,7 +411,7 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
             image = -1 if pattern is URL_PATTERN else column
             return Layout(url, image, caption=1 - column, width=2, has_header=False)
     raise ValueError(
-        f"{source}: no column looks like a URL or the name of an image, and there is no header that names one. "
+        f"{source}: no column looks like a URL or an image name, and there is no header that names one. "
         f"Insert a header line, and name its columns with {COLUMN_OPTIONS}. First row: {first}"
     )
 

@@ -1,1 +1,1 @@
-"""A model that others talk to: over HTTP, and on a page."""
+"""Serve a model over HTTP, with an OpenAI-compatible API and a web page."""

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's chat completions, and attention maps, in front of an `Engine`."""
+"""The HTTP API of an `Engine`: OpenAI's chat completions, and attention maps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds after the deadline in which a slow client may still read its response.
+# Additional seconds after the deadline for a slow client to read its response.
 _READ_GRACE = 5.0
 # Upper bounds of the histograms in seconds.
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
@@ -64,7 +64,7 @@ _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnecte
 _EVENT_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect the events otherwise
+    (b"x-accel-buffering", b"no"),  # prevents nginx from buffering the events
 ]
 
 
@@ -91,7 +91,7 @@ class Limits:
 ConversationT = TypeVar("ConversationT", bound=Conversation)
 
 
-# The way of a request:
+# The path of a request:
 #
 #     SecurityHeaders --> HostCheck --> KeyCheck --> route --> ModelEndpoint.__call__
 #                                                                1. open a request (429: the queue is full)
@@ -99,23 +99,23 @@ ConversationT = TypeVar("ConversationT", bound=Conversation)
 #                                                                3. `_respond`, unless the client disconnects
 #                                                                4. count and log the status
 #
-# The endpoints of the model are ASGI applications and not Starlette's request handlers, because they must
-# notice a client that disconnects while its answer is being generated: its sequences are evicted at once.
+# The endpoints of the model are ASGI applications instead of Starlette's request handlers, because they
+# must detect a client that disconnects while its answer is generated, and evict its sequences immediately.
 
 
 class ModelEndpoint:
     """An ASGI application that answers POST requests with the model.
 
-    A request is in flight from before its body is read until its response is sent: reading bodies costs
-    memory too. It is closed when the call returns, for whatever reason: an answer, an error, a timeout, or
-    a client that has disconnected.
+    A request is in flight from before its body is read (which needs memory too) until its response is
+    sent. It is closed when the call returns: after an answer, an error, a timeout, or when the client has
+    disconnected.
 
     Args:
-        engine: Owns the model.
-        name: The name of the model, as clients must give it.
-        limits: The limits of one request.
-        fetcher: Fetches the images of http(s) URLs; None if that is not allowed.
-        registry: Receives the metrics.
+        engine: The engine, which owns the model.
+        name: Name of the model, which requests must contain.
+        limits: Limits of one request.
+        fetcher: Fetches the images of http(s) URLs; None if this is not allowed.
+        registry: Registry for the metrics.
     """
 
     metrics_prefix = "llava"
@@ -171,17 +171,17 @@ class ModelEndpoint:
                 raise  # `handle_exception` sends the response
             if status == 500:
                 logger.exception("A stream ended with an error.")
-            # The status line of a stream has been sent: the error is its last event.
+            # Send the error as the last event of the stream, whose status line was sent before.
             await send(_event(error_body, more_body=False))
         finally:
             seconds = time.perf_counter() - start
             self._requests.labels(status).inc()
             self._seconds.observe(seconds)
-            # Nothing of the request's content is logged.
+            # Do not log anything of the request's content.
             logger.info("%d in %.2f s", status, seconds)
 
     async def _read_body(self, request: Request) -> bytes:
-        # Other types can be sent by any web page without a preflight request.
+        # Require JSON: other types can be sent by any web page without a preflight request.
         content_type = request.headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
             raise HTTPException(415, "The Content-Type must be application/json.")
@@ -191,7 +191,7 @@ class ModelEndpoint:
         )
         if int(request.headers.get("content-length", 0)) > max_body:
             raise too_large
-        # A chunked body announces no length.
+        # Also count the bytes, since a chunked body has no Content-Length.
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
@@ -229,12 +229,12 @@ class ModelEndpoint:
             return url
         if self.fetcher is None:
             raise RequestError(
-                "Expected images as data URLs (data:image/...;base64,...). This server fetches no other "
-                "URLs; start it with --allow-image-urls to change that.",
+                "Expected images as data URLs (data:image/...;base64,...). To allow http(s) URLs, start the "
+                "server with --allow-image-urls.",
                 "messages",
                 "image_url_not_allowed",
             )
-        # The fetcher limits sizes and times, and connects to public addresses only; see `prepare/fetch.py`.
+        # Use the fetcher, which limits sizes and times, and connects to public addresses only.
         fetched = await self.fetcher.fetch(url)
         if fetched.image is None:
             raise RequestError(
@@ -294,7 +294,7 @@ class ChatCompletions(ModelEndpoint):
 
         Args:
             request: The request, which has been submitted.
-            token_counts: For each sequence the number of its tokens; updated with each delta.
+            token_counts: Number of tokens of each sequence; updated with each delta.
         """
         async for delta in request:
             if not any(token_counts):
@@ -349,7 +349,7 @@ class ChatCompletions(ModelEndpoint):
         # The first chunk of each choice has the warnings; no later one has them.
         extra = _warnings(chat, request)
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
-        # As OpenAI does: the first chunk of each choice has the role, the last one the reason of its end.
+        # As in OpenAI's API, the first chunk of each choice has the role, the last one the finish reason.
         for index in range(len(token_counts)):
             await send_chunk(index, {"role": "assistant", "content": ""})
         extra = {}
@@ -364,7 +364,7 @@ class ChatCompletions(ModelEndpoint):
         await send(_event("[DONE]", more_body=False))
 
     def _header(self, kind: str) -> dict[str, Any]:
-        """Return the fields that all chunks of a response have in common."""
+        """Return the fields that all chunks of a response share."""
         return {
             "id": f"chatcmpl-{uuid4().hex}",
             "object": kind,
@@ -374,7 +374,7 @@ class ChatCompletions(ModelEndpoint):
 
 
 class Attention(ModelEndpoint):
-    """POST /v1/attention, an extension of OpenAI's API: where each word of an answer attended to in the image."""
+    """POST /v1/attention, an extension of OpenAI's API: attention map of each word of an answer."""
 
     metrics_prefix = "llava_attention"
 
@@ -384,7 +384,7 @@ class Attention(ModelEndpoint):
         images = await self._load_images(attention.messages)
         if len(images) != 1:
             raise RequestError(
-                f"Attention maps need exactly one image, the messages have {len(images)}.",
+                f"Attention maps require exactly one image, got {len(images)}.",
                 "messages",
             )
         loop = asyncio.get_running_loop()
@@ -429,13 +429,13 @@ def _word_attention(
     Weights are rounded to 4 digits, which halves the size of the response.
     """
     assert request.pixel_values is not None
-    # An answer of incomplete characters, for example, has no word.
+    # This fails if the answer has no words, for example only incomplete characters.
     try:
         words, grids = word_attention(model, request.prompt, request.pixel_values, answer_ids)
     except ValueError as error:
         raise RequestError(f"answer: {error}", "answer") from None
     rounded: list[list[list[float]]] = []
-    # (words, 1 image, rows, columns). JSON has no NaN, which a broken model may produce.
+    # Convert (words, 1 image, rows, columns). Replace NaN, which JSON does not support.
     for grid in grids[:, 0].nan_to_num().tolist():
         rounded.append([[float(f"{weight:.4g}") for weight in row] for row in grid])
     return words, rounded
@@ -493,10 +493,10 @@ async def _run_while_connected(
     """Send a response as long as the client is connected.
 
     Args:
-        receive: Receives the disconnection.
-        response: Sends the response.
-        seconds: Time for all of it. A client that has not read its response by then counts as
-            disconnected: it would occupy its place in the queue forever.
+        receive: ASGI function that returns the disconnect message.
+        response: Coroutine that sends the response.
+        seconds: Time limit. A client that has not read its response by then is treated as disconnected,
+            since otherwise it could stay in the queue forever.
 
     Raises:
         ClientDisconnect: The client has disconnected.
@@ -514,7 +514,7 @@ async def _run_while_connected(
         )
         if not responding.done():
             raise ClientDisconnect
-        responding.result()  # raises what the response has raised
+        responding.result()  # raises the exception of the response, if any
     finally:
         responding.cancel()
         watching.cancel()
@@ -535,14 +535,14 @@ def create_app(
     """Return the application. It starts and stops the engine.
 
     Args:
-        engine: Owns the model.
-        name: The name of the model, as clients must give it.
-        key: The API key; empty if none is required. `security.PUBLIC_PATHS` never require it.
-        limits: The limits of one request.
-        page: The routes of the web page, from `page.page_routes`.
+        engine: The engine, which owns the model.
+        name: Name of the model, which requests must contain.
+        key: API key; empty if none is required. `security.PUBLIC_PATHS` never require it.
+        limits: Limits of one request.
+        page: Routes of the web page, from `page.page_routes`.
         allowed_hosts: Additional values of the Host header, see `security.HostCheck`.
     """
-    # A registry of its own: the global one would be shared by all applications of a process.
+    # Create a registry, because the global one is shared by all applications of a process.
     registry = CollectorRegistry()
     _add_engine_metrics(engine, registry)
     fetcher = _create_fetcher(limits)
@@ -576,12 +576,12 @@ def create_app(
             yield
 
     endpoint_args = (engine, name, limits, fetcher, registry)
-    # The first one is outermost: the answers of the others have security headers, too.
+    # Put SecurityHeaders first (outermost), so that the responses of the other middleware have them too.
     middleware = [Middleware(SecurityHeaders), Middleware(HostCheck, allowed_hosts)]
     if key:
         middleware.append(Middleware(KeyCheck, key))
-    # Handlers are looked up by class. The first six are client errors; for any other exception, Starlette
-    # sends the response and raises the exception again, so that uvicorn logs it.
+    # Register a handler for each class. The first six are client errors; for any other exception,
+    # Starlette sends the response and raises the exception again, so that uvicorn logs it.
     handled = (
         HTTPException,
         QueueFullError,
@@ -623,7 +623,7 @@ def _add_engine_metrics(engine: Engine, registry: CollectorRegistry) -> None:
 def _create_fetcher(limits: Limits) -> Fetcher | None:
     if limits.fetch is None:
         return None
-    # Needs aiohttp, which the extra `serve` does not install.
+    # Import it here, because it requires aiohttp, which the extra `serve` does not install.
     from llava_simplified.prepare.fetch import Fetcher
 
     return Fetcher(limits.fetch)

@@ -1,7 +1,7 @@
 """Attention maps: which image patches each generated word attended to.
 
 A token is predicted at the position before it: the last prompt token predicts the first answer token. The
-attention weights "of" an answer token are therefore the row of the position that predicted it:
+attention weights of an answer token are therefore those of the position that predicted it:
 
     keys:      [ prompt and image patches        | answer          ]
     query "ASSISTANT:"  . . # # # # . . .                              -> predicts "a"
@@ -9,9 +9,8 @@ attention weights "of" an answer token are therefore the row of the position tha
     query "cat"         . . # # # # . . .          .  .                -> predicts the end
                             ^^^^^^^ the columns that are returned
 
-Only the eager attention kernel returns weights, and it needs memory for all queries x keys. The prompt
-therefore passes through the model's own kernel into a KV cache, and only the rows of the answer use the
-eager one.
+Only the eager attention kernel returns weights, and it needs memory for all queries x keys. Therefore the
+prompt is processed with the model's own kernel and a KV cache, and only the answer with the eager kernel.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_p
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message
 
-# A word with the white space before it. Chinese and Japanese are written without spaces: each character
-# is a word. page_attention.js splits answers by the same rule.
+# A word with the whitespace before it. Each Chinese or Japanese character is a word, since these languages
+# are written without spaces. page_attention.js splits answers by the same rule.
 WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+)")
 
 
@@ -44,19 +43,19 @@ def token_attention(
 ) -> torch.Tensor:
     """Return the attention to the image patches at the position that predicted each answer token.
 
-    The weights are averaged over all layers that have attention, and over their heads. They equal those
-    of Transformers' `generate(output_attentions=True)`.
+    The weights are averaged over all attention layers and their heads. They equal those of Transformers'
+    `generate(output_attentions=True)`.
 
     Args:
         model: The model that generated the answer.
         prompt: Token ids from `Prompt.render(messages, None)`, with one IMAGE_INDEX per image.
         answer_ids: Token ids of the answer.
-        image_features: (images, tokens, vision width) from the vision tower.
+        image_features: (images, tokens, vision hidden size) from the vision tower.
 
     Returns:
         float32 (answer tokens, images, rows, columns)
     """
-    # The last token predicts nothing that is part of the answer.
+    # Omit the last token, which predicts nothing in the answer.
     ids = expand_image_placeholders([*prompt, *answer_ids[:-1]], model.vision_tower.num_tokens)
     embeds = model.splice(torch.from_numpy(ids)[None].to(model.device), image_features)
     length = embeds.shape[1]
@@ -64,7 +63,7 @@ def token_attention(
 
     language_model: Any = model.language_model
     cache: Any = {cache_kwarg_name(language_model): DynamicCache(config=model.config)}
-    # No logits are needed. One position is the least that the LM head can be restricted to.
+    # Restrict the lm_head to one position (the minimum), because no logits are needed.
     with lm_head_at_positions(language_model, torch.tensor([0], device=model.device)):
         language_model(inputs_embeds=embeds[:, :start], use_cache=True, **cache)
         with _eager_attention(model.config):
@@ -77,14 +76,14 @@ def token_attention(
         if weights is None:  # a layer without attention, such as a convolution
             continue
         mean = weights[0].float().mean(0)  # (heads, queries, keys) -> (queries, keys)
-        # A sliding window has dropped the first keys: those that are left are the last ones.
+        # Pad on the left: a sliding-window layer keeps the last keys only.
         layers.append(pad(mean, (length - mean.shape[-1], 0)))
     attention = torch.stack(layers).mean(0)
 
     is_image = torch.from_numpy(ids == IMAGE_INDEX).to(attention.device)
     patches = attention[:, is_image].unflatten(1, (len(image_features), -1))
     height, width = model.vision_tower.grid
-    # Class tokens, where the tower has any, precede the patches.
+    # Remove CLS tokens, if the tower has any, which precede the patches.
     return patches[..., -height * width :].unflatten(2, (height, width))
 
 
@@ -108,17 +107,17 @@ def attention_map(
         model: The model that generated the answer.
         messages: A question or a conversation, as for `Llava.stream`.
         images: The images of the conversation, at least one.
-        answer: The text that the model generated.
+        answer: The generated text.
 
     Returns:
         float32 (words, images, rows, columns)
 
     Raises:
-        ValueError: There is no image, or the answer contains no word.
+        ValueError: The conversation has no image, or the answer contains no words.
     """
     prompt, pixel_values = model.prepare_inputs(messages, images)
     if pixel_values is None:
-        raise ValueError("the conversation has no image; attention maps need at least one")
+        raise ValueError("the conversation has no image; attention maps require at least one")
     _, maps = word_attention(model, prompt, pixel_values, encode_answer(model, answer))
     return maps
 
@@ -127,10 +126,10 @@ def encode_answer(model: Llava, answer: str) -> list[int]:
     """Return the token ids of an answer, without the end token.
 
     Raises:
-        ValueError: The answer contains no word.
+        ValueError: The answer contains no words.
     """
     if not answer.strip():
-        raise ValueError("the answer contains no word")
+        raise ValueError("the answer contains no words")
     _, (answer_ids,) = model.prompt.render_branches([Message("user", "")], [answer])
     return answer_ids[:-1]
 
@@ -147,10 +146,10 @@ def word_attention(
         answer_ids: Token ids of the answer, without the end token.
 
     Returns:
-        The words, each with the white space before it, and float32 (words, images, rows, columns).
+        The words, each with the whitespace before it, and float32 (words, images, rows, columns).
 
     Raises:
-        ValueError: The answer contains no word.
+        ValueError: The answer contains no words.
     """
     grids = token_attention(model, prompt, answer_ids, encode_images(model, pixel_values))
     text, starts, ends = _token_spans(model, answer_ids)
@@ -162,18 +161,18 @@ def word_attention(
         words.append(match.group())
         maps.append(grids[overlaps].mean(0))
     if not words:
-        raise ValueError("the answer contains no word")
+        raise ValueError("the answer contains no words")
     return words, torch.stack(maps)
 
 
 def _token_spans(model: Llava, answer_ids: Sequence[int]) -> tuple[str, np.ndarray, np.ndarray]:
-    """Return the text of an answer, and the first and last characters of each token in it.
+    """Return the text of an answer, and the span of each token in it.
 
-    Tokens are decoded together with those before them, because a single token need not be valid UTF-8.
+    Each token is decoded together with all previous ones, because a single token may not be valid UTF-8.
 
     Returns:
-        The text, and int (tokens,) starts and ends. Spans are half-open and never empty: a token that
-        completes no character belongs to the character that a later token completes.
+        The text, and int (tokens,) starts and ends in characters. Spans are half-open and never empty: a
+        token that does not complete a character is assigned to the character that a later one completes.
     """
     texts: list[str] = []
     for count in range(1, len(answer_ids) + 1):

@@ -5,8 +5,8 @@
     request C    . . . . . . P D D D D      .  waiting: the batch is full
                 -----------------------> t  x  evicted: the client has disconnected
 
-A request does not wait for the batch to finish: it is admitted before the next step, wherever the others
-are. A sequence that has finished, or whose client has left, makes room for the next request.
+A request does not wait for the batch to finish: it is admitted before the next step, at whatever position
+the other sequences are. When a sequence finishes, or its client disconnects, the next request can join.
 
     with engine.open_request() as request:               # QueueFullError
         await request.submit(messages, images, options)  # RequestError, ImageError, TimeoutError
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Threads that decode images. An image of 50 megapixels occupies 150 MB while it is decoded.
+# Number of threads that decode images. Each may need 150 MB (an image of 50 megapixels).
 _READER_THREADS = 2
 # No tokenizer makes so few tokens of a text: natural languages have 1 to 5 characters per token.
 _MAX_CHARACTERS_PER_TOKEN = 32
@@ -55,7 +55,7 @@ class QueueFullError(Exception):
     """Too many requests are in flight.
 
     Attributes:
-        retry_after: Seconds until a retry is likely to succeed: the recent duration of a request.
+        retry_after: Suggested seconds until a retry: the recent duration of a request.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -64,12 +64,12 @@ class QueueFullError(Exception):
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered as it is.
+    """An invalid request.
 
     Attributes:
-        param: The field of the request that is wrong, for example "messages[0].content".
-        code: A short identifier of the problem that does not change, for example "too_many_images".
-        status: The HTTP status.
+        param: The invalid field of the request, for example "messages[0].content".
+        code: A short, stable identifier of the problem, for example "too_many_images".
+        status: HTTP status code.
     """
 
     def __init__(
@@ -81,16 +81,16 @@ class RequestError(ValueError):
         self.status = status
 
 
-# Dataclasses and no NamedTuples: their field `index` would hide the method `tuple.index`.
+# This is a dataclass, because in a NamedTuple the field `index` would hide the method `tuple.index`.
 @dataclass(frozen=True)
 class Delta:
     """New text of one sequence.
 
     Attributes:
-        index: Which of the request's `num_return_sequences` sequences.
-        text: The text that was added. All deltas of a sequence, joined, are its complete answer.
-        num_tokens: Number of tokens that the sequence has so far.
-        finish_reason: None while the sequence continues, else "stop" (an end token or a stop text) or
+        index: Index of the sequence among the request's `num_return_sequences` sequences.
+        text: The new text. The deltas of a sequence, joined, are its complete answer.
+        num_tokens: Number of tokens of the sequence so far.
+        finish_reason: None while the sequence continues, else "stop" (an end token or a stop string) or
             "length" (`max_new_tokens`).
     """
 
@@ -102,7 +102,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class RunningSequence:
-    """A sequence of the batch: its request, and which of the request's sequences it is."""
+    """A sequence of the batch: its request, and its index among the sequences of the request."""
 
     request: RequestHandle
     index: int
@@ -115,18 +115,19 @@ class RequestHandle:
         options: Generation options.
         prompt: Token ids, with one IMAGE_INDEX per image.
         pixel_values: uint8 (images, 3, height, width), or None without images.
-        prompt_hash: Digest of prompt and images, from which random draws are derived.
-        prompt_tokens: Number of tokens of the prompt, with all tokens of its images.
-        is_closed: Whether nobody waits for the answer any longer.
+        prompt_hash: Hash of prompt and images, from which random numbers are derived.
+        prompt_tokens: Number of tokens of the prompt, including all image tokens.
+        is_closed: Whether the client no longer waits for the answer.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._start = time.monotonic()
-        # Unbounded: an answer has at most `max_new_tokens` deltas, and the model must not wait for a client.
+        self._start_time = time.monotonic()
+        # Do not bound the queue: an answer has at most `max_new_tokens` deltas, and the model must not
+        # wait for a client.
         self._deltas = asyncio.Queue[Delta | Exception]()
-        self._sent: dict[int, str] = {}  # sequence -> text of all its deltas
-        self._stop: Sequence[str] = ()
+        self._sent: dict[int, str] = {}  # sequence index -> text sent so far
+        self._stop_strings: Sequence[str] = ()
         self.options = GenerationOptions()
         self.prompt: list[int] = []
         self.pixel_values: torch.Tensor | None = None
@@ -145,7 +146,7 @@ class RequestHandle:
     @property
     def seconds_elapsed(self) -> float:
         """Seconds since the request arrived."""
-        return time.monotonic() - self._start
+        return time.monotonic() - self._start_time
 
     @property
     def seconds_left(self) -> float:
@@ -155,8 +156,8 @@ class RequestHandle:
     def deadline(self) -> AbstractAsyncContextManager[Any]:
         """Return a context in which awaiting raises TimeoutError when the request times out.
 
-        `asyncio.wait_for` is no substitute: before Python 3.12 it loses a cancellation that arrives
-        together with the result, and a client that has left would be answered to the end.
+        Do not use `asyncio.wait_for` instead: before Python 3.12 it loses a cancellation that arrives
+        together with the result, and the answer of a disconnected client would be generated to the end.
         """
         return timeout(self.seconds_left)
 
@@ -256,7 +257,7 @@ class RequestHandle:
             raise
         except ValueError as error:
             raise RequestError(str(error), "messages") from None
-        # In `prompt`, each image is one placeholder; in the context, it has `tokens_per_image` tokens.
+        # An image is one placeholder in `prompt`, but has `tokens_per_image` tokens in the context.
         self.prompt_tokens = len(self.prompt) + len(images) * (tokens_per_image - 1)
         if not self.prompt:
             raise RequestError("The prompt is empty.", "messages")
@@ -287,17 +288,17 @@ class RequestHandle:
             yield delta
 
     def put(self, delta: Delta | Exception) -> None:
-        """Hand over a delta, or the exception that ends the request. Call it on the event loop."""
+        """Add a delta, or the exception that ends the request. Call this on the event loop."""
         self._deltas.put_nowait(delta)
 
     def next_delta(self, index: int, token_ids: Sequence[int], is_active: bool) -> Delta:
-        """Return what has been added to a sequence since its last delta.
+        """Return the text that was added to a sequence since its last delta.
 
-        All tokens are decoded again: what a token adds depends on those before it.
+        All tokens are decoded again, because the text of a token depends on the previous ones.
 
         Args:
-            index: The sequence.
-            token_ids: All tokens that were generated for it.
+            index: Index of the sequence.
+            token_ids: All generated tokens of the sequence.
             is_active: Whether more tokens will follow.
         """
         prompt = self._engine.model.prompt
@@ -305,14 +306,14 @@ class RequestHandle:
         finish_reason: str | None = None
         if not is_active:
             finish_reason = "stop" if token_ids[-1] in prompt.stop_ids else "length"
-        # A stop text may consist of parts of several tokens, so it is searched for in the whole text.
-        stop_position = _find_first(text, self._stop)
+        # Search the whole text, because a stop string may consist of parts of several tokens.
+        stop_position = _find_first(text, self._stop_strings)
         if stop_position is not None:
             text = text[:stop_position]
             finish_reason = "stop"
         elif is_active:
-            text = _without_unfinished_end(text, self._stop)
-        # White space at the end is not part of an answer, and whether it is the end is not yet known.
+            text = _without_unfinished_end(text, self._stop_strings)
+        # Hold back whitespace at the end: it is not part of the answer if the sequence ends here.
         text = text.rstrip()
         sent = self._sent.get(index, "")
         self._sent[index] = text
@@ -320,8 +321,8 @@ class RequestHandle:
 
 
 def _find_first(text: str, stop: Sequence[str]) -> int | None:
-    """Return the position of the first stop text in `text`, or None."""
-    positions = [text.find(stop_text) for stop_text in stop]
+    """Return the position of the first stop string in `text`, or None."""
+    positions = [text.find(stop_string) for stop_string in stop]
     found = [position for position in positions if position >= 0]
     return min(found, default=None)
 
@@ -329,15 +330,15 @@ def _find_first(text: str, stop: Sequence[str]) -> int | None:
 def _without_unfinished_end(text: str, stop: Sequence[str]) -> str:
     """Remove what may be the beginning of a stop text at the end: what was sent cannot be taken back."""
     longest = 0
-    for stop_text in stop:
-        for length in range(1, len(stop_text)):
-            if text.endswith(stop_text[:length]):
+    for stop_string in stop:
+        for length in range(1, len(stop_string)):
+            if text.endswith(stop_string[:length]):
                 longest = max(longest, length)
     return text[: len(text) - longest]
 
 
-# How a step works. Two threads alternate: while the model thread works on a step, the event loop serves HTTP
-# and leaves the batch alone, so neither side needs a lock.
+# How a step works. Two threads alternate: while the model thread runs a step, the event loop serves HTTP
+# and does not access the batch, so no lock is needed.
 #
 #     event loop                                  model thread, the only one that uses the model
 #     ----------                                  ----------------------------------------------
@@ -350,36 +351,38 @@ def _without_unfinished_end(text: str, stop: Sequence[str]) -> str:
 #     `async for delta in request` <------------    4. read the new text; evict finished sequences
 #
 # Admission. The queue is first in, first out. A request with `num_return_sequences` = n is admitted when n
-# sequences of the batch are free; requests behind it wait, so that it cannot starve. All requests admitted
-# in one step are prefilled together, in one forward pass. Running sequences wait for that pass and then
-# continue: a long prompt delays their next token, and changes nothing else.
+# sequences of the batch are free. Later requests wait until then, so that it cannot starve. All requests
+# that are admitted in one step are prefilled together, in one forward pass. Running sequences wait for this
+# pass and then continue: a long prompt delays their next token, but has no other effect.
 #
 # Independence. Every sequence has its own rows in the KV cache and in the attention mask, its own position
 # ids and generation options, and a random generator seeded from its seed and its prompt. Padding is masked.
-# Its answer is therefore the one that the model generates alone, whichever neighbours join or leave.
+# The answer is therefore the same as without other sequences in the batch.
 #
-# Failure. If the scores of one sequence are not finite, or if choosing or decoding its token raises, only
-# its request fails. If a forward pass raises (out of memory, for example), the whole batch fails, and the
-# next requests start a new one.
+# Failure. If the logits of one sequence are not finite, or if choosing or decoding its token raises, only
+# its request fails. If a forward pass raises (out of memory, for example), all requests of the batch fail,
+# and the next requests start a new batch.
 #
-# Deadlines and back-pressure. A request has `timeout` seconds from its arrival, waiting included. At most
-# `batch_size + max_queue` requests are in flight; further ones are refused with QueueFullError. Whoever
-# leaves the `with` block, for whatever reason, closes the request, and the next step evicts its sequences.
+# Deadlines and back-pressure. A request has `timeout` seconds from its arrival, including the wait. At most
+# `batch_size + max_queue` requests are in flight; further ones are rejected with QueueFullError. Leaving the
+# `with` block in any way closes the request, and the next step evicts its sequences.
 
 
 class Engine:
-    """Owns the model while it is served. Use it as an async context manager, on the requests' event loop.
+    """Generates the answers of all requests with one model.
+
+    Use it as an async context manager, on the event loop of the requests.
 
     Args:
-        model: The model.
-        batch_size: Maximum number of sequences that are generated at the same time.
-        max_queue: Number of further requests that may wait.
-        timeout: Maximum duration of a request in seconds, waiting included.
-        max_context: Maximum number of tokens of prompt, images and answer together; a model with fewer
-            position embeddings lowers it.
+        model: The model. Only the engine may use it.
+        batch_size: Maximum number of sequences in the batch.
+        max_queue: Maximum number of waiting requests.
+        timeout: Maximum duration of a request in seconds, including the wait.
+        max_context: Maximum number of tokens of prompt, images and answer together; limited by the
+            model's `max_position_embeddings`.
 
     Attributes:
-        requests_in_flight: The open requests, whether they are being read, waiting or running.
+        requests_in_flight: The open requests, which are being read, waiting or running.
         sequences_running: Id of a sequence in the batch -> the sequence. Those of closed requests remain
             until the next step evicts them.
         reader_threads: Executor for work on the CPU that needs no language model.
@@ -414,7 +417,7 @@ class Engine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # A step that is being computed cannot be cancelled: the shutdown of its thread waits for it.
+        # A running step cannot be cancelled; the shutdown of its thread waits for it.
         self._loop_task.cancel()
         await asyncio.gather(self._loop_task, return_exceptions=True)
         for threads in (self._model_thread, self.reader_threads):
@@ -422,15 +425,15 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """Whether the engine's loop runs."""
+        """Whether the engine's loop is running."""
         return not self._loop_task.done()
 
     def open_request(self) -> RequestHandle:
-        """Return a handle for one request, to be entered with `with`, which may raise QueueFullError."""
+        """Return a handle for one request. Use it with `with`, which raises QueueFullError if the queue is full."""
         return RequestHandle(self)
 
     async def run_on_model(self, work: Callable[[Llava], T]) -> T:
-        """Run a function on the model, between two steps of the batch."""
+        """Run a function with the model, between two steps of the batch."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._model_thread, work, self.model)
 
@@ -440,7 +443,7 @@ class Engine:
         """Count a request as in flight.
 
         Raises:
-            QueueFullError: There are `batch_size + max_queue` already.
+            QueueFullError: `batch_size + max_queue` requests are in flight already.
         """
         if len(self.requests_in_flight) >= self.batch_size + self.max_queue:
             raise QueueFullError(max(1, round(self._seconds_per_request)))
@@ -452,7 +455,7 @@ class Engine:
         self._has_work.set()
 
     def unregister(self, request: RequestHandle) -> None:
-        """Forget a request that has been closed. The next step evicts its sequences."""
+        """Remove a closed request. The next step evicts its sequences."""
         self._seconds_per_request += 0.1 * (request.seconds_elapsed - self._seconds_per_request)
         self.requests_in_flight.discard(request)
         self._has_work.set()
@@ -460,13 +463,14 @@ class Engine:
     # ---- the loop, on the event loop ----
 
     async def _run(self) -> None:
-        """Run one step after the other, as long as there is work."""
+        """Run steps as long as there is work."""
         loop = asyncio.get_running_loop()
         while True:
             await self._has_work.wait()
             admitted = self._next_requests()
             if not admitted and not self.sequences_running:
-                # Nothing is awaited between the check and here, so no new request can be missed.
+                # Do not await anything between the check above and this line: a new request could be
+                # missed.
                 self._has_work.clear()
                 continue
             try:
@@ -479,8 +483,8 @@ class Engine:
                 request.put(delta)
 
     def _next_requests(self) -> list[RequestHandle]:
-        """Remove from the queue the requests that the next step admits, oldest first."""
-        # Sequences of closed requests do not count: the step evicts them before it admits.
+        """Remove the requests that the next step admits from the queue, and return them, oldest first."""
+        # Do not count the sequences of closed requests, which the step evicts before it admits new ones.
         sequences = self.sequences_running.values()
         occupied = [sequence for sequence in sequences if not sequence.request.is_closed]
         free = self.batch_size - len(occupied)
@@ -497,11 +501,11 @@ class Engine:
         return admitted
 
     def _fail_batch(self, admitted: Sequence[RequestHandle], error: Exception) -> None:
-        """End all requests of a step that has raised, and discard the batch."""
+        """End all requests of a failed step with an error, and discard the batch."""
         running = [sequence.request for sequence in self.sequences_running.values()]
         for request in {*admitted, *running}:
             request.put(error)
-        # An interrupted forward pass leaves the KV cache in an undefined state.
+        # Discard the batch, because a failed forward pass leaves the KV cache in an undefined state.
         self.sequences_running = {}
         self._batch = None
 
@@ -513,9 +517,9 @@ class Engine:
         """Generate one token for every running sequence, after admitting new requests.
 
         Returns:
-            The deltas and errors, each with the request that it belongs to.
+            Deltas and errors, each with its request.
         """
-        # Eviction comes first: `_next_requests` has counted the sequences of closed requests as free.
+        # Evict before admitting, because `_next_requests` counted the sequences of closed requests as free.
         for sequence_id, sequence in list(self.sequences_running.items()):
             if sequence.request.is_closed:
                 self._evict(sequence_id)
@@ -527,9 +531,8 @@ class Engine:
         self._batch.step()
         results: list[tuple[RequestHandle, Delta | Exception]] = []
         for sequence_id, sequence in list(self.sequences_running.items()):
-            if (
-                sequence_id not in self.sequences_running
-            ):  # evicted with a failed sequence of its request
+            # Skip a sequence that was evicted together with a failed sequence of the same request.
+            if sequence_id not in self.sequences_running:
                 continue
             try:
                 delta = self._read_delta(sequence_id, sequence)
@@ -540,13 +543,13 @@ class Engine:
                 continue
             if delta.finish_reason:
                 self._evict(sequence_id)
-            # No text: half of a character, or the possible beginning of a stop text.
+            # The text is empty for an incomplete character or a possible beginning of a stop string.
             if delta.text or delta.finish_reason:
                 results.append((sequence.request, delta))
         return results
 
     def _read_delta(self, sequence_id: int, sequence: RunningSequence) -> Delta:
-        """Return the delta of a sequence after a step, or raise what made it fail."""
+        """Return the delta of a sequence after a step, or raise its error."""
         assert self._batch is not None
         if sequence_id in self._batch.errors:
             raise self._batch.errors[sequence_id]
@@ -569,7 +572,7 @@ class Engine:
             ids = list(self._batch.active)
         else:
             ids = self._batch.join(prompts, features, options, hashes)
-        # The ids of a request are adjacent, in the order of the requests.
+        # The sequence ids are in the order of the requests; those of one request are consecutive.
         sequences = [
             RunningSequence(request, index)
             for request in requests
@@ -578,9 +581,9 @@ class Engine:
         self.sequences_running.update(zip(ids, sequences))
 
     def _evict(self, sequence_id: int) -> None:
-        """Remove a sequence from the batch, whether it has finished or not."""
+        """Remove a finished or running sequence from the batch."""
         assert self._batch is not None
-        # The batch would keep the tokens of all sequences that it has ever had.
+        # Delete the tokens too, which the batch would keep forever.
         self._batch.cancel(sequence_id)
         del self._batch.generated_ids[sequence_id], self.sequences_running[sequence_id]
         self._batch.errors.pop(sequence_id, None)

@@ -1,4 +1,4 @@
-"""Errors in the format that OpenAI's clients understand."""
+"""Convert exceptions to errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _CODES = {
 def to_openai_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Convert an exception into an HTTP status, a body and headers.
 
-    Client errors are explained. Of server errors, the client learns nothing but that there was one;
-    the details belong in the server's log.
+    The message of a client error explains the problem. The message of a server error contains no details,
+    which are written to the server's log only.
 
     Returns:
-        The status, `{"error": {"message", "type", "param", "code"}}`, and additional headers.
+        The status code, `{"error": {"message", "type", "param", "code"}}`, and additional headers.
     """
     status = 400
     message = str(error)
@@ -48,7 +48,7 @@ def to_openai_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, st
         message = error.detail
         headers = dict(error.headers or {})
         code = _CODES.get(status)
-    # OpenAI's clients wait as long as Retry-After says, and try again.
+    # Set Retry-After: OpenAI's clients wait this long and try again.
     elif isinstance(error, QueueFullError):
         status, kind, code = 429, "rate_limit_error", "queue_full"
         headers = {"retry-after": str(error.retry_after)}
@@ -61,7 +61,7 @@ def to_openai_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, st
         status, param, code = error.status, error.param, error.code
     elif isinstance(error, ImageError):
         param, code = "messages", error.kind  # for example "truncated"
-    else:  # a fault of the server; its message may contain paths or prompts
+    else:  # a server error, whose message may contain paths or prompts
         status, kind, code = 500, "server_error", "server_error"
         message = "The server failed to process the request. Its log has the details."
     param = param and _shorten(param)
@@ -81,7 +81,7 @@ def _first_validation_error(error: ValidationError) -> tuple[str | None, str]:
     path = ""
     previous: str | int = ""
     for part in first["loc"]:
-        # Pydantic also lists which member of a union was tried: the tag of a content part, which follows
+        # Skip the members of unions, which pydantic also lists: the tag of a content part, which follows
         # its index, and the types of `ImageURL.url`.
         is_tag = isinstance(previous, int) and part in ("text", "image_url")
         is_type = previous == "url"
@@ -101,5 +101,5 @@ def error_response(error: Exception) -> JSONResponse:
 
 
 def handle_exception(_: Request, error: Exception) -> JSONResponse:
-    """Return the response for an exception; the signature is that of Starlette's exception handlers."""
+    """Return the response for an exception, as a Starlette exception handler."""
     return error_response(error)

@@ -1,8 +1,8 @@
 """The web page: a fixed list of routes, whose responses are prepared when the server starts.
 
-The page is a client of the server's own API: `page.js` calls `/v1/chat/completions` and
-`/v1/attention`, so that it has the API's limits. The routes here take no file name, no URL and no body
-from a request, and keep no state between requests.
+The page is a client of the server's own API: `page.js` calls `/v1/chat/completions` and `/v1/attention`,
+so the API's limits apply. For security, the routes here accept no file name, URL or body from a request,
+and have no state.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _EXAMPLE_SIZE = 768  # maximum width and height in pixels of an example
 _JPEG_QUALITY = 90
 _SCRIPTS = ("page.js", "page_attention.js", "page_client.js", "page_image.js")
 
-# Scripts, styles and requests are limited to this server, so that text of the model or of a user that ended
-# up as HTML by mistake could load and send nothing. blob: and data: are images of the browser's user.
+# Restrict scripts, styles and requests to this server. If text of the model or of a user was inserted as HTML
+# by mistake, it could not load or send anything. blob: and data: are for the images of the user.
 PAGE_HEADERS = {
     "content-security-policy": "; ".join(
         [
@@ -50,7 +50,7 @@ PAGE_HEADERS = {
         ]
     ),
     "permissions-policy": "camera=(self), microphone=(), geolocation=()",
-    "cache-control": "no-cache",  # revalidate: a new version of the server has a new page
+    "cache-control": "no-cache",  # revalidate, because a new version of the server has a new page
 }
 
 
@@ -61,7 +61,7 @@ def find_examples(folder: Path, count: int = MAX_EXAMPLES) -> list[Path]:
         ValueError: The folder cannot be read, or contains no images.
     """
     try:
-        os.scandir(folder).close()  # `rglob` finds nothing in a folder that it cannot read
+        os.scandir(folder).close()  # raises if the folder is unreadable; `rglob` would find nothing
     except OSError as error:
         raise ValueError(f"--examples {folder}: {error.strerror}") from None
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -75,10 +75,10 @@ def find_examples(folder: Path, count: int = MAX_EXAMPLES) -> list[Path]:
 def load_examples(paths: Sequence[Path]) -> list[bytes]:
     """Read images and return them as JPEG files of at most 768 x 768 pixels.
 
-    Images that cannot be read are left out, and a warning is logged.
+    Images that cannot be read are skipped with a warning.
 
     Raises:
-        ValueError: There are paths, but no image can be read.
+        ValueError: None of the images can be read.
     """
     examples: list[bytes] = []
     for path in paths:
@@ -87,7 +87,7 @@ def load_examples(paths: Sequence[Path]) -> list[bytes]:
         except (ImageError, OSError) as error:
             logger.warning("--examples: skipped %s: %s", path, error)
             continue
-        # Encoded anew: whatever else is in the file (GPS position, comments) is not published.
+        # Encode the image again, so that metadata in the file (GPS position, comments) is not published.
         image.thumbnail((_EXAMPLE_SIZE, _EXAMPLE_SIZE))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=_JPEG_QUALITY)
@@ -108,15 +108,15 @@ def page_routes(
     """Return the routes of the page.
 
     Args:
-        name: The name of the model.
-        instruction: The instruction that the model was trained with, used when no question is asked.
-        limits: The API's limits.
-        batch_size: The number of sequences that the engine generates at the same time.
+        name: Name of the model.
+        instruction: Default instruction of the model, used if the question is empty.
+        limits: Limits of the API.
+        batch_size: Maximum number of sequences in the engine's batch.
         key_required: Whether the API requires a key.
         examples: JPEG files, from `load_examples`.
     """
-    # Everything that the page must know of the server. It is public: the page is loaded before the user can
-    # enter an API key.
+    # The settings of the server that the page needs. They are public, because the page is loaded before the
+    # user can enter an API key.
     settings: dict[str, Any] = {
         "model": name,
         "instruction": instruction,
@@ -132,7 +132,7 @@ def page_routes(
     async def page_settings(_: Request) -> Response:
         return JSONResponse(settings, headers=PAGE_HEADERS)
 
-    # One route per file, and no pattern: there is nothing in a path that could be misunderstood.
+    # Use one route per file instead of a path pattern, which could be exploited.
     routes = [
         _static_route("/", _read("page.html"), "text/html"),
         _static_route("/page.css", _read("page.css"), "text/css"),

@@ -1,4 +1,4 @@
-"""The bodies of requests, validated strictly.
+"""Schemas of request bodies, with strict validation.
 
 One rule applies to all fields. A value that asks for what the server does anyway, or for nothing, is
 accepted: null for any field, an empty list of tools, `"tool_choice": "auto"` without tools. A value that asks
@@ -20,7 +20,8 @@ from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, Gener
 from llava_simplified.prompt import Message
 from llava_simplified.serve.engine import RequestError
 
-# Logits divided by a lower temperature overflow float32. The limit of sampling is greedy decoding.
+# Lower temperatures are replaced by greedy decoding, which is the limit of sampling: logits divided by them
+# would overflow float32.
 _MIN_TEMPERATURE = 1e-3
 
 
@@ -58,10 +59,10 @@ class TextPart(StrictModel):
 
 
 class ImageURL(StrictModel):
-    """Where an image is: `url` is the decoded content of a data URL, or another URL as it is."""
+    """An image: `url` is the decoded content of a data URL (bytes), or another URL unchanged (str)."""
 
     url: str | bytes
-    detail: Literal["auto", "low", "high"] | None = None  # accepted; there is one image size
+    detail: Literal["auto", "low", "high"] | None = None  # accepted but ignored
 
     @field_validator("url")
     @classmethod
@@ -150,20 +151,20 @@ class ChatMessage(StrictModel):
     def to_message(self, instruction: str) -> Message:
         """Convert the message for the prompt renderer.
 
-        Images are placed before the text, as in training, unless `<image>` in the text says where.
+        Images are placed before the text, as in training, unless the text contains `<image>`.
 
         Args:
-            instruction: The text of a message that consists of images only.
+            instruction: Text to use if the message consists of images only.
 
         Raises:
             ValueError: The images do not match the role or the `<image>` placeholders.
         """
         text = "\n".join(part.text for part in self.content if isinstance(part, TextPart))
-        # "developer" is OpenAI's newer name of "system"; chat templates know the older one.
+        # Replace "developer", OpenAI's newer name, by "system", which chat templates support.
         role = "system" if self.role == "developer" else self.role
         count = len(self.images)
         if count and role != "user":
-            raise ValueError(f"only user messages can contain images, this is a {role} message")
+            raise ValueError(f"only user messages can contain images, got a {role} message")
         if count and not text.strip():
             text = instruction
         (message,) = insert_image_placeholders([Message(role, text)], count, "the message")
@@ -174,7 +175,7 @@ class ChatMessage(StrictModel):
 
 
 class Conversation(StrictModel):
-    """The fields that chat completions and attention maps have in common."""
+    """The fields that chat completions and attention maps share."""
 
     # One model is served, so that clients need not know its name; see `ModelEndpoint.strict_model`.
     model: str | None = None
@@ -215,7 +216,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=100)]
 class ChatRequest(Conversation):
     """The body of POST /v1/chat/completions."""
 
-    # OpenAI's older and newer name of the same limit. The newer one takes precedence.
+    # The older and the newer name of the same limit in OpenAI's API. The newer one takes precedence.
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -224,7 +225,7 @@ class ChatRequest(Conversation):
     top_k: int | None = Field(None, ge=0, lt=2**31)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     n: int | None = Field(None, ge=1)
-    # Signed 64 bits: larger seeds would overflow in the generator.
+    # Accept signed 64-bit seeds; larger ones would overflow in the generator.
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: list[StopText] | None = Field(None, max_length=4)
     stream: bool | None = None
@@ -266,9 +267,9 @@ class ChatRequest(Conversation):
         return self.max_completion_tokens or self.max_tokens
 
     def to_generation_options(self, max_tokens_limit: int) -> GenerationOptions:
-        """Return the options of the decoder.
+        """Return the generation options.
 
-        Without a temperature, one answer is greedy and several are sampled, as by `Llava.caption`.
+        Without a temperature, a single answer is greedy and several are sampled, as in `Llava.caption`.
 
         Args:
             max_tokens_limit: The maximum number of tokens of an answer, and the default. A request for
@@ -296,7 +297,7 @@ class ChatRequest(Conversation):
         )
 
     def _effective_temperature(self, num_return_sequences: int) -> float:
-        # Several greedy answers would be identical, so their default is sampling.
+        # Sample by default if there are several answers, since greedy ones would be identical.
         if self.temperature is None:
             return DEFAULT_TEMPERATURE if num_return_sequences > 1 else 0.0
         if self.temperature < _MIN_TEMPERATURE:
@@ -305,7 +306,7 @@ class ChatRequest(Conversation):
 
 
 class AttentionRequest(Conversation):
-    """The body of POST /v1/attention: a conversation about one image, and the answer to it."""
+    """The body of POST /v1/attention: a conversation about one image, and its answer."""
 
     answer: str = Field(min_length=1, max_length=100_000)
 

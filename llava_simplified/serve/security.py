@@ -1,4 +1,4 @@
-"""Middleware that decides which requests reach the application, and which headers leave it."""
+"""Middleware for security: API key, allowed hosts and origins, and response headers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_simplified.serve.errors import error_response
 
-# Paths that are answered without the API key. The page contains no secrets; it asks for the key itself.
+# Paths that do not require the API key. The page contains no secrets, and asks the user for the key.
 PUBLIC_PATHS = frozenset(
     {
         "/health",
@@ -34,7 +34,8 @@ _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 _ORIGIN = re.compile(r"(https?)://([^/?#@]+)", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# Headers of every response. A response may replace them: the page has a Content-Security-Policy of its own.
+# Default headers of every response. A response may replace them; the page has its own
+# Content-Security-Policy.
 SECURITY_HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -68,7 +69,7 @@ def check_host_names(names: Iterable[str]) -> None:
         try:
             _, port = split_authority(name)
         except ValueError:
-            port = 0  # refused below
+            port = 0  # rejected below
         if port is not None:
             raise ValueError(
                 f"--allowed-hosts {name}: expected a host name such as llava.example.org, "
@@ -93,24 +94,24 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
-# A server on a private address can be reached by every web page that is open in a browser on the same network.
-# Two checks keep those pages out:
+# Every web page that is open in a browser on the same network could send requests to a server on a private
+# address. Two checks prevent this:
 #
-# - Host names that are not the server's own are refused. In DNS rebinding, a page at `evil.example` changes
-#   the address of its own name to 127.0.0.1; the browser then considers the server part of that page's site,
-#   but still sends `Host: evil.example`.
-# - Requests whose `Origin` is another site are refused. Browsers send it with every POST of a page.
+# - Requests for foreign host names are rejected. In DNS rebinding, a page at `evil.example` changes the
+#   address of its own name to 127.0.0.1. The browser then treats the server as part of that page's site, but
+#   still sends `Host: evil.example`.
+# - Requests with a foreign `Origin` are rejected. Browsers send this header with every POST of a page.
 
 
 class HostCheck:
-    """Refuse requests for other hosts and from other origins.
+    """Reject requests for foreign hosts and from foreign origins.
 
-    `Host` must be an IP literal, `localhost`, a name below `localhost`, the name of this machine, or one
-    of `allowed_hosts`. An IP literal cannot be rebound, since no DNS lookup is involved. `Origin`, where
-    present, must have the same host and port. Only `/health` accepts any origin.
+    `Host` must be an IP literal, `localhost`, a subdomain of `localhost`, the name of this machine, or one
+    of `allowed_hosts`. IP literals are safe, since no DNS lookup is involved. `Origin`, if present, must
+    have the same host and port. Only `/health` accepts any origin.
 
     Args:
-        app: The application behind the check.
+        app: The protected application.
         allowed_hosts: Additional host names.
     """
 
@@ -129,9 +130,9 @@ class HostCheck:
         await app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        """Raise HTTPException if the request must be refused."""
+        """Raise HTTPException if the request must be rejected."""
         headers = Request(scope).headers
-        # Proxies and servers disagree about which of two Host headers counts.
+        # Reject several Host headers, because proxies and servers may use different ones.
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             raise HTTPException(400, f"Expected one Host header, got {len(hosts)}.")
@@ -145,12 +146,15 @@ class HostCheck:
                 f"This server does not answer requests for the host {host!r}. To allow them, start it "
                 f"with --allowed-hosts {host}.",
             )
-        # Clients that are no browsers send no Origin. Monitoring may probe /health from a page.
+        # Accept requests without Origin, which come from clients other than browsers. Accept any origin for
+        # /health, which monitoring pages may request.
         origins = headers.getlist("origin")
         if origins and scope["path"] != "/health":
             is_same = len(origins) == 1 and _is_same_origin(origins[0], host, port)
             if not is_same:
-                raise HTTPException(403, "Requests from pages of other origins are refused.")
+                raise HTTPException(
+                    403, "Requests from web pages of other origins are not allowed."
+                )
 
     def _is_allowed(self, host: str) -> bool:
         if host == "localhost" or host.endswith(".localhost") or host in self._allowed:
@@ -165,7 +169,7 @@ class HostCheck:
 def _is_same_origin(origin: str, host: str, port: int | None) -> bool:
     """Return whether an Origin header names this host and port.
 
-    The scheme is not compared: behind a proxy that terminates TLS, the page has https and the server http.
+    The scheme is not compared: with a proxy that terminates TLS, the page uses https and the server http.
     """
     match = _ORIGIN.fullmatch(origin)
     if not match:  # "null", or a scheme such as chrome-extension://
@@ -179,10 +183,10 @@ def _is_same_origin(origin: str, host: str, port: int | None) -> bool:
 
 
 class KeyCheck:
-    """Refuse requests without the API key, except those for `PUBLIC_PATHS`.
+    """Reject requests without the API key, except those for `PUBLIC_PATHS`.
 
     Args:
-        app: The application behind the check.
+        app: The protected application.
         key: The key that `Authorization: Bearer KEY` must contain.
     """
 
@@ -202,7 +206,7 @@ class KeyCheck:
     def _has_key(self, scope: Scope) -> bool:
         header = Request(scope).headers.get("authorization", "")
         scheme, _, key = header.partition(" ")
-        # The comparison takes the same time wherever the keys differ, so that the time reveals nothing.
-        # Header values arrive decoded as Latin-1: encoding them returns the bytes that were sent.
+        # Compare in constant time, so that the duration reveals nothing about the key. Encode as Latin-1,
+        # with which the header was decoded, to get the original bytes.
         is_equal = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
         return scheme.lower() == "bearer" and is_equal

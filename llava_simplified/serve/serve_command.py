@@ -1,4 +1,4 @@
-"""`llava serve`: load a checkpoint, serve requests until a signal arrives, then finish those in flight."""
+"""`llava serve`: load a checkpoint, and serve requests until a signal arrives."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def _add_network_options(parser: CommandParser) -> None:
         "--api-key",
         # The help text does not show the default, which is a secret.
         default=os.environ.get("LLAVA_API_KEY", ""),
-        help="Key that clients must send (default: the variable LLAVA_API_KEY, which `ps` does not show)",
+        help="API key required from clients. Default: $LLAVA_API_KEY, which is safer: command-line options "
+        "are visible in `ps`.",
     )
     group.add_argument(
         "--allowed-hosts",
@@ -66,13 +67,13 @@ def _add_network_options(parser: CommandParser) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="Host names under which clients may reach the server, for example a proxy's; IP addresses, "
-        "localhost and the name of this machine are always allowed",
+        help="Additional host names of the server, for example that of a proxy; IP addresses, localhost and "
+        "the name of this machine are always allowed",
     )
     group.add_argument(
         "--allow-image-urls",
         action="store_true",
-        help="Fetch images of http(s) URLs, from public addresses only",
+        help="Allow http(s) URLs of images in requests; only public addresses are fetched",
     )
 
 
@@ -90,20 +91,20 @@ def _add_limit_options(parser: CommandParser) -> None:
         "--batch-size",
         type=int,
         default=16,
-        help="Sequences generated at the same time (default: %(default)s)",
+        help="Maximum number of sequences generated at the same time (default: %(default)s)",
     )
     group.add_argument(
         "--queue",
         type=int,
         default=64,
-        help="Further requests that may wait; more are refused with status 429 (default: %(default)s)",
+        help="Maximum number of waiting requests; more are rejected with status 429 (default: %(default)s)",
     )
     group.add_argument(
         "--timeout",
         type=float,
         default=120.0,
         metavar="SECONDS",
-        help="Maximum duration of a request, waiting included (default: %(default)s)",
+        help="Maximum duration of a request in seconds, including the wait (default: %(default)s)",
     )
     group.add_argument(
         "--context",
@@ -129,11 +130,11 @@ def _add_limit_options(parser: CommandParser) -> None:
         type=int,
         default=20,
         metavar="MEGABYTES",
-        help="Maximum size of a request (default: %(default)s)",
+        help="Maximum size of a request body in megabytes (default: %(default)s)",
     )
 
 
-# The least and the greatest value of each number.
+# Minimum and maximum of each numeric option.
 _RANGES = {
     "port": (1, 65535),
     "batch_size": (1, math.inf),
@@ -155,13 +156,13 @@ def _check_numbers(args: argparse.Namespace) -> None:
             )
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {value}: expected a number {limits}")
-    # False for NaN, too: a timeout of NaN would never end.
+    # This also rejects NaN, with which a request would never time out.
     if not 0 < args.timeout < math.inf:
         raise ValueError(f"--timeout {args.timeout}: expected a positive number of seconds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `llava serve`; return 0 when all requests in flight have been answered."""
+    """Run `llava serve`. After a signal, it finishes the requests in flight and returns 0."""
     args = build_parser().parse_args(argv)
     require_extra(
         "serve", "starlette", "uvicorn", "pydantic", "prometheus_client", purpose="llava serve"
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from llava_simplified.serve.page import find_examples, load_examples
     from llava_simplified.serve.security import check_host_names
 
-    # Loading a model takes minutes: find mistakes before.
+    # Check all options before loading the model, which can take minutes.
     _check_numbers(args)
     check_host_names(args.allowed_hosts)
     _check_address(args.host, args.port)
@@ -189,7 +190,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
     from llava_simplified.serve.engine import Engine
     from llava_simplified.serve.page import page_routes
 
-    # Until uvicorn installs its own handler, and again when it has finished the requests in flight.
+    # Exit at SIGTERM before uvicorn installs its own handler, and after it has finished all requests.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _log_with_time()
     if not args.api_key and not _is_loopback(args.host):
@@ -209,7 +210,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
         page = page_routes(
             name, model.instruction, limits, args.batch_size, bool(args.api_key), examples
         )
-    # Whoever chooses --host llava.example.org wants to be reached under that name.
+    # Allow --host too, which may be a name such as llava.example.org.
     app = create_app(engine, name, args.api_key, limits, page, [*args.allowed_hosts, args.host])
     config = uvicorn.Config(
         app,
@@ -219,7 +220,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
         log_level="warning",
         access_log=False,  # the endpoints log their requests, without addresses
         server_header=False,
-        # After a signal, requests in flight may use their time; an open page must not delay the exit.
+        # After a signal, wait for requests in flight, but no longer than their timeout.
         timeout_graceful_shutdown=int(args.timeout),
     )
     authority = f"[{args.host}]" if ":" in args.host else args.host
@@ -242,7 +243,7 @@ def _check_address(host: str, port: int) -> None:
             "such as 127.0.0.1 or 0.0.0.0"
         ) from None
     try:
-        # uvicorn binds the port again later: if another process takes it meanwhile, uvicorn reports that.
+        # Bind the port only to check it. uvicorn binds it again later, and reports if it is taken by then.
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         reason = os.strerror(error.errno or 0)
@@ -264,7 +265,7 @@ def _limits(args: argparse.Namespace) -> Limits:
 
 
 def _log_with_time() -> None:
-    """Log the time of each message: a server's log is read later."""
+    """Add the time to each log message, because a server's log is usually read later."""
     formatter = logging.Formatter("%(asctime)s %(name)s %(message)s")
     for handler in logging.getLogger("llava_simplified").handlers:
         handler.setFormatter(formatter)

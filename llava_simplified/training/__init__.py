@@ -1,1 +1,1 @@
-"""The trainer and what surrounds a run."""
+"""The trainer, and the commands that plan, prepare and run a training."""

@@ -1,4 +1,4 @@
-"""From options to a trainer before its first step."""
+"""Build the trainer of a run from its options."""
 
 from __future__ import annotations
 
@@ -55,24 +55,25 @@ from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
 logger = logging.getLogger(__name__)
 
-# Images whose features scale a new projector: 64 are a second of work for the tower, cached
-# features cost nothing.
+# Number of images whose features are used to scale a new projector. The tower needs about a second for
+# 64; cached features cost nothing.
 _SCALING_IMAGES = 64
 _SCALING_CACHED_IMAGES = 1024
 
 
 # The order of the steps below:
 #
-#     options     everything that can be checked without loading anything
-#     data        records of training and validation
-#     config      what the checkpoint will record about the model
-#     model       pretrained parts, frozen or adapted as the options say
-#     features    the frozen vision tower runs over all images, if that pays (see `encode`)
-#     weights     from a checkpoint (resumed run, --init_from, --pretrain_mm_mlp_adapter), or fresh
-#     trainer     datasets, batches, and the table of what is trained
+#     options     check everything that can be checked without loading anything
+#     data        open the records of training and validation
+#     config      build the model config, which every checkpoint contains
+#     model       load the pretrained parts; freeze them or add adapters
+#     features    run the frozen vision tower over all images, if that saves time (see `encode`)
+#     weights     load a checkpoint (resumed run, --init_from, --pretrain_mm_mlp_adapter), or
+#                 initialize the projector
+#     trainer     datasets, collator, and the table of trained parameters
 #
-# Errors come as early as possible: nobody should wait until a model of 14 GB has been loaded to
-# learn about a misspelt folder.
+# Errors are raised as early as possible: a misspelled folder should be reported before a model of
+# 14 GB is loaded.
 
 
 def build_trainer(
@@ -84,10 +85,10 @@ def build_trainer(
         The trainer, and the checkpoint from which the run is resumed, or None.
 
     Raises:
-        ValueError: Options that are wrong, contradict each other, or do not fit the data, the model
-            or the checkpoint.
+        ValueError: The options are invalid, contradict each other, or do not match the data, the
+            model or the checkpoint.
     """
-    # Before anything is drawn: new adapters and projectors are random.
+    # Set the seed first: the weights of new adapters and projectors are random.
     transformers.set_seed(args.seed)
     check_options(model_args, data_args, args)
     train_records, train_folder = open_data(
@@ -128,7 +129,7 @@ def build_trainer(
             logger.warning("resuming %s: %s", resumed, difference)
     Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
 
-    # Kernels first: LoRA wraps the layers, and Liger looks for the original ones.
+    # Replace kernels before adding LoRA: LoRA wraps the layers, and Liger expects the original ones.
     attention = model_args.attn_implementation
     model = build_model(
         config,
@@ -149,7 +150,7 @@ def build_trainer(
         eval_set = _build_dataset(model, eval_records, eval_folder, data_args, args)
         datasets.append(eval_set)
     digest = config.weights_digests["vision_tower"]
-    # The tower is frozen by now (or known to be trained), which decides what can be cached.
+    # Cache features only now that the trained parts are set: features of a trained tower cannot be cached.
     cache_features(model.vision_tower, data_args, args, digest, datasets)
     initialize_trained_parts(model, model_args, parts, train_set, resumed)
     table = check_trainable(model, parts)
@@ -158,7 +159,7 @@ def build_trainer(
     if data_args.packing:
         tokens_per_image = model.vision_tower.num_tokens
         examples = PackedDataset(train_set, tokens_per_image, data_args.pack_length, args.seed)
-    # Last: an engine wraps the model when the trainer prepares it.
+    # Compile the layers before the trainer is created: DDP, FSDP or DeepSpeed wrap the model there.
     if args.compile_layers:
         compile_layers(model.language_model)
     trainer = LlavaTrainer(
@@ -219,7 +220,7 @@ def check_options(
     args: TrainingArguments,
     planning: bool = False,
 ) -> None:
-    """Check options that contradict each other, or that this machine or project does not support.
+    """Check for options that contradict each other, or that this machine or project does not support.
 
     Args:
         model_args: Model options.
@@ -229,7 +230,7 @@ def check_options(
             packages, and the weights. `llava plan` may run on another one, and without records.
 
     Raises:
-        ValueError: Names the option, and what to pass.
+        ValueError: An option is not supported; the message names it and what to pass instead.
     """
     if not model_args.model_name_or_path:
         raise ValueError(
@@ -243,12 +244,12 @@ def check_options(
     _check_evaluation_options(data_args, args)
     if args.label_smoothing_factor or args.neftune_noise_alpha:
         raise ValueError(
-            "--label_smoothing_factor and --neftune_noise_alpha are not supported by this loss. Remove them."
+            "--label_smoothing_factor and --neftune_noise_alpha are not supported. Remove them."
         )
     _check_tower_options(model_args, data_args)
     if "wandb" in args.report_to and not planning and find_spec("wandb") is None:
         raise ValueError(
-            f"--report_to wandb needs wandb: run {install_command('wandb')}, or pass --report_to none."
+            f"--report_to wandb requires wandb: run {install_command('wandb')}, or pass --report_to none."
         )
     if model_args.init_from and model_args.pretrain_mm_mlp_adapter:
         raise ValueError(
@@ -296,7 +297,7 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
     """Check that the weights of a checkpoint fit the pretrained parts of this run.
 
     A projector or an adapter is only meaningful with the features and weights that it was trained
-    with, although weights of the same shape could be loaded.
+    with, but it could be loaded with any weights of the same shape.
 
     Args:
         model_args: Model options.
@@ -304,17 +305,17 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         check_weights: Compare the base weights too, which must be on this machine.
 
     Raises:
-        ValueError: It was trained with other layers or other base weights.
+        ValueError: The checkpoint was trained with different vision layers or base weights.
     """
     checkpoint = read_checkpoint_config(folder)
     trained_with = checkpoint["architecture"]
     layers = trained_with["mm_vision_select_layer"]
     expected_layers = layers if isinstance(layers, list) else [layers]
     if model_args.mm_vision_select_layer != expected_layers:
-        words = " ".join(str(layer) for layer in expected_layers)
+        values = " ".join(str(layer) for layer in expected_layers)
         raise ValueError(
-            f"{folder}: its projector was trained with other layers of the vision tower. Pass "
-            f"--mm_vision_select_layer {words}."
+            f"{folder}: its projector was trained with different layers of the vision tower. Pass "
+            f"--mm_vision_select_layer {values}."
         )
     if not check_weights:
         return
@@ -322,8 +323,8 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
     if model_args.init_from and checkpoint["trained"] == "adapter":
         parts.append(("language_model", model_args.model_name_or_path))
     for part, path in parts:
-        # A part that is stored in the checkpoint itself was trained or merged: its digest differs
-        # rightly.
+        # Do not compare the digest of a part that is loaded from the checkpoint itself: it was trained
+        # or merged, so it differs from the base weights.
         is_in_checkpoint = Path(path).resolve().parent == Path(folder).resolve()
         digest = trained_with["weights_digests"].get(part)
         if digest and not is_in_checkpoint:
@@ -374,11 +375,11 @@ def _digest(option: str, name_or_path: str) -> str:
         raise ValueError(f"{option} {error}") from error
 
 
-# ---- what is trained ----
+# ---- trained parts ----
 
 
 def set_trainable(model: Llava, model_args: ModelArguments, parts: TrainedParts) -> None:
-    """Freeze the parts of the model that are frozen, and wrap those that are adapted."""
+    """Freeze the model except for `parts`, and add the LoRA adapters of `parts`."""
     freeze(model, parts)
     rank, alpha, dropout = model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout
     if parts.vision_tower == "lora":
@@ -399,12 +400,12 @@ def initialize_trained_parts(
     Args:
         model: The model, with adapters in place.
         model_args: Model options.
-        parts: What this run trains.
-        train_set: Its images scale a new projector.
+        parts: The parts that this run trains.
+        train_set: The training set, whose images are used to scale a new projector.
         resumed: The checkpoint of a resumed run.
 
     Raises:
-        ValueError: The checkpoint of `--init_from` trained other parts than this run.
+        ValueError: The checkpoint of `--init_from` contains trained parts that this run does not load.
     """
     if resumed:
         load_trained_weights(model, resumed)
@@ -418,26 +419,25 @@ def initialize_trained_parts(
 
 
 def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: str) -> None:
-    """Check that what a checkpoint trained has a place in this run's model.
+    """Check that this run loads every part that a checkpoint trained.
 
     Raises:
-        ValueError: It has none, so its training would be lost.
+        ValueError: A trained part of the checkpoint would not be loaded.
     """
     before = TrainedParts.from_stored(read_checkpoint_config(folder))
 
-    # A tower that was trained must be trained again, or be loaded from the checkpoint as a frozen
-    # one.
+    # Require that a trained tower is either trained further, or loaded from the checkpoint and frozen.
     own_tower = Path(folder) / "vision_tower"
     loads_own_tower = Path(model_args.vision_tower).resolve() == own_tower.resolve()
     if before.vision_tower not in ("none", parts.vision_tower) and not loads_own_tower:
-        merge_first = " (`llava merge` writes it)" if before.vision_tower == "lora" else ""
+        merge_first = " (written by `llava merge`)" if before.vision_tower == "lora" else ""
         raise ValueError(
             f"--init_from {folder}: its vision tower was trained too. Pass --tune_vision_tower {before.vision_tower} to "
             f"train it further, or --vision_tower {own_tower}{merge_first} to keep it frozen."
         )
 
-    # The same for the language model. A projector alone fits any run; an adapter may be added to a
-    # language model that was trained as a whole, if the run loads that one.
+    # Require the same of the language model. Exception: this run may add an adapter to a language model
+    # that the checkpoint trained in full, if it loads that model.
     own_language_model = Path(folder) / "language_model"
     loads_own_language_model = (
         before.language_model == "full"
@@ -445,7 +445,7 @@ def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: s
     )
     if before.language_model not in ("none", parts.language_model) and not loads_own_language_model:
         raise ValueError(
-            f"--init_from {folder}: the checkpoint trained the {before.stored['trained']}, this run trains the "
+            f"--init_from {folder}: the checkpoint trained the {before.stored['trained']}, but this run trains the "
             f"{parts.stored['trained']}. Merge the checkpoint with `llava merge`, or pass --model_name_or_path "
             f"{own_language_model}."
         )
@@ -453,20 +453,20 @@ def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: s
 
 @torch.no_grad()
 def _scale_projector(model: Llava, train_set: CaptionDataset) -> None:
-    """Scale a new projector so that image tokens are as large as word embeddings.
+    """Scale a new projector so that image tokens have the scale of the token embeddings.
 
-    It is scaled on training images that are evenly spread over the records, so that every run on
-    the same data chooses the same ones.
+    The scale is measured on images that are evenly spread over the records, so that every run on the
+    same data uses the same images.
     """
-    wanted = _SCALING_IMAGES if train_set.features is None else _SCALING_CACHED_IMAGES
-    interval = max(len(train_set.records) // wanted, 1)
+    num_images = _SCALING_IMAGES if train_set.features is None else _SCALING_CACHED_IMAGES
+    interval = max(len(train_set.records) // num_images, 1)
     device = next(model.vision_tower.parameters()).device
     features = []
     for index in range(0, len(train_set.records), interval):
         try:
             pixels, cached = train_set.load_images(train_set.records[index])
         except ImageError:
-            continue  # reported and counted when training meets it
+            continue  # training will report and count this image
         if cached is not None:
             features.append(cached.cpu())
         elif pixels is not None:
@@ -474,19 +474,19 @@ def _scale_projector(model: Llava, train_set: CaptionDataset) -> None:
     if not features:
         return
     embedding = model.language_model.get_input_embeddings()
-    # Call the module, and do not read its weight: Gemma multiplies the embeddings by a constant.
+    # Call the module instead of reading its weight, because Gemma multiplies the embeddings by a constant.
     some_tokens = torch.arange(0, embedding.num_embeddings, 7, device=embedding.weight.device)
-    words = embedding(some_tokens)
-    init_projector_scale(model.projector, torch.cat(features).to(words.device), words)
+    embeddings = embedding(some_tokens)
+    init_projector_scale(model.projector, torch.cat(features).to(embeddings.device), embeddings)
 
 
 def dummy_image_batch(model: Llava, train_set: CaptionDataset) -> dict[str, torch.Tensor]:
-    """Return one blank image, in the form that the images of this run's batches have.
+    """Return one blank image, as pixels or features like the images of this run's batches.
 
-    A batch without any image contains it, since all processes must run the same layers.
+    It is added to batches without images, since all processes must run the same layers.
 
     Returns:
-        `pixel_values` (1, 3, height, width) or `image_features` (1, tokens, width).
+        `pixel_values` (1, 3, height, width) or `image_features` (1, tokens, hidden size).
     """
     if train_set.features is None:
         height, width = model.vision_tower.transform.crop

@@ -1,4 +1,4 @@
-"""What is reported during a run: progress, throughput, unusual gradients, problematic samples."""
+"""Reports during a run: progress, throughput, unusual gradients, problematic samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ProgressLine(TrainerCallback):
             disable=not is_main_process,
             dynamic_ncols=True,
         )
-        # Log messages are printed above the line, and do not tear it.
+        # Print log messages above the progress line, so that they do not break it.
         self._redirection = ExitStack()
         if is_main_process:
             package_logger = logging.getLogger("llava_simplified")
@@ -134,8 +134,8 @@ def describe_evaluation_log(logs: dict[str, float]) -> str:
 class ThroughputMeter(TrainerCallback):
     """Measure the throughput of the steps since the last log.
 
-    Waiting for data counts; evaluations and saves do not. The trainer calls `start_step` before it
-    fetches the batches of a step, and `add` when it has counted what they contain.
+    The time includes waiting for data, but no evaluations and saves. The trainer calls `start_step`
+    before it fetches the batches of a step, and `add` with the number of samples and tokens in them.
     """
 
     def __init__(self) -> None:
@@ -144,11 +144,11 @@ class ThroughputMeter(TrainerCallback):
         self._counts = torch.zeros(3, dtype=torch.long)
 
     def start_step(self) -> None:
-        """Start the clock: the batches of a step are about to be fetched."""
+        """Start the clock of a step, before its batches are fetched."""
         self._step_start = time.perf_counter()
 
     def add(self, counts: torch.Tensor) -> None:
-        """Add what the batches of a step contain.
+        """Add the number of samples and tokens in the batches of a step.
 
         Args:
             counts: (3,) samples, tokens, and positions including padding, summed over all
@@ -163,12 +163,13 @@ class ThroughputMeter(TrainerCallback):
         self._seconds += time.perf_counter() - self._step_start
 
     def read(self) -> dict[str, float]:
-        """Return the throughput since the last call, and start anew.
+        """Return the throughput since the last call, and reset the counts.
 
         Returns:
-            `samples_per_second`, `tokens_per_second`, and `padding`, a share of all positions.
+            `samples_per_second`, `tokens_per_second`, and `padding` as a fraction of all positions.
         """
-        # The only place where the counts are read from the device: once per log, not once per step.
+        # Read the counts from the device only here, because reading waits for the device: once per log
+        # instead of once per step.
         samples, tokens, positions = self._counts.tolist()
         seconds = max(self._seconds, 1e-9)
         self._seconds = 0.0
@@ -188,7 +189,7 @@ class GradientNormMonitor:
 
     Args:
         factor: Report norms above this multiple of the median.
-        min_history: Number of norms before the first report: a run starts with unusual gradients.
+        min_history: Number of steps before the first report, since a run starts with unusual gradients.
     """
 
     MAX_REPORTS = 10
@@ -201,12 +202,11 @@ class GradientNormMonitor:
         self._recent: deque[float] = deque(maxlen=self.HISTORY)
 
     def check(self, norm: float) -> str | None:
-        """Return a warning if `norm` is unusual, else None. It warns at most `MAX_REPORTS` times."""
-        # The median, and not the mean: a few outliers among the recent norms do not hide the next
-        # one.
+        """Return a warning if `norm` is unusual, else None. Warns at most `MAX_REPORTS` times."""
+        # Compare with the median and not the mean, so that earlier outliers do not hide the next one.
         has_history = len(self._recent) >= self.min_history
         median = statistics.median(self._recent) if has_history else float("inf")
-        # An unusual norm joins the history: if the level stays high, the warnings stop.
+        # Add unusual norms to the history too, so that the warnings stop if the level stays high.
         self._recent.append(norm)
         if norm <= self.factor * median or self.reports == self.MAX_REPORTS:
             return None
@@ -218,24 +218,24 @@ class GradientNormMonitor:
 
 
 class SampleWarnings:
-    """Log and count the warnings that samples carry; stop a run with too many unreadable images.
+    """Log and count the warnings of samples; stop a run with too many unreadable images.
 
-    An image that cannot be read is replaced by the next sample, and an answer that is too long is
-    cut. The dataset attaches a warning to the sample, such as "bad image, train.json row 5: ...".
-    The part before the comma is its kind.
+    The dataset replaces a sample with an unreadable image by the next one, truncates answers that are
+    too long, and attaches a warning to the sample, such as "bad image, train.json row 5: ...". The
+    part before the comma is the kind of the warning.
 
     Args:
-        max_bad_images: `--max_bad_images`, a share of all images.
-        tokens_per_image: Positions that one image takes in `input_ids`.
-        log: Log on this process; one process per machine is enough.
+        max_bad_images: `--max_bad_images`, a fraction of all images.
+        tokens_per_image: Number of positions per image in `input_ids`.
+        log: Log the warnings of this process; one process per machine is sufficient.
 
     Attributes:
         counts: Number of images, and of warnings by kind.
     """
 
-    MAX_LOGGED = 10  # of each kind
-    # The share is taken of at least this many images: a few bad ones among the first hundred prove
-    # nothing.
+    MAX_LOGGED = 10  # per kind of warning
+    # Minimum denominator of the fraction of bad images, so that a few bad ones among the first images do
+    # not stop the run.
     MIN_IMAGES = 100
 
     def __init__(self, max_bad_images: float, tokens_per_image: int, log: bool) -> None:

@@ -1,8 +1,8 @@
-"""The dry run of `--preflight`: a few steps, a save, a load and a caption, in a process of its own.
+"""The dry run of `--preflight`: a few steps, a save, a load and a caption, in a separate process.
 
 Usage: python -m llava_simplified.training.dry_run TRAINING_OPTIONS
 
-The result is written to `report.json` beside the output folder.
+The result is written to `report.json` in the parent of the output folder.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.llava import Llava
 from llava_simplified.training.build_trainer import build_trainer
 
-# Largest difference of logits between the trained and the loaded model, relative to the largest
-# logit.
+# Maximum difference between the logits of the trained and the loaded model, relative to the largest logit.
 _TOLERANCE_FLOAT32 = 1e-3
 _TOLERANCE_16_BIT = 3e-2
 
@@ -54,7 +53,7 @@ def dry_run(argv: Sequence[str]) -> None:
         argv: Training options.
 
     Raises:
-        ValueError: The loaded checkpoint has other logits than the trained model.
+        ValueError: The logits of the loaded checkpoint differ from those of the trained model.
     """
     model_args, data, args = parse_arguments(list(argv))
     output = Path(str(args.output_dir))
@@ -65,7 +64,7 @@ def dry_run(argv: Sequence[str]) -> None:
     trained = _train_and_save(model_args, data, args, precision)
     peak = _peak_memory(args.device)
 
-    # Release the trained model first: memory need not hold two models.
+    # Free the trained model first, so that two models are never in memory together.
     gc.collect()
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -81,7 +80,7 @@ def dry_run(argv: Sequence[str]) -> None:
     tolerance = _TOLERANCE_FLOAT32 if is_float32 else _TOLERANCE_16_BIT
     if not difference < tolerance:  # also if it is NaN
         raise ValueError(
-            f"the saved checkpoint has other logits than the trained model: they differ by {difference:.2%}"
+            f"the logits of the saved checkpoint differ from those of the trained model by {difference:.2%}"
         )
     report = {
         "seconds": trained.seconds,
@@ -119,7 +118,7 @@ def _caption_first_record(model: Llava, data: DataArguments) -> str | None:
     record = set_bad_records_aside(records, max_bad_records=1)[0]
     if not record.images:
         return None
-    with suppress(ImageError):  # reported and counted when training meets it
+    with suppress(ImageError):  # training will report and count this image
         images = [read_image_bytes(name, str(data.train_image_folder)) for name in record.images]
         return model.chat(record.turns, images, max_new_tokens=16)
     return None

@@ -1,4 +1,4 @@
-"""Which images are cached, where, and by which process: what `--cache_vision_features` means."""
+"""Cache the vision features of a run, as `--cache_vision_features` specifies."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from llava_simplified.training.model_config import model_config
 logger = logging.getLogger(__name__)
 
 MODES = ("auto", "memory", "disk", "pixels", "off")
-# `auto` assumes that no image occurs in more records than this. Then millions of records need not
-# be read to see that their images cannot fit.
+# `auto` assumes that no image occurs in more records than this. A lower bound of the number of images
+# then follows from the number of records, and millions of records need not be parsed if even that
+# many images do not fit.
 _MAX_RECORDS_PER_IMAGE = 20
 
 
@@ -42,7 +43,7 @@ def cache_features(
     weights: str,
     datasets: Sequence[CaptionDataset],
 ) -> None:
-    """Cache the features of all images as `--cache_vision_features` says, for the datasets to use.
+    """Cache the features of all images as `--cache_vision_features` specifies, and set `dataset.features`.
 
     Args:
         vision: The vision tower.
@@ -52,7 +53,7 @@ def cache_features(
         datasets: The training set, and the validation set if there is one.
 
     Raises:
-        ValueError: An unknown mode, or too little disk space.
+        ValueError: The mode is unknown, or the disk space is insufficient.
     """
     mode = data.cache_vision_features
     check_cache_mode(mode)
@@ -65,12 +66,12 @@ def cache_features(
         if fewest_images * min(row_bytes.values()) > budget:
             return
 
-    # Parses all records: with millions of them this takes minutes, hence the check above.
+    # Parse all records only after the check above, because millions of them take minutes.
     names = [unique_image_names(dataset.records) for dataset in datasets]
     count = sum(len(images) for images in names)
     if mode == "auto":
         has_several_epochs = args.num_train_epochs > 1 or args.max_steps > 0
-        # In one epoch, an image is seen more than once if it occurs in several examples.
+        # Even in a single epoch, an image is used more than once if it occurs in several examples.
         sees_images_again = has_several_epochs or len(datasets[0]) > len(names[0])
         fitting = [name for name, size in row_bytes.items() if count * size <= budget]
         if not fitting or not sees_images_again:
@@ -83,7 +84,7 @@ def cache_features(
 
 
 def _row_bytes_by_mode(vision: VisionTower, weights: str) -> dict[str, int]:
-    """Return the bytes per image of the modes that `auto` chooses from, the preferred one first."""
+    """Return the bytes per image of the modes that `auto` selects from, the preferred mode first."""
     sizes = {}
     if vision.frozen:
         sizes["disk"] = FeatureCache(vision, weights).row_bytes
@@ -94,17 +95,16 @@ def _row_bytes_by_mode(vision: VisionTower, weights: str) -> dict[str, int]:
 def encode_data(
     model_args: ModelArguments, data: DataArguments, args: TrainingArguments
 ) -> tuple[int, int, str]:
-    """Fill the cache on disk with the images of a training run: the work of `llava encode`.
+    """Fill the cache on disk with the images of a training run (`llava encode`).
 
-    The job can be killed and restarted at any time. Images that are in the cache are not encoded
-    again.
+    The job can be killed and restarted at any time. Images in the cache are not encoded again.
 
     Returns:
         Number of images in the cache, number of images that cannot be read, and the mode ("disk" or
         "pixels").
 
     Raises:
-        ValueError: The options do not name data or a mode on disk, or the disk space is too small.
+        ValueError: No data or no mode on disk is specified, or the disk space is insufficient.
     """
     if data.cache_vision_features not in ("auto", "disk", "pixels"):
         raise ValueError(
@@ -138,7 +138,7 @@ def encode_data(
 
 
 def unique_image_names(records: Sequence[Record]) -> list[str]:
-    """Return every image name of the records once, in their order. All records are parsed."""
+    """Parse all records, and return their image names without repetitions, in order."""
     names: dict[str, None] = {}
     for record in records:
         names.update(dict.fromkeys(record.images))
@@ -164,7 +164,7 @@ def _open_cache(
         count: Number of images.
 
     Raises:
-        ValueError: The disk space is too small.
+        ValueError: The disk space is insufficient.
     """
     folder = None if mode == "memory" else Path(data.feature_cache_dir).expanduser()
     cache = FeatureCache(vision.to(args.device), weights, folder, pixels=mode == "pixels")
@@ -179,7 +179,7 @@ def _open_cache(
     free = shutil.disk_usage(folder).free
     if required > free:
         raise ValueError(
-            f"--feature_cache_dir {folder}: {required / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. Pass "
+            f"--feature_cache_dir {folder}: {required / 1e9:.1f} GB are required, {free / 1e9:.1f} GB are free. Pass "
             "another --feature_cache_dir, or --cache_vision_features off."
         )
     return cache
@@ -188,19 +188,20 @@ def _open_cache(
 def _fill_together(
     cache: FeatureCache, images: Sequence[str], folder: str | Path, args: TrainingArguments
 ) -> ImageFeatures:
-    """Fill the cache. The processes of this machine share the work if the cache is on disk.
+    """Fill the cache with all images, and return the features by image name.
 
-    Afterwards each process looks up the rows of all images, which the others may have written.
+    If the cache is on disk, the processes of this machine divide the images among them.
     """
     workers = args.dataloader_num_workers
     rank = args.local_process_index
     # torchrun and DeepSpeed set the first variable, MPI launchers the second.
-    local_processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
-    processes = int(local_processes)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     progress = not args.disable_tqdm and rank == 0
-    # Each process fills an equal share; a cache in memory cannot be shared, so each fills all of
-    # it.
-    if processes > 1 and cache.on_disk:
-        cache.fill(images[rank::processes], folder, workers=workers, progress=progress)
+    # First call of `fill`: encode this process's part of the images. A cache in memory cannot be
+    # shared, so there each process encodes all images below.
+    if local_world_size > 1 and cache.on_disk:
+        cache.fill(images[rank::local_world_size], folder, workers=workers, progress=progress)
         PartialState().wait_for_everyone()
+    # Second call: with a shared cache nothing is left to encode. It reads the hashes that the other
+    # processes have written, and returns the rows of all images.
     return cache.fill(images, folder, workers=workers, progress=progress)

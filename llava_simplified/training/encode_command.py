@@ -1,6 +1,6 @@
-"""`llava encode`: run the vision tower over all images ahead of training.
+"""`llava encode`: compute the vision features of all images before training.
 
-It accepts the options of the training run, which then finds the features on disk. The job can be
+It accepts the options of the training run, which then reads the features from disk. The job can be
 killed and restarted.
 """
 

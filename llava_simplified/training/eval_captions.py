@@ -1,8 +1,8 @@
-"""Captions of a few validation images at every evaluation: they show what the loss cannot.
+"""Caption a few validation images at every evaluation, to show problems that the loss does not show.
 
-The captions are written to `eval_captions/step-N.jsonl` in the output folder, in the form of
-predictions, so that `llava evaluate` reads them. TensorBoard and Weights & Biases receive images
-and captions too.
+The captions are written to `eval_captions/step-N.jsonl` in the output folder, in the format of
+prediction files, so that `llava evaluate` can read them. Images and captions are also logged to
+TensorBoard and Weights & Biases.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class EvalCaptions:
 
     Args:
         dataset: The validation set.
-        count: Number of images, evenly spread over the records. Images that cannot be read and
-            records without a response are left out.
+        count: Number of images, evenly spread over the records. Unreadable images and records without
+            a response are skipped.
         output_dir: Output folder of the run.
 
     Attributes:
@@ -60,24 +60,23 @@ class EvalCaptions:
             try:
                 dataset.load_images(record)
             except ImageError:
-                continue  # reported and counted when its loss is computed
+                continue  # the evaluation loop will report and count this image
             self.rows.append((index, record))
 
     def write(self, model: Llava, step: int, callbacks: Sequence[TrainerCallback]) -> float:
-        """Caption the images with greedy decoding, and write the captions.
+        """Caption the images with greedy decoding, and write the captions to files and trackers.
 
         Args:
             model: The unwrapped model.
             step: Number of the training step.
-            callbacks: Callbacks of the trainer; those of TensorBoard and Weights & Biases receive
-                the captions.
+            callbacks: Callbacks of the trainer. Captions are logged to TensorBoard and Weights & Biases
+                if their callbacks are among them.
 
         Returns:
             CIDEr-D of the captions.
         """
         texts: list[str] = []
-        # Layers that are compiled for training would be compiled again for each length that occurs
-        # while decoding.
+        # Do not use compiled layers here: they would be compiled again for each length in decoding.
         with torch.compiler.set_stance("force_eager"):
             for start in range(0, len(self.rows), BATCH_SIZE):
                 records = [record for _, record in self.rows[start : start + BATCH_SIZE]]
@@ -89,11 +88,14 @@ class EvalCaptions:
             predictions.append(prediction_row(index, record, text))
             samples.append(Sample(str(index), record.images[0], "", record.responses, (text,)))
         self.folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
+        lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
         (self.folder / f"step-{step}.jsonl").write_text("".join(lines), encoding="utf-8")
-        for row in predictions[:LOGGED_CAPTIONS]:
+        for prediction in predictions[:LOGGED_CAPTIONS]:
             logger.info(
-                "  %s: %r; reference: %r", row["image"], row["pred_output"], row["gt_caption"]
+                "  %s: %r; reference: %r",
+                prediction["image"],
+                prediction["pred_output"],
+                prediction["gt_caption"],
             )
         for callback in callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
@@ -106,22 +108,22 @@ class EvalCaptions:
         features = []
         for record in records:
             pixels, cached = self.dataset.load_images(record)
-            # Either features or pixels, as the cache of the dataset stores.
+            # The dataset returns either features or pixels, depending on its cache.
             if cached is not None:
                 features.append(cached.to(model.device))
             if pixels is not None:
                 features.append(encode_images(model, pixels))
         prompts = [model.prompt.render(record.turns, None).input_ids for record in records]
-        # Greedy decoding draws nothing. Without a seed it would still touch the generator that
-        # training draws from, and the run would differ from one without captions.
+        # Pass a seed although greedy decoding needs no random numbers. Without one, a seed would be drawn
+        # from torch's global generator, and the run would differ from one without captions.
         options = GenerationOptions(seed=0)
-        # Images are not identified: nothing is shared between prompts.
-        image_keys = [b""] * len(records)
-        sequences = generate_from_features(model, prompts, torch.cat(features), options, image_keys)
+        # The hashes only determine random numbers, which greedy decoding does not use.
+        hashes = [b""] * len(records)
+        sequences = generate_from_features(model, prompts, torch.cat(features), options, hashes)
         return [text for (text,) in sequences]
 
     def _pixels(self, record: Record) -> torch.Tensor:
-        """Return the first image of a record as the tower receives it: uint8 (3, height, width)."""
+        """Return the first image of a record, resized and cropped for the tower: uint8 (3, height, width)."""
         pixels = load_record_images(record, self.dataset.image_folder, self.dataset.transform)
         assert pixels is not None, "only records with images are captioned"
         return pixels[0]
@@ -129,18 +131,19 @@ class EvalCaptions:
     def _log_to_tensorboard(
         self, writer: Any, predictions: Sequence[dict[str, Any]], step: int
     ) -> None:
-        """Log each image once, and under its name the caption of every evaluation."""
-        for number, (row, (_, record)) in enumerate(zip(predictions, self.rows)):
-            name = f"{FOLDER}/{number:03}_{Path(row['image']).name}"
+        """Log each image once, and the caption of every evaluation under the same name."""
+        for number, (prediction, (_, record)) in enumerate(zip(predictions, self.rows)):
+            name = f"{FOLDER}/{number:03}_{Path(prediction['image']).name}"
             if not self._images_logged:
                 writer.add_image(name, self._pixels(record), step)
-            writer.add_text(name, f"{row['pred_output']}\n\nreference: {row['gt_caption']}", step)
+            text = f"{prediction['pred_output']}\n\nreference: {prediction['gt_caption']}"
+            writer.add_text(name, text, step)
         self._images_logged = True
 
     def _log_to_wandb(self, wandb: Any, predictions: Sequence[dict[str, Any]], step: int) -> None:
         images = []
-        for row, (_, record) in zip(predictions, self.rows):
+        for prediction, (_, record) in zip(predictions, self.rows):
             pixels = self._pixels(record).permute(1, 2, 0).numpy()
-            caption = f"{row['pred_output']} | reference: {row['gt_caption']}"
+            caption = f"{prediction['pred_output']} | reference: {prediction['gt_caption']}"
             images.append(wandb.Image(pixels, caption=caption))
         wandb.log({FOLDER: images, "train/global_step": step})

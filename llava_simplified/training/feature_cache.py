@@ -1,7 +1,7 @@
-"""A cache of vision features: a frozen tower runs once per image, and not once per epoch.
+"""A cache of vision features, so that a frozen tower runs once per image instead of once per epoch.
 
-The cache is exact. It stores what the tower returned, in the tower's dtype. If the features of all
-images are too large, or if the tower is trained, it can store the *pixels* that the tower receives
+The cache is exact: it stores the output of the tower in the tower's dtype. If the features of all
+images are too large, or if the tower is trained, it can store the *pixels* of the tower's input
 instead: decoded, resized and cropped images.
 """
 
@@ -29,12 +29,12 @@ from llava_simplified.model.vision import VisionTower
 logger = logging.getLogger(__name__)
 
 _HASH_BYTES = 32  # sha256
-# Appending a batch takes milliseconds on a local disk, but several processes and a network disk can
-# make it slow.
+# Appending a batch takes milliseconds on a local disk, but much longer with several processes on a
+# network disk.
 _LOCK_TIMEOUT = 300.0  # seconds
 
 
-# A stale row is never found, because a row is identified by everything that decides its value:
+# A stale row is never returned, because a row is identified by everything that determines its value:
 #
 #     file name    hash of the transform, and of weights, layers, pooling and dtype of the tower
 #     row          sha256 of the bytes of the image file
@@ -43,28 +43,28 @@ _LOCK_TIMEOUT = 300.0  # seconds
 #
 #     <key>.features    row 0 | row 1 | row 2 | ...      raw numbers, rows of equal size
 #     <key>.hashes      sha256 | sha256 | sha256 | ...   32 bytes per row, in the same order
-#     <key>.json        what the key was computed from, for people
+#     <key>.json        the values that the key was computed from, for information only
 #     <key>.lock        held while rows are appended
 #
-# `.hashes` is the journal. A hash is appended after its row has been written and synced, so a row
-# counts as soon as its whole hash is there. What a killed process left behind the last whole hash
-# is overwritten by the next one:
+# `.hashes` is the journal. A hash is appended after its row has been written and synced, so a row is
+# valid if its complete hash exists. Incomplete data of a killed process, after the last complete hash,
+# is overwritten by the next process:
 #
-#     .features    | row 0 | row 1 | row 2 | ro      <- torn row
-#     .hashes      | sha 0 | sha 1 | sh              <- torn hash: row 2 does not count either
+#     .features    | row 0 | row 1 | row 2 | ro      <- incomplete row
+#     .hashes      | sha 0 | sha 1 | sh              <- incomplete hash: row 2 is not valid either
 #
-# Several processes can fill one cache. Each of them appends under the lock, after it has read the
-# hashes that the others have appended.
+# Several processes can fill one cache. Each process holds the lock while it appends, and first reads
+# the hashes that the others have appended.
 
 
 class FeatureCache:
-    """Rows by image hash: features (tokens, width), or uint8 pixels (3, height, width).
+    """Rows by image hash: features (tokens, hidden size), or uint8 pixels (3, height, width).
 
     Args:
         tower: The vision tower; it must be frozen unless `pixels` is True.
         weights: Digest of the tower's weights.
         folder: Folder of the files; None keeps the rows in memory.
-        pixels: Store the input of the tower, and not its output.
+        pixels: Store the input of the tower instead of its output.
 
     Attributes:
         shape: Shape of a row.
@@ -83,7 +83,7 @@ class FeatureCache:
     ) -> None:
         if not (tower.frozen or pixels):
             raise ValueError(
-                "features of a tower that is being trained cannot be cached: they change with every step. Pass "
+                "The features of a trained vision tower cannot be cached, because they change with every step. Pass "
                 "--cache_vision_features pixels, or off."
             )
         self.tower: VisionTower | None = tower
@@ -106,7 +106,7 @@ class FeatureCache:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Size of a row in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     @property
@@ -124,13 +124,13 @@ class FeatureCache:
         if self._map is None:  # opened late, so that each worker process maps the file itself
             self._map = np.memmap(self._base.with_suffix(".features"), np.uint8, "r")
         start = row * self.row_bytes
-        # A copy: tensors of a read-only map must not be written to, and torch would warn.
+        # Copy the row, because torch warns about tensors of read-only memory.
         copied = np.array(self._map[start : start + self.row_bytes])
         return torch.from_numpy(copied).view(self.dtype).view(self.shape)
 
     def __getstate__(self) -> dict[str, object]:
-        # Data-loader workers only read rows: they need neither the tower nor the hashes, and map
-        # the file themselves.
+        # Send neither the tower nor the hashes to data-loader workers, which only read rows, and map the
+        # file themselves.
         return {**self.__dict__, "_map": None, "tower": None, "_row_by_hash": {}}
 
     def fill(
@@ -141,20 +141,20 @@ class FeatureCache:
         workers: int = 0,
         progress: bool = True,
     ) -> ImageFeatures:
-        """Compute the rows that are missing, and return the rows of all images by name.
+        """Compute the missing rows, and return the rows of all images by name.
 
-        Images that cannot be read are left out. The dataset reports them when it meets them.
+        Images that cannot be read are skipped; the dataset reports them in training.
 
         Args:
             images: Names of the images.
             image_folder: Folder of the images.
             batch_size: Images per forward pass of the tower.
             workers: Number of processes that read and decode images.
-            progress: Show the progress on standard error.
+            progress: Show a progress line on standard error.
         """
         assert self.tower is not None, "a cache that was sent to a worker process is read-only"
         reader = _ImageReader(images, image_folder, self.tower.transform, self._row_by_hash)
-        # Images are read and decoded in the workers, the tower runs in this process.
+        # Read and decode images in the workers, and run the tower in this process.
         loader = DataLoader(reader, batch_size, num_workers=workers, collate_fn=list)
         names: list[str] = []
         digests: list[bytes] = []
@@ -193,7 +193,7 @@ class FeatureCache:
                 self._memory.append(row)
             return
         with self._locked():
-            # Another process may have appended some of the rows in the meantime.
+            # Skip rows that another process has appended in the meantime.
             new = [
                 (digest, row)
                 for digest, row in zip(pixels, rows)
@@ -201,7 +201,7 @@ class FeatureCache:
             ]
             self._write_description()
             count = len(self._row_by_hash)
-            # First the rows, synced to the disk, and then the hashes that make them count.
+            # Write and sync the rows before the hashes, because a hash makes its row valid.
             with _open_at(self._base.with_suffix(".features"), count * self.row_bytes) as stream:
                 for _, row in new:
                     stream.write(row.view(torch.uint8).numpy().tobytes())
@@ -214,7 +214,7 @@ class FeatureCache:
                 self._row_by_hash[digest] = len(self._row_by_hash)
 
     def _write_description(self) -> None:
-        """Write `<key>.json`, unless it is there. A cache that is complete may be read-only."""
+        """Write `<key>.json` unless it exists: a complete cache may be read-only."""
         assert self._base is not None
         path = self._base.with_suffix(".json")
         if path.exists():
@@ -224,7 +224,7 @@ class FeatureCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes from appending, and learn what they have appended so far."""
+        """Hold the lock of the cache, and read the hashes that other processes have appended."""
         assert self._base is not None
         lock = self._base.with_suffix(".lock")
         name = f"the feature cache {self._base}"
@@ -233,7 +233,7 @@ class FeatureCache:
             yield
 
     def _read_new_hashes(self) -> None:
-        """Read the hashes behind those that are known already; a torn last one is ignored."""
+        """Read the hashes after those that are known already; ignore an incomplete last one."""
         assert self._base is not None
         path = self._base.with_suffix(".hashes")
         if not path.exists():
@@ -248,7 +248,7 @@ class FeatureCache:
 
 
 def _key_parts(tower: VisionTower, weights: str, pixels: bool) -> list[Any]:
-    """Return everything that decides the value of a row, as JSON values in a fixed order."""
+    """Return everything that determines the value of a row, as JSON values in a fixed order."""
     parts: list[Any] = [vars(tower.transform)]
     if not pixels:
         parts.append(weights)
@@ -260,13 +260,13 @@ def _key_parts(tower: VisionTower, weights: str, pixels: bool) -> list[Any]:
 
 
 def cache_key(tower: VisionTower, weights: str, pixels: bool = False) -> str:
-    """Return a file name that identifies everything that decides the value of a row."""
+    """Return a file name that identifies everything that determines the value of a row."""
     parts = json.dumps(_key_parts(tower, weights, pixels))
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def _describe(tower: VisionTower, weights: str, pixels: bool) -> dict[str, Any]:
-    """Return what `cache_key` is computed from, by name."""
+    """Return the values that `cache_key` is computed from, by name."""
     names = ["transform", "weights", "select_layers", "select_feature", "token_pool", "dtype"]
     description = dict(zip(names, _key_parts(tower, weights, pixels)))
     description["content"] = "pixels" if pixels else "features"
@@ -274,7 +274,7 @@ def _describe(tower: VisionTower, weights: str, pixels: bool) -> dict[str, Any]:
 
 
 def _open_at(path: Path, position: int) -> BinaryIO:
-    """Open a file for writing at a position, and cut off what is behind it."""
+    """Open a file for writing, and truncate it at `position`."""
     path.touch()
     stream = path.open("r+b")
     stream.truncate(position)
@@ -299,13 +299,13 @@ class _ReadImage(NamedTuple):
 
 
 class _ImageReader(Dataset["_ReadImage | None"]):
-    """Read and decode images in data-loader workers. An image that cannot be read is None.
+    """Read and decode images in data-loader workers. The item of an unreadable image is None.
 
     Args:
         names: Names of the images.
         folder: Folder of the images.
         transform: Resize and crop of the tower.
-        known: Hashes that need not be decoded.
+        known: Hashes of images in the cache, which need not be decoded.
     """
 
     def __init__(
@@ -340,13 +340,13 @@ class _ImageReader(Dataset["_ReadImage | None"]):
 class ImageFeatures:
     """The rows of one image folder by image name: `features["a.jpg"]` is a row of the cache.
 
-    A name takes 24 bytes (a hash of 16 bytes, and the row), so that the index of millions of images
-    can be sent to every data-loader worker.
+    An image takes 24 bytes (a hash of its name of 16 bytes, and the row number), so that the index of
+    millions of images can be sent to every data-loader worker.
     """
 
     def __init__(self, cache: FeatureCache, names: Sequence[str], rows: Sequence[int]) -> None:
-        # Sorted arrays and binary search: a dict of millions of strings would take gigabytes, and
-        # every forked worker would copy it page by page as it counts references.
+        # Use sorted arrays and binary search: a dict of millions of strings would take gigabytes, and
+        # every forked worker would copy it page by page, because reading changes reference counts.
         keys = np.array([_name_key(name) for name in names], "S16")
         order = np.argsort(keys)
         self._cache = cache
@@ -355,7 +355,7 @@ class ImageFeatures:
 
     @property
     def dummy_image(self) -> torch.Tensor:
-        """Zeros in the form of a row."""
+        """A row of zeros."""
         return torch.zeros(self._cache.shape, dtype=self._cache.dtype)
 
     def __len__(self) -> int:
@@ -379,5 +379,5 @@ class ImageFeatures:
 
 
 def _name_key(name: str) -> bytes:
-    # NumPy drops zero bytes at the end of a string, so the key must not end with any.
+    # Strip zero bytes at the end of the hash, because NumPy strips them too.
     return hashlib.blake2b(name.encode(), digest_size=16).digest().rstrip(b"\0")

@@ -1,7 +1,7 @@
 """Options that make a step cheaper: attention kernels, Liger, compiled layers, quantization.
 
-`check_kernels` refuses an option at the start, with the reason, if a package is missing, if the
-machine does not support it, or if the result would not be exact.
+`check_kernels` rejects an option at the start of a run if a package is missing, if the machine does
+not support it, or if the result would not be exact.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from llava_simplified.extras import install_command
 from llava_simplified.model.build import quantization
 from llava_simplified.model.protocols import CausalLM
 
-# The share of a layer's activations that a compiled layer may keep for backward; the rest is
-# computed again. 0.9 saves a tenth of the memory at no measurable cost: only operations that are
-# almost free are repeated.
+# Fraction of its activations that a compiled layer may save for backward; the rest is recomputed. 0.9
+# saves a tenth of the memory at no measurable cost, since only very cheap operations are recomputed.
 ACTIVATION_MEMORY_BUDGET = 0.9
 
 
@@ -81,7 +80,7 @@ def _check_attention(model: ModelArguments, data: DataArguments, args: TrainingA
     if name in (None, "sdpa", "eager", "cpu_matmul", "short", "flex_attention"):
         return
     if name != "flash_attention_2":
-        # For any other kernel it is unknown whether it keeps packed samples apart.
+        # Reject any other kernel, which may not support the masks that separate packed samples.
         raise ValueError(
             f"{option}: expected sdpa, eager, flash_attention_2 or flex_attention. Pass --attn_implementation sdpa."
         )
@@ -113,12 +112,12 @@ def _check_quantization(model: ModelArguments, args: TrainingArguments) -> None:
 def _check_liger(args: TrainingArguments) -> None:
     if args.device.type != "cuda":
         raise ValueError(
-            f"--use_liger_kernel: Liger's Triton kernels run on CUDA, the device is {args.device.type}. Pass "
+            f"--use_liger_kernel: Liger's Triton kernels require CUDA, but the device is {args.device.type}. Pass "
             "--use_liger_kernel False."
         )
     if not find_spec("liger_kernel"):
         raise ValueError(
-            f"--use_liger_kernel needs liger-kernel: run {install_command('liger')}, or pass --use_liger_kernel False."
+            f"--use_liger_kernel requires liger-kernel: run {install_command('liger')}, or pass --use_liger_kernel False."
         )
 
 
@@ -147,11 +146,11 @@ def _cpp_compiler() -> str:
 def compile_layers(language_model: CausalLM) -> None:
     """Compile each decoder layer in place.
 
-    The layers are alike, so the compiler works for seconds, and not for minutes as for a whole
-    model.
+    All layers share one compiled graph, so compilation takes seconds, whereas a whole model would take
+    minutes.
 
     Raises:
-        ValueError: The model does not declare which modules are its layers.
+        ValueError: The model class does not declare its layers.
     """
     layer_names = set(language_model._no_split_modules or ())
     layers = [module for module in language_model.modules() if type(module).__name__ in layer_names]
@@ -160,7 +159,7 @@ def compile_layers(language_model: CausalLM) -> None:
             f"--compile_layers: {type(language_model).__name__} does not declare its layers (_no_split_modules). "
             "Pass --compile_layers False."
         )
-    # Read when a layer is compiled, at its first call.
+    # Set this globally: torch reads it when a layer is compiled, at its first call.
     torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
     for layer in layers:
         layer.compile(dynamic=True)
@@ -185,8 +184,8 @@ def use_liger_kernels(language_model: CausalLM) -> None:
 
     Call it before LoRA wraps the layers.
 
-    Liger's fused loss is not used: it would compute the logits of all positions, and only trained
-    positions get any.
+    Liger's fused loss is not used: it would compute logits at all positions, instead of the trained
+    positions only.
 
     Raises:
         ValueError: Liger has no kernels for this model type.

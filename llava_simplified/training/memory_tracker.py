@@ -1,4 +1,4 @@
-"""Memory and FLOPs of operations, measured without data: what `llava plan` is based on."""
+"""Measure memory and FLOPs of operations without data, for `llava plan`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _cpu_attention_backward_flops(
 
 
 _aten: Any = torch.ops.aten
-# torch's registry has the attention kernels of accelerators only.
+# Add the attention kernel for CPUs to torch's registry, which has those of accelerators only.
 FLOP_FORMULAS: dict[Any, Any] = {
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
@@ -39,14 +39,14 @@ FLOP_FORMULAS: dict[Any, Any] = {
 #                                   +-- FLOPs of the operation, from the shapes
 #                                   +-- bytes of each new storage, until it is garbage-collected
 #
-# What autograd saves for backward stays alive, and so it is counted, whatever the architecture, the
-# precision, the adapter or the attention kernel. There is no formula that could become outdated.
+# Tensors that autograd saves for backward stay alive, so they are counted for every architecture,
+# precision, adapter and attention kernel. There is no formula that could become outdated.
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Count the bytes of all living storages, and FLOPs, of operations on real or fake tensors.
+    """Count FLOPs, and the bytes of all live storages, of operations on real or fake tensors.
 
-    torch's own `FlopCounterMode` cannot be used beside it: it keeps activations alive that gradient
+    torch's own `FlopCounterMode` cannot be used here: it keeps activations alive that gradient
     checkpointing discards.
 
     Attributes:
@@ -62,12 +62,12 @@ class MemoryTracker(TorchDispatchMode):
         self.peak = 0
         self.flops = 0
         self.at_peak: list[tuple[int, tuple[int, ...]]] = []
-        # The living storages by their address: (bytes, shape of the first tensor in it).
+        # Live storages: address -> (bytes, shape of the first tensor in it).
         self._storages: dict[int, tuple[int, tuple[int, ...]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # `func` is an operator such as aten.mm.default, with its overload; formulas are per
-        # operator.
+        # `func` is an overload such as aten.mm.default; the formulas are registered for all overloads
+        # of an operator together.
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         flop_formula = FLOP_FORMULAS.get(func._overloadpacket)
@@ -77,21 +77,21 @@ class MemoryTracker(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf)
-        # Memory only grows when an operation returns, so the peak is always seen here.
+        # Update the peak here, since memory grows only when an operation returns.
         if self.live > self.peak:
             self.peak = self.live
             self.at_peak = list(self._storages.values())
         return out
 
     def _count(self, tensor: torch.Tensor) -> None:
-        # Views share the storage of their base: a storage is counted once.
+        # Count a storage once; views share the storage of their base.
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:
             return
         self._storages[key] = (storage.nbytes(), tuple(tensor.shape))
         self.live += storage.nbytes()
-        # Autograd and the model's code decide when a storage is released, as in a real run.
+        # Subtract it when it is freed. Autograd and the model's code free storages as in a real run.
         weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:

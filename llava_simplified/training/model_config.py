@@ -1,4 +1,4 @@
-"""From training options to the config of the model, and to what of the model is trained."""
+"""Derive the model config and the trained parts from the training options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model_config(args: ModelArguments, dtype: str) -> LlavaConfig:
 
 
 def trained_parts(args: ModelArguments) -> TrainedParts:
-    """Return what the options train of the language model and of the vision tower.
+    """Return the parts of language model and vision tower that the options train.
 
     Raises:
         ValueError: `--tune_vision_tower` has an unknown value.

@@ -28,8 +28,8 @@ def build_parameter_groups(
         args: Training options.
 
     Returns:
-        Groups for the optimizer. Those of `--learning_rate` come first: the trainer logs the rate
-        of the first group.
+        Groups for the optimizer. Those with `--learning_rate` come first, because the trainer logs the
+        learning rate of the first group.
     """
     rates = {"projector": args.mm_projector_lr, "vision_tower": args.vision_lr}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -56,11 +56,11 @@ def load_scheduler_state(
     """Continue a schedule at the stored step, with the learning rates of this command line.
 
     The stored state contains the learning rates of the run that wrote it. A resumed run may have
-    others, so they are computed again from the position in the schedule.
+    different ones, so they are computed again from the position in the schedule.
 
     Args:
         scheduler: The schedule, changed in place.
-        optimizer: Its optimizer; its groups get the learning rates.
+        optimizer: The optimizer, whose groups get the learning rates.
         state: `state_dict()` of the stored schedule.
     """
     if isinstance(scheduler, LambdaLR):

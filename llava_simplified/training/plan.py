@@ -1,4 +1,4 @@
-"""The forecast of a run: memory, FLOPs, steps and disk space, before any weights are loaded."""
+"""Estimate memory, FLOPs, steps and disk space of a run, without loading any weights."""
 
 from __future__ import annotations
 
@@ -29,31 +29,30 @@ from llava_simplified.training.memory_tracker import MemoryTracker
 from llava_simplified.training.model_config import model_config, trained_parts
 from llava_simplified.training.resume import find_resume_folder
 
-# Records whose tokens are counted: half of them evenly spread over the data, half those with the
-# longest texts.
+# Number of records whose tokens are counted: one half evenly spread over the data, the other half
+# those with the longest texts.
 SAMPLED_RECORDS = 2000
-# Without --train_data_path, captions are assumed to be as long as those of Conceptual Captions,
-# about a dozen words.
+# Used without --train_data_path: captions are assumed to be as long as those of Conceptual Captions.
 ASSUMED_CAPTION = "a caption of about a dozen words, as those of Conceptual Captions are"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. Bytes are per device; FLOPs are per sample, forward and backward.
+    """The resources that a run requires. Bytes are per device; FLOPs are per sample, forward and backward.
 
     Attributes:
         table: Parameters by part of the model, as text.
         memory: Bytes by use: weights, optimizer, gradients, activations, logits.
-        peak: Largest number of bytes at a time.
-        positions: Positions of a mean sample, image tokens included.
-        longest: Positions of the longest sample.
-        trained: Trained tokens of a mean sample.
-        flops: FLOPs of a mean sample.
+        peak: Maximum number of bytes in use.
+        positions: Mean number of positions per sample, image tokens included.
+        longest: Number of positions of the longest sample.
+        trained: Mean number of trained tokens per sample.
+        flops: Mean FLOPs per sample.
         samples: Samples of the whole run (of one step, if the length of the run is unknown).
         steps: Steps of the whole run (0 if unknown).
         checkpoint: Bytes of one checkpoint.
         features: Bytes of a feature cache of all images.
-        cached: True if the vision tower runs before the steps, and not in them.
+        cached: True if the features are cached, so that the vision tower does not run in the steps.
     """
 
     table: str
@@ -70,11 +69,11 @@ class Plan:
     cached: bool
 
     def count_checkpoints(self, args: TrainingArguments) -> int:
-        """Return how many checkpoints are on the disk at the end of the run."""
+        """Return the number of checkpoints on the disk at the end of the run."""
         if args.save_strategy == "no":
             return 0
         if args.save_strategy == "steps":
-            # A value below 1 is a share of all steps.
+            # A value below 1 is a fraction of all steps.
             share = args.save_steps < 1
             interval = math.ceil(args.save_steps * self.steps if share else args.save_steps)
             saves = math.ceil(self.steps / interval)
@@ -97,10 +96,10 @@ class DataLengths:
 
     Attributes:
         count: Number of examples.
-        mean_positions: Positions of a mean example.
-        mean_trained: Trained tokens of a mean example.
+        mean_positions: Mean number of positions per example.
+        mean_trained: Mean number of trained tokens per example.
         longest: The longest example.
-        images: Largest number of images of an example.
+        images: Maximum number of images per example.
         has_branches: True if some examples have several answers that share a prompt.
     """
 
@@ -121,7 +120,8 @@ def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Lla
     Raises:
         ValueError: A configuration or the tokenizer cannot be read.
     """
-    # Other kernels do not accept fake tensors; they save as little for backward as sdpa does.
+    # Replace other kernels, which do not support fake tensors, by sdpa, which saves as little for
+    # backward.
     attention = model_args.attn_implementation
     if attention not in (None, "eager"):
         attention = "sdpa"
@@ -133,7 +133,7 @@ def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Lla
         trust_remote_code=model_args.trust_remote_code,
     )
     choose_attention(model.language_model, model_args.attn_implementation, args.device.type)
-    with torch.device("meta"):  # the adapters too
+    with torch.device("meta"):  # for the adapters
         set_trainable(model, model_args, trained_parts(model_args))
     if args.gradient_checkpointing:
         # Fake tensors have no random state that could be preserved.
@@ -146,7 +146,7 @@ def build_meta_model(model_args: ModelArguments, args: TrainingArguments) -> Lla
 
 
 def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) -> DataLengths:
-    """Measure the examples of `--train_data_path`; without it, assume one caption of a dozen words.
+    """Measure the lengths of the examples; without `--train_data_path`, assume a typical caption.
 
     Raises:
         ValueError: The records cannot be read.
@@ -166,7 +166,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
         records = [Record(("assumed.jpg",), turns, (ASSUMED_CAPTION,), "assumed")]
         spread, longest = list(records), []
 
-    # The mean is taken over the evenly spread records alone: the longest ones would distort it.
+    # Compute the mean over the evenly spread records only: the longest ones would distort it.
     spread_lengths = _example_lengths(model, spread, data, args)
     all_lengths = spread_lengths + _example_lengths(model, longest, data, args)
     examples_per_record = len(spread_lengths) / len(spread)
@@ -210,19 +210,19 @@ def _example_lengths(
 def _largest_batch(
     model: Llava, lengths: DataLengths, data: DataArguments, rows: int, cached: bool
 ) -> dict[str, torch.Tensor]:
-    """Return the largest batch of the run: zeros in the shapes that `Collator` would give.
+    """Return the largest batch of the run: zeros with the shapes of a `Collator` batch.
 
     Args:
         model: The meta model.
         lengths: Lengths of the examples.
         data: Data options.
-        rows: Rows of a batch.
-        cached: The batch contains features, and not pixels.
+        rows: Number of rows of the batch.
+        cached: The batch contains features instead of pixels.
     """
     tower = model.vision_tower
     positions, trained, images = lengths.longest.positions, lengths.longest.trained, lengths.images
     if data.packing:
-        # A pack holds as many mean examples as fit.
+        # Assume that packs are full, and consist of examples of mean length.
         examples_per_pack = data.pack_length / lengths.mean_positions
         positions = data.pack_length
         trained = round(examples_per_pack * lengths.mean_trained)
@@ -251,12 +251,12 @@ def _largest_batch(
 
 
 class _TrainingStep(nn.Module):
-    """Forward and backward as one module: with checkpointing, backward needs the weights too."""
+    """Forward and backward in one module, since backward needs the weights too with checkpointing."""
 
     def __init__(self, model: Llava) -> None:
         super().__init__()
         self.model = model
-        # The check reads values, and fake tensors have none.
+        # Disable a check that reads values, which fake tensors do not have.
         model.check_image_token_count = lambda *_: None  # type: ignore[method-assign]
 
     def forward(self, batch: dict[str, torch.Tensor]) -> None:
@@ -282,8 +282,8 @@ def measure_step(
     """Measure memory and FLOPs of forward and backward of the largest batch."""
     step = _TrainingStep(model)
     dtype = getattr(torch, args.frozen_dtype)
-    # The weights of the meta model are replaced by fake ones on "cpu": autocast and the kernels
-    # then behave as on a real device.
+    # Replace the weights of the meta model by fake ones on "cpu", so that autocast and the kernels behave
+    # as on a real device.
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker:
         fake_weights = {}
         for name, tensor in [*step.named_parameters(), *step.named_buffers()]:
@@ -295,8 +295,8 @@ def measure_step(
             functional_call(step, fake_weights, (batch,))
 
     # Logits and their gradients are the storages whose last dimension is the vocabulary.
-    head = model.language_model.get_output_embeddings()
-    vocabulary = head.weight.shape[0]
+    lm_head = model.language_model.get_output_embeddings()
+    vocabulary = lm_head.weight.shape[0]
     logits = 0
     for size, shape in tracker.at_peak:
         if len(shape) > 1 and shape[-1] == vocabulary:
@@ -307,14 +307,14 @@ def measure_step(
 
 # ---- the plan ----
 #
-# How memory is forecast:
+# How memory is estimated:
 #
-# 1. The model is built on the *meta* device: configs and the tokenizer are enough.
-# 2. A sample of the records is measured: the lengths of a mean example and of the longest one. The
-#    longest one gives the shapes of the largest batch of the run.
-# 3. One training step, forward and backward, runs on fake tensors under `MemoryTracker`, which
-#    counts the bytes that are alive, and FLOPs.
-# 4. The peak of the run is composed:
+# 1. Build the model on the *meta* device, which requires only the configs and the tokenizer.
+# 2. Measure a sample of the records: the mean length of the examples and the longest one. The longest
+#    example determines the shapes of the largest batch of the run.
+# 3. Run one training step, forward and backward, on fake tensors. `MemoryTracker` counts the bytes of
+#    live tensors, and FLOPs.
+# 4. Compute the peak of the run:
 #
 #        weights + optimizer state + max(activations + logits, gradients)
 #
@@ -329,14 +329,14 @@ def make_plan(
     devices: int = 1,
     zero: int = 0,
 ) -> Plan:
-    """Forecast what a run needs.
+    """Estimate the resources that a run requires.
 
     Args:
         model_args: Model options.
         data: Data options.
         args: Training options.
-        devices: Number of processes that share the batches.
-        zero: Stage of ZeRO: 2 shards gradients and optimizer state, 3 the weights too. FSDP is 3.
+        devices: Number of devices (data-parallel processes).
+        zero: ZeRO stage: 2 shards gradients and optimizer state, 3 the weights too. Use 3 for FSDP.
 
     Raises:
         ValueError: A configuration, the tokenizer or the data cannot be read, or the run would be
@@ -350,7 +350,7 @@ def make_plan(
     tower = model.vision_tower
     rows = args.per_device_train_batch_size
 
-    # Where the features are cached, the tower is not part of the step.
+    # If the features are cached, the tower is not part of the step.
     bytes_per_image = tower.num_tokens * tower.width * tower.dtype.itemsize
     features = lengths.count * lengths.images * bytes_per_image
     cached = tower.frozen and _uses_feature_cache(features, data, args)
@@ -360,8 +360,7 @@ def make_plan(
     weights = cost.weights - _saved_by_quantization(model, model_args.bits)
     weight_share = 1 / devices if zero == 3 else 1
     state_share = 1 / devices if zero else 1
-    # ZeRO-2 shards gradients and optimizer state, ZeRO-3 the weights too. Trained weights and their
-    # gradients are float32: 4 bytes.
+    # Count 4 bytes per gradient: trained weights and their gradients are float32.
     memory = {
         "weights": weights * weight_share,
         "optimizer": _optimizer_bytes(args.optim) * trained * state_share,
@@ -373,14 +372,14 @@ def make_plan(
     if args.gradient_accumulation_steps > 1:
         step_peak = cost.activations + cost.logits + memory["gradients"]
 
-    # A row of a batch is a sample, or a pack of several.
+    # A row of a batch is one sample, or a pack of several.
     samples_per_row = data.pack_length / lengths.mean_positions if data.packing else 1
     rows_per_step = rows * args.gradient_accumulation_steps * devices
     steps = _count_steps(lengths.count / samples_per_row, rows_per_step, data, args)
     row_positions = data.pack_length if data.packing else lengths.longest.positions
 
-    # FLOPs are measured on the largest batch and scaled to a mean sample. Attention is not linear
-    # in the length, but its share is small at these lengths.
+    # Scale the FLOPs of the largest batch to a sample of mean length. Attention is not linear in the
+    # length, but only a small part of the FLOPs at these lengths.
     return Plan(
         table=check_trainable(model, trained_parts(model_args)),
         memory=memory,
@@ -420,7 +419,7 @@ def _uses_feature_cache(features: int, data: DataArguments, args: TrainingArgume
 
 
 def _saved_by_quantization(model: Llava, bits: int) -> int:
-    """Return the bytes that `--bits` saves on linear layers; head and norms are not quantized."""
+    """Return the bytes that `--bits` saves on linear layers; lm_head and norms are not quantized."""
     adapted = 0
     for name, parameter in model.language_model.named_parameters():
         if name.endswith("base_layer.weight"):
@@ -431,7 +430,7 @@ def _saved_by_quantization(model: Llava, bits: int) -> int:
 def _count_steps(
     rows: float, rows_per_step: int, data: DataArguments, args: TrainingArguments
 ) -> int:
-    """Return the steps of the run, or 0 if neither `--max_steps` nor the data says how many."""
+    """Return the number of steps, or 0 if neither `--max_steps` nor the data is given."""
     if args.max_steps > 0:
         return args.max_steps
     if not data.train_data_path:

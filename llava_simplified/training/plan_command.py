@@ -1,4 +1,4 @@
-"""`llava plan`: print the forecast of a run, from the options of `llava train` and a few more."""
+"""`llava plan`: print the estimated resources of a run, from the options of `llava train` and a few more."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build_parser() -> CommandParser:
         "llava plan",
         "Estimate memory, time and disk space of a training run, with the options of the run.",
         usage="%(prog)s [options]",
-        # --deepspeed is an option of `llava train` too; its help text below replaces that one.
+        # Replace the help text of --deepspeed, which is also an option of `llava train`.
         conflict_handler="resolve",
     )
     add_training_options(parser)
@@ -38,13 +38,13 @@ def add_machine_options(parser: CommandParser) -> None:
     group.add_argument(
         "--tflops",
         type=float,
-        help="TFLOP/s that a device reaches in a matrix product (default: measured on this machine)",
+        help="TFLOP/s of one device in a matrix product (default: measured on this machine)",
     )
     group.add_argument(
         "--mfu",
         type=float,
         default=0.4,
-        help="Share of --tflops that training reaches (default: %(default)s)",
+        help="Fraction of --tflops that training reaches (default: %(default)s)",
     )
     group.add_argument(
         "--devices", type=int, default=1, help="Number of devices (default: %(default)s)"
@@ -52,7 +52,7 @@ def add_machine_options(parser: CommandParser) -> None:
     group.add_argument(
         "--deepspeed",
         type=Path,
-        help="DeepSpeed configuration of the run; its ZeRO stage decides what the devices share",
+        help="DeepSpeed config of the run; its ZeRO stage determines what is partitioned across devices",
     )
 
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.training.plan import make_plan
 
     model_args, data_args, args = parse_arguments(training_options)
-    # Parsing the training options has set the log level without these two.
+    # Set the log level again: parsing the training options has set it without --verbose and --quiet.
     configure_logging(verbose=own.verbose, quiet=own.quiet)
     zero = read_zero_stage(own.deepspeed)
     plan = make_plan(model_args, data_args, args, devices=own.devices, zero=zero)
@@ -86,7 +86,7 @@ def read_zero_stage(config: Path | None) -> int:
     """Return the ZeRO stage of a DeepSpeed configuration, or 0 without one.
 
     Raises:
-        ValueError: The file has no stage.
+        ValueError: The file cannot be read, or has no zero_optimization.stage.
     """
     if config is None:
         return 0
@@ -100,7 +100,7 @@ def read_zero_stage(config: Path | None) -> int:
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matrix product on this device: the limit of a training step."""
+    """Return the FLOP/s of a large matrix product on this device: an upper limit for training."""
     import torch
 
     size = 2048
@@ -123,7 +123,7 @@ def describe_plan(
         plan: The plan.
         args: Training options.
         tflops: TFLOP/s of a device in a matrix product.
-        mfu: Share of `tflops` that training reaches.
+        mfu: Fraction of `tflops` that training reaches.
         devices: Number of devices.
     """
     from llava_simplified.training.plan import format_estimate
@@ -137,7 +137,7 @@ def describe_plan(
         features = f"{plan.features / gigabyte:.2f} GB if all features are cached"
     else:
         # Neither --max_steps nor --train_data_path: the number of steps is unknown.
-        run = "one step          (--train_data_path says how many) "
+        run = "one step          (pass --train_data_path for the whole run) "
         checkpoints = ""
         features = f"{plan.features / 1e3:.0f} KB per image if features are cached"
     lines = [
@@ -147,12 +147,12 @@ def describe_plan(
         f"{run}{plan.samples:,} samples, {total_flops / 1e15:,.2f} PFLOP",
         f"time              {format_estimate(seconds)} on {devices} device(s) of {tflops:.3g} TFLOP/s at {mfu:.0%} "
         "of that",
-        "memory, each device, at the longest batch:",
+        "memory per device, with the longest batch:",
     ]
     for name, size in plan.memory.items():
         lines.append(f"  {name:<16}{size / gigabyte:>8.2f} GB")
     lines += [
         f"  {'at the peak':<16}{plan.peak / gigabyte:>8.2f} GB, without overhead of libraries and the allocator",
-        f"disk              {plan.checkpoint / gigabyte:.2f} GB a checkpoint{checkpoints}; {features}",
+        f"disk              {plan.checkpoint / gigabyte:.2f} GB per checkpoint{checkpoints}; {features}",
     ]
     return "\n".join(lines)

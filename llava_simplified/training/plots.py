@@ -1,4 +1,4 @@
-"""The plot of a run, `training.png`: losses, captions' CIDEr-D and learning rate over the steps."""
+"""Plot a run to `training.png`: losses, CIDEr-D of the captions, and learning rate over the steps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plot_training(log: Path, output: Path) -> None:
         if any(panel.curves[0].key in row for row in rows):
             panels.append(panel)
 
-    # The object interface: `pyplot` would keep global state and look for a display.
+    # Use the object interface: `pyplot` has global state and looks for a display.
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     heights = [panel.height for panel in panels]
@@ -73,7 +73,7 @@ def plot_training(log: Path, output: Path) -> None:
 
 
 def _plot_curve(axes: Any, curve: Curve, rows: list[dict[str, float]]) -> None:
-    # A resumed run repeats the steps after its checkpoint: for each step, the last row counts.
+    # Use the last row of each step: a resumed run repeats the steps after its checkpoint.
     points = {row["step"]: row[curve.key] for row in rows if curve.key in row}
     if not points:
         return

@@ -1,4 +1,4 @@
-"""`--preflight`: try a long run before it starts."""
+"""`--preflight`: check a long run before it starts."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from llava_simplified.training.resume import is_resuming
 
 logger = logging.getLogger(__name__)
 
-# A run of days should not fail after hours for a reason that was visible at its start. So a long
-# run is checked in two stages:
+# A run of several days should not fail after hours for a reason that could be detected at its start.
+# Therefore a long run is checked in two stages:
 #
-#     forecast   Does it fit into memory? Do its checkpoints fit on the disk?   (see `plan`)
+#     estimate   Does it fit into memory? Do its checkpoints fit on the disk?   (see `plan`)
 #     dry run    Steps on the longest examples, evaluation, save, load, caption (see `dry_run`)
 #
-# The dry run is a process of its own. The random state and the memory of the run itself stay as
-# they are, and if memory runs out, it is the dry run that is killed.
+# The dry run is a separate process: it does not change the random state and the memory of the run
+# itself, and if memory runs out, only the dry run is killed.
 
-# `auto`: a shorter run shows by itself, and soon, what is wrong with it.
+# Minimum number of steps for `auto`: a shorter run shows its problems soon enough by itself.
 MIN_STEPS_FOR_AUTO = 2000
 # The first step allocates memory and compiles, the second one is timed.
 DRY_RUN_STEPS = 2
-# Gradients and activations of two micro-batches exist at the same time; more of them change
-# nothing.
+# With accumulation, the gradients of earlier micro-batches exist during the next one. Two micro-batches
+# are sufficient to reproduce this.
 DRY_RUN_ACCUMULATION = 2
 MIN_DRY_RUN_RECORDS = 16  # some of their images may be missing
 
-# What CUDA, torch, glibc and Python write when memory runs out.
+# Error messages of CUDA, torch, glibc and Python when memory runs out.
 _OUT_OF_MEMORY_SIGNS = (
     "out of memory",
     "not enough memory",
@@ -53,7 +53,7 @@ _OUT_OF_MEMORY_SIGNS = (
     "Cannot allocate memory",
     "MemoryError",
 )
-_KILLED = -9  # exit status of a process that the kernel killed, usually for its memory
+_KILLED = -9  # exit status of a process that the kernel killed, usually because memory ran out
 
 
 def preflight(
@@ -62,16 +62,16 @@ def preflight(
     data: DataArguments,
     args: TrainingArguments,
 ) -> None:
-    """Check and try the run, if `--preflight` says so.
+    """Check the run and do a dry run, unless `--preflight` excludes it.
 
     Args:
-        argv: The command line; the dry run gets it with some options replaced.
+        argv: The command line. The dry run gets it with some options replaced.
         model_args: Model options.
         data: Data options.
         args: Training options.
 
     Raises:
-        ValueError: The run would fail; the message says what to change.
+        ValueError: The run would fail; the message suggests what to change.
     """
     if not _is_wanted(data, args):
         return
@@ -96,16 +96,16 @@ def _is_wanted(data: DataArguments, args: TrainingArguments) -> bool:
         return False
     if choice == "auto" and is_resuming(args):
         return False
-    # Under a launcher, the dry run would connect to the address of the run itself.
+    # Skip it under a launcher: the dry run would connect to the processes of the run itself.
     if "LOCAL_RANK" in os.environ:
         if choice == "true":
             raise ValueError(
-                "--preflight true: the dry run is a single process, and this run was started by a launcher. Pass "
-                "--preflight false, and use `llava plan --devices N` or a run with --max_steps 20 before it."
+                "--preflight true does not work under a launcher (torchrun, deepspeed): it runs in a single process. "
+                "Pass --preflight false; to test first, run `llava plan --devices N` or a short run with --max_steps 20."
             )
         if args.process_index == 0:
             logger.info(
-                "preflight: skipped under a launcher; `llava plan --devices N` forecasts what the run needs"
+                "preflight: skipped under a launcher; `llava plan --devices N` estimates memory and time"
             )
         return False
     return choice == "true" or _count_steps(data, args) >= MIN_STEPS_FOR_AUTO
@@ -125,7 +125,7 @@ def _count_steps(data: DataArguments, args: TrainingArguments) -> int:
 def _check_memory(plan: Plan, args: TrainingArguments) -> None:
     available = _available_memory(args)
     if plan.peak > available:
-        reason = f"it needs {plan.peak / 1e9:.3g} GB, {available / 1e9:.3g} GB are available"
+        reason = f"it requires {plan.peak / 1e9:.3g} GB, {available / 1e9:.3g} GB are available"
         raise ValueError(_describe_out_of_memory(plan, args, reason))
 
 
@@ -141,7 +141,7 @@ def _check_disk(plan: Plan, args: TrainingArguments) -> None:
 
 
 def _available_memory(args: TrainingArguments) -> int:
-    """Return the bytes that are free on the device of the run."""
+    """Return the free memory of the run's device in bytes."""
     if args.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(args.device)
         return free
@@ -149,7 +149,7 @@ def _available_memory(args: TrainingArguments) -> int:
 
 
 def _describe_out_of_memory(plan: Plan, args: TrainingArguments, reason: str) -> str:
-    """Return an error message with the options that reduce memory, the harmless ones first."""
+    """Return an error message with options that reduce memory, in the order of their side effects."""
     remedies = []
     batch_size = args.per_device_train_batch_size
     bytes_per_sample = (plan.memory["activations"] + plan.memory["logits"]) / batch_size
@@ -180,7 +180,7 @@ def _accumulation_of_dry_run(args: TrainingArguments) -> int:
 def _dry_run_options(
     data: DataArguments, args: TrainingArguments, plan: Plan, scratch: Path, prompt: Prompt
 ) -> list[str]:
-    """Return the options of the dry run: the longest examples, few steps, nothing left behind."""
+    """Return the options of the dry run: the longest examples, few steps, all output in `scratch`."""
     accumulation = _accumulation_of_dry_run(args)
     values: dict[str, Any] = {
         "output_dir": scratch / "run",
@@ -226,10 +226,10 @@ def _dry_run_options(
             args.model_max_length,
         )
         values |= {"eval_data_path": target, "val_image_folder": folder}
-    words = []
+    argv = []
     for name, value in values.items():
-        words += [f"--{name}", str(value)]
-    return words
+        argv += [f"--{name}", str(value)]
+    return argv
 
 
 def _write_longest_records(
@@ -253,19 +253,19 @@ def _write_longest_records(
 
 
 def _start_dry_run(
-    words: Sequence[str], scratch: Path, plan: Plan, args: TrainingArguments
+    argv: Sequence[str], scratch: Path, plan: Plan, args: TrainingArguments
 ) -> dict[str, Any]:
-    """Start `dry_run` in its own process, and return what it reports.
+    """Start `dry_run` in a separate process, and return its report.
 
     Raises:
-        ValueError: It failed.
+        ValueError: The dry run failed, for example because memory ran out.
     """
     package_parent = str(Path(__file__).parents[2])
     python_path = [package_parent]
     if os.environ.get("PYTHONPATH"):
         python_path.append(os.environ["PYTHONPATH"])
     done = subprocess.run(
-        [sys.executable, "-m", "llava_simplified.training.dry_run", *words],
+        [sys.executable, "-m", "llava_simplified.training.dry_run", *argv],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -278,7 +278,7 @@ def _start_dry_run(
         reason = "the dry run ran out of memory"
         raise ValueError(_describe_out_of_memory(plan, args, reason))
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    # The last line is the error; what was logged before it may explain it.
+    # Print what was logged before the error (the last line), because it may explain it.
     print(*lines[:-1], sep="\n", file=sys.stderr)
     error = lines[-1].removeprefix("error: ")
     raise ValueError(f"preflight: the run fails in its first steps: {error}")
@@ -288,13 +288,13 @@ def _describe_result(
     result: Mapping[str, Any], plan: Plan, data: DataArguments, args: TrainingArguments
 ) -> str:
     accumulation = args.gradient_accumulation_steps / _accumulation_of_dry_run(args)
-    # The dry run used the longest examples: that is the upper limit of the duration. Packs are all
-    # equally long.
+    # The dry run used the longest examples, so its time per step is an upper limit. Packs all have the
+    # same length.
     longest = result["seconds"] * plan.steps * accumulation
     shortest = longest if data.packing else longest * plan.positions / plan.longest
     text = (
         f"preflight: {result['seconds']:.2f} s per step on the longest examples, so {format_estimate(shortest)} to "
-        f"{format_estimate(longest)} in all; {result['peak'] / 1e9:.2f} GB (forecast: {plan.peak / 1e9:.2f} GB); a "
+        f"{format_estimate(longest)} in total; {result['peak'] / 1e9:.2f} GB (estimate: {plan.peak / 1e9:.2f} GB); a "
         "checkpoint was saved and loaded, with the same logits"
     )
     if result["caption"] is not None:

@@ -1,4 +1,4 @@
-"""Resuming a run: find the checkpoint, and check that it belongs to the same run."""
+"""Resume a run: find the checkpoint, and check that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from llava_simplified.training_options import INHERITED
 # function of the records, the seed and the epoch alone. The resumed run draws the same order, and skips
 # the batches that were trained.
 #
-# All of this requires the same options, as far as they decide the weights, the samples or their
-# order. `check_same_run` compares them with those that `llava.json` of the checkpoint records.
+# All of this requires the same values of all options that affect the weights, the samples or their
+# order. `check_same_run` compares them with those in `llava.json` of the checkpoint.
 
 # A change of these options is refused: it would give other weights, other samples, or samples that
 # are seen twice or never. Two more are checked in their own way: the contents of the training
@@ -60,7 +60,7 @@ _MUST_NOT_CHANGE = (
     "freeze_backbone",
     "tune_vision_tower",
 )
-# A change of these is not even reported. "steps" and "epochs" are progress, not options.
+# Changes of these are not reported. "steps" and "epochs" are progress, not options.
 _NOT_COMPARED = {
     "resume_from_checkpoint",
     "output_dir",
@@ -73,8 +73,8 @@ _NOT_COMPARED = {
     "train_data_sha256",
     "processes",
 }
-# A model that was moved to another folder is the same model: the digests of its weights are
-# compared instead.
+# Do not compare the paths of the base models, which may have moved; compare the digests of their weights
+# instead.
 _LOCATIONS = ("language_model", "vision_tower")
 
 
@@ -128,7 +128,7 @@ def find_resume_folder(args: TrainingArguments) -> Path | None:
         The checkpoint folder, or None if the run is new.
 
     Raises:
-        ValueError: There is no such checkpoint, or it has no trainer state.
+        ValueError: The checkpoint does not exist, or has no trainer state.
     """
     if not is_resuming(args):
         return None
@@ -163,7 +163,7 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
         One line for each difference that is allowed.
 
     Raises:
-        ValueError: The difference would make it another run.
+        ValueError: An option that must not change, or the model, differs.
     """
     checkpoint = read_checkpoint_config(folder)
     _check_same_model(folder, config, checkpoint["architecture"])
@@ -272,5 +272,5 @@ def _check_same_model(folder: Path, config: LlavaConfig, stored: Mapping[str, An
         if name not in _LOCATIONS and value != stored.get(name):
             raise ValueError(
                 f"{folder}: its model has {name} {stored.get(name)}, the model of this run has {name} {value}. "
-                f"Pass the old value, or start a new run with another --output_dir."
+                f"Pass the old value, or start a new run with a different --output_dir."
             )

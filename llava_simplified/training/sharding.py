@@ -1,4 +1,4 @@
-"""Several processes train one model: DDP, DeepSpeed's ZeRO and FSDP share one checkpoint form."""
+"""Gather and split sharded weights and optimizer state: one checkpoint format for DDP, ZeRO and FSDP."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from llava_simplified.model.llava import Llava
 #     ZeRO-2         whole       shard       shard
 #     ZeRO-3, FSDP   shard       shard       shard
 #
-# Every run starts with a whole model in every process, which the engine then splits. Every save
-# gathers whole tensors again, so that a checkpoint does not depend on the engine that wrote it:
+# Every run starts with a full model in every process, which the engine (DDP, DeepSpeed or FSDP) then
+# splits. Every save gathers full tensors again, so that a checkpoint does not depend on the engine:
 #
-#     process 0    [shard 0]  --+                                     +--  [shard 0]
-#                               +-> gather -> whole tensor -> split --+
-#     process 1    [shard 1]  --+              in a file              +--  [shard 1]
+#     process 0    [shard 0]  --+                                    +--  [shard 0]
+#                               +-> gather -> full tensor -> split --+
+#     process 1    [shard 1]  --+              in a file             +--  [shard 1]
 #
-# It loads in a single process, and a run can be resumed under another engine with another number of
-# processes.
+# A single process can load the checkpoint, and a run can be resumed with a different engine and a
+# different number of processes.
 #
 # Gathering is a collective operation: *all* processes must iterate over `full_state_dict` and
 # `full_optimizer_state_dict`, although only one of them writes the result. A process that skips it
 # makes the others wait forever.
 
-# Where DeepSpeed trains in half precision, its optimizer updates a float32 copy of the weights
-# ("master weights"). The copy is stored beside the optimizer's state, under this key.
+# If DeepSpeed trains in half precision, its optimizer updates a float32 copy of the weights ("master
+# weights"). The copy is stored with the optimizer's state, under this key.
 _MASTER_WEIGHT = "float32"
 
 # State of one weight: {"exp_avg": tensor, "exp_avg_sq": tensor, "step": scalar}.
@@ -50,12 +50,12 @@ ParameterState = dict[str, torch.Tensor]
 def enable_fsdp_on_cpu(accelerator: Accelerator, options: Mapping[str, Any]) -> None:
     """Let FSDP run on CPUs too.
 
-    Accelerate enables FSDP on accelerators only. On CPUs it would run DDP without a warning.
+    Accelerate enables FSDP on accelerators only. On CPUs it runs DDP instead, without a warning.
 
     Args:
         accelerator: The accelerator of the trainer, before it prepares the model.
-        options: Arguments of `FullyShardedDataParallelPlugin`. Settings of `accelerate launch` come
-            through the environment.
+        options: Arguments of `FullyShardedDataParallelPlugin`. The plugin reads the settings of
+            `accelerate launch` from environment variables.
     """
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if not wants_fsdp or accelerator.distributed_type != DistributedType.MULTI_CPU:
@@ -77,9 +77,8 @@ def full_state_dict(model: Llava, parts: TrainedParts) -> Iterator[tuple[str, to
 
     Args:
         model: The unwrapped model.
-        parts: What is trained. A fully trained vision tower is saved as a model folder of its own,
-            so its frozen weights are yielded too: those of the layers behind the last one that
-            features depend on.
+        parts: The trained parts. A fully trained vision tower is saved as a complete model folder, so its
+            frozen weights (the layers above the selected one) are yielded too.
     """
     for name, parameter in _trained_parameters(model):
         if _is_zero(parameter):
@@ -121,7 +120,7 @@ def full_optimizer_state_dict(
         optimizer: The prepared optimizer.
 
     Yields:
-        Pairs such as `("projector.weight/exp_avg", tensor)`; the tensor has the shape of the whole
+        Pairs such as `("projector.weight/exp_avg", tensor)`; the tensor has the shape of the full
         weight.
     """
     trained = dict(_trained_parameters(model))
@@ -137,12 +136,12 @@ def full_optimizer_state_dict(
 def load_optimizer_state_dict(
     model: nn.Module, optimizer: Any, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Load what `full_optimizer_state_dict` yielded into an optimizer before its first step.
+    """Load the tensors of `full_optimizer_state_dict` into an optimizer before its first step.
 
     Args:
         model: The unwrapped model.
         optimizer: The prepared optimizer.
-        state: Whole tensors by `name/key`.
+        state: Full tensors by `name/key`.
     """
     stored: dict[str, ParameterState] = defaultdict(dict)
     for path, value in state.items():
@@ -154,7 +153,8 @@ def load_optimizer_state_dict(
         _load_zero_state(trained, optimizer.optimizer, stored)
         return
 
-    # `Optimizer.load_state_dict` identifies a weight by its index in the parameter groups.
+    # Build the state by index: `Optimizer.load_state_dict` identifies a weight by its index in the
+    # parameter groups.
     names = {parameter: name for name, parameter in trained.items()}
     state_by_index: dict[int, ParameterState] = {}
     index = 0
@@ -174,8 +174,8 @@ def _shard_state(state: ParameterState, parameter: nn.Parameter) -> ParameterSta
 
 # ---- DeepSpeed's ZeRO ----
 #
-# ZeRO's inner optimizer does not hold the weights themselves. It holds a few flat float32 tensors,
-# each of which is this process's shard of a whole parameter group:
+# ZeRO's inner optimizer does not contain the weights themselves, but a few flat float32 tensors. Each is
+# this process's shard of all weights of a parameter group:
 #
 #     weights of a group    [w0 ......][w1 ...][w2 .........]
 #     flat, whole           [w0 ......w1 ...w2 .........]
@@ -194,7 +194,7 @@ def _full_zero_state(
     keys = next(iter(zero_optimizer.optimizer.state.values()))
     for name, parameter in trained.items():
         for key, value in keys.items():
-            # Scalars (the step count) are the same for all weights and are not split.
+            # Gather tensors only: scalars (the step count) are the same for all weights.
             if torch.is_tensor(value) and value.dim() > 0:
                 value = safe_get_full_optimizer_state(parameter, key)
             yield f"{name}/{key}", torch.as_tensor(value, dtype=torch.float32)
@@ -222,7 +222,7 @@ def _create_empty_zero_state(zero_optimizer: Any, example: ParameterState) -> No
 
     Args:
         zero_optimizer: DeepSpeed's ZeRO optimizer.
-        example: The stored state of any weight; it decides the keys and the value of scalars.
+        example: The stored state of any weight, from which the keys and the scalars are taken.
     """
     inner = zero_optimizer.optimizer
     flat_shards = getattr(zero_optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
@@ -241,9 +241,9 @@ def _create_empty_zero_state(zero_optimizer: Any, example: ParameterState) -> No
 
 
 def _link_zero_state(zero_optimizer: Any) -> None:
-    """Let ZeRO-2 find the optimizer state of each weight.
+    """Link each weight to its optimizer state, for `safe_get_full_*` with ZeRO-2.
 
-    DeepSpeed links it only once, at a moment when only the first parameter group has any state.
+    DeepSpeed does this itself, but only once, when only the first parameter group has any state.
     """
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
@@ -260,8 +260,8 @@ def _link_zero_state(zero_optimizer: Any) -> None:
 def _trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters that are trained, by name."""
     for module in model.modules():
-        # After an evaluation, FSDP leaves gathered copies in place of the sharded parameters that
-        # the optimizer holds.
+        # Restore the sharded parameters, which are the ones in the optimizer: after an evaluation, FSDP
+        # leaves gathered copies in their place.
         if isinstance(module, FSDPModule):
             module.reshard()
     for name, parameter in model.named_parameters():
@@ -275,14 +275,14 @@ def _is_zero(parameter: nn.Parameter) -> bool:
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor; FSDP's shards are collected from all processes."""
+    """Return the full tensor; FSDP's shards are gathered from all processes."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     return tensor
 
 
 def _shard(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """Split a whole tensor as FSDP has split the parameter; scalars stay whole."""
+    """Return the shard of a full tensor, split like an FSDP parameter; scalars are not split."""
     if not isinstance(parameter, DTensor) or value.dim() == 0:
         return value
     on_device = value.to(parameter.device)

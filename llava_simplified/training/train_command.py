@@ -69,16 +69,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     """Train a model, and save it into `args.output_dir`.
 
     Args:
-        model_args: Which parts make the model, and which of them are trained.
-        data_args: Records, images, and how they become batches.
+        model_args: Base models and trained parts.
+        data_args: Records, images and batches.
         args: Options of `transformers.TrainingArguments`, and a few more.
 
     Returns:
-        The output folder; `Llava.from_pretrained` loads it.
+        The output folder, which `Llava.from_pretrained` can load.
 
     Raises:
-        ValueError: The options cannot be carried out; raised before the weights are loaded where
-            possible.
+        ValueError: The options are not valid. Where possible, this is raised before weights are loaded.
         FloatingPointError: The loss or the gradient is not finite.
         TrainingInterrupted: A signal (Ctrl-C, SIGTERM) has ended the run; a checkpoint was saved.
     """
@@ -104,7 +103,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     if trainer.accelerator.is_local_main_process:
         counts = trainer.sample_warnings.summary()
         logger.info("Saved the model in %s. Seen by this process: %s.", output_dir, counts)
-    # A process whose peers have exited may hang in `destroy_process_group()`.
+    # Wait for all processes: if others have exited already, `destroy_process_group()` may hang.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return output_dir

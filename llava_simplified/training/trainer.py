@@ -1,13 +1,13 @@
 """`transformers.Trainer` with LLaVA's loss, parameter groups, evaluation and checkpoints.
 
-The stock trainer contributes the loop, the engines (DDP, ZeRO, FSDP), mixed precision and
-callbacks. This class overrides what differs for LLaVA:
+The base class implements the loop, the engines (DDP, ZeRO, FSDP), mixed precision and callbacks. This
+class overrides the parts that differ for LLaVA:
 
-    training step   the mean over the tokens of a step; values that are not finite end the run
-    evaluation      the mean over the tokens of the set; captions of a few images
+    training step   mean loss over the tokens of a step; values that are not finite end the run
+    evaluation      mean loss over the tokens of the set; captions of a few images
     optimizer       learning rates of projector, vision tower and language model
-    saving          checkpoints that `Llava.from_pretrained` loads, written atomically
-    resuming        weights and optimizer state in a form that does not depend on the engine
+    saving          checkpoints that `Llava.from_pretrained` can load, written atomically
+    resuming        weights and optimizer state in a format that does not depend on the engine
 """
 
 from __future__ import annotations
@@ -72,16 +72,16 @@ class LlavaTrainer(transformers.Trainer):
     """Train a `Llava`.
 
     Args:
-        model: The model; what is trained requires gradients.
+        model: The model; `requires_grad` is set for the trained parameters.
         args: Training options.
         config: Config of the model, written into every checkpoint.
-        parts: What is trained; it decides what a checkpoint contains.
+        parts: The trained parts, which a checkpoint contains.
         settings: Options of the run, written into every checkpoint and compared when the run is
             resumed.
-        max_bad_images: Largest share of images that may be unreadable.
+        max_bad_images: Maximum fraction of unreadable images.
         train_dataset: Examples, or packs of examples.
         eval_dataset: Validation examples.
-        data_collator: Makes batches of them.
+        data_collator: Collates examples into batches.
     """
 
     args: TrainingArguments
@@ -124,14 +124,13 @@ class LlavaTrainer(transformers.Trainer):
         best_by_cider = (args.metric_for_best_model or "").endswith("cider")
         if best_by_cider and not self.eval_captions:
             raise ValueError(
-                "--metric_for_best_model cider: no validation image is captioned. Pass --eval_captions 32, or "
+                "--metric_for_best_model cider requires captions of validation images. Pass --eval_captions 32, or "
                 "--metric_for_best_model eval_loss."
             )
         self.llava_config = config
         self.parts = parts
         self.settings = dict(settings)
-        # The loss is scaled in `compute_loss`, once. Both flags keep the stock trainer from scaling
-        # it again.
+        # Prevent the base class from scaling the loss, which `compute_loss` has scaled already.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         self._step_sample_ids: list[str] = []
@@ -167,11 +166,11 @@ class LlavaTrainer(transformers.Trainer):
     #     loss of a micro-batch = sum of its token losses / 100 * 2 processes
     #
     # `backward` adds up the gradients of a process. The engine then averages over the processes,
-    # which cancels the factor 2. What remains is the gradient of (sum of 100 token losses) / 100,
-    # however the step is divided. The mean of the micro-batches' means would give a token of a
-    # short caption more weight than a token of a long one.
+    # which cancels the factor 2. The result is the gradient of (sum of 100 token losses) / 100,
+    # however the step is divided. Averaging the means of the micro-batches instead would give a token
+    # of a short caption more weight than a token of a long one.
     #
-    # Values that are not finite never reach the weights. The loss is checked before `backward`, the
+    # The weights are never updated with values that are not finite. The loss is checked before `backward`, the
     # norm of the gradient before the optimizer step. Either ends the run with an error that names
     # the samples and the last good checkpoint.
 
@@ -184,7 +183,7 @@ class LlavaTrainer(transformers.Trainer):
             The micro-batches of this process, and the number of trained tokens of the step, a
             scalar tensor.
         """
-        # A finished run that is resumed: the stock loop would train one more step.
+        # Stop a finished run that is resumed, which the base class would train for one more step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], torch.zeros(())
@@ -215,14 +214,14 @@ class LlavaTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the micro-batch's share of the loss of the step; see the comment above.
+        """Return the loss of a micro-batch, scaled for the step; see the comment above.
 
         Args:
             model: The prepared model.
             inputs: A batch of `Collator`; its metadata is removed.
             return_outputs: Return the model's outputs too.
             num_items_in_batch: Trained tokens of the step on all processes; None: average over this
-                batch alone.
+                batch only.
 
         Raises:
             FloatingPointError: The loss is not finite.
@@ -232,8 +231,8 @@ class LlavaTrainer(transformers.Trainer):
         if num_items_in_batch is None:
             loss = outputs.loss / len(inputs["labels"])
         else:
-            # Engines average gradients over the processes; the tokens were counted over all of
-            # them.
+            # Cancel the averaging of gradients over the processes, since tokens were counted over all
+            # of them.
             loss = outputs.loss / num_items_in_batch * self.accelerator.num_processes
         if not torch.isfinite(loss):
             raise FloatingPointError(self._describe_divergence(f"the loss is {loss.item()}", ids))
@@ -242,14 +241,14 @@ class LlavaTrainer(transformers.Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradient; end the run if it is not finite, warn if it is unusual.
 
-        The stock trainer calls this before the optimizer step.
+        The base class calls this before the optimizer step.
 
         Raises:
             FloatingPointError: The norm is not finite.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        # With fp16, an infinite norm means that the loss scale is too large. The scaler skips the
-        # step and lowers the scale.
+        # Do not check the norm with fp16, where an infinite norm means that the loss scale is too
+        # large: the scaler skips the step and lowers the scale.
         if norm is None or self.args.fp16:
             return norm
         value = float(norm)
@@ -266,7 +265,7 @@ class LlavaTrainer(transformers.Trainer):
         last = get_last_checkpoint(str(self.output_dir)) or "none yet"
         return (
             f"{what} at step {self.state.global_step + 1}, samples {_list_samples(ids)}; last good checkpoint: {last}. "
-            "Lower --learning_rate, or pass --bf16 True in place of --fp16 True."
+            "Lower --learning_rate, or pass --bf16 True instead of --fp16 True."
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -283,7 +282,7 @@ class LlavaTrainer(transformers.Trainer):
     # ---- evaluation ----
     #
     # The validation loss does not depend on the batch size or on the number of processes: losses
-    # are summed over tokens, and every sample counts once (see `drop_padding_samples`).
+    # are summed over tokens, and every sample is counted once (see `drop_padding_samples`).
 
     def evaluation_loop(
         self,
@@ -293,7 +292,7 @@ class LlavaTrainer(transformers.Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Compute the validation loss, the mean over all tokens of the set. No logits are kept."""
+        """Compute the validation loss: the mean over all tokens of the set. Logits are discarded."""
         model = self._wrap_model(cast(nn.Module, self.model), training=False)
         model.eval()
         # (2,): sum of the token losses, number of tokens.
@@ -312,7 +311,7 @@ class LlavaTrainer(transformers.Trainer):
         loss = loss_sum / token_count
         metrics = {
             f"{metric_key_prefix}_loss": loss,
-            # exp(709) is the largest that a double holds
+            # Avoid an overflow: exp(710) is too large for a double.
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
         }
         if self.eval_captions:
@@ -321,20 +320,20 @@ class LlavaTrainer(transformers.Trainer):
         return EvalLoopOutput(None, None, metrics, samples)  # type: ignore[arg-type]
 
     def drop_padding_samples(self, inputs: ModelInputs) -> ModelInputs:
-        """Remove the labels of samples that only fill up the last batches.
+        """Remove the labels of repeated samples in the last batches.
 
         Args:
             inputs: A batch without its metadata.
         """
-        # All processes need the same number of batches. Accelerate fills up the last ones with
-        # copies of the first samples, which would count twice:
+        # All processes need the same number of batches. Accelerate completes the last ones with copies
+        # of the first samples, which would be counted twice:
         #
         #     5 samples, 2 processes, batches of 2     process 0    process 1
         #     first batches                            0  1         2  3
         #     last batches (remainder: 1)              4 (0)        (1) (2)      in brackets: copies
         #
-        # The rows stay in the batch, because all processes must run the same layers. Only their
-        # labels are dropped.
+        # Keep the rows in the batch, because all processes must run the same layers, and drop only
+        # their labels.
         state = self.accelerator.gradient_state
         is_filled_up = state.end_of_dataloader and state.remainder > 0
         if not is_filled_up:
@@ -359,7 +358,7 @@ class LlavaTrainer(transformers.Trainer):
         if deepspeed is not None:
             weights_are_sharded |= deepspeed.zero_stage == 3
         if weights_are_sharded:
-            # Captions are generated by one process, and none has all the weights.
+            # Skip captions, which are generated by one process: no process has all the weights.
             if self.accelerator.is_local_main_process:
                 logger.warning(
                     "--eval_captions: ZeRO-3 and FSDP shard the weights, so no captions are generated"
@@ -374,13 +373,13 @@ class LlavaTrainer(transformers.Trainer):
         if self.is_world_process_zero():
             step, callbacks = self.state.global_step, self.callback_handler.callbacks
             score += captions.write(self.unwrapped_model, step, callbacks)
-        # The others wait here, and receive the score: 0 from each of them does not change the sum.
+        # Send the score to all processes: the others wait here, and each adds 0 to the sum.
         return self.accelerator.reduce(score, "sum").item()
 
     # ---- order of the samples ----
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        """Return the stock sampler, or one that groups examples of similar length."""
+        """Return the default sampler, or one that groups examples of similar length."""
         dataset = train_dataset or cast("Dataset[Any]", self.train_dataset)
         if self.args.train_sampling_strategy == "group_by_length":
             return self._length_grouped_sampler(dataset, self.args.train_batch_size)
@@ -397,7 +396,8 @@ class LlavaTrainer(transformers.Trainer):
         tokens_per_image = self.unwrapped_model.vision_tower.num_tokens
         lengths = cast(TrainingSet, dataset).lengths(tokens_per_image)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        # Processes wait for each other in every step, so their batches have similar lengths too.
+        # Group over all processes: they wait for each other in every step, so their batches should have
+        # similar lengths too.
         return LengthGroupedSampler(
             cast(Sequence[int], lengths), batch_size * self.args.world_size, seed
         )
@@ -421,19 +421,18 @@ class LlavaTrainer(transformers.Trainer):
 
     # ---- saving ----
     #
-    # Every save, the intermediate ones too, is a checkpoint that `Llava.from_pretrained` loads.
-    # What resuming needs is in its folder `trainer_state/` (see `resume`). A checkpoint appears
-    # under its final name when all of it has been written, so that a killed run leaves no half
-    # checkpoint:
+    # Every save, including intermediate ones, is a checkpoint that `Llava.from_pretrained` can load. The
+    # state for resuming is in its folder `trainer_state/` (see `resume`). A checkpoint gets its final
+    # name when it is complete, so that a killed run leaves no incomplete checkpoint:
     #
     #     .saving/checkpoint-20/   optimizer, random states        -> checkpoint-20/trainer_state/
     #     .saving/model/           llava.json, projector, adapter  -> checkpoint-20/
     #
-    # The engines' own checkpoint formats are not used: all weights and the optimizer state are
-    # gathered into whole tensors (see `sharding`).
+    # The engines' own checkpoint formats are not used: weights and optimizer state are gathered into
+    # full tensors (see `sharding`).
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a checkpoint that `Llava.from_pretrained` loads, without the trainer's state."""
+        """Save a checkpoint that `Llava.from_pretrained` can load, without the trainer's state."""
         model = self.unwrapped_model
         weights = self._gather_on_main_process(full_state_dict(model, self.parts))
         if not self.args.should_save:
@@ -460,9 +459,8 @@ class LlavaTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write `checkpoint-N` under a temporary name, and rename it when it is complete.
 
-        The stock method writes optimizer, schedule and random states into `checkpoint-N` in the
-        folder that `_get_output_dir` names, and calls `save_model` for the weights. Both go to
-        `.saving`.
+        The base method writes optimizer, schedule and random states into `checkpoint-N` in the folder
+        that `_get_output_dir` returns, and calls `save_model` for the weights. Both write to `.saving`.
         """
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = self.output_dir / ".saving"
@@ -481,7 +479,7 @@ class LlavaTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _publish_checkpoint(self, staging: Path, name: str) -> None:
-        # The stock method has set the best checkpoint to a path inside the staging folder.
+        # Correct the path of the best checkpoint, which the base method has set to the staging folder.
         best = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.name == name or best.is_dir():
             self.state.best_model_checkpoint = str(best)
@@ -514,7 +512,7 @@ class LlavaTrainer(transformers.Trainer):
     def _gather_on_main_process(
         self, tensors: Iterator[tuple[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """Gather the tensors in all processes, and keep them in one."""
+        """Gather the tensors in all processes, and keep them in the process that saves."""
         kept = {}
         for name, tensor in tensors:
             if self.args.should_save:
@@ -522,9 +520,9 @@ class LlavaTrainer(transformers.Trainer):
         return kept
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Compare with the best metric so far; a new best is saved now if it is wanted at the end.
+        """Compare the metric with the best so far; save a new best with `--load_best_model_at_end`.
 
-        The stock trainer would save it only if the step is one of `--save_steps`.
+        The base class would save it only if the step is one of `--save_steps`.
         """
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.load_best_model_at_end:
@@ -532,18 +530,18 @@ class LlavaTrainer(transformers.Trainer):
         return is_best
 
     def _load_best_model(self) -> None:
-        """Load nothing: `save_final` copies the best checkpoint, under any engine."""
+        """Do nothing: `save_final` copies the best checkpoint, which works with all engines."""
 
     # ---- resuming ----
     #
-    # `build_trainer` loads the trained weights into the whole model, as for a new run. When the
-    # engine has split the model, the state of optimizer and schedule follows here. The stock
-    # trainer restores step, random states and the position in the data from `trainer_state/`.
+    # `build_trainer` loads the trained weights into the full model, as for a new run. After the engine
+    # has split the model, the state of optimizer and schedule is loaded here. The base class restores
+    # step, random states and the position in the data from `trainer_state/`.
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Load nothing: `build_trainer` has loaded the weights."""
+        """Do nothing: `build_trainer` has loaded the weights."""
 
     def _prepare_for_training(
         self,
@@ -552,7 +550,7 @@ class LlavaTrainer(transformers.Trainer):
         resume_from_checkpoint: str | None,
     ) -> Any:
         """Prepare the model, and restore optimizer, schedule and loss scale of a resumed run."""
-        # The stock method would look for the engine's own files.
+        # Pass None instead of the folder: the base method would look for the engine's own files.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)

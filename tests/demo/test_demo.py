@@ -103,7 +103,7 @@ def test_plan_steps_trains_in_the_dtype_that_is_fast_on_this_cpu(
     monkeypatch.setattr(demo_command, "has_fast_bfloat16", lambda: is_fast)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path, None, None)
-    training = [step.words for step in steps if step.words[0] == "train"]
+    training = [step.argv for step in steps if step.argv[0] == "train"]
     assert len(training) == 2
     for words in training:
         arguments = parse_arguments(words[1:])[2]
@@ -129,7 +129,7 @@ def test_demo_recipes_are_found_outside_a_checkout(
     monkeypatch.chdir(tmp_path)
     steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path, None, None)
     names = [
-        step.words[step.words.index("--config") + 1] for step in steps if "--config" in step.words
+        step.argv[step.argv.index("--config") + 1] for step in steps if "--config" in step.argv
     ]
     assert names == ["demo_projector", "demo"]
     for name in names:

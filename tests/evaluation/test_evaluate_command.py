@@ -65,7 +65,7 @@ def test_read_predictions_keeps_line_separators_within_a_caption(tmp_path: Path)
     [
         (
             [*make_rows("x"), {"image": "a.jpg"}],
-            "row 1: 'pred_output' must be a text.* None.* keys",
+            "row 1: 'pred_output' must be a string.* None.* keys",
         ),
         ([*make_rows("x"), "text"], "row 1: .*JSON object.* str"),
         (make_rows("x", image=7), "row 0: 'image' must be a text.* 7"),

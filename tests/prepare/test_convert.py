@@ -263,7 +263,7 @@ def test_convert_notes_rows_without_a_split_of_their_own(tmp_path: Path) -> None
     (tmp_path / "x.tsv").write_text("a cat\thttp://a.example/1.jpg\n")
     counts, issues = convert(str(tmp_path / "x.tsv"), tmp_path / "o.json", split="source")
     assert counts == {str(tmp_path / "o_train.json"): 1}
-    assert issues.counts["row without a split of its own (taken for training)"] == 1
+    assert issues.counts["row without a split (assigned to train)"] == 1
 
 
 # ---- files that cannot be written ----
@@ -285,7 +285,7 @@ def test_convert_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_record_writer_refuses_another_suffix(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"o\.csv.*\.json, \.jsonl, \.parquet"):
+    with pytest.raises(ValueError, match=r"o\.csv.*\.json, \.jsonl or \.parquet"):
         RecordWriter(tmp_path / "o.csv")
 
 
@@ -325,7 +325,7 @@ def test_convert_command_prints_counts_and_issues(
     assert main([str(path), "--output", str(tmp_path / "o.json")]) == 0
     printed = capsys.readouterr().out
     assert "2 records" in printed
-    assert "1 ragged: too few fields (left out) (first: row 2: 'lost')" in printed
+    assert "1 ragged: too few fields (skipped) (first: row 2: 'lost')" in printed
     assert "3 CRLF line end" in printed
 
 

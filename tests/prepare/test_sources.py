@@ -247,7 +247,7 @@ def test_read_source_reads_tars_with_texts_or_json(tmp_path: Path) -> None:
         ("00000.tar#0", "a cat"),
         ("00000.tar#1", "a dog"),
     ]
-    assert issues.counts == {"sample without a caption (left out)": 1}
+    assert issues.counts == {"sample without a caption (skipped)": 1}
 
 
 def test_read_source_separates_several_captions_of_a_sample(tmp_path: Path) -> None:
@@ -327,14 +327,14 @@ UNUSUAL: dict[str, tuple[bytes, list[str], str]] = {
     "ragged": (
         b"one\tURL0\nlost\ntwo\tURL1\n",
         ["one", "two"],
-        "ragged: too few fields (left out)",
+        "ragged: too few fields (skipped)",
     ),
     "not UTF-8": (
         b"caf\xe9\tURL0\ntwo\tURL1\n",
         ["café", "two"],
         "not UTF-8 (read as Windows-1252)",
     ),
-    "blank": (b"one\tURL0\n\n  \ntwo\tURL1\n", ["one", "two"], "blank line (left out)"),
+    "blank": (b"one\tURL0\n\n  \ntwo\tURL1\n", ["one", "two"], "blank line (skipped)"),
     "NUL": (b"o\0ne\tURL0\ntwo\tURL1\n", ["one", "two"], "NUL byte (removed)"),
 }
 
@@ -365,7 +365,7 @@ def test_read_source_notes_empty_captions(tmp_path: Path) -> None:
         ("2.jpg", ()),
         ("3.jpg", ()),
     ]
-    expected = {"empty caption (left out)": 1, "record with an empty answer (kept)": 1}
+    expected = {"empty caption (skipped)": 1, "record with an empty answer (kept)": 1}
     assert issues.counts == expected
 
 
@@ -375,7 +375,7 @@ def test_read_source_leaves_out_names_outside_their_folder(tmp_path: Path, name:
     (tmp_path / "x.json").write_text(json.dumps(rows))
     found, issues = read(tmp_path / "x.json")
     assert [row.image for row in found] == ["1.jpg"]
-    assert issues.counts == {"image outside its folder, '..' (left out)": 1}
+    assert issues.counts == {"image outside its folder, '..' (skipped)": 1}
 
 
 def test_read_source_keeps_the_rows_behind_an_unclosed_quote(tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ def test_read_source_does_not_join_rows_with_inch_marks(tmp_path: Path) -> None:
         (
             "x.tsv",
             f"{U}\ta cat\t0.31\n{V}\ta dog\t0.29\n",
-            "3 fields in every row, but no header",
+            "every row has 3 fields, but there is no header",
         ),
         ("x.json", '{"captions": ["a"], "image_urls": []}', "0 'image_urls', but 1 'captions'"),
         ("x.json", '{"annotations": [{"image_id": 1, "bbox": []}]}', "captions_.*json"),
@@ -759,7 +759,7 @@ def count_left_out(issues: ParseIssues) -> int:
     counts = [
         count
         for kind, count in issues.counts.items()
-        if kind.endswith("(left out)") and not kind.startswith("empty")
+        if kind.endswith("(skipped)") and not kind.startswith("empty")
     ]
     return sum(counts)
 

@@ -166,7 +166,7 @@ def test_parse_arguments_sets_the_log_level(
 @pytest.mark.parametrize(
     ("environment", "words", "named"),
     [
-        ({}, ["--deepspeed", "ds_configs/zero2.json"], "--deepspeed needs its launcher"),
+        ({}, ["--deepspeed", "ds_configs/zero2.json"], "--deepspeed requires a launcher"),
         (
             {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
             [],
@@ -175,7 +175,7 @@ def test_parse_arguments_sets_the_log_level(
         (
             {"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
             ["--deepspeed", "ds_configs/zero2.json"],
-            "--deepspeed: accelerate launch has a DeepSpeed configuration",
+            "--deepspeed: accelerate launch has its own DeepSpeed configuration",
         ),
     ],
 )

@@ -139,7 +139,7 @@ def test_wandb_gets_images_and_captions(
         ),
         (
             {"metric_for_best_model": "cider", "eval_captions": 0},
-            "--metric_for_best_model cider: .*--eval_captions",
+            "--metric_for_best_model cider .*--eval_captions",
         ),
         (
             {"early_stopping_patience": 1, "eval_strategy": "no"},

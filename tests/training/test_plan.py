@@ -148,7 +148,7 @@ def test_plan_needs_no_weights(
     del options[position : position + 2]
     assert main([*options, "--tflops", "100"]) == 0
     printed = capsys.readouterr().out
-    assert "one step          (--train_data_path says how many) 8 samples" in printed
+    assert "one step          (pass --train_data_path for the whole run) 8 samples" in printed
     assert "the run" not in printed
     assert "kept" not in printed
 
