@@ -235,8 +235,6 @@ def configure_process(*, uses_torch: bool) -> None:
     if uses_torch and "OMP_WAIT_POLICY" not in os.environ and cpus_are_shared():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
-    # bitsandbytes logs every missing CPU kernel when it is imported.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed logs the absence of a GPU whenever a model is saved.
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()

@@ -303,8 +303,12 @@ def atomic_file(target: Path) -> Iterator[Path]:
     After an error the temporary file is deleted, and an older `target` stays as it was.
     """
     part = _temporary_path(target)
+    # Whoever writes the file may replace it by one that only the owner can read, as safetensors does.
+    part.touch()
+    permissions = part.stat().st_mode
     try:
         yield part
+        part.chmod(permissions)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -324,9 +328,27 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        use_default_permissions(part)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def use_default_permissions(folder: Path) -> None:
+    """Give everything in a folder the permissions that new files and folders have: those of the umask.
+
+    Files of safetensors and `tempfile` can be read by their owner alone, whatever the umask is. Published like that,
+    a model could not be served by another user.
+
+    Args:
+        folder: A folder that `mkdir` has created. Its own permissions show what the umask is; asking the operating
+            system would change the umask of all threads for a moment.
+    """
+    folder_permissions = folder.stat().st_mode & 0o777
+    file_permissions = folder_permissions & 0o666
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(folder_permissions if path.is_dir() else file_permissions)
 
 
 def remove_temporary_files(target: Path) -> None:

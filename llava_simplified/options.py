@@ -244,6 +244,7 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False) -> None:
         choices=[4, 8, 16],
         help="Bits per weight of the language model (default: as in training)",
     )
+    add_trust_option(parser)
 
 
 def add_base_model_options(parser: Any) -> None:
@@ -253,6 +254,16 @@ def add_base_model_options(parser: Any) -> None:
     )
     parser.add_argument(
         "--vision-tower", help="Vision tower (default: the one that was used in training)"
+    )
+
+
+def add_trust_option(parser: Any) -> None:
+    """Add `--trust-remote-code`. Without it, no code that comes with a model is executed."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Run the Python code that the language model or its tokenizer comes with; whoever wrote it "
+        "can then do what you can do on this machine",
     )
 
 

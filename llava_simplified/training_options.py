@@ -24,6 +24,13 @@ class ModelArguments:
         default="mistralai/Mistral-7B-Instruct-v0.1",
         metadata={"help": "Causal language model: a folder or a name on the Hugging Face Hub"},
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the Python code that the language model or its tokenizer comes with; whoever "
+            "wrote it can then do what you can do on this machine"
+        },
+    )
     vision_tower: str = field(
         default="openai/clip-vit-base-patch16",
         metadata={"help": "Vision tower: CLIP, SigLIP, DINOv2, ViT, EfficientNet, and others"},
@@ -177,6 +184,13 @@ class DataArguments:
     max_bad_images: float = field(
         default=0.01,
         metadata={"help": "Maximum share of unreadable images; above it, training stops"},
+    )
+    max_bad_records: float = field(
+        default=0.01,
+        metadata={
+            "help": "Maximum share of records that cannot be used, because they are malformed or their prompt is longer "
+            "than --model_max_length; they are set aside before the first step. Above it, training does not start"
+        },
     )
 
 
@@ -342,6 +356,7 @@ HELP_GROUPS = {
         "pretrain_mm_mlp_adapter",
         "tune_mm_mlp_adapter",
         "init_from",
+        "trust_remote_code",
         "freeze_backbone",
     ),
     "Data": (
@@ -354,6 +369,7 @@ HELP_GROUPS = {
         "packing",
         "pack_length",
         "max_bad_images",
+        "max_bad_records",
     ),
     "LoRA": (
         "lora_enable",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -12,24 +14,36 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_simplified.data.collate import Example
+from llava_simplified.data.image_folder import NameMatches, check_distinct
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
-from llava_simplified.data.records import Record, Records, open_records
+from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.records import (
+    BadRecords,
+    Record,
+    Records,
+    open_records,
+    response_problem,
+)
 from llava_simplified.data.rows import find_records
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.prompt import IMAGE_INDEX, Prompt
+from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
+logger = logging.getLogger(__name__)
+
+MIN_ANSWER_TOKENS = 2  # one token and the end token
 NUM_PROBED_RECORDS = 20  # whose images `open_data` tries to read
 
 
 class FeatureStore(Protocol):
     """Precomputed inputs by image name, such as the cache of a frozen vision tower's features.
 
-    All values have the same shape and dtype: features (tokens, width), or transformed pixels, uint8 (3, height, width).
+    All values have the same shape and dtype: features (tokens, hidden size), or transformed pixels, uint8 (3, height,
+    width).
     """
 
     @property
     def dummy_image(self) -> torch.Tensor:
-        """An empty image, in the form of the others."""
+        """An empty image, of the same shape and dtype as the others."""
         ...
 
     def __contains__(self, image: str, /) -> bool: ...
@@ -57,14 +71,14 @@ class CaptionDataset(Dataset[Example]):
         """Create a dataset.
 
         Args:
-            records: What to train on.
+            records: The records to train on.
             prompt: Renders text to token ids and labels.
             image_folder: The folder that the records' image paths are relative to.
             transform: Resize and crop of the vision tower.
             max_length: Maximum number of text tokens of a prompt with one answer; an image counts as one. Longer
                 answers lose words at their end. A prompt that leaves no room for an answer is an error.
             share_prefix: True makes one example per record. False makes one example per response.
-            features: Precomputed features or pixels. No image file is opened then.
+            features: Precomputed features or pixels. If given, no image file is opened.
         """
         self.records = records
         self.prompt = prompt
@@ -72,10 +86,10 @@ class CaptionDataset(Dataset[Example]):
         self.transform = transform
         self.max_length = max_length
         self.features = features
-        # With one example per response: for each record, the number of examples up to and including it.
+        # Used only with one example per response: for each record, the number of examples up to and including it.
         self._ends: np.ndarray | None = None
         if not share_prefix:
-            # This reads and parses all records.
+            # Slow for large files, because this reads and parses all records.
             counts = (len(record.responses) for record in records)
             self._ends = np.cumsum(np.fromiter(counts, dtype=np.int64, count=len(records)))
 
@@ -87,23 +101,27 @@ class CaptionDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         """Return the example at `index`.
 
-        If its image cannot be read, the next example whose image can be read takes its place, image and text together,
-        and a warning says so: one bad file in millions must not end a run, and the trainer counts the warnings.
+        If its image cannot be read, the next example with a readable image is returned instead, with a warning. One bad
+        file in millions must not end a run, and the trainer counts the warnings.
 
         Raises:
             ValueError: No image of the whole dataset can be read, or a record has no usable response.
         """
         warnings: list[str] = []
         for offset in range(len(self)):
-            # After the last example comes the first.
+            # Wrap around: the first example follows the last one.
             record, responses = self.locate((index + offset) % len(self))
             example = self.tokenize(record, responses)
+            # The trainer counts warnings by what is before the comma.
+            matches = NameMatches()
             try:
-                example.pixel_values, example.image_features = self.load_images(record)
+                example.pixel_values, example.image_features = self.load_images(record, matches)
             except ImageError as error:
-                # The trainer counts warnings by what is before the comma.
                 warnings.append(f"bad image, {record.id}: {error}")
                 continue
+            for rule in matches.rules:
+                if rule != "exact":
+                    warnings.append(f"image name matched by {rule}, {record.id}: {record.images}")
             example.warnings = warnings + example.warnings
             return example
         raise ValueError(
@@ -129,32 +147,39 @@ class CaptionDataset(Dataset[Example]):
             record, responses = self.locate(index)
             input_ids = self.tokenize(record, responses).input_ids
             num_images = input_ids.count(IMAGE_INDEX)
-            # A placeholder is one token already.
+            # Subtract 1, because `input_ids` already contains one token per image.
             yield len(input_ids) + (tokens_per_image - 1) * num_images
 
     def locate(self, index: int) -> tuple[Record, Sequence[str]]:
-        """Return the record of the example at `index`, and which of its responses the example contains."""
+        """Return the record of the example at `index`, and the responses that the example contains."""
         if self._ends is None:
             record = self.records[index]
             return record, record.responses
-        # The first record whose examples end behind `index`; records without a response are skipped.
+        # Find the first record whose examples end after `index`; this skips records without a response.
         row = bisect_right(self._ends, index)
         record = self.records[row]
         first_index = int(self._ends[row]) - len(record.responses)
         return record, [record.responses[index - first_index]]
 
-    def load_images(self, record: Record) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def load_images(
+        self, record: Record, matches: NameMatches | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Load the images of a record, or look up their features.
 
+        Args:
+            record: The record.
+            matches: Counts by which rule image files are found.
+
         Returns:
-            Pixels and features, at most one of which is not None: uint8 (images, 3, height, width), and
-            (images, tokens, width).
+            (pixels, features), at least one of them None: uint8 (images, 3, height, width), and
+            (images, tokens, hidden size).
 
         Raises:
             ImageError: An image cannot be read.
         """
         if not record.images or self.features is None:
-            return load_record_images(record, self.image_folder, self.transform), None
+            pixels = load_record_images(record, self.image_folder, self.transform, matches)
+            return pixels, None
         for name in record.images:
             if name not in self.features:
                 raise ImageError(
@@ -162,7 +187,7 @@ class CaptionDataset(Dataset[Example]):
                     f"{name} could not be read when the features of all images were computed",
                 )
         stored = torch.stack([self.features[name] for name in record.images])
-        # The store holds pixels if the tower is trained, so that its features change, or if they do not fit.
+        # The store contains pixels if the tower is trained (its features change) or if features would not fit.
         if stored.dtype == torch.uint8:
             return stored, None
         return None, stored
@@ -172,10 +197,10 @@ class CaptionDataset(Dataset[Example]):
 
         Args:
             record: The record.
-            responses: Which of its responses the example contains. Each is truncated to `max_length` on its own.
+            responses: The responses that the example contains. Each is truncated to `max_length` separately.
 
         Raises:
-            ValueError: There is no response, an empty one, or the prompt leaves no room for it.
+            ValueError: There is no response, a response is empty, or the prompt leaves no room for a response.
         """
         if not responses:
             raise ValueError(f"{record.id}: no response to train on")
@@ -184,7 +209,7 @@ class CaptionDataset(Dataset[Example]):
         input_ids = list(prefix.input_ids)
         labels = list(prefix.labels)
         branches = [0] * len(input_ids)
-        # Every answer has the same room: behind the prompt, as if it were the only one.
+        # Every answer may have as many tokens as if it were the only one after the prompt.
         room = self.max_length - len(prefix.input_ids)
         for number, (answer, text) in enumerate(zip(answers, responses), start=1):
             if len(answer) > room:
@@ -215,13 +240,10 @@ class CaptionDataset(Dataset[Example]):
             room: Maximum number of tokens, with the end token.
 
         Raises:
-            ValueError: There is no room for one token and the end token.
+            ValueError: The prompt leaves no room for one token and the end token.
         """
-        if room < 2:
-            raise ValueError(
-                f"{record.id}: the prompt leaves no room for an answer with "
-                f"--model_max_length {self.max_length}. Raise it, or shorten the instruction."
-            )
+        if room < MIN_ANSWER_TOKENS:
+            raise ValueError(_no_room(record, self.max_length))
         # A word has at least one token. The prompt is rendered anew for each attempt, because the number of tokens of
         # a text is not the sum of its words'.
         words = text.split(" ")[:room]
@@ -230,13 +252,16 @@ class CaptionDataset(Dataset[Example]):
             if len(answer) <= room:
                 return answer
             if len(words) == 1:
-                # A single "word" that does not fit: a long URL, or a language without spaces.
+                # Cut within a single "word" that does not fit: a long URL, or a language without spaces.
                 return [*answer[: room - 1], self.prompt.end_id]
             words.pop()
 
 
 def load_record_images(
-    record: Record, folder: str | Path, transform: ImageTransform
+    record: Record,
+    folder: str | Path,
+    transform: ImageTransform,
+    matches: NameMatches | None = None,
 ) -> torch.Tensor | None:
     """Read, decode and transform the images of a record.
 
@@ -250,13 +275,90 @@ def load_record_images(
         return None
     images = []
     for name in record.images:
-        pixels = decode_image(read_image_bytes(name, folder))
+        pixels = decode_image(read_image_bytes(name, folder, matches))
         images.append(transform(pixels))
     return torch.stack(images)
 
 
+def set_bad_records_aside(
+    records: Records, max_bad_records: float, prompt: Prompt | None = None, max_length: int = 0
+) -> Records:
+    """Return the records that can be trained on, so that none of them ends a run in the middle.
+
+    All rows are parsed, some 100,000 a second. Few are tokenized: a text has at most as many tokens as bytes, so that
+    most prompts are known to be short enough.
+
+    Args:
+        records: All records.
+        max_bad_records: Largest share of them that may be left out, `--max_bad_records`.
+        prompt: Renders text to token ids; without it, only the records themselves are checked.
+        max_length: Maximum number of tokens, `--model_max_length`. Prompts that leave no room for an answer are bad.
+
+    Raises:
+        ValueError: More cannot be used. The message names the first of them.
+    """
+    bad = BadRecords(max_bad_records, len(records))
+    indices = []
+    lengths = None if prompt is None else _PromptLengths(prompt)
+    for index in range(len(records)):
+        try:
+            record = records[index]
+            problem = response_problem(record)
+            if lengths is not None and not lengths.fit(record, max_length - MIN_ANSWER_TOKENS):
+                problem = problem or _no_room(record, max_length)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            indices.append(index)
+            bad.reasons.append(problem)
+    bad.check()
+    return Records(records.rows.without(indices)) if indices else records
+
+
+class _PromptLengths:
+    """Compare the lengths of prompts with a limit, tokenizing only those that can exceed it."""
+
+    TOKENS_AT_BOUNDARIES = 4  # a turn
+
+    def __init__(self, prompt: Prompt) -> None:
+        self._prompt = prompt
+        self._max_expansion = prompt.max_expansion()
+        self._template_lengths: dict[tuple[str, ...], int] = {}  # tokens, by the roles of the turns
+
+    def fit(self, record: Record, max_tokens: int) -> bool:
+        """Return whether the prompt of a record has at most `max_tokens` tokens.
+
+        Raises:
+            ValueError: The chat template cannot render the turns.
+        """
+        roles = tuple(turn.role for turn in record.turns)
+        if roles not in self._template_lengths:
+            turns = [Message(turn.role, "x") for turn in record.turns]
+            self._template_lengths[roles] = self._length(turns, record.id)
+        num_bytes = sum(len(turn.content.encode()) for turn in record.turns)
+        most = self._template_lengths[roles] + self._max_expansion * num_bytes
+        # The template's own text may be cut otherwise where it meets another text than "x".
+        if most + self.TOKENS_AT_BOUNDARIES * len(roles) <= max_tokens:
+            return True
+        return self._length(record.turns, record.id) <= max_tokens
+
+    def _length(self, turns: Sequence[Message], where: str) -> int:
+        return len(self._prompt.render(turns, None, where).input_ids)
+
+
+def _no_room(record: Record, max_length: int) -> str:
+    return (
+        f"{record.id}: the prompt leaves no room for an answer with "
+        f"--model_max_length {max_length}. Raise it, or shorten the instruction."
+    )
+
+
 def open_data(
-    path: str, folder: str | None, option: str, require_responses: bool = True
+    path: str,
+    folder: str | None,
+    option: str,
+    require_responses: bool = True,
+    max_bad_records: float = 0.0,
 ) -> tuple[Records, str]:
     """Open a file of records, and check that its images are in the image folder.
 
@@ -267,16 +369,17 @@ def open_data(
         folder: The image folder; None means the folder of the file of records.
         option: The option that sets the image folder, for error messages.
         require_responses: Every record must have a response, as training needs them.
+        max_bad_records: Share of the checked rows that may be no records; the caller sets them aside.
 
     Returns:
         The records, and the image folder.
 
     Raises:
-        ValueError: There are no records, a checked record has no response, there is no such folder, or none of the
-            first images can be read.
-        MissingExtraError: pyarrow is needed and not installed.
+        ValueError: The file has no records, a checked record has no response, the image folder does not exist, or
+            none of the first images can be read.
+        MissingExtraError: `path` is a Parquet file, and pyarrow is not installed.
     """
-    records = open_records(path, require_responses)
+    records = open_records(path, require_responses, max_bad_records)
     if not len(records):
         raise ValueError(f"{path}: no records in this file")
     if not folder:
@@ -285,16 +388,51 @@ def open_data(
         raise ValueError(f"{option} {folder}: no such folder")
 
     first_error: ImageError | None = None
-    for record in records[:NUM_PROBED_RECORDS]:
-        for name in record.images:
-            try:
-                decode_image(read_image_bytes(name, folder))
-            except ImageError as error:
-                first_error = first_error or error
-            else:
-                return records, folder
+    matches = NameMatches()
+    for name in _first_image_names(records):
+        try:
+            decode_image(read_image_bytes(name, folder, matches))
+        except ImageError as error:
+            first_error = first_error or error
+        else:
+            _check_matches(records, folder, matches)
+            return records, folder
     if first_error is not None:
         raise ValueError(
             f"{option} {folder}: none of the first images can be read; the first: {first_error}"
         )
     return records, folder  # text only
+
+
+def _first_image_names(records: Records) -> Iterator[str]:
+    """Yield the image names of the first records, as far as these can be parsed."""
+    for index in range(min(NUM_PROBED_RECORDS, len(records))):
+        with suppress(ValueError):
+            yield from records[index].images
+
+
+def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
+    """If the names in the records are not those in the folder, check that they still mean different files.
+
+    Raises:
+        ValueError: Two names lead to one file.
+    """
+    description = matches.describe()
+    if not description:
+        return
+
+    def all_names() -> Iterator[str]:
+        for index in range(len(records)):
+            with suppress(ValueError):
+                yield from records[index].images
+
+    try:
+        check_distinct(all_names(), Path(folder))
+    except AmbiguousNameError as error:
+        raise ValueError(f"{records.rows.name}: {error}") from error
+    logger.warning(
+        "%s: the image names are not those in %s, but match by their ends. %s",
+        records.rows.name,
+        folder,
+        description,
+    )

@@ -1,6 +1,6 @@
-"""Records: one captioned image, or one conversation about images, in the form that all other modules use.
+"""Records: parsed rows of a data set. A record is a captioned image, or a conversation about images.
 
-Three JSON forms are read:
+Three JSON formats are supported:
 
     {"image": "0.jpg", "instruction": "Describe it.", "response": "a cat"}
     {"image": "0.jpg", "instruction": "Describe it.", "responses": ["a cat", "my pet"]}
@@ -10,6 +10,8 @@ Three JSON forms are read:
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ import numpy as np
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
+logger = logging.getLogger(__name__)
+
 MAX_CHECKED_ROWS = 20_000  # rows that `open_records` parses before it returns: under a second
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "human": "user",
@@ -27,6 +31,34 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+}
+# A budget is a share of at least this many: a few bad records among the first hundred prove nothing.
+MIN_RECORDS_OF_BUDGET = 100
+# Keys with which other programs ask for something that is not an image. Such a row would train without it.
+_OTHER_MEDIA_KEY = re.compile(
+    r"(video|audio|speech|point_?cloud|pcd)s?(_?(path|file|filename|bytes)s?)?",
+    re.IGNORECASE,
+)
+# Other keys for an image. The row would train as text.
+_OTHER_IMAGE_KEY = re.compile(
+    r"(img|picture|photo)s?(_?(path|file|filename|name|url))?s?"
+    r"|images?_?(path|file|filename|name|url)s?|pixel_values",
+    re.IGNORECASE,
+)
+_OTHER_MEDIA_FILE = re.compile(
+    r"\.(mp4|m4v|mkv|mov|avi|webm|mpe?g|wmv|flv|mp3|wav|flac|ogg|opus|m4a|aac|ply|pcd|obj|glb)$",
+    re.IGNORECASE,
+)
+# Placeholders of other programs: <video>, <image_1>, <|image|>, <|vision_start|>. HTML is told apart by its end tag.
+_OTHER_PLACEHOLDER = re.compile(
+    r"<\|?(?P<tag>(?:video|audio|speech|sound|voice|music|point_?cloud)s?|img|image)(?:[ _]?\d+)?\|?>"
+    r"|<\|(?:vision|audio|video|image|img)_(?:start|pad)\|>|<(?:img|video|audio)_context>",
+    re.IGNORECASE,
+)
+
+_RECORD_KEYS = {
+    *("id", "image", "images", "instruction", "response", "responses"),
+    *("conversations", "width", "height"),
 }
 
 
@@ -38,9 +70,9 @@ class Record:
         images: Paths relative to the image folder, or `shard.tar#key`; empty for a row with text only.
         turns: The conversation up to the last answer, which is not included. The user turns contain exactly one
             `<image>` per image.
-        responses: The alternatives for the last answer (several captions of one image). Empty if the row has none:
-            then it can be captioned, but not trained on.
-        id: Where the row came from, for messages: "train.json row 7".
+        responses: The alternatives for the last answer (several captions of one image). A record without responses can
+            be captioned, but not trained on.
+        id: File name and row number, for messages: "train.json row 7".
     """
 
     images: tuple[str, ...]
@@ -53,22 +85,22 @@ class Record:
         """Parse one row.
 
         Args:
-            row: A JSON object in one of the forms of the module's docstring.
-            where: Where the row came from, for error messages.
+            row: A JSON object in one of the formats of the module's docstring.
+            where: File name and row number, for error messages.
 
         Raises:
             ValueError: The row is not a record. The message names `where`, and the key that is missing or has the
                 wrong type.
         """
         if not isinstance(row, dict):
-            raise ValueError(
-                f"{where}: a record must be a JSON object, this is {type(row).__name__}"
-            )
+            raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
         images = _parse_images(row, where)
+        _check_media_keys(row, images, where)
         if "conversations" in row:
             turns, responses = _parse_conversation(row["conversations"], where)
         else:
             turns, responses = _parse_instruction(row, where)
+        _check_texts(images, turns, responses, where)
         return cls(
             images=images,
             turns=insert_image_placeholders(turns, len(images), where),
@@ -79,10 +111,15 @@ class Record:
 
 def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """Return the image names of a row: `image` or `images`, a string or a list of strings."""
-    value = row.get("image", row.get("images"))
-    # Rows of text alone have no key, null or an empty string, by their source.
-    if value is None or value == "":
+    # Rows of text alone have no key, null or an empty value, by their source.
+    given = [row[key] for key in ("image", "images") if row.get(key)]
+    if not given:
         return ()
+    value = given[0]
+    if len(given) > 1 and value != given[1] and [value] != given[1]:
+        raise ValueError(
+            f"{where}: 'image' is {value!r}, but 'images' is {given[1]!r}; keep one of them"
+        )
     if isinstance(value, str):
         return (value,)
     if not _is_list_of_strings(value) or "" in value:
@@ -90,17 +127,78 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _check_media_keys(row: dict[str, Any], images: tuple[str, ...], where: str) -> None:
+    """Refuse a row that contains something which training would silently leave out.
+
+    Raises:
+        ValueError: The row names a video, a sound or the like; or an image, by a key that is not read.
+    """
+    for key, value in row.items():
+        if not value or key in _RECORD_KEYS:
+            continue
+        is_media = isinstance(value, (str, list, dict))  # and not a score or a flag
+        if is_media and _OTHER_MEDIA_KEY.fullmatch(key):
+            raise ValueError(
+                f"{where}: the key {key!r} asks for {value!r:.80}, but only images are supported; "
+                "remove the key or the record"
+            )
+        if images:
+            continue  # other keys describe the image, such as the URL that it came from
+        if is_media and _OTHER_IMAGE_KEY.fullmatch(key):
+            raise ValueError(f"{where}: the key {key!r} is not read; rename it to 'image'")
+        if isinstance(value, str) and _OTHER_MEDIA_FILE.search(value):
+            raise ValueError(
+                f"{where}: the key {key!r} names {value!r:.80}, but only images are supported; "
+                "remove the key or the record"
+            )
+
+
+def _check_texts(
+    images: Sequence[str], turns: Sequence[Message], responses: Sequence[str], where: str
+) -> None:
+    """Refuse texts that cannot be encoded, and placeholders of media that are not supported.
+
+    Raises:
+        ValueError: A text contains half of a surrogate pair, or a user's turn another program's placeholder.
+    """
+    for text in (*images, *(turn.content for turn in turns), *responses):
+        # JSON can express one half of a character beyond U+FFFF, which is no character. UTF-8 cannot.
+        if not text.isascii() and _is_not_unicode(text):
+            raise ValueError(
+                f"{where}: a text contains half of a surrogate pair, which is not Unicode: {text!r:.200}"
+            )
+    for turn in turns:
+        if turn.role != "user" or "<" not in turn.content:
+            continue
+        for match in _OTHER_PLACEHOLDER.finditer(turn.content):
+            tag = match["tag"]
+            if match[0] == IMAGE_PLACEHOLDER or (tag and f"</{tag}>" in turn.content):
+                continue
+            raise ValueError(
+                f"{where}: the placeholder {match[0]} is not supported; an image is {IMAGE_PLACEHOLDER}, "
+                "and other media must be removed"
+            )
+
+
+def _is_not_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _is_list_of_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
-    """Return turns and responses of a row in the instruction form."""
+    """Return turns and responses of a row in the instruction format."""
     instruction = row.get("instruction")
     if not isinstance(instruction, str):
         raise ValueError(
-            f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
-            f"this one has {sorted(row)}"
+            f"{where}: a record needs the key 'instruction' (a string) or 'conversations', "
+            f"got only {sorted(row)}"
         )
     # Without responses the record can still be captioned.
     responses: Any = []
@@ -117,24 +215,26 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
 
 
 def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[str, ...]]:
-    """Return turns and responses of LLaVA's `conversations`: the last answer is split off as the response."""
+    """Return turns and responses of LLaVA's `conversations`; the last answer becomes the response."""
     if not isinstance(value, list) or not value:
         raise ValueError(
             f"{where}: 'conversations' must be a list of {{from, value}}, got {value!r}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
-    # A system turn can be anywhere as far as this check goes; the prompt allows it at the beginning only.
-    roles = [turn.role for turn in turns if turn.role != "system"]
+    roles = [turn.role for turn in turns]
+    if roles[0] == "system":
+        roles = roles[1:]
     expected = ["user", "assistant"] * len(roles)
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(
-            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ...; "
+            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ..., "
+            f"and a system turn comes first; "
             f"they are {', '.join(roles)}"
         )
     last = turns[-1]
     if last.role == "assistant":
         return turns[:-1], (last.content,)
-    # The conversation ends with a question: enough for captioning.
+    # The conversation ends with a question, so the record can be captioned but not trained on.
     return turns, ()
 
 
@@ -159,10 +259,10 @@ def insert_image_placeholders(
     Args:
         turns: The conversation.
         count: Number of images.
-        where: Where the conversation came from, for error messages.
+        where: File name and row number, for error messages.
 
     Raises:
-        ValueError: The texts contain another number of placeholders.
+        ValueError: The texts contain placeholders, but not `count`; or there is no user turn.
     """
     placeholders = count_images(turns)
     if placeholders == count:
@@ -173,7 +273,7 @@ def insert_image_placeholders(
             f"{where}: {count} image(s), but the text contains {IMAGE_PLACEHOLDER} "
             f"{placeholders} time(s)"
         )
-    # LLaVA's form: each placeholder on its own line, before the text.
+    # As in LLaVA's data, put each placeholder on its own line, before the text.
     lines = f"{IMAGE_PLACEHOLDER}\n" * count
     first_user = roles.index("user")
     with_images = list(turns)
@@ -187,13 +287,13 @@ def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
     Args:
         index: The record's index in its data set.
         record: The record.
-        text: What the model generated.
+        text: The generated text.
     """
-    # A single reference is a string, as in the original tutorial; no reference is an empty one.
+    # As in the original tutorial, a single reference is a string. No reference is an empty string.
     ground_truth: str | list[str] = "".join(record.responses)
     if len(record.responses) > 1:
         ground_truth = list(record.responses)
-    # The instruction without the placeholders that `insert_image_placeholders` may have added.
+    # Remove the placeholders that `insert_image_placeholders` may have added.
     instruction = record.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", "")
     return {
         "index": index,
@@ -205,7 +305,7 @@ def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
 
 
 class Records(Sequence[Record]):
-    """The records of a file, parsed when they are asked for. Cheap to hold, to pickle and to fork."""
+    """The records of a file, parsed on access. Cheap to keep, to pickle and to fork."""
 
     def __init__(self, rows: RowFile) -> None:
         self.rows = rows
@@ -223,36 +323,103 @@ class Records(Sequence[Record]):
         return Record.from_json(self.rows[index], self.rows.where(index))
 
     def longest(self, count: int) -> list[int]:
-        """Return the indices of the rows with most bytes, without reading any text.
+        """Return the indices of the rows with the most bytes, without reading any text.
 
-        They nearly always include the row with most tokens.
+        They nearly always include the row with the most tokens.
         """
         return self.rows.longest(count)
 
+    def longer_than(self, num_bytes: int) -> list[int]:
+        """Return the indices of the rows with more than `num_bytes` bytes of JSON, without reading any text."""
+        return self.rows.longer_than(num_bytes)
 
-def open_records(path: str | Path, require_responses: bool = False) -> Records:
+
+def response_problem(record: Record) -> str:
+    """Return why a record cannot be trained on for its responses; empty if it can."""
+    if record.responses and all(text.strip() for text in record.responses):
+        return ""
+    return (
+        f"{record.id}: no response to train on, or an empty one. "
+        "`llava clean` sets such records aside."
+    )
+
+
+class BadRecords:
+    """Records that cannot be used, and how many of them are tolerated.
+
+    Args:
+        max_share: Largest share of all records, `--max_bad_records`.
+        total: Number of records that are checked.
+
+    Attributes:
+        reasons: One sentence for each bad record, with its row.
+    """
+
+    MAX_SHOWN = 3
+
+    def __init__(self, max_share: float, total: int) -> None:
+        self.max_share = max_share
+        self.total = total
+        self.reasons: list[str] = []
+
+    def check(self) -> None:
+        """Log the bad records.
+
+        Raises:
+            ValueError: They are too many, or all. With `max_share` 0 it is the reason of the first.
+        """
+        count = len(self.reasons)
+        if not count:
+            return
+        first = self.reasons[0]
+        if not self.max_share or count == self.total:
+            raise ValueError(first)
+        shown = "; ".join(self.reasons[: self.MAX_SHOWN])
+        if count > self.max_share * max(self.total, MIN_RECORDS_OF_BUDGET):
+            raise ValueError(
+                f"--max_bad_records {self.max_share:g}: {count:,} of {self.total:,} records cannot be used. "
+                f"The first: {shown}. Remove them with `llava clean`, or raise --max_bad_records."
+            )
+        logger.warning(
+            "%s of %s records cannot be used and are set aside: %s",
+            f"{count:,}",
+            f"{self.total:,}",
+            shown,
+        )
+
+
+def open_records(
+    path: str | Path, require_responses: bool = False, max_bad_records: float = 0.0
+) -> Records:
     """Open all records of a file, or of a folder that `llava download` wrote.
 
-    Up to 20,000 rows are parsed at once; of larger files as many, evenly spread. A wrong file is rejected here, and
-    not in the middle of a run.
+    Up to 20,000 rows, evenly spread over the file, are parsed immediately, so that a wrong file is rejected here and not
+    in the middle of a run.
 
     Args:
         path: A .json array, a .jsonl or .parquet file, or a folder.
         require_responses: Reject rows without a response, or with an empty one.
+        max_bad_records: Share of the checked rows that may be no records; the caller sets them aside.
 
     Raises:
         ValueError: The file cannot be read, or one of its rows is not a record. The message names file and row.
     """
     records = Records(open_rows(path))
     num_checked = min(len(records), MAX_CHECKED_ROWS)
+    bad = BadRecords(max_bad_records, num_checked)
     evenly_spread = np.linspace(0, len(records) - 1, num_checked).astype(int)
     for index in evenly_spread.tolist():
-        record = records[index]  # raises a ValueError if the row is not a record
+        try:
+            record = records[index]
+        except ValueError as error:
+            bad.reasons.append(str(error))
+            if not max_bad_records:
+                break
+            continue
         if not require_responses:
             continue
-        if not record.responses or not all(text.strip() for text in record.responses):
-            raise ValueError(
-                f"{record.id}: no response to train on, or an empty one. "
-                "`llava clean` sets such records aside."
-            )
+        problem = response_problem(record)
+        if problem:
+            raise ValueError(problem)
+    bad.check()
     return records

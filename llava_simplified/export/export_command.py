@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from llava_simplified.model.config import CONFIG_NAME, read_checkpoint_config
-from llava_simplified.options import CommandParser, add_base_model_options
+from llava_simplified.options import CommandParser, add_base_model_options, add_trust_option
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ def build_merge_parser() -> CommandParser:
     parser.add_argument("checkpoint", help="Checkpoint folder, as written by `llava train`")
     parser.add_argument("--output", required=True, type=Path, help="Folder to create")
     add_base_model_options(parser)
+    add_trust_option(parser)
     return parser
 
 
@@ -110,7 +111,11 @@ def merge_main(argv: list[str] | None = None) -> int:
     from llava_simplified.export.merge import merge_checkpoint
 
     merge_checkpoint(
-        args.checkpoint, args.output, model_base=args.model_base, vision_tower=args.vision_tower
+        args.checkpoint,
+        args.output,
+        model_base=args.model_base,
+        vision_tower=args.vision_tower,
+        trust_remote_code=args.trust_remote_code,
     )
     print(
         f"{args.output}: merged. Of the base models, only those that were not trained are needed."

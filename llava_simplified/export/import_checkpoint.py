@@ -38,8 +38,9 @@ from zipfile import is_zipfile
 import torch
 from torch import nn
 
+from llava_simplified.jobs import use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
-from llava_simplified.model.checkpoint import save_checkpoint
+from llava_simplified.model.checkpoint import read_adapter_config, save_checkpoint
 from llava_simplified.model.config import (
     DEFAULT_INSTRUCTION,
     LlavaConfig,
@@ -428,17 +429,18 @@ def _load_strictly(module: nn.Module | Module, weights: Weights, name: str) -> N
 def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
     """Add the LoRA adapter of a source to the language model."""
     from peft import (
-        PeftConfig,
         get_peft_model,
         get_peft_model_state_dict,
         set_peft_model_state_dict,
     )
 
-    peft_config = PeftConfig.from_pretrained(str(config.parent))
+    peft_config = read_adapter_config(config.parent, accept_pattern=True)
     language_model: Any = model.language_model
     adapted: Any = get_peft_model(language_model, peft_config)
     check_state_dict(weights, get_peft_model_state_dict(adapted), "adapter")
     set_peft_model_state_dict(adapted, weights)
+    # A checkpoint names the modules, whatever pattern has found them.
+    peft_config.target_modules = sorted(adapted.targeted_module_names)
     model.language_model = adapted
 
 
@@ -455,7 +457,7 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
 
     settings = dict(source.config["vision_config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    tower = AutoModel.from_config(config, dtype=torch.float32)
+    tower = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     # Only some versions of transformers write the prefix, and only some classes have it.
     expected_names = {_without_prefix(name): name for name in tower.state_dict()}
     weights = {}
@@ -464,8 +466,11 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
         weights[expected_names.get(bare_name, bare_name)] = weight
     _load_strictly(tower, weights, "vision tower")
     tower.save_pretrained(target)
-    image_processor = AutoImageProcessor.from_pretrained(str(source.folder), backend="pil")
+    image_processor = AutoImageProcessor.from_pretrained(
+        str(source.folder), backend="pil", trust_remote_code=False
+    )
     image_processor.save_pretrained(target)
+    use_default_permissions(target)
     return str(target)
 
 

@@ -21,6 +21,7 @@ def merge_checkpoint(
     *,
     model_base: str | None = None,
     vision_tower: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a checkpoint of the same model without adapters.
 
@@ -33,6 +34,7 @@ def merge_checkpoint(
         output: Folder to create.
         model_base: Language model, if it was moved since the training.
         vision_tower: Vision tower, if it was moved since the training.
+        trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
 
     Raises:
         ValueError: The checkpoint has no adapter.
@@ -46,7 +48,12 @@ def merge_checkpoint(
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
     # The merged weights are written, and never run: the CPU is enough.
     model = Llava.from_pretrained(
-        checkpoint, device="cpu", merge=True, model_base=model_base, vision_tower=vision_tower
+        checkpoint,
+        device="cpu",
+        merge=True,
+        model_base=model_base,
+        vision_tower=vision_tower,
+        trust_remote_code=trust_remote_code,
     )
     config = LlavaConfig.from_dict(checkpoint_config["architecture"])
     # The new checkpoint must find the parts that were not trained, wherever they are now.

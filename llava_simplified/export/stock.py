@@ -430,10 +430,12 @@ def _write_processor(
     """Write tokenizer, image processor and chat template."""
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
-    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
     tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
     processor = LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(str(checkpoint), backend="pil"),
+        image_processor=AutoImageProcessor.from_pretrained(
+            str(checkpoint), backend="pil", trust_remote_code=False
+        ),
         tokenizer=tokenizer,
         patch_size=settings.patch_size,
         vision_feature_select_strategy=settings.vision_feature_select_strategy,

@@ -189,11 +189,13 @@ def compare_with_references(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype="auto", trust_remote_code=False
+    ).eval()
     dtype = model.dtype
     if adapter:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    processor: Any = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor: Any = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     # Later checks depend on earlier ones: with another prompt, the logits would differ anyway.
     largest = 0.0
     equal_captions = 0

@@ -1,4 +1,4 @@
-"""Build a model from its config: with pretrained weights, with weights to be filled in, or without any.
+"""Build a model from its config: with pretrained, random or no weights.
 
 LlavaConfig --- build_vision_tower ---> VisionTower    pixels -> patch features
             --- build_projector ------> Linear, MLP    patch features -> image tokens
@@ -25,11 +25,15 @@ from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.model.config import LlavaConfig
+from llava_simplified.extras import install_command
+from llava_simplified.foreign_files import blame_file
+from llava_simplified.hub import check_model_name
+from llava_simplified.model.config import CONFIG_NAME, LlavaConfig, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.model.vision import VisionTower, check_missing_keys
+from llava_simplified.prompt import Prompt
 
 # LLaVA Simplified 0.1.0 called its attention kernel for CPUs "short".
 _ATTENTION_ALIASES = {"short": "cpu_matmul"}
@@ -43,18 +47,21 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Llava:
-    """Build a model of pretrained parts, joined by a projector with fresh (random) weights.
+    """Build a model from pretrained parts, joined by a projector with fresh (random) weights.
 
     Args:
         config: Names of the parts and how they are joined.
-        language_model: Where to load the language model from, if not from where `config` says. A
-            Transformers config builds it with random weights, for the caller to fill in.
-        vision_tower: Where to load the vision tower from, if not from where `config` says.
-        tokenizer: If not the one beside the language model.
+        language_model: Folder or hub name of the language model; overrides `config`. A Transformers
+            config builds it with random weights, for the caller to fill in.
+        vision_tower: Folder or hub name of the vision tower; overrides `config`.
+        tokenizer: The tokenizer; by default the one in the language model's folder.
         device: Where to put the model. On "meta" it is built without reading or allocating weights:
             the configs and the tokenizer are enough.
         attn_implementation: Attention kernel of the language model, as Transformers names it.
+        trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
+            Vision towers are always models of Transformers.
 
     Returns:
         The model. The vision tower and the language model have the dtype of `config`; the projector
@@ -68,25 +75,33 @@ def build_model(
     on_meta = device is not None and torch.device(device).type == "meta"
     source = language_model or config.language_model
     if on_meta and not isinstance(source, PreTrainedConfig):
-        source = _load_transformers_config(str(source))
+        source = _load_transformers_config(str(source), trust_remote_code)
     attn_implementation = _ATTENTION_ALIASES.get(attn_implementation or "", attn_implementation)
 
     tower = build_vision_tower(config, source=vision_tower, device="meta" if on_meta else None)
-    # The order matters for reproducibility: the tower, the language model, then the projector draw
-    # random numbers (for weights that are overwritten, too).
+    # Keep this order: the tower, the language model and the projector draw random numbers one after
+    # the other (even for weights that are overwritten later), and a seed must give the same projector.
     with torch.device("meta") if on_meta else nullcontext():
         if isinstance(source, PreTrainedConfig):
             text: CausalLM = AutoModelForCausalLM.from_config(
-                source, dtype=dtype, attn_implementation=attn_implementation
+                source,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
             )
         else:
-            text = _load_language_model(str(source), dtype, config.bits, attn_implementation)
+            text = _load_language_model(
+                str(source), dtype, config.bits, attn_implementation, trust_remote_code
+            )
         # Not `config.hidden_size`: some families (OPT) embed tokens in another width.
         text_width = text.get_input_embeddings().weight.shape[1]
         projector = build_projector(config.mm_projector_type, tower.width, text_width)
     if tokenizer is None:
-        tokenizer = load_tokenizer(str(language_model or config.language_model))
+        tokenizer = load_tokenizer(
+            str(language_model or config.language_model), trust_remote_code=trust_remote_code
+        )
     model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
+    check_vocabulary(model.prompt, text.config, str(language_model or config.language_model))
     # Only now: random weights are the same on every device if they are drawn on the CPU.
     if device is None or on_meta:
         return model
@@ -99,42 +114,54 @@ def build_vision_tower(
     source: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> VisionTower:
-    """Build the vision tower of a model alone.
+    """Build only the vision tower of a model.
 
     Args:
-        config: Its name, and which of its features are used.
-        source: Where to load it from, if not from where `config` says.
+        config: Name of the vision tower, and which of its features are used.
+        source: Folder or hub name of the vision tower; overrides `config`.
         device: Where to put it; on "meta" it is built without reading or allocating weights.
 
     Raises:
-        ValueError: It cannot be loaded, is not a vision model, or some of its weights are missing.
+        ValueError: `source` cannot be loaded, is not a vision model, or lacks some weights.
     """
     name = str(source or config.vision_tower)
     dtype = getattr(torch, config.dtype)
-    choices: dict[str, Any] = {
+    selection: dict[str, Any] = {
         "select_layer": config.mm_vision_select_layer,
         "select_feature": config.mm_vision_select_feature,
         "token_pool": config.mm_token_pool,
     }
     if device is None:
-        return VisionTower.from_pretrained(name, dtype=dtype, **choices)
+        return VisionTower.from_pretrained(name, dtype=dtype, **selection)
     if torch.device(device).type != "meta":
-        return VisionTower.from_pretrained(name, dtype=dtype, **choices).to(device)
+        return VisionTower.from_pretrained(name, dtype=dtype, **selection).to(device)
     transformers_config = _load_transformers_config(name)
     transform = ImageTransform.from_pretrained(name)
-    return VisionTower.from_config(transformers_config, transform, **choices).to(dtype)
+    return VisionTower.from_config(transformers_config, transform, **selection).to(dtype)
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer, and make sure that it has a pad token.
 
-    A tokenizer without one pads with its end token: padding is masked, and never trained.
+    If the tokenizer has no pad token, its end-of-sequence token is used. This is safe, since padding is
+    masked and excluded from the loss.
+
+    Args:
+        name_or_path: Folder or hub name.
+        trust_remote_code: Run the Python code that the tokenizer comes with.
 
     Raises:
-        ValueError: There is no tokenizer, or it has no end-of-sequence token.
+        ValueError: No tokenizer can be loaded, or it has no end-of-sequence token.
     """
+    check_model_name(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        # Without a value, Transformers asks on the terminal whether to run code.
+        with blame_file(name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(
+                name_or_path, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
         folder = Path(name_or_path)
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
@@ -152,26 +179,63 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return how bitsandbytes stores a frozen language model in 4 or 8 bits.
+def check_vocabulary(prompt: Prompt, config: PreTrainedConfig | None, name: str) -> None:
+    """Check that every token that a prompt or an answer can contain has a row in the embedding table.
 
-    4 bits are NF4 with double quantization (Dettmers et al., QLoRA, 2023). The output layer and the
+    Args:
+        prompt: The renderer with the tokenizer.
+        config: Config of the language model; None if it is not known.
+        name: Name of the model, for the message.
+
+    Raises:
+        ValueError: The tokenizer is wider than the table. The message names the first such token.
+    """
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if rows is None:
+        return
+    outside = {index: token for index, token in prompt.usable_tokens().items() if index >= rows}
+    if outside:
+        index = min(outside)
+        raise ValueError(
+            f"{name}: the token {outside[index]!r} of the tokenizer has the id {index}, but the embedding table has "
+            f"{rows} rows ({len(outside)} token(s) have none). Use the tokenizer of this model, or resize the table: "
+            "model.resize_token_embeddings(len(tokenizer)), then save model and tokenizer."
+        )
+
+
+def find_language_model_config(name_or_path: str) -> PreTrainedConfig | None:
+    """Return the config of a language model, or of the one of a checkpoint; None if there is only a tokenizer."""
+    folder = Path(name_or_path)
+    if (folder / CONFIG_NAME).is_file():
+        own_weights = folder / "language_model"
+        name_or_path = str(own_weights)
+        if not own_weights.is_dir():
+            name_or_path = read_checkpoint_config(folder)["architecture"]["language_model"]
+    try:
+        return _load_transformers_config(name_or_path)
+    except ValueError:
+        return None
+
+
+def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the bitsandbytes config that loads a frozen language model in 4 or 8 bits.
+
+    4 bits means NF4 with double quantization (Dettmers et al., QLoRA, 2023). The output layer and the
     norms are not quantized.
 
     Args:
         bits: 4 or 8.
-        dtype: In which the products are computed.
+        dtype: Data type of the matrix products (4 bits only).
 
     Raises:
-        ValueError: `bits` has another value, or bitsandbytes is not installed or does not support
-            this machine.
+        ValueError: `bits` is neither 4 nor 8, or bitsandbytes is not installed or does not support
+            the devices of this machine.
     """
     if bits not in (4, 8):
         raise ValueError(f"--bits must be 4, 8 or 16, not {bits}")
     if not is_bitsandbytes_available():
         raise ValueError(
-            f"--bits {bits} requires bitsandbytes: pip install 'llava-simplified[quant]'. "
-            "Or pass --bits 16"
+            f"--bits {bits} requires bitsandbytes: run {install_command('quant')}, or pass --bits 16."
         )
     if not validate_bnb_backend_availability():
         raise ValueError(
@@ -189,27 +253,40 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _load_language_model(
-    name_or_path: str, dtype: torch.dtype, bits: int, attn_implementation: str | None
+    name_or_path: str,
+    dtype: torch.dtype,
+    bits: int,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
 ) -> CausalLM:
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if bits != 16:
         options["quantization_config"] = quantization(bits, dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name_or_path, dtype=dtype, output_loading_info=True, **options
-    )
+    with blame_file(name_or_path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     # Transformers would draw missing weights at random, with no more than a warning.
     language_model, loading_info = loaded
     check_missing_keys(name_or_path, loading_info["missing_keys"])
     for module in language_model.modules():
-        # In evaluation mode, and only there, bitsandbytes would use a CPU kernel that rounds the
-        # scales of 4-bit weights: the model would compute something else than in training.
+        # Disable a CPU kernel that bitsandbytes uses in evaluation mode only. It rounds the scales of
+        # 4-bit weights, so the model would compute different values than in training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return cast(CausalLM, language_model)
 
 
-def _load_transformers_config(name_or_path: str) -> PreTrainedConfig:
+def _load_transformers_config(
+    name_or_path: str, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    check_model_name(name_or_path)
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        with blame_file(name_or_path):
+            return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise ValueError(f"{name_or_path}: cannot read the model's config.json: {error}") from error

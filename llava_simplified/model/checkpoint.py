@@ -1,18 +1,18 @@
-"""Save what was trained; load it again from nothing but the folder.
+"""Save the trained weights of a model to a folder, and load the model from that folder.
 
     my-checkpoint/
         llava.json                 checkpoint config: base models with digests, projector, what was trained
         projector.safetensors      always
-        adapter/                   LoRA adapter of the language model, as PEFT writes it
-        language_model/            ... or, if its own weights were trained, all of the model
+        adapter/                   LoRA adapter of the language model, in PEFT's format
+        language_model/            ... or the full language model, if its own weights were trained
         vision_adapter/            LoRA adapter of the vision tower
-        vision_tower/              ... or, if its own weights were trained, all of the tower
+        vision_tower/              ... or the full vision tower, if its own weights were trained
         tokenizer.json, ...        the tokenizer
         preprocessor_config.json   how images are resized and normalized
         trainer_state/             what a resumed run needs (written by training)
 
-Weights that were not trained are not stored. They are identified by name and by a digest of their
-files, and loading refuses others: what was trained fits only them.
+Weights that were not trained are not stored. `llava.json` identifies them by name and by a digest of
+their files. Loading fails if the digest differs, since adapters and projector fit only those weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, cast
 
 import torch
 from peft import (
-    PeftConfig,
+    LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -38,6 +38,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
+from llava_simplified.foreign_files import blame_file, read_json_object
+from llava_simplified.jobs import use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.config import (
     CONFIG_NAME,
@@ -62,7 +64,7 @@ def save_checkpoint(
     training: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write everything that was trained, and the names of what was not.
+    """Write the weights of all trained parts, and the names and digests of the frozen ones.
 
     The write is atomic: the checkpoint is written under a temporary name and renamed. If `folder`
     exists (an output folder with logs in it), the files are moved into it, `llava.json` last, so that
@@ -70,15 +72,16 @@ def save_checkpoint(
 
     Args:
         model: The model.
-        folder: Where to write.
+        folder: Output folder.
         config: Names of the base models, and how they are joined.
-        parts: What was trained. It decides what is written.
-        training: Options and progress of the run, stored in `llava.json` for the reader.
-        state_dict: The trained weights by name, if they are sharded and the caller gathered them.
+        parts: The parts that were trained. Exactly these are written.
+        training: Options and progress of the run, stored in `llava.json` for information only.
+        state_dict: The trained weights by name. Required if the weights are sharded: the caller has
+            to gather them.
 
     Raises:
-        ValueError: `parts` contradicts the model: it has an adapter that would not be written, or
-            has none.
+        ValueError: `parts` contradicts the model: the model has an adapter that `parts` does not name,
+            or lacks one that `parts` names.
     """
     _check_adapters(model, parts)
     folder = Path(folder)
@@ -101,7 +104,7 @@ def save_checkpoint(
     if parts.language_model == "adapter":
         _save_adapter(model.language_model, temporary / "adapter", text_weights)
     elif parts.language_model == "full":
-        # A complete Transformers folder, which any tool loads.
+        # Write a complete Transformers folder, so that any other tool can load it.
         target = temporary / "language_model"
         model.language_model.save_pretrained(str(target), state_dict=text_weights)
         model.tokenizer.save_pretrained(str(target))
@@ -110,7 +113,8 @@ def save_checkpoint(
     if parts.vision_tower == "lora":
         _save_adapter(model.vision_tower.model, temporary / "vision_adapter", tower_weights)
     elif parts.vision_tower == "full":
-        # A complete Transformers folder too: `--vision_tower CHECKPOINT/vision_tower` works.
+        # Write a complete Transformers folder here too, so that another run can start from it with
+        # `--vision_tower CHECKPOINT/vision_tower`.
         target = temporary / "vision_tower"
         model.vision_tower.model.save_pretrained(str(target), state_dict=tower_weights)
         shutil.copyfile(preprocessor, target / "preprocessor_config.json")
@@ -146,27 +150,29 @@ def load_checkpoint(
     trainable: bool = False,
     merge: bool = False,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Llava:
-    """Load a checkpoint, strictly: a missing or unexpected weight is an error that names it.
+    """Load a checkpoint. Missing and unexpected weights raise an error that names them.
 
     Args:
         folder: The checkpoint.
-        model_base: Where the language model's base weights are, if they moved since training.
-        vision_tower: Where the vision tower's base weights are, if they moved since training.
-        dtype: Data type of the frozen weights, if not that of training ("float32", "bfloat16").
-        bits: Precision of the frozen language model (4, 8 or 16), if not that of training.
+        model_base: Path of the language model's base weights, if they have moved since training.
+        vision_tower: Path of the vision tower's base weights, if they have moved since training.
+        dtype: Data type of the frozen weights ("float32", "bfloat16"); by default as in training.
+        bits: Precision of the frozen language model (4, 8 or 16); by default as in training.
         device: Where to put the model; by default the accelerator if there is one, else the CPU.
-        trainable: Leave gradients enabled for what was trained, to train it further.
-        merge: Merge the adapters into the weights. A quantized language model is dequantized before,
-            so that the adapter meets the values that it was trained with.
+        trainable: Leave gradients enabled for the trained parts, to train them further.
+        merge: Merge the adapters into the weights. A quantized language model is dequantized first,
+            so that the adapter is added to the values that it was trained with.
         attn_implementation: Attention kernel of the language model, as Transformers names it.
+        trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ValueError: The folder is not a checkpoint; weights are missing or do not fit; or the base
-            weights are not those of the training.
+        ValueError: The folder is not a checkpoint; weights are missing or have an unexpected name or
+            shape; or the base weights differ from those that were used in training.
     """
     folder = Path(folder)
     checkpoint_config = read_checkpoint_config(folder)
@@ -180,25 +186,26 @@ def load_checkpoint(
         bits=bits or config.bits,
     )
 
-    # Base weights are verified before 14 GB of them are loaded.
-    # A part whose own weights were trained is loaded from the checkpoint, another from its base.
-    trained_text = folder / "language_model" if parts.language_model == "full" else None
+    # A part that was trained in full is loaded from the checkpoint, any other from its base model.
+    trained_lm = folder / "language_model" if parts.language_model == "full" else None
     trained_tower = folder / "vision_tower" if parts.vision_tower == "full" else None
+    # Verify the base weights before loading them: they may be 14 GB, and the check reads only samples.
     digests = config.weights_digests
-    if "language_model" in digests and trained_text is None:
+    if "language_model" in digests and trained_lm is None:
         check_weights_digest("language_model", config.language_model, digests["language_model"])
     if "vision_tower" in digests and trained_tower is None:
         check_weights_digest("vision_tower", config.vision_tower, digests["vision_tower"])
 
     model = build_model(
         config,
-        language_model=trained_text,
+        language_model=trained_lm,
         vision_tower=trained_tower,
-        tokenizer=load_tokenizer(str(folder)),
+        tokenizer=load_tokenizer(str(folder), trust_remote_code=trust_remote_code),
         attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
     load_projector(model.projector, folder)
-    # Adapters go on last, onto base weights that are complete and verified.
+    # Add the adapters last, when the base weights are complete and verified.
     language_model: Any = model.language_model
     if merge and config.bits != 16:
         language_model = language_model.dequantize()
@@ -220,12 +227,13 @@ def load_checkpoint(
 
 
 def load_trained_weights(model: Llava, folder: str | Path) -> None:
-    """Fill a model of the same config with the weights that a checkpoint trained, strictly.
+    """Load the trained weights of a checkpoint into a model that is built already (strict).
 
     Args:
-        model: The model, with its adapters in place if the run trains some. An adapter that the
-            checkpoint does not have keeps its fresh weights: it was put on weights that were trained
-            before, and loaded with the base model.
+        model: A model of the same config, with its adapters in place if the run trains some. An
+            adapter that the checkpoint does not contain keeps its fresh weights. This happens if a run
+            adds LoRA to a model that an earlier run trained in full: the full weights were loaded with
+            the base model.
         folder: The checkpoint.
 
     Raises:
@@ -242,21 +250,95 @@ def load_trained_weights(model: Llava, folder: str | Path) -> None:
 
 
 def load_projector(projector: nn.Module, folder: str | Path) -> None:
-    """Fill a projector from a checkpoint folder.
+    """Load a projector's weights from a checkpoint folder.
 
     Raises:
-        ValueError: Weights are missing, unexpected, or have another shape; the message names them.
+        ValueError: A weight is missing, unexpected, or has the wrong shape; the message names it.
     """
     path = Path(folder) / "projector.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder}: not a checkpoint, projector.safetensors is missing")
-    stored = load_file(path)
+    with blame_file(path):
+        stored = load_file(path)
     check_state_dict(stored, projector.state_dict(), str(path))
     projector.load_state_dict(stored)
 
 
+# The entries of an adapter's config that change what it computes, and that `lora.py` sets.
+_ADAPTER_TYPES: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "bias": (str,),
+    "target_modules": (list,),
+    "fan_in_fan_out": (bool,),
+    "task_type": (str, type(None)),
+    # Of imported adapters.
+    "use_rslora": (bool,),
+    "use_dora": (bool,),
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "modules_to_save": (list, type(None)),
+}
+# Entries that describe where the adapter comes from.
+_ADAPTER_ORIGIN = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "init_lora_weights",
+)
+
+
+def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraConfig:
+    """Read the `adapter_config.json` of a checkpoint.
+
+    Only the entries that this package writes are used, and others must have their default. PEFT has many
+    more, and trusts them: "megatron_core", for example, names a Python module that PEFT imports.
+
+    Args:
+        folder: The folder of the adapter.
+        accept_pattern: Accept a regular expression as `target_modules`, which may take forever to match.
+
+    Raises:
+        ValueError: The file is missing or invalid, or asks for something that this package does not write.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: {path.name} is missing")
+    stored = read_json_object(path)
+    if stored.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be LORA, not {stored.get('peft_type')!r:.80}")
+    defaults = LoraConfig().to_dict()
+    used: dict[str, Any] = {}
+    for name, value in stored.items():
+        if name in _ADAPTER_TYPES:
+            types = _ADAPTER_TYPES[name]
+            if name == "target_modules" and accept_pattern:
+                types = (list, str)
+            is_bool = isinstance(value, bool) and bool not in types
+            if is_bool or not isinstance(value, types):
+                raise ValueError(f"{path}: {name} has an invalid value: {value!r:.80}")
+            used[name] = value
+        elif name not in _ADAPTER_ORIGIN and value and value != defaults.get(name):
+            raise ValueError(f"{path}: {name}={value!r:.80} is not supported")
+    missing = {"r", "lora_alpha", "target_modules"} - set(used)
+    if missing:
+        raise ValueError(f"{path}: {sorted(missing)[0]} is missing")
+    for name in ("target_modules", "modules_to_save"):
+        if not all(isinstance(module, str) for module in used.get(name) or ()):
+            raise ValueError(f"{path}: {name} must be names of modules")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not all(isinstance(value, (int, float)) for value in used.get(name, {}).values()):
+            raise ValueError(f"{path}: {name} must contain numbers")
+    with blame_file(path):
+        return LoraConfig(**used)
+
+
 def _check_adapters(model: Llava, parts: TrainedParts) -> None:
-    """Raise ValueError if an adapter of the model would not be written, or is missing."""
+    """Raise ValueError if the model has an adapter that `parts` does not name, or the reverse."""
     for name, part, expected in (
         ("language model", model.language_model, parts.language_model == "adapter"),
         ("vision tower", model.vision_tower.model, parts.vision_tower == "lora"),
@@ -269,21 +351,24 @@ def _check_adapters(model: Llava, parts: TrainedParts) -> None:
 def _save_adapter(
     model: PretrainedModule, folder: Path, weights: Mapping[str, torch.Tensor]
 ) -> None:
-    # Embeddings are never trained here, and PEFT's default, "auto", would make a request to the hub.
+    # Pass False: embeddings are never trained here, and PEFT's default "auto" makes a request to the
+    # hub to find out whether they were resized.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
 
 
 def _temporary_folder(folder: Path) -> Path:
-    # Beside the target, since a rename is atomic only within one file system.
+    # Put it next to the target, since a rename is atomic only within one file system.
     return folder.with_name(f".{folder.name}.part{os.getpid()}")
 
 
 def _move_into_place(temporary: Path, folder: Path) -> None:
     """Rename a complete temporary folder; or move its entries into a folder that exists."""
+    use_default_permissions(temporary)
     if not folder.exists():
         temporary.rename(folder)
         return
-    # Without llava.json the folder is not a checkpoint while old and new files are mixed in it.
+    # Delete the old llava.json first: without it, a folder with a mix of old and new files (after a
+    # crash) is not taken for a checkpoint. The new one is moved last.
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
         target = folder / entry.name
@@ -294,26 +379,28 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
 
 
 def _load_trained_part(part: PretrainedModule, adapter: Path, full: Path) -> None:
-    """Fill one part from the checkpoint's adapter folder or from its folder with all weights."""
+    """Load the weights of one part from its adapter folder or from its folder of full weights."""
     if isinstance(part, PeftModel):
         if adapter.is_dir():
             _load_adapter(part, adapter)
         return
     model_class: Any = type(part)
     # Through Transformers, since names in the file may differ from those in memory.
-    stored, loading_info = model_class.from_pretrained(
-        full, dtype=part.dtype, output_loading_info=True
-    )
+    with blame_file(full):
+        stored, loading_info = model_class.from_pretrained(
+            full, dtype=part.dtype, output_loading_info=True, trust_remote_code=False
+        )
     check_missing_keys(str(full), loading_info["missing_keys"])
     part.load_state_dict(stored.state_dict())
 
 
 def _with_adapter(model: Any, folder: Path, merge: bool) -> PeftModel | nn.Module:
     """Put a stored adapter on a model; with `merge`, return the plain model with merged weights."""
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_adapter_config(folder)
     # PEFT stores True, which would freeze an adapter that is to be trained further.
     config.inference_mode = False
-    adapted = get_peft_model(model, config)
+    with blame_file(folder / "adapter_config.json"):
+        adapted = get_peft_model(model, config)
     _load_adapter(adapted, folder)
     if merge:
         return cast(Any, adapted).merge_and_unload()
@@ -321,15 +408,22 @@ def _with_adapter(model: Any, folder: Path, merge: bool) -> PeftModel | nn.Modul
 
 
 def _load_adapter(model: PeftModel, folder: Path) -> None:
-    """Fill an adapter, strictly: PEFT would only warn about keys, and not compare the scaling."""
+    """Load an adapter's weights (strict).
+
+    PEFT itself only warns about missing keys, and does not compare the scaling.
+    """
     current: Any = model.peft_config["default"]
-    stored: Any = PeftConfig.from_pretrained(str(folder))
+    stored = read_adapter_config(folder)
     # Another rank would fail with a message about shapes, another alpha would not fail at all.
     if (current.r, current.lora_alpha) != (stored.r, stored.lora_alpha):
         raise ValueError(
             f"{folder}: the adapter was trained with r={stored.r}, alpha={stored.lora_alpha:g}; pass "
             f"--lora_r {stored.r} --lora_alpha {stored.lora_alpha:g}"
         )
-    weights = load_file(folder / "adapter_model.safetensors")
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder}: {path.name} is missing")
+    with blame_file(path):
+        weights = load_file(path)
     check_state_dict(weights, get_peft_model_state_dict(model), str(folder))
     set_peft_model_state_dict(model, weights)

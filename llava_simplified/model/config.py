@@ -1,19 +1,20 @@
 """The checkpoint config `llava.json`: the parts of a model, how they are joined, and what was trained.
 
-This module does not import torch, so that commands can look at a checkpoint without a delay.
+This module does not import torch, so that commands can read a checkpoint's config without delay.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_simplified.foreign_files import read_json_object
+
 CONFIG_NAME = "llava.json"
-# Increase it when older versions of this package could no longer read the file, and add to
-# `READABLE_FORMAT_VERSIONS` and to `read_checkpoint_config` what it takes to read the old one.
+# Increase it with every change that older versions of this package cannot read. Keep the old version
+# in `READABLE_FORMAT_VERSIONS`, and convert its entries in `read_checkpoint_config`.
 FORMAT_VERSION = 2
 # Version 1 (LLaVA Simplified 0.1.0) calls `weights_digests` "fingerprints".
 READABLE_FORMAT_VERSIONS = (1, 2)
@@ -23,15 +24,16 @@ DEFAULT_INSTRUCTION = "Generate a caption of this image:"
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """Everything that decides the shape and the prompt of a model, except the weights.
+    """The architecture and the prompt of a model: everything except the weights.
 
     Attributes:
         language_model: Folder or hub name of the causal language model.
         vision_tower: Folder or hub name of the vision model.
         mm_projector_type: `linear`, `mlp2x_gelu` (any depth) or `identity`.
-        mm_vision_select_layer: Hidden state(s) of the vision tower that the projector reads.
+        mm_vision_select_layer: Index of the vision tower's hidden state that is the projector's input;
+            several are concatenated.
         mm_vision_select_feature: `patch`, or `cls_patch` to keep the CLS token.
-        mm_token_pool: Side of the grid that the patches are averaged to; 0 keeps all patches.
+        mm_token_pool: Average the patches to a grid of this many rows and columns; 0 keeps all patches.
         template: Prompt template, see `llava_simplified.prompt.Prompt`.
         instruction: Instruction of the training data, the default of `Llava.caption`.
         dtype: Data type of the frozen weights, as torch names it ("bfloat16").
@@ -54,21 +56,66 @@ class LlavaConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LlavaConfig:
-        """Return the config that the "architecture" of a `llava.json` describes."""
+        """Return the config that the "architecture" of a `llava.json` describes.
+
+        Raises:
+            ValueError: An entry is missing, is unknown, or has another type.
+        """
         layer = fields.get("mm_vision_select_layer", cls.mm_vision_select_layer)
         if isinstance(layer, list):
             # JSON has no tuples.
             fields = {**fields, "mm_vision_select_layer": tuple(layer)}
+        for name, value in fields.items():
+            if name not in _FIELD_TYPES:
+                raise ValueError(f'{CONFIG_NAME}: unknown entry {name!r} in "architecture"')
+            _check_type(name, value, _FIELD_TYPES[name])
+        for name in ("language_model", "vision_tower"):
+            if not fields.get(name):
+                raise ValueError(f'{CONFIG_NAME}: "architecture" has no {name}')
+        if fields.get("dtype", cls.dtype) not in DTYPES:
+            raise ValueError(
+                f"{CONFIG_NAME}: dtype must be one of {DTYPES}, not {fields['dtype']!r}"
+            )
+        for name, value in fields.get("weights_digests", {}).items():
+            _check_type(f"weights_digests.{name}", value, (str,))
+        for value in fields.get("mm_vision_select_layer", ()) if isinstance(layer, list) else ():
+            _check_type("mm_vision_select_layer", value, (int,))
         return cls(**fields)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "language_model": (str,),
+    "vision_tower": (str,),
+    "mm_projector_type": (str,),
+    "mm_vision_select_layer": (int, tuple),
+    "mm_vision_select_feature": (str,),
+    "mm_token_pool": (int,),
+    "template": (str,),
+    "instruction": (str,),
+    "dtype": (str,),
+    "bits": (int,),
+    "weights_digests": (dict,),
+}
+
+
+def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
+    # In Python, True is an int.
+    if not isinstance(value, types) or isinstance(value, bool):
+        expected = " or ".join(type_.__name__ for type_ in types)
+        raise ValueError(f"{CONFIG_NAME}: {name} must be of type {expected}, not {value!r:.80}")
 
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What of a model is trained, and therefore stored in its checkpoint. The projector always is.
+    """The parts of a model that are trained, and therefore stored in its checkpoint.
+
+    The projector is always trained.
 
     Attributes:
-        language_model: "adapter": a LoRA adapter; "full": all its weights; "none": it is frozen.
-        vision_tower: "lora": a LoRA adapter; "full": its own weights; "none": it is frozen.
+        language_model: "adapter": a LoRA adapter; "full": its own weights; "none": frozen.
+        vision_tower: "lora": a LoRA adapter; "full": its own weights; "none": frozen.
     """
 
     language_model: Literal["none", "adapter", "full"] = "none"
@@ -89,19 +136,23 @@ class TrainedParts:
         Raises:
             ValueError: An entry has an unknown value.
         """
-        trained = checkpoint_config["trained"]
+        trained = checkpoint_config.get("trained")
         trained_tower = checkpoint_config.get("trained_tower", "off")
         language_model = {value: part for part, value in _STORED_LANGUAGE_MODEL.items()}
         vision_tower = {value: part for part, value in _STORED_VISION_TOWER.items()}
-        if trained not in language_model or trained_tower not in vision_tower:
+        # Lists, for example, are no keys of a dict.
+        is_text = isinstance(trained, str) and isinstance(trained_tower, str)
+        if not is_text or trained not in language_model or trained_tower not in vision_tower:
             raise ValueError(
-                f"{CONFIG_NAME}: unknown values trained={trained!r}, trained_tower={trained_tower!r}"
+                f"{CONFIG_NAME}: unknown values trained={trained!r:.80}, "
+                f"trained_tower={trained_tower!r:.80}"
             )
         return cls(language_model[trained], vision_tower[trained_tower])
 
 
-# The values that llava.json has held since its first version. They name the folder of the checkpoint
-# that holds the weights, and the option --tune_vision_tower, so they differ from the attributes.
+# The values in llava.json differ from the attributes, and cannot change without a new format version:
+# "trained" is the name of the checkpoint folder (or file) with the weights, "trained_tower" is the
+# value of the option --tune_vision_tower.
 _STORED_LANGUAGE_MODEL: dict[Literal["none", "adapter", "full"], str] = {
     "none": "projector",
     "adapter": "adapter",
@@ -115,7 +166,7 @@ _STORED_VISION_TOWER: dict[Literal["none", "lora", "full"], str] = {
 
 
 def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
-    """Read `llava.json` of a checkpoint, with the entries of older versions under today's names.
+    """Read the `llava.json` of a checkpoint. Entries of older versions get their current names.
 
     Returns:
         A dict with the keys "format_version", "architecture" (the fields of `LlavaConfig`), "trained"
@@ -127,27 +178,37 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such folder. Pass the folder of a checkpoint.")
         raise ValueError(
             f"{folder}: not a checkpoint, {CONFIG_NAME} is missing{_suggestion(Path(folder))}"
         )
-    checkpoint_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    checkpoint_config = read_json_object(path)
     version = checkpoint_config.get("format_version")
-    if version not in READABLE_FORMAT_VERSIONS:
+    if version not in READABLE_FORMAT_VERSIONS or isinstance(version, bool):
         raise ValueError(
-            f"{path}: unknown format version {version}; this version of LLaVA Simplified reads "
-            f"{READABLE_FORMAT_VERSIONS}. Update it: pip install -U llava-simplified"
+            f"{path}: unknown format version {version!r:.80}; this version of LLaVA Simplified reads "
+            f"{READABLE_FORMAT_VERSIONS}. Install a newer version."
         )
-    architecture = checkpoint_config["architecture"]
+    architecture = checkpoint_config.get("architecture")
+    for name, value in (
+        ("architecture", architecture),
+        ("training", checkpoint_config.setdefault("training", {})),
+        ("versions", checkpoint_config.setdefault("versions", {})),
+    ):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {name!r} must be an object, not {value!r:.80}")
+    assert isinstance(architecture, dict)
     if "fingerprints" in architecture:
         architecture["weights_digests"] = architecture.pop("fingerprints")
-    # Written since vision towers can be trained.
+    # Missing in checkpoints from before vision towers could be trained.
     checkpoint_config.setdefault("trained_tower", "off")
     return checkpoint_config
 
 
 def _suggestion(folder: Path) -> str:
-    """The end of an error message: what the user may have meant instead of `folder`."""
-    # An output folder has its checkpoints in subfolders; the newest is the likeliest.
+    """Return the end of an error message: the path that the user may have meant instead."""
+    # The user may have passed an output folder, whose subfolders are checkpoints: suggest the newest.
     found = sorted(folder.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime)
     if found:
         return f"; did you mean {found[-1].parent}?"

@@ -30,9 +30,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from llava_simplified.data.images import ImageError, load_pixels
-from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.serve.attention_map import encode_answer, word_attention
+from llava_simplified.serve.body_check import check_body
 from llava_simplified.serve.engine import (
     Delta,
     Engine,
@@ -77,12 +77,15 @@ class Limits:
         max_images: Images of the conversation.
         max_tokens: Tokens of an answer, also the default where a request names none.
         fetch: How http(s) images are fetched; None refuses them.
+        strict_model: Refuse requests for a model of another name. By default, the one model that is served
+            answers whatever name is given.
     """
 
     max_body: int = 20_000_000
     max_images: int = 8
     max_tokens: int = 512
     fetch: FetchOptions | None = None
+    strict_model: bool = False
 
 
 ConversationT = TypeVar("ConversationT", bound=Conversation)
@@ -198,17 +201,16 @@ class ModelEndpoint:
 
     async def _parse(self, schema: type[ConversationT], body: bytes) -> ConversationT:
         """Validate a body and the name of the model in it."""
+
+        def parse() -> ConversationT:
+            check_body(body)
+            return schema.model_validate_json(body)
+
         loop = asyncio.get_running_loop()
         # In a thread: parsing 20 MB and decoding base64 would block the event loop.
-        readers = self.engine.reader_threads
-        parsed = await loop.run_in_executor(readers, schema.model_validate_json, body)
-        if parsed.model != self.name:
-            raise RequestError(
-                f"The model {parsed.model!r} does not exist; this server has {self.name!r}.",
-                "model",
-                "model_not_found",
-                status=404,
-            )
+        parsed = await loop.run_in_executor(self.engine.reader_threads, parse)
+        if self.limits.strict_model and parsed.model != self.name:
+            raise _model_not_found(parsed.model, self.name)
         return parsed
 
     async def _load_images(self, messages: Sequence[ChatMessage]) -> list[bytes]:
@@ -243,6 +245,15 @@ class ModelEndpoint:
         return fetched.image.data
 
 
+def _model_not_found(requested: str | None, name: str) -> RequestError:
+    return RequestError(
+        f"The model {requested!r} does not exist; this server has {name!r}.",
+        "model",
+        "model_not_found",
+        status=404,
+    )
+
+
 class ChatCompletions(ModelEndpoint):
     """POST /v1/chat/completions."""
 
@@ -274,7 +285,7 @@ class ChatCompletions(ModelEndpoint):
         if chat.stream:
             await self._send_stream(chat, request, send)
         else:
-            await self._send_complete(request, send)
+            await self._send_complete(chat, request, send)
 
     async def _deltas(
         self, request: RequestHandle, token_counts: list[int]
@@ -293,7 +304,7 @@ class ChatCompletions(ModelEndpoint):
         self._tokens.labels("prompt").inc(request.prompt_tokens)
         self._tokens.labels("answer").inc(sum(token_counts))
 
-    async def _send_complete(self, request: RequestHandle, send: Send) -> None:
+    async def _send_complete(self, chat: ChatRequest, request: RequestHandle, send: Send) -> None:
         """Send one JSON object when all sequences have finished."""
         count = request.options.num_return_sequences
         texts = [""] * count
@@ -315,6 +326,7 @@ class ChatCompletions(ModelEndpoint):
             **self._header("chat.completion"),
             "choices": choices,
             "usage": _usage(request, token_counts),
+            **_warnings(chat, request),
         }
         await _send_json(content, send)
 
@@ -332,12 +344,15 @@ class ChatCompletions(ModelEndpoint):
                 "finish_reason": finish_reason,
                 "logprobs": None,
             }
-            await send(_event({**header, "choices": [choice]}))
+            await send(_event({**header, **extra, "choices": [choice]}))
 
+        # The first chunk of each choice has the warnings; no later one has them.
+        extra = _warnings(chat, request)
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
         # As OpenAI does: the first chunk of each choice has the role, the last one the reason of its end.
         for index in range(len(token_counts)):
             await send_chunk(index, {"role": "assistant", "content": ""})
+        extra = {}
         async for delta in self._deltas(request, token_counts):
             if delta.text:
                 await send_chunk(delta.index, {"content": delta.text})
@@ -379,7 +394,7 @@ class Attention(ModelEndpoint):
             pixels = await loop.run_in_executor(readers, load_pixels, images[0])
         # The size of the original image is needed below, so it is decoded here and not by `prepare`.
         # The answer counts as generated tokens, so that the limit of the context applies to it.
-        await request.prepare(messages, [pixels], GenerationOptions(max_new_tokens=len(answer_ids)))
+        await request.prepare(messages, [pixels], answer_tokens=len(answer_ids))
         async with request.deadline():
             words, grids = await self.engine.run_on_model(
                 lambda model: _word_attention(model, request, answer_ids)
@@ -427,6 +442,23 @@ def _word_attention(
 
 
 # ---- responses ----
+
+
+def _warnings(chat: ChatRequest, request: RequestHandle) -> dict[str, list[str]]:
+    """Return the field `warnings` of a response, an extension of OpenAI's API, or no field.
+
+    It says that an answer may have fewer tokens than the client has asked for.
+    """
+    requested = chat.requested_tokens
+    granted = request.options.max_new_tokens
+    if requested is None or requested <= granted:
+        return {}
+    name = "max_completion_tokens" if chat.max_completion_tokens else "max_tokens"
+    # An integer of JSON has any number of digits.
+    shown = str(requested) if requested < 10**12 else "more than 10^12"
+    return {
+        "warnings": [f"{name}: {shown} tokens were requested, the answer has at most {granted}."]
+    }
 
 
 def _usage(request: RequestHandle, token_counts: list[int]) -> dict[str, int]:
@@ -535,12 +567,7 @@ def create_app(
     async def retrieve_model(request: Request) -> Response:
         requested = request.path_params["name"]
         if requested != name:
-            raise RequestError(
-                f"The model {requested!r} does not exist; this server has {name!r}.",
-                "model",
-                "model_not_found",
-                status=404,
-            )
+            raise _model_not_found(requested, name)
         return JSONResponse(model)
 
     @asynccontextmanager

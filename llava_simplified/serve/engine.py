@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -47,7 +47,8 @@ T = TypeVar("T")
 
 # Threads that decode images. An image of 50 megapixels occupies 150 MB while it is decoded.
 _READER_THREADS = 2
-_REPLACEMENT_CHARACTER = "\ufffd"  # decoders write it for an incomplete UTF-8 sequence
+# No tokenizer makes so few tokens of a text: natural languages have 1 to 5 characters per token.
+_MAX_CHARACTERS_PER_TOKEN = 32
 
 
 class QueueFullError(Exception):
@@ -171,7 +172,8 @@ class RequestHandle:
         Args:
             messages: A question or a conversation, as for `Llava.stream`.
             images: One for each `<image>` of the messages.
-            options: One beam, and at most `batch_size` sequences.
+            options: One beam, and at most `batch_size` sequences. If the context has no room for
+                `max_new_tokens`, the answer gets what is left; `options` of this object then says how much.
             stop: Texts that end an answer; they are not part of it.
 
         Raises:
@@ -180,7 +182,10 @@ class RequestHandle:
             TimeoutError: The request timed out.
         """
         self._stop = stop
-        await self.prepare(messages, images, options)
+        options = options or self.options
+        await self.prepare(messages, images, options, answer_tokens=1)
+        room = self._engine.max_context - self.prompt_tokens
+        self.options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
         self._engine.enqueue(self)
 
     async def prepare(
@@ -188,10 +193,17 @@ class RequestHandle:
         messages: str | Sequence[Message],
         images: Sequence[ImageSource] = (),
         options: GenerationOptions | None = None,
+        answer_tokens: int = 1,
     ) -> None:
         """Set `prompt`, `pixel_values` and `options`, without joining the queue.
 
-        Arguments and exceptions are those of `submit`.
+        The other arguments, and the exceptions, are those of `submit`.
+
+        Args:
+            messages: The messages.
+            images: Their images.
+            options: Generation options.
+            answer_tokens: Number of tokens that the context must have room for behind the prompt.
         """
         engine = self._engine
         self.options = options or self.options
@@ -204,16 +216,33 @@ class RequestHandle:
                 "n",
             )
         loop = asyncio.get_running_loop()
-        reading = loop.run_in_executor(engine.reader_threads, self._prepare, messages, images)
+        reading = loop.run_in_executor(
+            engine.reader_threads, self._prepare, messages, images, answer_tokens
+        )
         async with self.deadline():
             await reading
 
-    def _prepare(self, messages: str | Sequence[Message], images: Sequence[ImageSource]) -> None:
+    def _prepare(
+        self,
+        messages: str | Sequence[Message],
+        images: Sequence[ImageSource],
+        answer_tokens: int,
+    ) -> None:
         """Decode the images and tokenize the messages, in a reader thread."""
         model = self._engine.model
         max_context = self._engine.max_context
         tokens_per_image = model.vision_tower.num_tokens
-        # Checked before the images are decoded, which is expensive.
+        # Checked before the messages are tokenized and the images are decoded, which is expensive.
+        contents = [messages] if isinstance(messages, str) else [m.content for m in messages]
+        num_characters = sum(map(len, contents))
+        max_characters = _MAX_CHARACTERS_PER_TOKEN * max_context
+        if num_characters > max_characters:
+            raise RequestError(
+                f"The messages have {num_characters} characters. The maximum is {max_characters}, for a "
+                f"context of {max_context} tokens.",
+                "messages",
+                "context_length_exceeded",
+            )
         if len(images) * tokens_per_image >= max_context:
             raise RequestError(
                 f"{len(images)} images of {tokens_per_image} tokens exceed the context of "
@@ -229,14 +258,12 @@ class RequestHandle:
             raise RequestError(str(error), "messages") from None
         # In `prompt`, each image is one placeholder; in the context, it has `tokens_per_image` tokens.
         self.prompt_tokens = len(self.prompt) + len(images) * (tokens_per_image - 1)
-        max_new_tokens = self.options.max_new_tokens
         if not self.prompt:
             raise RequestError("The prompt is empty.", "messages")
-        if self.prompt_tokens + max_new_tokens > max_context:
+        if self.prompt_tokens + answer_tokens > max_context:
             raise RequestError(
-                f"The prompt has {self.prompt_tokens} tokens (images included) and the answer may have "
-                f"{max_new_tokens}, but the context has {max_context}. Shorten the conversation or "
-                "lower max_tokens.",
+                f"The prompt has {self.prompt_tokens} tokens (images included) and the answer needs at "
+                f"least {answer_tokens}, but the context has {max_context}. Shorten the conversation.",
                 "messages",
                 "context_length_exceeded",
             )
@@ -274,7 +301,7 @@ class RequestHandle:
             is_active: Whether more tokens will follow.
         """
         prompt = self._engine.model.prompt
-        text = prompt.decode(token_ids).lstrip()
+        text = prompt.decode(token_ids, finished=not is_active).lstrip()
         finish_reason: str | None = None
         if not is_active:
             finish_reason = "stop" if token_ids[-1] in prompt.stop_ids else "length"
@@ -300,12 +327,7 @@ def _find_first(text: str, stop: Sequence[str]) -> int | None:
 
 
 def _without_unfinished_end(text: str, stop: Sequence[str]) -> str:
-    """Remove the end of a text that the next token may change.
-
-    That is an incomplete character, and anything that may be the beginning of a stop text: what has been
-    sent cannot be taken back.
-    """
-    text = text.rstrip(_REPLACEMENT_CHARACTER)
+    """Remove what may be the beginning of a stop text at the end: what was sent cannot be taken back."""
     longest = 0
     for stop_text in stop:
         for length in range(1, len(stop_text)):

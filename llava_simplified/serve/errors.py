@@ -13,6 +13,9 @@ from starlette.responses import JSONResponse
 from llava_simplified.data.images import ImageError
 from llava_simplified.serve.engine import QueueFullError, RequestError
 
+# Names of unknown fields and models are part of messages. They may be as long as a body.
+_MAX_MESSAGE = 1000
+
 # Values of the field `code` for errors that are identified by their HTTP status.
 _CODES = {
     401: "invalid_api_key",
@@ -61,8 +64,15 @@ def to_openai_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, st
     else:  # a fault of the server; its message may contain paths or prompts
         status, kind, code = 500, "server_error", "server_error"
         message = "The server failed to process the request. Its log has the details."
-    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    param = param and _shorten(param)
+    body = {"error": {"message": _shorten(message), "type": kind, "param": param, "code": code}}
     return status, body, headers
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= _MAX_MESSAGE:
+        return text
+    return text[:_MAX_MESSAGE] + " ..."
 
 
 def _first_validation_error(error: ValidationError) -> tuple[str | None, str]:

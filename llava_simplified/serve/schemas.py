@@ -1,16 +1,19 @@
 """The bodies of requests, validated strictly.
 
-A parameter that is unknown, out of range, or asks for something that the server does not do is an error
-that names it: an ignored parameter would silently give another result than the client expects.
+One rule applies to all fields. A value that asks for what the server does anyway, or for nothing, is
+accepted: null for any field, an empty list of tools, `"tool_choice": "auto"` without tools. A value that asks
+for something that the server does not do, is out of range or unknown is an error that names the field: an
+ignored parameter would silently give another result than the client expects.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llava_simplified.data.records import insert_image_placeholders
 from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
@@ -21,10 +24,27 @@ from llava_simplified.serve.engine import RequestError
 _MIN_TEMPERATURE = 1e-3
 
 
+# The URL-safe alphabet of base64 -> the standard one.
+_STANDARD_BASE64 = str.maketrans("-_", "+/")
+
+
 class StrictModel(BaseModel):
-    """A model without type coercion, unknown fields, NaN and infinity."""
+    """A model without type coercion, unknown fields, NaN and infinity. A null is a missing field."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    # Clients that write all fields of a message or a request send null for those that are not set.
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, fields: object) -> object:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+# The only list, and the only object, that asks for nothing.
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 # ---- messages ----
@@ -45,17 +65,48 @@ class ImageURL(StrictModel):
 
     @field_validator("url")
     @classmethod
-    def decode_data_url(cls, url: str) -> str | bytes:
-        if not url.startswith("data:"):
+    def decode_url(cls, url: str) -> str | bytes:
+        url = url.strip()
+        scheme, colon, rest = url.partition(":")
+        # No character of base64 is a colon. Some servers accept the content of a data URL alone.
+        if not colon:
+            return _decode_base64(url)
+        if scheme.lower() != "data":
             return url
-        head, _, data = url.partition(",")
+        head, _, data = rest.partition(",")
         # The media type is ignored: the decoder looks at the content.
-        if not head.endswith(";base64"):
+        if not head.lower().rstrip().endswith(";base64"):
             raise ValueError("expected data:image/...;base64,...")
-        try:
-            return base64.b64decode(data, validate=True)
-        except ValueError as error:
-            raise ValueError(f"the data URL is not valid base64: {error}") from None
+        return _decode_base64(data)
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 as browsers do: white space and padding are optional. `-` and `_` are accepted, too.
+
+    Raises:
+        ValueError: The text is not base64.
+    """
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError:
+        content = _decode_lenient_base64(text)
+    if not content:
+        raise ValueError("expected a data URL (data:image/...;base64,...), got an empty one")
+    return content
+
+
+def _decode_lenient_base64(text: str) -> bytes:
+    # In a URL, `+` and `=` may be escaped.
+    if "%" in text:
+        text = unquote(text)
+    text = "".join(text.split()).translate(_STANDARD_BASE64).rstrip("=")
+    padding = "=" * (-len(text) % 4)
+    try:
+        return base64.b64decode(text + padding, validate=True)
+    except ValueError as error:
+        raise ValueError(
+            f"expected a data URL (data:image/...;base64,...), another URL or base64: {error}"
+        ) from None
 
 
 class ImagePart(StrictModel):
@@ -64,6 +115,13 @@ class ImagePart(StrictModel):
     type: Literal["image_url"]
     image_url: ImageURL
 
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def wrap_string(cls, image_url: object) -> object:
+        if isinstance(image_url, str):
+            return {"url": image_url}
+        return image_url
+
 
 class ChatMessage(StrictModel):
     """One message of a conversation. A plain string as `content` becomes one text part."""
@@ -71,6 +129,11 @@ class ChatMessage(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: str | None = None
+    # Fields of a message that OpenAI's client sends back, as it received it. The server's own messages
+    # contain none of what they stand for.
+    refusal: Literal[""] | None = None
+    annotations: EmptyList | None = None
+    tool_calls: EmptyList | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -113,7 +176,8 @@ class ChatMessage(StrictModel):
 class Conversation(StrictModel):
     """The fields that chat completions and attention maps have in common."""
 
-    model: str
+    # One model is served, so that clients need not know its name; see `ModelEndpoint.strict_model`.
+    model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1, max_length=100)
 
     def to_messages(self, instruction: str) -> list[Message]:
@@ -136,6 +200,7 @@ class StreamOptions(StrictModel):
     """Options of streamed responses."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class TextFormat(StrictModel):
@@ -153,7 +218,6 @@ class ChatRequest(Conversation):
     # OpenAI's older and newer name of the same limit. The newer one takes precedence.
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    # None is the same as a missing field, here and below: some clients send null for every default.
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     # Extensions of OpenAI's API, as in vLLM.
@@ -167,20 +231,39 @@ class ChatRequest(Conversation):
     stream_options: StreamOptions | None = None
     # Accepted and ignored: they do not affect the answer.
     user: str | None = None
+    safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    parallel_tool_calls: bool | None = None  # there are no tools that could be called in parallel
     # Accepted with the value that describes what the server does anyway; clients often send it.
     store: Literal[False] | None = None
     logprobs: Literal[False] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=0)
+    logit_bias: EmptyObject | None = None
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     presence_penalty: float | None = Field(None, ge=0, le=0)
     response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = Field(None, max_length=1)
+    reasoning_effort: Literal["none"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    verbosity: Literal["medium"] | None = None
+    tools: EmptyList | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: EmptyList | None = None
+    function_call: Literal["none", "auto"] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
     def wrap_string(cls, stop: object) -> object:
         if isinstance(stop, str):
-            return [stop]
+            return [stop] if stop else []
         return stop
+
+    @property
+    def requested_tokens(self) -> int | None:
+        """The maximum number of tokens that the client asks for, None if it names none."""
+        return self.max_completion_tokens or self.max_tokens
 
     def to_generation_options(self, max_tokens_limit: int) -> GenerationOptions:
         """Return the options of the decoder.
@@ -188,19 +271,13 @@ class ChatRequest(Conversation):
         Without a temperature, one answer is greedy and several are sampled, as by `Llava.caption`.
 
         Args:
-            max_tokens_limit: The maximum number of tokens of an answer, and the default.
+            max_tokens_limit: The maximum number of tokens of an answer, and the default. A request for
+                more gets this many, as it gets no more than the context has room for.
 
         Raises:
-            RequestError: The request exceeds the limit, or asks for several greedy answers.
+            RequestError: The request asks for several greedy answers.
         """
-        max_new_tokens = self.max_completion_tokens or self.max_tokens or max_tokens_limit
-        if max_new_tokens > max_tokens_limit:
-            param = "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
-            raise RequestError(
-                f"{param}: {max_new_tokens} tokens were requested, but the server generates at most "
-                f"{max_tokens_limit}.",
-                param,
-            )
+        max_new_tokens = min(self.requested_tokens or max_tokens_limit, max_tokens_limit)
         # `or` replaces None: a 0 is refused by the field's limits, or is the default itself.
         num_return_sequences = self.n or 1
         temperature = self._effective_temperature(num_return_sequences)

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,11 @@ def build_parser() -> CommandParser:
     add_checkpoint_options(parser, positional=True)
     parser.add_argument(
         "--name", help="Name of the model for clients (default: the checkpoint's folder)"
+    )
+    parser.add_argument(
+        "--strict-model",
+        action="store_true",
+        help="Refuse requests for a model of another name (default: the model answers them all)",
     )
     _add_network_options(parser)
     _add_page_options(parser)
@@ -110,7 +116,7 @@ def _add_limit_options(parser: CommandParser) -> None:
         "--max-tokens",
         type=int,
         default=512,
-        help="Maximum number of new tokens per answer (default: %(default)s)",
+        help="Maximum number of new tokens per answer; requests for more get this many (default: %(default)s)",
     )
     group.add_argument(
         "--max-images",
@@ -179,6 +185,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
 
     from llava_simplified.model.llava import Llava
     from llava_simplified.serve.api import create_app
+    from llava_simplified.serve.connections import TimedH11Protocol
     from llava_simplified.serve.engine import Engine
     from llava_simplified.serve.page import page_routes
 
@@ -192,6 +199,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
         model_base=args.model_base,
         vision_tower=args.vision_tower,
         bits=args.bits,
+        trust_remote_code=args.trust_remote_code,
     )
     engine = Engine(model, args.batch_size, args.queue, args.timeout, args.context)
     name = args.name or Path(args.model_path).resolve().name
@@ -207,6 +215,7 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
         app,
         args.host,
         args.port,
+        http=TimedH11Protocol,
         log_level="warning",
         access_log=False,  # the endpoints log their requests, without addresses
         server_header=False,
@@ -244,14 +253,14 @@ def _limits(args: argparse.Namespace) -> Limits:
     from llava_simplified.serve.api import Limits
 
     max_body = args.max_body * 10**6
+    limits = Limits(max_body, args.max_images, args.max_tokens, strict_model=args.strict_model)
     if not args.allow_image_urls:
-        return Limits(max_body, args.max_images, args.max_tokens)
+        return limits
 
     from llava_simplified.prepare.fetch_options import FetchOptions
 
     # No retries: the client waits, and can repeat its request.
-    fetch = FetchOptions(retries=0, max_bytes=max_body)
-    return Limits(max_body, args.max_images, args.max_tokens, fetch)
+    return replace(limits, fetch=FetchOptions(retries=0, max_bytes=max_body))
 
 
 def _log_with_time() -> None:

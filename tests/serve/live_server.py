@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from llava_simplified.model.llava import Llava
 from llava_simplified.serve.api import Limits, create_app
+from llava_simplified.serve.connections import TimedH11Protocol
 from llava_simplified.serve.engine import Engine
 from llava_simplified.serve.page import page_routes
 
@@ -85,7 +86,9 @@ def live_server(
             "tiny", model.instruction, limits, engine.batch_size, bool(key), examples
         )
     app = create_app(engine, "tiny", key, limits, page, allowed_hosts)
-    config = uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        app, "127.0.0.1", 0, http=TimedH11Protocol, log_level="warning", access_log=False
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import logging
@@ -10,7 +11,8 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -31,6 +33,7 @@ from live_server import (
     wide_photo,
     without_end_tokens,
 )
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from PIL import Image
 from test_engine import nan_features_for
 
@@ -179,14 +182,17 @@ INVALID: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"n": 0}, 400, "n", None),
     ({"n": 17}, 400, "n", None),
     ({"n": 2, "temperature": 0}, 400, "n", None),
-    ({"max_tokens": 10**9}, 400, "max_tokens", None),
-    ({"max_completion_tokens": 10**9}, 400, "max_completion_tokens", None),
+    ({"max_tokens": 0}, 400, "max_tokens", None),
+    ({"max_completion_tokens": -1}, 400, "max_completion_tokens", None),
     ({"seed": 1.5}, 400, "seed", None),
     ({"stop": [""]}, 400, "stop[0]", None),
-    ({"tools": []}, 400, "tools", None),
     ({"logprobs": True}, 400, "logprobs", None),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", None),
-    ({"model": "gpt"}, 404, "model", "model_not_found"),
+    ({"model": 3}, 400, "model", None),
+    ({"unknown": 1}, 400, "unknown", None),
+    ({"x" * 10**6: 1}, 400, "x" * 1000 + " ...", None),
+    ({"unknown": [[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]}, 400, None, None),
+    ({"unknown": [0] * 30_000}, 400, None, None),
     ({"messages": []}, 400, "messages", None),
     (message("tool", "x"), 400, "messages[0].role", None),
     ({"messages": [{"role": "user"}]}, 400, "messages[0].content", None),
@@ -199,6 +205,7 @@ INVALID: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     (message("user", [NOT_AN_IMAGE]), 400, "messages", "not_image"),
     (message("user", [NOT_AN_IMAGE] * 9), 400, "messages", "too_many_images"),
     (message("user", "long " * 4000), 400, "messages", "context_length_exceeded"),
+    (message("user", "long" * 1_000_000), 400, "messages", "context_length_exceeded"),
 ]
 
 
@@ -232,8 +239,12 @@ def test_image_without_text_gets_trained_instruction() -> None:
     [
         ("data:image/png,abc", "messages[0].content[0].image_url.url", None),
         ("data:image/png;base64,a$b=", "messages[0].content[0].image_url.url", None),
+        ("data:image/png;base64,", "messages[0].content[0].image_url.url", None),
+        ("/etc/passwd", "messages", "not_image"),  # happens to be base64; files are not opened
+        ("cat.png", "messages[0].content[0].image_url.url", None),
+        ("", "messages[0].content[0].image_url.url", None),
         ("ftp://x/1.png", "messages", "image_url_not_allowed"),
-        ("", "messages", "image_url_not_allowed"),
+        ("file:///etc/passwd", "messages", "image_url_not_allowed"),
         ("http://x/1.png", "messages", "image_url_not_allowed"),
     ],
 )
@@ -243,6 +254,203 @@ def test_images_must_be_data_urls(
     with pytest.raises(openai.BadRequestError) as refused:
         create_completion(server, [{"role": "user", "content": [image_part(url)]}])
     assert (refused.value.param, refused.value.code) == (param, code)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "data:image/png;base64,{}",
+        "DATA:image/png;base64,{}",
+        "Data:IMAGE/PNG;BASE64,{}",
+        "data:;base64,{}",
+        "data:image/png;charset=utf-8;base64,{}",
+        " data:image/png;base64,{}\n",
+        "{}",
+    ],
+)
+def test_images_are_read_in_all_spellings(
+    server: LiveServer, model: Llava, photos: list[bytes], spelling: str
+) -> None:
+    expected = model.caption(photos[1], "What?", max_new_tokens=5)
+    standard = base64.b64encode(photos[1]).decode()
+    lines = base64.encodebytes(photos[1]).decode()
+    url_safe = standard.translate(str.maketrans("+/", "-_"))
+    for encoded in (standard, lines, url_safe, standard.rstrip("="), quote(standard, safe="")):
+        url = spelling.format(encoded)
+        for part in (image_part(url), {"type": "image_url", "image_url": url}):
+            messages = [{"role": "user", "content": [{"type": "text", "text": "What?"}, part]}]
+            completion = create_completion(server, messages, max_tokens=5)
+            assert completion.choices[0].message.content == expected
+
+
+# ---- fields that ask for nothing ----
+
+REQUEST_FIELDS = sorted(get_type_hints(CompletionCreateParamsStreaming))
+MESSAGE_FIELDS = sorted(openai.types.chat.ChatCompletionMessage.model_fields)
+
+# For each field of OpenAI's requests: values that ask for what is done anyway or for nothing, and values that
+# ask for something that the server does not do. Null is among the first for all of them.
+NEUTRAL: dict[str, list[Any]] = {
+    "frequency_penalty": [0, 0.0],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "max_completion_tokens": [5],
+    "max_tokens": [5],
+    "metadata": [{}, {"key": "value"}],
+    "modalities": [["text"], []],
+    "model": ["tiny", "gpt-4o", ""],
+    "n": [1],
+    "parallel_tool_calls": [True, False],
+    "presence_penalty": [0, 0.0],
+    "prompt_cache_key": ["key", ""],
+    "prompt_cache_retention": ["in_memory", "24h"],
+    "reasoning_effort": ["none"],
+    "response_format": [{"type": "text"}],
+    "safety_identifier": ["me", ""],
+    "seed": [3],
+    "service_tier": ["auto", "default"],
+    "stop": [[], ""],
+    "store": [False],
+    "stream": [False],
+    "stream_options": [{}, {"include_usage": None}, {"include_obfuscation": False}],
+    "temperature": [0, 0.0],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "top_logprobs": [0],
+    "top_p": [1, 1.0],
+    "user": ["me", ""],
+    "verbosity": ["medium"],
+}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+UNSUPPORTED: dict[str, list[Any]] = {
+    "audio": [{"voice": "alloy", "format": "wav"}],
+    "frequency_penalty": [0.1, -1],
+    "function_call": [{"name": "f"}],
+    "functions": [[{"name": "f"}]],
+    "logit_bias": [{"50256": -100}],
+    "logprobs": [True],
+    "modalities": [["text", "audio"], ["audio"]],
+    "prediction": [{"type": "content", "content": "a cat"}],
+    "presence_penalty": [0.1, -1],
+    "reasoning_effort": ["low", "high"],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}],
+    "service_tier": ["flex", "priority"],
+    "store": [True],
+    "stream_options": [{"include_obfuscation": True}],
+    "tool_choice": ["required", {"type": "function", "function": {"name": "f"}}],
+    "tools": [[TOOL]],
+    "top_logprobs": [1],
+    "verbosity": ["low", "high"],
+    "web_search_options": [{}],  # an empty object turns the search on
+}
+
+
+@pytest.mark.parametrize("field", REQUEST_FIELDS)
+def test_fields_that_ask_for_nothing_are_accepted(
+    server: LiveServer, model: Llava, field: str
+) -> None:
+    expected = model.chat("Say it.", max_new_tokens=5)
+    body = {"messages": [{"role": "user", "content": "Say it."}], "max_tokens": 5}
+    values = NEUTRAL.get(field, [])
+    if field != "messages":
+        values = [None, *values]
+    for value in values:
+        response = server.post({**body, field: value, "max_completion_tokens": 5})
+        assert response.status_code == 200, (field, value, response.text)
+        assert response.json()["choices"][0]["message"]["content"] == expected
+
+
+@pytest.mark.parametrize("field", sorted(UNSUPPORTED))
+def test_fields_that_ask_for_something_else_are_named(server: LiveServer, field: str) -> None:
+    for value in UNSUPPORTED[field]:
+        body = {"messages": [{"role": "user", "content": "Say it."}], field: value}
+        response = server.post(body)
+        assert response.status_code == 400, (field, value)
+        assert response.json()["error"]["param"].startswith(field)
+
+
+def test_own_answer_can_be_sent_back(server: LiveServer, model: Llava) -> None:
+    """OpenAI's example of a second turn appends the message that it got, in one form or another."""
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    answer = create_completion(server, messages, max_tokens=4).choices[0].message
+    first = Message("assistant", answer.content)
+    conversation = [Message("user", "Hi"), first, Message("user", "And now?")]
+    expected = model.chat(conversation, max_new_tokens=4)
+    raw = server.post({"messages": messages, "max_tokens": 4}).json()["choices"][0]["message"]
+    all_fields = {**dict.fromkeys(MESSAGE_FIELDS), **raw, "annotations": [], "tool_calls": []}
+    reasoning = {**raw, "reasoning_content": None}  # another server's field
+    for sent in (answer, answer.model_dump(), raw, all_fields, reasoning):
+        again = [*messages, sent, {"role": "user", "content": "And now?"}]
+        completion = create_completion(server, again, max_tokens=4)
+        assert completion.choices[0].message.content == expected
+
+
+def test_message_with_tool_calls_is_refused(server: LiveServer) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for field, value in [("tool_calls", [call]), ("refusal", "No."), ("audio", {"id": "1"})]:
+        sent = {"role": "assistant", "content": "Hi", field: value}
+        response = server.post({"messages": [sent]})
+        assert response.json()["error"]["param"].startswith(f"messages[0].{field}")
+
+
+def test_strict_model_refuses_other_names(model: Llava) -> None:
+    with live_server(model, limits=Limits(strict_model=True)) as server:
+        for name, status in [
+            ("tiny", 200),
+            ("gpt", 404),
+            ("", 404),
+            (None, 404),
+            ("x" * 10**6, 404),
+        ]:
+            body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "model": name}
+            response = server.post(body)
+            assert response.status_code == status
+            if status == 404:
+                assert response.json()["error"]["code"] == "model_not_found"
+                assert len(response.content) < 2000
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_max_tokens_is_clamped_to_limit_and_context(
+    model: Llava, photos: list[bytes], name: str
+) -> None:
+    limits = Limits(max_tokens=30)
+    with without_end_tokens(model), live_server(model, limits=limits) as server:
+        longest = server.post(chat_body(photos[0])).json()
+        assert "warnings" not in longest, "nothing was asked for that was not granted"
+        assert longest["usage"]["completion_tokens"] == 30
+        for tokens in (31, 10**9, 10**400):
+            response = server.post(chat_body(photos[0], **{name: tokens})).json()
+            assert response["usage"]["completion_tokens"] == 30
+            assert response["choices"][0]["finish_reason"] == "length"
+            assert name in response["warnings"][0] and "30" in response["warnings"][0]
+            text = longest["choices"][0]["message"]["content"]
+            assert response["choices"][0]["message"]["content"] == text
+        stream = server.client().chat.completions.create(
+            model="tiny", messages=user_message(photos[0]), stream=True, **{name: 99}
+        )
+        chunks = list(stream)
+        assert name in chunks[0].warnings[0]  # type: ignore[attr-defined]
+        assert not any(hasattr(chunk, "warnings") for chunk in chunks[1:])
+
+
+def test_answer_gets_what_the_prompt_leaves_of_the_context(
+    model: Llava, photos: list[bytes]
+) -> None:
+    body = chat_body(photos[0], max_tokens=40)
+    with without_end_tokens(model), live_server(model, max_context=100) as server:
+        whole = server.post(body).json()
+        prompt_tokens = whole["usage"]["prompt_tokens"]
+        assert whole["usage"]["completion_tokens"] == 40
+    with without_end_tokens(model), live_server(model, max_context=prompt_tokens + 7) as server:
+        cut = server.post(body).json()
+        assert cut["usage"]["completion_tokens"] == 7 and "7" in cut["warnings"][0]
+        text = cut["choices"][0]["message"]["content"]
+        assert whole["choices"][0]["message"]["content"].startswith(text)
+    with live_server(model, max_context=prompt_tokens) as server:
+        assert server.post(body).json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_malformed_bodies_are_refused(server: LiveServer) -> None:
@@ -553,7 +761,6 @@ def test_attention_refuses_invalid_requests(model: Llava, photos: list[bytes]) -
         ({"answer": "\ufffd"}, 400, "answer", {None}),
         ({"answer": "word " * 200}, 400, "answer", {None}),
         ({"answer": 3}, 400, "answer", {None}),
-        ({"model": "gpt"}, 404, "model", {"model_not_found"}),
         ({"temperature": 1}, 400, "temperature", {None}),
     ]
     with live_server(model, limits=Limits(max_tokens=20)) as server:

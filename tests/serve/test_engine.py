@@ -225,8 +225,11 @@ def test_submit_refuses_what_exceeds_limits(model: Llava, photos: list[bytes]) -
                 await request.submit("What?", [b"no image"])
             assert unreadable.value.kind == "not_image"
             with pytest.raises(RequestError) as too_long:
-                await request.submit("What?", photos[:1], GenerationOptions(max_new_tokens=90))
+                await request.submit("What? " * 50, photos[:1])
             assert too_long.value.code == "context_length_exceeded"
+            with pytest.raises(RequestError) as no_room:
+                await request.prepare("What?", photos[:1], answer_tokens=90)
+            assert no_room.value.code == "context_length_exceeded"
             with pytest.raises(RequestError) as too_many_images:
                 await request.submit("What?", [b"not even decoded"] * 7)
             assert too_many_images.value.code == "context_length_exceeded"

@@ -665,7 +665,7 @@ def test_extreme_options_fail_only_their_own_request(
     assert client.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("tokens", [10**30, 0, -1, 513, 1.5, "1", True])
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, "1", True])
 def test_extreme_lengths_are_refused(
     client: httpx.Client, photos: Sequence[bytes], tokens: Any
 ) -> None:

@@ -1,0 +1,60 @@
+"""Files that others have made: read JSON, and name the file in every error.
+
+This module imports nothing heavy, so that commands can look at a checkpoint without a delay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_MAX_JSON_BYTES = 50_000_000
+_MAX_REASON = 2000  # characters of another library's message
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that contains one object.
+
+    Raises:
+        ValueError: The file contains something else; the message names it.
+        OSError: The file cannot be read.
+    """
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path}: has more than {_MAX_JSON_BYTES} bytes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    # Deeply nested arrays exceed Python's recursion limit.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, not {content!r:.80}")
+    return content
+
+
+@contextmanager
+def blame_file(path: str | Path) -> Iterator[None]:
+    """Turn whatever a library raises for the content of a file into a ValueError that names the file.
+
+    It is put around the parsers of other libraries only. What they raise for files that are damaged or
+    made to deceive is not documented: KeyError, AttributeError, RecursionError, a panic of Rust.
+
+    Args:
+        path: The file, or the folder of the files.
+    """
+    try:
+        yield
+    except BaseException as error:
+        kind = type(error).__name__
+        # A panic of Rust code is no Exception. Lack of memory is not the fault of a file.
+        if not isinstance(error, Exception) and kind != "PanicException":
+            raise
+        if kind in ("MemoryError", "OutOfMemoryError"):
+            raise
+        if isinstance(error, (ValueError, OSError)) and str(path) in str(error):
+            raise
+        # Import errors, for example, explain what to install.
+        reason = f"{kind}: {str(error)[:_MAX_REASON]}"
+        raise ValueError(f"{path}: cannot be loaded ({reason})") from error

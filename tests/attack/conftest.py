@@ -1,0 +1,87 @@
+"""What all attacks share: one checkpoint, one server, and hostile values."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# The running server of tests/serve.
+sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+
+from hostile import HealthyClient
+from live_server import Limits, LiveServer, live_server
+
+from llava_simplified.model.build import build_model
+from llava_simplified.model.checkpoint import save_checkpoint
+from llava_simplified.model.config import LlavaConfig, TrainedParts
+from llava_simplified.model.llava import Llava
+from llava_simplified.model.lora import add_lora
+from llava_simplified.serve.connections import TimedH11Protocol
+
+
+@pytest.fixture(scope="session")
+def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with an adapter."""
+    config = LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip"))
+    torch.manual_seed(2)
+    model = build_model(config).requires_grad_(False)
+    for parameter in model.projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    add_lora(model, rank=2, alpha=4)
+    folder = tmp_path_factory.mktemp("attacked") / "tiny"
+    save_checkpoint(model, folder, config, TrainedParts("adapter"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> Llava:
+    return Llava.from_pretrained(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[bytes]:
+    generator = np.random.default_rng(5)
+    files: list[bytes] = []
+    for _ in range(4):
+        pixels = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).resize((48, 40)).save(file, "PNG")
+        files.append(file.getvalue())
+    return files
+
+
+@pytest.fixture(scope="session")
+def server(model: Llava, photos: Sequence[bytes]) -> Iterator[LiveServer]:
+    """One server with the page for all attacks. It waits only 1.5 s for the head of a request."""
+    head_seconds = TimedH11Protocol.HEAD_SECONDS
+    TimedH11Protocol.HEAD_SECONDS = 1.5
+    limits = Limits(max_body=3_000_000, max_tokens=32)
+    with live_server(model, limits=limits, examples=photos[:1], max_queue=100) as server:
+        yield server
+    TimedH11Protocol.HEAD_SECONDS = head_seconds
+
+
+@pytest.fixture
+def healthy(
+    server: LiveServer, model: Llava, photos: Sequence[bytes], caplog: pytest.LogCaptureFixture
+) -> Iterator[HealthyClient]:
+    """A client that asks all the time. After the attack, none of its greedy answers may have changed.
+
+    Nor may the server have logged a traceback, or a status of 500.
+    """
+    with caplog.at_level(logging.INFO):
+        with HealthyClient(server, model, photos[0]) as client:
+            yield client
+        assert client.answers, "no request was answered during the attack"
+        assert client.answers == [client.expected] * len(client.answers)
+    for record in caplog.records:
+        assert record.exc_info is None, record
+        assert not record.getMessage().startswith("500 "), record
