@@ -50,6 +50,7 @@ from llava_simplified.prepare.fetch import FetchResult
 from llava_simplified.prepare.fetch_hosts import fetch_all
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.record_writer import image_file_name
+from llava_simplified.workers import tune_malloc
 
 PLAN_COLUMNS = {"index": pa.int64(), "url": pa.string(), "captions": pa.list_(pa.string())}
 MANIFEST_SCHEMA = pa.schema(
@@ -75,6 +76,7 @@ _OUTCOME_COLUMNS = MANIFEST_SCHEMA.names[len(PLAN_COLUMNS) :]
 _SAMPLE_COLUMNS = ("key", "sha256", "width", "height")  # what a sample's .json repeats
 _END_MARK = -1  # index of the journal's line that holds only the end of a tar that is opened again
 _SPARE_FILES = 64  # open files besides connections
+_RETURNED_BLOCK_BYTES = 4_000_000
 _TLS_BUFFER_BYTES = 1 << 14  # the size of a TLS record
 
 
@@ -241,6 +243,8 @@ def _prepare_process(options: FetchOptions) -> None:
     asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     # At its usual pace the garbage collector takes a tenth of the time.
     gc.set_threshold(20_000, 50)
+    # Each thread that decodes images would keep the memory of its largest one.
+    tune_malloc(_RETURNED_BLOCK_BYTES)
     # A request has a connection, and perhaps one that is closing.
     _raise_file_limit(2 * options.concurrency + _SPARE_FILES)
 
