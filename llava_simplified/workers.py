@@ -7,6 +7,7 @@ died, can then simply be run again. A task is any picklable object, such as the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import multiprocessing
@@ -29,6 +30,7 @@ from llava_simplified.options import configure_logging, log_level
 S = TypeVar("S")
 R = TypeVar("R")
 
+_MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _WAIT_INTERVAL = 1.0  # seconds between two calls of `tick`
 
 
@@ -125,6 +127,19 @@ def count_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def tune_malloc(threshold: int) -> None:
+    """Make glibc return freed blocks of at least `threshold` bytes to the operating system at once.
+
+    By default, glibc raises this threshold to up to 32 MB when large blocks are freed, and keeps smaller ones for
+    later, separately for each thread. Does nothing on other systems.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl does not have it
+        libc.mallopt(_MALLOC_MMAP_THRESHOLD, threshold)
 
 
 # ---- local processes ----

@@ -28,10 +28,8 @@ exported model is loaded again and compared with the checkpoint (`stock_check.py
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +55,9 @@ from llava_simplified.model.config import read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
+from llava_simplified.workers import tune_malloc
 
 SHARD_SIZE = "5GB"  # maximum size of one weight file
-_MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 
 
 class LinearWeights(NamedTuple):
@@ -125,7 +123,8 @@ def export_stock(
     if adapter:
         _check_adapter_can_be_exported(checkpoint, config)
     comparison_images, image_kind = choose_images(config["training"], images)
-    tune_malloc()
+    # When a small model is merged and converted, half of its size would stay allocated.
+    tune_malloc(1 << 16)
     with atomic_directory(Path(output)) as folder:
         base_folder = folder / "base" if adapter else folder
         adapter_folder = folder / "adapter" if adapter else None
@@ -201,20 +200,6 @@ def _write_model_and_processor(
     _write_model(model, folder, settings)
     _write_processor(checkpoint, folder, settings, template)
     return references
-
-
-def tune_malloc() -> None:
-    """Make glibc return freed blocks of 64 kB and more to the operating system immediately.
-
-    By default, glibc raises this threshold to up to 32 MB when large blocks are freed, and keeps
-    smaller blocks for reuse. After merging and converting a small model, half of its size would stay
-    allocated. Does nothing on other systems.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl does not have it
-        libc.mallopt(_MALLOC_MMAP_THRESHOLD, 1 << 16)
 
 
 # ---- conversion of the settings ----

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_simplified.data.image_folder import NameMatches, locate_file
+from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.prepare.record_writer import (
@@ -127,6 +129,8 @@ def to_records(
         instructions: Instruction templates, one of which is selected by a hash of the image name.
         image_folder: If given, rows whose image is not in this folder are skipped.
     """
+    absolute_paths: dict[str, int] = {}
+    matches = NameMatches()
     for index, row in enumerate(rows):
         image = row.image
         # Use the index of the grouped rows, as the downloader does, so that both derive the same file name.
@@ -135,16 +139,14 @@ def to_records(
         if row.record is None and not image:
             issues.note("row without an image (skipped)", row.number, row.captions)
             continue
-        if _ABSOLUTE_PATH.match(image):
-            image = _relative_path(image, row, issues, image_folder)
-        # Do not look for images inside shards here; reading them is too slow.
+        # An image inside a shard is looked up when it is read.
         if image_folder is not None and image and "#" not in image:
-            found = _find_image(image, row, image_folder)
-            if not found:
-                issues.note(f"image not in {image_folder} (skipped)", row.number, image)
+            image = _find_image(image, row, image_folder, matches, issues)
+            if not image:
                 continue
-            image = found
-        # Keep all keys of a row that is a record already; only the path of its image may change.
+        elif _ABSOLUTE_PATH.match(image):
+            image = _base_name(image, row, issues, absolute_paths)
+        # A record keeps everything that its source has; only the place of its image may change.
         if row.record is not None:
             yield ({**row.record, "image": image} if image else row.record), row
         elif not row.captions:
@@ -155,31 +157,64 @@ def to_records(
             yield make_record(image, instructions[choice], row.captions), row
 
 
-def _relative_path(
-    image: str, row: SourceRow, issues: ParseIssues, image_folder: Path | None
+def _base_name(
+    image: str, row: SourceRow, issues: ParseIssues, absolute_paths: dict[str, int]
 ) -> str:
-    """Make an absolute path relative to the image folder; return its base name if it is outside the folder."""
-    if image_folder is not None:
-        folder = image_folder.absolute()
-        if Path(image).is_relative_to(folder):
-            return str(Path(image).relative_to(folder))
+    """Return the base name of an absolute path, which is often of another machine.
+
+    A second path with the same base name is another image. It is kept as it is: the longest end of it that exists in
+    the image folder is found when it is read.
+
+    Args:
+        image: The path.
+        row: Its row.
+        issues: The change is noted here.
+        absolute_paths: Hashes of the paths by base name; this one is added.
+    """
+    name = re.split(r"[/\\]", image)[-1]
+    if absolute_paths.setdefault(name, hash(image)) != hash(image):
+        issues.note("absolute path with the base name of another one (kept)", row.number, image)
+        return image
     issues.note("absolute path, not in --image-folder (base name kept)", row.number, image)
-    return re.split(r"[/\\]", image)[-1]
+    return name
 
 
-def _find_image(image: str, row: SourceRow, image_folder: Path) -> str:
-    """Return the name of the image in the folder, or an empty string.
+def _find_image(
+    image: str,
+    row: SourceRow,
+    image_folder: Path,
+    matches: NameMatches,
+    issues: ParseIssues,
+) -> str:
+    """Return the name of the image in the folder, or an empty text if it is not there; what differs is noted.
 
     The suffix of a downloaded image depends on its bytes, so all suffixes are tried.
     """
-    names = [image]
     if not row.image:
         stem = image.rpartition(".")[0]
-        names = [f"{stem}.{suffix}" for suffix in IMAGE_SUFFIXES]
-    for name in names:
-        if (image_folder / name).is_file():
-            return name
-    return ""
+        for suffix in IMAGE_SUFFIXES:
+            if (image_folder / f"{stem}.{suffix}").is_file():
+                return f"{stem}.{suffix}"
+    try:
+        # Of another machine, perhaps one with Windows.
+        located = locate_file(image.replace("\\", "/"), image_folder)
+        if located is not None:
+            matches.add(image, located)
+    except AmbiguousNameError as error:
+        issues.note("image name that fits several files (left out)", row.number, error)
+        return ""
+    # The name is too long, or contains a null character.
+    except (OSError, ValueError):
+        located = None
+    if located is None:
+        issues.note(f"image not in {image_folder} (left out)", row.number, image)
+        return ""
+    if located.rule != "exact":
+        issues.note(f"image name matched by {located.rule} (kept)", row.number, image)
+    folder = image_folder
+    if located.path.is_absolute():
+        folder = image_folder.absolute()
+    return str(located.path.relative_to(folder))
 
 
 # ---- whole files ----

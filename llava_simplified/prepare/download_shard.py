@@ -50,6 +50,7 @@ from llava_simplified.prepare.fetch import FetchResult
 from llava_simplified.prepare.fetch_hosts import fetch_all
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.record_writer import image_file_name
+from llava_simplified.workers import tune_malloc
 
 PLAN_COLUMNS = {"index": pa.int64(), "url": pa.string(), "captions": pa.list_(pa.string())}
 MANIFEST_SCHEMA = pa.schema(
@@ -75,6 +76,7 @@ _OUTCOME_COLUMNS = MANIFEST_SCHEMA.names[len(PLAN_COLUMNS) :]
 _SAMPLE_COLUMNS = ("key", "sha256", "width", "height")  # columns that are also in a sample's .json
 _END_MARK = -1  # index of a journal line that contains only the end of a reopened tar
 _SPARE_FILES = 64  # open files in addition to connections
+_RETURNED_BLOCK_BYTES = 4_000_000
 _TLS_BUFFER_BYTES = 1 << 14  # the size of a TLS record
 
 
@@ -242,6 +244,8 @@ def _prepare_process(options: FetchOptions) -> None:
     asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     # Collect garbage less often: with the default thresholds this takes a tenth of the time.
     gc.set_threshold(20_000, 50)
+    # Each thread that decodes images would keep the memory of its largest one.
+    tune_malloc(_RETURNED_BLOCK_BYTES)
     # Allow two files per request: its connection, and possibly an older one that is being closed.
     _raise_file_limit(2 * options.concurrency + _SPARE_FILES)
 

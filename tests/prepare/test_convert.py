@@ -199,8 +199,14 @@ def test_convert_keeps_paths_below_the_image_folder_and_base_names_of_others(
     ]
     _, issues = convert(str(source), output)
     names = [record.images for record in open_records(output)]
-    assert names == [("1.jpg",), ("1.jpg",), ("3.jpg",), ("4.jpg",)]
-    assert issues.counts == {"absolute path, not in --image-folder (base name kept)": 4}
+    second = (
+        f"{tmp_path}/images/val/1.jpg"  # another image, which must not get the name of the first
+    )
+    assert names == [("1.jpg",), (second,), ("3.jpg",), ("4.jpg",)]
+    assert issues.counts == {
+        "absolute path, not in --image-folder (base name kept)": 3,
+        "absolute path with the base name of another one (kept)": 1,
+    }
 
 
 # ---- splits ----
@@ -344,3 +350,35 @@ def test_reduce_of_no_record_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.json.*no record"):
         reduce(tmp_path / "x.json", tmp_path / "o.json", 3, 0)
     assert not (tmp_path / "o.json").exists()
+
+
+def test_convert_never_joins_two_absolute_paths_of_one_base_name(tmp_path: Path) -> None:
+    names = ["/ann/cats/1.jpg", "/ann/dogs/1.jpg", "C:\\ann\\2.jpg"]
+    rows = [{"image": name, "caption": f"caption of {name}"} for name in names]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    convert(str(tmp_path / "x.json"), tmp_path / "o.json")
+    written = {row["response"]: row["image"] for row in read_json(tmp_path / "o.json")}
+    assert list(written.values()) == ["1.jpg", "/ann/dogs/1.jpg", "2.jpg"]
+
+
+def test_convert_finds_images_whose_names_differ_in_case_or_extension(tmp_path: Path) -> None:
+    """Each is counted by the rule that found it, and nothing is ever another file."""
+    images = tmp_path / "images"
+    for name in ("cats/IMG_1.JPG", "dogs/1.jpg", "cats/1.jpg", "3.png"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(b"x")
+    names = {
+        "cats/img_1.jpg": "cats/IMG_1.JPG",
+        "/ann/images/dogs/1.jpg": "dogs/1.jpg",
+        "C:\\images\\cats\\1.jpg": "cats/1.jpg",
+        "3": "3.png",
+        "birds/1.jpg": "",
+    }
+    rows = [{"image": name, "caption": f"caption of {name}"} for name in names]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    _, issues = convert(str(tmp_path / "x.json"), tmp_path / "o.json", image_folder=images)
+    written = {row["response"]: row["image"] for row in read_json(tmp_path / "o.json")}
+    assert written == {f"caption of {name}": found for name, found in names.items() if found}
+    assert issues.counts[f"image not in {images} (left out)"] == 1
+    assert issues.counts["image name matched by case (kept)"] == 1
+    assert issues.counts["image name matched by extension (kept)"] == 1

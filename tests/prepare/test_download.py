@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -115,6 +116,46 @@ def test_download_to_plain_files_writes_the_records_of_the_tutorial(
     suffixes = {path.suffix for path in (output / "images").iterdir()}
     assert suffixes >= {".jpg"}
     assert not suffixes - {".jpg", ".png", ".webp"}
+
+
+def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_missing(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = [server.url(f"ok/w_{number},h_2/{number}.jpg") for number in range(3)]
+    (tmp_path / "urls.txt").write_text("".join(f"{url}\n" for url in urls))
+    output = tmp_path / "out"
+    words = [str(tmp_path / "urls.txt"), "--output", str(output), "--allow-private"]
+    assert main([*words, "--workers", "1"]) == 0
+    assert [(row["url"], row["error"]) for row in read_manifest(output)] == [
+        (url, None) for url in urls
+    ]
+    assert "3 no caption (fetched, but gives no record)" in capsys.readouterr().out
+    assert not (output / "records.jsonl").read_text()
+
+
+def test_download_of_any_url_finishes_its_shard(server: Server, tmp_path: Path) -> None:
+    """Whatever stands in a row or in a redirect ends as the outcome of that row."""
+    bad = ["http://[]@/1.jpg", "http://[", "http://a:b:c/", "//", "\ufeff", "http://\u2028/", "%"]
+    for number, location in enumerate(bad):
+        server.targets[str(number)] = location
+    urls = [*bad, *(server.url(f"redirect/{number}") for number in range(len(bad)))]
+    urls.append(server.url("ok/1.jpg"))
+    lines = [json.dumps({"url": url, "caption": "a cat"}) for url in urls]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    run(tmp_path / "x.jsonl", tmp_path / "out")
+    rows = read_manifest(tmp_path / "out")
+    assert [row["url"] for row in rows] == urls
+    assert [row["error"] for row in rows[-1:]] == [None]
+    assert {row["error"] for row in rows[:-1]} <= {"bad_url", "redirect", "http_404", "dns"}
+
+
+def test_download_of_a_source_with_any_file_name(server: Server, tmp_path: Path) -> None:
+    """A name that is not UTF-8 stands in the settings and in the report."""
+    source = tmp_path / os.fsdecode(b"caf\xe9.tsv")
+    source.write_text(f"a cat\t{server.url('ok/1.jpg')}\n")
+    run(source, tmp_path / "out")
+    run(source, tmp_path / "out")
+    assert [row["error"] for row in read_manifest(tmp_path / "out")] == [None]
 
 
 def test_download_records_a_row_without_a_url(server: Server, tmp_path: Path) -> None:
@@ -235,10 +276,10 @@ def test_download_is_refused_while_another_run_writes(
     assert not list((output / "_work").iterdir())
 
 
-def test_two_downloads_into_one_output_leave_one_complete_output(
+def test_three_downloads_into_one_output_leave_one_complete_output(
     server: Server, tmp_path: Path
 ) -> None:
-    """Started together as two commands: one finishes, the other finishes after it or is refused."""
+    """Started together as commands: one finishes, the others finish after it or are refused."""
     tsv, url_jobs = write_source(tmp_path, server.port, 120)
     output = tmp_path / "out"
     command = [sys.executable, "-m", "llava_simplified.cli", "download", str(tsv)]
@@ -246,7 +287,7 @@ def test_two_downloads_into_one_output_leave_one_complete_output(
     command += ["--allow-private", "--retries", "0", "--timeout", "20", "--quiet"]
     runs = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
+        for _ in range(3)
     ]
     errors = [process.communicate(timeout=300)[1] for process in runs]
     assert 0 in [process.returncode for process in runs], errors

@@ -13,6 +13,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from multidict import CIMultiDict
 from servers import Server, loopback, loopback_server  # noqa: F401 - a fixture
 
@@ -116,6 +118,60 @@ def test_fetch_of_a_malformed_url_is_an_outcome_and_no_exception(url: str) -> No
 def test_fetch_names_unknown_hosts_and_closed_ports() -> None:
     assert fetch("http://no-such-host.invalid/1.jpg")[0].kind == "dns"
     assert fetch("http://127.0.0.1:9/1.jpg")[0].kind == "refused"
+
+
+SIGNED_PATHS = [
+    "ok/hmac=abc/300x200/smart/http%3A%2F%2Fcdn.example%2Fp.jpg",
+    "ok/a%28b%29.jpg",
+    "ok/Wiki%26Co.jpg?a=%2B&b=1+2",
+    "ok/a/../b//c.jpg?",
+]
+
+
+def test_fetch_sends_urls_as_they_are(server: Server) -> None:
+    """Signed URLs are valid only byte for byte, in the list and in redirects."""
+    fetch([server.url(path) for path in SIGNED_PATHS])
+    sent = {request.split(" ")[1] for request in server.requests}
+    assert sent == {f"/{path}" for path in SIGNED_PATHS}
+    server.requests.clear()
+    for number, path in enumerate(SIGNED_PATHS):
+        server.targets[str(number)] = server.url(path)
+    fetch([server.url(f"redirect/{number}") for number in range(len(SIGNED_PATHS))])
+    sent = {request.split(" ")[1] for request in server.requests}
+    assert {f"/{path}" for path in SIGNED_PATHS} <= sent
+
+
+@pytest.mark.parametrize("location", ["http://[]@/1.jpg", "//[/", "//[]@/", "http://a b/"])
+def test_fetch_of_a_bad_redirect_costs_only_its_row(server: Server, location: str) -> None:
+    server.targets["bad"] = location
+    urls = [location, server.url("redirect/bad"), server.url("ok/1.jpg")]
+    kinds = [fetched.kind for fetched in fetch(urls)]
+    assert kinds == ["bad_url", "bad_url", "ok"]
+
+
+def test_fetch_records_a_fault_of_its_own_and_goes_on(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    get = Fetcher._get
+
+    async def faulty_get(self: Fetcher, url: str, headers: Headers) -> tuple[bytes, int]:
+        if "bad" in url:
+            raise LookupError("unexpected")
+        return await get(self, url, headers)
+
+    monkeypatch.setattr(Fetcher, "_get", faulty_get)
+    results = fetch([server.url("ok/bad.jpg"), server.url("ok/1.jpg")])
+    assert [fetched.kind for fetched in results] == ["internal", "ok"]
+    assert "LookupError: unexpected" in results[0].detail
+    assert "Traceback" in caplog.text
+    assert "bad.jpg" in caplog.text
+
+
+def test_fetch_obeys_the_readable_lines_of_a_damaged_robots_txt(server: Server) -> None:
+    server.targets["robots"] = "User-agent: *\nDisallow: //[\nDisallow: /png/\n"
+    urls = [server.url("ok/1.jpg"), server.url("png/1.jpg")]
+    results = fetch(urls, FetchOptions(allow_private=True, robots=True))
+    assert [fetched.kind for fetched in results] == ["ok", "robots"]
 
 
 # ---- addresses that are not public ----
@@ -407,6 +463,39 @@ def test_fetch_all_gives_up_a_host_that_is_down(server: Server) -> None:
     assert sum("127.0.0.3" in request for request in server.requests) == 30
 
 
+def test_fetch_all_does_not_blame_a_host_for_slow_redirects_to_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The redirecting hosts have used up the time of their rows; the target answers quickly enough."""
+    request_once = Fetcher._request
+    target = "127.0.0.1"
+
+    async def slow_request(self: Fetcher, url: Any, headers: Headers) -> Any:
+        await asyncio.sleep(0.15 if url.host == target else 0.95)
+        return await request_once(self, url, headers)
+
+    assert fetch(server.url("ok/1.jpg"))[0].kind == "ok"
+    monkeypatch.setattr(Fetcher, "_request", slow_request)
+    server.targets["there"] = server.url("ok/1.jpg", target)
+    slow = [server.url("redirect/there", f"127.0.2.{number}") for number in range(1, 25)]
+    healthy = [server.url(f"ok/{number}.jpg", target) for number in range(40)]
+    results = fetch([*slow, *healthy], replace(OPEN, timeout=1, per_host=2))
+    assert kinds_of(results[: len(slow)]) == {"timeout"}
+    assert kinds_of(results[len(slow) :]) == {"ok"}
+
+
+def test_fetch_all_does_not_blame_a_host_for_the_pause_of_another(server: Server) -> None:
+    """Some URLs of a host redirect to one that asks for a long pause."""
+    server.targets["there"] = server.url("busy/3600.jpg", "127.0.0.2")
+    urls = []
+    for number in range(20):
+        path = "redirect/there" if number % 4 == 0 else f"ok/{number}.jpg"
+        urls.append(server.url(path, "127.0.0.1"))
+    kinds = Counter(fetched.kind for fetched in fetch(urls, replace(OPEN, per_host=1)))
+    assert kinds == {"ok": 15, "http_429": 1, "rate_limited": 4}
+    assert server.served["/busy/3600.jpg"] == 1
+
+
 def test_fetch_all_waits_as_retry_after_asks(server: Server) -> None:
     start = time.monotonic()
     (fetched,) = fetch(server.url("busy/1.jpg"), FetchOptions(allow_private=True, retries=1))
@@ -444,10 +533,34 @@ def test_fetch_all_gives_up_a_host_that_asks_for_one_pause_after_the_other(
         ("Mon, 01 Jan 0001 00:00:00 -0000", 0),
         ("9" * 400, float("inf")),
         ("Mon, 01 Jan 2001 00:00:00 +9999", None),
+        ("Fri, 31 Dec 99999999999999999999 23:59:59 GMT", None),
+        (", ::", None),
     ],
 )
 def test_parse_retry_after(value: str, seconds: float | None) -> None:
     assert parse_retry_after(value) == seconds
+
+
+DATE_PIECES = [
+    "Fri,",
+    "31",
+    "Dec",
+    "9" * 25,
+    "23:59:59",
+    "GMT",
+    "-0000",
+    "+9999",
+    ":",
+    ",",
+    "1e9",
+    "-",
+]
+
+
+@given(st.lists(st.sampled_from(DATE_PIECES) | st.text(max_size=4), max_size=8).map(" ".join))
+def test_parse_retry_after_of_any_text_is_a_pause_or_none(value: str) -> None:
+    pause = parse_retry_after(value)
+    assert pause is None or pause >= 0
 
 
 def test_fetch_all_retries_resets_and_server_errors_but_not_timeouts(server: Server) -> None:
