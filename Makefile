@@ -39,9 +39,10 @@ docs: $(STAMP)
 	$(BIN)/python docs/make_picture.py
 	$(MAKE) site
 
-# build the pages into site/: every link and anchor is checked, a warning is an error; needs no network
+# build the pages into site/: every link and anchor is checked, a warning is an error; needs no network.
+# Not with --quiet: mkdocs would drop the warnings before --strict counts them
 site: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # coverage (lines and branches) is measured on the quick tests: under 90 % is a failure
 test: $(STAMP)

@@ -12,6 +12,7 @@ import.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from llava_simplified.model.llava import Llava
     from llava_simplified.prompt import Message
     from llava_simplified.python_api import evaluate, train
+
+# peft imports bitsandbytes if it is installed, and that logs a warning for every CPU kernel that it
+# does not find. No command needs these kernels.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"  # pyproject.toml reads it from here
 

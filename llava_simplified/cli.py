@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llava_simplified import __version__
-from llava_simplified.options import suggest
+from llava_simplified.options import escape_control_characters, suggest
 
 
 class Command(NamedTuple):
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         print(
-            f"error: unknown {kind} {name}{suggest(name, COMMANDS)}\n"
+            f"error: unknown {kind} {escape_control_characters(name)}{suggest(name, COMMANDS)}\n"
             "`llava --help` lists the commands.",
             file=sys.stderr,
         )
@@ -210,7 +210,7 @@ def run_command(name: str, argv: list[str]) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_control_characters(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -235,8 +235,6 @@ def configure_process(*, uses_torch: bool) -> None:
     if uses_torch and "OMP_WAIT_POLICY" not in os.environ and cpus_are_shared():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
-    # bitsandbytes logs every missing CPU kernel when it is imported.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed logs the absence of a GPU whenever a model is saved.
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()

@@ -25,7 +25,7 @@ EXTRA_PURPOSES = {
     "report": "plots of the training, and of reports",
     "gguf": "`llava export --format gguf` and `llava demo`",
     "serve": "`llava serve`: a web page, and an API for OpenAI's clients",
-    "deepspeed": "ZeRO-2 and ZeRO-3: `deepspeed train.py --deepspeed ds_configs/zero2.json`",
+    "deepspeed": "ZeRO-2 and ZeRO-3 (`llava train --deepspeed CONFIG`)",
     "ray": "`--engine ray`: download and caption on a cluster",
     "quant": "`--bits 4` (QLoRA) and `--bits 8`",
     "liger": "`--use_liger_kernel`: fused layers on a GPU",
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     # Each section is printed before the next one is determined: importing torch and reaching the hub take
     # seconds, and can fail in an installation that needs a doctor.
     _print_section(["devices", *_describe_devices()])
-    _print_section([f"extras ({install_command('NAME')})", *_describe_extras()])
+    _print_section(["extras", *_describe_extras()])
     _print_section(["hub", f"  {_describe_hub()}"])
     _print_section(["disk", f"  {_describe_disk(args.cache_dir)}"])
     return 0 if all_required_installed else 1
@@ -149,7 +149,9 @@ def _describe_extras() -> list[str]:
     for extra in requirements.extras:
         packages = requirements.packages_of_extra(extra)
         missing = [package for package in packages if requirements.problem(package)]
-        state = f"missing: {', '.join(missing)}" if missing else "installed"
+        state = "installed"
+        if missing:
+            state = f"missing: {', '.join(missing)}, run {install_command(extra)}"
         lines.append(_row(extra, _with_purpose(state, EXTRA_PURPOSES.get(extra))))
     for package, purpose in OTHER_PURPOSES.items():
         state = _version(package) or "not installed"

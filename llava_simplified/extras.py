@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+
+_PROJECT = "llava-simplified"
 
 
 class MissingExtraError(ValueError):
@@ -30,9 +34,30 @@ def require_extra(extra: str, *modules: str, purpose: str) -> None:
 def install_command(extra: str) -> str:
     """Return the pip command that installs an optional dependency group.
 
-    In a source checkout this is an editable install: the package may not be on an index yet.
+    In a source checkout this is an editable install. Elsewhere the packages of the group are named, and
+    not this package: it may not be on an index, and the folder that it was installed from may be gone.
+
+    Args:
+        extra: The name of the group in `pyproject.toml`.
     """
     checkout = Path(__file__).parents[1]
     if (checkout / "pyproject.toml").is_file():
         return f"pip install -e '{checkout}[{extra}]'"
-    return f"pip install 'llava-simplified[{extra}]'"
+    return f"pip install {' '.join(_requirements_of(extra))}"
+
+
+def _requirements_of(extra: str) -> list[str]:
+    """Return the requirements of an optional dependency group, quoted for a shell."""
+    from packaging.requirements import Requirement
+
+    words: list[str] = []
+    for line in metadata.requires(_PROJECT) or []:
+        requirement = Requirement(line)
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.name == _PROJECT:  # "all" consists of other groups
+            for other in sorted(requirement.extras):
+                words += _requirements_of(other)
+        else:
+            words.append(shlex.quote(f"{requirement.name}{requirement.specifier}"))
+    return words

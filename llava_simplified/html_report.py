@@ -53,7 +53,8 @@ def render_report(template: str, **values: object) -> str:
 def write_page(path: Path, template: str, **values: object) -> None:
     """Fill a template of a report, and write the page to a file. See `render_report`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_report(template, **values), encoding="utf-8")
+    # Names of files and texts from JSON can contain half a surrogate pair, which UTF-8 cannot: it becomes "?".
+    path.write_text(render_report(template, **values), encoding="utf-8", errors="replace")
 
 
 # ---- numbers ----

@@ -45,6 +45,9 @@ from filelock import FileLock, Timeout
 # Seconds to wait for a lock. The workers of a killed run notice it after half a second, and finish what they are
 # writing; a restart must wait for them and not fail.
 LOCK_TIMEOUT = 8.0
+# Half of a surrogate pair cannot be encoded in UTF-8. Escaped like this it is what JSON writes for it, "\\ud83d", so that
+# one bad text, or a file name that is not UTF-8, does not end a job that only passes it on.
+SURROGATES_AS_ESCAPES = "backslashreplace"
 
 
 # ---- settings ----
@@ -83,7 +86,8 @@ def check_settings(
     # A new job. Atomic, because a killed process must not leave half a settings file.
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as part:
-        part.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(settings, indent=1, ensure_ascii=False)
+        part.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
     return False
 
 
@@ -129,7 +133,6 @@ def exclusive_lock(
     path: Path,
     output: str | Path,
     timeout: float | None = None,
-    keep_file: bool = False,
 ) -> Iterator[None]:
     """Hold the lock file at `path`, so that only one process at a time writes to `output`.
 
@@ -137,9 +140,6 @@ def exclusive_lock(
         path: The lock file. Its folder is created.
         output: The output, for the error message.
         timeout: Seconds to wait for the process that holds the lock (default: `LOCK_TIMEOUT`).
-        keep_file: Keep the lock file at the end; by default it is deleted. Keep it if several processes take the lock
-            in turn. Otherwise one of them could have opened the file that another one deletes, and both would hold
-            the lock: older versions of filelock do not notice it.
 
     Raises:
         ValueError: Another process holds the lock.
@@ -149,7 +149,7 @@ def exclusive_lock(
     # ends.
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT if timeout is None else timeout)
+        _acquire(lock, path, LOCK_TIMEOUT if timeout is None else timeout)
     except Timeout:
         raise ValueError(
             f"{output}: another process is writing to it (lock file {path}). "
@@ -160,9 +160,31 @@ def exclusive_lock(
     finally:
         # Delete before releasing: afterwards the file could already belong to the next holder. On Windows an open
         # file cannot be deleted, but there `release` deletes it.
-        if not keep_file:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _acquire(lock: FileLock, path: Path, timeout: float) -> None:
+    """Acquire a lock whose file every holder deletes at the end.
+
+    Another process may have opened the file that is being deleted. It gets the lock of a file that is no longer at
+    `path`, where a third process makes a new one: both would hold the lock. So the file is compared afterwards.
+
+        first     holds ---- deletes, releases
+        second      opens, waits -------------- gets the lock of the deleted file: tries again
+        third                          makes a new file, gets its lock
+
+    Raises:
+        Timeout: Another process holds the lock.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        lock.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        descriptor = lock._context.lock_file_fd
+        with contextlib.suppress(FileNotFoundError):
+            if descriptor is None or os.path.samestat(os.fstat(descriptor), path.stat()):
+                return
         lock.release()
 
 
@@ -198,7 +220,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 def encode_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Return rows as JSON lines in UTF-8."""
-    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    return "".join(lines).encode(errors=SURROGATES_AS_ESCAPES)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -280,8 +303,12 @@ def atomic_file(target: Path) -> Iterator[Path]:
     After an error the temporary file is deleted, and an older `target` stays as it was.
     """
     part = _temporary_path(target)
+    # Whoever writes the file may replace it by one that only the owner can read, as safetensors does.
+    part.touch()
+    permissions = part.stat().st_mode
     try:
         yield part
+        part.chmod(permissions)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -301,9 +328,27 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        use_default_permissions(part)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def use_default_permissions(folder: Path) -> None:
+    """Give everything in a folder the permissions that new files and folders have: those of the umask.
+
+    Files of safetensors and `tempfile` can be read by their owner alone, whatever the umask is. Published like that,
+    a model could not be served by another user.
+
+    Args:
+        folder: A folder that `mkdir` has created. Its own permissions show what the umask is; asking the operating
+            system would change the umask of all threads for a moment.
+    """
+    folder_permissions = folder.stat().st_mode & 0o777
+    file_permissions = folder_permissions & 0o666
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(folder_permissions if path.is_dir() else file_permissions)
 
 
 def remove_temporary_files(target: Path) -> None:

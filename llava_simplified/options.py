@@ -11,6 +11,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,11 @@ SCRIPTS = {
     "llava clean": "clean.py",
     "llava reduce": "reduce.py",
 }
+
+# C0 and C1 controls except for tab and line feed, marks that reverse the order of text, and halves of surrogate pairs.
+_CONTROL_CHARACTERS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -78,7 +84,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line that says what is wrong, and exit with status 2."""
-        self.exit(2, f"error: {message}\n`{self.prog} --help` lists the options.\n")
+        shown = escape_control_characters(message)
+        self.exit(2, f"error: {shown}\n`{self.prog} --help` lists the options.\n")
 
     def _refuse(self, unknown: Sequence[str]) -> None:
         if unknown:
@@ -155,13 +162,30 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {originals[close[0]]}?"
 
 
+def escape_control_characters(text: str) -> str:
+    """Replace the characters that control a terminal by their escapes, for example "\\x1b".
+
+    Messages contain file names, captions and headers, which may be anybody's. A terminal would do what they say: change
+    colours, the title and the clipboard, or overwrite other lines. Line breaks and tabs stay.
+    """
+    return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+class MessageFormatter(logging.Formatter):
+    """Format log messages, with their tracebacks, so that no terminal is controlled by them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a log message."""
+        return escape_control_characters(super().format(record))
+
+
 class StderrHandler(logging.StreamHandler):
     """Write log messages to the current `sys.stderr`, which tests and notebooks replace."""
 
     def __init__(self) -> None:
         # Not StreamHandler.__init__: it would set the stream, which is a property here.
         logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("%(message)s"))
+        self.setFormatter(MessageFormatter("%(message)s"))
 
     @property
     def stream(self) -> TextIO:
@@ -189,6 +213,13 @@ def configure_logging(*, verbose: bool = False, quiet: bool = False) -> None:
     # A process may run several commands: every message is still written once.
     if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
         logger.addHandler(StderrHandler())
+
+
+def log_level() -> int | None:
+    """Return the level that `configure_logging` has set in this process; None if it was not called."""
+    logger = logging.getLogger("llava_simplified")
+    is_configured = any(isinstance(handler, StderrHandler) for handler in logger.handlers)
+    return logger.level if is_configured else None
 
 
 # ---- options of several commands ----

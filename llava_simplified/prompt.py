@@ -189,6 +189,9 @@ class Prompt:
 
         added_tokens = backend.get_added_tokens_decoder()
         self._control_ids: dict[str, int] = {t.content: i for i, t in added_tokens.items()}
+        self._special_ids = {i for i, token in added_tokens.items() if token.special}
+        self._byte_ids = _find_byte_tokens(backend)
+        self._byte_values = {token: value for value, token in enumerate(self._byte_ids)}
         control_pattern = _control_pattern(added_tokens.values())
         end = self._find_end_token(control_pattern)
         self.end_id = self._control_id(end)
@@ -206,6 +209,31 @@ class Prompt:
         self._lead = self._layout([Message("user", "")], "").answer.lead
 
     # ---- public ----
+
+    def usable_tokens(self) -> dict[int, str]:
+        """Return the ids that prompts and answers can contain, with their tokens.
+
+        These are the tokens of texts, and the control tokens that the template writes. Other control tokens never
+        occur, because they are not parsed in data.
+        """
+        backend = self._tokenizer.backend_tokenizer
+        text_tokens = backend.get_vocab(with_added_tokens=False)
+        tokens = {index: token for token, index in text_tokens.items()}
+        control_tokens = {index: token for token, index in self._control_ids.items()}
+        turns = [Message("user", ""), Message("assistant", ""), Message("user", "")]
+        for part in [*self._layout(turns, "").prefix, self.end_id]:
+            if isinstance(part, int):
+                tokens[part] = control_tokens.get(part, f"token {part}")
+        return tokens
+
+    def max_expansion(self) -> float:
+        """Return how many times longer a text can become, in bytes, before it is cut into tokens."""
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        if normalizer is None:
+            return 1.0
+        # One character of 3 bytes, 18 characters in the Unicode forms NFKC and NFKD: the most of all.
+        longest = "\N{ARABIC LIGATURE SALLALLAHOU ALAYHE WASALLAM}"
+        return max(1.0, len(normalizer.normalize_str(longest).encode()) / len(longest.encode()))
 
     def render(
         self, turns: Sequence[Message], response: str | None, where: str = ""
@@ -242,8 +270,18 @@ class Prompt:
         prefix = self._render_prefix(turns, where)
         return prefix, [self._answer_ids(slot, response, where) for response in responses]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of an answer up to its end token: the inverse of `render_branches`."""
+    def decode(self, ids: Sequence[int], finished: bool = True) -> str:
+        """Return the text of an answer up to its end token: the inverse of `render_branches`.
+
+        Args:
+            ids: The token ids.
+            finished: False if more tokens may follow. Then the text ends before a character whose last
+                bytes are still missing, so that the text of more tokens always begins with it.
+
+        Returns:
+            The text. Bytes that are not valid UTF-8, such as a character that is cut off at the end,
+            become one replacement character (U+FFFD); everything around them is decoded.
+        """
         answer: list[int] = []
         for token in ids:
             if token in self.stop_ids:
@@ -253,8 +291,44 @@ class Prompt:
         # decode behind an "x", and cut that off.
         x = self._inner_encoder.encode("x").ids
         decode = self._tokenizer.backend_tokenizer.decode
-        text: str = decode([*x, *answer])[len(decode(x)) :]
+        text: str = decode([*x, *self._replace_invalid_bytes(answer)])[len(decode(x)) :]
+        if not finished:
+            text = text.rstrip(_REPLACEMENT_CHARACTER)
         return text.removeprefix(self._lead)
+
+    def _replace_invalid_bytes(self, ids: Sequence[int]) -> Sequence[int]:
+        """Replace byte tokens that are not valid UTF-8 by the byte tokens of U+FFFD.
+
+        Sentencepiece tokenizers (Llama 2, Mistral, Gemma) spell a character that is not in the
+        vocabulary as byte tokens. If one byte of a sequence of them is wrong or missing, the decoder
+        of the tokenizers library gives up the whole sequence, whole characters included:
+
+            日 and half of 本    E6 97 A5 E6 9C           decoder: five times U+FFFD
+            here                 E6 97 A5 (EF BF BD)      日 and one U+FFFD
+        """
+        if not self._byte_values:
+            return ids
+        id_to_token = self._tokenizer.backend_tokenizer.id_to_token
+        replaced: list[int] = []
+        sequence = bytearray()
+
+        def flush() -> None:
+            """Append the tokens of the bytes since the last token that is not a byte."""
+            valid = sequence.decode(errors="replace").encode()
+            replaced.extend(self._byte_ids[value] for value in valid)
+            sequence.clear()
+
+        for token in ids:
+            if token in self._byte_values:
+                sequence.append(self._byte_values[token])
+                continue
+            # The decoder leaves these out, so that bytes on both sides of them are one sequence.
+            if token in self._special_ids or id_to_token(token) is None:
+                continue
+            flush()
+            replaced.append(token)
+        flush()
+        return replaced
 
     # ---- layouts: the template, rendered and cut ----
 
@@ -405,6 +479,8 @@ class Prompt:
             raise ValueError(f"{_at(where)}not valid Unicode text: {text!r}") from error
 
 
+# What decoders write for bytes that are not valid UTF-8.
+_REPLACEMENT_CHARACTER = "\ufffd"
 # A regular expression that matches nowhere, for tokenizers without control tokens.
 _NEVER_MATCHES = "(?!)"
 
@@ -418,6 +494,25 @@ def _control_pattern(added_tokens: Any) -> str:
         right = r"\s*" if token.rstrip else ""
         patterns.append(left + re.escape(token.content) + right)
     return "|".join(patterns)
+
+
+def _find_byte_tokens(backend: tokenizers.Tokenizer) -> list[int]:
+    """Return the ids of the tokens of the bytes 0 to 255, [] if the decoder has no such tokens."""
+    from tokenizers import Tokenizer, models
+
+    if backend.decoder is None:
+        return []
+    # The steps of a decoder can only be read from JSON. An empty tokenizer keeps it short: the JSON of
+    # `backend` contains the whole vocabulary.
+    shell = Tokenizer(models.BPE())
+    shell.decoder = backend.decoder
+    if '"ByteFallback"' not in shell.to_str():
+        return []
+    vocabulary = backend.get_vocab()
+    names = [f"<0x{value:02X}>" for value in range(256)]
+    if not all(name in vocabulary for name in names):
+        return []
+    return [vocabulary[name] for name in names]
 
 
 def _make_encoder(backend: tokenizers.Tokenizer, inner: bool = False) -> tokenizers.Tokenizer:

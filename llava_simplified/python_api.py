@@ -79,32 +79,36 @@ def evaluate(
     Raises:
         ValueError: The predictions cannot be read, or do not belong to the references.
     """
-    from llava_simplified.data.images import read_image_bytes
     from llava_simplified.evaluation import metrics
     from llava_simplified.evaluation.predictions import (
+        Predictions,
         read_predictions,
-        read_references,
+        read_sample_images,
         read_train_captions,
     )
+    from llava_simplified.evaluation.references import References, read_references
 
+    captions_by_image: References | None = None
     if isinstance(references, (str, Path)):
-        references = read_references(Path(references))
+        captions_by_image = read_references(Path(references))
+    elif references is not None:
+        captions_by_image = References(references)
     if isinstance(train_captions, (str, Path)):
         train_captions = read_train_captions(Path(train_captions))
     if isinstance(predictions, (str, Path)):
-        samples: Sequence[Sample] = read_predictions(Path(predictions), references)
+        read = read_predictions(Path(predictions), captions_by_image)
     elif references is not None:
         raise ValueError(
             "references: samples have references of their own; pass a file of predictions."
         )
     else:
-        samples = predictions
+        read = Predictions(list(predictions))
     # Only CLIPScore looks at images: without it, the folder need not exist.
     images: list[bytes] = []
     if clip is not None:
-        images = [read_image_bytes(sample.image, Path(image_folder)) for sample in samples]
-    return metrics.evaluate(
-        samples,
+        images = read_sample_images(read.samples, Path(image_folder))
+    result = metrics.evaluate(
+        read.samples,
         train_captions=train_captions,
         clip=None if clip is None else Path(clip),
         images=images,
@@ -112,3 +116,6 @@ def evaluate(
         resamples=resamples,
         seed=seed,
     )
+    result.notes[:0] = read.notes
+    result.counts = read.counts
+    return result

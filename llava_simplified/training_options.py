@@ -185,6 +185,13 @@ class DataArguments:
         default=0.01,
         metadata={"help": "Maximum share of unreadable images; above it, training stops"},
     )
+    max_bad_records: float = field(
+        default=0.01,
+        metadata={
+            "help": "Maximum share of records that cannot be used, because they are malformed or their prompt is longer "
+            "than --model_max_length; they are set aside before the first step. Above it, training does not start"
+        },
+    )
 
 
 def bf16_is_supported() -> bool:
@@ -362,6 +369,7 @@ HELP_GROUPS = {
         "packing",
         "pack_length",
         "max_bad_images",
+        "max_bad_records",
     ),
     "LoRA": (
         "lora_enable",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import multiprocessing
 import os
 import re
@@ -24,6 +25,7 @@ from multiprocessing import connection
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from llava_simplified.extras import require_extra
+from llava_simplified.options import configure_logging, log_level
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -159,7 +161,9 @@ class LocalBackend:
     def _start_worker(self) -> _Worker:
         our_end, their_end = self._context.Pipe()
         process = self._context.Process(
-            target=_run_worker, args=(their_end, self._function, os.getpid()), daemon=True
+            target=_run_worker,
+            args=(their_end, self._function, os.getpid(), log_level()),
+            daemon=True,
         )
         process.start()
         their_end.close()
@@ -199,14 +203,23 @@ class LocalBackend:
             worker.process.join()
 
 
-def _run_worker(pipe: connection.Connection, function: Callable[[Any], Any], parent: int) -> None:
+def _run_worker(
+    pipe: connection.Connection,
+    function: Callable[[Any], Any],
+    parent: int,
+    level: int | None,
+) -> None:
     """Run tasks until the parent ends. This is the main function of a worker process.
 
     Args:
         pipe: The tasks come from here, and the results go back.
         function: What is run for each task.
         parent: The process id of the parent.
+        level: The log level of the parent; None if it has not configured its log.
     """
+    # A process that was not forked starts without any.
+    if level is not None:
+        configure_logging(verbose=level <= logging.DEBUG, quiet=level >= logging.WARNING)
 
     def exit_with_parent() -> None:
         # The pipe does not tell when the parent is killed: workers that were forked later hold its other end open

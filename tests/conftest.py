@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The environment must be set before torch and transformers are imported.
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +64,21 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.json").write_text(json.dumps(rows[:12]))
     (folder / "val.json").write_text(json.dumps(rows[12:]))
     return folder
+
+
+@pytest.fixture
+def package_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """Messages that the package logs.
+
+    The handler is attached to the package's logger, because `configure_logging`, which commands call,
+    does not let messages propagate to the root logger.
+    """
+    logger = logging.getLogger("llava_simplified")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.setLevel(level)

@@ -207,6 +207,53 @@ def test_front_door_imports_nothing_heavy(code: str) -> None:
     run(sys.executable, "-c", IMPORTS_NO_TORCH.format(code=code), folder=ROOT)
 
 
+def test_importing_the_package_prints_nothing() -> None:
+    """Also where bitsandbytes is installed, which PEFT imports."""
+    code = "from llava_simplified import Llava, CaptionDataset; import llava_simplified.training.trainer"
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRANSFORMERS_VERBOSITY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./model", "a/b/model", "~/model"])
+@pytest.mark.parametrize("option", ["--model_name_or_path", "--vision_tower"])
+@pytest.mark.parametrize("command", ["train", "plan", "inspect", "caption"])
+def test_mistyped_path_of_a_model_is_named_as_a_path(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    option: str,
+    name: str,
+) -> None:
+    parts = {
+        "--model_name_or_path": str(models_folder / "mistral"),
+        "--vision_tower": str(models_folder / "clip"),
+        option: name,
+    }
+    words = [word for pair in parts.items() for word in pair]
+    data = str(data_folder / "train.json")
+    images = str(data_folder / "images")
+    argv = {
+        "train": [*words, "--train_data_path", data, "--train_image_folder", images],
+        "plan": words,
+        "inspect": [*words, "--data", data],
+        "caption": [images, "--model-path", name, "--output", str(tmp_path / "x.jsonl")],
+    }
+    if command == "train":
+        argv["train"] += ["--output_dir", str(tmp_path / "out")]
+    assert main([command, *argv[command]]) == 2
+    printed = capsys.readouterr().err
+    assert "no such folder" in printed
+    assert str(Path(name)) in printed
+    assert "Repo id" not in printed
+
+
 def test_user_error_is_one_line_with_exit_status_2(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "predict.py")]
     command += ["--model-path", str(tmp_path), "--image", "gone.jpg"]

@@ -19,13 +19,14 @@ SCORES_OF_TEXTS = [
         "java_metrics",
         "metrics",
         "ngram_metrics",
+        "ptb_characters",
         "ptb_rules",
         "ptb_tokenizer",
         "rouge",
     )
 ]
 ORDER = [
-    ("options", "extras"),
+    ("options", "extras", "hub"),
     ("jobs", "workers", "recipes", "foreign_files"),
     ("prompt", "html_report"),
     ("data",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,17 @@ def test_inspect_reports_missing_files_without_a_traceback(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert named in error
+
+
+def test_inspect_names_a_token_without_a_row_in_the_embedding_table(
+    models_folder: Path, tmp_path: Path, capsys: Output
+) -> None:
+    data = write_rows(tmp_path, make_row("a red car"))
+    model = tmp_path / "wide"
+    shutil.copytree(models_folder / "mistral", model)
+    config = json.loads((model / "config.json").read_text())
+    for rows, status in ((config["vocab_size"], 0), (50, 1)):
+        (model / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+        assert inspect("--data", data, "--model_name_or_path", model) == status
+    output = capsys.readouterr().out
+    assert "has the id 50, but the embedding table has 50 rows" in output

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from llava_simplified import jobs
 from llava_simplified.jobs import (
@@ -133,12 +135,29 @@ def test_exclusive_lock_waits_for_a_process_that_is_about_to_end(tmp_path: Path)
             assert process.wait(timeout=5) != 0
 
 
-def test_exclusive_lock_can_keep_its_file(tmp_path: Path) -> None:
+def test_exclusive_lock_is_held_by_one_process_when_files_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has opened the file that its holder then deletes must not get the lock beside the holder of a new one."""
     path = tmp_path / "job.lock"
-    for _ in range(2):
-        with exclusive_lock(path, "out", keep_file=True):
-            assert path.exists()
-        assert path.exists()
+    acquire = FileLock.acquire
+    holders: list[subprocess.Popen[str]] = []
+
+    def acquire_and_replace(self: FileLock, timeout: float = -1) -> Any:
+        result = acquire(self, timeout)
+        if not holders:
+            # What happens between the opening of a file and its lock: the holder deletes it, a third process starts.
+            path.unlink()
+            holders.append(stack.enter_context(lock_holder(path)))
+        return result
+
+    monkeypatch.setattr(FileLock, "acquire", acquire_and_replace)
+    with (
+        ExitStack() as stack,
+        pytest.raises(ValueError, match="another process"),
+        exclusive_lock(path, "out", timeout=0.2),
+    ):
+        pytest.fail("two processes hold the lock")
 
 
 def test_exclusive_lock_leaves_no_file(tmp_path: Path) -> None:

@@ -8,13 +8,22 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from llava_simplified.cli import COMMANDS, resolve
-from llava_simplified.options import CommandParser, configure_logging, normalize_spelling
+from llava_simplified.cli import COMMANDS, resolve, run_command
+from llava_simplified.options import (
+    CommandParser,
+    configure_logging,
+    escape_control_characters,
+    normalize_spelling,
+)
 
 TRAINING_COMMANDS = {"train", "encode", "plan"}  # their texts describe training
 
@@ -227,3 +236,38 @@ def test_help_texts_do_not_contain_formatting_errors() -> None:
         for action in options_of(name):
             stated = re.search(r"\(default: ([\d.]+)\)", action.help or "")
             assert not stated, f"llava {name} {action.option_strings[0]}: write %(default)s"
+
+
+# ---- what a terminal would obey ----
+
+ATTACK = "\x1b]0;title\x07\x1b[2J\x9b31m\rover\x08\u202egpj\ud83d"
+
+
+@given(st.text(st.characters(codec=None)))
+def test_escape_control_characters_leaves_text_and_no_controls(text: str) -> None:
+    escaped = escape_control_characters(text)
+    categories = {
+        unicodedata.category(character) for character in escaped.replace("\n", "").replace("\t", "")
+    }
+    assert not categories & {"Cc", "Cs"}
+    printable = "".join(character for character in text if character.isprintable())
+    assert escape_control_characters(printable) == printable
+    assert escape_control_characters(escaped) == escaped
+
+
+def test_errors_and_logs_do_not_control_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("convert", [str(tmp_path / ATTACK), "--output", "x.json"]) == 2
+    with pytest.raises(SystemExit):
+        run_command("convert", ["a", "--output", "b", ATTACK])
+    configure_logging()
+    logger = logging.getLogger("llava_simplified.test")
+    logger.error("image %s", ATTACK)
+    try:
+        raise ValueError(ATTACK)
+    except ValueError:
+        logger.exception("failed")
+    printed = capsys.readouterr().err
+    assert not set("\x1b\x07\x9b\r\x08\u202e") & set(printed)
+    assert printed.count(r"\x1b]0;title") >= 4

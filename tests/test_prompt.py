@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -351,7 +352,7 @@ def family(name: str) -> Family:
 # ---- references ----
 
 
-def spell_out(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+def spell_out(tokenizer: PreTrainedTokenizerFast, ids: list[int], errors: str = "strict") -> str:
     """Return the text of token ids, symbol by symbol from the vocabulary, without a decoder."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -364,7 +365,7 @@ def spell_out(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
             text += bytes.fromhex(match[1])
         else:
             text += token.replace("▁", " ").encode()
-    return text.decode()
+    return text.decode(errors=errors)
 
 
 def stock_ids(name: str, messages: list[Message], **kwargs: Any) -> list[int]:
@@ -503,6 +504,64 @@ def test_render_branches_share_one_prompt(name: str) -> None:
             prefix.input_ids + branch,
             prefix.labels + branch,
         )
+
+
+# ---- the text of generated tokens, which need not be whole characters ----
+
+
+@every_family
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_decode_marks_only_what_is_not_a_whole_character(name: str, data: st.DataObject) -> None:
+    tokenizer, prompt, _, lead, _ = family(name)
+    ids = data.draw(generated_ids(name))
+    spelled = spell_out(tokenizer, ids, "replace")
+    assert prompt.decode(ids) == spelled.removeprefix(lead)
+    # The decoder leaves control tokens out, also between the bytes of one character.
+    skipped = set(tokenizer.all_special_ids) - set(prompt.stop_ids)
+    for token in sorted(skipped)[:1]:
+        position = data.draw(st.integers(0, len(ids)))
+        assert prompt.decode([*ids[:position], token, *ids[position:]]) == prompt.decode(ids)
+
+
+@every_family
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_decode_of_unfinished_text_is_the_beginning_of_the_whole(
+    name: str, data: st.DataObject
+) -> None:
+    prompt = family(name).prompt
+    ids = data.draw(generated_ids(name))
+    before = ""
+    for length in range(len(ids) + 1):
+        text = prompt.decode(ids[:length], finished=False)
+        whole = prompt.decode(ids[:length])
+        assert text.startswith(before)
+        assert whole.startswith(text)
+        assert set(whole[len(text) :]) <= {"\ufffd"}
+        before = text
+
+
+def generated_ids(name: str) -> st.SearchStrategy[list[int]]:
+    """Return a strategy for token ids as a model may generate them: words, and cut characters."""
+    tokenizer = family(name).tokenizer
+    backend = tokenizer.backend_tokenizer
+    added = set(tokenizer.added_tokens_decoder)
+    vocabulary = sorted(set(backend.get_vocab().values()) - added)
+
+    def spell(data: bytes) -> list[int]:
+        if isinstance(backend.decoder, decoders.ByteLevel):
+            from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+            symbols = bytes_to_unicode()
+            return [backend.token_to_id(symbols[byte]) for byte in data]
+        return [backend.token_to_id(f"<0x{byte:02X}>") for byte in data]
+
+    characters = st.text("é日本🙂a", min_size=1, max_size=4).map(str.encode)
+    cut = st.tuples(characters, st.integers(1, 3)).map(lambda pair: pair[0][: -pair[1]])
+    spelled = st.one_of(characters, cut, st.binary(max_size=3)).map(spell)
+    word = st.sampled_from(vocabulary).map(lambda token: [token])
+    return st.lists(st.one_of(spelled, word), max_size=8).map(lambda parts: [*chain(*parts)])
 
 
 # ---- equal to the tokenizer's own chat template, and to Mistral's own code ----

@@ -42,8 +42,11 @@ def build_caption_parser() -> CommandParser:
     """Return the parser of `llava caption`."""
     parser = CommandParser("llava caption", "Caption an image, a folder, a shard or records.")
     parser.add_argument(
-        "source",
-        help="Image, folder, glob pattern, .tar shard, or .json, .jsonl or .parquet records",
+        "sources",
+        nargs="+",
+        metavar="source",
+        help="Images, folders, glob patterns, .tar shards, or one file of .json, .jsonl or .parquet "
+        "records",
     )
     parser.add_argument(
         "--output",
@@ -131,8 +134,8 @@ def caption_main(argv: list[str] | None = None) -> int:
     args = build_caption_parser().parse_args(argv)
     options = _generation_options(args, args.trials)
     # The caption of one image is printed, unless a file was asked for.
-    if not args.output and _is_image(args.source):
-        return _caption_on_terminal(args, args.source, options)
+    if not args.output and len(args.sources) == 1 and _is_image(args.sources[0]):
+        return _caption_on_terminal(args, args.sources[0], options)
     output = Path(args.output or "captions.jsonl")
     # Only `llava predict` writes arrays: a folder may have millions of images, and an array is
     # written at the end.
@@ -140,7 +143,7 @@ def caption_main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--output {output}: the file name must end in .jsonl")
     if args.engine == "ray":
         return _caption_on_cluster(args, output, options)
-    return _run_slice(args, args.source, output, options)
+    return _run_slice(args, args.sources, output, options)
 
 
 def predict_main(argv: list[str] | None = None) -> int:
@@ -153,7 +156,7 @@ def predict_main(argv: list[str] | None = None) -> int:
     options = _generation_options(args, trials)
     if args.image:
         return _caption_on_terminal(args, args.image, options)
-    return _run_slice(args, args.data_path, Path(args.output), options)
+    return _run_slice(args, [args.data_path], Path(args.output), options)
 
 
 def chat_main(argv: list[str] | None = None) -> int:
@@ -280,7 +283,7 @@ def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _run_slice(
-    args: argparse.Namespace, source: str, output: Path, options: GenerationOptions
+    args: argparse.Namespace, sources: list[str], output: Path, options: GenerationOptions
 ) -> int:
     """Caption one slice of the source in this process."""
     import torch
@@ -291,7 +294,7 @@ def _run_slice(
     # Otherwise all processes that torchrun has started on a machine would share its first GPU.
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    job = _make_job(args, source, output, options, chunk, chunks)
+    job = _make_job(args, sources, output, options, chunk, chunks)
     return _report(caption_file(job), job.output)
 
 
@@ -306,7 +309,9 @@ def _caption_on_cluster(args: argparse.Namespace, output: Path, options: Generat
             "--chunk-idx."
         )
     chunks = args.num_chunks or 1
-    jobs = [_make_job(args, args.source, output, options, chunk, chunks) for chunk in range(chunks)]
+    jobs = [
+        _make_job(args, args.sources, output, options, chunk, chunks) for chunk in range(chunks)
+    ]
     failed = False
     for task in run_tasks(caption_file, jobs, engine="ray"):
         if task.result is None:
@@ -320,7 +325,7 @@ def _caption_on_cluster(args: argparse.Namespace, output: Path, options: Generat
 
 def _make_job(
     args: argparse.Namespace,
-    source: str,
+    sources: list[str],
     output: Path,
     options: GenerationOptions,
     chunk: int,
@@ -334,7 +339,8 @@ def _make_job(
         output = output.with_name(f"{output.stem}-{chunk}-of-{chunks}{output.suffix}")
     return CaptionJob(
         model_path=args.model_path,
-        source=source,
+        # A single one as 0.1.0 has stored it, whose jobs continue.
+        source=sources[0] if len(sources) == 1 else tuple(sources),
         output=str(output),
         options=options,
         instructions=tuple(args.instructions),
@@ -355,7 +361,7 @@ def _report(counts: CaptionCounts, output: str) -> int:
     logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
     if counts.failed:
         logger.warning(
-            "Records whose images cannot be read: %s. They are listed in %s.bad.jsonl.",
+            "Records that cannot be captioned: %s. They are listed with reasons in %s.bad.jsonl.",
             f"{counts.failed:,}",
             output,
         )

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
+from llava_simplified.data import shards
 from llava_simplified.data.dataset import open_data
+from llava_simplified.data.image_formats import IMAGE_HEADER_BYTES, is_image_header
 from llava_simplified.data.records import Record, insert_image_placeholders
 from llava_simplified.data.shards import shard_index
 from llava_simplified.prompt import Message
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+ALL_RECORDS = float("inf")
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {f".{suffix}" for suffix in shards.IMAGE_SUFFIXES}
 RECORD_SUFFIXES = {".json", ".jsonl", ".parquet"}
 
 
@@ -37,6 +46,33 @@ class ImageRecords(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.names) * len(self.instructions)
 
+    def renumber(self, known: Mapping[str, int]) -> None:
+        """Give each image the number that it has in an unfinished output, and new images free numbers.
+
+        An output of `a c d` in which `a` and `c` are finished is continued in a folder of `a b c d`:
+
+            number    0  1  2  3
+            before    a  c  d
+            now       a  c  b  d
+
+        An image that was captioned and removed since keeps its number, so that no other image gets it.
+
+        Args:
+            known: Number by image name. If no image was added or removed, nothing changes.
+        """
+        new_names = [name for name in self.names if name not in known]
+        taken = set(known.values())
+        free = (number for number in count() if number not in taken)
+        numbered = {number: name for name, number in known.items()}
+        numbered.update(zip(free, new_names))
+        # Numbers that no image has: images that were removed before they were captioned.
+        self.names = [numbered.get(number, "") for number in range(max(numbered, default=-1) + 1)]
+
+    def indices(self) -> list[int]:
+        """Return the indices of the records, in order: of all but the numbers that no image has."""
+        per_image = len(self.instructions)
+        return [index for index in range(len(self)) if self.names[index // per_image]]
+
     @overload
     def __getitem__(self, index: int) -> Record: ...
     @overload
@@ -52,13 +88,13 @@ class ImageRecords(Sequence[Record]):
 
 
 def open_inputs(
-    source: str, image_folder: str | None, instructions: Sequence[str]
+    source: str | Sequence[str], image_folder: str | None, instructions: Sequence[str]
 ) -> tuple[Sequence[Record], str]:
     """Return the records of a source, and the folder that their image names are relative to.
 
     Args:
-        source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these, or
-            a file of records.
+        source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these,
+            or several of them; or a file of records.
         image_folder: Folder of the images; only for records.
         instructions: Instructions about every image; not for records, which contain instructions.
 
@@ -66,30 +102,84 @@ def open_inputs(
         ValueError: The source does not exist or contains no image, or instructions were given with
             records.
     """
+    sources = [source] if isinstance(source, str) else list(source)
+    records_files = [name for name in sources if Path(name).suffix in RECORD_SUFFIXES]
+    if records_files and len(sources) > 1:
+        raise ValueError(
+            f"{records_files[0]}: a file of records must be the only input. Caption each file with "
+            "an --output of its own."
+        )
     # Decided by the name alone, so that a missing file of records is reported as one.
-    if Path(source).suffix in RECORD_SUFFIXES:
+    if records_files:
+        source = records_files[0]
         if instructions:
             raise ValueError(
                 f"--instruction: the records of {source} contain their own instructions; "
                 "remove the option."
             )
         # Records may be unanswered: this command writes the answers.
-        return open_data(source, image_folder, "--image-folder", require_responses=False)
-    names, folder = find_images(source)
-    if not names:
-        raise ValueError(
-            f"{source}: not an image, a folder of images, a .tar shard or a file of records"
+        # A row that is no record is set aside when its turn comes, unless all are.
+        return open_data(
+            source,
+            image_folder,
+            "--image-folder",
+            require_responses=False,
+            max_bad_records=ALL_RECORDS,
         )
+    found = [_find_some_images(name) for name in sources]
+    names, folder = found[0].names, found[0].folder
+    if len(found) > 1:
+        names, folder = _join_names(found)
     # Absolute, because a Ray worker has another working directory.
     return ImageRecords(names, instructions), str(folder.absolute())
 
 
-def find_images(source: str) -> tuple[list[str], Path]:
-    """Return image names, and the folder that they are relative to.
+class FoundImages(NamedTuple):
+    """The images of a source.
 
-    The source is a file, folder, shard or glob pattern.
+    Attributes:
+        names: Relative to the folder, or absolute; `shard.tar#key` for an image in a shard.
+        folder: Folder that the names are relative to. It contains all of them.
+        skipped: Number of files that are no images, by their suffix.
+    """
+
+    names: list[str]
+    folder: Path
+    skipped: Counter[str]
+
+
+def _find_some_images(source: str) -> FoundImages:
+    """Return the images of a source, of which there must be at least one; name what is left out."""
+    found = find_images(source)
+    counts = ", ".join(f"{count:,} x {suffix}" for suffix, count in sorted(found.skipped.items()))
+    if not found.names:
+        others = f" (found: {counts})" if counts else ""
+        raise ValueError(
+            f"{source}: not an image, a folder of images, a .tar shard or a file of records{others}"
+        )
+    if counts:
+        logger.warning("%s: left out, because they are no images: %s", source, counts)
+    return found
+
+
+def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
+    """Return the images of several sources, and the deepest folder that contains all of them.
+
+    An image that several sources contain is named once.
+    """
+    paths: dict[Path, None] = {}  # ordered
+    for images in found:
+        folder = images.folder.absolute()
+        paths.update((folder / name, None) for name in images.names)
+    common = Path(os.path.commonpath([path.parent for path in paths]))
+    return [path.relative_to(common).as_posix() for path in paths], common
+
+
+def find_images(source: str) -> FoundImages:
+    """Find the images of a file, folder, shard or glob pattern.
+
     A single file counts as an image whatever its suffix is; of several files, those with the suffix
-    of an image.
+    of an image, and those without a suffix whose first bytes are those of an image.
     """
     path = Path(source)
     folder = Path()
@@ -102,16 +192,56 @@ def find_images(source: str) -> tuple[list[str], Path]:
     else:
         # Path.glob does not accept absolute patterns.
         files = sorted(Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
+        # Names are resolved in `folder` only, so it must be the one that the pattern means: a file
+        # of the same name in the current folder is another image.
+        if ".." in path.parts:
+            # Two paths with ".." can lead to one file.
+            files = list(dict.fromkeys(file.parent.resolve() / file.name for file in files))
+            folder = Path(os.path.commonpath([file.parent for file in files])) if files else folder
+        elif path.is_absolute():
+            folder = _fixed_folder(path)
 
+    # Whoever asks for absolute paths gets them.
+    is_absolute_pattern = path.is_absolute() and not path.exists() and ".." not in path.parts
     names: list[str] = []
+    skipped: Counter[str] = Counter()
     for file in files:
         # Relative names keep the output valid when the folder is moved.
         name = str(file)
-        if file.is_relative_to(folder):
+        if file.is_relative_to(folder) and not is_absolute_pattern:
             name = file.relative_to(folder).as_posix()
         if file.suffix == ".tar":
+            index = shard_index(file)
             # `read_image_bytes` finds one image of a shard by its key.
-            names += [f"{name}#{key.decode()}" for key in shard_index(file).keys]
-        elif file == path or (file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()):
+            names += [f"{name}#{key}" for key in index.names()]
+            if index.num_without_image:
+                skipped["samples of a shard without an image"] += index.num_without_image
+        elif file == path or _has_image(file):
             names.append(name)
-    return names, folder
+        elif file.is_file():
+            skipped[file.suffix.lower() or "no suffix"] += 1
+    return FoundImages(names, folder, skipped)
+
+
+def _fixed_folder(pattern: Path) -> Path:
+    """Return the folder at the beginning of a glob pattern, up to its first wildcard."""
+    parts = []
+    for part in pattern.parent.parts:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return Path(*parts)
+
+
+def _has_image(file: Path) -> bool:
+    """Return whether a file is meant as an image: by its suffix, or without one by its first bytes."""
+    if file.suffix.lower() in IMAGE_SUFFIXES:
+        return file.is_file()
+    # A name such as ".DS_Store" has no suffix either.
+    if file.suffix or file.name.startswith(".") or not file.is_file():
+        return False
+    try:
+        with file.open("rb") as stream:
+            return is_image_header(stream.read(IMAGE_HEADER_BYTES))
+    except OSError:
+        return False

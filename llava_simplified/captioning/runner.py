@@ -3,7 +3,7 @@
 Files of a job with `--output captions.jsonl`:
 
     captions.jsonl                  one row per caption; this is also the journal of the job
-    captions.jsonl.bad.jsonl        one row per record whose image cannot be read
+    captions.jsonl.bad.jsonl        one row per record that cannot be captioned, with the reason
     captions.jsonl.settings.json    what the job was started with
     .captions.jsonl.lock            held by the process that writes
 
@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 import torch
 
 from llava_simplified.captioning.inputs import ImageRecords, open_inputs
+from llava_simplified.data.image_folder import NameMatches
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.jobs import (
+    SURROGATES_AS_ESCAPES,
     Journal,
     Progress,
     atomic_file,
@@ -68,7 +70,7 @@ class CaptionJob:
     """
 
     model_path: str
-    source: str
+    source: str | tuple[str, ...]
     output: str
     options: GenerationOptions
     instructions: tuple[str, ...] = ()
@@ -130,13 +132,17 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
     records, folder = open_inputs(job.source, job.image_folder, job.instructions)
     with exclusive_lock(files.lock, job.output):
         _start_or_resume(files, _job_settings(job, records))
-        model = model or load_model(job)
-        if isinstance(records, ImageRecords) and not job.instructions:
-            # Only the checkpoint knows the instruction that it was trained with. The settings need
-            # not contain it, because they identify the checkpoint.
-            records.instructions = (model.instruction,)
-        with Journal(files.journal) as journal, Journal(files.failures) as failures:
-            counts = _caption_remaining(job, model, records, folder, journal, failures)
+        try:
+            model = model or load_model(job)
+            if isinstance(records, ImageRecords) and not job.instructions:
+                # Only the checkpoint knows the instruction that it was trained with. The settings
+                # need not contain it, because they identify the checkpoint.
+                records.instructions = (model.instruction,)
+            with Journal(files.journal) as journal, Journal(files.failures) as failures:
+                counts = _caption_remaining(job, model, records, folder, journal, failures)
+        except BaseException:
+            _remove_empty_job(files)
+            raise
         # The job is complete: what remains is cleaning up, which a killed process repeats.
         if not counts.failed:
             files.failures.unlink()
@@ -165,6 +171,15 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
     check_settings(files.settings, settings, str(files.output))
 
 
+def _remove_empty_job(files: JobFiles) -> None:
+    """Delete the files of a job without a result, such as one whose model could not be loaded."""
+    results = (files.journal, files.failures)
+    if any(path.exists() and path.stat().st_size for path in results):
+        return
+    for path in (*results, files.settings):
+        path.unlink(missing_ok=True)
+
+
 def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     """Return what decides which rows the output contains, under the names of version 0.1.0.
 
@@ -177,7 +192,10 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
     settings["output"] = None
     settings["model"] = _modification_times(job.model_path)
-    settings["contents of the source"] = _describe_contents(records, job.source)
+    # Images may be added to a folder (see `ImageRecords.renumber`). Slices cannot: each of them would
+    # have to know the numbers that the others have given.
+    if not isinstance(records, ImageRecords) or job.chunks > 1:
+        settings["contents of the source"] = _describe_contents(records, job.source)
     return settings
 
 
@@ -188,12 +206,13 @@ def _modification_times(model_path: str) -> list[int]:
     return sorted(path.stat().st_mtime_ns for path in Path(model_path).glob("*.safetensors"))
 
 
-def _describe_contents(records: Sequence[Record], source: str) -> object:
+def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...]) -> object:
     """Return a value that changes if the indices of the output would mean other records."""
     if isinstance(records, ImageRecords):
         # One more image in a folder shifts the indices of all images behind it.
-        return hashlib.sha256("\n".join(records.names).encode()).hexdigest()
+        return hashlib.sha256("\n".join(records.names).encode(errors="surrogateescape")).hexdigest()
     # A file of records may have gigabytes. Size and time are cheap, and change with every edit.
+    assert isinstance(source, str)  # `open_inputs` accepts one file of records only
     stat = Path(source).stat()
     return [stat.st_size, stat.st_mtime_ns]
 
@@ -210,12 +229,19 @@ def _caption_remaining(
     rows_per_record = job.options.num_return_sequences
     finished = _finished_records(journal, rows_per_record)
     failed = _finished_records(failures, 1)
-    total = len(records)
+    indices: Sequence[int] = range(len(records))
+    if isinstance(records, ImageRecords):
+        if job.chunks == 1:
+            per_image = len(records.instructions)
+            done = {**finished, **failed}
+            known = {image: index // per_image for index, image in done.items() if image}
+            records.renumber(known)
+        indices = records.indices()
     if job.limit:
-        total = min(total, job.limit)
+        indices = indices[: job.limit]
     # Slices are interleaved: a slow part of the source, such as large images, is shared by all
     # processes.
-    indices = range(job.chunk, total, job.chunks)
+    indices = indices[job.chunk :: job.chunks]
     remaining = [index for index in indices if index not in finished and index not in failed]
 
     initial = len(indices) - len(remaining)
@@ -229,19 +255,19 @@ def _caption_remaining(
             # they fail again.
             journal.append(rows)
             failures.append(failed_rows)
-            failed.update(row["index"] for row in failed_rows)
+            failed.update((row["index"], row.get("image")) for row in failed_rows)
             progress.advance(len(rows) // rows_per_record + len(failed_rows))
     return CaptionCounts(len(indices) - len(failed), len(failed))
 
 
-def _finished_records(journal: Journal, rows_per_record: int) -> set[int]:
-    """Return the indices of the records with all their rows in a journal.
+def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str | None]:
+    """Return index and image of the records with all their rows in a journal.
 
     A process that was killed between two captions of one record leaves an incomplete record at the
     end. Its rows are cut off: random draws depend on the record alone, so that the same captions
     are generated again.
     """
-    finished: set[int] = set()
+    finished: dict[int, str | None] = {}
     last_index = -1
     rows_of_record = 0
     end = 0  # in bytes, of the last complete record
@@ -250,7 +276,7 @@ def _finished_records(journal: Journal, rows_per_record: int) -> set[int]:
         rows_of_record = rows_of_record + 1 if row["index"] == last_index else 1
         last_index = row["index"]
         if rows_of_record == rows_per_record:
-            finished.add(last_index)
+            finished[last_index] = row.get("image")
             end = position
     journal.truncate(end)
     return finished
@@ -260,7 +286,8 @@ def _publish_array(files: JobFiles) -> None:
     """Write the rows of the journal as a JSON array, and delete the files of an unfinished job."""
     rows = [row for row, _ in read_json_lines(files.journal)]
     with atomic_file(files.output) as part:
-        part.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+        part.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
     published_failures = Path(f"{files.output}.bad.jsonl")
     published_failures.unlink(missing_ok=True)  # of an earlier job
     if files.failures.exists():
@@ -315,24 +342,45 @@ def caption_records(
 
     Yields:
         After every batch: prediction rows, `num_return_sequences` per record, and one row for each
-        record whose image cannot be read.
+        record that cannot be captioned, with the reason.
     """
     if indices is None:
         indices = range(len(records))
     window_size = BATCHES_PER_WINDOW * batch_size
+    matches = NameMatches()
     for start in range(0, len(indices), window_size):
         window_indices = indices[start : start + window_size]
-        window = [records[index] for index in window_indices]
-        batches = _caption_window(model, window, image_folder, options, batch_size)
+        window = [_parse_record(records, index) for index in window_indices]
+        batches = _caption_window(model, window, image_folder, options, batch_size, matches)
         yield from _in_record_order(window_indices, window, batches)
+    if matches.describe():
+        logger.warning("%s", matches.describe())
 
 
-# The captions of a record, or the reason why its image cannot be read.
-Outcome = list[str] | ImageError
+# The captions of a record, or the reason why there are none: its image cannot be read, its prompt
+# cannot be rendered, or the row is not a record.
+Outcome = list[str] | ValueError
+
+
+def _parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
+    """Return a record, or the reason why the row is none. One bad row must not end the job."""
+    try:
+        record = records[index]
+        for name in record.images:
+            name.encode()
+    except UnicodeEncodeError:
+        return ImageError(
+            "unsafe", f"the image name {record.images!r} is not UTF-8; rename the file"
+        )
+    except ValueError as error:
+        return error
+    return record
 
 
 def _in_record_order(
-    indices: Sequence[int], window: Sequence[Record], batches: Iterable[dict[int, Outcome]]
+    indices: Sequence[int],
+    window: Sequence[Record | ValueError],
+    batches: Iterable[dict[int, Outcome]],
 ) -> Iterator[tuple[list[Row], list[Row]]]:
     """Turn outcomes by position in the window into rows in the order of the window."""
     waiting: dict[int, Outcome] = {}
@@ -345,9 +393,12 @@ def _in_record_order(
             index = indices[position]
             record = window[position]
             outcome = waiting.pop(position)
-            if isinstance(outcome, ImageError):
+            if isinstance(record, ValueError):
+                failed_rows.append({"index": index, "image": None, "error": str(record)})
+            elif isinstance(outcome, ValueError):
+                image = record.images[0] if record.images else None
                 error = f"{record.id}: {outcome}"
-                failed_rows.append({"index": index, "image": record.images[0], "error": error})
+                failed_rows.append({"index": index, "image": image, "error": error})
             else:
                 rows += [prediction_row(index, record, caption) for caption in outcome]
             position += 1
@@ -356,28 +407,42 @@ def _in_record_order(
 
 def _caption_window(
     model: Llava,
-    window: Sequence[Record],
+    parsed: Sequence[Record | ValueError],
     image_folder: str | Path,
     options: GenerationOptions,
     batch_size: int,
+    matches: NameMatches,
 ) -> Iterator[dict[int, Outcome]]:
     """Yield the outcomes of one batch after the other, by position in the window."""
-    # Without a response (None), the prompt ends where the model's answer begins.
-    prompts = [model.prompt.render(record.turns, None, record.id).input_ids for record in window]
-    by_length = sorted(range(len(window)), key=lambda position: len(prompts[position]))
+    window: dict[int, Record] = {}
+    prompts: dict[int, list[int]] = {}
+    failed: dict[int, Outcome] = {}
+    for position, record in enumerate(parsed):
+        if isinstance(record, ValueError):
+            failed[position] = record
+            continue
+        try:
+            # Without a response (None), the prompt ends where the model's answer begins.
+            prompts[position] = model.prompt.render(record.turns, None).input_ids
+            window[position] = record
+        except ValueError as error:  # for example turns that the template cannot render
+            failed[position] = error
+    if failed:
+        yield failed
+    by_length = sorted(window, key=lambda position: len(prompts[position]))
     # One thread reads images in the order in which the batches need them, while the model computes.
     # One is enough: reading an image takes milliseconds, captioning it takes far longer.
     with ThreadPoolExecutor(1) as reader:
-        images = _WindowImages(model, image_folder, reader)
+        images = _WindowImages(model, image_folder, reader, matches)
         for position in by_length:
             images.read_ahead(window[position].images)
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             outcomes: dict[int, Outcome] = {}
             for position in batch:
-                error = images.error_of(window[position])
-                if error is not None:
-                    outcomes[position] = error
+                image_error = images.error_of(window[position])
+                if image_error is not None:
+                    outcomes[position] = image_error
             # The other records of the batch are not affected by an image that cannot be read.
             readable = [position for position in batch if position not in outcomes]
             if readable:
@@ -408,9 +473,17 @@ class _WindowImages:
         model: The model, for its transform and its vision tower.
         image_folder: Folder that the image names are relative to.
         reader: Reads the images.
+        matches: Counts by which rule image files are found.
     """
 
-    def __init__(self, model: Llava, image_folder: str | Path, reader: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        model: Llava,
+        image_folder: str | Path,
+        reader: ThreadPoolExecutor,
+        matches: NameMatches,
+    ) -> None:
+        self._matches = matches
         self._model = model
         self._image_folder = image_folder
         self._reader = reader
@@ -424,7 +497,7 @@ class _WindowImages:
                 self._pixels[name] = self._reader.submit(self._read, name)
 
     def _read(self, name: str) -> torch.Tensor:
-        image = decode_image(read_image_bytes(name, self._image_folder))
+        image = decode_image(read_image_bytes(name, self._image_folder, self._matches))
         return self._model.vision_tower.transform(image)
 
     def error_of(self, record: Record) -> ImageError | None:

@@ -2,6 +2,7 @@
 
 records, rows      captions and conversations in JSON, JSONL and Parquet files
 shards             images in tar archives and Parquet files
+names              which image a name means
 images             untrusted bytes -> RGB pixels
 transforms         RGB pixels -> the input of a vision tower
 dataset            records -> examples

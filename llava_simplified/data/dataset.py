@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -12,12 +14,23 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_simplified.data.collate import Example
+from llava_simplified.data.image_folder import NameMatches, check_distinct
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
-from llava_simplified.data.records import Record, Records, open_records
+from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.records import (
+    BadRecords,
+    Record,
+    Records,
+    open_records,
+    response_problem,
+)
 from llava_simplified.data.rows import find_records
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.prompt import IMAGE_INDEX, Prompt
+from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
+logger = logging.getLogger(__name__)
+
+MIN_ANSWER_TOKENS = 2  # one token and the end token
 NUM_PROBED_RECORDS = 20  # whose images `open_data` tries to read
 
 
@@ -98,12 +111,16 @@ class CaptionDataset(Dataset[Example]):
             # After the last example comes the first.
             record, responses = self.locate((index + offset) % len(self))
             example = self.tokenize(record, responses)
+            # The trainer counts warnings by what is before the comma.
+            matches = NameMatches()
             try:
-                example.pixel_values, example.image_features = self.load_images(record)
+                example.pixel_values, example.image_features = self.load_images(record, matches)
             except ImageError as error:
-                # The trainer counts warnings by what is before the comma.
                 warnings.append(f"bad image, {record.id}: {error}")
                 continue
+            for rule in matches.rules:
+                if rule != "exact":
+                    warnings.append(f"image name matched by {rule}, {record.id}: {record.images}")
             example.warnings = warnings + example.warnings
             return example
         raise ValueError(
@@ -143,8 +160,14 @@ class CaptionDataset(Dataset[Example]):
         first_index = int(self._ends[row]) - len(record.responses)
         return record, [record.responses[index - first_index]]
 
-    def load_images(self, record: Record) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def load_images(
+        self, record: Record, matches: NameMatches | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Load the images of a record, or look up their features.
+
+        Args:
+            record: The record.
+            matches: Counts by which rule image files are found.
 
         Returns:
             Pixels and features, at most one of which is not None: uint8 (images, 3, height, width), and
@@ -154,7 +177,8 @@ class CaptionDataset(Dataset[Example]):
             ImageError: An image cannot be read.
         """
         if not record.images or self.features is None:
-            return load_record_images(record, self.image_folder, self.transform), None
+            pixels = load_record_images(record, self.image_folder, self.transform, matches)
+            return pixels, None
         for name in record.images:
             if name not in self.features:
                 raise ImageError(
@@ -217,11 +241,8 @@ class CaptionDataset(Dataset[Example]):
         Raises:
             ValueError: There is no room for one token and the end token.
         """
-        if room < 2:
-            raise ValueError(
-                f"{record.id}: the prompt leaves no room for an answer with "
-                f"--model_max_length {self.max_length}. Raise it, or shorten the instruction."
-            )
+        if room < MIN_ANSWER_TOKENS:
+            raise ValueError(_no_room(record, self.max_length))
         # A word has at least one token. The prompt is rendered anew for each attempt, because the number of tokens of
         # a text is not the sum of its words'.
         words = text.split(" ")[:room]
@@ -236,7 +257,10 @@ class CaptionDataset(Dataset[Example]):
 
 
 def load_record_images(
-    record: Record, folder: str | Path, transform: ImageTransform
+    record: Record,
+    folder: str | Path,
+    transform: ImageTransform,
+    matches: NameMatches | None = None,
 ) -> torch.Tensor | None:
     """Read, decode and transform the images of a record.
 
@@ -250,13 +274,90 @@ def load_record_images(
         return None
     images = []
     for name in record.images:
-        pixels = decode_image(read_image_bytes(name, folder))
+        pixels = decode_image(read_image_bytes(name, folder, matches))
         images.append(transform(pixels))
     return torch.stack(images)
 
 
+def set_bad_records_aside(
+    records: Records, max_bad_records: float, prompt: Prompt | None = None, max_length: int = 0
+) -> Records:
+    """Return the records that can be trained on, so that none of them ends a run in the middle.
+
+    All rows are parsed, some 100,000 a second. Few are tokenized: a text has at most as many tokens as bytes, so that
+    most prompts are known to be short enough.
+
+    Args:
+        records: All records.
+        max_bad_records: Largest share of them that may be left out, `--max_bad_records`.
+        prompt: Renders text to token ids; without it, only the records themselves are checked.
+        max_length: Maximum number of tokens, `--model_max_length`. Prompts that leave no room for an answer are bad.
+
+    Raises:
+        ValueError: More cannot be used. The message names the first of them.
+    """
+    bad = BadRecords(max_bad_records, len(records))
+    indices = []
+    lengths = None if prompt is None else _PromptLengths(prompt)
+    for index in range(len(records)):
+        try:
+            record = records[index]
+            problem = response_problem(record)
+            if lengths is not None and not lengths.fit(record, max_length - MIN_ANSWER_TOKENS):
+                problem = problem or _no_room(record, max_length)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            indices.append(index)
+            bad.reasons.append(problem)
+    bad.check()
+    return Records(records.rows.without(indices)) if indices else records
+
+
+class _PromptLengths:
+    """Compare the lengths of prompts with a limit, tokenizing only those that can exceed it."""
+
+    TOKENS_AT_BOUNDARIES = 4  # a turn
+
+    def __init__(self, prompt: Prompt) -> None:
+        self._prompt = prompt
+        self._max_expansion = prompt.max_expansion()
+        self._template_lengths: dict[tuple[str, ...], int] = {}  # tokens, by the roles of the turns
+
+    def fit(self, record: Record, max_tokens: int) -> bool:
+        """Return whether the prompt of a record has at most `max_tokens` tokens.
+
+        Raises:
+            ValueError: The chat template cannot render the turns.
+        """
+        roles = tuple(turn.role for turn in record.turns)
+        if roles not in self._template_lengths:
+            turns = [Message(turn.role, "x") for turn in record.turns]
+            self._template_lengths[roles] = self._length(turns, record.id)
+        num_bytes = sum(len(turn.content.encode()) for turn in record.turns)
+        most = self._template_lengths[roles] + self._max_expansion * num_bytes
+        # The template's own text may be cut otherwise where it meets another text than "x".
+        if most + self.TOKENS_AT_BOUNDARIES * len(roles) <= max_tokens:
+            return True
+        return self._length(record.turns, record.id) <= max_tokens
+
+    def _length(self, turns: Sequence[Message], where: str) -> int:
+        return len(self._prompt.render(turns, None, where).input_ids)
+
+
+def _no_room(record: Record, max_length: int) -> str:
+    return (
+        f"{record.id}: the prompt leaves no room for an answer with "
+        f"--model_max_length {max_length}. Raise it, or shorten the instruction."
+    )
+
+
 def open_data(
-    path: str, folder: str | None, option: str, require_responses: bool = True
+    path: str,
+    folder: str | None,
+    option: str,
+    require_responses: bool = True,
+    max_bad_records: float = 0.0,
 ) -> tuple[Records, str]:
     """Open a file of records, and check that its images are in the image folder.
 
@@ -267,6 +368,7 @@ def open_data(
         folder: The image folder; None means the folder of the file of records.
         option: The option that sets the image folder, for error messages.
         require_responses: Every record must have a response, as training needs them.
+        max_bad_records: Share of the checked rows that may be no records; the caller sets them aside.
 
     Returns:
         The records, and the image folder.
@@ -276,7 +378,7 @@ def open_data(
             first images can be read.
         MissingExtraError: pyarrow is needed and not installed.
     """
-    records = open_records(path, require_responses)
+    records = open_records(path, require_responses, max_bad_records)
     if not len(records):
         raise ValueError(f"{path}: no records in this file")
     if not folder:
@@ -285,16 +387,51 @@ def open_data(
         raise ValueError(f"{option} {folder}: no such folder")
 
     first_error: ImageError | None = None
-    for record in records[:NUM_PROBED_RECORDS]:
-        for name in record.images:
-            try:
-                decode_image(read_image_bytes(name, folder))
-            except ImageError as error:
-                first_error = first_error or error
-            else:
-                return records, folder
+    matches = NameMatches()
+    for name in _first_image_names(records):
+        try:
+            decode_image(read_image_bytes(name, folder, matches))
+        except ImageError as error:
+            first_error = first_error or error
+        else:
+            _check_matches(records, folder, matches)
+            return records, folder
     if first_error is not None:
         raise ValueError(
             f"{option} {folder}: none of the first images can be read; the first: {first_error}"
         )
     return records, folder  # text only
+
+
+def _first_image_names(records: Records) -> Iterator[str]:
+    """Yield the image names of the first records, as far as these can be parsed."""
+    for index in range(min(NUM_PROBED_RECORDS, len(records))):
+        with suppress(ValueError):
+            yield from records[index].images
+
+
+def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
+    """If the names in the records are not those in the folder, check that they still mean different files.
+
+    Raises:
+        ValueError: Two names lead to one file.
+    """
+    description = matches.describe()
+    if not description:
+        return
+
+    def all_names() -> Iterator[str]:
+        for index in range(len(records)):
+            with suppress(ValueError):
+                yield from records[index].images
+
+    try:
+        check_distinct(all_names(), Path(folder))
+    except AmbiguousNameError as error:
+        raise ValueError(f"{records.rows.name}: {error}") from error
+    logger.warning(
+        "%s: the image names are not those in %s, but match by their ends. %s",
+        records.rows.name,
+        folder,
+        description,
+    )

@@ -1,63 +1,98 @@
-"""Untrusted image bytes -> RGB pixels. The one decoder of training, cleaning, captioning and serving.
+"""Untrusted image bytes -> RGB pixels. Training, cleaning, captioning and serving all use this decoder.
 
 Images come from the internet, so nothing about them is trusted: the format is recognized by its magic bytes, the size
-is checked in the header before pixels are allocated, and a file that is damaged anywhere is an error.
+is checked in the header before pixels are allocated, and a file whose pixels are damaged anywhere is an error.
 
 **Strict JPEG decoding.** The pixels of a JPEG are one stream of variable-length codes. A flipped byte in the middle
-shifts everything behind it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
+shifts everything after it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
 writes a warning that Pillow ignores. A model would be trained on those stripes, with the caption of the real image.
 simplejpeg's strict mode turns libjpeg's warnings into errors, so JPEGs are decoded with it, and all other formats with
-Pillow.
+Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` tells them apart.
+
+**Metadata never decide over pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
+again (`image_formats.without_metadata`).
+
+**One border.** What a decoder may raise is not what its documentation says, but anything: a ZeroDivisionError for an AVIF
+with a time scale of zero, a TypeError for a wrong TIFF tag. So every call of Pillow, simplejpeg or their plugins with
+untrusted bytes is inside of `_decoder_errors`, which makes each exception an `ImageError`.
+
+    path, bytes, PIL image, array --- load_pixels ---> uint8 RGB, upright, transparency on white, 16 bits scaled to 8
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from llava_simplified.data import jpeg_segments
+from llava_simplified.data.image_folder import (
+    LocatedFile,
+    NameMatches,
+    exact_path,
+    locate_file,
+    split_shard_name,
+)
+from llava_simplified.data.image_formats import sniff_format, without_metadata
+from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.shards import read_shard_image
 from llava_simplified.extras import MissingExtraError
 
 # torch is not imported: it takes two seconds, and the downloader decodes without it.
 
 ImageSource: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
-"""A path, the bytes of an image file, a PIL image, or uint8 RGB pixels (height, width, 3)."""
+"""A path, the bytes of an image file, a PIL image, or pixels: uint8, uint16 or bool (height, width) or (height, width,
+channels), with one (grey), two (grey, alpha), three (RGB) or four (RGBA) channels."""
 
 MAX_PIXELS = 50_000_000  # 150 MB of RGB
+# The most memory that decoding takes, transparency included; measured by a test. An admission limit can multiply it by
+# what `read_image_size` returns.
+DECODE_BYTES_PER_PIXEL = 16
+# Every scan of a JPEG is decoded over the whole image, however few bytes it has. libjpeg-turbo's fuzzers stop at 500;
+# ordinary progressive files have about 10. The product bounds the time, to some seconds for 50 million pixels.
+MAX_JPEG_SCANS = 500
+MAX_JPEG_SCAN_PIXELS = 40 * MAX_PIXELS
 # Pillow reads more formats. EPS must not be among these: Pillow runs Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 JPEG_QUALITY = 95  # of images that `shrink_image` encodes
+_MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 
 _EXIF_ORIENTATION = 274
 _TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # width and height change places
+# How to make an image upright, by its EXIF orientation; others mean that it is upright.
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # others: the lower-case format
-# What Pillow and its decoders raise for damaged files; fuzzing (tests/fuzz) has found no other type.
-_DECODER_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    TypeError,
-    MemoryError,
-    RuntimeError,
-)
+_MAX_SIXTEEN_BITS = 65_535
 
-Image.init()  # Import Pillow's plugins now: forked workers share them.
+Result = TypeVar("Result")
+
+Image.init()  # Import Pillow's plugins before workers are forked, so that they share the memory.
 
 
 class ImageError(ValueError):
     """An image that cannot be used.
 
     Attributes:
-        kind: The reason, as reports count it: "missing", "unsafe", "html", "not_image", "too_large", "truncated" or
-            "corrupt". Cleaning adds reasons of its own.
+        kind: The reason, as reports count it: "missing", "ambiguous", "unsafe", "html", "not_image", "unsupported" (an
+            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds reasons of its own.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -65,7 +100,7 @@ class ImageError(ValueError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
-        # An exception is pickled with `args`, the message only; worker processes must send `kind` as well.
+        # By default, an exception is pickled with `args` (the message) only; worker processes must send `kind` too.
         return type(self), (self.kind, str(self))
 
 
@@ -81,64 +116,94 @@ class EncodedImage(NamedTuple):
 # ---- reading ----
 
 
-def read_image_bytes(image: str, folder: str | Path) -> bytes:
+def read_image_bytes(image: str, folder: str | Path, matches: NameMatches | None = None) -> bytes:
     """Read the file of a record's image.
 
-    Nothing outside `folder` is opened. Absolute paths are often those of the machine that wrote the records: one that
-    is not inside `folder` is looked up there by its base name.
+    Nothing outside `folder` is opened. A name that does not exist there is resolved by the rules of `image_folder`:
+    absolute paths are often those of the machine that wrote the records.
 
     Args:
         image: A path below `folder`, `shard.tar#key`, or `rows.parquet#row`.
         folder: The image folder.
+        matches: Counts which rule found the image, and rejects two names that lead to one file.
 
     Raises:
-        ImageError: "unsafe" if the path contains `..`; "missing" if there is no such image, naming the path that was
-            tried.
+        ImageError: "unsafe" if the path contains `..`; "ambiguous" if several files match; "missing" if there is no
+            such image, naming the path that was tried.
         MissingExtraError: The image is in a Parquet file, and pyarrow is not installed.
     """
-    shard, mark, key = image.rpartition("#")
-    is_in_shard = bool(mark) and shard.endswith((".tar", ".parquet"))
-    relative = Path(shard if is_in_shard else image)
-    if ".." in relative.parts:
+    if ".." in split_shard_name(image)[0].replace("\\", "/").split("/"):
         raise ImageError("unsafe", f"the image path {image!r} leaves its folder ('..')")
-    path = Path(folder) / relative
-    if relative.is_absolute() and not relative.is_relative_to(Path(folder).absolute()):
-        path = Path(folder) / relative.name
+    folder = Path(folder)
     try:
-        if is_in_shard:
-            return read_shard_image(path, key)
-        # `is_file` excludes pipes and devices: reading one would block.
-        if path.is_file():
-            return path.read_bytes()
+        located = locate_file(image, folder)
+        if located is not None:
+            if matches is not None:
+                matches.add(image, located)
+            return _read_located(located)
     except MissingExtraError:
         raise  # a ValueError, but not this image's fault
+    except AmbiguousNameError as error:
+        raise ImageError("ambiguous", str(error)) from error
     # For example: the name is too long, there is no permission, the disk fails, the shard has no such key.
     except (OSError, ValueError) as error:
         raise ImageError("missing", str(error)) from error
-    raise ImageError("missing", f"no image at {path}; check the image folder")
+    path = exact_path(image, folder) or folder / Path(image).name
+    raise ImageError("missing", f"no image at {str(path)!r}; check the image folder")
+
+
+def _read_located(located: LocatedFile) -> bytes:
+    if located.key is not None:
+        return read_shard_image(located.path, located.key)
+    return located.path.read_bytes()
 
 
 def load_pixels(image: ImageSource) -> np.ndarray:
-    """Convert any form of an image to uint8 RGB (height, width, 3).
+    """Convert any form of an image to uint8 RGB (height, width, 3), upright, with transparency on white.
+
+    A file, its bytes, and the PIL image or the array that was made of it give the same pixels, as far as these contain
+    them: an array has no EXIF orientation.
 
     Raises:
         ImageError: The file is missing or cannot be decoded.
-        ValueError: An array has another shape or dtype.
+        ValueError: An array has another shape or dtype, or `image` is something else.
     """
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
-            raise ImageError("missing", f"no image at {image}")
-        image = Path(image).read_bytes()
-    if isinstance(image, bytes):
-        return decode_image(image)
+            raise ImageError("missing", f"no image at {str(image)!r}")
+        try:
+            image = Path(image).read_bytes()
+        except OSError as error:
+            raise ImageError("missing", str(error)) from error
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(image))
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                "an image array must be uint8 RGB (height, width, 3), "
-                f"this one is {image.dtype} {image.shape}"
-            )
-        return image
-    return np.asarray(image.convert("RGB"))
+        return _array_to_rgb(image)
+    if isinstance(image, Image.Image):
+        with _decoder_errors(image.format):
+            return _to_pixels(image)
+    raise ValueError(
+        f"an image must be a path, bytes, a PIL image or an array, this is {type(image).__name__}"
+    )
+
+
+def _array_to_rgb(array: np.ndarray) -> np.ndarray:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    has_pixels = array.ndim in (2, 3) and array.size > 0 and 1 <= channels <= 4
+    if not has_pixels or array.dtype not in (np.uint8, np.uint16, np.bool_):
+        raise ValueError(
+            "an image array must be uint8 RGB (height, width, 3), or uint16 or bool, or have 1, 2 or 4 channels; "
+            f"this one is {array.dtype} {array.shape}"
+        )
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    if array.ndim == 3 and channels == 3:
+        return array
+    if array.ndim == 3 and channels == 1:
+        array = array[:, :, 0]
+    return np.asarray(_to_rgb(Image.fromarray(np.ascontiguousarray(array))))
 
 
 # ---- decoding ----
@@ -155,28 +220,42 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         uint8 RGB (height, width, 3): the first frame, with the EXIF orientation applied, transparency on white.
 
     Raises:
-        ImageError: "html", "not_image", "too_large", "truncated" or "corrupt".
+        ImageError: "html", "not_image", "unsupported", "too_large", "truncated" or "corrupt".
     """
-    return _decode_pixels(_open_image(data, max_pixels), data)
+
+    def decode(file: bytes) -> np.ndarray:
+        return _decode_pixels(_open_image(file, max_pixels), file)
+
+    return _without_metadata_if_needed(decode, data)
 
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
-    """Check that `decode_image` would succeed, in less time, and return what the file is.
+    """Check that `decode_image` would succeed, in less time and memory, and return what the file is.
 
     A JPEG is decoded at an eighth of its size. This still reads every coded bit, which is what finds truncated and
-    damaged files; only the inverse transforms are skipped.
+    damaged files; only the inverse transforms are skipped. Other formats are decoded, but not converted to RGB.
 
     Raises:
         ImageError: As `decode_image`.
     """
-    image = _open_image(data, max_pixels)
-    _decode_pixels(image, data, min_size=(1, 1))
-    width, height = image.size
-    if image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED_ORIENTATIONS:
-        width, height = height, width
-    image_format = str(image.format)
-    suffix = _SUFFIX_BY_FORMAT.get(image_format, image_format.lower())
-    return EncodedImage(data, suffix, width, height)
+
+    def check(file: bytes) -> EncodedImage:
+        image = _open_image(file, max_pixels)
+        if _is_strict(image):
+            _decode_jpeg(file, min_size=(1, 1))
+        else:
+            with _decoder_errors(image.format):
+                image.load()
+                # Conversions depend on the mode and the palette, not on the values of pixels.
+                _to_rgb(image.crop((0, 0, 1, 1)))
+        width, height = image.size
+        if _read_orientation(image) in _TRANSPOSED_ORIENTATIONS:
+            width, height = height, width
+        image_format = str(image.format)
+        suffix = _SUFFIX_BY_FORMAT.get(image_format, image_format.lower())
+        return EncodedImage(data, suffix, width, height)
+
+    return _without_metadata_if_needed(check, data)
 
 
 def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> EncodedImage:
@@ -184,65 +263,195 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Encode
 
     Args:
         data: The file.
-        side: Length of the shorter side in pixels. An image that is not larger keeps its bytes.
+        side: Length of the shorter side in pixels. Smaller images are returned unchanged.
         max_pixels: Maximum of width * height of the given file.
 
     Raises:
-        ImageError: As `decode_image`.
+        ImageError: As `decode_image`; "too_large" if the longer side would not fit into a JPEG.
     """
-    image = _open_image(data, max_pixels)
-    shorter = min(image.size)
-    if shorter <= side:
-        return check_image(data, max_pixels)
-    width, height = (round(length * side / shorter) for length in image.size)
-    # A large JPEG is decoded at the smallest of libjpeg's scales that is not below the target.
-    pixels = _decode_pixels(image, data, min_size=(height, width))
-    is_transposed = (pixels.shape[1] > pixels.shape[0]) != (width > height)
-    if is_transposed:  # by its EXIF orientation
-        width, height = height, width
-    # Bicubic takes 1.6 times as long. After the resize for the vision tower, the result is only a thirtieth closer
-    # to that of the original image.
-    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-    encoded = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(np.asarray(resized)),
-        quality=JPEG_QUALITY,
-        colorspace="RGB",
-    )
-    return EncodedImage(encoded, "jpg", width, height)
+
+    def shrink(file: bytes) -> EncodedImage:
+        image = _open_image(file, max_pixels)
+        shorter = min(image.size)
+        if shorter <= side:
+            return check_image(data, max_pixels)
+        width, height = (round(length * side / shorter) for length in image.size)
+        if max(width, height) > _MAX_JPEG_SIDE:
+            raise ImageError(
+                "too_large",
+                f"{image.width}x{image.height} pixels become {width}x{height} with a shorter side of {side}; "
+                f"a JPEG has at most {_MAX_JPEG_SIDE}",
+            )
+        # A large JPEG is decoded at the smallest of libjpeg's scales that is not below the target.
+        pixels = _decode_pixels(image, file, min_size=(height, width))
+        is_transposed = (pixels.shape[1] > pixels.shape[0]) != (width > height)
+        if is_transposed:  # by its EXIF orientation
+            width, height = height, width
+        # Bicubic takes 1.6 times as long. After the resize for the vision tower, the result is only a thirtieth closer
+        # to that of the original image.
+        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+        encoded = simplejpeg.encode_jpeg(
+            np.ascontiguousarray(np.asarray(resized)),
+            quality=JPEG_QUALITY,
+            colorspace="RGB",
+        )
+        return EncodedImage(encoded, "jpg", width, height)
+
+    return _without_metadata_if_needed(shrink, data)
+
+
+def read_image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return (width, height) of an image file from its header, before its EXIF orientation is applied.
+
+    No pixels are allocated. Decoding takes up to `DECODE_BYTES_PER_PIXEL` bytes for each pixel.
+
+    Raises:
+        ImageError: "html", "not_image", "unsupported", "too_large" or "corrupt".
+    """
+
+    def read_size(file: bytes) -> tuple[int, int]:
+        return _open_image(file, max_pixels).size
+
+    return _without_metadata_if_needed(read_size, data)
+
+
+def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
+    """Return the number of frames or pages of an image file; 1 for a still image.
+
+    Raises:
+        ImageError: As `decode_image`; "corrupt" if a frame behind the first is damaged so that they cannot be counted.
+    """
+
+    def count(file: bytes) -> int:
+        image = _open_image(file, max_pixels)
+        with _decoder_errors(image.format):
+            return int(getattr(image, "n_frames", 1))
+
+    return _without_metadata_if_needed(count, data)
+
+
+# ---- the border ----
+
+
+@contextmanager
+def _decoder_errors(what: str | None) -> Iterator[None]:
+    """Turn whatever Pillow, simplejpeg or a plugin raises into an ImageError.
+
+    Args:
+        what: The format of the image, for the message.
+    """
+    with warnings.catch_warnings():
+        # Pillow's warnings about the size (`max_pixels` decides) and about damaged metadata.
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise ImageError("too_large", str(error)) from None
+        except Exception as error:
+            message = f"corrupt {what or 'image'}: {type(error).__name__}: {error}"
+            is_truncated = "Premature end" in message or "truncated" in message
+            raise ImageError("truncated" if is_truncated else "corrupt", message) from error
+
+
+def _without_metadata_if_needed(decode: Callable[[bytes], Result], data: bytes) -> Result:
+    """Decode a file; if that fails, and may have failed for its metadata, decode a copy without them."""
+    try:
+        return decode(data)
+    except ImageError as error:
+        if error.kind not in ("corrupt", "not_image", "truncated") or not data:
+            raise
+        is_jpeg = data.startswith(b"\xff\xd8")
+        # What libjpeg says about a JPEG is precise. It is not decoded twice for a damaged scan.
+        is_from_libjpeg = any(text in str(error) for text in jpeg_segments.DAMAGING_WARNINGS)
+        if is_jpeg and is_from_libjpeg:
+            raise
+        stripped = without_metadata(data)
+        if stripped == data:
+            raise
+        try:
+            return decode(stripped)
+        except ImageError as second:
+            # Of two reasons, the one about pixels.
+            if is_jpeg and second.kind in ("corrupt", "truncated"):
+                raise
+            raise error from None
 
 
 def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     """Parse the header of an image file, without decoding pixels.
 
     Raises:
-        ImageError: "html", "not_image", "too_large" or "corrupt".
+        ImageError: "html", "not_image", "unsupported", "too_large" or "corrupt".
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's warning about the size: `max_pixels` decides
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            is_html = data[:512].lstrip().startswith(b"<")
-            raise ImageError(
-                "html" if is_html else "not_image",
-                f"not an image: {len(data)} bytes beginning {data[:16]!r}",
-            ) from None
-        except Image.DecompressionBombError as error:
-            raise ImageError("too_large", str(error)) from None
-        except _DECODER_ERRORS as error:
-            raise _damaged(f"corrupt header: {error}") from error
-    if image.width * image.height > max_pixels:
+    image: Image.Image | None = None
+    with _decoder_errors("header"), suppress(UnidentifiedImageError):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image is None:
+        image = _open_other_format(data)
+    pixels = image.width * image.height
+    if pixels > max_pixels:
         raise ImageError(
             "too_large",
-            f"{image.width}x{image.height} pixels, the limit is {max_pixels}",
+            f"the image has {image.width}x{image.height} pixels, the limit is {max_pixels}",
         )
+    if image.format in ("JPEG", "MPO"):
+        scans = jpeg_segments.count_scans(data)
+        allowed = min(MAX_JPEG_SCANS, MAX_JPEG_SCAN_PIXELS // max(pixels, 1))
+        if scans > allowed:
+            raise ImageError(
+                "too_large",
+                f"a JPEG of {scans} scans, {allowed} is the limit for {image.width}x{image.height} pixels",
+            )
     return image
+
+
+def _open_other_format(data: bytes) -> Image.Image:
+    """Open an image that Pillow does not know by itself, or say what it is.
+
+    Raises:
+        ImageError: "unsupported", "html" or "not_image".
+    """
+    name = sniff_format(data)
+    is_heif = name in ("HEIC image", "HEIF image")
+    if is_heif and _has_heif_plugin():
+        with _decoder_errors("HEIF"):
+            return Image.open(io.BytesIO(data), formats=("HEIF",))
+    shown = f"{len(data)} bytes beginning {data[:16]!r}"
+    if name == "web page":
+        raise ImageError("html", f"not an image but a web page: {shown}")
+    if name.endswith("image"):
+        remedy = "convert it to JPEG or PNG"
+        if is_heif:
+            remedy = "pip install pillow-heif, or convert it to JPEG or PNG"
+        raise ImageError("unsupported", f"this is a {name}, which is not supported: {remedy}")
+    if name:
+        raise ImageError("not_image", f"not an image but a {name}: {shown}")
+    raise ImageError("not_image", f"not an image: {shown}")
+
+
+@lru_cache(maxsize=1)
+def _has_heif_plugin() -> bool:
+    """Register pillow-heif with Pillow. Returns whether it is installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    importlib.import_module("pillow_heif").register_heif_opener()
+    return True
+
+
+# ---- pixels ----
+
+
+def _is_strict(image: Image.Image) -> bool:
+    """Return whether simplejpeg decodes the image. CMYK is left to Pillow: libjpeg-turbo does not convert it to RGB."""
+    return image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
 
 
 def _decode_pixels(
     image: Image.Image,
     data: bytes,
-    min_size: tuple[int, int] | None = None,
+    min_size: tuple[int, int] = (0, 0),
 ) -> np.ndarray:
     """Decode the pixels of an opened image.
 
@@ -250,7 +459,7 @@ def _decode_pixels(
         image: What `_open_image` returned.
         data: The file.
         min_size: (height, width) before the EXIF orientation is applied. A JPEG is decoded at the smallest of
-            libjpeg's scales (in eighths) that is not below it. None decodes at full size.
+            libjpeg's scales (in eighths) that is not below it. (0, 0) decodes at full size.
 
     Returns:
         uint8 RGB (height, width, 3).
@@ -258,49 +467,90 @@ def _decode_pixels(
     Raises:
         ImageError: "truncated" or "corrupt".
     """
-    min_height, min_width = min_size or (0, 0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's warnings about damaged EXIF
-        try:
-            # CMYK JPEGs go to Pillow: libjpeg-turbo does not convert them to RGB.
-            if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-            pixels = simplejpeg.decode_jpeg(
-                data,
-                "RGB",
-                min_height=min_height,
-                min_width=min_width,
-                strict=True,
-            )
-            return _apply_orientation(pixels, image.getexif().get(_EXIF_ORIENTATION, 1))
-        except _DECODER_ERRORS as error:
-            raise _damaged(f"corrupt {image.format}: {error}") from error
-
-
-def _damaged(message: str) -> ImageError:
-    """Return the error for a damaged file: "truncated" if the decoder says that it ends too early."""
-    is_truncated = "Premature end" in message or "truncated" in message
-    return ImageError("truncated" if is_truncated else "corrupt", message)
-
-
-def _apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Rotate and flip pixels (height, width, 3) by an EXIF orientation (1 to 8; 1 is upright)."""
-    if orientation == 1:
+    if not _is_strict(image):
+        with _decoder_errors(image.format):
+            return _to_pixels(image)
+    pixels = _decode_jpeg(data, min_size)
+    orientation = _read_orientation(image)
+    if orientation not in _ORIENTATIONS:
         return pixels
-    # Pillow's own rule for orientations, unknown values included. It reads the orientation from the image's EXIF.
-    image = Image.fromarray(pixels)
-    image.getexif()[_EXIF_ORIENTATION] = orientation
-    return np.asarray(ImageOps.exif_transpose(image))
+    return np.asarray(_make_upright(Image.fromarray(pixels), orientation))
+
+
+def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> np.ndarray:
+    min_height, min_width = min_size
+    with _decoder_errors("JPEG"):
+        return simplejpeg.decode_jpeg(
+            data,
+            "RGB",
+            min_height=min_height,
+            min_width=min_width,
+            strict=True,
+        )
+
+
+def _to_pixels(image: Image.Image) -> np.ndarray:
+    """Return a PIL image as uint8 RGB (height, width, 3), upright, with transparency on white."""
+    # Before the orientation is read: loading a TIFF applies it, and loading a PNG finds metadata behind the pixels.
+    _load(image)
+    return np.asarray(_to_rgb(_make_upright(image, _read_orientation(image))))
+
+
+def _load(image: Image.Image) -> None:
+    """Decode a PIL image, unless that has been done."""
+    filename = getattr(image, "filename", None)
+    if not filename or image.format != "TIFF":
+        image.load()
+        return
+    # Pillow maps an uncompressed TIFF that was opened by its path into memory, with the size that it has after it was
+    # rotated: the pixels of a photo in upright format would be scrambled. Without a path it reads the file.
+    image.filename = ""  # type: ignore[attr-defined]
+    try:
+        image.load()
+    finally:
+        image.filename = filename  # type: ignore[attr-defined]
+
+
+def _read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image (1 to 8; 1 is upright); 1 if its metadata are damaged."""
+    try:
+        with _decoder_errors(image.format):
+            return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except ImageError:
+        return 1
+
+
+def _make_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Rotate and flip an image by its EXIF orientation."""
+    method = _ORIENTATIONS.get(orientation)
+    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB, with transparency on white."""
     if image.mode.startswith("I"):
         # 16 bits per channel. Pillow's `convert` would clip them to 255 instead of scaling.
-        scaled = np.asarray(image, dtype=np.uint32) >> 8
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        if image.mode == "I":  # 32 bits, as Pillow holds 16 bits of some files
+            values = values.clip(0, _MAX_SIXTEEN_BITS)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "LAB":
+        return _lab_to_rgb(image)
+    if image.mode == "La":
+        image = image.convert("LA")  # undoes the multiplication of gray by alpha
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    lab = ImageCms.createProfile("LAB")
+    converted = ImageCms.profileToProfile(
+        image, lab, ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    assert converted is not None  # it is None for a conversion in place only
+    return converted

@@ -10,6 +10,8 @@ Three JSON forms are read:
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,10 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from llava_simplified.data.rows import RowFile, open_rows
+from llava_simplified.foreign_files import shorten
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
+
+logger = logging.getLogger(__name__)
 
 MAX_CHECKED_ROWS = 20_000  # rows that `open_records` parses before it returns: under a second
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
@@ -27,6 +32,34 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+}
+# A budget is a share of at least this many: a few bad records among the first hundred prove nothing.
+MIN_RECORDS_OF_BUDGET = 100
+# Keys with which other programs ask for something that is not an image. Such a row would train without it.
+_OTHER_MEDIA_KEY = re.compile(
+    r"(video|audio|speech|point_?cloud|pcd)s?(_?(path|file|filename|bytes)s?)?",
+    re.IGNORECASE,
+)
+# Other keys for an image. The row would train as text.
+_OTHER_IMAGE_KEY = re.compile(
+    r"(img|picture|photo)s?(_?(path|file|filename|name|url))?s?"
+    r"|images?_?(path|file|filename|name|url)s?|pixel_values",
+    re.IGNORECASE,
+)
+_OTHER_MEDIA_FILE = re.compile(
+    r"\.(mp4|m4v|mkv|mov|avi|webm|mpe?g|wmv|flv|mp3|wav|flac|ogg|opus|m4a|aac|ply|pcd|obj|glb)$",
+    re.IGNORECASE,
+)
+# Placeholders of other programs: <video>, <image_1>, <|image|>, <|vision_start|>. HTML is told apart by its end tag.
+_OTHER_PLACEHOLDER = re.compile(
+    r"<\|?(?P<tag>(?:video|audio|speech|sound|voice|music|point_?cloud)s?|img|image)(?:[ _]?\d+)?\|?>"
+    r"|<\|(?:vision|audio|video|image|img)_(?:start|pad)\|>|<(?:img|video|audio)_context>",
+    re.IGNORECASE,
+)
+
+_RECORD_KEYS = {
+    *("id", "image", "images", "instruction", "response", "responses"),
+    *("conversations", "width", "height"),
 }
 
 
@@ -65,10 +98,12 @@ class Record:
                 f"{where}: a record must be a JSON object, this is {type(row).__name__}"
             )
         images = _parse_images(row, where)
+        _check_media_keys(row, images, where)
         if "conversations" in row:
             turns, responses = _parse_conversation(row["conversations"], where)
         else:
             turns, responses = _parse_instruction(row, where)
+        _check_texts(images, turns, responses, where)
         return cls(
             images=images,
             turns=insert_image_placeholders(turns, len(images), where),
@@ -79,15 +114,83 @@ class Record:
 
 def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """Return the image names of a row: `image` or `images`, a string or a list of strings."""
-    value = row.get("image", row.get("images"))
-    # Rows of text alone have no key, null or an empty string, by their source.
-    if value is None or value == "":
+    # Rows of text alone have no key, null or an empty value, by their source.
+    given = [row[key] for key in ("image", "images") if row.get(key)]
+    if not given:
         return ()
+    value = given[0]
+    if len(given) > 1 and value != given[1] and [value] != given[1]:
+        raise ValueError(
+            f"{where}: 'image' is {value!r}, but 'images' is {given[1]!r}; keep one of them"
+        )
     if isinstance(value, str):
         return (value,)
     if not _is_list_of_strings(value) or "" in value:
-        raise ValueError(f"{where}: 'image' must be a path or a list of paths, got {value!r}")
+        raise ValueError(
+            f"{where}: 'image' must be a path or a list of paths, got {shorten(value)}"
+        )
     return tuple(value)
+
+
+def _check_media_keys(row: dict[str, Any], images: tuple[str, ...], where: str) -> None:
+    """Refuse a row that contains something which training would silently leave out.
+
+    Raises:
+        ValueError: The row names a video, a sound or the like; or an image, by a key that is not read.
+    """
+    for key, value in row.items():
+        if not value or key in _RECORD_KEYS:
+            continue
+        is_media = isinstance(value, (str, list, dict))  # and not a score or a flag
+        if is_media and _OTHER_MEDIA_KEY.fullmatch(key):
+            raise ValueError(
+                f"{where}: the key {key!r} asks for {value!r:.80}, but only images are supported; "
+                "remove the key or the record"
+            )
+        if images:
+            continue  # other keys describe the image, such as the URL that it came from
+        if is_media and _OTHER_IMAGE_KEY.fullmatch(key):
+            raise ValueError(f"{where}: the key {key!r} is not read; rename it to 'image'")
+        if isinstance(value, str) and _OTHER_MEDIA_FILE.search(value):
+            raise ValueError(
+                f"{where}: the key {key!r} names {value!r:.80}, but only images are supported; "
+                "remove the key or the record"
+            )
+
+
+def _check_texts(
+    images: Sequence[str], turns: Sequence[Message], responses: Sequence[str], where: str
+) -> None:
+    """Refuse texts that cannot be encoded, and placeholders of media that are not supported.
+
+    Raises:
+        ValueError: A text contains half of a surrogate pair, or a user's turn another program's placeholder.
+    """
+    for text in (*images, *(turn.content for turn in turns), *responses):
+        # JSON can express one half of a character beyond U+FFFF, which is no character. UTF-8 cannot.
+        if not text.isascii() and _is_not_unicode(text):
+            raise ValueError(
+                f"{where}: a text contains half of a surrogate pair, which is not Unicode: {text!r:.200}"
+            )
+    for turn in turns:
+        if turn.role != "user" or "<" not in turn.content:
+            continue
+        for match in _OTHER_PLACEHOLDER.finditer(turn.content):
+            tag = match["tag"]
+            if match[0] == IMAGE_PLACEHOLDER or (tag and f"</{tag}>" in turn.content):
+                continue
+            raise ValueError(
+                f"{where}: the placeholder {match[0]} is not supported; an image is {IMAGE_PLACEHOLDER}, "
+                "and other media must be removed"
+            )
+
+
+def _is_not_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _is_list_of_strings(value: Any) -> bool:
@@ -100,7 +203,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     if not isinstance(instruction, str):
         raise ValueError(
             f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
-            f"this one has {sorted(row)}"
+            f"this one has {shorten(sorted(row))}"
         )
     # Without responses the record can still be captioned.
     responses: Any = []
@@ -111,7 +214,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     if not _is_list_of_strings(responses):
         raise ValueError(
             f"{where}: 'response' must be a string and 'responses' a list of strings, "
-            f"got {responses!r}"
+            f"got {shorten(responses)}"
         )
     return [Message("user", instruction)], tuple(responses)
 
@@ -120,15 +223,17 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
     """Return turns and responses of LLaVA's `conversations`: the last answer is split off as the response."""
     if not isinstance(value, list) or not value:
         raise ValueError(
-            f"{where}: 'conversations' must be a list of {{from, value}}, got {value!r}"
+            f"{where}: 'conversations' must be a list of {{from, value}}, got {shorten(value)}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
-    # A system turn can be anywhere as far as this check goes; the prompt allows it at the beginning only.
-    roles = [turn.role for turn in turns if turn.role != "system"]
+    roles = [turn.role for turn in turns]
+    if roles[0] == "system":
+        roles = roles[1:]
     expected = ["user", "assistant"] * len(roles)
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(
-            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ...; "
+            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ..., "
+            f"and a system turn comes first; "
             f"they are {', '.join(roles)}"
         )
     last = turns[-1]
@@ -141,12 +246,13 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
 def _parse_turn(turn: Any, number: int, where: str) -> Message:
     """Return one turn of LLaVA's `conversations` as a message."""
     is_turn = isinstance(turn, dict) and isinstance(turn.get("value"), str)
-    if not is_turn or turn.get("from") not in _ROLES:
+    role = turn.get("from") if is_turn else None
+    if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(
             f"{where}: turn {number} of 'conversations' needs the keys 'from' "
             f"(one of {', '.join(_ROLES)}) and 'value' (a string)"
         )
-    return Message(_ROLES[turn["from"]], turn["value"])
+    return Message(_ROLES[role], turn["value"])
 
 
 def insert_image_placeholders(
@@ -229,8 +335,68 @@ class Records(Sequence[Record]):
         """
         return self.rows.longest(count)
 
+    def longer_than(self, num_bytes: int) -> list[int]:
+        """Return the indices of the rows with more than `num_bytes` bytes of JSON, without reading any text."""
+        return self.rows.longer_than(num_bytes)
 
-def open_records(path: str | Path, require_responses: bool = False) -> Records:
+
+def response_problem(record: Record) -> str:
+    """Return why a record cannot be trained on for its responses; empty if it can."""
+    if record.responses and all(text.strip() for text in record.responses):
+        return ""
+    return (
+        f"{record.id}: no response to train on, or an empty one. "
+        "`llava clean` sets such records aside."
+    )
+
+
+class BadRecords:
+    """Records that cannot be used, and how many of them are tolerated.
+
+    Args:
+        max_share: Largest share of all records, `--max_bad_records`.
+        total: Number of records that are checked.
+
+    Attributes:
+        reasons: One sentence for each bad record, with its row.
+    """
+
+    MAX_SHOWN = 3
+
+    def __init__(self, max_share: float, total: int) -> None:
+        self.max_share = max_share
+        self.total = total
+        self.reasons: list[str] = []
+
+    def check(self) -> None:
+        """Log the bad records.
+
+        Raises:
+            ValueError: They are too many, or all. With `max_share` 0 it is the reason of the first.
+        """
+        count = len(self.reasons)
+        if not count:
+            return
+        first = self.reasons[0]
+        if not self.max_share or count == self.total:
+            raise ValueError(first)
+        shown = "; ".join(self.reasons[: self.MAX_SHOWN])
+        if count > self.max_share * max(self.total, MIN_RECORDS_OF_BUDGET):
+            raise ValueError(
+                f"--max_bad_records {self.max_share:g}: {count:,} of {self.total:,} records cannot be used. "
+                f"The first: {shown}. Remove them with `llava clean`, or raise --max_bad_records."
+            )
+        logger.warning(
+            "%s of %s records cannot be used and are set aside: %s",
+            f"{count:,}",
+            f"{self.total:,}",
+            shown,
+        )
+
+
+def open_records(
+    path: str | Path, require_responses: bool = False, max_bad_records: float = 0.0
+) -> Records:
     """Open all records of a file, or of a folder that `llava download` wrote.
 
     Up to 20,000 rows are parsed at once; of larger files as many, evenly spread. A wrong file is rejected here, and
@@ -239,20 +405,27 @@ def open_records(path: str | Path, require_responses: bool = False) -> Records:
     Args:
         path: A .json array, a .jsonl or .parquet file, or a folder.
         require_responses: Reject rows without a response, or with an empty one.
+        max_bad_records: Share of the checked rows that may be no records; the caller sets them aside.
 
     Raises:
         ValueError: The file cannot be read, or one of its rows is not a record. The message names file and row.
     """
     records = Records(open_rows(path))
     num_checked = min(len(records), MAX_CHECKED_ROWS)
+    bad = BadRecords(max_bad_records, num_checked)
     evenly_spread = np.linspace(0, len(records) - 1, num_checked).astype(int)
     for index in evenly_spread.tolist():
-        record = records[index]  # raises a ValueError if the row is not a record
+        try:
+            record = records[index]
+        except ValueError as error:
+            bad.reasons.append(str(error))
+            if not max_bad_records:
+                break
+            continue
         if not require_responses:
             continue
-        if not record.responses or not all(text.strip() for text in record.responses):
-            raise ValueError(
-                f"{record.id}: no response to train on, or an empty one. "
-                "`llava clean` sets such records aside."
-            )
+        problem = response_problem(record)
+        if problem:
+            raise ValueError(problem)
+    bad.check()
     return records

@@ -19,6 +19,7 @@ in the user's cache folder once.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ import numpy as np
 
 from llava_simplified.data.shards import image_column
 from llava_simplified.extras import require_extra
+from llava_simplified.foreign_files import blame_file
 from llava_simplified.jobs import atomic_file
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which Windows programs write
@@ -104,7 +106,18 @@ class RowFile(Sequence[dict[str, Any]]):
             self._starts, self._lengths = _line_spans(path)
         else:
             self._starts, self._lengths = _array_spans(path)
+        self._numbers: np.ndarray | None = None  # of the rows in the file, if some are left out
         self._file: IO[bytes] | None = None
+
+    def without(self, indices: Sequence[int]) -> RowFile:
+        """Return the same file without some rows. The others keep their numbers in messages."""
+        remaining = copy.copy(self)
+        numbers = np.arange(len(self)) if self._numbers is None else self._numbers
+        remaining._numbers = np.delete(numbers, indices)
+        remaining._starts = np.delete(self._starts, indices)
+        remaining._lengths = np.delete(self._lengths, indices)
+        remaining._file = None
+        return remaining
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -125,14 +138,22 @@ class RowFile(Sequence[dict[str, Any]]):
         """Return the indices of the `count` rows with most bytes, longest first."""
         return np.argsort(-self._lengths, kind="stable")[:count].tolist()
 
+    def longer_than(self, num_bytes: int) -> list[int]:
+        """Return the indices of the rows with more than `num_bytes` bytes."""
+        return np.flatnonzero(self._lengths > num_bytes).tolist()
+
     def where(self, index: int) -> str:
         """Return the name of a row for messages: "train.json row 7"."""
-        return f"{self.name} row {index % len(self)}"
+        number = index % len(self)
+        if self._numbers is not None:
+            number = int(self._numbers[number])
+        return f"{self.name} row {number}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         try:
             return json.loads(self.raw(index))
-        except ValueError as error:
+        # Deeply nested arrays exceed Python's recursion limit.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.where(index)}: not JSON: {error}") from None
 
 
@@ -372,7 +393,8 @@ def _parquet_to_jsonl(path: Path) -> Path:
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
         outdated.unlink()
     # A buffer reads a window of each column. Without it, all columns of a row group are read at once.
-    table = pq.ParquetFile(path, buffer_size=1 << 20)
+    with blame_file(path):
+        table = pq.ParquetFile(path, buffer_size=1 << 20)
     schema = table.schema_arrow
     has_images = bool(image_column(schema))
     columns = [field.name for field in schema if "binary" not in str(field.type)]

@@ -40,7 +40,11 @@ from llava_simplified.jobs import write_all
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+# Lower case, the most common first. Images of formats that cannot be decoded here are named as such when they are read.
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+    *("jpe", "jfif", "heic", "heif"),
+)
 _IMAGE_COLUMN_NAMES = {
     *IMAGE_SUFFIXES,
     "image",
@@ -264,6 +268,12 @@ class ShardIndex(NamedTuple):
     keys: np.ndarray  # bytes (samples,), sorted
     offsets: np.ndarray  # int64 (samples,)
     sizes: np.ndarray  # int32 (samples,)
+    num_without_image: int = 0  # samples of the tar that have no member with the suffix of an image
+
+    def names(self) -> Iterator[str]:
+        """Yield all keys. Bytes that are not UTF-8 are lone surrogates, as in names of files."""
+        for key in self.keys:
+            yield key.decode("utf-8", "surrogatepass")
 
     def find(self, key: str) -> tuple[int, int] | None:
         """Return (offset, size) of the image of a key; None if the shard has no such key."""
@@ -291,8 +301,9 @@ def shard_index(path: Path) -> ShardIndex:
 def _cached_index(path: Path, _modified_ns: int, _size: int) -> ShardIndex:
     """Build the index. Time and size of the file are part of the cache's key only."""
     images = _read_manifest(path.with_suffix(".parquet"))
+    num_without_image = 0
     if images is None:
-        images = _read_tar_index(path)
+        images, num_without_image = _read_tar_index(path)
     names, offsets, sizes = images
     keys = np.array([_encode_key(name) for name in names], dtype="S")
     order = np.argsort(keys, kind="stable")
@@ -300,6 +311,7 @@ def _cached_index(path: Path, _modified_ns: int, _size: int) -> ShardIndex:
         keys=keys[order],
         offsets=np.array(offsets, np.int64)[order],
         sizes=np.array(sizes, np.int32)[order],
+        num_without_image=num_without_image,
     )
 
 
@@ -320,20 +332,22 @@ def _read_manifest(path: Path) -> tuple[list[str], list[int], list[int]] | None:
     return table["key"].to_pylist(), table["offset"].to_pylist(), table["length"].to_pylist()
 
 
-def _read_tar_index(path: Path) -> tuple[list[str], list[int], list[int]]:
-    """Return keys, offsets and sizes of the images from the headers of a tar archive."""
+def _read_tar_index(path: Path) -> tuple[tuple[list[str], list[int], list[int]], int]:
+    """Return keys, offsets and sizes of the images of a tar archive, and the number of samples without one."""
+    num_without_image = 0
     keys: list[str] = []
     offsets: list[int] = []
     sizes: list[int] = []
     for key, members in tar_samples(path):
         suffix = next((s for s in IMAGE_SUFFIXES if s in members), None)
         if suffix is None:
+            num_without_image += 1
             continue
         offset, size = members[suffix]
         keys.append(key)
         offsets.append(offset)
         sizes.append(size)
-    return keys, offsets, sizes
+    return (keys, offsets, sizes), num_without_image
 
 
 def _encode_key(key: str) -> bytes:

@@ -26,6 +26,7 @@ import numpy as np
 
 from llava_simplified.data.images import MAX_PIXELS, ImageError
 from llava_simplified.foreign_files import blame_file
+from llava_simplified.hub import check_model_name
 
 MAX_SIDE = 8192  # pixels; the largest towers receive some 1,500
 
@@ -73,9 +74,10 @@ class ImageTransform:
             name_or_path: A folder, or a model on the hub.
 
         Raises:
-            ValueError: The file is missing, or its processor does what this transform cannot do (padding, tiling, no
+            ValueError: There is no such folder, the file is missing, or its processor does what this transform cannot do (padding, tiling, no
                 normalization).
         """
+        check_model_name(name_or_path)
         # The entries of the file may have any value, and processors do not check them.
         with blame_file(name_or_path):
             transform = cls._of_processor(_load_processor(name_or_path), name_or_path)

@@ -73,12 +73,14 @@ class ScoreTable:
         mean: Mean of the trials' scores.
         best: Scores of the captions that are best for each image. "Best" is decided for each metric on its own.
         per_image: Scores of single captions by metric, arrays (trials, images).
+        resampled: The mean on each resample by metric, arrays (resamples,).
     """
 
     trials: list[Scores]
     mean: Scores = field(default_factory=dict)
     best: Scores = field(default_factory=dict)
     per_image: dict[str, np.ndarray] = field(default_factory=dict)
+    resampled: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class _Column(NamedTuple):
@@ -116,10 +118,9 @@ def score_metrics(metrics: Sequence[Metric], resamples: int, seed: int) -> Score
         for trial, scores in enumerate(table.trials):
             scores[column.name] = _with_interval(values[trial], resampled[:, trial])
         # The interval of the mean is that of the resamples' means: trials of one image are not independent.
-        table.mean[column.name] = _with_interval(
-            values[:-1].mean(),
-            resampled[:, :-1].mean(axis=1),
-        )
+        mean_resampled = resampled[:, :-1].mean(axis=1)
+        table.mean[column.name] = _with_interval(values[:-1].mean(), mean_resampled)
+        table.resampled[column.name] = mean_resampled
         table.best[column.name] = _with_interval(values[-1], resampled[:, -1])
         table.per_image[column.name] = column.per_image
     return table

@@ -6,16 +6,17 @@ import argparse
 import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_simplified.evaluation.run_names import name_runs, sort_by_step
 from llava_simplified.options import CommandParser, add_image_folder_option
 
 if TYPE_CHECKING:
     from llava_simplified.evaluation.bootstrap import Scores
+    from llava_simplified.evaluation.comparison import Comparison
     from llava_simplified.evaluation.evaluation_report import Run
     from llava_simplified.evaluation.metrics import Evaluation
 
@@ -29,12 +30,14 @@ def build_parser() -> CommandParser:
         "predictions",
         nargs="+",
         type=Path,
-        help="Prediction files (.json or .jsonl); several files are compared with each other",
+        help="Prediction files (.json or .jsonl), or COCO results with --references; each further "
+        "file is compared with the first",
     )
     parser.add_argument(
         "--references",
         type=Path,
-        help="COCO caption file with the references (default: gt_caption of the predictions)",
+        help="COCO caption file or records with the references (default: gt_caption of the "
+        "predictions)",
     )
     parser.add_argument(
         "--train-captions",
@@ -90,25 +93,21 @@ def main(argv: list[str] | None = None) -> int:
     """Print the scores of prediction files, and write them to the files that the options name."""
     args = build_parser().parse_args(argv)
     paths = sort_by_step(args.predictions)
-    image_folder = Path(args.image_folder or ".")
 
     # Not at the top of the file: `--help` must not wait for numpy and Transformers.
-    from llava_simplified.evaluation.predictions import read_references, read_train_captions
+    from llava_simplified.evaluation.predictions import read_train_captions
 
-    references = read_references(args.references) if args.references else None
     train_captions = read_train_captions(args.train_captions) if args.train_captions else None
-
     # Every run is scored before anything is written: a bad second file leaves no half report behind.
-    runs = []
-    for path, name in zip(paths, name_runs(paths)):
-        run = _evaluate_file(path, name, args, references, train_captions, image_folder)
-        runs.append(run)
-        sys.stdout.write(f"{name}: {format_table(run.result)}\n")
+    runs = _evaluate_files(paths, args, train_captions)
+    comparisons = _compare_with_first(runs)
 
     if args.output:
         scores = {run.name: to_json(run.result) for run in runs}
+        for name, comparison in comparisons.items():
+            scores[name]["compared with"] = comparison_to_json(runs[0], comparison)
         text = json.dumps(scores, indent=1, ensure_ascii=False)
-        args.output.write_text(text, encoding="utf-8")
+        args.output.write_text(printable(text), encoding="utf-8")
         logger.info("Scores written to %s", args.output)
     if args.report:
         from llava_simplified.evaluation.evaluation_report import write_report
@@ -117,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
             args.report,
             title=args.title,
             runs=runs,
-            image_folder=image_folder,
+            comparisons=comparisons,
+            image_folder=Path(args.image_folder or "."),
             settings=_report_settings(args, paths),
             log=_training_log(args),
             train_captions=train_captions,
@@ -126,58 +126,67 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def sort_by_step(paths: Sequence[Path]) -> list[Path]:
-    """Sort the files of checkpoints by the step that ends their names; other files keep their order.
-
-    A shell expands `step-*.jsonl` to step-1000 before step-500.
-    """
-    steps = {}
-    for path in paths:
-        match = re.search(r"(\d+)$", path.stem)
-        if match is None:  # not a series of checkpoints
-            return list(paths)
-        steps[path] = int(match[1])
-    return sorted(paths, key=lambda path: steps[path])
-
-
-def name_runs(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each prediction file: its stem, or the name of its folder if stems are equal."""
-    stems = [path.stem for path in paths]
-    folders = [path.resolve().parent.name for path in paths]
-    for names in (stems, folders):
-        if len(set(names)) == len(names):
-            return names
-    # Neither tells the files apart.
-    return list(map(str, paths))
-
-
-def _evaluate_file(
-    path: Path,
-    name: str,
-    args: argparse.Namespace,
-    references: dict[str, list[str]] | None,
-    train_captions: set[str] | None,
-    image_folder: Path,
-) -> Run:
-    from llava_simplified.data.images import read_image_bytes
+def _evaluate_files(
+    paths: Sequence[Path], args: argparse.Namespace, train_captions: set[str] | None
+) -> list[Run]:
+    """Score all files, with the images in the order of the first one."""
+    from llava_simplified.evaluation.comparison import align_samples
     from llava_simplified.evaluation.evaluation_report import Run
     from llava_simplified.evaluation.metrics import evaluate
-    from llava_simplified.evaluation.predictions import read_predictions
+    from llava_simplified.evaluation.predictions import read_predictions, read_sample_images
+    from llava_simplified.evaluation.references import read_references
 
-    samples = read_predictions(path, references)
-    images: list[bytes] = []
-    if args.clip:  # only CLIPScore looks at the images
-        images = [read_image_bytes(sample.image, image_folder) for sample in samples]
-    result = evaluate(
-        samples,
-        train_captions=train_captions,
-        clip=args.clip,
-        images=images,
-        java=not args.no_java,
-        resamples=args.resamples,
-        seed=args.seed,
+    references = read_references(args.references) if args.references else None
+    image_folder = Path(args.image_folder or ".")
+    runs: list[Run] = []
+    for path, name in zip(paths, name_runs(paths)):
+        read = read_predictions(path, references)
+        samples = read.samples
+        if runs:
+            # Resamples are paired by the position of the image.
+            samples = align_samples(samples, runs[0].samples) or samples
+        images: list[bytes] = []
+        if args.clip:  # only CLIPScore looks at the images
+            images = read_sample_images(samples, image_folder)
+        result = evaluate(
+            samples,
+            train_captions=train_captions,
+            clip=args.clip,
+            images=images,
+            java=not args.no_java,
+            resamples=args.resamples,
+            seed=args.seed,
+        )
+        result.notes[:0] = read.notes
+        result.counts = read.counts
+        runs.append(Run(name, samples, result))
+        sys.stdout.write(printable(f"{name}: {format_table(result)}\n"))
+    return runs
+
+
+def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
+    """Compare each run with the first one, and print the differences.
+
+    Returns:
+        The comparisons by the name of the later run. A run on other images is not compared.
+    """
+    from llava_simplified.evaluation.comparison import (
+        align_samples,
+        compare_runs,
+        format_comparison,
     )
-    return Run(name, samples, result)
+
+    first = runs[0]
+    comparisons = {}
+    for run in runs[1:]:
+        if align_samples(run.samples, first.samples) is None:
+            text = f"{run.name} and {first.name} are on different images: they are not compared\n"
+        else:
+            comparison = compare_runs(first.samples, first.result, run.samples, run.result)
+            comparisons[run.name] = comparison
+            text = format_comparison(first.name, run.name, len(run.samples), comparison)
+        sys.stdout.write(printable(text + "\n"))
+    return comparisons
 
 
 def _report_settings(args: argparse.Namespace, paths: Sequence[Path]) -> dict[str, str]:
@@ -273,6 +282,7 @@ def to_json(result: Evaluation) -> dict[str, object]:
         "images": result.num_images,
         "shares": result.shares,
         "notes": result.notes,
+        "counts": result.counts,
         "mean": _scores_to_json(result.mean),
         "best": _scores_to_json(result.best),
         "shuffled": _scores_to_json(result.shuffled),
@@ -287,3 +297,26 @@ def _scores_to_json(scores: Scores) -> dict[str, list[float | None]]:
         # JSON has no NaN: an interval that was not computed is null.
         converted[name] = [None if math.isnan(number) else number for number in score]
     return converted
+
+
+def comparison_to_json(first: Run, comparison: Comparison) -> dict[str, object]:
+    """Return a comparison with the first run as JSON values, with every image whose captions changed."""
+    differences = {}
+    for name, difference in comparison.differences.items():
+        differences[name] = {
+            "difference": _scores_to_json({name: difference.score})[name],
+            "better": difference.num_better,
+            "worse": difference.num_worse,
+            "equal": difference.num_equal,
+        }
+    changed = []
+    for image in comparison.changed:
+        sample = first.samples[image.position]
+        row = {"index": sample.index, "image": sample.image, "differences": image.differences}
+        changed.append(row)
+    return {"run": first.name, "differences": differences, "changed images": changed}
+
+
+def printable(text: str) -> str:
+    """Replace half surrogate pairs, which names of files can contain and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")

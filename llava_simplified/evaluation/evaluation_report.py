@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.evaluation.bootstrap import Score
+from llava_simplified.evaluation.comparison import RANK_METRICS, ChangedImage, Comparison
 from llava_simplified.evaluation.metrics import (
     METRIC_NAMES,
     Evaluation,
@@ -20,13 +22,13 @@ from llava_simplified.evaluation.metrics import (
     exact_match,
     normalize_caption,
 )
+from llava_simplified.evaluation.run_names import training_steps
 from llava_simplified.evaluation.training_curves import read_training_log
 from llava_simplified.evaluation.word_usage import compare_word_usage, words_of
 from llava_simplified.html_report import (
     Bar,
     Chart,
     Thumbnail,
-    Tile,
     line_chart,
     make_thumbnail,
     write_page,
@@ -35,6 +37,8 @@ from llava_simplified.html_report import (
 MAX_CARDS = (
     500  # images that are shown; with the size of a thumbnail, this keeps the file below 10 MB
 )
+MAX_PANELS = 4  # runs that have panels of their own
+MAX_CHANGED = 8  # images in each list of a comparison
 CLOSE_WORD_F1 = 0.5  # from this score on, a caption is "close"
 
 TILE_METRICS = ("CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR", "CLIPScore", "word F1", "exact match")
@@ -48,17 +52,32 @@ _BLUE, _ORANGE, _GRAY = 0, 1, 5
 
 @dataclass(frozen=True)
 class Run:
-    """The captions of one model or checkpoint. A number at the end of its name is its training step."""
+    """The captions of one model or checkpoint."""
 
     name: str
     samples: Sequence[Sample]
     result: Evaluation
 
-    @property
-    def step(self) -> int | None:
-        """Return the training step, None if the name contains no number."""
-        match = re.search(r"(\d+)\D*$", self.name)
-        return int(match[1]) if match else None
+
+@dataclass(frozen=True)
+class RunPanel:
+    """What the panels show of one run.
+
+    Attributes:
+        number: Number of the run, for its color.
+        name: Name of the run.
+        result: Its scores.
+        unseen_scores: Its scores on images with unseen references, as text.
+        overused: Words that it generates too often.
+        underused: Words that it generates too rarely.
+    """
+
+    number: int
+    name: str
+    result: Evaluation
+    unseen_scores: str
+    overused: list[Bar]
+    underused: list[Bar]
 
 
 def write_report(
@@ -70,31 +89,32 @@ def write_report(
     settings: Mapping[str, str],
     log: Path | None = None,
     train_captions: Collection[str] | None = None,
+    comparisons: Mapping[str, Comparison] | None = None,
 ) -> None:
     """Write the HTML file.
 
     Args:
         output: The HTML file.
         title: Heading of the page.
-        runs: Runs on the same images. The last one gives the headline scores and the order of the images.
+        runs: Runs on the same images. The checkpoints of one training run are shown newest first. The run that is shown
+            first gives the order and the verdicts of the images.
         image_folder: Folder of the images.
         settings: Shown as a table.
         log: `trainer_log.jsonl`, for the training curves.
         train_captions: Training captions, normalized: marks references that are not among them.
+        comparisons: Comparisons of later runs with the first of `runs`, by the names of the later ones.
 
     Raises:
         ValueError: The runs are on different images, no image can be read, or the log is not a training log.
     """
-    # The last run is the newest checkpoint: it comes first in the report, and gives its headline scores.
-    runs = list(runs)[::-1]
+    given_runs = runs
+    steps = training_steps([run.name for run in runs])
+    if steps is not None:
+        runs = list(runs)[::-1]
     headline = runs[0]
     aligned = _align_samples(runs)
     cards = _make_cards(runs, aligned, train_captions)
-    notes: list[str] = []
-    for run in runs:
-        for note in run.result.notes:
-            if note not in notes:  # most runs have the same notes
-                notes.append(note)
+    notes = _collect_notes(runs)
     notes += _add_thumbnails(cards, image_folder)
     num_images = len(headline.samples)
     if len(cards) < num_images:
@@ -102,25 +122,50 @@ def write_report(
             f"{len(cards)} of {num_images} images are shown: the best, the worst, and an even "
             "spread in between"
         )
-    overused, underused = _word_bars(headline.samples)
+    # Panels of more runs would fill the page; "All scores" and the charts show all of them.
+    shown = runs if len(runs) <= MAX_PANELS else runs[:1]
+    panels = _make_panels(shown)
     write_page(
         output,
         "evaluation/evaluation_report.html",
         title=title,
         run_names=[run.name for run in runs],
-        result=headline.result,
-        num_trials=len(headline.result.trials),
-        tiles=_tiles(headline.result),
+        num_images=num_images,
+        num_trials=max(len(run.result.trials) for run in runs),
+        tiles=_tiles(shown),
+        panels=panels,
         notes=notes,
-        shuffle_comparison=_compare_shuffled(headline.result),
-        unseen_scores=_unseen_scores(headline.result),
+        shuffle_comparison=_compare_shuffled(shown),
+        comparisons=_comparison_panels(given_runs, comparisons or {}),
         cards=cards,
-        charts=_charts(runs, log),
-        overused=overused,
-        underused=underused,
+        charts=_charts(runs, steps, log),
         score_rows=_score_rows(runs),
         settings=settings,
     )
+
+
+def _collect_notes(runs: Sequence[Run]) -> list[str]:
+    """Return the notes of all runs; one that not all of them have names its runs."""
+    runs_by_note: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run.result.notes:
+            runs_by_note.setdefault(note, []).append(run.name)
+    notes = []
+    for note, names in runs_by_note.items():
+        is_common = len(names) == len(runs)
+        notes.append(note if is_common else f"{', '.join(names)}: {note}")
+    return notes
+
+
+def _make_panels(runs: Sequence[Run]) -> list[RunPanel]:
+    panels = []
+    for number, run in enumerate(runs):
+        # Of a single run, the colors tell the two lists apart; of several, the runs.
+        colors = (_ORANGE, _BLUE) if len(runs) == 1 else (number, number)
+        overused, underused = _word_bars(run.samples, colors)
+        unseen = _unseen_scores(run.result)
+        panels.append(RunPanel(number, run.name, run.result, unseen, overused, underused))
+    return panels
 
 
 def _align_samples(runs: Sequence[Run]) -> list[list[Sample]]:
@@ -163,29 +208,46 @@ def _format_interval(name: str, score: Score) -> str:
     return f"{format_score(name, score.low)} – {format_score(name, score.high)}"
 
 
-def _tiles(result: Evaluation) -> list[Tile]:
+class RunTile(NamedTuple):
+    """One metric in large type, with a (run, score, interval) for each run that has it."""
+
+    label: str
+    values_by_run: list[tuple[int, str, str]]
+
+
+def _tiles(runs: Sequence[Run]) -> list[RunTile]:
     tiles = []
     for name in METRIC_NAMES:
-        if name in TILE_METRICS and name in result.mean:
-            score = result.mean[name]
-            interval = _format_interval(name, score) or "no interval"
-            tiles.append(Tile(name, format_score(name, score.value), interval))
+        values = []
+        for number, run in enumerate(runs):
+            if name in TILE_METRICS and name in run.result.mean:
+                score = run.result.mean[name]
+                interval = _format_interval(name, score) or "no interval"
+                values.append((number, format_score(name, score.value), interval))
+        if values:
+            tiles.append(RunTile(name, values))
     return tiles
 
 
-def _compare_shuffled(result: Evaluation) -> dict[str, list[Bar]]:
-    """Return by metric the scores with the own and with another image's captions."""
+def _compare_shuffled(runs: Sequence[Run]) -> dict[str, list[Bar]]:
+    """Return by metric the scores of each run with the own and with another image's captions."""
     comparison = {}
     for name in SHUFFLE_METRICS:
-        if name not in result.shuffled:
-            continue
-        own = result.mean[name].value
-        shuffled = result.shuffled[name].value
-        largest = max(own, shuffled, 1e-9)  # both may be 0
-        comparison[name] = [
-            Bar("own image", 100 * own / largest, format_score(name, own)),
-            Bar("shuffled", 100 * shuffled / largest, format_score(name, shuffled), color=_GRAY),
-        ]
+        scored = [(n, run) for n, run in enumerate(runs) if name in run.result.shuffled]
+        largest = 1e-9  # all may be 0
+        for _, run in scored:
+            largest = max(largest, run.result.mean[name].value, run.result.shuffled[name].value)
+        bars = []
+        for number, run in scored:
+            prefix = f"{run.name}: " if len(runs) > 1 else ""
+            own = run.result.mean[name].value
+            shuffled = run.result.shuffled[name].value
+            own_text = format_score(name, own)
+            shuffled_text = format_score(name, shuffled)
+            bars.append(Bar(f"{prefix}own image", 100 * own / largest, own_text, number % 5))
+            bars.append(Bar(f"{prefix}shuffled", 100 * shuffled / largest, shuffled_text, _GRAY))
+        if bars:
+            comparison[name] = bars
     return comparison
 
 
@@ -257,7 +319,132 @@ def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> Sco
     )
 
 
+# ---- comparison ----
+
+
+class DifferenceRow(NamedTuple):
+    """The difference of one metric as text."""
+
+    name: str
+    difference: str
+    interval: str
+    is_clear: bool
+    num_better: int
+    num_worse: int
+    num_equal: int
+
+
+class ChangedRow(NamedTuple):
+    """An image whose captions changed, with the captions of both runs."""
+
+    image: str
+    references: tuple[str, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    word_f1: float
+
+
+@dataclass(frozen=True)
+class ComparisonPanel:
+    """The comparison of a run with the baseline.
+
+    Attributes:
+        first: Name of the baseline.
+        second: Name of the other run.
+        rows: The differences of the metrics.
+        gains: The images that gained most, the greatest gain first.
+        losses: The images that lost most, the greatest loss first.
+        num_changed: Number of images with other captions.
+    """
+
+    first: str
+    second: str
+    rows: list[DifferenceRow]
+    gains: list[ChangedRow]
+    losses: list[ChangedRow]
+    num_changed: int
+
+
+def _comparison_panels(
+    runs: Sequence[Run], comparisons: Mapping[str, Comparison]
+) -> list[ComparisonPanel]:
+    """Return the panels of the comparisons of runs with the first one."""
+    baseline = runs[0]
+    panels = []
+    for run in runs[1:]:
+        comparison = comparisons.get(run.name)
+        if comparison is None:
+            continue
+        rows = []
+        for name, difference in comparison.differences.items():
+            score = difference.score
+            row = DifferenceRow(
+                name=name,
+                difference=_format_difference(name, score.value),
+                interval=_format_difference_interval(name, score),
+                is_clear=difference.is_clear,
+                num_better=difference.num_better,
+                num_worse=difference.num_worse,
+                num_equal=difference.num_equal,
+            )
+            rows.append(row)
+        changed = comparison.changed
+        gains = [image for image in changed if image.differences[RANK_METRICS[0]] > 0]
+        losses = [image for image in changed[::-1] if image.differences[RANK_METRICS[0]] < 0]
+        panel = ComparisonPanel(
+            first=baseline.name,
+            second=run.name,
+            rows=rows,
+            gains=[_changed_row(image, baseline, run) for image in gains[:MAX_CHANGED]],
+            losses=[_changed_row(image, baseline, run) for image in losses[:MAX_CHANGED]],
+            num_changed=len(changed),
+        )
+        panels.append(panel)
+    return panels
+
+
+def _changed_row(image: ChangedImage, first: Run, second: Run) -> ChangedRow:
+    before = first.samples[image.position]
+    after = second.samples[image.position]
+    return ChangedRow(
+        image=before.image or f"index {before.index}",
+        references=before.references,
+        before=tuple(dict.fromkeys(before.captions)),
+        after=tuple(dict.fromkeys(after.captions)),
+        word_f1=image.differences[RANK_METRICS[0]],
+    )
+
+
+def _format_difference(name: str, value: float) -> str:
+    if name in PERCENT_METRICS:
+        return f"{100 * value:+.1f} %"
+    return f"{value:+.3f}"
+
+
+def _format_difference_interval(name: str, score: Score) -> str:
+    if math.isnan(score.low):
+        return ""
+    return f"{_format_difference(name, score.low)} to {_format_difference(name, score.high)}"
+
+
 # ---- images ----
+
+
+@dataclass(frozen=True)
+class CardRun:
+    """What one run generated for an image.
+
+    Attributes:
+        verdict: "right", "close" or "wrong".
+        word_f1: Mean over the trials.
+        cider_d: The same.
+        captions: Its distinct captions.
+    """
+
+    verdict: str
+    word_f1: float
+    cider_d: float
+    captions: list[MarkedCaption]
 
 
 @dataclass(frozen=True)
@@ -282,21 +469,15 @@ class Card:
     Attributes:
         sample: The image with its references.
         position: Position in the prediction file.
-        verdict: "right", "close" or "wrong".
-        word_f1: Mean over the trials of the headline run.
-        cider_d: The same.
         is_unseen: Whether no reference is in the training data.
-        captions_by_run: Distinct captions of each run.
+        runs: What each run generated.
         thumbnail: None if the image cannot be read.
     """
 
     sample: Sample
     position: int
-    verdict: str
-    word_f1: float
-    cider_d: float
     is_unseen: bool
-    captions_by_run: list[list[MarkedCaption]]
+    runs: list[CardRun]
     thumbnail: Thumbnail | None = None
 
 
@@ -306,37 +487,48 @@ def _make_cards(
     train_captions: Collection[str] | None,
 ) -> list[Card]:
     """Return the images that are shown, best first by the word F1 of the headline run, then by CIDEr-D."""
-    # Arrays (images,) of the headline run, from (trials, images).
-    per_image = runs[0].result.per_image
-    word_f1 = per_image["word F1"].mean(axis=0)
-    cider_d = per_image["CIDEr-D"].mean(axis=0)
-    is_exact = per_image["exact match"].max(axis=0) > 0
+    scores = []
+    for run, samples in zip(runs, aligned):
+        # The scores are in the order of the run's own samples.
+        positions = {_image_key(sample): i for i, sample in enumerate(run.samples)}
+        scores.append(_card_scores(run, [positions[_image_key(sample)] for sample in samples]))
     # CIDEr-D only decides between captions with the same word F1: in a small set, its values say little.
+    word_f1, cider_d, _ = scores[0]
     ranked = sorted(range(len(word_f1)), key=lambda i: (-word_f1[i], -cider_d[i], i))
 
     cards = []
     for position in _choose_shown(ranked):
         sample = aligned[0][position]
-        verdict = "wrong"
-        if is_exact[position]:
-            verdict = "right"
-        elif word_f1[position] >= CLOSE_WORD_F1:
-            verdict = "close"
         is_unseen = False
         if train_captions is not None:
             normalized = map(normalize_caption, sample.references)
             is_unseen = not any(reference in train_captions for reference in normalized)
-        card = Card(
-            sample=sample,
-            position=position,
-            verdict=verdict,
-            word_f1=float(word_f1[position]),
-            cider_d=float(cider_d[position]),
-            is_unseen=is_unseen,
-            captions_by_run=[mark_captions(samples[position]) for samples in aligned],
-        )
-        cards.append(card)
+        card_runs = []
+        for run_scores, samples in zip(scores, aligned):
+            card_runs.append(_card_run(run_scores, position, samples[position]))
+        cards.append(Card(sample, position, is_unseen, card_runs))
     return cards
+
+
+_CardScores = tuple[np.ndarray, np.ndarray, np.ndarray]  # word F1, CIDEr-D, exact match: (images,)
+
+
+def _card_scores(run: Run, order: Sequence[int]) -> _CardScores:
+    per_image = run.result.per_image
+    word_f1 = per_image["word F1"].mean(axis=0)[order]
+    cider_d = per_image["CIDEr-D"].mean(axis=0)[order]
+    is_exact = per_image["exact match"].max(axis=0)[order] > 0
+    return word_f1, cider_d, is_exact
+
+
+def _card_run(scores: _CardScores, position: int, sample: Sample) -> CardRun:
+    word_f1, cider_d, is_exact = (array[position] for array in scores)
+    verdict = "wrong"
+    if is_exact:
+        verdict = "right"
+    elif word_f1 >= CLOSE_WORD_F1:
+        verdict = "close"
+    return CardRun(verdict, float(word_f1), float(cider_d), mark_captions(sample))
 
 
 def _choose_shown(ranked: list[int]) -> list[int]:
@@ -378,7 +570,8 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
         ValueError: No image can be read.
     """
     errors = []
-    for card in cards:
+    with_image = [card for card in cards if card.sample.image]  # not records of text alone
+    for card in with_image:
         try:
             pixels = decode_image(read_image_bytes(card.sample.image, folder))
         except ImageError as error:  # the card says that there is no image
@@ -387,9 +580,9 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
         card.thumbnail = make_thumbnail(pixels)
     if not errors:
         return []
-    if len(errors) == len(cards):  # not a few bad files, but a wrong folder
+    if len(errors) == len(with_image):  # not a few bad files, but a wrong folder
         raise ValueError(
-            f"None of the {len(cards)} images can be read; check --image-folder. "
+            f"None of the {len(errors)} images can be read; check --image-folder. "
             f"The first: {errors[0]}"
         )
     return [f"images that cannot be shown: {len(errors)}; the first: {errors[0]}"]
@@ -398,7 +591,7 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
 # ---- charts ----
 
 
-def _charts(runs: Sequence[Run], log: Path | None) -> list[Chart]:
+def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) -> list[Chart]:
     charts = []
     if log:
         curves = read_training_log(log)
@@ -411,16 +604,14 @@ def _charts(runs: Sequence[Run], log: Path | None) -> list[Chart]:
             charts.append(line_chart("CIDEr-D during training", "on validation images", cider))
 
     # The scores of several checkpoints, over their steps.
-    by_step = []
-    for run in runs:
-        if run.step is not None:
-            by_step.append((float(run.step), run.result.mean["CIDEr-D"].value))
-    if len({step for step, _ in by_step}) > 1:
-        charts.append(line_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": sorted(by_step)}))
+    if steps is not None and len(steps) > 1:
+        ciders = [run.result.mean["CIDEr-D"].value for run in runs]
+        points = sorted(zip(map(float, steps[::-1]), ciders))  # the runs are shown newest first
+        charts.append(line_chart("CIDEr-D", "by checkpoint", {"CIDEr-D": points}))
     return charts
 
 
-def _word_bars(samples: Sequence[Sample]) -> tuple[list[Bar], list[Bar]]:
+def _word_bars(samples: Sequence[Sample], colors: tuple[int, int]) -> tuple[list[Bar], list[Bar]]:
     """Return bars for the words that are generated too often, and for those generated too rarely."""
     overused, underused = compare_word_usage(samples)
     # The bars of both lists have the same scale.
@@ -429,7 +620,7 @@ def _word_bars(samples: Sequence[Sample]) -> tuple[list[Bar], list[Bar]]:
         largest = max(largest, abs(usage.log_likelihood))
 
     bars: tuple[list[Bar], list[Bar]] = ([], [])
-    for side, (usages, color) in enumerate(((overused, _ORANGE), (underused, _BLUE))):
+    for side, (usages, color) in enumerate(zip((overused, underused), colors)):
         for usage in usages:
             percent = 100 * abs(usage.log_likelihood) / largest
             counts = f"{usage.generated:.0f} : {usage.references:.0f}"

@@ -54,7 +54,7 @@ class Sample:
 
     Attributes:
         index: Index of the record, as text.
-        image: Path of the image below the image folder, or `shard.tar#key`.
+        image: Path of the image below the image folder, or `shard.tar#key`; empty for a record of text alone.
         instruction: What the model was asked.
         references: Reference captions.
         captions: Generated captions, one for each trial (returned sequence).
@@ -81,6 +81,8 @@ class Evaluation:
         shares: Share of distinct captions; with training captions also of novel captions and unseen references.
         per_image: Scores of single captions by metric, arrays (trials, images).
         notes: What was left out and why, and warnings.
+        resampled: `mean` on each bootstrap resample by metric, arrays (resamples,); for paired comparisons.
+        counts: How predictions and references were matched, and what was left out.
     """
 
     num_images: int
@@ -92,6 +94,8 @@ class Evaluation:
     shares: dict[str, float] = field(default_factory=dict)
     per_image: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    resampled: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -151,6 +155,7 @@ def evaluate(
         best=table.best,
         per_image=table.per_image,
         notes=notes,
+        resampled=table.resampled,
     )
 
     if num_images > 1:  # a single image has no other captions to get

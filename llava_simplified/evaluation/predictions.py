@@ -1,72 +1,282 @@
-"""Read prediction files and reference captions."""
+"""Read prediction files.
+
+A row is what `llava predict` and `llava caption` write, or a COCO result:
+
+    {"index": 0, "image": "0.jpg", "instruction": "Describe it.", "gt_caption": "a cat", "pred_output": "a dog"}
+    {"image_id": 42, "caption": "a dog"}
+
+Every row ends as a caption that is scored, or in one of the counts of `Predictions`.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava_simplified.data.images import read_image_bytes
+from llava_simplified.data.names import AmbiguousNameError, name_parts
 from llava_simplified.data.records import open_records
 from llava_simplified.data.rows import open_rows
 from llava_simplified.evaluation.metrics import Sample, normalize_caption
+from llava_simplified.evaluation.references import ReferenceMatch, References
+
+_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def read_predictions(
-    path: Path, references: Mapping[str, Sequence[str]] | None = None
-) -> list[Sample]:
+@dataclass
+class Predictions:
+    """The images of a prediction file that have references, and counts of everything else.
+
+    Attributes:
+        samples: Images with captions and references, in the order of their first rows.
+        counts: What was found, by a short text: how references were matched, and what is not scored.
+        notes: Sentences about what a reader of the scores must know, each naming an example.
+    """
+
+    samples: list[Sample]
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row. A COCO result has an image id, and maybe an image name; other rows have references of their own."""
+
+    index: str
+    image: str
+    instruction: str
+    caption: str
+    own_references: tuple[str, ...]
+    image_id: str | None = None
+
+
+def read_predictions(path: Path, references: References | None = None) -> Predictions:
     """Read a prediction file, and collect the rows of each image: one row per trial.
 
     Args:
-        path: A `.json`, `.jsonl` or `.parquet` file of rows with `index`, `image`, `instruction`, `gt_caption` and
-            `pred_output`. Rows with the same `index` and `image` are trials of one image.
-        references: Captions by file name, stem or image id (see `read_references`). They replace the rows' own
-            `gt_caption`, which is a text or a list of texts.
+        path: A `.json`, `.jsonl` or `.parquet` file of rows. Rows with the same `index` and `image` are trials of one
+            image. `image` is null for a record of text alone.
+        references: Reference captions (see `read_references`). They replace the rows' own
+            `gt_caption`, which is a text or a list of texts. Images without references are counted, not scored.
 
     Raises:
-        ValueError: A row is not a prediction. The message names the file, the row and what is wrong.
+        ValueError: A row is not a prediction, a name matches several images, or no image has references. The message
+            names the file, the row and what is wrong.
     """
     rows = open_rows(path)
-    samples: dict[tuple[str, str], Sample] = {}
+    reader = _Reader(path, references)
     for number in range(len(rows)):
-        row: object = rows[number]
-        where = f"{path} row {number}"
+        reader.add(rows[number], f"{path} row {number}")
+    return reader.finish()
+
+
+class _Reader:
+    """Collects rows, and counts what is not scored."""
+
+    def __init__(self, path: Path, references: References | None) -> None:
+        self.path = path
+        self.references = references
+        self.samples: dict[tuple[str, str], Sample] = {}
+        self.matches: dict[tuple[str, str | None], ReferenceMatch] = {}
+        self.image_of_reference: dict[str, str] = {}
+        self.without_references: dict[tuple[str, str], str] = {}  # the first row of each image
+        self.num_half_surrogates = 0
+
+    def add(self, value: object, where: str) -> None:
+        row = self._parse(value, where)
+        key = (row.index, row.image)
+        row_references = self._find_references(row, where)
+        if not row_references:
+            self.without_references.setdefault(key, where)
+            return
+        previous = self.samples.get(key)
+        captions: tuple[str, ...] = (row.caption,)
+        if previous is not None:
+            # Trials of one image are scored together, against the same references.
+            if previous.references != row_references:
+                raise ValueError(
+                    f"{where}: its references differ from those in an earlier row of index "
+                    f"{row.index}, image {row.image!r}."
+                )
+            captions = (*previous.captions, row.caption)
+        self.samples[key] = Sample(
+            index=row.index,
+            image=row.image,
+            instruction=row.instruction,
+            references=row_references,
+            captions=captions,
+        )
+
+    def _parse(self, row: object, where: str) -> _Row:
         if not isinstance(row, dict):
             raise ValueError(
                 f"{where}: a prediction must be a JSON object, but this is {type(row).__name__}."
             )
-        image = _read_text(row, "image", where)
-        caption = _read_text(row, "pred_output", where)
-        row_references: Sequence[str]
-        if references is None:
-            row_references = _own_references(row, where)
-        else:
-            row_references = _find_references(image, references, where)
-
-        index = str(row.get("index", image))
+        if "pred_output" not in row and "image_id" in row:
+            return self._parse_coco_result(row, where)
+        caption = self._read_text(row, "pred_output", where)
+        # A record of text alone has no image.
+        image = ""
+        if "image" not in row or row["image"] is not None:
+            image = _read_string(row, "image", where)
         # Without an index, the image alone identifies the rows of an image.
-        key = (index, image)
-        previous = samples.get(key)
-        captions: tuple[str, ...] = (caption,)
-        if previous is not None:
-            # Trials of one image are scored together, against the same references.
-            if previous.references != tuple(row_references):
-                raise ValueError(
-                    f"{where}: its references differ from those in an earlier row of index "
-                    f"{index}, image {image!r}."
-                )
-            captions = (*previous.captions, caption)
-        samples[key] = Sample(
-            index=index,
+        index = row.get("index")
+        if index is None:
+            index = image
+        if index == "":
+            raise ValueError(
+                f"{where}: without an 'image', a prediction needs an 'index' that identifies it."
+            )
+        return _Row(
+            index=str(index),
             image=image,
-            instruction=str(row.get("instruction", "")),
-            references=tuple(row_references),
-            captions=captions,
+            instruction=self._replace_half_surrogates(str(row.get("instruction") or "")),
+            caption=caption,
+            own_references=() if self.references else self._own_references(row, where),
         )
-    return list(samples.values())
+
+    def _parse_coco_result(self, row: Mapping[str, object], where: str) -> _Row:
+        if self.references is None:
+            raise ValueError(
+                f"{where}: this is a file of COCO results ('image_id' and 'caption'), which "
+                "contains no references. Pass the COCO caption file that they belong to, for "
+                "example --references captions_val2014.json."
+            )
+        image_id = row["image_id"]
+        if isinstance(image_id, bool) or not isinstance(image_id, (int, str)):
+            raise ValueError(
+                f"{where}: 'image_id' must be a number or a text, but it is {image_id!r}."
+            )
+        caption = self._read_text(row, "caption", where)
+        name = self.references.name_of(str(image_id))
+        return _Row(str(image_id), name or str(image_id), "", caption, (), str(image_id))
+
+    def _read_text(self, row: Mapping[str, object], key: str, where: str) -> str:
+        return self._replace_half_surrogates(_read_string(row, key, where))
+
+    def _replace_half_surrogates(self, text: str) -> str:
+        """JSON can contain half a surrogate pair, which can be neither printed nor written as UTF-8."""
+        replaced, count = _HALF_SURROGATE.subn("\ufffd", text)
+        self.num_half_surrogates += bool(count)
+        return replaced
+
+    def _own_references(self, row: Mapping[str, object], where: str) -> tuple[str, ...]:
+        """Return the references in the row's `gt_caption`; none if the record had no response."""
+        value = row.get("gt_caption")
+        if value is None or value == "" or value == []:
+            return ()
+        texts = value if isinstance(value, list) else [value]
+        # An empty reference would match an empty caption.
+        captions = [text for text in texts if isinstance(text, str) and text.strip()]
+        if len(captions) < len(texts):
+            raise ValueError(
+                f"{where}: 'gt_caption' must be a caption or a list of captions, but it is "
+                f"{value!r}. To use a file of reference captions instead, pass --references."
+            )
+        return tuple(map(self._replace_half_surrogates, captions))
+
+    def _find_references(self, row: _Row, where: str) -> tuple[str, ...]:
+        if self.references is None:
+            return row.own_references
+        key = (row.image, row.image_id)
+        match = self.matches.get(key)
+        if match is None:
+            try:
+                match = self.references.find(row.image, row.image_id)
+            except AmbiguousNameError as error:
+                raise ValueError(f"{where}: --references: {error}") from None
+            self.matches[key] = match
+            self._check_first_use(match, row.image, where)
+        return match.captions
+
+    def _check_first_use(self, match: ReferenceMatch, image: str, where: str) -> None:
+        """Raise a ValueError if another image has got these references: one of the two is not the image they mean."""
+        if not match.captions:
+            return
+        first = self.image_of_reference.setdefault(match.key, image)
+        if name_parts(first) != name_parts(image):
+            raise ValueError(
+                f"{where}: --references: {first!r} and {image!r} are different images, but both "
+                f"match the references of {match.key!r}. Use names that contain the folder on both "
+                "sides."
+            )
+
+    def finish(self) -> Predictions:
+        """Check what was collected, and describe it.
+
+        Raises:
+            ValueError: No image has references.
+        """
+        if self.without_references and not self.samples:
+            where = next(iter(self.without_references.values()))
+            _, image = next(iter(self.without_references))
+            if self.references is None:
+                raise ValueError(
+                    f"{where}: 'gt_caption' must be a caption or a list of captions, but no row of "
+                    f"the file has any. Pass a file of reference captions with --references."
+                )
+            raise ValueError(
+                f"{where}: --references contains no caption of {image!r}, neither by name nor by "
+                "image id, nor of any other image of the file. Names must end with the same "
+                "folders."
+            )
+        result = Predictions(list(self.samples.values()))
+        if self.references is not None:
+            self._describe_matches(self.references, result)
+        self._describe_rest(result)
+        return result
+
+    def _describe_matches(self, references: References, result: Predictions) -> None:
+        matched = [match for match in self.matches.values() if match.captions]
+        for rule in ("exact", "suffix", "image id"):
+            count = sum(match.rule == rule for match in matched)
+            result.counts[f"references matched by {_RULE_NAMES[rule]}"] = count
+        by_suffix = [name for (name, _), match in self.matches.items() if match.rule == "suffix"]
+        if by_suffix:
+            result.notes.append(
+                f"references of {len(by_suffix)} images were matched by the end of the path, "
+                f"for example those of {by_suffix[0]!r}"
+            )
+        used = {match.key for match in matched}
+        unused = references.unused(used)
+        result.counts["references without a prediction"] = len(unused)
+        if unused:
+            total = len(used) + len(unused)
+            result.notes.append(
+                f"the predictions cover {len(used)} of the {total} images with references; "
+                f"without a prediction: {len(unused)}, for example {unused[0]!r}"
+            )
+        for text, count in references.counts.items():
+            result.counts[text] = count
+            if count:
+                result.notes.append(f"--references: {count} {text}")
+
+    def _describe_rest(self, result: Predictions) -> None:
+        missing = len(self.without_references)
+        result.counts["predictions without a reference"] = missing
+        if missing:
+            index, image = next(iter(self.without_references))
+            result.notes.append(
+                f"not scored, because they have no reference: {missing} of "
+                f"{missing + len(self.samples)} images, for example {image or f'index {index}'!r}"
+            )
+        result.counts["texts with half a surrogate pair"] = self.num_half_surrogates
+        if self.num_half_surrogates:
+            result.notes.append(
+                f"half surrogate pairs were replaced in {self.num_half_surrogates} texts"
+            )
 
 
-def _read_text(row: Mapping[str, object], key: str, where: str) -> str:
+_RULE_NAMES = {
+    "exact": "the whole name",
+    "suffix": "the end of the path",
+    "image id": "the image id",
+}
+
+
+def _read_string(row: Mapping[str, object], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise ValueError(
@@ -76,69 +286,19 @@ def _read_text(row: Mapping[str, object], key: str, where: str) -> str:
     return value
 
 
-def _own_references(row: Mapping[str, object], where: str) -> list[str]:
-    """Return the references in the row's `gt_caption`."""
-    value = row.get("gt_caption")
-    texts = value if isinstance(value, list) else [value]
-    # An empty reference would match an empty caption.
-    captions = [text for text in texts if isinstance(text, str) and text.strip()]
-    if not captions or len(captions) < len(texts):
-        raise ValueError(
-            f"{where}: 'gt_caption' must be a caption or a list of captions, but it is {value!r}. "
-            "To use a file of reference captions instead, pass --references."
-        )
-    return captions
-
-
-def _find_references(
-    image: str, references: Mapping[str, Sequence[str]], where: str
-) -> Sequence[str]:
-    """Return the references of an image by its file name, its stem, or the image id in its name."""
-    name = Path(image).name
-    stem = Path(image).stem
-    candidates = [name, stem]
-    # The names of COCO contain the image id: COCO_val2014_000000000042.jpg, 000000000042.jpg. A number within another
-    # name may count anything, and the number in `shard.tar#key` is that of the shard.
-    coco_name = re.fullmatch(r"(?:COCO_\w+_)?0*(\d+)", stem)
-    if coco_name and "#" not in name:
-        candidates.append(coco_name[1])
-    for candidate in candidates:
-        if candidate in references:
-            return references[candidate]
-    raise ValueError(
-        f"{where}: --references contains no caption of {name!r}, neither by file name nor by "
-        "image id."
-    )
-
-
-def read_references(path: Path) -> dict[str, list[str]]:
-    """Read a COCO caption file, `{"images": [...], "annotations": [...]}`.
-
-    Returns:
-        Captions by file name and by image id (as text).
+def read_sample_images(samples: Sequence[Sample], folder: Path) -> list[bytes]:
+    """Read the image files of samples, for CLIPScore.
 
     Raises:
-        ValueError: The file does not have this form.
+        ValueError: A sample has no image, or it cannot be read.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        captions: dict[str, list[str]] = {}
-        for annotation in content["annotations"]:
-            image_id = str(annotation["image_id"])
-            captions.setdefault(image_id, []).append(annotation["caption"])
-        by_name: dict[str, list[str]] = {}
-        for image in content.get("images", []):
-            image_id = str(image["id"])
-            name = Path(image["file_name"]).name
-            if image_id in captions:  # an image without captions is no error before it is needed
-                by_name[name] = captions[image_id]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"--references: {path} is not a COCO caption file ({type(error).__name__}: {error}). "
-            'It needs {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.'
-        ) from None
-    # File names end with a suffix and image ids are numbers, so the two kinds of keys do not collide.
-    return captions | by_name
+    for sample in samples:
+        if not sample.image:
+            raise ValueError(
+                f"--clip: index {sample.index} has no image, so that it has no CLIPScore. Leave "
+                "out --clip, or evaluate records of text alone in a call of their own."
+            )
+    return [read_image_bytes(sample.image, folder) for sample in samples]
 
 
 def read_train_captions(path: Path) -> set[str]:

@@ -11,15 +11,17 @@ How to read a rule:
   match, which decides between the rules, but it is scanned again afterwards.
 - A group named `two` is two words written as one ("cannot"): see `SECOND_WORD_LENGTH`.
 - A group named `quote` is a token whose apostrophes and quotation marks are replaced by ASCII ones.
+- A group named `space` is no token.
+- A group named `verbatim` is a token that is not rewritten: its soft hyphens, brackets and entities stay.
 - The order of the rules matters: of two matches with the same length, the first wins.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Callable
 from functools import cache
+
+from llava_simplified.evaluation.ptb_characters import DIGITS, LETTERS, SIGNS, WORD_MARKS
 
 SECOND_WORD_LENGTH = {
     "cannot": 3,
@@ -67,50 +69,26 @@ FILE_SUFFIXES = (
 )
 
 
+# ---- spaces ----
+
+SPACES = r" \t\xa0\u2000-\u200a\u3000"
+LINE_BREAKS = r"\n\r\x0b\x0c\x85\u2028\u2029"
+_SPACE = f"[{SPACES}{LINE_BREAKS}]"
+_DIGIT = f"[{DIGITS}]"
+
+
 @cache
 def compiled_rules() -> list[re.Pattern[str]]:
     """Return all rules, compiled, in order."""
-    letters = "A-Za-z" + _character_ranges(lambda character, category: category[0] == "L")
-    rules = _word_rules(letters) + _name_rules() + _number_and_sign_rules()
+    rules = _word_rules() + _name_rules() + _number_and_sign_rules()
     return [re.compile(rule) for rule in rules]
 
 
-def _character_ranges(is_wanted: Callable[[str, str], bool]) -> str:
-    """Return the characters from U+0080 to U+D7FF that are wanted, as the inside of a character class.
-
-    Stanford's scanner works on UTF-16: letters above U+FFFF are surrogate pairs, which no rule of it matches.
-
-    Args:
-        is_wanted: Called with a character and its Unicode category.
-    """
-    ranges: list[tuple[int, int]] = []
-    for code in range(0x80, 0xD800):
-        character = chr(code)
-        if not is_wanted(character, unicodedata.category(character)):
-            continue
-        if ranges and ranges[-1][1] == code - 1:
-            ranges[-1] = (ranges[-1][0], code)
-        else:
-            ranges.append((code, code))
-    return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
-
-
-def _word_rules(letters: str) -> list[str]:
-    """Return the rules of words, contractions and elisions.
-
-    Args:
-        letters: All letters, as the inside of a character class.
-    """
-    # Soft hyphens, accents and vowel signs are parts of a word.
-    marks = _character_ranges(
-        lambda character, category: (
-            character == "\xad"
-            or ("\xff" < character < "\u0ed0" and category in ("Mn", "Mc", "Sk"))
-        )
-    )
-    letter = rf"(?:[{letters}{marks}]|&[aeiouAEIOU](?:acute|grave|uml);)"
+def _word_rules() -> list[str]:
+    """Return the rules of words, contractions and elisions."""
+    letter = rf"(?:[{LETTERS}{WORD_MARKS}]|&[aeiouAEIOU](?:acute|grave|uml);)"
     # A word may contain a full stop between letters: "hello.World" is one token.
-    word = rf"{letter}(?:{letter}|\d)*(?:[.!?]{letter}(?:{letter}|\d)*)*"
+    word = rf"{letter}(?:{letter}|{_DIGIT})*(?:[.!?]{letter}(?:{letter}|{_DIGIT})*)*"
     apostrophe = "(?:['\x92’]|(?i:&apos;))"
     any_apostrophe = "(?:['`\x91\x92‘’‛]|(?i:&apos;))"
     ending = rf"{apostrophe}(?:(?i:re|ve|ll)|[msdMSD])"  # 're 've 'll 'm 's 'd
@@ -120,14 +98,15 @@ def _word_rules(letters: str) -> list[str]:
         rf"{apostrophe}[nN]{apostrophe}?|[lLdDjJ]{apostrophe}|(?i:Dunkin|somethin|ol){apostrophe}"
         rf"|{apostrophe}(?i:em|cause|till?)|{apostrophe}[2-9]0[sS]",
         # A letter in front: O'Reilly, d'Artagnan, ...
-        rf"[A-HJ-XZn]{any_apostrophe}[{letters}]{{2,}}",
+        rf"[A-HJ-XZn]{any_apostrophe}[{LETTERS}]{{2,}}",
         # ... or a vowel before and a vowel or capital after it.
-        rf"[{letters}]+[aeiouyAEIOUY]{any_apostrophe}[aeiouA-Z][{letters}]*",
+        rf"[{LETTERS}]+[aeiouyAEIOUY]{any_apostrophe}[aeiouA-Z][{LETTERS}]*",
+        rf"[oO]{any_apostrophe}[oO]",
         r"(?i:cont'd\.?|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)",
     ]
-    initial = rf"(?:[dDoOlL]{any_apostrophe}[{letters}\d])?"
+    initial = rf"(?:[dDoOlL]{any_apostrophe}[{LETTERS}{DIGITS}])?"
     hyphens = r"[-_\u058a\u2010\u2011]"
-    joined = rf"{initial}[{letters}\d]+(?:{hyphens}{initial}[{letters}\d]+)*"
+    joined = rf"{initial}[{LETTERS}{DIGITS}]+(?:{hyphens}{initial}[{LETTERS}{DIGITS}]+)*"
     return [
         "(?P<two>(?i:cannot|'twas|'tis|gonna|gotta|lemme|gimme|wanna))",
         # "cat's": the word ends before the ending; "don't": before the n of the negation.
@@ -136,34 +115,36 @@ def _word_rules(letters: str) -> list[str]:
         rf"({word})",
         *(rf"({elision})" for elision in elisions),
         # "y'all" is "y' all".
-        rf"([yY]{apostrophe})[{letters}]",
+        rf"([yY]{apostrophe})[{LETTERS}]",
         # The endings themselves, which are left over after their word.
         rf"(?P<quote>{ending})[^A-Za-z]",
         r"(')[A-Za-z][^ \t\n\r\xa0]",
         rf"(?P<quote>{ending})",
         rf"(?P<quote>{negation})",
         # A year without its century: '95.
-        rf"({apostrophe}\d\d)[\s]",
+        rf"({apostrophe}[0-9][0-9]){_SPACE}",
         # A full stop before another mark belongs to the word: "foo.;".
-        rf"({word}\.)[,;:]",
+        rf"({word}\.)[,;:、]",
         rf"((?i:Cap{apostrophe}n|c{apostrophe}est))",
         # Tags and user names of social networks.
-        rf"([#＃]{letter}+)",
-        r"([@＠][a-zA-Z_][a-zA-Z_0-9]*)",
+        rf"(?P<verbatim>#{letter}+)",
+        r"(@[a-zA-Z_][a-zA-Z_0-9]*)",
         # Compounds with hyphens or underscores.
         rf"({joined})",
-        rf"({joined}\.)[,;:]",
+        rf"({joined}\.)[,;:、]",
     ]
 
 
 def _name_rules() -> list[str]:
     """Return the rules of web addresses, markup, abbreviations and compounds."""
+    letter_or_digit = f"[{LETTERS}{WORD_MARKS}{DIGITS}]"
     initials = (
         r"(?:[A-Za-z](?:\.[A-Za-z])+"
         r"|(?i:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-U\.(?:S\.S\.R|K)))"
     )
     value = r"(?:'[^']*'|\"[^\"]*\"|[A-Za-z][\w:.\-]*)"
     attribute = rf"(?:[A-Za-z][\w:.\-]*(?: *= *{value})?)"
+    tag = rf"<(?:[!?][A-Za-z\-][^>\r\n]*|/?[A-Za-z][A-Za-z0-9_:.\-]*(?: +{attribute})* */?) *>"
     not_in_url = r" \t\n\f\r\"<>|"
     # The last character of a URL is no punctuation mark: "see http://a.org/b."
     path = rf"(?:/[^{not_in_url}()]+[^{not_in_url}.!?(){{}},\-])?"
@@ -175,15 +156,16 @@ def _name_rules() -> list[str]:
         rf"|{CAPITALIZED_STATES}|[Pp](?i:p?t)[ye][sS]?"
     )
     return [
+        rf"(?P<space>[{SPACES}]+|(?i:&nbsp;))",
         # HTML and XML tags, comments and declarations; character entities of old news wires.
-        rf"(<(?:[!?][A-Za-z\-][^>\r\n]*|/?[A-Za-z][A-Za-z0-9_:.\-]*(?: +{attribute})* */?) *>)",
+        rf"(?P<verbatim>{tag})",
         r"(&(?i:HT|TL|UR|LR|QC|QL|QR|odq|cdq|\#\d+);)",
         # URLs with a scheme, with www, and without either under the common domains.
-        rf"((?i:https?://)[^{not_in_url}()]+[^{not_in_url}.!?(){{}},\-])",
-        rf"((?i:www\.)(?:[^{not_in_url}.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}{path})",
-        rf"((?:[^ \t\n\f\r\"`'<>|.!?(){{}},-_$]+\.)+(?i:com|net|org|edu){path})",
+        rf"(?P<verbatim>(?i:https?://)[^{not_in_url}(){{}}]+[^{not_in_url}.!?(){{}},\-])",
+        rf"(?P<verbatim>(?i:www\.)(?:[^{not_in_url}.!?(){{}},]+\.)+[a-zA-Z]{{2,4}}{path})",
+        rf"(?P<verbatim>(?:[^ \t\n\f\r\"`'<>|.!?(){{}},-_$]+\.)+(?i:com|net|org|edu){path})",
         # E-mail addresses, with or without angle brackets.
-        r"((?:<|(?i:&lt;))?[a-zA-Z0-9][^ \t\n\f\r\"<>|(){}]*@(?:[^ \t\n\f\r\"<>|(){}.\xa0]+\.)*"
+        r"(?P<verbatim>(?:<|(?i:&lt;))?[a-zA-Z0-9][^ \t\n\f\r\"<>|(){}\xa0]*@(?:[^ \t\n\f\r\"<>|(){}.\xa0]+\.)*"
         r"[^ \t\n\f\r\"<>|(){}.\xa0]+(?:>|(?i:&gt;))?)",
         # Programming languages; tokens that are Penn Treebank brackets already; S&P-500.
         r"((?i:c\+\+|[cf]\#))",
@@ -191,35 +173,37 @@ def _name_rules() -> list[str]:
         # and/or, 24/7
         rf"({slashed}(?:\\?/{slashed}){{1,2}})",
         # Abbreviations. A lone letter before the start of a sentence loses its full stop.
-        rf"([A-Za-z])\.\s+(?:{SENTENCE_STARTERS})[\s?!]",
-        rf"((?i:{BEFORE_NUMBERS})\.)\s?\d",
-        r"((?i:pt[ey]|co)\.)\s(?i:ltd|lim)",
+        rf"([A-Za-z])\.{_SPACE}+(?:{SENTENCE_STARTERS}|{tag}){_SPACE}",
+        rf"((?i:{BEFORE_NUMBERS})\.){_SPACE}?{_DIGIT}",
+        rf"((?i:pt[ey]|co)\.){_SPACE}(?i:ltd|lim)",
         # Looks up to two characters ahead: the match is longer than those of the rules that drop the full stop.
         rf"((?:{company})\.)(?:.|\n)?(?:.|\n)?",
-        rf"((?:(?i:{TITLES})|M(?i:iss)|{initials}|[A-Za-z])\.)",
-        rf"({initials})\s",
+        rf"((?:(?i:{TITLES})|M(?i:iss)|[A-Za-z])\.)",
+        rf"((?:{initials})\.)",
+        rf"({initials}){_SPACE}",
         # File names.
-        rf"([A-Za-z0-9]+(?:\.[A-Za-z0-9]+)*\.(?i:{FILE_SUFFIXES}))[\s.?!,]",
+        rf"(?P<verbatim>{letter_or_digit}+(?:\.{letter_or_digit}+)*\.(?i:{FILE_SUFFIXES}))(?:{_SPACE}|[.?!,])",
         # Compounds with hyphens, and capitals joined by an ampersand (R&B).
         rf"({compound})",
-        rf"({compound}\.)[,;:]",
-        rf"({ampersand}\.)[,;:]",
+        rf"({compound}\.)[,;:、]",
+        rf"({ampersand}\.)[,;:、]",
         rf"({ampersand})",
     ]
 
 
 def _number_and_sign_rules() -> list[str]:
     """Return the rules of numbers, money, telephone numbers, quotation marks, brackets, smileys and signs."""
+    separator = r"[.:,\xad\u066b\u066c]"
     face = r"[-^x=~<>']"
     return [
         # Dates: 12/31/2015.
-        r"(\d{1,2}[-/]\d{1,2}[-/]\d{2,4})",
+        rf"({_DIGIT}{{1,2}}[-/]{_DIGIT}{{1,2}}[-/]{_DIGIT}{{2,4}})",
         # Numbers with groups, decimals, or the colon of a time. Arabic separators too.
-        r"([-+]?(?:\d+(?:[.:,\xad\u066b\u066c]\d+)*|(?:[.:,\xad\u066b\u066c]\d+)+))",
+        rf"([-+]?(?:{_DIGIT}+(?:{separator}{_DIGIT}+)*|(?:{separator}{_DIGIT}+)+))",
         # Superscripts and subscripts.
         "([⁺⁻₊₋]?(?:[⁰¹²³⁴-⁹]+|[₀-₉]+))",
         # Fractions, also after a whole number: "3 1/2" is one token.
-        r"((?:\d{1,4}[- \xa0])?\d{1,4}(?:\\?/|⁄)\d{1,4})",
+        rf"((?:{_DIGIT}{{1,4}}[- \xa0])?{_DIGIT}{{1,4}}(?:\\?/|⁄){_DIGIT}{{1,4}})",
         # Fractions of one character; currencies (US$, £).
         r"([¼½¾⅓-⅞]|[A-Z]*\$|\#|[¢£¤¥\x80₠€؋฿₤￠￡￥￦])",
         # Telephone numbers, with an area code in brackets or with full stops between the groups.
@@ -236,9 +220,9 @@ def _number_and_sign_rules() -> list[str]:
         # Single punctuation marks and brackets.
         r"([,;:/=<>{}()\[\]、.¡¿\u037e\u0589\u061f\u06d4\u0700-\u0702\u07fa。\x96\x97–—―])",
         # Ellipses, also with spaces.
-        "(\\.\\.\\.+|[\x85…]|\\.[ \xa0](?:\\.[ \xa0])+\\.)",
+        "(\\.{3,5}|…|\\.(?:[ \xa0]\\.){2,4})",
         # Typographic quotation marks and apostrophes.
-        r"(?P<quote>[`‘-‟\x82\x84\x91-\x94‹›«»]{1,2}|'|(?i:&apos;))",
+        r"(?P<quote>[`‘-‟\x91-\x94‹›«»]{1,2}|'|(?i:&apos;))",
         # Other signs and symbols.
-        r"([+%&~^|\\¦§¨©¬®¯°-³´-º×÷·־׀׃׆׳״؀-؃؆-؊،ؔ؛؞٪٭܃-܍।॥๏᾽‖‗‚†-‥‰-‸※‾-⁂⁄⁺-₎℀-⅏←-⯿〒・！-／：-＠［-｀｛-･])",
+        rf"([&+~^|\\⁄⁺⁻₊₋{SIGNS}])",
     ]

@@ -8,8 +8,16 @@ returns the same tokens. Example:
 It is a maximal-munch scanner: at each position, all rules of `ptb_rules` are tried, and the longest match wins
 (what a rule only looks ahead at counts too; the first of equally long matches wins).
 
-One difference is intended: each caption is read alone. The original reads all captions as one stream, where the first
-word of the next caption can decide whether a lone letter at the end of this one keeps its full stop.
+It was compared with the original for every character of Unicode, and on hundreds of thousands of random texts. What is
+deliberately different:
+
+- Each caption is read alone. The original reads all captions as one stream, where the first word of the next caption
+  can decide whether a lone letter at the end of this one keeps its full stop.
+- All line breaks (also U+000B, U+000C, U+0085, U+2028 and U+2029) count as spaces, as the server itself treats "\n".
+  In the original they begin a new caption, and every later caption is scored against the references of another image.
+- Half a surrogate pair, which cannot be given to the original, is dropped like every character without a rule.
+- Tokens are put into lower case by Python. The tables of Python and Java differ in letters that are newer than one of
+  them; these can only occur within web addresses, because no other rule accepts them.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ from functools import lru_cache
 
 from llava_simplified.evaluation.ptb_rules import (
     BEFORE_NUMBERS,
+    LINE_BREAKS,
     SECOND_WORD_LENGTH,
     compiled_rules,
 )
@@ -69,11 +78,12 @@ _QUOTES = str.maketrans(
         "»": "''",
     }
 )
-_ELLIPSIS_STARTS = ("..", ". ", ".\xa0", "…", "\x85")
+_ELLIPSIS_STARTS = ("..", ". ", ".\xa0", "…")
 
 _AMPERSAND_ENTITY = re.compile("(?i:&amp;)")
 _APOSTROPHE_ENTITY = re.compile("&apos;")
-_SPACE_ENTITY = re.compile("(?i:&nbsp;)")
+_LINE_BREAK = re.compile(f"[{LINE_BREAKS}]")
+_ABOVE_BMP = re.compile("[\U00010000-\U0010ffff]")
 
 # A word before a space or a comma: most of a caption. No other rule has a longer match there, so none is tried.
 _PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?=[ \n]|, )")
@@ -83,7 +93,7 @@ _PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?=[ \n]|, )")
 # abbreviations before a number.
 _INDEPENDENT_CHUNK = re.compile(
     r"[A-Za-z][A-Za-z0-9]*"
-    r"|[^\d.<(+]*"
+    r"|[^\s\d.<(+]*"
     rf"|(?!(?i:{BEFORE_NUMBERS}|pt[ey]|co)\.)[A-Za-z]{{2,}}\."
 )
 
@@ -93,13 +103,27 @@ def tokenize(caption: str) -> str:
 
     Line breaks count as spaces. A token may contain a no-break space ("3\\xa01/2"), as in the original.
     """
-    # split() also splits at no-break spaces and line breaks.
-    chunks = _SPACE_ENTITY.sub(" ", caption).split()
+    text = _LINE_BREAK.sub(" ", caption)
+    if text.isascii() or not _ABOVE_BMP.search(text):
+        return _tokenize_line(text)
+    # The original scans UTF-16, where these characters are pairs of surrogates: two units long, and in no class.
+    tokens = _tokenize_line(_ABOVE_BMP.sub(_to_surrogates, text))
+    return tokens.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def _tokenize_line(text: str) -> str:
     # In nearly all captions, every chunk can be tokenized on its own. Words repeat, so most chunks are in the cache.
+    chunks = text.split(" ")
     if all(_INDEPENDENT_CHUNK.fullmatch(chunk) for chunk in chunks):
         tokens = [_scan_chunk(chunk + "\n") for chunk in chunks]
         return " ".join(filter(None, tokens))
-    return _scan(" ".join(chunks) + "\n")
+    return _scan(text + "\n")
+
+
+def _to_surrogates(match: re.Match[str]) -> str:
+    """Return a character above U+FFFF as two surrogates."""
+    offset = ord(match[0]) - 0x10000
+    return chr(0xD800 + (offset >> 10)) + chr(0xDC00 + (offset & 0x3FF))
 
 
 def _scan(text: str) -> str:
@@ -108,10 +132,12 @@ def _scan(text: str) -> str:
     position = 0
     while position < len(text):
         token, position = _next_token(text, position)
-        token = token.lower()
-        if token and token not in PUNCTUATION:
-            tokens.append(token)
-    return " ".join(tokens)
+        if token:
+            tokens.append(token.lower())
+    if tokens:
+        # An address can end with spaces other than " ". The server strips each line before it splits it.
+        tokens[-1] = tokens[-1].rstrip()
+    return " ".join(token for token in tokens if token not in PUNCTUATION)
 
 
 _scan_chunk = lru_cache(maxsize=1 << 17)(_scan)
@@ -142,6 +168,10 @@ def _next_token(text: str, position: int) -> tuple[str, int]:
         token = token[: -SECOND_WORD_LENGTH[token.lower()]]
     # The next token begins behind this one, not behind the match: what was looked ahead at is read again.
     end = position + len(token)
+    if best.lastgroup == "space":
+        return "", best_end
+    if best.lastgroup == "verbatim":
+        return token.replace(" ", "\xa0"), end
     if best.lastgroup == "quote":
         return _APOSTROPHE_ENTITY.sub("'", token).translate(_QUOTES), end
     return _rewrite(token), end
@@ -154,8 +184,6 @@ def _rewrite(token: str) -> str:
         return replacement
     if token.startswith(_ELLIPSIS_STARTS):
         return "..."
-    if "@" in token or token[0] == "<":  # addresses and markup keep their brackets
-        return token.replace(" ", "\xa0")
     token = _AMPERSAND_ENTITY.sub("&", token)
     token = token.replace("\xad", "").replace(" ", "\xa0")  # soft hyphens; spaces within a token
     return token.replace("(", "-LRB-").replace(")", "-RRB-")

@@ -38,6 +38,7 @@ from zipfile import is_zipfile
 import torch
 from torch import nn
 
+from llava_simplified.jobs import use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.checkpoint import read_adapter_config, save_checkpoint
 from llava_simplified.model.config import (
@@ -469,6 +470,7 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
         str(source.folder), backend="pil", trust_remote_code=False
     )
     image_processor.save_pretrained(target)
+    use_default_permissions(target)
     return str(target)
 
 

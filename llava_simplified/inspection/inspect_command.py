@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llava_simplified.data.records import Records
     from llava_simplified.inspection.data_totals import DataTotals
     from llava_simplified.inspection.token_table import SampleView
+    from llava_simplified.prompt import Prompt
 
 MAX_NAMED_PROBLEMS = 10  # rows with a problem that are named; the others are only counted
 
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     records = Records(open_rows(args.data))
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     prompt = Prompt(tokenizer, args.template)
+    vocabulary_problems = _vocabulary_problems(prompt, args.model_name_or_path)
     tokens_per_image = _tokens_per_image(args)
 
     # highlight=False: rich would color the numbers and paths in captions.
@@ -122,9 +124,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     console.print(table)
     # A row that was shown is usually scanned too: name it once.
-    problems = list(dict.fromkeys([*shown.problems, *scanned.problems]))
+    problems = list(dict.fromkeys([*vocabulary_problems, *shown.problems, *scanned.problems]))
     _print_problems(console, problems)
     return 1 if problems else 0
+
+
+def _vocabulary_problems(prompt: Prompt, name_or_path: str) -> list[str]:
+    """Return a message if tokens have no row in the embedding table of the model, as far as its config is there."""
+    from llava_simplified.model.build import check_vocabulary, find_language_model_config
+
+    config = find_language_model_config(name_or_path)
+    try:
+        check_vocabulary(prompt, config, name_or_path)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _tokens_per_image(args: argparse.Namespace) -> int | None:
@@ -132,22 +146,18 @@ def _tokens_per_image(args: argparse.Namespace) -> int | None:
     if not args.vision_tower:
         return None
 
-    from transformers import AutoConfig
+    from llava_simplified.model.build import build_vision_tower
+    from llava_simplified.model.config import LlavaConfig
 
-    from llava_simplified.data.transforms import ImageTransform
-    from llava_simplified.model.vision import VisionTower
-
-    config = AutoConfig.from_pretrained(args.vision_tower, trust_remote_code=False)
-    config = getattr(config, "vision_config", config)  # of CLIP, only the vision model
-    transform = ImageTransform.from_pretrained(args.vision_tower)
-    # The tower is built from its config alone: its weights are not read.
-    tower = VisionTower.from_config(
-        config,
-        transform,
-        select_layer=args.mm_vision_select_layer,
-        select_feature=args.mm_vision_select_feature,
-        token_pool=args.mm_token_pool,
+    config = LlavaConfig(
+        args.model_name_or_path,
+        args.vision_tower,
+        mm_vision_select_layer=tuple(args.mm_vision_select_layer),
+        mm_vision_select_feature=args.mm_vision_select_feature,
+        mm_token_pool=args.mm_token_pool,
     )
+    # On "meta" the tower is built from its config alone: its weights are not read.
+    tower = build_vision_tower(config, device="meta")
     return tower.num_tokens
 
 

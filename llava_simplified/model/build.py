@@ -25,12 +25,15 @@ from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
 from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.extras import install_command
 from llava_simplified.foreign_files import blame_file
-from llava_simplified.model.config import LlavaConfig
+from llava_simplified.hub import check_model_name
+from llava_simplified.model.config import CONFIG_NAME, LlavaConfig, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.projector import build_projector
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.model.vision import VisionTower, check_missing_keys
+from llava_simplified.prompt import Prompt
 
 # LLaVA Simplified 0.1.0 called its attention kernel for CPUs "short".
 _ATTENTION_ALIASES = {"short": "cpu_matmul"}
@@ -98,6 +101,7 @@ def build_model(
             str(language_model or config.language_model), trust_remote_code=trust_remote_code
         )
     model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
+    check_vocabulary(model.prompt, text.config, str(language_model or config.language_model))
     # Only now: random weights are the same on every device if they are drawn on the CPU.
     if device is None or on_meta:
         return model
@@ -150,6 +154,7 @@ def load_tokenizer(
     Raises:
         ValueError: There is no tokenizer, or it has no end-of-sequence token.
     """
+    check_model_name(name_or_path)
     try:
         # Without a value, Transformers asks on the terminal whether to run code.
         with blame_file(name_or_path):
@@ -173,6 +178,44 @@ def load_tokenizer(
     return tokenizer
 
 
+def check_vocabulary(prompt: Prompt, config: PreTrainedConfig | None, name: str) -> None:
+    """Check that every token that a prompt or an answer can contain has a row in the embedding table.
+
+    Args:
+        prompt: The renderer with the tokenizer.
+        config: Config of the language model; None if it is not known.
+        name: Name of the model, for the message.
+
+    Raises:
+        ValueError: The tokenizer is wider than the table. The message names the first such token.
+    """
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if rows is None:
+        return
+    outside = {index: token for index, token in prompt.usable_tokens().items() if index >= rows}
+    if outside:
+        index = min(outside)
+        raise ValueError(
+            f"{name}: the token {outside[index]!r} of the tokenizer has the id {index}, but the embedding table has "
+            f"{rows} rows ({len(outside)} token(s) have none). Use the tokenizer of this model, or resize the table: "
+            "model.resize_token_embeddings(len(tokenizer)), then save model and tokenizer."
+        )
+
+
+def find_language_model_config(name_or_path: str) -> PreTrainedConfig | None:
+    """Return the config of a language model, or of the one of a checkpoint; None if there is only a tokenizer."""
+    folder = Path(name_or_path)
+    if (folder / CONFIG_NAME).is_file():
+        own_weights = folder / "language_model"
+        name_or_path = str(own_weights)
+        if not own_weights.is_dir():
+            name_or_path = read_checkpoint_config(folder)["architecture"]["language_model"]
+    try:
+        return _load_transformers_config(name_or_path)
+    except ValueError:
+        return None
+
+
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return how bitsandbytes stores a frozen language model in 4 or 8 bits.
 
@@ -191,8 +234,7 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
         raise ValueError(f"--bits must be 4, 8 or 16, not {bits}")
     if not is_bitsandbytes_available():
         raise ValueError(
-            f"--bits {bits} requires bitsandbytes: pip install 'llava-simplified[quant]'. "
-            "Or pass --bits 16"
+            f"--bits {bits} requires bitsandbytes: run {install_command('quant')}, or pass --bits 16."
         )
     if not validate_bnb_backend_availability():
         raise ValueError(
@@ -241,6 +283,7 @@ def _load_language_model(
 def _load_transformers_config(
     name_or_path: str, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
+    check_model_name(name_or_path)
     try:
         with blame_file(name_or_path):
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch.nn.functional import pad as pad_tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.generation import logits_process
 
 from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
@@ -35,7 +36,7 @@ from llava_simplified.model.kv_cache import (
     set_cache_length,
 )
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
-from llava_simplified.model.protocols import CaptionModel
+from llava_simplified.model.protocols import CaptionModel, CausalLM
 from llava_simplified.model.sampling import draw, make_generator, process_logits, prompt_hashes
 
 
@@ -445,6 +446,8 @@ def stream(
 ) -> Iterator[str]:
     """Generate one sequence, and yield all of its text so far after every token.
 
+    Each text begins with the one before it, and the last one is what `generate` returns.
+
     Args:
         model: The model.
         prompt: Token ids, one IMAGE_INDEX per image.
@@ -463,11 +466,9 @@ def stream(
         while batch.active:
             batch.step()
             batch.raise_errors()
-            text = model.prompt.decode(batch.generated_ids[0])
-            # A character may take several byte tokens; until it is complete the decoder writes a
-            # replacement character. The next token completes it, unless there is none.
-            if not text.endswith("\ufffd") or not batch.active:
-                yield text.lstrip()
+            text = model.prompt.decode(batch.generated_ids[0], finished=not batch.active)
+            # As in `generate`. White space at the end follows with the next word, if there is one.
+            yield text.strip()
 
 
 def _expand_and_pad(
@@ -513,17 +514,40 @@ def _beam_search(
     # Not passed as the option of that name: in a padded batch, Transformers 5 skips as many generated
     # tokens as there are padding tokens when it looks for repetitions.
     penalty = logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
-    return model.language_model.generate(
-        inputs_embeds=model.splice(input_ids, image_features),
-        attention_mask=attention_mask,
+    generation_config = GenerationConfig(
         eos_token_id=model.prompt.stop_ids,
         pad_token_id=model.prompt.end_id,
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=options.min_new_tokens,
-        logits_processor=[penalty],
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
         num_return_sequences=options.num_return_sequences,
         do_sample=options.temperature > 0,
         **sampling,
-    ).tolist()
+    )
+    with _without_generation_defaults(model.language_model):
+        return model.language_model.generate(
+            inputs_embeds=model.splice(input_ids, image_features),
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            logits_processor=[penalty],
+        ).tolist()
+
+
+@contextmanager
+def _without_generation_defaults(language_model: CausalLM) -> Iterator[None]:
+    """Hide the `generation_config.json` of a base model from `generate` of Transformers.
+
+    Greedy search and sampling ignore that file (bans of n-grams and tokens, `min_p`, `typical_p` ...),
+    so beam search must too. Passing a configuration is not enough: Transformers 5 fills its empty fields
+    from the file.
+    """
+    owner: Any = language_model
+    if isinstance(owner, PeftModel):
+        owner = owner.get_base_model()
+    defaults = owner.generation_config
+    owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = defaults

@@ -28,7 +28,7 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
                 f"{vision_width} and the language model {text_width}"
             )
         return nn.Identity()
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
     if match is None:
         raise ValueError(
             "--mm_projector_type must be linear, mlp2x_gelu (or another depth) or identity, not "

@@ -22,6 +22,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
 from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.hub import check_model_name
 from llava_simplified.model.protocols import VisionModel
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class VisionTower(nn.Module):
                 something that `ImageTransform` does not support.
             OSError: A file is missing; the message says which one.
         """
+        check_model_name(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         transform = ImageTransform.from_pretrained(name_or_path)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers.utils import cached_file
 
+from llava_simplified.hub import check_model_name
+
 _DIGEST_SAMPLES = 256
 _SAMPLE_BYTES = 4096
 
@@ -56,8 +58,10 @@ def weight_files(name_or_path: str) -> list[Path]:
         name_or_path: A folder, or the name of a hub repository, whose files are downloaded.
 
     Raises:
+        ValueError: There is no such folder, and the name cannot be one of the hub.
         OSError: A file is missing. The message says which one, and where it belongs.
     """
+    check_model_name(name_or_path)
     _find_file(name_or_path, "config.json")
     # One file, or an index that names its shards.
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -105,7 +109,7 @@ def check_weights_digest(part: str, name_or_path: str, digest: str) -> None:
     """
     try:
         found = weights_digest(name_or_path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         option = "--model-base" if part == "language_model" else "--vision-tower"
         raise ValueError(
             f"the checkpoint's {part} {name_or_path}: {error}. If it has moved, pass {option}"

@@ -14,8 +14,8 @@ are never mixed.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
+from llava_simplified.data.image_folder import NameMatches
 from llava_simplified.data.images import (
-    FORMATS,
     MAX_PIXELS,
     ImageError,
     check_image,
+    count_frames,
     decode_image,
     read_image_bytes,
 )
@@ -40,7 +40,12 @@ from llava_simplified.data.records import Record
 from llava_simplified.data.rows import RowFile, find_records, open_rows
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.html_report import make_thumbnail
-from llava_simplified.jobs import atomic_file, exclusive_lock, remove_temporary_files
+from llava_simplified.jobs import (
+    SURROGATES_AS_ESCAPES,
+    atomic_file,
+    exclusive_lock,
+    remove_temporary_files,
+)
 from llava_simplified.prepare.clean_rules import Rules
 from llava_simplified.prepare.compact import compact_images, write_compacted_records
 from llava_simplified.prepare.duplicates import (
@@ -54,6 +59,9 @@ from llava_simplified.prepare.record_tasks import cached_rows, run_record_tasks
 from llava_simplified.prepare.record_writer import RecordWriter, check_suffix
 from llava_simplified.workers import parse_slice
 
+logger = logging.getLogger(__name__)
+
+_MATCHED_BY = "image name matched by "  # and the rule, in the details of usable records
 # Small enough that a killed run repeats little, large enough that the files are few: 6,600 for
 # CC3M.
 CHUNK_RECORDS = 500  # records whose results are written at once
@@ -79,7 +87,8 @@ class ValidationResult(NamedTuple):
 
     Attributes:
         reason: Why not; empty for a usable record.
-        detail: A sentence about the reason. For a usable record: the reasons why some of its responses are not.
+        detail: A sentence about the reason. For a usable record: the reasons why some of its responses are not, and by
+            which rule its image was found.
         unusable_responses: The positions of the responses that cannot be used, where others can.
         digest: 16 bytes that are equal for equal images; None without images.
         perceptual_hash: 19 bytes, see `duplicates`; None if it was not asked for, or without images.
@@ -93,7 +102,12 @@ class ValidationResult(NamedTuple):
 
 
 def validate_record(
-    row: dict[str, Any], where: str, folder: Path, transform: ImageTransform | None, rules: Rules
+    row: dict[str, Any],
+    where: str,
+    folder: Path,
+    transform: ImageTransform | None,
+    rules: Rules,
+    matches: NameMatches | None = None,
 ) -> ValidationResult:
     """Check whether training can use a record.
 
@@ -103,11 +117,15 @@ def validate_record(
         folder: The folder of the images.
         transform: The transform of the vision tower; None checks only that the images can be decoded.
         rules: What a usable record is.
+        matches: Rejects two names that lead to one image file.
     """
+    if matches is None:
+        matches = NameMatches()
+    rules_before = matches.rules.copy()
     try:
         record = Record.from_json(row, where)
         # ImageError is a ValueError, so it must be caught first.
-        digest, look = _check_images(record, folder, transform, rules)
+        digest, look = _check_images(record, folder, transform, rules, matches)
     except ImageError as error:
         return ValidationResult(error.kind, str(error))
     except ValueError as error:
@@ -117,12 +135,18 @@ def validate_record(
     if len(problems) == len(record.responses):
         reason = problems.get(0, "no_caption")
         return ValidationResult(reason, repr(record.responses)[:_SHOWN_CAPTION])
-    detail = ", ".join(sorted(set(problems.values())))
+    found_by = [rule for rule in matches.rules - rules_before if rule != "exact"]
+    notes = {f"{_MATCHED_BY}{rule}" for rule in found_by}
+    detail = ", ".join(sorted({*problems.values(), *notes}))
     return ValidationResult("", detail, tuple(problems), digest, look)
 
 
 def _check_images(
-    record: Record, folder: Path, transform: ImageTransform | None, rules: Rules
+    record: Record,
+    folder: Path,
+    transform: ImageTransform | None,
+    rules: Rules,
+    matches: NameMatches,
 ) -> tuple[bytes | None, bytes | None]:
     """Check all images of a record.
 
@@ -138,7 +162,7 @@ def _check_images(
     hasher = hashlib.sha256()
     data = b""
     for name in record.images:
-        data = read_image_bytes(name, folder)
+        data = read_image_bytes(name, folder, matches)
         _check_image(data, transform, rules)
         # One digest over all images: records with the same images in another order are not equal.
         hasher.update(data)
@@ -168,8 +192,7 @@ def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) ->
         transform.resized_size(height, width)
     # JPEG has no animation, and most images are JPEGs: they need not be opened a second time.
     if suffix != "jpg":
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            frames = getattr(image, "n_frames", 1)
+        frames = count_frames(data, rules.max_pixels)
         if frames > 1:
             raise ImageError("animated", f"{frames} frames")
 
@@ -217,7 +240,10 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
     # An earlier run has published the file with a rename, so that it is complete.
     if not path.exists():
         rows = cached_rows(chunk.records)
-        results = [_validate_row(rows, index, chunk) for index in range(chunk.start, chunk.stop)]
+        matches = NameMatches()
+        results = [
+            _validate_row(rows, index, chunk, matches) for index in range(chunk.start, chunk.stop)
+        ]
         # One name for each value, in the order of the result's attributes.
         values = [dict(zip(_RESULT_SCHEMA.names, result)) for result in results]
         with atomic_file(path) as part:
@@ -226,13 +252,16 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
     return Counter(pq.read_table(path, columns=["reason"])["reason"].to_pylist())
 
 
-def _validate_row(rows: RowFile, index: int, chunk: Chunk) -> ValidationResult:
+def _validate_row(
+    rows: RowFile, index: int, chunk: Chunk, matches: NameMatches
+) -> ValidationResult:
     try:
         row = rows[index]
     except ValueError as error:
         return ValidationResult("not_a_record", str(error))
     where = rows.where(index)
-    return validate_record(row, where, Path(chunk.folder), chunk.transform, chunk.rules)
+    folder = Path(chunk.folder)
+    return validate_record(row, where, folder, chunk.transform, chunk.rules, matches)
 
 
 def _read_results(
@@ -428,6 +457,7 @@ class _Outputs:
 
     def __init__(self, rows: RowFile, folder: Path, kept: Path, output: Path) -> None:
         self.counts: Counter[str] = Counter()
+        self.matched: Counter[str] = Counter()  # usable records whose image has another name
         self._rows = rows
         self._folder = folder
         self._kept = kept
@@ -447,11 +477,15 @@ class _Outputs:
                     quarantine.write(self._quarantine_row(index, result))
                     continue
                 row = self._rows[index]
+                notes = [note for note in result.detail.split(", ") if note]
+                matched = [note for note in notes if note.startswith(_MATCHED_BY)]
+                self.matched.update(matched)
                 # One bad caption of five is no reason to lose the other four. It is set aside
                 # alone.
                 if result.unusable_responses:
                     row, removed = _split_responses(row, result.unusable_responses)
-                    quarantine.write({"reason": result.detail, "detail": "", "record": removed})
+                    reason = ", ".join(note for note in notes if note not in matched)
+                    quarantine.write({"reason": reason, "detail": "", "record": removed})
                 usable.write(row)
 
     def _quarantine_row(self, index: int, result: ValidationResult) -> dict[str, Any]:
@@ -464,7 +498,7 @@ class _Outputs:
             examples.append(
                 Example(
                     name=self._rows.where(index),
-                    caption=caption,
+                    caption=caption.encode(errors=SURROGATES_AS_ESCAPES).decode(),
                     detail=result.detail,
                     thumbnail=thumbnail,
                 )
@@ -473,10 +507,17 @@ class _Outputs:
 
     def write_report(self) -> None:
         """Write the report as HTML and JSON."""
+        matched = {note: f"{count:,}" for note, count in sorted(self.matched.items())}
+        for note, count in matched.items():
+            logger.warning("%s: %s x %s", self._rows.name, count, note)
         write_preparation_report(
             self._report,
             title=f"Cleaning of {self._rows.name}",
-            facts={"records": f"{len(self._rows):,}", "kept": f"{self.counts['ok']:,}"},
+            facts={
+                "records": f"{len(self._rows):,}",
+                "kept": f"{self.counts['ok']:,}",
+                **matched,
+            },
             outcomes=self.counts,
             examples=self._examples,
         )
@@ -485,6 +526,8 @@ class _Outputs:
         for reason, some in sorted(self._examples.items()):
             plain_examples[reason] = [{**example, "thumbnail": ""} for example in some]
         report = {"outcomes": self.counts, "examples": plain_examples}
+        if self.matched:
+            report["matched"] = self.matched
         text = json.dumps(report, indent=1, ensure_ascii=False)
         self._report.with_suffix(".json").write_text(text, "utf-8")
 

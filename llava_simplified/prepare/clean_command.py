@@ -82,7 +82,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `llava clean` and return the exit status."""
+    """Run `llava clean` and return the exit status: 1 if no record is left."""
     args = build_parser().parse_args(argv)
     if args.compact_size != "exact" and not args.compact_size.isdigit():
         raise ValueError(
@@ -115,6 +115,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
         sys.stdout.write(f"{count:>9,} {reason or 'ok'}\n")
-    if not args.shards:
-        sys.stdout.write(f"{counts.get('ok', 0):>9,} records -> {args.output}\n")
-    return 0
+    if args.shards:
+        return 0
+    num_kept = counts.get("ok", 0)
+    sys.stdout.write(f"{num_kept:>9,} records -> {args.output}\n")
+    if num_kept:
+        return 0
+    logger.error(
+        "No record is usable: the reasons are above, and each record with its own in %s_quarantine.jsonl.",
+        args.output.with_suffix(""),
+    )
+    return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,14 +24,31 @@ from llava_simplified.prepare.record_writer import (
 from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
 from llava_simplified.prepare.sources import read_source
 
+logger = logging.getLogger(__name__)
+
 _ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # also one of Windows
 
 
 # ---- captions of one image ----
 
 
+def image_identity(row: SourceRow) -> str:
+    """Return what makes two rows rows of one image: its name, or its URL if the source does not name it.
+
+    A URL beside a name may be that of a page with several images.
+    """
+    return row.image or row.url
+
+
+def request_identity(row: SourceRow) -> str:
+    """Return what makes two rows rows of one download: the URL, and the name of the image if the source has one."""
+    return f"{row.url}\n{row.image}"
+
+
 def group_captions(
-    read: Callable[[ParseIssues], Iterator[SourceRow]], issues: ParseIssues
+    read: Callable[[ParseIssues], Iterator[SourceRow]],
+    issues: ParseIssues,
+    identity: Callable[[SourceRow], str] = image_identity,
 ) -> Iterator[SourceRow]:
     """Yield one row per image with all its captions, without holding the source in memory.
 
@@ -45,9 +63,10 @@ def group_captions(
     Args:
         read: Returns the rows of the source; it is called once for each pass.
         issues: What the source contains; only the second pass notes it.
+        identity: Returns a text that is equal for rows of one image; empty or blank for a row that is never joined.
     """
     # `hash` of a text differs between processes, but within one it is fast and fixed.
-    hashes = np.fromiter((hash(row.url or row.image) for row in read(ParseIssues())), np.int64)
+    hashes = np.fromiter((hash(identity(row)) for row in read(ParseIssues())), np.int64)
     values, counts = np.unique(hashes, return_counts=True)
     # Most images have one caption. Only the others need a place in the dictionary.
     repeated = counts > 1
@@ -57,24 +76,28 @@ def group_captions(
 
     waiting: dict[str, list[SourceRow]] = {}
     for row in read(issues):
-        key = row.url or row.image
+        key = identity(row)
         # Records have their captions together already, and rows without an image must not be
         # joined.
-        expected = occurrences.get(hash(key)) if key else None
+        expected = occurrences.get(hash(key)) if key.strip() else None
         if row.record is not None or expected is None:
             yield row
             continue
         rows = waiting.setdefault(key, [])
         rows.append(row)
         if len(rows) == expected:
-            yield _merge_rows(waiting.pop(key))
+            yield _merge_rows(waiting.pop(key), issues)
     # Two images with the same hash: their rows were counted together, so neither seemed to be complete.
     for rows in waiting.values():
-        yield _merge_rows(rows)
+        yield _merge_rows(rows, issues)
 
 
-def _merge_rows(rows: list[SourceRow]) -> SourceRow:
+def _merge_rows(rows: list[SourceRow], issues: ParseIssues) -> SourceRow:
     """Return the first row with the captions of all rows, each once."""
+    # An image in training and in the test set would spoil the test; which of them is right cannot be known.
+    for row in rows[1:]:
+        if row.split != rows[0].split:
+            issues.note("image in two splits (kept in the first)", row.number, row.image or row.url)
     captions: dict[str, None] = {}
     for row in rows:
         captions.update(dict.fromkeys(row.captions))
@@ -229,7 +252,8 @@ def convert(
 def _read_instructions(instruction: str) -> list[str]:
     if not instruction.endswith(".txt"):
         return [instruction]
-    lines = Path(instruction).read_text("utf-8").splitlines()
+    # Only "\n" ends a line, as in sources: U+2028 may be part of a template.
+    lines = Path(instruction).read_text("utf-8").split("\n")
     templates = [line.strip() for line in lines if line.strip()]
     if not templates:
         raise ValueError(f"--instruction {instruction}: the file contains no template")
@@ -278,18 +302,31 @@ def reduce(source: Path, output: Path, count: int, seed: int) -> int:
     """Write a random sample of `count` records in their original order.
 
     Returns:
-        The number of records that were written: all of them if the source has fewer.
+        The number of records that were written: all of them if the source has fewer. Rows that are not JSON are left
+        out.
 
     Raises:
-        ValueError: `count` is below 1, or the source is not a file of records.
+        ValueError: `count` is below 1, or the source is not a file of records, or has none.
     """
     rows = open_rows(source)
     if count < 1:
         raise ValueError(f"--count {count}: must be at least 1")
+    if not len(rows):
+        raise ValueError(f"{source}: contains no record")
     # `sample` needs no list of all rows, and the sorted numbers keep the order and read the file
     # forwards.
     chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
+    first_error = ""
     with RecordWriter(output) as writer:
         for index in chosen:
-            writer.write(rows[index])
-    return len(chosen)
+            try:
+                row = rows[index]
+            except ValueError as error:
+                logger.warning("%s (left out)", error)
+                first_error = first_error or str(error)
+                continue
+            writer.write(row)
+        # Inside the block, so that the error discards the file.
+        if not writer.count:
+            raise ValueError(f"{source}: no chosen row is a record. {first_error}")
+    return writer.count

@@ -22,13 +22,14 @@ import fsspec
 import pyarrow.parquet as pq
 
 from llava_simplified.jobs import (
+    SURROGATES_AS_ESCAPES,
     atomic_file,
     compare_settings,
     encode_json_lines,
     exclusive_lock,
     remove_temporary_files,
 )
-from llava_simplified.prepare.convert import group_captions
+from llava_simplified.prepare.convert import group_captions, request_identity
 from llava_simplified.prepare.download_progress import DownloadProgress
 from llava_simplified.prepare.download_shard import MANIFEST_SCHEMA, ShardSpec, fetch_shard
 from llava_simplified.prepare.download_store import SETTINGS_NAME, Store
@@ -244,7 +245,8 @@ def plan_shards(
     # Written last: `download.json` tells that the plans are complete.
     # A unique name: the jobs of an array may plan at the same time. All of them write the same content.
     local = store.work / f"{SETTINGS_NAME}.{uuid.uuid4().hex[:8]}"
-    local.write_text(json.dumps(plan, indent=1, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(plan, indent=1, ensure_ascii=False)
+    local.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
     store.publish(local, SETTINGS_NAME)
     return plan
 
@@ -253,14 +255,17 @@ def _plan_chunks(
     source: str, columns: Columns, settings: dict[str, Any], issues: ParseIssues
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of one shard after the other."""
-    rows = group_captions(lambda pass_issues: read_source(source, pass_issues, columns), issues)
+    rows = group_captions(
+        lambda pass_issues: read_source(source, pass_issues, columns), issues, request_identity
+    )
     # Indices are those of the whole source. They name images, and stay the same with every --limit.
     numbered = islice(enumerate(rows), settings["limit"] or None)
     while True:
-        chunk = [
-            {"index": index, "url": row.url, "captions": row.captions}
-            for index, row in islice(numbered, settings["shard_size"])
-        ]
+        chunk = []
+        for index, row in islice(numbered, settings["shard_size"]):
+            if not row.captions:
+                issues.note("no caption (fetched, but gives no record)", row.number, row.url)
+            chunk.append({"index": index, "url": row.url, "captions": row.captions})
         if not chunk:
             return
         yield chunk

@@ -172,6 +172,9 @@ def _print_report(report: dict[str, Any], output: str) -> None:
     for kind, count in sorted(outcomes.items(), key=lambda item: -item[1]):
         sys.stdout.write(f"{count:>9,} {kind}\n")
     sys.stdout.write(f"{sum(outcomes.values()):>9,} rows -> {output}\n")
+    # What the source contained; a slice does not report it.
+    for line in report.get("settings", {}).get("oddities", ()):
+        sys.stdout.write(f"{line}\n")
     missing = report.get("missing_shards")
     if missing:
         sys.stdout.write(f"{missing:>9,} shards are not finished yet\n")

@@ -6,7 +6,10 @@ What is refused, and when:
     when connecting         addresses that are not public (see `address_guard`)
     when the header comes   statuses other than 200, images whose server opts out of training
     while the body streams  bodies that are too large or too slow, also after decompression
-    before it is kept       everything that does not decode as an image
+    before it is kept       everything that does not decode as an image in time; see `decode_pool`
+
+The URL is sent as it is, see `request_url`. Responses are read as leniently as by curl where that is harmless, see
+`lenient_response`.
 
 `fetch_hosts` fetches many URLs with this module; the server uses it for the URLs of its users.
 """
@@ -16,12 +19,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import ssl
 import sys
 import time
 import zlib
 from collections import Counter, defaultdict
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 from urllib.robotparser import RobotFileParser
@@ -31,12 +36,17 @@ from yarl import URL
 
 from llava_simplified.data.images import EncodedImage, ImageError, check_image, shrink_image
 from llava_simplified.prepare.address_guard import ADDRESS_REFUSED, guard_address
+from llava_simplified.prepare.decode_pool import DecodePool
 from llava_simplified.prepare.fetch_options import FetchOptions
+from llava_simplified.prepare.lenient_response import MAX_HEAD_BYTES, LenientResponseHandler
+from llava_simplified.prepare.request_url import UrlError, parse_url, resolve_redirect
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout
 else:
     from async_timeout import timeout
+
+logger = logging.getLogger(__name__)
 
 # asyncio's and the built-in TimeoutError are one class only from Python 3.11 on.
 TIMEOUT_ERRORS = (TimeoutError, asyncio.TimeoutError)
@@ -46,10 +56,9 @@ MAX_REDIRECTS = 5
 MAX_CONSECUTIVE_TIMEOUTS = 10
 SLOW_AFTER = 3.0  # seconds; from then on a body must have brought ...
 SLOW_RATE = 1000  # ... this many bytes per second on average
-# Larger files are decoded in a thread, so that other transfers go on meanwhile. Smaller ones are decoded faster than a
-# thread could take over.
-INLINE_DECODE_BYTES = 400_000
 MAX_DETAIL_LENGTH = 300
+# A request with a smaller share of the timeout, because other hosts have used the rest, tells nothing about its host.
+FAIR_SHARE = 0.5
 
 _REDIRECT_STATUSES = (301, 302, 303, 307, 308)
 _CLOSE_CONNECTION = {"Connection": "close"}
@@ -115,22 +124,30 @@ class Fetcher:
             lambda: asyncio.Semaphore(options.per_host)
         )
         self._consecutive_timeouts = Counter[str]()  # by host
+        # Of hosts that redirects lead to; times of the monotonic clock.
+        self._paused_until = defaultdict[str, float](float)
 
     async def __aenter__(self) -> Fetcher:
         guard = None if self.options.allow_private else guard_address
         # The number of connections is limited by `fetch_hosts` and by the slots of each host, not by the connector.
         # Names are resolved again after ten minutes; most hosts occur many times in a shard.
         connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=600, socket_factory=guard)
+        loop = asyncio.get_running_loop()
+        connector._factory = partial(LenientResponseHandler, loop=loop)  # type: ignore[assignment]
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(total=None),  # `_get` limits the time itself
+            max_line_size=MAX_HEAD_BYTES,
+            max_field_size=MAX_HEAD_BYTES,
             auto_decompress=False,  # `_decompress` limits the size
         )
+        self._decode_pool = DecodePool(self.options.timeout, self.options.max_pixels)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._decode_pool.close()
         await self._session.close()
 
     async def fetch(self, url: str, last: bool = False) -> FetchResult:
@@ -151,10 +168,17 @@ class Fetcher:
         # The server has answered properly, but not with an image that can be used.
         except ImageError as error:
             failure = FetchError(error.kind, str(error), 200)
-        except TIMEOUT_ERRORS:
-            failure = FetchError("timeout", f"not finished in {self.options.timeout:g} s")
+        except UrlError as error:
+            failure = FetchError(error.kind, str(error))
+        except TIMEOUT_ERRORS as error:
+            detail = str(error) or f"not finished in {self.options.timeout:g} s"
+            failure = FetchError("timeout", detail)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = FetchError(name_failure(error), f"{type(error).__name__}: {error}")
+        # A fault of this package or of a library. It costs this row, and not all others with it.
+        except Exception as error:
+            logger.exception("internal error while fetching %s", url)
+            failure = FetchError("internal", f"{type(error).__name__}: {error}")
         # Headers may contain any bytes, but the journal holds only UTF-8.
         detail = str(failure)[:MAX_DETAIL_LENGTH].encode(errors="replace").decode()
         # Failures are timed too; a slow failure tells more than a fast one.
@@ -163,16 +187,14 @@ class Fetcher:
 
     async def _check(self, data: bytes) -> EncodedImage:
         """Decode the image; shrink it if asked to."""
-        max_pixels = self.options.max_pixels
+        options = self.options
 
-        def decode() -> EncodedImage:
-            if self.options.resize:
-                return shrink_image(data, self.options.resize, max_pixels)
-            return check_image(data, max_pixels)
+        def decode(file: bytes) -> EncodedImage:
+            if options.resize:
+                return shrink_image(file, options.resize, options.max_pixels)
+            return check_image(file, options.max_pixels)
 
-        if len(data) < INLINE_DECODE_BYTES:
-            return decode()
-        return await asyncio.to_thread(decode)
+        return await self._decode_pool.run(decode, data)
 
     async def _get(self, text: str, headers: dict[str, str] | None) -> tuple[bytes, int]:
         """Return the body and the status of a URL, following redirects.
@@ -180,10 +202,12 @@ class Fetcher:
         Every hop is checked as if it were the first. `timeout` covers all hops together, but not the time that the
         URL waits for a free slot of a host: many hosts may redirect to the same one.
         """
-        url = URL(text)
+        url = parse_url(text)
+        first_host = str(url.host)
         seconds_left = self.options.timeout
         for _ in range(MAX_REDIRECTS + 1):
-            await self._check_url(url, text)
+            if self.options.robots and not await self._robots_allow(url):
+                raise FetchError("robots", f"robots.txt of {url.host} forbids it")
             host = str(url.host)
             # The slot is taken again for every hop, because each may lead to another host.
             async with self._host_slots[host]:
@@ -193,12 +217,21 @@ class Fetcher:
                         f"not requested: the last {MAX_CONSECUTIVE_TIMEOUTS} requests to {host} timed out",
                     )
                 start = time.monotonic()
+                # `fetch_hosts` keeps the pauses that the host of the URL asks for, but not those of other hosts.
+                if host != first_host and self._paused_until[host] > start:
+                    raise FetchError("rate_limited", f"not requested: {host} asked for a pause")
                 try:
                     # Not `asyncio.wait_for`: before Python 3.12 it can lose a cancellation.
                     async with timeout(seconds_left):
                         answer = await self._request(url, headers)
                 except TIMEOUT_ERRORS:
-                    self._consecutive_timeouts[host] += 1
+                    if seconds_left >= FAIR_SHARE * self.options.timeout:
+                        self._consecutive_timeouts[host] += 1
+                    raise
+                except FetchError as error:
+                    if error.pause is not None and host != first_host:
+                        self._paused_until[host] = time.monotonic() + error.pause
+                        error.pause = None
                     raise
                 # Only the time of the request counts, not the time that it waited for the slot.
                 seconds_left -= time.monotonic() - start
@@ -206,17 +239,6 @@ class Fetcher:
                 return answer
             url = answer
         raise FetchError("redirect", f"more than {MAX_REDIRECTS} redirects", 302)
-
-    async def _check_url(self, url: URL, text: str) -> None:
-        """Refuse what is not requested at all."""
-        if url.scheme not in ("http", "https"):
-            kind = "scheme" if url.scheme else "bad_url"
-            named = url.scheme or text[:40]
-            raise FetchError(kind, f"only http and https are fetched, not {named!r}")
-        if not url.host:
-            raise FetchError("bad_url", f"no host in {text[:100]!r}")
-        if self.options.robots and not await self._robots_allow(url):
-            raise FetchError("robots", f"robots.txt of {url.host} forbids it")
 
     async def _request(self, url: URL, headers: dict[str, str] | None) -> URL | tuple[bytes, int]:
         """Send one request. Return the target of a redirect, or the body and the status."""
@@ -227,7 +249,7 @@ class Fetcher:
                 location = response.headers.get("Location")
                 if not location:
                     raise FetchError("redirect", "redirect without a target", response.status)
-                return url.join(URL(location))
+                return resolve_redirect(url, location)
             if response.status != 200:
                 pause = parse_retry_after(response.headers.get("Retry-After"))
                 kind = f"http_{response.status}"
@@ -285,7 +307,8 @@ class Fetcher:
             self._robots[origin] = asyncio.create_task(self._read_robots(origin))
         # Shielded: other URLs wait for the same task, so that a timeout of one must not cancel it.
         rules = await asyncio.shield(self._robots[origin])
-        return rules.can_fetch(AGENT, str(url))
+        # Without user and host, which `can_fetch` does not need, and in which it would decode percent-encodings.
+        return rules.can_fetch(AGENT, f"http://host{url.raw_path_qs}")
 
     async def _read_robots(self, origin: URL) -> RobotFileParser:
         """Read the robots.txt of an origin, as RFC 9309 says.
@@ -293,21 +316,38 @@ class Fetcher:
         A missing file (4xx) allows everything. A server that fails to answer (5xx, no connection) allows nothing.
         """
         rules = RobotFileParser()
-        limit = aiohttp.ClientTimeout(_ROBOTS_TIMEOUT)
         try:
-            async with self._session.get(origin / "robots.txt", timeout=limit) as response:
+            async with timeout(_ROBOTS_TIMEOUT):
+                lines = await self._read_robots_lines(origin / "robots.txt")
+        except (aiohttp.ClientError, OSError, ValueError, *TIMEOUT_ERRORS):
+            lines = _ROBOTS_ALLOW_NOTHING
+        try:
+            rules.parse(lines)
+        # A line such as "Disallow: //[", which is ignored.
+        except ValueError:
+            rules = RobotFileParser()
+            rules.parse(line for line in lines if _is_robots_line(line))
+        return rules
+
+    async def _read_robots_lines(self, url: URL) -> list[str]:
+        """Return the lines of a robots.txt; of a server that fails to answer, lines that forbid everything."""
+        for _ in range(MAX_REDIRECTS + 1):
+            async with self._session.get(url, allow_redirects=False) as response:
+                location = response.headers.get("Location")
+                if response.status in _REDIRECT_STATUSES and location:
+                    url = resolve_redirect(url, location)
+                    continue
+                if response.status >= 500:
+                    return _ROBOTS_ALLOW_NOTHING
                 text = b""
                 while response.status == 200 and len(text) < _ROBOTS_MAX_BYTES:
                     chunk = await response.content.readany()
                     if not chunk:
                         break
                     text += chunk
-                rules.parse(text.decode("utf-8", "replace").splitlines())
-                if response.status >= 500:
-                    rules.parse(_ROBOTS_ALLOW_NOTHING)
-        except (aiohttp.ClientError, OSError, *TIMEOUT_ERRORS):
-            rules.parse(_ROBOTS_ALLOW_NOTHING)
-        return rules
+                return text.decode("utf-8", "replace").splitlines()
+        # Too many redirects count as a missing file.
+        return []
 
 
 # ---- the meaning of errors and headers ----
@@ -371,13 +411,23 @@ def opted_out(headers: Any) -> str:
     return ""
 
 
+def _is_robots_line(line: str) -> bool:
+    """Return whether the parser of robots.txt can read a line."""
+    try:
+        RobotFileParser().parse(["User-agent: *", line])
+    except ValueError:
+        return False
+    return True
+
+
 def parse_retry_after(value: str | None) -> float | None:
     """Return the seconds of a Retry-After header (a number or an HTTP date), or None if it cannot be understood."""
     if value is None:
         return None
     if value.strip().isdecimal():
-        return float(value)
+        return float(value.strip())
+    # Years and time zones of any length pass the parser of dates, and overflow behind it.
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, ArithmeticError, LookupError):
         return None

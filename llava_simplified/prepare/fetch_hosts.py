@@ -28,14 +28,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import count
 from typing import Any, NamedTuple
 
-from yarl import URL
-
 from llava_simplified.prepare.fetch import Fetcher, FetchResult
 from llava_simplified.prepare.fetch_options import FetchOptions
+from llava_simplified.prepare.request_url import host_of
 
 # Seconds that a host may ask to wait, added up over consecutive answers, before its other URLs are left for another run.
 MAX_PAUSE = 60.0
@@ -64,20 +62,6 @@ class _Host:
     resume_at: float = 0.0
     pausing_since: float = math.inf
     given_up: FetchResult | None = None
-
-
-def host_of(url: str) -> str:
-    """Return the host of a URL, or an empty text if there is none."""
-    # Only scheme and host are parsed: they repeat, so that most calls are answered from the cache.
-    return _parse_host("/".join(url.split("/", 3)[:3]))
-
-
-@lru_cache(maxsize=4096)
-def _parse_host(origin: str) -> str:
-    try:
-        return URL(origin).host or ""
-    except ValueError:
-        return ""
 
 
 def is_transient(fetched: FetchResult) -> bool:

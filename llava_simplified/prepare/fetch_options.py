@@ -29,9 +29,12 @@ FAILURE_KINDS = (
     "empty",
     "html",
     "not_image",
+    "unsupported",
     "too_large",
     "truncated",
     "corrupt",
+    # A fault of this program; the log has its traceback.
+    "internal",
 )
 
 

@@ -6,17 +6,24 @@ The forms of JSON, by the keys at the top level:
     Karpathy split  {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}
     SBU             {"image_urls": [...], "captions": [...]}: two parallel arrays
     rows            [{...}, ...], {"data": [...]} or {"rows": [...]}: records, or objects with a URL and a caption
+    list of URLs    ["http://...", ...]: without captions
+    by name         {"a.jpg": "a dog", "b.jpg": ["a cat", "my pet"]}: captions by image name or URL
+
+A .json file of JSON Lines is read as one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
-from llava_simplified.data.rows import scan_json
+from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.prepare.source_files import open_source, read_lines
 from llava_simplified.prepare.source_rows import (
+    IMAGE_NAME_PATTERN,
+    URL_PATTERN,
     Columns,
     NamedColumns,
     ParseIssues,
@@ -25,8 +32,13 @@ from llava_simplified.prepare.source_rows import (
 )
 
 NOT_AN_OBJECT = "not a JSON object (left out)"
+_SAME_ID = "image with the id of a different image (left out)"
 _ROW_KEYS = ("", "images", "annotations", "data", "rows")  # "" is a top-level array
 _PARALLEL_KEYS = ("image_urls", "captions")
+_COCO_URL_NAMES = ("coco_url", "flickr_url", "url")
+_SNIFFED_BYTES = 1 << 20
+# Annotations without any caption after which a COCO file is taken for one of boxes or key points.
+_MAX_WITHOUT_CAPTION = 100
 
 
 def read_json(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
@@ -35,6 +47,10 @@ def read_json(source: str, issues: ParseIssues, columns: Columns) -> Iterator[So
     Raises:
         ValueError: The file is not JSON, the columns of its rows cannot be determined, or its arrays do not match.
     """
+    if _is_json_lines(source):
+        issues.note("JSON Lines in a .json file (read as lines)", 1, source)
+        yield from read_json_lines_source(source, issues, columns)
+        return
     reader = _JsonReader(source, issues, columns)
     with open_source(source) as stream:
         for key, value, _, _ in scan_json(stream, source):
@@ -42,10 +58,35 @@ def read_json(source: str, issues: ParseIssues, columns: Columns) -> Iterator[So
     yield from reader.finish()
 
 
+def _is_json_lines(source: str) -> bool:
+    """Return whether the first line of a file is a whole JSON object, and another object follows it."""
+    with open_source(source) as stream:
+        first, _, rest = stream.read(_SNIFFED_BYTES).removeprefix(BOM).partition(b"\n")
+    return (
+        rest.lstrip().startswith(b"{")
+        and parse_object(first.decode("utf-8", "replace")) is not None
+    )
+
+
+class _CocoImage(NamedTuple):
+    """An image of COCO.
+
+    Attributes:
+        number: Its position among the images.
+        name: Its file name.
+        url: Its URL, or an empty text.
+    """
+
+    number: int
+    name: str
+    url: str
+
+
 class _JsonReader:
     """Turns the values of a JSON file into rows, one at a time.
 
-    COCO's annotations name an image by its id. Those that come before their image wait until the end of the file.
+    COCO's annotations name an image by its id. Those that come before their image wait until the end of the file. An id
+    that two different images have names neither.
     """
 
     def __init__(self, source: str, issues: ParseIssues, columns: Columns) -> None:
@@ -54,7 +95,14 @@ class _JsonReader:
         self._columns = columns
         self._number = -1  # of the last row
         self._named: NamedColumns | None = None
-        self._images: dict[str, tuple[str, str]] = {}  # COCO: image id -> (file name, URL)
+        self._images: dict[str, _CocoImage] = {}  # by id
+        self._ambiguous: set[str] = set()  # ids of two different images
+        self._captioned: set[str] = set()  # ids of images that an annotation names
+        self._num_images = 0
+        self._has_captions = False  # an annotation of this file has a caption, perhaps an empty one
+        self._ignored: dict[
+            str, None
+        ] = {}  # keys at the top level that no form has, in their order
         self._early: list[tuple[int, dict[str, Any]]] = []  # annotations before their images
         self._parallel: dict[str, list[str]] = {}
 
@@ -64,48 +112,100 @@ class _JsonReader:
             self._parallel.setdefault(key, []).append(as_text(value))
             return
         # Parallel arrays are collected, because URLs and captions are far apart in the file.
-        if key not in _ROW_KEYS:  # COCO's info and licenses, SBU's user ids
-            return
-        if not isinstance(value, dict):
+        if key not in _ROW_KEYS:
+            yield from self._read_by_name(key, value)
+        elif not isinstance(value, dict):
             self._number += 1
-            self._issues.note(NOT_AN_OBJECT, self._number, value)
+            row = row_from_text(value, self._number)
+            if row is None:
+                self._issues.note(NOT_AN_OBJECT, self._number, value)
+            else:
+                yield row
         elif key == "annotations":
             yield from self._read_annotation(value)
         elif key == "images" and "sentences" not in value and "id" in value:
-            image = (as_text(value.get("file_name")), as_text(value.get("coco_url")))
-            self._images[str(value["id"])] = image
+            self._read_image(value)
         else:
             self._number += 1
             if "sentences" not in value and not is_record(value):
                 self._named = columns_of_row(value, self._named, self._source, self._columns)
             yield row_from_mapping(value, self._number, self._named)
 
+    def _read_by_name(self, key: str, value: Any) -> Iterator[SourceRow]:
+        """Yield the row of a key that names an image. Other keys are COCO's info and licenses, or SBU's user ids."""
+        is_url = bool(URL_PATTERN.match(key))
+        if not isinstance(value, str) or not (is_url or IMAGE_NAME_PATTERN.search(key)):
+            self._ignored[key] = None
+            return
+        self._number += 1
+        name, url = ("", key) if is_url else (key, "")
+        yield SourceRow(self._number, name, url, (as_text(value),))
+
+    def _read_image(self, value: dict[str, Any]) -> None:
+        urls = (as_text(value.get(name)) for name in _COCO_URL_NAMES)
+        url = next((url for url in urls if url), "")
+        image = _CocoImage(self._num_images, as_text(value.get("file_name")), url)
+        self._num_images += 1
+        image_id = str(value["id"])
+        first = self._images.setdefault(image_id, image)
+        if first is image:
+            return
+        if first[1:] == image[1:]:
+            self._issues.note("image listed twice (kept once)", image.number, image.name or url)
+            return
+        # Captions of the id may belong to either.
+        if image_id not in self._ambiguous:
+            self._ambiguous.add(image_id)
+            self._issues.note(_SAME_ID, first.number, first.name or first.url)
+        self._issues.note(_SAME_ID, image.number, image.name or url)
+
     def _read_annotation(self, annotation: dict[str, Any]) -> Iterator[SourceRow]:
         self._number += 1
-        # COCO has annotation files for boxes and for key points, with the same structure.
-        if self._number == 0 and not isinstance(annotation.get("caption"), str):
-            raise ValueError(
-                f"{self._source}: the annotations of this COCO file have no captions. "
-                f"Pass the captions_*.json file. First annotation: {annotation}"
-            )
+        self._has_captions = self._has_captions or "caption" in annotation
+        if not self._has_captions and self._number + 1 >= _MAX_WITHOUT_CAPTION:
+            self._refuse_annotations(annotation)
         if str(annotation.get("image_id")) in self._images:
             yield from self._caption_row(annotation, self._number)
         else:
             self._early.append((self._number, annotation))
 
+    def _refuse_annotations(self, annotation: dict[str, Any]) -> NoReturn:
+        """Raise the error for COCO's annotation files of boxes or key points, which have the same structure."""
+        raise ValueError(
+            f"{self._source}: the annotations of this COCO file have no captions. "
+            f"Pass the captions_*.json file. An annotation: {str(annotation)[:400]}"
+        )
+
     def _caption_row(self, annotation: dict[str, Any], number: int) -> Iterator[SourceRow]:
-        image = self._images.get(str(annotation.get("image_id")))
+        image_id = str(annotation.get("image_id"))
+        image = self._images.get(image_id)
         if image is None:
             self._issues.note("annotation of an unknown image (left out)", number, annotation)
-            return
-        name, url = image
-        yield SourceRow(number, name, url, (as_text(annotation.get("caption")),))
+        elif image_id in self._ambiguous:
+            self._issues.note(
+                "annotation of an id that different images have (left out)", number, annotation
+            )
+        else:
+            self._captioned.add(image_id)
+            yield SourceRow(number, image.name, image.url, (as_text(annotation.get("caption")),))
 
     def finish(self) -> Iterator[SourceRow]:
-        """Yield the rows that could not be built before the end of the file."""
+        """Yield the rows that could not be built before the end of the file.
+
+        Raises:
+            ValueError: Parallel arrays differ in length, or the file has none of the forms.
+        """
         for number, annotation in self._early:
+            if not self._has_captions:
+                self._refuse_annotations(annotation)
             yield from self._caption_row(annotation, number)
+        for image_id, image in self._images.items():
+            if image_id not in self._captioned and image_id not in self._ambiguous:
+                self._issues.note(
+                    "image without an annotation (left out)", image.number, image.name or image.url
+                )
         if not self._parallel:
+            self._refuse_unknown_form()
             return
         # Joined by position, which is only right if none is missing.
         urls = self._parallel.get("image_urls", [])
@@ -118,6 +218,17 @@ class _JsonReader:
         for number, (url, caption) in enumerate(zip(urls, captions)):
             yield SourceRow(number, "", url, (caption,))
 
+    def _refuse_unknown_form(self) -> None:
+        """Raise the error for a file that has rows of no form, but other content."""
+        if self._number >= 0 or self._images or not self._ignored:
+            return
+        keys = ", ".join(map(repr, itertools.islice(self._ignored, 8)))
+        raise ValueError(
+            f"{self._source}: an object with the keys {keys}, of which none holds captions. Captions are read from "
+            '[{"image": "1.jpg", "caption": "a cat"}, ...], from {"1.jpg": "a cat", ...}, '
+            'or from the keys "data", "rows", or "images" and "annotations" (COCO).'
+        )
+
 
 def read_json_lines_source(
     source: str, issues: ParseIssues, columns: Columns
@@ -127,7 +238,11 @@ def read_json_lines_source(
     for number, text in read_lines(source, issues):
         value = parse_object(text)
         if value is None:
-            issues.note(NOT_AN_OBJECT, number, text)
+            row = row_from_text(parse_string(text), number)
+            if row is None:
+                issues.note(NOT_AN_OBJECT, number, text)
+            else:
+                yield row
             continue
         # Records have fixed keys; only other objects need columns.
         if not is_record(value):
@@ -183,9 +298,18 @@ def row_from_mapping(value: dict[str, Any], number: int, named: NamedColumns | N
         return SourceRow(number, image if isinstance(image, str) else "", "", answers, record=value)
     # `columns_of_row` was called for every row of this form.
     assert named is not None
-    captions = tuple(as_text(caption) for caption in _as_list(value.get(named.caption)))
+    captions: tuple[str, ...] = ()
+    if named.caption:
+        captions = tuple(as_text(caption) for caption in _as_list(value.get(named.caption)))
     image, url = as_text(value.get(named.image)), as_text(value.get(named.url))
     return SourceRow(number, image, url, captions, split)
+
+
+def row_from_text(value: object, number: int) -> SourceRow | None:
+    """Return the row of a URL in a list of URLs, or None if a value is something else."""
+    if isinstance(value, str) and URL_PATTERN.match(value):
+        return SourceRow(number, "", as_text(value), ())
+    return None
 
 
 def _karpathy_row(value: dict[str, Any], number: int, split: str) -> SourceRow:
@@ -221,6 +345,16 @@ def parse_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # the second for values that are nested a thousand times
         return None
     return value if isinstance(value, dict) else None
+
+
+def parse_string(text: str) -> str | None:
+    """Return the JSON string that a text is, or None."""
+    if not text.lstrip().startswith('"'):
+        return None
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return None
 
 
 def as_text(value: object) -> str:

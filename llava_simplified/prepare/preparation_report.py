@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 from llava_simplified.html_report import Bar, Chart, Tile, histogram, write_page
-from llava_simplified.jobs import format_duration
+from llava_simplified.jobs import SURROGATES_AS_ESCAPES, format_duration
 
 MAX_EXAMPLES = 8  # of each error
 MAX_HOSTS = 25
@@ -182,7 +182,8 @@ def write_download_report(
         "examples": statistics.examples,
         "settings": settings,
     }
-    json_path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    json_path.write_text(text, encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
 
     # A download without any image has no sizes to draw.
     charts = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_simplified.extras import require_extra
-from llava_simplified.jobs import atomic_file
+from llava_simplified.jobs import SURROGATES_AS_ESCAPES, atomic_file
 
 INSTRUCTION = "Generate a caption of this image:"
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -81,7 +81,9 @@ class RecordWriter:
             writer = pq.ParquetWriter(part, _parquet_schema(), compression="zstd")
             self._parquet = self._stack.enter_context(writer)
         else:
-            self._file = self._stack.enter_context(part.open("w", encoding="utf-8"))
+            self._file = self._stack.enter_context(
+                part.open("w", encoding="utf-8", errors=SURROGATES_AS_ESCAPES)
+            )
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

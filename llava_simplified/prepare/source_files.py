@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import gzip
+import itertools
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ _DECOMPRESSORS: dict[str, Callable[..., Any]] = {
 # fsspec decompresses these, some of them only if their library is installed.
 _OTHER_COMPRESSIONS = (".zip", ".zst", ".lz4", ".snappy")
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_BLOCK_BYTES = 1 << 16
 
 
 @contextlib.contextmanager
@@ -56,25 +59,17 @@ def _open_stream(source: str) -> Any:
 def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
     """Yield each line of a text that is not blank, whatever bytes it holds.
 
-    Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists. What was
-    repaired or left out is noted in `issues`.
+    Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists; UTF-16 is
+    recognised by its byte order mark. What was repaired or left out is noted in `issues`.
 
     Yields:
         The line number, counted from 1, and the text without its line end.
 
     Raises:
-        ValueError: The file cannot be read, or is UTF-16.
+        ValueError: The file cannot be read.
     """
     with open_source(source) as stream:
-        for number, raw in enumerate(stream, 1):
-            if number == 1:
-                raw = _check_start(raw, source, issues)
-            # Line by line, because lists are put together from files with different encodings.
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError:
-                text = raw.decode("cp1252", "replace")
-                issues.note("not UTF-8 (read as Windows-1252)", number, raw[:80])
+        for number, text in enumerate(_decode_lines(stream, issues), 1):
             # Only the line end: spaces may separate fields.
             text = text.rstrip("\n")
             if text.endswith("\r"):
@@ -89,14 +84,39 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
                 issues.note("blank line (left out)", number, "")
 
 
-def _check_start(raw: bytes, source: str, issues: ParseIssues) -> bytes:
-    """Return the first line without the byte order mark of UTF-8; refuse UTF-16."""
-    if raw.startswith(BOM):
+def _decode_lines(stream: IO[bytes], issues: ParseIssues) -> Iterator[str]:
+    """Yield the lines of a text in any encoding, with their line ends."""
+    first = stream.readline()
+    if first.startswith(_UTF16_MARKS):
+        issues.note("UTF-16 (decoded)", 1, first[:80])
+        yield from _decode_utf16(first, stream)
+        return
+    if first.startswith(BOM):
         issues.note("byte order mark (removed)", 1, "UTF-8")
-        return raw[len(BOM) :]
-    if raw.startswith(_UTF16_MARKS):
-        raise ValueError(
-            f"{source}: the text is UTF-16. Convert it to UTF-8 first: "
-            f"iconv -f UTF-16 -t UTF-8 '{source}' > utf8.txt"
-        )
-    return raw
+        first = first[len(BOM) :]
+    for number, raw in enumerate(itertools.chain([first], stream), 1):
+        # Line by line, because lists are put together from files with different encodings.
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            text = raw.decode("cp1252", "replace")
+            issues.note("not UTF-8 (read as Windows-1252)", number, raw[:80])
+        # Of an empty file, the first line is empty.
+        if text:
+            yield text
+
+
+def _decode_utf16(first: bytes, stream: IO[bytes]) -> Iterator[str]:
+    """Yield the lines of a UTF-16 text, which the bytes of "\\n" do not separate: they are part of other characters."""
+    decoder = codecs.getincrementaldecoder("utf-16")("replace")
+    pending = decoder.decode(first)
+    at_end = False
+    while not at_end:
+        block = stream.read(_BLOCK_BYTES)
+        at_end = not block
+        pending += decoder.decode(block, final=at_end)
+        *lines, pending = pending.split("\n")
+        for line in lines:
+            yield f"{line}\n"
+    if pending:
+        yield pending

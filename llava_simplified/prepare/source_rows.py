@@ -5,6 +5,7 @@ Only the standard library is imported here, so that the parsers of commands can 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -34,6 +35,9 @@ CAPTION_NAMES = (
     "raw",
 )
 COLUMN_OPTIONS = "--url-column, --image-column and --caption-column"
+# What a URL and the name of an image look like, for tables without a header.
+URL_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+IMAGE_NAME_PATTERN = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+)*$", re.IGNORECASE)
 
 
 class SourceRow(NamedTuple):
@@ -89,7 +93,10 @@ class ParseIssues:
 
 
 class NamedColumns(NamedTuple):
-    """The columns of a source by name; `url` or `image` is empty if the source has no such column."""
+    """The columns of a source by name, empty for one that the source does not have.
+
+    A source has URLs or images; only a list of nothing else has no captions.
+    """
 
     url: str
     image: str
@@ -108,8 +115,8 @@ def find_columns(
         first_row: The first row, for error messages.
 
     Raises:
-        ValueError: A column that the user named does not exist, or there is no column of captions, or neither a
-            column of URLs nor one of images.
+        ValueError: A column that the user named does not exist, or there is neither a column of URLs nor one of images.
+            Or there is no column of captions, although some column could be it.
     """
     by_lower_name = {name.lower(): name for name in names}
     all_names = ", ".join(by_lower_name.values())
@@ -128,6 +135,9 @@ def find_columns(
     url = find(columns.url, URL_NAMES)
     image = find(columns.image, IMAGE_NAMES)
     caption = find(columns.caption, CAPTION_NAMES)
+    # Without any other column, no caption can be overlooked: the source is a list of URLs or images.
+    if not caption and (url or image) and set(by_lower_name.values()) == {url, image} - {""}:
+        return NamedColumns(url, image, "")
     # An image without a URL is enough to train on, and a URL without an image to download.
     if not caption or not (url or image):
         missing = "caption" if not caption else "url or image"

@@ -2,8 +2,9 @@
 
 The forms, and the module that reads each of them:
 
-    table_source     CC3M, CC12M, SBU, Flickr30k, Flickr8k; any TSV or CSV with a header
-    json_source      COCO, Karpathy's split, SBU, LLaVA, the tutorial's records, any array of rows, JSON Lines
+    table_source     CC3M, CC12M, SBU, Flickr30k, Flickr8k; any TSV or CSV with a header; lists of URLs
+    json_source      COCO, Karpathy's split, SBU, LLaVA, the tutorial's records, any array of rows, captions by image
+                     name, JSON Lines
     archive_source   Parquet: LAION, DataComp, images inside the file, manifests of shards
                      tar: webdataset and img2dataset
     this module      folders: imagefolder (`metadata.jsonl|csv|parquet` beside the images), shards, parts of one source
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llava_simplified.data.rows import find_records
+from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.prepare.archive_source import read_parquet, read_tar
 from llava_simplified.prepare.json_source import read_json, read_json_lines_source
 from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
@@ -38,7 +40,15 @@ _READERS: dict[str, Reader] = {
 }  # any other suffix is a table
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # What a folder without metadata may hold; the first kind that it holds is its source.
-_PART_SUFFIXES = ((".tar",), (".parquet",), (".tsv", ".csv", ".txt"), (".jsonl",), (".json",))
+_PART_SUFFIXES = (
+    (".tar",),
+    (".parquet",),
+    (".tsv", ".csv", ".txt"),
+    (".jsonl", ".ndjson"),
+    (".json",),
+)
+_COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy)$")
+_COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|lzma|zst|lz4)|tgz|tbz2?|txz|tzst)$")
 
 
 def read_source(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
@@ -100,16 +110,27 @@ def _read_any(source: str, issues: ParseIssues, columns: Columns) -> Iterator[So
         if any(mark in source for mark in "*?["):
             return _read_glob(source, issues, columns)
         raise ValueError(f"{source}: no such file or folder")
+    if _COMPRESSED_TAR.search(_lower_name(source)):
+        raise ValueError(
+            f"{source}: training reads the images of a tar at random positions, which a compressed one does not allow. "
+            "Decompress it first (gunzip, bunzip2, unxz or unzstd), and pass the .tar file."
+        )
     reader = _READERS.get(_format_suffix(source), read_table)
     return reader(source, issues, columns)
 
 
+def _lower_name(source: str) -> str:
+    """Return a source in lower case, without the query of a URL."""
+    name = source.lower()
+    return name.partition("?")[0] if "://" in name else name
+
+
 def _format_suffix(source: str) -> str:
     """Return the suffix that tells the form, without that of a compression and without the query of a URL."""
-    name = source.lower()
-    if "://" in name:
-        name = name.partition("?")[0]
-    return Path(re.sub(r"\.(gz|bz2|xz)$", "", name)).suffix
+    name = _lower_name(source)
+    if _COMPRESSED_TAR.search(name):
+        return ".tar"
+    return Path(_COMPRESSIONS.sub("", name)).suffix
 
 
 def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
@@ -125,8 +146,10 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
     root = Path(before_wildcard + "x").parent
     for part in parts:
         folder = Path(part).parent.relative_to(root)
+        # Only metadata and shards name images relative to their own folder.
+        is_metadata = Path(part).name in _METADATA_NAMES
         for row in _read_any(part, issues, columns):
-            if "#" in row.image:
+            if row.image and (is_metadata or "#" in row.image):
                 row = row._replace(image=str(folder / row.image))
             yield row
 
@@ -139,19 +162,16 @@ def _read_folder(folder: Path, issues: ParseIssues, columns: Columns) -> Iterato
         return
     # Of an imagefolder with splits: train/metadata.csv, val/metadata.csv.
     metadata = sorted(path for path in folder.rglob("metadata.*") if path.name in _METADATA_NAMES)
-    for path in metadata:
-        below = path.parent.relative_to(folder)
-        for row in _read_any(str(path), issues, columns):
-            image = str(below / row.image) if row.image else ""
-            yield row._replace(image=image)
     if metadata:
+        yield from _read_image_folder(folder, metadata, issues, columns)
         return
     # Shards come before their manifests, and archives before the texts that describe them.
     for suffixes in _PART_SUFFIXES:
-        parts = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+        parts = sorted(path for path in folder.iterdir() if _format_suffix(path.name) in suffixes)
         for part in parts:
             yield from _read_any(str(part), issues, columns)
         if parts:
+            _note_other_files(folder, parts, issues)
             return
     # Show what is there, because most often the path is one level too high or too low.
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), 8))
@@ -159,3 +179,33 @@ def _read_folder(folder: Path, issues: ParseIssues, columns: Columns) -> Iterato
         f"{folder}: this folder contains no metadata file, shard or file of captions; "
         f"it holds {', '.join(names) or 'nothing'}."
     )
+
+
+def _read_image_folder(
+    folder: Path, metadata: list[Path], issues: ParseIssues, columns: Columns
+) -> Iterator[SourceRow]:
+    """Yield the rows of an imagefolder. Images that no row names are noted."""
+    without_row = {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
+    }
+    for path in metadata:
+        below = path.parent.relative_to(folder)
+        for row in _read_any(str(path), issues, columns):
+            image = str(below / row.image) if row.image else ""
+            without_row.discard(image)
+            yield row._replace(image=image)
+    for number, name in enumerate(sorted(without_row)):
+        issues.note("image without a row of metadata (left out)", number, name)
+
+
+def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> None:
+    """Note what a folder holds besides the parts that were read."""
+    stems = {path.name.partition(".")[0] for path in parts}
+    others = sorted(path for path in folder.iterdir() if path not in set(parts))
+    for number, path in enumerate(others):
+        # Manifests and statistics of shards, hidden files, and work folders.
+        stem = path.name.partition(".")[0].removesuffix("_stats")
+        if stem not in stems and not path.name.startswith((".", "_")):
+            issues.note("another file or folder beside the source (not read)", number, path.name)

@@ -6,6 +6,8 @@ The files of real datasets follow no standard:
     CC12M           url <tab> caption, no header
     Flickr30k       image_name| comment_number| comment     or     name.jpg#0 <tab> caption
     Flickr8k        image,caption with quoted captions
+    Excel           url;caption where the comma is the decimal separator, perhaps with a first line "sep=;"
+    list            one URL or image name a line, without captions
     anything else   TSV or CSV with a header
 
 Therefore the separator and the columns are found from the first lines. A line never affects its neighbours: a wrong
@@ -17,6 +19,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,8 +27,10 @@ from llava_simplified.prepare.source_files import read_lines
 from llava_simplified.prepare.source_rows import (
     CAPTION_NAMES,
     COLUMN_OPTIONS,
+    IMAGE_NAME_PATTERN,
     IMAGE_NAMES,
     URL_NAMES,
+    URL_PATTERN,
     Columns,
     ParseIssues,
     SourceRow,
@@ -33,18 +38,23 @@ from llava_simplified.prepare.source_rows import (
 )
 
 _SAMPLE_LINES = 100  # lines that decide about separator and columns
-_MAX_QUOTED_LINES = 20  # a quoted field that is longer than this is taken for an unclosed quote
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_IMAGE_NAME = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|avif)([.#]\w+)*$", re.IGNORECASE)
+# A quoted field with more characters is taken for an unclosed quote. The csv module has the same limit.
+_MAX_QUOTED_CHARACTERS = 131_072
 _BAR_SEPARATED = re.compile(r"[^|,]+\| ")
-_CAPTION_NUMBER = re.compile(r"#\d+$")  # Flickr30k: "1.jpg#0" is caption 0 of 1.jpg
+# Excel writes the separator of a CSV file into its first line, if asked to.
+_SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
+# Flickr30k: "1.jpg#0" is caption 0 of 1.jpg. But "0.tar#0" is image 0 of a shard.
+_CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)#\d+$", re.IGNORECASE)
+_UNQUOTED_SEPARATORS = ("\t", "|")  # of formats in which a quote is part of the text
+# What stands behind a comma in a URL; captions of one word do not look like this.
+_PART_OF_URL = re.compile(r"\S*([/=&?%]|\.\w+$)\S*")
 
 Line = tuple[int, str]
 Fields = tuple[int, str, list[str]]  # line number, the line, its fields
 
 
 class Layout(NamedTuple):
-    """Which field is what; -1 for a field that the table does not have."""
+    """Which field is what; -1 for a field that the table does not have. A list of URLs has no captions."""
 
     url: int
     image: int
@@ -65,11 +75,21 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     head = list(itertools.islice(lines, _SAMPLE_LINES))
     if not head:
         raise ValueError(f"{source}: empty file")
-    separator = _find_separator(head[0][1])
+    all_lines = itertools.chain(head, lines)
+    pattern = _list_pattern(source, head)
+    if pattern is not None:
+        yield from _read_list(all_lines, pattern, issues)
+        return
+    separator, has_separator_line = _find_separator(head, columns)
+    if has_separator_line:
+        next(all_lines)
+        head = head[1:]
     # What the sample contains is noted when it is read again below, as part of the whole.
     sample = [fields for _, _, fields in _split(separator, iter(head), ParseIssues())]
+    if not sample:
+        raise ValueError(f"{source}: contains no row")
     layout = _find_layout(source, sample, columns)
-    rows = _split(separator, itertools.chain(head, lines), issues)
+    rows = _split(separator, all_lines, issues)
     if layout.has_header:
         next(rows)
     for number, text, fields in rows:
@@ -78,46 +98,154 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
             issues.note("ragged: too few fields (left out)", number, text)
             continue
         if len(fields) > layout.width:
-            fields = _join_caption(fields, layout, separator)
-            issues.note(f"{separator!r} inside a caption (kept)", number, text)
-        if '"' in text and separator != ",":
+            fields = _join_fields(fields, layout, separator, number, issues)
+        if '"' in text and separator in _UNQUOTED_SEPARATORS:
             issues.note("quote character (kept as text)", number, text)
+        yield _row_of_fields(fields, layout, number)
+
+
+def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
+    captions: tuple[str, ...] = ()
+    if layout.caption >= 0:
         # A tab inside a caption would break the TSV that somebody writes of it later.
-        caption = fields[layout.caption].strip().replace("\t", " ")
-        image = ""
-        if layout.image >= 0:
-            image = _CAPTION_NUMBER.sub("", fields[layout.image].strip())
-        url = ""
-        if layout.url >= 0:
-            url = fields[layout.url].strip()
-        yield SourceRow(number, image, url, (caption,))
+        captions = (fields[layout.caption].strip().replace("\t", " "),)
+    image = ""
+    if layout.image >= 0:
+        image = _CAPTION_NUMBER.sub("", fields[layout.image].strip())
+    url = ""
+    if layout.url >= 0:
+        url = fields[layout.url].strip()
+    return SourceRow(number, image, url, captions)
 
 
-def _find_separator(first_line: str) -> str:
-    if "\t" in first_line:
-        return "\t"
+def _find_separator(head: list[Line], columns: Columns) -> tuple[str, bool]:
+    """Return the separator of a table, and whether its first line does nothing but name it."""
+    first = head[0][1]
+    named = _SEPARATOR_LINE.fullmatch(first)
+    if named and len(head) > 1:
+        return named[1], True
+    if "\t" in first:
+        return "\t", False
     # "| " with a space behind it: a bar alone also occurs in captions and URLs.
-    if _BAR_SEPARATED.match(first_line):
-        return "|"
-    return ","
+    if _BAR_SEPARATED.match(first):
+        return "|", False
+    # Both occur in captions too. Where the header does not decide, the separator is the one that splits more lines
+    # into the same number of fields.
+    scores = [_separator_score(separator, head, columns) for separator in (",", ";")]
+    return ";" if scores[1] > scores[0] else ",", False
 
 
-def _join_caption(fields: list[str], layout: Layout, separator: str) -> list[str]:
-    """Put a caption together that contains the separator: names and URLs never contain it."""
-    start = layout.caption
-    stop = start + len(fields) - layout.width + 1
-    return [*fields[:start], separator.join(fields[start:stop]), *fields[stop:]]
+def _separator_score(separator: str, head: list[Line], columns: Columns) -> tuple[int, int]:
+    """Return the number of column names in the first line, and of lines with the most frequent number of fields."""
+    sample = [fields for _, _, fields in _split(separator, iter(head), ParseIssues())]
+    known = _known_names(columns)
+    names = sum(field.strip().lower() in known for field in sample[0])
+    widths = Counter(len(fields) for fields in sample if len(fields) > 1)
+    return names, max(widths.values(), default=0)
+
+
+def _known_names(columns: Columns) -> set[str]:
+    names = {*URL_NAMES, *IMAGE_NAMES, *CAPTION_NAMES}
+    names.update(name.lower() for name in columns if name)
+    return names
+
+
+# ---- lists without captions ----
+
+
+def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
+    """Return what the lines of a list without captions look like, or None for a table.
+
+    A URL may contain commas and semicolons, so that a line is compared as a whole.
+
+    Raises:
+        ValueError: The lines could be a list of URLs, or URLs with captions of one word.
+    """
+    texts = [text.strip() for _, text in head]
+    # A caption has several words, at least some of them.
+    if any(re.search(r"\s", text) for text in texts):
+        return None
+    if all(URL_PATTERN.match(text) for text in texts):
+        splits = [re.split(r"[,;]", text) for text in texts]
+        with_tail = [fields for fields in splits if len(fields) > 1]
+        parts = sum(bool(_PART_OF_URL.fullmatch(fields[-1])) for fields in with_tail)
+        if 2 * parts >= len(with_tail):
+            return URL_PATTERN
+        if not all(IMAGE_NAME_PATTERN.search(fields[0]) for fields in with_tail):
+            raise ValueError(
+                f"{source}: every line is a URL, and it is not clear whether a caption follows its comma. Insert a first "
+                f"line: url for a list of URLs, or url,caption. First row: {texts[0][:200]}"
+            )
+        return None
+    has_separator = any("," in text or ";" in text for text in texts)
+    if not has_separator and all(IMAGE_NAME_PATTERN.search(text) for text in texts):
+        return IMAGE_NAME_PATTERN
+    return None
+
+
+def _read_list(
+    lines: Iterator[Line], pattern: re.Pattern[str], issues: ParseIssues
+) -> Iterator[SourceRow]:
+    """Yield the rows of a list of URLs or of image names."""
+    for number, text in lines:
+        name = text.strip()
+        if not pattern.search(name):
+            issues.note("neither a URL nor the name of an image (left out)", number, text)
+            continue
+        if re.search(r"\s", name):
+            issues.note("space inside a URL or name (kept)", number, text)
+        if pattern is URL_PATTERN:
+            yield SourceRow(number, "", name, ())
+        else:
+            yield SourceRow(number, name, "", ())
 
 
 # ---- lines to fields ----
 
 
+def _join_fields(
+    fields: list[str], layout: Layout, separator: str, number: int, issues: ParseIssues
+) -> list[str]:
+    """Put the fields of a line together that were one before it was split: parts of a URL, or else of the caption."""
+    extra = len(fields) - layout.width
+    row = separator.join(fields)
+    positions = [i for i in range(max(layout.url, 0), len(fields)) if URL_PATTERN.match(fields[i])]
+    if layout.url >= 0 and positions:
+        start = stop = positions[0]
+        # A URL that ends like an image is complete.
+        while (
+            stop - start < extra
+            and stop + 1 < len(fields)
+            and not IMAGE_NAME_PATTERN.search(fields[stop])
+            and _PART_OF_URL.fullmatch(fields[stop + 1])
+        ):
+            stop += 1
+        if stop > start:
+            fields = [
+                *fields[:start],
+                separator.join(fields[start : stop + 1]),
+                *fields[stop + 1 :],
+            ]
+            extra -= stop - start
+            issues.note(f"{separator!r} inside a URL (kept)", number, row)
+    if extra == 0:
+        return fields
+    start = layout.caption
+    kind = f"{separator!r} inside a caption (kept)"
+    if start < 0:
+        start = max(layout.url, layout.image)
+        kind = f"{separator!r} inside a URL or name (kept)"
+    issues.note(kind, number, row)
+    stop = start + extra + 1
+    return [*fields[:start], separator.join(fields[start:stop]), *fields[stop:]]
+
+
 def _split(separator: str, lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
-    if separator == ",":
-        return _split_csv(lines, issues)
     if separator == "|":
         return _split_bars(lines, issues)
-    return _split_tabs(lines)
+    if separator == "\t":
+        return _split_tabs(lines)
+    return _split_csv(separator, lines, issues)
 
 
 def _split_tabs(lines: Iterator[Line]) -> Iterator[Fields]:
@@ -138,60 +266,95 @@ def _split_bars(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
         yield number, text, fields
 
 
-def _split_csv(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
-    """Split the lines of a CSV file with quotes.
+def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
+    """Split the lines of a CSV file with quotes (RFC 4180).
 
     A quoted field may continue on the next lines. With a plain CSV reader, one quote that is never closed would
-    swallow the rest of the file. Here the reader may look ahead `_MAX_QUOTED_LINES` lines; if the quote is not
-    closed by then, the line is split at its commas, and the lines behind it are read again as rows of their own:
+    swallow all lines up to the next quote. Therefore a row of several lines must be exact: behind a closing quote stands
+    a separator or the line end. Where an unclosed quote meets the first quote of a later row, text stands behind it.
+    Such a line is split at its separators, and the lines behind it are read again as rows of their own:
 
-        lines      5" nail,http://a      ahead: [..., ...]   lines that were looked at, but belong to no row yet
+        lines      "a nail,http://a      ahead: [..., ...]   lines that were looked at, but belong to no row yet
     """
-    ahead: list[Line] = []
+    ahead: deque[Line] = deque()
     while True:
-        line = ahead.pop(0) if ahead else next(lines, None)
+        line = ahead.popleft() if ahead else next(lines, None)
         if line is None:
             return
         number, text = line
         # Almost all lines, and much faster than a CSV reader for each.
         if '"' not in text:
-            yield number, text, text.split(",")
+            yield number, text, text.split(separator)
             continue
-        quoted_lines = _with_following_lines(text, ahead, lines)
-        # A reader of its own for each row, so that an error cannot affect the next row. csv refuses
-        # a lone carriage return, which may be inside a caption.
-        reader = csv.reader(piece.replace("\r", " ") + "\n" for piece in quoted_lines)
-        try:
-            fields = [field.replace("\n", " ") for field in next(reader)]
-        except csv.Error:
+        # A row of one line may be inexact.
+        fields = _parse_quoted(separator, iter([text]), strict=False)
+        if fields is None:
+            reader_lines = _LookAhead(text, ahead, lines)
+            fields = _parse_quoted(separator, reader_lines, strict=True)
+            if fields is not None:
+                for _ in range(reader_lines.taken):
+                    ahead.popleft()
+                issues.note("line break inside quotes (kept as a space)", number, text)
+        if fields is None:
             issues.note("unclosed quote (kept as text)", number, text)
-            yield number, text, text.split(",")
-            continue
-        # The reader tells how many lines the row has; they leave `ahead`, the others stay.
-        following = reader.line_num - 1
-        if following:
-            del ahead[:following]
-            issues.note("line break inside quotes (kept as a space)", number, text)
+            fields = text.split(separator)
         yield number, text, fields
 
 
-def _with_following_lines(text: str, ahead: list[Line], lines: Iterator[Line]) -> Iterator[str]:
-    """Yield a line, and then the next ones for as long as the CSV reader is inside a quoted field.
+def _parse_quoted(separator: str, lines: Iterator[str], strict: bool) -> list[str] | None:
+    """Return the fields of one row, or None if a quote is not closed.
 
-    Lines that are taken from `lines` are kept in `ahead`.
-
-    Raises:
-        csv.Error: The quote is not closed within `_MAX_QUOTED_LINES` lines, or at the end of the file.
+    Args:
+        separator: The separator.
+        lines: The line of the row, and those behind it.
+        strict: Also return None if text stands behind a closing quote.
     """
-    yield text
-    for position in range(_MAX_QUOTED_LINES):
-        if position == len(ahead):
-            line = next(lines, None)
-            if line is None:
-                break
-            ahead.append(line)
-        yield ahead[position][1]
+    # csv refuses a lone carriage return, which may be inside a caption. The mark behind the last line shows whether
+    # the row ended by itself: at the end of its input, csv closes a quote that is open.
+    pieces = (piece.replace("\r", " ") + "\n" for piece in lines)
+    reader = csv.reader(_raise_at_end(pieces), delimiter=separator, strict=strict)
+    try:
+        return [field.replace("\n", " ") for field in next(reader)]
+    except csv.Error:
+        return None
+
+
+def _raise_at_end(pieces: Iterator[str]) -> Iterator[str]:
+    yield from pieces
     raise csv.Error("the quote is never closed")
+
+
+class _LookAhead:
+    """The lines from one on, for as long as a CSV reader asks for them.
+
+    Lines behind the first stay in `ahead`, so that they can be read again.
+
+    Attributes:
+        taken: Number of lines in `ahead` that were read.
+    """
+
+    def __init__(self, text: str, ahead: deque[Line], lines: Iterator[Line]) -> None:
+        self._first: str | None = text
+        self._ahead = ahead
+        self._lines = lines
+        self._characters = len(text)
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._first is not None:
+            text, self._first = self._first, None
+            return text
+        if self._characters > _MAX_QUOTED_CHARACTERS:
+            raise StopIteration
+        if self.taken == len(self._ahead):
+            self._ahead.append(next(self._lines))
+        text = self._ahead[self.taken][1]
+        self.taken += 1
+        self._characters += len(text)
+        return text
 
 
 # ---- which field is what ----
@@ -210,11 +373,9 @@ def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layo
     """
     first = sample[0]
     names = [field.strip().lower() for field in first]
-    known_names = {*URL_NAMES, *IMAGE_NAMES, *CAPTION_NAMES}
-    known_names.update(name.lower() for name in columns if name)
     # A first line with a URL is data, even if a caption happens to be "image".
-    has_url = any(_URL.match(field) for field in first)
-    if known_names.intersection(names) and not has_url:
+    has_url = any(URL_PATTERN.match(field) for field in first)
+    if _known_names(columns).intersection(names) and not has_url:
         found = find_columns(source, names, columns, first)
         url, image, caption = (names.index(name) if name else -1 for name in found)
         return Layout(url, image, caption, len(names), has_header=True)
@@ -236,7 +397,7 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
     """
     first = sample[0]
     pairs = [(fields[0], fields[-1]) for fields in sample if len(fields) > 1] or [("", "")]
-    for pattern in (_URL, _IMAGE_NAME):
+    for pattern in (URL_PATTERN, IMAGE_NAME_PATTERN):
         shares = [_share_of_matches(pattern, [pair[column] for pair in pairs]) for column in (0, 1)]
         # Half of the lines must agree: single lines may lack a URL or contain one in the caption.
         if min(shares) > 0.5:
@@ -246,8 +407,8 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
             )
         if max(shares) > 0.5:
             column = shares.index(max(shares))
-            url = column if pattern is _URL else -1
-            image = -1 if pattern is _URL else column
+            url = column if pattern is URL_PATTERN else -1
+            image = -1 if pattern is URL_PATTERN else column
             return Layout(url, image, caption=1 - column, width=2, has_header=False)
     raise ValueError(
         f"{source}: no column looks like a URL or the name of an image, and there is no header that names one. "

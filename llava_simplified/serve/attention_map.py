@@ -177,7 +177,7 @@ def _token_spans(model: Llava, answer_ids: Sequence[int]) -> tuple[str, np.ndarr
     """
     texts: list[str] = []
     for count in range(1, len(answer_ids) + 1):
-        texts.append(model.prompt.decode(answer_ids[:count]).rstrip("\ufffd"))
+        texts.append(model.prompt.decode(answer_ids[:count], finished=False))
     ends = np.array([len(text) for text in texts])
     starts = np.concatenate([[0], ends[:-1]])
     ends = np.maximum(ends, starts + 1)

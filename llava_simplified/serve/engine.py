@@ -49,7 +49,6 @@ T = TypeVar("T")
 _READER_THREADS = 2
 # No tokenizer makes so few tokens of a text: natural languages have 1 to 5 characters per token.
 _MAX_CHARACTERS_PER_TOKEN = 32
-_REPLACEMENT_CHARACTER = "\ufffd"  # decoders write it for an incomplete UTF-8 sequence
 
 
 class QueueFullError(Exception):
@@ -302,7 +301,7 @@ class RequestHandle:
             is_active: Whether more tokens will follow.
         """
         prompt = self._engine.model.prompt
-        text = prompt.decode(token_ids).lstrip()
+        text = prompt.decode(token_ids, finished=not is_active).lstrip()
         finish_reason: str | None = None
         if not is_active:
             finish_reason = "stop" if token_ids[-1] in prompt.stop_ids else "length"
@@ -328,12 +327,7 @@ def _find_first(text: str, stop: Sequence[str]) -> int | None:
 
 
 def _without_unfinished_end(text: str, stop: Sequence[str]) -> str:
-    """Remove the end of a text that the next token may change.
-
-    That is an incomplete character, and anything that may be the beginning of a stop text: what has been
-    sent cannot be taken back.
-    """
-    text = text.rstrip(_REPLACEMENT_CHARACTER)
+    """Remove what may be the beginning of a stop text at the end: what was sent cannot be taken back."""
     longest = 0
     for stop_text in stop:
         for length in range(1, len(stop_text)):

@@ -88,6 +88,8 @@ export function storedKey() {
 const IMAGE_PROBLEMS = {
   not_image: "This file is not an image that the server can read. "
     + "JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are supported.",
+  unsupported: "This image format is not supported. "
+    + "Convert the image to JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.",
   corrupt: "This image is damaged: part of the file is invalid. Try another copy of it.",
   truncated: "This image is damaged: the end of the file is missing. Try another copy of it.",
   html: "This file is a web page, not an image. Download the image itself and try again.",

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 
 import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llava_simplified.arguments import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    non_default_options,
-)
+from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import Collator
-from llava_simplified.data.dataset import CaptionDataset, open_data
+from llava_simplified.data.dataset import (
+    CaptionDataset,
+    open_data,
+    set_bad_records_aside,
+)
 from llava_simplified.data.images import ImageError
 from llava_simplified.data.packing import PackedDataset
-from llava_simplified.data.records import Record
+from llava_simplified.data.records import Record, Records
 from llava_simplified.extras import install_command
-from llava_simplified.model.build import build_model, load_tokenizer
+from llava_simplified.model.build import (
+    build_model,
+    check_vocabulary,
+    find_language_model_config,
+    load_tokenizer,
+)
 from llava_simplified.model.checkpoint import load_projector, load_trained_weights
-from llava_simplified.model.config import LlavaConfig, TrainedParts, read_checkpoint_config
+from llava_simplified.model.config import (
+    DEFAULT_INSTRUCTION,
+    LlavaConfig,
+    TrainedParts,
+    read_checkpoint_config,
+)
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainable, freeze
 from llava_simplified.model.projector import init_projector_scale
@@ -41,7 +50,7 @@ from llava_simplified.training.kernels import (
     use_liger_kernels,
 )
 from llava_simplified.training.model_config import model_config, trained_parts
-from llava_simplified.training.resume import check_same_run, find_resume_folder
+from llava_simplified.training.resume import check_same_run, find_resume_folder, run_settings
 from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -82,23 +91,37 @@ def build_trainer(
     transformers.set_seed(args.seed)
     check_options(model_args, data_args, args)
     train_records, train_folder = open_data(
-        str(data_args.train_data_path), data_args.train_image_folder, "--train_image_folder"
+        str(data_args.train_data_path),
+        data_args.train_image_folder,
+        "--train_image_folder",
+        max_bad_records=data_args.max_bad_records,
     )
-    eval_records: Sequence[Record] | None = None
+    eval_records: Records | None = None
     eval_folder = ""
     if data_args.eval_data_path:
         eval_records, eval_folder = open_data(
-            data_args.eval_data_path, data_args.val_image_folder, "--val_image_folder"
+            data_args.eval_data_path,
+            data_args.val_image_folder,
+            "--val_image_folder",
+            max_bad_records=data_args.max_bad_records,
         )
     config = build_config(model_args, args, train_records)
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
     )
     # A chat template that cannot be used raises here, before the model is loaded.
-    Prompt(tokenizer, model_args.template)
+    prompt = Prompt(tokenizer, model_args.template)
+    language_model = model_args.model_name_or_path
+    check_vocabulary(prompt, find_language_model_config(language_model), language_model)
+    train_records = set_bad_records_aside(
+        train_records, data_args.max_bad_records, prompt, args.model_max_length
+    )
+    if eval_records:
+        eval_records = set_bad_records_aside(
+            eval_records, data_args.max_bad_records, prompt, args.model_max_length
+        )
 
-    options = non_default_options(model_args, data_args, args)
-    settings = {**options, "processes": args.world_size}
+    settings = run_settings(model_args, data_args, args)
     resumed = find_resume_folder(args)
     if resumed:
         for difference in check_same_run(resumed, config, settings):
@@ -308,13 +331,18 @@ def build_config(
 
 def _default_instruction(records: Sequence[Record]) -> str:
     """Return the instruction of the first record with an image, the default of `Llava.caption`."""
-    first_with_image = records[0]
-    for record in islice(records, 1000):
-        if record.images:
-            first_with_image = record
-            break
-    question = next(turn.content for turn in first_with_image.turns if turn.role == "user")
-    placeholders = f"{IMAGE_PLACEHOLDER}\n" * len(first_with_image.images)
+    first: Record | None = None
+    for index in range(min(len(records), 1000)):
+        with suppress(ValueError):  # a bad record, which is set aside before training
+            record = records[index]
+            if record.images:
+                first = record
+                break
+            first = first or record
+    if first is None:
+        return DEFAULT_INSTRUCTION
+    question = next(turn.content for turn in first.turns if turn.role == "user")
+    placeholders = f"{IMAGE_PLACEHOLDER}\n" * len(first.images)
     return question.removeprefix(placeholders)
 
 
@@ -323,6 +351,8 @@ def _digest(option: str, name_or_path: str) -> str:
         return weights_digest(name_or_path)
     except OSError as error:
         raise ValueError(f"{option} {name_or_path}: {error}") from error
+    except ValueError as error:  # it names the folder itself
+        raise ValueError(f"{option} {error}") from error
 
 
 # ---- what is trained ----

@@ -26,6 +26,7 @@ from llava_simplified.arguments import (
     TrainingArguments,
     parse_arguments,
 )
+from llava_simplified.data.dataset import set_bad_records_aside
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.records import open_records
 from llava_simplified.model.checkpoint import load_checkpoint
@@ -114,7 +115,8 @@ def _train_and_save(
 
 def _caption_first_record(model: Llava, data: DataArguments) -> str | None:
     """Return a caption of the first record, or None if it has no readable image."""
-    record = open_records(str(data.train_data_path))[0]
+    records = open_records(str(data.train_data_path), max_bad_records=1)
+    record = set_bad_records_aside(records, max_bad_records=1)[0]
     if not record.images:
         return None
     with suppress(ImageError):  # reported and counted when training meets it

@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.data.dataset import CaptionDataset, open_data
+from llava_simplified.data.dataset import CaptionDataset, open_data, set_bad_records_aside
 from llava_simplified.data.records import Record
 from llava_simplified.model.build import build_vision_tower
 from llava_simplified.model.vision import VisionTower
@@ -108,12 +108,14 @@ def encode_data(
         )
     mode = "pixels" if data.cache_vision_features == "pixels" else "disk"
     opened = []
-    if data.train_data_path:
-        opened.append(
-            open_data(data.train_data_path, data.train_image_folder, "--train_image_folder")
-        )
-    if data.eval_data_path:
-        opened.append(open_data(data.eval_data_path, data.val_image_folder, "--val_image_folder"))
+    for path, folder, option in (
+        (data.train_data_path, data.train_image_folder, "--train_image_folder"),
+        (data.eval_data_path, data.val_image_folder, "--val_image_folder"),
+    ):
+        if path:
+            share = data.max_bad_records
+            records, folder = open_data(path, folder, option, max_bad_records=share)
+            opened.append((set_bad_records_aside(records, share), folder))
     if not opened:
         raise ValueError(
             "--train_data_path is required: a .json, .jsonl or .parquet file of records."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from llava_simplified.data.image_folder import NameMatches
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.jobs import Progress, atomic_file, exclusive_lock
 from llava_simplified.model.vision import VisionTower
+
+logger = logging.getLogger(__name__)
 
 _HASH_BYTES = 32  # sha256
 # Appending a batch takes milliseconds on a local disk, but several processes and a network disk can
@@ -154,6 +158,7 @@ class FeatureCache:
         loader = DataLoader(reader, batch_size, num_workers=workers, collate_fn=list)
         names: list[str] = []
         digests: list[bytes] = []
+        matches = NameMatches()
         with Progress(len(images), "images", enabled=progress) as bar:
             for batch in loader:
                 missing: dict[bytes, torch.Tensor] = {}
@@ -161,6 +166,7 @@ class FeatureCache:
                     if item is None:
                         continue
                     names.append(item.name)
+                    matches.rules[item.rule] += 1
                     digests.append(item.digest)
                     if item.digest not in self._row_by_hash:
                         missing[item.digest] = item.pixels
@@ -168,6 +174,8 @@ class FeatureCache:
                     self._append(missing)
                 bar.advance(len(batch))
         self._map = None  # the file has grown
+        if matches.describe():
+            logger.warning("%s: %s", image_folder, matches.describe())
         return ImageFeatures(self, names, [self._row_by_hash[digest] for digest in digests])
 
     @torch.no_grad()
@@ -220,7 +228,7 @@ class FeatureCache:
         assert self._base is not None
         lock = self._base.with_suffix(".lock")
         name = f"the feature cache {self._base}"
-        with exclusive_lock(lock, name, timeout=_LOCK_TIMEOUT, keep_file=True):
+        with exclusive_lock(lock, name, timeout=_LOCK_TIMEOUT):
             self._read_new_hashes()
             yield
 
@@ -275,11 +283,19 @@ def _open_at(path: Path, position: int) -> BinaryIO:
 
 
 class _ReadImage(NamedTuple):
-    """Name of an image, sha256 of its file, and uint8 pixels (3, height, width) unless it is known."""
+    """An image of the folder.
+
+    Attributes:
+        name: Its name in the records.
+        digest: sha256 of its file.
+        pixels: uint8 (3, height, width), unless the features of this file are known.
+        rule: How the file was found, see `image_folder`.
+    """
 
     name: str
     digest: bytes
     pixels: torch.Tensor | None
+    rule: str
 
 
 class _ImageReader(Dataset["_ReadImage | None"]):
@@ -310,11 +326,13 @@ class _ImageReader(Dataset["_ReadImage | None"]):
     def __getitem__(self, index: int) -> _ReadImage | None:
         name = self.names[index]
         try:
-            data = read_image_bytes(name, self.folder)
+            matches = NameMatches()
+            data = read_image_bytes(name, self.folder, matches)
+            (rule,) = matches.rules
             digest = hashlib.sha256(data).digest()
             if digest in self.known:
-                return _ReadImage(name, digest, None)
-            return _ReadImage(name, digest, self.transform(decode_image(data)))
+                return _ReadImage(name, digest, None, rule)
+            return _ReadImage(name, digest, self.transform(decode_image(data)), rule)
         except ImageError:
             return None
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import expand_example
-from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
 from llava_simplified.data.records import Record, open_records
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
@@ -151,11 +151,14 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
     """
     records: Sequence[Record]
     if data.train_data_path:
-        records = open_records(data.train_data_path)
+        share = data.max_bad_records
+        opened = open_records(data.train_data_path, max_bad_records=share)
+        opened = set_bad_records_aside(opened, share, model.prompt, args.model_max_length)
+        records = opened
         spread_count = min(len(records), SAMPLED_RECORDS // 2)
         indices = np.linspace(0, len(records) - 1, spread_count).astype(int)
         spread = [records[int(index)] for index in indices]
-        longest = [records[int(index)] for index in records.longest(SAMPLED_RECORDS // 2)]
+        longest = [records[int(index)] for index in opened.longest(SAMPLED_RECORDS // 2)]
     else:
         turns = (Message("user", f"{IMAGE_PLACEHOLDER}\n{DEFAULT_INSTRUCTION}"),)
         records = [Record(("assumed.jpg",), turns, (ASSUMED_CAPTION,), "assumed")]

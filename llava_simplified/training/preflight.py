@@ -18,8 +18,10 @@ import psutil
 import torch
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.data.dataset import open_data
+from llava_simplified.data.dataset import open_data, set_bad_records_aside
 from llava_simplified.data.records import open_records
+from llava_simplified.model.build import load_tokenizer
+from llava_simplified.prompt import Prompt
 from llava_simplified.training.plan import Plan, format_estimate, make_plan
 from llava_simplified.training.resume import is_resuming
 
@@ -80,7 +82,11 @@ def preflight(
     _check_disk(plan, args)
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=output) as scratch_name:
         scratch = Path(scratch_name)
-        changed = _dry_run_options(data, args, plan, scratch)
+        tokenizer = load_tokenizer(
+            model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+        )
+        prompt = Prompt(tokenizer, model_args.template)
+        changed = _dry_run_options(data, args, plan, scratch, prompt)
         result = _start_dry_run([*argv, *changed], scratch, plan, args)
     logger.info("%s", _describe_result(result, plan, data, args))
 
@@ -112,7 +118,7 @@ def _count_steps(data: DataArguments, args: TrainingArguments) -> int:
     if args.max_steps > 0:
         return args.max_steps
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    records = open_records(str(data.train_data_path))
+    records = open_records(str(data.train_data_path), max_bad_records=data.max_bad_records)
     return int(args.num_train_epochs * len(records) / batch)
 
 
@@ -175,7 +181,7 @@ def _accumulation_of_dry_run(args: TrainingArguments) -> int:
 
 
 def _dry_run_options(
-    data: DataArguments, args: TrainingArguments, plan: Plan, scratch: Path
+    data: DataArguments, args: TrainingArguments, plan: Plan, scratch: Path, prompt: Prompt
 ) -> list[str]:
     """Return the options of the dry run: the longest examples, few steps, nothing left behind."""
     accumulation = _accumulation_of_dry_run(args)
@@ -192,6 +198,7 @@ def _dry_run_options(
         "report_to": "none",
         "disable_tqdm": True,
         "max_bad_images": 1,
+        "max_bad_records": 1,
         "cache_vision_features": "memory" if plan.cached else "off",
     }
     records_per_row = 1
@@ -206,12 +213,20 @@ def _dry_run_options(
             "--train_image_folder",
             train_count,
             target,
+            prompt,
+            args.model_max_length,
         )
         values |= {"train_data_path": target, "train_image_folder": folder}
     if data.eval_data_path:
         target = scratch / "eval.jsonl"
         folder = _write_longest_records(
-            data.eval_data_path, data.val_image_folder, "--val_image_folder", 2, target
+            data.eval_data_path,
+            data.val_image_folder,
+            "--val_image_folder",
+            2,
+            target,
+            prompt,
+            args.model_max_length,
         )
         values |= {"eval_data_path": target, "val_image_folder": folder}
     words = []
@@ -221,11 +236,18 @@ def _dry_run_options(
 
 
 def _write_longest_records(
-    path: str, image_folder: str | None, option: str, count: int, target: Path
+    path: str,
+    image_folder: str | None,
+    option: str,
+    count: int,
+    target: Path,
+    prompt: Prompt,
+    max_length: int,
 ) -> str:
     """Write the records with the longest texts; return the folder of their images."""
-    _, folder = open_data(path, image_folder, option)
-    records = open_records(path)
+    records, folder = open_data(path, image_folder, option, max_bad_records=1)
+    # The longest rows are often those that the run sets aside.
+    records = set_bad_records_aside(records, 1, prompt, max_length)
     lines = []
     for index in records.longest(max(MIN_DRY_RUN_RECORDS, count)):
         lines.append(records.rows.raw(index).replace(b"\n", b" "))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from llava_simplified.arguments import TrainingArguments
+from llava_simplified.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    non_default_options,
+)
+from llava_simplified.data.rows import find_records
 from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
+from llava_simplified.training_options import INHERITED
 
 # A run that is killed and resumed ends with the weights of an uninterrupted run, bit for bit on one
 # CPU process. For this, `checkpoint-N/` contains the trained weights and the folder
@@ -23,21 +31,23 @@ from llava_simplified.model.config import LlavaConfig, read_checkpoint_config
 #     trainer_state.json       step and epoch, log history, best metric, patience of early stopping
 #
 # The position in the data is not stored. It follows from the step: the order of the samples is a
-# function of the seed and the epoch alone. The resumed run draws the same order, and skips the
-# batches that were trained.
+# function of the records, the seed and the epoch alone. The resumed run draws the same order, and skips
+# the batches that were trained.
 #
 # All of this requires the same options, as far as they decide the weights, the samples or their
 # order. `check_same_run` compares them with those that `llava.json` of the checkpoint records.
 
 # A change of these options is refused: it would give other weights, other samples, or samples that
-# are seen twice or never.
+# are seen twice or never. Two more are checked in their own way: the contents of the training
+# records (`_check_same_records`), and the records of a step (`_check_same_steps`).
 _MUST_NOT_CHANGE = (
-    "train_data_path",
     "share_prefix",
     "packing",
     "pack_length",
     "model_max_length",
     "train_sampling_strategy",
+    "dataloader_drop_last",
+    "accelerator_config",
     "seed",
     "data_seed",
     "bf16",
@@ -54,16 +64,56 @@ _MUST_NOT_CHANGE = (
 _NOT_COMPARED = {
     "resume_from_checkpoint",
     "output_dir",
-    "accelerator_config",
     "config",
     "steps",
     "epochs",
     "disable_tqdm",
     "preflight",
+    "train_data_path",
+    "train_data_sha256",
+    "processes",
 }
 # A model that was moved to another folder is the same model: the digests of its weights are
 # compared instead.
 _LOCATIONS = ("language_model", "vision_tower")
+
+
+_BATCH_OPTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_BLOCK_BYTES = 1 << 22
+
+
+def run_settings(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> dict[str, Any]:
+    """Return what identifies a run: every checkpoint contains it, and `check_same_run` compares it.
+
+    Returns:
+        The options that differ from their defaults, the number of processes, and a digest of the
+        training records.
+    """
+    settings = non_default_options(model_args, data_args, args)
+    # Transformers replaces the option by an object. Of its fields, these decide the order.
+    loading = args.accelerator_config
+    settings["accelerator_config"] = {
+        name: getattr(loading, name)
+        for name in ("split_batches", "even_batches", "use_seedable_sampler")
+    }
+    settings["processes"] = args.world_size
+    settings["train_data_sha256"] = _file_digest(find_records(Path(str(data_args.train_data_path))))
+    return settings
+
+
+def _file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, which takes about a second for a gigabyte.
+
+    Size and time of the file would be cheaper. But a copy of the file, on another machine or
+    downloaded again, has another time, and an edit may keep the size.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_resuming(args: TrainingArguments) -> bool:
@@ -107,7 +157,7 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
     Args:
         folder: The checkpoint.
         config: The model of this run.
-        settings: The options of this run that differ from their defaults, and `processes`.
+        settings: The `run_settings` of this run.
 
     Returns:
         One line for each difference that is allowed.
@@ -118,7 +168,12 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
     checkpoint = read_checkpoint_config(folder)
     _check_same_model(folder, config, checkpoint["architecture"])
 
-    before, now = checkpoint["training"], dict(settings)
+    before, now = dict(checkpoint["training"]), dict(settings)
+    if not isinstance(before.get("accelerator_config"), dict):
+        # A checkpoint of 0.1.0, which did not store it as values.
+        before["accelerator_config"] = now["accelerator_config"]
+    _check_same_records(folder, before, now)
+    _check_same_steps(folder, before, now)
     differences = []
     # Both sides contain only options that differ from their defaults.
     for name in sorted({*before, *now} - _NOT_COMPARED):
@@ -133,10 +188,81 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
         differences.append(f"--{name} was {old_value}, is {new_value}")
     if before.get("processes") != now.get("processes"):
         differences.append(
-            "another number of processes: if the total batch size differs too, some samples of this epoch are seen "
-            "twice or never"
+            f"the number of processes was {before.get('processes')}, is {now.get('processes')}"
         )
     return differences
+
+
+def _check_same_records(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError if the training records are not those of the checkpoint, wherever they are."""
+    path, old_path = now.get("train_data_path"), before.get("train_data_path")
+    digest = before.get("train_data_sha256")
+    if digest is None:  # a checkpoint of 0.1.0: only the path is known
+        is_same = path == old_path
+    else:
+        is_same = digest == now["train_data_sha256"]
+    if not is_same:
+        raise ValueError(
+            f"--train_data_path {path}: {folder} was trained with other contents of {old_path}. The position in the "
+            "data is only known for the same records in the same order: others would be seen twice or never. Restore "
+            f"the old file, or start a new run from the trained weights with --init_from {folder}."
+        )
+
+
+def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError if a step would contain other records than in the run of the checkpoint.
+
+    A resumed run skips the batches of the steps that were trained. A step with more or fewer records
+    would skip others than those that were trained.
+    """
+    if now.get("ignore_data_skip"):
+        raise ValueError(
+            f"--ignore_data_skip True: the records that {folder} has trained in this epoch would be seen twice. Pass "
+            f"--ignore_data_skip False, or start a new run from the trained weights with --init_from {folder}."
+        )
+    old, new = _StepSize.of(before), _StepSize.of(now)
+    # `group_by_length` groups the records of one batch of all processes, so that this number must not
+    # change either.
+    is_same = old.records == new.records
+    requirement = "with the same product"
+    if now.get("train_sampling_strategy") == "group_by_length":
+        is_same = is_same and old.accumulation == new.accumulation
+        requirement = "with the same accumulation and product"
+    if not is_same:
+        raise ValueError(
+            f"--per_device_train_batch_size, --gradient_accumulation_steps: {folder} was trained with {old} in each "
+            f"step, this run has {new}, so that records of this epoch would be seen twice or never. Pass values "
+            f"{requirement}, or start a new run from the trained weights with --init_from {folder}."
+        )
+
+
+class _StepSize(NamedTuple):
+    """How many records an optimizer step trains: the product."""
+
+    per_device: int
+    accumulation: int
+    processes: int
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> _StepSize:
+        # Options that do not differ from their defaults are not stored.
+        per_device, accumulation = (
+            int(settings.get(name, INHERITED[name].default)) for name in _BATCH_OPTIONS
+        )
+        # With `split_batches`, the processes share a batch of the given size.
+        is_split = settings["accelerator_config"]["split_batches"]
+        return cls(per_device, accumulation, 1 if is_split else int(settings.get("processes", 1)))
+
+    @property
+    def records(self) -> int:
+        """Number of records."""
+        return self.per_device * self.accumulation * self.processes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.per_device} x {self.accumulation} x {self.processes} records (batch size x accumulation x "
+            "processes)"
+        )
 
 
 def _check_same_model(folder: Path, config: LlavaConfig, stored: Mapping[str, Any]) -> None:

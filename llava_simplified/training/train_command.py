@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_simplified.extras import MissingExtraError
-from llava_simplified.options import CommandParser
+from llava_simplified.options import CommandParser, program_name
 from llava_simplified.training_options import add_training_options, exit_with_help
 
 if TYPE_CHECKING:
@@ -35,8 +39,30 @@ def main(argv: list[str] | None = None) -> int:
 
     groups = parse_arguments(argv)
     preflight(argv, *groups)
-    train(*groups)
+    try:
+        train(*groups)
+    except KeyboardInterrupt as interrupt:
+        args = groups[2]
+        if args.process_index == 0:
+            logger.warning("%s", describe_interruption(argv, Path(str(args.output_dir))))
+        # The usual exit status of a process that a signal has ended.
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
     return 0
+
+
+def describe_interruption(argv: Sequence[str], output_dir: Path) -> str:
+    """Return what is left of an interrupted run, and the command that continues it."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if last is None:
+        return "Interrupted. No checkpoint was saved: the same command starts from the beginning."
+    words = [*argv, "--resume_from_checkpoint", "true"]
+    launcher = " (with the same launcher)" if "LOCAL_RANK" in os.environ else ""
+    return (
+        f"Interrupted. The last checkpoint is {last}. Continue{launcher}:\n"
+        f"  {program_name('llava train')} {shlex.join(words)}"
+    )
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
@@ -54,15 +80,25 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         ValueError: The options cannot be carried out; raised before the weights are loaded where
             possible.
         FloatingPointError: The loss or the gradient is not finite.
+        TrainingInterrupted: A signal (Ctrl-C, SIGTERM) has ended the run; a checkpoint was saved.
     """
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
     from llava_simplified.training.build_trainer import build_trainer
+    from llava_simplified.training.interruption import TrainingInterrupted
 
     trainer, resumed = build_trainer(model_args, data_args, args)
     state_folder = str(resumed / "trainer_state") if resumed else None
-    trainer.train(resume_from_checkpoint=state_folder)
-    trainer.save_final()
-
     output_dir = Path(str(args.output_dir))
+    with trainer.interruption.watch_signals():
+        trainer.train(resume_from_checkpoint=state_folder)
+        if trainer.interruption.was_stopped:
+            step = trainer.state.global_step
+            checkpoint = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            number = trainer.interruption.signal or signal.SIGINT
+            raise TrainingInterrupted(number, step, checkpoint)
+        trainer.save_final()
+
     if trainer.is_world_process_zero():
         _plot(output_dir)
     if trainer.accelerator.is_local_main_process:

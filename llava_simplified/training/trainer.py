@@ -39,6 +39,7 @@ from llava_simplified.data.collate import Batch, Collator
 from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.samplers import LengthGroupedSampler
+from llava_simplified.jobs import use_default_permissions
 from llava_simplified.model.checkpoint import copy_checkpoint, save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
@@ -49,6 +50,7 @@ from llava_simplified.training.callbacks import (
     progress_callback,
 )
 from llava_simplified.training.eval_captions import EvalCaptions
+from llava_simplified.training.interruption import InterruptionCallback
 from llava_simplified.training.optimizer import build_parameter_groups, load_scheduler_state
 from llava_simplified.training.sharding import (
     enable_fsdp_on_cpu,
@@ -110,6 +112,8 @@ class LlavaTrainer(transformers.Trainer):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.throughput = ThroughputMeter()
         self.add_callback(self.throughput)
+        self.interruption = InterruptionCallback()
+        self.add_callback(self.interruption)
         self.gradient_norms = GradientNormMonitor()
         self.sample_warnings = SampleWarnings(
             max_bad_images,
@@ -196,9 +200,12 @@ class LlavaTrainer(transformers.Trainer):
             tokens += metadata["tokens"]
             positions += batch["input_ids"].numel()
         samples = len(self._step_sample_ids)
-        local_counts = torch.tensor([trained, samples, tokens, positions], device=device)
+        stops = int(self.interruption.signal is not None)
+        local_counts = torch.tensor([trained, samples, tokens, positions, stops], device=device)
         counts = self.accelerator.reduce(local_counts, "sum")
-        self.throughput.add(counts[1:])
+        self.throughput.add(counts[1:4])
+        if self.args.world_size > 1:
+            self.interruption.is_agreed = bool(counts[4] > 0)
         return batches, counts[0]
 
     def compute_loss(
@@ -480,6 +487,7 @@ class LlavaTrainer(transformers.Trainer):
             self.state.best_model_checkpoint = str(best)
         self.state.save_to_json(str(staging / name / "trainer_state.json"))
 
+        use_default_permissions(staging / name)
         # Complete the checkpoint inside the staging folder. The last rename publishes it.
         (staging / name).rename(staging / "model" / "trainer_state")
         target = self.output_dir / name

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.captioning import caption_command, runner
@@ -29,7 +33,7 @@ from llava_simplified.captioning.runner import (
     caption_file,
     caption_records,
 )
-from llava_simplified.data.images import read_image_bytes
+from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.jobs import exclusive_lock
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
@@ -218,12 +222,90 @@ def test_caption_file_refuses_other_settings(model: Llava, folder: Path, output:
         caption_file(other, model)
 
 
-def test_caption_file_refuses_a_changed_source(model: Llava, folder: Path, output: Path) -> None:
-    """One more image in the folder gives other images the indices of the rows."""
-    caption_file(folder_job(folder, output), model)
+@pytest.mark.parametrize("kept_bytes", [None, 700])
+@pytest.mark.parametrize("instructions", [("What?",), ("What?", "Where is it?")])
+def test_caption_file_continues_with_images_that_were_added(
+    model: Llava,
+    folder: Path,
+    output: Path,
+    kept_bytes: int | None,
+    instructions: tuple[str, ...],
+) -> None:
+    """The finished rows stay as they are; every image has one number, and every number one image."""
+    job = folder_job(folder, output, instructions=instructions)
+    caption_file(job, model)
+    written = output.read_bytes()[:kept_bytes]
+    output.write_bytes(written)
+    # In front, in the middle and at the end; and one is removed.
+    for name in ("00.jpg", "2b.jpg", "more/z.jpg"):
+        shutil.copy(folder / "0.jpg", folder / name)
+    (folder / "4.jpg").unlink()
+    counts = caption_file(job, model)
+    complete_lines = written[: written.rindex(b"\n") + 1]
+    assert output.read_bytes().startswith(complete_lines[: len(complete_lines) // 2])
+
+    rows = read_rows(output)
+    per_image = len(instructions)
+    images = {row["image"] for row in rows}
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.[jJ]*")}
+    assert images - {"4.jpg"} == present - {"bad.jpg"}
+    numbers = {(row["image"], row["index"] // per_image) for row in rows}
+    assert len(numbers) == len(images) == len({number for _, number in numbers})
+    captions = Counter((row["image"], row["instruction"]) for row in rows)
+    assert captions == {(image, text): 2 for image in images for text in instructions}
+    assert counts == (len(images) * per_image, per_image)
+    # Nothing is left to do.
+    complete = output.read_bytes()
+    assert caption_file(job, model) == counts
+    assert output.read_bytes() == complete
+
+
+def test_caption_file_refuses_a_changed_source_of_slices(
+    model: Llava, folder: Path, output: Path
+) -> None:
+    """One more image in the folder gives other images the indices of the other slices."""
+    job = folder_job(folder, output, chunks=2)
+    caption_file(job, model)
     shutil.copy(folder / "0.jpg", folder / "00.jpg")
     with pytest.raises(ValueError, match="contents of the source"):
-        caption_file(folder_job(folder, output), model)
+        caption_file(job, model)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.json"])
+def test_failed_caption_leaves_no_files(folder: Path, tmp_path: Path, name: str) -> None:
+    job = folder_job(folder, tmp_path / name, model_path=str(tmp_path / "no-model"))
+    before = sorted(tmp_path.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no-model"):
+            caption_file(job)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_open_inputs_accepts_several_sources(
+    folder: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    add_shard(folder, data_folder / "images" / "0.jpg")
+    other = str(data_folder / "images" / "7.jpg")
+    for sources in (
+        ["2.jpg", "1.jpg"],
+        ["more", "1.jpg", "00000.tar", "[0-1].jpg"],
+        ["1.jpg", other],
+    ):
+        records, image_folder = open_inputs(sources, None, ["What?"])
+        names = [record.images[0] for record in records]
+        assert len(names) == len(set(names)) == {2: 2, 4: 5}[len(sources)]
+        for name in names:
+            assert read_image_bytes(name, image_folder)
+    with pytest.raises(ValueError, match=r"val\.json"):
+        open_inputs(["1.jpg", str(data_folder / "val.json")], None, [])
+
+
+def test_caption_accepts_several_images(jobs: list[CaptionJob], folder: Path) -> None:
+    images = (str(folder / "1.jpg"), str(folder / "0.jpg"))
+    assert caption_main([*images, "--model-path", "m"]) == 0
+    assert jobs[0].source == images
+    assert jobs[0].output == "captions.jsonl"
 
 
 def test_caption_file_refuses_an_output_without_settings(
@@ -531,3 +613,134 @@ def test_chat_sends_the_whole_conversation(
     assert chat_main([str(folder / "0.jpg"), "--model-path", str(checkpoint)]) == 0
     assert capsys.readouterr().out.split() == ["yes", "yes"]
     assert conversations == [["What?"], ["What?", "yes", "Where?"]]
+
+
+# ---- every input ends as a record, a counted oddity or an error ----
+
+
+def draw_color(path: Path, color: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), color).save(path)
+
+
+@pytest.mark.parametrize("pattern", ["{there}/*.png", "../there/*.png", "../*ere/../there/*.png"])
+@pytest.mark.parametrize("has_namesake", [True, False])
+def test_pattern_opens_the_files_that_it_matched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, has_namesake: bool
+) -> None:
+    here = tmp_path / "here"
+    draw_color(here / "2.png", "white")
+    if has_namesake:
+        draw_color(here / "1.png", "white")
+    draw_color(tmp_path / "there" / "1.png", "black")
+    monkeypatch.chdir(here)
+    records, folder = open_inputs(pattern.format(there=tmp_path / "there"), None, ["What?"])
+    (record,) = records
+    assert decode_image(read_image_bytes(record.images[0], folder)).max() == 0, "the black one"
+
+
+def test_folder_counts_what_is_no_image_and_finds_every_image(
+    folder: Path, data_folder: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    photo = data_folder / "images" / "0.jpg"
+    for name in ("a.jfif", "b.JPE", "c.JPEG", "d.HEIC", "no_suffix", "e.JFIF"):
+        shutil.copy(photo, folder / name)
+    for name in (".DS_Store", "LICENSE", "clip.mp4", "more.txt"):
+        (folder / name).write_text("text")
+    names = image_names(folder, "What?")
+    assert {"a.jfif", "b.JPE", "c.JPEG", "d.HEIC", "no_suffix", "e.JFIF"} <= set(names)
+    assert len(names) == 13
+    (message,) = package_log.messages
+    assert "1 x .mp4" in message
+    assert "2 x .txt" in message
+    assert "2 x no suffix" in message
+
+
+def test_shard_counts_samples_without_an_image(
+    tmp_path: Path, data_folder: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    data = (data_folder / "images" / "0.jpg").read_bytes()
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.jpg", "b.txt", "c.JFIF", "d.seg.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert image_names(tmp_path / "0.tar", "What?") == ["0.tar#a", "0.tar#c"]
+    assert "2 x samples of a shard without an image" in package_log.text
+
+
+def test_name_that_is_not_utf_8_is_set_aside(
+    model: Llava, folder: Path, data_folder: Path, output: Path
+) -> None:
+    bad_name = os.fsdecode(b"caf\xe9.jpg")
+    shutil.copy(data_folder / "images" / "0.jpg", folder / bad_name)
+    data = (data_folder / "images" / "0.jpg").read_bytes()
+    with tarfile.open(folder / "0.tar", "w", errors="surrogateescape") as tar:
+        for name in (bad_name, "good.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    counts = caption_file(folder_job(folder, output, options=GenerationOptions(3)), model)
+    assert counts == (7, 3)
+    failed = read_rows(failures_of(output))
+    assert sum("not UTF-8" in row["error"] and "caf" in row["error"] for row in failed) == 2
+    assert "0.tar#good" in {row["image"] for row in read_rows(output)}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_bad_rows_are_set_aside_with_their_reasons(
+    model: Llava, folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    good = {
+        "image": "0.jpg",
+        "instruction": "What?",
+        "response": "one\u2028two\u2029three\x85 four",
+    }
+    rows = [
+        good,
+        {**good, "response": "a \ud83d b"},
+        {"video": "a.mp4", "instruction": "<video>", "response": "x"},
+        {"image": "0.jpg", "caption": "x"},
+        {**good, "instruction": "\udc00"},
+        "no record",
+        good,
+    ]
+    source = folder / "rows.json"
+    source.write_text(json.dumps(rows))
+    output = tmp_path / f"out{suffix}"
+    job = CaptionJob("", str(source), str(output), GenerationOptions(3))
+    assert caption_file(job, model) == (2, 5)
+    failed = {row["index"]: row["error"] for row in read_rows(failures_of(output))}
+    assert sorted(failed) == [1, 2, 3, 4, 5]
+    assert all(f"rows.json row {index}" in error for index, error in failed.items())
+    assert "surrogate" in failed[1]
+    captioned = json.loads(output.read_text()) if suffix == ".json" else read_rows(output)
+    assert [row["index"] for row in captioned] == [0, 6]
+    assert captioned[0]["gt_caption"] == good["response"]
+
+
+def test_damaged_avif_is_set_aside(model: Llava, folder: Path, output: Path) -> None:
+    frames = [Image.new("RGB", (40, 30), color) for color in ("red", "green")]
+    path = folder / "a.avif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
+    data = path.read_bytes()
+    scale = data.index((1000).to_bytes(4, "big"), data.index(b"mdhd"))
+    path.write_bytes(data[:scale] + bytes(4) + data[scale + 4 :])
+    counts = caption_file(folder_job(folder, output, options=GenerationOptions(3)), model)
+    assert counts == (6, 2)
+    assert any("ZeroDivisionError" in row["error"] for row in read_rows(failures_of(output)))
+
+
+def test_caption_is_the_same_from_a_path_bytes_and_a_pil_image(
+    model: Llava, data_folder: Path, tmp_path: Path
+) -> None:
+    image = Image.open(data_folder / "images" / "3.jpg").convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    exif = Image.Exif()
+    exif[274] = 8
+    path = tmp_path / "a.png"
+    image.save(path, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    sources = [path, path.read_bytes(), Image.open(path), upright]
+    captions = {model.caption(source, max_new_tokens=8) for source in sources}
+    assert len(captions) == 1

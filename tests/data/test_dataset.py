@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import make_tokenizer
 
-from llava_simplified.data.dataset import CaptionDataset, open_data
-from llava_simplified.data.records import Record
+from llava_simplified.data.dataset import CaptionDataset, open_data, set_bad_records_aside
+from llava_simplified.data.records import Record, Records
+from llava_simplified.data.rows import open_rows
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Prompt
 
@@ -199,3 +203,114 @@ def test_open_data_names_the_option_of_a_wrong_image_folder(tmp_path: Path) -> N
         open_data(str(path), str(tmp_path / "nowhere"), "--train_image_folder")
     with pytest.raises(ValueError, match="--train_image_folder .*first images.*0.jpg"):
         open_data(str(path), str(tmp_path), "--train_image_folder")
+
+
+# ---- records that cannot be trained on ----
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+BAD_ROWS = [
+    make_row(response="a \ud83d b"),  # half of a surrogate pair
+    make_row(text="\udc00"),
+    {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nWhat?"}]},
+    {"image": "0.jpg", "caption": "not a record"},
+    make_row(text="many words " * 30),
+    make_row(text="長い質問です" * 20),
+    make_row(response="  "),
+    {"image": "0.jpg", "instruction": "What?"},
+    "[1, 2]",
+    '{"image": "0.jpg", ',
+]
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_bad_record_is_set_aside_before_training_and_named(
+    data_folder: Path, tmp_path: Path, package_log: pytest.LogCaptureFixture, bad: Any
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [make_row(), bad, make_row("1.jpg")])
+    records = Records(open_rows(path))
+    prompt = Prompt(make_tokenizer())
+    good = set_bad_records_aside(records, 0.01, prompt, max_length=64)
+    assert [record.images[0] for record in good] == ["0.jpg", "1.jpg"]
+    assert [record.id for record in good] == ["rows.jsonl row 0", "rows.jsonl row 2"]
+    assert pickle.loads(pickle.dumps(good))[1].images == ("1.jpg",)
+    assert "1 of 3 records" in package_log.text
+    assert "rows.jsonl row 1" in package_log.text
+    dataset = CaptionDataset(good, prompt, data_folder / "images", TRANSFORM, max_length=64)
+    assert [example.id for example in (dataset[0], dataset[1])] == [record.id for record in good]
+    with pytest.raises(ValueError, match="rows.jsonl row 1"):
+        set_bad_records_aside(records, 0, prompt, max_length=64)
+
+
+def test_too_many_bad_records_are_an_error_that_names_the_option(tmp_path: Path) -> None:
+    good = make_row()
+    bad = make_row(text="many words " * 30)
+    prompt = Prompt(make_tokenizer())
+    path = write_rows(tmp_path / "rows.jsonl", [good, bad, bad])
+    with pytest.raises(
+        ValueError, match="--max_bad_records 0.01: 2 of 3 .*row 1.*--model_max_length"
+    ):
+        set_bad_records_aside(Records(open_rows(path)), 0.01, prompt, max_length=64)
+    assert len(set_bad_records_aside(Records(open_rows(path)), 0.02, prompt, max_length=64)) == 1
+    path = write_rows(tmp_path / "all.jsonl", [bad, bad])
+    with pytest.raises(ValueError, match="row 0.*--model_max_length"):
+        set_bad_records_aside(Records(open_rows(path)), 1.0, prompt, max_length=64)
+
+
+def test_set_bad_records_aside_tokenizes_only_what_may_be_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [make_row(text=f"question {number}?") for number in range(200)]
+    rows[77] = make_row(text="many words " * 30)
+    records = Records(open_rows(write_rows(tmp_path / "rows.jsonl", rows)))
+    prompt = Prompt(make_tokenizer())
+    rendered = []
+    render = Prompt.render
+
+    def count_and_render(self: Prompt, *arguments: Any) -> Any:
+        rendered.append(arguments)
+        return render(self, *arguments)
+
+    monkeypatch.setattr(Prompt, "render", count_and_render)
+    assert len(set_bad_records_aside(records, 1.0, prompt, max_length=100)) == 199
+    assert len(rendered) == 2, "the template, and the long prompt"
+
+
+@given(st.lists(st.text(max_size=60), min_size=1, max_size=4), st.integers(12, 80))
+@settings(max_examples=80, deadline=None)
+def test_kept_records_always_leave_room_for_an_answer(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], max_length: int
+) -> None:
+    rows = [make_row(None, text=text.replace("<", "")) for text in texts] + [make_row(None)]
+    path = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+    prompt = Prompt(make_tokenizer())
+    try:
+        good = set_bad_records_aside(Records(open_rows(path)), 1.0, prompt, max_length)
+    except ValueError:
+        return  # all are too long
+    dataset = CaptionDataset(good, prompt, "unused", TRANSFORM, max_length=max_length)
+    for index in range(len(good)):
+        assert len(dataset[index].input_ids) <= max_length
+
+
+def test_image_names_that_do_not_match_exactly_are_counted(
+    data_folder: Path, tmp_path: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    rows = [make_row("/home/ann/images/0.jpg"), make_row("/home/ann/images/1.jpg")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    folder = str(data_folder / "images")
+    records, _ = open_data(str(path), folder, "--train_image_folder")
+    assert "suffix" in package_log.text
+    dataset = CaptionDataset(records, Prompt(make_tokenizer()), folder, TRANSFORM)
+    assert dataset[0].warnings[0].startswith("image name matched by suffix, rows.jsonl row 0")
+    assert make_dataset(data_folder, [make_row()])[0].warnings == []
+
+    rows.append(make_row("/home/bob/0.jpg"))
+    path = write_rows(tmp_path / "two.jsonl", rows)
+    with pytest.raises(ValueError, match=r"two.jsonl: .*ann/images/0.jpg.*bob/0.jpg"):
+        open_data(str(path), folder, "--train_image_folder")

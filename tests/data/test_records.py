@@ -138,3 +138,61 @@ def test_prediction_row_lists_several_references() -> None:
     row = prediction_row(0, record, "c")
     assert row["gt_caption"] == ["a", "b"]
     assert row["image"] is None
+
+
+# ---- what would silently train as something else ----
+
+VIDEO_TURNS = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "a dog"}]
+TEXT = {"instruction": "What?", "response": "a dog"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"video": "a.mp4", "conversations": VIDEO_TURNS}, "'video'"),
+        ({"conversations": VIDEO_TURNS}, "<video>"),
+        ({"video": "a.mp4", **TEXT}, "'video'.*a.mp4"),
+        ({"videos": ["a.mp4"], "image": "0.jpg", **TEXT}, "'videos'"),
+        ({"video_path": "a", **TEXT}, "'video_path'"),
+        ({"audio": {"bytes": "x"}, **TEXT}, "'audio'"),
+        ({"point_cloud": "a.ply", **TEXT}, "'point_cloud'"),
+        ({"clip_name": "a.webm", **TEXT}, "'clip_name'.*a.webm"),
+        ({"image_path": "0.jpg", **TEXT}, "'image_path'.*'image'"),
+        ({"img": "0.jpg", **TEXT}, "'img'.*'image'"),
+        ({"image": None, "picture": "0.jpg", **TEXT}, "'picture'.*'image'"),
+        ({"image": "0.jpg", "images": ["1.jpg"], **TEXT}, "'images'.*1.jpg"),
+        ({"image": "0.jpg", "instruction": "<image_1> What?", "response": "x"}, "<image_1>"),
+        ({"image": "0.jpg", "instruction": "<|image_1|> What?", "response": "x"}, r"<\|image_1\|>"),
+        ({"image": "0.jpg", "instruction": "<IMAGE> What?", "response": "x"}, "<IMAGE>"),
+        ({"instruction": "<|vision_start|>What?", "response": "x"}, "vision_start"),
+        ({"instruction": "<audio> What?", "response": "x"}, "<audio>"),
+        ({"instruction": "What?", "response": "a \ud83d b"}, "surrogate.*ud83d"),
+        ({"instruction": "What \udc00?", "response": "b"}, "surrogate"),
+        ({"image": "caf\udce9.jpg", **TEXT}, "surrogate"),
+        (
+            {"conversations": [*CONVERSATION, {"from": "system", "value": "hi"}], "image": "0.jpg"},
+            "alternate.*system",
+        ),
+    ],
+)
+def test_record_refuses_what_would_train_as_something_else(row: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"row 7: .*{message}"):
+        Record.from_json(row, "row 7")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "0.jpg", "video_id": "x7", "source": "talk.mp4", **TEXT},
+        {"image": "0.jpg", "image_url": "http://x/0.jpg", "clip": 0.31, "video": False, **TEXT},
+        {"image": None, "images": ["0.jpg"], **TEXT},
+        {"image": "0.jpg", "images": ["0.jpg"], **TEXT},
+        {"video": None, "audio": "", "id": "a.mp4", **TEXT},
+        {"instruction": "What does <video src='a'></video> do?", "response": "<video> plays"},
+        {"instruction": "Use <b>tags</b> & 1 < 2 <x>", "response": "\u2028\u2029\x85 \U0001f600"},
+    ],
+)
+def test_record_accepts_other_keys_and_texts(row: dict) -> None:
+    record = Record.from_json(row, "row 7")
+    assert record.responses == (row["response"],)
+    assert record.images == (("0.jpg",) if row.get("image") or row.get("images") else ())

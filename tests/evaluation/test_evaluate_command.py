@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from llava_simplified.cli import main as llava
-from llava_simplified.evaluation.evaluate_command import main, name_runs, sort_by_step
-from llava_simplified.evaluation.predictions import read_predictions, read_references
+from llava_simplified.evaluation.evaluate_command import main
+from llava_simplified.evaluation.predictions import Predictions, read_predictions
+from llava_simplified.evaluation.references import read_references
+from llava_simplified.evaluation.run_names import name_runs, sort_by_step, training_steps
 
 
 def make_rows(*captions: str, **changes: Any) -> list[dict[str, Any]]:
@@ -45,7 +47,7 @@ def test_read_predictions_collects_the_trials_of_an_image(tmp_path: Path, name: 
         *make_rows("a dog", "a cat"),
         *make_rows("the sea", "sky", index=1, gt_caption=["the sea", "waves"]),
     ]
-    first, second = read_predictions(write_rows(tmp_path / name, rows))
+    first, second = read_predictions(write_rows(tmp_path / name, rows)).samples
     assert first.captions == ("a dog", "a cat")
     assert first.references == ("a cat",)
     assert second.references == ("the sea", "waves")
@@ -54,7 +56,7 @@ def test_read_predictions_collects_the_trials_of_an_image(tmp_path: Path, name: 
 def test_read_predictions_keeps_line_separators_within_a_caption(tmp_path: Path) -> None:
     """JSON allows U+2028 in a text; it does not end a line of the file."""
     rows = make_rows("a cat\u2028on a mat", "a\x85dog")
-    (sample,) = read_predictions(write_rows(tmp_path / "predictions.jsonl", rows))
+    (sample,) = read_predictions(write_rows(tmp_path / "predictions.jsonl", rows)).samples
     assert sample.captions == ("a cat\u2028on a mat", "a\x85dog")
 
 
@@ -66,12 +68,13 @@ def test_read_predictions_keeps_line_separators_within_a_caption(tmp_path: Path)
             "row 1: 'pred_output' must be a text.* None.* keys",
         ),
         ([*make_rows("x"), "text"], "row 1: .*JSON object.* str"),
-        (make_rows("x", image=None), "row 0: 'image' must be a text.* None"),
+        (make_rows("x", image=7), "row 0: 'image' must be a text.* 7"),
+        (make_rows("x", image=None, index=None), "row 0: .*'index'"),
         (
             make_rows("x", gt_caption=None),
-            "row 0: 'gt_caption' must be a caption or a list of captions.* None",
+            "row 0: 'gt_caption' must be a caption or a list of captions.*--references",
         ),
-        (make_rows("x", gt_caption=[]), r"row 0: 'gt_caption' must be .* \[\]"),
+        (make_rows("x", gt_caption=[]), r"row 0: 'gt_caption' must be .*--references"),
         (make_rows("x", gt_caption=["a", 7]), r"row 0: 'gt_caption' must be .* \['a', 7\]"),
         (make_rows("x", gt_caption=" "), "row 0: 'gt_caption' must be"),
         (
@@ -108,7 +111,7 @@ def test_read_references_finds_images_by_id_and_by_name(tmp_path: Path, image: s
     (tmp_path / "coco.json").write_text(json.dumps(coco))
     references = read_references(tmp_path / "coco.json")
     path = write_rows(tmp_path / "p.json", make_rows("a dog", image=image))
-    (sample,) = read_predictions(path, references)
+    (sample,) = read_predictions(path, references).samples
     assert sample.references == ("a cat", "the cat")
 
 
@@ -129,6 +132,220 @@ def test_read_references_rejects_other_files(tmp_path: Path) -> None:
         read_references(tmp_path / "bad.json")
 
 
+# ---- references ----
+
+
+def write_coco(path: Path, captions: dict[str, list[str | None]]) -> Path:
+    """Write a COCO caption file; the image ids count from 1."""
+    images = []
+    annotations = []
+    for image_id, (name, texts) in enumerate(captions.items(), 1):
+        images.append({"id": image_id, "file_name": name})
+        annotations += [{"image_id": image_id, "caption": text} for text in texts]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return path
+
+
+def read_with_references(
+    folder: Path, images: list[str], captions: dict[str, list[str | None]]
+) -> Predictions:
+    """Read one prediction for each image, with references from a COCO file."""
+    rows = []
+    for index, image in enumerate(images):
+        rows += make_rows("x", index=index, image=image)
+    predictions = write_rows(folder / "p.json", rows)
+    return read_predictions(predictions, read_references(write_coco(folder / "r.json", captions)))
+
+
+FOLDERS: dict[str, list[str | None]] = {
+    "cats/1.jpg": ["a cat"],
+    "dogs/1.jpg": ["a dog"],
+    "dogs/2.jpg": ["two dogs"],
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "/home/ann/photos/", "C:\\photos\\"])
+def test_references_of_equal_base_names_keep_their_folders(tmp_path: Path, prefix: str) -> None:
+    read = read_with_references(tmp_path, [prefix + name for name in FOLDERS], FOLDERS)
+    assert [list(sample.references) for sample in read.samples] == list(FOLDERS.values())
+    is_exact = prefix in ("", "./")
+    assert read.counts["references matched by the whole name"] == (3 if is_exact else 0)
+    assert read.counts["references matched by the end of the path"] == (0 if is_exact else 3)
+    assert any("end of the path" in note for note in read.notes) != is_exact
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "message"),
+    [
+        (["1.jpg"], FOLDERS, r"row 0: .*'1\.jpg' matches 2 .*'cats/1\.jpg', 'dogs/1\.jpg'"),
+        (["a/1.jpg", "b/1.jpg"], {"1.jpg": ["x"]}, r"row 1: .*'a/1\.jpg' and 'b/1\.jpg'"),
+        (["birds/1.jpg", "birds/2.jpg"], FOLDERS, r"row 0: .*'birds/1\.jpg'"),
+        (["dogs/3.jpg"], FOLDERS, r"row 0: .*'dogs/3\.jpg'"),
+        (["cats/000000000001.jpg"], {"dogs/000000000001.jpg": ["x"]}, "row 0: "),
+        (["a/000000000001.jpg", "b/000000000001.jpg"], {"x.jpg": ["x"]}, "row 1: .*different"),
+    ],
+)
+def test_references_of_another_image_are_never_used(
+    tmp_path: Path, images: list[str], captions: dict[str, list[str | None]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_with_references(tmp_path, images, captions)
+
+
+def test_read_predictions_counts_what_is_not_scored(tmp_path: Path) -> None:
+    captions: dict[str, list[str | None]] = {
+        "0.jpg": ["a", None],
+        "1.jpg": ["b"],
+        "2.jpg": [],
+        "3.jpg": [None, " "],
+    }
+    read = read_with_references(tmp_path, ["0.jpg", "2.jpg", "9.jpg"], captions)
+    assert [sample.image for sample in read.samples] == ["0.jpg"]
+    assert read.counts == {
+        "references matched by the whole name": 1,
+        "references matched by the end of the path": 0,
+        "references matched by the image id": 0,
+        "references without a prediction": 1,
+        "annotations without a text": 3,
+        "images without a caption": 2,
+        "predictions without a reference": 2,
+        "texts with half a surrogate pair": 0,
+    }
+    text = "\n".join(read.notes)
+    assert "'1.jpg'" in text, "the image that was not predicted"
+    assert "'2.jpg'" in text, "an image without references"
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}],
+        [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "a.jpg"}],
+    ],
+)
+def test_read_references_rejects_ids_and_names_of_two_images(
+    tmp_path: Path, images: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(
+        json.dumps({"images": images, "annotations": [{"image_id": 1, "caption": "x"}]})
+    )
+    with pytest.raises(ValueError, match=r"r\.json.* 1 .*|a\.jpg"):
+        read_references(path)
+
+
+def test_read_references_accepts_records(tmp_path: Path) -> None:
+    records = [
+        {"image": "a.jpg", "instruction": "x", "response": "a cat"},
+        {"image": "a.jpg", "instruction": "y", "responses": ["a cat", "my cat"]},
+        {"image": "b.jpg", "instruction": "y"},
+        {"image": None, "instruction": "y", "response": "text"},
+    ]
+    references = read_references(write_rows(tmp_path / "records.jsonl", records))
+    path = write_rows(tmp_path / "p.json", make_rows("x", image="photos/a.jpg"))
+    read = read_predictions(path, references)
+    assert read.samples[0].references == ("a cat", "my cat")
+    assert read.counts["records without a caption"] == 1
+    assert read.counts["records with no image or several"] == 1
+
+
+def test_read_predictions_reads_coco_results_with_references(tmp_path: Path) -> None:
+    results = [{"image_id": 1, "caption": "a cat"}, {"image_id": 3, "caption": "x"}]
+    path = write_rows(tmp_path / "results.json", results)
+    with pytest.raises(ValueError, match="row 0: .*COCO results.*--references"):
+        read_predictions(path)
+    read = read_predictions(path, read_references(write_coco(tmp_path / "r.json", FOLDERS)))
+    assert [(s.image, s.references) for s in read.samples] == [
+        ("cats/1.jpg", ("a cat",)),
+        ("dogs/2.jpg", ("two dogs",)),
+    ]
+    assert read.counts["references matched by the image id"] == 2
+    assert read.counts["references without a prediction"] == 1
+
+
+# ---- texts ----
+
+
+def test_evaluate_scores_records_of_text_alone(tmp_path: Path, data_folder: Path) -> None:
+    rows = [
+        *make_rows("hi", image=None, gt_caption="hi there"),
+        *make_rows("a dog", index=1, image="1.jpg", gt_caption="a dog"),
+        *make_rows("nothing to compare with", index=2, image=None, gt_caption=""),
+    ]
+    path = write_rows(tmp_path / "p.json", rows)
+    report = tmp_path / "report.html"
+    options = ["--image-folder", str(data_folder / "images"), "--no-java", "--resamples", "0"]
+    scores = tmp_path / "scores.json"
+    assert main([str(path), *options, "--report", str(report), "--output", str(scores)]) == 0
+    assert json.loads(scores.read_text())["p"]["counts"]["predictions without a reference"] == 1
+    assert "text alone" in report.read_text()
+    with pytest.raises(ValueError, match="--clip: index 0 has no image"):
+        main([str(path), "--clip", str(tmp_path), *options])
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_evaluate_accepts_text_that_breaks_other_programs(
+    tmp_path: Path, data_folder: Path, suffix: str
+) -> None:
+    """Half a surrogate pair, separators that are no line breaks in JSON, and characters that HTML has to escape."""
+    text = "a \ud83d b \u2028 c \x85 d \u2029 <b> \U0001f600 \x00"
+    rows = make_rows(text, image="1.jpg", gt_caption=text)
+    rows += make_rows("x", index=1, image="half \udcff.jpg", gt_caption=["y", text])
+    path = tmp_path / f"p.{suffix}"
+    content = json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows))
+    path.write_text(content)
+    options = ["--image-folder", str(data_folder / "images"), "--resamples", "0"]
+    output = tmp_path / "scores.json"
+    report = tmp_path / "report.html"
+    assert main([str(path), *options, "--output", str(output), "--report", str(report)]) == 0
+    scores = json.loads(output.read_text(encoding="utf-8"))["p"]
+    assert scores["counts"]["texts with half a surrogate pair"] == 3
+    assert scores["mean"]["exact match"][0] == 0.5
+    report.read_text(encoding="utf-8")
+
+
+# ---- comparison ----
+
+
+def test_evaluate_compares_each_file_with_the_first(
+    tmp_path: Path, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = json.loads((data_folder / "val.json").read_text())
+    for name, num_right in (("clip-b32", 1), ("effnet-b0", 3)):
+        rows = []
+        for index, record in enumerate(val):
+            caption = record["response"] if index < num_right else "a red car"
+            reference = record["response"]
+            rows += make_rows(caption, index=index, image=record["image"], gt_caption=reference)
+        # The images of the second file are in another order: they are compared by name.
+        write_rows(tmp_path / f"{name}.json", rows if num_right == 1 else rows[::-1])
+    output = tmp_path / "scores.json"
+    report = tmp_path / "report.html"
+    arguments = [
+        *(str(tmp_path / name) for name in ("clip-b32.json", "effnet-b0.json")),
+        *("--image-folder", str(data_folder / "images")),
+        *("--output", str(output), "--report", str(report), "--no-java", "--resamples", "200"),
+    ]
+    assert main(arguments) == 0
+    scores = json.loads(output.read_text())
+    assert list(scores) == ["clip-b32", "effnet-b0"], "in the given order"
+    compared = scores["effnet-b0"]["compared with"]
+    assert compared["run"] == "clip-b32"
+    exact = compared["differences"]["exact match"]
+    assert exact["difference"][0] == 0.5
+    assert exact["difference"][1] >= 0, "no resample can be worse: no image is"
+    assert [exact["better"], exact["worse"], exact["equal"]] == [2, 0, 2]
+    changed = {row["index"] for row in compared["changed images"]}
+    assert changed == {"1", "2"}
+    assert "effnet-b0 minus clip-b32" in capsys.readouterr().out
+    assert "effnet-b0 compared with clip-b32" in report.read_text()
+    assert "by checkpoint" not in report.read_text()
+
+    other = write_rows(tmp_path / "other.json", make_rows("x", index=99, image="1.jpg"))
+    assert main([arguments[0], str(other), "--no-java", "--resamples", "0"]) == 0
+    assert "different images" in capsys.readouterr().out
+
+
 # ---- the command ----
 
 
@@ -138,11 +355,35 @@ def test_name_runs_uses_folders_if_stems_are_equal() -> None:
     assert name_runs(paths) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_sort_by_step_sorts_numbered_files_only() -> None:
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["step-500", "step-1000"], [500, 1000]),
+        (["checkpoint-500", "checkpoint-1000"], [500, 1000]),
+        (["cc3m.checkpoint-5", "cc3m.checkpoint-10"], [5, 10]),
+        (["clip-vit-base-patch16", "clip-vit-base-patch32"], None),
+        (["effnet-b1", "effnet-b0"], None),
+        (["run-2", "run-1"], None),
+        (["footstep-2", "footstep-1"], None),
+        (["step-500", "baseline"], None),
+        (["a-step-2", "b-step-1"], None),
+        (["step-500-greedy", "step-100-greedy"], None),
+    ],
+)
+def test_training_steps_are_only_those_of_checkpoints(
+    names: list[str], steps: list[int] | None
+) -> None:
+    assert training_steps(names) == steps
+
+
+def test_sort_by_step_sorts_checkpoints_only() -> None:
     paths = [Path("step-1000.json"), Path("step-500.json")]
     assert sort_by_step(paths) == [Path("step-500.json"), Path("step-1000.json")]
-    paths = [Path("mine.json"), Path("baseline.json")]
-    assert sort_by_step(paths) == paths
+    paths = [Path("checkpoint-1000/p.json"), Path("checkpoint-500/p.json")]
+    assert sort_by_step(paths) == paths[::-1]
+    for names in (["mine", "baseline"], ["clip-vit-base-patch16", "effnet-b0"], ["b2", "b1"]):
+        paths = [Path(f"{name}.json") for name in names]
+        assert sort_by_step(paths) == paths
 
 
 def test_evaluate_scores_several_files_and_writes_a_report(

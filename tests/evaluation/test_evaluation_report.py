@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from html_pages import Page, assert_self_contained
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from llava_simplified.evaluation.comparison import compare_runs
 from llava_simplified.evaluation.evaluation_report import Run, mark_captions, write_report
-from llava_simplified.evaluation.metrics import Sample, evaluate
+from llava_simplified.evaluation.metrics import Sample, evaluate, word_f1
 from llava_simplified.evaluation.training_curves import read_training_log
 from llava_simplified.evaluation.word_usage import compare_word_usage
 
@@ -88,6 +91,68 @@ def test_report_shows_the_best_images_first(image_folder: Path) -> None:
     assert "<b>1e-3</b>" in page.text
 
 
+def test_report_of_two_models_names_the_run_in_every_panel(image_folder: Path) -> None:
+    """Names that end with a number are no checkpoints: their order stays, and nothing is drawn over steps."""
+    first = make_run("clip-vit-base-patch16", ("a cat", "a cat"), ("a red dog", "the sea"))
+    second = make_run("effnet-b0", ("a boat", "a cat"), ("a boat", "the sea"))
+    comparison = compare_runs(first.samples, first.result, second.samples, second.result)
+    output = image_folder / "report.html"
+    write_report(
+        output,
+        title="",
+        runs=[first, second],
+        image_folder=image_folder,
+        settings={},
+        train_captions={"a cat"},
+        comparisons={second.name: comparison},
+    )
+    html = output.read_text(encoding="utf-8")
+    assert_self_contained(html)
+    text = " ".join(Page(html).text.split())
+    assert "by checkpoint" not in text
+    assert text.index(first.name) < text.index(second.name)
+    sections = {
+        "exact match": ("50.0 %", "0.0 %"),
+        "Does the image matter?": (f"{first.name}: own image", f"{second.name}: own image"),
+        "Memorized or generalized?": (first.name, second.name),
+        "Words generated too often": (second.name,),
+        f"{second.name} compared with {first.name}": ("-50.0 %", "greatest losses", "-1.00"),
+        "Images and captions": (f"filters are those of {first.name}",),
+        "All scores": (first.name, second.name),
+    }
+    for heading, expected in sections.items():
+        panel = text[text.index(heading) :]
+        for part in expected:
+            assert part in panel[:900], f"{part!r} under {heading!r}"
+
+
+def test_report_of_checkpoints_shows_the_newest_first(image_folder: Path) -> None:
+    runs = [make_run(f"step-{step}", ("a cat", "a cat")) for step in (100, 200, 300, 400, 1000)]
+    html = write_page(image_folder, *runs)
+    text = " ".join(Page(html).text.split())
+    assert "by checkpoint" in text
+    assert text.index("step-1000") < text.index("step-400") < text.index("step-100 ")
+    assert "panels below are those of step-1000" in text, "five runs have no panels of their own"
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_compare_runs_equals_scores_of_each_image(data: st.DataObject) -> None:
+    words = st.lists(st.sampled_from(["a", "cat", "dog"]), max_size=3).map(" ".join)
+    pairs = data.draw(st.lists(st.tuples(words, words), min_size=2, max_size=6))
+    first = make_run("first", *((before, "a cat") for before, _ in pairs))
+    second = make_run("second", *((after, "a cat") for _, after in pairs))
+    comparison = compare_runs(first.samples, first.result, second.samples, second.result)
+    difference = comparison.differences["word F1"]
+    change = [word_f1(after, ["a cat"]) - word_f1(before, ["a cat"]) for before, after in pairs]
+    assert difference.score.value == pytest.approx(np.mean(change))
+    assert difference.score.low - 1e-9 <= difference.score.value <= difference.score.high + 1e-9
+    assert difference.num_better == sum(value > 1e-9 for value in change)
+    assert difference.num_better + difference.num_worse + difference.num_equal == len(pairs)
+    is_changed = {n for n, (before, after) in enumerate(pairs) if before != after}
+    assert {image.position for image in comparison.changed} == is_changed
+
+
 def test_mark_captions_marks_words_of_references() -> None:
     captions = ("Cat on a hat", "Cat on a hat", "a cat, on the mat", "")
     sample = Sample("0", "0.png", "", ("a cat, on the Mat",), captions)
@@ -102,7 +167,7 @@ def test_mark_captions_marks_words_of_references() -> None:
 def test_report_rejects_runs_on_different_images(image_folder: Path) -> None:
     one = make_run("one", ("a", "b"))
     two = make_run("two", ("a", "b"), ("c", "d"))
-    with pytest.raises(ValueError, match="'two' and 'one' are on different images"):
+    with pytest.raises(ValueError, match="'one' and 'two' are on different images"):
         write_page(image_folder, one, two)
 
 

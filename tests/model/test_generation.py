@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import LANGUAGE_MODELS, build, make_images
-from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, RwkvConfig, xLSTMConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    Lfm2Config,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+    RwkvConfig,
+    xLSTMConfig,
+)
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -19,10 +29,11 @@ from transformers.generation.logits_process import (
 )
 
 from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
-from llava_simplified.model.generation import DecodingBatch, generate
+from llava_simplified.model.generation import DecodingBatch, generate, stream
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
-from llava_simplified.prompt import Message
+from llava_simplified.model.lora import add_lora
+from llava_simplified.prompt import Message, Prompt
 
 TEXTS = ["What?", "<image>\nWhat is this?", "Compare <image> with <image>, please, in a few words."]
 
@@ -177,6 +188,47 @@ def test_generate_beams_equal_transformers(models_folder: Path) -> None:
     assert generated == [texts[:2], texts[2:4], texts[4:]]
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_generate_ignores_the_generation_config_of_the_base_model(
+    models_folder: Path, sampled: bool, adapted: bool
+) -> None:
+    """No way to generate inherits anything from `generation_config.json` or `config.json`."""
+    options = GenerationOptions(
+        max_new_tokens=8, num_beams=3, num_return_sequences=2, temperature=float(sampled), seed=1
+    )
+    model = build(models_folder, "llama")
+    if adapted:
+        add_lora(model, 2, 4, 0.0)
+    prompts, pixels = make_prompts(model)
+    expected = generate(model, prompts, pixels, options)
+    base = model.language_model
+    if adapted:
+        base = base.get_base_model()
+    inherited = GenerationConfig(
+        no_repeat_ngram_size=1,
+        suppress_tokens=list(range(40, 200)),
+        begin_suppress_tokens=list(range(40, 300)),
+        bad_words_ids=[[token] for token in range(200, 260)],
+        typical_p=0.1,
+        min_p=0.9,
+        top_k=1,
+        epsilon_cutoff=0.9,
+        encoder_repetition_penalty=3.0,
+        exponential_decay_length_penalty=(1, 3.0),
+        forced_eos_token_id=7,
+        early_stopping=True,
+        remove_invalid_values=True,
+        renormalize_logits=True,
+        max_time=1e-9,
+        stop_strings=["a"],
+    )
+    base.generation_config = inherited
+    base.config.no_repeat_ngram_size = 1  # where older models have such settings
+    assert generate(model, prompts, pixels, options) == expected
+    assert base.generation_config is inherited, "the model keeps its settings"
+
+
 @pytest.mark.parametrize(
     "invalid",
     [
@@ -275,6 +327,19 @@ def test_decoding_batch_cancel_leaves_the_others_unchanged(models_folder: Path) 
     assert run(batch) == [expected[0], expected[1][:1], expected[2]]
 
 
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer like those of Llama 2 and Mistral, mostly of the bytes of UTF-8."""
+    names = ["<s>", "</s>", "<unk>", "▁", "▁a", "x", "日", "\n"]
+    names += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
 # ---- the methods of Llava ----
 
 
@@ -283,7 +348,23 @@ def test_stream_pieces_add_up_to_the_caption(models_folder: Path) -> None:
     image = make_images(model, 1)[0].permute(1, 2, 0).numpy()
     pieces = list(model.stream("What is this?", [image], max_new_tokens=12))
     assert len(pieces) > 3
-    assert "".join(pieces).strip() == model.caption(image, "What is this?", max_new_tokens=12)
+    assert "".join(pieces) == model.caption(image, "What is this?", max_new_tokens=12)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_stream_equals_generate_for_text_of_any_bytes(models_folder: Path, seed: int) -> None:
+    """The model generates random bytes: cut characters, and white space at both ends."""
+    model = build(models_folder, "mistral")
+    tokenizer = byte_fallback_tokenizer()
+    model.prompt = Prompt(tokenizer, "plain")
+    prompt = model.prompt.render([Message("user", "What?")], None).input_ids
+    options = GenerationOptions(max_new_tokens=30, temperature=1.0, seed=seed)
+    with torch.no_grad():  # every token is about as likely
+        model.language_model.get_output_embeddings().weight.mul_(0.1)
+    texts = list(stream(model, prompt, None, options))
+    assert texts[-1] == generate(model, [prompt], None, options)[0][0]
+    for text, following in pairwise(texts):
+        assert following.startswith(text)
 
 
 def test_caption_uses_no_deprecated_names(models_folder: Path) -> None:

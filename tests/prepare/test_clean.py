@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -473,3 +474,87 @@ def test_two_cleanings_into_one_output_leave_one_complete_output(mixed: Mixed) -
         "out_report.html",
         "out_report.json",
     }
+
+
+# ---- one bad item is set aside ----
+
+
+def clean_rows(folder: Path, rows: list[dict[str, Any]]) -> tuple[dict[str, int], list[Any]]:
+    """Clean rows whose images are in `folder`; return the counts and the quarantine."""
+    source = folder / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = clean(source, folder / "clean.jsonl", rules=Rules(min_side=8))
+    quarantine = (folder / "clean_quarantine.jsonl").read_bytes().split(b"\n")
+    return counts, [json.loads(line) for line in quarantine if line]
+
+
+def break_time_scale(data: bytes) -> bytes:
+    scale = data.index((1000).to_bytes(4, "big"), data.index(b"mdhd"))
+    return data[:scale] + bytes(4) + data[scale + 4 :]
+
+
+def break_second_frame(data: bytes) -> bytes:
+    """Make the second directory of a TIFF, or the second frame of a GIF, unreadable."""
+    if data.startswith(b"II"):
+        first = int.from_bytes(data[4:8], "little")
+        entries = int.from_bytes(data[first : first + 2], "little")
+        link = first + 2 + 12 * entries
+        return data[:link] + (0x7FFFFFF0).to_bytes(4, "little") + data[link + 4 :]
+    second = data.index(b"!\xf9", data.index(b"!\xf9") + 2)
+    return data[: second + 12] + b"\xff" * 5
+
+
+@pytest.mark.parametrize(
+    ("image_format", "damage"),
+    [("AVIF", break_time_scale), ("TIFF", break_second_frame), ("GIF", break_second_frame)],
+)
+def test_clean_sets_a_damaged_animation_aside(
+    tmp_path: Path, image_format: str, damage: Callable[[bytes], bytes]
+) -> None:
+    buffer = io.BytesIO()
+    frames = [make_photo(number, 64, 64) for number in range(3)]
+    frames[0].save(buffer, image_format, save_all=True, append_images=frames[1:], duration=100)
+    (tmp_path / "a").write_bytes(damage(buffer.getvalue()))
+    frames[0].save(tmp_path / "b.png")
+    counts, quarantine = clean_rows(tmp_path, [make_row("a", "x"), make_row("b.png", "y")])
+    # Pillow takes the first page of such a TIFF for its only one, which can be trained on.
+    assert counts["ok"] == (2 if image_format == "TIFF" else 1)
+    assert [row["record"]["image"] for row in quarantine] == ["a"] * (2 - counts["ok"])
+    for row in quarantine:
+        assert row["reason"] in ("corrupt", "truncated", "animated")
+
+
+def test_clean_sets_texts_aside_that_are_not_unicode(tmp_path: Path) -> None:
+    make_photo(1).save(tmp_path / "a.png")
+    good = make_row("a.png", "line\u2028line\u2029line\x85 \U0001f600")
+    bad = [make_row("a.png", "a \ud83d b"), make_row("caf\udce9.png", "x"), {"video": "a.mp4"}]
+    counts, quarantine = clean_rows(tmp_path, [good, *bad])
+    assert counts == {"ok": 1, "not_a_record": 3}
+    assert [row["record"] for row in quarantine] == bad, "nothing is changed"
+    assert all("row" in row["detail"] for row in quarantine)
+    assert open_records(tmp_path / "clean.jsonl")[0].responses == (good["response"],)
+
+
+def test_clean_counts_images_whose_names_do_not_match_exactly(tmp_path: Path) -> None:
+    for name in ("a.png", "b.PNG", "c.png"):
+        make_photo(ord(name[0])).save(tmp_path / name)
+    rows = [make_row(name, "x") for name in ("a.png", "/home/ann/c.png", "B.png")]
+    rows.append(make_row("/home/bob/c.png", "another image"))
+    counts, quarantine = clean_rows(tmp_path, rows)
+    assert counts == {"ok": 3, "ambiguous": 1}
+    assert quarantine[0]["record"]["image"] == "/home/bob/c.png"
+    report = json.loads((tmp_path / "clean_report.json").read_text())
+    expected = {"image name matched by suffix": 1, "image name matched by case": 1}
+    assert report["matched"] == expected
+
+
+def test_clean_command_without_a_usable_record_exits_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([make_row("gone.jpg", "a cat")]))
+    words = [str(tmp_path / "x.json"), "--output", str(tmp_path / "o.json"), "--workers", "1"]
+    assert main(words) == 1
+    output = capsys.readouterr()
+    assert "o_quarantine.jsonl" in output.err
+    assert "1 missing" in output.out
+    assert (tmp_path / "o_quarantine.jsonl").read_text().count("\n") == 1

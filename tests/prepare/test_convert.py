@@ -11,9 +11,16 @@ import pytest
 
 from llava_simplified.data.records import open_records, open_rows
 from llava_simplified.data.shards import IMAGE_SUFFIXES
-from llava_simplified.prepare.convert import convert, hash_fraction, reduce
+from llava_simplified.prepare.convert import (
+    convert,
+    group_captions,
+    hash_fraction,
+    reduce,
+    request_identity,
+)
 from llava_simplified.prepare.convert_command import main, reduce_main
 from llava_simplified.prepare.record_writer import RecordWriter, image_file_name
+from llava_simplified.prepare.source_rows import ParseIssues, SourceRow
 
 
 def write_source(folder: Path, count: int = 400, captions: int = 1) -> Path:
@@ -56,6 +63,58 @@ def test_convert_groups_the_captions_of_one_image(tmp_path: Path) -> None:
     by_first_caption = {row["responses"][0]: row["responses"] for row in rows}
     expected = [f"caption {number} of 7" for number in range(5)]
     assert by_first_caption["caption 0 of 7"] == expected
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.tsv"])
+@pytest.mark.parametrize("address", ["url", "link"])
+def test_convert_identifies_an_image_by_its_name_where_it_has_one(
+    tmp_path: Path, name: str, address: str
+) -> None:
+    """A URL beside it may be that of a page with several images, or one of several copies."""
+    page = "https://shop.example/p1"
+    rows = [
+        {"image": "front.jpg", address: page, "caption": "front of a chair"},
+        {"image": "back.jpg", address: page, "caption": "back of a chair"},
+        {"image": "front.jpg", address: f"{page}/other", "caption": "a chair"},
+    ]
+    separator = {"x.csv": ",", "x.tsv": "\t"}.get(name)
+    lines = [json.dumps(row) for row in rows]
+    if separator:
+        lines = [separator.join(values) for values in (rows[0], *(row.values() for row in rows))]
+    (tmp_path / name).write_text("\n".join(lines))
+    convert(str(tmp_path / name), tmp_path / "o.json")
+    written = {
+        row["image"]: row.get("responses") or [row["response"]]
+        for row in read_json(tmp_path / "o.json")
+    }
+    expected = {"front.jpg": ["front of a chair", "a chair"], "back.jpg": ["back of a chair"]}
+    assert written == expected
+
+
+def test_group_captions_for_a_download_keeps_every_url(tmp_path: Path) -> None:
+    rows = [("1.jpg", "a"), ("1.jpg", "b"), ("2.jpg", "b"), ("", "b"), ("", "b"), ("", "")]
+    source = [
+        SourceRow(number, image, url, (f"caption {number}",))
+        for number, (image, url) in enumerate(rows)
+    ]
+    grouped = list(group_captions(lambda _: iter(source), ParseIssues(), request_identity))
+    assert {(row.image, row.url) for row in grouped} == set(rows)
+    assert len(grouped) == len(set(rows))
+
+
+def test_convert_notes_an_image_in_two_splits(tmp_path: Path) -> None:
+    lines = ["image,caption,split", "1.jpg,a cat,train", "1.jpg,a pet,test"]
+    rows = [dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:]]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    _, issues = convert(str(tmp_path / "x.json"), tmp_path / "o.json", split="source")
+    assert issues.counts == {"image in two splits (kept in the first)": 1}
+
+
+def test_convert_of_a_list_of_urls_says_that_it_has_no_captions(tmp_path: Path) -> None:
+    (tmp_path / "urls.txt").write_text("http://a.example/1.jpg\nhttp://a.example/2.jpg\n")
+    with pytest.raises(ValueError, match=r"urls\.txt.*\n.*2 image without any caption"):
+        convert(str(tmp_path / "urls.txt"), tmp_path / "o.json")
+    assert not (tmp_path / "o.json").exists()
 
 
 def test_convert_keeps_equal_captions_of_one_image_once(tmp_path: Path) -> None:
@@ -268,3 +327,20 @@ def test_convert_command_prints_counts_and_issues(
     assert "2 records" in printed
     assert "1 ragged: too few fields (left out) (first: row 2: 'lost')" in printed
     assert "3 CRLF line end" in printed
+
+
+def test_reduce_leaves_out_a_row_that_is_not_json_and_names_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [b'{"image": "1.jpg", "response": "a \\ud83d b"}', b"{torn", b'{"image": "2.jpg"}']
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    assert reduce(tmp_path / "x.jsonl", tmp_path / "o.jsonl", 3, 0) == 2
+    assert (tmp_path / "o.jsonl").read_bytes().splitlines() == [lines[0], lines[2]]
+    assert "x.jsonl row 1" in caplog.text
+
+
+def test_reduce_of_no_record_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"x\.json.*no record"):
+        reduce(tmp_path / "x.json", tmp_path / "o.json", 3, 0)
+    assert not (tmp_path / "o.json").exists()

@@ -20,8 +20,9 @@ from llava_simplified.data.images import ImageError, check_image
 from llava_simplified.prepare import address_guard, fetch_hosts
 from llava_simplified.prepare.address_guard import is_public
 from llava_simplified.prepare.fetch import Fetcher, FetchResult, opted_out, parse_retry_after
-from llava_simplified.prepare.fetch_hosts import fetch_all, host_of
+from llava_simplified.prepare.fetch_hosts import fetch_all
 from llava_simplified.prepare.fetch_options import FetchOptions
+from llava_simplified.prepare.request_url import host_of
 
 OPEN = FetchOptions(allow_private=True, timeout=3, retries=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -452,10 +453,13 @@ def test_read_source_names_a_source_that_does_not_exist(
         read(make_path(tmp_path))
 
 
-def test_read_source_refuses_utf_16_and_says_how_to_convert_it(tmp_path: Path) -> None:
-    (tmp_path / "x.tsv").write_text(f"a cat\t{U}\n", "utf-16")
-    with pytest.raises(ValueError, match="iconv -f UTF-16"):
-        read(tmp_path / "x.tsv")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_read_source_reads_utf_16_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    """\u0a0a consists of two bytes that are line feeds in other encodings."""
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    text = f"{mark}a c\u0a0at\t{U}\r\na dog\u2028\t{V}"
+    (tmp_path / "x.tsv").write_bytes(text.encode(encoding))
+    assert read_captions(tmp_path / "x.tsv") == [(U, "a c\u0a0at"), (V, "a dog")]
 
 
 @pytest.mark.parametrize("name", ["x.tsv.gz", "x.jsonl.gz", "x.parquet"])
@@ -471,6 +475,215 @@ def test_read_source_names_a_torn_file(tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(gzip.compress(lines)[:-20])
     with pytest.raises(ValueError, match=name):
         read(tmp_path / name)
+
+
+# ---- lists without captions ----
+
+URL_CHARACTERS = st.sampled_from("ab1,;=&?/.%_-")
+LISTED_URLS = st.text(URL_CHARACTERS, max_size=12).map(
+    lambda path: f"http://a.example/{path}/1.jpg"
+)
+
+
+@given(st.lists(LISTED_URLS, min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_read_source_takes_every_line_of_a_list_for_one_url(urls: list[str]) -> None:
+    """Also with separators of tables in the URLs, and in each form of a list."""
+    lines = "".join(f"{url}\n" for url in urls)
+    forms = {
+        "x.txt": lines,
+        "header.txt": f"url\n{lines}",
+        "x.json": json.dumps(urls),
+        "x.jsonl": "".join(f"{json.dumps(url)}\n" for url in urls),
+        "objects.jsonl": "".join(json.dumps({"url": url}) + "\n" for url in urls),
+    }
+    for name, text in forms.items():
+        rows, _ = read_bytes(name, text.encode())
+        assert [(row.url, row.image, row.captions) for row in rows] == [
+            (url, "", ()) for url in urls
+        ], name
+
+
+def test_read_source_reads_a_list_of_image_names(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("cats/1.jpg\ncats/2.PNG\n")
+    assert read_captions(tmp_path / "x.txt") == [("cats/1.jpg",), ("cats/2.PNG",)]
+
+
+def test_read_source_does_not_guess_whether_a_word_is_a_caption(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("http://a.example/photo,large\nhttp://a.example/photo,small\n")
+    with pytest.raises(ValueError, match=r"x\.txt.*url,caption"):
+        read(tmp_path / "x.txt")
+    (tmp_path / "x.txt").write_text("http://a.example/1.jpg,cat\nhttp://a.example/2.jpg,n0144\n")
+    assert [row.captions for row in read(tmp_path / "x.txt")[0]] == [("cat",), ("n0144",)]
+
+
+@pytest.mark.parametrize("header", ["url,caption", "caption,url"])
+def test_read_source_keeps_the_commas_of_a_url_in_a_table(tmp_path: Path, header: str) -> None:
+    url, caption = "http://a.example/w_303,h_170/1.jpg", "a cat, a dog"
+    line = f"{url},{caption}" if header == "url,caption" else f"{caption},{url}"
+    (tmp_path / "x.csv").write_text(f"{header}\n{line}\n{line}\n")
+    rows, issues = read(tmp_path / "x.csv")
+    assert [(row.url, row.captions) for row in rows] == [(url, (caption,))] * 2
+    assert issues.counts["',' inside a URL (kept)"] == 2
+
+
+# ---- tables of spreadsheets ----
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'image;caption\n1.jpg;a cat, a dog\n2.jpg;"a; b"\n',
+        'sep=;\nimage;caption\n1.jpg;a cat, a dog\n2.jpg;"a; b"\n',
+        "sep=|\nimage|caption\n1.jpg|a cat, a dog\n2.jpg|a; b\n",
+        '1.jpg;a cat, a dog\n2.jpg;"a; b"\n',
+    ],
+)
+def test_read_source_reads_csv_with_semicolons(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    assert read_captions(tmp_path / "x.csv") == [("1.jpg", "a cat, a dog"), ("2.jpg", "a; b")]
+
+
+def test_read_source_keeps_semicolons_in_captions_of_a_csv_with_commas(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("1.jpg,a cat; a dog\n2.jpg,b; c\n")
+    assert read_captions(tmp_path / "x.csv") == [("1.jpg", "a cat; a dog"), ("2.jpg", "b; c")]
+
+
+CELLS = st.lists(st.sampled_from(["a", " ", '"', ",", ";", "\n", "1", "猫"]), max_size=60).map(
+    "".join
+)
+
+
+@given(st.lists(CELLS, min_size=1, max_size=6), st.sampled_from([",", ";"]), st.integers(0, 2000))
+@settings(max_examples=150, deadline=None)
+def test_read_source_reads_what_a_csv_writer_has_written(
+    cells: list[str], separator: str, long_lines: int
+) -> None:
+    """RFC 4180: a quoted cell may have any number of lines."""
+    captions = [f"x{cell}x" for cell in [*cells, "line\n" * long_lines]]
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=separator, quoting=csv.QUOTE_ALL)
+    writer.writerow(["image", "caption"])
+    for index, caption in enumerate(captions):
+        writer.writerow([f"{index}.jpg", caption])
+    rows, _ = read_bytes("x.csv", text.getvalue().encode())
+    assert [row.image for row in rows] == [f"{index}.jpg" for index in range(len(captions))]
+    expected = [" ".join(caption.split()) for caption in captions]
+    assert [" ".join(row.captions[0].split()) for row in rows] == expected
+
+
+# ---- identity, and what has no counterpart ----
+
+
+def test_read_source_notes_images_of_coco_without_an_annotation(tmp_path: Path) -> None:
+    coco = {
+        "images": [{"id": number, "file_name": f"{number}.jpg"} for number in range(3)],
+        "annotations": [{"image_id": 1, "caption": "a dog"}],
+    }
+    (tmp_path / "x.json").write_text(json.dumps(coco))
+    rows, issues = read(tmp_path / "x.json")
+    assert [row.image for row in rows] == ["1.jpg"]
+    assert issues.counts == {"image without an annotation (left out)": 2}
+
+
+@pytest.mark.parametrize("order", [("images", "annotations"), ("annotations", "images")])
+def test_read_source_gives_no_caption_to_an_ambiguous_id_of_coco(
+    tmp_path: Path, order: tuple[str, str]
+) -> None:
+    coco = {
+        "images": [
+            {"id": 1, "file_name": "train/cat.jpg"},
+            {"id": 1, "file_name": "val/boat.jpg"},
+            {"id": 2, "file_name": "2.jpg"},
+            {"id": 2, "file_name": "2.jpg"},
+        ],
+        "annotations": [
+            {"image_id": 1, "caption": "a cat"},
+            {"image_id": 1, "caption": "a boat"},
+            {"image_id": 2, "caption": "a dog"},
+        ],
+    }
+    (tmp_path / "x.json").write_text(json.dumps({key: coco[key] for key in order}))
+    rows, issues = read(tmp_path / "x.json")
+    assert [(row.image, row.captions) for row in rows] == [("2.jpg", ("a dog",))]
+    assert issues.counts == {
+        "image with the id of a different image (left out)": 2,
+        "annotation of an id that different images have (left out)": 2,
+        "image listed twice (kept once)": 1,
+    }
+
+
+def test_read_source_accepts_a_null_caption_anywhere_in_coco(tmp_path: Path) -> None:
+    captions = [None, "a cat", None]
+    coco = {
+        "images": [{"id": 1, "file_name": "1.jpg"}],
+        "annotations": [{"image_id": 1, "caption": caption} for caption in captions],
+    }
+    (tmp_path / "x.json").write_text(json.dumps(coco))
+    rows, issues = read(tmp_path / "x.json")
+    assert [row.captions for row in rows] == [(), ("a cat",), ()]
+    assert issues.counts == {"empty caption (left out)": 2}
+
+
+def test_read_source_keeps_the_keys_of_shards_in_a_table(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("image,caption\n0.tar#000,a cat\n0.tar#001,a dog\n")
+    assert read_captions(tmp_path / "x.csv") == [("0.tar#000", "a cat"), ("0.tar#001", "a dog")]
+
+
+def test_read_source_of_metadata_in_several_folders_keeps_their_images_apart(
+    tmp_path: Path,
+) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.csv").write_text(f"file_name,text\n1.jpg,{name} here\n")
+    expected = [("cats/1.jpg", "cats here"), ("dogs/1.jpg", "dogs here")]
+    assert read_captions(tmp_path) == expected
+    assert read_captions(tmp_path / "*" / "metadata.csv") == expected
+
+
+def test_read_source_of_a_folder_notes_what_it_does_not_read(tmp_path: Path) -> None:
+    (tmp_path / "part.tsv.gz").write_bytes(gzip.compress(f"a cat\t{U}\n".encode()))
+    (tmp_path / "other.jsonl").write_text("{}")
+    (tmp_path / "more").mkdir()
+    rows, issues = read(tmp_path)
+    assert [row.url for row in rows] == [U]
+    assert issues.counts == {"another file or folder beside the source (not read)": 2}
+    (tmp_path / "more" / "metadata.csv").write_text("file_name,text\n1.jpg,a cat\n")
+    (tmp_path / "more" / "1.jpg").write_bytes(b"x")
+    (tmp_path / "more" / "2.jpg").write_bytes(b"x")
+    assert read(tmp_path)[1].counts == {"image without a row of metadata (left out)": 1}
+
+
+# ---- JSON of other forms ----
+
+
+def test_read_source_reads_json_lines_in_a_json_file(tmp_path: Path) -> None:
+    rows = [{"image": f"{number}.jpg", "caption": "a cat"} for number in range(3)]
+    (tmp_path / "x.json").write_text("\n".join(map(json.dumps, rows)))
+    assert read_captions(tmp_path / "x.json") == [(f"{n}.jpg", "a cat") for n in range(3)]
+
+
+def test_read_source_reads_captions_by_image_name(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"a.jpg": ["a dog", "dog"], U: "a cat"}))
+    assert read_captions(tmp_path / "x.json") == [
+        ("a.jpg", "a dog"),
+        ("a.jpg", "dog"),
+        (U, "a cat"),
+    ]
+
+
+def test_read_source_names_the_keys_of_json_without_captions(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"items": [{"image": "a.jpg", "caption": "x"}]}))
+    with pytest.raises(ValueError, match=r"x\.json.*'items'.*\"data\""):
+        read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar.zst", "X.TAR.BZ2"])
+def test_read_source_says_how_to_read_a_compressed_tar(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(ValueError, match=f"{name}.*gunzip"):
+            read(source)
 
 
 # ---- any bytes at all ----

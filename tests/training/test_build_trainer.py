@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from training_runs import run_training, training_options
+from transformers import AutoConfig, AutoTokenizer
 
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.data.records import Record
+from llava_simplified.model.build import build_model
+from llava_simplified.model.config import LlavaConfig
 from llava_simplified.prompt import Message
+from llava_simplified.training import build_trainer
 from llava_simplified.training.build_trainer import build_config
 
 
@@ -122,3 +127,77 @@ def test_config_records_the_instruction_of_the_first_image(
     text_only = Record((), (Message("user", "Say hello."),), ("hello",), "0")
     records = [text_only, Record(("a.jpg",) * images, turns, ("a cat",), "1")]
     assert build_config(model_args, args, records).instruction == instruction
+
+
+# ---- what would end a run in the middle ----
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"response": "a \ud83d b"},
+        {"instruction": "many words " * 40},
+        {"conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "x"}]},
+    ],
+    ids=["half a surrogate pair", "long prompt", "video"],
+)
+@pytest.mark.parametrize("cache", ["off", "disk"])
+def test_bad_record_is_set_aside_and_the_run_goes_to_its_end(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    package_log: pytest.LogCaptureFixture,
+    change: dict[str, object],
+    cache: str,
+) -> None:
+    rows = json.loads((data_folder / "train.json").read_text())
+    rows[7] = {**rows[7], **change}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    changes = {
+        "train_data_path": tmp_path / "rows.json",
+        "model_max_length": 100,
+        "cache_vision_features": cache,
+    }
+    options = training_options(models_folder, data_folder, tmp_path / "out", **changes)
+    assert (run_training(options) / "llava.json").is_file()
+    assert "1 of 12 records" in package_log.text
+    assert "rows.json row 7" in package_log.text
+    with pytest.raises(ValueError, match="rows.json row 7"):
+        run_training([*options, "--max_bad_records", "0"])
+
+
+def test_long_prompt_of_every_record_is_an_error_before_a_model_is_loaded(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_trainer, "build_model", None)
+    options = training_options(models_folder, data_folder, tmp_path / "out", model_max_length=6)
+    with pytest.raises(ValueError, match="row 0.*--model_max_length 6"):
+        run_training(options)
+
+
+def test_tokenizer_that_is_wider_than_the_embedding_table_is_refused_with_the_token(
+    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = tmp_path / "wide"
+    shutil.copytree(models_folder / "mistral", wide)
+    tokenizer = AutoTokenizer.from_pretrained(wide)
+    rows = AutoConfig.from_pretrained(wide).vocab_size
+    missing = [f"<|extra_{number}|>" for number in range(rows - len(tokenizer))]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*missing, "<|im_end|>"]})
+    tokenizer.save_pretrained(wide)
+    options = training_options(
+        models_folder, data_folder, tmp_path / "out", model_name_or_path=wide
+    )
+    # A token that no prompt contains does no harm.
+    assert (run_training(options) / "llava.json").is_file()
+
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
+    )
+    tokenizer.save_pretrained(wide)
+    expected = rf"<\|im_end\|>.* {rows}, .*{rows} rows"
+    monkeypatch.setattr(build_trainer, "build_model", None)
+    with pytest.raises(ValueError, match=expected):
+        run_training(options)
+    with pytest.raises(ValueError, match=expected):
+        build_model(LlavaConfig(str(wide), str(models_folder / "clip")))

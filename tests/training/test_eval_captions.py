@@ -54,7 +54,7 @@ def test_captions_are_those_of_the_checkpoint_and_do_not_change_the_run(
     assert len(ciders) == 3
     images = [data_folder / "images" / f"{number}.jpg" for number in range(12, 16)]
     for step, cider in zip((4, 8, 12), ciders):
-        samples = read_predictions(output / "eval_captions" / f"step-{step}.jsonl")
+        samples = read_predictions(output / "eval_captions" / f"step-{step}.jsonl").samples
         captions = load_checkpoint(output / f"checkpoint-{step}").caption(images)
         assert [sample.captions[0] for sample in samples] == captions
         score = evaluate(samples, java=False, resamples=0).mean["CIDEr-D"].value

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +69,106 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(
 
     run_training([*options, "--resume_from_checkpoint", "true"])
     assert_equal_weights(trained_weights(uninterrupted), trained_weights(output))
+
+
+@pytest.fixture(scope="module")
+def finished_run(
+    models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of two steps with batches of four, with a checkpoint after each step."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    changes: dict[str, object] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    return run_training(training_options(models_folder, data_folder, output, **changes))
+
+
+def resume(
+    run: Path, models_folder: Path, data_folder: Path, output: Path, **changes: object
+) -> None:
+    """Resume a run from its first checkpoint, with changed options."""
+    values = {
+        "max_steps": 2,
+        "resume_from_checkpoint": run / "checkpoint-1",
+        **changes,
+    }
+    run_training(training_options(models_folder, data_folder, output, **values))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda rows: rows[:5],
+        lambda rows: rows[:4] + rows,
+        lambda rows: rows + rows[:1],
+        lambda rows: rows[::-1],
+        # Of the same size.
+        lambda rows: [*rows[:7], {**rows[7], "response": rows[7]["response"].upper()}, *rows[8:]],
+    ],
+    ids=["fewer", "in front", "appended", "reordered", "edited"],
+)
+def test_resume_with_other_records_is_refused(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    finished_run: Path,
+    edit: Callable[[list[Any]], list[Any]],
+) -> None:
+    """The file has the same name; its size and time may be the same, too."""
+    original = data_folder / "train.json"
+    edited = tmp_path / "train.json"
+    edited.write_text(json.dumps(edit(json.loads(original.read_text()))))
+    modified = original.stat().st_mtime_ns
+    os.utime(edited, ns=(modified, modified))
+    changes = {"train_data_path": edited, "train_image_folder": data_folder / "images"}
+    with pytest.raises(ValueError, match=r"--train_data_path .*train\.json"):
+        resume(finished_run, models_folder, data_folder, tmp_path / "out", **changes)
+
+
+def test_resume_accepts_the_same_records_in_another_place(
+    models_folder: Path, data_folder: Path, tmp_path: Path, finished_run: Path
+) -> None:
+    copy = tmp_path / "copy.json"
+    copy.write_bytes((data_folder / "train.json").read_bytes())
+    output = tmp_path / "out"
+    resume(finished_run, models_folder, data_folder, output, train_data_path=copy)
+    assert_equal_weights(trained_weights(finished_run), trained_weights(output))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("per_device_train_batch_size", 2),
+        ("gradient_accumulation_steps", 2),
+        ("ignore_data_skip", True),
+        ("dataloader_drop_last", True),
+        ("accelerator_config", '{"use_seedable_sampler": false}'),
+        ("train_sampling_strategy", "group_by_length"),
+        ("data_seed", 1),
+        ("seed", 1),
+        ("share_prefix", False),
+        ("packing", True),
+    ],
+)
+def test_resume_refuses_options_that_repeat_or_skip_records(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    finished_run: Path,
+    option: str,
+    value: object,
+) -> None:
+    with pytest.raises(ValueError, match=f"--{option}"):
+        resume(finished_run, models_folder, data_folder, tmp_path / "out", **{option: value})
+
+
+def test_resume_accepts_the_same_records_per_step_in_smaller_batches(
+    models_folder: Path, data_folder: Path, tmp_path: Path, finished_run: Path
+) -> None:
+    output = tmp_path / "out"
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    resume(finished_run, models_folder, data_folder, output, **changes)
+    expected = trained_weights(finished_run)
+    for name, weight in trained_weights(output).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=5e-6)
 
 
 def test_resume_with_other_options_is_refused_or_reported(

@@ -1,0 +1,204 @@
+"""Find the file of an image that a record names.
+
+Records are moved between machines, and their names with them: `/home/ann/photos/cats/1.jpg` was written where the image
+folder was `/home/ann/photos`. A name is resolved by the first of these rules that finds a file below the image folder:
+
+    exact       the name itself
+    suffix      the longest end of the name in whole parts: photos/cats/1.jpg, cats/1.jpg, 1.jpg
+    case        as above, but letters differ in case: img_1.jpg for IMG_1.JPG
+    extension   as above, for a name without an extension: IMG_1 for IMG_1.JPG
+
+A rule that finds several files is an error. Only `exact` is certain to find the image that was meant, so callers count
+which rule was used. Two names that lead to one file are an error too: at least one of them is another image.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from llava_simplified.data.names import AmbiguousNameError, name_parts, name_suffixes
+
+_MAX_LISTED_FILES = 200_000  # a larger folder is not listed to find a name that differs in case
+_ARCHIVE_SUFFIXES = (".tar", ".parquet")
+
+
+class LocatedFile(NamedTuple):
+    """A file below the image folder, and the rule that found it.
+
+    Attributes:
+        path: The file: an image or an archive of images.
+        key: The image's key in the archive, or None.
+        rule: See the top of this module.
+    """
+
+    path: Path
+    key: str | None
+    rule: Literal["exact", "suffix", "case", "extension"]
+
+
+def split_shard_name(name: str) -> tuple[str, str | None]:
+    """Split `shard.tar#key` into the path of the archive and the key, which is None for other names."""
+    archive, mark, key = name.rpartition("#")
+    if mark and archive.endswith(_ARCHIVE_SUFFIXES):
+        return archive, key
+    return name, None
+
+
+def exact_path(name: str, folder: Path) -> Path | None:
+    """Return the path that a name means by itself; None for an absolute one outside `folder`."""
+    path = Path(name)
+    if path.is_absolute() and not path.is_relative_to(folder.absolute()):
+        return None
+    return folder / path
+
+
+def locate_file(name: str, folder: Path) -> LocatedFile | None:
+    """Find the file of an image.
+
+    Args:
+        name: A path, `shard.tar#key` or `rows.parquet#row`. It must not contain `..`.
+        folder: The image folder. Nothing outside it is found.
+
+    Returns:
+        The file; None if no rule finds one.
+
+    Raises:
+        AmbiguousNameError: Several files match equally well.
+        OSError: The folder cannot be read, or the name is too long.
+        ValueError: The name contains a null character.
+    """
+    file_name, key = split_shard_name(name)
+    path = exact_path(file_name, folder)
+    # `is_file` excludes pipes and devices: reading one would block.
+    if path is not None and path.is_file():
+        return LocatedFile(path, key, "exact")
+    suffixes = list(name_suffixes(file_name))
+    for parts in suffixes:
+        path = folder.joinpath(*parts)
+        if path.is_file():
+            return LocatedFile(path, key, "suffix")
+    for parts in suffixes:
+        path = _find_other_case(folder, parts)
+        if path is not None:
+            has_other_stem = path.name.casefold() != parts[-1].casefold()
+            return LocatedFile(path, key, "extension" if has_other_stem else "case")
+    return None
+
+
+def _find_other_case(folder: Path, parts: tuple[str, ...]) -> Path | None:
+    """Find a file whose path differs from `parts` in case, or by an extension that the name lacks."""
+    for part in parts[:-1]:
+        found = _listed(folder).get(_fold(part), ())
+        folders = [name for name in found if (folder / name).is_dir()]
+        if len(folders) != 1:
+            return None
+        folder /= folders[0]
+    listed = _listed(folder)
+    found = listed.get(_fold(parts[-1]), ())
+    if not found and not Path(parts[-1]).suffix:
+        found = listed.get(_fold(parts[-1]) + ".", ())
+    files = [name for name in found if (folder / name).is_file()]
+    if len(files) > 1:
+        raise AmbiguousNameError(
+            f"{parts[-1]!r} could be any of {', '.join(map(repr, sorted(files)[:3]))} in {folder}; "
+            "use the exact name"
+        )
+    return folder / files[0] if files else None
+
+
+def _fold(name: str) -> str:
+    """Return a name without its case. Accents are composed, because macOS decomposes them in file names."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _listed(folder: Path) -> dict[str, list[str]]:
+    """Return the names in a folder by their folded form, and by their stem with a dot; {} for a very large folder."""
+    try:
+        return _listed_at(folder, folder.stat().st_mtime_ns)
+    except OSError:
+        return {}
+
+
+@lru_cache(maxsize=16)
+def _listed_at(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    with os.scandir(folder) as entries:
+        for count, entry in enumerate(entries, start=1):
+            if count > _MAX_LISTED_FILES:
+                return {}
+            folded = _fold(entry.name)
+            names.setdefault(folded, []).append(entry.name)
+            stem, dot, _ = folded.rpartition(".")
+            if stem:
+                names.setdefault(stem + dot, []).append(entry.name)
+    return names
+
+
+class NameMatches:
+    """Which rule found how many images, and which name led to which file.
+
+    Attributes:
+        rules: Number of images by rule.
+    """
+
+    def __init__(self) -> None:
+        self.rules: Counter[str] = Counter()
+        self._names: dict[
+            tuple[Path, str | None], str
+        ] = {}  # of files that were not found by `exact`
+
+    def add(self, name: str, located: LocatedFile) -> None:
+        """Count one image.
+
+        Raises:
+            AmbiguousNameError: Another name has led to the same file.
+        """
+        if located.rule != "exact":
+            first = self._names.setdefault((located.path, located.key), name)
+            if first != name:
+                raise _two_names(first, name, located.path)
+        self.rules[located.rule] += 1
+
+    def describe(self) -> str:
+        """Return a sentence about the images that were not found by their exact names; empty if there are none."""
+        counts = [f"{n:,} by {rule}" for rule, n in sorted(self.rules.items()) if rule != "exact"]
+        if not counts:
+            return ""
+        return f"Images whose names do not match exactly: {', '.join(counts)}."
+
+
+def _two_names(first: str, second: str, path: Path) -> AmbiguousNameError:
+    return AmbiguousNameError(
+        f"{first!r} and {second!r} are two names, but both lead to {path}. "
+        "Use names relative to the image folder, or pass the folder that contains both."
+    )
+
+
+def check_distinct(names: Iterable[str], folder: Path) -> None:
+    """Check that no two names lead to one file, for names that are not found by `exact`.
+
+    Only names that end with the same part can do so, so that no file is looked up in the usual case.
+
+    Raises:
+        AmbiguousNameError: Two names lead to one file.
+    """
+    all_names = list(names)
+    ends = [hash(_fold(name_parts(name)[-1])) for name in all_names if name_parts(name)]
+    values, counts = np.unique(np.array(ends, np.int64), return_counts=True)
+    repeated = set(values[counts > 1].tolist())
+    matches = NameMatches()
+    for name in dict.fromkeys(all_names):
+        parts = name_parts(name)
+        if not parts or hash(_fold(parts[-1])) not in repeated:
+            continue
+        located = locate_file(name, folder)
+        if located is not None:
+            matches.add(name, located)

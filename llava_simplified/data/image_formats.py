@@ -1,0 +1,138 @@
+"""Name the format of a file by its first bytes, and copy a file without its metadata.
+
+Metadata never decide over pixels: where a decoder rejects a file for its texts, color profile or EXIF, the copy without
+them is decoded instead.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+
+from llava_simplified.data import jpeg_segments
+
+# Formats of images that Pillow does not decode here, and other files that are often found under an image's name, by the
+# first bytes. `.` is any byte.
+_SIGNATURES = {
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "JPEG XL image",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000 image",
+    rb"....ftyp(hei|hev|heim|heis)": "HEIC image",
+    rb"....ftyp(mif1|msf1)": "HEIF image",
+    rb"....ftypjxl ": "JPEG XL image",
+    rb"....ftypcrx ": "Canon CR3 raw image",
+    rb"8BPS": "Photoshop image",
+    rb"\x00\x00[\x01\x02]\x00": "icon",
+    rb"%!PS|\xc5\xd0\xd3\xc6": "PostScript image",
+    rb"P[1-7]\s": "Netpbm image",
+    rb"DDS ": "DDS image",
+    rb"qoif": "QOI image",
+    rb"v/1\x01": "OpenEXR image",
+    rb"#\?RADIANCE|#\?RGBE": "Radiance HDR image",
+    rb"\xd7\xcd\xc6\x9a|\x01\x00\x09\x00": "WMF image",
+    rb"II\xbc": "JPEG XR image",
+    rb"....ftypavi[fs]": "",  # decoded, unless it is damaged
+    rb"....ftyp": "MP4 or QuickTime video",
+    rb"\x1aE\xdf\xa3": "WebM or Matroska video",
+    rb"RIFF....AVI ": "AVI video",
+    rb"RIFF....WAVE|ID3|OggS|fLaC": "audio",
+    rb"%PDF": "PDF",
+    rb"PK\x03\x04": "ZIP archive",
+    rb"\x1f\x8b": "gzip file",
+}
+_SIGNATURE_PATTERNS = [
+    (re.compile(pattern, re.DOTALL), name) for pattern, name in _SIGNATURES.items()
+]
+# Comments, a declaration and a document type may stand in front of the element.
+_SVG = re.compile(rb"<(?:\w+:)?svg[\s>]", re.IGNORECASE)
+_SNIFFED_BYTES = 4096
+IMAGE_HEADER_BYTES = 512  # that `is_image_header` looks at
+_DECODED = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|GIF8|BM|II\*\x00|MM\x00\*|....ftypavi[fs]", re.DOTALL
+)
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Chunks of a PNG that decide over pixels, transparency and orientation, and those of an animation.
+_PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
+# Tags of a TIFF that its decoder uses: layout, compression, color, orientation.
+_TIFF_TAGS = {
+    *(254, 255, 256, 257, 258, 259, 262, 263, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317),
+    *(320, 322, 323, 324, 325, 332, 333, 334, 338, 339, 340, 341, 347),
+    *(512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
+}
+_TIFF_ENTRY = 12  # bytes: tag, type, count, value or its position
+
+
+def is_image_header(head: bytes) -> bool:
+    """Return whether a file begins like an image: one that is decoded, or one whose format is only named."""
+    return bool(_DECODED.match(head)) or sniff_format(head).endswith("image")
+
+
+def sniff_format(data: bytes) -> str:
+    """Return the name of a format that is not decoded, from the first bytes: "HEIC image"; "" if it is unknown."""
+    head = data[:_SNIFFED_BYTES]
+    for pattern, name in _SIGNATURE_PATTERNS:
+        if pattern.match(head):
+            return name
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not text.startswith(b"<"):
+        return ""
+    # An SVG inside of a web page is a part of the page.
+    is_page = re.match(rb"<(!doctype\s+html|html)", text, re.IGNORECASE)
+    if _SVG.search(text) and not is_page:
+        return "SVG image"
+    return "web page"
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Return a copy of an image file without the metadata; the file itself if its format has none that can be dropped.
+
+    The copy of a damaged file is damaged too, so it must be decoded as strictly as the file.
+    """
+    if data.startswith(b"\xff\xd8"):
+        return jpeg_segments.without_metadata(data)
+    if data.startswith(_PNG_SIGNATURE):
+        return _png_without_metadata(data)
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return _tiff_without_metadata(data)
+    if data[4:8] == b"ftyp":
+        # An AVIF lists its items with their types. One of an unknown type is ignored.
+        return re.sub(rb"(infe.{8})(?:Exif|mime)", rb"\1skip", data, flags=re.DOTALL)
+    return data
+
+
+def _png_without_metadata(data: bytes) -> bytes:
+    parts = [_PNG_SIGNATURE]
+    position = len(_PNG_SIGNATURE)
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        name = data[position + 4 : position + 8]
+        chunk = data[position : position + length + 12]
+        position += length + 12
+        if name not in _PNG_CHUNKS:
+            continue
+        # The checksums of other chunks are left to the decoder.
+        if name == b"eXIf" and zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+            continue
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+def _tiff_without_metadata(data: bytes) -> bytes:
+    """Return a copy of a TIFF with a new first directory, at its end."""
+    order = "<" if data.startswith(b"II") else ">"
+    try:
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        entries = []
+        for number in range(count):
+            offset = start + 2 + number * _TIFF_ENTRY
+            (tag,) = struct.unpack_from(f"{order}H", data, offset)
+            if tag in _TIFF_TAGS:
+                entries.append(data[offset : offset + _TIFF_ENTRY])
+    except struct.error:
+        return data
+    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+    padding = bytes(len(data) % 2)  # a directory begins at an even position
+    end = len(data) + len(padding)
+    return data[:4] + struct.pack(f"{order}I", end) + data[8:] + padding + directory

@@ -1,0 +1,168 @@
+"""Which image does a name mean? The one rule by which names of images are matched in the whole package.
+
+The same image has different names in different files: a record contains `/home/ann/photos/cats/1.jpg`, the image folder
+contains `cats/1.jpg`, and a file of references may call it `photos/cats/1.jpg`. What these names share is their end. So
+a name is matched
+
+1. *exactly*: with the same name;
+2. otherwise by its *suffix*: with the name that shares the longest end in whole parts, if one of the two names is the
+   end of the other.
+
+       cats/1.jpg     and  photos/cats/1.jpg     match: two parts
+       cats/1.jpg     and  1.jpg                 match: one part
+       cats/1.jpg     and  dogs/1.jpg            do not match: the base name alone is not the image
+       my_cats/1.jpg  and  cats/1.jpg            do not match: a part is compared as a whole
+
+A name with several equally long matches is an error, as are two images that would match the same name: no image is ever
+replaced by another one without notice.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
+
+_ARCHIVE_SUFFIXES = (".tar", ".parquet")  # an image in an archive is called `shard.tar#key`
+_MAX_SHOWN_NAMES = 3
+
+
+class AmbiguousNameError(ValueError):
+    """A name that matches several names equally well, or a name that several images match."""
+
+
+class NameMatch(NamedTuple):
+    """The name that was found, and the rule that found it."""
+
+    name: str
+    rule: Literal["exact", "suffix"]
+
+
+def name_parts(name: str) -> tuple[str, ...]:
+    r"""Return the parts of an image's name, from the outermost folder to the file.
+
+    Slashes and backslashes separate parts. The root, `.` and repeated separators are dropped, and a part before `..` is
+    removed with it. The key of an image in an archive is not cut, since its slashes are not folders on disk:
+    `a/0.tar#b/c` has the parts `a` and `0.tar#b/c`. Characters are composed (NFC), because macOS decomposes those in
+    names of files.
+    """
+    path, key = _split_key(unicodedata.normalize("NFC", name))
+    parts: list[str] = []
+    for part in path.replace("\\", "/").split("/"):
+        if part == "..":
+            del parts[-1:]  # nothing to remove at the beginning
+        elif part not in ("", "."):
+            parts.append(part)
+    if key and parts:
+        parts[-1] += key
+    return tuple(parts)
+
+
+def _split_key(name: str) -> tuple[str, str]:
+    """Split `shard.tar#key` into the path of the archive and `#key`, which is empty for other names."""
+    path, mark, key = name.rpartition("#")
+    if mark and path.endswith(_ARCHIVE_SUFFIXES):
+        return path, mark + key
+    return name, ""
+
+
+def name_suffixes(name: str) -> Iterator[tuple[str, ...]]:
+    """Yield the ends of a name in whole parts, the longest (the name itself) first, the base name last."""
+    parts = name_parts(name)
+    for start in range(len(parts)):
+        yield parts[start:]
+
+
+class NameIndex:
+    """Names that others are matched with. A look-up takes constant time, however many names there are.
+
+    Args:
+        names: The names. One that is given twice counts once.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = dict.fromkeys(names)
+        # The names that consist of some parts, and those that end with them.
+        self._by_parts: dict[tuple[str, ...], list[str]] = {}
+        self._by_suffix: dict[tuple[str, ...], list[str]] = {}
+        for name in self._names:
+            parts = name_parts(name)
+            self._by_parts.setdefault(parts, []).append(name)
+            for start in range(1, len(parts)):
+                self._by_suffix.setdefault(parts[start:], []).append(name)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def find(self, name: str) -> NameMatch | None:
+        """Return the name that matches, or None.
+
+        Raises:
+            AmbiguousNameError: Several names match equally well.
+        """
+        if name in self._names:
+            return NameMatch(name, "exact")
+        parts = name_parts(name)
+        # Each step shares fewer parts with the name than the step before.
+        equal = self._by_parts.get(parts)
+        if equal:
+            return NameMatch(_the_only(equal, name), "exact")
+        longer = self._by_suffix.get(parts)
+        if longer:
+            return NameMatch(_the_only(longer, name), "suffix")
+        for start in range(1, len(parts)):
+            shorter = self._by_parts.get(parts[start:])
+            if shorter:
+                return NameMatch(_the_only(shorter, name), "suffix")
+        return None
+
+
+def match_name(name: str, candidates: Iterable[str]) -> NameMatch | None:
+    """Return the candidate that a name matches, or None. For many names, use `NameIndex` or `match_names`.
+
+    Raises:
+        AmbiguousNameError: Several candidates match equally well.
+    """
+    return NameIndex(candidates).find(name)
+
+
+def match_names(names: Iterable[str], index: NameIndex) -> dict[str, NameMatch]:
+    """Match many names, each with a name of its own.
+
+    Args:
+        names: The names. One that occurs several times is the same image.
+        index: The names that they are matched with.
+
+    Returns:
+        The matches by name; names without a match are absent.
+
+    Raises:
+        AmbiguousNameError: A name matches several others, or two different names match the same one.
+    """
+    matches: dict[str, NameMatch] = {}
+    matched_by: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        match = index.find(name)
+        if match is None:
+            continue
+        first = matched_by.setdefault(match.name, name)
+        # `cats/1.jpg` and `dogs/1.jpg` both end with `1.jpg`, but at least one of them is another image.
+        if name_parts(first) != name_parts(name):
+            raise AmbiguousNameError(
+                f"{first!r} and {name!r} are different images, but both match {match.name!r}. "
+                "Use names that contain the folder on both sides."
+            )
+        matches[name] = match
+    return matches
+
+
+def _the_only(matching: list[str], name: str) -> str:
+    if len(matching) == 1:
+        return matching[0]
+    shown = ", ".join(map(repr, matching[:_MAX_SHOWN_NAMES]))
+    if len(matching) > _MAX_SHOWN_NAMES:
+        shown += ", ..."
+    raise AmbiguousNameError(
+        f"{name!r} matches {len(matching)} names equally well: {shown}. "
+        "Use a name that contains more of the path."
+    )

@@ -1,0 +1,161 @@
+"""Compare two runs on the same images: how much do their scores differ, and on which images?
+
+Two intervals that overlap say little about the difference: most of their width is how much the images differ, which is
+the same for both runs. So each bootstrap resample is scored for both runs, and the differences give the interval.
+
+    resample       0      1      2     ...
+    first run    0.61   0.58   0.64
+    second run   0.63   0.61   0.66
+    difference   0.02   0.03   0.02    ...   ->  interval of the difference
+
+Equal seeds draw equal resamples, so the differences are those of the stored resamples of `Evaluation`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llava_simplified.evaluation.bootstrap import INTERVAL_PERCENTILES, Score
+from llava_simplified.evaluation.metrics import METRIC_NAMES, Evaluation, Sample, normalize_caption
+
+RANK_METRICS = ("word F1", "CIDEr-D")  # decide, in this order, which images changed most
+_EQUAL = 1e-9  # scores that differ less differ by rounding
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one metric changed from the first run to the second.
+
+    Attributes:
+        score: Second minus first, with the interval of the paired bootstrap.
+        num_better: Images on which the second run is better.
+        num_worse: Images on which it is worse.
+        num_equal: The other images.
+    """
+
+    score: Score
+    num_better: int
+    num_worse: int
+    num_equal: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Return whether the interval excludes 0."""
+        return self.score.low > 0 or self.score.high < 0
+
+
+@dataclass(frozen=True)
+class ChangedImage:
+    """An image for which the runs generated different captions.
+
+    Attributes:
+        position: Its position among the samples.
+        differences: Second minus first, by metric.
+    """
+
+    position: int
+    differences: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs on the same images.
+
+    Attributes:
+        differences: By metric, in the order of `METRIC_NAMES`.
+        changed: The images with other captions, the greatest gain first, the greatest loss last.
+    """
+
+    differences: dict[str, Difference]
+    changed: list[ChangedImage]
+
+
+def align_samples(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
+    """Return samples in the order of others; None if they are not of the same images."""
+    by_key = {(sample.index, sample.image): sample for sample in samples}
+    keys = [(sample.index, sample.image) for sample in order]
+    if len(samples) != len(order) or by_key.keys() != set(keys):
+        return None
+    return [by_key[key] for key in keys]
+
+
+def compare_runs(
+    first_samples: Sequence[Sample],
+    first: Evaluation,
+    second_samples: Sequence[Sample],
+    second: Evaluation,
+) -> Comparison:
+    """Compare two runs.
+
+    Args:
+        first_samples: The images of the first run.
+        first: Its scores.
+        second_samples: The same images in the same order.
+        second: Its scores, with the same number of resamples and the same seed.
+    """
+    # Differences of single images by metric, arrays (images,).
+    per_image: dict[str, np.ndarray] = {}
+    differences: dict[str, Difference] = {}
+    for name in METRIC_NAMES:
+        if name not in first.mean or name not in second.mean:
+            continue
+        # The runs may have different numbers of trials: an image has the mean of its trials.
+        change = second.per_image[name].mean(axis=0) - first.per_image[name].mean(axis=0)
+        per_image[name] = change
+        num_better = int((change > _EQUAL).sum())
+        num_worse = int((change < -_EQUAL).sum())
+        score = _difference(name, first, second)
+        differences[name] = Difference(
+            score, num_better, num_worse, len(change) - num_better - num_worse
+        )
+
+    changed = []
+    for position, (before, after) in enumerate(zip(first_samples, second_samples)):
+        if _normalized(before) != _normalized(after):
+            of_image = {name: float(change[position]) for name, change in per_image.items()}
+            changed.append(ChangedImage(position, of_image))
+    changed.sort(key=lambda image: [-image.differences[name] for name in RANK_METRICS])
+    return Comparison(differences, changed)
+
+
+def _difference(name: str, first: Evaluation, second: Evaluation) -> Score:
+    value = second.mean[name].value - first.mean[name].value
+    before = first.resampled.get(name)
+    after = second.resampled.get(name)
+    if before is None or after is None or not len(before):  # no bootstrap, as for METEOR and SPICE
+        return Score(value)
+    low, high = np.percentile(after - before, INTERVAL_PERCENTILES)
+    return Score(value, float(low), float(high))
+
+
+def _normalized(sample: Sample) -> list[str]:
+    """Return the captions of an image in a form in which the order of the trials does not count."""
+    return sorted(map(normalize_caption, sample.captions))
+
+
+def format_comparison(first: str, second: str, num_images: int, comparison: Comparison) -> str:
+    """Return a comparison as text, with one line for each metric.
+
+    Args:
+        first: Name of the first run.
+        second: Name of the second run.
+        num_images: Number of images.
+        comparison: The comparison.
+    """
+    lines = [["metric", "difference", "95 % interval", "better", "worse", "equal"]]
+    for name, difference in comparison.differences.items():
+        score = difference.score
+        interval = "" if math.isnan(score.low) else f"{score.low:+.4f} to {score.high:+.4f}"
+        counts = [difference.num_better, difference.num_worse, difference.num_equal]
+        lines.append([name, f"{score.value:+.4f}", interval, *map(str, counts)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = [f"{second} minus {first}: {num_images} images, paired bootstrap"]
+    for line in lines:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths)]
+        rows.append("  ".join(padded).rstrip())
+    rows.append(f"images with other captions: {len(comparison.changed)} of {num_images}")
+    return "\n".join(rows) + "\n"

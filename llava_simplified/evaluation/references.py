@@ -1,0 +1,219 @@
+"""Reference captions from a file, and which of them belong to an image."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
+
+from llava_simplified.data.names import NameIndex, name_parts
+from llava_simplified.data.records import open_records
+
+# COCO's names contain the image id: COCO_val2014_000000000042.jpg, 000000000042.jpg.
+_COCO_NAME = re.compile(r"(?:COCO_\w+_)?0*(\d+)")
+_COCO_DIGITS = 12
+_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class ReferenceMatch(NamedTuple):
+    """The references of an image, the rule that found them, and the name or id that they have in the file."""
+
+    captions: tuple[str, ...]
+    rule: Literal["exact", "suffix", "image id", "none"]
+    key: str
+
+
+_NO_MATCH = ReferenceMatch((), "none", "")
+
+
+class References:
+    """Reference captions by image.
+
+    Args:
+        by_name: Captions by image name. They are found by the rule of `data/names.py`.
+        by_id: Captions by image id, as text.
+        names: The image names by id.
+        counts: Oddities of the file that the captions come from.
+    """
+
+    def __init__(
+        self,
+        by_name: Mapping[str, Sequence[str]],
+        by_id: Mapping[str, Sequence[str]] | None = None,
+        names: Mapping[str, str] | None = None,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        self.by_name = by_name
+        self.by_id = by_id or {}
+        self.counts = dict(counts or {})
+        self._names = dict(names or {})
+        self._ids = {name: image_id for image_id, name in self._names.items()}
+        self._index = NameIndex(by_name)
+
+    def name_of(self, image_id: str) -> str | None:
+        """Return the file name of an image id, or None."""
+        return self._names.get(image_id)
+
+    def find(self, image: str, image_id: str | None = None) -> ReferenceMatch:
+        """Return the references of an image; without captions if there are none.
+
+        Args:
+            image: Its name.
+            image_id: Its id, if it is known, as in a file of COCO results. Then the name does not count.
+
+        Raises:
+            AmbiguousNameError: The name matches several images.
+        """
+        if image_id is not None:
+            captions = tuple(self.by_id.get(image_id, ()))
+            return ReferenceMatch(captions, "image id", image_id) if captions else _NO_MATCH
+        match = self._index.find(image) if image else None
+        if match is not None:
+            # References that have an id are known by it, so that both ways to them count as one.
+            key = self._ids.get(match.name, match.name)
+            return ReferenceMatch(tuple(self.by_name[match.name]), match.rule, key)
+        image_id = self._id_in_name(image)
+        if image_id is None:
+            return _NO_MATCH
+        return ReferenceMatch(tuple(self.by_id[image_id]), "image id", image_id)
+
+    def _id_in_name(self, image: str) -> str | None:
+        """Return the id of an image whose name is its id, or contains it as COCO's names do."""
+        parts = name_parts(image)
+        if not parts or "#" in parts[-1]:  # a number in `shard.tar#key` is that of the shard
+            return None
+        stem = PurePosixPath(parts[-1]).stem
+        numbered = _COCO_NAME.fullmatch(stem)
+        for image_id in (stem, numbered[1] if numbered else ""):
+            if image_id not in self.by_id:
+                continue
+            name = self._names.get(image_id)
+            if name is None:  # the file gives no names: the id is all there is
+                return image_id
+            # `cats/1.jpg` is not the image with id 1 if that one is called `dogs/1.jpg` or `dogs/7.jpg`. COCO numbers
+            # its images in 12 digits, and its names differ between the years.
+            is_coco_name = numbered is not None and (
+                stem.startswith("COCO_") or len(stem) == _COCO_DIGITS
+            )
+            if is_coco_name and PurePosixPath(name).stem != stem:
+                return image_id
+        return None
+
+    def unused(self, used: Iterable[str]) -> list[str]:
+        """Return the names, or else the ids, of the images with references that are not in `used`.
+
+        Args:
+            used: Keys of matches.
+        """
+        keys = dict.fromkeys([*self.by_id, *(self._ids.get(name, name) for name in self.by_name)])
+        for key in used:
+            keys.pop(key, None)
+        return [self._names.get(key, key) for key in keys]
+
+
+def read_references(path: Path) -> References:
+    """Read a COCO caption file, or records.
+
+    Args:
+        path: `{"images": [...], "annotations": [...]}`, or records in any form that `llava train` reads: their
+            responses are the references of their images.
+
+    Raises:
+        ValueError: The file has neither form, or gives one id or one name to two images.
+    """
+    content: object = None
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"--references: {path} cannot be read: {error}") from None
+    if isinstance(content, dict):
+        return _read_coco(content, path)
+    try:
+        return _read_records(path)
+    except ValueError as error:
+        raise ValueError(
+            f"--references: {path} is not a COCO caption file "
+            '({"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}), and '
+            f"not a file of records: {error}"
+        ) from None
+
+
+def _read_coco(content: Mapping[str, object], path: Path) -> References:
+    by_id: dict[str, list[str]] = {}
+    names: dict[str, str] = {}
+    num_without_text = 0
+    try:
+        for annotation in _list(content["annotations"]):
+            caption = annotation["caption"]
+            captions = by_id.setdefault(str(annotation["image_id"]), [])
+            if isinstance(caption, str) and caption.strip():
+                captions.append(_HALF_SURROGATE.sub("\ufffd", caption))
+            else:  # null or empty
+                num_without_text += 1
+        for image in _list(content.get("images", [])):
+            _add_name(names, str(image["id"]), image["file_name"])
+        _check_names(names)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--references: {path} is not a COCO caption file ({type(error).__name__}: {error}). "
+            'It needs {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.'
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"--references: {path}: {error}") from None
+    with_captions = {image_id: captions for image_id, captions in by_id.items() if captions}
+    by_name = {
+        name: with_captions[image_id]
+        for image_id, name in names.items()
+        if image_id in with_captions
+    }
+    counts = {
+        "annotations without a text": num_without_text,
+        "images without a caption": sum(image_id not in with_captions for image_id in names),
+    }
+    return References(by_name, with_captions, names, counts)
+
+
+def _list(value: object) -> list[dict[str, object]]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, got {type(value).__name__}")
+    return value
+
+
+def _add_name(names: dict[str, str], image_id: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"'file_name' of image {image_id} is {name!r}")
+    known = names.setdefault(image_id, name)
+    if known != name:
+        raise ValueError(f"the image id {image_id} belongs to two images, {known!r} and {name!r}.")
+
+
+def _check_names(names: Mapping[str, str]) -> None:
+    ids: dict[str, str] = {}
+    for image_id, name in names.items():
+        known = ids.setdefault(name, image_id)
+        if known != image_id:
+            raise ValueError(f"{name!r} is listed with two image ids, {known} and {image_id}.")
+
+
+def _read_records(path: Path) -> References:
+    by_name: dict[str, list[str]] = {}
+    num_without_image = 0
+    num_without_caption = 0
+    for record in open_records(path):
+        captions = [text for text in record.responses if text.strip()]
+        if len(record.images) != 1:
+            num_without_image += 1
+        elif not captions:
+            num_without_caption += 1
+        else:
+            # Several rows of one image: all of their captions are references.
+            known = by_name.setdefault(record.images[0], [])
+            known += [text for text in captions if text not in known]
+    counts = {
+        "records with no image or several": num_without_image,
+        "records without a caption": num_without_caption,
+    }
+    return References(by_name, counts=counts)

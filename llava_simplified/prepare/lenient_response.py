@@ -1,0 +1,167 @@
+"""Read the heads of HTTP responses as leniently as curl does, where that is harmless.
+
+aiohttp's parser is as strict as a proxy must be: whoever shares a connection with others can smuggle a response to them
+if two programs disagree about where it ends. The downloader shares its connections with nobody, every response belongs
+to its own request, and every image is decoded before it is kept. So the head of a response is rewritten before
+aiohttp's parser reads it:
+
+    status line      HTTP/2 200, http/1.1 200 and HTTP/1.1 200 without a reason become HTTP/1.1 200
+    headers          only those that are used are passed on; others may be of any number, with any name
+    header lines     may end without a carriage return, continue on the next line, contain control characters
+    Content-Length   may be repeated with the same value, and is ignored beside Transfer-Encoding: chunked
+    behind the body  bytes beyond Content-Length are dropped, and the connection is closed
+
+Still refused: a response without a status line (HTTP/0.9), a head of more than 300 kB, different Content-Lengths,
+damaged chunks, and a body that ends too early.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import ClientPayloadError
+from aiohttp.client_proto import ResponseHandler
+
+MAX_HEAD_BYTES = 300_000  # as in curl
+_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+_STATUS_LINE = re.compile(
+    rb"[\r\n]*http/(?P<version>[123](?:\.[0-9])?) (?P<status>[0-9]{3})(?P<reason>[ \t].*)?\r?(?=\n|\Z)",
+    re.IGNORECASE,
+)
+_CONTINUED_LINE = re.compile(rb"\r?\n[ \t]+")
+_CONTROL_CHARACTERS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_MAX_REASON = 200
+_MAX_DIGITS = 20  # of a Content-Length
+# What the fetcher or aiohttp reads.
+_USED_HEADERS = {
+    b"connection",
+    b"content-encoding",
+    b"content-length",
+    b"location",
+    b"retry-after",
+    b"tdm-reservation",
+    b"transfer-encoding",
+    b"x-robots-tag",
+}
+
+
+class LenientResponseHandler(ResponseHandler):
+    """aiohttp's protocol of a client connection, with rewritten heads."""
+
+    def __init__(self, loop: Any) -> None:
+        super().__init__(loop)
+        self._head: bytes | None = None  # as far as it has come; None outside of a head
+        self._bytes_left: int | None = None  # of the body; None if its length is not known
+        self._is_draining = False
+
+    def set_response_params(self, **params: Any) -> None:
+        """Prepare for the response to the next request."""
+        super().set_response_params(**params)
+        self._head = b""
+        self._bytes_left = None
+
+    def _drain_tail(self) -> None:
+        # What aiohttp held back comes here a second time.
+        self._is_draining = True
+        super()._drain_tail()
+        self._is_draining = False
+
+    def data_received(self, data: bytes) -> None:
+        """Pass on bytes, those of a head when it is complete."""
+        if self._is_draining:
+            super().data_received(data)
+            return
+        if self._head is not None:
+            data = self._read_head(self._head + data)
+        elif self._bytes_left is not None:
+            data = self._cut_body(data)
+        if not data:
+            return
+        super().data_received(data)
+        # aiohttp tells whoever waits for the head that the rest is damaged, but not whoever waits for the body.
+        error = self.exception()
+        if error is not None and self._payload is not None and not self._payload.is_eof():
+            self._payload.set_exception(ClientPayloadError(f"damaged body: {error}"))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Pass on the rest of a torn head, so that aiohttp names what is wrong with it."""
+        if self._head:
+            head, self._head = self._head, None
+            super().data_received(head)
+        super().connection_lost(exc)
+
+    def _cut_body(self, data: bytes) -> bytes:
+        """Return the bytes that belong to the body; what is behind it is dropped."""
+        assert self._bytes_left is not None
+        if len(data) > self._bytes_left:
+            data = data[: self._bytes_left]
+            self.force_close()
+        self._bytes_left -= len(data)
+        return data
+
+    def _read_head(self, data: bytes) -> bytes:
+        """Return a complete head, rewritten, and the bytes of the body behind it; nothing if more must come."""
+        while True:
+            match = _END_OF_HEAD.search(data)
+            if match is None:
+                # aiohttp refuses a head without an end.
+                is_too_long = len(data) > MAX_HEAD_BYTES
+                self._head = None if is_too_long else data
+                return data if is_too_long else b""
+            head, data = data[: match.start()], data[match.end() :]
+            status = _STATUS_LINE.match(head)
+            # 100 Continue, 103 Early Hints: the response follows.
+            if status is None or not status["status"].startswith(b"1"):
+                break
+        self._head = None
+        if status is None:
+            return head + b"\r\n\r\n" + data
+        headers = read_headers(head[status.end() :])
+        length = headers.get(b"content-length", b"")
+        has_body = status["status"] not in (b"204", b"304")
+        if length.isdigit() and has_body:
+            self._bytes_left = int(length[:_MAX_DIGITS])
+            data = self._cut_body(data)
+        return _encode_head(status, headers) + data
+
+
+def read_headers(text: bytes) -> dict[bytes, bytes]:
+    """Return the headers that are used, by their names in lower case.
+
+    Repeated ones are joined with commas (RFC 9110, section 5.3), except for what must be one value.
+    """
+    headers: dict[bytes, bytes] = {}
+    for line in _CONTINUED_LINE.sub(b" ", text).split(b"\n"):
+        name, colon, value = line.partition(b":")
+        name = name.strip().lower()
+        if not colon or name not in _USED_HEADERS:
+            continue
+        value = _CONTROL_CHARACTERS.sub(b" ", value).strip()
+        if name in headers and name in (b"location", b"retry-after"):
+            continue
+        headers[name] = headers[name] + b", " + value if name in headers else value
+    codings = [
+        coding.strip().lower() for coding in headers.get(b"transfer-encoding", b"").split(b",")
+    ]
+    if codings == [b"identity"]:
+        del headers[b"transfer-encoding"]
+    elif b"transfer-encoding" in headers:
+        headers.pop(b"content-length", None)
+    if b"content-length" in headers:
+        lengths = {
+            length.strip().removeprefix(b"+") for length in headers[b"content-length"].split(b",")
+        }
+        if len(lengths) == 1:
+            headers[b"content-length"] = lengths.pop()
+    return headers
+
+
+def _encode_head(status: re.Match[bytes], headers: Mapping[bytes, bytes]) -> bytes:
+    """Return a head of HTTP/1.1, or of HTTP/1.0, where a connection is closed unless the server says otherwise."""
+    version = b"1.0" if status["version"] == b"1.0" else b"1.1"
+    reason = _CONTROL_CHARACTERS.sub(b" ", status["reason"] or b"").strip()[:_MAX_REASON]
+    lines = [b"HTTP/" + version + b" " + status["status"] + b" " + reason]
+    lines += [name + b": " + value for name, value in headers.items()]
+    return b"\r\n".join(lines) + b"\r\n\r\n"

@@ -1,0 +1,162 @@
+"""Parse the URLs that are requested, and send them as they are.
+
+Hosts sign the exact path of an image (thumbor, imgproxy, S3, GCS), or tell `%2F` from `/` and `%26` from `&`. So a URL
+that is valid is sent byte for byte (RFC 3986, section 2.2): percent-encodings are neither decoded nor normalised, and
+`..` is left to the server. What a URL must not contain (spaces, quotes, characters beyond ASCII) is percent-encoded, as
+browsers and curl do:
+
+    http://a.example/x%3Ay/%28b%29?c=%26    sent as it is
+    http://a.example/my cat.jpg             http://a.example/my%20cat.jpg
+    http://bücher.example/ü.jpg             http://xn--bcher-kva.example/%C3%BC.jpg
+
+The part that decides where the request goes, between `//` and the path, is checked strictly: whatever is not a host and
+a port there is refused, so that no two programs understand different hosts.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from urllib.parse import urljoin
+
+from yarl import URL
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_HTTP_URL = re.compile(r"(https?)://([^/?#]*)([^#]*)", re.IGNORECASE | re.DOTALL)
+# [IPv6 address] or a name, and a port. The name may contain characters beyond ASCII.
+_HOST_AND_PORT = re.compile(
+    r"(?P<host>\[[0-9A-Fa-f]*:[0-9A-Fa-f:.]+(?:%25[0-9A-Za-z._~-]+)?\]|[^\x00-\x20\x7f\"#%/:<>?@\[\\\]^`{|}]+)"
+    r"(?::(?P<port>[0-9]{0,5}))?"
+)
+_MAX_PORT = 65_535
+# What RFC 3986 does not allow in a URL. Square brackets are allowed in the host only, but browsers send them as they
+# are, and so do they a lone percent sign.
+_INVALID = re.compile(r"[^!#$%&'()*+,\-./0-9:;=?@A-Z\[\]_a-z~]+")
+_LINE_BREAKS = str.maketrans("", "", "\t\r\n")
+# White space and control characters around a URL, as browsers remove them.
+_AROUND = "".join(map(chr, range(0x21)))
+_SHOWN_CHARACTERS = 100
+
+
+class UrlError(ValueError):
+    """A URL that is not requested.
+
+    Attributes:
+        kind: "bad_url", or "scheme" for a scheme other than http and https.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def parse_url(text: str) -> URL:
+    """Return the URL to request.
+
+    Args:
+        text: The URL. Bytes that are not UTF-8 may be in it as surrogates, as aiohttp reads them from headers.
+
+    Raises:
+        UrlError: The text is not a URL, has another scheme, or has no valid host and port.
+    """
+    # As browsers do: URLs in HTML and in lists are wrapped and indented.
+    text = text.strip(_AROUND).translate(_LINE_BREAKS)
+    match = _HTTP_URL.match(text)
+    if match is None:
+        raise _other_scheme(text)
+    scheme, authority, target = match.groups()
+    scheme = scheme.lower()
+    target = _encode_invalid(target)
+    if not target.startswith("/"):
+        target = f"/{target}"
+    # The query is part of the path here: yarl would drop the question mark of an empty one.
+    return URL.build(
+        scheme=scheme,
+        authority=_parse_authority(scheme, authority),
+        path=target,
+        encoded=True,
+    )
+
+
+def resolve_redirect(url: URL, location: str) -> URL:
+    """Return the URL that a `Location` header leads to.
+
+    Raises:
+        UrlError: As `parse_url`.
+    """
+    location = location.strip(_AROUND)
+    if _SCHEME.match(location):
+        return parse_url(location)
+    try:
+        return parse_url(urljoin(str(url), location))
+    except UrlError:
+        raise
+    # For example: "//[/", brackets that hold no address.
+    except ValueError as error:
+        raise UrlError(
+            "bad_url", f"redirect to {location[:_SHOWN_CHARACTERS]!r}: {error}"
+        ) from None
+
+
+def host_of(url: str) -> str:
+    """Return the host of a URL, or an empty text if there is none."""
+    # Scheme and host repeat, so that most calls are answered from the cache.
+    return _parse_host("/".join(url.split("/", 3)[:3]))
+
+
+@lru_cache(maxsize=4096)
+def _parse_host(origin: str) -> str:
+    try:
+        return parse_url(origin).host or ""
+    except UrlError:
+        return ""
+
+
+def _other_scheme(text: str) -> UrlError:
+    """Return the error for a text that does not begin with http:// or https://."""
+    scheme = _SCHEME.match(text)
+    shown = repr(text[:_SHOWN_CHARACTERS])
+    if scheme is None:
+        return UrlError("bad_url", f"not a URL with http or https: {shown}")
+    if scheme[1].lower() in ("http", "https"):
+        return UrlError("bad_url", f"no // behind the scheme of {shown}")
+    return UrlError("scheme", f"only http and https are fetched, not {scheme[1][:40]!r}")
+
+
+@lru_cache(maxsize=4096)
+def _parse_authority(scheme: str, authority: str) -> str:
+    """Return user, host and port as they are sent: "user@xn--bcher-kva.example:8080".
+
+    Raises:
+        UrlError: There is no host, or something is wrong with host or port.
+    """
+    user, at, host_and_port = authority.rpartition("@")
+    match = _HOST_AND_PORT.fullmatch(host_and_port)
+    shown = repr(authority[:_SHOWN_CHARACTERS])
+    if match is None:
+        raise UrlError("bad_url", f"no valid host and port in {shown}")
+    port = int(match["port"]) if match["port"] else None
+    # A backslash is a slash for browsers: they would take what follows for the path, and the user for the host.
+    if (port or 0) > _MAX_PORT or "\\" in user:
+        raise UrlError("bad_url", f"no valid host and port in {shown}")
+    try:
+        # yarl encodes a name beyond ASCII (IDNA), and checks the rest.
+        url = URL.build(scheme=scheme, host=match["host"].strip("[]"), port=port)
+    except ValueError as error:
+        raise UrlError("bad_url", f"no valid host in {shown}: {error}") from None
+    return f"{_encode_invalid(user)}{at}{url.raw_authority}"
+
+
+def _encode_invalid(text: str) -> str:
+    """Percent-encode the characters that no URL may contain; the others stay as they are."""
+    if not _INVALID.search(text):
+        return text
+    return _INVALID.sub(_percent_encode, text)
+
+
+def _percent_encode(match: re.Match[str]) -> str:
+    try:
+        data = match[0].encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise UrlError("bad_url", f"not Unicode: {match[0][:_SHOWN_CHARACTERS]!r}") from None
+    return "".join(f"%{byte:02X}" for byte in data)

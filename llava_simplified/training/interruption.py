@@ -1,0 +1,109 @@
+"""Stop a run at a signal: finish the step, save a checkpoint, and say how to continue.
+
+    Ctrl-C (SIGINT), or SIGTERM of a batch system      what happens
+    once                                               the step is finished, `checkpoint-N` is saved, the run ends
+    again, after more than two seconds                 the run ends at once, and loses the steps since the last save
+
+Both work with and without a terminal. Batch systems send SIGTERM some time before they kill a process (Slurm: 30 s),
+which is enough for a step and a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# A terminal sends Ctrl-C to all processes of a launcher, and the launcher sends it to them once more.
+# Signals within this number of seconds count as one.
+_SAME_SIGNAL_SECONDS = 2.0
+_NOTICE = b"\nStopping: a checkpoint is saved after this step. Press Ctrl-C again to stop at once, without saving.\n"
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A run was stopped by a signal, after it has saved a checkpoint.
+
+    Attributes:
+        signal: Number of the signal.
+        step: The last step.
+        checkpoint: The checkpoint of that step.
+    """
+
+    def __init__(self, signal_number: int, step: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped at step {step}; checkpoint: {checkpoint}")
+        self.signal = signal_number
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+class InterruptionCallback(TrainerCallback):
+    """Ends training with a checkpoint after the step in which a signal arrived.
+
+    Attributes:
+        signal: Number of the signal that this process has received, or None.
+        is_agreed: Whether any process had received one when the step began. The trainer sets it:
+            signals arrive at different moments, but all processes must stop after the same step.
+        was_stopped: Whether training was ended early.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.is_agreed = False
+        self.was_stopped = False
+        self._received_at = 0.0
+        self._pid = os.getpid()
+
+    @contextmanager
+    def watch_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM as described above while the block runs."""
+        # Python permits it in the main thread only. Elsewhere, signals have their usual effect.
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._pid = os.getpid()
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in previous:
+            signal.signal(number, self._receive)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._pid:
+            # A data loader worker has inherited this handler. Ctrl-C reaches it too, but the step
+            # still needs its images. SIGTERM is how its parent ends it.
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._received_at = number, now
+            # Not logged: the handler may have interrupted a write of the logger.
+            os.write(2, _NOTICE)
+        elif now - self._received_at > _SAME_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Save and stop, if a signal has arrived."""
+        # A single process need not ask others.
+        stops = self.is_agreed or (args.world_size == 1 and self.signal is not None)
+        if stops and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+            self.was_stopped = True

@@ -1,0 +1,139 @@
+"""A name is resolved by one rule; it never silently means another file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_simplified.data.image_folder import (
+    NameMatches,
+    check_distinct,
+    locate_file,
+    split_shard_name,
+)
+from llava_simplified.data.images import ImageError, read_image_bytes
+from llava_simplified.data.names import AmbiguousNameError
+
+
+def make_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())  # the file says which one it is
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "rule"),
+    [
+        ("cats/1.jpg", "cats/1.jpg", "exact"),
+        ("./cats/1.jpg", "cats/1.jpg", "exact"),
+        ("/home/ann/photos/cats/1.jpg", "cats/1.jpg", "suffix"),
+        ("/home/ann/dogs/1.jpg", "dogs/1.jpg", "suffix"),
+        ("/home/ann/1.jpg", "1.jpg", "suffix"),
+        ("photos/cats/1.jpg", "cats/1.jpg", "suffix"),
+        (r"C:\photos\cats\1.jpg", "cats/1.jpg", "suffix"),
+        ("cats/img_2.jpg", "cats/IMG_2.JPG", "case"),
+        ("Cats/img_2.JPG", "cats/IMG_2.JPG", "case"),
+        ("/home/ann/cats/Img_2.jpg", "cats/IMG_2.JPG", "case"),
+        ("cats/IMG_2", "cats/IMG_2.JPG", "extension"),
+        ("img_2", None, ""),
+        ("3", "3.jpeg", "extension"),
+        ("gone.jpg", None, ""),
+        ("birds/2.jpg", None, ""),
+    ],
+)
+def test_name_is_resolved_by_the_first_rule_that_finds_a_file(
+    tmp_path: Path, name: str, found: str | None, rule: str
+) -> None:
+    make_files(tmp_path, "1.jpg", "cats/1.jpg", "dogs/1.jpg", "cats/IMG_2.JPG", "3.jpeg")
+    matches = NameMatches()
+    if found is None:
+        with pytest.raises(ImageError) as error:
+            read_image_bytes(name, tmp_path, matches)
+        assert error.value.kind == "missing"
+        assert not matches.describe()
+        return
+    assert read_image_bytes(name, tmp_path, matches) == found.encode()
+    assert dict(matches.rules) == {rule: 1}
+    assert bool(matches.describe()) == (rule != "exact")
+
+
+def test_exact_name_wins_over_every_other(tmp_path: Path) -> None:
+    make_files(tmp_path, "a/b/1.jpg", "b/1.jpg", "1.jpg", "B/1.JPG")
+    assert read_image_bytes("a/b/1.jpg", tmp_path) == b"a/b/1.jpg"
+    assert read_image_bytes(str(tmp_path / "b/1.jpg"), tmp_path) == b"b/1.jpg"
+    assert read_image_bytes("/x/a/b/1.jpg", tmp_path) == b"a/b/1.jpg", "the longest end"
+
+
+@pytest.mark.parametrize("name", ["img.jpg", "IMG"])
+def test_several_files_are_ambiguous(tmp_path: Path, name: str) -> None:
+    make_files(tmp_path, "IMG.JPG", "Img.jpg", "img.JPEG")
+    with pytest.raises(ImageError, match="exact name") as error:
+        read_image_bytes(name, tmp_path)
+    assert error.value.kind == "ambiguous"
+
+
+def test_two_names_that_lead_to_one_file_are_ambiguous(tmp_path: Path) -> None:
+    """At least one of cats/1.jpg and dogs/1.jpg is another image than 1.jpg."""
+    make_files(tmp_path, "1.jpg", "2.jpg")
+    matches = NameMatches()
+    assert read_image_bytes("/home/ann/cats/1.jpg", tmp_path, matches)
+    assert read_image_bytes("/home/ann/cats/1.jpg", tmp_path, matches), "the same name again"
+    with pytest.raises(ImageError, match="cats/1.jpg.*dogs/1.jpg") as error:
+        read_image_bytes("/home/ann/dogs/1.jpg", tmp_path, matches)
+    assert error.value.kind == "ambiguous"
+    names = ["/home/ann/cats/2.jpg", "/home/ann/cats/1.jpg", "/home/ann/cats/1.jpg"]
+    check_distinct(names, tmp_path)
+    with pytest.raises(AmbiguousNameError, match="two names"):
+        check_distinct([*names, "/home/ann/dogs/1.jpg"], tmp_path)
+
+
+def test_nothing_outside_of_the_folder_is_found(tmp_path: Path) -> None:
+    make_files(tmp_path, "secret.jpg", "images/a.jpg")
+    folder = tmp_path / "images"
+    for name in ("../secret.jpg", r"..\secret.jpg", "a/../../secret.jpg"):
+        with pytest.raises(ImageError) as error:
+            read_image_bytes(name, folder)
+        assert error.value.kind == "unsafe"
+    for name in (str(tmp_path / "secret.jpg"), "/etc/passwd", "", "/", "a\0b", "x" * 5000):
+        with pytest.raises(ImageError) as error:
+            read_image_bytes(name, folder)
+        assert error.value.kind == "missing"
+
+
+def test_split_shard_name_splits_names_in_archives_only() -> None:
+    assert split_shard_name("a/0.tar#b/c#d") == ("a/0.tar#b/c#d", None)
+    assert split_shard_name("a/0.tar#b/c") == ("a/0.tar", "b/c")
+    assert split_shard_name("photo#3.jpg") == ("photo#3.jpg", None)
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "A", "1.jpg", "2.JPG"]), min_size=1, max_size=3)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=6), NAMES)
+@settings(max_examples=100, deadline=None)
+def test_located_file_always_shares_the_end_of_the_name(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], name: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("images")
+    for parts in files:
+        path = folder.joinpath(*parts)
+        if not any(parent.is_file() for parent in [path, *path.parents]) and not path.is_dir():
+            make_files(folder, "/".join(parts))
+    try:
+        located = locate_file("/".join(name), folder)
+    except AmbiguousNameError:
+        return
+    if located is None:
+        return
+    parts = located.path.relative_to(folder).parts
+    shared = name[len(name) - len(parts) :]
+    if located.rule in ("exact", "suffix"):
+        assert list(parts) == shared
+    else:
+        assert [part.casefold() for part in parts[:-1]] == [part.casefold() for part in shared[:-1]]
+        assert parts[-1].casefold().startswith(shared[-1].casefold())

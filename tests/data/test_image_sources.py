@@ -1,0 +1,160 @@
+"""One path from any source to pixels: a file, its bytes, the PIL image and the array give the same pixels."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from llava_simplified.data.images import ImageError, check_image, decode_image, load_pixels
+
+EXIF_ORIENTATION = 274
+FORMATS_BY_MODE = {
+    "1": ["PNG", "TIFF", "BMP"],
+    "L": ["PNG", "TIFF", "JPEG", "GIF", "BMP", "WEBP", "AVIF"],
+    "LA": ["PNG", "TIFF", "WEBP", "AVIF"],
+    "P": ["PNG", "TIFF", "GIF", "BMP"],
+    "PA": ["TIFF"],
+    "RGB": ["PNG", "TIFF", "JPEG", "WEBP", "AVIF", "BMP", "GIF"],
+    "RGBA": ["PNG", "TIFF", "WEBP", "AVIF", "GIF"],
+    "RGBX": ["TIFF"],
+    "CMYK": ["JPEG", "TIFF"],
+    "YCbCr": ["JPEG"],  # Pillow does not read the TIFF that it writes
+    "LAB": ["TIFF"],
+    "I;16": ["PNG", "TIFF"],
+    "I": ["TIFF"],
+    "F": ["TIFF"],
+}
+IN_MEMORY_MODES = [*FORMATS_BY_MODE, "La", "RGBa", "HSV", "I;16B", "I;16L", "I;16N"]
+
+
+def make_image(mode: str) -> Image.Image:
+    """Return a small image of any mode, with all alphas where it has transparency."""
+    y, x = np.mgrid[:20, :30]
+    rgb = np.stack([x * 8, y * 12, 255 - x * 8], axis=2).astype(np.uint8)
+    image = Image.fromarray(rgb)
+    alpha = Image.fromarray((x * 8).astype(np.uint8))
+    if mode.startswith("I;16"):
+        wide = Image.fromarray((x * 2100).astype(np.uint16))
+        return wide if mode == "I;16" else Image.frombytes(mode, wide.size, _bytes_as(wide, mode))
+    if mode == "I":
+        return Image.fromarray((x * 2100).astype(np.int32))
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    if mode in ("LA", "La", "RGBA", "RGBa"):
+        with_alpha = image.convert("LA" if mode in ("LA", "La") else "RGBA")
+        with_alpha.putalpha(alpha)
+        return with_alpha.convert(mode)
+    if mode == "PA":
+        with_palette = image.convert("P").convert("PA")
+        with_palette.putalpha(alpha)
+        return with_palette
+    return image.convert(mode)
+
+
+def _bytes_as(image: Image.Image, mode: str) -> bytes:
+    order = ">u2" if mode == "I;16B" else "<u2"
+    return np.asarray(image).astype(order).tobytes()
+
+
+def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "image_format"),
+    [(mode, name) for mode, names in FORMATS_BY_MODE.items() for name in names],
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_load_pixels_of_a_file_its_bytes_and_the_pil_image_are_equal(
+    tmp_path: Path, mode: str, image_format: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    options = {} if image_format in ("GIF", "BMP") else {"exif": exif}
+    data = encode(make_image(mode), image_format, **options)
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    expected = decode_image(data)
+    is_rotated = orientation == 6 and image_format not in ("GIF", "BMP")
+    assert expected.shape == ((30, 20, 3) if is_rotated else (20, 30, 3))
+    for source in (path, str(path), data, bytearray(data), Image.open(path)):
+        assert np.array_equal(load_pixels(source), expected)
+    loaded = Image.open(io.BytesIO(data))
+    loaded.load()
+    assert np.array_equal(load_pixels(loaded), expected)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(load_pixels(upright), expected), "the orientation is applied once"
+    checked = check_image(data)
+    assert (checked.height, checked.width) == expected.shape[:2]
+
+
+@pytest.mark.parametrize("mode", IN_MEMORY_MODES)
+def test_load_pixels_accepts_every_mode_of_pil(mode: str) -> None:
+    pixels = load_pixels(make_image(mode))
+    assert pixels.shape == (20, 30, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.max() > 200, "not black"
+    assert len(np.unique(pixels)) >= 2
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
+def test_transparency_is_white_in_every_mode(mode: str) -> None:
+    image = make_image(mode)
+    assert (load_pixels(image)[:, 0] == 255).all(), "the left edge is transparent"
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L", "I;16N", "I"])
+def test_sixteen_bits_are_scaled_in_every_mode(mode: str) -> None:
+    expected = np.arange(30) * 2100 >> 8
+    assert np.array_equal(load_pixels(make_image(mode))[0, :, 0], expected)
+
+
+def test_values_beyond_sixteen_bits_are_white_and_do_not_wrap() -> None:
+    image = Image.fromarray(np.array([[-5, 0, 65_535, 65_536, 1_000_000]], dtype=np.int32))
+    assert load_pixels(image)[0, :, 0].tolist() == [0, 0, 255, 255, 255]
+
+
+def test_arrays_of_every_form_equal_the_file() -> None:
+    for mode in ("L", "LA", "RGB", "RGBA", "1", "I;16"):
+        image = make_image(mode)
+        assert np.array_equal(load_pixels(np.asarray(image)), decode_image(encode(image, "PNG")))
+    gray = np.asarray(make_image("L"))
+    assert np.array_equal(load_pixels(gray[:, :, None]), load_pixels(gray))
+    wide = np.full((2, 3, 3), 30_000, np.uint16)
+    assert (load_pixels(wide) == 30_000 >> 8).all()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.int64),
+        np.zeros((3, 4, 4, 3), np.uint8),
+        np.zeros((4, 4, 5), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros(4, np.uint8),
+    ],
+)
+def test_other_arrays_are_refused(array: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        load_pixels(array)
+
+
+def test_other_objects_are_refused_by_their_type() -> None:
+    with pytest.raises(ValueError, match="list"):
+        load_pixels([1, 2, 3])  # type: ignore[arg-type]
+
+
+def test_damaged_pil_image_is_an_image_error() -> None:
+    data = encode(make_image("RGB").resize((300, 200)), "PNG")
+    with pytest.raises(ImageError) as error:
+        load_pixels(Image.open(io.BytesIO(data[: len(data) // 2])))
+    assert error.value.kind in ("truncated", "corrupt")

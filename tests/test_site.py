@@ -1,0 +1,95 @@
+"""The documentation site: a broken link fails the build, and there is none."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES_OF_THE_REPOSITORY = sorted(ROOT.glob("*.md"))
+# Each of them is one way in which a link or the navigation can be broken.
+BROKEN_LINKS = {
+    "page": "[a page](no-such-page.md)",
+    "anchor": "[an anchor](training.md#no-such-anchor)",
+    "own anchor": "[an anchor of this page](#no-such-heading)",
+    "image": "![an image](img/no-such-image.png)",
+    "absolute": "[an absolute link](/no-such-root)",
+}
+
+
+def site_command() -> list[str]:
+    """Return the command of `make site`, with this Python's mkdocs."""
+    recipe = (ROOT / "Makefile").read_text().split("\nsite:")[1].splitlines()[1]
+    words = shlex.split(recipe)
+    program = words.index("$(BIN)/mkdocs")
+    return [sys.executable, "-m", "mkdocs", *words[program + 1 :]]
+
+
+def build_site(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*site_command(), "--site-dir", str(folder / "site")],
+        cwd=folder,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of everything that the site is built from."""
+    pytest.importorskip("mkdocs", reason="the docs extra is not installed")
+    for name in ("docs", "llava_simplified"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_broken_link(sources: Path) -> None:
+    built = build_site(sources)
+    assert built.returncode == 0, built.stderr
+
+
+@pytest.mark.slow
+def test_site_fails_and_names_every_broken_link(sources: Path) -> None:
+    page = sources / "docs" / "data.md"
+    links = "\n\n".join(BROKEN_LINKS.values())
+    page.write_text(f"{page.read_text(encoding='utf-8')}\n\n{links}\n", encoding="utf-8")
+    (sources / "docs" / "forgotten.md").write_text("# Not in the navigation\n")
+    built = build_site(sources)
+    assert built.returncode != 0
+    targets = [re.search(r"\((.*)\)", link)[1] for link in BROKEN_LINKS.values()]
+    for target in [*targets, "forgotten.md"]:
+        assert target in built.stderr
+
+
+@pytest.mark.parametrize("page", PAGES_OF_THE_REPOSITORY, ids=lambda path: path.name)
+def test_links_of_the_repository_lead_somewhere(page: Path) -> None:
+    """Of the pages that are not part of the site, such as the README."""
+    text = re.sub(r"(?s)```.*?```", "", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:href|src)=\"([^\"]+)\"", text)
+    for link in ("".join(pair) for pair in links):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = page.parent / target if target else page
+        assert path.exists(), link
+        if anchor:
+            assert anchor in anchors_of(path), link
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub forms them."""
+    anchors = set()
+    for heading in re.findall(r"(?m)^#+ (.+)$", page.read_text(encoding="utf-8")):
+        kept = re.sub(r"[^\w\- ]", "", heading.lower())
+        anchors.add(kept.replace(" ", "-"))
+    return anchors

@@ -1,0 +1,110 @@
+"""A signal ends a run with a checkpoint, and with the command that continues it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_runs import (
+    ROOT,
+    assert_equal_weights,
+    read_log,
+    run_training,
+    trained_weights,
+    training_options,
+)
+
+from llava_simplified.training.callbacks import ThroughputMeter
+from llava_simplified.training.interruption import InterruptionCallback, TrainingInterrupted
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+
+OPTIONS: dict[str, object] = {"max_steps": 4, "disable_tqdm": True, "save_strategy": "no"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_step_and_saves_a_checkpoint_to_resume_from(
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    handler = signal.getsignal(number)
+    uninterrupted = run_training(
+        training_options(models_folder, data_folder, tmp_path / "uninterrupted", **OPTIONS)
+    )
+    options = training_options(models_folder, data_folder, tmp_path / "out", **OPTIONS)
+    start_step = ThroughputMeter.start_step
+    steps = []
+
+    def send_in_second_step(self: ThroughputMeter) -> None:
+        steps.append(1)
+        if len(steps) == 2:
+            # Twice, as a launcher does that passes it on.
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        start_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThroughputMeter, "start_step", send_in_second_step)
+        with pytest.raises(TrainingInterrupted) as interrupted:
+            run_training(options)
+    assert (interrupted.value.signal, interrupted.value.step) == (number, 2)
+    assert signal.getsignal(number) is handler, "the handler of the caller is back"
+    assert not (tmp_path / "out" / "llava.json").exists()
+
+    resumed = run_training([*options, "--resume_from_checkpoint", "true"])
+    assert_equal_weights(trained_weights(uninterrupted), trained_weights(resumed))
+
+
+def test_second_signal_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_simplified.training.interruption._SAME_SIGNAL_SECONDS", 0.01)
+    callback = InterruptionCallback()
+    with callback.watch_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert callback.signal == signal.SIGINT
+        time.sleep(0.05)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+@pytest.mark.slow
+def test_interrupted_command_prints_the_command_that_continues_it(
+    models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C of a terminal reaches the data loader workers, too."""
+    output = tmp_path / "out"
+    changes = {"max_steps": 2000, "num_train_epochs": 700, "dataloader_num_workers": 2}
+    options = training_options(
+        models_folder, data_folder, output, **{**OPTIONS, **changes, "preflight": False}
+    )
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    log = output / "trainer_log.jsonl"
+    while not log.exists() or len(read_log(output)) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    [checkpoint] = output.glob("checkpoint-*")
+    assert str(checkpoint) in printed
+    command = shlex.split(re.search(r"^  train\.py (.*)$", printed, re.MULTILINE)[1])
+    steps = int(checkpoint.name.removeprefix("checkpoint-"))
+    run_training([*command, "--max_steps", str(steps + 1)])
+    assert (output / "llava.json").is_file()
