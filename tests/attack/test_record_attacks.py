@@ -160,7 +160,7 @@ def test_evaluate_refuses_mutated_predictions(
     ):
         path.write_text(json.dumps([mutated, {**PREDICTION, "index": 1, "image": "2.jpg"}]))
         start = time.perf_counter()
-        assert main(["evaluate", str(path), "--resamples", "10"]) in (0, 1, 2), what
+        assert main(["evaluate", str(path), "--resamples", "0", "--no-java"]) in (0, 1, 2), what
         assert time.perf_counter() - start < MAX_SECONDS, what
         output = capsys.readouterr()
         assert "Traceback" not in output.err + output.out
