@@ -49,8 +49,9 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term
 	$(BIN)/python -m pytest -n 2 -m slow
 
-# ten minutes each: random bytes for the decoder, the tar reader and the caption sources
+# the long part of the attacks, then ten minutes each: random bytes for the decoder, the tar reader and the sources
 fuzz: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m slow tests/attack
 	$(PIP) -e '.[fuzz]'
 	for target in images shards sources; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
 

@@ -6,13 +6,24 @@ This module imports nothing heavy, so that commands can look at a checkpoint wit
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# A value in an error message: cut in length and in depth.
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = _SHORT_REPR.maxlong = 100
+_SHORT_REPR.maxlevel = 3
+
 _MAX_JSON_BYTES = 50_000_000
 _MAX_REASON = 2000  # characters of another library's message
+
+
+def shorten(value: object) -> str:
+    """Return the representation of a value for an error message, however large the value is."""
+    return _SHORT_REPR.repr(value)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -30,7 +41,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, not {content!r:.80}")
+        raise ValueError(f"{path}: expected a JSON object, not {shorten(content)}")
     return content
 
 

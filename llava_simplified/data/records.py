@@ -20,6 +20,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from llava_simplified.data.rows import RowFile, open_rows
+from llava_simplified.foreign_files import shorten
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,9 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     if not _is_list_of_strings(value) or "" in value:
-        raise ValueError(f"{where}: 'image' must be a path or a list of paths, got {value!r}")
+        raise ValueError(
+            f"{where}: 'image' must be a path or a list of paths, got {shorten(value)}"
+        )
     return tuple(value)
 
 
@@ -199,8 +202,8 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     instruction = row.get("instruction")
     if not isinstance(instruction, str):
         raise ValueError(
-            f"{where}: a record needs the key 'instruction' (a string) or 'conversations', "
-            f"got only {sorted(row)}"
+            f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
+            f"got only {shorten(sorted(row))}"
         )
     # Without responses the record can still be captioned.
     responses: Any = []
@@ -211,7 +214,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     if not _is_list_of_strings(responses):
         raise ValueError(
             f"{where}: 'response' must be a string and 'responses' a list of strings, "
-            f"got {responses!r}"
+            f"got {shorten(responses)}"
         )
     return [Message("user", instruction)], tuple(responses)
 
@@ -220,7 +223,7 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
     """Return turns and responses of LLaVA's `conversations`; the last answer becomes the response."""
     if not isinstance(value, list) or not value:
         raise ValueError(
-            f"{where}: 'conversations' must be a list of {{from, value}}, got {value!r}"
+            f"{where}: 'conversations' must be a list of {{from, value}}, got {shorten(value)}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
     roles = [turn.role for turn in turns]
@@ -243,12 +246,13 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
 def _parse_turn(turn: Any, number: int, where: str) -> Message:
     """Return one turn of LLaVA's `conversations` as a message."""
     is_turn = isinstance(turn, dict) and isinstance(turn.get("value"), str)
-    if not is_turn or turn.get("from") not in _ROLES:
+    role = turn.get("from") if is_turn else None
+    if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(
             f"{where}: turn {number} of 'conversations' needs the keys 'from' "
             f"(one of {', '.join(_ROLES)}) and 'value' (a string)"
         )
-    return Message(_ROLES[turn["from"]], turn["value"])
+    return Message(_ROLES[role], turn["value"])
 
 
 def insert_image_placeholders(

@@ -33,6 +33,7 @@ import numpy as np
 
 from llava_simplified.data.shards import image_column
 from llava_simplified.extras import require_extra
+from llava_simplified.foreign_files import blame_file
 from llava_simplified.jobs import atomic_file
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which Windows programs write
@@ -151,7 +152,8 @@ class RowFile(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
         try:
             return json.loads(self.raw(index))
-        except ValueError as error:
+        # Deeply nested arrays exceed Python's recursion limit.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.where(index)}: not JSON: {error}") from None
 
 
@@ -391,7 +393,8 @@ def _parquet_to_jsonl(path: Path) -> Path:
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
         outdated.unlink()
     # Pass a buffer size, so that only a part of each column is read at a time, and not whole row groups.
-    table = pq.ParquetFile(path, buffer_size=1 << 20)
+    with blame_file(path):
+        table = pq.ParquetFile(path, buffer_size=1 << 20)
     schema = table.schema_arrow
     has_images = bool(image_column(schema))
     columns = [field.name for field in schema if "binary" not in str(field.type)]

@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
-from llava_simplified.foreign_files import blame_file, read_json_object
+from llava_simplified.foreign_files import blame_file, read_json_object, shorten
 from llava_simplified.jobs import use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.config import (
@@ -310,7 +310,7 @@ def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraCo
         raise ValueError(f"{folder}: {path.name} is missing")
     stored = read_json_object(path)
     if stored.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type must be LORA, not {stored.get('peft_type')!r:.80}")
+        raise ValueError(f"{path}: peft_type must be LORA, not {shorten(stored.get('peft_type'))}")
     defaults = LoraConfig().to_dict()
     used: dict[str, Any] = {}
     for name, value in stored.items():
@@ -320,10 +320,10 @@ def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraCo
                 types = (list, str)
             is_bool = isinstance(value, bool) and bool not in types
             if is_bool or not isinstance(value, types):
-                raise ValueError(f"{path}: {name} has an invalid value: {value!r:.80}")
+                raise ValueError(f"{path}: {name} has an invalid value: {shorten(value)}")
             used[name] = value
         elif name not in _ADAPTER_ORIGIN and value and value != defaults.get(name):
-            raise ValueError(f"{path}: {name}={value!r:.80} is not supported")
+            raise ValueError(f"{path}: {name}={shorten(value)} is not supported")
     missing = {"r", "lora_alpha", "target_modules"} - set(used)
     if missing:
         raise ValueError(f"{path}: {sorted(missing)[0]} is missing")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_simplified.foreign_files import read_json_object
+from llava_simplified.foreign_files import read_json_object, shorten
 
 CONFIG_NAME = "llava.json"
 # Increase it with every change that older versions of this package cannot read. Keep the old version
@@ -76,6 +76,11 @@ class LlavaConfig:
             raise ValueError(
                 f"{CONFIG_NAME}: dtype must be one of {DTYPES}, not {fields['dtype']!r}"
             )
+        if not 0 <= fields.get("mm_token_pool", 0) <= _MAX_TOKEN_POOL:
+            raise ValueError(
+                f"{CONFIG_NAME}: mm_token_pool must be 0 to {_MAX_TOKEN_POOL}, not "
+                f"{shorten(fields['mm_token_pool'])}"
+            )
         for name, value in fields.get("weights_digests", {}).items():
             _check_type(f"weights_digests.{name}", value, (str,))
         for value in fields.get("mm_vision_select_layer", ()) if isinstance(layer, list) else ():
@@ -83,6 +88,7 @@ class LlavaConfig:
         return cls(**fields)
 
 
+_MAX_TOKEN_POOL = 256  # 65,536 tokens per image
 DTYPES = ("float32", "bfloat16", "float16")
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
@@ -104,7 +110,7 @@ def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
     # In Python, True is an int.
     if not isinstance(value, types) or isinstance(value, bool):
         expected = " or ".join(type_.__name__ for type_ in types)
-        raise ValueError(f"{CONFIG_NAME}: {name} must be of type {expected}, not {value!r:.80}")
+        raise ValueError(f"{CONFIG_NAME}: {name} must be of type {expected}, not {shorten(value)}")
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,8 @@ class TrainedParts:
         is_text = isinstance(trained, str) and isinstance(trained_tower, str)
         if not is_text or trained not in language_model or trained_tower not in vision_tower:
             raise ValueError(
-                f"{CONFIG_NAME}: unknown values trained={trained!r:.80}, "
-                f"trained_tower={trained_tower!r:.80}"
+                f"{CONFIG_NAME}: unknown values trained={shorten(trained)}, "
+                f"trained_tower={shorten(trained_tower)}"
             )
         return cls(language_model[trained], vision_tower[trained_tower])
 
@@ -189,7 +195,7 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     version = checkpoint_config.get("format_version")
     if version not in READABLE_FORMAT_VERSIONS or isinstance(version, bool):
         raise ValueError(
-            f"{path}: unknown format version {version!r:.80}; this version of LLaVA Simplified reads "
+            f"{path}: unknown format version {shorten(version)}; this version of LLaVA Simplified reads "
             f"{READABLE_FORMAT_VERSIONS}. Install a newer version."
         )
     architecture = checkpoint_config.get("architecture")
@@ -199,7 +205,7 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
         ("versions", checkpoint_config.setdefault("versions", {})),
     ):
         if not isinstance(value, dict):
-            raise ValueError(f"{path}: {name!r} must be an object, not {value!r:.80}")
+            raise ValueError(f"{path}: {name!r} must be an object, not {shorten(value)}")
     assert isinstance(architecture, dict)
     if "fingerprints" in architecture:
         architecture["weights_digests"] = architecture.pop("fingerprints")

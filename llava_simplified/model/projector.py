@@ -32,7 +32,7 @@ def build_projector(kind: str, vision_hidden_size: int, text_hidden_size: int) -
                 "pass --mm_projector_type linear"
             )
         return nn.Identity()
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
     if match is None:
         raise ValueError(
             "--mm_projector_type must be linear, mlp2x_gelu (or another depth) or identity, not "

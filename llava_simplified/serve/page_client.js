@@ -86,6 +86,8 @@ export function storedKey() {
 // ---- errors in words ----
 
 const IMAGE_PROBLEMS = {
+  unsupported: "The server cannot read images of this type. If it is a HEIC photo, export it as JPEG, or set "
+    + "the phone's camera to the format “most compatible”.",
   not_image: "This file is not an image that the server can read. "
     + "JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are supported.",
   unsupported: "This image format is not supported. "
@@ -103,7 +105,7 @@ export function explain(error) {
   }
   if (error.code in IMAGE_PROBLEMS) return IMAGE_PROBLEMS[error.code];
   const reason = error.message.replace(/\.$/, "");
-  if (error.code === "too_large") return `This image is too large: ${reason}.`;
+  if (error.code === "too_large") return `This image is too large: ${reason.replace(/^the image /, "it ")}.`;
   if (error.status === 413) return "This image file is too large for the server.";
   if (error.status === 429) {
     const seconds = error.retryAfter ?? 1;

@@ -9,13 +9,7 @@ const byId = (id) => document.getElementById(id);
 // Return why a file cannot be used, judged by its first bytes, or "". Other files are sent to the server,
 // which reads more formats than browsers do.
 async function unsupportedType(file) {
-  const bytes = new Uint8Array(await file.slice(0, 64).arrayBuffer());
-  const head = String.fromCharCode(...bytes);
-  const isIso = head.slice(4, 8) === "ftyp"; // the container of HEIC, AVIF and MP4
-  if (isIso && /^(hei[cmsx]|hev[cx]|mif1|msf1)/.test(head.slice(8)) && !head.includes("avif")) {
-    return "HEIC photos are not supported. Export the photo as JPEG, or set the phone's camera "
-      + "to the format “most compatible”.";
-  }
+  const head = String.fromCharCode(...new Uint8Array(await file.slice(0, 4).arrayBuffer()));
   if (file.type.startsWith("video/")) return "This file is a video. Only images are supported.";
   if (head.startsWith("%PDF")) return "This file is a PDF document. Save the page as an image first.";
   if (file.type === "image/svg+xml") return "SVG drawings are not supported. Export the drawing as PNG.";

@@ -82,7 +82,10 @@ def preflight(
     _check_disk(plan, args)
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=output) as scratch_name:
         scratch = Path(scratch_name)
-        prompt = Prompt(load_tokenizer(model_args.model_name_or_path), model_args.template)
+        tokenizer = load_tokenizer(
+            model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+        )
+        prompt = Prompt(tokenizer, model_args.template)
         changed = _dry_run_options(data, args, plan, scratch, prompt)
         result = _start_dry_run([*argv, *changed], scratch, plan, args)
     logger.info("%s", _describe_result(result, plan, data, args))

