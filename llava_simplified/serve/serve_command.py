@@ -58,8 +58,8 @@ def _add_network_options(parser: CommandParser) -> None:
         "--api-key",
         # The help text does not show the default, which is a secret.
         default=os.environ.get("LLAVA_API_KEY", ""),
-        help="API key required from clients. Default: $LLAVA_API_KEY, which is safer: command-line options "
-        "are visible in `ps`.",
+        help="API key required from clients (default: $LLAVA_API_KEY, which is safer: `ps` shows "
+        "command-line options)",
     )
     group.add_argument(
         "--allowed-hosts",

@@ -69,7 +69,7 @@ REFUSED_ON_THIS_MACHINE = [
         {"attn_implementation": "flex_attention"},
         "--attn_implementation flex_attention .*backward",
     ),
-    ({"use_liger_kernel": "True"}, "--use_liger_kernel: .*Triton kernels run on CUDA"),
+    ({"use_liger_kernel": "True"}, "--use_liger_kernel: .*CUDA"),
 ]
 
 
