@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,24 @@ def test_resume_accepts_the_same_records_in_another_place(
     output = tmp_path / "out"
     resume(finished_run, models_folder, data_folder, output, train_data_path=copy)
     assert_equal_weights(trained_weights(finished_run), trained_weights(output))
+
+
+def test_resume_of_a_checkpoint_without_a_digest_compares_the_path(
+    models_folder: Path, data_folder: Path, tmp_path: Path, finished_run: Path
+) -> None:
+    """Version 0.1.0 stored no digest."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    config = run / "checkpoint-1" / "llava.json"
+    stored = json.loads(config.read_text())
+    del stored["training"]["train_data_sha256"]
+    stored["training"]["accelerator_config"] = "AcceleratorConfig(split_batches=False)"
+    config.write_text(json.dumps(stored))
+    resume(run, models_folder, data_folder, tmp_path / "out")
+    copy = tmp_path / "copy.json"
+    shutil.copy(data_folder / "train.json", copy)
+    with pytest.raises(ValueError, match="--train_data_path"):
+        resume(run, models_folder, data_folder, tmp_path / "out", train_data_path=copy)
 
 
 @pytest.mark.parametrize(
