@@ -86,12 +86,10 @@ export function storedKey() {
 // ---- errors in words ----
 
 const IMAGE_PROBLEMS = {
-  unsupported: "The server cannot read images of this type. If it is a HEIC photo, export it as JPEG, or set "
-    + "the phone's camera to the format “most compatible”.",
   not_image: "This file is not an image that the server can read. "
     + "JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are supported.",
-  unsupported: "This image format is not supported. "
-    + "Convert the image to JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.",
+  unsupported: "This image format is not supported. If it is a HEIC photo, export it as JPEG, or set the "
+    + "phone's camera to the format “most compatible”. JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are supported.",
   corrupt: "This image is damaged: part of the file is invalid. Try another copy of it.",
   truncated: "This image is damaged: the end of the file is missing. Try another copy of it.",
   html: "This file is a web page, not an image. Download the image itself and try again.",
