@@ -21,7 +21,7 @@ PROJECT = "llava-simplified"
 # Purpose of each extra, in the order of pyproject.toml. An extra that is not listed here is reported without a purpose.
 EXTRA_PURPOSES = {
     "download": "`llava download`, and records in Parquet files",
-    "report": "plots of the training, and of reports",
+    "report": "plots of training curves",
     "gguf": "`llava export --format gguf` and `llava demo`",
     "serve": "`llava serve`: a web page, and an API for OpenAI's clients",
     "deepspeed": "ZeRO-2 and ZeRO-3: `deepspeed train.py --deepspeed ds_configs/zero2.json`",
