@@ -85,6 +85,7 @@ class Requirements:
     def __init__(self) -> None:
         from packaging.requirements import Requirement
 
+        # Read the metadata of the installed package, since pyproject.toml exists in a checkout only.
         # Lines are such as "gguf>=0.17; extra == 'gguf'", where the part after the semicolon is the marker.
         lines = importlib.metadata.requires(PROJECT) or []
         self._requirements = [Requirement(line) for line in lines]
@@ -93,6 +94,7 @@ class Requirements:
 
     def required_packages(self) -> list[str]:
         """Return the names of the packages that are always required."""
+        # All packages of extras have a marker.
         return [item.name for item in self._requirements if item.marker is None]
 
     def packages_of_extra(self, extra: str) -> list[str]:
@@ -245,5 +247,6 @@ def _describe_hub() -> str:
 
 def _describe_disk(folder: Path) -> str:
     """Return the free disk space of a folder, or of the home folder if it does not exist."""
+    # The cache folder does not exist before the first download; it is usually on the same disk as the home.
     usage = shutil.disk_usage(folder if folder.exists() else Path.home())
     return f"{folder}: {usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f} GB"
