@@ -114,7 +114,9 @@ def _check_launcher(deepspeed: bool) -> None:
         )
 
 
-# Option names of LLaVA's scripts and of older transformers versions.
+# Option names of LLaVA's scripts and of older transformers versions. These scripts must keep working, so
+# old names are translated (`RENAMED`) or ignored with a warning (`NO_EFFECT`). An option whose effect is not
+# supported is accepted only if it is off (`MUST_BE_OFF`), since ignoring it would change the result.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",

@@ -201,6 +201,7 @@ def run_command(name: str, argv: list[str]) -> int:
     traceback. Bugs of this package always give a traceback.
     """
     command = COMMANDS[name]
+    # Skip the slow part of the setup if only the help text is printed.
     shows_help = "-h" in argv or "--help" in argv
     configure_process(uses_torch=command.uses_torch and not shows_help)
     try:
@@ -220,6 +221,7 @@ def run_command(name: str, argv: list[str]) -> int:
 def resolve(target: str) -> Callable[..., Any]:
     """Return the function that "module:function" names."""
     module, _, function = target.partition(":")
+    # The import happens here, so that only the module of the requested command is loaded.
     resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return resolved
 
@@ -247,6 +249,7 @@ def cpus_are_shared() -> bool:
     OpenMP threads spin while they wait for each other. This makes a training step a third faster on idle
     CPUs, but several times slower on busy ones.
     """
+    # torchrun and other launchers set WORLD_SIZE.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return True
     import psutil

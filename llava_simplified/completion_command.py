@@ -10,7 +10,8 @@ from llava_simplified import __version__
 from llava_simplified.cli import COMMANDS, resolve
 from llava_simplified.options import CommandParser
 
-# Options and arguments whose values are paths, by the name of the attribute.
+# Options and arguments whose values are paths, by the name of the attribute (`dest`). Parsers are created
+# without knowledge of completion, so paths cannot be recognized otherwise.
 FOLDERS = {"image_folder", "train_image_folder", "val_image_folder"}
 FILES = {
     "config",
@@ -60,5 +61,6 @@ def build_llava_parser() -> argparse.ArgumentParser:
                 action.complete = shtab.DIRECTORY
             elif action.dest in FILES:
                 action.complete = shtab.FILE
+        # Copy the options of the command. Omit `--help`, which the parent parser has already.
         commands.add_parser(name, help=command.summary, parents=[command_parser], add_help=False)
     return parser

@@ -21,7 +21,7 @@ PROJECT = "llava-simplified"
 # Purpose of each extra, in the order of pyproject.toml. An extra that is not listed here is reported without a purpose.
 EXTRA_PURPOSES = {
     "download": "`llava download`, and records in Parquet files",
-    "report": "plots of the training, and of reports",
+    "report": "plots of training curves",
     "gguf": "`llava export --format gguf` and `llava demo`",
     "serve": "`llava serve`: a web page, and an API for OpenAI's clients",
     "deepspeed": "ZeRO-2 and ZeRO-3 (`llava train --deepspeed CONFIG`)",
@@ -85,6 +85,7 @@ class Requirements:
     def __init__(self) -> None:
         from packaging.requirements import Requirement
 
+        # Read the metadata of the installed package, since pyproject.toml exists in a checkout only.
         # Lines are such as "gguf>=0.17; extra == 'gguf'", where the part after the semicolon is the marker.
         lines = importlib.metadata.requires(PROJECT) or []
         self._requirements = [Requirement(line) for line in lines]
@@ -93,6 +94,7 @@ class Requirements:
 
     def required_packages(self) -> list[str]:
         """Return the names of the packages that are always required."""
+        # All packages of extras have a marker.
         return [item.name for item in self._requirements if item.marker is None]
 
     def packages_of_extra(self, extra: str) -> list[str]:
@@ -247,5 +249,6 @@ def _describe_hub() -> str:
 
 def _describe_disk(folder: Path) -> str:
     """Return the free disk space of a folder, or of the home folder if it does not exist."""
+    # The cache folder does not exist before the first download; it is usually on the same disk as the home.
     usage = shutil.disk_usage(folder if folder.exists() else Path.home())
     return f"{folder}: {usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f} GB"

@@ -25,6 +25,7 @@ def require_extra(extra: str, *modules: str, purpose: str) -> None:
     Raises:
         MissingExtraError: One of the modules is not installed.
     """
+    # Only look for the modules, without importing them: imports may take seconds.
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         names = ", ".join(missing)

@@ -40,6 +40,8 @@ def render_report(template: str, **values: object) -> str:
     """
     import jinja2  # imported here, because workers that only make thumbnails do not need it
 
+    # Escape all values. StrictUndefined makes a misspelled variable an error; by default, it would be
+    # rendered as an empty string.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("llava_simplified", package_path=""),
         autoescape=True,
@@ -158,6 +160,7 @@ def line_chart(
     # Average adjacent points of long lines: a curve of 100,000 steps would look like noise, and make the file large.
     averaged: dict[str, list[list[float]]] = {}
     for name, all_points in series.items():
+        # Parts have equal numbers of points (up to one), and not equal ranges of x.
         parts = np.array_split(all_points, min(max_points, len(all_points)))
         averaged[name] = [np.mean(part, axis=0).tolist() for part in parts]
     xs: list[float] = []
@@ -273,6 +276,7 @@ def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 def _round_step(smallest: float) -> float:
     """Return the smallest of 1, 2, 2.5, 5 and 10 times a power of ten that is not below `smallest`."""
+    # The factor 0.999 prevents a rounding error from selecting the next larger step.
     power = 10 ** math.floor(math.log10(smallest))
     for factor in (1, 2, 2.5, 5):
         if power * factor >= smallest * 0.999:
@@ -314,6 +318,7 @@ def make_thumbnail(pixels: np.ndarray) -> Thumbnail:
     size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     image.thumbnail(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
     buffer = io.BytesIO()
+    # Encode drawings without loss: lossy compression blurs their edges.
     lossless = max(image.size) <= LOSSLESS_SIDE
     image.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, lossless=lossless)
     encoded = base64.b64encode(buffer.getvalue()).decode()

@@ -105,7 +105,8 @@ def compare_settings(
     Raises:
         ValueError: A setting differs. The message names each one with both values.
     """
-    current = json.loads(json.dumps(current))  # tuples become lists, as in the file
+    # Convert the settings like those in the file, where tuples became lists.
+    current = json.loads(json.dumps(current))
     differences = []
     # Collect all differences, so that the user can correct them together.
     for name, value in current.items():
@@ -256,7 +257,11 @@ class Journal:
         binary = getattr(os, "O_BINARY", 0)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | binary
         self._descriptor = os.open(self.path, flags, 0o666)
-        # Remove an incomplete last line, to which the next row would be appended otherwise.
+        # Remove an incomplete last line, to which the next row would be appended otherwise:
+        #
+        #     {"index": 0, ...}\n
+        #     {"index": 1, ...}\n
+        #     {"ind                    <- the process was killed here
         self.truncate(self._end_of_last_line())
         return self
 

@@ -113,6 +113,7 @@ def normalize_spelling(argv: Sequence[str], known: Iterable[str]) -> list[str]:
     for position, argument in enumerate(argv):
         if argument == "--":  # only positional arguments follow
             return normalized + list(argv[position:])
+        # Change the name only: in --output=my_file, the underscore is part of the value.
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
             name = spellings.get(name.replace("_", "-"), name)
@@ -220,6 +221,9 @@ def log_level() -> int | None:
 
 
 # ---- options of several commands ----
+#
+# Options with the same meaning are defined once, so that all commands have the same name, default and help
+# text for them. Import nothing heavy here: `--help` imports this module.
 
 
 def add_checkpoint_options(parser: Any, *, positional: bool = False) -> None:

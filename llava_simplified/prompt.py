@@ -337,6 +337,7 @@ class Prompt:
     def _layout(self, turns: Sequence[Message], where: str) -> Layout:
         """Return the template for the roles of these turns and an answer."""
         roles = (*(turn.role for turn in turns), "assistant")
+        # A data set has few different sequences of roles, so nearly all layouts come from this cache.
         if roles in self._layouts:
             return self._layouts[roles]
         if not re.fullmatch("(system )?(user assistant )+", " ".join(roles) + " "):
@@ -370,6 +371,7 @@ class Prompt:
 
     def _answer_lead(self, parts: Sequence[Part], lead: str) -> str:
         """Return the space before an answer: that of the template, and that which the tokenizer adds."""
+        # After text, the tokenizer adds nothing.
         if not parts or not isinstance(parts[-1], int):
             return lead
         ids = self._text_encoder.encode(f"{self._anchor}{lead}x").ids[1:]
@@ -401,6 +403,7 @@ class Prompt:
             except Exception as error:  # noqa: BLE001
                 problem = f"{type(error).__name__}: {error}"
                 continue
+            # Some templates silently drop turns (an earlier reasoning, a system turn) or repeat them.
             if all(rendered.count(marker) == 1 for marker in markers):
                 return rendered
             problem = "it omits or repeats a turn"

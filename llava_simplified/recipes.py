@@ -22,6 +22,8 @@ def resolve_recipe(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    # Accept `demo`, `demo.yaml` and `configs/demo.yaml`, but no other paths, whose errors should not
+    # silently select a recipe.
     if path.parent in (Path(), Path("configs")) and path.suffix in ("", ".yaml"):
         recipe = RECIPES_FOLDER / f"{path.stem}.yaml"
         if recipe.is_file():

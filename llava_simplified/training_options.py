@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 
 from llava_simplified.options import normalize_spelling
 
+# The fields of the next three dataclasses are the options of this package: the field name is the option
+# name, and "help" in the metadata is the help text. HfArgumentParser derives the conversion of values from
+# the annotation. To add an option, add a field, and list it in `HELP_GROUPS`.
+
 
 @dataclass
 class ModelArguments:
@@ -65,7 +69,9 @@ class ModelArguments:
             "auto (chat if the tokenizer has a template, else plain)"
         },
     )
-    # Keep LLaVA's names (mm_ and tune_mm_), so that its scripts work unchanged.
+    # Keep LLaVA's names (mm_ and tune_mm_), so that its scripts work unchanged. The three options that load
+    # weights differ: `pretrain_mm_mlp_adapter` loads the projector only, `init_from` all trained parts,
+    # and `resume_from_checkpoint` continues the same run with optimizer and step.
     pretrain_mm_mlp_adapter: str | None = field(
         default=None,
         metadata={"help": "Checkpoint folder to load the projector from"},
@@ -304,6 +310,8 @@ class InheritedOption(NamedTuple):
     help: str
 
 
+# The defaults are repeated here, because importing transformers for `--help` would take seconds. A test
+# compares them with those of transformers.
 INHERITED = {
     "num_train_epochs": InheritedOption(3.0, "Number of passes over the training records"),
     "max_steps": InheritedOption(-1, "Number of optimizer steps; above 0, it replaces the epochs"),
@@ -343,7 +351,8 @@ INHERITED = {
     "fsdp_config": InheritedOption(None, "FSDP configuration file"),
 }
 
-# Boolean options whose default is None or depends on the machine.
+# Boolean options whose default is None or depends on the machine. The help cannot recognize these as
+# boolean by the type of the default.
 BOOLEANS_WITHOUT_DEFAULT = {"bf16", "gradient_checkpointing", "tf32"}
 
 # The sections of `--help`, in the order in which options are listed: frequently used options first.

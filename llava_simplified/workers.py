@@ -95,6 +95,14 @@ def run_tasks(
         return
     if engine not in _BACKENDS:
         raise ValueError(f"--engine {engine}: choose one of {', '.join(_BACKENDS)}.")
+    # The loop below keeps `backend.slots` tasks running:
+    #
+    #     waiting (task, attempt) --submit--> running --finished--> yield the result
+    #        ^                                   |
+    #        +------ attempt + 1 ----------------+  failed, with attempts left
+    #
+    # Results are yielded in the order in which tasks finish. If the caller stops iterating, `finally` stops
+    # all running tasks.
     backend = _BACKENDS[engine](function, workers, per_cpu)
     # Pairs of a task and the number of its next attempt.
     waiting = deque((spec, 1) for spec in specs)
@@ -179,6 +187,8 @@ class LocalBackend:
             daemon=True,
         )
         process.start()
+        # Close our copy of the worker's end. Otherwise the pipe would stay open when the worker dies, and
+        # `result` would wait forever.
         their_end.close()
         worker = _Worker(process, our_end)
         self._workers.append(worker)

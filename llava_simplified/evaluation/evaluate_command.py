@@ -199,7 +199,7 @@ def _report_settings(args: argparse.Namespace, paths: Sequence[Path]) -> dict[st
         "training captions": str(args.train_captions or "not given"),
         "bootstrap": f"{args.resamples} resamples, seed {args.seed}",
     }
-    if args.model_path:  # add the settings of the training
+    if args.model_path:  # add the training settings
         settings |= _checkpoint_settings(args.model_path)
     return settings
 

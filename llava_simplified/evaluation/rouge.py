@@ -11,7 +11,7 @@ def rouge_l(caption: str, references: Sequence[str]) -> float:
     """Return the ROUGE-L score (Lin 2004) as the COCO caption server computes it.
 
     Precision is the length of the longest common subsequence divided by the length of the caption, recall is the same
-    divided by the length of the reference. The server takes the best precision and the best recall over the
+    divided by the length of the reference. The server uses the best precision and the best recall over the
     references, even if they come from different references, and returns their F score with beta = 1.2.
 
     Args:

@@ -127,7 +127,7 @@ def import_checkpoint(
         output: Folder to create. It is removed again if the conversion fails.
         model_base: Base language model of an adapter or a single projector.
         vision_tower: Path of the vision tower; overrides the source.
-        template: Prompt template of the training: auto, chat, plain or bare.
+        template: Prompt template used in training: auto, chat, plain or bare.
         instruction: Default instruction of the model.
 
     Returns:

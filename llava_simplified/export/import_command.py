@@ -25,7 +25,7 @@ def build_parser() -> CommandParser:
         "--template",
         choices=["auto", "chat", "plain", "bare"],
         default="auto",
-        help="Prompt template of the training; auto: the tokenizer's chat template if it has one, "
+        help="Prompt template used in training; auto: the tokenizer's chat template if it has one, "
         "else plain (default: %(default)s)",
     )
     parser.add_argument(

@@ -68,7 +68,7 @@ def write_model_card(
     plot = Path(checkpoint) / "training.png"
     if plot.is_file():
         shutil.copy(plot, folder)
-        sections.append("![Loss of the training](training.png)")
+        sections.append("![Training loss](training.png)")
     sections.append(_limitations_section(has_scores=scores is not None))
     card = "\n\n".join(sections) + "\n"
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -234,7 +234,7 @@ def _check_prompt(inputs: dict[str, torch.Tensor], image_token: int, reference: 
     input_ids = [IMAGE_INDEX if token == image_token else token for token in input_ids]
     if input_ids != reference.input_ids:
         raise ValueError(
-            "The prompt of Transformers' LlavaProcessor differs from that of the training: token ids "
+            "The prompt of Transformers' LlavaProcessor differs from the training prompt: token ids "
             f"{input_ids}, expected {reference.input_ids}."
         )
 

@@ -71,7 +71,7 @@ def build_model(
         ValueError: A part cannot be loaded, or some of its weights are missing.
     """
     dtype = getattr(torch, config.dtype)
-    # "meta" tensors have a shape and a dtype, but no data: a 7B model takes no memory and no time.
+    # "meta" tensors have a shape and a dtype, but no data: a 7B model needs no memory and is built quickly.
     on_meta = device is not None and torch.device(device).type == "meta"
     source = language_model or config.language_model
     if on_meta and not isinstance(source, PreTrainedConfig):

@@ -66,7 +66,7 @@ class DecodingBatch:
         generated_ids: Sequence id -> generated token ids, of finished sequences too. Long-running
             callers must delete the entries of sequences that they are done with.
         active: Ids of the sequences that are not finished, by row.
-        errors: Sequence id -> the exception because of which no token could be chosen. Such a sequence
+        errors: Sequence id -> the exception that prevented choosing a token. Such a sequence
             is finished; others continue.
     """
 

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     exit_with_help(argv, build_parser())
 
-    # Imported here because these modules import transformers, which takes seconds.
+    # Import these here, because they import transformers, which takes seconds.
     from llava_simplified.arguments import parse_arguments
     from llava_simplified.training.encode import encode_data
 

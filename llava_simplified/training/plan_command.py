@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     add_machine_options(machine_parser)
     own, training_options = machine_parser.parse_known_args(argv)
 
-    # Imported here because these modules import torch and transformers, which takes seconds.
+    # Import these here, because they import torch and transformers, which takes seconds.
     import torch
 
     from llava_simplified.arguments import parse_arguments

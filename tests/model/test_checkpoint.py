@@ -1,4 +1,4 @@
-"""A checkpoint is a folder that loads with one call and no other knowledge, or an error that says why not."""
+"""Saving and loading checkpoints: equal logits after loading, and errors for damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from llava_simplified.prompt import IMAGE_INDEX
 
 def compute_logits(model: Llava) -> torch.Tensor:
     num_tokens = model.vision_tower.num_tokens
+    # One image, and three tokens of text.
     ids = torch.tensor([[0, *[IMAGE_INDEX] * num_tokens, 7, 8, 9]])
-    pixels = torch.arange(3 * 32 * 32).remainder(255).view(1, 3, 32, 32).to(torch.uint8)
+    values = torch.arange(3 * 32 * 32) % 255
+    pixels = values.view(1, 3, 32, 32).to(torch.uint8)
     with torch.no_grad():
         embeds = model.splice(ids, model.vision_tower(pixels))
         return model.language_model(inputs_embeds=embeds).logits
@@ -99,24 +101,28 @@ def test_checkpoint_includes_a_trained_tower(
     loaded = Llava.from_pretrained(checkpoint)
     assert torch.equal(logits, compute_logits(loaded))
 
+    # The untrained tower gives different logits, even with the trained projector.
     config = make_config(models_folder)
     base = make_trained_model(config, TrainedParts())
     base.projector.load_state_dict(model.projector.state_dict())
-    assert not torch.equal(compute_logits(base), logits), "the tower was trained"
+    assert not torch.equal(compute_logits(base), logits)
 
+    # Merging removes the adapters and keeps the logits.
     merged = load_checkpoint(checkpoint, merge=True)
     torch.testing.assert_close(compute_logits(merged), logits, rtol=1e-4, atol=1e-4)
     assert not any("lora_" in name for name, _ in merged.named_parameters())
 
-    # As a resumed run does.
+    # Load the weights into a model that is built already, as a resumed run does.
     resumed = make_trained_model(config, parts)
     load_trained_weights(resumed, checkpoint)
     assert torch.equal(logits, compute_logits(resumed))
 
+    # A missing weight of the tower is an error.
     path = checkpoint / "vision_adapter" / "adapter_model.safetensors"
     if trained_tower == "full":
         path = checkpoint / "vision_tower" / "model.safetensors"
-    remove_tensor(path, next(name for name in load_file(path) if "layers.0." in name))
+    names = [name for name in load_file(path) if "layers.0." in name]
+    remove_tensor(path, names[0])
     with pytest.raises(ValueError, match=r"missing.*layers\.0\."):
         load_checkpoint(checkpoint)
     with pytest.raises(ValueError, match=r"missing.*layers\.0\."):

@@ -40,29 +40,40 @@ TEXTS = ["What?", "<image>\nWhat is this?", "Compare <image> with <image>, pleas
 
 def make_prompts(model: Llava, texts: list[str] = TEXTS) -> tuple[list[list[int]], torch.Tensor]:
     """Return the token ids of the prompts, and their images."""
-    prompts = [model.prompt.render([Message("user", text)], None).input_ids for text in texts]
-    return prompts, make_images(model, sum(text.count("<image>") for text in texts))
+    prompts = []
+    num_images = 0
+    for text in texts:
+        rendered = model.prompt.render([Message("user", text)], None)
+        prompts.append(rendered.input_ids)
+        num_images += text.count("<image>")
+    return prompts, make_images(model, num_images)
 
 
 def stock_generate(
     model: Llava, prompts: list[list[int]], pixels: torch.Tensor | None, **options: Any
 ) -> list[list[int]]:
-    """Generate with Transformers, from the same spliced embeddings; cut after the end token."""
-    rows = [expand_image_placeholders(prompt, model.vision_tower.num_tokens) for prompt in prompts]
-    features = None if pixels is None else model.vision_tower(pixels)
+    """Generate with Transformers, from the same spliced embeddings; truncate after the end token."""
+    num_tokens = model.vision_tower.num_tokens
+    rows = [expand_image_placeholders(prompt, num_tokens) for prompt in prompts]
+    input_ids = pad_sequences(rows, 1, "left")
+    ones = [np.ones(len(row)) for row in rows]
+    attention_mask = pad_sequences(ones, 0, "left")
+    features = None
+    if pixels is not None:
+        features = model.vision_tower(pixels)
     with torch.no_grad():
         sequences = model.language_model.generate(
-            inputs_embeds=model.splice(pad_sequences(rows, 1, "left"), features),
-            attention_mask=pad_sequences([np.ones(len(row)) for row in rows], 0, "left"),
+            inputs_embeds=model.splice(input_ids, features),
+            attention_mask=attention_mask,
             eos_token_id=model.prompt.stop_ids,
             pad_token_id=1,
             do_sample=False,
             **options,
         ).tolist()
-    return [cut_after_end(model, ids) for ids in sequences]
+    return [truncate_after_end(model, ids) for ids in sequences]
 
 
-def cut_after_end(model: Llava, ids: list[int]) -> list[int]:
+def truncate_after_end(model: Llava, ids: list[int]) -> list[int]:
     for i, token in enumerate(ids):
         if token in model.prompt.stop_ids:
             return ids[: i + 1]
@@ -112,14 +123,15 @@ def test_decoding_batch_greedy_equals_transformers(
     models_folder: Path, text: str, options: dict[str, Any]
 ) -> None:
     model = build_any(models_folder, text)
-    # Random models would never end: stop at a third of the vocabulary.
+    # Treat a third of the vocabulary as end tokens, because random models would never stop.
     model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 130)]
     prompts, pixels = make_prompts(model)
     features = model.vision_tower(pixels)
     generation_options = GenerationOptions(max_new_tokens=16, **options)
     generated = run(DecodingBatch(model, prompts, features, generation_options))
 
-    # One by one: in a padded batch, Transformers 5 applies the repetition penalty to fewer tokens.
+    # Generate one by one: in a padded batch, Transformers 5 applies the repetition penalty to fewer
+    # tokens.
     images_of_prompts = (None, pixels[:1], pixels[1:])
     expected = [
         stock_generate(model, [prompt], images, max_new_tokens=16, **options)[0]
@@ -143,10 +155,19 @@ def test_generate_samples_depend_on_seed_image_and_prompt_alone(models_folder: P
     options = GenerationOptions(max_new_tokens=8, temperature=1.0, num_return_sequences=3, seed=5)
     together = generate(model, prompts, pixels, options)
     assert len(set(together[1])) == 3, "three samples are three draws"
-    assert generate(model, prompts[1:2], pixels[:1], options)[0] == together[1]
-    assert generate(model, prompts[::-1], pixels[[1, 2, 0]], options)[::-1] == together
-    assert generate(model, prompts, pixels, replace(options, seed=6)) != together
-    assert generate(model, prompts[1:2], pixels[1:2], options)[0] != together[1], "another image"
+
+    # Neither the other prompts of the batch nor their order change the samples.
+    alone = generate(model, prompts[1:2], pixels[:1], options)
+    assert alone[0] == together[1]
+    reverse_images = pixels[[1, 2, 0]]
+    reverse = generate(model, prompts[::-1], reverse_images, options)
+    assert reverse[::-1] == together
+
+    # The seed and the image do.
+    other_seed = replace(options, seed=6)
+    assert generate(model, prompts, pixels, other_seed) != together
+    other_image = generate(model, prompts[1:2], pixels[1:2], options)
+    assert other_image[0] != together[1]
 
 
 def test_generate_samples_follow_the_distribution_of_the_model(models_folder: Path) -> None:
@@ -157,19 +178,23 @@ def test_generate_samples_follow_the_distribution_of_the_model(models_folder: Pa
     options = GenerationOptions(
         1, temperature=3.0, top_p=0.8, top_k=20, num_return_sequences=4000, seed=0
     )
-    drawn = torch.tensor([ids[0] for ids in run(DecodingBatch(model, prompts, features, options))])
+    sequences = run(DecodingBatch(model, prompts, features, options))
+    drawn = torch.tensor([ids[0] for ids in sequences])
 
+    # The expected distribution, from a plain forward pass and the warpers of Transformers.
     expanded = expand_image_placeholders(prompts[0], model.vision_tower.num_tokens)
     ids = torch.from_numpy(expanded)[None]
     with torch.no_grad():
-        logits = model.language_model(inputs_embeds=model.splice(ids, features)).logits[:, -1]
+        embeds = model.splice(ids, features)
+        outputs = model.language_model(inputs_embeds=embeds)
+    logits = outputs.logits[:, -1]
     for warper in (TemperatureLogitsWarper(3.0), TopKLogitsWarper(20), TopPLogitsWarper(0.8)):
         logits = warper(ids, logits)
     expected = logits.softmax(-1)[0]
     frequencies = torch.bincount(drawn, minlength=len(expected)) / 4000
     assert set(drawn.tolist()) <= set(expected.nonzero().flatten().tolist())
     assert (frequencies - expected).abs().sum() < 0.12
-    # The bound is tight enough to notice a distribution that is shifted by one token.
+    # Make sure that the bound detects a distribution that is shifted by one token.
     assert (frequencies - expected.roll(1)).abs().sum() > 0.12
 
 
@@ -262,9 +287,11 @@ def test_decoding_batch_every_prompt_has_its_own_options(models_folder: Path) ->
     ]
     hashes = [b"a", b"b", b"c"]
     together = run(DecodingBatch(model, prompts, features, options, hashes))
+    # The three prompts have no, one and two images.
     alone: list[list[int]] = []
     for i, images in enumerate((None, features[:1], features[1:])):
-        alone += run(DecodingBatch(model, [prompts[i]], images, options[i], [hashes[i]]))
+        batch = DecodingBatch(model, [prompts[i]], images, options[i], [hashes[i]])
+        alone += run(batch)
     assert together == alone
     assert [len(ids) for ids in together] == [4, 9, 9, 6]
 
@@ -278,6 +305,7 @@ def test_decoding_batch_sequences_join_while_others_are_in_flight(
     prompts, pixels = make_prompts(model)
     features = model.vision_tower(pixels)
     sampled = GenerationOptions(6, temperature=0.7, num_return_sequences=2, seed=1)
+    # (prompt, image features, options) in the order in which they join.
     requests = [
         (prompts[0], None, GenerationOptions(20)),
         (prompts[2], features[1:], GenerationOptions(9, repetition_penalty=1.5)),
@@ -288,6 +316,7 @@ def test_decoding_batch_sequences_join_while_others_are_in_flight(
     for prompt, images, options in requests:
         expected += run(DecodingBatch(model, [prompt], images, options))
 
+    # Start with the first request; after each step, one more joins.
     first_prompt, first_images, first_options = requests[0]
     batch = DecodingBatch(model, [first_prompt], first_images, first_options)
     new_ids = [[1], [2, 3], [4]]
@@ -303,13 +332,16 @@ def test_decoding_batch_that_never_empties_does_not_grow(models_folder: Path) ->
     options = GenerationOptions(6, min_new_tokens=6)
     expected = run(DecodingBatch(model, prompts, None, options))[0]
     batch = DecodingBatch(model, prompts, None, options)
+    # The prompt, the masked column for CPUs, and six new tokens.
+    max_columns = len(prompts[0]) + 1 + 6
     for _ in range(30):
         batch.step()
         batch.step()
         batch.join(prompts, None, options)
-        assert batch._mask.shape[1] <= len(prompts[0]) + 1 + 6
+        assert batch._mask.shape[1] <= max_columns
         assert len(batch._generators) == len(batch.active) <= 3
-        for sequence_id in set(batch.generated_ids) - set(batch.active):
+        finished = set(batch.generated_ids) - set(batch.active)
+        for sequence_id in finished:
             assert batch.generated_ids.pop(sequence_id) == expected
     assert run(batch) == [expected] * 3
 
@@ -380,7 +412,7 @@ def test_chat_continues_a_conversation(models_folder: Path) -> None:
     first, second = (pixels.permute(1, 2, 0).numpy() for pixels in make_images(model, 2))
     turns = [Message("user", "What?"), Message("assistant", "a cat"), Message("user", "Where?")]
     answer = model.chat(turns, [first], max_new_tokens=6)
-    # Without a placeholder, the image goes in front of the first user turn.
+    # Without a placeholder, the image is put before the text of the first user turn.
     with_placeholder = [Message("user", "<image>\nWhat?"), *turns[1:]]
     assert model.chat(with_placeholder, [first], max_new_tokens=6) == answer
     assert model.chat(turns[:1], [first], max_new_tokens=6) != answer, "later turns matter"
@@ -406,7 +438,7 @@ def test_caption_does_not_depend_on_the_batch_size(models_folder: Path) -> None:
 def test_decoding_batch_finishes_only_the_sequence_whose_logits_are_not_finite(
     models_folder: Path, temperature: float
 ) -> None:
-    """The neighbours of a failed sequence generate what they generate without it."""
+    """The other sequences of the batch generate the same tokens as without the failed one."""
     model = build(models_folder).eval()
     prompts, pixels = make_prompts(model)
     options = GenerationOptions(6, temperature=temperature, seed=1)
@@ -417,7 +449,8 @@ def test_decoding_batch_finishes_only_the_sequence_whose_logits_are_not_finite(
     expected = run(undisturbed)
     batch = DecodingBatch(model, prompts, features, options, hashes)
     batch.step()
-    with torch.inference_mode():  # in which the batch has computed them
+    # Break the logits of sequence 0. They are inference tensors, which can be changed in this mode only.
+    with torch.inference_mode():
         batch._logits[0, 3] = float("nan")
     run(batch)
     assert list(batch.errors) == [0]

@@ -80,7 +80,11 @@ def test_forward_loss_and_gradients_equal_a_plain_float64_loop(
     model.vision_tower.requires_grad_(False)
     loss = model(**collate(model, examples)).loss
     loss.backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.clone()
+
     model.zero_grad()
     expected = sum(plain_loss(model, example) for example in examples)
     expected.backward()
@@ -88,7 +92,7 @@ def test_forward_loss_and_gradients_equal_a_plain_float64_loop(
     assert "projector.weight" in gradients
     tolerance = {"rtol": 1e-8, "atol": 1e-10}
     if text == "gemma2":
-        # Its norms compute in float32, whatever their input is.
+        # Use a larger tolerance, because Gemma's norms compute in float32 for every input.
         tolerance = {"rtol": 1e-4, "atol": 1e-5}
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, **tolerance, msg=name)
@@ -112,10 +116,11 @@ def test_forward_examples_of_a_batch_do_not_affect_each_other(models_folder: Pat
         [Message("user", "Say something.")], CAPTIONS[1] + " and much more of it, for long"
     )
     changed = collate(model, [examples[0], Example(longer.input_ids, longer.labels), examples[2]])
-    first = sum(label != IGNORE_INDEX for label in examples[0].labels)
-    torch.testing.assert_close(
-        model(**batch).logits[:first], model(**changed).logits[:first], rtol=0, atol=1e-6
-    )
+    # The logits of the first example do not depend on the second one, which is longer now.
+    num_trained = sum(label != IGNORE_INDEX for label in examples[0].labels)
+    before = model(**batch).logits[:num_trained]
+    after = model(**changed).logits[:num_trained]
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
 
 
 def test_gradient_checkpointing_leaves_the_gradient_unchanged(models_folder: Path) -> None:
@@ -154,6 +159,7 @@ def test_splice_equals_stock_llava(models_folder: Path, text: str, feature: str)
             vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}[feature],
         )
     ).eval()
+    # Copy all weights to the model of Transformers.
     stock.model.vision_tower.load_state_dict(model.vision_tower.model.state_dict())
     stock.model.language_model.load_state_dict(model.language_model.model.state_dict())
     stock.lm_head.load_state_dict(model.language_model.lm_head.state_dict())
@@ -228,14 +234,17 @@ def test_generate_batched_captions_equal_single_ones(models_folder: Path, text: 
         "Where is <image> from, do you think?",
         "<image>",
     ]
-    prompts = [model.prompt.render([Message("user", q)], None).input_ids for q in questions]
+    prompts = []
+    for question in questions:
+        rendered = model.prompt.render([Message("user", question)], None)
+        prompts.append(rendered.input_ids)
     options = GenerationOptions(max_new_tokens=12)
     together = generate(model, prompts, pixels, options)
-    alone = [
-        generate(model, [prompt], pixels[i : i + 1], options)[0] for i, prompt in enumerate(prompts)
-    ]
+    alone = []
+    for prompt, image in zip(prompts, pixels.split(1)):
+        alone += generate(model, [prompt], image, options)
     assert together == alone
-    # If all captions were alike, the test would notice nothing.
+    # Make sure that the captions differ; otherwise the test would not detect mixed-up images.
     assert len({texts[0] for texts in together}) > 1
 
 
@@ -251,8 +260,10 @@ def test_generate_greedy_equals_the_argmax_of_a_forward_without_a_cache(
     expanded = expand_image_placeholders(prompt, model.vision_tower.num_tokens)
     embed = model.language_model.get_input_embeddings()
     generated: list[int] = []
+    # A plain greedy loop, which computes the whole sequence again for every token.
     with torch.no_grad():
-        embeds = model.splice(torch.from_numpy(expanded)[None], model.vision_tower(pixels))
+        features = model.vision_tower(pixels)
+        embeds = model.splice(torch.from_numpy(expanded)[None], features)
         for _ in range(10):
             logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits
             token = int(logits[0, -1].argmax())

@@ -43,18 +43,18 @@ def test_find_linear_modules_returns_all_but_the_output_layer(
 ) -> None:
     model = build(models_folder, text)
     layers = find_linear_modules(model.language_model)
-    linears = {
-        name
-        for name, module in model.language_model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    linears = set()
+    for name, module in model.language_model.named_modules():
+        if isinstance(module, nn.Linear):
+            linears.add(name)
     assert linears - set(layers) == {"lm_head"}
+
+    # Each of these layers gets an adapter.
     add_lora(model, 2, 4)
-    adapted = {
-        name.split(".lora_A")[0]
-        for name, _ in model.language_model.named_parameters()
-        if "lora_A" in name
-    }
+    adapted = set()
+    for name, _ in model.language_model.named_parameters():
+        if "lora_A" in name:
+            adapted.add(name.split(".lora_A")[0])
     assert len(adapted) == len(layers)
 
 
@@ -114,8 +114,12 @@ def test_freeze_trains_what_the_features_of_a_full_tower_depend_on(models_folder
     parts = TrainedParts(vision_tower="full")
     model = build(models_folder, dtype="bfloat16")
     freeze(model, parts)
+    # Exactly the used parameters of the tower are trained.
     prefix = "vision_tower.model."
-    trained = {n.removeprefix(prefix) for n in trained_names(model) if n.startswith(prefix)}
+    trained = set()
+    for name in trained_names(model):
+        if name.startswith(prefix):
+            trained.add(name.removeprefix(prefix))
     assert trained == set(model.vision_tower.used_parameters)
     assert trained_dtypes(model) == {torch.float32}
     table = check_trainable(model, parts)
@@ -123,7 +127,7 @@ def test_freeze_trains_what_the_features_of_a_full_tower_depend_on(models_folder
     assert f"{count:,}" in table
     with pytest.raises(RuntimeError, match="vision tower: .* expected 0"):
         check_trainable(model, TrainedParts())
-    # With the layers above the selected one, it is too much.
+    # Training the layers above the selected one is an error too.
     model.vision_tower.requires_grad_(True)
     with pytest.raises(RuntimeError, match="vision tower"):
         check_trainable(model, parts)
@@ -143,17 +147,25 @@ def test_add_tower_lora_adapts_the_tower_alone(
     assert all("lora_" in name or name.startswith("projector.") for name in trained)
     assert any(name.startswith("language_model.") for name in trained) == with_text_adapter
 
+    # Only layers that the features depend on have an adapter.
     prefix = "vision_tower.model.base_model.model."
-    adapted = {n.split(".lora_")[0].removeprefix(prefix) for n in trained if "vision" in n}
+    adapted = set()
+    for name in trained:
+        if "vision" in name:
+            layer = name.split(".lora_")[0]
+            adapted.add(layer.removeprefix(prefix))
     assert adapted
     assert all(f"{name}.weight" in model.vision_tower.used_parameters for name in adapted)
     assert not model.vision_tower.frozen
     assert trained_dtypes(model) == {torch.float32}
-    table = check_trainable(model, TrainedParts("adapter" if with_text_adapter else "none", "lora"))
-    assert "vision adapter" in table
+    parts = TrainedParts("adapter" if with_text_adapter else "none", "lora")
+    assert "vision adapter" in check_trainable(model, parts)
 
+    # Every weight of the adapter gets a gradient.
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    model.train().vision_tower(pixels).float().sum().backward()
+    model.train()
+    features = model.vision_tower(pixels)
+    features.float().sum().backward()
     for name, parameter in model.vision_tower.named_parameters():
         if "lora_" in name:
             assert parameter.grad is not None, name

@@ -1,4 +1,4 @@
-"""The projector's layers, and the scale that a fresh one starts on."""
+"""The layers of the projector, and its initial scale."""
 
 from __future__ import annotations
 
@@ -32,20 +32,24 @@ def test_build_projector_identity_requires_equal_widths() -> None:
 def test_init_projector_scale_matches_the_embeddings(kind: str) -> None:
     torch.manual_seed(0)
     # Channels whose scales differ by a factor of 1000, with an offset that all tokens share.
-    features = (torch.randn(8, 5, 16) * torch.logspace(-1, 2, 16) + 30).requires_grad_()
+    scales = torch.logspace(-1, 2, 16)
+    features = torch.randn(8, 5, 16) * scales + 30
+    features.requires_grad_()
     embeddings = torch.randn(100, 32) * 0.1
     projector = build_projector(kind, 16, 32)
     init_projector_scale(projector, features, embeddings)
     output = projector(features)
     assert 0.05 < output.std() < 0.2
-    # Not by an offset that all tokens share: they differ from each other.
+    # The tokens differ from each other: the output is not only an offset that all tokens share.
     std_over_tokens = output.flatten(0, 1).std(0).mean()
     assert 0.03 < std_over_tokens < 0.2
 
-    # Every input channel contributes, whatever its scale: none dominates.
-    (output * torch.randn_like(output)).sum().backward()
+    # Every input channel contributes about equally: gradient norm times standard deviation.
+    random_loss = (output * torch.randn_like(output)).sum()
+    random_loss.backward()
     sensitivity = features.grad.pow(2).mean((0, 1)).sqrt()
-    contribution = (sensitivity * features.flatten(0, 1).std(0)).tolist()
+    std = features.flatten(0, 1).std(0)
+    contribution = (sensitivity * std).tolist()
     assert max(contribution) / min(contribution) < 8
 
 
@@ -53,7 +57,7 @@ def test_init_projector_scale_matches_the_embeddings(kind: str) -> None:
 def test_init_projector_scale_does_not_amplify_a_constant_channel(kind: str) -> None:
     torch.manual_seed(0)
     features = torch.randn(8, 5, 16)
-    # As the rectified channels of a convolutional tower are in most images.
+    # A constant channel, such as a rectified channel of a convolutional tower in most images.
     features[..., 3] = 0
     embeddings = torch.randn(100, 32) * 0.1
     projector = build_projector(kind, 16, 32)

@@ -73,7 +73,10 @@ def loss_and_gradients(model: Llava, rows: list[Any]) -> dict[str, torch.Tensor]
     model.zero_grad()
     loss = model(**collate(model, rows)).loss
     loss.backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.clone()
     assert len(gradients) > 10
     return {"loss": loss.detach(), **gradients}
 
@@ -88,12 +91,13 @@ def assert_same(
 
 # ---- exactness ----
 
-# Only the eager kernel has Gemma's soft cap.
-KERNELS = [
-    (text, kernel)
-    for text in LANGUAGE_MODELS
-    for kernel in (["eager"] if text == "gemma2" else ["sdpa", "eager", "cpu_matmul"])
-]
+KERNELS: list[tuple[str, str]] = []
+for _text in LANGUAGE_MODELS:
+    KERNELS.append((_text, "eager"))
+    # Only the eager kernel has Gemma's soft cap.
+    if _text != "gemma2":
+        KERNELS.append((_text, "sdpa"))
+        KERNELS.append((_text, "cpu_matmul"))
 
 
 @pytest.mark.parametrize(("text", "attention"), KERNELS)
@@ -101,18 +105,24 @@ def test_shared_and_packed_examples_equal_separate_ones(
     models_folder: Path, text: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_float64(models_folder, text, attention)
-    # Norms and the eager softmax round to float32 on the way, and they do it by these names.
+    # Replace float32, to which norms and the eager softmax convert explicitly, so that everything is
+    # computed in float64.
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     shared, separate = make_examples(model)
     expected = loss_and_gradients(model, separate)
+
     assert_same(loss_and_gradients(model, shared), expected)
-    assert_same(loss_and_gradients(model, [separate[:4], separate[4:]]), expected)
-    assert_same(loss_and_gradients(model, [shared[:2], shared[2]]), expected)
+    # Packs of separate examples.
+    packed = [separate[:4], separate[4:]]
+    assert_same(loss_and_gradients(model, packed), expected)
+    # A pack of two shared prompts, and a single one.
+    packed_and_shared = [shared[:2], shared[2]]
+    assert_same(loss_and_gradients(model, packed_and_shared), expected)
 
 
 def test_sliding_window_is_shorter_than_the_tested_examples(models_folder: Path) -> None:
-    """Otherwise the test above would not notice a mask without a window."""
+    """If the window was longer, the test above would not detect a mask without a window."""
     model = build(models_folder, "mistral")
     _, separate = make_examples(model)
     longest = max(len(example.input_ids) for example in separate)
@@ -127,6 +137,7 @@ def test_examples_of_a_pack_and_branches_do_not_affect_each_other(models_folder:
     def compute_logits(rows: list[Any]) -> torch.Tensor:
         return model(**collate(model, rows)).logits
 
+    # Change the first example of a pack: only its own logits change.
     changed = copy.deepcopy(separate[0])
     changed.input_ids[1] = 7
     changed.pixel_values = 255 - changed.pixel_values
@@ -136,6 +147,7 @@ def test_examples_of_a_pack_and_branches_do_not_affect_each_other(models_folder:
     assert torch.equal(before[-trained:], after[-trained:])
     assert not torch.equal(before[:3], after[:3])
 
+    # Change the first branch of a shared prompt: the logits of the last branch do not change.
     changed = copy.deepcopy(shared[0])
     first_token = changed.branches.index(1)
     changed.input_ids[first_token] = 7
@@ -153,9 +165,15 @@ def test_shared_prefix_mask_draws_segments_branches_and_windows() -> None:
     def ids(digits: str) -> torch.Tensor:
         return torch.tensor([[int(digit) for digit in digits]])
 
-    mask = shared_prefix_mask(ids("11111220"), ids("00122000"), ids("01223010"))[0, 0]
-    drawing = ["".join("x" if attends else "." for attends in row) for row in mask.tolist()]
-    assert drawing == [
+    # A prompt of two tokens with two branches, a second example of two tokens, and padding.
+    segment_ids = ids("11111220")
+    branch_ids = ids("00122000")
+    position_ids = ids("01223010")
+    mask = shared_prefix_mask(segment_ids, branch_ids, position_ids)[0, 0]
+    diagram: list[str] = []
+    for row in mask.tolist():
+        diagram.append("".join("x" if attends else "." for attends in row))
+    assert diagram == [
         "x.......",
         "xx......",
         "xxx.....",
@@ -207,22 +225,30 @@ def predictions_of_batch(batch: dict[str, Any]) -> list[Prediction]:
     for index, target in zip(batch["logit_positions"].tolist(), batch["labels"].tolist()):
         row, column = divmod(index, segment_ids.shape[1])
         attended = mask[row, column]
-        predictions.append((ids[row, attended].tolist(), positions[row, attended].tolist(), target))
+        attended_ids = ids[row, attended].tolist()
+        attended_positions = positions[row, attended].tolist()
+        predictions.append((attended_ids, attended_positions, target))
     return predictions
 
 
 def predictions_of_example(example: Example, tokens_per_image: int) -> list[Prediction]:
     """A plain loop over the prompt with each of its answers, as if they were separate sequences."""
     branches = example.branches or [0] * len(example.input_ids)
+    # Without branches, all tokens have the number 0.
+    numbers = [0]
+    if example.branches:
+        numbers = list(range(1, max(branches) + 1))
     predictions: list[Prediction] = []
-    for number in range(1, max(branches) + 1) if example.branches else [0]:
+    for number in numbers:
         text: list[int] = []
         for token, label, branch in zip(example.input_ids, example.labels, branches):
             if branch not in (0, number):
                 continue
             if label != IGNORE_INDEX:
-                predictions.append((text.copy(), list(range(len(text))), label))
-            text += [token] * (tokens_per_image if token == IMAGE_INDEX else 1)
+                positions = list(range(len(text)))
+                predictions.append((text.copy(), positions, label))
+            repeats = tokens_per_image if token == IMAGE_INDEX else 1
+            text += [token] * repeats
     return predictions
 
 
@@ -242,7 +268,7 @@ def test_batch_predicts_every_token_from_what_it_would_attend_to_alone(
     assert sorted(predictions_of_batch(batch)) == sorted(expected)
 
 
-# ---- what cannot be exact is refused ----
+# ---- unsupported models and kernels ----
 
 
 @pytest.mark.parametrize(
@@ -266,7 +292,7 @@ def test_batch_predicts_every_token_from_what_it_would_attend_to_alone(
 def test_attention_kwargs_refuse_a_model_without_position_ids(
     config: transformers.PreTrainedConfig,
 ) -> None:
-    """It would run, and be trained on another loss: MPT's differs by 3 in a thousand."""
+    """Without the check it would be trained silently with a wrong loss (MPT's differs by 0.3 %)."""
     model = transformers.AutoModelForCausalLM.from_config(config)
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     ids = torch.zeros(1, 3, dtype=torch.long)
@@ -300,14 +326,15 @@ def varlen_attention(
     """What a variable-length flash kernel computes, in a loop over the sequences.
 
     Args:
-        q: (positions, heads, width); k and v have fewer heads.
-        cu_seqlens_q: int32 (sequences + 1,), where each sequence begins, and the end of the last.
+        q: (positions, heads, head_dim); k and v have fewer heads.
+        cu_seqlens_q: int32 (sequences + 1,), the start of each sequence, and the end of the last.
     """
     assert causal
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert cu_seqlens_q.dtype == torch.int32
     outputs: list[torch.Tensor] = []
     for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist()):
+        # Repeat the key and value heads (grouped-query attention).
         repeats = q.shape[1] // k.shape[1]
         keys = k[start:end].repeat_interleave(repeats, dim=1)
         values = v[start:end].repeat_interleave(repeats, dim=1)
@@ -323,7 +350,7 @@ def varlen_attention(
 def test_flash_attention_gets_the_boundaries_of_the_sequences(
     models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel needs CUDA: a loop replaces it, behind everything that Transformers does before."""
+    """The kernel requires CUDA, so a loop replaces it; the code of Transformers before it is tested."""
 
     def other_kernel(*_: object, **__: object) -> None:
         raise AssertionError("without boundaries, sequences would attend to each other")

@@ -1,4 +1,4 @@
-"""Any vision model of Transformers can be the tower, and its number of tokens is known before it runs."""
+"""The vision tower: features of several architectures, their shape, and which weights they depend on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_simplified.model.vision import VisionTower
 
-# Side of the images, in pixels.
+# Height and width of the images, in pixels.
 IMAGE_SIZE = {
     "clip": 32,
     "siglip": 32,
@@ -80,11 +80,12 @@ def test_feature_map_is_read_row_by_row(models_folder: Path, kind: str) -> None:
     torch.testing.assert_close(tower(pixels)[0, 1], last_hidden_state[0, :, 0, 1])
 
 
-def test_several_layers_are_concatenated_along_the_width(models_folder: Path) -> None:
+def test_several_layers_are_concatenated_along_the_channels(models_folder: Path) -> None:
     tower = load_tower(models_folder, "clip", select_layer=(-2, -1))
     pixels = torch.rand(1, 3, 32, 32)
     hidden_states = tower.model(pixels, output_hidden_states=True).hidden_states
-    expected = torch.cat([hidden_states[-2], hidden_states[-1]], -1)[:, 1:]
+    expected = torch.cat([hidden_states[-2], hidden_states[-1]], -1)
+    expected = expected[:, 1:]  # without the CLS token
     torch.testing.assert_close(tower(pixels), expected)
     assert tower.width == 48
 
@@ -93,16 +94,21 @@ def test_feature_maps_of_several_sizes_are_pooled_to_the_smallest(models_folder:
     tower = load_tower(models_folder, "convnext", select_layer=(-1, 1))
     pixels = torch.rand(1, 3, 32, 32)
     outputs = tower.model(pixels, output_hidden_states=True)
-    early = adaptive_avg_pool2d(outputs.hidden_states[1], 2).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(tower(pixels)[..., 24:], early)
+    # The early map, (1, channels, rows, columns), is pooled to 2 x 2, the size of the last one.
+    early = adaptive_avg_pool2d(outputs.hidden_states[1], 2)
+    early = early.flatten(2).transpose(1, 2)
+    features = tower(pixels)
+    torch.testing.assert_close(features[..., 24:], early)
 
 
 def test_token_pool_averages_neighboring_patches(models_folder: Path) -> None:
     pixels = torch.rand(1, 3, 32, 32)
     features = load_tower(models_folder, "clip")(pixels)
     pooled = load_tower(models_folder, "clip", token_pool=2)
+    # The first pooled token is the mean of the top left 2 x 2 patches.
     grid = features.view(1, 4, 4, -1)
-    torch.testing.assert_close(pooled(pixels)[0, 0], grid[0, :2, :2].mean((0, 1)))
+    top_left = grid[0, :2, :2]
+    torch.testing.assert_close(pooled(pixels)[0, 0], top_left.mean((0, 1)))
     assert pooled.num_tokens == 4
     with pytest.raises(ValueError, match="cls_patch .*--mm_token_pool"):
         load_tower(models_folder, "clip", token_pool=2, select_feature="cls_patch")
@@ -130,7 +136,7 @@ def test_language_model_is_refused_as_a_tower(models_folder: Path) -> None:
 
 
 def test_frozen_tower_stays_in_evaluation_mode(models_folder: Path) -> None:
-    """In training mode, batch norms would update their statistics, and dropout change the features."""
+    """In training mode, batch norms would update their statistics, and dropout would change the features."""
     tower = load_tower(models_folder, "efficientnet", select_layer=-1).requires_grad_(False)
     tower.train()
     assert not tower.training
@@ -145,7 +151,8 @@ def test_uint8_pixels_are_normalized_as_the_image_processor_does(models_folder: 
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     mean = torch.tensor(tower.transform.mean).view(3, 1, 1)
     std = torch.tensor(tower.transform.std).view(3, 1, 1)
-    torch.testing.assert_close(tower(pixels), tower((pixels / 255 - mean) / std))
+    normalized = (pixels / 255 - mean) / std
+    torch.testing.assert_close(tower(pixels), tower(normalized))
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
@@ -155,10 +162,13 @@ def test_used_parameters_are_those_that_get_a_gradient(
 ) -> None:
     """The layers above the selected one do not contribute: training would not change them."""
     tower = load_tower(models_folder, kind, select_layer=layer)
-    tower(torch.rand(2, 3, IMAGE_SIZE[kind], IMAGE_SIZE[kind])).sum().backward()
-    with_gradient = {
-        name for name, parameter in tower.model.named_parameters() if parameter.grad is not None
-    }
+    size = IMAGE_SIZE[kind]
+    features = tower(torch.rand(2, 3, size, size))
+    features.sum().backward()
+    with_gradient = set()
+    for name, parameter in tower.model.named_parameters():
+        if parameter.grad is not None:
+            with_gradient.add(name)
     assert with_gradient
     assert tower.used_parameters == with_gradient
     if kind == "clip" and layer == -2:
@@ -177,7 +187,7 @@ def test_tower_in_training_keeps_the_statistics_of_its_batch_norms(models_folder
 def test_missing_weights_are_refused_if_the_features_depend_on_them(
     models_folder: Path, tmp_path: Path
 ) -> None:
-    """Transformers would warn, draw them at random, and continue."""
+    """Transformers would only warn, and use random weights."""
     shutil.copytree(models_folder / "clip", tmp_path / "clip")
     path = tmp_path / "clip" / "model.safetensors"
     weights = load_file(path)
@@ -187,8 +197,10 @@ def test_missing_weights_are_refused_if_the_features_depend_on_them(
         kept = {name: weight for name, weight in weights.items() if name != missing}
         save_file(kept, path, {"format": "pt"})
 
+    # Layer 2 is above the selected one, so its weights may be missing.
     save_without(layer=2)
     load_tower(tmp_path, "clip", select_layer=-2)
+    # The features depend on layer 0.
     save_without(layer=0)
     with pytest.raises(ValueError, match=r"weights are missing: .*layers\.0\."):
         load_tower(tmp_path, "clip", select_layer=-2)
