@@ -324,17 +324,22 @@ def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraCo
             used[name] = value
         elif name not in _ADAPTER_ORIGIN and value and value != defaults.get(name):
             raise ValueError(f"{path}: {name}={shorten(value)} is not supported")
-    missing = {"r", "lora_alpha", "target_modules"} - set(used)
+    _check_adapter_entries(path, used)
+    with blame_file(path):
+        return LoraConfig(**used)
+
+
+def _check_adapter_entries(path: Path, entries: Mapping[str, Any]) -> None:
+    """Raise ValueError if an entry that LoRA needs is missing, or if a list or a mapping has wrong elements."""
+    missing = {"r", "lora_alpha", "target_modules"} - set(entries)
     if missing:
         raise ValueError(f"{path}: {sorted(missing)[0]} is missing")
     for name in ("target_modules", "modules_to_save"):
-        if not all(isinstance(module, str) for module in used.get(name) or ()):
+        if not all(isinstance(module, str) for module in entries.get(name) or ()):
             raise ValueError(f"{path}: {name} must be names of modules")
     for name in ("rank_pattern", "alpha_pattern"):
-        if not all(isinstance(value, (int, float)) for value in used.get(name, {}).values()):
+        if not all(isinstance(value, (int, float)) for value in entries.get(name, {}).values()):
             raise ValueError(f"{path}: {name} must contain numbers")
-    with blame_file(path):
-        return LoraConfig(**used)
 
 
 def _check_adapters(model: Llava, parts: TrainedParts) -> None:
