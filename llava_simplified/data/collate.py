@@ -1,7 +1,7 @@
 """Examples -> batches: expand image placeholders, pad, and list the trained (position, target) pairs.
 
-Everything about a position is final once a batch is collated: its token, the sequence that it belongs to, the
-positions that it attends to, and whether a token is predicted from it. The model only follows these tensors.
+A collated batch specifies everything about a position: its token, the sequence that it belongs to, the positions that
+it attends to, and whether a token is predicted from it. The model derives nothing from the order of the tokens.
 
 **Image placeholders.** A prompt contains one `IMAGE_INDEX` per image. A batch needs one position per patch feature:
 
@@ -22,8 +22,8 @@ answer:
     predicted from    -    -    -    -  |  3    4    5    |  3    7    8
 
 A batch therefore lists pairs: `logit_positions` (where a token is predicted) and `labels` (which token). Position 3
-occurs twice. The model computes logits at the listed positions only, which also saves most of the work of its last
-layer: 94 % of the positions of a caption behind 196 patches are not trained.
+occurs twice. The model computes logits at the listed positions only, which also saves most of the work of the lm_head:
+in a caption that follows 196 patches, 94 % of the positions are not trained.
 
 Training several continuations of one prompt as branches of one sequence is prior work: Molmo and Molmo2 ("message
 trees"), PrefixGrouper, flash-preference, unsloth's GRPO, NeMo Automodel. What is special here: the first token of every
@@ -35,7 +35,7 @@ branch is trained too, and images are part of the prefix, so that loss and gradi
     branch_ids      0 in a prompt, n in its n-th answer: an answer attends to its prompt and to itself
     position_ids    the position within the text as if prompt and answer stood alone, for rotary embeddings
 
-They are left out where every row is one prompt with one answer: then an ordinary attention mask is enough.
+If every row is one prompt with one answer, the batch has an ordinary attention mask instead of these three tensors.
 """
 
 from __future__ import annotations
@@ -55,14 +55,13 @@ class Example:
     """One tokenized sample: a prompt with one answer, or with several answers that share the prompt.
 
     Attributes:
-        input_ids: Token ids as `Prompt.render` returns them, with one IMAGE_INDEX per image. Several answers follow
-            one another.
-        labels: The id where the token is trained, IGNORE_INDEX elsewhere. Not shifted; as long as `input_ids`.
-        pixel_values: uint8 (images, 3, height, width), or None if the sample has no image or has features.
-        image_features: (images, tokens, width): precomputed features in place of pixels, or None.
-        warnings: What a user should know about this sample: an unreadable image, a truncated answer.
+        input_ids: Token ids from `Prompt.render`, with one IMAGE_INDEX per image. Several answers are concatenated.
+        labels: The token id at trained positions, IGNORE_INDEX elsewhere. Not shifted; as long as `input_ids`.
+        pixel_values: uint8 (images, 3, height, width); None if the sample has no image, or has features.
+        image_features: (images, tokens, hidden size): precomputed features in place of pixels, or None.
+        warnings: Problems that the user should know about: an unreadable image, a truncated answer.
         branches: For each token 0 in the prompt, n in the n-th answer; None if there is only one answer.
-        id: Where the sample came from, for messages.
+        id: Name of the record, for messages ("train.json row 7").
     """
 
     input_ids: list[int]
@@ -75,9 +74,9 @@ class Example:
 
 
 class BatchMetadata(TypedDict):
-    """The part of a batch that is for the trainer and its logs, not for the model."""
+    """The part of a batch that the trainer uses for its logs, and the model does not get."""
 
-    ids: list[str]  # where each example came from
+    ids: list[str]  # `Example.id` of each example
     warnings: list[str]
     tokens: int  # positions that are not padding
 
@@ -90,10 +89,10 @@ class _RequiredBatchKeys(TypedDict):
 
 
 class Batch(_RequiredBatchKeys, total=False):
-    """What `Collator` returns and `Llava.forward` accepts (without `metadata`). A plain dict at run time.
+    """Output of `Collator` and (without `metadata`) input of `Llava.forward`. A plain dict at run time.
 
     Always present:
-        input_ids: int64 (batch, length), IMAGE_INDEX at every position that a patch feature fills.
+        input_ids: int64 (batch, length), IMAGE_INDEX at the position of every patch feature.
         logit_positions: int64 (trained,), indices into the flattened (batch * length) positions: where a token is
             predicted. An index can occur more than once.
         labels: int64 (trained,), the token that is predicted there.
@@ -107,7 +106,7 @@ class Batch(_RequiredBatchKeys, total=False):
 
     At most one of:
         pixel_values: uint8 (images, 3, height, width), in reading order over the batch.
-        image_features: (images, tokens, width), in the same order.
+        image_features: (images, tokens, hidden size), in the same order.
     """
 
     attention_mask: torch.Tensor
@@ -123,12 +122,12 @@ def expand_image_placeholders(
     tokens_per_image: int,
     values: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Repeat every image placeholder `tokens_per_image` times, to make room for the patch features.
+    """Repeat every image placeholder `tokens_per_image` times: once per patch feature.
 
     Args:
         input_ids: Token ids (length,) with one IMAGE_INDEX per image.
         tokens_per_image: Number of patch features per image.
-        values: (length,). Expand these values (labels, branches) instead of the ids, at the same places.
+        values: (length,). If given, expand these values (labels, branches) at the same places, instead of the ids.
 
     Returns:
         int64 (length + images * (tokens_per_image - 1),).
@@ -149,8 +148,8 @@ def pad_sequences(
 
     Args:
         sequences: Arrays (length_i,).
-        value: Fills the padding.
-        side: Where the padding goes. Training pads right; generation pads left, so that all rows end at the same
+        value: Value of the padding.
+        side: Side of the padding. Training pads right; generation pads left, so that all rows end at the same
             position.
 
     Returns:
@@ -167,7 +166,7 @@ def pad_sequences(
 
 
 class ExpandedExample(NamedTuple):
-    """An example with room for its patch features. All arrays are int64; positions count from the example's start."""
+    """An example with expanded image placeholders. All arrays are int64; positions count from the example's start."""
 
     input_ids: np.ndarray  # (length,)
     branch_ids: np.ndarray  # (length,)
@@ -179,7 +178,7 @@ class ExpandedExample(NamedTuple):
 
 
 def expand_example(example: Example, tokens_per_image: int) -> ExpandedExample:
-    """Make room for the patch features, and list the (position, target) pairs.
+    """Expand the image placeholders of an example, and list its (position, target) pairs.
 
     The module's docstring has a worked example.
 
@@ -204,9 +203,9 @@ def expand_example(example: Example, tokens_per_image: int) -> ExpandedExample:
         starts = np.flatnonzero(np.diff(branch_ids, prepend=0))
         num_branches = len(starts)
         prompt_length = starts[0]
-        # The predecessor of a branch's first token is the last token of the prompt, not of the branch before.
+        # The first token of a branch follows the last token of the prompt, not that of the branch before.
         predicted_from[starts] = prompt_length - 1
-        # The start of the branch that each position belongs to; unused in the prompt.
+        # Index of the first token of the branch that each position belongs to; not used in the prompt.
         branch_number = np.searchsorted(starts, index, side="right")
         start_of_own_branch = np.concatenate([[0], starts])[branch_number]
         position_ids = np.where(
@@ -217,8 +216,8 @@ def expand_example(example: Example, tokens_per_image: int) -> ExpandedExample:
 
     trained = np.flatnonzero(labels != IGNORE_INDEX)
     trained = trained[trained > 0]  # the first token has no position to be predicted from
-    # A trained token inside the shared prompt (an earlier answer of the conversation) counts once per branch, as it
-    # would if every branch had its own copy of the prompt. Otherwise sharing would change its weight in the loss.
+    # Repeat a trained token inside the shared prompt (an earlier answer of the conversation) once per branch, as if
+    # every branch had its own copy of the prompt. Otherwise sharing would change its weight in the loss.
     trained = np.repeat(trained, np.where(branch_ids[trained] == 0, num_branches, 1))
     return ExpandedExample(
         input_ids=ids,
@@ -242,9 +241,9 @@ class Collator:
 
         Args:
             tokens_per_image: Number of patch features per image.
-            pad_token_id: Fills `input_ids` on padding; any valid id, because nothing attends to it.
+            pad_token_id: Token id on padding. Any valid id works, because no token attends to padding.
             dummy_image: `{"pixel_values": ...}` or `{"image_features": ...}` with one empty image, added to batches
-                without images. In distributed training every process must run every layer, or gradient
+                without images. In distributed training every process must run every layer, otherwise gradient
                 synchronization hangs.
         """
         self.tokens_per_image = tokens_per_image
@@ -253,7 +252,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[Example | Sequence[Example]]) -> Batch:
         """Collate examples or packs of examples."""
-        # A single example is a pack of one. `expanded` has one list per pack, `examples` is flat.
+        # Treat a single example as a pack of one. `expanded` has one list per pack, `examples` is flat.
         examples: list[Example] = []
         expanded: list[list[ExpandedExample]] = []
         for row in rows:
@@ -273,7 +272,7 @@ class Collator:
         has_packs = len(examples) > len(expanded)
         has_branches = any(example.branches is not None for example in examples)
         if not has_packs and not has_branches:
-            # A plain mask works with every attention implementation.
+            # Prefer a plain mask, which every attention implementation supports.
             masks = [np.ones_like(example.input_ids) for [example] in expanded]
             batch["attention_mask"] = pad_sequences(masks, 0)
         else:
@@ -292,8 +291,8 @@ class Collator:
                 pixels.append(example.pixel_values)
             if example.image_features is not None:
                 features.append(example.image_features)
-        # Examples have different numbers of images: they are concatenated, not stacked. The model assigns them to
-        # placeholders by their order.
+        # Concatenate instead of stack, because examples have different numbers of images. The model assigns images
+        # to placeholders by their order.
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
         if features:
@@ -303,7 +302,7 @@ class Collator:
 
 
 def _concatenate(expanded: Sequence[Sequence[ExpandedExample]], name: str) -> list[np.ndarray]:
-    """Concatenate one array of all examples of a pack; one result per pack."""
+    """For each pack, concatenate the field `name` of its examples."""
     rows = []
     for pack in expanded:
         arrays = [getattr(example, name) for example in pack]
@@ -312,7 +311,7 @@ def _concatenate(expanded: Sequence[Sequence[ExpandedExample]], name: str) -> li
 
 
 def _segment_ids(pack: Sequence[ExpandedExample]) -> np.ndarray:
-    """Return n for every position of the n-th example of a pack, from 1; 0 is left for padding."""
+    """Return n for every position of the n-th example of a pack, counted from 1 (0 means padding)."""
     segments = []
     for number, example in enumerate(pack, start=1):
         segments.append(np.full_like(example.input_ids, number))
@@ -326,7 +325,7 @@ def _flatten_pairs(
     positions = []
     labels = []
     for row, pack in enumerate(expanded):
-        # Where the example begins in the flattened batch. Within a row, examples follow one another without padding.
+        # Start of the example in the flattened batch. There is no padding between the examples of a row.
         start = row * row_length
         for example in pack:
             positions.append(start + example.logit_positions)

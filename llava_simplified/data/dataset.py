@@ -37,12 +37,13 @@ NUM_PROBED_RECORDS = 20  # whose images `open_data` tries to read
 class FeatureStore(Protocol):
     """Precomputed inputs by image name, such as the cache of a frozen vision tower's features.
 
-    All values have the same shape and dtype: features (tokens, width), or transformed pixels, uint8 (3, height, width).
+    All values have the same shape and dtype: features (tokens, hidden size), or transformed pixels, uint8 (3, height,
+    width).
     """
 
     @property
     def dummy_image(self) -> torch.Tensor:
-        """An empty image, in the form of the others."""
+        """An empty image, of the same shape and dtype as the others."""
         ...
 
     def __contains__(self, image: str, /) -> bool: ...
@@ -70,14 +71,14 @@ class CaptionDataset(Dataset[Example]):
         """Create a dataset.
 
         Args:
-            records: What to train on.
+            records: The records to train on.
             prompt: Renders text to token ids and labels.
             image_folder: The folder that the records' image paths are relative to.
             transform: Resize and crop of the vision tower.
             max_length: Maximum number of text tokens of a prompt with one answer; an image counts as one. Longer
                 answers lose words at their end. A prompt that leaves no room for an answer is an error.
             share_prefix: True makes one example per record. False makes one example per response.
-            features: Precomputed features or pixels. No image file is opened then.
+            features: Precomputed features or pixels. If given, no image file is opened.
         """
         self.records = records
         self.prompt = prompt
@@ -85,10 +86,10 @@ class CaptionDataset(Dataset[Example]):
         self.transform = transform
         self.max_length = max_length
         self.features = features
-        # With one example per response: for each record, the number of examples up to and including it.
+        # Used only with one example per response: for each record, the number of examples up to and including it.
         self._ends: np.ndarray | None = None
         if not share_prefix:
-            # This reads and parses all records.
+            # Slow for large files, because this reads and parses all records.
             counts = (len(record.responses) for record in records)
             self._ends = np.cumsum(np.fromiter(counts, dtype=np.int64, count=len(records)))
 
@@ -100,15 +101,15 @@ class CaptionDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         """Return the example at `index`.
 
-        If its image cannot be read, the next example whose image can be read takes its place, image and text together,
-        and a warning says so: one bad file in millions must not end a run, and the trainer counts the warnings.
+        If its image cannot be read, the next example with a readable image is returned instead, with a warning. One bad
+        file in millions must not end a run, and the trainer counts the warnings.
 
         Raises:
             ValueError: No image of the whole dataset can be read, or a record has no usable response.
         """
         warnings: list[str] = []
         for offset in range(len(self)):
-            # After the last example comes the first.
+            # Wrap around: the first example follows the last one.
             record, responses = self.locate((index + offset) % len(self))
             example = self.tokenize(record, responses)
             # The trainer counts warnings by what is before the comma.
@@ -146,15 +147,15 @@ class CaptionDataset(Dataset[Example]):
             record, responses = self.locate(index)
             input_ids = self.tokenize(record, responses).input_ids
             num_images = input_ids.count(IMAGE_INDEX)
-            # A placeholder is one token already.
+            # Subtract 1, because `input_ids` already contains one token per image.
             yield len(input_ids) + (tokens_per_image - 1) * num_images
 
     def locate(self, index: int) -> tuple[Record, Sequence[str]]:
-        """Return the record of the example at `index`, and which of its responses the example contains."""
+        """Return the record of the example at `index`, and the responses that the example contains."""
         if self._ends is None:
             record = self.records[index]
             return record, record.responses
-        # The first record whose examples end behind `index`; records without a response are skipped.
+        # Find the first record whose examples end after `index`; this skips records without a response.
         row = bisect_right(self._ends, index)
         record = self.records[row]
         first_index = int(self._ends[row]) - len(record.responses)
@@ -170,8 +171,8 @@ class CaptionDataset(Dataset[Example]):
             matches: Counts by which rule image files are found.
 
         Returns:
-            Pixels and features, at most one of which is not None: uint8 (images, 3, height, width), and
-            (images, tokens, width).
+            (pixels, features), at least one of them None: uint8 (images, 3, height, width), and
+            (images, tokens, hidden size).
 
         Raises:
             ImageError: An image cannot be read.
@@ -186,7 +187,7 @@ class CaptionDataset(Dataset[Example]):
                     f"{name} could not be read when the features of all images were computed",
                 )
         stored = torch.stack([self.features[name] for name in record.images])
-        # The store holds pixels if the tower is trained, so that its features change, or if they do not fit.
+        # The store contains pixels if the tower is trained (its features change) or if features would not fit.
         if stored.dtype == torch.uint8:
             return stored, None
         return None, stored
@@ -196,10 +197,10 @@ class CaptionDataset(Dataset[Example]):
 
         Args:
             record: The record.
-            responses: Which of its responses the example contains. Each is truncated to `max_length` on its own.
+            responses: The responses that the example contains. Each is truncated to `max_length` separately.
 
         Raises:
-            ValueError: There is no response, an empty one, or the prompt leaves no room for it.
+            ValueError: There is no response, a response is empty, or the prompt leaves no room for a response.
         """
         if not responses:
             raise ValueError(f"{record.id}: no response to train on")
@@ -208,7 +209,7 @@ class CaptionDataset(Dataset[Example]):
         input_ids = list(prefix.input_ids)
         labels = list(prefix.labels)
         branches = [0] * len(input_ids)
-        # Every answer has the same room: behind the prompt, as if it were the only one.
+        # Every answer may have as many tokens as if it were the only one after the prompt.
         room = self.max_length - len(prefix.input_ids)
         for number, (answer, text) in enumerate(zip(answers, responses), start=1):
             if len(answer) > room:
@@ -239,7 +240,7 @@ class CaptionDataset(Dataset[Example]):
             room: Maximum number of tokens, with the end token.
 
         Raises:
-            ValueError: There is no room for one token and the end token.
+            ValueError: The prompt leaves no room for one token and the end token.
         """
         if room < MIN_ANSWER_TOKENS:
             raise ValueError(_no_room(record, self.max_length))
@@ -251,7 +252,7 @@ class CaptionDataset(Dataset[Example]):
             if len(answer) <= room:
                 return answer
             if len(words) == 1:
-                # A single "word" that does not fit: a long URL, or a language without spaces.
+                # Cut within a single "word" that does not fit: a long URL, or a language without spaces.
                 return [*answer[: room - 1], self.prompt.end_id]
             words.pop()
 
@@ -374,9 +375,9 @@ def open_data(
         The records, and the image folder.
 
     Raises:
-        ValueError: There are no records, a checked record has no response, there is no such folder, or none of the
-            first images can be read.
-        MissingExtraError: pyarrow is needed and not installed.
+        ValueError: The file has no records, a checked record has no response, the image folder does not exist, or
+            none of the first images can be read.
+        MissingExtraError: `path` is a Parquet file, and pyarrow is not installed.
     """
     records = open_records(path, require_responses, max_bad_records)
     if not len(records):

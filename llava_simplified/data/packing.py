@@ -1,7 +1,7 @@
 """Pack several examples into one sequence, so that few positions of a batch are padding.
 
-Captions behind the patches of an image are much shorter than a sequence that uses a GPU well. Packing puts several
-examples into one sequence of at most `pack_length` positions. A block-diagonal attention mask keeps them apart
+An image with its caption is much shorter than a sequence that uses a GPU well. Packing puts several examples into one
+sequence of at most `pack_length` positions. A block-diagonal attention mask separates them
 (`segment_ids` in `collate`), so the loss and every gradient are those of the unpacked examples.
 
 Which examples share a sequence is a bin packing problem, solved by best fit decreasing: examples are placed longest
@@ -29,7 +29,7 @@ from llava_simplified.data.collate import Example
 
 
 class DatasetWithLengths(Protocol):
-    """A map-style dataset of examples that knows their lengths, such as `CaptionDataset`."""
+    """A map-style dataset of examples with a `lengths` method, such as `CaptionDataset`."""
 
     def __getitem__(self, index: int, /) -> Example: ...
 
@@ -42,10 +42,10 @@ def plan_packs(
     seed: int,
     pool: int = 8192,
 ) -> list[list[int]]:
-    """Decide which examples share a sequence: best fit decreasing within random pools.
+    """Assign examples to sequences: best fit decreasing within random pools.
 
-    Best fit over all examples would put the longest of the data set together. Random pools keep the contents of a
-    pack independent of the order of the data, and a pool of thousands fills the packs about as well.
+    Best fit over all examples would pack the longest examples of the data set together. Random pools avoid this, and
+    with thousands of examples per pool the packs are nearly as full.
 
     Args:
         lengths: Number of positions of each example.
@@ -59,13 +59,13 @@ def plan_packs(
     packs: list[list[int]] = []
     order = np.random.default_rng(seed).permutation(len(lengths))
     for start in range(0, len(order), pool):
-        # Long examples are the hardest to place: they come first, and short ones fill the gaps.
+        # Place long examples first, since they fit into few packs; short ones fill the gaps.
         indices = order[start : start + pool].tolist()
         indices.sort(key=lambda index: -lengths[index])
-        # (free positions, index of the pack) of the packs of this pool, sorted: the best fit is one bisection.
+        # (free positions, pack index) of each pack of this pool. The list is sorted, so bisection finds the best fit.
         free: list[tuple[int, int]] = []
         for index in indices:
-            # The first pack with at least this many free positions: -1 sorts before every pack's index.
+            # Find the first pack with enough free positions; -1 sorts before every pack index.
             best = bisect_left(free, (lengths[index], -1))
             if best < len(free):
                 room, pack = free.pop(best)
@@ -109,10 +109,10 @@ class PackedDataset(Dataset[list[Example]]):
                 f"Pass --pack_length {longest}, or lower --model_max_length."
             )
         packs = plan_packs(lengths.tolist(), pack_length, seed)
-        # Two flat arrays instead of a million lists: forked workers share arrays, whereas reading a list changes the
-        # reference counts of its elements and so copies its memory pages into every worker.
+        # Store two flat arrays instead of a million lists. Forked workers share arrays, whereas reading a list changes
+        # the reference counts of its elements, which copies its memory pages into every worker.
         self._order = np.fromiter(chain.from_iterable(packs), np.int32, len(lengths))
-        # Where each pack begins in `_order`, and the end of the last.
+        # Start of each pack in `_order`, and the end of the last one.
         self._starts = np.cumsum([0, *map(len, packs)])
         self._lengths = np.add.reduceat(lengths[self._order], self._starts[:-1])
 
@@ -125,7 +125,8 @@ class PackedDataset(Dataset[list[Example]]):
         """Return the number of positions of each pack.
 
         Args:
-            tokens_per_image: Ignored: the packs were planned for one number. `CaptionDataset` needs it.
+            tokens_per_image: Ignored, since the packs were planned for a fixed number; the parameter exists for
+                compatibility with `CaptionDataset.lengths`.
         """
         return self._lengths
 
@@ -135,6 +136,6 @@ class PackedDataset(Dataset[list[Example]]):
     def __getitem__(self, index: int) -> list[Example]:
         start = self._starts[index]
         end = self._starts[index + 1]
-        # Plain integers: a dataset may use them as list indices or in messages.
+        # Convert to plain integers, which a dataset may use as list indices or in messages.
         indices = self._order[start:end].tolist()
         return [self.dataset[i] for i in indices]

@@ -1,6 +1,6 @@
-"""Records: one captioned image, or one conversation about images, in the form that all other modules use.
+"""Records: parsed rows of a data set. A record is a captioned image, or a conversation about images.
 
-Three JSON forms are read:
+Three JSON formats are supported:
 
     {"image": "0.jpg", "instruction": "Describe it.", "response": "a cat"}
     {"image": "0.jpg", "instruction": "Describe it.", "responses": ["a cat", "my pet"]}
@@ -71,9 +71,9 @@ class Record:
         images: Paths relative to the image folder, or `shard.tar#key`; empty for a row with text only.
         turns: The conversation up to the last answer, which is not included. The user turns contain exactly one
             `<image>` per image.
-        responses: The alternatives for the last answer (several captions of one image). Empty if the row has none:
-            then it can be captioned, but not trained on.
-        id: Where the row came from, for messages: "train.json row 7".
+        responses: The alternatives for the last answer (several captions of one image). A record without responses can
+            be captioned, but not trained on.
+        id: File name and row number, for messages: "train.json row 7".
     """
 
     images: tuple[str, ...]
@@ -86,17 +86,15 @@ class Record:
         """Parse one row.
 
         Args:
-            row: A JSON object in one of the forms of the module's docstring.
-            where: Where the row came from, for error messages.
+            row: A JSON object in one of the formats of the module's docstring.
+            where: File name and row number, for error messages.
 
         Raises:
             ValueError: The row is not a record. The message names `where`, and the key that is missing or has the
                 wrong type.
         """
         if not isinstance(row, dict):
-            raise ValueError(
-                f"{where}: a record must be a JSON object, this is {type(row).__name__}"
-            )
+            raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
         images = _parse_images(row, where)
         _check_media_keys(row, images, where)
         if "conversations" in row:
@@ -198,12 +196,12 @@ def _is_list_of_strings(value: Any) -> bool:
 
 
 def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], tuple[str, ...]]:
-    """Return turns and responses of a row in the instruction form."""
+    """Return turns and responses of a row in the instruction format."""
     instruction = row.get("instruction")
     if not isinstance(instruction, str):
         raise ValueError(
-            f"{where}: a record needs the key 'instruction' (a string) or 'conversations'; "
-            f"this one has {shorten(sorted(row))}"
+            f"{where}: a record needs the key 'instruction' (a string) or 'conversations', "
+            f"got only {shorten(sorted(row))}"
         )
     # Without responses the record can still be captioned.
     responses: Any = []
@@ -220,7 +218,7 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
 
 
 def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[str, ...]]:
-    """Return turns and responses of LLaVA's `conversations`: the last answer is split off as the response."""
+    """Return turns and responses of LLaVA's `conversations`; the last answer becomes the response."""
     if not isinstance(value, list) or not value:
         raise ValueError(
             f"{where}: 'conversations' must be a list of {{from, value}}, got {shorten(value)}"
@@ -239,7 +237,7 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
     last = turns[-1]
     if last.role == "assistant":
         return turns[:-1], (last.content,)
-    # The conversation ends with a question: enough for captioning.
+    # The conversation ends with a question, so the record can be captioned but not trained on.
     return turns, ()
 
 
@@ -265,10 +263,10 @@ def insert_image_placeholders(
     Args:
         turns: The conversation.
         count: Number of images.
-        where: Where the conversation came from, for error messages.
+        where: File name and row number, for error messages.
 
     Raises:
-        ValueError: The texts contain another number of placeholders.
+        ValueError: The texts contain placeholders, but not `count`; or there is no user turn.
     """
     placeholders = count_images(turns)
     if placeholders == count:
@@ -279,7 +277,7 @@ def insert_image_placeholders(
             f"{where}: {count} image(s), but the text contains {IMAGE_PLACEHOLDER} "
             f"{placeholders} time(s)"
         )
-    # LLaVA's form: each placeholder on its own line, before the text.
+    # As in LLaVA's data, put each placeholder on its own line, before the text.
     lines = f"{IMAGE_PLACEHOLDER}\n" * count
     first_user = roles.index("user")
     with_images = list(turns)
@@ -293,13 +291,13 @@ def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
     Args:
         index: The record's index in its data set.
         record: The record.
-        text: What the model generated.
+        text: The generated text.
     """
-    # A single reference is a string, as in the original tutorial; no reference is an empty one.
+    # As in the original tutorial, a single reference is a string. No reference is an empty string.
     ground_truth: str | list[str] = "".join(record.responses)
     if len(record.responses) > 1:
         ground_truth = list(record.responses)
-    # The instruction without the placeholders that `insert_image_placeholders` may have added.
+    # Remove the placeholders that `insert_image_placeholders` may have added.
     instruction = record.turns[-1].content.replace(f"{IMAGE_PLACEHOLDER}\n", "")
     return {
         "index": index,
@@ -311,7 +309,7 @@ def prediction_row(index: int, record: Record, text: str) -> dict[str, Any]:
 
 
 class Records(Sequence[Record]):
-    """The records of a file, parsed when they are asked for. Cheap to hold, to pickle and to fork."""
+    """The records of a file, parsed on access. Cheap to keep, to pickle and to fork."""
 
     def __init__(self, rows: RowFile) -> None:
         self.rows = rows
@@ -329,9 +327,9 @@ class Records(Sequence[Record]):
         return Record.from_json(self.rows[index], self.rows.where(index))
 
     def longest(self, count: int) -> list[int]:
-        """Return the indices of the rows with most bytes, without reading any text.
+        """Return the indices of the rows with the most bytes, without reading any text.
 
-        They nearly always include the row with most tokens.
+        They nearly always include the row with the most tokens.
         """
         return self.rows.longest(count)
 
@@ -399,8 +397,8 @@ def open_records(
 ) -> Records:
     """Open all records of a file, or of a folder that `llava download` wrote.
 
-    Up to 20,000 rows are parsed at once; of larger files as many, evenly spread. A wrong file is rejected here, and
-    not in the middle of a run.
+    Up to 20,000 rows, evenly spread over the file, are parsed immediately, so that a wrong file is rejected here and not
+    in the middle of a run.
 
     Args:
         path: A .json array, a .jsonl or .parquet file, or a folder.

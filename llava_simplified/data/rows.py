@@ -1,17 +1,17 @@
 """Random access to the rows of JSON, JSONL and Parquet files with millions of rows.
 
 A training set of 3.3 million rows takes gigabytes as Python objects, and every data loader worker would get a copy.
-Instead, the file is scanned once, and only the *span* of each row is kept: its first byte and its length.
+Instead, the file is scanned once, and only the *span* of each row is kept in memory: its first byte and its length.
 
     [{"image": "0.jpg", ...},  {"image": "1.jpg", ...},  ...]
      ^                      ^  ^
      start                     start
      |-------- length ------|
 
-A row is read with `pread` and parsed when it is asked for. Spans cost 12 bytes a row (40 MB for 3.3 million), in numpy
-arrays that forked workers share; the text itself stays in the page cache of the operating system. The file is not
-memory-mapped: the kernel would count the mapped pages as memory of the process, all of them once rows have been read at
-random, and job schedulers kill processes for that.
+A row is read with `pread` and parsed on access. Spans need 12 bytes per row (40 MB for 3.3 million), in numpy arrays
+that forked workers share; the text itself stays in the page cache of the operating system. The file is not
+memory-mapped: the kernel would count every page that was read as memory of the process, and after random access to all
+rows that is the whole file. Job schedulers kill processes for that.
 
 Parquet files cannot be read one row at a time: reading one row decodes its whole row group. They are converted to JSONL
 in the user's cache folder once.
@@ -39,9 +39,9 @@ from llava_simplified.jobs import atomic_file
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which Windows programs write
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 _LINE_BLOCK_BYTES = 1 << 22
-_MAX_VALUE_BYTES = 1 << 26  # a longer JSON value is taken for broken JSON, such as a missing quote
-# What can follow a JSON value. A tuple and not a string, because `"" in "abc"` is true: the end of the window is not a
-# delimiter.
+_MAX_VALUE_BYTES = 1 << 26  # a longer value is treated as broken JSON, such as a missing quote
+# Characters that can follow a JSON value. This must be a tuple: `"" in "abc"` is true for strings, and "" (the end of
+# the window) is not a delimiter.
 _VALUE_DELIMITERS = tuple(",:]} \t\r\n")
 
 
@@ -57,8 +57,8 @@ def open_rows(path: str | Path) -> RowFile:
             `records.jsonl`.
 
     Raises:
-        ValueError: The file does not exist, has another suffix, or is not JSON.
-        MissingExtraError: It is a Parquet file, and pyarrow is not installed.
+        ValueError: The file does not exist, has an unsupported suffix, or is not JSON.
+        MissingExtraError: `path` is a Parquet file, and pyarrow is not installed.
     """
     path = find_records(Path(path))
     if not path.is_file():
@@ -67,7 +67,7 @@ def open_rows(path: str | Path) -> RowFile:
         )
     if path.suffix not in RECORD_SUFFIXES:
         raise ValueError(
-            f"{path}: records are read from .json, .jsonl and .parquet files. "
+            f"{path}: unsupported suffix; use .json, .jsonl or .parquet. "
             "Convert other formats with `llava convert`."
         )
     if path.suffix == ".parquet":
@@ -78,8 +78,8 @@ def open_rows(path: str | Path) -> RowFile:
 def find_records(path: Path) -> Path:
     """Return the file of records in a folder that `llava download` wrote; return a file as it is.
 
-    `llava download` writes `records.json` beside plain image files and `records.jsonl` beside shards. If the folder
-    has neither, the path of the latter is returned, for the error message.
+    `llava download` writes `records.json` with plain image files and `records.jsonl` with shards. If the folder has
+    neither, the path of `records.jsonl` is returned, for the error message.
     """
     if not path.is_dir():
         return path
@@ -90,9 +90,9 @@ def find_records(path: Path) -> Path:
 
 
 class RowFile(Sequence[dict[str, Any]]):
-    """The rows of a JSON array or JSONL file, read and parsed when they are asked for.
+    """The rows of a JSON array or JSONL file, read and parsed on access.
 
-    Cheap to hold, to fork and to pickle. The open file is not pickled: a spawned worker opens the file again.
+    Cheap to keep, to fork and to pickle. The open file is not pickled: a spawned worker opens the file again.
 
     Args:
         path: The .json or .jsonl file.
@@ -131,11 +131,11 @@ class RowFile(Sequence[dict[str, Any]]):
         length = int(self._lengths[index])
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
-        # pread does not move the file's position, which forked workers share. seek + read would be a race.
+        # Use pread, which does not move the file's position: forked workers share it, so seek + read would be a race.
         return os.pread(self._file.fileno(), length, start)
 
     def longest(self, count: int) -> list[int]:
-        """Return the indices of the `count` rows with most bytes, longest first."""
+        """Return the indices of the `count` rows with the most bytes, longest first."""
         return np.argsort(-self._lengths, kind="stable")[:count].tolist()
 
     def longer_than(self, num_bytes: int) -> list[int]:
@@ -171,7 +171,7 @@ def _line_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with path.open("rb") as file:
         has_bom = file.read(len(BOM)) == BOM
         file.seek(0)
-        # The position of the line break before the current line; the byte order mark ends like a line.
+        # Position of the line break before the current line. Treat the byte order mark as a line break.
         previous_break = len(BOM) - 1 if has_bom else -1
         position = 0
         at_end = False
@@ -223,18 +223,18 @@ def scan_json(
     name: str,
     block: int = 1 << 20,
 ) -> Iterator[JsonItem]:
-    """Iterate over the elements of a JSON file of any size, with one block of it in memory.
+    """Iterate over the elements of a JSON file of any size, with only one block of it in memory.
 
-    This is not a validator: commas are skipped like white space.
+    This is not a validator: commas are skipped like whitespace.
 
     Args:
         file: An open binary file.
         name: The file's name in error messages.
-        block: Number of bytes that are read at a time.
+        block: Number of bytes to read at a time.
 
     Yields:
-        If the top level is an array: one item per element, with the key "". If it is an object: one item per element
-        of every array in it, and one for each other value, with their keys.
+        If the top level is an array: one item per element, with the key "". If it is an object: one item per element of
+        each of its arrays, and one item for any other value, with the key of the array or value.
 
     Raises:
         ValueError: The file is not JSON. The message names the file and the byte.
@@ -251,7 +251,7 @@ def scan_json(
         )
     if scanner.peek():
         raise ValueError(
-            f"{name}: more text after the end of the JSON, at byte {scanner.file_position}"
+            f"{name}: unexpected text after the end of the JSON, at byte {scanner.file_position}"
         )
 
 
@@ -282,7 +282,7 @@ class _JsonScanner:
         text             |<--------- in memory ---------->|
 
     Bytes are decoded as Latin-1, where every byte is one character, so that positions in the text are positions in
-    the file. JSON's own characters are the same in Latin-1 and UTF-8. Values with characters beyond ASCII are parsed a
+    the file. JSON's own characters are the same in Latin-1 and UTF-8. Values with non-ASCII characters are parsed a
     second time, from UTF-8.
     """
 
@@ -304,8 +304,8 @@ class _JsonScanner:
         return self.base + self.position
 
     def _read_more(self) -> bool:
-        """Drop what is parsed and extend the window. Return False at the end of the file."""
-        # At least doubled: a value that spans many blocks is parsed again from its start each time.
+        """Drop the parsed text and extend the window. Return False at the end of the file."""
+        # At least double the window: a value that spans many blocks is parsed again from its start each time.
         unparsed_length = len(self.text) - self.position
         data = self.file.read(max(self.block, unparsed_length))
         if not data:
@@ -330,7 +330,7 @@ class _JsonScanner:
         """Consume one character.
 
         Raises:
-            ValueError: The next character is another one.
+            ValueError: The next character is not `character`.
         """
         if self.peek() != character:
             raise ValueError(
@@ -345,24 +345,24 @@ class _JsonScanner:
             The value, its first byte and its end byte.
 
         Raises:
-            ValueError: There is no JSON value.
+            ValueError: There is no valid JSON value at the current position.
         """
         while True:
             try:
                 value, end = self._decode(self.text, self.position)
-            # RecursionError: arrays nested too deep. ValueError is also raised for numbers of more than 4,300 digits,
-            # without the position that a JSONDecodeError has.
+            # RecursionError means that arrays are nested too deeply. A plain ValueError, without the position of a
+            # JSONDecodeError, is raised for numbers of more than 4,300 digits.
             except (ValueError, RecursionError) as error:
                 error_byte = self.base + getattr(error, "pos", self.position)
                 window_length = len(self.text) - self.position
-                # The value may only be cut off by the end of the window.
+                # Try again with a larger window, since the value may only be truncated by the end of the window.
                 if window_length > _MAX_VALUE_BYTES or not self._read_more():
                     reason = getattr(error, "msg", error)
                     raise ValueError(
                         f"{self.name}: not JSON at byte {error_byte}: {reason}"
                     ) from None
                 continue
-            # A number at the end of the window may go on behind it: 1.5 looks like 1 if the window ends after the 1.
+            # Make sure that a number is complete: 1.5 looks like 1 if the window ends after the 1.
             next_character = self.text[end : end + 1]
             if next_character in _VALUE_DELIMITERS or not self._read_more():
                 break
@@ -380,7 +380,7 @@ class _JsonScanner:
 def _parquet_to_jsonl(path: Path) -> Path:
     """Convert the rows of a Parquet file to JSONL in the cache folder, without the bytes of images.
 
-    Rows of a file with an image column get an `image` that names the row: "file.parquet#7".
+    If the file has an image column, the value of `image` refers to the row: "file.parquet#7".
     """
     cached = _cache_path(path)
     if cached.exists():
@@ -392,7 +392,7 @@ def _parquet_to_jsonl(path: Path) -> Path:
     path_hash = cached.name.partition("-")[0]
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
         outdated.unlink()
-    # A buffer reads a window of each column. Without it, all columns of a row group are read at once.
+    # Pass a buffer size, so that only a part of each column is read at a time, and not whole row groups.
     with blame_file(path):
         table = pq.ParquetFile(path, buffer_size=1 << 20)
     schema = table.schema_arrow
@@ -402,22 +402,22 @@ def _parquet_to_jsonl(path: Path) -> Path:
     with atomic_file(cached) as part, part.open("w", encoding="utf-8") as file:
         for batch in table.iter_batches(1024, columns=columns, use_threads=False):
             for values in batch.to_pylist():
-                # Null is an absent key in JSON.
+                # Drop null values: in a JSON record, a missing value is a missing key.
                 row = {name: value for name, value in values.items() if value is not None}
                 if has_images:
                     row["image"] = f"{path.name}#{number}"
-                # `default=str` is for dates and decimals, which JSON does not have.
+                # Write dates and decimals, which JSON does not support, as strings.
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
                 number += 1
     return cached
 
 
 def _cache_path(path: Path) -> Path:
-    """Return where the converted file is cached: a name for the path, and one for this version of its contents."""
+    """Return the path of the converted file: its name identifies the path and the version of the Parquet file."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache_home) / "llava_simplified" / "records"
     absolute = str(path.resolve())
     path_hash = hashlib.sha256(absolute.encode()).hexdigest()[:16]
     stat = path.stat()
-    # Size and time of modification stand for the contents.
+    # Use size and modification time to identify the version, since hashing a large file would take long.
     return folder / f"{path_hash}-{stat.st_size:x}-{stat.st_mtime_ns:x}.jsonl"

@@ -13,8 +13,8 @@ POOL_BATCHES = 50  # batches that are sorted by length together
 class LengthGroupedSampler(Sampler[int]):
     """A random order in which the examples of a batch have nearly the same length, to save padding.
 
-    A fully sorted order would save most, but training would then go from short to long examples. The order is sorted
-    only within random pools of 50 batches, and the batches are shuffled afterwards:
+    A fully sorted order would save the most padding, but training would then go from short to long examples. Therefore
+    the order is sorted only within random pools of 50 batches, and the batches are shuffled afterward:
 
         shuffle all examples        7 2 9 4 | 3 8 1 6 | ...     (pools; numbers are lengths)
         sort within each pool       2 4 7 9 | 1 3 6 8 | ...
@@ -45,7 +45,7 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch: each has its own order. Trainer and Accelerate call this."""
+        """Set the epoch, which changes the order. Trainer and Accelerate call this."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -55,12 +55,12 @@ class LengthGroupedSampler(Sampler[int]):
         pool_size = POOL_BATCHES * self.batch_size
         for start in range(0, len(order), pool_size):
             pool = order[start : start + pool_size]
-            # A stable sort: equal lengths keep their random order, on every platform.
+            # Use a stable sort, so that equal lengths keep their random order on every platform.
             by_length = np.argsort(self.lengths[pool], kind="stable")
             pool[:] = pool[by_length]  # a view: this sorts the pool within `order`
 
-        # The last batch may be incomplete. It stays at the end: anywhere else it would shift the boundaries of the
-        # batches behind it.
+        # Leave the last batch, which may be incomplete, at the end: anywhere else it would shift the boundaries of the
+        # batches after it.
         remainder = len(order) % self.batch_size
         in_full_batches = len(order) - remainder
         full_batches = order[:in_full_batches].reshape(-1, self.batch_size)

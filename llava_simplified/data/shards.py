@@ -1,7 +1,7 @@
 """Shards: thousands of images in one tar archive, read at random without unpacking.
 
-Millions of small files are slow to create, copy and list on every file system. `llava download` writes shards instead,
-in the layout of webdataset and img2dataset, which other tools read:
+Millions of small files are slow to create, copy and list on every file system. `llava download` therefore writes shards,
+in the layout of webdataset and img2dataset:
 
     00012.tar                     00012.parquet, the manifest: one row per URL
       000120000.jpg  image          key        url  status  error     offset  length
@@ -10,16 +10,16 @@ in the layout of webdataset and img2dataset, which other tools read:
       000120002.jpg                 000120002  ...  ok      null       37376   80511
       ...                           ...
 
-A *sample* is the members that share a key: neighbours with the same name up to the first dot. A tar archive is a chain
-of 512-byte headers, each followed by the file's bytes, padded to 512. Files are stored uncompressed, so (offset,
-length) is all that is needed to read one:
+A *sample* consists of consecutive members with the same key: their name up to the first dot. A tar archive is a
+sequence of 512-byte headers, each followed by the file's bytes, padded to a multiple of 512. Files are stored
+uncompressed, so the (offset, length) of a file is sufficient to read it:
 
     | header | image ...... pad | header | text pad | header | json pad | header | ...  | two blocks of zeros |
              ^ offset
 
-The manifest contains the offsets. Tars from elsewhere have none: their headers are read once, and the index is kept in
-memory. A record names an image in a shard as `00012.tar#000120000`. Images in a Parquet file, as on the Hugging Face
-hub, are named by their row: `train.parquet#7`.
+The manifest contains the offsets. For tars from other tools, which have no manifest with offsets, the headers are read
+once, and the index is kept in memory. A record refers to an image in a shard as `00012.tar#000120000`, and to an image
+in a Parquet file (as on the Hugging Face hub) by its row: `train.parquet#7`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _IMAGE_COLUMN_NAMES = {
     "bytes",
     "image_bytes",
 }
-_MANIFEST_COLUMNS = ["key", "offset", "length"]  # those that are read for the index
+_MANIFEST_COLUMNS = ["key", "offset", "length"]  # the columns that the index needs
 _BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
 END_OF_ARCHIVE = b"\0" * (2 * _BLOCK)
 
@@ -71,15 +71,16 @@ class ShardWriter:
     `close` returns, it survives a power failure.
 
     Attributes:
-        end: Number of bytes that are complete.
+        end: Number of bytes of all complete samples.
     """
 
     def __init__(self, path: Path, end: int = 0) -> None:
-        """Create the archive, or continue it.
+        """Create the archive, or open it to append to it.
 
         Args:
             path: The archive.
-            end: Where its complete samples end. What a killed writer left behind that is cut off.
+            end: Number of bytes of the complete samples in it. The file is truncated there, which removes the
+                incomplete sample of a killed writer.
         """
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self._descriptor, end)
@@ -96,7 +97,7 @@ class ShardWriter:
         """Append one sample.
 
         Args:
-            key: The sample's name, without a dot.
+            key: Name of the sample, without a dot.
             image: The image file.
             suffix: The image's suffix: "jpg".
             captions: One per line of the .txt member.
@@ -110,7 +111,7 @@ class ShardWriter:
         """
         text = "\n".join(captions).encode()
         metadata_json = json.dumps(metadata, ensure_ascii=False).encode()
-        # A single write, so that a killed process leaves whole samples and at most one torn one.
+        # Write the sample with one call, so that a killed process leaves at most one incomplete sample.
         sample = (
             _tar_member(f"{key}.{suffix}", image)
             + _tar_member(f"{key}.txt", text)
@@ -131,7 +132,7 @@ class ShardWriter:
 def _tar_member(name: str, data: bytes) -> bytes:
     """Return one file of a tar archive in POSIX's ustar format: header, data, padding.
 
-    Written by hand: `tarfile` takes 30 us more per member, which is a lot at three members a sample.
+    The standard library's `tarfile` is not used, because it takes 30 us more per member, at three members per sample.
     """
     if len(name) > 100 or not name.isascii():
         raise ValueError(f"{name!r} does not fit into a tar header: at most 100 ASCII characters")
@@ -170,8 +171,8 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     """Iterate over the regular files of a tar archive, by reading its headers.
 
     Raises:
-        ValueError: The file is no tar archive or is truncated, or a member is a link, a device or sparse, or its name
-            leaves the archive. The message names the bad member, or the last good one.
+        ValueError: The file is not a tar archive or is truncated; or a member is a link, a device or sparse, or has an
+            unsafe path. The message names the bad member, or the last good one.
     """
     archive_size = path.stat().st_size
     last_good = "the beginning"
@@ -185,7 +186,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
         blocks = -(-member.size // _BLOCK)  # rounded up
         end = member.offset_data + blocks * _BLOCK
         yield TarMember(member.name, member.offset_data, member.size)
-    # tarfile takes a torn header for the end of the archive. The real end is a block of zeros.
+    # Check the end, because tarfile also stops at an incomplete header. The real end is a block of zeros.
     with path.open("rb") as file:
         file.seek(end)
         block = file.read(_BLOCK)
@@ -207,25 +208,27 @@ def _tar_headers(path: Path) -> Iterator[tarfile.TarInfo]:
             for member in archive:
                 yield member
                 last_good = f"member {member.name!r}"
-                # tarfile keeps every header that it has read: gigabytes for a large archive.
+                # Discard the headers, which tarfile keeps: gigabytes for a large archive.
                 archive.members.clear()  # type: ignore[attr-defined]
-    # ValueError and OverflowError: tarfile does not check the numbers in extended headers.
+    # Also catch ValueError and OverflowError, because tarfile does not check the numbers in extended headers.
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a complete tar: {error}, after {last_good}") from None
 
 
 def _check_member(path: Path, member: tarfile.TarInfo, archive_size: int) -> None:
-    """Check that a member is a plain file whose bytes and whose name stay inside the archive.
+    """Check that a member is a plain file with a safe path, and completely inside the archive.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The member is a link, a device or sparse, has an unsafe path, or is truncated.
     """
     if not member.isreg() or member.issparse():
         raise ValueError(
             f"{path}: member {member.name!r} is a link, a device or sparse, not a plain file"
         )
     if member.name.startswith("/") or ".." in Path(member.name).parts:
-        raise ValueError(f"{path}: the path of member {member.name!r} leaves the archive")
+        raise ValueError(
+            f"{path}: member {member.name!r} has an unsafe path (absolute or with '..')"
+        )
     if member.offset_data + member.size > archive_size:
         raise ValueError(
             f"{path}: truncated in member {member.name!r}: the file ends at byte {archive_size}"
@@ -233,13 +236,13 @@ def _check_member(path: Path, member: tarfile.TarInfo, archive_size: int) -> Non
 
 
 def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Iterate over the samples of a tar archive: neighbours whose names are equal up to the first dot.
+    """Iterate over the samples of a tar archive: consecutive members with the same name up to the first dot.
 
     Yields:
         (key, {suffix: (offset, size)}). The key includes the folder; suffixes are lower case, without the first dot.
 
     Raises:
-        ValueError: As `tar_members`.
+        ValueError: The archive cannot be read, see `tar_members`.
     """
     key = ""
     members: dict[str, tuple[int, int]] = {}
@@ -260,9 +263,10 @@ def tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
 
 
 class ShardIndex(NamedTuple):
-    """Where the image of each key is in a tar archive.
+    """Offset and size of the image of each key in a tar archive.
 
-    Arrays and not a dict: a data loader keeps the index of every shard, and this is about 25 bytes a sample.
+    Stored as arrays and not as a dict, because a data loader keeps the index of every shard in memory. Arrays need about
+    25 bytes per sample.
     """
 
     keys: np.ndarray  # bytes (samples,), sorted
@@ -285,7 +289,7 @@ class ShardIndex(NamedTuple):
 
 
 def shard_index(path: Path) -> ShardIndex:
-    """Return the index of a tar archive: from its manifest if that has offsets, else from the tar's headers.
+    """Return the index of a tar archive, from its manifest if it has offsets, else from the tar's headers.
 
     The index is kept in memory until the file changes.
 
@@ -299,7 +303,7 @@ def shard_index(path: Path) -> ShardIndex:
 
 @lru_cache(maxsize=100_000)
 def _cached_index(path: Path, _modified_ns: int, _size: int) -> ShardIndex:
-    """Build the index. Time and size of the file are part of the cache's key only."""
+    """Build the index. Time and size of the file are arguments so that a changed file misses the cache."""
     images = _read_manifest(path.with_suffix(".parquet"))
     num_without_image = 0
     if images is None:
@@ -316,9 +320,9 @@ def _cached_index(path: Path, _modified_ns: int, _size: int) -> ShardIndex:
 
 
 def _read_manifest(path: Path) -> tuple[list[str], list[int], list[int]] | None:
-    """Return keys, offsets and sizes of the images from a manifest; None if there is none, or it has no offsets.
+    """Return keys, offsets and sizes of the images from a manifest; None if it does not exist or has no offsets.
 
-    img2dataset writes a Parquet file beside each shard too, without offsets.
+    img2dataset also writes a Parquet file for each shard, but without offsets.
     """
     if not path.is_file():
         return None
@@ -351,7 +355,7 @@ def _read_tar_index(path: Path) -> tuple[tuple[list[str], list[int], list[int]],
 
 
 def _encode_key(key: str) -> bytes:
-    """Return a key as bytes: numpy stores those in a quarter of the memory of strings.
+    """Return a key as bytes, which need a quarter of the memory of strings in a numpy array.
 
     Names in a tar can have any encoding. tarfile represents bytes that are not UTF-8 as lone surrogates.
     """
@@ -362,7 +366,7 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
     """Read `size` bytes from `offset`.
 
     Raises:
-        ValueError: The file is shorter.
+        ValueError: The file ends before `offset + size`.
     """
     with path.open("rb", buffering=0) as file:
         data = os.pread(file.fileno(), size, offset)
@@ -376,11 +380,11 @@ def read_shard_image(path: Path, key: str) -> bytes:
 
     Args:
         path: A tar archive, or a Parquet file with an image column.
-        key: The sample's key in a tar, the row's number in a Parquet file.
+        key: Key of the sample in a tar, or row number in a Parquet file.
 
     Raises:
-        ValueError: There is no such file, key or row, or the shard is truncated.
-        MissingExtraError: pyarrow is needed and not installed.
+        ValueError: The file, key or row does not exist, or the shard is truncated.
+        MissingExtraError: pyarrow is required but not installed.
     """
     if not path.is_file():
         raise ValueError(f"no shard at {path}; check the image folder")
@@ -397,9 +401,9 @@ def read_shard_image(path: Path, key: str) -> bytes:
 
 
 def image_column(schema: pa.Schema) -> str:
-    """Return the name of the column of a Parquet file that contains images; "" if there is none.
+    """Return the name of the image column of a Parquet file; "" if there is none.
 
-    That is a struct with `bytes` (the form of Hugging Face datasets), or a binary column with a usual name. Other
+    An image column is a struct with `bytes` (as in Hugging Face datasets), or a binary column with a usual name. Other
     binary columns can be hashes or embeddings.
     """
     by_name = ""
@@ -418,14 +422,14 @@ def _read_parquet_image(path: Path, row: int) -> bytes:
     """Read one image from a Parquet file by its row number.
 
     Raises:
-        ValueError: There is no such row, or it has no image.
+        ValueError: The row does not exist, or has no image.
     """
     require_extra("download", "pyarrow", purpose="Reading Parquet files")
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(path)
     if not 0 <= row < metadata.num_rows:
-        raise ValueError(f"{path}: no row {row}, it has {metadata.num_rows}")
+        raise ValueError(f"{path}: no row {row}, the file has {metadata.num_rows} rows")
     group_sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     group_ends = np.cumsum(group_sizes)
     group = int(np.searchsorted(group_ends, row, side="right"))
@@ -441,8 +445,8 @@ def _read_parquet_image(path: Path, row: int) -> bytes:
 def _read_image_group(path: Path, group: int) -> pa.ChunkedArray:
     """Read the image column of one row group.
 
-    Cached, because neighbouring rows are usually read next. The result stays an Arrow array: making Python bytes of a
-    thousand images takes longer than reading them.
+    The result is cached, because neighboring rows are usually read next. It stays an Arrow array: converting a thousand
+    images to Python bytes takes longer than reading them.
     """
     import pyarrow.parquet as pq
 

@@ -1,18 +1,18 @@
 """RGB pixels -> the input of a vision tower: resize, center crop, normalize.
 
 Pixels stay uint8 until they are on the device of the tower: resize and crop run in the data loader's workers on uint8,
-normalization runs on the device. A batch of uint8 is a quarter of the size of float32, in every queue between processes
-and on the way to a GPU.
+normalization runs on the device. A batch of uint8 is a quarter of the size of float32, both in the queues between
+processes and in the transfer to a GPU.
 
 **Antialiased resize on uint8.** When an image is shrunk, plain interpolation reads only the 2 or 4 nearest pixels and
-skips those between; edges turn into jagged patterns that CLIP never saw in training. With antialiasing the filter is as
-wide as the shrinking factor, so every pixel counts:
+skips those between; edges turn into jagged patterns that did not occur in CLIP's training. With antialiasing the filter
+is as wide as the shrinking factor, so every pixel counts:
 
     plain        x . . . x . . . x      every fourth pixel is read (factor 4)
     antialiased  \\_______/\\_____/        a weighted mean of all pixels
 
-Pillow, which CLIP's own preprocessing uses, always does this; torch does with `antialias=True`. torch's uint8 kernel
-uses weights with 16 bits where Pillow's have 22: results differ by at most two of 255 grey levels.
+Pillow, which CLIP's own preprocessing uses, always does this; torch does it with `antialias=True`. The weights of
+torch's uint8 kernel have 16 bits, those of Pillow 22: results differ by at most two of 255 grey levels.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from llava_simplified.hub import check_model_name
 
 MAX_SIDE = 8192  # pixels; the largest towers receive some 1,500
 
-if TYPE_CHECKING:  # torch takes two seconds to import, and `llava clean` uses the sizes without it
+if TYPE_CHECKING:  # importing torch takes two seconds, and `llava clean` needs only the sizes
     import torch
 
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by PIL.Image.Resampling
 
 
 class ImageProcessor(Protocol):
-    """What is read of a Hugging Face image processor. More attributes exist for some models only."""
+    """The attributes of a Hugging Face image processor that are used here; some models have more."""
 
     do_normalize: bool
     do_rescale: bool
@@ -56,8 +56,8 @@ class ImageTransform:
         resize: Length of the shorter side in pixels, or (height, width) regardless of the aspect ratio.
         crop: (height, width) of the center crop: the size of the tower's input.
         interpolation: "bicubic" or "bilinear", antialiased.
-        mean: Per channel, of pixels in the range 0 to 1.
-        std: Per channel, of pixels in the range 0 to 1.
+        mean: Mean of each channel, for pixels in the range 0 to 1.
+        std: Standard deviation of each channel, for pixels in the range 0 to 1.
     """
 
     resize: int | tuple[int, int]
@@ -102,8 +102,8 @@ class ImageTransform:
                 "are not supported"
             )
         resize, crop = _resize_and_crop(processor, name_or_path)
-        # A processor computes (pixels * rescale_factor - offset - mean) / std. This class divides by 255, so another
-        # factor than 1/255, and the offset (both are EfficientNet's), are folded into mean and std.
+        # A processor computes (pixels * rescale_factor - offset - mean) / std. This class divides by 255. Fold a factor
+        # other than 1/255 and the offset (EfficientNet has both) into mean and std.
         scale = 255 * float(processor.rescale_factor)
         offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
         return cls(
@@ -124,12 +124,12 @@ class ImageTransform:
             uint8 (3, crop height, crop width).
 
         Raises:
-            ImageError: As `resized_size`.
+            ImageError: The resized image would be too large, see `resized_size`.
         """
         import torch
         from torch.nn.functional import interpolate
 
-        # np.array copies: decoders return read-only arrays, which torch warns about.
+        # Copy with np.array: decoders return read-only arrays, which torch warns about.
         image = torch.from_numpy(np.array(pixels))
         image = image.permute(2, 0, 1)[None]  # (1, 3, height, width), as `interpolate` expects
         height, width = image.shape[-2:]
@@ -146,13 +146,13 @@ class ImageTransform:
         """Return (height, width) of an image of this size after the resize, before the crop.
 
         Raises:
-            ImageError: "too_large": the image is a narrow strip, and its longer side would grow with the shorter one
-                beyond `MAX_PIXELS`.
+            ImageError: "too_large": the image is a narrow strip, and would have more than `MAX_PIXELS` pixels after
+                its shorter side is enlarged.
         """
         if not isinstance(self.resize, int):
             return self.resize
         shorter = min(height, width)
-        # Rounded down, as Hugging Face's and torchvision's processors do.
+        # Round down, as Hugging Face's and torchvision's processors do.
         new_height = self.resize * height // shorter
         new_width = self.resize * width // shorter
         if new_height * new_width > MAX_PIXELS:
@@ -175,8 +175,8 @@ class ImageTransform:
             width: Width of the image in pixels.
 
         Returns:
-            (left, top, right, bottom) as fractions of the image's sides. Below 0 or above 1 where the crop is larger
-            than the resized image, and black pixels are added.
+            (left, top, right, bottom) as fractions of the image's sides. Values below 0 or above 1 mean that the crop is
+            larger than the resized image, and padded with black pixels.
         """
         new_height, new_width = self.resized_size(height, width)
         crop_height, crop_width = self.crop
@@ -191,7 +191,7 @@ class ImageTransform:
         )
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Scale pixels to mean 0 and standard deviation 1 of the tower's training data.
+        """Normalize pixels with the tower's mean and standard deviation.
 
         Args:
             pixels: uint8 (..., 3, height, width) on any device.
@@ -211,13 +211,13 @@ def _load_processor(name_or_path: str | Path) -> ImageProcessor:
     """Load the image processor of a vision model.
 
     Raises:
-        ValueError: There is no `preprocessor_config.json`.
+        ValueError: `preprocessor_config.json` is missing or cannot be read.
     """
     from transformers import AutoImageProcessor, utils
 
     file_name = "preprocessor_config.json"
     try:
-        # This call reports at once why the file cannot be read; AutoImageProcessor would try other files first.
+        # Look for the file first, for a clear error: AutoImageProcessor would go on to try other files.
         utils.cached_file(str(name_or_path), file_name)
         # The Pillow backend does not need torchvision.
         return AutoImageProcessor.from_pretrained(
@@ -239,7 +239,7 @@ def _resize_and_crop(
     """Return `ImageTransform.resize` and `ImageTransform.crop` of an image processor.
 
     Raises:
-        ValueError: The processor's size has another form, or its outputs have different sizes.
+        ValueError: The format of the processor's size is unknown, or its outputs have different sizes.
     """
     size = dict(processor.size or {})
     crop_size: dict[str, int] = getattr(processor, "crop_size", None) or {}
@@ -262,7 +262,7 @@ def _resize_and_crop(
             f"{name_or_path}: the image processor resizes the shorter side and does not crop, "
             "so that images would have different sizes; this is not supported"
         )
-    # ConvNeXt: `size` is that of the crop; from 384 pixels on, images are stretched and not cropped.
+    # This is ConvNeXt's processor. Its `size` is that of the crop; from 384 pixels on, images are stretched instead.
     square = (shorter_side, shorter_side)
     if shorter_side >= 384:
         return square, square
@@ -282,7 +282,7 @@ def _center_crop(
     image: torch.Tensor,
     size: tuple[int, int],
 ) -> torch.Tensor:
-    """Crop the center of an image; pad with zeros where it is smaller, as Hugging Face's processors do.
+    """Crop the center of an image; pad a smaller image with zeros, as Hugging Face's processors do.
 
     Args:
         image: (3, height, width).
@@ -298,7 +298,7 @@ def _center_crop(
     missing_height = max(crop_height - height, 0)
     missing_width = max(crop_width - width, 0)
     if missing_height or missing_width:
-        # An odd row or column is padded at the top and left, but cropped at the bottom and right.
+        # Add an odd row or column at the top and left. (The crop below removes it at the bottom and right.)
         top = (missing_height + 1) // 2
         left = (missing_width + 1) // 2
         right = missing_width - left

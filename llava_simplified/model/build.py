@@ -1,4 +1,4 @@
-"""Build a model from its config: with pretrained weights, with weights to be filled in, or without any.
+"""Build a model from its config: with pretrained, random or no weights.
 
 LlavaConfig --- build_vision_tower ---> VisionTower    pixels -> patch features
             --- build_projector ------> Linear, MLP    patch features -> image tokens
@@ -49,14 +49,14 @@ def build_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Llava:
-    """Build a model of pretrained parts, joined by a projector with fresh (random) weights.
+    """Build a model from pretrained parts, joined by a projector with fresh (random) weights.
 
     Args:
         config: Names of the parts and how they are joined.
-        language_model: Where to load the language model from, if not from where `config` says. A
-            Transformers config builds it with random weights, for the caller to fill in.
-        vision_tower: Where to load the vision tower from, if not from where `config` says.
-        tokenizer: If not the one beside the language model.
+        language_model: Folder or hub name of the language model; overrides `config`. A Transformers
+            config builds it with random weights, for the caller to fill in.
+        vision_tower: Folder or hub name of the vision tower; overrides `config`.
+        tokenizer: The tokenizer; by default the one in the language model's folder.
         device: Where to put the model. On "meta" it is built without reading or allocating weights:
             the configs and the tokenizer are enough.
         attn_implementation: Attention kernel of the language model, as Transformers names it.
@@ -79,8 +79,8 @@ def build_model(
     attn_implementation = _ATTENTION_ALIASES.get(attn_implementation or "", attn_implementation)
 
     tower = build_vision_tower(config, source=vision_tower, device="meta" if on_meta else None)
-    # The order matters for reproducibility: the tower, the language model, then the projector draw
-    # random numbers (for weights that are overwritten, too).
+    # Keep this order: the tower, the language model and the projector draw random numbers one after
+    # the other (even for weights that are overwritten later), and a seed must give the same projector.
     with torch.device("meta") if on_meta else nullcontext():
         if isinstance(source, PreTrainedConfig):
             text: CausalLM = AutoModelForCausalLM.from_config(
@@ -101,7 +101,8 @@ def build_model(
             str(language_model or config.language_model), trust_remote_code=trust_remote_code
         )
     model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
-    check_vocabulary(model.prompt, text.config, str(language_model or config.language_model))
+    name = tokenizer.name_or_path or str(language_model or config.language_model)
+    check_vocabulary(model.prompt, text.config, name)
     # Only now: random weights are the same on every device if they are drawn on the CPU.
     if device is None or on_meta:
         return model
@@ -114,30 +115,30 @@ def build_vision_tower(
     source: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> VisionTower:
-    """Build the vision tower of a model alone.
+    """Build only the vision tower of a model.
 
     Args:
-        config: Its name, and which of its features are used.
-        source: Where to load it from, if not from where `config` says.
+        config: Name of the vision tower, and which of its features are used.
+        source: Folder or hub name of the vision tower; overrides `config`.
         device: Where to put it; on "meta" it is built without reading or allocating weights.
 
     Raises:
-        ValueError: It cannot be loaded, is not a vision model, or some of its weights are missing.
+        ValueError: `source` cannot be loaded, is not a vision model, or lacks some weights.
     """
     name = str(source or config.vision_tower)
     dtype = getattr(torch, config.dtype)
-    choices: dict[str, Any] = {
+    selection: dict[str, Any] = {
         "select_layer": config.mm_vision_select_layer,
         "select_feature": config.mm_vision_select_feature,
         "token_pool": config.mm_token_pool,
     }
     if device is None:
-        return VisionTower.from_pretrained(name, dtype=dtype, **choices)
+        return VisionTower.from_pretrained(name, dtype=dtype, **selection)
     if torch.device(device).type != "meta":
-        return VisionTower.from_pretrained(name, dtype=dtype, **choices).to(device)
+        return VisionTower.from_pretrained(name, dtype=dtype, **selection).to(device)
     transformers_config = _load_transformers_config(name)
     transform = ImageTransform.from_pretrained(name)
-    return VisionTower.from_config(transformers_config, transform, **choices).to(dtype)
+    return VisionTower.from_config(transformers_config, transform, **selection).to(dtype)
 
 
 def load_tokenizer(
@@ -145,14 +146,15 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer, and make sure that it has a pad token.
 
-    A tokenizer without one pads with its end token: padding is masked, and never trained.
+    If the tokenizer has no pad token, its end-of-sequence token is used. This is safe, since padding is
+    masked and excluded from the loss.
 
     Args:
         name_or_path: Folder or hub name.
         trust_remote_code: Run the Python code that the tokenizer comes with.
 
     Raises:
-        ValueError: There is no tokenizer, or it has no end-of-sequence token.
+        ValueError: No tokenizer can be loaded, or it has no end-of-sequence token.
     """
     check_model_name(name_or_path)
     try:
@@ -217,18 +219,18 @@ def find_language_model_config(name_or_path: str) -> PreTrainedConfig | None:
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return how bitsandbytes stores a frozen language model in 4 or 8 bits.
+    """Return the bitsandbytes config that loads a frozen language model in 4 or 8 bits.
 
-    4 bits are NF4 with double quantization (Dettmers et al., QLoRA, 2023). The output layer and the
+    4 bits means NF4 with double quantization (Dettmers et al., QLoRA, 2023). The output layer and the
     norms are not quantized.
 
     Args:
         bits: 4 or 8.
-        dtype: In which the products are computed.
+        dtype: Data type of the matrix products (4 bits only).
 
     Raises:
-        ValueError: `bits` has another value, or bitsandbytes is not installed or does not support
-            this machine.
+        ValueError: `bits` is neither 4 nor 8, or bitsandbytes is not installed or does not support
+            the devices of this machine.
     """
     if bits not in (4, 8):
         raise ValueError(f"--bits must be 4, 8 or 16, not {bits}")
@@ -273,8 +275,8 @@ def _load_language_model(
     language_model, loading_info = loaded
     check_missing_keys(name_or_path, loading_info["missing_keys"])
     for module in language_model.modules():
-        # In evaluation mode, and only there, bitsandbytes would use a CPU kernel that rounds the
-        # scales of 4-bit weights: the model would compute something else than in training.
+        # Disable a CPU kernel that bitsandbytes uses in evaluation mode only. It rounds the scales of
+        # 4-bit weights, so the model would compute different values than in training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return cast(CausalLM, language_model)

@@ -1,18 +1,18 @@
-"""Save what was trained; load it again from nothing but the folder.
+"""Save the trained weights of a model to a folder, and load the model from that folder.
 
     my-checkpoint/
         llava.json                 checkpoint config: base models with digests, projector, what was trained
         projector.safetensors      always
-        adapter/                   LoRA adapter of the language model, as PEFT writes it
-        language_model/            ... or, if its own weights were trained, all of the model
+        adapter/                   LoRA adapter of the language model, in PEFT's format
+        language_model/            ... or the full language model, if its own weights were trained
         vision_adapter/            LoRA adapter of the vision tower
-        vision_tower/              ... or, if its own weights were trained, all of the tower
+        vision_tower/              ... or the full vision tower, if its own weights were trained
         tokenizer.json, ...        the tokenizer
         preprocessor_config.json   how images are resized and normalized
         trainer_state/             what a resumed run needs (written by training)
 
-Weights that were not trained are not stored. They are identified by name and by a digest of their
-files, and loading refuses others: what was trained fits only them.
+Weights that were not trained are not stored. `llava.json` identifies them by name and by a digest of
+their files. Loading fails if the digest differs, since adapters and projector fit only those weights.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def save_checkpoint(
     training: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write everything that was trained, and the names of what was not.
+    """Write the weights of all trained parts, and the names and digests of the frozen ones.
 
     The write is atomic: the checkpoint is written under a temporary name and renamed. If `folder`
     exists (an output folder with logs in it), the files are moved into it, `llava.json` last, so that
@@ -72,15 +72,16 @@ def save_checkpoint(
 
     Args:
         model: The model.
-        folder: Where to write.
+        folder: Output folder.
         config: Names of the base models, and how they are joined.
-        parts: What was trained. It decides what is written.
-        training: Options and progress of the run, stored in `llava.json` for the reader.
-        state_dict: The trained weights by name, if they are sharded and the caller gathered them.
+        parts: The parts that were trained. Exactly these are written.
+        training: Options and progress of the run, stored in `llava.json` for information only.
+        state_dict: The trained weights by name. Required if the weights are sharded: the caller has
+            to gather them.
 
     Raises:
-        ValueError: `parts` contradicts the model: it has an adapter that would not be written, or
-            has none.
+        ValueError: `parts` contradicts the model: the model has an adapter that `parts` does not name,
+            or lacks one that `parts` names.
     """
     _check_adapters(model, parts)
     folder = Path(folder)
@@ -103,7 +104,7 @@ def save_checkpoint(
     if parts.language_model == "adapter":
         _save_adapter(model.language_model, temporary / "adapter", text_weights)
     elif parts.language_model == "full":
-        # A complete Transformers folder, which any tool loads.
+        # Write a complete Transformers folder, so that any other tool can load it.
         target = temporary / "language_model"
         model.language_model.save_pretrained(str(target), state_dict=text_weights)
         model.tokenizer.save_pretrained(str(target))
@@ -112,7 +113,8 @@ def save_checkpoint(
     if parts.vision_tower == "lora":
         _save_adapter(model.vision_tower.model, temporary / "vision_adapter", tower_weights)
     elif parts.vision_tower == "full":
-        # A complete Transformers folder too: `--vision_tower CHECKPOINT/vision_tower` works.
+        # Write a complete Transformers folder here too, so that another run can start from it with
+        # `--vision_tower CHECKPOINT/vision_tower`.
         target = temporary / "vision_tower"
         model.vision_tower.model.save_pretrained(str(target), state_dict=tower_weights)
         shutil.copyfile(preprocessor, target / "preprocessor_config.json")
@@ -150,18 +152,18 @@ def load_checkpoint(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Llava:
-    """Load a checkpoint, strictly: a missing or unexpected weight is an error that names it.
+    """Load a checkpoint. Missing and unexpected weights raise an error that names them.
 
     Args:
         folder: The checkpoint.
-        model_base: Where the language model's base weights are, if they moved since training.
-        vision_tower: Where the vision tower's base weights are, if they moved since training.
-        dtype: Data type of the frozen weights, if not that of training ("float32", "bfloat16").
-        bits: Precision of the frozen language model (4, 8 or 16), if not that of training.
+        model_base: Path of the language model's base weights, if they have moved since training.
+        vision_tower: Path of the vision tower's base weights, if they have moved since training.
+        dtype: Data type of the frozen weights ("float32", "bfloat16"); by default as in training.
+        bits: Precision of the frozen language model (4, 8 or 16); by default as in training.
         device: Where to put the model; by default the accelerator if there is one, else the CPU.
-        trainable: Leave gradients enabled for what was trained, to train it further.
-        merge: Merge the adapters into the weights. A quantized language model is dequantized before,
-            so that the adapter meets the values that it was trained with.
+        trainable: Leave gradients enabled for the trained parts, to train them further.
+        merge: Merge the adapters into the weights. A quantized language model is dequantized first,
+            so that the adapter is added to the values that it was trained with.
         attn_implementation: Attention kernel of the language model, as Transformers names it.
         trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
 
@@ -169,8 +171,8 @@ def load_checkpoint(
         The model in evaluation mode.
 
     Raises:
-        ValueError: The folder is not a checkpoint; weights are missing or do not fit; or the base
-            weights are not those of the training.
+        ValueError: The folder is not a checkpoint; weights are missing or have an unexpected name or
+            shape; or the base weights differ from those that were used in training.
     """
     folder = Path(folder)
     checkpoint_config = read_checkpoint_config(folder)
@@ -184,26 +186,26 @@ def load_checkpoint(
         bits=bits or config.bits,
     )
 
-    # Base weights are verified before 14 GB of them are loaded.
-    # A part whose own weights were trained is loaded from the checkpoint, another from its base.
-    trained_text = folder / "language_model" if parts.language_model == "full" else None
+    # A part that was trained in full is loaded from the checkpoint, any other from its base model.
+    trained_lm = folder / "language_model" if parts.language_model == "full" else None
     trained_tower = folder / "vision_tower" if parts.vision_tower == "full" else None
+    # Verify the base weights before loading them: they may be 14 GB, and the check reads only samples.
     digests = config.weights_digests
-    if "language_model" in digests and trained_text is None:
+    if "language_model" in digests and trained_lm is None:
         check_weights_digest("language_model", config.language_model, digests["language_model"])
     if "vision_tower" in digests and trained_tower is None:
         check_weights_digest("vision_tower", config.vision_tower, digests["vision_tower"])
 
     model = build_model(
         config,
-        language_model=trained_text,
+        language_model=trained_lm,
         vision_tower=trained_tower,
         tokenizer=load_tokenizer(str(folder), trust_remote_code=trust_remote_code),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
     load_projector(model.projector, folder)
-    # Adapters go on last, onto base weights that are complete and verified.
+    # Add the adapters last, when the base weights are complete and verified.
     language_model: Any = model.language_model
     if merge and config.bits != 16:
         language_model = language_model.dequantize()
@@ -225,12 +227,13 @@ def load_checkpoint(
 
 
 def load_trained_weights(model: Llava, folder: str | Path) -> None:
-    """Fill a model of the same config with the weights that a checkpoint trained, strictly.
+    """Load the trained weights of a checkpoint into a model that is built already (strict).
 
     Args:
-        model: The model, with its adapters in place if the run trains some. An adapter that the
-            checkpoint does not have keeps its fresh weights: it was put on weights that were trained
-            before, and loaded with the base model.
+        model: A model of the same config, with its adapters in place if the run trains some. An
+            adapter that the checkpoint does not contain keeps its fresh weights. This happens if a run
+            adds LoRA to a model that an earlier run trained in full: the full weights were loaded with
+            the base model.
         folder: The checkpoint.
 
     Raises:
@@ -247,10 +250,10 @@ def load_trained_weights(model: Llava, folder: str | Path) -> None:
 
 
 def load_projector(projector: nn.Module, folder: str | Path) -> None:
-    """Fill a projector from a checkpoint folder.
+    """Load a projector's weights from a checkpoint folder.
 
     Raises:
-        ValueError: Weights are missing, unexpected, or have another shape; the message names them.
+        ValueError: A weight is missing, unexpected, or has the wrong shape; the message names it.
     """
     path = Path(folder) / "projector.safetensors"
     if not path.is_file():
@@ -335,7 +338,7 @@ def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraCo
 
 
 def _check_adapters(model: Llava, parts: TrainedParts) -> None:
-    """Raise ValueError if an adapter of the model would not be written, or is missing."""
+    """Raise ValueError if the model has an adapter that `parts` does not name, or the reverse."""
     for name, part, expected in (
         ("language model", model.language_model, parts.language_model == "adapter"),
         ("vision tower", model.vision_tower.model, parts.vision_tower == "lora"),
@@ -348,12 +351,13 @@ def _check_adapters(model: Llava, parts: TrainedParts) -> None:
 def _save_adapter(
     model: PretrainedModule, folder: Path, weights: Mapping[str, torch.Tensor]
 ) -> None:
-    # Embeddings are never trained here, and PEFT's default, "auto", would make a request to the hub.
+    # Pass False: embeddings are never trained here, and PEFT's default "auto" makes a request to the
+    # hub to find out whether they were resized.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
 
 
 def _temporary_folder(folder: Path) -> Path:
-    # Beside the target, since a rename is atomic only within one file system.
+    # Put it next to the target, since a rename is atomic only within one file system.
     return folder.with_name(f".{folder.name}.part{os.getpid()}")
 
 
@@ -363,7 +367,8 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
         return
-    # Without llava.json the folder is not a checkpoint while old and new files are mixed in it.
+    # Delete the old llava.json first: without it, a folder with a mix of old and new files (after a
+    # crash) is not taken for a checkpoint. The new one is moved last.
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
         target = folder / entry.name
@@ -374,7 +379,7 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
 
 
 def _load_trained_part(part: PretrainedModule, adapter: Path, full: Path) -> None:
-    """Fill one part from the checkpoint's adapter folder or from its folder with all weights."""
+    """Load the weights of one part from its adapter folder or from its folder of full weights."""
     if isinstance(part, PeftModel):
         if adapter.is_dir():
             _load_adapter(part, adapter)
@@ -403,7 +408,10 @@ def _with_adapter(model: Any, folder: Path, merge: bool) -> PeftModel | nn.Modul
 
 
 def _load_adapter(model: PeftModel, folder: Path) -> None:
-    """Fill an adapter, strictly: PEFT would only warn about keys, and not compare the scaling."""
+    """Load an adapter's weights (strict).
+
+    PEFT itself only warns about missing keys, and does not compare the scaling.
+    """
     current: Any = model.peft_config["default"]
     stored = read_adapter_config(folder)
     # Another rank would fail with a message about shapes, another alpha would not fail at all.

@@ -1,6 +1,6 @@
 """The checkpoint config `llava.json`: the parts of a model, how they are joined, and what was trained.
 
-This module does not import torch, so that commands can look at a checkpoint without a delay.
+This module does not import torch, so that commands can read a checkpoint's config without delay.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Literal
 from llava_simplified.foreign_files import read_json_object, shorten
 
 CONFIG_NAME = "llava.json"
-# Increase it when older versions of this package could no longer read the file, and add to
-# `READABLE_FORMAT_VERSIONS` and to `read_checkpoint_config` what it takes to read the old one.
+# Increase it with every change that older versions of this package cannot read. Keep the old version
+# in `READABLE_FORMAT_VERSIONS`, and convert its entries in `read_checkpoint_config`.
 FORMAT_VERSION = 2
 # Version 1 (LLaVA Simplified 0.1.0) calls `weights_digests` "fingerprints".
 READABLE_FORMAT_VERSIONS = (1, 2)
@@ -24,15 +24,16 @@ DEFAULT_INSTRUCTION = "Generate a caption of this image:"
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """Everything that decides the shape and the prompt of a model, except the weights.
+    """The architecture and the prompt of a model: everything except the weights.
 
     Attributes:
         language_model: Folder or hub name of the causal language model.
         vision_tower: Folder or hub name of the vision model.
         mm_projector_type: `linear`, `mlp2x_gelu` (any depth) or `identity`.
-        mm_vision_select_layer: Hidden state(s) of the vision tower that the projector reads.
+        mm_vision_select_layer: Index of the vision tower's hidden state that is the projector's input;
+            several are concatenated.
         mm_vision_select_feature: `patch`, or `cls_patch` to keep the CLS token.
-        mm_token_pool: Side of the grid that the patches are averaged to; 0 keeps all patches.
+        mm_token_pool: Average the patches to a grid of this many rows and columns; 0 keeps all patches.
         template: Prompt template, see `llava_simplified.prompt.Prompt`.
         instruction: Instruction of the training data, the default of `Llava.caption`.
         dtype: Data type of the frozen weights, as torch names it ("bfloat16").
@@ -114,11 +115,13 @@ def _check_type(name: str, value: object, types: tuple[type, ...]) -> None:
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What of a model is trained, and therefore stored in its checkpoint. The projector always is.
+    """The parts of a model that are trained, and therefore stored in its checkpoint.
+
+    The projector is always trained.
 
     Attributes:
-        language_model: "adapter": a LoRA adapter; "full": all its weights; "none": it is frozen.
-        vision_tower: "lora": a LoRA adapter; "full": its own weights; "none": it is frozen.
+        language_model: "adapter": a LoRA adapter; "full": its own weights; "none": frozen.
+        vision_tower: "lora": a LoRA adapter; "full": its own weights; "none": frozen.
     """
 
     language_model: Literal["none", "adapter", "full"] = "none"
@@ -153,8 +156,9 @@ class TrainedParts:
         return cls(language_model[trained], vision_tower[trained_tower])
 
 
-# The values that llava.json has held since its first version. They name the folder of the checkpoint
-# that holds the weights, and the option --tune_vision_tower, so they differ from the attributes.
+# The values in llava.json differ from the attributes, and cannot change without a new format version:
+# "trained" is the name of the checkpoint folder (or file) with the weights, "trained_tower" is the
+# value of the option --tune_vision_tower.
 _STORED_LANGUAGE_MODEL: dict[Literal["none", "adapter", "full"], str] = {
     "none": "projector",
     "adapter": "adapter",
@@ -168,7 +172,7 @@ _STORED_VISION_TOWER: dict[Literal["none", "lora", "full"], str] = {
 
 
 def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
-    """Read `llava.json` of a checkpoint, with the entries of older versions under today's names.
+    """Read the `llava.json` of a checkpoint. Entries of older versions get their current names.
 
     Returns:
         A dict with the keys "format_version", "architecture" (the fields of `LlavaConfig`), "trained"
@@ -203,14 +207,14 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
     assert isinstance(architecture, dict)
     if "fingerprints" in architecture:
         architecture["weights_digests"] = architecture.pop("fingerprints")
-    # Written since vision towers can be trained.
+    # Missing in checkpoints from before vision towers could be trained.
     checkpoint_config.setdefault("trained_tower", "off")
     return checkpoint_config
 
 
 def _suggestion(folder: Path) -> str:
-    """The end of an error message: what the user may have meant instead of `folder`."""
-    # An output folder has its checkpoints in subfolders; the newest is the likeliest.
+    """Return the end of an error message: the path that the user may have meant instead."""
+    # The user may have passed an output folder, whose subfolders are checkpoints: suggest the newest.
     found = sorted(folder.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime)
     if found:
         return f"; did you mean {found[-1].parent}?"

@@ -1,8 +1,8 @@
 """An attention kernel for training on CPUs, for sequences of up to 512 tokens.
 
-PyTorch's fused CPU kernel does not store the attention weights, and spends most of a short training
-step on recomputing them in the backward pass. For short sequences it is faster to store them and to
-use plain matrix products: in bfloat16 the attention of a step of 250 tokens takes half as long, one of
+PyTorch's fused CPU kernel does not store the attention weights but recomputes them in the backward
+pass, which takes most of the time of a short training step. For short sequences it is faster to store
+them and to use plain matrix products: in bfloat16, attention over 250 tokens takes half as long, over
 50 tokens a sixth.
 """
 
@@ -14,19 +14,20 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-# In tokens. Beyond it the stored attention weights take too much memory, and the fused kernel is faster.
+# In tokens. For longer sequences the stored attention weights take too much memory, and the fused
+# kernel is faster.
 CPU_ATTENTION_MAX_LENGTH = 512
 
 
 class _MatmulAttention(torch.autograd.Function):
     """Scaled dot-product attention in plain matrix products. Attention weights are saved for backward.
 
-    Shapes: query heads that share a key head (grouped-query attention) are stacked along the length,
-    so that one batched product serves them all, without repeating keys and values:
+    Query heads that share a key head (grouped-query attention) are stacked along the length. One
+    batched product then computes all their scores, without repeating keys and values:
 
-        query  (batch, heads, length, width)      -> (groups, heads per group x length, width)
-        key    (batch, key heads, length, width)  -> (groups, length, width)
-                                                     with groups = batch x key heads
+        query  (batch, heads, length, head_dim)      -> (groups, heads per group x length, head_dim)
+        key    (batch, key heads, length, head_dim)  -> (groups, length, head_dim)
+                                                        with groups = batch x key heads
     """
 
     @staticmethod
@@ -46,15 +47,15 @@ class _MatmulAttention(torch.autograd.Function):
         key = key.reshape(groups, -1, key.shape[-1])
         value = value.reshape(groups, -1, value.shape[-1])
 
-        # In place, since the scores are the largest tensors here.
+        # Scale in place, since the scores are the largest tensor here.
         scores = torch.bmm(query, key.mT).mul_(scale)
         scores = scores.view(*shape[:3], length)  # (batch, heads, length, length), as the mask
-        # The smallest number instead of -inf: a padding token may attend to nothing at all, and the
-        # softmax of a row of -inf is NaN.
+        # Mask with the smallest number instead of -inf: a padding token may attend to no token at all,
+        # and the softmax of a row of -inf is NaN.
         scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         attn_weights = scores.softmax(-1).view(groups, -1, length)
-        # The attention weights, (groups, heads per group x length, length), are what the fused kernel
-        # would compute a second time in the backward pass.
+        # Save the attention weights, (groups, heads per group x length, length). The fused kernel
+        # would compute them a second time in the backward pass.
         ctx.save_for_backward(query, key, value, attn_weights)
         ctx.scale = scale
         ctx.shape = shape
@@ -67,8 +68,8 @@ class _MatmulAttention(torch.autograd.Function):
         batch, _, length, _ = ctx.shape
         grad_output = grad_output.reshape(len(attn_weights), -1, value.shape[-1])
         grad_weights = torch.bmm(grad_output, value.mT)
-        # d softmax: weights * (gradient - sum(weights * gradient)). Masked scores have a weight of 0, and so
-        # a gradient of 0: the mask is not needed again.
+        # Backward of softmax: weights * (gradient - sum(weights * gradient)). A masked score has weight
+        # 0 and therefore gradient 0, so the mask is not needed again.
         grad_scores = torch._softmax_backward_data(
             grad_weights, attn_weights, -1, attn_weights.dtype
         ).mul_(ctx.scale)
@@ -90,24 +91,24 @@ def cpu_matmul_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention as sdpa does, faster for short sequences that are trained on a CPU.
+    """Compute the same attention as sdpa, but faster when short sequences are trained on a CPU.
 
-    An attention function of Transformers, registered as "cpu_matmul". Everything else (long
-    sequences, decoding with a KV cache, other devices, dropout, soft caps) is passed on to sdpa.
+    This is an attention function for Transformers, registered as "cpu_matmul". It delegates all other
+    cases (long sequences, decoding with a KV cache, other devices, dropout, soft caps) to sdpa.
 
     Args:
         module: The attention layer.
-        query: (batch, heads, length, width).
-        key: (batch, key heads, length, width).
-        value: (batch, key heads, length, width).
+        query: (batch, heads, length, head_dim).
+        key: (batch, key heads, length, head_dim).
+        value: (batch, key heads, length, head_dim).
         attention_mask: bool (batch, 1, length, length), True where the row attends to the column;
             None: causal attention.
-        dropout: Probability.
-        scaling: Factor of the scores; None: 1 / sqrt(width).
-        **options: Of other attention functions.
+        dropout: Dropout probability of the attention weights.
+        scaling: Factor of the scores; None: 1 / sqrt(head_dim).
+        **options: Further keyword arguments that Transformers passes to attention functions.
 
     Returns:
-        The output (batch, length, heads, width), and None in place of the attention weights.
+        The output (batch, length, heads, head_dim), and None in place of the attention weights.
     """
     length = query.shape[2]
     is_training = query.device.type == "cpu" and torch.is_grad_enabled()

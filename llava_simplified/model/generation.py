@@ -2,15 +2,15 @@
 
     images --vision tower--> features --+
                                         +--splice--> prefill --> KV cache --+--> sequence 0
-    prompts --tokenizer----> token ids -+           (1 row a prompt)        +--> sequence 1
+    prompts --tokenizer----> token ids -+           (1 row per prompt)      +--> sequence 1
                                                                             +--> sequence 2
 
-Greedy search and sampling use a decode loop of our own, `DecodingBatch`, with continuous batching (Yu
-et al., Orca, 2022): after each step, sequences that are finished leave the batch, and new ones may
-join. N samples of one prompt are N copies of one prefilled KV cache. Beam search is Transformers' own.
+Greedy search and sampling use our own decode loop, `DecodingBatch`, with continuous batching (Yu et
+al., Orca, 2022): after each step, finished sequences leave the batch, and new ones may join. N samples
+of one prompt start from N copies of one prefilled KV cache. Beam search is that of Transformers.
 
-A sequence does not depend on its neighbors in the batch: padding is masked, positions count from the
-sequence's own first token, and random numbers come from a generator of its own (see
+A sequence does not depend on the other sequences in the batch: padding is masked, positions count from
+the sequence's own first token, and each sequence has its own random generator (see
 `llava_simplified.model.sampling`).
 """
 
@@ -49,21 +49,25 @@ class DecodingBatch:
             batch.step()
         batch.generated_ids  # {0: [312, 78, 2], 1: ...}
 
-    A sequence keeps its id for as long as the batch lives. Its row in the batch changes when others
+    A sequence keeps its id for the lifetime of the batch. Its row in the batch changes when others
     leave.
 
     Args:
         model: The model, in evaluation mode (see `eval_mode`).
         prompts: Token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
-        image_features: (images, tokens, vision width) of all prompts' images in order; None: no image.
-        options: Of all prompts, or one per prompt. A prompt gets `num_return_sequences` ids in a row.
-        hashes: What a prompt's random draws are derived from, beside the seed; see `prompt_hashes`.
+        image_features: (images, tokens, vision hidden size), the images of all prompts in order; None:
+            no image.
+        options: One for all prompts, or one per prompt. A prompt gets `num_return_sequences`
+            consecutive sequence ids.
+        hashes: One per prompt, see `prompt_hashes`. Hash and seed determine the random numbers of a
+            prompt's sequences.
 
     Attributes:
         generated_ids: Sequence id -> generated token ids, of finished sequences too. Long-running
             callers must delete the entries of sequences that they are done with.
         active: Ids of the sequences that are not finished, by row.
-        errors: Sequence id -> why no token could be chosen. Such a sequence is finished; others continue.
+        errors: Sequence id -> the exception because of which no token could be chosen. Such a sequence
+            is finished; others continue.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class DecodingBatch:
         #     row 1  id 7   . . . b b b b b             0 0 0 1 1 1 1 1     5
         #     row 2  id 8   . . . . . d d d             0 0 0 0 0 1 1 1     3
         #
-        # By id, of active sequences only:
+        # Active sequences only, by id:
         self._options: dict[int, GenerationOptions] = {}
         self._generators: dict[int, torch.Generator] = {}
         # By row:
@@ -101,7 +105,7 @@ class DecodingBatch:
     # appended to those of the batch. Nothing of the old sequences is computed again:
     #
     #     batch   . . a a a a a a      prefill   p p p p    ->   set both caches to the same length, by
-    #             . . . b b b b b                . . q q         masked columns in front, and append:
+    #             . . . b b b b b                . . q q         masked columns on the left, and append:
     #
     #                                                            . . a a a a a a
     #                                                            . . . b b b b b
@@ -115,13 +119,13 @@ class DecodingBatch:
         options: GenerationOptions | Sequence[GenerationOptions],
         hashes: Sequence[bytes] | None = None,
     ) -> list[int]:
-        """Add prompts to the batch, however far its sequences are. The arguments are the constructor's.
+        """Add prompts to the batch, at any time. The arguments are those of the constructor.
 
         Returns:
-            The ids of the new sequences, those of one prompt side by side.
+            The ids of the new sequences; those of one prompt are consecutive.
 
         Raises:
-            ValueError: `options` ask for beam search.
+            ValueError: `options` request beam search (`num_beams` above 1).
         """
         if isinstance(options, GenerationOptions):
             options = [options] * len(prompts)
@@ -130,16 +134,16 @@ class DecodingBatch:
 
         mask, next_positions, logits, cache = self._prefill(prompts, image_features)
 
-        # Bring the new rows and the old ones to the same number of columns: as many as the longest
-        # sequence has tokens. Columns that only finished sequences needed are dropped on the way.
+        # Bring the new rows and the old ones to the same number of columns: the number of tokens of the
+        # longest sequence. This also drops the columns that only finished sequences needed.
         columns = mask.shape[1]
         if self.active:
             longest = self._mask.sum(1).max()
             columns = max(columns, int(longest))
         if self.model.device.type == "cpu":
-            # Pad the attention mask by one fully masked column. Transformers drops a mask that hides
-            # nothing, and without a mask PyTorch's CPU kernel takes six times as long for grouped-query
-            # attention.
+            # Pad the attention mask by one fully masked column. Transformers drops a mask without any
+            # masked column, and without a mask PyTorch's CPU kernel takes six times as long for
+            # grouped-query attention.
             columns += 1
         set_cache_length(cache, columns)
         mask = pad_tensor(mask, (columns - mask.shape[1], 0))
@@ -156,11 +160,11 @@ class DecodingBatch:
         next_positions = next_positions[prompt_of_row]
         logits = logits[prompt_of_row]
 
-        # Old rows first, so that the row of an active sequence does not change by a join.
+        # Keep the old rows first, so that a join does not change the row of an active sequence.
         if self.active:
             set_cache_length(self._cache, columns)
             append_cache_rows(self._cache, cache)
-            added = columns - self._mask.shape[1]  # Negative to remove columns.
+            added = columns - self._mask.shape[1]  # Negative if columns are removed.
             old_mask = pad_tensor(self._mask, (added, 0))
             self._mask = torch.cat([old_mask, mask])
             self._next_positions = torch.cat([self._next_positions, next_positions])
@@ -189,8 +193,8 @@ class DecodingBatch:
         """Generate one token for every active sequence.
 
         Returns:
-            (sequence id, token id) of each. An end token is among them; its sequence is then finished.
-            A sequence that fails, for example with logits that are not finite, gets no token and an
+            (sequence id, token id) of each, end tokens included; an end token finishes its sequence.
+            A sequence that fails, for example because its logits are not finite, gets no token but an
             entry in `errors`.
         """
         if not self.active:
@@ -211,14 +215,14 @@ class DecodingBatch:
             ids.append(token)
             if token not in stop_ids and len(ids) < self._options[sequence_id].max_new_tokens:
                 rows_to_keep.append(row)
-        # Finished sequences leave before the next forward, so that it computes nothing for them.
+        # Remove finished sequences before the next forward, so that it computes nothing for them.
         self._keep_rows(rows_to_keep)
         if self.active:
             self._decode()
         return generated
 
     def raise_errors(self) -> None:
-        """Raise the first of `errors`, for callers that generate all sequences for one purpose.
+        """Raise the first of `errors`, for callers to whom the failure of one sequence is fatal.
 
         Raises:
             FloatingPointError: The logits of a sequence were not finite.
@@ -268,7 +272,7 @@ class DecodingBatch:
         newest = [[self.generated_ids[sequence_id][-1]] for sequence_id in self.active]
         new_column = self._mask.new_ones(len(self.active), 1)
         self._mask = torch.cat([self._mask, new_column], dim=1)
-        # A model of states alone (Mamba) has no columns that a mask could hide.
+        # A pure state-space model (Mamba) caches no columns, so there is nothing to mask.
         attention_mask = self._mask if has_key_value_columns(self._cache) else None
         outputs = self.model.language_model(
             input_ids=torch.tensor(newest, device=self.model.device),
@@ -316,8 +320,8 @@ class DecodingBatch:
             states = [generator.get_state() for generator in generators]
             try:
                 tokens = self._choose_together(rows, options)
-            except Exception:  # noqa: BLE001 - whatever it is, it must not end the other sequences
-                # Repeat it row by row, with the random numbers of the failed attempt.
+            except Exception:  # noqa: BLE001 - no failure may end the other sequences
+                # Repeat the attempt row by row, with the same random numbers, to find the row at fault.
                 for generator, state in zip(generators, states):
                     generator.set_state(state)
                 tokens = [self._choose_alone(row, options) for row in rows]
@@ -326,7 +330,7 @@ class DecodingBatch:
         return chosen
 
     def _choose_together(self, rows: list[int], options: GenerationOptions) -> list[int | None]:
-        """Choose the next token of rows with equal options and lengths; None: not finite."""
+        """Choose the next token of rows with equal options and lengths; None if not finite."""
         ids = [self.active[row] for row in rows]
         logits = self._logits[rows].float()
         if len(self.generated_ids[ids[0]]) < options.min_new_tokens:
@@ -336,14 +340,14 @@ class DecodingBatch:
             tokens = draw(logits, [self._generators[i] for i in ids])
         else:
             tokens = logits.argmax(-1)
-        # The maximum is NaN if any logit is. Single logits may be -inf: tokens that are excluded.
+        # Check the maximum, which is NaN if any logit is. Single logits may be -inf (excluded tokens).
         is_finite = logits.amax(-1).isfinite()
         return [
             token if finite else None for token, finite in zip(tokens.tolist(), is_finite.tolist())
         ]
 
     def _choose_alone(self, row: int, options: GenerationOptions) -> int | None:
-        """Choose the next token of one row. If that raises, the exception is kept in `errors`."""
+        """Choose the next token of one row. Store an exception in `errors`."""
         try:
             return self._choose_together([row], options)[0]
         except Exception as error:  # noqa: BLE001
@@ -371,7 +375,7 @@ def encode_images(model: CaptionModel, pixel_values: torch.Tensor) -> torch.Tens
         pixel_values: uint8 (images, 3, height, width).
 
     Returns:
-        Patch features (images, tokens, vision width).
+        Patch features (images, tokens, vision hidden size).
     """
     with eval_mode(model):
         return model.vision_tower(pixel_values.to(model.device))
@@ -390,10 +394,11 @@ def generate(
         prompts: Token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
         pixel_values: uint8 (images, 3, height, width), the images of all prompts in order; None if
             there are none.
-        options: Of all prompts.
+        options: Options for all prompts.
 
     Returns:
-        For each prompt `num_return_sequences` texts, without special tokens and outer white space.
+        For each prompt `num_return_sequences` texts, without special tokens, leading and trailing
+        whitespace.
     """
     features = None if pixel_values is None else encode_images(model, pixel_values)
     hashes = prompt_hashes(prompts, pixel_values)
@@ -408,17 +413,19 @@ def generate_from_features(
     options: GenerationOptions,
     hashes: Sequence[bytes],
 ) -> list[list[str]]:
-    """Continue each prompt as `generate` does, with images that are encoded already.
+    """Continue each prompt as `generate` does, but from images that are already encoded.
 
     Args:
         model: The model.
         prompts: Token ids, one IMAGE_INDEX per image.
-        image_features: (images, tokens, vision width) of all prompts' images in order, or None.
-        options: Of all prompts.
+        image_features: (images, tokens, vision hidden size), the images of all prompts in order, or
+            None.
+        options: Options for all prompts.
         hashes: One per prompt, see `prompt_hashes`.
 
     Returns:
-        For each prompt `num_return_sequences` texts, without special tokens and outer white space.
+        For each prompt `num_return_sequences` texts, without special tokens, leading and trailing
+        whitespace.
     """
     with eval_mode(model):
         if options.num_beams > 1:
@@ -429,7 +436,7 @@ def generate_from_features(
                 batch.step()
                 batch.raise_errors()
             sequences = list(batch.generated_ids.values())
-    # The sequences of one prompt are side by side.
+    # Group the texts by prompt: the sequences of one prompt are consecutive.
     texts = [model.prompt.decode(ids).strip() for ids in sequences]
     per_prompt = options.num_return_sequences
     results: list[list[str]] = []
@@ -444,7 +451,7 @@ def stream(
     pixel_values: torch.Tensor | None,
     options: GenerationOptions,
 ) -> Iterator[str]:
-    """Generate one sequence, and yield all of its text so far after every token.
+    """Generate one sequence, and after every token yield its whole text so far.
 
     Each text begins with the one before it, and the last one is what `generate` returns.
 
@@ -452,10 +459,10 @@ def stream(
         model: The model.
         prompt: Token ids, one IMAGE_INDEX per image.
         pixel_values: uint8 (images, 3, height, width), or None.
-        options: With one beam and one sequence.
+        options: Options with one beam and one sequence.
 
     Raises:
-        ValueError: `options` ask for several sequences.
+        ValueError: `options` request several sequences or beam search.
     """
     if options.num_return_sequences > 1:
         raise ValueError("num_return_sequences must be 1 when streaming")
@@ -475,9 +482,9 @@ def _expand_and_pad(
     model: CaptionModel,
     prompts: Sequence[Sequence[int]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make room for the patch features, and pad the prompts on the left.
+    """Repeat each image placeholder once per patch feature, and pad the prompts on the left.
 
-    On the left, so that the last column is the newest token of every row.
+    Left padding makes the last column the newest token of every row.
 
     Returns:
         The token ids and the attention mask, int64 (prompts, columns).
@@ -499,7 +506,7 @@ def _beam_search(
     """Run the beam search of Transformers; with a temperature, its beam sampling.
 
     Returns:
-        `num_return_sequences` lists of token ids for each prompt, one prompt after the other.
+        `num_return_sequences` lists of token ids per prompt, in the order of the prompts.
     """
     input_ids, attention_mask = _expand_and_pad(model, prompts)
     if options.temperature and options.seed is not None:
@@ -511,8 +518,8 @@ def _beam_search(
             "top_p": options.top_p,
             "top_k": options.top_k,
         }
-    # Not passed as the option of that name: in a padded batch, Transformers 5 skips as many generated
-    # tokens as there are padding tokens when it looks for repetitions.
+    # Pass the penalty as a logits processor, not as the option `repetition_penalty`: with a padded
+    # batch, Transformers 5 overlooks as many generated tokens as there are padding tokens.
     penalty = logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
     generation_config = GenerationConfig(
         eos_token_id=model.prompt.stop_ids,

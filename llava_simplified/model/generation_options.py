@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Used for several sequences per prompt if no temperature is given: greedy ones would all be the same.
+# Used if several sequences per prompt are requested without a temperature: greedy search would give
+# the same sequence every time.
 DEFAULT_TEMPERATURE = 0.7
 
 
@@ -14,16 +15,16 @@ class GenerationOptions:
 
     Attributes:
         max_new_tokens: Maximum number of generated tokens, the end token included.
-        min_new_tokens: Number of tokens before which the end token is excluded.
+        min_new_tokens: Minimum number of generated tokens; before, the end token is excluded.
         temperature: Divisor of the logits; 0 is greedy search, higher values are more varied.
-        top_p: Sample from the most likely tokens that together have this probability.
-        top_k: Sample from this many of the most likely tokens; 0 is all of them.
+        top_p: Sample from the most likely tokens whose probabilities add up to this value.
+        top_k: Sample from this many of the most likely tokens; 0 means all tokens.
         repetition_penalty: Above 1, generated tokens become less likely (Keskar et al., 2019).
         num_beams: Above 1, beam search; with a temperature, beam sampling.
-        length_penalty: Of beam search: a beam's score is divided by its length to this power.
+        length_penalty: Beam search only: the score of a beam is divided by length ** length_penalty.
         num_return_sequences: Number of generated sequences per prompt.
-        seed: Seed of the sampling. What a sequence draws depends only on the seed, its images and its
-            prompt (with sampled beams, on the batch as well). None: different every time.
+        seed: Random seed of sampling. The result for a prompt depends only on the seed, the prompt and
+            its images (with beam sampling, on the batch as well). None: different every time.
     """
 
     max_new_tokens: int = 64
@@ -51,7 +52,7 @@ class GenerationOptions:
             "num_beams": (self.num_beams >= 1, "must be at least 1"),
         }
         for name, (fulfilled, requirement) in requirements.items():
-            # A NaN fulfills no comparison, and so is refused.
+            # The requirements are written so that NaN fails them: every comparison with NaN is false.
             if not fulfilled:
                 raise ValueError(f"{name} {requirement}, not {getattr(self, name)}")
         if self.num_return_sequences <= self.num_beams:

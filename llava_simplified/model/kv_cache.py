@@ -1,4 +1,4 @@
-"""Surgery on a Transformers `DynamicCache`: what lets sequences join a batch that is being decoded."""
+"""Change the length and the rows of a `DynamicCache`, so that sequences can join a batch in flight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.cache_utils import (
 
 # In a `DynamicCache` all sequences of a batch have the same length. Sequences that have generated
 # different numbers of tokens, or have different prompts, are aligned at their newest token (left
-# padding); the attention mask hides the padding in front. Four sequences, the last of which joins:
+# padding); the attention mask hides the padding. In this example, sequence 3 joins three others:
 #
 #     columns     0 1 2 3 4 5 6 7                 0 1 2 3 4 5 6 7
 #     sequence 0  . . a a a a a a                 . . a a a a a a
@@ -21,23 +21,24 @@ from transformers.cache_utils import (
 #     sequence 2  c c c c c c c c                 c c c c c c c c
 #     sequence 3                                  . . . . . d d d       "." is hidden by the mask
 #
-# Two operations suffice: bring both caches to the same length, by adding hidden columns in front or by
-# removing some (`set_cache_length`); then concatenate along the batch (`append_cache_rows`). Removing
-# is as important as adding: when the longest sequence has left, its columns are cut off at the next
-# join, so that a batch that never empties does not grow for ever.
+# Two operations suffice: bring both caches to the same length, by adding or removing hidden columns on
+# the left (`set_cache_length`); then concatenate along the batch (`append_cache_rows`). Removing is as
+# important as adding: once the longest sequence has left, the next join removes its columns. Otherwise
+# a batch that never empties would grow for ever.
 #
-# Positions survive this. Rotary embeddings are applied to keys before they are cached, from
-# `position_ids` that count each sequence's own tokens, not columns.
+# Shifting columns does not change the positions of tokens: rotary embeddings are applied to keys before
+# they are cached, using `position_ids` that count each sequence's own tokens, not columns.
 #
 # Layers of three kinds occur:
 #
 #     DynamicLayer                 keys and values of all tokens
-#     DynamicSlidingWindowLayer    of the last `sliding_window - 1` tokens, and a count of all
-#     linear attention (Mamba)     a state of fixed size per sequence: there are no columns to hide
+#     DynamicSlidingWindowLayer    keys and values of the last `sliding_window - 1` tokens, and the
+#                                  number of all tokens
+#     linear attention (Mamba)     a state of fixed size per sequence, without columns
 
 
 def set_cache_length(cache: DynamicCache, length: int) -> None:
-    """Add or remove columns in front, so that the cache holds `length` of them.
+    """Add or remove columns on the left, so that the cache has `length` columns.
 
     The caller must hide added columns with the attention mask, and remove only hidden ones.
     """
@@ -47,11 +48,12 @@ def set_cache_length(cache: DynamicCache, length: int) -> None:
         layer_length = length
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer_length = min(length, layer.sliding_window - 1)
-            # A sliding layer stores one column less than its window, since the newest token is always
-            # added to it. From this count Transformers derives which columns of the mask the window covers.
+            # A sliding layer stores one column less than its window, since the next token is added
+            # before it attends. Transformers derives from `cumulative_length` which columns of the mask
+            # the window covers.
             layer.cumulative_length = length
         for name in ("keys", "values"):
-            tensor: torch.Tensor = getattr(layer, name)  # (batch, heads, columns, width)
+            tensor: torch.Tensor = getattr(layer, name)  # (batch, heads, columns, head_dim)
             # A negative number of added columns removes them.
             added = layer_length - tensor.shape[-2]
             padded = pad_tensor(tensor, (0, 0, added, 0))
@@ -61,7 +63,7 @@ def set_cache_length(cache: DynamicCache, length: int) -> None:
 def append_cache_rows(cache: DynamicCache, other: DynamicCache) -> None:
     """Append the sequences of another cache of the same length."""
     for layer, other_layer in zip(cache.layers, other.layers):
-        # Not elif: a hybrid layer is of both kinds.
+        # Two separate ifs, because a hybrid layer is of both kinds.
         if isinstance(layer, DynamicLayer):
             for name in ("keys", "values"):
                 tensors = [getattr(layer, name), getattr(other_layer, name)]
@@ -76,5 +78,5 @@ def append_cache_rows(cache: DynamicCache, other: DynamicCache) -> None:
 
 
 def has_key_value_columns(cache: DynamicCache) -> bool:
-    """Return whether some layer has keys and values, so that an attention mask has a meaning."""
+    """Return whether any layer caches keys and values, which is what an attention mask applies to."""
     return any(isinstance(layer, DynamicLayer) for layer in cache.layers)

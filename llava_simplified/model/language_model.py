@@ -1,6 +1,6 @@
-"""What LLaVA needs of a causal language model beyond its usual forward.
+"""Two additions to the forward of a causal language model.
 
-1. Logits only where a token is trained (`lm_head_at_positions`).
+1. Logits at the trained positions only (`lm_head_at_positions`).
 2. Attention masks for packed rows and for shared prompts (`shared_prefix_mask`, `attention_kwargs`).
 """
 
@@ -23,10 +23,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from llava_simplified.model.cpu_attention import cpu_matmul_attention
 from llava_simplified.model.protocols import CausalLM
 
-# Whenever PEFT loads an adapter it asks for this attribute, by a name that Transformers deprecated.
+# Silence a warning that users cannot act on: PEFT reads this deprecated attribute of Transformers
+# whenever it loads an adapter.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
-# Makes `set_attn_implementation("cpu_matmul")` work, with the boolean masks of sdpa.
+# Register our kernel, so that `set_attn_implementation("cpu_matmul")` works. It uses sdpa's boolean masks.
 AttentionInterface.register("cpu_matmul", cpu_matmul_attention)
 AttentionMaskInterface.register("cpu_matmul", sdpa_mask)
 
@@ -45,11 +46,12 @@ def forward_parameters(language_model: CausalLM) -> Mapping[str, inspect.Paramet
 def cache_kwarg_name(language_model: CausalLM) -> str:
     """Return the name of the `forward` parameter that accepts a `DynamicCache`.
 
-    Transformers calls it `past_key_values`, in state-space models `cache_params`, and is about to
-    call it `cache` everywhere.
+    The name is `past_key_values` in most models, `cache_params` in state-space models, and `cache` in
+    newer versions of Transformers.
 
     Raises:
-        ValueError: There is none, or it requires a cache class of the model's own module (xLSTM).
+        ValueError: No parameter accepts a `DynamicCache`: there is no cache parameter, or it requires
+            a cache class of the model's own module (xLSTM).
     """
     for name, parameter in forward_parameters(language_model).items():
         is_cache = name in ("cache", "past_key_values", "cache_params")
@@ -65,19 +67,19 @@ def cache_kwarg_name(language_model: CausalLM) -> str:
 def lm_head_at_positions(language_model: CausalLM, positions: torch.Tensor) -> Iterator[None]:
     """Within a `with` block, compute logits at the given positions only.
 
-        hidden states (batch, length, width) --gather--> (1, trained, width) --lm_head--> logits
+        hidden states (batch, length, hidden size) --gather--> (1, trained, hidden size) --lm_head--> logits
 
-    The gather is a hook at the input of the output layer, where every causal language model passes,
-    so that what a family does to its logits afterward (Gemma's soft cap, Granite's scale) is done by
-    its own code.
+    The gather is a forward pre-hook of the lm_head, because every causal language model calls that
+    module. What a model family does to its logits afterward (Gemma's soft cap, Granite's scale) remains
+    the job of its own code.
 
     Args:
-        language_model: Its `outputs.logits` become (1, trained, vocabulary).
+        language_model: The model, whose `outputs.logits` become (1, trained, vocabulary).
         positions: int64 (trained,), flat indices into batch x length.
     """
 
     def gather(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        hidden_states = inputs[0].flatten(0, 1)  # (batch x length, width)
+        hidden_states = inputs[0].flatten(0, 1)  # (batch x length, hidden size)
         return hidden_states[positions][None]
 
     handle = language_model.get_output_embeddings().register_forward_pre_hook(gather)
@@ -89,9 +91,9 @@ def lm_head_at_positions(language_model: CausalLM, positions: torch.Tensor) -> I
 
 # ---- Shared prompts ----
 #
-# Conceptual captions, COCO and human annotations have several captions for one image. Trained as
-# separate sequences, the 196 image tokens and the instruction are computed once per caption. Shared,
-# they are computed once, and each caption is a branch that continues the same prefix:
+# Data sets such as COCO have several captions per image. If these are trained as separate sequences, the
+# 196 image tokens and the instruction are computed again for every caption. With a shared prompt they
+# are computed once, and each caption is a branch that continues the same prefix:
 #
 #     tokens         img  img  What  ?  |  a  red  car  |  a  car   |  padding
 #     segment_ids     1    1    1    1     1   1    1      1   1       0
@@ -109,9 +111,9 @@ def lm_head_at_positions(language_model: CausalLM, positions: torch.Tensor) -> I
 #        a             x    x    x    x                    x
 #        car           x    x    x    x                    x   x
 #
-# A token attends to the prefix and to its own branch, and its position continues after the prefix: it
-# computes exactly what it would compute if its caption stood alone behind a prompt of its own. Packing
-# is the same thing with several segments in a row.
+# A token attends to the prefix and to its own branch, and the positions of a branch continue after the
+# prefix. Each caption therefore gets exactly the result that it would get in a sequence of its own.
+# Packing uses the same mask, with several segments in a row.
 #
 # The technique is not new. Molmo trains on "message trees" (Deitke et al., Dec 2024; also Molmo 2);
 # PrefixGrouper, flash-preference, unsloth's GRPO and NeMo Automodel share the prompts of several
@@ -126,13 +128,13 @@ def shared_prefix_mask(
     position_ids: torch.Tensor,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Build the attention mask of packed rows and shared prompts; see the drawing above.
+    """Build the attention mask of packed rows and shared prompts; see the diagram above.
 
     Args:
         segment_ids: (batch, length), see `Llava.forward`.
         branch_ids: (batch, length).
         position_ids: (batch, length).
-        window: Number of positions that sliding-window attention reaches back; None: all.
+        window: Size of the sliding attention window in positions; None: no window.
 
     Returns:
         bool (batch, 1, length, length), True where the row attends to the column.
@@ -150,7 +152,7 @@ def _mask_mod(
     position_ids: torch.Tensor,
     window: int | None,
 ) -> Callable[..., torch.Tensor]:
-    """Return `shared_prefix_mask` as a function of indices, which is what flex_attention asks for."""
+    """Return `shared_prefix_mask` as a function of indices (flex_attention's `mask_mod`)."""
 
     def mask_mod(
         batch: torch.Tensor, head: torch.Tensor | int, query: torch.Tensor, key: torch.Tensor
@@ -162,7 +164,8 @@ def _mask_mod(
         attends = causal & same_segment & (key_in_prefix | same_branch)
         if window is None:
             return attends
-        # Distances in positions, not in indices: between a branch and its prefix lie other branches.
+        # Measure distances in positions, not in indices: other branches may lie between a branch and
+        # its prefix.
         distance = position_ids[batch, query] - position_ids[batch, key]
         return attends & (distance < window)
 
@@ -179,15 +182,18 @@ def attention_kwargs(
     """Return `shared_prefix_mask` in the form that the model's layers and attention kernel accept.
 
     Args:
-        language_model: Whose `forward` is called with the result.
+        language_model: The model whose `forward` is called with the result.
         segment_ids: (batch, length), see `Llava.forward`.
         branch_ids: (batch, length).
         position_ids: (batch, length).
-        dtype: Of the hidden states.
+        dtype: Data type of the hidden states.
+
+    Returns:
+        Keyword arguments for `forward`.
 
     Raises:
-        ValueError: The kernel or a kind of layer cannot use such a mask, or the model does not accept
-            `position_ids`. Nothing is approximated.
+        ValueError: The kernel or a layer type does not support such a mask, or the model does not
+            accept `position_ids`.
     """
     _check_position_ids(language_model)
     config = language_model.config
@@ -223,8 +229,8 @@ def attention_kwargs(
 def _check_position_ids(language_model: CausalLM) -> None:
     """Raise ValueError if a model derives positions from the index of a token in its row.
 
-    These are the models with ALiBi (MPT, Bloom, some Falcons), GPT-Neo with its local layers, and old
-    decoders. They would run, and be trained on a slightly different loss.
+    These are the models with ALiBi (MPT, Bloom, some Falcons), GPT-Neo with its local layers, and some
+    old decoders. Without this check they would train silently with wrong positions and masks.
     """
     config = language_model.config
     uses_alibi = getattr(config, "alibi", False)
@@ -238,12 +244,12 @@ def _check_position_ids(language_model: CausalLM) -> None:
 
 
 def _sequence_lengths(segment_ids: torch.Tensor) -> dict[str, Any]:
-    """Return the arguments of a variable-length flash kernel, which has no mask.
+    """Return the arguments of a variable-length flash kernel, which uses lengths instead of a mask.
 
-    Rows are concatenated, and a sequence begins wherever the segment changes. The padding of a row is
-    a sequence of its own.
+    The rows are concatenated, and a new sequence begins wherever the segment id changes. The padding of
+    a row is a sequence of its own.
     """
-    # -1 is no segment, so that every row begins with a change.
+    # Prepend -1, which is no segment id: the first token of every row then begins a sequence.
     before = segment_ids.new_full((len(segment_ids), 1), -1)
     starts = segment_ids.diff(dim=1, prepend=before).flatten().nonzero().flatten()
     boundaries = pad_tensor(starts, (0, 1), value=segment_ids.numel()).int()
@@ -279,6 +285,6 @@ def _kernel_mask(
     mask = shared_prefix_mask(segment_ids, branch_ids, position_ids, window)
     if kernel in ("sdpa", "cpu_matmul"):
         return mask
-    # The eager kernel adds its mask to the scores. A boolean one would add 0 or 1: no error, and every
-    # token would attend to every other.
+    # The eager kernel adds the mask to the scores. With a boolean mask it would add 0 or 1, without an
+    # error, and every token would attend to every other.
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

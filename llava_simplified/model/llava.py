@@ -2,8 +2,8 @@
 
     image  uint8 (3, 224, 224)                  "USER: <image>\\nWhat is this? ASSISTANT: a cat</s>"
       |                                           |
-      | vision tower (frozen)                     | tokenizer; the image placeholder is repeated once
-      v                                           v per patch
+      | vision tower (frozen)                     | tokenizer; the image placeholder is replaced by
+      v                                           v one placeholder per patch
     patch features (196, 768)                   input_ids (length,)
       |                                           |
       | projector (trained)                       | embedding table
@@ -15,7 +15,7 @@
                                                 logits, at trained positions only --> cross entropy
 
 To the language model, an image is a run of 196 token embeddings that do not come from its embedding
-table. Nothing else about it changes: its attention, its loss and its generation are those of text.
+table. Nothing else changes: attention, loss and generation work as for text.
 
 The files of this package, in reading order:
 
@@ -24,8 +24,8 @@ The files of this package, in reading order:
     projector.py            patch features -> image tokens
     language_model.py       logits at trained positions, attention masks for shared prompts
     generation.py           KV cache, continuous batching (with kv_cache.py and sampling.py)
-    lora.py                 what is trained and what is frozen
-    config.py, build.py     llava.json; from a config to a model
+    lora.py                 select and check the trained parameters
+    config.py, build.py     llava.json; build a model from its config
     checkpoint.py           save and load
 
 After "Visual Instruction Tuning" (Liu et al., 2023) and "Improved Baselines with Visual Instruction
@@ -55,7 +55,7 @@ from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
 
 class LlavaOutput(NamedTuple):
-    """What `Llava.forward` returns.
+    """Result of `Llava.forward`.
 
     Attributes:
         loss: float32 scalar, summed (not averaged) over the trained tokens.
@@ -70,12 +70,12 @@ class Llava(nn.Module):
     """A vision tower and a language model, joined by a projector.
 
     Args:
-        vision_tower: Pixels -> patch features (images, tokens, vision width).
-        projector: (..., vision width) -> (..., text width).
+        vision_tower: Pixels -> patch features (images, tokens, vision hidden size).
+        projector: (..., vision hidden size) -> (..., text hidden size).
         language_model: A causal language model of Transformers, or a PEFT model around one.
-        tokenizer: The language model's.
+        tokenizer: The language model's tokenizer.
         template: Name of the prompt template, see `llava_simplified.prompt.Prompt`.
-        instruction: Default instruction of `caption`: the one that the model was trained with.
+        instruction: Default instruction of `caption`, normally the one used in training.
     """
 
     def __init__(
@@ -98,25 +98,25 @@ class Llava(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Llava:
         """Load a checkpoint; `options` are those of `llava_simplified.model.checkpoint.load_checkpoint`."""
-        # The one import against the order of modules (checkpoints are made of this class), and so
-        # inside the function: `Llava.from_pretrained` is the name that everybody expects.
+        # Import here, because checkpoint.py imports this module. The method exists only because users
+        # expect the name `from_pretrained`.
         from llava_simplified.model.checkpoint import load_checkpoint
 
         return load_checkpoint(folder, **options)
 
     # ---- training ----
 
-    # Logits are computed only where a token is trained. In a caption of 12 tokens behind 196 patches and
-    # a short prompt that is 6 % of the positions, and the output layer is a matrix as large as the
-    # vocabulary: a fifth of the computation, and its output is the largest tensor of a step.
+    # Logits are computed at the trained positions only. With 196 patches, a short prompt and a caption of
+    # 12 tokens, these are 6 % of the positions. The lm_head has one row per vocabulary entry: at all
+    # positions it would take a fifth of the computation and produce the largest tensor of a step.
     #
     #     input_ids         <s>  img  img  img  What  is  it  [/INST]  a    cat  </s>
     #     logit_positions                                     7        8    9
     #     labels                                              a        cat  </s>
     #
-    # Positions and labels are explicit pairs, not labels shifted by one, because of shared prompts:
-    # several captions of one image may follow one prompt, and the first token of each is predicted from
-    # the last position of the prompt. See language_model.py.
+    # Positions and labels are explicit pairs instead of labels shifted by one. Shared prompts require
+    # this: several captions of one image may follow one prompt, and the first token of each is predicted
+    # from the last position of the prompt. See language_model.py.
 
     def forward(
         self,
@@ -130,16 +130,17 @@ class Llava(nn.Module):
         branch_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> LlavaOutput:
-        """Compute the loss of a batch, as `llava_simplified.data.collate.Collator` makes it.
+        """Compute the loss of a batch from `llava_simplified.data.collate.Collator`.
 
         Args:
-            input_ids: int64 (batch, length), IMAGE_INDEX where a patch feature goes.
+            input_ids: int64 (batch, length), IMAGE_INDEX at the position of every patch feature.
             logit_positions: int64 (trained,), flat indices into batch x length.
             labels: int64 (trained,), the token to predict at each of these positions.
             pixel_values: uint8 (images, 3, height, width), the images of the batch in reading order.
-            image_features: (images, tokens, vision width), if the vision tower has run before.
+            image_features: (images, tokens, vision hidden size), instead of `pixel_values` if the
+                features were computed before.
             attention_mask: int64 (batch, length), 0 on padding, if each row is one prompt and one
-                answer. For packed rows and shared prompts, three tensors (batch, length) instead:
+                answer. Packed rows and shared prompts need these three tensors (batch, length) instead:
             segment_ids: Number of the example within its row; 0 on padding.
             branch_ids: Number of the answer within its example; 0 in the prompt.
             position_ids: Position within the prompt and one answer, from 0.
@@ -159,13 +160,14 @@ class Llava(nn.Module):
             )
         logits = outputs.logits.flatten(0, -2)  # (trained, vocabulary)
 
-        # At least float32: a softmax over a large vocabulary loses too much in bfloat16. And a sum, so
-        # that micro-batches, devices and packs add up to the mean over all tokens of a step.
+        # Compute the loss in float32 at least: a softmax over a large vocabulary loses too much precision
+        # in bfloat16. Sum it, so that the trainer can add micro-batches and devices, and divide by the
+        # number of tokens of the whole step.
         loss_dtype = torch.promote_types(logits.dtype, torch.float32)
         loss = cross_entropy(logits.to(loss_dtype), labels, reduction="sum")
         return LlavaOutput(loss, logits.detach())
 
-    # The splice, which is all there is to LLaVA:
+    # The splice, which is the core of LLaVA:
     #
     #     input_ids        <s>     -200   -200   -200   What     is     this
     #     embedding table  e(<s>)   .      .      .     e(What)  e(is)  e(this)
@@ -183,21 +185,21 @@ class Llava(nn.Module):
 
         Args:
             input_ids: int64 (batch, length), IMAGE_INDEX (-200) once per patch feature.
-            image_features: (images, tokens, vision width), in the order of the placeholders; None if
-                there are no images.
+            image_features: (images, tokens, vision hidden size), in the order of the placeholders; None
+                if there are no images.
 
         Returns:
-            (batch, length, text width)
+            (batch, length, text hidden size)
 
         Raises:
             ValueError: There are more or fewer features than placeholders.
         """
         is_image = input_ids == IMAGE_INDEX
-        # The table has no row -200. Any valid id does, since its embedding is overwritten.
+        # Look up id 0 in place of -200, which the table does not have. The result is overwritten below.
         embeds = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if image_features is None:
             return embeds
-        # The features have the dtype of the frozen tower, while a trained projector is float32.
+        # Convert the features: they have the dtype of the frozen tower, a trained projector is float32.
         image_tokens = self.projector(image_features.to(self._projector_dtype(embeds)))
         self.check_image_token_count(is_image, image_features)
         return embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
@@ -209,18 +211,18 @@ class Llava(nn.Module):
     ) -> None:
         """Raise ValueError if there are more or fewer features than placeholders.
 
-        `masked_scatter` would use the features of the wrong image, without an error.
+        `masked_scatter` does not check this, and would use the features of the wrong image.
 
         Args:
             is_image: bool (batch, length).
-            image_features: (images, tokens, vision width).
+            image_features: (images, tokens, vision hidden size).
         """
         placeholders = int(is_image.sum())
         images, tokens, _ = image_features.shape
         if images * tokens == placeholders:
             return
-        # A micro-batch without images contains a dummy image (see `Collator`), which passes through
-        # the projector and goes nowhere: distributed training requires a gradient of every parameter.
+        # Accept the dummy image of a micro-batch without images (see `Collator`). It runs through the
+        # projector, and its output is unused: distributed training requires a gradient of every parameter.
         if images == 1 and placeholders == 0:
             return
         raise ValueError(
@@ -252,14 +254,14 @@ class Llava(nn.Module):
         Args:
             images: A path, bytes, a PIL image or a uint8 RGB array (height, width, 3); or a list.
             instruction: Text of the user's turn; by default the instruction of the training data.
-                `<image>` in it marks where the image goes; without a mark it goes in front.
+                It may contain `<image>` at the place of the image; otherwise the image comes first.
             num_return_sequences: Captions per image. Several are sampled, by default at temperature 0.7.
             batch_size: Number of images to process at a time.
             **options: Fields of `GenerationOptions`: max_new_tokens, temperature, top_p, num_beams, ...
 
         Returns:
-            A caption, or a list of captions if `num_return_sequences` is above 1; for a list of images
-            a list of these.
+            For one image: a caption, or a list of captions if `num_return_sequences` is above 1. For a
+            list of images: a list with one such result per image.
 
         Raises:
             ImageError: An image cannot be read.
@@ -305,8 +307,8 @@ class Llava(nn.Module):
 
         Args:
             turns: A question, or the conversation so far, whose last turn is the user's.
-            images: One for each `<image>` in the user's turns. If there is none, the images go in
-                front of the first of these turns.
+            images: One per `<image>` in the user's turns. If the turns contain no `<image>`, the images
+                are placed before the text of the first user turn.
             **options: Fields of `GenerationOptions`, with one beam and one sequence.
         """
         prompt, pixel_values = self.prepare_inputs(turns, images)
@@ -335,7 +337,7 @@ class Llava(nn.Module):
         pixels = [self.vision_tower.transform(load_pixels(image)) for image in images]
         return prompt, torch.stack(pixels)
 
-    # ---- what training engines ask of a model ----
+    # ---- the interface that Trainer, FSDP and DeepSpeed expect ----
 
     @property
     def device(self) -> torch.device:
@@ -343,12 +345,12 @@ class Llava(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The language model's Transformers config: engines read the width of the layers from it."""
+        """The language model's Transformers config. DeepSpeed reads the hidden size from it."""
         return self.language_model.config
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Class names of the layers that occur here. FSDP gathers the weights of one at a time."""
+        """Class names of the transformer layers. FSDP gathers the weights of one layer at a time."""
         names = {
             *(self.language_model._no_split_modules or ()),
             *(self.vision_tower.model._no_split_modules or ()),
@@ -359,7 +361,7 @@ class Llava(nn.Module):
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Recompute the activations of the layers in the backward pass instead of storing them.
 
-        A frozen vision tower stores none, so that there is nothing to save.
+        A frozen vision tower is skipped, since it stores no activations anyway.
         """
         self.language_model.gradient_checkpointing_enable(**options)
         if not self.vision_tower.frozen:

@@ -1,8 +1,8 @@
-"""What is trained: LoRA adapters, the projector, whole models; and a table that shows and checks it.
+"""Select the trained parameters: LoRA adapters, the projector, full models; and check the selection.
 
-freeze(model, parts)                  1. freeze all but the projector and what is trained in full
-add_lora(...), add_tower_lora(...)    2. adapters, each on a model that is frozen
-check_trainable(model, parts)         3. exactly that is trained, or an error
+freeze(model, parts)                  1. freeze all parameters except the parts trained in full
+add_lora(...), add_tower_lora(...)    2. add trainable adapters to frozen models
+check_trainable(model, parts)         3. raise unless exactly the expected parameters are trainable
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from llava_simplified.model.protocols import CausalLM, VisionModel
 
 
 class PartCount(NamedTuple):
-    """One row of the table.
+    """The number of parameters of one part of the model.
 
     Attributes:
         name: Name of the part ("vision tower", "LoRA adapter", ...).
-        parameters: Number of its parameters (scalars).
-        trained: Number of those that are trained.
-        dtypes: Their data types, separated by commas.
+        parameters: Number of parameters (scalars).
+        trained: Number of trained parameters.
+        dtypes: Data types of the parameters, separated by commas.
     """
 
     name: str
@@ -37,8 +37,8 @@ class PartCount(NamedTuple):
 def freeze(model: Llava, parts: TrainedParts) -> None:
     """Freeze everything except the projector and the models whose own weights are trained.
 
-    What is trained becomes float32, whatever the frozen weights are: bfloat16 has 8 bits of precision,
-    and would round small updates away.
+    Trained weights become float32, whatever the dtype of the frozen ones: bfloat16 has 8 bits of
+    precision, and would round small updates away.
 
     Adapters are added afterward, by `add_lora` and `add_tower_lora`.
     """
@@ -48,10 +48,10 @@ def freeze(model: Llava, parts: TrainedParts) -> None:
         tower.float()
         for name, parameter in tower.model.named_parameters():
             parameter.requires_grad_(name in tower.used_parameters)
-    # A frozen tower stays in evaluation mode, see `VisionTower.train`.
+    # Set the mode only now that `requires_grad` is final: `VisionTower.train` depends on it.
     tower.eval()
 
-    # The projector is always trained: it is what a fresh model lacks.
+    # The projector is always trained, since a new model starts with a random one.
     model.projector.requires_grad_(True).float()
 
     if parts.language_model == "full":
@@ -71,14 +71,14 @@ def add_lora(
 
     Args:
         model: Modified in place.
-        rank: r, the inner width of the adapter.
-        alpha: The output of the adapter is scaled by alpha / r.
-        dropout: Probability, at the input of the adapter.
+        rank: Rank r of the low-rank matrices.
+        alpha: Scale of the adapter: its output is multiplied by alpha / r.
+        dropout: Dropout probability at the input of the adapter.
         bias: Which biases of the linear layers are trained as well: "none", "all" or "lora_only".
     """
-    text = model.language_model
-    layers = find_linear_modules(text)
-    adapted = _adapt(text, layers, rank, alpha, dropout, bias, "CAUSAL_LM")
+    lm = model.language_model
+    layers = find_linear_modules(lm)
+    adapted = _adapt(lm, layers, rank, alpha, dropout, bias, "CAUSAL_LM")
     model.language_model = cast(CausalLM, adapted)
 
 
@@ -99,16 +99,16 @@ def add_tower_lora(
 
 
 def find_linear_modules(language_model: CausalLM) -> list[str]:
-    """Return the full names of all linear layers except the output layer.
+    """Return the full names of all linear layers except the lm_head.
 
-    All of them, as Dettmers et al. recommend (QLoRA, 2023). Full names, since a bare "q_proj" or
-    "all-linear" would match the layers of a vision tower as well.
+    Adapting all linear layers is what Dettmers et al. recommend (QLoRA, 2023). The names are full names,
+    because a bare "q_proj" or "all-linear" would match the layers of a vision tower as well.
     """
-    head = language_model.get_output_embeddings()
+    lm_head = language_model.get_output_embeddings()
     names: list[str] = []
     for name, module in language_model.named_modules():
-        # Conv1D is what GPT-2 calls its linear layers.
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+        # GPT-2 uses Conv1D for its linear layers.
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not lm_head:
             names.append(name)
     return names
 
@@ -117,7 +117,7 @@ def count_parameters(model: Llava) -> list[PartCount]:
     """Count the parameters of vision tower, projector and language model, and of their adapters.
 
     Returns:
-        One row per part. Adapters that do not exist have none; the projector always has one.
+        One entry per part. An adapter that does not exist has no entry; the projector always has one.
     """
     groups: dict[str, list[nn.Parameter]] = {
         "vision tower": [],
@@ -153,14 +153,15 @@ def check_trainable(model: Llava, parts: TrainedParts) -> str:
 
     Args:
         model: The model, frozen and adapted.
-        parts: What should be trained. Adapters and the projector are, wherever they exist; of a
-            vision tower that is trained in full, the parameters that its features depend on.
+        parts: The parts that should be trained, in addition to projector and adapters. Of a vision
+            tower that is trained in full, only the parameters that its features depend on count.
 
     Raises:
-        RuntimeError: A part is trained that should not be, or not all of a part.
+        RuntimeError: The number of trained parameters of a part differs from the expected number.
     """
     rows = count_parameters(model)
-    # Adapters and the projector in full; then the models themselves.
+    # Expected number of trained parameters. Start with all of them, which is right for adapters and
+    # projector; then correct the vision tower and the language model.
     expected = {row.name: row.parameters for row in rows}
     expected["vision tower"] = 0
     if parts.vision_tower == "full":
@@ -172,12 +173,12 @@ def check_trainable(model: Llava, parts: TrainedParts) -> str:
 
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}  dtype"]
     for row in rows:
-        # LoRA may train biases of the language model, which are none of the adapter's parameters.
+        # With --lora_bias, LoRA also trains biases that belong to the language model, not the adapter.
         is_exempt = row.name == "language model" and _trains_biases(model.language_model)
         if row.trained != expected[row.name] and not is_exempt:
             raise RuntimeError(
-                f"{row.name}: {row.trained:,} parameters are trained, but {expected[row.name]:,} should "
-                "be"
+                f"{row.name}: {row.trained:,} parameters are trainable, expected "
+                f"{expected[row.name]:,}"
             )
         lines.append(f"{row.name:<16}{row.parameters:>16,}{row.trained:>16,}  {row.dtypes}")
     total = sum(row.parameters for row in rows)
@@ -197,11 +198,11 @@ def _adapt(
 ) -> PeftModel:
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no linear layer that LoRA could adapt; train all of it, or "
-            "freeze it"
+            f"LoRA does not support {type(model).__name__}, which has no linear layers; train all its "
+            "weights, or freeze it"
         )
-    # Full names: PEFT matches names by their endings too, and other tools put the adapter on a model that
-    # contains both the language model and the vision tower.
+    # Store full names: PEFT also matches names by their endings, and other tools load the adapter into a
+    # model that contains both the language model and the vision tower.
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]

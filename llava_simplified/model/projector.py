@@ -8,24 +8,28 @@ import torch
 from torch import nn
 
 
-def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
-    """Build a projector (..., vision_width) -> (..., text_width) with PyTorch's default initialization.
+def build_projector(kind: str, vision_hidden_size: int, text_hidden_size: int) -> nn.Module:
+    """Build a projector with PyTorch's default initialization.
 
     Args:
         kind: `linear` (LLaVA), `mlp2x_gelu` (LLaVA-1.5), `mlp3x_gelu` and so on, or `identity`.
-        vision_width: Width of the patch features.
-        text_width: Width of the token embeddings.
+        vision_hidden_size: Size of the patch features.
+        text_hidden_size: Size of the token embeddings.
+
+    Returns:
+        A module (..., vision_hidden_size) -> (..., text_hidden_size).
 
     Raises:
-        ValueError: `kind` is unknown, or `identity` between different widths.
+        ValueError: `kind` is unknown, or it is `identity` and the hidden sizes differ.
     """
     if kind == "linear":
-        return nn.Linear(vision_width, text_width)
+        return nn.Linear(vision_hidden_size, text_hidden_size)
     if kind == "identity":
-        if vision_width != text_width:
+        if vision_hidden_size != text_hidden_size:
             raise ValueError(
-                f"--mm_projector_type identity requires equal widths, but the vision tower has "
-                f"{vision_width} and the language model {text_width}"
+                "--mm_projector_type identity requires equal hidden sizes, but that of the vision tower "
+                f"is {vision_hidden_size} and that of the language model {text_hidden_size}; "
+                "pass --mm_projector_type linear"
             )
         return nn.Identity()
     match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
@@ -35,9 +39,9 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
             f"{kind!r}"
         )
     depth = int(match[1])
-    layers: list[nn.Module] = [nn.Linear(vision_width, text_width)]
+    layers: list[nn.Module] = [nn.Linear(vision_hidden_size, text_hidden_size)]
     for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(text_width, text_width)]
+        layers += [nn.GELU(), nn.Linear(text_hidden_size, text_hidden_size)]
     return nn.Sequential(*layers)
 
 
@@ -45,19 +49,19 @@ def build_projector(kind: str, vision_width: int, text_width: int) -> nn.Module:
 def init_projector_scale(
     projector: nn.Module, features: torch.Tensor, embeddings: torch.Tensor
 ) -> None:
-    """Rescale a fresh projector to the features that it reads and the embeddings that it replaces.
+    """Rescale a new projector, so that its outputs have the scale of the token embeddings.
 
-    The channels of features differ a hundredfold in scale between towers, and token embeddings are
-    small (standard deviation 0.1 in SmolLM2). With PyTorch's default initialization, hundreds of
-    training steps are spent on correcting that.
+    The scale of the features differs a hundredfold between towers, and token embeddings are small
+    (standard deviation 0.1 in SmolLM2). With PyTorch's default initialization, training spends hundreds
+    of steps on correcting the scale.
 
     The first layer is rescaled as if its input were standardized per channel, and the last layer so
     that the output has the standard deviation of the embeddings. No parameter is added.
 
     Args:
         projector: Modified in place.
-        features: (images, tokens, vision width), of some training images.
-        embeddings: (any number, text width), token embeddings of the language model.
+        features: (images, tokens, vision hidden size), features of some training images.
+        embeddings: (any number, text hidden size), token embeddings of the language model.
     """
     linears = [module for module in projector.modules() if isinstance(module, nn.Linear)]
     if not linears:
@@ -65,10 +69,10 @@ def init_projector_scale(
     first, last = linears[0], linears[-1]
     features = features.flatten(0, -2).float()
 
-    # (x - mean) / std = x / std - mean / std: into the weight and the bias of the first layer.
+    # Fold (x - mean) / std = x / std - mean / std into the weight and the bias of the first layer.
     std = features.std(0)
     # Clamp the standard deviation so that channels that are nearly constant in these images are not
-    # amplified in others. Behind a ReLU most may be constant, so that the median is 0.
+    # amplified in others. Use the mean if the median is 0: after a ReLU, most channels may be constant.
     typical_std = float(std.median()) or float(std.mean())
     first.weight.div_(std.clamp_min(0.1 * typical_std))
     first.bias.sub_(first.weight @ features.mean(0))

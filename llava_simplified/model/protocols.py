@@ -1,7 +1,7 @@
 """What this package requires of a language model and of a vision model, whatever their architecture.
 
-Both come from Transformers, and PEFT may have wrapped them: `PreTrainedModel` and `PeftModel` have no
-base class in common but `nn.Module`, so these Protocols name the methods that are used.
+Both come from Transformers, and PEFT may wrap them. The only common base class of `PreTrainedModel` and
+`PeftModel` is `nn.Module`, so these Protocols name the methods that are used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PretrainedModule(Module, Protocol):
     """A model of Transformers, or a PEFT model around one."""
 
     config: Any
-    """Its Transformers config. Which attributes it has depends on the family."""
+    """The Transformers config. Its attributes depend on the model family."""
     _no_split_modules: Any
 
     @property
@@ -56,7 +56,7 @@ class VisionModel(PretrainedModule, Protocol):
 
 
 class VisionEncoder(Protocol):
-    """Pixels, uint8 (images, 3, height, width) -> features (images, num_tokens, width)."""
+    """Pixels, uint8 (images, 3, height, width) -> features (images, num_tokens, hidden size)."""
 
     num_tokens: int
 
@@ -64,7 +64,7 @@ class VisionEncoder(Protocol):
 
 
 class CaptionModel(Protocol):
-    """What decoding needs of a LLaVA model; `llava_simplified.model.llava.Llava` is one."""
+    """The part of `llava_simplified.model.llava.Llava` that decoding uses."""
 
     training: bool
 

@@ -12,12 +12,12 @@ from transformers.generation import LogitsProcessor, logits_process
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.prompt import IMAGE_INDEX
 
-# Every sequence draws from a random generator of its own, seeded by what identifies the sequence and by
-# nothing else. So its tokens do not depend on which other sequences are in the batch, on their order, or
-# on when it joined:
+# Every sequence has its own random generator. The seed of the generator is derived only from what
+# identifies the sequence, so its tokens do not depend on which other sequences are in the batch, on their
+# order, or on when it joined:
 #
 #     seed of the request ----+
-#     hash of prompt, images -+--> SHA-256 --> torch.Generator of this sequence --> one number a step
+#     hash of prompt, images -+--> SHA-256 --> torch.Generator of this sequence --> one number per step
 #     number of the sample ---+
 
 
@@ -25,14 +25,14 @@ def prompt_hashes(
     prompts: Sequence[Sequence[int]],
     pixel_values: torch.Tensor | Sequence[torch.Tensor] | None,
 ) -> list[bytes]:
-    """Return a hash of each prompt's token ids and images: the same in whatever batch it comes.
+    """Return a hash of the token ids and images of each prompt, independent of the other prompts.
 
     Args:
         prompts: Token ids, one IMAGE_INDEX per image.
         pixel_values: uint8 (images, 3, height, width), the images of all prompts in order.
     """
     hashes: list[bytes] = []
-    # One iterator for all prompts: each takes as many images as it has placeholders.
+    # Share one iterator: each prompt consumes as many images as it has placeholders.
     images = iter(()) if pixel_values is None else iter(pixel_values)
     for prompt in prompts:
         ids = list(prompt)
@@ -58,12 +58,12 @@ def make_generator(
         device: Device of the logits.
     """
     if seed is None:
-        # From torch's global CPU generator, so that `torch.manual_seed` makes it reproducible.
+        # Draw from torch's global CPU generator, so that `torch.manual_seed` makes this reproducible.
         seed = int(torch.randint(2**62, ()))
     digest = hashlib.sha256(prompt_hash + f"|{seed}|{sample}".encode()).digest()
     number = int.from_bytes(digest[:8], "big")
     generator = torch.Generator(device)
-    # Shifted by one bit, since `manual_seed` does not accept all 64-bit numbers.
+    # Shift by one bit, since `manual_seed` does not accept all unsigned 64-bit numbers.
     generator.manual_seed(number >> 1)
     return generator
 
@@ -77,8 +77,8 @@ def process_logits(
 
     Args:
         logits: float32 (rows, vocabulary).
-        generated_ids: What each row has generated so far; rows of the same length.
-        options: Of all these rows.
+        generated_ids: Token ids that each row has generated so far; all rows have the same length.
+        options: Options of all rows.
 
     Returns:
         (rows, vocabulary), -inf for excluded tokens.
@@ -102,8 +102,8 @@ def process_logits(
 def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Draw one token per row, with the row's own generator.
 
-    Not `torch.multinomial`, which has one generator for all rows. Each row draws one number from
-    [0, 1) and gets the token whose share of the cumulative distribution contains it.
+    `torch.multinomial` cannot be used, since it has one generator for all rows. Instead, each row draws
+    one number from [0, 1) and gets the token at this point of the cumulative distribution.
 
     Args:
         logits: (rows, vocabulary).
@@ -113,7 +113,7 @@ def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.T
         Token ids (rows,).
     """
     cumulative = logits.softmax(-1).cumsum(-1)
-    # Rounding may leave the last sum below 1: divide, so that every number falls on some token.
+    # Divide by the last sum: rounding may leave it below 1, and a number above it would get no token.
     cumulative = cumulative / cumulative[:, -1:]
     numbers = [torch.rand(1, generator=random, device=logits.device) for random in generators]
     return torch.searchsorted(cumulative, torch.cat(numbers)[:, None], right=True)[:, 0]

@@ -1,4 +1,4 @@
-"""The vision tower: any vision model of Transformers, as pixels -> features (images, tokens, width).
+"""The vision tower: any vision model of Transformers, as pixels -> features.
 
 vision transformer (CLIP, SigLIP, DINOv2, ViT)      convolutional (EfficientNet, ConvNeXt, ResNet)
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class _Shape(NamedTuple):
-    """What is known of a tower's features without its weights; see the attributes of `VisionTower`."""
+    """The properties of a tower that do not depend on its weights; see the attributes of `VisionTower`."""
 
     num_tokens: int
     width: int
@@ -39,23 +39,23 @@ class _Shape(NamedTuple):
 
 
 class VisionTower(nn.Module):
-    """A vision model, and the choice of which of its features the language model gets.
+    """A vision model, and the selection of the features that the projector gets.
 
     Args:
         model: Accepts `pixel_values`, returns `last_hidden_state` and `hidden_states`.
-        transform: How its images are resized and normalized.
-        select_layer: Which hidden states. -1 are the last ones; -2, those of the layer before, are
-            LLaVA's choice for CLIP. Several are concatenated along the width.
-        select_feature: `patch`, or `cls_patch` to keep the tokens that are not patches (CLS,
-            registers) in front.
+        transform: Resize, crop and normalization of the images.
+        select_layer: Index of the hidden state to use. -1 is the last one; -2, the output of the layer
+            before, is LLaVA's choice for CLIP. Several are concatenated along the channels.
+        select_feature: `patch`, or `cls_patch` to also keep the tokens that precede the patches (CLS,
+            registers).
         token_pool: Average the grid of patches to `token_pool` x `token_pool` tokens; 0 keeps it.
 
     Attributes:
-        num_tokens: Number of tokens of one image.
-        width: Width of a token.
+        num_tokens: Number of tokens per image.
+        width: Hidden size: number of channels of a token.
         grid: (rows, columns) of the tokens that are patches.
-        used_parameters: Names of the model's parameters that the features depend on. Those of the
-            layers above the selected one are not among them.
+        used_parameters: Names of the model's parameters that the features depend on. The layers above
+            the selected one are excluded.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class VisionTower(nn.Module):
             **choices: `select_layer`, `select_feature` and `token_pool` of the constructor.
 
         Raises:
-            ValueError: It is not a vision model, weights are missing, or its image processor does
-                something that `ImageTransform` does not support.
-            OSError: A file is missing; the message says which one.
+            ValueError: The model is not a vision model, weights are missing, or its image processor
+                does something that `ImageTransform` does not support.
+            OSError: A file is missing; the message names it.
         """
         check_model_name(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
@@ -115,7 +115,7 @@ class VisionTower(nn.Module):
             trust_remote_code=False,
         )
         tower = cls(cast(VisionModel, model), transform, **choices)
-        # Weights that the features do not depend on, such as a pooling head, may be missing.
+        # Check the used parameters only: a pooling head, for example, may be missing.
         check_missing_keys(name_or_path, tower.used_parameters & set(loading_info["missing_keys"]))
         return tower
 
@@ -123,11 +123,11 @@ class VisionTower(nn.Module):
     def from_config(
         cls, config: PreTrainedConfig, transform: ImageTransform, **choices: Any
     ) -> VisionTower:
-        """Build the tower on the meta device, without weights: enough to know its shape.
+        """Build the tower on the meta device, without weights, for example to know its shape.
 
         Args:
-            config: Of a vision model, or of a two-tower model.
-            transform: How its images are resized and normalized.
+            config: Transformers config of a vision model or of a two-tower model.
+            transform: Resize, crop and normalization of the images.
             **choices: `select_layer`, `select_feature` and `token_pool` of the constructor.
         """
         config = getattr(config, "vision_config", config)
@@ -150,10 +150,10 @@ class VisionTower(nn.Module):
         return not hasattr(self.model.config, "num_attention_heads")
 
     def train(self, mode: bool = True) -> VisionTower:
-        """Set the training mode, but leave in evaluation mode what must stay there.
+        """Set the training mode, except for a frozen tower and for batch norms.
 
-        A frozen tower must, because of dropout. So must batch norms, even of a tower that is trained:
-        with statistics of the batch, the features of an image would depend on the other images.
+        A frozen tower stays in evaluation mode, because of dropout. So do the batch norms of a tower
+        that is trained: with batch statistics, the features of an image would depend on the other images.
         """
         super().train(mode and not self.frozen)
         for module in self.modules():
@@ -169,15 +169,15 @@ class VisionTower(nn.Module):
                 that are normalized already.
 
         Returns:
-            (images, num_tokens, width), of the tower's dtype.
+            (images, num_tokens, hidden size), in the tower's dtype.
         """
         if pixel_values.dtype == torch.uint8:
             pixel_values = self.transform.normalize(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
         if self.is_convolutional:
-            # Several times faster on a CPU.
+            # Convolutions in this memory format are several times faster on a CPU.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        # Without gradients, a frozen tower stores no activations.
+        # Disable gradients for a frozen tower, so that it stores no activations.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features, _ = self._select(self.model, pixel_values)
         return features
@@ -188,16 +188,18 @@ class VisionTower(nn.Module):
         """Run a vision model and select features.
 
         Returns:
-            Features (images, tokens, width), and the (rows, columns) of the tokens that are patches.
+            Features (images, tokens, hidden size), and the (rows, columns) of the patches.
         """
         outputs = model(pixel_values, output_hidden_states=True)
         if outputs.last_hidden_state.dim() == 4:
             return self._select_maps(outputs.last_hidden_state, outputs.hidden_states)
         hidden_states = [outputs.hidden_states[layer] for layer in self.select_layers]
-        features = torch.cat(hidden_states, dim=-1)  # (images, CLS and registers + patches, width)
+        features = torch.cat(
+            hidden_states, dim=-1
+        )  # (images, CLS and registers + patches, hidden size)
         rows, columns = _patch_grid(model, pixel_values, features.shape[1])
 
-        # CLS and register tokens stand in front of the patches.
+        # CLS and register tokens precede the patches.
         num_others = features.shape[1] - rows * columns
         if self.select_feature == "cls_patch":
             if self.token_pool:
@@ -212,7 +214,7 @@ class VisionTower(nn.Module):
         features = features[:, num_others:]
         if not self.token_pool:
             return features, (rows, columns)
-        # Pooling works on (images, width, rows, columns).
+        # Pooling requires (images, channels, rows, columns).
         maps = features.transpose(1, 2).unflatten(2, (rows, columns))
         pooled = adaptive_avg_pool2d(maps, self.token_pool)
         features = pooled.flatten(2).transpose(1, 2)
@@ -228,9 +230,11 @@ class VisionTower(nn.Module):
             )
         maps: list[torch.Tensor] = []
         for layer in self.select_layers:
-            # EfficientNet applies one more convolution after its last hidden state: -1 means the result.
+            # For -1 use `last_hidden_state`: EfficientNet applies one more convolution after the last
+            # entry of `hidden_states`.
             maps.append(last_hidden_state if layer == -1 else hidden_states[layer])
-        # Early maps are larger: bring all to the smallest grid, so that their channels can be concatenated.
+        # Pool all maps to the smallest grid, so that their channels can be concatenated: the maps of
+        # early layers are larger.
         sizes = [feature_map.shape[-2:] for feature_map in maps]
         grid = min(sizes, key=torch.Size.numel)
         if self.token_pool:
@@ -246,11 +250,11 @@ class VisionTower(nn.Module):
     def _trace(self) -> _Shape:
         """Find out the shape of the features, and which parameters they depend on.
 
-        The architecture is run on the meta device, without data. Its gradients are empty too, but they
-        exist for exactly those parameters that the features depend on.
+        The architecture runs on the meta device, without data. Its gradients have no data either, but
+        exactly the parameters that the features depend on have one.
 
         Raises:
-            ValueError: A selected layer does not exist, or the model gives no grid of features.
+            ValueError: A selected layer does not exist, or the model returns no grid of features.
         """
         with torch.device("meta"), torch.enable_grad():
             # A second model, since the first one has data, and PEFT may have wrapped it.
@@ -261,17 +265,19 @@ class VisionTower(nn.Module):
                 names, parameters = zip(*model.named_parameters())
                 gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
             except IndexError:
-                # Of `hidden_states[layer]`. Counted by running the model again: it is on the meta device.
+                # `hidden_states[layer]` failed. Run the model once more to count its hidden states, which
+                # costs nothing on the meta device.
                 count = len(model(pixel_values, output_hidden_states=True).hidden_states)
                 raise ValueError(
                     f"--mm_vision_select_layer {self.select_layers} is out of range: the vision tower "
                     f"has {count} hidden states"
                 ) from None
             except (AttributeError, RuntimeError, TypeError) as error:
-                # Whatever another kind of model does when it gets `pixel_values` and nothing else.
+                # Models of other kinds fail in different ways if they get `pixel_values` only.
                 raise ValueError(
-                    f"a {self.model.config.model_type} cannot be the vision tower: from `pixel_values` "
-                    f"alone it gives no grid of features ({type(error).__name__}: {error})"
+                    f"a {self.model.config.model_type} cannot be used as vision tower: called with "
+                    "`pixel_values` only, it does not return a grid of features "
+                    f"({type(error).__name__}: {error})"
                 ) from error
         used = [name for name, gradient in zip(names, gradients) if gradient is not None]
         return _Shape(
@@ -283,7 +289,7 @@ class VisionTower(nn.Module):
 
 
 def check_missing_keys(source: str, missing: Collection[str]) -> None:
-    """Raise ValueError if weights are missing. Transformers would only warn, and draw them at random."""
+    """Raise ValueError if weights are missing; Transformers would only warn and use random ones."""
     if missing:
         raise ValueError(f"{source}: weights are missing: {', '.join(sorted(missing)[:5])}")
 
@@ -295,6 +301,7 @@ def _patch_grid(model: VisionModel, pixel_values: torch.Tensor, num_tokens: int)
         patch_size = (patch_size, patch_size)
     height, width = pixel_values.shape[-2:]
     rows, columns = height // patch_size[0], width // patch_size[1]
-    # Swin and FocalNet merge `merged` x `merged` neighbors on the way up.
+    # Swin and FocalNet merge neighboring patches between their stages: each token of the last stage
+    # covers `merged` x `merged` patches.
     merged = isqrt(rows * columns // num_tokens) or 1
     return rows // merged, columns // merged

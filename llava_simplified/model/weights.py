@@ -17,9 +17,9 @@ _SAMPLE_BYTES = 4096
 
 
 def filter_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Return the weights whose names begin with a prefix, without it, and contiguous in memory."""
+    """Return the weights whose names begin with a prefix. The prefix is removed from the names."""
     return {
-        # safetensors refuses to write tensors that are views with strides.
+        # Copy views with strides, because safetensors writes contiguous tensors only.
         name.removeprefix(prefix): weight.contiguous()
         for name, weight in weights.items()
         if name.startswith(prefix)
@@ -34,7 +34,7 @@ def check_state_dict(
     Args:
         stored: The weights that were read.
         expected: The weights of the model.
-        where: What was read, for the message.
+        where: File or folder that the weights were read from, for the message.
     """
     missing = sorted(set(expected) - set(stored))
     unexpected = sorted(set(stored) - set(expected))
@@ -42,17 +42,17 @@ def check_state_dict(
         raise ValueError(
             f"{where}: missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}"
         )
-    # The names are the same from here on.
+    # Both have the same names from here on.
     for name, weight in stored.items():
         if weight.shape != expected[name].shape:
             raise ValueError(
-                f"{where}: {name} is {tuple(weight.shape)}, the model needs "
+                f"{where}: {name} has the shape {tuple(weight.shape)}, but the model expects "
                 f"{tuple(expected[name].shape)}"
             )
 
 
 def weight_files(name_or_path: str) -> list[Path]:
-    """Return the files that a model's weights are read from, in the order of preference of Transformers.
+    """Return the files that Transformers reads the weights of a model from.
 
     Args:
         name_or_path: A folder, or the name of a hub repository, whose files are downloaded.
@@ -63,7 +63,7 @@ def weight_files(name_or_path: str) -> list[Path]:
     """
     check_model_name(name_or_path)
     _find_file(name_or_path, "config.json")
-    # One file, or an index that names its shards.
+    # Try the formats in the order of Transformers: one file, or an index that names its shards.
     for name in ("model.safetensors", "pytorch_model.bin"):
         if _has_file(name_or_path, name):
             return [_find_file(name_or_path, name)]
@@ -72,7 +72,7 @@ def weight_files(name_or_path: str) -> list[Path]:
             text = _find_file(name_or_path, index).read_text(encoding="utf-8")
             shards = set(json.loads(text)["weight_map"].values())
             return [_find_file(name_or_path, shard) for shard in sorted(shards)]
-    # There are none: raise an error that names the file that is most likely wanted.
+    # No weights were found. Look for the most likely file, to raise an error that names it.
     is_sharded = Path(name_or_path).is_dir() and any(Path(name_or_path).glob("*-of-*"))
     wanted = "model.safetensors.index.json" if is_sharded else "model.safetensors"
     return [_find_file(name_or_path, wanted)]
@@ -81,13 +81,13 @@ def weight_files(name_or_path: str) -> list[Path]:
 def weights_digest(name_or_path: str) -> str:
     """Return a digest of a model's weights: of names, sizes and samples of its weight files.
 
-    Samples, because hashing 14 GB to load an adapter of 100 MB would take longer than loading it. Two
-    fine-tuned versions of one model differ in nearly every sample.
+    Only samples are hashed, because hashing 14 GB would take longer than loading an adapter of 100 MB.
+    Samples suffice, since two fine-tuned versions of one model differ in nearly every one.
 
     Raises:
-        OSError: A file is missing.
+        OSError: A weight file is missing.
     """
-    # Changing anything here would make all checkpoints refuse their base models.
+    # Do not change this computation: existing checkpoints would no longer load with their base models.
     digest = hashlib.sha256()
     for path in weight_files(name_or_path):
         size = path.stat().st_size
@@ -100,24 +100,25 @@ def weights_digest(name_or_path: str) -> str:
 
 
 def check_weights_digest(part: str, name_or_path: str, digest: str) -> None:
-    """Raise ValueError if base weights are not those that a checkpoint was trained on.
+    """Raise ValueError if base weights differ from those that a checkpoint was trained on.
 
     Args:
         part: "language_model" or "vision_tower".
-        name_or_path: The weights as they are now.
-        digest: Their digest at training.
+        name_or_path: Folder or hub name of the weights.
+        digest: Expected digest, stored by the training.
     """
     try:
         found = weights_digest(name_or_path)
     except (OSError, ValueError) as error:
         option = "--model-base" if part == "language_model" else "--vision-tower"
         raise ValueError(
-            f"the checkpoint's {part} {name_or_path}: {error}. If it has moved, pass {option}"
+            f"the checkpoint's {part} {name_or_path}: {error}. If it has moved, pass its new path "
+            f"with {option}"
         ) from error
     if found != digest:
         raise ValueError(
-            f"{part} {name_or_path}: other weights than those that this checkpoint was trained with; "
-            "what it trained fits only those"
+            f"{part} {name_or_path}: the weights differ from those that this checkpoint was trained "
+            "with; its projector and adapters fit only the original weights"
         )
 
 
@@ -126,7 +127,8 @@ def _has_file(name_or_path: str, name: str) -> bool:
 
 
 def _find_file(name_or_path: str, name: str) -> Path:
-    # The hub's message on a missing file tells more than ours could; for a folder it is the reverse.
+    # Let Transformers raise for a hub repository, where its message is the more helpful one. For a local
+    # folder, raise our own message below.
     is_folder = Path(name_or_path).is_dir()
     try:
         path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=not is_folder)

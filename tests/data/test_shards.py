@@ -158,7 +158,7 @@ def test_tar_members_names_the_truncated_member(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../../etc/cron.d/x.jpg", "/etc/passwd.jpg", "a/../../b.jpg"])
 def test_tar_members_rejects_names_that_leave_the_archive(tmp_path: Path, name: str) -> None:
     path = write_foreign_tar(tmp_path / "0.tar", {"a.jpg": b"x", name: b"y"})
-    with pytest.raises(ValueError, match="leaves the archive") as error:
+    with pytest.raises(ValueError, match="unsafe path") as error:
         list(tar_members(path))
     assert name in str(error.value)
 
@@ -228,7 +228,7 @@ def test_parquet_images_are_read_by_row(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=5)
     for row in (22, 0, 5, 4, 11):
         assert read_image_bytes(f"x.parquet#{row}", tmp_path) == bytes([row])
-    with pytest.raises(ImageError, match="no row 23, it has 23"):
+    with pytest.raises(ImageError, match="no row 23.* 23 rows"):
         read_image_bytes("x.parquet#23", tmp_path)
 
 

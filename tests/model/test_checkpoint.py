@@ -288,7 +288,7 @@ def test_load_checkpoint_names_an_unexpected_weight_and_a_wrong_shape(
     with pytest.raises(ValueError, match=r"unexpected \['extra'\]"):
         load_checkpoint(tmp_path / "c")
     save_file({**tensors, "bias": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"bias is \(3,\), the model needs \(32,\)"):
+    with pytest.raises(ValueError, match=r"bias .*\(3,\).*\(32,\)"):
         load_checkpoint(tmp_path / "c")
 
 
@@ -308,7 +308,7 @@ def test_load_checkpoint_refuses_other_base_weights_of_the_same_shape(
     path = other / "model.safetensors"
     changed = {name: weight + 0.01 for name, weight in load_file(path).items()}
     save_file(changed, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"language_model .*mistral: other weights"):
+    with pytest.raises(ValueError, match=r"language_model .*mistral: .*weights differ"):
         load_checkpoint(tmp_path / "c", model_base=str(other))
 
 
