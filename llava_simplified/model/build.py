@@ -101,7 +101,8 @@ def build_model(
             str(language_model or config.language_model), trust_remote_code=trust_remote_code
         )
     model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
-    check_vocabulary(model.prompt, text.config, str(language_model or config.language_model))
+    name = tokenizer.name_or_path or str(language_model or config.language_model)
+    check_vocabulary(model.prompt, text.config, name)
     # Only now: random weights are the same on every device if they are drawn on the CPU.
     if device is None or on_meta:
         return model

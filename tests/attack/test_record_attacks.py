@@ -118,7 +118,7 @@ def test_generated_records(model: Llava) -> None:
 
 @pytest.mark.slow
 def test_many_generated_records(model: Llava) -> None:
-    generated_records(model, 20_000)
+    generated_records(model, 5000)
 
 
 FILES = {
