@@ -200,13 +200,13 @@ def _find_image(
         if located is not None:
             matches.add(image, located)
     except AmbiguousNameError as error:
-        issues.note("image name that fits several files (left out)", row.number, error)
+        issues.note("image name that fits several files (skipped)", row.number, error)
         return ""
     # The name is too long, or contains a null character.
     except (OSError, ValueError):
         located = None
     if located is None:
-        issues.note(f"image not in {image_folder} (left out)", row.number, image)
+        issues.note(f"image not in {image_folder} (skipped)", row.number, image)
         return ""
     if located.rule != "exact":
         issues.note(f"image name matched by {located.rule} (kept)", row.number, image)
