@@ -237,7 +237,7 @@ def configure_process(*, uses_torch: bool) -> None:
     if uses_torch and "OMP_WAIT_POLICY" not in os.environ and cpus_are_shared():
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
-    # DeepSpeed logs the absence of a GPU whenever a model is saved.
+    # Hide a log message about the missing GPU, which DeepSpeed writes whenever a model is saved.
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator to CPU" not in record.getMessage()
     )

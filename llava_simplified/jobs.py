@@ -158,8 +158,8 @@ def exclusive_lock(
     try:
         yield
     finally:
-        # Delete before releasing: afterwards the file could already belong to the next holder. On Windows an open
-        # file cannot be deleted, but there `release` deletes it.
+        # Delete the file before releasing the lock: afterward it could already belong to the next process. On Windows
+        # an open file cannot be deleted, but there `release` deletes it.
         with contextlib.suppress(OSError):
             path.unlink()
         lock.release()

@@ -81,7 +81,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        """Print one line that says what is wrong, and exit with status 2."""
+        """Print a short error message without the usage, and exit with status 2."""
         shown = escape_control_characters(message)
         self.exit(2, f"error: {shown}\n`{self.prog} --help` lists the options.\n")
 
@@ -163,8 +163,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def escape_control_characters(text: str) -> str:
     """Replace the characters that control a terminal by their escapes, for example "\\x1b".
 
-    Messages contain file names, captions and headers, which may be anybody's. A terminal would do what they say: change
-    colours, the title and the clipboard, or overwrite other lines. Line breaks and tabs stay.
+    Messages contain file names, captions and headers, which may be anybody's. A terminal would execute control
+    sequences in them: change colors, the title and the clipboard, or overwrite other lines. Line breaks and tabs are kept.
     """
     return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
 

@@ -332,7 +332,7 @@ class Prompt:
         flush()
         return replaced
 
-    # ---- layouts: the template, rendered and cut ----
+    # ---- layouts: the template, rendered and split ----
 
     def _layout(self, turns: Sequence[Message], where: str) -> Layout:
         """Return the template for the roles of these turns and an answer."""

@@ -104,7 +104,7 @@ def evaluate(
         )
     else:
         read = Predictions(list(predictions))
-    # Only CLIPScore looks at images: without it, the folder need not exist.
+    # Read the images for CLIPScore only; without it, the folder need not exist.
     images: list[bytes] = []
     if clip is not None:
         images = read_sample_images(read.samples, Path(image_folder))

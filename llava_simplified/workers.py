@@ -235,9 +235,9 @@ def _run_worker(
     """Run tasks until the parent ends. This is the main function of a worker process.
 
     Args:
-        pipe: The tasks come from here, and the results go back.
-        function: What is run for each task.
-        parent: The process id of the parent.
+        pipe: Connection for receiving tasks and sending results.
+        function: The function to call for each task.
+        parent: Process id of the parent.
         level: The log level of the parent; None if it has not configured its log.
     """
     # A process that was not forked starts without any.

@@ -134,7 +134,7 @@ def caption_main(argv: list[str] | None = None) -> int:
     """Run `llava caption`; see `cli.main` for the exit status."""
     args = build_caption_parser().parse_args(argv)
     options = _generation_options(args, args.trials)
-    # The caption of one image is printed, unless a file was asked for.
+    # Print the caption of a single image, unless an output file is given.
     if not args.output and len(args.sources) == 1 and _is_image(args.sources[0]):
         return _caption_on_terminal(args, args.sources[0], options)
     output = Path(args.output or "captions.jsonl")
@@ -306,9 +306,10 @@ def _caption_on_cluster(args: argparse.Namespace, output: Path, options: Generat
             "--engine ray captions all slices: pass --num-chunks N, but neither --shards nor "
             "--chunk-idx."
         )
-    chunks = args.num_chunks or 1
+    num_slices = args.num_chunks or 1
     jobs = [
-        _make_job(args, args.sources, output, options, chunk, chunks) for chunk in range(chunks)
+        _make_job(args, args.sources, output, options, slice_index, num_slices)
+        for slice_index in range(num_slices)
     ]
     failed = False
     for task in run_tasks(caption_file, jobs, engine="ray"):

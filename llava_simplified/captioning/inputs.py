@@ -95,7 +95,7 @@ def open_inputs(
     Args:
         source: An image, a .tar shard, a folder (searched recursively) or glob pattern of these,
             or several of them; or a file of records.
-        image_folder: Folder of the images; only for records.
+        image_folder: Image folder; only for records.
         instructions: Instructions about every image; not for records, which contain instructions.
 
     Raises:
@@ -109,7 +109,7 @@ def open_inputs(
             f"{records_files[0]}: a file of records must be the only input. Caption each file with "
             "an --output of its own."
         )
-    # Decided by the name alone, so that a missing file of records is reported as one.
+    # Check only the suffix, so that a missing file of records is reported as such.
     if records_files:
         source = records_files[0]
         if instructions:
@@ -117,7 +117,7 @@ def open_inputs(
                 f"--instruction: the records of {source} contain their own instructions; "
                 "remove the option."
             )
-        # Records may be unanswered: this command writes the answers.
+        # Accept records without responses, since this command generates them.
         # A row that is no record is set aside when its turn comes, unless all are.
         return open_data(
             source,
@@ -130,7 +130,7 @@ def open_inputs(
     names, folder = found[0].names, found[0].folder
     if len(found) > 1:
         names, folder = _join_names(found)
-    # Absolute, because a Ray worker has another working directory.
+    # Make the folder absolute, because a Ray worker has a different working directory.
     return ImageRecords(names, instructions), str(folder.absolute())
 
 
@@ -178,8 +178,9 @@ def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
 def find_images(source: str) -> FoundImages:
     """Find the images of a file, folder, shard or glob pattern.
 
-    A single file counts as an image whatever its suffix is; of several files, those with the suffix
-    of an image, and those without a suffix whose first bytes are those of an image.
+    The source is a file, folder, shard or glob pattern, or several of these. A single file is treated as an
+    image whatever its suffix is. Of several files, only those are used that have the suffix of an image
+    or shard, or that have no suffix and begin with the bytes of an image.
     """
     path = Path(source)
     folder = Path()
@@ -212,7 +213,7 @@ def find_images(source: str) -> FoundImages:
             name = file.relative_to(folder).as_posix()
         if file.suffix == ".tar":
             index = shard_index(file)
-            # `read_image_bytes` finds one image of a shard by its key.
+            # Refer to an image in a shard by its key, as `read_image_bytes` expects.
             names += [f"{name}#{key}" for key in index.names()]
             if index.num_without_image:
                 skipped["samples of a shard without an image"] += index.num_without_image

@@ -4,8 +4,8 @@ Files of a job with `--output captions.jsonl`:
 
     captions.jsonl                  one row per caption; this is also the journal of the job
     captions.jsonl.bad.jsonl        one row per record that cannot be captioned, with the reason
-    captions.jsonl.settings.json    what the job was started with
-    .captions.jsonl.lock            held by the process that writes
+    captions.jsonl.settings.json    settings of the job
+    .captions.jsonl.lock            lock, held by the process that writes
 
 A JSON array cannot be appended to. With `--output predictions.json`, the journal is therefore
 `predictions.json.part.jsonl`, which is converted to the array at the end.
@@ -134,7 +134,7 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         try:
             model = model or load_model(job)
             if isinstance(records, ImageRecords) and not job.instructions:
-                # Only the checkpoint knows the instruction that it was trained with. The settings
+                # Use the instruction of the training, which is stored in the checkpoint. The settings
                 # need not contain it, because they identify the checkpoint.
                 records.instructions = (model.instruction,)
             with Journal(files.journal) as journal, Journal(files.failures) as failures:
@@ -142,7 +142,7 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         except BaseException:
             _remove_empty_job(files)
             raise
-        # The job is complete: what remains is cleaning up, which a killed process repeats.
+        # The job is complete. If the process is killed during the cleanup, the next run repeats it.
         if not counts.failed:
             files.failures.unlink()
         if files.journal != files.output:
@@ -206,11 +206,11 @@ def _modification_times(model_path: str) -> list[int]:
 
 
 def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...]) -> object:
-    """Return a value that changes if the indices of the output would mean other records."""
+    """Return a value that changes if an index would refer to a different record."""
     if isinstance(records, ImageRecords):
-        # One more image in a folder shifts the indices of all images behind it.
+        # Hash all names: one more image in a folder shifts the indices of all images after it.
         return hashlib.sha256("\n".join(records.names).encode(errors="surrogateescape")).hexdigest()
-    # A file of records may have gigabytes. Size and time are cheap, and change with every edit.
+    # Use size and modification time of a file of records, which may have gigabytes.
     assert isinstance(source, str)  # `open_inputs` accepts one file of records only
     stat = Path(source).stat()
     return [stat.st_size, stat.st_mtime_ns]
@@ -238,8 +238,7 @@ def _caption_remaining(
         indices = records.indices()
     if job.limit:
         indices = indices[: job.limit]
-    # Slices are interleaved: a slow part of the source, such as large images, is shared by all
-    # processes.
+    # Interleave the slices, so that slow parts of the source (large images) are distributed evenly.
     indices = indices[job.chunk :: job.chunks]
     remaining = [index for index in indices if index not in finished and index not in failed]
 
@@ -260,7 +259,7 @@ def _caption_remaining(
 
 
 def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str | None]:
-    """Return index and image of the records with all their rows in a journal.
+    """Return index and image of the records whose rows are all in a journal.
 
     A process that was killed while writing leaves an incomplete record at the end. The journal is
     truncated before it. Random numbers depend only on the record, so the next run generates the same
@@ -356,7 +355,7 @@ def caption_records(
         logger.warning("%s", matches.describe())
 
 
-# The captions of a record, or the reason why there are none: its image cannot be read, its prompt
+# The captions of a record, or the error if there are none: its image cannot be read, its prompt
 # cannot be rendered, or the row is not a record.
 Outcome = list[str] | ValueError
 
@@ -412,7 +411,7 @@ def _caption_window(
     batch_size: int,
     matches: NameMatches,
 ) -> Iterator[dict[int, Outcome]]:
-    """Yield the outcomes of one batch after the other, by position in the window."""
+    """Yield the outcomes of each batch, by position in the window."""
     window: dict[int, Record] = {}
     prompts: dict[int, list[int]] = {}
     failed: dict[int, Outcome] = {}
@@ -421,7 +420,7 @@ def _caption_window(
             failed[position] = record
             continue
         try:
-            # Without a response (None), the prompt ends where the model's answer begins.
+            # Render without a response (None), so that the prompt ends where the answer begins.
             prompts[position] = model.prompt.render(record.turns, None).input_ids
             window[position] = record
         except ValueError as error:  # for example turns that the template cannot render
@@ -429,8 +428,8 @@ def _caption_window(
     if failed:
         yield failed
     by_length = sorted(window, key=lambda position: len(prompts[position]))
-    # One thread reads images in the order in which the batches need them, while the model computes.
-    # One is enough: reading an image takes milliseconds, captioning it takes far longer.
+    # Read the images in a thread, in the order of the batches, while the model computes. One thread is
+    # sufficient: reading an image takes milliseconds, captioning it takes far longer.
     with ThreadPoolExecutor(1) as reader:
         images = _WindowImages(model, image_folder, reader, matches)
         for position in by_length:
@@ -442,7 +441,7 @@ def _caption_window(
                 image_error = images.error_of(window[position])
                 if image_error is not None:
                     outcomes[position] = image_error
-            # The other records of the batch are not affected by an image that cannot be read.
+            # Caption the other records of the batch as usual.
             readable = [position for position in batch if position not in outcomes]
             if readable:
                 names = _image_names(window[position] for position in readable)
@@ -471,7 +470,7 @@ class _WindowImages:
     Args:
         model: The model, for its transform and its vision tower.
         image_folder: Folder that the image names are relative to.
-        reader: Reads the images.
+        reader: Executor that reads the images.
         matches: Counts by which rule image files are found.
     """
 

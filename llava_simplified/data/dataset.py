@@ -244,7 +244,7 @@ class CaptionDataset(Dataset[Example]):
         """
         if room < MIN_ANSWER_TOKENS:
             raise ValueError(_no_room(record, self.max_length))
-        # A word has at least one token. The prompt is rendered anew for each attempt, because the number of tokens of
+        # A word has at least one token. The prompt is rendered again for each attempt, because the number of tokens of
         # a text is not the sum of its words'.
         words = text.split(" ")[:room]
         while True:

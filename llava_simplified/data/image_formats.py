@@ -43,7 +43,7 @@ _SIGNATURES = {
 _SIGNATURE_PATTERNS = [
     (re.compile(pattern, re.DOTALL), name) for pattern, name in _SIGNATURES.items()
 ]
-# Comments, a declaration and a document type may stand in front of the element.
+# Comments, a declaration and a document type may precede the element.
 _SVG = re.compile(rb"<(?:\w+:)?svg[\s>]", re.IGNORECASE)
 _SNIFFED_BYTES = 4096
 IMAGE_HEADER_BYTES = 512  # that `is_image_header` looks at

@@ -319,7 +319,7 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """Return the number of frames or pages of an image file; 1 for a still image.
 
     Raises:
-        ImageError: As `decode_image`; "corrupt" if a frame behind the first is damaged so that they cannot be counted.
+        ImageError: As `decode_image`; "corrupt" if a frame after the first is damaged so that they cannot be counted.
     """
 
     def count(file: bytes) -> int:
@@ -494,7 +494,7 @@ def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> np.ndarray:
 
 def _to_pixels(image: Image.Image) -> np.ndarray:
     """Return a PIL image as uint8 RGB (height, width, 3), upright, with transparency on white."""
-    # Before the orientation is read: loading a TIFF applies it, and loading a PNG finds metadata behind the pixels.
+    # Load before reading the orientation: loading a TIFF applies it, and loading a PNG finds metadata after the pixels.
     _load(image)
     return np.asarray(_to_rgb(_make_upright(image, _read_orientation(image))))
 

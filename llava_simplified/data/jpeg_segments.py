@@ -51,7 +51,7 @@ class Segment(NamedTuple):
     Attributes:
         marker: The second byte of its marker.
         body: What follows the length: the parameters.
-        scan: The entropy-coded data behind an SOS; empty behind other markers.
+        scan: The entropy-coded data after an SOS; empty after other markers.
     """
 
     marker: int

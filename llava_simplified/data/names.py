@@ -14,7 +14,7 @@ a name is matched
        my_cats/1.jpg  and  cats/1.jpg            do not match: a part is compared as a whole
 
 A name with several equally long matches is an error, as are two images that would match the same name: no image is ever
-replaced by another one without notice.
+silently replaced by a different one.
 """
 
 from __future__ import annotations

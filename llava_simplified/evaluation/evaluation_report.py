@@ -34,12 +34,11 @@ from llava_simplified.html_report import (
     write_page,
 )
 
-MAX_CARDS = (
-    500  # images that are shown; with the size of a thumbnail, this keeps the file below 10 MB
-)
+# Maximum number of images in the report, which keeps the file below 10 MB.
+MAX_CARDS = 500
 MAX_PANELS = 4  # runs that have panels of their own
 MAX_CHANGED = 8  # images in each list of a comparison
-CLOSE_WORD_F1 = 0.5  # from this score on, a caption is "close"
+CLOSE_WORD_F1 = 0.5  # minimum word F1 of a caption that is marked as "close"
 
 TILE_METRICS = ("CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR", "CLIPScore", "word F1", "exact match")
 SHUFFLE_METRICS = ("word F1", "CIDEr-D", "exact match")
@@ -61,10 +60,10 @@ class Run:
 
 @dataclass(frozen=True)
 class RunPanel:
-    """What the panels show of one run.
+    """Contents of the panels of a run.
 
     Attributes:
-        number: Number of the run, for its color.
+        number: Number of the run, which determines its color.
         name: Name of the run.
         result: Its scores.
         unseen_scores: Its scores on images with unseen references, as text.
@@ -96,12 +95,12 @@ def write_report(
     Args:
         output: The HTML file.
         title: Heading of the page.
-        runs: Runs on the same images. The checkpoints of one training run are shown newest first. The run that is shown
-            first gives the order and the verdicts of the images.
-        image_folder: Folder of the images.
-        settings: Shown as a table.
+        runs: Runs on the same images. The checkpoints of one training run are shown newest first. The first run that is
+            shown determines the order and the verdicts of the images.
+        image_folder: Image folder.
+        settings: Settings for the table at the end.
         log: `trainer_log.jsonl`, for the training curves.
-        train_captions: Training captions, normalized: marks references that are not among them.
+        train_captions: Normalized training captions, for marking images with unseen references.
         comparisons: Comparisons of later runs with the first of `runs`, by the names of the later ones.
 
     Raises:
@@ -133,7 +132,7 @@ def write_report(
         run_names=[run.name for run in runs],
         num_images=num_images,
         num_trials=max(len(run.result.trials) for run in runs),
-        tiles=_tiles(shown),
+        tiles=_score_tiles(shown),
         panels=panels,
         notes=notes,
         shuffle_comparison=_compare_shuffled(shown),
@@ -217,7 +216,8 @@ class RunTile(NamedTuple):
     values_by_run: list[tuple[int, str, str]]
 
 
-def _tiles(runs: Sequence[Run]) -> list[RunTile]:
+def _score_tiles(runs: Sequence[Run]) -> list[RunTile]:
+    """Return the headline scores, with their intervals."""
     tiles = []
     for name in METRIC_NAMES:
         values = []
@@ -232,7 +232,7 @@ def _tiles(runs: Sequence[Run]) -> list[RunTile]:
 
 
 def _compare_shuffled(runs: Sequence[Run]) -> dict[str, list[Bar]]:
-    """Return by metric the scores of each run with the own and with another image's captions."""
+    """Return the bars that compare the scores of each image's own captions and of shuffled captions, by metric."""
     comparison = {}
     for name in SHUFFLE_METRICS:
         # A set of one image has no shuffled scores.
@@ -492,13 +492,13 @@ def _make_cards(
     aligned: Sequence[Sequence[Sample]],
     train_captions: Collection[str] | None,
 ) -> list[Card]:
-    """Return the images that are shown, best first by the word F1 of the headline run, then by CIDEr-D."""
+    """Return the cards of the report, sorted by word F1 and then CIDEr-D of the headline run, best first."""
     scores = []
     for run, samples in zip(runs, aligned):
         # The scores are in the order of the run's own samples.
         positions = {_image_key(sample): i for i, sample in enumerate(run.samples)}
         scores.append(_card_scores(run, [positions[_image_key(sample)] for sample in samples]))
-    # CIDEr-D only decides between captions with the same word F1: in a small set, its values say little.
+    # Use CIDEr-D only to break ties of word F1: in a small set, its values are not reliable.
     word_f1, cider_d, _ = scores[0]
     ranked = sorted(range(len(word_f1)), key=lambda i: (-word_f1[i], -cider_d[i], i))
 
@@ -586,7 +586,7 @@ def _add_thumbnails(cards: Sequence[Card], folder: Path) -> list[str]:
         card.thumbnail = make_thumbnail(pixels)
     if not errors:
         return []
-    if len(errors) == len(with_image):  # not a few bad files, but a wrong folder
+    if len(errors) == len(with_image):  # probably a wrong folder
         raise ValueError(
             f"None of the {len(errors)} images can be read; check --image-folder. "
             f"The first: {errors[0]}"

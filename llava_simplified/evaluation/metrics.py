@@ -54,8 +54,8 @@ class Sample:
 
     Attributes:
         index: Index of the record, as text.
-        image: Path of the image below the image folder, or `shard.tar#key`; empty for a record of text alone.
-        instruction: What the model was asked.
+        image: Path of the image in the image folder, or `shard.tar#key`; empty for a record of text alone.
+        instruction: Instruction of the model.
         references: Reference captions.
         captions: Generated captions, one for each trial (returned sequence).
     """
@@ -80,7 +80,7 @@ class Evaluation:
         unseen: The mean over the images without any reference that is a training caption.
         shares: Fraction of distinct captions; with training captions also of novel captions and unseen references.
         per_image: Scores of single captions by metric, arrays (trials, images).
-        notes: What was left out and why, and warnings.
+        notes: Warnings, and reasons for skipped metrics.
         resampled: `mean` on each bootstrap resample by metric, arrays (resamples,); for paired comparisons.
         counts: How predictions and references were matched, and what was left out.
     """

@@ -54,17 +54,17 @@ class _Row:
 
 
 def read_predictions(path: Path, references: References | None = None) -> Predictions:
-    """Read a prediction file, and collect the rows of each image: one row per trial.
+    """Read a prediction file, and group the rows (one per trial) by image.
 
     Args:
         path: A `.json`, `.jsonl` or `.parquet` file of rows. Rows with the same `index` and `image` are trials of one
             image. `image` is null for a record of text alone.
-        references: Reference captions (see `read_references`). They replace the rows' own
-            `gt_caption`, which is a text or a list of texts. Images without references are counted, not scored.
+        references: Reference captions (see `read_references`). They replace `gt_caption` (a
+            string or a list of strings) in the rows. Images without references are counted, not scored.
 
     Raises:
-        ValueError: A row is not a prediction, a name matches several images, or no image has references. The message
-            names the file, the row and what is wrong.
+        ValueError: A row is not a valid prediction, a name matches several images, or no image has references. The message
+            names file, row and problem.
     """
     rows = open_rows(path)
     reader = _Reader(path, references)
@@ -119,11 +119,11 @@ class _Reader:
         if "pred_output" not in row and "image_id" in row:
             return self._parse_coco_result(row, where)
         caption = self._read_text(row, "pred_output", where)
-        # A record of text alone has no image.
+        # A record without an image has an empty name here.
         image = ""
         if "image" not in row or row["image"] is not None:
             image = _read_string(row, "image", where)
-        # Without an index, the image alone identifies the rows of an image.
+        # If there is no index, the image is the key.
         index = row.get("index")
         if index is None:
             index = image

@@ -116,7 +116,7 @@ def _word_rules() -> list[str]:
         *(rf"({elision})" for elision in elisions),
         # "y'all" is "y' all".
         rf"([yY]{apostrophe})[{LETTERS}]",
-        # The endings themselves, which are left over after their word.
+        # The endings themselves, which remain after their word.
         rf"(?P<quote>{ending})[^A-Za-z]",
         r"(')[A-Za-z][^ \t\n\r\xa0]",
         rf"(?P<quote>{ending})",
@@ -176,7 +176,7 @@ def _name_rules() -> list[str]:
         rf"([A-Za-z])\.{_SPACE}+(?:{SENTENCE_STARTERS}|{tag}){_SPACE}",
         rf"((?i:{BEFORE_NUMBERS})\.){_SPACE}?{_DIGIT}",
         rf"((?i:pt[ey]|co)\.){_SPACE}(?i:ltd|lim)",
-        # Looks up to two characters ahead: the match is longer than those of the rules that drop the full stop.
+        # The lookahead of up to two characters makes the match longer than those of rules that drop the full stop.
         rf"((?:{company})\.)(?:.|\n)?(?:.|\n)?",
         rf"((?:(?i:{TITLES})|M(?i:iss)|[A-Za-z])\.)",
         rf"((?:{initials})\.)",

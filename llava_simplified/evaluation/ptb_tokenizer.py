@@ -8,16 +8,17 @@ returns the same tokens. Example:
 It is a maximal-munch scanner: at each position, all rules of `ptb_rules` are tried, and the longest match is used
 (including lookahead; of equally long matches, the first one).
 
-It was compared with the original for every character of Unicode, and on hundreds of thousands of random texts. What is
-deliberately different:
+It was compared with the original for every character of Unicode, and on hundreds of thousands of random texts. The
+intended differences are:
 
-- Each caption is read alone. The original reads all captions as one stream, where the first word of the next caption
-  can decide whether a lone letter at the end of this one keeps its full stop.
-- All line breaks (also U+000B, U+000C, U+0085, U+2028 and U+2029) count as spaces, as the server itself treats "\n".
-  In the original they begin a new caption, and every later caption is scored against the references of another image.
-- Half a surrogate pair, which cannot be given to the original, is dropped like every character without a rule.
-- Tokens are put into lower case by Python. The tables of Python and Java differ in letters that are newer than one of
-  them; these can only occur within web addresses, because no other rule accepts them.
+- Each caption is tokenized separately. The original reads all captions as one stream, where the first word of the next
+  caption can affect whether a single letter at the end of this one keeps its full stop.
+- All line breaks (also U+000B, U+000C, U+0085, U+2028 and U+2029) are treated as spaces; the original's caller does this
+  only for "\n". In the original, the others start a new caption, so that every later caption is scored against the
+  references of a different image.
+- Half a surrogate pair, which cannot be passed to the original, is dropped, as is every character without a rule.
+- Python converts the tokens to lower case. The tables of Python and Java differ in letters that are newer than one of
+  them. These can occur only in web addresses, because no other rule accepts them.
 """
 
 from __future__ import annotations
@@ -106,13 +107,13 @@ def tokenize(caption: str) -> str:
     text = _LINE_BREAK.sub(" ", caption)
     if text.isascii() or not _ABOVE_BMP.search(text):
         return _tokenize_line(text)
-    # The original scans UTF-16, where these characters are pairs of surrogates: two units long, and in no class.
+    # The original scans UTF-16, where these characters are surrogate pairs: two units long, and in no class.
     tokens = _tokenize_line(_ABOVE_BMP.sub(_to_surrogates, text))
     return tokens.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def _tokenize_line(text: str) -> str:
-    # In nearly all captions, every chunk can be tokenized on its own. Words repeat, so most chunks are in the cache.
+    # Tokenize every chunk separately if possible, as in nearly all captions. Most chunks are then in the cache.
     chunks = text.split(" ")
     if all(_INDEPENDENT_CHUNK.fullmatch(chunk) for chunk in chunks):
         tokens = [_scan_chunk(chunk + "\n") for chunk in chunks]

@@ -24,7 +24,7 @@ def name_runs(paths: Sequence[Path]) -> list[str]:
 def training_steps(names: Sequence[str]) -> list[int] | None:
     """Return the training steps of a series of checkpoints of one run; None if the names are no such series.
 
-    The names of a series end with `step-N` or `checkpoint-N`, and are the same in front of it.
+    The names of a series end with `step-N` or `checkpoint-N`, and are equal before it.
     """
     steps = []
     prefixes = set()

@@ -459,7 +459,7 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
     settings = dict(source.config["vision_config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     tower = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    # Only some versions of transformers write the prefix, and only some classes have it.
+    # Match the names without the prefix `vision_model.`, which only some versions and classes use.
     expected_names = {_without_prefix(name): name for name in tower.state_dict()}
     weights = {}
     for name, weight in source.vision_tower.items():

@@ -32,8 +32,8 @@ def merge_checkpoint(
     Args:
         checkpoint: Folder written by `llava train`.
         output: Folder to create.
-        model_base: Language model, if it was moved since the training.
-        vision_tower: Vision tower, if it was moved since the training.
+        model_base: Path of the base language model, if it has moved since training.
+        vision_tower: Path of the vision tower, if it has moved since training.
         trust_remote_code: Run the Python code that the language model or its tokenizer comes with.
 
     Raises:

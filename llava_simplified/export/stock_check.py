@@ -196,7 +196,6 @@ def compare_with_references(
     if adapter:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
     processor: Any = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    # Later checks depend on earlier ones: with another prompt, the logits would differ anyway.
     largest = 0.0
     equal_captions = 0
     for image, reference in zip(images, references):

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         model_max_length=args.model_max_length,
     )
     console.print(table)
-    # A row that was shown is usually scanned too: name it once.
+    # Remove duplicates: a problem of a shown row usually also occurs in the scan.
     problems = list(dict.fromkeys([*vocabulary_problems, *shown.problems, *scanned.problems]))
     _print_problems(console, problems)
     return 1 if problems else 0

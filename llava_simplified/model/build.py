@@ -103,7 +103,7 @@ def build_model(
     model = Llava(tower, projector, text, tokenizer, config.template, config.instruction)
     name = tokenizer.name_or_path or str(language_model or config.language_model)
     check_vocabulary(model.prompt, text.config, name)
-    # Only now: random weights are the same on every device if they are drawn on the CPU.
+    # Move the model after creating it: random weights are equal on every device if they are drawn on the CPU.
     if device is None or on_meta:
         return model
     return model.to(device)

@@ -62,9 +62,9 @@ from llava_simplified.workers import parse_slice
 logger = logging.getLogger(__name__)
 
 _MATCHED_BY = "image name matched by "  # and the rule, in the details of usable records
-# Small enough that a killed run repeats little, large enough that the files are few: 6,600 for
-# CC3M.
-CHUNK_RECORDS = 500  # records whose results are written at once
+# Records per file of results: few enough that a killed run repeats little work, and enough to keep the
+# number of files low (6,600 for CC3M).
+CHUNK_RECORDS = 500
 _EXAMPLES_PER_REASON = 12  # in the report
 _SHOWN_CAPTION = 200  # characters of a caption in the report
 # The columns of a chunk's results. Their names are those of version 0.1.0, whose unfinished work can be continued.
@@ -86,10 +86,10 @@ class ValidationResult(NamedTuple):
     """The result of checking whether training can use a record.
 
     Attributes:
-        reason: Why not; empty for a usable record.
-        detail: A sentence about the reason. For a usable record: the reasons why some of its responses are not, and by
-            which rule its image was found.
-        unusable_responses: The positions of the responses that cannot be used, where others can.
+        reason: Reason why the record is unusable; empty for a usable record.
+        detail: Details of the reason. For a usable record: the reasons why some of its responses are unusable, and the
+            rule by which its image was found.
+        unusable_responses: Indices of the unusable responses of a usable record.
         digest: 16 bytes that are equal for equal images; None without images.
         perceptual_hash: 19 bytes, see `duplicates`; None if not requested, or without images.
     """
@@ -116,7 +116,7 @@ def validate_record(
         where: The file and row, for messages.
         folder: The image folder.
         transform: The transform of the vision tower; None checks only that the images can be decoded.
-        rules: What a usable record is.
+        rules: Requirements on images and captions.
         matches: Rejects two names that lead to one image file.
     """
     if matches is None:
@@ -124,7 +124,7 @@ def validate_record(
     rules_before = matches.rules.copy()
     try:
         record = Record.from_json(row, where)
-        # ImageError is a ValueError, so it must be caught first.
+        # Catch ImageError first, because it is a ValueError.
         digest, look = _check_images(record, folder, transform, rules, matches)
     except ImageError as error:
         return ValidationResult(error.kind, str(error))
@@ -243,7 +243,7 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
         results = [
             _validate_row(rows, index, chunk, matches) for index in range(chunk.start, chunk.stop)
         ]
-        # One name for each value, in the order of the result's attributes.
+        # The column names of the schema are in the order of the result's attributes.
         values = [dict(zip(_RESULT_SCHEMA.names, result)) for result in results]
         with atomic_file(path) as part:
             pq.write_table(pa.Table.from_pylist(values, _RESULT_SCHEMA), part)
@@ -477,8 +477,7 @@ class _Outputs:
                 notes = [note for note in result.detail.split(", ") if note]
                 matched = [note for note in notes if note.startswith(_MATCHED_BY)]
                 self.matched.update(matched)
-                # One bad caption of five is no reason to lose the other four. It is set aside
-                # alone.
+                # Move only the unusable captions to the quarantine, and keep the record with the others.
                 if result.unusable_responses:
                     row, removed = _split_responses(row, result.unusable_responses)
                     reason = ", ".join(note for note in notes if note not in matched)

@@ -64,10 +64,10 @@ def group_captions(
 
     Args:
         read: Returns the rows of the source; it is called once for each pass.
-        issues: What the source contains; only the second pass notes it.
+        issues: Collects the issues of the source, in the second pass only.
         identity: Returns a text that is equal for rows of one image; empty or blank for a row that is never joined.
     """
-    # `hash` of a text differs between processes, but within one it is fast and fixed.
+    # Use Python's `hash`, which is fast. It differs between processes, but is constant within this one.
     hashes = np.fromiter((hash(identity(row)) for row in read(ParseIssues())), np.int64)
     values, counts = np.unique(hashes, return_counts=True)
     # Keep only the images with several captions in the dictionary; most have one.
@@ -79,8 +79,7 @@ def group_captions(
     waiting: dict[str, list[SourceRow]] = {}
     for row in read(issues):
         key = identity(row)
-        # Records have their captions together already, and rows without an image must not be
-        # joined.
+        # Do not group records, which have all captions of an image, nor rows without an image.
         expected = occurrences.get(hash(key)) if key.strip() else None
         if row.record is not None or expected is None:
             yield row
@@ -89,13 +88,13 @@ def group_captions(
         rows.append(row)
         if len(rows) == expected:
             yield _merge_rows(waiting.pop(key), issues)
-    # Two images with the same hash: their rows were counted together, so neither seemed to be complete.
+    # What remains are images with the same hash: they were counted together, so none seemed complete.
     for rows in waiting.values():
         yield _merge_rows(rows, issues)
 
 
 def _merge_rows(rows: list[SourceRow], issues: ParseIssues) -> SourceRow:
-    """Return the first row with the captions of all rows, each once."""
+    """Return the first row, with the captions of all rows without repetitions."""
     # An image in training and in the test set would spoil the test; which of them is right cannot be known.
     for row in rows[1:]:
         if row.split != rows[0].split:
@@ -201,13 +200,13 @@ def _find_image(
         if located is not None:
             matches.add(image, located)
     except AmbiguousNameError as error:
-        issues.note("image name that fits several files (left out)", row.number, error)
+        issues.note("image name that fits several files (skipped)", row.number, error)
         return ""
     # The name is too long, or contains a null character.
     except (OSError, ValueError):
         located = None
     if located is None:
-        issues.note(f"image not in {image_folder} (left out)", row.number, image)
+        issues.note(f"image not in {image_folder} (skipped)", row.number, image)
         return ""
     if located.rule != "exact":
         issues.note(f"image name matched by {located.rule} (kept)", row.number, image)
@@ -345,8 +344,7 @@ def reduce(source: Path, output: Path, count: int, seed: int) -> int:
         raise ValueError(f"--count {count}: must be at least 1")
     if not len(rows):
         raise ValueError(f"{source}: contains no record")
-    # `sample` needs no list of all rows, and the sorted numbers keep the order and read the file
-    # forwards.
+    # Sort the indices, to keep the order of the records and to read the file from start to end.
     chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
     first_error = ""
     with RecordWriter(output) as writer:
@@ -354,7 +352,7 @@ def reduce(source: Path, output: Path, count: int, seed: int) -> int:
             try:
                 row = rows[index]
             except ValueError as error:
-                logger.warning("%s (left out)", error)
+                logger.warning("%s (skipped)", error)
                 first_error = first_error or str(error)
                 continue
             writer.write(row)

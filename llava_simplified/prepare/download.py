@@ -252,11 +252,11 @@ def plan_shards(
 def _plan_chunks(
     source: str, columns: Columns, settings: dict[str, Any], issues: ParseIssues
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of one shard after the other."""
+    """Yield the rows of each shard, in order."""
     rows = group_captions(
         lambda pass_issues: read_source(source, pass_issues, columns), issues, request_identity
     )
-    # Indices are those of the whole source. They name images, and stay the same with every --limit.
+    # Number the rows before applying --limit: the index is part of an image's name, and must not change.
     numbered = islice(enumerate(rows), settings["limit"] or None)
     while True:
         chunk = []

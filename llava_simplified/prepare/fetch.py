@@ -2,11 +2,11 @@
 
 A fetch is rejected
 
-    before the request      schemes other than http and https, at every redirect; robots.txt, if asked to obey it
-    when connecting         addresses that are not public (see `address_guard`)
-    when the header comes   statuses other than 200, images whose server opts out of training
-    while the body streams  bodies that are too large or too slow, also after decompression
-    before it is kept       everything that does not decode as an image in time; see `decode_pool`
+    before the request      for schemes other than http and https, at every redirect; by robots.txt, if --robots is set
+    when connecting         to addresses that are not public (see `address_guard`)
+    after the headers       for statuses other than 200, and if the server opts out of training
+    while the body streams  if the body is too large (also after decompression) or too slow
+    before it is stored     if it does not decode as an image in time; see `decode_pool`
 
 The URL is sent as it is, see `request_url`. Responses are read as leniently as by curl where that is harmless, see
 `lenient_response`.
@@ -48,15 +48,15 @@ else:
 
 logger = logging.getLogger(__name__)
 
-# asyncio's and the built-in TimeoutError are one class only from Python 3.11 on.
+# Before Python 3.11, asyncio's and the built-in TimeoutError are different classes.
 TIMEOUT_ERRORS = (TimeoutError, asyncio.TimeoutError)
 AGENT = "llava-simplified"
 MAX_REDIRECTS = 5
 # After this many timeouts in a row, give up on a host. Otherwise a host that is down would cost one timeout
 # per URL.
 MAX_CONSECUTIVE_TIMEOUTS = 10
-SLOW_AFTER = 3.0  # seconds; from then on a body must have brought ...
-SLOW_RATE = 1000  # ... this many bytes per second on average
+SLOW_AFTER = 3.0  # seconds after which the average rate of a body is checked
+SLOW_RATE = 1000  # minimum average rate of a body, in bytes per second
 MAX_DETAIL_LENGTH = 300
 # A request with a smaller share of the timeout, because other hosts have used the rest, tells nothing about its host.
 FAIR_SHARE = 0.5
@@ -139,10 +139,10 @@ class Fetcher:
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
-            timeout=aiohttp.ClientTimeout(total=None),  # `_get` limits the time itself
+            timeout=aiohttp.ClientTimeout(total=None),  # `_get` has its own timeout
             max_line_size=MAX_HEAD_BYTES,
             max_field_size=MAX_HEAD_BYTES,
-            auto_decompress=False,  # `_decompress` limits the size
+            auto_decompress=False,  # `_decompress` has its own limit of the size
         )
         self._decode_pool = DecodePool(self.options.timeout, self.options.max_pixels)
         return self
@@ -175,17 +175,17 @@ class Fetcher:
             failure = FetchError("timeout", detail)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             failure = FetchError(name_failure(error), f"{type(error).__name__}: {error}")
-        # A fault of this package or of a library. It costs this row, and not all others with it.
+        # Catch errors of this package or of a library too, so that only this row fails.
         except Exception as error:
             logger.exception("internal error while fetching %s", url)
             failure = FetchError("internal", f"{type(error).__name__}: {error}")
-        # Headers may contain any bytes, but the journal holds only UTF-8.
+        # Replace bytes that are not UTF-8: headers may contain any bytes, but the journal is a UTF-8 file.
         detail = str(failure)[:MAX_DETAIL_LENGTH].encode(errors="replace").decode()
         seconds = time.perf_counter() - start
         return FetchResult(failure.kind, failure.http, detail, seconds=seconds, pause=failure.pause)
 
     async def _check(self, data: bytes) -> EncodedImage:
-        """Decode the image; shrink it if asked to."""
+        """Decode the image, and shrink it if `options.resize` is set."""
         options = self.options
 
         def decode(file: bytes) -> EncodedImage:
@@ -425,7 +425,7 @@ def parse_retry_after(value: str | None) -> float | None:
         return None
     if value.strip().isdecimal():
         return float(value.strip())
-    # Years and time zones of any length pass the parser of dates, and overflow behind it.
+    # The parser accepts years and time zones of any length, which can overflow later.
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, ArithmeticError, LookupError):

@@ -31,8 +31,8 @@ from llava_simplified.prepare.source_rows import (
     find_columns,
 )
 
-NOT_AN_OBJECT = "not a JSON object (left out)"
-_SAME_ID = "image with the id of a different image (left out)"
+NOT_AN_OBJECT = "not a JSON object (skipped)"
+_SAME_ID = "image with the id of a different image (skipped)"
 _ROW_KEYS = ("", "images", "annotations", "data", "rows")  # "" is a top-level array
 _PARALLEL_KEYS = ("image_urls", "captions")
 _COCO_URL_NAMES = ("coco_url", "flickr_url", "url")
@@ -85,8 +85,8 @@ class _CocoImage(NamedTuple):
 class _JsonReader:
     """Converts the values of a JSON file to rows, one at a time.
 
-    COCO's annotations name an image by its id. Those that come before their image wait until the end of the file. An id
-    that two different images have names neither.
+    COCO's annotations refer to an image by its id. Annotations that precede their image are kept until the end of the
+    file. An id that two different images have is ambiguous, and ignored.
     """
 
     def __init__(self, source: str, issues: ParseIssues, columns: Columns) -> None:
@@ -180,10 +180,10 @@ class _JsonReader:
         image_id = str(annotation.get("image_id"))
         image = self._images.get(image_id)
         if image is None:
-            self._issues.note("annotation of an unknown image (left out)", number, annotation)
+            self._issues.note("annotation of an unknown image (skipped)", number, annotation)
         elif image_id in self._ambiguous:
             self._issues.note(
-                "annotation of an id that different images have (left out)", number, annotation
+                "annotation of an id that different images have (skipped)", number, annotation
             )
         else:
             self._captioned.add(image_id)
@@ -202,7 +202,7 @@ class _JsonReader:
         for image_id, image in self._images.items():
             if image_id not in self._captioned and image_id not in self._ambiguous:
                 self._issues.note(
-                    "image without an annotation (left out)", image.number, image.name or image.url
+                    "image without an annotation (skipped)", image.number, image.name or image.url
                 )
         if not self._parallel:
             self._refuse_unknown_form()

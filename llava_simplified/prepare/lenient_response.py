@@ -9,9 +9,9 @@ aiohttp's parser reads it:
     headers          only those that are used are passed on; others may be of any number, with any name
     header lines     may end without a carriage return, continue on the next line, contain control characters
     Content-Length   may be repeated with the same value, and is ignored beside Transfer-Encoding: chunked
-    behind the body  bytes beyond Content-Length are dropped, and the connection is closed
+    after the body   bytes beyond Content-Length are dropped, and the connection is closed
 
-Still refused: a response without a status line (HTTP/0.9), a head of more than 300 kB, different Content-Lengths,
+Rejected are: a response without a status line (HTTP/0.9), a head of more than 300 kB, different Content-Lengths,
 damaged chunks, and a body that ends too early.
 """
 
@@ -93,7 +93,7 @@ class LenientResponseHandler(ResponseHandler):
         super().connection_lost(exc)
 
     def _cut_body(self, data: bytes) -> bytes:
-        """Return the bytes that belong to the body; what is behind it is dropped."""
+        """Return the bytes that belong to the body, and drop those after it."""
         assert self._bytes_left is not None
         if len(data) > self._bytes_left:
             data = data[: self._bytes_left]
@@ -102,7 +102,7 @@ class LenientResponseHandler(ResponseHandler):
         return data
 
     def _read_head(self, data: bytes) -> bytes:
-        """Return a complete head, rewritten, and the bytes of the body behind it; nothing if more must come."""
+        """Return a complete head, rewritten, and the bytes of the body after it; nothing while the head is incomplete."""
         while True:
             match = _END_OF_HEAD.search(data)
             if match is None:

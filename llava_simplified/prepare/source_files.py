@@ -59,7 +59,7 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
     """Yield each line of a text file that is not blank. Any bytes are accepted.
 
     Only "\\n" ends a line. Text that is not UTF-8 is read as Windows-1252, the usual encoding of old lists; UTF-16 is
-    recognised by its byte order mark. What was repaired or left out is noted in `issues`.
+    recognized by its byte order mark. Repaired and skipped lines are recorded in `issues`.
 
     Yields:
         The line number, counted from 1, and the text without its line end.
@@ -69,7 +69,7 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
     """
     with open_source(source) as stream:
         for number, text in enumerate(_decode_lines(stream, issues), 1):
-            # Only the line end: spaces may separate fields.
+            # Strip only the line end: other whitespace may separate fields.
             text = text.rstrip("\n")
             if text.endswith("\r"):
                 text = text[:-1]

@@ -93,9 +93,9 @@ class ParseIssues:
 
 
 class NamedColumns(NamedTuple):
-    """The columns of a source by name, empty for one that the source does not have.
+    """The column names of a source; a name is empty if the source has no such column.
 
-    A source has URLs or images; only a list of nothing else has no captions.
+    A source has URLs or images. It has no captions only if it is a list of URLs or image names.
     """
 
     url: str
@@ -115,8 +115,8 @@ def find_columns(
         first_row: The first row, for error messages.
 
     Raises:
-        ValueError: A column that the user named does not exist, or there is neither a column of URLs nor one of images.
-            Or there is no column of captions, although some column could be it.
+        ValueError: A column that the user passed does not exist; or there is neither a URL column nor an image column;
+            or there is no caption column, although the source has other columns that could contain captions.
     """
     by_lower_name = {name.lower(): name for name in names}
     all_names = ", ".join(by_lower_name.values())
@@ -135,10 +135,10 @@ def find_columns(
     url = find(columns.url, URL_NAMES)
     image = find(columns.image, IMAGE_NAMES)
     caption = find(columns.caption, CAPTION_NAMES)
-    # Without any other column, no caption can be overlooked: the source is a list of URLs or images.
+    # If there is no other column, no caption can be missed: the source is a list of URLs or images.
     if not caption and (url or image) and set(by_lower_name.values()) == {url, image} - {""}:
         return NamedColumns(url, image, "")
-    # An image without a URL is enough to train on, and a URL without an image to download.
+    # Require an image name (for training) or a URL (for downloading), but not both.
     if not caption or not (url or image):
         missing = "caption" if not caption else "url or image"
         raise ValueError(

@@ -39,7 +39,7 @@ _READERS: dict[str, Reader] = {
     ".ndjson": read_json_lines_source,
 }  # any other suffix is a table
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# What a folder without metadata may hold; the first kind that it holds is its source.
+# Files that a folder without metadata may contain; the first kind that is found is read.
 _PART_SUFFIXES = (
     (".tar",),
     (".parquet",),
@@ -126,7 +126,7 @@ def _lower_name(source: str) -> str:
 
 
 def _format_suffix(source: str) -> str:
-    """Return the suffix that tells the form, without that of a compression and without the query of a URL."""
+    """Return the suffix that identifies the format, ignoring a compression suffix and the query of a URL."""
     name = _lower_name(source)
     if _COMPRESSED_TAR.search(name):
         return ".tar"
@@ -197,7 +197,7 @@ def _read_image_folder(
             without_row.discard(image)
             yield row._replace(image=image)
     for number, name in enumerate(sorted(without_row)):
-        issues.note("image without a row of metadata (left out)", number, name)
+        issues.note("image without a row of metadata (skipped)", number, name)
 
 
 def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> None:

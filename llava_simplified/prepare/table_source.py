@@ -37,8 +37,8 @@ from llava_simplified.prepare.source_rows import (
     find_columns,
 )
 
-_SAMPLE_LINES = 100  # lines that decide about separator and columns
-# A quoted field with more characters is taken for an unclosed quote. The csv module has the same limit.
+_SAMPLE_LINES = 100  # number of lines for detecting separator and columns
+# A longer quoted field is treated as an unclosed quote. The csv module has the same limit.
 _MAX_QUOTED_CHARACTERS = 131_072
 _BAR_SEPARATED = re.compile(r"[^|,]+\| ")
 # Excel writes the separator of a CSV file into its first line, if asked to.
@@ -46,7 +46,7 @@ _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 # Flickr30k: "1.jpg#0" is caption 0 of 1.jpg. But "0.tar#0" is image 0 of a shard.
 _CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)#\d+$", re.IGNORECASE)
 _UNQUOTED_SEPARATORS = ("\t", "|")  # of formats in which a quote is part of the text
-# What stands behind a comma in a URL; captions of one word do not look like this.
+# Text after a comma in a URL; captions of one word do not look like this.
 _PART_OF_URL = re.compile(r"\S*([/=&?%]|\.\w+$)\S*")
 
 Line = tuple[int, str]
@@ -54,7 +54,7 @@ Fields = tuple[int, str, list[str]]  # line number, the line, its fields
 
 
 class Layout(NamedTuple):
-    """Which field is what; -1 for a field that the table does not have. A list of URLs has no captions."""
+    """The index of each field in a row; -1 for a field that the table does not have. A list of URLs has no captions."""
 
     url: int
     image: int
@@ -84,7 +84,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     if has_separator_line:
         next(all_lines)
         head = head[1:]
-    # What the sample contains is noted when it is read again below, as part of the whole.
+    # Pass a throw-away ParseIssues here: the same lines are parsed again below, and counted there.
     sample = [fields for _, _, fields in _split(separator, iter(head), ParseIssues())]
     if not sample:
         raise ValueError(f"{source}: contains no row")
@@ -107,7 +107,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
 def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
     captions: tuple[str, ...] = ()
     if layout.caption >= 0:
-        # A tab inside a caption would break the TSV that somebody writes of it later.
+        # Replace tabs in the caption, so that it can be written to a TSV file later.
         captions = (fields[layout.caption].strip().replace("\t", " "),)
     image = ""
     if layout.image >= 0:
@@ -126,7 +126,7 @@ def _find_separator(head: list[Line], columns: Columns) -> tuple[str, bool]:
         return named[1], True
     if "\t" in first:
         return "\t", False
-    # "| " with a space behind it: a bar alone also occurs in captions and URLs.
+    # Require a space after the bar, since a bar alone also occurs in captions and URLs.
     if _BAR_SEPARATED.match(first):
         return "|", False
     # Both occur in captions too. Where the header does not decide, the separator is the one that splits more lines
@@ -190,7 +190,7 @@ def _read_list(
     for number, text in lines:
         name = text.strip()
         if not pattern.search(name):
-            issues.note("neither a URL nor the name of an image (left out)", number, text)
+            issues.note("neither a URL nor the name of an image (skipped)", number, text)
             continue
         if re.search(r"\s", name):
             issues.note("space inside a URL or name (kept)", number, text)
@@ -269,12 +269,12 @@ def _split_bars(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
 def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
     """Split the lines of a CSV file with quotes (RFC 4180).
 
-    A quoted field may continue on the next lines. With a plain CSV reader, one quote that is never closed would
-    swallow all lines up to the next quote. Therefore a row of several lines must be exact: behind a closing quote stands
-    a separator or the line end. Where an unclosed quote meets the first quote of a later row, text stands behind it.
-    Such a line is split at its separators, and the lines behind it are read again as rows of their own:
+    A quoted field may continue on the next lines. In a plain CSV reader, one quote that is never closed would extend the
+    field to the next quote, over any number of lines. Therefore a row of several lines must be exact: a closing quote
+    must be followed by a separator or the line end. This detects an unclosed quote, because text follows the first quote
+    of a later row. The line is then split at its separators, and the following lines are parsed again as separate rows:
 
-        lines      "a nail,http://a      ahead: [..., ...]   lines that were looked at, but belong to no row yet
+        lines      "a nail,http://a      ahead: [..., ...]   lines that were read ahead, but belong to no row yet
     """
     ahead: deque[Line] = deque()
     while True:
@@ -286,12 +286,13 @@ def _split_csv(separator: str, lines: Iterator[Line], issues: ParseIssues) -> It
         if '"' not in text:
             yield number, text, text.split(separator)
             continue
-        # A row of one line may be inexact.
+        # A row on one line need not be exact.
         fields = _parse_quoted(separator, iter([text]), strict=False)
         if fields is None:
             reader_lines = _LookAhead(text, ahead, lines)
             fields = _parse_quoted(separator, reader_lines, strict=True)
             if fields is not None:
+                # Remove the lines that belong to this row from `ahead`; the others are processed later.
                 for _ in range(reader_lines.taken):
                     ahead.popleft()
                 issues.note("line break inside quotes (kept as a space)", number, text)
@@ -306,11 +307,11 @@ def _parse_quoted(separator: str, lines: Iterator[str], strict: bool) -> list[st
 
     Args:
         separator: The separator.
-        lines: The line of the row, and those behind it.
-        strict: Also return None if text stands behind a closing quote.
+        lines: The line of the row, and the lines after it.
+        strict: Also return None if text follows a closing quote.
     """
-    # csv refuses a lone carriage return, which may be inside a caption. The mark behind the last line shows whether
-    # the row ended by itself: at the end of its input, csv closes a quote that is open.
+    # csv refuses a lone carriage return, which may be inside a caption. Raise an error at the
+    # end of the input, because csv would silently close an open quote there.
     pieces = (piece.replace("\r", " ") + "\n" for piece in lines)
     reader = csv.reader(_raise_at_end(pieces), delimiter=separator, strict=strict)
     try:
@@ -325,9 +326,9 @@ def _raise_at_end(pieces: Iterator[str]) -> Iterator[str]:
 
 
 class _LookAhead:
-    """The lines from one on, for as long as a CSV reader asks for them.
+    """Iterator over a line and the lines after it, for a CSV reader.
 
-    Lines behind the first stay in `ahead`, so that they can be read again.
+    Lines after the first stay in `ahead`, so that they can be read again.
 
     Attributes:
         taken: Number of lines in `ahead` that were read.
@@ -357,7 +358,7 @@ class _LookAhead:
         return text
 
 
-# ---- which field is what ----
+# ---- layout of the fields ----
 
 
 def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layout:
@@ -373,7 +374,7 @@ def _find_layout(source: str, sample: list[list[str]], columns: Columns) -> Layo
     """
     first = sample[0]
     names = [field.strip().lower() for field in first]
-    # A first line with a URL is data, even if a caption happens to be "image".
+    # A first line with a URL is data and not a header, even if a caption happens to be "image".
     has_url = any(URL_PATTERN.match(field) for field in first)
     if _known_names(columns).intersection(names) and not has_url:
         found = find_columns(source, names, columns, first)

@@ -73,10 +73,10 @@ class Limits:
     """Limits of one request.
 
     Attributes:
-        max_body: Bytes of the body.
-        max_images: Images of the conversation.
-        max_tokens: Tokens of an answer, also the default where a request names none.
-        fetch: How http(s) images are fetched; None refuses them.
+        max_body: Maximum size of the body in bytes.
+        max_images: Maximum number of images in the conversation.
+        max_tokens: Maximum number of tokens of an answer; also the default of requests.
+        fetch: Options for fetching http(s) images; None rejects them.
         strict_model: Refuse requests for a model of another name. By default, the one model that is served
             answers whatever name is given.
     """
@@ -200,14 +200,14 @@ class ModelEndpoint:
         return bytes(body)
 
     async def _parse(self, schema: type[ConversationT], body: bytes) -> ConversationT:
-        """Validate a body and the name of the model in it."""
+        """Parse and validate a body, including the name of the model."""
 
         def parse() -> ConversationT:
             check_body(body)
             return schema.model_validate_json(body)
 
         loop = asyncio.get_running_loop()
-        # In a thread: parsing 20 MB and decoding base64 would block the event loop.
+        # Parse in a thread, because parsing 20 MB and decoding base64 would block the event loop.
         parsed = await loop.run_in_executor(self.engine.reader_threads, parse)
         if self.limits.strict_model and parsed.model != self.name:
             raise _model_not_found(parsed.model, self.name)
@@ -392,8 +392,8 @@ class Attention(ModelEndpoint):
         async with request.deadline():
             answer_ids = await loop.run_in_executor(readers, self._encode_answer, attention.answer)
             pixels = await loop.run_in_executor(readers, load_pixels, images[0])
-        # The size of the original image is needed below, so it is decoded here and not by `prepare`.
-        # The answer counts as generated tokens, so that the limit of the context applies to it.
+        # Pass the decoded image, whose original size is needed below. Declare the answer as new tokens, so
+        # that the context limit applies to it.
         await request.prepare(messages, [pixels], answer_tokens=len(answer_ids))
         async with request.deadline():
             words, grids = await self.engine.run_on_model(

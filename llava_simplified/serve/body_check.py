@@ -26,8 +26,8 @@ def check_body(body: bytes) -> None:
     Raises:
         RequestError: The body exceeds a limit.
     """
-    # Without escape sequences, every quotation mark begins or ends a string. `\\` goes first: the second
-    # backslash of `"\\"` does not escape the quotation mark behind it.
+    # Without escape sequences, every quotation mark begins or ends a string. Remove `\\` first: the second
+    # backslash of `"\\"` does not escape the quotation mark after it.
     text = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     # A value is a string, or follows a comma or a bracket.
     if text.count(b'"') > 4 * MAX_VALUES:

@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 # Number of threads that decode images. Each may need 150 MB (an image of 50 megapixels).
 _READER_THREADS = 2
-# No tokenizer makes so few tokens of a text: natural languages have 1 to 5 characters per token.
+# Upper limit for any tokenizer; in natural languages, a token has 1 to 5 characters.
 _MAX_CHARACTERS_PER_TOKEN = 32
 
 
@@ -172,17 +172,17 @@ class RequestHandle:
 
         Args:
             messages: A question or a conversation, as for `Llava.stream`.
-            images: One for each `<image>` of the messages.
-            options: One beam, and at most `batch_size` sequences. If the context has no room for
+            images: One per `<image>` in the messages.
+            options: Options with one beam, and at most `batch_size` sequences. If the context has no room for
                 `max_new_tokens`, the answer gets what is left; `options` of this object then says how much.
-            stop: Texts that end an answer; they are not part of it.
+            stop: Stop strings, which end an answer and are not part of it.
 
         Raises:
             ImageError: An image cannot be read.
             RequestError: The request exceeds a limit of the engine, or its messages are invalid.
             TimeoutError: The request timed out.
         """
-        self._stop = stop
+        self._stop_strings = stop
         options = options or self.options
         await self.prepare(messages, images, options, answer_tokens=1)
         room = self._engine.max_context - self.prompt_tokens
@@ -204,7 +204,7 @@ class RequestHandle:
             messages: The messages.
             images: Their images.
             options: Generation options.
-            answer_tokens: Number of tokens that the context must have room for behind the prompt.
+            answer_tokens: Number of tokens that must fit into the context after the prompt.
         """
         engine = self._engine
         self.options = options or self.options
@@ -233,7 +233,7 @@ class RequestHandle:
         model = self._engine.model
         max_context = self._engine.max_context
         tokens_per_image = model.vision_tower.num_tokens
-        # Checked before the messages are tokenized and the images are decoded, which is expensive.
+        # Check the length before tokenizing the messages and decoding the images, which is expensive.
         contents = [messages] if isinstance(messages, str) else [m.content for m in messages]
         num_characters = sum(map(len, contents))
         max_characters = _MAX_CHARACTERS_PER_TOKEN * max_context
@@ -328,7 +328,7 @@ def _find_first(text: str, stop: Sequence[str]) -> int | None:
 
 
 def _without_unfinished_end(text: str, stop: Sequence[str]) -> str:
-    """Remove what may be the beginning of a stop text at the end: what was sent cannot be taken back."""
+    """Remove a possible beginning of a stop string at the end: text that was sent cannot be revoked."""
     longest = 0
     for stop_string in stop:
         for length in range(1, len(stop_string)):

@@ -1,9 +1,9 @@
 """Schemas of request bodies, with strict validation.
 
-One rule applies to all fields. A value that asks for what the server does anyway, or for nothing, is
-accepted: null for any field, an empty list of tools, `"tool_choice": "auto"` without tools. A value that asks
-for something that the server does not do, is out of range or unknown is an error that names the field: an
-ignored parameter would silently give another result than the client expects.
+One rule applies to all fields. A value that requests what the server does anyway, or nothing, is accepted: null
+for any field, an empty list of tools, `"tool_choice": "auto"` without tools. A value that is unknown, out of
+range or not supported raises an error that names the field. If it was ignored instead, the client would get a
+result that differs from what it requested.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ImageURL(StrictModel):
         if scheme.lower() != "data":
             return url
         head, _, data = rest.partition(",")
-        # The media type is ignored: the decoder looks at the content.
+        # Ignore the media type: the decoder recognizes the format by the content.
         if not head.lower().rstrip().endswith(";base64"):
             raise ValueError("expected data:image/...;base64,...")
         return _decode_base64(data)
@@ -237,7 +237,7 @@ class ChatRequest(Conversation):
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     parallel_tool_calls: bool | None = None  # there are no tools that could be called in parallel
-    # Accepted with the value that describes what the server does anyway; clients often send it.
+    # Accepted only with the values that correspond to the server's behavior; clients often send these.
     store: Literal[False] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=0)
@@ -272,14 +272,14 @@ class ChatRequest(Conversation):
         Without a temperature, a single answer is greedy and several are sampled, as in `Llava.caption`.
 
         Args:
-            max_tokens_limit: The maximum number of tokens of an answer, and the default. A request for
+            max_tokens_limit: Maximum and default number of tokens of an answer. A request for
                 more gets this many, as it gets no more than the context has room for.
 
         Raises:
             RequestError: The request asks for several greedy answers.
         """
         max_new_tokens = min(self.requested_tokens or max_tokens_limit, max_tokens_limit)
-        # `or` replaces None: a 0 is refused by the field's limits, or is the default itself.
+        # `or` is safe for replacing None, since 0 is either not valid or the default itself.
         num_return_sequences = self.n or 1
         temperature = self._effective_temperature(num_return_sequences)
         if num_return_sequences > 1 and temperature == 0:

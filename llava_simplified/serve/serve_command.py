@@ -260,7 +260,7 @@ def _limits(args: argparse.Namespace) -> Limits:
 
     from llava_simplified.prepare.fetch_options import FetchOptions
 
-    # No retries: the client waits, and can repeat its request.
+    # Do not retry, because the client is waiting, and can repeat its request.
     return replace(limits, fetch=FetchOptions(retries=0, max_bytes=max_body))
 
 

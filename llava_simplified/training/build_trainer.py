@@ -110,7 +110,7 @@ def build_trainer(
     tokenizer = load_tokenizer(
         model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
     )
-    # A chat template that cannot be used raises here, before the model is loaded.
+    # Create a prompt only to check the chat template before the model is loaded.
     prompt = Prompt(tokenizer, model_args.template)
     language_model = model_args.model_name_or_path
     check_vocabulary(prompt, find_language_model_config(language_model), language_model)
@@ -350,7 +350,7 @@ def build_config(
 
 
 def _default_instruction(records: Sequence[Record]) -> str:
-    """Return the instruction of the first record with an image, the default of `Llava.caption`."""
+    """Return the instruction of the first record with an image: the default of `Llava.caption`."""
     first: Record | None = None
     for index in range(min(len(records), 1000)):
         with suppress(ValueError):  # a bad record, which is set aside before training

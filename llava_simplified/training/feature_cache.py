@@ -288,8 +288,8 @@ class _ReadImage(NamedTuple):
     Attributes:
         name: Its name in the records.
         digest: sha256 of its file.
-        pixels: uint8 (3, height, width), unless the features of this file are known.
-        rule: How the file was found, see `image_folder`.
+        pixels: uint8 (3, height, width), or None if its features are cached.
+        rule: Rule by which the file was found, see `image_folder`.
     """
 
     name: str

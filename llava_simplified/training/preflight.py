@@ -244,7 +244,7 @@ def _write_longest_records(
     prompt: Prompt,
     max_length: int,
 ) -> str:
-    """Write the records with the longest texts; return the folder of their images."""
+    """Write the records with the longest texts to `target`, and return their image folder."""
     records, folder = open_data(path, image_folder, option, max_bad_records=1)
     # The longest rows are often those that the run sets aside.
     records = set_bad_records_aside(records, 1, prompt, max_length)

@@ -30,16 +30,16 @@ from llava_simplified.training_options import INHERITED
 #     rng_state*.pth           random states of each process (Python, NumPy, torch), for dropout
 #     trainer_state.json       step and epoch, log history, best metric, patience of early stopping
 #
-# The position in the data is not stored. It follows from the step: the order of the samples is a
-# function of the records, the seed and the epoch alone. The resumed run draws the same order, and skips
+# The position in the data is not stored, because it follows from the step: the order of the samples
+# depends only on the records, the seed and the epoch. The resumed run draws the same order, and skips
 # the batches that were trained.
 #
 # All of this requires the same values of all options that affect the weights, the samples or their
 # order. `check_same_run` compares them with those in `llava.json` of the checkpoint.
 
-# A change of these options is refused: it would give other weights, other samples, or samples that
-# are seen twice or never. Two more are checked in their own way: the contents of the training
-# records (`_check_same_records`), and the records of a step (`_check_same_steps`).
+# These options must not change: the weights or samples would differ, or samples would be used twice or
+# never. The contents of the training records and the records of a step must not change either; they are
+# checked separately (`_check_same_records`, `_check_same_steps`).
 _MUST_NOT_CHANGE = (
     "share_prefix",
     "packing",

@@ -486,7 +486,7 @@ class LlavaTrainer(transformers.Trainer):
         self.state.save_to_json(str(staging / name / "trainer_state.json"))
 
         use_default_permissions(staging / name)
-        # Complete the checkpoint inside the staging folder. The last rename publishes it.
+        # Complete the checkpoint in the staging folder; the last rename publishes it.
         (staging / name).rename(staging / "model" / "trainer_state")
         target = self.output_dir / name
         shutil.rmtree(target, ignore_errors=True)

@@ -68,7 +68,7 @@ def test_read_predictions_keeps_line_separators_within_a_caption(tmp_path: Path)
             "row 1: 'pred_output' must be a string.* None.* keys",
         ),
         ([*make_rows("x"), "text"], "row 1: .*JSON object.* str"),
-        (make_rows("x", image=7), "row 0: 'image' must be a text.* 7"),
+        (make_rows("x", image=7), "row 0: 'image' must be a string.* 7"),
         (make_rows("x", image=None, index=None), "row 0: .*'index'"),
         (
             make_rows("x", gt_caption=None),

@@ -223,10 +223,10 @@ def test_export_gguf_makes_servers_render_the_prompt_of_the_training(
 @pytest.mark.parametrize(
     ("tower", "language_model", "options", "message"),
     [
-        ("clip", "gemma2", {}, "gemma2 language model"),
+        ("clip", "gemma2", {}, "language models, not gemma2"),
         ("vit", "llama", {}, "CLIP and SigLIP towers, not vit"),
         ("clip", "llama", {"mm_vision_select_feature": "cls_patch"}, "cls_patch"),
-        ("clip", "llama", {"mm_projector_type": "mlp3x_gelu"}, "two layers, this one has 3"),
+        ("clip", "llama", {"mm_projector_type": "mlp3x_gelu"}, "two layers, but this one has 3"),
     ],
 )
 def test_export_gguf_refuses_what_llamacpp_has_no_form_for(
@@ -256,7 +256,7 @@ def test_export_gguf_removes_a_file_that_was_written_wrongly(
         path.write_bytes(data)
 
     monkeypatch.setattr(gguf_export, "_write", write_wrongly)
-    with pytest.raises(ValueError, match=r"model.gguf: output.weight "):
+    with pytest.raises(ValueError, match=r"model.gguf: .*output\.weight "):
         export_gguf(checkpoint, tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
 

@@ -379,6 +379,6 @@ def test_convert_finds_images_whose_names_differ_in_case_or_extension(tmp_path: 
     _, issues = convert(str(tmp_path / "x.json"), tmp_path / "o.json", image_folder=images)
     written = {row["response"]: row["image"] for row in read_json(tmp_path / "o.json")}
     assert written == {f"caption of {name}": found for name, found in names.items() if found}
-    assert issues.counts[f"image not in {images} (left out)"] == 1
+    assert issues.counts[f"image not in {images} (skipped)"] == 1
     assert issues.counts["image name matched by case (kept)"] == 1
     assert issues.counts["image name matched by extension (kept)"] == 1

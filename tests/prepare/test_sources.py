@@ -449,7 +449,7 @@ def test_read_source_names_a_missing_or_ambiguous_column_and_the_first_row(
 def test_read_source_names_a_source_that_does_not_exist(
     tmp_path: Path, make_path: Callable[[Path], Path]
 ) -> None:
-    with pytest.raises(ValueError, match=r"no such file|no file matches|holds nothing"):
+    with pytest.raises(ValueError, match=r"no such file|no file matches|contains nothing"):
         read(make_path(tmp_path))
 
 
@@ -583,7 +583,7 @@ def test_read_source_notes_images_of_coco_without_an_annotation(tmp_path: Path) 
     (tmp_path / "x.json").write_text(json.dumps(coco))
     rows, issues = read(tmp_path / "x.json")
     assert [row.image for row in rows] == ["1.jpg"]
-    assert issues.counts == {"image without an annotation (left out)": 2}
+    assert issues.counts == {"image without an annotation (skipped)": 2}
 
 
 @pytest.mark.parametrize("order", [("images", "annotations"), ("annotations", "images")])
@@ -607,8 +607,8 @@ def test_read_source_gives_no_caption_to_an_ambiguous_id_of_coco(
     rows, issues = read(tmp_path / "x.json")
     assert [(row.image, row.captions) for row in rows] == [("2.jpg", ("a dog",))]
     assert issues.counts == {
-        "image with the id of a different image (left out)": 2,
-        "annotation of an id that different images have (left out)": 2,
+        "image with the id of a different image (skipped)": 2,
+        "annotation of an id that different images have (skipped)": 2,
         "image listed twice (kept once)": 1,
     }
 
@@ -622,7 +622,7 @@ def test_read_source_accepts_a_null_caption_anywhere_in_coco(tmp_path: Path) -> 
     (tmp_path / "x.json").write_text(json.dumps(coco))
     rows, issues = read(tmp_path / "x.json")
     assert [row.captions for row in rows] == [(), ("a cat",), ()]
-    assert issues.counts == {"empty caption (left out)": 2}
+    assert issues.counts == {"empty caption (skipped)": 2}
 
 
 def test_read_source_keeps_the_keys_of_shards_in_a_table(tmp_path: Path) -> None:
@@ -651,7 +651,7 @@ def test_read_source_of_a_folder_notes_what_it_does_not_read(tmp_path: Path) -> 
     (tmp_path / "more" / "metadata.csv").write_text("file_name,text\n1.jpg,a cat\n")
     (tmp_path / "more" / "1.jpg").write_bytes(b"x")
     (tmp_path / "more" / "2.jpg").write_bytes(b"x")
-    assert read(tmp_path)[1].counts == {"image without a row of metadata (left out)": 1}
+    assert read(tmp_path)[1].counts == {"image without a row of metadata (skipped)": 1}
 
 
 # ---- JSON of other forms ----
