@@ -49,7 +49,6 @@ class Case:
         finished: (folder of the output) -> what is finished so far: a value by item that changes if the item is done
             again, such as a time.
         compare: (inputs, undisturbed, resumed): asserts that the two folders of outputs are equal.
-        keeps_lock: The lock file stays: several processes take the lock in turn.
     """
 
     name: str
@@ -58,7 +57,6 @@ class Case:
     command: Callable[[Any, Path], list[str]]
     finished: Callable[[Path], dict[Any, Any]]
     compare: Callable[[Any, Path, Path], None]
-    keeps_lock: bool = False
 
 
 # ---- llava download ----
@@ -275,7 +273,6 @@ def compare_features(records: Path, undisturbed: Path, resumed: Path) -> None:
         ".features",
         ".hashes",
         ".json",
-        ".lock",
     }
     assert {path.name for path in resumed.iterdir()} == names
     (name,) = [name for name in names if name.endswith(".features")]
@@ -297,7 +294,6 @@ CASES = [
         encode_command,
         encoded_images,
         compare_features,
-        keeps_lock=True,
     ),
 ]
 
@@ -344,7 +340,7 @@ def test_killed_command_continues_and_gives_the_same_result(case: Case, tmp_path
         case.compare(inputs, undisturbed, resumed)
     leftovers = [path for path in resumed.rglob("*") if ".part" in path.name]
     assert not leftovers
-    assert case.keeps_lock or not list(resumed.rglob("*.lock"))
+    assert not list(resumed.rglob("*.lock"))
 
 
 def run_to_the_end(command: list[str]) -> None:
