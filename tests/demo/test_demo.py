@@ -145,8 +145,8 @@ def test_max_steps_only_shortens_the_stages(
     steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path, max_steps, None)
     found: list[str | None] = []
     for step in steps:
-        if step.words[0] == "train":
+        if step.argv[0] == "train":
             option = "--max_steps"
-            words = step.words
+            words = step.argv
             found.append(words[words.index(option) + 1] if option in words else None)
     assert found == expected
