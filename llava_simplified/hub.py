@@ -13,9 +13,15 @@ def check_model_name(name_or_path: str | Path) -> None:
     """
     name = str(name_or_path)
     path = Path(name)
-    if path.is_dir():
-        return
-    if path.exists():
+    try:
+        if path.is_dir():
+            return
+        is_file = path.exists()
+    except OSError as error:  # a name that is too long for the file system
+        raise ValueError(
+            f"{name:.200}: no such folder ({error.strerror}). Check the path of the model."
+        ) from None
+    if is_file:
         raise ValueError(f"{name}: expected the folder of a model, but this is a file.")
     # Imported here because commands are checked before anything heavy is imported.
     from huggingface_hub.errors import HFValidationError
