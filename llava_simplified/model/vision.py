@@ -76,6 +76,8 @@ class VisionTower(nn.Module):
         if isinstance(select_layer, int):
             select_layer = (select_layer,)
         self.select_layers = tuple(select_layer)
+        if not self.select_layers:
+            raise ValueError("--mm_vision_select_layer must name at least one layer")
         self.select_feature = select_feature
         self.token_pool = token_pool
         shape = self._trace()

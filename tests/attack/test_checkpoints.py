@@ -69,7 +69,15 @@ def check(load: Callable[[Path], object], folder: Path, what: object) -> None:
         message = str(error)
         named = [path.name for path in folder.rglob("*") if path.is_file()] + [str(folder)]
         # A model that does not exist is named as the file names it.
-        named += ["llava.json", "adapter_config.json", "--mm_", "Repo id", "no such folder"]
+        named += [
+            "llava.json",
+            "adapter_config.json",
+            "--mm_",
+            "Repo id",
+            "no such folder",
+            "--template",
+            "--bits",
+        ]
         assert any(name in message for name in named), (what, message)
     except BaseException as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
