@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             scores[name]["compared with"] = comparison_to_json(runs[0], comparison)
         # Names and captions are readable in the file, in any language.
         text = json.dumps(scores, indent=1, ensure_ascii=False)
-        args.output.write_text(printable(text), encoding="utf-8")
+        args.output.write_text(replace_surrogates(text), encoding="utf-8")
         logger.info("Scores written to %s", args.output)
     if args.report:
         from llava_simplified.evaluation.evaluation_report import write_report
@@ -161,7 +161,7 @@ def _evaluate_files(
         result.notes[:0] = read.notes
         result.counts = read.counts
         runs.append(Run(name, samples, result))
-        sys.stdout.write(printable(f"{name}: {format_table(result)}\n"))
+        sys.stdout.write(replace_surrogates(f"{name}: {format_table(result)}\n"))
     return runs
 
 
@@ -187,7 +187,7 @@ def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
             comparison = compare_runs(first.samples, first.result, run.samples, run.result)
             comparisons[run.name] = comparison
             text = format_comparison(first.name, run.name, len(run.samples), comparison)
-        sys.stdout.write(printable(text + "\n"))
+        sys.stdout.write(replace_surrogates(text + "\n"))
     return comparisons
 
 
@@ -319,6 +319,6 @@ def comparison_to_json(first: Run, comparison: Comparison) -> dict[str, object]:
     return {"run": first.name, "differences": differences, "changed images": changed}
 
 
-def printable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Replace half surrogate pairs, which names of files can contain and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
