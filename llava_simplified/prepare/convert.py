@@ -227,6 +227,7 @@ def convert(
     instruction: str = INSTRUCTION,
     split: str = "",
     columns: Columns = Columns(),  # noqa: B008 - immutable
+    sidecar: str = "",
 ) -> tuple[dict[str, int], ParseIssues]:
     """Write the records of a source.
 
@@ -238,6 +239,7 @@ def convert(
         split: "val=0.01" writes this fraction (by a hash of the image name) to `<output>_val`, and the rest to
             `<output>_train`; "source" uses the split of the source itself (Karpathy's); "" writes one file.
         columns: Column names that the user passed.
+        sidecar: Which sidecars of a folder are read, and how; see `SidecarOptions.parse`.
 
     Returns:
         The number of records by file name, and the issues of the source (skipped and repaired rows).
@@ -253,7 +255,9 @@ def convert(
         shares = _parse_split(split)
     # `group_captions` reads the source twice, but collects issues only in the second pass.
     issues = ParseIssues()
-    rows = group_captions(lambda pass_issues: read_source(source, pass_issues, columns), issues)
+    rows = group_captions(
+        lambda pass_issues: read_source(source, pass_issues, columns, sidecar), issues
+    )
     writers: dict[str, RecordWriter] = {}
     with ExitStack() as stack:
 
