@@ -58,12 +58,19 @@ def build_parser() -> CommandParser:
         help="Maximum number of steps of each training stage, for a quick try",
     )
     add_limit_option(parser, "images when captioning")
+    parser.add_argument(
+        "--download-only", action="store_true", help="Download models and images, and stop"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `llava demo`."""
     args = build_parser().parse_args(argv)
+    if args.download_only:
+        assets = fetch(args.cache_dir)
+        print(f"models: {assets.language_model}, {assets.vision_tower}\nimages: {assets.images}")
+        return 0
     start = time.monotonic()
     # Delete the partial captions of an interrupted demo: this run trains a new model, so it must not
     # resume them.

@@ -119,6 +119,7 @@ def to_records(
     issues: ParseIssues,
     instructions: list[str],
     image_folder: Path | None,
+    keep_paths: bool = False,
 ) -> Iterator[tuple[dict[str, Any], SourceRow]]:
     """Yield the record of each row, together with the row.
 
@@ -127,6 +128,7 @@ def to_records(
         issues: Collects the rows that cannot become a record.
         instructions: Instruction templates, one of which is selected by a hash of the image name.
         image_folder: If given, rows whose image is not in this folder are skipped.
+        keep_paths: Keep absolute paths. They are resolved when the images are read.
     """
     absolute_paths: dict[str, int] = {}
     matches = NameMatches()
@@ -143,7 +145,7 @@ def to_records(
             image = _find_image(image, row, image_folder, matches, issues)
             if not image:
                 continue
-        elif _ABSOLUTE_PATH.match(image):
+        elif _ABSOLUTE_PATH.match(image) and not keep_paths:
             image = _base_name(image, row, issues, absolute_paths)
         # A record keeps everything that its source has; only the place of its image may change.
         if row.record is not None:
@@ -228,6 +230,7 @@ def convert(
     split: str = "",
     columns: Columns = Columns(),  # noqa: B008 - immutable
     sidecar: str = "",
+    keep_paths: bool = False,
 ) -> tuple[dict[str, int], ParseIssues]:
     """Write the records of a source.
 
@@ -240,6 +243,7 @@ def convert(
             `<output>_train`; "source" uses the split of the source itself (Karpathy's); "" writes one file.
         columns: Column names that the user passed.
         sidecar: Which sidecars of a folder are read, and how; see `SidecarOptions.parse`.
+        keep_paths: Keep absolute paths of images, instead of their base names.
 
     Returns:
         The number of records by file name, and the issues of the source (skipped and repaired rows).
@@ -271,7 +275,7 @@ def convert(
         if shares:
             for part in ("train", *shares):
                 open_part(part)
-        for record, row in to_records(rows, issues, instructions, image_folder):
+        for record, row in to_records(rows, issues, instructions, image_folder, keep_paths):
             part = ""
             if split == "source":
                 part = _source_part(row, issues)

@@ -235,9 +235,7 @@ def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
     return contents
 
 
-def _find_forms(
-    folder: Path, contents: _FolderContents, columns: Columns
-) -> dict[str, list[Path]]:
+def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> dict[str, list[Path]]:
     """Return the forms in which a folder contains captions, with their files.
 
     Files count if a row can be read from them: a README.txt is no table.
@@ -265,9 +263,7 @@ def _find_forms(
     return forms
 
 
-def _find_readable(
-    paths: list[Path], columns: Columns, errors: list[ValueError]
-) -> list[Path]:
+def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]) -> list[Path]:
     """Return the files of one form that contain captions.
 
     One file stands for all, whose errors are reported when they are read. But each text is looked at by itself, because
@@ -320,10 +316,14 @@ def _refuse_ambiguous(
         name = paths[0].relative_to(folder)
         count = f"{contents.pairs:,} " if form == _SIDECARS else f"{len(paths):,} "
         found.append(f"{count}{form} ({name}{', ...' if len(paths) > 1 else ''})")
-    choices = "Pass the file that you mean, or a pattern such as 'FOLDER/*.tar', instead of the folder"
+    choices = (
+        "Pass the file that you mean, or a pattern such as 'FOLDER/*.tar', instead of the folder"
+    )
     if _SIDECARS in forms:
         choices += "; or --sidecar txt or --sidecar caption, which read the sidecars"
-    raise ValueError(f"{folder}: contains captions in several forms: {'; '.join(found)}. {choices}.")
+    raise ValueError(
+        f"{folder}: contains captions in several forms: {'; '.join(found)}. {choices}."
+    )
 
 
 def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
