@@ -15,6 +15,7 @@ import numpy as np
 
 from llava_simplified.data.image_folder import NameMatches, locate_file
 from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.prepare.record_writer import (
@@ -130,32 +131,74 @@ def to_records(
         image_folder: If given, rows whose image is not in this folder are skipped.
         keep_paths: Keep absolute paths. They are resolved when the images are read.
     """
-    absolute_paths: dict[str, int] = {}
-    matches = NameMatches()
+    names = _ImageNames(issues, image_folder, keep_paths)
     for index, row in enumerate(rows):
+        if row.record is not None:
+            record = _record_of_row(row, names)
+            if record is not None:
+                yield record, row
+            continue
         image = row.image
         # Use the index of the grouped rows, as the downloader does, so that both derive the same file name.
         if not image and row.url:
             image = image_file_name(index, row.url)
-        if row.record is None and not image:
+        if not image:
             issues.note("row without an image (skipped)", row.number, row.captions)
             continue
-        # An image inside a shard is looked up when it is read.
-        if image_folder is not None and image and "#" not in image:
-            image = _find_image(image, row, image_folder, matches, issues)
-            if not image:
-                continue
-        elif _ABSOLUTE_PATH.match(image) and not keep_paths:
-            image = _base_name(image, row, issues, absolute_paths)
-        # A record keeps everything that its source has; only the place of its image may change.
-        if row.record is not None:
-            yield ({**row.record, "image": image} if image else row.record), row
-        elif not row.captions:
+        image = names.resolve(image, row)
+        if not image:
+            continue
+        if not row.captions:
             issues.note("image without any caption (skipped)", row.number, image)
         else:
             # Append a question mark, to make this choice independent of that of the split.
             choice = int(hash_fraction(image + "?") * len(instructions))
             yield make_record(image, instructions[choice], row.captions), row
+
+
+def _record_of_row(row: SourceRow, names: _ImageNames) -> dict[str, Any] | None:
+    """Return the record of a row that has one, with the names of its images in the image folder; None if one is missing.
+
+    A record keeps everything that its source has; only the places of its images may change.
+    """
+    assert row.record is not None
+    record = row.record
+    images = image_names(record)
+    found = [names.resolve(image, row) for image in images]
+    if not all(found):
+        return None
+    if tuple(found) == images:
+        return record
+    key = "images" if record.get("images") else "image"
+    is_list = isinstance(record[key], list)
+    changed = {name: value for name, value in record.items() if name not in ("image", "images")}
+    return {key: found if is_list else found[0], **changed}
+
+
+class _ImageNames:
+    """Turns names of images into those of records, and counts what it changes.
+
+    Args:
+        issues: Collects images that are not found, and names that are changed.
+        image_folder: The image folder, or None.
+        keep_paths: Keep absolute paths.
+    """
+
+    def __init__(self, issues: ParseIssues, image_folder: Path | None, keep_paths: bool) -> None:
+        self._issues = issues
+        self._image_folder = image_folder
+        self._keep_paths = keep_paths
+        self._absolute_paths: dict[str, int] = {}
+        self._matches = NameMatches()
+
+    def resolve(self, image: str, row: SourceRow) -> str:
+        """Return the name of an image in the records; "" if it is not in the image folder, which is noted."""
+        # An image inside a shard is looked up when it is read.
+        if self._image_folder is not None and "#" not in image:
+            return _find_image(image, row, self._image_folder, self._matches, self._issues)
+        if _ABSOLUTE_PATH.match(image) and not self._keep_paths:
+            return _base_name(image, row, self._issues, self._absolute_paths)
+        return image
 
 
 def _base_name(
@@ -191,7 +234,7 @@ def _find_image(
 
     The suffix of a downloaded image depends on its bytes, so all suffixes are tried.
     """
-    if not row.image:
+    if row.url and not row.image:
         stem = image.rpartition(".")[0]
         for suffix in IMAGE_SUFFIXES:
             if (image_folder / f"{stem}.{suffix}").is_file():
@@ -280,7 +323,8 @@ def convert(
             if split == "source":
                 part = _source_part(row, issues)
             elif shares:
-                part = _choose_part(str(record.get("image") or row.number), shares)
+                first_image = next(iter(image_names(record)), "")
+                part = _choose_part(first_image or str(row.number), shares)
             open_part(part).write(record)
         # Raise inside the `with` block, so that the unfinished files are discarded.
         if not any(writer.count for writer in writers.values()):

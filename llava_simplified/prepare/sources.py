@@ -5,8 +5,9 @@ The supported formats, and the module that reads each of them:
     table_source     CC3M, CC12M, SBU, Flickr30k, Flickr8k; any TSV or CSV with a header; lists of URLs
     json_source      COCO, Karpathy's split, SBU, LLaVA, the tutorial's records, any array of rows, captions by image
                      name, JSON Lines
-    archive_source   Parquet: LAION, DataComp, images inside the file, manifests of shards
+    archive_source   Parquet and Arrow: LAION, DataComp, images inside the file, manifests of shards
                      tar: webdataset and img2dataset
+    dataset_folder   folders of Hugging Face `Dataset.save_to_disk`
     sidecar_source   folders with `a.txt` or `a.caption` beside `a.jpg`
     this module      folders: imagefolder (`metadata.jsonl|csv|parquet` with the images), shards, parts of one source
 
@@ -24,10 +25,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import find_records
 from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.extras import MissingExtraError
-from llava_simplified.prepare.archive_source import read_parquet, read_tar
+from llava_simplified.prepare.archive_source import read_arrow, read_parquet, read_tar
+from llava_simplified.prepare.dataset_folder import dataset_files, dataset_folder
 from llava_simplified.prepare.json_source import read_json, read_json_lines_source
 from llava_simplified.prepare.sidecar_source import SidecarOptions, read_sidecars, scan_names
 from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
@@ -37,6 +40,7 @@ Reader = Callable[[str, ParseIssues, Columns], Iterator[SourceRow]]
 
 _READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".tar": read_tar,
     ".json": read_json,
     ".jsonl": read_json_lines_source,
@@ -47,6 +51,7 @@ _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _PART_SUFFIXES = {
     "tar shards": (".tar",),
     "Parquet files": (".parquet",),
+    "Arrow files": (".arrow",),
     "tables": (".tsv", ".csv", ".txt"),
     "files of JSON lines": (".jsonl", ".ndjson"),
     "JSON files": (".json",),
@@ -76,8 +81,11 @@ def read_source(
     """
     for row in _read_any(source, issues, columns, sidecar):
         # Start with the cheap test, which is false for almost every row. "a..b.jpg" is a valid name.
-        if ".." in row.image and ".." in Path(row.image).parts:
-            issues.note("image outside its folder, '..' (skipped)", row.number, row.image)
+        images = row.image
+        if row.record is not None:
+            images = "\n".join(image_names(row.record))
+        if ".." in images and any(".." in Path(image).parts for image in images.split("\n")):
+            issues.note("image outside its folder, '..' (skipped)", row.number, images)
             continue
         # Skip text that cannot be written to a file in a later step.
         if not _can_be_encoded(row):
@@ -164,9 +172,28 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
         # Only metadata and shards name images relative to their own folder.
         is_metadata = Path(part).name in _METADATA_NAMES
         for row in _read_any(part, issues, columns):
-            if row.image and (is_metadata or "#" in row.image):
-                row = row._replace(image=str(folder / row.image))
-            yield row
+            yield _move_images(row, folder, all_images=is_metadata)
+
+
+def _move_images(row: SourceRow, folder: Path, all_images: bool = False) -> SourceRow:
+    """Return a row whose images are named relative to the source and not to their own folder.
+
+    Args:
+        row: The row.
+        folder: Its folder, relative to the source.
+        all_images: Move all images, and not only those inside of other files.
+    """
+
+    def move(image: str) -> str:
+        return str(folder / image) if image and (all_images or "#" in image) else image
+
+    record = row.record
+    if record is not None and folder != Path():
+        images = [move(image) for image in image_names(record)]
+        if images:
+            others = {key: value for key, value in record.items() if key != "image"}
+            record = {**others, "images": images}
+    return row._replace(image=move(row.image), record=record)
 
 
 def _read_folder(
@@ -176,6 +203,13 @@ def _read_folder(
     records = find_records(folder)
     if records.is_file() and not sidecar:
         yield from _read_any(str(records), issues, columns)
+        return
+    saved = dataset_folder(folder)
+    for path in dataset_files(saved):
+        below = saved.relative_to(folder)
+        for row in _read_any(str(path), issues, columns):
+            yield _move_images(row, below)
+    if dataset_files(saved):
         return
     contents = _scan_folder(folder, sidecar)
     forms = _find_forms(folder, contents, columns)
