@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forms import save_to_disk
 
 from llava_simplified.data.images import read_image_bytes
 from llava_simplified.data.records import Record, open_records
@@ -349,20 +350,6 @@ def parquet_with_bytes_and_paths(folder: Path) -> Made:
         (("x.parquet#3",), ["caption 3"]),
     ]
     return Made(records, {"row without an image (skipped)": 1}, "x.parquet")
-
-
-def save_to_disk(folder: Path, tables: list[pa.Table]) -> None:
-    """Write what `Dataset.save_to_disk` writes (compared with `datasets` 5.2)."""
-    folder.mkdir(exist_ok=True)
-    files = []
-    for number, table in enumerate(tables):
-        name = f"data-{number:05d}-of-{len(tables):05d}.arrow"
-        files.append({"filename": name})
-        with pa.ipc.new_stream(folder / name, table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
-    state = {"_data_files": files, "_fingerprint": "483d7490994b6476", "_split": None}
-    (folder / "state.json").write_text(json.dumps(state))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}))
 
 
 def datasets_embedded(folder: Path) -> Made:
