@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from llava_simplified.captioning.caption_text import (
     fill_fields,
     image_fields,
 )
+from llava_simplified.captioning.sidecars import read_tags
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
 _WEIGHTED = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*\|(.*)")
@@ -108,6 +109,28 @@ def fill_prompt(prompt: WeightedPrompt, image: str, folder: str, tags: str = "")
     disarmed = IMAGE_PLACEHOLDER.strip("<>")
     fields = {name: value.replace(IMAGE_PLACEHOLDER, disarmed) for name, value in fields.items()}
     return fill_fields(prompt.text, fields)
+
+
+def prompt_chooser(
+    prompts: Sequence[WeightedPrompt], folder: str, seed: int
+) -> Callable[[str], str]:
+    """Return a function from the name of an image to its prompt.
+
+    Args:
+        prompts: All prompts.
+        folder: The image folder.
+        seed: Random seed of the choice.
+    """
+
+    def prompt_of(image: str) -> str:
+        prompt = choose_prompt(prompts, image, seed)
+        tags = ""
+        if "tags" in field_names(prompt.text):
+            # A prompt may do without tags, or with some wrong characters.
+            tags = read_tags(image, folder, strict=False)
+        return fill_prompt(prompt, image, folder, tags)
+
+    return prompt_of
 
 
 def prompts_use_tags(prompts: Sequence[WeightedPrompt]) -> bool:

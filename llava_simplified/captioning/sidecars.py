@@ -35,6 +35,10 @@ from typing import Literal, NamedTuple, TypedDict
 from llava_simplified.data.image_folder import split_shard_name
 from llava_simplified.jobs import atomic_file, remove_temporary_files
 
+SIDECAR_SUFFIXES = (".txt", ".caption")
+# The journal of a job that writes sidecar files; other files of the job have longer names. It is hidden, so that no
+# reader of the folder takes it for data.
+SIDECAR_JOURNAL = ".llava-caption.jsonl"
 TAGS_SUFFIX = ".txt"  # {tags} are read from this file beside the image
 EXISTING_POLICIES = ("skip", "overwrite", "append", "prepend")
 
@@ -246,6 +250,14 @@ class SidecarWriter:
         except SidecarError:
             return False
 
+    def existing_text(self, image: str) -> str:
+        """Return the text of an image's sidecar file for display; empty if it cannot be read."""
+        path = self.path(image)
+        try:
+            return decode_sidecar(_read(path) or b"", path)[0].strip()
+        except SidecarError:
+            return ""
+
     def problem(self, image: str) -> str:
         """Return why no sidecar file can be written for an image; empty if nothing is known against it."""
         if image in self._conflicts:
@@ -259,7 +271,7 @@ class SidecarWriter:
         if os.path.lexists(path) and not path.is_file():
             return f"{path} is not a regular file"
         if path.parent not in self._folder_problems:
-            self._folder_problems[path.parent] = _folder_problem(path.parent)
+            self._folder_problems[path.parent] = folder_problem(path.parent)
         return self._folder_problems[path.parent]
 
     def plan(self, image: str, text: str) -> SidecarPlan | None:
@@ -335,7 +347,7 @@ def _comparable(path: Path) -> str:
     return str(path)
 
 
-def _folder_problem(folder: Path) -> str:
+def folder_problem(folder: Path) -> str:
     """Return why no file can be created in a folder, which may not exist yet; empty if it can."""
     existing = folder
     while not existing.exists() and existing != existing.parent:

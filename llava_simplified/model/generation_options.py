@@ -45,6 +45,10 @@ class GenerationOptions:
     forbid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.forbid, str):
+            raise ValueError(f"forbid must be a list of words, not the text {self.forbid!r}")
+        # Options identify groups of sequences in a batch, which a list cannot.
+        object.__setattr__(self, "forbid", tuple(self.forbid))
         requirements = {
             "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
             "min_new_tokens": (

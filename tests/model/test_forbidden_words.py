@@ -237,3 +237,6 @@ def test_options_refuse_a_beginning_that_is_forbidden() -> None:
     GenerationOptions(start_with="A photograph of", forbid=("photo", "of a"))
     with pytest.raises(ValueError, match="start_with.*A photo of.*a  photo"):
         GenerationOptions(start_with="A photo of", forbid=("a  photo",))
+    assert GenerationOptions(forbid=["a", "b"]).forbid == ("a", "b")
+    with pytest.raises(ValueError, match="forbid"):
+        GenerationOptions(forbid="word")
