@@ -118,7 +118,7 @@ def build_vision_tower(
     """Build only the vision tower of a model.
 
     Args:
-        config: Name of the vision tower, and which of its features are used.
+        config: Name of the vision tower, how images are preprocessed, and which features are used.
         source: Folder or hub name of the vision tower; overrides `config`.
         device: Where to put it; on "meta" it is built without reading or allocating weights.
 
@@ -132,12 +132,14 @@ def build_vision_tower(
         "select_feature": config.mm_vision_select_feature,
         "token_pool": config.mm_token_pool,
     }
-    if device is None:
-        return VisionTower.from_pretrained(name, dtype=dtype, **selection)
-    if torch.device(device).type != "meta":
-        return VisionTower.from_pretrained(name, dtype=dtype, **selection).to(device)
+    aspect_ratio = config.image_aspect_ratio
+    if device is None or torch.device(device).type != "meta":
+        tower = VisionTower.from_pretrained(
+            name, dtype=dtype, image_aspect_ratio=aspect_ratio, **selection
+        )
+        return tower if device is None else tower.to(device)
     transformers_config = _load_transformers_config(name)
-    transform = ImageTransform.from_pretrained(name)
+    transform = ImageTransform.from_pretrained(name, aspect_ratio)
     return VisionTower.from_config(transformers_config, transform, **selection).to(dtype)
 
 
