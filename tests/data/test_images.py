@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from llava_simplified.data import transforms
 from llava_simplified.data.images import (
     ImageError,
     check_image,
@@ -23,7 +24,6 @@ from llava_simplified.data.images import (
     read_image_bytes,
     shrink_image,
 )
-from llava_simplified.data import transforms
 from llava_simplified.data.transforms import ImageTransform
 
 EXIF_ORIENTATION = 274
