@@ -345,9 +345,7 @@ def _check_padding(
     if not getattr(processor, "do_pad", False):
         return
     if not processor_pads_to_square(processor):
-        raise ValueError(
-            f"{name_or_path}: {type(processor).__name__} with do_pad is not supported"
-        )
+        raise ValueError(f"{name_or_path}: {type(processor).__name__} with do_pad is not supported")
     if image_aspect_ratio != "pad":
         raise ValueError(
             f"{name_or_path}: its image processor makes images square (do_pad). Pass "
