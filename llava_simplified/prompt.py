@@ -199,6 +199,8 @@ class Prompt:
         name: "chat", "plain" or "bare".
         image_token: The token that the template writes in the place of an image; None if the image is where
             `<image>` is in the text.
+        accepts_strings: Whether the content of a message is a string for the template, and not a list of
+            parts.
         end_id: The token that ends every answer, and is trained.
         stop_ids: The tokens at which generation stops: `end_id` and the tokenizer's EOS token.
 
@@ -240,7 +242,7 @@ class Prompt:
         self._byte_ids = _find_byte_tokens(backend)
         self._byte_values = {token: value for value, token in enumerate(self._byte_ids)}
         control_pattern = _control_pattern(added_tokens.values())
-        self._accepts_strings = self._template_accepts_strings()
+        self.accepts_strings = self._template_accepts_strings()
         self.image_token = self._find_image_token()
         end = self._find_end_token(control_pattern)
         self.end_id = self._control_id(end)
@@ -409,7 +411,7 @@ class Prompt:
 
     def _shape(self, turn: Message) -> Shape:
         """Return what the template sees of a turn."""
-        if self._accepts_strings or self.image_token is None or turn.role != "user":
+        if self.accepts_strings or self.image_token is None or turn.role != "user":
             return Shape(turn.role)
         parts: list[str] = []
         for number, text in enumerate(_texts_between_images(turn.content)):
@@ -475,16 +477,16 @@ class Prompt:
             ValueError: The template accepts neither.
         """
         question = (Shape("user"), Shape("assistant"))
-        self._accepts_strings = True
+        self.accepts_strings = True
         try:
             self._apply_template(question, "")
         except ValueError as error:
-            self._accepts_strings = False
+            self.accepts_strings = False
             try:
                 self._apply_template(question, "")
             except ValueError:
                 raise error from None
-        return self._accepts_strings
+        return self.accepts_strings
 
     def _find_image_token(self) -> str | None:
         """Return the image token of the tokenizer if the template writes it, else None."""
@@ -492,7 +494,7 @@ class Prompt:
         if self.name != "chat" or token not in self._control_ids:
             return None
         question = Shape("user")
-        if not self._accepts_strings:
+        if not self.accepts_strings:
             question = Shape("user", ("image", "text"))
         try:
             rendered = self._apply_template((question, Shape("assistant")), "")
@@ -522,7 +524,7 @@ class Prompt:
             messages: list[dict[str, Any]] = []
             for role, content in zip(attempt_roles, attempt_contents):
                 # A template that accepts strings gets exactly one text.
-                text_or_parts = content[0]["text"] if self._accepts_strings else content
+                text_or_parts = content[0]["text"] if self.accepts_strings else content
                 messages.append({"role": role, "content": text_or_parts})
             try:
                 rendered: str = self._tokenizer.apply_chat_template(
@@ -611,7 +613,7 @@ class Prompt:
         for turn, count in enumerate(counts):
             slots = layout.image_slots[turn]
             # Without a slot, a template of strings passes `<image>` on with the text.
-            is_placed = slots > 0 or not self._accepts_strings
+            is_placed = slots > 0 or not self.accepts_strings
             if self.image_token and count and is_placed and count != slots:
                 raise ValueError(
                     f"{_at(where)}turn {turn + 1} has {count} image(s), but the chat template has a place "
@@ -641,7 +643,7 @@ class Prompt:
             number: Index of the slot; 0 if the template accepts strings.
         """
         texts = [text for text in _texts_between_images(content) if text]
-        if self._accepts_strings:
+        if self.accepts_strings:
             return "\n".join(texts)
         return texts[number] if texts else ""
 

@@ -144,7 +144,7 @@ def build_vision_tower(
 
 
 def load_tokenizer(
-    name_or_path: str, *, trust_remote_code: bool = False
+    name_or_path: str, *, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer, and make sure that it has a pad token.
 
@@ -154,6 +154,7 @@ def load_tokenizer(
     Args:
         name_or_path: Folder or hub name.
         trust_remote_code: Run the Python code that the tokenizer comes with.
+        **options: Attributes of the tokenizer that differ from the folder's, such as `image_token`.
 
     Raises:
         ValueError: No tokenizer can be loaded, or it has no end-of-sequence token.
@@ -163,7 +164,7 @@ def load_tokenizer(
         # Without a value, Transformers asks on the terminal whether to run code.
         with blame_file(name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(
-                name_or_path, trust_remote_code=trust_remote_code
+                name_or_path, trust_remote_code=trust_remote_code, **options
             )
     except (OSError, ValueError) as error:
         folder = Path(name_or_path)
