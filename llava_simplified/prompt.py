@@ -47,8 +47,8 @@ own, which the model was trained with, and which may be between other control to
                         "text": "What is this?"}]
 
 Then the image token is the placeholder: it becomes IMAGE_INDEX, and `<image>` is removed from the text with
-the line break beside it. A question without an image keeps the token that the template writes, as in stock
-LLaVA. Which token it is, is the attribute `image_token` of the tokenizer, which `llava import` sets.
+the line break beside it. In a question without an image (which stock processors refuse), it is an ordinary
+token. The attribute `image_token` of the tokenizer names it; `llava import` sets it.
 """
 
 from __future__ import annotations

@@ -832,7 +832,7 @@ def test_image_token_in_the_question_is_the_placeholder() -> None:
 
 
 def test_image_token_of_a_question_without_an_image_stays_a_token() -> None:
-    """As in stock LLaVA, which embeds it like any other token."""
+    """It is embedded like any other token."""
     tokenizer, prompt = joycaption()
     ids = prompt.render(user_turn("Who are you?"), None).input_ids
     expected = template_ids(tokenizer, [message("user", "Who are you?")])
