@@ -31,10 +31,7 @@ from pathlib import Path
 from llava_simplified.demo.demo_images import build_images
 from llava_simplified.demo.demo_models import build_language_model, build_vision_tower
 from llava_simplified.jobs import atomic_directory
-
-DEFAULT_CACHE = Path.home() / ".cache" / "llava-simplified"
-# Part of the path of everything that is built. Increment it when the output of a builder changes.
-LAYOUT = "demo-v1"
+from llava_simplified.small_models import DEFAULT_CACHE, LAYOUT, small_models
 
 
 @dataclass(frozen=True)
@@ -169,9 +166,10 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
             root / "pictures",
             lambda folder: build_images(files["drawings"], files["names"], folder),
         )
+    models = small_models(cache)
     return DemoAssets(
-        language_model=root / "language_model",
-        vision_tower=root / "vision_tower",
+        language_model=models.language_model,
+        vision_tower=models.vision_tower,
         images=root / "pictures" / "images",
         train_json=root / "pictures" / "train.json",
         val_json=root / "pictures" / "val.json",
