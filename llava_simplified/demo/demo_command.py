@@ -22,7 +22,7 @@ import yaml
 from llava_simplified import cli
 from llava_simplified.demo.assets import DemoAssets, fetch
 from llava_simplified.doctor_command import has_fast_bfloat16
-from llava_simplified.options import CommandParser, add_limit_option
+from llava_simplified.options import CommandParser, add_limit_option, print_text
 from llava_simplified.recipes import resolve_recipe
 
 logger = logging.getLogger(__name__)
@@ -72,15 +72,15 @@ def main(argv: list[str] | None = None) -> int:
     assets = fetch(args.cache_dir)
     for step in plan_steps(assets, args.output, args.max_steps, args.limit):
         seconds = time.monotonic() - start
-        print(f"\n== {step.title} ({seconds:.0f} s)", flush=True)
-        print(f"$ llava {shlex.join(step.argv)}", flush=True)
+        print_text(f"\n== {step.title} ({seconds:.0f} s)")
+        print_text(f"$ llava {shlex.join(step.argv)}")
         status = cli.main(step.argv)
         if status:
             return status
     scores = json.loads((args.output / "scores.json").read_text(encoding="utf-8"))
     # scores.json has one entry per prediction file, and the demo evaluates one file.
     first_scores = next(iter(scores.values()))
-    print(summarize(first_scores, args.output, time.monotonic() - start))
+    print_text(summarize(first_scores, args.output, time.monotonic() - start))
     return 0
 
 
