@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from live_server import assert_idle, paused_after, without_end_tokens
+from tiny import nan_features_for
 
 from llava_simplified.data.images import ImageError
 from llava_simplified.model import generation
@@ -287,26 +287,6 @@ def test_failed_step_ends_requests_and_next_ones_are_served(
         return await generate_answers(engine, "What?", photos[1:2], max_new_tokens=20)
 
     assert run_engine(model, use) == [model.chat("What?", photos[1:2], max_new_tokens=20)]
-
-
-@contextmanager
-def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
-    """Let the vision tower return NaN for one image: all logits of its sequences become NaN."""
-    _, bad_pixels = model.prepare_inputs("<image>", [photo])
-    assert bad_pixels is not None
-    bad = bad_pixels[0]
-
-    def spoil(
-        _: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
-    ) -> torch.Tensor:
-        is_bad = (inputs[0] == bad).flatten(1).all(1)
-        return torch.where(is_bad[:, None, None], torch.nan, output)
-
-    handle = model.vision_tower.register_forward_hook(spoil)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
