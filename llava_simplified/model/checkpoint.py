@@ -303,6 +303,8 @@ _ADAPTER_TYPES: dict[str, tuple[type, ...]] = {
     "alpha_pattern": (dict,),
     "modules_to_save": (list, type(None)),
 }
+# Of `rank_pattern` and `alpha_pattern`: PEFT compares each entry with each module.
+_MAX_PATTERNS = 1000
 # Entries that describe where the adapter comes from.
 _ADAPTER_ORIGIN = (
     "auto_mapping",
@@ -361,6 +363,8 @@ def _check_adapter_entries(path: Path, entries: Mapping[str, Any]) -> None:
         if not all(isinstance(module, str) for module in entries.get(name) or ()):
             raise ValueError(f"{path}: {name} must be names of modules")
     for name in ("rank_pattern", "alpha_pattern"):
+        if len(entries.get(name, {})) > _MAX_PATTERNS:
+            raise ValueError(f"{path}: {name} has more than {_MAX_PATTERNS} entries")
         if not all(isinstance(value, (int, float)) for value in entries.get(name, {}).values()):
             raise ValueError(f"{path}: {name} must contain numbers")
 
