@@ -46,7 +46,7 @@ from llava_simplified.jobs import (
     exclusive_lock,
     read_json_lines,
 )
-from llava_simplified.model.generation import encode_images, generate_from_features
+from llava_simplified.model.generation import encode_images, generate_separately
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.sampling import prompt_hashes
@@ -103,7 +103,7 @@ class CaptionJob:
 
 
 class CaptionCounts(NamedTuple):
-    """Number of records of a job that have captions, and of those whose images cannot be read."""
+    """Number of records of a job that have captions, and of those that cannot be captioned."""
 
     captioned: int
     failed: int
@@ -376,7 +376,8 @@ def _caption_remaining(
             journal.append(finished_rows)
             fail([*failed_rows, *unfinished_rows])
             fail(finisher.write(finished_rows))
-            progress.advance(len(rows) // rows_per_record + len(failed_rows))
+            num_done = progress.done + len(rows) // rows_per_record + len(failed_rows)
+            progress.update(num_done, f"{len(failed):,} failed" if failed else "")
     return CaptionCounts(len(indices) - len(failed), len(failed))
 
 
@@ -485,8 +486,8 @@ def caption_records(
 
 
 # The captions of a record, or the error if there are none: its image cannot be read, its prompt
-# cannot be rendered, or the row is not a record.
-Outcome = list[str] | ValueError
+# cannot be rendered, the row is not a record, or the model's logits for it are not finite.
+Outcome = list[str] | ValueError | FloatingPointError
 
 
 def _parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
@@ -522,7 +523,7 @@ def _in_record_order(
             outcome = waiting.pop(position)
             if isinstance(record, ValueError):
                 failed_rows.append({"index": index, "image": None, "error": str(record)})
-            elif isinstance(outcome, ValueError):
+            elif isinstance(outcome, (ValueError, FloatingPointError)):
                 image = record.images[0] if record.images else None
                 error = f"{record.id}: {outcome}"
                 failed_rows.append({"index": index, "image": image, "error": error})
@@ -578,7 +579,7 @@ def _caption_window(
                 # Derive the random numbers from the content of prompt and images, so that a sampled
                 # caption depends neither on the batch nor on the index of its record.
                 hashes = prompt_hashes(batch_prompts, images.pixels(names))
-                captions = generate_from_features(
+                captions = generate_separately(
                     model, batch_prompts, images.features(names), options, hashes
                 )
                 outcomes.update(zip(readable, captions))
