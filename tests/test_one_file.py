@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from one_file import PATH, one_file
+from PIL import Image
 from test_prompt import byte_level, sentencepiece_like
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training.training_runs import training_options
 
 from llava_simplified import Llava
 from llava_simplified.arguments import parse_arguments
+from llava_simplified.data.images import load_pixels
+from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.demo.assets import DEFAULT_CACHE, LAYOUT
 from llava_simplified.model.projector import init_projector_scale
 from llava_simplified.model.vision import VisionTower
@@ -256,9 +259,8 @@ def captions_of_package(model: Llava, case: Case, count: int) -> list[str]:
         ("clip", "mistral", {}),
         ("clip", "llama", {"mm_token_pool": 3}),
         ("siglip", "qwen2", {}),
-        ("efficientnet", "llama", {"mm_vision_select_layer": -1}),
     ],
-    ids=["clip-mistral", "clip-llama-pooled", "siglip-qwen2", "efficientnet-llama"],
+    ids=["clip-mistral", "clip-llama-pooled", "siglip-qwen2"],
 )
 def test_training_and_captions_equal_those_of_the_package(
     vision_tower: str,
@@ -304,6 +306,42 @@ def test_training_and_captions_equal_those_of_the_package_with_the_models_of_the
     loaded = Llava.from_pretrained(tmp_path / "file", device="cpu")
     assert captions_of_package(loaded, case, 3) == expected
     assert captions_of_file(one_file.load(tmp_path / "package"), case, 3) == expected
+
+
+@pytest.mark.parametrize("pool", [0, 1])
+def test_features_of_a_convolutional_tower_equal_those_of_the_package(
+    pool: int, models_folder: Path, data_folder: Path
+) -> None:
+    data, images = data_folder / "train.json", data_folder / "images"
+    layer = -1  # the package's name for the last map
+    choices = {"mm_vision_select_layer": layer, "mm_token_pool": pool}
+    case = make_case(models_folder, "llama", "efficientnet", data, images, **choices)
+    model = one_file.Llava(case.settings)
+    tower = VisionTower.from_pretrained(
+        case.settings["vision_tower"], select_layer=layer, token_pool=pool
+    )
+    pixels = tower.transform(load_pixels(images / "0.jpg"))[None]
+    normalized = one_file.load_image(images / "0.jpg", model.processor)[None]
+    torch.testing.assert_close(normalized, tower.transform.normalize(pixels))
+    with torch.no_grad():
+        expected = tower.eval()(pixels)
+    torch.testing.assert_close(model.encode_images(normalized), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P"])
+def test_images_equal_those_of_the_package(
+    mode: str, models_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Of any mode, upright or not, and not square."""
+    noise = torch.randint(256, (40, 52, 4), generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(noise.to(torch.uint8).numpy()).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the orientation of a photo taken in upright format
+    image.save(tmp_path / "image.png", exif=exif)
+    processor = one_file.AutoImageProcessor.from_pretrained(models_folder / "clip", backend="pil")
+    transform = ImageTransform.from_pretrained(models_folder / "clip")
+    expected = transform.normalize(transform(load_pixels(tmp_path / "image.png")))
+    assert torch.equal(one_file.load_image(tmp_path / "image.png", processor), expected)
 
 
 def test_new_projector_equals_that_of_the_package() -> None:
