@@ -25,6 +25,8 @@ import transformers
 import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+# Before transformers' Trainer, which imports PEFT.
+import llava_simplified.model.peft_names  # noqa: F401
 from llava_simplified.options import configure_logging, suggest
 from llava_simplified.recipes import resolve_recipe
 from llava_simplified.training_options import (

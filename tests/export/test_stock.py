@@ -199,6 +199,7 @@ def test_export_stock_writes_a_peft_adapter_that_computes_the_same(
 # ---- refusals ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -223,6 +224,7 @@ def test_export_stock_refuses_what_stock_llava_has_no_form_for(
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
 
 
+@pytest.mark.medium
 def test_export_stock_removes_an_export_that_computes_something_else(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +275,7 @@ def names_in_vllm() -> re.Pattern[str]:
     return re.compile(f"{tower}|{projector}|{text}")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("tower", "language_model"), [("clip", "llama"), ("siglip", "qwen2")])
 def test_export_stock_writes_what_vllm_loads(
     models_folder: Path,
@@ -315,6 +318,7 @@ def test_export_stock_writes_what_vllm_loads(
 # ---- merge ----
 
 
+@pytest.mark.medium
 def test_merge_keeps_the_logits_after_the_base_models_have_moved(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -344,6 +348,7 @@ def test_merge_keeps_the_logits_after_the_base_models_have_moved(
         merge_main([str(merged), "--output", str(tmp_path / "again")])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("tune_vision_tower", ["full", "lora"])
 def test_a_trained_vision_tower_is_exported_and_merged(
     models_folder: Path, data_folder: Path, tmp_path: Path, tune_vision_tower: str
@@ -370,6 +375,7 @@ def test_a_trained_vision_tower_is_exported_and_merged(
 # ---- commands ----
 
 
+@pytest.mark.medium
 def test_export_command_writes_a_model_card_without_local_paths(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,6 +408,7 @@ def test_export_command_writes_a_model_card_without_local_paths(
         export_main(words)
 
 
+@pytest.mark.medium
 def test_push_command_warns_of_local_paths_in_a_checkpoint(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

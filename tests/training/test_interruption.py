@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 OPTIONS: dict[str, object] = {"max_steps": 4, "disable_tqdm": True, "save_strategy": "no"}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_the_step_and_saves_a_checkpoint_to_resume_from(
     models_folder: Path,

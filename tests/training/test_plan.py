@@ -114,6 +114,7 @@ def test_plan_forecasts_peak_memory_within_a_fifth(
     assert make_plan(*parse_arguments(large)).peak == pytest.approx(measured, rel=0.2)
 
 
+@pytest.mark.medium
 def test_plan_needs_no_weights(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +161,7 @@ def test_plan_refuses_a_deepspeed_config_without_a_stage(tmp_path: Path) -> None
         main(["--deepspeed", str(config)])
 
 
+@pytest.mark.medium
 def test_plan_of_a_more_expensive_run_is_higher(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +183,7 @@ def test_plan_of_a_more_expensive_run_is_higher(
     assert packed.memory["activations"] > base.memory["activations"]
 
 
+@pytest.mark.medium
 def test_plan_counts_the_flops_of_the_matrices(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -207,6 +210,7 @@ def test_plan_counts_the_flops_of_the_matrices(
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("changes", "count"),
     [
