@@ -46,7 +46,7 @@ site: $(STAMP)
 
 # all tests, in at most five minutes on two cores. Coverage (lines and branches) under 92 % is a failure
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 2 --cov --cov-report=term
 
 # within a minute, for every commit: no processes, no browser, no training of seconds
 test-quick: $(STAMP)

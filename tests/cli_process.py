@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import MappingProxyType
 
@@ -37,8 +37,8 @@ PRELOADED = [
 ]
 
 
-def fork_context() -> ForkServerContext:
-    """Return the context whose processes are forked from one that has imported everything."""
+def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
+    """Start a function in a process that is forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     # The server is not measured by coverage: what it forks would be slower, and ends without saving a result.
@@ -46,7 +46,15 @@ def fork_context() -> ForkServerContext:
     forkserver.ensure_running()
     if coverage is not None:
         os.environ["COVERAGE_PROCESS_CONFIG"] = coverage
-    return context
+    process = context.Process(target=_run_function, args=(target, args))
+    process.start()
+    return process
+
+
+def _run_function(target: Callable[..., None], args: tuple[object, ...]) -> None:
+    # Otherwise the workers of data loaders would be started by a server, too, unlike those of a command.
+    multiprocessing.set_start_method(None, force=True)
+    target(*args)
 
 
 class ForkedProcess:
@@ -69,17 +77,14 @@ class ForkedProcess:
         # Deleted with this object.
         self._stdout = tempfile.NamedTemporaryFile(prefix="stdout")  # noqa: SIM115
         self._stderr = tempfile.NamedTemporaryFile(prefix="stderr")  # noqa: SIM115
-        self._process = fork_context().Process(
-            target=_run_words,
-            args=(
-                [str(word) for word in words],
-                str(folder or Path.cwd()),
-                {**os.environ, **environment},
-                (self._stdout.name, self._stderr.name),
-                new_session,
-            ),
+        self._process = fork_process(
+            _run_words,
+            [str(word) for word in words],
+            str(folder or Path.cwd()),
+            {**os.environ, **environment},
+            (self._stdout.name, self._stderr.name),
+            new_session,
         )
-        self._process.start()
         self.pid: int = self._process.pid or 0
 
     @property

@@ -8,6 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Test processes share the cores. With the default, OpenMP threads that wait spin and slow the other processes down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The compiler is used for a few tiny layers: starting its worker processes takes longer than the compilation.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # The environment must be set before torch and transformers are imported. The fixtures import them, not this file:
 # the process that distributes the tests reads this file, too, and the others wait for it.
@@ -25,6 +27,17 @@ from PIL import Image
 
 LANGUAGE_MODELS = ("mistral", "llama", "qwen2", "gemma2", "phi", "opt")
 VISION_MODELS = ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first, so that short ones fill the time at the end; measure coverage without them.
+
+    They would be a quarter slower, and cover little that other tests do not.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker("no_cover")
 
 
 @pytest.fixture(scope="session", autouse=True)
