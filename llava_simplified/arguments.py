@@ -26,6 +26,9 @@ import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llava_simplified.data_option import options_from_data
+
+# Before transformers' Trainer, which imports PEFT.
+import llava_simplified.model.peft_names  # noqa: F401
 from llava_simplified.options import configure_logging, suggest
 from llava_simplified.recipes import resolve_recipe
 from llava_simplified.training_options import (

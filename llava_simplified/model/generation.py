@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch.nn.functional import pad as pad_tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import LogitsProcessor, logits_process
@@ -41,6 +40,7 @@ from llava_simplified.model.kv_cache import (
     set_cache_length,
 )
 from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
+from llava_simplified.model.peft_names import PeftModel
 from llava_simplified.model.protocols import CaptionModel, CausalLM
 from llava_simplified.model.sampling import draw, make_generator, process_logits, prompt_hashes
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad as pad_tensor
@@ -21,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from llava_simplified.model.cpu_attention import cpu_matmul_attention
+from llava_simplified.model.peft_names import PeftModel
 from llava_simplified.model.protocols import CausalLM
 
 # Silence a warning that users cannot act on: PEFT reads this deprecated attribute of Transformers

@@ -148,6 +148,7 @@ def outcome(function: Callable[..., Any], data: bytes) -> str:
     return "ok"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "kind", ["JPEG", "progressive JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 )
