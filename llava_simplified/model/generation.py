@@ -56,7 +56,6 @@ from llava_simplified.model.static_decoding import (
     find_static_decoder,
 )
 
-
 # In place of the token of a sequence whose logits are not finite.
 _NO_TOKEN = -1
 

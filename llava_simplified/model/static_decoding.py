@@ -404,9 +404,7 @@ class StaticDecoder:
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads (that read images, for example) may use CUDA meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._graph_pool, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
                 logits = self._forward(buffers)
         except RuntimeError as error:
             for tensor, value in zip(state, saved):
@@ -433,7 +431,9 @@ class StaticDecoder:
         adapters = []
         for module in language_model.modules():
             if hasattr(module, "lora_A"):
-                adapters.append(f"{module.disable_adapters} {module.merged} {module.active_adapters}")
+                adapters.append(
+                    f"{module.disable_adapters} {module.merged} {module.active_adapters}"
+                )
         key = (addresses, tuple(adapters))
         if key != self._weights_key:
             self._buffers.clear()

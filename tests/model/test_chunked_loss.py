@@ -21,7 +21,10 @@ def test_chunked_cross_entropy_equals_that_of_pytorch(
     logits = (8 * torch.randn(23, 50, generator=generator)).to(dtype)
     labels = torch.randint(0, 50, (23,), generator=generator)
     results = []
-    for function in (summed_cross_entropy, lambda x, y: cross_entropy(x.double(), y, reduction="sum")):
+    for function in (
+        summed_cross_entropy,
+        lambda x, y: cross_entropy(x.double(), y, reduction="sum"),
+    ):
         leaf = logits.clone().requires_grad_()
         loss = function(leaf, labels)
         # Not a factor of 1, as with the number of trained tokens of a step.
