@@ -47,7 +47,8 @@ def run(workload: Workload, report: Report) -> None:
     for dtype in TOLERANCES:
         name = str(dtype).removeprefix("torch.")
         for what, compare in COMPARISONS.items():
-            report.attempt(f"{what}, {name}", partial(compare, workload, dtype))
+            with computed_in(dtype):
+                report.attempt(f"{what}, {name}", partial(compare, workload, dtype))
     report.attempt("batched == single, greedy, float32", partial(compare_batch_sizes, workload))
     report.attempt("graphs == dynamic cache, greedy", partial(compare_decoders, workload))
     report.attempt("ours == stock generate, greedy", partial(compare_with_stock, workload))
@@ -60,6 +61,21 @@ def run(workload: Workload, report: Report) -> None:
         measure = partial(compare_kernel, workload, kernel)
         report.attempt(f"{kernel} == sdpa, packed", measure, seconds)
     report.attempt("flex_attention == sdpa, shared prefixes", partial(compare_flex, workload))
+
+
+@contextmanager
+def computed_in(dtype: torch.dtype) -> Iterator[None]:
+    """Compute norms in float64 within a `with` block, if that is the data type of the model.
+
+    The layers of Transformers convert to `torch.float32` by this name.
+    """
+    single = torch.float32
+    if dtype == torch.float64:
+        torch.float32 = dtype  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.float32 = single  # type: ignore[misc]
 
 
 # ---- batches ----

@@ -47,10 +47,10 @@ def versions() -> Values:
 def describe_device(workload: Workload) -> Values:
     """Return the device's name, memory and driver."""
     if workload.device.type != "cuda":
-        return {"name": platform.processor() or platform.machine()}
+        return {"device": platform.processor() or platform.machine()}
     properties = torch.cuda.get_device_properties(0)
     return {
-        "name": properties.name,
+        "device": properties.name,
         "memory": properties.total_memory,
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": str(torch.version.cuda),

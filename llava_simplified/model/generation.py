@@ -316,6 +316,8 @@ class DecodingBatch:
         decoder = self._static_decoder
         if decoder is None:
             return False
+        if decoder.is_loaded(self) and decoder.is_full:
+            self.leave_static_buffers()
         try:
             if not decoder.is_loaded(self):
                 state = DecodingState(self._cache, self._mask, self._next_positions)

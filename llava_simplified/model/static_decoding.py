@@ -324,7 +324,12 @@ class StaticDecoder:
         if not rows:
             self.release()
         elif self._current and num_slots(len(rows)) < self._current.slots:
-            self._move(num_slots(len(rows)), self._current.columns)
+            self._move_together(num_slots(len(rows)))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no column left for a step: the batch must `unload` and `load` again."""
+        return self._current is not None and self._length == self._current.columns
 
     def step(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Append the newest token of each row, and return the next logits (rows, vocabulary).
@@ -332,9 +337,7 @@ class StaticDecoder:
         Raises:
             StaticDecodingError: The step could not be recorded. `unload` returns the state before it.
         """
-        assert self._current is not None
-        if self._length == self._current.columns:
-            self._move(self._current.slots, num_columns(self._length + RESERVED_COLUMNS))
+        assert self._current is not None and not self.is_full
         buffers = self._current
         padded = torch.zeros(buffers.slots, 1, dtype=torch.long)
         padded[self._slots, 0] = torch.tensor(token_ids)
@@ -436,7 +439,7 @@ class StaticDecoder:
                 )
         key = (addresses, tuple(adapters))
         if key != self._weights_key:
-            self._buffers.clear()
+            self._drop_buffers()
             self._weights_key = key
 
     def _prepare_buffers(self, layers: Sequence[Any], slots: int, columns: int) -> _Buffers:
@@ -453,12 +456,17 @@ class StaticDecoder:
         if self._storage is None or self._storage.capacity < slots * columns:
             _check_memory(layers, slots, columns)
             # Free the old memory first. Graphs contain its addresses.
-            self._buffers.clear()
+            self._drop_buffers()
             self._storage = None
             self._storage = _Storage(layers, slots, columns)
         if (slots, columns) not in self._buffers:
             self._buffers[slots, columns] = self._create_buffers(self._storage, slots, columns)
         return self._buffers[slots, columns]
+
+    def _drop_buffers(self) -> None:
+        """Forget all buffers and graphs, whose addresses are no longer valid."""
+        self._buffers.clear()
+        self._graph_pool = None
 
     def _create_buffers(self, storage: _Storage, slots: int, columns: int) -> _Buffers:
         device = storage.flat[0][0].device
@@ -484,21 +492,16 @@ class StaticDecoder:
         buffers.positions[:rows, 0] = next_positions
         buffers.column.fill_(length)
 
-    def _move(self, slots: int, columns: int) -> None:
-        """Move the rows together in buffers of another size."""
-        assert self._current is not None and self._storage is not None
+    def _move_together(self, slots: int) -> None:
+        """Move the rows into buffers with fewer slots, which are views of the same memory."""
+        assert self._current is not None
         old, length = self._current, self._length
         index = self._slot_index()
-        if self._storage.capacity < slots * columns:
-            # Rare: the memory itself must grow. Go through a `DynamicCache`.
-            owner = self._owner()
-            self.load(owner, self.unload(), RESERVED_COLUMNS)
-            return
-        new = self._prepare_buffers(old.cache.layers, slots, columns)
+        new = self._prepare_buffers(old.cache.layers, slots, old.columns)
         mask = old.mask[:, :length].index_select(0, index)
         positions = old.positions[:, 0].index_select(0, index)
         for source, target in zip(old.cache.layers, new.cache.layers):
-            # Both are views of the same memory: copy before writing.
+            # Copy before writing.
             keys = source.keys[:, :, :length].index_select(0, index)
             values = source.values[:, :, :length].index_select(0, index)
             _fill(target.keys, keys, length)

@@ -290,11 +290,11 @@ class LlavaTrainer(transformers.Trainer):
             FloatingPointError: A loss is not finite.
         """
         unchecked, self._unchecked_losses = self._unchecked_losses, []
-        values = [loss.double() for loss, _ in unchecked]
+        values = [loss.float() for loss, _ in unchecked]
         if norm is not None:
             # FSDP shards the norm, too.
             whole = getattr(norm, "full_tensor", lambda: norm)()
-            values.append(whole.detach().to(self.args.device, torch.float64).reshape(()))
+            values.append(whole.detach().to(self.args.device, torch.float32).reshape(()))
         if not values:
             return None
         read = torch.stack(values).tolist()

@@ -14,6 +14,7 @@ from llava_simplified.model import generation, static_decoding
 from llava_simplified.model.generation import DecodingBatch
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.lora import add_lora
 from llava_simplified.model.static_decoding import (
     StaticDecoder,
     StaticDecodingError,
@@ -70,13 +71,18 @@ def run(batch: DecodingBatch) -> list[list[int]]:
     return list(batch.generated_ids.values())
 
 
-@pytest.mark.parametrize("text", ["mistral", "llama", "qwen2", "phi"])
+@pytest.mark.parametrize("text", ["mistral", "llama", "llama with LoRA", "qwen2", "phi"])
 @pytest.mark.usefixtures("small_buffers")
 def test_static_decoding_equals_decoding_in_a_dynamic_cache(
     models_folder: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     """With grouped-query attention, a sliding window, joins, and ends at different steps."""
-    model = build(models_folder, text)
+    model = build(models_folder, text.split()[0])
+    if "LoRA" in text:
+        add_lora(model, 2, 4)
+        for name, parameter in model.language_model.named_parameters():
+            if "lora_B" in name:  # zero at first, so that the adapter would have no effect
+                torch.nn.init.normal_(parameter, std=0.1)
     expected = generate_with_joins(model)
     decoder = use_static_decoder(monkeypatch, model)
     steps: list[tuple[int, int]] = []
