@@ -49,16 +49,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, rows_per_chunk: int
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        rows_per_chunk: int,
     ) -> torch.Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        normalizers = torch.empty(len(logits), 1, dtype=dtype, device=logits.device)
-        loss = torch.zeros((), dtype=dtype, device=logits.device)
+        # The logarithm of the sum of exponentials of each row.
+        normalizers = logits.new_empty(len(logits), 1, dtype=dtype)
+        loss = logits.new_zeros((), dtype=dtype)
         for start in range(0, len(logits), rows_per_chunk):
             rows = slice(start, start + rows_per_chunk)
             chunk = logits[rows].to(dtype)
+            label_logits = chunk.gather(1, labels[rows, None])
             normalizers[rows] = chunk.logsumexp(-1, keepdim=True)
-            loss += (normalizers[rows] - chunk.gather(1, labels[rows, None])).sum()
+            loss += (normalizers[rows] - label_logits).sum()
         ctx.save_for_backward(logits, labels, normalizers)
         ctx.rows_per_chunk = rows_per_chunk
         return loss
@@ -70,8 +75,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_logits = torch.empty_like(logits)
         for start in range(0, len(logits), ctx.rows_per_chunk):
             rows = slice(start, start + ctx.rows_per_chunk)
-            grad = (logits[rows].to(normalizers.dtype) - normalizers[rows]).exp_()  # softmax
+            chunk = logits[rows].to(normalizers.dtype)
+            # This is a new tensor. Continue in place, because each operation would need another one.
+            grad = chunk - normalizers[rows]
+            grad.exp_()  # softmax
             minus_one = grad.new_full((len(grad), 1), -1.0)
             grad.scatter_add_(1, labels[rows, None], minus_one)
+            # Rounded to the data type of the logits only here.
             grad_logits[rows] = grad.mul_(grad_loss)
         return grad_logits, None, None

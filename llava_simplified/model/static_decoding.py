@@ -103,10 +103,12 @@ def grouped_decode_attention(
     Returns:
         (slots, 1, heads, head_dim), and None in place of attention weights.
     """
-    slots, heads, _length, _size = query.shape
+    slots, heads = query.shape[:2]
     key_heads = key.shape[1]
-    grouped = query.reshape(slots, key_heads, heads // key_heads, -1)
-    mask = attention_mask.expand(-1, key_heads, heads // key_heads, -1)
+    group_size = heads // key_heads
+    # PyTorch's kernels for masked attention would need a copy of every key for each query head.
+    grouped = query.reshape(slots, key_heads, group_size, -1)
+    mask = attention_mask.expand(-1, key_heads, group_size, -1)
     output = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(slots, 1, heads, -1), None
 
@@ -279,15 +281,19 @@ class StaticDecoder:
             StaticDecodingError: The cache is not supported, or the buffers would be too large. The state
                 is unchanged.
         """
+        # Two generators may take turns, for example.
         previous = None if self._owner is None else self._owner()
         if previous is not None:
             previous.leave_static_buffers()
         _check_layers(state.cache)
         self._forget_changed_weights()
-        rows, self._length = state.mask.shape
-        slots = num_slots(rows)
-        columns = num_columns(self._length + min(max(remaining, 1), RESERVED_COLUMNS))
+
+        rows, length = state.mask.shape
+        # At least one column, for the step that follows.
+        reserved = min(max(remaining, 1), RESERVED_COLUMNS)
+        slots, columns = num_slots(rows), num_columns(length + reserved)
         buffers = self._prepare_buffers(state.cache.layers, slots, columns)
+        self._length = length
         for layer, source in zip(buffers.cache.layers, state.cache.layers):
             _fill(layer.keys, source.keys, self._length)
             _fill(layer.values, source.values, self._length)
@@ -339,6 +345,7 @@ class StaticDecoder:
         """
         assert self._current is not None and not self.is_full
         buffers = self._current
+        # Free slots get the token 0. Their results are never read.
         padded = torch.zeros(buffers.slots, 1, dtype=torch.long)
         padded[self._slots, 0] = torch.tensor(token_ids)
         buffers.token_ids.copy_(to_device(padded, buffers.token_ids.device))
@@ -359,6 +366,7 @@ class StaticDecoder:
         """Run the step: everything here is recorded, so nothing may depend on values on the host."""
         model = self._require_model()
         language_model = model.language_model
+        # In all slots, used or not: a row without any visible column would become NaN.
         buffers.mask.index_fill_(1, buffers.column, True)
         with _grouped_attention(language_model):
             outputs = language_model(
@@ -368,6 +376,7 @@ class StaticDecoder:
                 use_cache=True,
                 **{self._cache_kwarg_name: buffers.cache},
             )
+        # In place, so that the next replay finds the new values at the same addresses.
         buffers.positions += 1
         buffers.column += 1
         return outputs.logits[:, -1]
@@ -393,6 +402,7 @@ class StaticDecoder:
     def _record(self, buffers: _Buffers) -> None:
         """Record the step as a CUDA graph. Recording runs nothing."""
         device = buffers.mask.device
+        # What the warm-up changes. The keys and values that it writes are written again later.
         state = (buffers.mask, buffers.column, buffers.positions)
         saved = [tensor.clone() for tensor in state]
         try:
@@ -414,6 +424,7 @@ class StaticDecoder:
                 tensor.copy_(value)
             raise StaticDecodingError(f"the step cannot be recorded ({error})") from error
         buffers.graph, buffers.logits = graph, logits
+        # All graphs share the memory of their intermediate results: one runs at a time.
         self._graph_pool = graph.pool()
 
     # ---- buffers ----
@@ -430,14 +441,13 @@ class StaticDecoder:
     def _forget_changed_weights(self) -> None:
         """Drop the graphs if weights have moved or adapters were switched: they contain addresses."""
         language_model = self._require_model().language_model
-        addresses = tuple(parameter.data_ptr() for parameter in language_model.parameters())
+        addresses = [parameter.data_ptr() for parameter in language_model.parameters()]
         adapters = []
         for module in language_model.modules():
             if hasattr(module, "lora_A"):
-                adapters.append(
-                    f"{module.disable_adapters} {module.merged} {module.active_adapters}"
-                )
-        key = (addresses, tuple(adapters))
+                state = (module.disable_adapters, module.merged, module.active_adapters)
+                adapters.append(str(state))
+        key = (addresses, adapters)
         if key != self._weights_key:
             self._drop_buffers()
             self._weights_key = key
@@ -538,6 +548,7 @@ def _check_memory(layers: Sequence[Any], slots: int, columns: int) -> None:
         for tensor in (layer.keys, layer.values):
             bytes_per_cell += tensor.shape[1] * tensor.shape[3] * tensor.element_size()
     free, _ = torch.cuda.mem_get_info(device)
+    # PyTorch keeps memory that is free, too.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     needed = slots * columns * bytes_per_cell
     if needed > MEMORY_SHARE * free:
