@@ -50,6 +50,7 @@ from llava_simplified.model.language_model import (
 from llava_simplified.model.protocols import CaptionModel, CausalLM
 from llava_simplified.model.sampling import draw, process_logits, prompt_hashes, random_numbers
 from llava_simplified.model.static_decoding import (
+    BuffersTooLargeError,
     DecodingState,
     StaticDecodingError,
     disable_static_decoding,
@@ -324,6 +325,9 @@ class DecodingBatch:
                 decoder.load(self, state, self._most_remaining_tokens())
                 self._cache = None
             self._logits = decoder.step(newest)
+        except BuffersTooLargeError as error:
+            decoder.warn_too_large(error)
+            return False
         except StaticDecodingError as error:
             self.leave_static_buffers()
             disable_static_decoding(self.model, str(error))

@@ -65,6 +65,10 @@ class StaticDecodingError(RuntimeError):
     """The step cannot run in static buffers; the message says why."""
 
 
+class BuffersTooLargeError(StaticDecodingError):
+    """A batch is too large for the memory that is free; smaller ones may not be."""
+
+
 def num_slots(rows: int) -> int:
     """Return the number of slots for so many sequences: the next power of two."""
     return 1 << (rows - 1).bit_length()
@@ -183,6 +187,7 @@ class _Storage:
             self.flat.append((keys, values))
             self.shapes.append((heads, key_size, value_size))
         self.capacity = slots * columns
+        self.nbytes = sum(keys.nbytes + values.nbytes for keys, values in self.flat)
 
     def views(self, slots: int, columns: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield keys and values of each layer, (slots, key heads, columns, size)."""
@@ -259,6 +264,7 @@ class StaticDecoder:
         self._buffers: dict[tuple[int, int], _Buffers] = {}
         self._graph_pool: Any = None
         self._weights_key: Any = None
+        self._has_warned = False
         # The batch that is loaded:
         self._owner: Any = None  # weak reference, or None
         self._current: _Buffers | None = None
@@ -278,8 +284,8 @@ class StaticDecoder:
             remaining: Number of tokens that the longest sequence may still generate.
 
         Raises:
-            StaticDecodingError: The cache is not supported, or the buffers would be too large. The state
-                is unchanged.
+            StaticDecodingError: The cache is not supported, or the buffers would be too large
+                (`BuffersTooLargeError`). The state is unchanged.
         """
         # Two generators may take turns, for example.
         previous = None if self._owner is None else self._owner()
@@ -359,6 +365,12 @@ class StaticDecoder:
         assert buffers.logits is not None
         # A copy, since the next step overwrites the buffer.
         return buffers.logits.index_select(0, self._slot_index())
+
+    def warn_too_large(self, error: BuffersTooLargeError) -> None:
+        """Log, once, that a batch is decoded without graphs."""
+        if not self._has_warned:
+            logger.warning("large batches are decoded without CUDA graphs: %s", error)
+        self._has_warned = True
 
     # ---- the step ----
 
@@ -461,10 +473,11 @@ class StaticDecoder:
             columns: Number of columns.
 
         Raises:
-            StaticDecodingError: They would take more than `MEMORY_SHARE` of the free memory.
+            BuffersTooLargeError: They would take more than `MEMORY_SHARE` of the free memory.
         """
         if self._storage is None or self._storage.capacity < slots * columns:
-            _check_memory(layers, slots, columns)
+            own = 0 if self._storage is None else self._storage.nbytes
+            _check_memory(layers, slots, columns, own)
             # Free the old memory first. Graphs contain its addresses.
             self._drop_buffers()
             self._storage = None
@@ -539,7 +552,15 @@ def _check_layers(cache: DynamicCache) -> None:
             raise StaticDecodingError(f"it has layers with a {type(layer).__name__}")
 
 
-def _check_memory(layers: Sequence[Any], slots: int, columns: int) -> None:
+def _check_memory(layers: Sequence[Any], slots: int, columns: int, own: int) -> None:
+    """Raise BuffersTooLargeError if buffers of this size would take too much memory.
+
+    Args:
+        layers: Layers of a cache, with keys and values, for their shapes.
+        slots: Number of slots.
+        columns: Number of columns.
+        own: Bytes of the buffers that these would replace.
+    """
     device = layers[0].keys.device
     if device.type != "cuda":
         return
@@ -547,12 +568,12 @@ def _check_memory(layers: Sequence[Any], slots: int, columns: int) -> None:
     for layer in layers:
         for tensor in (layer.keys, layer.values):
             bytes_per_cell += tensor.shape[1] * tensor.shape[3] * tensor.element_size()
-    free, _ = torch.cuda.mem_get_info(device)
+    free = own + torch.cuda.mem_get_info(device)[0]
     # PyTorch keeps memory that is free, too.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     needed = slots * columns * bytes_per_cell
     if needed > MEMORY_SHARE * free:
-        raise StaticDecodingError(
+        raise BuffersTooLargeError(
             f"the buffers of {slots} sequences of {columns} tokens would take {needed / 1e9:.1f} GB of "
             f"{free / 1e9:.1f} GB that are free; use a smaller batch size"
         )

@@ -16,6 +16,7 @@ from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora
 from llava_simplified.model.static_decoding import (
+    BuffersTooLargeError,
     StaticDecoder,
     StaticDecodingError,
     find_static_decoder,
@@ -174,6 +175,28 @@ def test_failed_recording_continues_in_the_dynamic_cache_and_says_why(
     assert run(batch) == expected
     (message,) = package_log.messages
     assert "without CUDA graphs: the step cannot be recorded" in message
+
+
+def test_batch_that_is_too_large_is_decoded_in_the_dynamic_cache(
+    models_folder: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    """Until sequences have ended: then the rest fits."""
+    model = build(models_folder, "llama")
+    expected = generate_with_joins(model)
+    decoder = use_static_decoder(monkeypatch, model)
+    slots: list[int] = []
+
+    def check_memory(layers: Any, number: int, columns: int, own: int) -> None:
+        slots.append(number)
+        if number > 2:
+            raise BuffersTooLargeError("the buffers are too large")
+
+    monkeypatch.setattr(static_decoding, "_check_memory", check_memory)
+    assert generate_with_joins(model) == expected
+    assert 4 in slots and slots[-1] <= 2
+    assert decoder._storage is not None
+    (message,) = package_log.messages
+    assert "the buffers are too large" in message
 
 
 def test_cpu_models_have_no_static_decoder(models_folder: Path) -> None:
