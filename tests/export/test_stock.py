@@ -19,7 +19,7 @@ from PIL import Image
 from test_commands import ENVIRONMENT
 from tiny import make_tokenizer
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llava_simplified import cli
 from llava_simplified.data.images import decode_image
@@ -365,6 +365,36 @@ def test_export_stock_writes_what_vllm_loads(
     strategy = "default" if tower == "clip" else "full"
     assert config["vision_feature_select_strategy"] == strategy
     assert (folder / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_export_stock_writes_a_processor_that_makes_images_square(
+    models_folder: Path, data_folder: Path, tmp_path: Path, tower: str
+) -> None:
+    checkpoint = train_checkpoint(
+        data_folder,
+        tmp_path / "out",
+        model_name_or_path=models_folder / "llama",
+        vision_tower=models_folder / tower,
+        image_aspect_ratio="pad",
+        tune_mm_mlp_adapter=True,
+        max_steps=1,
+    )
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((41, 77), (90, 33))]
+    export_stock(checkpoint, tmp_path / "stock", images=images)  # compares the pixels
+    config = json.loads((tmp_path / "stock" / "preprocessor_config.json").read_text())
+    assert config["image_processor_type"] == "LlavaImageProcessor"
+    assert config["do_pad"] is True
+
+    # A border is where the stock processor puts it, in the mean color.
+    processor = AutoProcessor.from_pretrained(tmp_path / "stock", backend="pil")
+    white = Image.new("RGB", (32, 16), "white")
+    pixels = processor.image_processor(white, return_tensors="pt")["pixel_values"][0]
+    model = Llava.from_pretrained(checkpoint)
+    expected = model.vision_tower.transform(np.asarray(white))
+    assert expected[:, 0, 0].tolist() == [122, 116, 104]
+    torch.testing.assert_close(pixels, model.vision_tower.transform.normalize(expected))
 
 
 # ---- merge ----

@@ -294,6 +294,7 @@ def test_projector_stage_is_followed_by_lora_stage(
     # Weights of these would have the right shapes, and still not fit.
     for change, message in (
         ({"mm_vision_select_layer": -1}, "Pass --mm_vision_select_layer -2"),
+        ({"image_aspect_ratio": "pad"}, "Pass --image_aspect_ratio crop"),
         ({"vision_tower": models_folder / "siglip"}, "vision_tower .*siglip"),
         ({"init_from": second}, "--init_from and --pretrain_mm_mlp_adapter"),
     ):
