@@ -21,10 +21,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
+from llava_simplified.captioning.caption_rows import Row, failed_row, parse_record
+from llava_simplified.captioning.endpoint_options import EndpointOptions
 from llava_simplified.captioning.inputs import ImageRecords, open_inputs
 from llava_simplified.data.image_folder import NameMatches
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
@@ -35,21 +35,23 @@ from llava_simplified.jobs import (
     Progress,
     atomic_file,
     check_settings,
+    encode_json_lines,
     exclusive_lock,
     read_json_lines,
 )
-from llava_simplified.model.generation import encode_images, generate_from_features
+from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
-from llava_simplified.model.llava import Llava
-from llava_simplified.model.sampling import prompt_hashes
+
+# torch is imported when a model is loaded: with `--endpoint`, this process has none.
+if TYPE_CHECKING:
+    import torch
+
+    from llava_simplified.model.llava import Llava
 
 logger = logging.getLogger(__name__)
 
 # Number of batches whose records are sorted together by prompt length, to reduce padding.
 BATCHES_PER_WINDOW = 8
-
-Row = dict[str, Any]
-
 
 # ---- the job ----
 
@@ -65,6 +67,7 @@ class CaptionJob:
         options: Generation options; `num_return_sequences` is the number of captions per record.
         limit: Caption only the first N records.
         batch_size: Records per batch.
+        endpoint: A server that runs the model; None for the model of `model_path`.
         chunk, chunks: Index and number of slices: caption only every `chunks`-th record, starting with
             record `chunk`. (The names are stored in the settings of unfinished jobs.)
     """
@@ -83,6 +86,7 @@ class CaptionJob:
     batch_size: int = 16
     chunk: int = 0
     chunks: int = 1
+    endpoint: EndpointOptions | None = None
 
 
 class CaptionCounts(NamedTuple):
@@ -132,11 +136,14 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
     with exclusive_lock(files.lock, job.output):
         _start_or_resume(files, _job_settings(job, records))
         try:
-            model = model or load_model(job)
+            if job.endpoint is None:
+                model = model or load_model(job)
+            else:
+                _forget_server_failures(files.failures)
             if isinstance(records, ImageRecords) and not job.instructions:
                 # Use the instruction of the training, which is stored in the checkpoint. The settings
                 # need not contain it, because they identify the checkpoint.
-                records.instructions = (model.instruction,)
+                records.instructions = (model.instruction if model else DEFAULT_INSTRUCTION,)
             with Journal(files.journal) as journal, Journal(files.failures) as failures:
                 counts = _caption_remaining(job, model, records, folder, journal, failures)
         except BaseException:
@@ -169,6 +176,19 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
     check_settings(files.settings, settings, str(files.output))
 
 
+def _forget_server_failures(failures: Path) -> None:
+    """Remove the records from the failures that a server has failed, so that this run tries them again."""
+    # aiohttp, which the module imports, is an optional package.
+    from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
+
+    if not failures.exists():
+        return
+    with atomic_file(failures) as part, part.open("wb") as stream:
+        for row, _ in read_json_lines(failures):
+            if row.get("kind") not in SERVER_FAILURES:
+                stream.write(encode_json_lines([row]))
+
+
 def _remove_empty_job(files: JobFiles) -> None:
     """Delete the files of a job without a result, such as one whose model could not be loaded."""
     results = (files.journal, files.failures)
@@ -190,6 +210,10 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     settings["batch_size"] = None
     del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
     settings["output"] = None
+    # Jobs of a local model have no such setting, as in version 0.1.0.
+    del settings["endpoint"]
+    if job.endpoint is not None:
+        settings["endpoint"] = job.endpoint.job_settings()
     settings["model"] = _modification_times(job.model_path)
     # Images may be added to a folder (see `ImageRecords.renumber`). Slices cannot: each of them would
     # have to know the numbers that the others have given.
@@ -218,7 +242,7 @@ def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...])
 
 def _caption_remaining(
     job: CaptionJob,
-    model: Llava,
+    model: Llava | None,
     records: Sequence[Record],
     folder: str,
     journal: Journal,
@@ -247,8 +271,7 @@ def _caption_remaining(
         logger.info("Continuing %s: %s of %s records are done.", job.output, initial, len(indices))
     show_progress = logger.isEnabledFor(logging.INFO)
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
-        batches = caption_records(model, records, folder, job.options, job.batch_size, remaining)
-        for rows, failed_rows in batches:
+        for rows, failed_rows in _caption_batches(job, model, records, folder, remaining):
             # If the process is killed between these two writes, the next run tries the failed records
             # again, and they fail again.
             journal.append(rows)
@@ -256,6 +279,23 @@ def _caption_remaining(
             failed.update((row["index"], row.get("image")) for row in failed_rows)
             progress.advance(len(rows) // rows_per_record + len(failed_rows))
     return CaptionCounts(len(indices) - len(failed), len(failed))
+
+
+def _caption_batches(
+    job: CaptionJob,
+    model: Llava | None,
+    records: Sequence[Record],
+    folder: str,
+    indices: Sequence[int],
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Yield the rows of records in their order, from the model, or from the server if there is none."""
+    if model is not None:
+        return caption_records(model, records, folder, job.options, job.batch_size, indices)
+
+    from llava_simplified.captioning.endpoint_captions import caption_at_endpoint
+
+    assert job.endpoint is not None
+    return caption_at_endpoint(records, folder, job.options, job.endpoint, indices)
 
 
 def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str | None]:
@@ -298,6 +338,8 @@ def _publish_array(files: JobFiles) -> None:
 
 def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
     """Load the model of a job or of a command line."""
+    from llava_simplified.model.llava import Llava
+
     return Llava.from_pretrained(
         checkpoint.model_path,
         model_base=checkpoint.model_base,
@@ -348,7 +390,7 @@ def caption_records(
     matches = NameMatches()
     for start in range(0, len(indices), window_size):
         window_indices = indices[start : start + window_size]
-        window = [_parse_record(records, index) for index in window_indices]
+        window = [parse_record(records, index) for index in window_indices]
         batches = _caption_window(model, window, image_folder, options, batch_size, matches)
         yield from _in_record_order(window_indices, window, batches)
     if matches.describe():
@@ -358,21 +400,6 @@ def caption_records(
 # The captions of a record, or the error if there are none: its image cannot be read, its prompt
 # cannot be rendered, or the row is not a record.
 Outcome = list[str] | ValueError
-
-
-def _parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
-    """Return a record, or the reason why the row is none. One bad row must not end the job."""
-    try:
-        record = records[index]
-        for name in record.images:
-            name.encode()
-    except UnicodeEncodeError:
-        return ImageError(
-            "unsafe", f"the image name {record.images!r} is not UTF-8; rename the file"
-        )
-    except ValueError as error:
-        return error
-    return record
 
 
 def _in_record_order(
@@ -391,12 +418,8 @@ def _in_record_order(
             index = indices[position]
             record = window[position]
             outcome = waiting.pop(position)
-            if isinstance(record, ValueError):
-                failed_rows.append({"index": index, "image": None, "error": str(record)})
-            elif isinstance(outcome, ValueError):
-                image = record.images[0] if record.images else None
-                error = f"{record.id}: {outcome}"
-                failed_rows.append({"index": index, "image": image, "error": error})
+            if isinstance(record, ValueError) or isinstance(outcome, ValueError):
+                failed_rows.append(failed_row(index, record, outcome))
             else:
                 rows += [prediction_row(index, record, caption) for caption in outcome]
             position += 1
@@ -412,6 +435,9 @@ def _caption_window(
     matches: NameMatches,
 ) -> Iterator[dict[int, Outcome]]:
     """Yield the outcomes of each batch, by position in the window."""
+    from llava_simplified.model.generation import generate_from_features
+    from llava_simplified.model.sampling import prompt_hashes
+
     window: dict[int, Record] = {}
     prompts: dict[int, list[int]] = {}
     failed: dict[int, Outcome] = {}
@@ -517,6 +543,11 @@ class _WindowImages:
         """Return image features (images, tokens, vision hidden size), or None for no images."""
         if not names:
             return None
+
+        import torch
+
+        from llava_simplified.model.generation import encode_images
+
         # Remove duplicates: two records of one batch may refer to the same image.
         new = [name for name in dict.fromkeys(names) if name not in self._features]
         if new:
