@@ -131,7 +131,6 @@ NO_EFFECT = {
     "lazy_preprocess": "samples are always read on demand",
     "save_safetensors": "weights are always saved as safetensors",
     "overwrite_output_dir": "files of the output folder are always replaced",
-    "image_aspect_ratio": "images are preprocessed by the vision tower's image processor",
     "is_multimodal": "each record states whether it has images",
     "version": "the chat template of the tokenizer is used; pass --template for another format",
 }
@@ -302,6 +301,9 @@ def translate_option(name: str, values: list[str]) -> list[str]:
     if name in GROUP_BY_LENGTH:
         strategy = "group_by_length" if _is_true(values) else "random"
         return ["--train_sampling_strategy", strategy]
+    if name == "image_aspect_ratio" and values == ["square"]:
+        # LLaVA's name for what the image processor of the vision tower does.
+        return ["--image_aspect_ratio", "crop"]
     if name == "local_rank":
         # DeepSpeed's launcher passes it as an option; torch.distributed reads the environment.
         os.environ.setdefault("LOCAL_RANK", values[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,8 +170,8 @@ def compare_cleanings(records: Path, undisturbed: Path, resumed: Path) -> None:
 
 
 @contextmanager
-def caption_inputs(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """A tiny checkpoint, and a folder of 600 images, some of which cannot be read."""
+def caption_inputs(folder: Path, count: int = 600) -> Iterator[tuple[Path, Path]]:
+    """A tiny checkpoint, and a folder of images, some of which cannot be read."""
     models = folder / "models"
     save_language_model("mistral", models / "language_model")
     save_vision_model("clip", models / "vision_tower")
@@ -178,7 +179,7 @@ def caption_inputs(folder: Path) -> Iterator[tuple[Path, Path]]:
     images.mkdir()
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(images / "000.jpg")
-    for number in range(1, 600):
+    for number in range(1, count):
         image = images / f"{number:03}.jpg"
         if number % 50 == 0:
             image.write_bytes(b"not an image")
@@ -217,6 +218,70 @@ def compare_captions(inputs: tuple[Path, Path], undisturbed: Path, resumed: Path
     assert {path.name for path in resumed.iterdir()} == names
     for name in names:
         assert (resumed / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+# ---- llava caption --write txt ----
+
+# Every third image has a sidecar file: with and without a byte order mark, with the line ends of Windows.
+EXISTING_TEXTS = (b"by hand\n", b"\xef\xbb\xbftag, tag\r\n", b"one\r\ntwo", "größer,\n".encode())
+
+
+@contextmanager
+def sidecar_inputs(folder: Path) -> Iterator[tuple[Path, Path]]:
+    with caption_inputs(folder, 300) as (checkpoint, images):
+        for number in range(0, 300, 3):
+            text = EXISTING_TEXTS[number % len(EXISTING_TEXTS)]
+            (images / f"{number:03}.txt").write_bytes(text)
+        yield checkpoint, images
+
+
+def sidecar_command(inputs: tuple[Path, Path], output: Path, *options: str) -> list[str]:
+    checkpoint, images = inputs
+    if not output.exists():
+        shutil.copytree(images, output)
+    words = [*LLAVA, "caption", str(output), "--model-path", str(checkpoint), "--write", "txt"]
+    words += ["--batch-size", "2", "--max-new-tokens", "12", "--temperature", "1"]
+    return [*words, *options]
+
+
+def append_command(inputs: tuple[Path, Path], output: Path) -> list[str]:
+    return sidecar_command(inputs, output, "--existing", "append")
+
+
+def written_sidecars(output: Path) -> dict[str, int]:
+    """Return when each sidecar file was written that is not as it was."""
+    found = {}
+    for path in output.glob("*.txt"):
+        if path.read_bytes() not in EXISTING_TEXTS:
+            found[path.name] = path.stat().st_mtime_ns
+    return found
+
+
+def compare_sidecars(inputs: tuple[Path, Path], undisturbed: Path, resumed: Path) -> None:
+    _, images = inputs
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    expected = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
+    assert {path.name: path.read_bytes() for path in resumed.iterdir()} == expected
+    # The images 050, 100, ... cannot be read.
+    failures = ".llava-caption.jsonl.bad.jsonl"
+    assert expected.keys() - before.keys() - {failures} == {
+        f"{number:03}.txt" for number in range(300) if number % 3 and number % 50
+    }
+    assert all(expected[name] == data for name, data in before.items() if name.endswith(".jpg"))
+
+
+def compare_kept_sidecars(inputs: tuple[Path, Path], undisturbed: Path, resumed: Path) -> None:
+    compare_sidecars(inputs, undisturbed, resumed)
+    for path in inputs[1].glob("*.txt"):
+        assert (resumed / path.name).read_bytes() == path.read_bytes()
+
+
+def compare_appended_sidecars(inputs: tuple[Path, Path], undisturbed: Path, resumed: Path) -> None:
+    compare_sidecars(inputs, undisturbed, resumed)
+    for path in inputs[1].glob("*.txt"):
+        if path.stem != "150":  # the only one of these images that cannot be read
+            assert (resumed / path.name).read_bytes().startswith(path.read_bytes().rstrip())
+            assert (resumed / path.name).read_bytes() != path.read_bytes()
 
 
 # ---- llava encode ----
@@ -287,6 +352,22 @@ CASES = [
     Case("download", 5, download_inputs, download_command, downloaded_rows, compare_downloads),
     Case("clean", 3, clean_inputs, clean_command, cleaned_chunks, compare_cleanings),
     Case("caption", 3, caption_inputs, caption_command, captioned_records, compare_captions),
+    Case(
+        "sidecars",
+        5,
+        sidecar_inputs,
+        sidecar_command,
+        written_sidecars,
+        compare_kept_sidecars,
+    ),
+    Case(
+        "append",
+        5,
+        sidecar_inputs,
+        append_command,
+        written_sidecars,
+        compare_appended_sidecars,
+    ),
     Case(
         "encode",
         2,

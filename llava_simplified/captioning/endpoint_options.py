@@ -20,7 +20,13 @@ _MAX_SIDE = 65_500  # pixels of a JPEG
 # Fields of a request that this program depends on.
 _OWN_FIELDS = ("model", "messages", "n", "stream")
 # Generation options that OpenAI's API has no field for, with the values that ask for nothing.
-_UNSUPPORTED = {"min_new_tokens": 0, "num_beams": 1, "length_penalty": 1.0}
+_UNSUPPORTED: dict[str, Any] = {
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "start_with": "",
+    "forbid": (),
+}
 
 
 @dataclass(frozen=True)

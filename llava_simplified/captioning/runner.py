@@ -9,6 +9,9 @@ Files of a job with `--output captions.jsonl`:
 
 A JSON array cannot be appended to. With `--output predictions.json`, the journal is therefore
 `predictions.json.part.jsonl`, which is converted to the array at the end.
+
+A job that writes sidecar files (see `sidecars`) has these files with the name `.llava-caption.jsonl` in the folder of
+the images or of the sidecar files, until it is finished. Only the list of failures remains.
 """
 
 from __future__ import annotations
@@ -19,13 +22,18 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_simplified.captioning.caption_rows import Row, failed_row, parse_record
+from llava_simplified.captioning.caption_text import TextOptions
 from llava_simplified.captioning.endpoint_options import EndpointOptions
+from llava_simplified.captioning.finishing import CaptionFinisher, count_shortened
 from llava_simplified.captioning.inputs import ImageRecords, open_inputs
+from llava_simplified.captioning.prompts import WeightedPrompt, prompt_chooser
+from llava_simplified.captioning.review_page import write_review
+from llava_simplified.captioning.sidecars import SidecarOptions, folder_problem
 from llava_simplified.data.image_folder import NameMatches
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, prediction_row
@@ -63,13 +71,18 @@ class CaptionJob:
     Attributes:
         model_path, model_base, vision_tower, bits, trust_remote_code: See `Llava.from_pretrained`.
         source, image_folder, instructions: See `inputs.open_inputs`.
-        output: A .jsonl file; with any other suffix, the output is a JSON array.
+        output: A .jsonl file; with any other suffix, the output is a JSON array. The journal of a job with
+            `sidecars`: a name is that of a file in the folder of the images.
         options: Generation options; `num_return_sequences` is the number of captions per record.
         limit: Caption only the first N records.
         batch_size: Records per batch.
-        endpoint: A server that runs the model; None for the model of `model_path`.
         chunk, chunks: Index and number of slices: caption only every `chunks`-th record, starting with
             record `chunk`. (The names are stored in the settings of unfinished jobs.)
+        prompts: Prompts of a prompt file, one of which is chosen for each image; empty for `instructions`.
+        text: How captions are finished.
+        sidecars: Where and how sidecar files are written; None for none.
+        review: HTML page of all images and captions to write at the end; None for none.
+        endpoint: A server that runs the model; None for the model of `model_path`.
     """
 
     model_path: str
@@ -86,6 +99,10 @@ class CaptionJob:
     batch_size: int = 16
     chunk: int = 0
     chunks: int = 1
+    prompts: tuple[WeightedPrompt, ...] = ()
+    text: TextOptions = field(default_factory=TextOptions)
+    sidecars: SidecarOptions | None = None
+    review: str | None = None
     endpoint: EndpointOptions | None = None
 
 
@@ -130,31 +147,107 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         ValueError: There is nothing to caption, the output belongs to a job with different settings,
             or another process is writing to it.
     """
-    files = JobFiles.of(job.output)
     # Check source, output and settings before loading the model, which can take minutes.
     records, folder = open_inputs(job.source, job.image_folder, job.instructions)
-    with exclusive_lock(files.lock, job.output):
+    _prepare_records(job, records, folder)
+    files = _job_files(job, folder)
+    images = records.names if isinstance(records, ImageRecords) else ()
+    finisher = CaptionFinisher(job.text, job.sidecars, folder, images)
+    with exclusive_lock(files.lock, files.output):
         _start_or_resume(files, _job_settings(job, records))
         try:
             if job.endpoint is None:
                 model = model or load_model(job)
             else:
                 _forget_server_failures(files.failures)
-            if isinstance(records, ImageRecords) and not job.instructions:
+            if isinstance(records, ImageRecords) and not (job.instructions or job.prompts):
                 # Use the instruction of the training, which is stored in the checkpoint. The settings
                 # need not contain it, because they identify the checkpoint.
                 records.instructions = (model.instruction if model else DEFAULT_INSTRUCTION,)
             with Journal(files.journal) as journal, Journal(files.failures) as failures:
-                counts = _caption_remaining(job, model, records, folder, journal, failures)
+                counts = _caption_remaining(
+                    job, model, records, folder, finisher, journal, failures
+                )
+                _log_finished(job, finisher, journal, files, counts)
+                if job.review:
+                    write_review(
+                        job.review, folder, journal.rows(), failures.rows(), finisher.kept_texts()
+                    )
         except BaseException:
             _remove_empty_job(files)
             raise
         # The job is complete. If the process is killed during the cleanup, the next run repeats it.
         if not counts.failed:
             files.failures.unlink()
-        if files.journal != files.output:
+        if job.sidecars is not None:
+            _remove_journal(files)
+        elif files.journal != files.output:
             _publish_array(files)
     return counts
+
+
+def _prepare_records(job: CaptionJob, records: Sequence[Record], folder: str) -> None:
+    """Give the records of images their prompts, and check what only images can have.
+
+    Raises:
+        ValueError: The job has a prompt file or sidecar files, but its source is a file of records.
+    """
+    if isinstance(records, ImageRecords):
+        if job.prompts:
+            records.instructions = ("",)  # one instruction for each image
+            seed = job.options.seed or 0
+            records.prompt_of = prompt_chooser(job.prompts, folder, seed)
+        return
+    if job.prompts:
+        raise ValueError(
+            f"--prompt-file: the records of {job.source} contain their own instructions; "
+            "remove the option."
+        )
+    if job.sidecars is not None:
+        raise ValueError(
+            f"--write: {job.source} is a file of records; pass the images or their folder instead."
+        )
+
+
+def _job_files(job: CaptionJob, folder: str) -> JobFiles:
+    """Return the files of a job.
+
+    Raises:
+        ValueError: Sidecar files cannot be written into their folder.
+    """
+    if job.sidecars is None:
+        return JobFiles.of(job.output)
+    # The output is absolute if the sidecar files have a folder of their own, and stays as it is then.
+    files = JobFiles.of(str(Path(folder) / job.output))
+    problem = folder_problem(files.journal.parent)
+    if problem:
+        raise ValueError(f"--write: {problem}")
+    return files
+
+
+def _log_finished(
+    job: CaptionJob,
+    finisher: CaptionFinisher,
+    journal: Journal,
+    files: JobFiles,
+    counts: CaptionCounts,
+) -> None:
+    """Log what became of the captions: written, kept, shortened, failed."""
+    if job.text.loop_guard or job.text.max_words:
+        shortened = count_shortened(journal.rows())
+        if shortened["loop"]:
+            logger.warning("Captions that ended where they began to loop: %s.", shortened["loop"])
+        if shortened["max_words"]:
+            logger.info("Captions that were cut at --max-words: %s.", shortened["max_words"])
+    if job.sidecars is None:
+        return
+    logger.info("%s", finisher.describe())
+    if counts.failed:
+        logger.warning(
+            "Images that cannot be captioned: %s. They are listed with reasons in %s.",
+            f"{counts.failed:,}",
+            files.failures,
+        )
 
 
 def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
@@ -210,16 +303,31 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     settings["batch_size"] = None
     del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
     settings["output"] = None
-    # Jobs of a local model have no such setting, as in version 0.1.0.
-    del settings["endpoint"]
+    del settings["review"]
     if job.endpoint is not None:
         settings["endpoint"] = job.endpoint.job_settings()
+    _remove_unused(settings)
     settings["model"] = _modification_times(job.model_path)
     # Images may be added to a folder (see `ImageRecords.renumber`). Slices cannot: each of them would
     # have to know the numbers that the others have given.
     if not isinstance(records, ImageRecords) or job.chunks > 1:
         settings["contents of the source"] = _describe_contents(records, job.source)
     return settings
+
+
+def _remove_unused(settings: dict[str, Any]) -> None:
+    """Remove options that are off, which unfinished jobs of version 0.1.0 do not have in their settings."""
+    if settings["endpoint"] is None:
+        del settings["endpoint"]
+    if not settings["prompts"]:
+        del settings["prompts"]
+    if settings["text"] == asdict(TextOptions()):
+        del settings["text"]
+    if settings["sidecars"] is None:
+        del settings["sidecars"]
+    for name in ("start_with", "forbid"):
+        if not settings["options"][name]:
+            del settings["options"][name]
 
 
 def _modification_times(model_path: str) -> list[int]:
@@ -245,6 +353,7 @@ def _caption_remaining(
     model: Llava | None,
     records: Sequence[Record],
     folder: str,
+    finisher: CaptionFinisher,
     journal: Journal,
     failures: Journal,
 ) -> CaptionCounts:
@@ -252,6 +361,14 @@ def _caption_remaining(
     rows_per_record = job.options.num_return_sequences
     finished = _finished_records(journal, rows_per_record)
     failed = _finished_records(failures, 1)
+
+    def fail(rows: list[Row]) -> None:
+        failures.append(rows)
+        failed.update((row["index"], row.get("image")) for row in rows)
+
+    # Sidecar files that are announced in the journal, except those that could not be written then.
+    if job.sidecars is not None:
+        fail(finisher.resume(row for row in journal.rows() if row["index"] not in failed))
     indices: Sequence[int] = range(len(records))
     if isinstance(records, ImageRecords):
         if job.chunks == 1:
@@ -265,6 +382,10 @@ def _caption_remaining(
     # Interleave the slices, so that slow parts of the source (large images) are distributed evenly.
     indices = indices[job.chunk :: job.chunks]
     remaining = [index for index in indices if index not in finished and index not in failed]
+    if isinstance(records, ImageRecords) and job.sidecars is not None:
+        # There is one prompt for each image, so that records have the numbers of their images.
+        remaining, refused = finisher.admit([(index, records.names[index]) for index in remaining])
+        fail(refused)
 
     initial = len(indices) - len(remaining)
     if initial:
@@ -272,11 +393,12 @@ def _caption_remaining(
     show_progress = logger.isEnabledFor(logging.INFO)
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
         for rows, failed_rows in _caption_batches(job, model, records, folder, remaining):
-            # If the process is killed between these two writes, the next run tries the failed records
-            # again, and they fail again.
-            journal.append(rows)
-            failures.append(failed_rows)
-            failed.update((row["index"], row.get("image")) for row in failed_rows)
+            # If the process is killed between these writes, the next run tries the failed records again,
+            # and they fail again; and it writes the sidecar files that the journal announces.
+            finished_rows, unfinished_rows = finisher.finish(rows)
+            journal.append(finished_rows)
+            fail([*failed_rows, *unfinished_rows])
+            fail(finisher.write(finished_rows))
             progress.advance(len(rows) // rows_per_record + len(failed_rows))
     return CaptionCounts(len(indices) - len(failed), len(failed))
 
@@ -332,6 +454,13 @@ def _publish_array(files: JobFiles) -> None:
         files.failures.replace(published_failures)
     # Delete the journal before the settings. If we crash in between, a lone settings file is harmless,
     # but a lone journal makes the next start fail.
+    files.journal.unlink()
+    files.settings.unlink()
+
+
+def _remove_journal(files: JobFiles) -> None:
+    """Delete the working files of a job whose captions are in sidecar files."""
+    # The journal first, as in `_publish_array`.
     files.journal.unlink()
     files.settings.unlink()
 

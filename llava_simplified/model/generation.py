@@ -29,6 +29,11 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.generation import logits_process
 
 from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
+from llava_simplified.model.forbidden_words import (
+    ForbiddenWordsProcessor,
+    exclude_forbidden_words,
+    load_forbidden_words,
+)
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.kv_cache import (
     append_cache_rows,
@@ -63,8 +68,9 @@ class DecodingBatch:
             prompt's sequences.
 
     Attributes:
-        generated_ids: Sequence id -> generated token ids, of finished sequences too. Long-running
-            callers must delete the entries of sequences that they are done with.
+        generated_ids: Sequence id -> token ids of the answer, of finished sequences too: those of
+            `GenerationOptions.start_with`, and then the generated ones. Long-running callers must delete
+            the entries of sequences that they are done with.
         active: Ids of the sequences that are not finished, by row.
         errors: Sequence id -> the exception that prevented choosing a token. Such a sequence
             is finished; others continue.
@@ -93,6 +99,7 @@ class DecodingBatch:
         # Active sequences only, by id:
         self._options: dict[int, GenerationOptions] = {}
         self._generators: dict[int, torch.Generator] = {}
+        self._num_forced: dict[int, int] = {}  # number of token ids of `start_with`
         # By row:
         self._mask = torch.empty(0)  # int64 (rows, columns of the cache)
         self._next_positions = torch.empty(0)  # int64 (rows,)
@@ -132,6 +139,9 @@ class DecodingBatch:
         if any(option.num_beams > 1 for option in options):
             raise ValueError("`step()` does not support beam search; use `generate()`")
 
+        # The forced beginning of an answer is prefilled with the prompt.
+        starts = [_start_ids(self.model, option) for option in options]
+        prompts = [[*prompt, *start] for prompt, start in zip(prompts, starts)]
         mask, next_positions, logits, cache = self._prefill(prompts, image_features)
 
         # Bring the new rows and the old ones to the same number of columns: the number of tokens of the
@@ -176,11 +186,12 @@ class DecodingBatch:
             self._logits = logits
 
         joined: list[int] = []
-        for option, prompt_hash in zip(options, hashes or [b""] * len(prompts)):
+        for option, start, prompt_hash in zip(options, starts, hashes or [b""] * len(prompts)):
             for sample in range(option.num_return_sequences):
                 sequence_id = next(self._new_ids)
                 joined.append(sequence_id)
-                self.generated_ids[sequence_id] = []
+                self.generated_ids[sequence_id] = list(start)
+                self._num_forced[sequence_id] = len(start)
                 self._options[sequence_id] = option
                 self._generators[sequence_id] = make_generator(
                     option.seed, prompt_hash, sample, device
@@ -213,7 +224,9 @@ class DecodingBatch:
             generated.append((sequence_id, token))
             ids = self.generated_ids[sequence_id]
             ids.append(token)
-            if token not in stop_ids and len(ids) < self._options[sequence_id].max_new_tokens:
+            num_generated = len(ids) - self._num_forced[sequence_id]
+            is_full = num_generated >= self._options[sequence_id].max_new_tokens
+            if token not in stop_ids and not is_full:
                 rows_to_keep.append(row)
         # Remove finished sequences before the next forward, so that it computes nothing for them.
         self._keep_rows(rows_to_keep)
@@ -292,6 +305,7 @@ class DecodingBatch:
         self.active = [before[row] for row in rows]
         for sequence_id in set(before) - set(self.active):
             del self._options[sequence_id], self._generators[sequence_id]
+            del self._num_forced[sequence_id]
         index = torch.tensor(rows, dtype=torch.long, device=self.model.device)
         self._mask = self._mask[index]
         self._next_positions = self._next_positions[index]
@@ -332,10 +346,15 @@ class DecodingBatch:
     def _choose_together(self, rows: list[int], options: GenerationOptions) -> list[int | None]:
         """Choose the next token of rows with equal options and lengths; None if not finite."""
         ids = [self.active[row] for row in rows]
+        answers = [self.generated_ids[i] for i in ids]
         logits = self._logits[rows].float()
-        if len(self.generated_ids[ids[0]]) < options.min_new_tokens:
+        # Equal options have an equal `start_with`, so that all of these rows have generated as many tokens.
+        if len(answers[0]) - self._num_forced[ids[0]] < options.min_new_tokens:
             logits[:, self.model.prompt.stop_ids] = -torch.inf
-        logits = process_logits(logits, [self.generated_ids[i] for i in ids], options)
+        if options.forbid:
+            words = load_forbidden_words(self.model.prompt, options.forbid)
+            exclude_forbidden_words(logits, answers, words)
+        logits = process_logits(logits, answers, options)
         if options.temperature:
             tokens = draw(logits, [self._generators[i] for i in ids])
         else:
@@ -508,6 +527,8 @@ def _beam_search(
     Returns:
         `num_return_sequences` lists of token ids per prompt, in the order of the prompts.
     """
+    start_ids = _start_ids(model, options)
+    prompts = [[*prompt, *start_ids] for prompt in prompts]
     input_ids, attention_mask = _expand_and_pad(model, prompts)
     if options.temperature and options.seed is not None:
         torch.manual_seed(options.seed)
@@ -520,7 +541,12 @@ def _beam_search(
         }
     # Pass the penalty as a logits processor, not as the option `repetition_penalty`: with a padded
     # batch, Transformers 5 overlooks as many generated tokens as there are padding tokens.
-    penalty = logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+    processors: list[logits_process.LogitsProcessor] = [
+        logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+    ]
+    if options.forbid:
+        words = load_forbidden_words(model.prompt, options.forbid)
+        processors.append(ForbiddenWordsProcessor(words, start_ids))
     generation_config = GenerationConfig(
         eos_token_id=model.prompt.stop_ids,
         pad_token_id=model.prompt.end_id,
@@ -533,12 +559,18 @@ def _beam_search(
         **sampling,
     )
     with _without_generation_defaults(model.language_model):
-        return model.language_model.generate(
+        generated = model.language_model.generate(
             inputs_embeds=model.splice(input_ids, image_features),
             attention_mask=attention_mask,
             generation_config=generation_config,
-            logits_processor=[penalty],
+            logits_processor=processors,
         ).tolist()
+    return [start_ids + ids for ids in generated]
+
+
+def _start_ids(model: CaptionModel, options: GenerationOptions) -> list[int]:
+    """Return the token ids that every answer begins with."""
+    return model.prompt.encode_start(options.start_with) if options.start_with.strip() else []
 
 
 @contextmanager
