@@ -29,6 +29,8 @@ TRAINING_COMMANDS = {"train", "encode", "plan"}  # their texts describe training
 
 # Options that have another meaning or default in some commands, and why.
 DIFFERENT_BY_COMMAND = {
+    "--concurrency": "requests for images, or for captions",
+    "--retries": "of an image, or of a caption",
     "--output": "every command has its own kind of output",
     "--temperature": "predictions are sampled, as in LLaVA; other captions are greedy",
     "--trials": "predictions have three captions per image, as in LLaVA",

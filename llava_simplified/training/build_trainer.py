@@ -15,12 +15,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import Collator
-from llava_simplified.data.dataset import (
-    CaptionDataset,
-    open_data,
-    set_bad_records_aside,
-)
+from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
 from llava_simplified.data.images import ImageError
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.records import Record, Records
 from llava_simplified.extras import install_command

@@ -18,7 +18,8 @@ import psutil
 import torch
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.data.dataset import open_data, set_bad_records_aside
+from llava_simplified.data.dataset import set_bad_records_aside
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import open_records
 from llava_simplified.model.build import load_tokenizer
 from llava_simplified.options import print_text

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tokenizer
 
-from llava_simplified.data.dataset import CaptionDataset, open_data, set_bad_records_aside
+from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record, Records
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.transforms import ImageTransform

@@ -59,7 +59,8 @@ def test_dataset_reads_json_records_without_extras(models_folder: Path, data_fol
         """
         from transformers import AutoTokenizer
         from llava_simplified.data.collate import Collator
-        from llava_simplified.data.dataset import CaptionDataset, open_data
+        from llava_simplified.data.dataset import CaptionDataset
+        from llava_simplified.data.open_data import open_data
         from llava_simplified.data.transforms import ImageTransform
         from llava_simplified.prompt import Prompt
 
