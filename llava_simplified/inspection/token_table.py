@@ -82,7 +82,7 @@ class SampleView:
         count = self._tokens_per_image or 1
         positions = f"{position}-{position + count - 1}" if count > 1 else str(position)
         # Show the token that the chat template writes in the place of the image, if it writes one.
-        name = printable(self._prompt.image_token or IMAGE_PLACEHOLDER)
+        name = escape_control_characters(self._prompt.image_token or IMAGE_PLACEHOLDER)
         if self._tokens_per_image:
             name = f"{name} x {self._tokens_per_image}"
         table.add_row(positions, Text(name), "", "image", style="magenta")
