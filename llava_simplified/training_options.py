@@ -62,6 +62,13 @@ class ModelArguments:
         default=0,
         metadata={"help": "Average the patch features to a grid of K x K tokens; 0 keeps all"},
     )
+    image_aspect_ratio: str = field(
+        default="crop",
+        metadata={
+            "help": "Images that are not square: crop (as the vision tower's image processor does), or "
+            "pad to a square with its mean color, as LLaVA-1.5"
+        },
+    )
     template: str = field(
         default="auto",
         metadata={
@@ -372,6 +379,7 @@ HELP_GROUPS = {
         "mm_vision_select_layer",
         "mm_vision_select_feature",
         "mm_token_pool",
+        "image_aspect_ratio",
         "template",
         "pretrain_mm_mlp_adapter",
         "tune_mm_mlp_adapter",
