@@ -58,7 +58,7 @@ def test_prepare_data_converts_once_and_again_if_the_source_changes(
 ) -> None:
     package_log.set_level(logging.INFO)
     first = prepare_data("my_folder")
-    assert first.count == 6
+    assert first.num_records == 6
     assert first.image_folder.samefile(folder)
     assert str(first.records) in package_log.text
     assert "lost.txt" in package_log.text
@@ -75,7 +75,7 @@ def test_prepare_data_converts_once_and_again_if_the_source_changes(
     assert captions["0.jpg"] == "another caption"
     assert len(read_lines(first.records)) == 6, "a run that reads it may still be going on"
     (folder / "0.jpg").rename(folder / "lost.jpg")
-    assert prepare_data("my_folder").count == 6
+    assert prepare_data("my_folder").num_records == 6
     assert [row["image"] for row in read_lines(prepare_data("my_folder").records)][-1] == "lost.jpg"
 
 
@@ -90,7 +90,7 @@ def test_prepare_data_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_prepare_data_uses_records_as_they_are(data_folder: Path) -> None:
     data = prepare_data(str(data_folder / "train.json"))
     assert data.records == data_folder / "train.json"
-    assert data.count == 12
+    assert data.num_records == 12
     assert data.image_folder == data_folder / "images", "the subfolder that contains the images"
 
 

@@ -59,12 +59,12 @@ class PreparedData(NamedTuple):
     Attributes:
         records: The file of records.
         image_folder: The folder that the records' image names are relative to.
-        count: Number of records.
+        num_records: Number of records.
     """
 
     records: Path
     image_folder: Path
-    count: int
+    num_records: int
 
 
 def prepare_data(source: str, image_folder: str | None = None) -> PreparedData:

@@ -195,6 +195,16 @@ def table_beside_a_folder(folder: Path) -> Made:
     return Made([(("1.jpg",), ["A cat .", "A pet ."])], issues)
 
 
+def metadata_json_of_kohya(folder: Path) -> Made:
+    rows = {
+        "1.jpg": {"caption": "one", "tags": "a, b", "train_resolution": [512, 512]},
+        "2.jpg": {"tags": "c, d"},
+    }
+    (folder / "meta.json").write_text(json.dumps(rows))
+    issues = {"tags beside a caption (not read)": 1}
+    return Made([(("1.jpg",), ["one"]), (("2.jpg",), ["c, d"])], issues, "meta.json")
+
+
 # ---- chats ----
 
 QUESTION = "What is this?"
@@ -391,7 +401,13 @@ def datasets_of_chats_in_one_split(folder: Path) -> Made:
 FORMS = [
     *(flat_sidecars, sidecar_like_a_table, suffixes_in_capitals, nested_folders_with_unicode),
     *(missing_halves, names_with_both_suffixes, text_encodings, lines_as_captions),
-    *(two_kinds_of_sidecars, metadata_of_kohya, metadata_in_splits, table_beside_a_folder),
+    *(
+        two_kinds_of_sidecars,
+        metadata_of_kohya,
+        metadata_in_splits,
+        metadata_json_of_kohya,
+        table_beside_a_folder,
+    ),
     *(ms_swift, trl, parts_with_paths, llama_factory, finevision_json, finevision_parquet),
     *(trl_parquet, parquet_with_bytes_and_paths, datasets_embedded, datasets_by_path),
     datasets_of_chats_in_one_split,
