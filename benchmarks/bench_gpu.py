@@ -8,7 +8,8 @@ Accelerate, too. Nothing is installed or downloaded: all models are random, in t
 ViT-B/16, and are made on the device.
 
 Each section is a process of its own with a time limit. A section that fails, runs out of memory or is killed at
-its limit ends no other one, and keeps what it has measured. `--output` is rewritten after every section.
+its limit ends no other one, and keeps what it has measured. `--output` is rewritten after every section; beside it,
+a `.log` has the warnings of all sections.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         section, path = args.run
         return run_child(args, section, Path(path))
     results: dict[str, Any] = {}
+    args.output.with_suffix(".log").unlink(missing_ok=True)
     end = time.monotonic() + (math.inf if args.in_process else args.time_limit)
     with tempfile.TemporaryDirectory() as folder:
         children = Children(args, Path(folder))
@@ -96,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             }
             print(f"== {section}: {state}, {results[section]['seconds']} s\n", flush=True)
             write_results(args.output, results)
+            append_log(args.output.with_suffix(".log"), section, children.log_file(section))
         children.stop()
     failures = list_failures(results)
     for failure in failures:
@@ -117,6 +120,13 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
     temporary.replace(path)
+
+
+def append_log(path: Path, section: str, log: Path) -> None:
+    """Append what a section wrote to its standard error: warnings say which fast path was not taken."""
+    if log.exists():
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(f"== {section}\n{log.read_text(encoding='utf-8', errors='replace')}\n")
 
 
 def list_failures(results: dict[str, Any]) -> list[str]:
@@ -154,6 +164,10 @@ class Children:
         """Return the file of a section's measurements."""
         return self._folder / f"{section}.jsonl"
 
+    def log_file(self, section: str) -> Path:
+        """Return the file of what a section writes to its standard error."""
+        return self._folder / f"{section}.log"
+
     def run(self, section: str, limit: float) -> str:
         """Run a section; return "done", or what has ended it."""
         process = self._take(section)
@@ -174,7 +188,7 @@ class Children:
             return f"killed after {limit:.0f} s"
         if process.returncode == 0:
             return "done"
-        log = (self._folder / f"{section}.log").read_text(encoding="utf-8", errors="replace")
+        log = self.log_file(section).read_text(encoding="utf-8", errors="replace")
         return f"failed: {log.strip()[-1500:]}"
 
     def stop(self) -> None:
@@ -197,7 +211,7 @@ class Children:
                 command += [f"--{option}", getattr(self._args, option)]
         if self._args.tiny:
             command.append("--tiny")
-        with (self._folder / f"{section}.log").open("w") as log:
+        with self.log_file(section).open("w") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stderr=log, text=True, start_new_session=True
             )
