@@ -42,6 +42,7 @@ SECTIONS = {
     "resume": 40,
 }
 TIME_LIMIT = 470  # seconds for all sections
+START_LIMIT = 90  # seconds for the imports of a section; only the first one has to wait for them
 # Packages that the measured code imports, but does not need here.
 OPTIONAL_PACKAGES = ("simplejpeg",)
 
@@ -171,6 +172,9 @@ class Children:
     def run(self, section: str, limit: float) -> str:
         """Run a section; return "done", or what has ended it."""
         process = self._take(section)
+        if not self._wait_until_ready(section, process):
+            kill(process)
+            return f"killed: its imports took more than {START_LIMIT} s"
         assert process.stdin is not None
         try:
             process.stdin.write(f"{limit}\n")
@@ -196,6 +200,15 @@ class Children:
         for process in self._waiting.values():
             kill(process)
 
+    def _wait_until_ready(self, section: str, process: subprocess.Popen[str]) -> bool:
+        """Return whether a process has imported everything, or has ended, within the limit."""
+        end = time.monotonic() + START_LIMIT
+        while time.monotonic() < end:
+            if ready_file(self.result_file(section)).exists() or process.poll() is not None:
+                return True
+            time.sleep(0.02)
+        return False
+
     def _next(self, section: str) -> str | None:
         sections = self._args.sections
         index = sections.index(section) + 1
@@ -217,6 +230,11 @@ class Children:
             )
 
 
+def ready_file(path: Path) -> Path:
+    """Return the file by which a child says that it has imported everything."""
+    return path.with_suffix(".ready")
+
+
 def kill(process: subprocess.Popen[str]) -> None:
     """Kill a child and the processes that it has started."""
     if process.poll() is None:
@@ -227,6 +245,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 def run_child(args: argparse.Namespace, section: str, path: Path) -> int:
     """Import everything, wait for the section's turn, and run it."""
     module = import_section(section)
+    ready_file(path).touch()
     limit = sys.stdin.readline()
     if not limit:
         return 1  # The parent has ended.
