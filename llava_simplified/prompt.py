@@ -241,6 +241,7 @@ class Prompt:
         self._special_ids = {i for i, token in added_tokens.items() if token.special}
         self._byte_ids = _find_byte_tokens(backend)
         self._byte_values = {token: value for value, token in enumerate(self._byte_ids)}
+        self._token_texts: list[bytes] | None = None  # of `token_texts`, which few commands need
         control_pattern = _control_pattern(added_tokens.values())
         self.accepts_strings = self._template_accepts_strings()
         self.image_token = self._find_image_token()
@@ -324,6 +325,28 @@ class Prompt:
         slot = self._layout(turns, where).answer
         prefix = self._render_prefix(turns, where)
         return prefix, [self._answer_ids(slot, response, where) for response in responses]
+
+    def encode_start(self, text: str) -> list[int]:
+        """Return the token ids of the beginning of an answer, which generation continues.
+
+        They are the first ids of an answer that begins with the text, as in training. White space around
+        the text is removed: most tokenizers put a space into the token of the word that follows.
+        """
+        return self._encode(self._inner_encoder, self._lead + text.strip(), "")
+
+    def token_texts(self) -> list[bytes]:
+        """Return the text of each token within an answer in UTF-8, by id; empty for special tokens.
+
+        A token may be a part of a character. The texts of an answer's tokens, joined, are the answer.
+        """
+        if self._token_texts is None:
+            self._token_texts = _find_token_texts(
+                self._tokenizer.backend_tokenizer,
+                self._inner_encoder.encode("x").ids,
+                self._byte_values,
+                self._special_ids,
+            )
+        return self._token_texts
 
     def decode(self, ids: Sequence[int], finished: bool = True) -> str:
         """Return the text of an answer up to its end token: the inverse of `render_branches`.
@@ -695,6 +718,55 @@ def _find_byte_tokens(backend: tokenizers.Tokenizer) -> list[int]:
     if not all(name in vocabulary for name in names):
         return []
     return [vocabulary[name] for name in names]
+
+
+def _find_token_texts(
+    backend: tokenizers.Tokenizer,
+    before: Sequence[int],
+    byte_values: Mapping[int, int],
+    special_ids: set[int],
+) -> list[bytes]:
+    """Return the text of each token in UTF-8, by id; see `Prompt.token_texts`.
+
+    Args:
+        backend: The tokenizer of the tokenizers library.
+        before: Token ids of a text to put before each token: decoders treat the first token differently.
+        byte_values: Byte by the id of its token, for tokenizers with byte fallback.
+        special_ids: Ids of the tokens that are not part of a text.
+    """
+    size = backend.get_vocab_size(with_added_tokens=True)
+    decoded = backend.decode_batch([[*before, index] for index in range(size)])
+    start = len(backend.decode(list(before)))
+    byte_of_character = _byte_level_alphabet()
+    texts: list[bytes] = []
+    for index, text in enumerate(decoded):
+        addition = text[start:]
+        if index in special_ids:
+            texts.append(b"")
+        elif index in byte_values:
+            texts.append(bytes([byte_values[index]]))
+        elif _REPLACEMENT_CHARACTER in addition:
+            # A part of a character. Byte-level tokenizers write each byte as one visible character.
+            token = backend.id_to_token(index) or ""
+            values = [byte_of_character.get(character) for character in token]
+            known = [value for value in values if value is not None]
+            texts.append(bytes(known) if len(known) == len(values) else addition.encode())
+        else:
+            texts.append(addition.encode())
+    return texts
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return the byte that each character in the tokens of a byte-level tokenizer stands for (as in GPT-2).
+
+    Visible characters of Latin-1 stand for themselves. The characters from U+0100 on stand for the other
+    bytes, in their order.
+    """
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = {chr(value): value for value in visible}
+    others = [value for value in range(256) if chr(value) not in alphabet]
+    alphabet.update({chr(256 + number): value for number, value in enumerate(others)})
+    return alphabet
 
 
 def _make_encoder(backend: tokenizers.Tokenizer, inner: bool = False) -> tokenizers.Tokenizer:

@@ -223,6 +223,7 @@ def test_export_gguf_makes_servers_render_the_prompt_of_the_training(
         assert types[vector] == "F32"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("tower", "language_model", "options", "message"),
     [
@@ -246,6 +247,7 @@ def test_export_gguf_refuses_what_llamacpp_has_no_form_for(
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
 
 
+@pytest.mark.medium
 def test_export_gguf_removes_a_file_that_was_written_wrongly(
     train_pair: TrainPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

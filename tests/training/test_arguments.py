@@ -282,6 +282,7 @@ def test_non_default_options_lists_changes_but_no_tokens() -> None:
     assert "lora_alpha" not in changed
 
 
+@pytest.mark.medium
 def test_every_option_is_read_somewhere() -> None:
     """An option that nothing reads would silently have no effect."""
     code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
@@ -317,6 +318,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.medium
 def test_help_imports_neither_torch_nor_transformers() -> None:
     printed = run_python(
         "import sys, atexit\n"
