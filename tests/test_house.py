@@ -27,12 +27,12 @@ SCORES_OF_TEXTS = [
 ]
 ORDER = [
     ("options", "extras", "hub"),
-    ("jobs", "workers", "recipes", "foreign_files"),
+    ("jobs", "workers", "recipes", "small_models", "foreign_files"),
     ("prompt", "html_report"),
     ("data",),
     ("prepare", *SCORES_OF_TEXTS),
     ("model",),
-    ("training_options",),
+    ("training_options", "data_option"),
     ("arguments",),
     ("training",),
     ("inspection", "captioning"),

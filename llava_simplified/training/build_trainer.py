@@ -305,7 +305,7 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         check_weights: Compare the base weights too, which must be on this machine.
 
     Raises:
-        ValueError: The checkpoint was trained with different vision layers or base weights.
+        ValueError: The checkpoint was trained with different vision layers, images or base weights.
     """
     checkpoint = read_checkpoint_config(folder)
     trained_with = checkpoint["architecture"]
@@ -316,6 +316,12 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         raise ValueError(
             f"{folder}: its projector was trained with different layers of the vision tower. Pass "
             f"--mm_vision_select_layer {values}."
+        )
+    aspect_ratio = trained_with.get("image_aspect_ratio", "crop")
+    if model_args.image_aspect_ratio != aspect_ratio:
+        raise ValueError(
+            f"{folder}: its projector was trained with other borders of the images. Pass "
+            f"--image_aspect_ratio {aspect_ratio}."
         )
     if not check_weights:
         return

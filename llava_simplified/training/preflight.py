@@ -216,7 +216,9 @@ def _dry_run_options(
             prompt,
             args.model_max_length,
         )
-        values |= {"train_data_path": target, "train_image_folder": folder}
+        # With --data, the command line has no other option for the records.
+        option = "data" if data.data else "train_data_path"
+        values |= {option: target, "train_image_folder": folder}
     if data.eval_data_path:
         target = scratch / "eval.jsonl"
         folder = _write_longest_records(

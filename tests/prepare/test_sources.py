@@ -648,6 +648,7 @@ def test_read_source_of_a_folder_notes_what_it_does_not_read(tmp_path: Path) -> 
     rows, issues = read(tmp_path)
     assert [row.url for row in rows] == [U]
     assert issues.counts == {"another file or folder beside the source (not read)": 2}
+    (tmp_path / "part.tsv.gz").unlink()
     (tmp_path / "more" / "metadata.csv").write_text("file_name,text\n1.jpg,a cat\n")
     (tmp_path / "more" / "1.jpg").write_bytes(b"x")
     (tmp_path / "more" / "2.jpg").write_bytes(b"x")
