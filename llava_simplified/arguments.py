@@ -25,6 +25,8 @@ import transformers
 import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+# Before transformers' Trainer, which imports PEFT.
+import llava_simplified.model.peft_names  # noqa: F401
 from llava_simplified.data_option import options_from_data
 from llava_simplified.options import configure_logging, suggest
 from llava_simplified.recipes import resolve_recipe
@@ -54,6 +56,8 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         # Keep all entries of a batch: it has more than the forward arguments of a text model.
         self.remove_unused_columns = False
         self.average_tokens_across_devices = True
+        # Such values end the run (see `LlavaTrainer`). The filter would read every loss from the GPU.
+        self.logging_nan_inf_filter = False
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
             # Restore the number of evaluations without improvement in a resumed run.

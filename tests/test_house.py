@@ -92,6 +92,7 @@ def test_a_room_imports_only_what_stands_before_it(module: str) -> None:
         )
 
 
+@pytest.mark.medium
 def test_no_file_is_needed_by_what_it_needs() -> None:
     """No import cycle anywhere, imports inside functions included. One exception: `Llava.from_pretrained`
     loads checkpoints, which are made of the class."""

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, overload
 
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SIDECAR_SUFFIXES
 from llava_simplified.data import shards
-from llava_simplified.data.dataset import open_data
 from llava_simplified.data.image_formats import IMAGE_HEADER_BYTES, is_image_header
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record, insert_image_placeholders
 from llava_simplified.data.shards import shard_index
 from llava_simplified.prompt import Message

@@ -24,11 +24,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
+from llava_simplified.captioning.caption_rows import Row, failed_row, parse_record
 from llava_simplified.captioning.caption_text import TextOptions
+from llava_simplified.captioning.endpoint_options import EndpointOptions
 from llava_simplified.captioning.finishing import CaptionFinisher, count_shortened
 from llava_simplified.captioning.inputs import ImageRecords, open_inputs
 from llava_simplified.captioning.prompts import WeightedPrompt, prompt_chooser
@@ -43,21 +43,23 @@ from llava_simplified.jobs import (
     Progress,
     atomic_file,
     check_settings,
+    encode_json_lines,
     exclusive_lock,
     read_json_lines,
 )
-from llava_simplified.model.generation import encode_images, generate_from_features
+from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
-from llava_simplified.model.llava import Llava
-from llava_simplified.model.sampling import prompt_hashes
+
+# torch is imported when a model is loaded: with `--endpoint`, this process has none.
+if TYPE_CHECKING:
+    import torch
+
+    from llava_simplified.model.llava import Llava
 
 logger = logging.getLogger(__name__)
 
 # Number of batches whose records are sorted together by prompt length, to reduce padding.
 BATCHES_PER_WINDOW = 8
-
-Row = dict[str, Any]
-
 
 # ---- the job ----
 
@@ -80,6 +82,7 @@ class CaptionJob:
         text: How captions are finished.
         sidecars: Where and how sidecar files are written; None for none.
         review: HTML page of all images and captions to write at the end; None for none.
+        endpoint: A server that runs the model; None for the model of `model_path`.
     """
 
     model_path: str
@@ -100,10 +103,11 @@ class CaptionJob:
     text: TextOptions = field(default_factory=TextOptions)
     sidecars: SidecarOptions | None = None
     review: str | None = None
+    endpoint: EndpointOptions | None = None
 
 
 class CaptionCounts(NamedTuple):
-    """Number of records of a job that have captions, and of those whose images cannot be read."""
+    """Number of records of a job that have captions, and of those that cannot be captioned."""
 
     captioned: int
     failed: int
@@ -152,11 +156,14 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
     with exclusive_lock(files.lock, files.output):
         _start_or_resume(files, _job_settings(job, records))
         try:
-            model = model or load_model(job)
+            if job.endpoint is None:
+                model = model or load_model(job)
+            else:
+                _forget_server_failures(files.failures)
             if isinstance(records, ImageRecords) and not (job.instructions or job.prompts):
                 # Use the instruction of the training, which is stored in the checkpoint. The settings
                 # need not contain it, because they identify the checkpoint.
-                records.instructions = (model.instruction,)
+                records.instructions = (model.instruction if model else DEFAULT_INSTRUCTION,)
             with Journal(files.journal) as journal, Journal(files.failures) as failures:
                 counts = _caption_remaining(
                     job, model, records, folder, finisher, journal, failures
@@ -262,6 +269,19 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
     check_settings(files.settings, settings, str(files.output))
 
 
+def _forget_server_failures(failures: Path) -> None:
+    """Remove the records from the failures that a server has failed, so that this run tries them again."""
+    # aiohttp, which the module imports, is an optional package.
+    from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
+
+    if not failures.exists():
+        return
+    with atomic_file(failures) as part, part.open("wb") as stream:
+        for row, _ in read_json_lines(failures):
+            if row.get("kind") not in SERVER_FAILURES:
+                stream.write(encode_json_lines([row]))
+
+
 def _remove_empty_job(files: JobFiles) -> None:
     """Delete the files of a job without a result, such as one whose model could not be loaded."""
     results = (files.journal, files.failures)
@@ -284,6 +304,8 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
     settings["output"] = None
     del settings["review"]
+    if job.endpoint is not None:
+        settings["endpoint"] = job.endpoint.job_settings()
     _remove_unused(settings)
     settings["model"] = _modification_times(job.model_path)
     # Images may be added to a folder (see `ImageRecords.renumber`). Slices cannot: each of them would
@@ -295,6 +317,8 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
 
 def _remove_unused(settings: dict[str, Any]) -> None:
     """Remove options that are off, which unfinished jobs of version 0.1.0 do not have in their settings."""
+    if settings["endpoint"] is None:
+        del settings["endpoint"]
     if not settings["prompts"]:
         del settings["prompts"]
     if settings["text"] == asdict(TextOptions()):
@@ -326,7 +350,7 @@ def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...])
 
 def _caption_remaining(
     job: CaptionJob,
-    model: Llava,
+    model: Llava | None,
     records: Sequence[Record],
     folder: str,
     finisher: CaptionFinisher,
@@ -368,16 +392,33 @@ def _caption_remaining(
         logger.info("Continuing %s: %s of %s records are done.", job.output, initial, len(indices))
     show_progress = logger.isEnabledFor(logging.INFO)
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
-        batches = caption_records(model, records, folder, job.options, job.batch_size, remaining)
-        for rows, failed_rows in batches:
+        for rows, failed_rows in _caption_batches(job, model, records, folder, remaining):
             # If the process is killed between these writes, the next run tries the failed records again,
             # and they fail again; and it writes the sidecar files that the journal announces.
             finished_rows, unfinished_rows = finisher.finish(rows)
             journal.append(finished_rows)
             fail([*failed_rows, *unfinished_rows])
             fail(finisher.write(finished_rows))
-            progress.advance(len(rows) // rows_per_record + len(failed_rows))
+            num_done = progress.done + len(rows) // rows_per_record + len(failed_rows)
+            progress.update(num_done, f"{len(failed):,} failed" if failed else "")
     return CaptionCounts(len(indices) - len(failed), len(failed))
+
+
+def _caption_batches(
+    job: CaptionJob,
+    model: Llava | None,
+    records: Sequence[Record],
+    folder: str,
+    indices: Sequence[int],
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Yield the rows of records in their order, from the model, or from the server if there is none."""
+    if model is not None:
+        return caption_records(model, records, folder, job.options, job.batch_size, indices)
+
+    from llava_simplified.captioning.endpoint_captions import caption_at_endpoint
+
+    assert job.endpoint is not None
+    return caption_at_endpoint(records, folder, job.options, job.endpoint, indices)
 
 
 def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str | None]:
@@ -427,6 +468,8 @@ def _remove_journal(files: JobFiles) -> None:
 
 def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
     """Load the model of a job or of a command line."""
+    from llava_simplified.model.llava import Llava
+
     return Llava.from_pretrained(
         checkpoint.model_path,
         model_base=checkpoint.model_base,
@@ -477,7 +520,7 @@ def caption_records(
     matches = NameMatches()
     for start in range(0, len(indices), window_size):
         window_indices = indices[start : start + window_size]
-        window = [_parse_record(records, index) for index in window_indices]
+        window = [parse_record(records, index) for index in window_indices]
         batches = _caption_window(model, window, image_folder, options, batch_size, matches)
         yield from _in_record_order(window_indices, window, batches)
     if matches.describe():
@@ -485,23 +528,8 @@ def caption_records(
 
 
 # The captions of a record, or the error if there are none: its image cannot be read, its prompt
-# cannot be rendered, or the row is not a record.
-Outcome = list[str] | ValueError
-
-
-def _parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
-    """Return a record, or the reason why the row is none. One bad row must not end the job."""
-    try:
-        record = records[index]
-        for name in record.images:
-            name.encode()
-    except UnicodeEncodeError:
-        return ImageError(
-            "unsafe", f"the image name {record.images!r} is not UTF-8; rename the file"
-        )
-    except ValueError as error:
-        return error
-    return record
+# cannot be rendered, the row is not a record, or the model's logits for it are not finite.
+Outcome = list[str] | ValueError | FloatingPointError
 
 
 def _in_record_order(
@@ -520,12 +548,10 @@ def _in_record_order(
             index = indices[position]
             record = window[position]
             outcome = waiting.pop(position)
-            if isinstance(record, ValueError):
-                failed_rows.append({"index": index, "image": None, "error": str(record)})
-            elif isinstance(outcome, ValueError):
-                image = record.images[0] if record.images else None
-                error = f"{record.id}: {outcome}"
-                failed_rows.append({"index": index, "image": image, "error": error})
+            if isinstance(record, ValueError) or isinstance(
+                outcome, (ValueError, FloatingPointError)
+            ):
+                failed_rows.append(failed_row(index, record, outcome))
             else:
                 rows += [prediction_row(index, record, caption) for caption in outcome]
             position += 1
@@ -541,6 +567,9 @@ def _caption_window(
     matches: NameMatches,
 ) -> Iterator[dict[int, Outcome]]:
     """Yield the outcomes of each batch, by position in the window."""
+    from llava_simplified.model.generation import generate_separately
+    from llava_simplified.model.sampling import prompt_hashes
+
     window: dict[int, Record] = {}
     prompts: dict[int, list[int]] = {}
     failed: dict[int, Outcome] = {}
@@ -578,7 +607,7 @@ def _caption_window(
                 # Derive the random numbers from the content of prompt and images, so that a sampled
                 # caption depends neither on the batch nor on the index of its record.
                 hashes = prompt_hashes(batch_prompts, images.pixels(names))
-                captions = generate_from_features(
+                captions = generate_separately(
                     model, batch_prompts, images.features(names), options, hashes
                 )
                 outcomes.update(zip(readable, captions))
@@ -646,6 +675,11 @@ class _WindowImages:
         """Return image features (images, tokens, vision hidden size), or None for no images."""
         if not names:
             return None
+
+        import torch
+
+        from llava_simplified.model.generation import encode_images
+
         # Remove duplicates: two records of one batch may refer to the same image.
         new = [name for name in dict.fromkeys(names) if name not in self._features]
         if new:

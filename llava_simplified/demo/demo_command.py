@@ -24,7 +24,7 @@ from llava_simplified.demo.runner import Demo, Step
 from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.doctor_command import has_fast_bfloat16
 from llava_simplified.jobs import format_duration
-from llava_simplified.options import CommandParser, add_limit_option
+from llava_simplified.options import CommandParser, add_limit_option, print_text
 from llava_simplified.recipes import resolve_recipe
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.download_only:
         assets = fetch(args.cache_dir)
-        print(f"models: {assets.language_model}, {assets.vision_tower}\nimages: {assets.images}")
+        print_text(
+            f"models: {assets.language_model}, {assets.vision_tower}\nimages: {assets.images}"
+        )
         return 0
     output: Path = args.output
     output.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, cast
 
-from llava_simplified.options import CommandParser, add_image_folder_option, add_trust_option
+from llava_simplified.options import (
+    CommandParser,
+    add_image_folder_option,
+    add_trust_option,
+    escape_control_characters,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -197,11 +202,9 @@ def _scan(records: Records, totals: DataTotals, max_rows: int) -> None:
 def _print_problems(console: Console, problems: list[str]) -> None:
     from rich.text import Text
 
-    from llava_simplified.inspection.token_table import printable
-
     # Print Text instead of str, because rich would interpret "[red]" in a caption as markup.
     for problem in problems[:MAX_NAMED_PROBLEMS]:
-        console.print(Text(printable(problem), "red"), soft_wrap=True)
+        console.print(Text(escape_control_characters(problem), "red"), soft_wrap=True)
     unnamed = len(problems) - MAX_NAMED_PROBLEMS
     if unnamed > 0:
         console.print(Text(f"... and {unnamed:,} more rows with a problem", "red"))

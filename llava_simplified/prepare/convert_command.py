@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from llava_simplified.options import CommandParser
+from llava_simplified.options import CommandParser, print_text
 from llava_simplified.prepare.record_writer import INSTRUCTION
 from llava_simplified.prepare.source_rows import Columns
 
@@ -76,9 +75,9 @@ def main(argv: list[str] | None = None) -> int:
         sidecar=args.sidecar,
     )
     for path, count in counts.items():
-        sys.stdout.write(f"{count:>9,} records -> {path}\n")
+        print_text(f"{count:>9,} records -> {path}")
     for line in issues.lines():
-        sys.stdout.write(f"{line}\n")
+        print_text(line)
     return 0
 
 
@@ -105,5 +104,5 @@ def reduce_main(argv: list[str] | None = None) -> int:
     records: Path = args.records
     output = args.output or records.with_name(f"{records.stem}_{args.count}{records.suffix}")
     count = reduce(records, output, args.count, args.seed)
-    sys.stdout.write(f"{count:>9,} records -> {output}\n")
+    print_text(f"{count:>9,} records -> {output}")
     return 0

@@ -27,6 +27,7 @@ from llava_simplified.captioning.prompts import WeightedPrompt
 from llava_simplified.captioning.runner import CaptionJob, caption_file
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SidecarOptions, SidecarWriter
 from llava_simplified.data.records import prediction_row
+from llava_simplified.model import generation
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import LlavaConfig
 from llava_simplified.model.generation_options import GenerationOptions
@@ -161,7 +162,7 @@ def test_loops_are_cut_and_counted(
     def generate(_: Llava, prompts: list, *__: object) -> list[list[str]]:
         return [["a dog and " * 20] for _ in prompts]
 
-    monkeypatch.setattr(runner, "generate_from_features", generate)
+    monkeypatch.setattr(generation, "generate_from_features", generate)
     caption_file(sidecar_job(folder, text=TextOptions(prefix="sks ", loop_guard=8)), model)
     assert texts(folder)["0.txt"] == b"sks a dog and\n"
     assert "began to loop: 3" in package_log.text
