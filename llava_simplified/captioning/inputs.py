@@ -235,7 +235,7 @@ def find_images(source: str) -> FoundImages:
             stems.add(file.with_suffix(""))
         elif file.suffix in SIDECAR_SUFFIXES:
             sidecars.append(file)
-        elif file.is_file() and SIDECAR_JOURNAL not in file.name:
+        elif file.is_file() and Path(SIDECAR_JOURNAL).stem not in file.name:
             skipped[file.suffix.lower() or "no suffix"] += 1
     # The captions of images are no surprise, other texts are.
     skipped.update(file.suffix for file in sidecars if file.with_suffix("") not in stems)
