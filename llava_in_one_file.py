@@ -73,7 +73,6 @@ def load_image(path, processor):
         rows, columns = processor.crop_size["height"], processor.crop_size["width"]
         top, left = (height - rows) // 2, (width - columns) // 2
         pixels = pixels[:, top : top + rows, left : left + columns]
-
     mean = torch.tensor(processor.image_mean).view(3, 1, 1)
     std = torch.tensor(processor.image_std).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
@@ -155,10 +154,12 @@ class Llava(nn.Module):
         outputs = self.vision_tower(pixels, output_hidden_states=True)
         # A vision transformer cuts the image into patches (CLIP ViT-B/16: 14 x 14), and each layer returns
         # a vector per patch. LLaVA uses the last layer but one, because CLIP's last one has lost details.
-        features = outputs.hidden_states[self.settings["mm_vision_select_layer"]]
+        layer = self.settings["mm_vision_select_layer"]
+        features = outputs.hidden_states[layer]
         if features.dim() == 4:
             # A convolutional network returns maps (B, C, rows, columns): each location becomes a token.
-            features = outputs.last_hidden_state.flatten(2).transpose(1, 2)
+            features = outputs.last_hidden_state if layer == -1 else features
+            features = features.flatten(2).transpose(1, 2)
         # Drop the CLS token, which comes before the patches: (B, 1 + 196, C) -> (B, 196, C).
         side = math.isqrt(features.shape[1])
         features = features[:, -side * side :]
@@ -308,7 +309,7 @@ def train(model, batches, folder, cache, steps, warmup, peak_rate):
         yield loss.item()
 
 
-# ---- 7. Save and load what was trained: a few MB. The base models are only named. ----
+# ---- 7. Save and load what was trained. The frozen models are only named. ----
 def adapter_weights(model):
     """Return the weights of LoRA by their names in PEFT."""
     weights = model.language_model.state_dict()
@@ -408,8 +409,7 @@ def main(argv=None):
     records = read_records(args.data)
     random.seed(0)
     random.shuffle(records)
-    # The first eight are not trained. They are captioned below.
-    unseen, records = records[:8], records[8:]
+    unseen, records = records[:8], records[8:]  # never trained, but captioned below
     # The names are those of LLaVA ("mm" is multimodal), and of the package's checkpoints.
     settings = {
         "language_model": args.language_model,

@@ -45,7 +45,7 @@ def new_model(args: argparse.Namespace, model_class: Any = llava.Llava) -> Any:
         "language_model": str(args.language_model),
         "vision_tower": str(args.vision_tower),
         "mm_projector_type": "linear",
-        "mm_vision_select_layer": -2,
+        "mm_vision_select_layer": -1,
         "mm_token_pool": 0,
         "template": "bare",
         "instruction": records[0]["instruction"],
