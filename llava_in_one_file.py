@@ -93,28 +93,29 @@ IGNORE = -100  # the label of a token that is not trained
 IMAGE = -200  # the id that stands for an image token; no vocabulary contains it
 
 
-def make_prompt(tokenizer, text, num_image_tokens):
-    """Return the token ids of an image and the text after it, as a list."""
-    # Trap: there must be exactly one BOS token ("<s>"). Many tokenizers add one to every text that they
-    # encode, so we turn that off and add it ourselves. Some models (Qwen) have none.
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    # Trap: some tokenizers also put a space before the first word of a text. This text is not the first,
-    # the image comes before it. So encode it behind some other token, whose id is then cut off.
-    ids = tokenizer(tokenizer.eos_token + text, add_special_tokens=False).input_ids[1:]
-    return bos + [IMAGE] * num_image_tokens + ids
+def encode(tokenizer, text):
+    """Return the token ids of a text that is not the beginning of a sequence."""
+    # Trap: many tokenizers add a BOS token ("<s>") to every text, so turn that off. Some also put a space
+    # before the first word. So encode the text behind some other token, and cut off the id of that.
+    return tokenizer(tokenizer.eos_token + text, add_special_tokens=False).input_ids[1:]
+
+
+def make_prompt(tokenizer, instruction, num_image_tokens):
+    """Return the token ids before the answer: one BOS token, the image, the instruction."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # Qwen has none
+    return bos + [IMAGE] * num_image_tokens + encode(tokenizer, f"\n{instruction}\n")
 
 
 def make_sequence(tokenizer, record, num_image_tokens):
     """Return the input ids and the labels of one record, two lists of the same length L."""
-    question = f"\n{record['instruction']}\n"
-    prompt = make_prompt(tokenizer, question, num_image_tokens)
-    # Encode question and answer together, then cut. Encoded alone, the answer could get another space.
-    ids = make_prompt(tokenizer, question + record["response"], num_image_tokens)
-    if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
-        raise ValueError(f"{record['image']}: the answer is empty, or merges with the prompt")
-    ids += [tokenizer.eos_token_id]
-    labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
-    return ids, labels
+    if not record["response"].strip():
+        raise ValueError(f"{record['image']}: the response is empty")
+    prompt = make_prompt(tokenizer, record["instruction"], num_image_tokens)
+    # Trap: encoded together, the end of the prompt and the beginning of the answer could become one token,
+    # which is not there when a caption is generated. So encode the answer alone, as it is after a newline.
+    answer = encode(tokenizer, "\n" + record["response"])[len(encode(tokenizer, "\n")) :]
+    answer = answer + [tokenizer.eos_token_id]
+    return prompt + answer, [IGNORE] * len(prompt) + answer
 
 
 def collate(sequences, pad_id):
@@ -367,7 +368,7 @@ def caption(model, path, temperature=0.0, max_new_tokens=32):
     tokenizer, language_model = model.tokenizer, model.language_model
     features = model.encode_images(load_image(path, model.processor)[None])  # (1, N, C)
     # Use the prompt of the training, character by character. Any other one makes captions worse.
-    prompt = make_prompt(tokenizer, f"\n{model.settings['instruction']}\n", features.shape[1])
+    prompt = make_prompt(tokenizer, model.settings["instruction"], features.shape[1])
     inputs = model.splice(torch.tensor([prompt], device=features.device), features)  # (1, L, D)
     cache = None
     generated = []

@@ -33,7 +33,7 @@ SETTINGS = {
     "mm_vision_select_layer": -1,
     "mm_token_pool": 3,
     "template": "bare",
-    "instruction": "What is this?",
+    "instruction": "",
     "dtype": "float32",
 }
 

@@ -297,8 +297,8 @@ def test_training_and_captions_equal_those_of_the_package_with_the_models_of_the
         DEMO,
         "language_model",
         "vision_tower",
-        DEMO / "pictures" / "train.json",
-        DEMO / "pictures" / "images",
+        DEMO / "drawings" / "train.json",
+        DEMO / "drawings" / "images",
         mm_vision_select_layer=-1,
         mm_token_pool=3,
     )
@@ -369,13 +369,14 @@ def test_token_ids_equal_those_of_the_package(style: str) -> None:
         tokenizer = byte_level(["<s>", "</s>"], eos_token="</s>", **bos)
     else:
         tokenizer = sentencepiece_like([], style)
-    for answer in ("a red car", "keycap: #", "日本 café"):
-        record = {"image": "0.jpg", "instruction": "What is this?", "response": answer}
-        ids, labels = one_file.make_sequence(tokenizer, record, num_image_tokens=1)
-        turns = [Message("user", "<image>\nWhat is this?")]
-        expected = Prompt(tokenizer, "bare").render(turns, answer)
-        assert ids == expected.input_ids
-        assert labels == expected.labels
+    for instruction in ("What is this?", ""):
+        for answer in ("a red car", "keycap: #", "日本 café"):
+            record = {"image": "0.jpg", "instruction": instruction, "response": answer}
+            ids, labels = one_file.make_sequence(tokenizer, record, num_image_tokens=1)
+            turns = [Message("user", f"<image>\n{instruction}")]
+            expected = Prompt(tokenizer, "bare").render(turns, answer)
+            assert ids == expected.input_ids
+            assert labels == expected.labels
 
 
 # ---- the file by itself ----
@@ -465,7 +466,7 @@ def test_sampling_follows_the_probabilities_of_the_model(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"response": ""}, "answer"),
+        ({"response": " "}, "empty"),
         ({"response": None}, "response"),
     ],
 )

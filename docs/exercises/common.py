@@ -20,8 +20,8 @@ DEMO = Path.home() / ".cache" / "llava-simplified" / "demo-v1"  # where `make de
 def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
     """Parse the options. By default the models and the drawings are those of the demo."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--data", default=DEMO / "pictures" / "train.json")
-    parser.add_argument("--images", default=DEMO / "pictures" / "images")
+    parser.add_argument("--data", default=DEMO / "drawings" / "train.json")
+    parser.add_argument("--images", default=DEMO / "drawings" / "images")
     parser.add_argument("--language_model", default=DEMO / "language_model")
     parser.add_argument("--vision_tower", default=DEMO / "vision_tower")
     parser.add_argument("--dtype", default="bfloat16")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
-from llava_simplified.options import CommandParser
+from llava_simplified.options import CommandParser, print_text
 
 
 def build_parser() -> CommandParser:
     """Return the parser of `llava import`."""
-    parser = CommandParser("llava import", "Convert a LLaVA checkpoint of another code base.")
+    parser = CommandParser(
+        "llava import",
+        "Convert a LLaVA checkpoint of another code base. A Hugging Face LLaVA folder is compared with "
+        "Transformers: only a checkpoint that computes the same is kept.",
+    )
     parser.add_argument(
         "source", type=Path, help="Folder of the checkpoint, or a file mm_projector.bin"
     )
@@ -33,6 +37,17 @@ def build_parser() -> CommandParser:
         default=DEFAULT_INSTRUCTION,
         help="Default instruction of the model (default: %(default)s)",
     )
+    parser.add_argument(
+        "--image-aspect-ratio",
+        choices=["crop", "pad"],
+        help="Images that are not square: crop, or pad to a square (default: as the source says)",
+    )
+    parser.add_argument(
+        "--check-images",
+        type=Path,
+        metavar="DIR",
+        help="Folder with images for the comparison with Transformers (default: two generated images)",
+    )
     return parser
 
 
@@ -42,6 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.export.import_checkpoint import import_checkpoint
 
     for line in import_checkpoint(**options):
-        print(line)
-    print(f"-> {options['output']}")
+        print_text(line)
+    print_text(f"-> {options['output']}")
     return 0

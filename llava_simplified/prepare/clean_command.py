@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from llava_simplified.extras import require_extra
-from llava_simplified.options import CommandParser, add_worker_options
+from llava_simplified.options import CommandParser, add_worker_options, print_text
 from llava_simplified.prepare.clean_rules import Rules
 
 logger = logging.getLogger(__name__)
@@ -35,6 +34,12 @@ def build_parser() -> CommandParser:
         "--vision-tower",
         default="",
         help="Vision tower whose preprocessing every image must support (default: no check)",
+    )
+    parser.add_argument(
+        "--image-aspect-ratio",
+        choices=["crop", "pad"],
+        default="crop",
+        help="What training does with images that are not square, for --vision-tower (default: %(default)s)",
     )
     parser.add_argument(
         "--min-side",
@@ -104,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         args.output,
         image_folder=args.image_folder,
         vision_tower=args.vision_tower,
+        image_aspect_ratio=args.image_aspect_ratio,
         rules=rules,
         dedupe=args.dedupe,
         compact=args.compact,
@@ -114,11 +120,11 @@ def main(argv: list[str] | None = None) -> int:
         progress=logger.isEnabledFor(logging.INFO),
     )
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
-        sys.stdout.write(f"{count:>9,} {reason or 'ok'}\n")
+        print_text(f"{count:>9,} {reason or 'ok'}")
     if args.shards:
         return 0
     num_kept = counts.get("ok", 0)
-    sys.stdout.write(f"{num_kept:>9,} records -> {args.output}\n")
+    print_text(f"{num_kept:>9,} records -> {args.output}")
     if num_kept:
         return 0
     logger.error(

@@ -15,12 +15,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import Collator
-from llava_simplified.data.dataset import (
-    CaptionDataset,
-    open_data,
-    set_bad_records_aside,
-)
+from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
 from llava_simplified.data.images import ImageError
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.records import Record, Records
 from llava_simplified.extras import install_command
@@ -305,7 +302,7 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         check_weights: Compare the base weights too, which must be on this machine.
 
     Raises:
-        ValueError: The checkpoint was trained with different vision layers or base weights.
+        ValueError: The checkpoint was trained with different vision layers, images or base weights.
     """
     checkpoint = read_checkpoint_config(folder)
     trained_with = checkpoint["architecture"]
@@ -316,6 +313,12 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         raise ValueError(
             f"{folder}: its projector was trained with different layers of the vision tower. Pass "
             f"--mm_vision_select_layer {values}."
+        )
+    aspect_ratio = trained_with.get("image_aspect_ratio", "crop")
+    if model_args.image_aspect_ratio != aspect_ratio:
+        raise ValueError(
+            f"{folder}: its projector was trained with other borders of the images. Pass "
+            f"--image_aspect_ratio {aspect_ratio}."
         )
     if not check_weights:
         return
