@@ -114,7 +114,7 @@ def make_sequence(tokenizer, record, num_image_tokens):
     # Trap: encoded together, the end of the prompt and the beginning of the answer could become one token,
     # which is not there when a caption is generated. So encode the answer alone, as it is after a newline.
     answer = encode(tokenizer, "\n" + record["response"])[len(encode(tokenizer, "\n")) :]
-    answer = answer + [tokenizer.eos_token_id]
+    answer = [*answer, tokenizer.eos_token_id]
     return prompt + answer, [IGNORE] * len(prompt) + answer
 
 
