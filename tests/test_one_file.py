@@ -60,6 +60,9 @@ class Case(NamedTuple):
     # AdamW divides by the size of the gradient. Where that is nearly zero, differences in the last digit
     # become differences of the size of the learning rate.
     rate: float = 5e-4
+    max_outliers: int = (
+        0  # numbers that this happens to, of millions; no test of gradients allows any
+    )
 
 
 def make_case(
@@ -212,6 +215,13 @@ def assert_close(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tens
         )
 
 
+def count_outliers(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> int:
+    """Return how many numbers differ by more than the tolerance."""
+    assert expected.keys() == actual.keys()
+    differences = [(actual[name] - tensor).abs() for name, tensor in expected.items()]
+    return sum(int((difference > TOLERANCE).sum()) for difference in differences)
+
+
 def assert_equal_training(case: Case, folder: Path, **changes: Any) -> tuple[Any, Llava]:
     """Train both from the same start on the same batches, and compare everything.
 
@@ -233,7 +243,10 @@ def assert_equal_training(case: Case, folder: Path, **changes: Any) -> tuple[Any
         assert step.loss == pytest.approx(expected_step.loss, rel=TOLERANCE)
         assert_close(expected_step.gradients, step.gradients)
     after = trained_weights(model)
-    assert_close(trained_weights(package_model), after)
+    if case.max_outliers:
+        assert count_outliers(trained_weights(package_model), after) <= case.max_outliers
+    else:
+        assert_close(trained_weights(package_model), after)
     # Training has moved the weights much further than the tolerance.
     moved = [float((after[name] - weight).abs().max()) for name, weight in before.items()]
     assert min(moved) > max(case.rate / 2, 10 * TOLERANCE)
@@ -302,7 +315,7 @@ def test_training_and_captions_equal_those_of_the_package_with_the_models_of_the
         mm_vision_select_layer=-1,
         mm_token_pool=3,
     )
-    case = case._replace(rate=2e-5)
+    case = case._replace(rate=2e-5, max_outliers=10)  # of 6 million
     model, package_model = assert_equal_training(case, tmp_path)
     expected = captions_of_package(package_model, case, 3)
     assert captions_of_file(model, case, 3) == expected
