@@ -49,11 +49,11 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term
 	$(BIN)/python -m pytest -n 2 -m slow
 
-# the long part of the attacks, then ten minutes each: random bytes for the decoder, the tar reader and the sources
+# the long part of the attacks, then ten minutes each: random bytes for every door where strangers' bytes come in
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m slow tests/attack
 	$(PIP) -e '.[fuzz]'
-	for target in images shards sources; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
+	for target in images shards sources config prompt http; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
