@@ -144,11 +144,17 @@ def _receive(response: bytes, size: int) -> None:
     """Let the downloader's protocol receive a response in pieces. It keeps errors for whoever waits for the response."""
     loop = _loop()
     handler = LenientResponseHandler(loop)
-    handler.connection_made(mock.create_autospec(asyncio.Transport, instance=True))
+    handler.connection_made(_transport())
     handler.set_response_params(timer=None, read_until_eof=True, auto_decompress=False)
     for start in range(0, len(response), size):
         handler.data_received(response[start : start + size])
     handler.connection_lost(None)
+
+
+@lru_cache(maxsize=1)
+def _transport() -> asyncio.Transport:
+    # Made once, because it takes longer than a response.
+    return mock.create_autospec(asyncio.Transport, instance=True)
 
 
 @lru_cache(maxsize=1)
