@@ -25,6 +25,9 @@ import transformers
 import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+# Before transformers' Trainer, which imports PEFT.
+import llava_simplified.model.peft_names  # noqa: F401
+from llava_simplified.data_option import options_from_data
 from llava_simplified.options import configure_logging, suggest
 from llava_simplified.recipes import resolve_recipe
 from llava_simplified.training_options import (
@@ -53,6 +56,8 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         # Keep all entries of a batch: it has more than the forward arguments of a text model.
         self.remove_unused_columns = False
         self.average_tokens_across_devices = True
+        # Such values end the run (see `LlavaTrainer`). The filter would read every loss from the GPU.
+        self.logging_nan_inf_filter = False
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
             # Restore the number of evaluations without improvement in a resumed run.
@@ -131,7 +136,6 @@ NO_EFFECT = {
     "lazy_preprocess": "samples are always read on demand",
     "save_safetensors": "weights are always saved as safetensors",
     "overwrite_output_dir": "files of the output folder are always replaced",
-    "image_aspect_ratio": "images are preprocessed by the vision tower's image processor",
     "is_multimodal": "each record states whether it has images",
     "version": "the chat template of the tokenizer is used; pass --template for another format",
 }
@@ -159,7 +163,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     Options may be spelled with dashes or underscores. `--verbose` and `--quiet` set the log level.
 
     Raises:
-        ValueError: An option does not exist, or requests an unsupported feature.
+        ValueError: An option does not exist, or requests an unsupported feature; or `--data` cannot be read.
     """
     options = split_options(argv)
     given = dict(options)
@@ -171,6 +175,11 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         # Put the command line last: argparse uses the last value of an option.
         options = split_options(to_words(read_config(config))) + options
         given = dict(options)
+    from_data = options_from_data(given)
+    options += [(name, [value]) for name, value in from_data.options.items()]
+    if from_data.recipe:
+        options = split_options(to_words(read_config(from_data.recipe))) + options
+    given = dict(options)
     if "output_dir" not in given:
         options.append(("output_dir", [_default_output_dir(given)]))
 
@@ -302,6 +311,9 @@ def translate_option(name: str, values: list[str]) -> list[str]:
     if name in GROUP_BY_LENGTH:
         strategy = "group_by_length" if _is_true(values) else "random"
         return ["--train_sampling_strategy", strategy]
+    if name == "image_aspect_ratio" and values == ["square"]:
+        # LLaVA's name for what the image processor of the vision tower does.
+        return ["--image_aspect_ratio", "crop"]
     if name == "local_rank":
         # DeepSpeed's launcher passes it as an option; torch.distributed reads the environment.
         os.environ.setdefault("LOCAL_RANK", values[0])

@@ -15,6 +15,7 @@ from llava_simplified.options import CommandParser
 FOLDERS = {"image_folder", "train_image_folder", "val_image_folder"}
 FILES = {
     "config",
+    "data",
     "data_path",
     "eval_data_path",
     "image",

@@ -186,6 +186,10 @@ def _describe_devices() -> Sequence[str]:
         lines.append("  no accelerator: everything runs on the CPU")
     bfloat16 = "fast" if has_fast_bfloat16() else "slow; train with --bf16 False"
     lines.append(f"  bfloat16 on this CPU: {bfloat16}")
+    if torch.cuda.is_available():
+        lines.append(
+            "  to prove and measure this GPU: python benchmarks/bench_gpu.py (in a checkout)"
+        )
     # Look for the compiler that torch.compile uses for the CPU.
     compiler = os.environ.get("CXX") or "g++"
     compile_layers = "possible"

@@ -238,18 +238,19 @@ def log_level() -> int | None:
 # text for them. Import nothing heavy here: `--help` imports this module.
 
 
-def add_checkpoint_options(parser: Any, *, positional: bool = False) -> None:
+def add_checkpoint_options(parser: Any, *, positional: bool = False, required: bool = True) -> None:
     """Add the options that load a checkpoint: `model_path`, `model_base`, `vision_tower`, `bits`.
 
     Args:
         parser: A parser, or one of its groups.
         positional: Accept the checkpoint as the first argument instead of `--model-path`.
+        required: Whether the command cannot do without a checkpoint.
     """
     checkpoint_help = "Checkpoint folder, as written by `llava train`"
     if positional:
         parser.add_argument("model_path", metavar="CHECKPOINT", help=checkpoint_help)
     else:
-        parser.add_argument("--model-path", required=True, help=checkpoint_help)
+        parser.add_argument("--model-path", required=required, help=checkpoint_help)
     add_base_model_options(parser)
     parser.add_argument(
         "--bits",

@@ -32,12 +32,30 @@ Here labels are right by construction, because the answer is never searched for:
 
 For ordinary text the ids equal those of `tokenizer.apply_chat_template`. tests/test_prompt.py is the
 specification.
+
+Where the images are
+--------------------
+
+In the data, `<image>` stands for an image. The templates of language models know nothing of images: they
+pass it on with the text around it. The templates of some stock LLaVA models write an image token of their
+own, which the model was trained with, and which may be between other control tokens:
+
+    template of a       content of a question                  image token
+    language model      "<image>\nWhat is this?"                none: the image is where `<image>` is
+    JoyCaption          "What is this?"                         always, before the text of the first question
+    llava-hf            [{"type": "image"}, {"type": "text",    for each image part
+                        "text": "What is this?"}]
+
+Then the image token is the placeholder: it becomes IMAGE_INDEX, and `<image>` is removed from the text with
+the line break beside it. In a question without an image (which stock processors refuse), it is an ordinary
+token. The attribute `image_token` of the tokenizer names it; `llava import` sets it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 from uuid import uuid4
@@ -116,26 +134,52 @@ class Slot(NamedTuple):
         turn: Index of the turn.
         lead: The space before an answer. It is encoded with the first token of the answer ("▁a", "Ġa"),
             and not with the end of the prompt.
+        text: Index of the text within a question that is passed as a list of parts.
     """
 
     turn: int
     lead: str = ""
+    text: int = 0
 
 
-# A part of a rendered template: id of a control token, text of the template, or place of a text.
-Part: TypeAlias = "int | str | Slot"
+class ImageSlot(NamedTuple):
+    """The place of an image token that the template writes.
+
+    Attributes:
+        turn: Index of the question that it belongs to.
+    """
+
+    turn: int
+
+
+# A part of a rendered template: id of a control token, text of the template, or place of a text or an image.
+Part: TypeAlias = "int | str | Slot | ImageSlot"
+
+
+class Shape(NamedTuple):
+    """What a template sees of a turn: everything except the texts.
+
+    Attributes:
+        role: "system", "user" or "assistant".
+        parts: "text" and "image", in their order. Always one text if the template accepts strings.
+    """
+
+    role: str
+    parts: tuple[str, ...] = ("text",)
 
 
 class Layout(NamedTuple):
-    """A template that is rendered for a sequence of roles, and split into parts.
+    """A template that is rendered for the shapes of some turns, and split into parts.
 
     Attributes:
         prefix: All parts before the last answer.
         answer: The last answer.
+        image_slots: Index of a turn -> number of its image slots; 0 for all others.
     """
 
     prefix: list[Part]
     answer: Slot
+    image_slots: Counter[int]
 
 
 def count_images(turns: Sequence[Message]) -> int:
@@ -153,6 +197,10 @@ class Prompt:
 
     Attributes:
         name: "chat", "plain" or "bare".
+        image_token: The token that the template writes in the place of an image; None if the image is where
+            `<image>` is in the text.
+        accepts_strings: Whether the content of a message is a string for the template, and not a list of
+            parts.
         end_id: The token that ends every answer, and is trained.
         stop_ids: The tokens at which generation stops: `end_id` and the tokenizer's EOS token.
 
@@ -177,7 +225,7 @@ class Prompt:
             self.name = "chat" if tokenizer.chat_template else "plain"
         self._template = FIXED_DATE + (TEMPLATES.get(self.name) or tokenizer.get_chat_template())
         self._tokenizer = tokenizer
-        self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._layouts: dict[tuple[Shape, ...], Layout] = {}
 
         # Create two encoders without control tokens, so that data cannot inject any. The inner encoder
         # adds no space before its text. The text encoder is for text after a control token, where
@@ -193,7 +241,10 @@ class Prompt:
         self._special_ids = {i for i, token in added_tokens.items() if token.special}
         self._byte_ids = _find_byte_tokens(backend)
         self._byte_values = {token: value for value, token in enumerate(self._byte_ids)}
+        self._token_texts: list[bytes] | None = None  # of `token_texts`, which few commands need
         control_pattern = _control_pattern(added_tokens.values())
+        self.accepts_strings = self._template_accepts_strings()
+        self.image_token = self._find_image_token()
         end = self._find_end_token(control_pattern)
         self.end_id = self._control_id(end)
         stop_ids = {self.end_id, tokenizer.eos_token_id}
@@ -204,7 +255,7 @@ class Prompt:
         # part of the caption.
         self._part_pattern = re.compile(
             rf"(?P<lead> *)⟦assistant (?P<answer>\d+)⟧(?:\s*{re.escape(end)})?"
-            rf"|⟦(?:system|user) (?P<question>\d+)⟧"
+            rf"|⟦(?:system|user) (?P<question>\d+)(?:\.(?P<text>\d+))?⟧"
             rf"|(?P<control>{control_pattern or _NEVER_MATCHES})"
         )
         self._lead = self._layout([Message("user", "")], "").answer.lead
@@ -223,6 +274,8 @@ class Prompt:
         control_tokens = {index: token for token, index in self._control_ids.items()}
         turns = [Message("user", ""), Message("assistant", ""), Message("user", "")]
         for part in [*self._layout(turns, "").prefix, self.end_id]:
+            if isinstance(part, ImageSlot):
+                part = self._image_id()
             if isinstance(part, int):
                 tokens[part] = control_tokens.get(part, f"token {part}")
         return tokens
@@ -251,7 +304,8 @@ class Prompt:
             where: Name of the record, for error messages.
 
         Raises:
-            ValueError: The turns are out of order, or an answer is empty.
+            ValueError: The turns are out of order, an answer is empty, or the template has no place for the
+                images.
         """
         if response is None:
             ids = self._render_prefix(turns, where).input_ids
@@ -271,6 +325,28 @@ class Prompt:
         slot = self._layout(turns, where).answer
         prefix = self._render_prefix(turns, where)
         return prefix, [self._answer_ids(slot, response, where) for response in responses]
+
+    def encode_start(self, text: str) -> list[int]:
+        """Return the token ids of the beginning of an answer, which generation continues.
+
+        They are the first ids of an answer that begins with the text, as in training. White space around
+        the text is removed: most tokenizers put a space into the token of the word that follows.
+        """
+        return self._encode(self._inner_encoder, self._lead + text.strip(), "")
+
+    def token_texts(self) -> list[bytes]:
+        """Return the text of each token within an answer in UTF-8, by id; empty for special tokens.
+
+        A token may be a part of a character. The texts of an answer's tokens, joined, are the answer.
+        """
+        if self._token_texts is None:
+            self._token_texts = _find_token_texts(
+                self._tokenizer.backend_tokenizer,
+                self._inner_encoder.encode("x").ids,
+                self._byte_values,
+                self._special_ids,
+            )
+        return self._token_texts
 
     def decode(self, ids: Sequence[int], finished: bool = True) -> str:
         """Return the text of an answer up to its end token: the inverse of `render_branches`.
@@ -335,22 +411,60 @@ class Prompt:
     # ---- layouts: the template, rendered and split ----
 
     def _layout(self, turns: Sequence[Message], where: str) -> Layout:
-        """Return the template for the roles of these turns and an answer."""
-        roles = (*(turn.role for turn in turns), "assistant")
-        # A data set has few different sequences of roles, so nearly all layouts come from this cache.
-        if roles in self._layouts:
-            return self._layouts[roles]
+        """Return the template for the shapes of these turns and an answer."""
+        shapes = (*(self._shape(turn) for turn in turns), Shape("assistant"))
+        # A data set has few different sequences of shapes, so nearly all layouts come from this cache.
+        if shapes in self._layouts:
+            return self._layouts[shapes]
+        roles = [shape.role for shape in shapes]
         if not re.fullmatch("(system )?(user assistant )+", " ".join(roles) + " "):
             raise ValueError(
-                f"{_at(where)}the roles of the turns are {list(roles[:-1])}, but must be at most one "
+                f"{_at(where)}the roles of the turns are {roles[:-1]}, but must be at most one "
                 "system turn, then user and assistant in turn, the user's last"
             )
-        parts = self._cut(self._apply_template(roles, where))
+        parts = self._cut(self._apply_template(shapes, where))
         for i, part in enumerate(parts):
             if isinstance(part, Slot) and part.turn == len(turns):
-                self._layouts[roles] = Layout(parts[:i], part)
-                return self._layouts[roles]
+                prefix = self._find_image_slots(parts[:i], roles)
+                slots = [slot for slot in prefix if isinstance(slot, ImageSlot)]
+                image_slots = Counter(slot.turn for slot in slots)
+                self._layouts[shapes] = Layout(prefix, part, image_slots)
+                return self._layouts[shapes]
         raise AssertionError("`_apply_template` returns all markers")
+
+    def _shape(self, turn: Message) -> Shape:
+        """Return what the template sees of a turn."""
+        if self.accepts_strings or self.image_token is None or turn.role != "user":
+            return Shape(turn.role)
+        parts: list[str] = []
+        for number, text in enumerate(_texts_between_images(turn.content)):
+            if number > 0:
+                parts.append("image")
+            if text:
+                parts.append("text")
+        return Shape(turn.role, tuple(parts) or ("text",))
+
+    def _find_image_slots(self, parts: Sequence[Part], roles: Sequence[str]) -> list[Part]:
+        """Replace the image tokens among the parts before the last answer by image slots.
+
+        An image token before the text of a question belongs to that question, and one between a question and
+        the answer to it belongs to the question, too.
+        """
+        if self.image_token is None:
+            return list(parts)
+        found: list[Part] = []
+        # From the end: there, the next text is the last answer.
+        next_turn = len(roles) - 1
+        for part in reversed(parts):
+            if isinstance(part, Slot):
+                next_turn = part.turn
+            if part == self._image_id():
+                turn = next_turn
+                if roles[turn] != "user":  # the answer to a question, or a system turn before one
+                    turn += 1 if roles[turn] == "system" else -1
+                part = ImageSlot(turn)
+            found.append(part)
+        return found[::-1]
 
     def _cut(self, rendered: str) -> list[Part]:
         """Split a rendered template at its markers and control tokens."""
@@ -361,7 +475,7 @@ class Prompt:
                 parts.append(rendered[end : match.start()])
             end = match.end()
             if match["question"]:
-                parts.append(Slot(int(match["question"])))
+                parts.append(Slot(int(match["question"]), text=int(match["text"] or 0)))
             elif match["answer"]:
                 lead = self._answer_lead(parts, match["lead"])
                 parts.append(Slot(int(match["answer"]), lead))
@@ -379,18 +493,62 @@ class Prompt:
             return lead
         return " " + lead
 
-    def _apply_template(self, roles: Sequence[str], where: str) -> str:
+    def _template_accepts_strings(self) -> bool:
+        """Return whether the content of a message is a string; otherwise, it is a list of parts.
+
+        Raises:
+            ValueError: The template accepts neither.
+        """
+        question = (Shape("user"), Shape("assistant"))
+        self.accepts_strings = True
+        try:
+            self._apply_template(question, "")
+        except ValueError as error:
+            self.accepts_strings = False
+            try:
+                self._apply_template(question, "")
+            except ValueError:
+                raise error from None
+        return self.accepts_strings
+
+    def _find_image_token(self) -> str | None:
+        """Return the image token of the tokenizer if the template writes it, else None."""
+        token = getattr(self._tokenizer, "image_token", None)
+        if self.name != "chat" or token not in self._control_ids:
+            return None
+        question = Shape("user")
+        if not self.accepts_strings:
+            question = Shape("user", ("image", "text"))
+        try:
+            rendered = self._apply_template((question, Shape("assistant")), "")
+        except ValueError:  # a template of lists that has no parts of type "image"
+            return None
+        return token if token in rendered else None
+
+    def _image_id(self) -> int:
+        assert self.image_token is not None
+        return self._control_ids[self.image_token]
+
+    def _apply_template(self, shapes: Sequence[Shape], where: str) -> str:
         """Render the template with a marker in place of each text.
 
         If the template does not support a system role (Gemma), the system text is put before the first
         question.
         """
-        markers = [f"⟦{role} {turn}⟧" for turn, role in enumerate(roles)]
-        attempts = [(roles, markers)]
+        roles = [shape.role for shape in shapes]
+        contents = [_mark_texts(shape, turn) for turn, shape in enumerate(shapes)]
+        markers: list[str] = []
+        for content in contents:
+            markers += [part["text"] for part in content if part["type"] == "text"]
+        attempts = [(roles, contents)]
         if roles[0] == "system":
-            attempts.append((roles[1:], [f"{markers[0]}\n\n{markers[1]}", *markers[2:]]))
-        for attempt_roles, texts in attempts:
-            messages = [{"role": role, "content": text} for role, text in zip(attempt_roles, texts)]
+            attempts.append((roles[1:], _fold_system_text(contents)))
+        for attempt_roles, attempt_contents in attempts:
+            messages: list[dict[str, Any]] = []
+            for role, content in zip(attempt_roles, attempt_contents):
+                # A template that accepts strings gets exactly one text.
+                text_or_parts = content[0]["text"] if self.accepts_strings else content
+                messages.append({"role": role, "content": text_or_parts})
             try:
                 rendered: str = self._tokenizer.apply_chat_template(
                     messages,
@@ -408,12 +566,12 @@ class Prompt:
                 return rendered
             problem = "it omits or repeats a turn"
         raise ValueError(
-            f"{_at(where)}the chat template of {self._tokenizer.name_or_path} cannot render {list(roles)}: {problem}. Try --template plain"
+            f"{_at(where)}the chat template of {self._tokenizer.name_or_path} cannot render {roles}: {problem}. Try --template plain"
         )
 
     def _find_end_token(self, control_pattern: str) -> str:
         """Return the control token that follows an answer in the template, or else the EOS token."""
-        rendered = self._apply_template(("user", "assistant"), "")
+        rendered = self._apply_template((Shape("user"), Shape("assistant")), "")
         after_answer = rendered.partition("⟦assistant 1⟧")[2]
         if control_pattern:
             match = re.match(rf"\s*({control_pattern})", after_answer)
@@ -454,7 +612,7 @@ class Prompt:
             labels.extend([IGNORE_INDEX] * len(text_ids))
             text = ""
 
-        for part in _fill(self._layout(turns, where).prefix, turns):
+        for part in self._fill(self._layout(turns, where), turns, where):
             if isinstance(part, str):
                 # Do not encode it yet, because a token may span the boundary of template and question.
                 text += part
@@ -469,6 +627,48 @@ class Prompt:
                 labels.append(IGNORE_INDEX)
         flush()
         return TokenizedPrompt(ids, labels)
+
+    def _fill(
+        self, layout: Layout, turns: Sequence[Message], where: str
+    ) -> Iterator[int | str | Slot]:
+        """Replace the slots of questions by their texts, and images by IMAGE_INDEX."""
+        counts = [count_images([turn]) for turn in turns]
+        for turn, count in enumerate(counts):
+            slots = layout.image_slots[turn]
+            # Without a slot, a template of strings passes `<image>` on with the text.
+            is_placed = slots > 0 or not self.accepts_strings
+            if self.image_token and count and is_placed and count != slots:
+                raise ValueError(
+                    f"{_at(where)}turn {turn + 1} has {count} image(s), but the chat template has a place "
+                    f"for {slots} ({self.image_token})"
+                )
+        for part in layout.prefix:
+            if isinstance(part, ImageSlot):
+                yield IMAGE_INDEX if counts[part.turn] else self._image_id()
+            elif not isinstance(part, Slot) or turns[part.turn].role == "assistant":
+                yield part
+            elif counts[part.turn] == 0:
+                yield turns[part.turn].content
+            elif part.turn in layout.image_slots:
+                yield self._text_without_images(turns[part.turn].content, part.text)
+            else:
+                before, *after_images = turns[part.turn].content.split(IMAGE_PLACEHOLDER)
+                yield before
+                for text in after_images:
+                    yield IMAGE_INDEX
+                    yield text
+
+    def _text_without_images(self, content: str, number: int) -> str:
+        """Return the text of one slot of a question whose images the template places.
+
+        Args:
+            content: The question, with `<image>`.
+            number: Index of the slot; 0 if the template accepts strings.
+        """
+        texts = [text for text in _texts_between_images(content) if text]
+        if self.accepts_strings:
+            return "\n".join(texts)
+        return texts[number] if texts else ""
 
     def _answer_ids(self, slot: Slot, text: str, where: str) -> list[int]:
         ids = self._encode(self._inner_encoder, slot.lead + text, where)
@@ -520,6 +720,55 @@ def _find_byte_tokens(backend: tokenizers.Tokenizer) -> list[int]:
     return [vocabulary[name] for name in names]
 
 
+def _find_token_texts(
+    backend: tokenizers.Tokenizer,
+    before: Sequence[int],
+    byte_values: Mapping[int, int],
+    special_ids: set[int],
+) -> list[bytes]:
+    """Return the text of each token in UTF-8, by id; see `Prompt.token_texts`.
+
+    Args:
+        backend: The tokenizer of the tokenizers library.
+        before: Token ids of a text to put before each token: decoders treat the first token differently.
+        byte_values: Byte by the id of its token, for tokenizers with byte fallback.
+        special_ids: Ids of the tokens that are not part of a text.
+    """
+    size = backend.get_vocab_size(with_added_tokens=True)
+    decoded = backend.decode_batch([[*before, index] for index in range(size)])
+    start = len(backend.decode(list(before)))
+    byte_of_character = _byte_level_alphabet()
+    texts: list[bytes] = []
+    for index, text in enumerate(decoded):
+        addition = text[start:]
+        if index in special_ids:
+            texts.append(b"")
+        elif index in byte_values:
+            texts.append(bytes([byte_values[index]]))
+        elif _REPLACEMENT_CHARACTER in addition:
+            # A part of a character. Byte-level tokenizers write each byte as one visible character.
+            token = backend.id_to_token(index) or ""
+            values = [byte_of_character.get(character) for character in token]
+            known = [value for value in values if value is not None]
+            texts.append(bytes(known) if len(known) == len(values) else addition.encode())
+        else:
+            texts.append(addition.encode())
+    return texts
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return the byte that each character in the tokens of a byte-level tokenizer stands for (as in GPT-2).
+
+    Visible characters of Latin-1 stand for themselves. The characters from U+0100 on stand for the other
+    bytes, in their order.
+    """
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = {chr(value): value for value in visible}
+    others = [value for value in range(256) if chr(value) not in alphabet]
+    alphabet.update({chr(256 + number): value for number, value in enumerate(others)})
+    return alphabet
+
+
 def _make_encoder(backend: tokenizers.Tokenizer, inner: bool = False) -> tokenizers.Tokenizer:
     """Return an encoder with the same vocabulary that does not parse control tokens.
 
@@ -554,21 +803,38 @@ def _without_first_space(step: Mapping[str, Any]) -> dict[str, Any]:
     return step
 
 
-def _fill(parts: Sequence[Part], turns: Sequence[Message]) -> Iterator[Part]:
-    """Replace the slots of questions by their texts, and images by IMAGE_INDEX."""
-    for part in parts:
-        if not isinstance(part, Slot) or turns[part.turn].role == "assistant":
-            yield part
+def _texts_between_images(content: str) -> list[str]:
+    """Split a question at its `<image>`. The line break on either side belongs to the placeholder."""
+    return re.split(rf"\n?{re.escape(IMAGE_PLACEHOLDER)}\n?", content)
+
+
+def _mark_texts(shape: Shape, turn: int) -> list[dict[str, str]]:
+    """Return the content of a message as a list of parts, with a marker in place of each text."""
+    content: list[dict[str, str]] = []
+    texts = 0
+    for part in shape.parts:
+        if part == "image":
+            content.append({"type": "image"})
             continue
-        turn = turns[part.turn]
-        if turn.role == "system":
-            yield turn.content
-            continue
-        before, *after_images = turn.content.split(IMAGE_PLACEHOLDER)
-        yield before
-        for text in after_images:
-            yield IMAGE_INDEX
-            yield text
+        number = f".{texts}" if texts else ""
+        content.append({"type": "text", "text": f"⟦{shape.role} {turn}{number}⟧"})
+        texts += 1
+    return content
+
+
+def _fold_system_text(contents: Sequence[list[dict[str, str]]]) -> list[list[dict[str, str]]]:
+    """Put the text of a system turn before the first text of the question after it."""
+    (system,), question, *others = contents
+    folded: list[dict[str, str]] = []
+    prefix = f"{system['text']}\n\n"
+    for part in question:
+        if part["type"] == "text":
+            part = {"type": "text", "text": prefix + part["text"]}
+            prefix = ""
+        folded.append(part)
+    if prefix:  # only images
+        folded.append(system)
+    return [folded, *others]
 
 
 def _at(where: str) -> str:

@@ -62,6 +62,13 @@ class ModelArguments:
         default=0,
         metadata={"help": "Average the patch features to a grid of K x K tokens; 0 keeps all"},
     )
+    image_aspect_ratio: str = field(
+        default="crop",
+        metadata={
+            "help": "Images that are not square: crop (as the vision tower's image processor does), or "
+            "pad to a square with its mean color, as LLaVA-1.5"
+        },
+    )
     template: str = field(
         default="auto",
         metadata={
@@ -137,6 +144,14 @@ class ModelArguments:
 class DataArguments:
     """Options for records, images and batches."""
 
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training data in any form that `llava convert` reads, such as a folder of images with captions in text "
+            "files; converted once into ~/.cache/llava-simplified/data. Without a model it trains the small models of "
+            "`llava demo`, with the recipe small_folder"
+        },
+    )
     train_data_path: str | None = field(
         default=None,
         metadata={"help": "Training records: a .json, .jsonl or .parquet file"},
@@ -364,6 +379,7 @@ HELP_GROUPS = {
         "mm_vision_select_layer",
         "mm_vision_select_feature",
         "mm_token_pool",
+        "image_aspect_ratio",
         "template",
         "pretrain_mm_mlp_adapter",
         "tune_mm_mlp_adapter",
@@ -372,6 +388,7 @@ HELP_GROUPS = {
         "freeze_backbone",
     ),
     "Data": (
+        "data",
         "train_data_path",
         "train_image_folder",
         "eval_data_path",

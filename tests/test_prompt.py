@@ -33,7 +33,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, Message, Prompt, count_images
 
@@ -140,6 +140,28 @@ MISTRAL_V3 = (
 )
 # No space before the answer.
 MISTRAL_V3_TIGHT = MISTRAL_V3.replace("{{- ' ' + message", "{{- message")
+
+
+# Writes an image token of its own before the first question, between two other control tokens.
+JOYCAPTION = (
+    "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}"
+    "{{- bos_token + '<|start_header_id|>system<|end_header_id|>\n\n' + system_message + '<|eot_id|>' }}"
+    "{%- set state = namespace(first=true) %}{%- for message in messages %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{%- if state.first and message['role'] == 'user' %}{%- set state.first = false %}"
+    "{{- '<|start|><|picture|><|stop|>' + message['content'].replace('<|picture|>', '').lstrip() }}"
+    "{%- else %}{{- message['content'] }}{%- endif %}{{- '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+# Accepts lists of parts only. Writes the images of a question first, then its texts.
+LLAVA_HF = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 
 
 # ---- the tokenizers ----
@@ -542,6 +564,7 @@ def test_decode_of_unfinished_text_is_the_beginning_of_the_whole(
         before = text
 
 
+@functools.cache  # the vocabulary is long, and a test asks for its examples one by one
 def generated_ids(name: str) -> st.SearchStrategy[list[int]]:
     """Return a strategy for token ids as a model may generate them: words, and cut characters."""
     tokenizer = family(name).tokenizer
@@ -748,6 +771,136 @@ def test_render_system_turn_goes_before_the_first_question_without_a_system_role
     assert folded == prompt.render(user_turn("Be brief.\n\nWhat?"), None)
 
 
+# ---- templates that write the image token ----
+
+
+def joycaption() -> tuple[PreTrainedTokenizerFast, Prompt]:
+    tokenizer = llama3()
+    tokens = ["<|start|>", "<|picture|>", "<|stop|>"]
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens], special_tokens=True)
+    return with_template(tokenizer, JOYCAPTION, "<|picture|>")
+
+
+def llava_hf() -> tuple[PreTrainedTokenizerFast, Prompt]:
+    tokenizer = llama2()
+    tokenizer.add_tokens([AddedToken("<image>", special=True)], special_tokens=True)
+    return with_template(tokenizer, LLAVA_HF, "<image>")
+
+
+def with_template(
+    tokenizer: PreTrainedTokenizerFast, template: str, image_token: str
+) -> tuple[PreTrainedTokenizerFast, Prompt]:
+    """Return a tokenizer, as `llava import` writes it, after saving and loading, and its prompt."""
+    tokenizer.chat_template = template
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder, image_token=image_token).save_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder)
+    return loaded, Prompt(loaded)
+
+
+def template_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]) -> list[int]:
+    """Return the ids of `apply_chat_template`, with the image token replaced."""
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    return [IMAGE_INDEX if i == tokenizer.image_token_id else i for i in ids]
+
+
+def message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def test_image_token_in_the_question_is_the_placeholder() -> None:
+    """As JoyCaption's template writes it: the user passes strings without an image."""
+    tokenizer, prompt = joycaption()
+    assert prompt.image_token == "<|picture|>"
+    system = Message("system", "You are a helpful image captioner.")
+    expected = template_ids(tokenizer, [message(*system), message("user", "Describe it:")])
+    assert expected.count(IMAGE_INDEX) == 1
+    for content in ("<image>\nDescribe it:", "<image>Describe it:", "Describe it:\n<image>"):
+        turns = [system, Message("user", content)]
+        assert prompt.render(turns, None).input_ids == expected, content
+        sequence = prompt.render(turns, "a cat")
+        assert sequence.input_ids[: len(expected)] == expected
+        assert trained_ids(sequence.labels) == [*tokenizer.encode("a cat"), prompt.end_id]
+
+    chat = ["<image>\nDescribe it:", "a cat", "Where?"]
+    turns = [Message(role, text) for role, text in zip(("user", "assistant", "user"), chat)]
+    expected = template_ids(
+        tokenizer,
+        [message("user", "Describe it:"), message("assistant", "a cat"), message("user", "Where?")],
+    )
+    assert prompt.render(turns, None).input_ids == expected
+
+
+def test_image_token_of_a_question_without_an_image_stays_a_token() -> None:
+    """It is embedded like any other token."""
+    tokenizer, prompt = joycaption()
+    ids = prompt.render(user_turn("Who are you?"), None).input_ids
+    expected = template_ids(tokenizer, [message("user", "Who are you?")])
+    assert ids == [tokenizer.image_token_id if i == IMAGE_INDEX else i for i in expected]
+    assert tokenizer.image_token_id in prompt.usable_tokens()
+    # A later question has no place for an image: it is where the text has it.
+    turns = [Message("user", "Hello."), Message("assistant", "Hi."), Message("user", "<image>?")]
+    ids = prompt.render(turns, None).input_ids
+    assert ids.count(IMAGE_INDEX) == 1
+    assert tokenizer.decode(ids[ids.index(IMAGE_INDEX) + 1 :]).startswith("?<|eot_id|>")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("<image>\nWhat is it?", ["image", "What is it?"]),
+        ("What is it?\n<image>", ["What is it?", "image"]),
+        ("Compare\n<image>\nwith\n<image>", ["Compare", "image", "with", "image"]),
+        ("What is it?", ["What is it?"]),
+        ("<image>", ["image"]),
+    ],
+)
+def test_template_of_parts_gets_images_and_texts(content: str, parts: list[str]) -> None:
+    """As the templates of llava-hf, which accept no strings."""
+    tokenizer, prompt = llava_hf()
+    assert prompt.image_token == "<image>"
+    stock = [
+        {"type": "image"} if part == "image" else {"type": "text", "text": part} for part in parts
+    ]
+    hello = {"type": "text", "text": "Hello"}
+    for history in ([], [Message("user", "Hello"), Message("assistant", "Hello")]):
+        turns = [*history, Message("user", content)]
+        messages = [message(turn.role, [hello]) for turn in history]
+        expected = template_ids(tokenizer, [*messages, message("user", stock)])
+        ids = prompt.render(turns, None).input_ids
+        if history:  # the end token, which is trained, is not in this template
+            ids.remove(prompt.end_id)
+        assert ids == expected
+
+
+def test_template_with_an_image_token_refuses_other_numbers_of_images() -> None:
+    _, prompt = joycaption()
+    with pytest.raises(ValueError, match=r"row 3: turn 1 has 2 image.* place for 1 .*picture"):
+        prompt.render(user_turn("<image>\n<image>\nWhat?"), None, "row 3")
+    tokenizer, _ = llava_hf()
+    only_first = LLAVA_HF.replace("'<image>\n'", "'<image>\n' if message == messages[0]")
+    tokenizer.chat_template = only_first
+    turns = [
+        Message("user", "Hello"),
+        Message("assistant", "Hi"),
+        Message("user", "<image>\nWhat?"),
+    ]
+    with pytest.raises(ValueError, match="turn 3 has 1 image.* place for 0"):
+        Prompt(tokenizer).render(turns, None)
+
+
+def test_image_token_is_used_only_if_the_template_writes_it() -> None:
+    tokenizer = copy.deepcopy(family("llama3").tokenizer)
+    expected = family("llama3").prompt.render(user_turn(), None)
+    tokenizer.add_tokens(["<unused>"], special_tokens=True)
+    _, prompt = with_template(tokenizer, LLAMA3, "<unused>")
+    assert prompt.image_token is None
+    assert prompt.render(user_turn(), None) == expected
+    for template in ("plain", "bare"):
+        assert Prompt(joycaption()[0], template).image_token is None
+
+
 # ---- errors ----
 
 
@@ -792,7 +945,9 @@ def test_prompt_refuses_an_unusable_tokenizer() -> None:
 
 def test_prompt_refuses_a_template_that_drops_text_or_fails() -> None:
     tokenizer = copy.deepcopy(family("smollm").tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}{{ m.content[1].text }}{% endfor %}"
+    )
     with pytest.raises(ValueError, match=r"cannot render .*--template plain"):
         Prompt(tokenizer)
     tokenizer.chat_template = "{{ raise_exception('not today') }}"

@@ -11,10 +11,33 @@ import argparse
 import logging
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_simplified.captioning.caption_text import TextOptions, field_names
+from llava_simplified.captioning.endpoint_options import (
+    EndpointOptions,
+    add_endpoint_options,
+    parse_endpoint_options,
+    request_fields,
+)
+from llava_simplified.captioning.finishing import CaptionFinisher
+from llava_simplified.captioning.prompts import (
+    WeightedPrompt,
+    prompt_chooser,
+    prompts_use_tags,
+    read_prompt_file,
+    read_text_lines,
+)
+from llava_simplified.captioning.sidecars import (
+    EXISTING_POLICIES,
+    SIDECAR_JOURNAL,
+    TAGS_SUFFIX,
+    SidecarOptions,
+)
+from llava_simplified.extras import require_extra
 from llava_simplified.options import (
     CommandParser,
     add_batch_size_option,
@@ -35,6 +58,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Repeated words that end a caption. Lists of similar things ("red hair, red eyes") repeat fewer.
+DEFAULT_LOOP_GUARD = 8
+
 
 # ---- parsers ----
 
@@ -51,10 +77,13 @@ def build_caption_parser() -> CommandParser:
     )
     parser.add_argument(
         "--output",
-        help="Output file, .jsonl (default: captions.jsonl; the caption of a single image is printed)",
+        help="Output file, .jsonl (default: captions.jsonl; the caption of a single image is printed). "
+        "With --write, a folder for the sidecar files (default: beside the images)",
     )
-    add_checkpoint_options(parser)
+    add_checkpoint_options(parser, required=False)
     _add_job_options(parser)
+    _add_sidecar_options(parser)
+    _add_text_options(parser)
     add_engine_option(parser)
     parser.add_argument(
         "--trials",
@@ -64,7 +93,76 @@ def build_caption_parser() -> CommandParser:
         help="Number of captions per image (default: %(default)s)",
     )
     add_generation_options(parser, temperature=0.0)
+    parser.add_argument(
+        "--start-with",
+        default="",
+        metavar="TEXT",
+        help="Text that every caption begins with; the model continues it",
+    )
+    parser.add_argument(
+        "--forbid",
+        metavar="FILE",
+        help="Text file of words and phrases that are never generated, one per line",
+    )
+    add_endpoint_options(parser)
     return parser
+
+
+def _add_sidecar_options(parser: CommandParser) -> None:
+    """Add the options of caption files beside the images; see `sidecars.SidecarOptions`."""
+    group = parser.add_argument_group(
+        "sidecar files", "Write the caption of a.jpg into a.txt instead of one output file."
+    )
+    group.add_argument(
+        "--write",
+        choices=["txt", "caption"],
+        help="Write one file per image with this suffix",
+    )
+    group.add_argument(
+        "--existing",
+        choices=EXISTING_POLICIES,
+        help="What to do with an image that has such a file already (default: skip the image)",
+    )
+    group.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help="Text between existing text and caption, for --existing append and prepend; \\n is a line "
+        "break (default: ', ')",
+    )
+    parser.add_argument(
+        "--review",
+        metavar="PAGE",
+        help="HTML page to write with thumbnails of all images and their captions",
+    )
+
+
+def _add_text_options(parser: CommandParser) -> None:
+    """Add the options of prompts and texts; see `prompts` and `caption_text.TextOptions`."""
+    group = parser.add_argument_group("prompts and texts")
+    group.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="Text file of prompts, one per line, as `WEIGHT | PROMPT` or `PROMPT`; one is chosen for each "
+        "image. {name}, {folder} and {tags} are those of the image",
+    )
+    group.add_argument(
+        "--template",
+        default="",
+        metavar="TEXT",
+        help="Text with {caption}, {tags} (from the .txt file beside the image), {name} and {folder}",
+    )
+    group.add_argument("--prefix", default="", help="Text to put before each caption, as it is")
+    group.add_argument("--suffix", default="", help="Text to put after each caption, as it is")
+    group.add_argument(
+        "--max-words", type=int, help="Maximum number of generated words, prefix and template aside"
+    )
+    group.add_argument(
+        "--loop-guard",
+        type=int,
+        metavar="N",
+        help="End a caption where N words only repeat what stands directly before them; 0 turns this off "
+        f"(default: {DEFAULT_LOOP_GUARD} with --write, else 0)",
+    )
 
 
 def build_predict_parser() -> CommandParser:
@@ -133,19 +231,39 @@ def _add_job_options(parser: CommandParser) -> None:
 
 def caption_main(argv: list[str] | None = None) -> int:
     """Run `llava caption`; see `cli.main` for the exit status."""
-    args = build_caption_parser().parse_args(argv)
-    options = _generation_options(args, args.trials)
-    # Print the caption of a single image, unless an output file is given.
-    if not args.output and len(args.sources) == 1 and _is_image(args.sources[0]):
-        return _caption_on_terminal(args, args.sources[0], options)
-    output = Path(args.output or "captions.jsonl")
+    parser = build_caption_parser()
+    args = parser.parse_args(argv)
+    options = replace(
+        _generation_options(args, args.trials),
+        start_with=args.start_with.strip(),
+        forbid=_read_forbidden(args.forbid),
+    )
+    style = _caption_style(args, parse_endpoint_options(parser, args))
+    if style.endpoint is not None:
+        require_extra("download", "aiohttp", purpose="--endpoint")
+        # Check the options before the images are listed, which can take minutes.
+        request_fields(options, style.endpoint)
+        style.endpoint.api_key()
+    # Print the caption of a single image, unless it is to be written.
+    prints = not args.output and not args.write and not args.review
+    if prints and len(args.sources) == 1 and _is_image(args.sources[0]):
+        if style.endpoint is not None:
+            return _print_captions_of_endpoint(args, options, style, style.endpoint)
+        return _caption_on_terminal(args, args.sources[0], options, style)
+    if args.write:
+        # The journal is in the folder of the sidecar files; by default that is known only with the sources.
+        output = Path(SIDECAR_JOURNAL)
+        if args.output:
+            output = Path(args.output).absolute() / SIDECAR_JOURNAL
+    else:
+        output = Path(args.output or "captions.jsonl")
     # Accept .jsonl only, because a folder may have millions of images, and a JSON array (which
     # `llava predict` can write) exists only at the end of the job.
     if output.suffix != ".jsonl":
         raise ValueError(f"--output {output}: the file name must end in .jsonl")
     if args.engine == "ray":
-        return _caption_on_cluster(args, output, options)
-    return _run_slice(args, args.sources, output, options)
+        return _caption_on_cluster(args, output, options, style)
+    return _run_slice(args, args.sources, output, options, style)
 
 
 def predict_main(argv: list[str] | None = None) -> int:
@@ -213,17 +331,127 @@ def _generation_options(args: argparse.Namespace, num_return_sequences: int) -> 
 
 
 def _is_image(source: str) -> bool:
-    # Imported here because the module imports torch.
+    # Imported here because the module imports numpy and Pillow.
     from llava_simplified.captioning.inputs import IMAGE_SUFFIXES
 
     path = Path(source)
     return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
 
 
+# ---- prompts and texts ----
+
+
+@dataclass(frozen=True)
+class CaptionStyle:
+    """The options of `llava caption` beyond those of `llava predict`; see `runner.CaptionJob`."""
+
+    prompts: tuple[WeightedPrompt, ...] = ()
+    text: TextOptions = field(default_factory=TextOptions)
+    sidecars: SidecarOptions | None = None
+    review: str | None = None
+    endpoint: EndpointOptions | None = None
+
+
+def _caption_style(args: argparse.Namespace, endpoint: EndpointOptions | None) -> CaptionStyle:
+    """Return the prompts, texts and sidecar files that the options describe.
+
+    Raises:
+        ValueError: An option has a wrong value, or contradicts another one.
+    """
+    prompts: tuple[WeightedPrompt, ...] = ()
+    if args.prompt_file:
+        if args.instructions:
+            raise ValueError("--prompt-file replaces --instruction: pass only one of them.")
+        prompts = read_prompt_file(args.prompt_file)
+    loop_guard = args.loop_guard
+    if loop_guard is None:
+        loop_guard = DEFAULT_LOOP_GUARD if args.write else 0
+    text = TextOptions(
+        prefix=args.prefix,
+        suffix=args.suffix,
+        template=args.template,
+        max_words=args.max_words,
+        loop_guard=loop_guard,
+    )
+    sidecars = _sidecar_options(args)
+    if sidecars is not None:
+        _check_tags(sidecars, text, prompts)
+    return CaptionStyle(prompts, text, sidecars, args.review, endpoint)
+
+
+def _sidecar_options(args: argparse.Namespace) -> SidecarOptions | None:
+    """Return where and how sidecar files are written; None without `--write`."""
+    if not args.write:
+        for option in ("existing", "separator"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option}: this option is for sidecar files; pass --write txt.")
+        return None
+    # A sidecar file holds one caption.
+    if args.trials > 1:
+        raise ValueError(f"--trials {args.trials}: with --write, an image has one caption.")
+    if len(args.instructions) > 1:
+        raise ValueError(
+            "--instruction: with --write, an image has one caption. Pass one instruction, or a "
+            "--prompt-file from which one is chosen for each image."
+        )
+    if args.separator is not None and args.existing not in ("append", "prepend"):
+        raise ValueError("--separator: this option is for --existing append and prepend.")
+    if args.output and Path(args.output).suffix in (".json", ".jsonl"):
+        raise ValueError(
+            f"--output {args.output}: with --write, this is a folder for caption files."
+        )
+    separator = ", " if args.separator is None else args.separator.replace("\\n", "\n")
+    return SidecarOptions(
+        suffix=f".{args.write}",
+        existing=args.existing or "skip",
+        output=str(Path(args.output).absolute()) if args.output else None,
+        separator=separator,
+    )
+
+
+def _check_tags(
+    sidecars: SidecarOptions, text: TextOptions, prompts: Sequence[WeightedPrompt]
+) -> None:
+    """Refuse {tags} where the file that they are read from is skipped, or is what the caption is added to.
+
+    Raises:
+        ValueError: The tags would always be empty, or would be written twice.
+    """
+    writes_tags = "tags" in field_names(text.template)
+    in_tags_file = sidecars.suffix == TAGS_SUFFIX and sidecars.output is None
+    if not in_tags_file:
+        return
+    if sidecars.existing == "skip" and (writes_tags or prompts_use_tags(prompts)):
+        raise ValueError(
+            "{tags} are read from the .txt files beside the images, and images with such a file are "
+            "skipped. Pass --existing overwrite, or write elsewhere with --output or --write caption."
+        )
+    if writes_tags and sidecars.existing in ("append", "prepend"):
+        raise ValueError(
+            f"--template with {{tags}} and --existing {sidecars.existing} would write the existing text "
+            "twice. Pass --existing overwrite."
+        )
+
+
+def _read_forbidden(path: str | None) -> tuple[str, ...]:
+    """Return the words and phrases of `--forbid`, one of each line."""
+    if path is None:
+        return ()
+    phrases = [line.strip() for line in read_text_lines(path, "--forbid") if line.strip()]
+    if not phrases:
+        raise ValueError(f"--forbid {path}: the file contains no words")
+    return tuple(dict.fromkeys(phrases))
+
+
 # ---- one image ----
 
 
-def _caption_on_terminal(args: argparse.Namespace, image: str, options: GenerationOptions) -> int:
+def _caption_on_terminal(
+    args: argparse.Namespace,
+    image: str,
+    options: GenerationOptions,
+    style: CaptionStyle = CaptionStyle(),
+) -> int:
     """Print the captions of one image. A single caption is printed as it is generated."""
     from llava_simplified.captioning.runner import load_model
     from llava_simplified.data.images import load_pixels
@@ -232,10 +460,16 @@ def _caption_on_terminal(args: argparse.Namespace, image: str, options: Generati
     model = load_model(args)
     generation: dict[str, Any] = asdict(options)
     count = generation.pop("num_return_sequences")
-    for instruction in args.instructions or [model.instruction]:
+    instructions = args.instructions or [model.instruction]
+    folder = str(Path(image).parent.absolute())
+    name = Path(image).name
+    if style.prompts:
+        instructions = [prompt_chooser(style.prompts, folder, options.seed or 0)(name)]
+    finisher = CaptionFinisher(style.text, None, folder)
+    for instruction in instructions:
         # Stream only a single caption without beam search: the result of beam search is known only at
         # the end, and several captions would be mixed on the screen.
-        if count == 1 and options.num_beams == 1:
+        if count == 1 and options.num_beams == 1 and style.text == TextOptions():
             for piece in model.stream(instruction, [pixels], **generation):
                 print_text(piece, end="")
             print_text("")
@@ -243,8 +477,38 @@ def _caption_on_terminal(args: argparse.Namespace, image: str, options: Generati
             captions = model.caption(
                 [pixels], instruction, num_return_sequences=count, **generation
             )[0]
-            print_text("\n".join([captions] if count == 1 else captions))
+            for caption in [captions] if count == 1 else captions:
+                print_text(finisher.finish_text(name, caption).text)
     return 0
+
+
+def _print_captions_of_endpoint(
+    args: argparse.Namespace,
+    options: GenerationOptions,
+    style: CaptionStyle,
+    endpoint: EndpointOptions,
+) -> int:
+    """Print the captions of one image, generated by a server. The exit status is 1 if there are none."""
+    from llava_simplified.captioning.endpoint_captions import caption_at_endpoint
+    from llava_simplified.captioning.inputs import open_inputs
+    from llava_simplified.model.config import DEFAULT_INSTRUCTION
+
+    image = Path(args.sources[0])
+    instructions = args.instructions or [DEFAULT_INSTRUCTION]
+    if style.prompts:
+        chooser = prompt_chooser(style.prompts, str(image.parent.absolute()), options.seed or 0)
+        instructions = [chooser(image.name)]
+    records, folder = open_inputs(args.sources, None, instructions)
+    finisher = CaptionFinisher(style.text, None, folder)
+    status = 0
+    indices = range(len(records))
+    for rows, failed_rows in caption_at_endpoint(records, folder, options, endpoint, indices):
+        for row in rows:
+            print(finisher.finish_text(image.name, row["pred_output"]).text)
+        for row in failed_rows:
+            logger.error("%s", row["error"])
+            status = 1
+    return status
 
 
 # ---- many images ----
@@ -282,22 +546,33 @@ def parse_job_slice(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _run_slice(
-    args: argparse.Namespace, sources: list[str], output: Path, options: GenerationOptions
+    args: argparse.Namespace,
+    sources: list[str],
+    output: Path,
+    options: GenerationOptions,
+    style: CaptionStyle = CaptionStyle(),
 ) -> int:
     """Caption one slice of the source in this process, and return the exit status."""
-    import torch
-
     from llava_simplified.captioning.runner import caption_file
 
     slice_index, num_slices = parse_job_slice(args)
-    # One GPU per torchrun process; otherwise all would use cuda:0.
+    if style.endpoint is None:
+        _select_gpu()
+    job = _make_job(args, sources, output, options, style, slice_index, num_slices)
+    return _report(caption_file(job), job)
+
+
+def _select_gpu() -> None:
+    """Use one GPU per torchrun process; otherwise all would use cuda:0."""
+    import torch
+
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    job = _make_job(args, sources, output, options, slice_index, num_slices)
-    return _report(caption_file(job), job.output)
 
 
-def _caption_on_cluster(args: argparse.Namespace, output: Path, options: GenerationOptions) -> int:
+def _caption_on_cluster(
+    args: argparse.Namespace, output: Path, options: GenerationOptions, style: CaptionStyle
+) -> int:
     """Caption all `--num-chunks` slices of the source as Ray tasks, and return the exit status."""
     from llava_simplified.captioning.runner import caption_file
 
@@ -309,7 +584,7 @@ def _caption_on_cluster(args: argparse.Namespace, output: Path, options: Generat
         )
     num_slices = args.num_chunks or 1
     jobs = [
-        _make_job(args, args.sources, output, options, slice_index, num_slices)
+        _make_job(args, args.sources, output, options, style, slice_index, num_slices)
         for slice_index in range(num_slices)
     ]
     failed = False
@@ -319,7 +594,7 @@ def _caption_on_cluster(args: argparse.Namespace, output: Path, options: Generat
             failed = True
             logger.error("%s: %s", task.spec.output, task.error)
         else:
-            _report(task.result, task.spec.output)
+            _report(task.result, task.spec)
     return 1 if failed else 0
 
 
@@ -328,17 +603,22 @@ def _make_job(
     sources: list[str],
     output: Path,
     options: GenerationOptions,
+    style: CaptionStyle,
     slice_index: int,
     num_slices: int,
 ) -> CaptionJob:
     """Return the job of one slice, which has its own output, such as `captions-0-of-4.jsonl`."""
     from llava_simplified.captioning.runner import CaptionJob
 
+    review = Path(style.review) if style.review else None
     # Use one file per slice, because processes on several machines cannot append to the same file.
     if num_slices > 1:
-        output = output.with_name(f"{output.stem}-{slice_index}-of-{num_slices}{output.suffix}")
+        name_of_slice = f"-{slice_index}-of-{num_slices}"
+        output = output.with_name(f"{output.stem}{name_of_slice}{output.suffix}")
+        if review:
+            review = review.with_name(f"{review.stem}{name_of_slice}{review.suffix}")
     return CaptionJob(
-        model_path=args.model_path,
+        model_path=args.model_path or "",
         # A single one as 0.1.0 has stored it, whose jobs continue.
         source=sources[0] if len(sources) == 1 else tuple(sources),
         output=str(output),
@@ -353,13 +633,21 @@ def _make_job(
         batch_size=args.batch_size,
         chunk=slice_index,
         chunks=num_slices,
+        prompts=style.prompts,
+        text=style.text,
+        sidecars=style.sidecars,
+        review=str(review) if review else None,
+        endpoint=style.endpoint,
     )
 
 
-def _report(counts: CaptionCounts, output: str) -> int:
+def _report(counts: CaptionCounts, job: CaptionJob) -> int:
     """Log the result of a job, and return the exit status: 1 if no image could be read, else 0."""
-    logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
-    if counts.failed:
+    output = job.output
+    if job.sidecars is None:
+        logger.info("Captioned %s records into %s.", f"{counts.captioned:,}", output)
+    # Jobs with sidecar files log their failures themselves, because they know where the list is.
+    if counts.failed and job.sidecars is None:
         logger.warning(
             "Records that cannot be captioned: %s. They are listed with reasons in %s.bad.jsonl.",
             f"{counts.failed:,}",

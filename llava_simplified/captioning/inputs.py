@@ -6,14 +6,15 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
+from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SIDECAR_SUFFIXES
 from llava_simplified.data import shards
-from llava_simplified.data.dataset import open_data
 from llava_simplified.data.image_formats import IMAGE_HEADER_BYTES, is_image_header
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record, insert_image_placeholders
 from llava_simplified.data.shards import shard_index
 from llava_simplified.prompt import Message
@@ -37,11 +38,18 @@ class ImageRecords(Sequence[Record]):
     Args:
         names: Image names, relative to the image folder; `shard.tar#key` for an image in a shard.
         instructions: Instructions about every image.
+        prompt_of: Returns the only instruction about the image of a name, instead of `instructions`.
     """
 
-    def __init__(self, names: Sequence[str], instructions: Sequence[str]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        instructions: Sequence[str],
+        prompt_of: Callable[[str], str] | None = None,
+    ) -> None:
         self.names = names
         self.instructions = instructions
+        self.prompt_of = prompt_of
 
     def __len__(self) -> int:
         return len(self.names) * len(self.instructions)
@@ -82,7 +90,10 @@ class ImageRecords(Sequence[Record]):
             return [self[i] for i in range(*index.indices(len(self)))]
         image_index, instruction_index = divmod(index, len(self.instructions))
         name = self.names[image_index]
-        message = Message("user", self.instructions[instruction_index])
+        instruction = self.instructions[instruction_index]
+        if self.prompt_of is not None:
+            instruction = self.prompt_of(name)
+        message = Message("user", instruction)
         turns = insert_image_placeholders([message], 1, name)
         return Record((name,), turns, (), name)
 
@@ -206,6 +217,8 @@ def find_images(source: str) -> FoundImages:
     is_absolute_pattern = path.is_absolute() and not path.exists() and ".." not in path.parts
     names: list[str] = []
     skipped: Counter[str] = Counter()
+    stems: set[Path] = set()  # of the images
+    sidecars: list[Path] = []
     for file in files:
         # Use relative names, so that the output remains valid when the folder is moved.
         name = str(file)
@@ -219,8 +232,13 @@ def find_images(source: str) -> FoundImages:
                 skipped["samples of a shard without an image"] += index.num_without_image
         elif file == path or _has_image(file):
             names.append(name)
-        elif file.is_file():
+            stems.add(file.with_suffix(""))
+        elif file.suffix in SIDECAR_SUFFIXES:
+            sidecars.append(file)
+        elif file.is_file() and SIDECAR_JOURNAL not in file.name:
             skipped[file.suffix.lower() or "no suffix"] += 1
+    # The captions of images are no surprise, other texts are.
+    skipped.update(file.suffix for file in sidecars if file.with_suffix("") not in stems)
     return FoundImages(names, folder, skipped)
 
 

@@ -9,6 +9,9 @@ Files of a job with `--output captions.jsonl`:
 
 A JSON array cannot be appended to. With `--output predictions.json`, the journal is therefore
 `predictions.json.part.jsonl`, which is converted to the array at the end.
+
+A job that writes sidecar files (see `sidecars`) has these files with the name `.llava-caption.jsonl` in the folder of
+the images or of the sidecar files, until it is finished. Only the list of failures remains.
 """
 
 from __future__ import annotations
@@ -19,13 +22,18 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
+from llava_simplified.captioning.caption_rows import Row, failed_row, parse_record
+from llava_simplified.captioning.caption_text import TextOptions
+from llava_simplified.captioning.endpoint_options import EndpointOptions
+from llava_simplified.captioning.finishing import CaptionFinisher, count_shortened
 from llava_simplified.captioning.inputs import ImageRecords, open_inputs
+from llava_simplified.captioning.prompts import WeightedPrompt, prompt_chooser
+from llava_simplified.captioning.review_page import write_review
+from llava_simplified.captioning.sidecars import SidecarOptions, folder_problem
 from llava_simplified.data.image_folder import NameMatches
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
 from llava_simplified.data.records import Record, prediction_row
@@ -35,21 +43,23 @@ from llava_simplified.jobs import (
     Progress,
     atomic_file,
     check_settings,
+    encode_json_lines,
     exclusive_lock,
     read_json_lines,
 )
-from llava_simplified.model.generation import encode_images, generate_separately
+from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
-from llava_simplified.model.llava import Llava
-from llava_simplified.model.sampling import prompt_hashes
+
+# torch is imported when a model is loaded: with `--endpoint`, this process has none.
+if TYPE_CHECKING:
+    import torch
+
+    from llava_simplified.model.llava import Llava
 
 logger = logging.getLogger(__name__)
 
 # Number of batches whose records are sorted together by prompt length, to reduce padding.
 BATCHES_PER_WINDOW = 8
-
-Row = dict[str, Any]
-
 
 # ---- the job ----
 
@@ -61,12 +71,18 @@ class CaptionJob:
     Attributes:
         model_path, model_base, vision_tower, bits, trust_remote_code: See `Llava.from_pretrained`.
         source, image_folder, instructions: See `inputs.open_inputs`.
-        output: A .jsonl file; with any other suffix, the output is a JSON array.
+        output: A .jsonl file; with any other suffix, the output is a JSON array. The journal of a job with
+            `sidecars`: a name is that of a file in the folder of the images.
         options: Generation options; `num_return_sequences` is the number of captions per record.
         limit: Caption only the first N records.
         batch_size: Records per batch.
         chunk, chunks: Index and number of slices: caption only every `chunks`-th record, starting with
             record `chunk`. (The names are stored in the settings of unfinished jobs.)
+        prompts: Prompts of a prompt file, one of which is chosen for each image; empty for `instructions`.
+        text: How captions are finished.
+        sidecars: Where and how sidecar files are written; None for none.
+        review: HTML page of all images and captions to write at the end; None for none.
+        endpoint: A server that runs the model; None for the model of `model_path`.
     """
 
     model_path: str
@@ -83,6 +99,11 @@ class CaptionJob:
     batch_size: int = 16
     chunk: int = 0
     chunks: int = 1
+    prompts: tuple[WeightedPrompt, ...] = ()
+    text: TextOptions = field(default_factory=TextOptions)
+    sidecars: SidecarOptions | None = None
+    review: str | None = None
+    endpoint: EndpointOptions | None = None
 
 
 class CaptionCounts(NamedTuple):
@@ -126,28 +147,107 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
         ValueError: There is nothing to caption, the output belongs to a job with different settings,
             or another process is writing to it.
     """
-    files = JobFiles.of(job.output)
     # Check source, output and settings before loading the model, which can take minutes.
     records, folder = open_inputs(job.source, job.image_folder, job.instructions)
-    with exclusive_lock(files.lock, job.output):
+    _prepare_records(job, records, folder)
+    files = _job_files(job, folder)
+    images = records.names if isinstance(records, ImageRecords) else ()
+    finisher = CaptionFinisher(job.text, job.sidecars, folder, images)
+    with exclusive_lock(files.lock, files.output):
         _start_or_resume(files, _job_settings(job, records))
         try:
-            model = model or load_model(job)
-            if isinstance(records, ImageRecords) and not job.instructions:
+            if job.endpoint is None:
+                model = model or load_model(job)
+            else:
+                _forget_server_failures(files.failures)
+            if isinstance(records, ImageRecords) and not (job.instructions or job.prompts):
                 # Use the instruction of the training, which is stored in the checkpoint. The settings
                 # need not contain it, because they identify the checkpoint.
-                records.instructions = (model.instruction,)
+                records.instructions = (model.instruction if model else DEFAULT_INSTRUCTION,)
             with Journal(files.journal) as journal, Journal(files.failures) as failures:
-                counts = _caption_remaining(job, model, records, folder, journal, failures)
+                counts = _caption_remaining(
+                    job, model, records, folder, finisher, journal, failures
+                )
+                _log_finished(job, finisher, journal, files, counts)
+                if job.review:
+                    write_review(
+                        job.review, folder, journal.rows(), failures.rows(), finisher.kept_texts()
+                    )
         except BaseException:
             _remove_empty_job(files)
             raise
         # The job is complete. If the process is killed during the cleanup, the next run repeats it.
         if not counts.failed:
             files.failures.unlink()
-        if files.journal != files.output:
+        if job.sidecars is not None:
+            _remove_journal(files)
+        elif files.journal != files.output:
             _publish_array(files)
     return counts
+
+
+def _prepare_records(job: CaptionJob, records: Sequence[Record], folder: str) -> None:
+    """Give the records of images their prompts, and check what only images can have.
+
+    Raises:
+        ValueError: The job has a prompt file or sidecar files, but its source is a file of records.
+    """
+    if isinstance(records, ImageRecords):
+        if job.prompts:
+            records.instructions = ("",)  # one instruction for each image
+            seed = job.options.seed or 0
+            records.prompt_of = prompt_chooser(job.prompts, folder, seed)
+        return
+    if job.prompts:
+        raise ValueError(
+            f"--prompt-file: the records of {job.source} contain their own instructions; "
+            "remove the option."
+        )
+    if job.sidecars is not None:
+        raise ValueError(
+            f"--write: {job.source} is a file of records; pass the images or their folder instead."
+        )
+
+
+def _job_files(job: CaptionJob, folder: str) -> JobFiles:
+    """Return the files of a job.
+
+    Raises:
+        ValueError: Sidecar files cannot be written into their folder.
+    """
+    if job.sidecars is None:
+        return JobFiles.of(job.output)
+    # The output is absolute if the sidecar files have a folder of their own, and stays as it is then.
+    files = JobFiles.of(str(Path(folder) / job.output))
+    problem = folder_problem(files.journal.parent)
+    if problem:
+        raise ValueError(f"--write: {problem}")
+    return files
+
+
+def _log_finished(
+    job: CaptionJob,
+    finisher: CaptionFinisher,
+    journal: Journal,
+    files: JobFiles,
+    counts: CaptionCounts,
+) -> None:
+    """Log what became of the captions: written, kept, shortened, failed."""
+    if job.text.loop_guard or job.text.max_words:
+        shortened = count_shortened(journal.rows())
+        if shortened["loop"]:
+            logger.warning("Captions that ended where they began to loop: %s.", shortened["loop"])
+        if shortened["max_words"]:
+            logger.info("Captions that were cut at --max-words: %s.", shortened["max_words"])
+    if job.sidecars is None:
+        return
+    logger.info("%s", finisher.describe())
+    if counts.failed:
+        logger.warning(
+            "Images that cannot be captioned: %s. They are listed with reasons in %s.",
+            f"{counts.failed:,}",
+            files.failures,
+        )
 
 
 def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
@@ -167,6 +267,19 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
             "Delete both or pass another --output."
         )
     check_settings(files.settings, settings, str(files.output))
+
+
+def _forget_server_failures(failures: Path) -> None:
+    """Remove the records from the failures that a server has failed, so that this run tries them again."""
+    # aiohttp, which the module imports, is an optional package.
+    from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
+
+    if not failures.exists():
+        return
+    with atomic_file(failures) as part, part.open("wb") as stream:
+        for row, _ in read_json_lines(failures):
+            if row.get("kind") not in SERVER_FAILURES:
+                stream.write(encode_json_lines([row]))
 
 
 def _remove_empty_job(files: JobFiles) -> None:
@@ -190,12 +303,31 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     settings["batch_size"] = None
     del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
     settings["output"] = None
+    del settings["review"]
+    if job.endpoint is not None:
+        settings["endpoint"] = job.endpoint.job_settings()
+    _remove_unused(settings)
     settings["model"] = _modification_times(job.model_path)
     # Images may be added to a folder (see `ImageRecords.renumber`). Slices cannot: each of them would
     # have to know the numbers that the others have given.
     if not isinstance(records, ImageRecords) or job.chunks > 1:
         settings["contents of the source"] = _describe_contents(records, job.source)
     return settings
+
+
+def _remove_unused(settings: dict[str, Any]) -> None:
+    """Remove options that are off, which unfinished jobs of version 0.1.0 do not have in their settings."""
+    if settings["endpoint"] is None:
+        del settings["endpoint"]
+    if not settings["prompts"]:
+        del settings["prompts"]
+    if settings["text"] == asdict(TextOptions()):
+        del settings["text"]
+    if settings["sidecars"] is None:
+        del settings["sidecars"]
+    for name in ("start_with", "forbid"):
+        if not settings["options"][name]:
+            del settings["options"][name]
 
 
 def _modification_times(model_path: str) -> list[int]:
@@ -218,9 +350,10 @@ def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...])
 
 def _caption_remaining(
     job: CaptionJob,
-    model: Llava,
+    model: Llava | None,
     records: Sequence[Record],
     folder: str,
+    finisher: CaptionFinisher,
     journal: Journal,
     failures: Journal,
 ) -> CaptionCounts:
@@ -228,6 +361,14 @@ def _caption_remaining(
     rows_per_record = job.options.num_return_sequences
     finished = _finished_records(journal, rows_per_record)
     failed = _finished_records(failures, 1)
+
+    def fail(rows: list[Row]) -> None:
+        failures.append(rows)
+        failed.update((row["index"], row.get("image")) for row in rows)
+
+    # Sidecar files that are announced in the journal, except those that could not be written then.
+    if job.sidecars is not None:
+        fail(finisher.resume(row for row in journal.rows() if row["index"] not in failed))
     indices: Sequence[int] = range(len(records))
     if isinstance(records, ImageRecords):
         if job.chunks == 1:
@@ -241,22 +382,43 @@ def _caption_remaining(
     # Interleave the slices, so that slow parts of the source (large images) are distributed evenly.
     indices = indices[job.chunk :: job.chunks]
     remaining = [index for index in indices if index not in finished and index not in failed]
+    if isinstance(records, ImageRecords) and job.sidecars is not None:
+        # There is one prompt for each image, so that records have the numbers of their images.
+        remaining, refused = finisher.admit([(index, records.names[index]) for index in remaining])
+        fail(refused)
 
     initial = len(indices) - len(remaining)
     if initial:
         logger.info("Continuing %s: %s of %s records are done.", job.output, initial, len(indices))
     show_progress = logger.isEnabledFor(logging.INFO)
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
-        batches = caption_records(model, records, folder, job.options, job.batch_size, remaining)
-        for rows, failed_rows in batches:
-            # If the process is killed between these two writes, the next run tries the failed records
-            # again, and they fail again.
-            journal.append(rows)
-            failures.append(failed_rows)
-            failed.update((row["index"], row.get("image")) for row in failed_rows)
+        for rows, failed_rows in _caption_batches(job, model, records, folder, remaining):
+            # If the process is killed between these writes, the next run tries the failed records again,
+            # and they fail again; and it writes the sidecar files that the journal announces.
+            finished_rows, unfinished_rows = finisher.finish(rows)
+            journal.append(finished_rows)
+            fail([*failed_rows, *unfinished_rows])
+            fail(finisher.write(finished_rows))
             num_done = progress.done + len(rows) // rows_per_record + len(failed_rows)
             progress.update(num_done, f"{len(failed):,} failed" if failed else "")
     return CaptionCounts(len(indices) - len(failed), len(failed))
+
+
+def _caption_batches(
+    job: CaptionJob,
+    model: Llava | None,
+    records: Sequence[Record],
+    folder: str,
+    indices: Sequence[int],
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Yield the rows of records in their order, from the model, or from the server if there is none."""
+    if model is not None:
+        return caption_records(model, records, folder, job.options, job.batch_size, indices)
+
+    from llava_simplified.captioning.endpoint_captions import caption_at_endpoint
+
+    assert job.endpoint is not None
+    return caption_at_endpoint(records, folder, job.options, job.endpoint, indices)
 
 
 def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str | None]:
@@ -297,8 +459,17 @@ def _publish_array(files: JobFiles) -> None:
     files.settings.unlink()
 
 
+def _remove_journal(files: JobFiles) -> None:
+    """Delete the working files of a job whose captions are in sidecar files."""
+    # The journal first, as in `_publish_array`.
+    files.journal.unlink()
+    files.settings.unlink()
+
+
 def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
     """Load the model of a job or of a command line."""
+    from llava_simplified.model.llava import Llava
+
     return Llava.from_pretrained(
         checkpoint.model_path,
         model_base=checkpoint.model_base,
@@ -349,7 +520,7 @@ def caption_records(
     matches = NameMatches()
     for start in range(0, len(indices), window_size):
         window_indices = indices[start : start + window_size]
-        window = [_parse_record(records, index) for index in window_indices]
+        window = [parse_record(records, index) for index in window_indices]
         batches = _caption_window(model, window, image_folder, options, batch_size, matches)
         yield from _in_record_order(window_indices, window, batches)
     if matches.describe():
@@ -359,21 +530,6 @@ def caption_records(
 # The captions of a record, or the error if there are none: its image cannot be read, its prompt
 # cannot be rendered, the row is not a record, or the model's logits for it are not finite.
 Outcome = list[str] | ValueError | FloatingPointError
-
-
-def _parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
-    """Return a record, or the reason why the row is none. One bad row must not end the job."""
-    try:
-        record = records[index]
-        for name in record.images:
-            name.encode()
-    except UnicodeEncodeError:
-        return ImageError(
-            "unsafe", f"the image name {record.images!r} is not UTF-8; rename the file"
-        )
-    except ValueError as error:
-        return error
-    return record
 
 
 def _in_record_order(
@@ -392,12 +548,10 @@ def _in_record_order(
             index = indices[position]
             record = window[position]
             outcome = waiting.pop(position)
-            if isinstance(record, ValueError):
-                failed_rows.append({"index": index, "image": None, "error": str(record)})
-            elif isinstance(outcome, (ValueError, FloatingPointError)):
-                image = record.images[0] if record.images else None
-                error = f"{record.id}: {outcome}"
-                failed_rows.append({"index": index, "image": image, "error": error})
+            if isinstance(record, ValueError) or isinstance(
+                outcome, (ValueError, FloatingPointError)
+            ):
+                failed_rows.append(failed_row(index, record, outcome))
             else:
                 rows += [prediction_row(index, record, caption) for caption in outcome]
             position += 1
@@ -413,6 +567,9 @@ def _caption_window(
     matches: NameMatches,
 ) -> Iterator[dict[int, Outcome]]:
     """Yield the outcomes of each batch, by position in the window."""
+    from llava_simplified.model.generation import generate_separately
+    from llava_simplified.model.sampling import prompt_hashes
+
     window: dict[int, Record] = {}
     prompts: dict[int, list[int]] = {}
     failed: dict[int, Outcome] = {}
@@ -518,6 +675,11 @@ class _WindowImages:
         """Return image features (images, tokens, vision hidden size), or None for no images."""
         if not names:
             return None
+
+        import torch
+
+        from llava_simplified.model.generation import encode_images
+
         # Remove duplicates: two records of one batch may refer to the same image.
         new = [name for name in dict.fromkeys(names) if name not in self._features]
         if new:

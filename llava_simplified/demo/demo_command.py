@@ -13,33 +13,28 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
-from llava_simplified import cli
 from llava_simplified.demo.assets import DemoAssets, fetch
+from llava_simplified.demo.demo_images import NUM_HELD_OUT
+from llava_simplified.demo.progress import captioning_progress, training_progress
+from llava_simplified.demo.runner import Demo, Step
+from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.doctor_command import has_fast_bfloat16
+from llava_simplified.jobs import format_duration
 from llava_simplified.options import CommandParser, add_limit_option, print_text
 from llava_simplified.recipes import resolve_recipe
 
 logger = logging.getLogger(__name__)
 
 
-class Step(NamedTuple):
-    """One command of the demo: a title, and the arguments of `llava`."""
-
-    title: str
-    argv: list[str]
-
-
 def build_parser() -> CommandParser:
     """Return the parser of `llava demo`."""
     parser = CommandParser(
         "llava demo",
-        "Train, caption and evaluate with small pretrained models, on 2 CPU cores in 20 minutes.",
+        "Train, caption and evaluate with small pretrained models, on 2 CPU cores in 10 minutes.",
     )
     parser.add_argument(
         "--cache-dir",
@@ -53,46 +48,72 @@ def build_parser() -> CommandParser:
         help="Output folder (default: %(default)s)",
     )
     parser.add_argument(
+        "--long",
+        action="store_true",
+        help="Train three times as long, for better captions",
+    )
+    parser.add_argument(
         "--max-steps",
         type=int,
         help="Maximum number of steps of each training stage, for a quick try",
     )
+    parser.add_argument(
+        "--seed", type=int, default=42, help="Seed of the training (default: %(default)s)"
+    )
     add_limit_option(parser, "images when captioning")
+    parser.add_argument(
+        "--download-only", action="store_true", help="Download models and images, and stop"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `llava demo`."""
     args = build_parser().parse_args(argv)
+    if args.download_only:
+        assets = fetch(args.cache_dir)
+        print_text(
+            f"models: {assets.language_model}, {assets.vision_tower}\nimages: {assets.images}"
+        )
+        return 0
+    output: Path = args.output
+    output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    # Delete the partial captions of an interrupted demo: this run trains a new model, so it must not
-    # resume them.
-    for part in args.output.glob("predictions.json.part*"):
-        part.unlink()
-    assets = fetch(args.cache_dir)
-    for step in plan_steps(assets, args.output, args.max_steps, args.limit):
-        seconds = time.monotonic() - start
-        print_text(f"\n== {step.title} ({seconds:.0f} s)")
-        print_text(f"$ llava {shlex.join(step.argv)}")
-        status = cli.main(step.argv)
+    with redirect_output(output / "log.txt") as terminal:
+        demo = Demo(output, terminal)
+        assets = demo.download(args.cache_dir)
+        steps = plan_steps(
+            assets,
+            output,
+            recipe="demo_long" if args.long else "demo",
+            max_steps=args.max_steps,
+            seed=args.seed,
+            limit=args.limit,
+        )
+        status = demo.run(assets, steps)
         if status:
             return status
-    scores = json.loads((args.output / "scores.json").read_text(encoding="utf-8"))
-    # scores.json has one entry per prediction file, and the demo evaluates one file.
-    first_scores = next(iter(scores.values()))
-    print_text(summarize(first_scores, args.output, time.monotonic() - start))
+        terminal.print(summarize(output, time.monotonic() - start))
     return 0
 
 
 def plan_steps(
-    assets: DemoAssets, output: Path, max_steps: int | None, limit: int | None
+    assets: DemoAssets,
+    output: Path,
+    *,
+    recipe: str = "demo",
+    max_steps: int | None = None,
+    seed: int = 42,
+    limit: int | None = None,
 ) -> list[Step]:
     """Return the commands of the demo, in order.
 
     Args:
         assets: The models and images.
         output: Output folder.
+        recipe: Recipe of the second training stage.
         max_steps: Maximum number of steps of each training stage, or None.
+        seed: Seed of the training.
         limit: Maximum number of images to caption, or None.
     """
     # Options that several commands share.
@@ -106,10 +127,13 @@ def plan_steps(
         eval_data_path=assets.val_json,
         val_image_folder=assets.images,
     )
-    train = [*models, *records, *_training_options()]
-    projector = str(output / "projector")
-    model = str(output / "model")
-    predictions = str(output / "predictions.json")
+    train = [*models, *records, "--seed", str(seed), *_training_options()]
+    projector = output / "projector"
+    model = output / "model"
+    predictions = output / "predictions.json"
+    projector_steps = _number_of_steps("demo_projector", max_steps)
+    model_steps = _number_of_steps(recipe, max_steps)
+    num_images = min(limit or NUM_HELD_OUT, NUM_HELD_OUT)
 
     # Repeat the options of the recipes that affect the tokens: 3 x 3 image tokens, and a template without
     # roles. `llava inspect` does not read recipes.
@@ -118,32 +142,48 @@ def plan_steps(
 
     # Train in LLaVA's two stages. The first stage trains only the projector: an adapter that is trained
     # from the start would adapt to the image tokens of a random projector.
-    stage1 = ["train", "--config", "demo_projector", *train, "--output_dir", projector]
-    stage1 += _fewer_steps("demo_projector", max_steps)
-
-    stage2 = ["train", "--config", "demo", "--pretrain_mm_mlp_adapter", projector, *train]
-    stage2 += ["--output_dir", model, *_fewer_steps("demo", max_steps)]
+    stage1 = ["train", "--config", "demo_projector", *train, "--output_dir", str(projector)]
+    stage1 += _options(max_steps=projector_steps)
+    stage2 = ["train", "--config", recipe, "--pretrain_mm_mlp_adapter", str(projector), *train]
+    stage2 += _options(output_dir=model, max_steps=model_steps)
 
     # Decode greedily, because each image has one right answer. 24 tokens are enough for the names.
-    predict = ["predict", "--model-path", model, "--data-path", str(assets.val_json)]
+    predict = ["predict", "--model-path", str(model), "--data-path", str(assets.val_json)]
     predict += ["--image-folder", str(assets.images), "--temperature", "0"]
-    predict += ["--max-new-tokens", "24", "--batch-size", "50", "--output", predictions]
+    predict += ["--max-new-tokens", "24", "--batch-size", "50", "--output", str(predictions)]
     if limit:
         predict += ["--limit", str(limit)]
 
     # Pass --train-captions, so that the report distinguishes copied captions from new ones. Pass --no-java
     # to skip the metrics that require Java.
-    evaluate = ["evaluate", predictions, "--train-captions", str(assets.train_json)]
-    evaluate += ["--image-folder", str(assets.images), "--model-path", model]
+    evaluate = ["evaluate", str(predictions), "--train-captions", str(assets.train_json)]
+    evaluate += ["--image-folder", str(assets.images), "--model-path", str(model)]
     evaluate += ["--output", str(output / "scores.json"), "--report", str(output / "report.html")]
     evaluate += ["--no-java", "--title", "LLaVA Simplified: captions of unseen images"]
 
     return [
-        Step("Inspect the tokens of a training sample", inspect),
-        Step("Stage 1: train the projector only", stage1),
-        Step("Stage 2: train LoRA on the language model, and the projector further", stage2),
-        Step("Caption images that the model was not trained on", predict),
-        Step("Scores and report", evaluate),
+        Step("Inspect the tokens of a training sample", inspect, seconds=8),
+        Step(
+            "Stage 1: train the projector only",
+            stage1,
+            seconds=50,
+            read_progress=lambda: training_progress(projector, projector_steps),
+            run_folder=projector,
+        ),
+        Step(
+            "Stage 2: train LoRA on the language model, and the projector further",
+            stage2,
+            seconds=1150 if recipe == "demo_long" else 380,
+            read_progress=lambda: training_progress(model, model_steps),
+            run_folder=model,
+        ),
+        Step(
+            "Caption images that the model was not trained on",
+            predict,
+            seconds=25,
+            read_progress=lambda: captioning_progress(predictions, num_images),
+        ),
+        Step("Scores and report", evaluate, seconds=10),
     ]
 
 
@@ -155,12 +195,10 @@ def _options(**values: object) -> list[str]:
     return argv
 
 
-def _fewer_steps(recipe: str, max_steps: int | None) -> list[str]:
-    """Return the option that ends a stage after `max_steps`, if its recipe has more steps."""
-    steps = yaml.safe_load(resolve_recipe(recipe).read_text(encoding="utf-8"))["max_steps"]
-    if max_steps is None or max_steps >= steps:
-        return []
-    return _options(max_steps=max_steps)
+def _number_of_steps(recipe: str, max_steps: int | None) -> int:
+    """Return the number of steps of a recipe, at most `max_steps`."""
+    steps: int = yaml.safe_load(resolve_recipe(recipe).read_text(encoding="utf-8"))["max_steps"]
+    return steps if max_steps is None else min(steps, max_steps)
 
 
 def _training_options() -> list[str]:
@@ -180,30 +218,36 @@ def _training_options() -> list[str]:
     return argv
 
 
-def summarize(
-    scores: Mapping[str, Mapping[str, Sequence[float]]], output: Path, seconds: float
-) -> str:
-    """Return the final output of the demo: scores, paths, and a command to try next.
+def summarize(output: Path, seconds: float) -> str:
+    """Return the final output of the demo: scores, paths, and three commands to try next.
 
     Args:
-        scores: "mean", and "shuffled" (each caption compared with the reference of a different image);
-            both map the name of a metric to its value and confidence interval.
-        output: Output folder.
+        output: Output folder, with `scores.json`.
         seconds: Duration of the demo.
     """
+    scores = json.loads((output / "scores.json").read_text(encoding="utf-8"))
+    # scores.json has one entry per prediction file, and the demo evaluates one file.
+    first_scores = next(iter(scores.values()))
     # Show the shuffled scores too: they are what the model would reach without using the image.
-    mean = scores["mean"]
-    shuffled = scores["shuffled"]
+    mean = first_scores["mean"]
+    shuffled = first_scores["shuffled"]
     llava = "llava"
     if shutil.which(llava) is None:  # the virtual environment is not activated
         llava = str(Path(sys.executable).with_name(llava))
+    llava = shlex.quote(llava)
+    model = shlex.quote(str(output / "model"))
     lines = [
         "",
         f"word F1 {mean['word F1'][0]:.3f} (images shuffled: {shuffled['word F1'][0]:.3f}), "
         f"exact match {mean['exact match'][0]:.1%} (shuffled: {shuffled['exact match'][0]:.1%})",
         f"report: {(output / 'report.html').resolve()}",
-        f"model:  {(output / 'model').resolve()}",
-        f"The demo took {seconds / 60:.1f} minutes. Now caption your own image:",
-        f"  {llava} predict --model-path {shlex.quote(str(output / 'model'))} --image YOUR_IMAGE.png",
+        f"This took {format_duration(seconds)}.",
+        "",
+        "Caption an image of your own:",
+        f"  {llava} caption YOUR_IMAGE.png --model-path {model}",
+        "Open the web page, at http://127.0.0.1:8000:",
+        f"  {llava} serve {model}",
+        "Train on a folder of your images, with a caption beside each (cat.jpg, cat.txt):",
+        f"  {llava} train --data YOUR_FOLDER",
     ]
     return "\n".join(lines)

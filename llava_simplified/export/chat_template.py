@@ -3,8 +3,9 @@
 The template of an exported folder differs from that of the tokenizer in three ways:
 
 - Transformers' processors pass a user's message as a list of parts, `[{"type": "image"}, {"type":
-  "text", "text": "..."}]`, but the templates of language models expect one string. `FLATTEN_CONTENT`,
-  which is prepended to the template, joins the parts.
+  "text", "text": "..."}]`, but the templates of language models expect one string. A Jinja prelude,
+  which `stock_chat_template` prepends to the template, joins the parts. Templates of imported models may
+  write the image token themselves: then the prelude drops the image parts, or is not needed at all.
 - llama.cpp replaces the image part by a marker (`<__media__>`), without the line break after the image
   that the model was trained with. `FLATTEN_CONTENT_WITH_MARKERS` adds it.
 - Our own templates (`plain`, `bare`) end where the answer begins, so that training can append it.
@@ -31,7 +32,7 @@ _FLATTEN_CONTENT = """\
   {%- else -%}
     {%- for part in message['content'] -%}
       {%- if part['type'] == 'image' -%}
-        {%- set content.text = content.text + '<image>\\n' -%}
+        {%- set content.text = content.text + IMAGE -%}
       {%- else -%}
         {%- set content.text = content.text + part['text'] -%}
       {%- endif -%}
@@ -42,11 +43,12 @@ _FLATTEN_CONTENT = """\
 {%- endfor -%}
 {%- set messages = flat.messages -%}"""
 
-FLATTEN_CONTENT = _FLATTEN_CONTENT.replace("TEXT", "content.text")
+_FLATTEN_FOR_STOCK = _FLATTEN_CONTENT.replace("TEXT", "content.text")
+_IMAGE_LINE = r"'<image>\n'"
 
 # llama.cpp's markers are <__media__> or <__media_ab12__>. Write exactly one line break after a marker: the
 # first filter removes the line break that some clients write, the second adds one.
-FLATTEN_CONTENT_WITH_MARKERS = _FLATTEN_CONTENT.replace(
+FLATTEN_CONTENT_WITH_MARKERS = _FLATTEN_CONTENT.replace("IMAGE", _IMAGE_LINE).replace(
     "TEXT", r"content.text | replace('__>\n', '__>') | replace('__>', '__>\n')"
 )
 
@@ -62,3 +64,12 @@ def get_chat_template(model: Llava) -> str:
     if name in TEMPLATES:
         return TEMPLATES[name] + GENERATION_PROMPT[name]
     return model.tokenizer.get_chat_template()
+
+
+def stock_chat_template(model: Llava) -> str:
+    """Return the chat template of an exported stock LLaVA folder, for messages that are lists of parts."""
+    template = get_chat_template(model)
+    if not model.prompt.accepts_strings:
+        return template
+    image = "''" if model.prompt.image_token else _IMAGE_LINE
+    return _FLATTEN_FOR_STOCK.replace("IMAGE", image) + template

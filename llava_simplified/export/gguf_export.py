@@ -15,11 +15,13 @@ embeddings (which are added, although they have two dimensions) and the patch fi
 are stored as float32.
 
 llama.cpp differs from training in two ways that no file can change: it always uses the tanh
-approximation of gelu, and it pads an image that is not square instead of cropping it.
+approximation of gelu, and it adds borders to an image that is not square. Models that were trained with
+`--image_aspect_ratio pad` get the same borders here; a warning names the difference for others.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,13 +31,19 @@ import numpy as np
 import torch
 
 from llava_simplified.export.gguf_tokenizer import vocabulary_settings
-from llava_simplified.export.gguf_vision import vision_settings, vision_weights
+from llava_simplified.export.gguf_vision import (
+    describe_padding,
+    vision_settings,
+    vision_weights,
+)
 from llava_simplified.export.ollama import modelfile
 from llava_simplified.export.stock import describe_for_stock
 from llava_simplified.extras import require_extra
 from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.protocols import CausalLM
+
+logger = logging.getLogger(__name__)
 
 Weights = dict[str, torch.Tensor]
 Metadata = dict[str, Any]  # GGUF key -> string, number, boolean, or a list of these
@@ -94,6 +102,7 @@ def export_gguf(
         # Transformers (two projector layers, no pooling, no bias in lm_head), and more that are checked
         # below.
         describe_for_stock(model)
+        _check_template(model)
         language_model = model.language_model
         architecture = _architecture(language_model)
         file_type = {"general.file_type": FILE_TYPES[language_model.dtype]}
@@ -109,7 +118,24 @@ def export_gguf(
         _write(folder / "mmproj.gguf", "clip", tower_metadata, tower_weights)
         _compare(folder / "mmproj.gguf", tower_weights)
         (folder / "Modelfile").write_text(modelfile(model), encoding="utf-8")
+        padding = describe_padding(model.vision_tower.transform)
+    if padding:
+        logger.warning("%s", padding)
     return len(text_weights) + len(tower_weights)
+
+
+def _check_template(model: Llava) -> None:
+    """Raise ValueError if the chat template writes the image token.
+
+    llama.cpp puts images where the text of a message has them, and does not know the template's token.
+    """
+    token = model.prompt.image_token
+    if token is not None:
+        raise ValueError(
+            f"--format gguf: llama.cpp places images in the text of a message, but the chat template of this "
+            f"model writes {token} itself. Use --format hf. If its prompts are those of the template plain, as "
+            "in LLaVA 1.5, import it again with --template plain."
+        )
 
 
 def vector_weights_to_float32(weights: Mapping[str, torch.Tensor]) -> Weights:

@@ -5,13 +5,16 @@ llama.cpp's `clip_graph_llava` computes:
     patches -> patch filter -> [CLS; patches] + positions -> (pre-norm) -> blocks
             -> concatenate the inputs of the blocks in `feature_layer` -> drop CLS -> mm.0 -> gelu -> mm.2
 
-Three of its conventions differ from ours:
+Four of its conventions differ from ours:
 
 - Hidden states have non-negative indices: 0 is the input of the first block. In a tower of 12 layers,
   our -2 (the input of the last layer) is 11.
 - Several hidden states are always concatenated from the lowest to the highest, regardless of the order
   of selection. The columns of the first projector matrix are reordered accordingly.
 - The norm after the last block (`post_layernorm`) is not part of any hidden state, and is not written.
+- An image that is not square is resized to fit, and gets borders of one fixed color: CLIP's mean. No key
+  of the file changes that. It is `--image_aspect_ratio pad` with a CLIP tower, up to the resize, which
+  interpolates without antialiasing.
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ from typing import Any
 
 import torch
 
+from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.export.stock import to_stock_projector
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.vision import VisionTower
 
 SUPPORTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+# The color of llama.cpp's borders: `hparams.image_pad_color` of its LLaVA models in `tools/mtmd/clip.cpp`.
+LLAMA_CPP_PAD_COLOR = (122, 116, 104)
 # Weights that no hidden state depends on: the final norm, SigLIP's pooling head, and a computed buffer.
 _UNUSED_WEIGHTS = re.compile(r"post_layernorm|\.head\.|position_ids")
 
@@ -64,6 +70,21 @@ def vision_settings(model: Llava) -> dict[str, Any]:
     for key, value in values.items():
         metadata[f"clip.vision.{key}"] = value
     return metadata
+
+
+def describe_padding(transform: ImageTransform) -> str:
+    """Return how the borders of llama.cpp differ from those of a transform; "" if they do not."""
+    if transform.pad_color is None:
+        return (
+            "llama.cpp makes images square with borders, but this model crops them. Pass square images, or "
+            "train with --image_aspect_ratio pad."
+        )
+    if transform.pad_color != LLAMA_CPP_PAD_COLOR:
+        return (
+            f"llama.cpp makes images square with borders of the color {LLAMA_CPP_PAD_COLOR}, but those of "
+            f"this model have the mean color of its vision tower, {transform.pad_color}."
+        )
+    return ""
 
 
 def vision_weights(model: Llava) -> dict[str, torch.Tensor]:

@@ -21,15 +21,19 @@ The names of the weights are mapped as follows; `(x.)` is a prefix that only som
 
 Loading is strict: an unexpected or missing weight raises an error that names it. Files are read as
 tensors only: a pickle file that would run code is rejected.
+
+A Hugging Face LLaVA folder is then loaded with the classes of Transformers, and compared with the new
+checkpoint (`import_check.py`). Only if both compute the same, the checkpoint gets its final name. The code
+of original LLaVA is not installed here, so its folders are not compared; the tests of this package compare
+such folders with a forward pass written in plain torch.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -37,20 +41,27 @@ from zipfile import is_zipfile
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from llava_simplified.jobs import use_default_permissions
+from llava_simplified.data.transforms import load_image_processor, processor_pads_to_square
+from llava_simplified.export.import_check import choose_check_images, compare_with_source
+from llava_simplified.export.stock_check import load_stock_processor
+from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.checkpoint import read_adapter_config, save_checkpoint
 from llava_simplified.model.config import (
+    CONFIG_NAME,
     DEFAULT_INSTRUCTION,
     LlavaConfig,
     TrainedParts,
+    read_checkpoint_config,
     resolve_path,
 )
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.protocols import Module
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.model.weights import check_state_dict, weights_digest
+from llava_simplified.prompt import Message, Prompt
 
 Weights = dict[str, torch.Tensor]
 
@@ -111,58 +122,68 @@ class SourceCheckpoint:
         return TrainedParts("full" if self.has_language_model else "none", vision_tower)
 
 
-def import_checkpoint(
-    source: Path,
-    output: Path,
-    *,
-    model_base: str | None = None,
-    vision_tower: str | None = None,
-    template: str = "auto",
-    instruction: str = DEFAULT_INSTRUCTION,
-) -> list[str]:
-    """Convert a LLaVA checkpoint of another code base.
+@dataclass(frozen=True)
+class ImportOptions:
+    """The choices of the user, where the source leaves one.
 
-    Args:
-        source: A folder, or a file `mm_projector.bin`.
-        output: Folder to create. It is removed again if the conversion fails.
+    Attributes:
         model_base: Base language model of an adapter or a single projector.
         vision_tower: Path of the vision tower; overrides the source.
         template: Prompt template used in training: auto, chat, plain or bare.
         instruction: Default instruction of the model.
+        image_aspect_ratio: "crop" or "pad"; None for what the source says.
+    """
+
+    model_base: str | None = None
+    vision_tower: str | None = None
+    template: str = "auto"
+    instruction: str = DEFAULT_INSTRUCTION
+    image_aspect_ratio: str | None = None
+
+
+def import_checkpoint(
+    source: Path, output: Path, *, check_images: Path | None = None, **options: Any
+) -> list[str]:
+    """Convert a LLaVA checkpoint of another code base, and compare it with the source.
+
+    Args:
+        source: A folder, or a file `mm_projector.bin`.
+        output: Folder to create. It is created only if the conversion and the comparison succeed.
+        check_images: Folder of images for the comparison; None for two generated images.
+        options: Fields of `ImportOptions`.
 
     Returns:
-        A description of the source, one entry per line.
+        A description of the source and the result of the comparison, one entry per line.
 
     Raises:
-        ValueError: The format of the source is unknown, weights are missing or unexpected, or a
-            required option is missing.
+        ValueError: The format of the source is unknown, weights are missing or unexpected, a required
+            option is missing, or the checkpoint computes something else than the source.
         FileExistsError: `output` exists already.
     """
     if output.exists():
         raise FileExistsError(f"--output: {output} exists already; choose another folder")
-    # Write directly to `output`: a temporary folder cannot be renamed at the end, because the config
-    # contains its path. If the import is killed, there is no `llava.json`, which is written last.
-    try:
-        return _convert(source, output, model_base, vision_tower, template, instruction)
-    except BaseException:
-        shutil.rmtree(output, ignore_errors=True)
-        raise
+    images, image_kind = choose_check_images(check_images)
+    with atomic_directory(output) as folder:
+        # Convert inside this call, so that the memory of the source is freed before the comparison.
+        report, is_stock = _convert(source, folder, ImportOptions(**options))
+        _set_final_paths(folder, output)
+        if is_stock:
+            comparison = compare_with_source(folder, source, images, image_kind)
+            report.append(f"compared with LLaVA in Transformers: {comparison}")
+        else:
+            report.append("not compared: Transformers has no classes for original LLaVA")
+    return report
 
 
-def _convert(
-    source_path: Path,
-    output: Path,
-    model_base: str | None,
-    vision_tower: str | None,
-    template: str,
-    instruction: str,
-) -> list[str]:
+def _convert(source_path: Path, output: Path, options: ImportOptions) -> tuple[list[str], bool]:
+    """Write the checkpoint; return the description of the source, and whether it is a stock folder."""
     source = read_source(source_path)
     report = _describe(source)
     _check_supported(source)
 
     # Find the three parts. Vision tower and language model are in the source, or they are published
     # models that the user or the source names; the projector is always in the source.
+    vision_tower = options.vision_tower
     if source.has_own_tower:
         vision_tower = _write_vision_tower(source, output / "vision_tower")
     vision_tower = vision_tower or source.config.get("mm_vision_tower")
@@ -171,6 +192,7 @@ def _convert(
             f"{source_path} does not name the vision tower that it was trained with. Pass "
             "--vision-tower."
         )
+    model_base = options.model_base
     if source.has_language_model:
         model_base = str(output.resolve() / "language_model")
     if model_base is None:
@@ -178,11 +200,14 @@ def _convert(
             f"{source_path} does not contain a language model. Pass the one that it was trained on: "
             "--model-base."
         )
-    config = _make_config(source, model_base, vision_tower, template, instruction)
+    config = _make_config(source, model_base, vision_tower, options)
+    report.append(f"image_aspect_ratio: {config.image_aspect_ratio}")
     if source.has_language_model:
         model = _build_with_language_model(config, source)
     else:
         model = build_model(config)
+    if model.prompt.image_token:
+        report.append(f"the chat template writes the image token {model.prompt.image_token}")
     if source.vision_tower and not source.has_own_tower:
         _check_vision_tower(model.vision_tower, source.vision_tower)
         report.append("the vision tower in the source has the same weights as --vision-tower")
@@ -191,7 +216,22 @@ def _convert(
         _add_adapter(model, source.adapter_config, source.language_model)
     training = {"imported_from": source_path.name}
     save_checkpoint(model, output, config, source.trained_parts, training)
-    return report
+    return report, source.is_stock
+
+
+def _set_final_paths(folder: Path, output: Path) -> None:
+    """Replace the temporary folder by the final one in the paths of `llava.json`."""
+    checkpoint_config = read_checkpoint_config(folder)
+    config = LlavaConfig.from_dict(checkpoint_config["architecture"])
+    temporary = folder.resolve()
+    paths: dict[str, Any] = {}
+    for name in ("language_model", "vision_tower"):
+        path = Path(getattr(config, name))
+        if path.is_relative_to(temporary):
+            paths[name] = str(output.resolve() / path.relative_to(temporary))
+    checkpoint_config["architecture"] = asdict(replace(config, **paths))
+    text = json.dumps(checkpoint_config, indent=2)
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 # ---- reading ----
@@ -316,14 +356,6 @@ def _describe(source: SourceCheckpoint) -> list[str]:
     for name, weights in groups.items():
         if weights:
             lines.append(f"{len(weights):,} weights of the {name}")
-    aspect_ratio = source.config.get("image_aspect_ratio", "square")
-    # Warn if images were preprocessed in a way that is not supported here ("pad" adds borders, "anyres"
-    # adds crops): captions can then differ from those of the original code.
-    if aspect_ratio != "square":
-        lines.append(
-            f"warning: trained with image_aspect_ratio {aspect_ratio}; here the preprocessor of the "
-            "vision tower crops the images"
-        )
     return lines
 
 
@@ -344,8 +376,7 @@ def _make_config(
     source: SourceCheckpoint,
     language_model: str,
     vision_tower: str,
-    template: str,
-    instruction: str,
+    options: ImportOptions,
 ) -> LlavaConfig:
     """Convert the `config.json` of a source to a checkpoint config."""
     # Count the matrices of the projector. Original LLaVA also stores mm_projector_type, but a single
@@ -370,11 +401,31 @@ def _make_config(
         mm_projector_type="linear" if num_layers == 1 else f"mlp{num_layers}x_gelu",
         mm_vision_select_layer=tuple(layer) if isinstance(layer, list) else layer,
         mm_vision_select_feature="cls_patch" if _keeps_cls(source) else "patch",
-        template=template,
-        instruction=instruction,
+        image_aspect_ratio=options.image_aspect_ratio or _aspect_ratio(source, vision_tower),
+        template=options.template,
+        instruction=options.instruction,
         dtype=dtype,
         weights_digests=digests,
     )
+
+
+def _aspect_ratio(source: SourceCheckpoint, vision_tower: str) -> str:
+    """Return `image_aspect_ratio` of a source.
+
+    Raises:
+        ValueError: The source cuts images into tiles (LLaVA 1.6).
+    """
+    if processor_pads_to_square(load_image_processor(vision_tower)):
+        return "pad"
+    # Original LLaVA calls "square" what the image processor of the vision tower does.
+    aspect_ratios = {"square": "crop", "pad": "pad"}
+    aspect_ratio = source.config.get("image_aspect_ratio") or "square"
+    if aspect_ratio not in aspect_ratios:
+        raise ValueError(
+            f"{source.path} was trained with image_aspect_ratio {aspect_ratio}, which is not supported. To "
+            "import it for whole images, pass --image-aspect-ratio pad or crop."
+        )
+    return aspect_ratios[aspect_ratio]
 
 
 def _keeps_cls(source: SourceCheckpoint) -> bool:
@@ -403,7 +454,7 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
     own_settings = {key: value for key, value in settings.items() if not key.startswith("mm_")}
     # Build a plain language model from the remaining settings, and load the weights.
     text_config = AutoConfig.for_model(model_type, **own_settings)
-    tokenizer = load_tokenizer(str(source.folder))
+    tokenizer = _load_tokenizer(source)
     model = build_model(config, language_model=text_config, tokenizer=tokenizer)
     weights = dict(source.language_model)
     if text_config.tie_word_embeddings and "lm_head.weight" not in weights:
@@ -411,6 +462,24 @@ def _build_with_language_model(config: LlavaConfig, source: SourceCheckpoint) ->
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     _load_strictly(model.language_model, weights, "language model")
     return model
+
+
+def _load_tokenizer(source: SourceCheckpoint) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a source, with the chat template of its processor and its image token."""
+    if not source.is_stock:
+        return load_tokenizer(str(source.folder))
+    processor = load_stock_processor(source.folder)
+    tokenizer = load_tokenizer(str(source.folder), image_token=processor.image_token)
+    # Old folders have the template in chat_template.json, which only processors read.
+    template = processor.chat_template
+    if template:
+        tokenizer.chat_template = template
+        ids = Prompt(tokenizer).render([Message("user", "x")], None).input_ids
+        # Processors add the BOS token that a template does not write; our prompts are the template alone.
+        bos = tokenizer.bos_token_id
+        if bos is not None and ids[0] != bos and tokenizer("x").input_ids[0] == bos:
+            tokenizer.chat_template = "{{ bos_token }}" + template
+    return tokenizer
 
 
 def _load_projector(projector: nn.Module, weights: Weights) -> None:
@@ -429,7 +498,7 @@ def _load_strictly(module: nn.Module | Module, weights: Weights, name: str) -> N
 
 def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
     """Add the LoRA adapter of a source to the language model."""
-    from peft import (
+    from llava_simplified.model.peft_names import (
         get_peft_model,
         get_peft_model_state_dict,
         set_peft_model_state_dict,
@@ -454,7 +523,7 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
     Returns:
         The folder.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoModel
 
     settings = dict(source.config["vision_config"])
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -467,12 +536,9 @@ def _write_vision_tower(source: SourceCheckpoint, target: Path) -> str:
         weights[expected_names.get(bare_name, bare_name)] = weight
     _load_strictly(tower, weights, "vision tower")
     tower.save_pretrained(target)
-    image_processor = AutoImageProcessor.from_pretrained(
-        str(source.folder), backend="pil", trust_remote_code=False
-    )
+    image_processor: Any = load_image_processor(source.folder)
     image_processor.save_pretrained(target)
-    use_default_permissions(target)
-    return str(target)
+    return str(target.resolve())
 
 
 def _check_vision_tower(tower: VisionTower, weights: Weights) -> None:

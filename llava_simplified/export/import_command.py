@@ -10,7 +10,11 @@ from llava_simplified.options import CommandParser, print_text
 
 def build_parser() -> CommandParser:
     """Return the parser of `llava import`."""
-    parser = CommandParser("llava import", "Convert a LLaVA checkpoint of another code base.")
+    parser = CommandParser(
+        "llava import",
+        "Convert a LLaVA checkpoint of another code base. A Hugging Face LLaVA folder is compared with "
+        "Transformers: only a checkpoint that computes the same is kept.",
+    )
     parser.add_argument(
         "source", type=Path, help="Folder of the checkpoint, or a file mm_projector.bin"
     )
@@ -32,6 +36,17 @@ def build_parser() -> CommandParser:
         "--instruction",
         default=DEFAULT_INSTRUCTION,
         help="Default instruction of the model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-aspect-ratio",
+        choices=["crop", "pad"],
+        help="Images that are not square: crop, or pad to a square (default: as the source says)",
+    )
+    parser.add_argument(
+        "--check-images",
+        type=Path,
+        metavar="DIR",
+        help="Folder with images for the comparison with Transformers (default: two generated images)",
     )
     return parser
 

@@ -19,6 +19,7 @@ The `config.json` of stock LLaVA describes how they are joined:
 |                                        | leading token; `"full"` if the tower has none            |
 | `mm_vision_select_feature: cls_patch`  | `vision_feature_select_strategy: "full"`: keep all       |
 | number of image tokens                 | `image_seq_length`                                       |
+| `image_aspect_ratio: pad`              | an image processor `LlavaImageProcessor` with `do_pad`   |
 | `template`                             | `chat_template.jinja` (see `chat_template.py`)           |
 
 Some of our models cannot be exported: stock LLaVA has no convolutional towers, no pooling of image
@@ -38,11 +39,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 
 from llava_simplified.data.images import ImageSource
-from llava_simplified.export.chat_template import FLATTEN_CONTENT, get_chat_template
+from llava_simplified.data.transforms import ImageTransform, processor_pads_to_square
+from llava_simplified.export.chat_template import stock_chat_template
 from llava_simplified.export.stock_check import (
     Reference,
     StockComparison,
@@ -53,6 +54,7 @@ from llava_simplified.export.stock_check import (
 from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.config import read_checkpoint_config
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.peft_names import PeftModel
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 from llava_simplified.workers import tune_malloc
@@ -196,9 +198,8 @@ def _write_model_and_processor(
         # `unload` removes the adapter and restores the language model as it was before the training.
         language_model: Any = model.language_model
         model.language_model = language_model.unload()
-    template = FLATTEN_CONTENT + get_chat_template(model)
     _write_model(model, folder, settings)
-    _write_processor(checkpoint, folder, settings, template)
+    _write_processor(model, checkpoint, folder, settings)
     return references
 
 
@@ -342,8 +343,7 @@ def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
     tower = model.vision_tower
     language_model: Any = model.language_model
     tokenizer = model.tokenizer
-    tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
-    image_token: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    image_token: Any = tokenizer.convert_tokens_to_ids(_add_image_token(model, tokenizer))
     trained_rows: int = language_model.config.vocab_size
     if image_token >= trained_rows:
         _grow_vocabulary(language_model, image_token + 1, folder.parent)
@@ -374,13 +374,27 @@ def _write_model(model: Llava, folder: Path, settings: StockSettings) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=settings.stop_ids,
         pad_token_id=model.prompt.end_id,
-        # Exclude the new tokens, whose rows of lm_head were never trained, from generation.
-        suppress_tokens=sorted({image_token, *range(trained_rows, image_token)}),
+        suppress_tokens=_untrained_tokens(model, image_token, trained_rows),
     )
     # Set the mapping from names in memory to names in files, which is missing in a model that was not
     # loaded from a file. Without it, the tower would be saved without the prefix `vision_model.`.
     stock._weight_conversions = get_model_conversion_mapping(stock, add_legacy=False)
     stock.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+
+
+def _add_image_token(model: Llava, tokenizer: Any) -> str:
+    """Return the image token, and add it to the tokenizer unless the model has one already."""
+    if model.prompt.image_token:
+        return model.prompt.image_token
+    tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
+    return IMAGE_PLACEHOLDER
+
+
+def _untrained_tokens(model: Llava, image_token: int, trained_rows: int) -> list[int]:
+    """Return the new tokens, whose rows of lm_head were never trained. They must not be generated."""
+    if model.prompt.image_token:
+        return []
+    return sorted({image_token, *range(trained_rows, image_token)})
 
 
 def _grow_vocabulary(language_model: CausalLM, size: int, scratch: Path) -> None:
@@ -417,22 +431,23 @@ def _set_linear(layer: nn.Linear, weights: LinearWeights, dtype: torch.dtype) ->
 
 
 def _write_processor(
-    checkpoint: str | Path, folder: Path, settings: StockSettings, template: str
+    model: Llava, checkpoint: str | Path, folder: Path, settings: StockSettings
 ) -> None:
     """Write tokenizer, image processor and chat template."""
     from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), trust_remote_code=False)
-    tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
+    image_processor = AutoImageProcessor.from_pretrained(
+        str(checkpoint), backend="pil", trust_remote_code=False
+    )
     processor = LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(
-            str(checkpoint), backend="pil", trust_remote_code=False
-        ),
+        image_processor=to_stock_image_processor(image_processor, model.vision_tower.transform),
         tokenizer=tokenizer,
+        image_token=_add_image_token(model, tokenizer),
         patch_size=settings.patch_size,
         vision_feature_select_strategy=settings.vision_feature_select_strategy,
         num_additional_image_tokens=settings.num_additional_image_tokens,
-        chat_template=template,
+        chat_template=stock_chat_template(model),
     )
     processor.save_pretrained(folder)
     # Also write preprocessor_config.json, from which transformers 4 reads the image processor.
@@ -443,6 +458,38 @@ def _write_processor(
     tokenizer_config = json.loads(path.read_text(encoding="utf-8"))
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
+
+
+def to_stock_image_processor(image_processor: Any, transform: ImageTransform) -> Any:
+    """Return the image processor of stock LLaVA for a transform.
+
+    Args:
+        image_processor: The image processor of the vision tower.
+        transform: The transform of the model.
+
+    Returns:
+        `image_processor` itself, or, if the transform makes images square, a `LlavaImageProcessor` that does
+        so before it resizes and normalizes in the same way.
+    """
+    if transform.pad_color is None or processor_pads_to_square(image_processor):
+        return image_processor
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    size = {"shortest_edge": transform.resize}
+    if not isinstance(transform.resize, int):
+        height, width = transform.resize
+        size = {"height": height, "width": width}
+    crop_height, crop_width = transform.crop
+    return LlavaImageProcessorPil(
+        do_pad=True,
+        size=size,
+        # Servers read the crop for the number of image tokens, even where nothing is cropped.
+        crop_size={"height": crop_height, "width": crop_width},
+        resample=image_processor.resample,
+        rescale_factor=image_processor.rescale_factor,
+        image_mean=image_processor.image_mean,
+        image_std=image_processor.image_std,
+    )
 
 
 def _write_peft_adapter(source: Path, folder: Path, base: str) -> None:

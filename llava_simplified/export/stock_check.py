@@ -1,4 +1,4 @@
-"""Compare an exported stock LLaVA folder with the checkpoint that it was made from.
+"""Compare a stock LLaVA folder with a checkpoint: the export of it, or the source of its import.
 
 The folder is loaded as users load it, with `AutoModelForImageTextToText` and `AutoProcessor`. For each
 image, four results are compared, in this order, since each depends on the previous ones:
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 
 from llava_simplified.data.images import (
     ImageError,
@@ -35,7 +34,8 @@ from llava_simplified.model.generation import DecodingBatch
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.language_model import lm_head_at_positions
 from llava_simplified.model.llava import Llava
-from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER
+from llava_simplified.model.peft_names import PeftModel
+from llava_simplified.prompt import FIXED_DATE, IMAGE_INDEX, IMAGE_PLACEHOLDER
 
 CAPTION_LENGTH = 16  # number of new tokens of the captions
 # torch's resize rounds its filter weights to 16 bits, Pillow's to 22 bits. The results of any image differ
@@ -65,12 +65,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class StockComparison:
-    """The differences between an exported model and its checkpoint."""
+    """The differences between a stock model and a checkpoint."""
 
     max_logit_difference: float
     equal_captions: int
     num_images: int
-    image_kind: str  # "given images", "training images" or "images of noise"
+    image_kind: str  # "given images", "training images", "images of noise" or "generated images"
 
     def __str__(self) -> str:
         return (
@@ -164,7 +164,7 @@ def compute_reference(model: Llava, image: np.ndarray) -> Reference:
     )
 
 
-# ---- the exported model ----
+# ---- the stock model ----
 
 
 @torch.inference_mode()
@@ -174,8 +174,11 @@ def compare_with_references(
     images: Sequence[np.ndarray],
     references: Sequence[Reference],
     image_kind: str,
+    *,
+    chat_template: str | None = None,
+    image_processor: Any = None,
 ) -> StockComparison:
-    """Load an exported folder with stock classes, and compare it with the checkpoint.
+    """Load a folder with stock classes, and compare it with a checkpoint.
 
     Args:
         folder: The stock LLaVA folder.
@@ -183,11 +186,14 @@ def compare_with_references(
         images: RGB images (height, width, 3), uint8.
         references: The outputs of the checkpoint for each image.
         image_kind: Kind of the images, for the result.
+        chat_template: Jinja template to use instead of that of the folder.
+        image_processor: Image processor to use instead of that of the folder.
 
     Raises:
-        ValueError: Prompt, pixel values, logits or caption differ from the checkpoint's.
+        ValueError: Prompt, pixel values, logits or caption differ from the checkpoint's, or the folder's
+            processor cannot be used.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     model: Any = AutoModelForImageTextToText.from_pretrained(
         folder, dtype="auto", trust_remote_code=False
@@ -195,7 +201,9 @@ def compare_with_references(
     dtype = model.dtype
     if adapter:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
-    processor: Any = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    processor = load_stock_processor(folder)
+    processor.chat_template = chat_template or processor.chat_template
+    processor.image_processor = image_processor or processor.image_processor
     largest = 0.0
     equal_captions = 0
     for image, reference in zip(images, references):
@@ -210,20 +218,85 @@ def compare_with_references(
     return StockComparison(largest, equal_captions, len(images), image_kind)
 
 
+def load_stock_processor(folder: Path) -> Any:
+    """Load the processor of a stock LLaVA folder.
+
+    Raises:
+        ValueError: Files are missing, or the processor does not know how many tokens an image has.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor: Any = AutoProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: cannot load the processor: {error}") from error
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(processor.chat_template, dict):
+        # Several templates by name; this one is used if none is asked for.
+        processor.chat_template = processor.chat_template.get("default")
+    if not getattr(processor, "patch_size", None):
+        raise ValueError(
+            f"{folder}: the processor has no patch_size, so that the number of image tokens is unknown. "
+            'Add "patch_size", "vision_feature_select_strategy" and "num_additional_image_tokens" (1 for '
+            "a vision tower with a CLS token) to processor_config.json."
+        )
+    return processor
+
+
 def _process(processor: Any, image: np.ndarray, instruction: str) -> dict[str, torch.Tensor]:
     """Return the model inputs from the stock processor for an image and an instruction."""
     from PIL import Image
 
-    content = [
-        {"type": "image", "image": Image.fromarray(image)},
-        {"type": "text", "text": instruction},
+    text = _apply_stock_template(processor, instruction)
+    bos_token = processor.tokenizer.bos_token
+    # By the rule of `processor.apply_chat_template`: the tokenizer adds BOS unless the template has.
+    has_bos = bool(bos_token) and text.startswith(bos_token)
+    return dict(
+        processor(
+            images=[Image.fromarray(image)],
+            text=[text],
+            add_special_tokens=not has_bos,
+            return_tensors="pt",
+        )
+    )
+
+
+def _apply_stock_template(processor: Any, instruction: str) -> str:
+    """Render a question about one image with the chat template of a stock processor.
+
+    Templates expect the image in one of three forms: as a part of the content, nowhere (they write the image
+    token themselves), or as a token in the text.
+
+    Raises:
+        ValueError: The template accepts none of them.
+    """
+    token = processor.image_token
+    contents: list[Any] = [
+        [{"type": "image"}, {"type": "text", "text": instruction}],
+        instruction,
+        f"{token}\n{instruction}",
     ]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
+    problem = f"it writes {token} not once"
+    for content in contents:
+        try:
+            text: str = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                # With the date that our prompts have.
+                chat_template=FIXED_DATE + processor.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        # A template is code of the checkpoint's author: it may raise anything.
+        except Exception as error:  # noqa: BLE001
+            problem = f"{type(error).__name__}: {error}"
+            continue
+        # A list may also be printed as Python prints it, with the instruction in it.
+        if text.count(token) == 1 and instruction in text and "'type': 'text'" not in text:
+            return text
+    raise ValueError(
+        f"The chat template of the stock model cannot render a question about one image: {problem}."
     )
 
 
@@ -233,13 +306,18 @@ def _check_prompt(inputs: dict[str, torch.Tensor], image_token: int, reference: 
     input_ids = [IMAGE_INDEX if token == image_token else token for token in input_ids]
     if input_ids != reference.input_ids:
         raise ValueError(
-            "The prompt of Transformers' LlavaProcessor differs from the training prompt: token ids "
+            "The prompt of Transformers' LlavaProcessor differs from the checkpoint's: token ids "
             f"{input_ids}, expected {reference.input_ids}."
         )
 
 
 def _check_pixels(inputs: dict[str, torch.Tensor], reference: Reference) -> None:
     """Raise ValueError if the pixel values differ by more than the rounding of a resize."""
+    if inputs["pixel_values"].shape != reference.pixel_values.shape:
+        raise ValueError(
+            f"Transformers' LlavaProcessor returns pixel values of {tuple(inputs['pixel_values'].shape)}, "
+            f"expected {tuple(reference.pixel_values.shape)}."
+        )
     difference = (inputs["pixel_values"] - reference.pixel_values).abs()
     levels = float((difference / reference.gray_level).max())
     if levels > MAX_GRAY_LEVELS:
@@ -258,13 +336,13 @@ def _check_logits(
         ValueError: The difference exceeds the tolerance.
     """
     logits = model(**inputs, logits_to_keep=1).logits[0, -1]
-    # Ignore additional entries of the exported vocabulary (the image token).
+    # Ignore additional entries of an exported vocabulary (the image token).
     difference = logits[: len(reference.logits)] - reference.logits
     largest = float(difference.abs().max())
     if largest > tolerance:
         raise ValueError(
-            f"The exported model's logits differ by {largest:.2g}, expected at most {tolerance:.2g} "
-            "(rounding). LLaVA in Transformers does not reproduce this projector or language model."
+            f"The logits differ by {largest:.2g} from those of LLaVA in Transformers, expected at most "
+            f"{tolerance:.2g} (rounding). It does not reproduce this projector or language model."
         )
     return largest
 
@@ -301,7 +379,7 @@ def _check_caption(
     generated_text = processor.decode(caption_ids, skip_special_tokens=True)
     expected_text = processor.decode(reference.caption_ids, skip_special_tokens=True)
     raise ValueError(
-        f"The exported model generates {generated_text!r}, but the checkpoint generates "
+        f"LLaVA in Transformers generates {generated_text!r}, but the checkpoint generates "
         f"{expected_text!r}."
     )
 

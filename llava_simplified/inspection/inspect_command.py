@@ -34,7 +34,9 @@ def build_parser() -> CommandParser:
         "llava inspect",
         "Show training samples token by token, and the totals of a data file.",
     )
-    parser.add_argument("--data", required=True, help="Records: .json, .jsonl or .parquet")
+    parser.add_argument(
+        "--data", required=True, help="Records, or any source that `llava convert` reads"
+    )
     parser.add_argument(
         "--model_name_or_path",
         required=True,
@@ -103,9 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.inspection.data_totals import DataTotals, totals_table
     from llava_simplified.inspection.token_table import SampleView
     from llava_simplified.model.build import load_tokenizer
+    from llava_simplified.prepare.data_cache import prepare_data
     from llava_simplified.prompt import Prompt
 
-    records = Records(open_rows(args.data))
+    records = Records(open_rows(prepare_data(args.data).records))
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     prompt = Prompt(tokenizer, args.template)
     vocabulary_problems = _vocabulary_problems(prompt, args.model_name_or_path)

@@ -81,9 +81,10 @@ class SampleView:
         # Count an image as one token if the vision tower is unknown.
         count = self._tokens_per_image or 1
         positions = f"{position}-{position + count - 1}" if count > 1 else str(position)
-        name = IMAGE_PLACEHOLDER
+        # Show the token that the chat template writes in the place of the image, if it writes one.
+        name = escape_control_characters(self._prompt.image_token or IMAGE_PLACEHOLDER)
         if self._tokens_per_image:
-            name = f"{IMAGE_PLACEHOLDER} x {self._tokens_per_image}"
+            name = f"{name} x {self._tokens_per_image}"
         table.add_row(positions, Text(name), "", "image", style="magenta")
         return count
 

@@ -20,8 +20,8 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    integrations,
 )
-from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
 from llava_simplified.data.transforms import ImageTransform
@@ -118,7 +118,7 @@ def build_vision_tower(
     """Build only the vision tower of a model.
 
     Args:
-        config: Name of the vision tower, and which of its features are used.
+        config: Name of the vision tower, how images are preprocessed, and which features are used.
         source: Folder or hub name of the vision tower; overrides `config`.
         device: Where to put it; on "meta" it is built without reading or allocating weights.
 
@@ -132,17 +132,19 @@ def build_vision_tower(
         "select_feature": config.mm_vision_select_feature,
         "token_pool": config.mm_token_pool,
     }
-    if device is None:
-        return VisionTower.from_pretrained(name, dtype=dtype, **selection)
-    if torch.device(device).type != "meta":
-        return VisionTower.from_pretrained(name, dtype=dtype, **selection).to(device)
+    aspect_ratio = config.image_aspect_ratio
+    if device is None or torch.device(device).type != "meta":
+        tower = VisionTower.from_pretrained(
+            name, dtype=dtype, image_aspect_ratio=aspect_ratio, **selection
+        )
+        return tower if device is None else tower.to(device)
     transformers_config = _load_transformers_config(name)
-    transform = ImageTransform.from_pretrained(name)
+    transform = ImageTransform.from_pretrained(name, aspect_ratio)
     return VisionTower.from_config(transformers_config, transform, **selection).to(dtype)
 
 
 def load_tokenizer(
-    name_or_path: str, *, trust_remote_code: bool = False
+    name_or_path: str, *, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer, and make sure that it has a pad token.
 
@@ -152,6 +154,7 @@ def load_tokenizer(
     Args:
         name_or_path: Folder or hub name.
         trust_remote_code: Run the Python code that the tokenizer comes with.
+        **options: Attributes of the tokenizer that differ from the folder's, such as `image_token`.
 
     Raises:
         ValueError: No tokenizer can be loaded, or it has no end-of-sequence token.
@@ -161,7 +164,7 @@ def load_tokenizer(
         # Without a value, Transformers asks on the terminal whether to run code.
         with blame_file(name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(
-                name_or_path, trust_remote_code=trust_remote_code
+                name_or_path, trust_remote_code=trust_remote_code, **options
             )
     except (OSError, ValueError) as error:
         folder = Path(name_or_path)
@@ -238,7 +241,8 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
         raise ValueError(
             f"--bits {bits} requires bitsandbytes: run {install_command('quant')}, or pass --bits 16."
         )
-    if not validate_bnb_backend_availability():
+    # Transformers' module imports bitsandbytes, which takes seconds.
+    if not integrations.validate_bnb_backend_availability():
         raise ValueError(
             f"--bits {bits}: bitsandbytes does not support the devices of this machine; "
             "pass --bits 16"

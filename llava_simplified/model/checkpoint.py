@@ -28,13 +28,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
@@ -50,6 +43,13 @@ from llava_simplified.model.config import (
     read_checkpoint_config,
 )
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.peft_names import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from llava_simplified.model.protocols import CausalLM, PretrainedModule, VisionModel
 from llava_simplified.model.vision import check_missing_keys
 from llava_simplified.model.weights import check_state_dict, check_weights_digest, filter_prefix

@@ -34,6 +34,8 @@ class LlavaConfig:
             several are concatenated.
         mm_vision_select_feature: `patch`, or `cls_patch` to keep the CLS token.
         mm_token_pool: Average the patches to a grid of this many rows and columns; 0 keeps all patches.
+        image_aspect_ratio: What is done with images that are not square: `crop` (what the vision tower's
+            image processor does), or `pad` to a square first, as LLaVA-1.5.
         template: Prompt template, see `llava_simplified.prompt.Prompt`.
         instruction: Instruction of the training data, the default of `Llava.caption`.
         dtype: Data type of the frozen weights, as torch names it ("bfloat16").
@@ -48,6 +50,7 @@ class LlavaConfig:
     mm_vision_select_layer: int | tuple[int, ...] = -2
     mm_vision_select_feature: str = "patch"
     mm_token_pool: int = 0
+    image_aspect_ratio: str = "crop"
     template: str = "auto"
     instruction: str = DEFAULT_INSTRUCTION
     dtype: str = "float32"
@@ -98,6 +101,7 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "mm_vision_select_layer": (int, tuple),
     "mm_vision_select_feature": (str,),
     "mm_token_pool": (int,),
+    "image_aspect_ratio": (str,),
     "template": (str,),
     "instruction": (str,),
     "dtype": (str,),

@@ -10,8 +10,11 @@ al., Orca, 2022): after each step, finished sequences leave the batch, and new o
 of one prompt start from N copies of one prefilled KV cache. Beam search is that of Transformers.
 
 A sequence does not depend on the other sequences in the batch: padding is masked, positions count from
-the sequence's own first token, and each sequence has its own random generator (see
+the sequence's own first token, and each sequence has its own random numbers (see
 `llava_simplified.model.sampling`).
+
+On a GPU, the steps run as CUDA graphs (see `llava_simplified.model.static_decoding`). The host reads one
+small tensor from the device in each step, the new tokens, because they decide which sequences end.
 """
 
 from __future__ import annotations
@@ -23,21 +26,44 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch.nn.functional import pad as pad_tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import LogitsProcessor, logits_process
 
-from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
+from llava_simplified.data.collate import (
+    expand_image_placeholders,
+    find_image_positions,
+    pad_sequences,
+)
+from llava_simplified.data.device_copy import to_device
+from llava_simplified.model.forbidden_words import (
+    ForbiddenWordsProcessor,
+    exclude_forbidden_words,
+    load_forbidden_words,
+)
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.kv_cache import (
     append_cache_rows,
     has_key_value_columns,
     set_cache_length,
 )
-from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
+from llava_simplified.model.language_model import (
+    cache_kwarg_name,
+    lm_head_at_positions,
+    without_peft,
+)
 from llava_simplified.model.protocols import CaptionModel, CausalLM
-from llava_simplified.model.sampling import draw, make_generator, process_logits, prompt_hashes
+from llava_simplified.model.sampling import draw, process_logits, prompt_hashes, random_numbers
+from llava_simplified.model.static_decoding import (
+    BuffersTooLargeError,
+    DecodingState,
+    StaticDecodingError,
+    disable_static_decoding,
+    find_static_decoder,
+)
+
+# In place of the token of a sequence whose logits are not finite.
+_NO_TOKEN = -1
 
 NOT_FINITE = "The logits of the next token contain NaN or infinity."
 
@@ -65,8 +91,9 @@ class DecodingBatch:
             prompt's sequences.
 
     Attributes:
-        generated_ids: Sequence id -> generated token ids, of finished sequences too. Long-running
-            callers must delete the entries of sequences that they are done with.
+        generated_ids: Sequence id -> token ids of the answer, of finished sequences too: those of
+            `GenerationOptions.start_with`, and then the generated ones. Long-running callers must delete
+            the entries of sequences that they are done with.
         active: Ids of the sequences that are not finished, by row.
         errors: Sequence id -> the exception that prevented choosing a token. Such a sequence
             is finished; others continue.
@@ -94,12 +121,15 @@ class DecodingBatch:
         #
         # Active sequences only, by id:
         self._options: dict[int, GenerationOptions] = {}
-        self._generators: dict[int, torch.Generator] = {}
+        self._random_numbers: dict[int, Iterator[float]] = {}
+        self._num_forced: dict[int, int] = {}  # number of token ids of `start_with`
         # By row:
         self._mask = torch.empty(0)  # int64 (rows, columns of the cache)
         self._next_positions = torch.empty(0)  # int64 (rows,)
         self._logits = torch.empty(0)  # (rows, vocabulary), of the next token
         self._cache: Any = None
+        # On a GPU, mask, positions and cache are moved into the buffers of this decoder.
+        self._static_decoder = find_static_decoder(model)
         self._cache_kwarg_name = cache_kwarg_name(model.language_model)
         self.join(prompts, image_features, options, hashes)
 
@@ -134,11 +164,15 @@ class DecodingBatch:
         if any(option.num_beams > 1 for option in options):
             raise ValueError("`step()` does not support beam search; use `generate()`")
 
+        # The forced beginning of an answer is prefilled with the prompt.
+        starts = [_start_ids(self.model, option) for option in options]
+        prompts = [[*prompt, *start] for prompt, start in zip(prompts, starts)]
         mask, next_positions, logits, cache = self._prefill(prompts, image_features)
 
         # Bring the new rows and the old ones to the same number of columns: the number of tokens of the
         # longest sequence. This also drops the columns that only finished sequences needed.
         columns = mask.shape[1]
+        self.leave_static_buffers()
         if self.active:
             longest = self._mask.sum(1).max()
             columns = max(columns, int(longest))
@@ -153,9 +187,8 @@ class DecodingBatch:
         # One row per sequence instead of one per prompt.
         copies = [option.num_return_sequences for option in options]
         device = self.model.device
-        prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(
-            torch.tensor(copies, device=device)
-        )
+        prompt_of_row = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
+        prompt_of_row = to_device(prompt_of_row, device)
         if len(prompt_of_row) > len(prompts):
             cache.reorder_cache(prompt_of_row)
         mask = mask[prompt_of_row]
@@ -178,15 +211,17 @@ class DecodingBatch:
             self._logits = logits
 
         joined: list[int] = []
-        for option, prompt_hash in zip(options, hashes or [b""] * len(prompts)):
+        for option, start, prompt_hash in zip(options, starts, hashes or [b""] * len(prompts)):
             for sample in range(option.num_return_sequences):
                 sequence_id = next(self._new_ids)
                 joined.append(sequence_id)
-                self.generated_ids[sequence_id] = []
+                self.generated_ids[sequence_id] = list(start)
+                self._num_forced[sequence_id] = len(start)
                 self._options[sequence_id] = option
-                self._generators[sequence_id] = make_generator(
-                    option.seed, prompt_hash, sample, device
-                )
+                if option.temperature:
+                    self._random_numbers[sequence_id] = random_numbers(
+                        option.seed, prompt_hash, sample
+                    )
         self.active += joined
         return joined
 
@@ -212,7 +247,9 @@ class DecodingBatch:
             generated.append((sequence_id, token))
             ids = self.generated_ids[sequence_id]
             ids.append(token)
-            if token not in stop_ids and len(ids) < self._options[sequence_id].max_new_tokens:
+            num_generated = len(ids) - self._num_forced[sequence_id]
+            is_full = num_generated >= self._options[sequence_id].max_new_tokens
+            if token not in stop_ids and not is_full:
                 rows_to_keep.append(row)
         # Remove finished sequences before the next forward, so that it computes nothing for them.
         self._keep_rows(rows_to_keep)
@@ -247,7 +284,7 @@ class DecodingBatch:
             of the next token (prompts, vocabulary), and the KV cache.
         """
         model = self.model
-        input_ids, mask = _expand_and_pad(model, prompts)
+        input_ids, mask, image_positions = _expand_and_pad(model, prompts)
         # Padding gets position 0; the mask hides it.
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         # Logits at the last column of each row, as indices into prompts x columns.
@@ -256,7 +293,7 @@ class DecodingBatch:
         cache: Any = DynamicCache(config=model.config)
         with lm_head_at_positions(model.language_model, last_columns):
             outputs = model.language_model(
-                inputs_embeds=model.splice(input_ids, image_features),
+                inputs_embeds=model.splice(input_ids, image_features, image_positions),
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=True,
@@ -268,13 +305,15 @@ class DecodingBatch:
 
     def _decode(self) -> None:
         """Feed each active sequence its newest token: one more column, and the next logits."""
-        newest = [[self.generated_ids[sequence_id][-1]] for sequence_id in self.active]
+        newest = [self.generated_ids[sequence_id][-1] for sequence_id in self.active]
+        if self._decode_in_static_buffers(newest):
+            return
         new_column = self._mask.new_ones(len(self.active), 1)
         self._mask = torch.cat([self._mask, new_column], dim=1)
         # A pure state-space model (Mamba) caches no columns, so there is nothing to mask.
         attention_mask = self._mask if has_key_value_columns(self._cache) else None
         outputs = self.model.language_model(
-            input_ids=torch.tensor(newest, device=self.model.device),
+            input_ids=to_device(torch.tensor(newest), self.model.device)[:, None],
             attention_mask=attention_mask,
             position_ids=self._next_positions[:, None],
             use_cache=True,
@@ -283,6 +322,46 @@ class DecodingBatch:
         self._logits = outputs.logits[:, -1]
         self._next_positions = self._next_positions + 1
 
+    # ---- the same on a GPU ----
+
+    def _decode_in_static_buffers(self, newest: list[int]) -> bool:
+        """Run the step in the buffers of the static decoder; return False if there is none."""
+        decoder = self._static_decoder
+        if decoder is None:
+            return False
+        if decoder.is_loaded(self) and decoder.is_full:
+            self.leave_static_buffers()
+        try:
+            if not decoder.is_loaded(self):
+                state = DecodingState(self._cache, self._mask, self._next_positions)
+                decoder.load(self, state, self._most_remaining_tokens())
+                self._cache = None
+            self._logits = decoder.step(newest)
+        except BuffersTooLargeError as error:
+            decoder.warn_too_large(error)
+            return False
+        except StaticDecodingError as error:
+            self.leave_static_buffers()
+            disable_static_decoding(self.model, str(error))
+            self._static_decoder = None
+            return False
+        return True
+
+    def leave_static_buffers(self) -> None:
+        """Take mask, positions and cache back from the buffers, if they are there."""
+        decoder = self._static_decoder
+        if decoder is not None and decoder.is_loaded(self):
+            state = decoder.unload()
+            self._cache, self._mask = state.cache, state.mask
+            self._next_positions = state.next_positions
+
+    def _most_remaining_tokens(self) -> int:
+        remaining = []
+        for sequence_id in self.active:
+            generated = len(self.generated_ids[sequence_id]) - self._num_forced[sequence_id]
+            remaining.append(self._options[sequence_id].max_new_tokens - generated)
+        return max(remaining)
+
     def _keep_rows(self, rows: list[int]) -> None:
         """Remove all other rows from the batch."""
         if len(rows) == len(self.active):
@@ -290,11 +369,16 @@ class DecodingBatch:
         before = self.active
         self.active = [before[row] for row in rows]
         for sequence_id in set(before) - set(self.active):
-            del self._options[sequence_id], self._generators[sequence_id]
-        index = torch.tensor(rows, dtype=torch.long, device=self.model.device)
+            del self._options[sequence_id]
+            del self._num_forced[sequence_id]
+            self._random_numbers.pop(sequence_id, None)
+        index = to_device(torch.tensor(rows, dtype=torch.long), self.model.device)
+        self._logits = self._logits[index]
+        if self._static_decoder is not None and self._static_decoder.is_loaded(self):
+            self._static_decoder.keep_rows(rows)
+            return
         self._mask = self._mask[index]
         self._next_positions = self._next_positions[index]
-        self._logits = self._logits[index]
         if self.active:
             self._cache.reorder_cache(index)
         else:
@@ -313,45 +397,73 @@ class DecodingBatch:
             group = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
             groups.setdefault(group, []).append(row)
 
-        chosen: list[int | None] = [None] * len(self.active)
+        order: list[int] = []
+        tokens: list[torch.Tensor] = []
         for (options, _), rows in groups.items():
-            generators = [self._generators[self.active[row]] for row in rows]
-            states = [generator.get_state() for generator in generators]
+            # Draw first, so that a second attempt has the same numbers.
+            numbers = self._draw_numbers(rows, options)
             try:
-                tokens = self._choose_together(rows, options)
+                tokens.append(self._choose_together(rows, options, numbers))
             except Exception:  # noqa: BLE001 - no failure may end the other sequences
-                # Repeat the attempt row by row, with the same random numbers, to find the row at fault.
-                for generator, state in zip(generators, states):
-                    generator.set_state(state)
-                tokens = [self._choose_alone(row, options) for row in rows]
-            for row, token in zip(rows, tokens):
-                chosen[row] = token
+                # Repeat the attempt row by row to find the row at fault.
+                for position, row in enumerate(rows):
+                    number = None if numbers is None else numbers[position : position + 1]
+                    tokens.append(self._choose_alone(row, options, number))
+            order += rows
+
+        # Read the tokens of all groups together: this waits for the device.
+        chosen: list[int | None] = [None] * len(self.active)
+        for row, token in zip(order, torch.cat(tokens).tolist()):
+            chosen[row] = None if token == _NO_TOKEN else token
         return chosen
 
-    def _choose_together(self, rows: list[int], options: GenerationOptions) -> list[int | None]:
-        """Choose the next token of rows with equal options and lengths; None if not finite."""
+    def _draw_numbers(self, rows: list[int], options: GenerationOptions) -> torch.Tensor | None:
+        """Return a random number per row, on the device; None for greedy search."""
+        if not options.temperature:
+            return None
+        numbers = [next(self._random_numbers[self.active[row]]) for row in rows]
+        return to_device(torch.tensor(numbers), self.model.device)
+
+    def _choose_together(
+        self, rows: list[int], options: GenerationOptions, numbers: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Choose the next token of rows with equal options and lengths.
+
+        Returns:
+            int64 (rows,) on the device, `_NO_TOKEN` where the logits are not finite.
+        """
         ids = [self.active[row] for row in rows]
-        logits = self._logits[rows].float()
-        if len(self.generated_ids[ids[0]]) < options.min_new_tokens:
-            logits[:, self.model.prompt.stop_ids] = -torch.inf
-        logits = process_logits(logits, [self.generated_ids[i] for i in ids], options)
-        if options.temperature:
-            tokens = draw(logits, [self._generators[i] for i in ids])
-        else:
+        answers = [self.generated_ids[i] for i in ids]
+        logits = self._logits
+        if len(rows) < len(self.active):
+            logits = logits[to_device(torch.tensor(rows), logits.device)]
+        logits = logits.float()
+        # Equal options have an equal `start_with`, so that all of these rows have generated as many tokens.
+        if len(answers[0]) - self._num_forced[ids[0]] < options.min_new_tokens:
+            stop_ids = to_device(torch.tensor(self.model.prompt.stop_ids), logits.device)
+            logits = logits.index_fill(1, stop_ids, -torch.inf)
+        if options.forbid:
+            words = load_forbidden_words(self.model.prompt, options.forbid)
+            logits = logits.clone()  # It may be `self._logits`, which a second attempt reads again.
+            exclude_forbidden_words(logits, answers, words)
+        logits = process_logits(logits, answers, options)
+        if numbers is None:
             tokens = logits.argmax(-1)
+        else:
+            tokens = draw(logits, numbers)
         # Check the maximum, which is NaN if any logit is. Single logits may be -inf (excluded tokens).
         is_finite = logits.amax(-1).isfinite()
-        return [
-            token if finite else None for token, finite in zip(tokens.tolist(), is_finite.tolist())
-        ]
+        return tokens.where(is_finite, _NO_TOKEN)
 
-    def _choose_alone(self, row: int, options: GenerationOptions) -> int | None:
+    def _choose_alone(
+        self, row: int, options: GenerationOptions, number: torch.Tensor | None
+    ) -> torch.Tensor:
         """Choose the next token of one row. Store an exception in `errors`."""
         try:
-            return self._choose_together([row], options)[0]
+            return self._choose_together([row], options, number)
         except Exception as error:  # noqa: BLE001
             self.errors[self.active[row]] = error
-            return None
+            return torch.full((1,), _NO_TOKEN, device=self.model.device)
 
 
 @contextmanager
@@ -377,7 +489,7 @@ def encode_images(model: CaptionModel, pixel_values: torch.Tensor) -> torch.Tens
         Patch features (images, tokens, vision hidden size).
     """
     with eval_mode(model):
-        return model.vision_tower(pixel_values.to(model.device))
+        return model.vision_tower(to_device(pixel_values, model.device))
 
 
 def generate(
@@ -510,20 +622,23 @@ def stream(
 def _expand_and_pad(
     model: CaptionModel,
     prompts: Sequence[Sequence[int]],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Repeat each image placeholder once per patch feature, and pad the prompts on the left.
 
     Left padding makes the last column the newest token of every row.
 
     Returns:
-        The token ids and the attention mask, int64 (prompts, columns).
+        The token ids and the attention mask, int64 (prompts, columns); and the flat indices of the image
+        placeholders, int64 (placeholders,).
     """
     num_tokens = model.vision_tower.num_tokens
     expanded = [expand_image_placeholders(prompt, num_tokens) for prompt in prompts]
     input_ids = pad_sequences(expanded, model.prompt.end_id, side="left")
     ones = [np.ones(len(ids)) for ids in expanded]
     mask = pad_sequences(ones, 0, side="left")
-    return input_ids.to(model.device), mask.to(model.device)
+    inputs = (input_ids, mask, find_image_positions(input_ids))
+    on_device = [to_device(tensor, model.device) for tensor in inputs]
+    return on_device[0], on_device[1], on_device[2]
 
 
 def _beam_search(
@@ -538,7 +653,9 @@ def _beam_search(
         `num_return_sequences` lists of token ids per prompt, in the order of the prompts; and the
         numbers of the prompts whose logits were not finite, whose token ids are meaningless.
     """
-    input_ids, attention_mask = _expand_and_pad(model, prompts)
+    start_ids = _start_ids(model, options)
+    prompts = [[*prompt, *start_ids] for prompt in prompts]
+    input_ids, attention_mask, image_positions = _expand_and_pad(model, prompts)
     if options.temperature and options.seed is not None:
         torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {}
@@ -550,7 +667,12 @@ def _beam_search(
         }
     # Pass the penalty as a logits processor, not as the option `repetition_penalty`: with a padded
     # batch, Transformers 5 overlooks as many generated tokens as there are padding tokens.
-    penalty = logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+    processors: list[logits_process.LogitsProcessor] = [
+        logits_process.RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+    ]
+    if options.forbid:
+        words = load_forbidden_words(model.prompt, options.forbid)
+        processors.append(ForbiddenWordsProcessor(words, start_ids))
     generation_config = GenerationConfig(
         eos_token_id=model.prompt.stop_ids,
         pad_token_id=model.prompt.end_id,
@@ -565,12 +687,17 @@ def _beam_search(
     guard = _NonFiniteGuard(options.num_beams)
     with _without_generation_defaults(model.language_model):
         sequences = model.language_model.generate(
-            inputs_embeds=model.splice(input_ids, image_features),
+            inputs_embeds=model.splice(input_ids, image_features, image_positions),
             attention_mask=attention_mask,
             generation_config=generation_config,
-            logits_processor=[guard, penalty],
+            logits_processor=[guard, *processors],
         )
-    return sequences.tolist(), guard.failed
+    return [start_ids + ids for ids in sequences.tolist()], guard.failed
+
+
+def _start_ids(model: CaptionModel, options: GenerationOptions) -> list[int]:
+    """Return the token ids that every answer begins with."""
+    return model.prompt.encode_start(options.start_with) if options.start_with.strip() else []
 
 
 class _NonFiniteGuard(LogitsProcessor):
@@ -607,9 +734,7 @@ def _without_generation_defaults(language_model: CausalLM) -> Iterator[None]:
     so beam search must too. Passing a configuration is not enough: Transformers 5 fills its empty fields
     from the file.
     """
-    owner: Any = language_model
-    if isinstance(owner, PeftModel):
-        owner = owner.get_base_model()
+    owner = without_peft(language_model)
     defaults = owner.generation_config
     owner.generation_config = GenerationConfig()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # Used if several sequences per prompt are requested without a temperature: greedy search would give
@@ -25,6 +26,9 @@ class GenerationOptions:
         num_return_sequences: Number of generated sequences per prompt.
         seed: Random seed of sampling. The result for a prompt depends only on the seed, the prompt and
             its images (with beam sampling, on the batch as well). None: different every time.
+        start_with: Text that every sequence begins with; it is part of the result. `max_new_tokens` counts
+            what is generated after it.
+        forbid: Words and phrases that are never generated; see `llava_simplified.model.forbidden_words`.
     """
 
     max_new_tokens: int = 64
@@ -37,8 +41,14 @@ class GenerationOptions:
     length_penalty: float = 1.0
     num_return_sequences: int = 1
     seed: int | None = None
+    start_with: str = ""
+    forbid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.forbid, str):
+            raise ValueError(f"forbid must be a list of words, not the text {self.forbid!r}")
+        # Options identify groups of sequences in a batch, which a list cannot.
+        object.__setattr__(self, "forbid", tuple(self.forbid))
         requirements = {
             "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
             "min_new_tokens": (
@@ -55,6 +65,9 @@ class GenerationOptions:
             # The requirements are written so that NaN fails them: every comparison with NaN is false.
             if not fulfilled:
                 raise ValueError(f"{name} {requirement}, not {getattr(self, name)}")
+        for phrase in self.forbid:
+            if _contains(self.start_with, phrase):
+                raise ValueError(f"start_with {self.start_with!r} contains {phrase!r} of forbid")
         if self.num_return_sequences <= self.num_beams:
             return
         if self.num_beams > 1:
@@ -67,3 +80,9 @@ class GenerationOptions:
                 f"num_return_sequences={self.num_return_sequences} requires a temperature above 0, or "
                 "as many num_beams: greedy search has only one result"
             )
+
+
+def _contains(text: str, phrase: str) -> bool:
+    """Return whether a text contains a phrase as whole words, in upper or lower case."""
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    return bool(words and re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE))

@@ -43,7 +43,7 @@ class VisionTower(nn.Module):
 
     Args:
         model: Accepts `pixel_values`, returns `last_hidden_state` and `hidden_states`.
-        transform: Resize, crop and normalization of the images.
+        transform: Padding, resize, crop and normalization of the images.
         select_layer: Index of the hidden state to use. -1 is the last one; -2, the output of the layer
             before, is LLaVA's choice for CLIP. Several are concatenated along the channels.
         select_feature: `patch`, or `cls_patch` to also keep the tokens that precede the patches (CLS,
@@ -88,13 +88,19 @@ class VisionTower(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, *, dtype: torch.dtype = torch.float32, **choices: Any
+        cls,
+        name_or_path: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        image_aspect_ratio: str = "crop",
+        **choices: Any,
     ) -> VisionTower:
         """Load a vision model, or the vision half of a two-tower model (CLIP, SigLIP).
 
         Args:
             name_or_path: Folder or hub name, with a `preprocessor_config.json`.
             dtype: Data type of the weights.
+            image_aspect_ratio: "crop" or "pad", see `ImageTransform.from_pretrained`.
             **choices: `select_layer`, `select_feature` and `token_pool` of the constructor.
 
         Raises:
@@ -105,7 +111,7 @@ class VisionTower(nn.Module):
         check_model_name(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
-        transform = ImageTransform.from_pretrained(name_or_path)
+        transform = ImageTransform.from_pretrained(name_or_path, image_aspect_ratio)
         model_class: Any = MODEL_MAPPING.get(type(config), None)
         if model_class is None or getattr(model_class, "main_input_name", "") != "pixel_values":
             raise ValueError(f"{name_or_path}: a {config.model_type} is not a vision model")
@@ -129,7 +135,7 @@ class VisionTower(nn.Module):
 
         Args:
             config: Transformers config of a vision model or of a two-tower model.
-            transform: Resize, crop and normalization of the images.
+            transform: Padding, resize, crop and normalization of the images.
             **choices: `select_layer`, `select_feature` and `token_pool` of the constructor.
         """
         config = getattr(config, "vision_config", config)

@@ -315,6 +315,7 @@ def clean(
     *,
     image_folder: Path | None = None,
     vision_tower: str = "",
+    image_aspect_ratio: str = "crop",
     rules: Rules = Rules(),  # noqa: B008 - immutable
     dedupe: str = "",
     compact: Path | None = None,
@@ -334,6 +335,7 @@ def clean(
         output: Output file: `.json`, `.jsonl` or `.parquet`.
         image_folder: The image folder; by default that of `source`.
         vision_tower: A model whose transform every image must pass; empty for none.
+        image_aspect_ratio: "crop" or "pad", as in training, for this transform.
         rules: Requirements on images and captions.
         dedupe: "exact" (equal files), "perceptual" (similar images), or "" to keep duplicates. A second text about the
             same image file is not a duplicate.
@@ -361,7 +363,9 @@ def clean(
     folder = image_folder or find_records(source).parent
     if not folder.is_dir():
         raise ValueError(f"--image-folder {folder}: no such folder")
-    transform = ImageTransform.from_pretrained(vision_tower) if vision_tower else None
+    transform = None
+    if vision_tower:
+        transform = ImageTransform.from_pretrained(vision_tower, image_aspect_ratio)
     # Put the lock next to the output: the work folder is deleted while the lock is held.
     lock_name = f".{output.name}.lock"
     if shards:
@@ -418,6 +422,8 @@ def _work_folder(
         str(transform),
         asdict(rules),
     ]
+    if transform is not None and transform.pad_color is not None:
+        settings.append(transform.pad_color)
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     work = output.with_name(f"{output.name}.work") / digest
     work.mkdir(parents=True, exist_ok=True)

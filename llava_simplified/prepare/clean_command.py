@@ -36,6 +36,12 @@ def build_parser() -> CommandParser:
         help="Vision tower whose preprocessing every image must support (default: no check)",
     )
     parser.add_argument(
+        "--image-aspect-ratio",
+        choices=["crop", "pad"],
+        default="crop",
+        help="What training does with images that are not square, for --vision-tower (default: %(default)s)",
+    )
+    parser.add_argument(
         "--min-side",
         type=int,
         default=rules.min_side,
@@ -103,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         args.output,
         image_folder=args.image_folder,
         vision_tower=args.vision_tower,
+        image_aspect_ratio=args.image_aspect_ratio,
         rules=rules,
         dedupe=args.dedupe,
         compact=args.compact,

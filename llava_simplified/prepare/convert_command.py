@@ -26,7 +26,8 @@ def build_parser() -> CommandParser:
     parser = CommandParser("llava convert", "Convert any source of captions to records.")
     parser.add_argument(
         "source",
-        help="TSV, CSV, JSON, JSON Lines, Parquet, tar, a folder of them, a glob pattern, or a URL",
+        help="TSV, CSV, JSON, JSON Lines, Parquet, tar, a folder of them or of images with sidecars, a glob pattern, or a "
+        "URL",
     )
     parser.add_argument(
         "--output",
@@ -49,6 +50,12 @@ def build_parser() -> CommandParser:
         help="Write several files: val=0.01 moves 1%% of the images to OUTPUT_val, `source` uses the split in the source",
     )
     add_column_options(parser)
+    parser.add_argument(
+        "--sidecar",
+        default="",
+        help="Sidecars of the images of a folder: txt, caption (default: both), or lines if each line is a caption; "
+        "caption,lines is possible too",
+    )
     return parser
 
 
@@ -65,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         instruction=args.instruction,
         split=args.split,
         columns=Columns(args.url_column, args.image_column, args.caption_column),
+        sidecar=args.sidecar,
     )
     for path, count in counts.items():
         print_text(f"{count:>9,} records -> {path}")

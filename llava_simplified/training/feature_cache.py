@@ -249,7 +249,9 @@ class FeatureCache:
 
 def _key_parts(tower: VisionTower, weights: str, pixels: bool) -> list[Any]:
     """Return everything that determines the value of a row, as JSON values in a fixed order."""
-    parts: list[Any] = [vars(tower.transform)]
+    # Leave out what the transform does not do, so that caches stay valid when it learns to do more.
+    transform = {name: value for name, value in vars(tower.transform).items() if value is not None}
+    parts: list[Any] = [transform]
     if not pixels:
         parts.append(weights)
         parts.append(tower.select_layers)
@@ -304,7 +306,7 @@ class _ImageReader(Dataset["_ReadImage | None"]):
     Args:
         names: Names of the images.
         folder: Folder of the images.
-        transform: Resize and crop of the tower.
+        transform: Padding, resize and crop of the tower.
         known: Hashes of images in the cache, which need not be decoded.
     """
 

@@ -23,6 +23,7 @@ def model_config(args: ModelArguments, dtype: str) -> LlavaConfig:
         mm_vision_select_layer=layers[0] if len(layers) == 1 else layers,
         mm_vision_select_feature=args.mm_vision_select_feature,
         mm_token_pool=args.mm_token_pool,
+        image_aspect_ratio=args.image_aspect_ratio,
         template=args.template,
         dtype=dtype,
         bits=args.bits,

@@ -18,7 +18,8 @@ import psutil
 import torch
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.data.dataset import open_data, set_bad_records_aside
+from llava_simplified.data.dataset import set_bad_records_aside
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import open_records
 from llava_simplified.model.build import load_tokenizer
 from llava_simplified.options import print_text
@@ -217,7 +218,9 @@ def _dry_run_options(
             prompt,
             args.model_max_length,
         )
-        values |= {"train_data_path": target, "train_image_folder": folder}
+        # With --data, the command line has no other option for the records.
+        option = "data" if data.data else "train_data_path"
+        values |= {option: target, "train_image_folder": folder}
     if data.eval_data_path:
         target = scratch / "eval.jsonl"
         folder = _write_longest_records(

@@ -266,11 +266,11 @@ class _StepSize(NamedTuple):
 
 
 def _check_same_model(folder: Path, config: LlavaConfig, stored: Mapping[str, Any]) -> None:
+    # Entries that an older version did not write have their defaults.
+    before = asdict(LlavaConfig.from_dict(stored))
     for name, value in asdict(config).items():
-        if isinstance(value, tuple):  # JSON stores lists
-            value = list(value)
-        if name not in _LOCATIONS and value != stored.get(name):
+        if name not in _LOCATIONS and value != before[name]:
             raise ValueError(
-                f"{folder}: its model has {name} {stored.get(name)}, the model of this run has {name} {value}. "
+                f"{folder}: its model has {name} {before[name]}, the model of this run has {name} {value}. "
                 f"Pass the old value, or start a new run with a different --output_dir."
             )

@@ -36,6 +36,7 @@ from llava_simplified.captioning.runner import (
 )
 from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.jobs import exclusive_lock
+from llava_simplified.model import generation
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.options import escape_control_characters
@@ -351,7 +352,7 @@ def test_caption_file_keeps_unicode_line_separators(
     def generate(model: Llava, prompts: list, *_: object) -> list[list[str]]:
         return [[caption] for _ in prompts]
 
-    monkeypatch.setattr(runner, "generate_separately", generate)
+    monkeypatch.setattr(generation, "generate_separately", generate)
     output = tmp_path / name
     job = folder_job(folder, output, options=GenerationOptions(6), limit=3)
     assert caption_file(job, model) == (3, 0)
@@ -433,13 +434,13 @@ def test_caption_records_encodes_each_image_once(
 ) -> None:
     """Instructions of different lengths put one image into several batches."""
     encoded = []
-    encode = runner.encode_images
+    encode = generation.encode_images
 
     def count_and_encode(model: Llava, pixels: torch.Tensor) -> torch.Tensor:
         encoded.append(len(pixels))
         return encode(model, pixels)
 
-    monkeypatch.setattr(runner, "encode_images", count_and_encode)
+    monkeypatch.setattr(generation, "encode_images", count_and_encode)
     instructions = ["What?", "What is it that one can see in this?"]
     records, image_folder = open_inputs(str(folder), None, instructions)
     parts = list(caption_records(model, records, image_folder, GenerationOptions(3), batch_size=2))
@@ -611,7 +612,7 @@ def test_chat_sends_the_whole_conversation(
         return ["yes"]
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("What?\nWhere?\n\nnever asked\n"))
-    monkeypatch.setattr(runner.Llava, "stream", stream)
+    monkeypatch.setattr(Llava, "stream", stream)
     assert chat_main([str(folder / "0.jpg"), "--model-path", str(checkpoint)]) == 0
     assert capsys.readouterr().out.split() == ["yes", "yes"]
     assert conversations == [["What?"], ["What?", "yes", "Where?"]]

@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from llava_simplified.data import transforms
 from llava_simplified.data.images import (
     ImageError,
     check_image,
     decode_image,
     load_pixels,
+    portable_image,
     read_image_bytes,
     shrink_image,
 )
@@ -147,6 +149,87 @@ def outcome(function: Callable[..., Any], data: bytes) -> str:
     return "ok"
 
 
+def exif_photo(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    return encode(draw_photo(), "JPEG", quality=95, exif=exif)
+
+
+def animated(image_format: str) -> bytes:
+    frames = [draw_photo().convert("P"), Image.new("P", (90, 60))]
+    return encode(frames[0], image_format, save_all=True, append_images=frames[1:])
+
+
+def sixteen_bits() -> bytes:
+    gray = np.asarray(draw_photo(mode="L")).astype(np.uint16) * 256
+    return encode(Image.fromarray(gray), "PNG")
+
+
+def transparent() -> bytes:
+    image = draw_photo(mode="RGBA")
+    image.putalpha(draw_photo(mode="L"))
+    return encode(image, "PNG")
+
+
+PORTABLE = {
+    "jpeg": lambda: encode(draw_photo(), "JPEG", quality=95),
+    "gray jpeg": lambda: encode(draw_photo(mode="L"), "JPEG", quality=95),
+    "png": lambda: encode(draw_photo(), "PNG"),
+    "palette": lambda: encode(draw_photo(mode="P"), "PNG"),
+    "bits": lambda: encode(draw_photo(mode="1"), "PNG"),
+}
+NOT_PORTABLE = {
+    "rotated jpeg": lambda: exif_photo(6),
+    "mirrored jpeg": lambda: exif_photo(2),
+    "cmyk": lambda: encode(draw_photo(mode="CMYK"), "JPEG", quality=95),
+    "transparent": transparent,
+    "16 bits": sixteen_bits,
+    "animated png": lambda: animated("PNG"),
+    "gif": lambda: animated("GIF"),
+    "bmp": lambda: encode(draw_photo(), "BMP"),
+    "webp": lambda: encode(draw_photo(), "WEBP", lossless=True),
+    "rotated tiff": lambda: encode(draw_photo(), "TIFF", tiffinfo={EXIF_ORIENTATION: 8}),
+}
+
+
+@pytest.mark.parametrize("name", [*PORTABLE, *NOT_PORTABLE])
+def test_portable_image_is_read_alike_by_a_simple_decoder(name: str) -> None:
+    data = {**PORTABLE, **NOT_PORTABLE}[name]()
+    image = portable_image(data, 90)
+    assert (image.data == data) == (name in PORTABLE)
+    decoded = Image.open(io.BytesIO(image.data))
+    assert decoded.format == {"jpg": "JPEG", "png": "PNG"}[image.suffix]
+    assert decoded.size == (image.width, image.height)
+    expected = decode_image(data)
+    pixels = np.asarray(decoded.convert("RGB"), float)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).mean() < 3
+
+
+@pytest.mark.parametrize("name", [*PORTABLE, *NOT_PORTABLE])
+def test_portable_image_has_at_most_the_longer_side(name: str) -> None:
+    data = {**PORTABLE, **NOT_PORTABLE}[name]()
+    image = portable_image(data, 45)
+    pixels = load_pixels(data)
+    upright = Image.fromarray(pixels)
+    small = upright.resize((upright.width // 2, upright.height // 2), Image.Resampling.BILINEAR)
+    decoded = Image.open(io.BytesIO(image.data))
+    assert decoded.size == (image.width, image.height) == small.size
+    difference = np.asarray(decoded.convert("RGB"), float) - np.asarray(small, float)
+    assert np.abs(difference).mean() < 6
+
+
+def test_portable_image_refuses_what_the_decoder_refuses() -> None:
+    jpeg = encode(draw_photo(), "JPEG", quality=95)
+    png = encode(draw_photo(), "PNG")
+    for damaged in (jpeg[: len(jpeg) // 2], png[: len(png) // 2], b"<html>", b""):
+        with pytest.raises(ImageError):
+            portable_image(damaged, 1000)
+    thin = encode(Image.new("RGB", (1000, 2)), "PNG")
+    assert portable_image(thin, 100)[2:] == (100, 1)
+
+
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "kind", ["JPEG", "progressive JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 )
@@ -293,6 +376,102 @@ def test_transform_rejects_a_strip_that_would_become_too_large() -> None:
     with pytest.raises(ImageError) as error:
         transform(np.zeros((1, 2000, 3), np.uint8))
     assert error.value.kind == "too_large"
+
+
+ODD_SIZES = [(301, 200), (97, 411), (64, 64), (23, 500), (233, 232)]  # (width, height)
+
+
+def expand_to_square(image: Image.Image, mean: list[float]) -> Image.Image:
+    """Return an image on a square of the processor's mean color, as the paper on LLaVA-1.5 describes it."""
+    side = max(image.size)
+    color = tuple(int(channel * 255) for channel in mean)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+@pytest.mark.parametrize("chunk", [1, 2_000_000], ids=["row-by-row", "default"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "convnext", "convnext-384"])
+def test_padded_transform_equals_that_of_the_square_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int
+) -> None:
+    """Bit by bit: both are resized by torch."""
+    monkeypatch.setattr(transforms, "_PADDED_CHUNK_PIXELS", chunk)
+    processor = make_processors()[kind]
+    processor.save_pretrained(tmp_path)
+    crop = ImageTransform.from_pretrained(tmp_path)
+    pad = ImageTransform.from_pretrained(tmp_path, "pad")
+    for size in ODD_SIZES:
+        image = draw_photo(*size)
+        square = expand_to_square(image, processor.image_mean)
+        assert torch.equal(pad(np.asarray(image)), crop(np.asarray(square))), size
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_padded_transform_equals_the_stock_processor(tmp_path: Path, kind: str) -> None:
+    """Up to two of 255 grey levels, as without padding: stock LLaVA resizes with Pillow."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    processor = make_processors()[kind]
+    processor.save_pretrained(tmp_path / "tower")
+    transform = ImageTransform.from_pretrained(tmp_path / "tower", "pad")
+    stock = LlavaImageProcessorPil(
+        do_pad=True,
+        do_center_crop=kind == "clip",
+        size=processor.size,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+        resample=processor.resample,
+    )
+    std = torch.tensor(transform.std).view(3, 1, 1)
+    for size in ODD_SIZES:
+        image = draw_photo(*size)
+        expected = stock(image, return_tensors="pt")["pixel_values"][0]
+        actual = transform.normalize(transform(np.asarray(image)))
+        grey_levels = (actual - expected).abs() * 255 * std
+        assert grey_levels.max() < 2.01
+        assert grey_levels.mean() < 0.2
+
+    # The stock processor says itself that it pads: that must not be overlooked.
+    stock.save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match="--image_aspect_ratio pad"):
+        ImageTransform.from_pretrained(tmp_path / "stock")
+    assert ImageTransform.from_pretrained(tmp_path / "stock", "pad") == transform
+    with pytest.raises(ValueError, match="must be crop or pad, not 'anyres'"):
+        ImageTransform.from_pretrained(tmp_path / "tower", "anyres")
+
+
+def test_padded_transform_rejects_a_strip_whose_square_is_too_large() -> None:
+    transform = ImageTransform(224, (224, 224), "bicubic", (0, 0, 0), (1, 1, 1), (9, 9, 9))
+    assert transform(np.zeros((2, 20_000, 3), np.uint8)).shape == (3, 224, 224)
+    with pytest.raises(ImageError) as error:
+        transform.resized_size(1, 300_000)
+    assert error.value.kind == "too_large"
+
+
+@pytest.mark.parametrize("resize", [64, (64, 64), 80])
+@pytest.mark.parametrize("size", [(251, 500), (500, 252)])
+def test_visible_region_of_a_padded_image(
+    resize: int | tuple[int, int], size: tuple[int, int]
+) -> None:
+    """The colors of the image are its coordinates, and the borders are blue."""
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    red, green, blue = x * 250 / width, y * 250 / height, np.zeros(size)
+    coordinates = np.stack([red, green, blue], axis=2).astype(np.uint8)
+    transform = ImageTransform(
+        resize, (64, 64), "bilinear", (0, 0, 0), (1, 1, 1), pad_color=(0, 0, 255)
+    )
+    left, top, right, bottom = transform.visible_region(height, width)
+    pixels = transform(coordinates).float()
+    for row, column in ((20, 44), (32, 32), (44, 27), (2, 33), (33, 62)):
+        expected_x = left + (column + 0.5) / 64 * (right - left)
+        expected_y = top + (row + 0.5) / 64 * (bottom - top)
+        is_border = not (0 < expected_x < 1 and 0 < expected_y < 1)
+        assert (pixels[2, row, column] > 128) == is_border
+        if not is_border:
+            expected = [250 * expected_x, 250 * expected_y]
+            assert pixels[:2, row, column].tolist() == pytest.approx(expected, abs=4)
 
 
 @pytest.mark.parametrize("resize", [64, 80, (64, 64), 48])

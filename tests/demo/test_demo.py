@@ -6,15 +6,20 @@ import json
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from llava_simplified import recipes
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.demo import demo_command
+from llava_simplified.demo import demo_command, runner
 from llava_simplified.demo.assets import DemoAssets
+from llava_simplified.demo.progress import NOT_STARTED, captioning_progress, training_progress
+from llava_simplified.demo.runner import DOWNLOAD, Demo, Step, Watcher
+from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.model.llava import Llava
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -41,7 +46,7 @@ def test_demo_ends_with_a_model_and_a_report(
     data_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     write_tiny_recipes(tmp_path / "configs")
     images = data_folder / "images"
@@ -53,13 +58,13 @@ def test_demo_ends_with_a_model_and_a_report(
         val_json=data_folder / "val.json",
     )
     monkeypatch.setattr(recipes, "RECIPES_FOLDER", tmp_path / "configs")
-    monkeypatch.setattr(demo_command, "fetch", lambda _: tiny)
+    monkeypatch.setattr(runner, "fetch", lambda _: tiny)
     monkeypatch.setenv("HOME", str(tmp_path))  # the folder of the feature cache
     monkeypatch.chdir(tmp_path)  # outside a checkout
     output = tmp_path / "it's here"  # needs quoting in a shell
     words = ["--output", str(output), "--max-steps", "2", "--limit", "3"]
     assert demo_command.main(words) == 0
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert printed.count("$ llava ") == 5
     assert "word F1" in printed
     assert "report.html" in printed
@@ -102,7 +107,7 @@ def test_plan_steps_trains_in_the_dtype_that_is_fast_on_this_cpu(
 ) -> None:
     monkeypatch.setattr(demo_command, "has_fast_bfloat16", lambda: is_fast)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path, None, None)
+    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path)
     training = [step.argv for step in steps if step.argv[0] == "train"]
     assert len(training) == 2
     for words in training:
@@ -117,8 +122,8 @@ def test_demo_ends_when_a_command_fails(tmp_path: Path, monkeypatch: pytest.Monk
         commands.append(words[0])
         return 0 if len(commands) == 1 else 1
 
-    monkeypatch.setattr(demo_command, "fetch", lambda _: DemoAssets(*[tmp_path] * 5))
-    monkeypatch.setattr(demo_command.cli, "main", run)
+    monkeypatch.setattr(runner, "fetch", lambda _: DemoAssets(*[tmp_path] * 5))
+    monkeypatch.setattr(runner.cli, "main", run)
     assert demo_command.main(["--output", str(tmp_path)]) == 1
     assert commands == ["inspect", "train"]
 
@@ -127,7 +132,7 @@ def test_demo_recipes_are_found_outside_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path, None, None)
+    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path)
     names = [
         step.argv[step.argv.index("--config") + 1] for step in steps if "--config" in step.argv
     ]
@@ -136,17 +141,132 @@ def test_demo_recipes_are_found_outside_a_checkout(
         assert recipes.resolve_recipe(name).is_file()
 
 
-@pytest.mark.parametrize(
-    ("max_steps", "expected"), [(None, [None, None]), (10, ["10", "10"]), (100, [None, "100"])]
-)
-def test_max_steps_only_shortens_the_stages(
-    tmp_path: Path, max_steps: int | None, expected: list[str | None]
-) -> None:
-    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path, max_steps, None)
-    found: list[str | None] = []
+@pytest.mark.parametrize("max_steps", [None, 1, 10_000])
+def test_max_steps_only_shortens_the_stages(tmp_path: Path, max_steps: int | None) -> None:
+    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path, max_steps=max_steps)
     for step in steps:
         if step.argv[0] == "train":
-            option = "--max_steps"
-            words = step.argv
-            found.append(words[words.index(option) + 1] if option in words else None)
-    assert found == expected
+            recipe = step.argv[step.argv.index("--config") + 1]
+            options = yaml.safe_load(recipes.resolve_recipe(recipe).read_text())
+            expected = min(options["max_steps"], max_steps or options["max_steps"])
+            assert step.argv[step.argv.index("--max_steps") + 1] == str(expected)
+
+
+# ---- progress, continuing ----
+
+
+def fake_steps(folder: Path) -> list[Step]:
+    """Return a training step and an evaluation, which the tests run without `llava`."""
+    train = Step(
+        "Train",
+        ["train", "--output_dir", str(folder / "model")],
+        seconds=100,
+        read_progress=lambda: training_progress(folder / "model", 20),
+        run_folder=folder / "model",
+    )
+    return [train, Step("Evaluate", ["evaluate", str(folder)], seconds=10)]
+
+
+def write_training_output(folder: Path) -> None:
+    """Write what a run of 20 steps has written at step 5, with an incomplete line at the end."""
+    (folder / "eval_captions").mkdir(parents=True)
+    row = {"image": "0.jpg", "pred_output": "a cat\x1b[31m", "gt_caption": "a <b>dog</b>"}
+    (folder / "eval_captions" / "step-5.jsonl").write_text(json.dumps(row) + "\n")
+    log = [{"step": 1, "loss": 5.0}, {"step": 5, "loss": 3.0}]
+    text = "".join(json.dumps(row) + "\n" for row in log) + '{"step": 6, "lo'
+    (folder / "trainer_log.jsonl").write_text(text)
+
+
+def test_progress_is_read_from_what_a_running_command_has_written(tmp_path: Path) -> None:
+    assert training_progress(tmp_path / "model", 20) == NOT_STARTED
+    write_training_output(tmp_path / "model")
+    progress = training_progress(tmp_path / "model", 20)
+    assert progress.fraction == 0.25
+    assert "step 5 of 20" in progress.text
+    assert captioning_progress(tmp_path / "p.json", 4) == NOT_STARTED
+    (tmp_path / "p.json.part.jsonl").write_text("{}\n{}\n{}\n")
+    assert captioning_progress(tmp_path / "p.json", 4).fraction == 0.75
+
+
+def test_demo_shows_captions_and_writes_a_report_while_a_step_runs(
+    tmp_path: Path,
+    data_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    report = tmp_path / "report.html"
+
+    def run(words: list[str]) -> int:
+        print("noise of a library")
+        if words[0] == "train":
+            write_training_output(tmp_path / "model")
+            deadline = time.monotonic() + 30
+            # The step "runs" until the report shows its captions.
+            while not (report.is_file() and "step 5" in report.read_text()):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        return 0
+
+    monkeypatch.setattr(runner.cli, "main", run)
+    monkeypatch.setattr(runner.Watcher, "REDRAW_SECONDS", 0.01)
+    assets = DemoAssets(*[data_folder / "images"] * 5)
+    with redirect_output(tmp_path / "log.txt") as terminal:
+        demo = Demo(tmp_path, terminal)
+        demo.durations.append(0.0)  # of the download
+        assert demo.run(assets, fake_steps(tmp_path)) == 0
+    printed = capfd.readouterr()
+    assert "a cat" in printed.out
+    assert "noise" not in printed.out + printed.err
+    assert "\x1b" not in printed.out
+    assert "noise of a library" in (tmp_path / "log.txt").read_text()
+    page = report.read_text()
+    assert 'http-equiv="refresh"' in page
+    assert "a &lt;b&gt;dog&lt;/b&gt;" in page
+    assert "data:image/webp" in page
+
+
+def test_second_demo_skips_what_is_finished_and_resumes_what_is_not(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    fail_at = "train"
+
+    def run(words: list[str]) -> int:
+        calls.append(words)
+        if words[0] == "train":
+            (tmp_path / "model" / "checkpoint-4").mkdir(parents=True, exist_ok=True)
+        return int(words[0] == fail_at)
+
+    def run_demo(steps: list[Step]) -> list[list[str]]:
+        calls.clear()
+        with redirect_output(tmp_path / "log.txt") as terminal:
+            demo = Demo(tmp_path, terminal)
+            demo.durations.append(0.0)
+            demo.run(DemoAssets(*[data_folder / "images"] * 5), steps)
+        return list(calls)
+
+    monkeypatch.setattr(runner.cli, "main", run)
+    steps = fake_steps(tmp_path)
+    train, evaluate = (step.argv for step in steps)
+    assert run_demo(steps) == [train]  # interrupted
+    fail_at = "evaluate"
+    assert run_demo(steps) == [[*train, "--resume_from_checkpoint", "true"], evaluate]
+    fail_at = ""
+    assert run_demo(steps) == [evaluate]
+    assert run_demo(steps) == []
+    # With another option nothing of the first model is used.
+    (tmp_path / "predictions.json.part.jsonl").write_text("{}\n")
+    changed = [steps[0]._replace(argv=[*train, "--seed", "1"]), steps[1]]
+    assert run_demo(changed) == [[*train, "--seed", "1"], evaluate]
+    assert not (tmp_path / "predictions.json.part.jsonl").exists()
+
+
+def test_time_left_follows_the_measured_speed(tmp_path: Path) -> None:
+    steps = [DOWNLOAD, *fake_steps(tmp_path), *[Step("Other", ["x"], seconds=300)] * 3]
+    with redirect_output(tmp_path / "log.txt") as terminal:
+        demo = Demo(tmp_path, terminal)
+        demo.durations.append(1.0)
+        watcher = Watcher(demo, steps, 1, None)
+    # A quarter of 100 expected seconds took 50 seconds: 150 s remain here, and everything after it takes
+    # twice the expected 910 s.
+    assert watcher._time_left(50.0, 0.25) == f"about {round((150 + 2 * 910) / 60)} minutes left"

@@ -81,7 +81,7 @@ def test_report_shows_the_best_images_first(image_folder: Path) -> None:
     )
     page = Page(write_page(image_folder, run, train_captions={"a red cat"}))
     cards = [attributes for tag, attributes in page.elements if tag == "article"]
-    assert [(card["data-position"], card["data-verdict"]) for card in cards] == [
+    assert [(card["data-position"], card["data-kind"]) for card in cards] == [
         ("1", "right"),
         ("2", "close"),
         ("0", "wrong"),

@@ -9,20 +9,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from checkpoints import train_checkpoint
+from checkpoints import first_logits, train_checkpoint
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import gelu, linear
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
@@ -30,12 +34,16 @@ from transformers import (
 )
 from transformers import LlavaConfig as StockLlavaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_simplified.captioning.caption_command import predict_main
+from llava_simplified.export.gguf_export import export_gguf
 from llava_simplified.export.import_checkpoint import import_checkpoint
 from llava_simplified.export.import_command import main as import_main
 from llava_simplified.export.merge import merge_checkpoint
+from llava_simplified.export.stock import export_stock
 from llava_simplified.model.llava import Llava
+from llava_simplified.prompt import Message, Prompt
 
 INSTRUCTION = "Generate a caption of this image:"
 EOS_TOKEN_ID = 1
@@ -191,6 +199,14 @@ def write_lora(
 # ---- what is expected ----
 
 
+def expand_to_square(image: Image.Image, mean: list[float]) -> Image.Image:
+    """Return an image on a square of the mean color, by the rule of original LLaVA."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 @torch.no_grad()
 def caption_by_hand(
     language_model: torch.nn.Module,
@@ -202,6 +218,8 @@ def caption_by_hand(
 ) -> str:
     """Caption an image with LLaVA in plain torch: one sequence, greedy, without a cache.
 
+    Images are made square first, as original LLaVA does with `image_aspect_ratio: pad`.
+
     Args:
         language_model: A stock language model.
         weights: The source's weights, among them `mm_projector.*`.
@@ -211,7 +229,8 @@ def caption_by_hand(
         max_new_tokens: Maximum length.
     """
     processor = CLIPImageProcessorPil.from_pretrained(clip)
-    pixels = processor(Image.open(image), return_tensors="pt")["pixel_values"]
+    square = expand_to_square(Image.open(image), processor.image_mean)
+    pixels = processor(square, return_tensors="pt")["pixel_values"]
     tower = CLIPVisionModel.from_pretrained(clip)
     tokens = tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:]
     projector = {}
@@ -303,14 +322,20 @@ def test_import_checkpoint_reads_an_original_whole_model(
         if "mm_projector" not in name and "tower" not in name:
             text_weights[name] = weight
     language_model.load_state_dict(text_weights)
+    Image.open(image).crop((0, 5, 32, 26)).save(image)  # 32 x 21: the borders make it 32 x 32
     caption = caption_by_hand(language_model, weights, clip, folder, image)
 
     checkpoint = tmp_path / "ours"
     report = import_checkpoint(folder, checkpoint)
+    assert report[-1].startswith("not compared")
     assert "4 weights of the projector" in report
-    assert "image_aspect_ratio pad" in report[-2]
+    assert "image_aspect_ratio: pad" in report
     shutil.rmtree(folder)  # it is not needed any more
-    options: dict[str, object] = {"mm_projector_type": "mlp2x_gelu", "vision_tower": clip}
+    options: dict[str, object] = {
+        "mm_projector_type": "mlp2x_gelu",
+        "vision_tower": clip,
+        "image_aspect_ratio": "pad",
+    }
     if trained_further == "everything":
         options["model_name_or_path"] = models_folder / model_type
         options |= {"lora_enable": False, "freeze_backbone": False}
@@ -380,6 +405,38 @@ def test_import_command_reads_a_single_projector(
     assert_captions_and_trains(checkpoint, caption, image, data_folder, tmp_path, **options)
 
 
+def test_import_checkpoint_takes_the_borders_from_the_source(
+    source: Source, models_folder: Path, tmp_path: Path
+) -> None:
+    """The pixels are those of the original's rule."""
+    _, merged = source
+    clip = models_folder / "clip"
+    folder = write_original(merged, clip, tmp_path / "llava-v1.5-tiny")
+    import_checkpoint(folder, tmp_path / "pad")
+    import_checkpoint(folder, tmp_path / "crop", image_aspect_ratio="crop")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_aspect_ratio": "anyres"}))
+    with pytest.raises(ValueError, match="anyres.*--image-aspect-ratio"):
+        import_checkpoint(folder, tmp_path / "anyres")
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "pad", "crop"}
+
+    processor = CLIPImageProcessorPil.from_pretrained(clip)
+    for name in ("pad", "crop"):
+        transform = Llava.from_pretrained(tmp_path / name).vision_tower.transform
+        std = torch.tensor(transform.std).view(3, 1, 1)
+        for width, height in ((77, 41), (33, 90), (32, 21), (19, 32)):
+            random = np.random.default_rng(width)
+            image = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            original = image
+            if name == "pad":
+                original = expand_to_square(image, processor.image_mean)
+            expected = processor(original, return_tensors="pt")["pixel_values"][0]
+            actual = transform.normalize(transform(np.asarray(image)))
+            gray_levels = ((actual - expected).abs() * 255 * std).max()
+            # Exactly, if nothing is resized; else Pillow and torch round differently.
+            assert gray_levels < (1e-3 if original.size == (32, 32) else 2.01)
+
+
 # ---- Hugging Face LLaVA ----
 
 
@@ -407,32 +464,12 @@ def test_import_checkpoint_reads_a_hugging_face_folder(
     rename: Callable[[str], str],
 ) -> None:
     """The folder and the expected caption are made by transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(models_folder / text)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    image_token = len(tokenizer) - 1
-    config = StockLlavaConfig(
-        text_config=AutoConfig.from_pretrained(models_folder / text, vocab_size=len(tokenizer)),
-        vision_config=AutoConfig.from_pretrained(models_folder / "clip"),
-        image_token_index=image_token,
-    )
-    torch.manual_seed(3)
-    stock = LlavaForConditionalGeneration(config).eval()
-    for parameter in stock.parameters():
-        parameter.data.normal_(0, 0.3)  # large enough that the image changes the caption
     folder = tmp_path / "llava-tiny-hf"
-    stock.save_pretrained(folder)
+    stock, processor = write_stock(models_folder, folder, language_model=text)
     weights = {rename(name): value.clone() for name, value in stock.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    image_processor = CLIPImageProcessorPil.from_pretrained(models_folder / "clip")
-    processor = LlavaProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    processor.save_pretrained(folder)
-    image_processor.save_pretrained(folder)
+    tokenizer = processor.tokenizer
+    image_token = processor.image_token_id
 
     inputs = processor(
         images=Image.open(image),
@@ -453,8 +490,9 @@ def test_import_checkpoint_reads_a_hugging_face_folder(
 
     checkpoint = tmp_path / "ours"
     report = import_checkpoint(folder, checkpoint)
-    found = [line.split(" of the ")[1] for line in report]
+    found = [line.split(" of the ")[1] for line in report[:3]]
     assert found == ["language model", "projector", "vision tower"]
+    assert "2 of 2 greedy captions are equal (generated images)" in report[-1]
     shutil.rmtree(folder)  # it is not needed any more
     options = {
         "model_name_or_path": checkpoint / "language_model",
@@ -462,6 +500,218 @@ def test_import_checkpoint_reads_a_hugging_face_folder(
         "mm_projector_type": "mlp2x_gelu",
     }
     assert_captions_and_trains(checkpoint, caption, image, data_folder, tmp_path, **options)
+
+
+# As the template of JoyCaption, which accepts strings and writes the image token itself.
+JOYCAPTION_TEMPLATE = (
+    "{%- set state = namespace(first=true) %}{%- for message in messages %}"
+    "{{- '<|head|>' + message['role'] + '\n' }}"
+    "{%- if state.first and message['role'] == 'user' %}{%- set state.first = false %}"
+    "{{- '<|start|><|picture|><|stop|>' + message['content'].replace('<|picture|>', '').lstrip() }}"
+    "{%- else %}{{- message['content'] }}{%- endif %}{{- '<|end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|head|>assistant\n' }}{%- endif %}"
+)
+# As the templates of llava-hf, which accept lists of parts and write a token for each image.
+LLAVA_HF_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def write_stock(
+    models_folder: Path,
+    folder: Path,
+    *,
+    language_model: str = "llama",
+    tower: str = "clip",
+    image_token: str = "<image>",
+    other_tokens: Sequence[str] = (),
+    template: str | None = None,
+    adds_bos: bool = False,
+    image_processor: Any = None,
+    **config: Any,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Write a Hugging Face LLaVA folder with random weights.
+
+    Args:
+        models_folder: The fixture.
+        folder: Folder to create.
+        language_model: Kind of the language model.
+        tower: Kind of the vision tower.
+        image_token: Token to add for an image.
+        other_tokens: More control tokens to add.
+        template: Chat template of the processor; None for that of the language model.
+        adds_bos: The tokenizer puts <s> before every text.
+        image_processor: None for that of the tower.
+        config: More settings of stock LLaVA.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(models_folder / language_model)
+    tokenizer.add_tokens([image_token, *other_tokens], special_tokens=True)
+    if adds_bos:
+        bos = ("<s>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[bos]
+        )
+    text_config = AutoConfig.from_pretrained(
+        models_folder / language_model, vocab_size=len(tokenizer)
+    )
+    strategy = "default" if tower == "clip" else "full"
+    stock_config = StockLlavaConfig(
+        text_config=text_config,
+        vision_config=AutoConfig.from_pretrained(models_folder / tower),
+        image_token_index=tokenizer.convert_tokens_to_ids(image_token),
+        vision_feature_select_strategy=strategy,
+        **config,
+    )
+    torch.manual_seed(3)
+    stock = LlavaForConditionalGeneration(stock_config).eval()
+    for parameter in stock.parameters():
+        parameter.data.normal_(0, 0.3)  # large enough that the image changes the caption
+    stock.save_pretrained(folder)
+    if template is not None:
+        tokenizer.chat_template = None  # as in old folders: only the processor has one
+    processor = LlavaProcessor(
+        image_processor or CLIPImageProcessorPil.from_pretrained(models_folder / tower),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1 if tower == "clip" else 0,
+        image_token=image_token,
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    return stock, processor
+
+
+@torch.no_grad()
+def ask_stock(folder: Path, messages: list[dict], image: Path) -> tuple[torch.Tensor, str]:
+    """Return the first logits and the greedy caption of a folder, as the model cards of such models do."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[Image.open(image)], return_tensors="pt")
+    logits = model(**inputs).logits[0, -1]
+    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    caption_ids = generated[0, inputs["input_ids"].shape[1] :]
+    return logits, processor.decode(caption_ids, skip_special_tokens=True).strip()
+
+
+TEMPLATES = {
+    "joycaption": {
+        "tower": "siglip",
+        "image_token": "<|picture|>",
+        "other_tokens": ("<|start|>", "<|stop|>", "<|head|>", "<|end|>"),
+        "template": JOYCAPTION_TEMPLATE,
+    },
+    "llava-hf": {"template": LLAVA_HF_TEMPLATE},
+}
+
+
+@pytest.mark.parametrize("shape", TEMPLATES)
+def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
+    models_folder: Path, image: Path, tmp_path: Path, shape: str
+) -> None:
+    folder = tmp_path / shape
+    write_stock(models_folder, folder, adds_bos=True, **TEMPLATES[shape])
+    token = TEMPLATES[shape].get("image_token", "<image>")
+    report = import_checkpoint(folder, tmp_path / "ours", check_images=image.parent)
+    assert f"the chat template writes the image token {token}" in report
+    assert "1 of 1 greedy captions are equal (given images)" in report[-1]
+
+    content: Any = INSTRUCTION
+    if shape == "llava-hf":
+        content = [{"type": "image"}, {"type": "text", "text": INSTRUCTION}]
+    logits, caption = ask_stock(folder, [{"role": "user", "content": content}], image)
+    shutil.rmtree(folder)  # it is not needed any more
+    model = Llava.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(first_logits(model, image), logits, rtol=1e-5, atol=1e-5)
+    assert model.caption(image, max_new_tokens=8) == caption
+    assert caption
+
+    # The language model in the checkpoint can be trained further, with the same prompts.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours" / "language_model")
+    turns = [Message("user", f"<image>\n{INSTRUCTION}")]
+    assert Prompt(tokenizer).render(turns, None) == model.prompt.render(turns, None)
+    # The export is compared with the checkpoint, and equals the source again. Its template accepts lists.
+    export_stock(tmp_path / "ours", tmp_path / "again", images=[image])
+    picture = {"type": "image", "image": Image.open(image)}
+    parts = [{"role": "user", "content": [picture, {"type": "text", "text": INSTRUCTION}]}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "again", backend="pil")
+    assert processor.image_token == token
+    inputs = processor.apply_chat_template(
+        parts, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    prompt = model.prompt.render(turns, None).input_ids
+    ids = inputs["input_ids"][0]
+    assert [i for i in ids if i != processor.image_token_id] == [i for i in prompt if i >= 0]
+    with pytest.raises(ValueError, match=f"{re.escape(token)} itself.*--format hf"):
+        export_gguf(tmp_path / "ours", tmp_path / "gguf")
+
+
+def test_import_checkpoint_compares_sources_without_a_template_with_plain(
+    models_folder: Path, image: Path, tmp_path: Path
+) -> None:
+    """They are prompted by hand, in the form of Vicuna; its prompts are those of llava-hf's template."""
+    captions = []
+    for name, template in (("plain", ""), ("parts", LLAVA_HF_TEMPLATE)):
+        folder = tmp_path / name
+        write_stock(models_folder, folder, adds_bos=True, template=template)
+        import_checkpoint(folder, tmp_path / f"{name}-ours")
+        captions.append(Llava.from_pretrained(tmp_path / f"{name}-ours").caption(image))
+    assert captions[0] == captions[1]
+
+
+@pytest.mark.parametrize("pads_itself", [True, False])
+def test_import_checkpoint_compares_images_with_borders(
+    models_folder: Path, tmp_path: Path, pads_itself: bool
+) -> None:
+    size = {"height": 32, "width": 32}
+    padding = LlavaImageProcessorPil(do_pad=pads_itself, size={"shortest_edge": 32}, crop_size=size)
+    write_stock(models_folder, tmp_path / "stock", image_processor=padding)
+    options = {} if pads_itself else {"image_aspect_ratio": "pad"}
+    report = import_checkpoint(tmp_path / "stock", tmp_path / "ours", **options)
+    assert "image_aspect_ratio: pad" in report
+    assert "greedy captions are equal" in report[-1]
+    transform = Llava.from_pretrained(tmp_path / "ours").vision_tower.transform
+    assert transform.pad_color == (122, 116, 104)
+    if pads_itself:
+        with pytest.raises(ValueError, match="--image_aspect_ratio pad"):
+            import_checkpoint(tmp_path / "stock", tmp_path / "crop", image_aspect_ratio="crop")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"projector_hidden_act": "relu"}, "logits differ"),
+        ({"vision_feature_layer": -1}, "logits differ"),
+        ({"template": LLAVA_HF_TEMPLATE.replace("<image>", "<image>" * 2)}, "place for 2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_import_checkpoint_keeps_nothing_that_differs_from_the_source(
+    models_folder: Path, tmp_path: Path, change: dict, message: str
+) -> None:
+    folder = tmp_path / "stock"
+    write_stock(models_folder, folder, **change)
+    if "vision_feature_layer" in change:  # a wrong conversion
+        config = json.loads((folder / "config.json").read_text())
+        del config["vision_feature_layer"]
+        config["mm_vision_select_layer"] = -1
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(folder, tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["stock"], "nothing is left behind"
+
+
+def test_import_command_names_wrong_images_before_the_conversion(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, message in (("nowhere", "no such folder"), ("empty", "no image")):
+        words = ["source", "--output", "ours", "--check-images", str(tmp_path / name)]
+        with pytest.raises(ValueError, match=f"--check-images .*{name}: .*{message}"):
+            import_main(words)
 
 
 # ---- what is refused ----

@@ -88,6 +88,7 @@ def test_checkpoint_loads_with_the_same_logits(
     assert json.loads((checkpoint / "llava.json").read_text())["trained"] == trained
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("trained_tower", ["full", "lora"])
 @pytest.mark.parametrize("trained", ["adapter", "language_model"])
 def test_checkpoint_includes_a_trained_tower(
@@ -129,12 +130,18 @@ def test_checkpoint_includes_a_trained_tower(
         load_trained_weights(resumed, checkpoint)
 
 
-def test_checkpoint_keeps_several_layers_and_the_token_pool(
+def test_checkpoint_keeps_layers_token_pool_and_aspect_ratio(
     models_folder: Path, tmp_path: Path
 ) -> None:
-    choices = {"mm_vision_select_layer": (-2, -1), "mm_token_pool": 2}
+    choices = {
+        "mm_vision_select_layer": (-2, -1),
+        "mm_token_pool": 2,
+        "image_aspect_ratio": "pad",
+    }
     model = save_trained_model(models_folder, tmp_path / "c", TrainedParts(), **choices)
     loaded = load_checkpoint(tmp_path / "c")
+    assert loaded.vision_tower.transform.pad_color == (122, 116, 104)
+    assert loaded.vision_tower.transform == model.vision_tower.transform
     assert loaded.vision_tower.num_tokens == 4
     assert torch.equal(compute_logits(model), compute_logits(loaded))
 

@@ -296,6 +296,7 @@ def test_decoding_batch_every_prompt_has_its_own_options(models_folder: Path) ->
     assert [len(ids) for ids in together] == [4, 9, 9, 6]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("text", [*LANGUAGE_MODELS, "lfm2", "mamba"])
 def test_decoding_batch_sequences_join_while_others_are_in_flight(
     models_folder: Path, text: str
@@ -339,7 +340,7 @@ def test_decoding_batch_that_never_empties_does_not_grow(models_folder: Path) ->
         batch.step()
         batch.join(prompts, None, options)
         assert batch._mask.shape[1] <= max_columns
-        assert len(batch._generators) == len(batch.active) <= 3
+        assert len(batch._options) == len(batch.active) <= 3
         finished = set(batch.generated_ids) - set(batch.active)
         for sequence_id in finished:
             assert batch.generated_ids.pop(sequence_id) == expected
@@ -459,3 +460,64 @@ def test_decoding_batch_finishes_only_the_sequence_whose_logits_are_not_finite(
     assert [batch.generated_ids[i] for i in range(1, len(prompts))] == expected[1:]
     with pytest.raises(FloatingPointError):
         batch.raise_errors()
+
+
+# ---- a forced beginning ----
+
+
+def test_start_is_the_beginning_of_the_trained_answer(models_folder: Path) -> None:
+    """Its tokens are those that the model is trained on for such an answer, and it is part of the text."""
+    model = build(models_folder)
+    prompts, pixels = make_prompts(model)
+    options = GenerationOptions(max_new_tokens=5, start_with=" A photo of ")
+    features = model.vision_tower(pixels)
+    answers = run(DecodingBatch(model, prompts, features, options))
+    _, (trained,) = model.prompt.render_branches([Message("user", "x")], ["A photo of a dog"])
+    start = model.prompt.encode_start("A photo of")
+    assert len(start) > 1
+    assert trained[: len(start)] == start
+    for answer in answers:
+        assert answer[: len(start)] == start
+        assert len(answer) <= len(start) + 5
+    for (text,) in generate(model, prompts, pixels, options):
+        assert text.startswith("A photo of")
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_start_is_continued_as_by_transformers(models_folder: Path, beams: int) -> None:
+    model = build(models_folder)
+    prompts, pixels = make_prompts(model)
+    options = GenerationOptions(
+        max_new_tokens=8, min_new_tokens=3, num_beams=beams, start_with="A photo"
+    )
+    start = model.prompt.encode_start("A photo")
+    longer = [[*prompt, *start] for prompt in prompts]
+    expected = stock_generate(
+        model, longer, pixels, max_new_tokens=8, min_new_tokens=3, num_beams=beams
+    )
+    texts = [text for (text,) in generate(model, prompts, pixels, options)]
+    assert texts == [model.prompt.decode([*start, *ids]).strip() for ids in expected]
+
+
+def test_start_may_differ_within_a_batch(models_folder: Path) -> None:
+    model = build(models_folder)
+    prompts, pixels = make_prompts(model)
+    options = [
+        GenerationOptions(max_new_tokens=6, start_with=text) for text in ("", "a", "two dogs")
+    ]
+    together = run(DecodingBatch(model, prompts, model.vision_tower(pixels), options))
+    num_images = [0, 1, 2]
+    for index, prompt in enumerate(prompts):
+        first = sum(num_images[:index])
+        own = pixels[first : first + num_images[index]]
+        features = model.vision_tower(own) if len(own) else None
+        assert run(DecodingBatch(model, [prompt], features, options[index])) == [together[index]]
+
+
+def test_start_is_the_first_text_of_a_stream(models_folder: Path) -> None:
+    model = build(models_folder)
+    prompts, _ = make_prompts(model, ["What?"])
+    options = GenerationOptions(max_new_tokens=4, start_with="two dogs")
+    pieces = list(stream(model, prompts[0], None, options))
+    assert all(piece.startswith("two dogs") for piece in pieces)
+    assert pieces[-1] == generate(model, prompts, None, options)[0][0]

@@ -75,6 +75,7 @@ async def generate_answers(
 # ---- answers ----
 
 
+@pytest.mark.medium
 def test_engine_gives_answers_of_model_alone(model: Llava, photos: list[bytes]) -> None:
     """Images, text only, two images, conversations; greedy and sampled; joining at any time."""
     conversation = [

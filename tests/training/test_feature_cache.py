@@ -72,22 +72,25 @@ def test_cache_computes_nothing_in_a_second_run(
 def test_cache_never_finds_a_stale_feature(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    tower = load_tower(models_folder)
+    crop = load_tower(models_folder)
+    pad = load_tower(models_folder, image_aspect_ratio="pad")
     keys = {
-        cache_key(tower, "w"),
-        cache_key(tower, "other weights"),
+        cache_key(crop, "w"),
+        cache_key(crop, "other weights"),
         cache_key(load_tower(models_folder, select_layer=-1), "w"),
         cache_key(load_tower(models_folder, token_pool=2), "w"),
+        cache_key(pad, "w"),
         cache_key(load_tower(models_folder, torch.bfloat16), "w"),
     }
-    assert len(keys) == 5
+    assert len(keys) == 6
     (tmp_path / "images").mkdir()
     image = tmp_path / "images" / "x.jpg"
     for source in ("0.jpg", "1.jpg"):  # another image under the same name
         image.write_bytes((data_folder / "images" / source).read_bytes())
-        cache = FeatureCache(tower, "w", tmp_path / "cache")
-        features = cache.fill(["x.jpg"], image.parent, progress=False)
-        torch.testing.assert_close(features["x.jpg"], tower_features(tower, image))
+        for tower in (crop, pad):  # with and without borders, in the same folder
+            cache = FeatureCache(tower, "w", tmp_path / "cache")
+            features = cache.fill(["x.jpg"], image.parent, progress=False)
+            torch.testing.assert_close(features["x.jpg"], tower_features(tower, image))
 
 
 def test_cache_key_is_that_of_release_0_1_0(models_folder: Path) -> None:
@@ -198,6 +201,7 @@ def test_dummy_image_has_the_form_of_the_cached_images(
 # ---- llava encode ----
 
 
+@pytest.mark.medium
 def test_encode_saves_the_training_run_the_tower(
     models_folder: Path,
     data_folder: Path,

@@ -1,0 +1,138 @@
+"""Prompt files: several prompts with weights, one of which is chosen for each image.
+
+    # Lines that begin with # are comments. A weight and a bar may precede a prompt; else its weight is 1.
+    3 | Describe this image in one sentence.
+    1 | Describe this image. Its tags are: {tags}
+    0.5 | Which {folder} does {name} show?
+
+Varied prompts make the captions of a data set varied. The choice depends only on the seed and on the name of
+the image, so that it does not change when a job is continued, split or run again with more images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_simplified.captioning.caption_text import (
+    IMAGE_FIELDS,
+    check_fields,
+    field_names,
+    fill_fields,
+    image_fields,
+)
+from llava_simplified.captioning.sidecars import read_tags
+from llava_simplified.prompt import IMAGE_PLACEHOLDER
+
+_WEIGHTED = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*\|(.*)")
+
+
+class WeightedPrompt(NamedTuple):
+    """A prompt of a prompt file. It is chosen with a probability proportional to its weight."""
+
+    weight: float
+    text: str
+
+
+def read_prompt_file(path: str | Path) -> tuple[WeightedPrompt, ...]:
+    """Read a prompt file; see the module's docstring.
+
+    Raises:
+        ValueError: The file contains no prompt, a weight without a prompt, an unknown field or no UTF-8.
+    """
+    prompts: list[WeightedPrompt] = []
+    for number, line in enumerate(read_text_lines(path, "--prompt-file"), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        where = f"--prompt-file {path}, line {number}"
+        weighted = _WEIGHTED.fullmatch(line)
+        weight = float(weighted[1]) if weighted else 1.0
+        text = (weighted[2] if weighted else line).strip()
+        if not text:
+            raise ValueError(f"{where}: there is no prompt after the weight")
+        check_fields(text, IMAGE_FIELDS, where)
+        prompts.append(WeightedPrompt(weight, text))
+    if not any(prompt.weight for prompt in prompts):
+        raise ValueError(f"--prompt-file {path}: the file contains no prompt with a weight above 0")
+    return tuple(prompts)
+
+
+def read_text_lines(path: str | Path, option: str) -> list[str]:
+    """Return the lines of a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: The file.
+        option: The command-line option that names the file, for error messages.
+
+    Raises:
+        ValueError: The file cannot be read, or is not UTF-8.
+    """
+    try:
+        # Only line feeds separate lines: other separators of Unicode may be part of a text.
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path}: not UTF-8 ({error}); save it as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror}") from None
+    return [line.rstrip("\r") for line in text.split("\n")]
+
+
+def choose_prompt(prompts: Sequence[WeightedPrompt], image: str, seed: int) -> WeightedPrompt:
+    """Return the prompt of an image.
+
+    Args:
+        prompts: All prompts, with at least one weight above 0.
+        image: Name of the image, relative to the image folder.
+        seed: Random seed.
+    """
+    # A hash instead of a generator: the choice for an image must not depend on the images before it.
+    name = image.encode(errors="surrogateescape")
+    digest = hashlib.sha256(f"{seed}|".encode() + name).digest()
+    point = int.from_bytes(digest[:8], "big") / 2**64 * sum(weight for weight, _ in prompts)
+    chosen = prompts[0]
+    for prompt in prompts:
+        if prompt.weight > 0:
+            chosen = prompt
+            point -= prompt.weight
+        if prompt.weight > 0 and point < 0:
+            break
+    return chosen
+
+
+def fill_prompt(prompt: WeightedPrompt, image: str, folder: str, tags: str = "") -> str:
+    """Return the text of a prompt for an image; the arguments are those of `image_fields`."""
+    fields = image_fields(image, folder, tags)
+    # A file may be called "<image>.jpg". Only the prompt itself can say where the image is.
+    disarmed = IMAGE_PLACEHOLDER.strip("<>")
+    fields = {name: value.replace(IMAGE_PLACEHOLDER, disarmed) for name, value in fields.items()}
+    return fill_fields(prompt.text, fields)
+
+
+def prompt_chooser(
+    prompts: Sequence[WeightedPrompt], folder: str, seed: int
+) -> Callable[[str], str]:
+    """Return a function from the name of an image to its prompt.
+
+    Args:
+        prompts: All prompts.
+        folder: The image folder.
+        seed: Random seed of the choice.
+    """
+
+    def prompt_of(image: str) -> str:
+        prompt = choose_prompt(prompts, image, seed)
+        tags = ""
+        if "tags" in field_names(prompt.text):
+            # A prompt may do without tags, or with some wrong characters.
+            tags = read_tags(image, folder, strict=False)
+        return fill_prompt(prompt, image, folder, tags)
+
+    return prompt_of
+
+
+def prompts_use_tags(prompts: Sequence[WeightedPrompt]) -> bool:
+    """Return whether a prompt contains {tags}, for which sidecar files must be read."""
+    return any("tags" in field_names(prompt.text) for prompt in prompts)

@@ -1,0 +1,397 @@
+"""Sidecar files: the caption of `cats/a.jpg` in the text file `cats/a.txt`, as trainers of diffusion models read it.
+
+Each file is written under a temporary name and renamed, so that it always has its old or its new contents. A job
+that appends must also know after a kill whether it has appended already. Therefore each text is announced in the
+journal of the job (`jobs.Journal`) before the file is touched, with the digests of both contents:
+
+    journal   {"image": "a.jpg", "pred_output": "a cat", "sidecar": {"before": "5f3a...", "after": "c071..."}}
+    file      digest is "before"     not written yet: write it
+              digest is "after"      written: nothing to do
+              any other digest       somebody else has changed it since: leave it alone
+
+A caller does this for each batch::
+
+    plans = [writer.plan(image, text) for image, text in batch]
+    journal.append(...)                   # with the plans
+    for ...: writer.write(image, text, plan)
+
+and, when a job continues, calls `write` again for each row of the journal.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import hashlib
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, TypedDict
+
+from llava_simplified.data.image_folder import split_shard_name
+from llava_simplified.jobs import atomic_file, remove_temporary_files
+
+SIDECAR_SUFFIXES = (".txt", ".caption")
+# The journal of a job that writes sidecar files; other files of the job have longer names. It is hidden, so that no
+# reader of the folder takes it for data.
+SIDECAR_JOURNAL = ".llava-caption.jsonl"
+TAGS_SUFFIX = ".txt"  # {tags} are read from this file beside the image
+EXISTING_POLICIES = ("skip", "overwrite", "append", "prepend")
+
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# Errors that concern one file or folder. Others, such as a full disk, concern all that follow.
+_ERRORS_OF_ONE_FILE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP),
+}
+
+
+class SidecarError(ValueError):
+    """A sidecar file that cannot be read or written."""
+
+
+@dataclass(frozen=True)
+class SidecarOptions:
+    """Where and how sidecar files are written.
+
+    Attributes:
+        suffix: Suffix of the files, ".txt" or ".caption".
+        existing: What to do with an image that has such a file: "skip" (leave both alone), "overwrite",
+            "append" or "prepend" the caption.
+        output: Folder for the files, which mirrors the sub-folders of the images; None for beside the images.
+        separator: Text between the existing text and the caption.
+    """
+
+    suffix: str = ".txt"
+    existing: Literal["skip", "overwrite", "append", "prepend"] = "skip"
+    output: str | None = None
+    separator: str = ", "
+
+
+class SidecarPlan(TypedDict):
+    """Digests of a file's contents: `before` it is written (None if there is no file), and `after`."""
+
+    before: str | None
+    after: str
+
+
+# ---- contents ----
+
+
+class TextForm(NamedTuple):
+    """How a text file is encoded.
+
+    Attributes:
+        byte_order_mark: The bytes at its beginning; empty for none.
+        codec: Name of the codec.
+        newline: The line end, "\\n" or "\\r\\n".
+    """
+
+    byte_order_mark: bytes = b""
+    codec: str = "utf-8"
+    newline: str = "\n"
+
+
+def decode_sidecar(data: bytes, path: Path) -> tuple[str, TextForm]:
+    """Return the text of a sidecar file, line ends as they are, and its form.
+
+    Raises:
+        SidecarError: The file is not UTF-8 and has no byte order mark of UTF-16.
+    """
+    mark, codec = b"", "utf-8"
+    for known_mark, known_codec in _BYTE_ORDER_MARKS:
+        if data.startswith(known_mark):
+            mark, codec = known_mark, known_codec
+    try:
+        text = data[len(mark) :].decode(codec)
+    except UnicodeDecodeError as error:
+        raise SidecarError(f"{path}: not {codec.upper()} ({error}); save it as UTF-8") from None
+    newline = "\r\n" if "\r\n" in text else "\n"
+    return text, TextForm(mark, codec, newline)
+
+
+def join_texts(existing: str, caption: str, options: SidecarOptions, newline: str = "\n") -> str:
+    """Return the text of a file to which a caption is appended, or in which it is prepended.
+
+    The existing text, and the line end after it, stay as they are.
+    """
+    caption = caption.replace("\n", newline)
+    separator = options.separator.replace("\n", newline)
+    if options.existing == "append":
+        body = existing.rstrip()
+        line_end = existing[len(body) :]
+        return body + _join_neatly(body, separator, caption) + line_end
+    body = existing.lstrip()
+    return caption + separator + body
+
+
+def _join_neatly(body: str, separator: str, caption: str) -> str:
+    """Return separator and caption, without the comma if the body ends with one."""
+    visible = separator.rstrip()
+    if visible and body.endswith(visible):
+        separator = separator[len(visible) :]
+    return separator + caption
+
+
+def new_contents(
+    existing: bytes | None, caption: str, options: SidecarOptions, path: Path
+) -> bytes:
+    """Return the bytes of a sidecar file after a caption was written to it.
+
+    Raises:
+        SidecarError: The existing file cannot be decoded, or the caption cannot be encoded.
+    """
+    form = TextForm()
+    text = caption + "\n"
+    if existing and options.existing in ("append", "prepend"):
+        old_text, form = decode_sidecar(existing, path)
+        # A file of white space alone contains no caption, but it has a form.
+        text = caption.replace("\n", form.newline) + form.newline
+        if old_text.strip():
+            text = join_texts(old_text, caption, options, form.newline)
+    try:
+        return form.byte_order_mark + text.encode(form.codec)
+    except UnicodeEncodeError as error:
+        raise SidecarError(f"{path}: the caption cannot be encoded ({error})") from None
+
+
+def read_tags(image: str, image_folder: str | Path, *, strict: bool = True) -> str:
+    """Return what stands in the .txt file beside an image, for {tags}; empty without a file.
+
+    White space and commas around it are removed.
+
+    Args:
+        image: Name of the image, relative to the image folder. An image in a shard has no such file.
+        image_folder: The image folder.
+        strict: False to replace what is not UTF-8, and to ignore a file that cannot be read.
+
+    Raises:
+        SidecarError: The file cannot be read.
+    """
+    file_name, key = split_shard_name(image)
+    if key is not None:
+        return ""
+    path = (Path(image_folder) / file_name).with_suffix(TAGS_SUFFIX)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        if strict:
+            raise SidecarError(f"{path}: {error.strerror}") from None
+        return ""
+    try:
+        text, _ = decode_sidecar(data, path)
+    except SidecarError:
+        if strict:
+            raise
+        text = data.decode(errors="replace")
+    return text.strip().strip(",").strip()
+
+
+# ---- files ----
+
+
+class SidecarWriter:
+    """Writes the sidecar files of a folder of images.
+
+    Args:
+        options: Where and how to write.
+        image_folder: Folder that the names are relative to.
+        images: Names of all images of the job, to find those that would share a file.
+    """
+
+    def __init__(
+        self, options: SidecarOptions, image_folder: str | Path, images: Iterable[str]
+    ) -> None:
+        self.options = options
+        self._image_folder = Path(image_folder)
+        self._conflicts = self._find_conflicts(images)
+        self._folder_problems: dict[Path, str] = {}
+
+    def path(self, image: str) -> Path:
+        """Return the sidecar file of an image.
+
+        Raises:
+            SidecarError: The image cannot have one.
+        """
+        file_name, key = split_shard_name(image)
+        file = self._image_folder / file_name
+        folder = self._image_folder
+        if self.options.output is not None:
+            folder = Path(self.options.output)
+            if not file.is_relative_to(self._image_folder):
+                raise SidecarError(f"{file} is not in {self._image_folder}")
+            file = folder / file.relative_to(self._image_folder)
+        if key is None:
+            return file.with_suffix(self.options.suffix)
+        if self.options.output is None:
+            raise SidecarError("an image in a shard has no place for a sidecar file; pass --output")
+        # The key comes from the archive, and must not lead out of the folder.
+        parts = re.split(r"[/\\]", key)
+        if ".." in parts or key.startswith("/") or re.match("[A-Za-z]:", key):
+            raise SidecarError(f"the key {key!r} is not safe as a file name")
+        return file.with_suffix("").joinpath(*parts[:-1], parts[-1] + self.options.suffix)
+
+    def is_kept(self, image: str) -> bool:
+        """Return whether an image has a sidecar file that stays as it is: with the policy "skip"."""
+        if self.options.existing != "skip":
+            return False
+        try:
+            return os.path.lexists(self.path(image))
+        except SidecarError:
+            return False
+
+    def existing_text(self, image: str) -> str:
+        """Return the text of an image's sidecar file for display; empty if it cannot be read."""
+        path = self.path(image)
+        try:
+            return decode_sidecar(_read(path) or b"", path)[0].strip()
+        except SidecarError:
+            return ""
+
+    def problem(self, image: str) -> str:
+        """Return why no sidecar file can be written for an image; empty if nothing is known against it."""
+        if image in self._conflicts:
+            return self._conflicts[image]
+        try:
+            path = self.path(image)
+        except SidecarError as error:
+            return str(error)
+        if self.options.output is None and path == self._image_folder / image:
+            return f"the sidecar file would replace the image itself, {path}"
+        if os.path.lexists(path) and not path.is_file():
+            return f"{path} is not a regular file"
+        if path.parent not in self._folder_problems:
+            self._folder_problems[path.parent] = folder_problem(path.parent)
+        return self._folder_problems[path.parent]
+
+    def plan(self, image: str, text: str) -> SidecarPlan | None:
+        """Return what writing a text will change, for the journal.
+
+        Returns:
+            The plan; None if the image has got a file in the meantime, and the policy is "skip".
+
+        Raises:
+            SidecarError: The existing file cannot be read, or the text cannot be added to it.
+        """
+        path = self.path(image)
+        existing = _read(path)
+        if existing is not None and self.options.existing == "skip":
+            return None
+        after = new_contents(existing, text, self.options, path)
+        return {"before": _digest(existing), "after": _hash(after)}
+
+    def write(self, image: str, text: str, plan: SidecarPlan, *, resumed: bool = False) -> bool:
+        """Write a sidecar file, unless it is written already.
+
+        Args:
+            image: Name of the image.
+            text: The caption, finished.
+            plan: What `plan` has returned for it.
+            resumed: True if a killed process may have left its temporary file.
+
+        Returns:
+            False if the file was changed by somebody else since it was planned, and was left alone.
+
+        Raises:
+            SidecarError: The file cannot be written.
+        """
+        path = self.path(image)
+        existing = _read(path)
+        digest = _digest(existing)
+        if digest == plan["after"]:
+            return True
+        if digest != plan["before"]:
+            return False
+        data = new_contents(existing, text, self.options, path)
+        try:
+            _replace_file(path, data, resumed)
+        except OSError as error:
+            raise _as_sidecar_error(error, path) from None
+        return True
+
+    def _find_conflicts(self, images: Iterable[str]) -> dict[str, str]:
+        """Return the images that would share a sidecar file with others, and the reason for each."""
+        first: dict[str, str] = {}
+        sharing: dict[str, list[str]] = {}
+        for image in images:
+            try:
+                place = _comparable(self.path(image))
+            except SidecarError:
+                continue
+            if first.setdefault(place, image) != image:
+                sharing.setdefault(place, [first[place]]).append(image)
+        conflicts: dict[str, str] = {}
+        for names in sharing.values():
+            reason = (
+                f"{' and '.join(names)} would share the sidecar file {self.path(names[0]).name}; "
+                "rename one of them"
+            )
+            conflicts.update(dict.fromkeys(names, reason))
+        return conflicts
+
+
+def _comparable(path: Path) -> str:
+    """Return a path as it must be compared: some file systems ignore case and Unicode composition."""
+    if sys.platform in ("win32", "darwin"):
+        return unicodedata.normalize("NFC", str(path)).casefold()
+    return str(path)
+
+
+def folder_problem(folder: Path) -> str:
+    """Return why no file can be created in a folder, which may not exist yet; empty if it can."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"the folder {existing} is not writable; pass --output with another folder"
+    return ""
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the contents of a sidecar file, None if there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _as_sidecar_error(error, path) from None
+
+
+def _replace_file(path: Path, data: bytes, resumed: bool) -> None:
+    """Write a file atomically. A link stays a link, and a file keeps its permissions."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if resumed:
+        remove_temporary_files(target)
+    permissions = target.stat().st_mode if target.exists() else None
+    with atomic_file(target) as part:
+        part.write_bytes(data)
+    if permissions is not None and target.stat().st_mode != permissions:
+        target.chmod(permissions)
+
+
+def _as_sidecar_error(error: OSError, path: Path) -> OSError | SidecarError:
+    """Return an error that concerns this file alone as a `SidecarError`, any other as it is."""
+    if error.errno in _ERRORS_OF_ONE_FILE:
+        return SidecarError(f"{path}: {error.strerror}")
+    return error
+
+
+def _digest(data: bytes | None) -> str | None:
+    return None if data is None else _hash(data)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

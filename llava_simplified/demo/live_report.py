@@ -1,0 +1,109 @@
+"""The report of a demo that is still running: steps, losses and captions so far. The page reloads itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_simplified.data.images import decode_image, read_image_bytes
+from llava_simplified.demo.progress import CaptionRow, read_eval_captions, read_losses
+from llava_simplified.html_report import Chart, Thumbnail, line_chart, make_thumbnail, render_report
+from llava_simplified.jobs import atomic_file
+
+REFRESH_SECONDS = 5
+SHOWN_EVALUATIONS = 4  # columns of the table
+SHOWN_IMAGES = 12
+
+
+class StepRow(NamedTuple):
+    """One step of the demo: `state` is "done", "running" or "waiting"."""
+
+    title: str
+    state: str
+    detail: str
+
+
+class ShownCaption(NamedTuple):
+    """A caption, and whether it equals the reference."""
+
+    text: str
+    is_right: bool
+
+
+class ImageRow(NamedTuple):
+    """One row of the table: an image, its captions by step, and the reference."""
+
+    thumbnail: Thumbnail
+    captions: list[ShownCaption]
+    reference: str
+
+
+def write_live_report(
+    path: Path,
+    *,
+    title: str,
+    status: str,
+    fraction: float,
+    steps: Sequence[StepRow],
+    runs: dict[str, Path],
+    images: Path,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: The HTML file, replaced atomically, because a browser may read it at any time.
+        title: Heading of the page.
+        status: One sentence: the current step and the time left.
+        fraction: Completed part of the demo, 0 to 1.
+        steps: All steps of the demo.
+        runs: Title -> output folder of each training run that has begun.
+        images: Image folder.
+    """
+    captions: dict[int, list[CaptionRow]] = {}
+    charts = []
+    for name, folder in runs.items():
+        charts += _loss_charts(name, folder)
+        # Only one of the runs captions validation images.
+        captions |= read_eval_captions(folder)
+    shown = dict(list(captions.items())[-SHOWN_EVALUATIONS:])
+    page = render_report(
+        "demo/live_report.html",
+        title=title,
+        refresh_seconds=REFRESH_SECONDS,
+        status=status,
+        percent=100 * fraction,
+        steps=steps,
+        charts=charts,
+        caption_steps=list(shown),
+        rows=_image_rows(shown, images),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as part:
+        part.write_text(page, encoding="utf-8", errors="replace")
+
+
+def _loss_charts(name: str, folder: Path) -> list[Chart]:
+    curves = {label: points for label, points in read_losses(folder).items() if points}
+    if not curves:
+        return []
+    return [line_chart(name, "loss, nats per token", curves)]
+
+
+def _image_rows(captions: dict[int, list[CaptionRow]], images: Path) -> list[ImageRow]:
+    """Return the rows of the table: the evaluations caption the same images in the same order."""
+    rows = []
+    for evaluations in list(zip(*captions.values()))[:SHOWN_IMAGES]:
+        shown = []
+        for row in evaluations:
+            shown.append(ShownCaption(row.caption, row.caption == row.reference))
+        thumbnail = _thumbnail(images, evaluations[0].image)
+        rows.append(ImageRow(thumbnail, shown, evaluations[0].reference))
+    return rows
+
+
+@cache
+def _thumbnail(folder: Path, image: str) -> Thumbnail:
+    """Return the thumbnail of an image; the page is written many times with the same images."""
+    return make_thumbnail(decode_image(read_image_bytes(image, folder)))

@@ -1,0 +1,314 @@
+"""Run the steps of the demo one after the other, and show their progress.
+
+A thread follows the files that the running command writes, and redraws a line in the terminal and `report.html`. The
+commands themselves know nothing of the demo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_simplified import cli
+from llava_simplified.demo.assets import DemoAssets, fetch
+from llava_simplified.demo.live_report import StepRow, write_live_report
+from llava_simplified.demo.progress import (
+    NOT_STARTED,
+    Progress,
+    ReadProgress,
+    read_eval_captions,
+)
+from llava_simplified.demo.terminal import Terminal
+from llava_simplified.jobs import atomic_file, format_duration
+from llava_simplified.options import escape_control_characters
+
+NUM_STEPS = 6
+EXPECTED_SECONDS = 480  # of all steps after the download
+LOG_TAIL = 15  # lines of the log that are shown after a failure
+PRINTED_CAPTIONS = 8
+
+
+class Step(NamedTuple):
+    """One step of the demo.
+
+    Attributes:
+        title: What the step does.
+        argv: Arguments of `llava`. The first step, the download, has none.
+        seconds: Expected duration on 2 CPU cores, for the estimate of the remaining time.
+        read_progress: How far the command is.
+        run_folder: Output folder of a training run; None for other commands.
+    """
+
+    title: str
+    argv: list[str]
+    seconds: float
+    read_progress: ReadProgress = lambda: NOT_STARTED
+    run_folder: Path | None = None
+
+
+DOWNLOAD = Step("Download the models and drawings", [], seconds=30)
+
+
+class Demo:
+    """Runs the steps, and shows their progress in the terminal and in `report.html`.
+
+    Args:
+        output: Output folder.
+        terminal: Where progress is shown.
+
+    A thread follows the files that the running command writes. The commands themselves know nothing of
+    the demo.
+    """
+
+    def __init__(self, output: Path, terminal: Terminal) -> None:
+        self.output = output
+        self.terminal = terminal
+        self.durations: list[float] = []  # seconds, of the finished steps
+
+    def download(self, cache_dir: Path | None) -> DemoAssets:
+        """Run the first step, and return the models and images."""
+        self.terminal.print(f"The output of all commands is written to {self.output / 'log.txt'}.")
+        self._announce(0, DOWNLOAD, NUM_STEPS)
+        watcher = Watcher(self, [DOWNLOAD], 0, None)
+        with watcher:
+            assets = fetch(cache_dir)
+        self._finish(watcher)
+        return assets
+
+    def run(self, assets: DemoAssets, commands: Sequence[Step]) -> int:
+        """Run the commands in order, except those that an earlier demo has finished.
+
+        Returns:
+            The exit status of the first command that failed, or 0.
+        """
+        steps = [DOWNLOAD, *commands]
+        finished = FinishedSteps(self.output / "finished_steps.json")
+        for index, step in enumerate(commands, 1):
+            if finished.contains(index, step.argv):
+                self._announce(index, step, len(steps))
+                self.terminal.print("  done before")
+                self.durations.append(0.0)
+                continue
+            argv = [*step.argv, *self._resume_options(step, finished.started)]
+            finished.start(index, step.argv)
+            self._announce(index, step, len(steps))
+            self.terminal.print(f"$ llava {_shell_command(argv)}")
+            watcher = Watcher(self, steps, index, assets.images)
+            with watcher:
+                status = cli.main(argv)
+            if status:
+                self._describe_failure(step, status)
+                return status
+            finished.add(index, step.argv)
+            self._finish(watcher)
+        return 0
+
+    def _resume_options(self, step: Step, started: Sequence[str]) -> list[str]:
+        """Return the options that continue a training run; delete what runs with other settings have left.
+
+        Args:
+            step: A command that has not finished.
+            started: Arguments of the command that was started last.
+        """
+        if step.run_folder is None:
+            return []
+        # Captions of the model that this run replaces.
+        for part in self.output.glob("*.part*"):
+            part.unlink()
+        if list(started) == step.argv and any(step.run_folder.glob("checkpoint-*")):
+            return ["--resume_from_checkpoint", "true"]
+        shutil.rmtree(step.run_folder, ignore_errors=True)
+        return []
+
+    def _announce(self, index: int, step: Step, total: int) -> None:
+        self.terminal.print(f"\n[{index + 1}/{total}] {step.title}")
+
+    def _finish(self, watcher: Watcher) -> None:
+        self.durations.append(watcher.seconds)
+        self.terminal.print(f"  done in {format_duration(watcher.seconds)}")
+
+    def _describe_failure(self, step: Step, status: int) -> None:
+        log = self.output / "log.txt"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
+        self.terminal.print(
+            f"{step.title}: `llava {step.argv[0]}` ended with exit status {status}. "
+            f"The last lines of {log}:"
+        )
+        for line in lines:
+            self.terminal.print(f"  {escape_control_characters(line)}")
+
+
+class FinishedSteps:
+    """Which commands have finished? A second demo skips them.
+
+    A command counts as finished only if its arguments and those of all commands before it are the same.
+
+    Args:
+        path: JSON file, in which this is remembered.
+
+    Attributes:
+        finished: Arguments of the finished commands, in order.
+        started: Arguments of the command that was started last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.finished: list[list[str]] = []
+        self.started: list[str] = []
+        if path.is_file():
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self.finished = state["finished"]
+            self.started = state["started"]
+
+    def contains(self, index: int, argv: Sequence[str]) -> bool:
+        """Return whether command `index`, counted from 1, has finished with these arguments."""
+        return len(self.finished) >= index and self.finished[index - 1] == list(argv)
+
+    def start(self, index: int, argv: Sequence[str]) -> None:
+        """Command `index` starts: forget it and all after it, which depend on its output."""
+        self.finished = self.finished[: index - 1]
+        self.started = list(argv)
+        self._save()
+
+    def add(self, index: int, argv: Sequence[str]) -> None:
+        """Command `index` has finished."""
+        self.finished = [*self.finished[: index - 1], list(argv)]
+        self._save()
+
+    def _save(self) -> None:
+        state = {"finished": self.finished, "started": self.started}
+        with atomic_file(self.path) as part:
+            part.write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+class Watcher:
+    """Shows the progress of one step while the block runs: in the terminal, and in `report.html`.
+
+    Args:
+        demo: The demo.
+        steps: All steps known so far.
+        index: Number of this step in `steps`.
+        images: Image folder, once it exists.
+
+    Attributes:
+        seconds: Duration of the block.
+    """
+
+    REDRAW_SECONDS = 0.5
+    REPORT_SECONDS = 5.0
+
+    def __init__(self, demo: Demo, steps: Sequence[Step], index: int, images: Path | None) -> None:
+        self.demo = demo
+        self.steps = steps
+        self.index = index
+        self.images = images
+        self.step = steps[index]
+        self.seconds = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._printed_captions = False
+        self._fraction = 0.0
+        self._expected = self.step.seconds
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.seconds = time.monotonic() - self._start
+
+    def _follow(self) -> None:
+        next_report = 0.0
+        while not self._stop.wait(self.REDRAW_SECONDS):
+            elapsed = time.monotonic() - self._start
+            progress = self.step.read_progress()
+            left = self._time_left(elapsed, progress.fraction)
+            self.demo.terminal.show_progress(f"  {progress.text}; {left}")
+            self._print_first_captions()
+            if self.images is not None and elapsed >= next_report:
+                next_report = elapsed + self.REPORT_SECONDS
+                self._write_report(progress, left)
+
+    def _time_left(self, elapsed: float, fraction: float) -> str:
+        """Return the time until the end of the demo in words: measured for this step, expected for the others."""
+        # Measure when the fraction changes: between two changes, it would seem that the step slows down.
+        if fraction > max(self._fraction, 0.02):
+            self._expected = elapsed / fraction
+            self._fraction = fraction
+        expected = self._expected
+        # How fast is this machine? The download depends on the network instead.
+        measured = sum(self.demo.durations[1:]) + expected
+        planned = sum(step.seconds for step in self.steps[1 : self.index + 1]) or expected
+        later = sum(step.seconds for step in self.steps[self.index + 1 :])
+        seconds = max(expected - elapsed, 0.0) + later * measured / planned
+        if len(self.steps) < NUM_STEPS:
+            seconds += EXPECTED_SECONDS
+        if seconds < 60:
+            return "less than a minute left"
+        minutes = round(seconds / 60)
+        return f"about {minutes} minute{'s' if minutes > 1 else ''} left"
+
+    def _print_first_captions(self) -> None:
+        """Print the captions of the first evaluation as a table, once."""
+        if self._printed_captions or self.step.run_folder is None:
+            return
+        captions = read_eval_captions(self.step.run_folder)
+        if not captions:
+            return
+        self._printed_captions = True
+        first_step, rows = next(iter(captions.items()))
+        print_line = self.demo.terminal.print
+        print_line(
+            f"  After {first_step} steps, the model says about drawings that it has not seen:"
+        )
+        for row in rows[:PRINTED_CAPTIONS]:
+            caption = escape_control_characters(row.caption)
+            print_line(f"    {caption[:44]:<46}(right: {row.reference[:40]})")
+        print_line(f"  More are in {self.demo.output / 'report.html'}, which reloads itself.")
+
+    def _write_report(self, progress: Progress, left: str) -> None:
+        assert self.images is not None
+        rows = []
+        runs = {}
+        for number, step in enumerate(self.steps):
+            state, detail = "waiting", f"about {format_duration(step.seconds)}"
+            if number < self.index:
+                state, detail = "done", format_duration(self.demo.durations[number])
+            elif number == self.index:
+                state, detail = "running", progress.text
+            rows.append(StepRow(step.title, state, detail))
+            if number <= self.index and step.run_folder is not None:
+                runs[step.title] = step.run_folder
+        planned = sum(step.seconds for step in self.steps)
+        done = sum(step.seconds for step in self.steps[: self.index])
+        write_live_report(
+            self.demo.output / "report.html",
+            title="LLaVA Simplified: the demo is running",
+            status=f"Step {self.index + 1} of {len(self.steps)}: {self.step.title}. {left.capitalize()}.",
+            fraction=(done + progress.fraction * self.step.seconds) / planned,
+            steps=rows,
+            runs=runs,
+            images=self.images,
+        )
+
+
+def _shell_command(argv: Sequence[str]) -> str:
+    """Return arguments as they can be pasted into a shell, with `~` for the home folder."""
+    home = f"{Path.home()}{os.sep}"
+    words = []
+    for word in argv:
+        quoted = shlex.quote(word)
+        # A quoted `~` would not be expanded.
+        if quoted == word and word.startswith(home):
+            quoted = f"~/{word.removeprefix(home)}"
+        words.append(quoted)
+    return " ".join(words)
