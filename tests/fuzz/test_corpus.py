@@ -8,6 +8,7 @@ import pytest
 import targets
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", targets.TARGETS)
 def test_target_accepts_its_corpus(name: str) -> None:
     target = targets.TARGETS[name]
