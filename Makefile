@@ -74,12 +74,12 @@ test: $(STAMP)
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not medium and not slow"
 
-# all of the attacks, of which `make test` takes a sample; then ten minutes each: random bytes for the decoder,
-# the tar reader and the sources
+# all of the attacks, of which `make test` takes a sample; then ten minutes each: random bytes for every door where
+# strangers' bytes come in
 fuzz: $(STAMP)
 	FUZZ=1 $(BIN)/python -m pytest -n 2 tests/attack
 	$(INSTALL) -e '.[fuzz]'
-	for target in images shards sources; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
+	for target in images shards sources config prompt http; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
