@@ -253,6 +253,7 @@ def fail_to_fetch(_: Path) -> object:
     raise OSError(f"no space on {HOSTILE}")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_lets_data_control_the_terminal(
     workplace: Workplace,

@@ -303,6 +303,7 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
         assert difference.size == 0 or difference.max() <= 4
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("aspect_ratio", "warns"),
     [
