@@ -16,6 +16,7 @@ def test_all_exercises_are_found() -> None:
     assert len(PATHS) == 5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_solution_runs(
     path: Path,

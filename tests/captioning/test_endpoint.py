@@ -613,6 +613,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.medium
 def test_command_needs_no_torch(
     server: FaultyEndpoint, image_files: list[Path], tmp_path: Path
 ) -> None:
