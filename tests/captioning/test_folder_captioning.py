@@ -18,9 +18,9 @@ from llava_simplified.captioning.caption_text import TextOptions
 from llava_simplified.captioning.prompts import WeightedPrompt
 from llava_simplified.captioning.runner import CaptionJob, caption_file
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SidecarOptions, SidecarWriter
+from llava_simplified.model import generation
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import LlavaConfig
-from llava_simplified.model import generation
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 
