@@ -169,6 +169,18 @@ def escape_control_characters(text: str) -> str:
     return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def print_text(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print text for people. All commands print with this function: see `escape_control_characters`.
+
+    Args:
+        text: The text.
+        end: What follows it.
+        file: A text stream; None is the current standard output.
+    """
+    # Flush, because the text may be a part of a caption that is being generated.
+    print(escape_control_characters(text), end=end, file=file, flush=True)
+
+
 class MessageFormatter(logging.Formatter):
     """Format log messages, with their tracebacks, so that no terminal is controlled by them."""
 

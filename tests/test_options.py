@@ -115,6 +115,7 @@ def test_misspelt_options_name_the_nearest(name: str, capsys: pytest.CaptureFixt
             assert f"unknown option {misspelt}; did you mean --" in printed
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_parser_imports_nothing_heavy(name: str) -> None:
     module, _, function = COMMANDS[name].parser.partition(":")

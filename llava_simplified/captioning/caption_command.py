@@ -47,6 +47,7 @@ from llava_simplified.options import (
     add_image_folder_option,
     add_limit_option,
     add_shards_option,
+    print_text,
 )
 from llava_simplified.prompt import Message
 from llava_simplified.workers import parse_slice, run_tasks
@@ -297,9 +298,9 @@ def chat_main(argv: list[str] | None = None) -> int:
         pieces = []
         # Pass the whole conversation every time, because the model has no memory between calls.
         for piece in model.stream(turns, [pixels], **options):
-            print(piece, end="", flush=True)
+            print_text(piece, end="")
             pieces.append(piece)
-        print()
+        print_text("")
         # Replace an empty answer, because chat templates do not support empty turns.
         answer = "".join(pieces).strip() or "."
         turns.append(Message("assistant", answer))
@@ -308,7 +309,7 @@ def chat_main(argv: list[str] | None = None) -> int:
 def _read_line(prompt: str) -> str:
     """Read a line from standard input. The prompt is printed on a terminal only."""
     if sys.stdin.isatty():
-        print(prompt, end="", flush=True)
+        print_text(prompt, end="")
     return sys.stdin.readline().strip()
 
 
@@ -470,14 +471,14 @@ def _caption_on_terminal(
         # the end, and several captions would be mixed on the screen.
         if count == 1 and options.num_beams == 1 and style.text == TextOptions():
             for piece in model.stream(instruction, [pixels], **generation):
-                print(piece, end="", flush=True)
-            print()
+                print_text(piece, end="")
+            print_text("")
         else:
             captions = model.caption(
                 [pixels], instruction, num_return_sequences=count, **generation
             )[0]
             for caption in [captions] if count == 1 else captions:
-                print(finisher.finish_text(name, caption).text)
+                print_text(finisher.finish_text(name, caption).text)
     return 0
 
 

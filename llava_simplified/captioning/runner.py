@@ -109,7 +109,7 @@ class CaptionJob:
 
 
 class CaptionCounts(NamedTuple):
-    """Number of records of a job that have captions, and of those whose images cannot be read."""
+    """Number of records of a job that have captions, and of those that cannot be captioned."""
 
     captioned: int
     failed: int
@@ -405,7 +405,8 @@ def _caption_remaining(
             journal.append(finished_rows)
             fail([*failed_rows, *unfinished_rows])
             fail(finisher.write(finished_rows))
-            progress.advance(len(rows) // rows_per_record + len(failed_rows))
+            num_done = progress.done + len(rows) // rows_per_record + len(failed_rows)
+            progress.update(num_done, f"{len(failed):,} failed" if failed else "")
     return CaptionCounts(len(indices) - len(failed), len(failed))
 
 
@@ -559,8 +560,8 @@ def caption_records(
 
 
 # The captions of a record, or the error if there are none: its image cannot be read, its prompt
-# cannot be rendered, or the row is not a record.
-Outcome = list[str] | ValueError
+# cannot be rendered, the row is not a record, or the model's logits for it are not finite.
+Outcome = list[str] | ValueError | FloatingPointError
 
 
 def _in_record_order(
@@ -579,7 +580,9 @@ def _in_record_order(
             index = indices[position]
             record = window[position]
             outcome = waiting.pop(position)
-            if isinstance(record, ValueError) or isinstance(outcome, ValueError):
+            if isinstance(record, ValueError) or isinstance(
+                outcome, (ValueError, FloatingPointError)
+            ):
                 failed_rows.append(failed_row(index, record, outcome))
             else:
                 rows += [prediction_row(index, record, caption) for caption in outcome]
@@ -596,7 +599,7 @@ def _caption_window(
     matches: NameMatches,
 ) -> Iterator[dict[int, Outcome]]:
     """Yield the outcomes of each batch, by position in the window."""
-    from llava_simplified.model.generation import generate_from_features
+    from llava_simplified.model.generation import generate_separately
     from llava_simplified.model.sampling import prompt_hashes
 
     window: dict[int, Record] = {}
@@ -636,7 +639,7 @@ def _caption_window(
                 # Derive the random numbers from the content of prompt and images, so that a sampled
                 # caption depends neither on the batch nor on the index of its record.
                 hashes = prompt_hashes(batch_prompts, images.pixels(names))
-                captions = generate_from_features(
+                captions = generate_separately(
                     model, batch_prompts, images.features(names), options, hashes
                 )
                 outcomes.update(zip(readable, captions))

@@ -79,12 +79,14 @@ class BatchMetadata(TypedDict):
     ids: list[str]  # `Example.id` of each example
     warnings: list[str]
     tokens: int  # positions that are not padding
+    images: int  # without the dummy image
 
 
 class _RequiredBatchKeys(TypedDict):
     input_ids: torch.Tensor
     logit_positions: torch.Tensor
     labels: torch.Tensor
+    image_positions: torch.Tensor
     metadata: BatchMetadata
 
 
@@ -96,6 +98,8 @@ class Batch(_RequiredBatchKeys, total=False):
         logit_positions: int64 (trained,), indices into the flattened (batch * length) positions: where a token is
             predicted. An index can occur more than once.
         labels: int64 (trained,), the token that is predicted there.
+        image_positions: int64 (images * tokens_per_image,), indices into the flattened positions: where `input_ids` is
+            IMAGE_INDEX. They are listed here, on the host, because a GPU could only count them while the host waits.
         metadata: See `BatchMetadata`.
 
     Present if every row is one prompt with one answer:
@@ -163,6 +167,21 @@ def pad_sequences(
         else:
             row[longest - len(sequence) :] = sequence
     return torch.from_numpy(padded)
+
+
+def find_image_positions(input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the indices of the image placeholders in the flattened token ids.
+
+    Call it where the token ids are made, on the host: the number of placeholders is unknown to the host if the ids are on a
+    GPU, so that it would have to wait for it.
+
+    Args:
+        input_ids: int64 (batch, length).
+
+    Returns:
+        int64 (placeholders,).
+    """
+    return (input_ids.flatten() == IMAGE_INDEX).nonzero().flatten()
 
 
 class ExpandedExample(NamedTuple):
@@ -262,11 +281,15 @@ class Collator:
 
         input_ids = pad_sequences(_concatenate(expanded, "input_ids"), self.pad_token_id)
         logit_positions, labels = _flatten_pairs(expanded, row_length=input_ids.shape[1])
+        image_positions = find_image_positions(input_ids)
         batch: Batch = {
             "input_ids": input_ids,
             "logit_positions": logit_positions,
             "labels": labels,
-            "metadata": _describe(examples, expanded),
+            "image_positions": image_positions,
+            "metadata": _describe(
+                examples, expanded, num_images=len(image_positions) // self.tokens_per_image
+            ),
         }
 
         has_packs = len(examples) > len(expanded)
@@ -337,10 +360,12 @@ def _flatten_pairs(
 
 
 def _describe(
-    examples: Sequence[Example], expanded: Sequence[Sequence[ExpandedExample]]
+    examples: Sequence[Example],
+    expanded: Sequence[Sequence[ExpandedExample]],
+    num_images: int,
 ) -> BatchMetadata:
     """Return the metadata of a batch."""
-    metadata: BatchMetadata = {"ids": [], "warnings": [], "tokens": 0}
+    metadata: BatchMetadata = {"ids": [], "warnings": [], "tokens": 0, "images": num_images}
     for example in examples:
         metadata["ids"].append(example.id)
         metadata["warnings"] += example.warnings

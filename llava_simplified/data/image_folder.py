@@ -28,7 +28,7 @@ import numpy as np
 from llava_simplified.data.names import AmbiguousNameError, name_parts, name_suffixes
 
 _MAX_LISTED_FILES = 200_000  # a larger folder is not listed to find a name that differs in case
-_ARCHIVE_SUFFIXES = (".tar", ".parquet")
+_ARCHIVE_SUFFIXES = (".tar", ".parquet", ".arrow")
 
 
 class LocatedFile(NamedTuple):

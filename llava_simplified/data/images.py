@@ -45,6 +45,7 @@ from llava_simplified.data.image_folder import (
 )
 from llava_simplified.data.image_formats import sniff_format, without_metadata
 from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.pixel_budget import DECODING
 from llava_simplified.data.shards import read_shard_image
 from llava_simplified.extras import MissingExtraError
 
@@ -162,7 +163,7 @@ def load_pixels(image: ImageSource) -> np.ndarray:
     """Convert any form of an image to uint8 RGB (height, width, 3), upright, with transparency on white.
 
     A file, its bytes, and the PIL image or the array that was made of it give the same pixels, as far as these contain
-    them: an array has no EXIF orientation.
+    them: an array has no EXIF orientation. Files are decoded within the process's budget (`pixel_budget`).
 
     Raises:
         ImageError: The file is missing or cannot be decoded.
@@ -176,7 +177,11 @@ def load_pixels(image: ImageSource) -> np.ndarray:
         except OSError as error:
             raise ImageError("missing", str(error)) from error
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(image))
+        data = bytes(image)
+        width, height = read_image_size(data)
+        # The server calls this function in several threads.
+        with DECODING.admit(width * height):
+            return decode_image(data)
     if isinstance(image, np.ndarray):
         return _array_to_rgb(image)
     if isinstance(image, Image.Image):

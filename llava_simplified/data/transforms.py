@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from llava_simplified.data.device_copy import to_device
 from llava_simplified.data.images import MAX_PIXELS, ImageError
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.hub import check_model_name
@@ -302,8 +303,8 @@ class ImageTransform:
         import torch
 
         # float32 on every device; the tower converts to its own dtype.
-        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        mean = to_device(torch.tensor(self.mean, device="cpu"), pixels.device).view(3, 1, 1)
+        std = to_device(torch.tensor(self.std, device="cpu"), pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
 
 

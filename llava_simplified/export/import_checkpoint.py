@@ -498,7 +498,7 @@ def _load_strictly(module: nn.Module | Module, weights: Weights, name: str) -> N
 
 def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
     """Add the LoRA adapter of a source to the language model."""
-    from peft import (
+    from llava_simplified.model.peft_names import (
         get_peft_model,
         get_peft_model_state_dict,
         set_peft_model_state_dict,

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 
 from llava_simplified.data.images import (
     ImageError,
@@ -35,6 +34,7 @@ from llava_simplified.model.generation import DecodingBatch
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.language_model import lm_head_at_positions
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.peft_names import PeftModel
 from llava_simplified.prompt import FIXED_DATE, IMAGE_INDEX, IMAGE_PLACEHOLDER
 
 CAPTION_LENGTH = 16  # number of new tokens of the captions

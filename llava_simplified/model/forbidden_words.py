@@ -26,6 +26,7 @@ from itertools import accumulate
 import torch
 from transformers.generation import LogitsProcessor
 
+from llava_simplified.data.device_copy import to_device
 from llava_simplified.prompt import Prompt
 
 # Scripts without spaces between words: a forbidden word is found anywhere in them.
@@ -163,9 +164,15 @@ def exclude_forbidden_words(
         generated_ids: All token ids of each row's answer so far.
         words: The words.
     """
+    rows: list[int] = []
+    banned: list[int] = []
     for row, ids in enumerate(generated_ids):
-        banned = torch.tensor(words.banned_ids(ids), dtype=torch.long, device=logits.device)
-        logits[row, banned] = -torch.inf
+        banned_ids = words.banned_ids(ids)
+        rows += [row] * len(banned_ids)
+        banned += banned_ids
+    # One copy to the device for all rows.
+    pairs = to_device(torch.tensor([rows, banned], dtype=torch.long), logits.device)
+    logits[pairs[0], pairs[1]] = -torch.inf
 
 
 @lru_cache(maxsize=4)

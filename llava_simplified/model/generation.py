@@ -10,8 +10,11 @@ al., Orca, 2022): after each step, finished sequences leave the batch, and new o
 of one prompt start from N copies of one prefilled KV cache. Beam search is that of Transformers.
 
 A sequence does not depend on the other sequences in the batch: padding is masked, positions count from
-the sequence's own first token, and each sequence has its own random generator (see
+the sequence's own first token, and each sequence has its own random numbers (see
 `llava_simplified.model.sampling`).
+
+On a GPU, the steps run as CUDA graphs (see `llava_simplified.model.static_decoding`). The host reads one
+small tensor from the device in each step, the new tokens, because they decide which sequences end.
 """
 
 from __future__ import annotations
@@ -23,12 +26,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch.nn.functional import pad as pad_tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.generation import logits_process
+from transformers.generation import LogitsProcessor, logits_process
 
-from llava_simplified.data.collate import expand_image_placeholders, pad_sequences
+from llava_simplified.data.collate import (
+    expand_image_placeholders,
+    find_image_positions,
+    pad_sequences,
+)
+from llava_simplified.data.device_copy import to_device
 from llava_simplified.model.forbidden_words import (
     ForbiddenWordsProcessor,
     exclude_forbidden_words,
@@ -40,9 +47,25 @@ from llava_simplified.model.kv_cache import (
     has_key_value_columns,
     set_cache_length,
 )
-from llava_simplified.model.language_model import cache_kwarg_name, lm_head_at_positions
+from llava_simplified.model.language_model import (
+    cache_kwarg_name,
+    lm_head_at_positions,
+    without_peft,
+)
 from llava_simplified.model.protocols import CaptionModel, CausalLM
-from llava_simplified.model.sampling import draw, make_generator, process_logits, prompt_hashes
+from llava_simplified.model.sampling import draw, process_logits, prompt_hashes, random_numbers
+from llava_simplified.model.static_decoding import (
+    BuffersTooLargeError,
+    DecodingState,
+    StaticDecodingError,
+    disable_static_decoding,
+    find_static_decoder,
+)
+
+# In place of the token of a sequence whose logits are not finite.
+_NO_TOKEN = -1
+
+NOT_FINITE = "The logits of the next token contain NaN or infinity."
 
 
 class DecodingBatch:
@@ -98,13 +121,15 @@ class DecodingBatch:
         #
         # Active sequences only, by id:
         self._options: dict[int, GenerationOptions] = {}
-        self._generators: dict[int, torch.Generator] = {}
+        self._random_numbers: dict[int, Iterator[float]] = {}
         self._num_forced: dict[int, int] = {}  # number of token ids of `start_with`
         # By row:
         self._mask = torch.empty(0)  # int64 (rows, columns of the cache)
         self._next_positions = torch.empty(0)  # int64 (rows,)
         self._logits = torch.empty(0)  # (rows, vocabulary), of the next token
         self._cache: Any = None
+        # On a GPU, mask, positions and cache are moved into the buffers of this decoder.
+        self._static_decoder = find_static_decoder(model)
         self._cache_kwarg_name = cache_kwarg_name(model.language_model)
         self.join(prompts, image_features, options, hashes)
 
@@ -147,6 +172,7 @@ class DecodingBatch:
         # Bring the new rows and the old ones to the same number of columns: the number of tokens of the
         # longest sequence. This also drops the columns that only finished sequences needed.
         columns = mask.shape[1]
+        self.leave_static_buffers()
         if self.active:
             longest = self._mask.sum(1).max()
             columns = max(columns, int(longest))
@@ -161,9 +187,8 @@ class DecodingBatch:
         # One row per sequence instead of one per prompt.
         copies = [option.num_return_sequences for option in options]
         device = self.model.device
-        prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(
-            torch.tensor(copies, device=device)
-        )
+        prompt_of_row = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
+        prompt_of_row = to_device(prompt_of_row, device)
         if len(prompt_of_row) > len(prompts):
             cache.reorder_cache(prompt_of_row)
         mask = mask[prompt_of_row]
@@ -193,9 +218,10 @@ class DecodingBatch:
                 self.generated_ids[sequence_id] = list(start)
                 self._num_forced[sequence_id] = len(start)
                 self._options[sequence_id] = option
-                self._generators[sequence_id] = make_generator(
-                    option.seed, prompt_hash, sample, device
-                )
+                if option.temperature:
+                    self._random_numbers[sequence_id] = random_numbers(
+                        option.seed, prompt_hash, sample
+                    )
         self.active += joined
         return joined
 
@@ -216,10 +242,7 @@ class DecodingBatch:
         rows_to_keep: list[int] = []
         for row, (sequence_id, token) in enumerate(zip(self.active, tokens)):
             if token is None:
-                not_finite = FloatingPointError(
-                    "The logits of the next token contain NaN or infinity."
-                )
-                self.errors.setdefault(sequence_id, not_finite)
+                self.errors.setdefault(sequence_id, FloatingPointError(NOT_FINITE))
                 continue
             generated.append((sequence_id, token))
             ids = self.generated_ids[sequence_id]
@@ -261,7 +284,7 @@ class DecodingBatch:
             of the next token (prompts, vocabulary), and the KV cache.
         """
         model = self.model
-        input_ids, mask = _expand_and_pad(model, prompts)
+        input_ids, mask, image_positions = _expand_and_pad(model, prompts)
         # Padding gets position 0; the mask hides it.
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         # Logits at the last column of each row, as indices into prompts x columns.
@@ -270,7 +293,7 @@ class DecodingBatch:
         cache: Any = DynamicCache(config=model.config)
         with lm_head_at_positions(model.language_model, last_columns):
             outputs = model.language_model(
-                inputs_embeds=model.splice(input_ids, image_features),
+                inputs_embeds=model.splice(input_ids, image_features, image_positions),
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=True,
@@ -282,13 +305,15 @@ class DecodingBatch:
 
     def _decode(self) -> None:
         """Feed each active sequence its newest token: one more column, and the next logits."""
-        newest = [[self.generated_ids[sequence_id][-1]] for sequence_id in self.active]
+        newest = [self.generated_ids[sequence_id][-1] for sequence_id in self.active]
+        if self._decode_in_static_buffers(newest):
+            return
         new_column = self._mask.new_ones(len(self.active), 1)
         self._mask = torch.cat([self._mask, new_column], dim=1)
         # A pure state-space model (Mamba) caches no columns, so there is nothing to mask.
         attention_mask = self._mask if has_key_value_columns(self._cache) else None
         outputs = self.model.language_model(
-            input_ids=torch.tensor(newest, device=self.model.device),
+            input_ids=to_device(torch.tensor(newest), self.model.device)[:, None],
             attention_mask=attention_mask,
             position_ids=self._next_positions[:, None],
             use_cache=True,
@@ -297,6 +322,46 @@ class DecodingBatch:
         self._logits = outputs.logits[:, -1]
         self._next_positions = self._next_positions + 1
 
+    # ---- the same on a GPU ----
+
+    def _decode_in_static_buffers(self, newest: list[int]) -> bool:
+        """Run the step in the buffers of the static decoder; return False if there is none."""
+        decoder = self._static_decoder
+        if decoder is None:
+            return False
+        if decoder.is_loaded(self) and decoder.is_full:
+            self.leave_static_buffers()
+        try:
+            if not decoder.is_loaded(self):
+                state = DecodingState(self._cache, self._mask, self._next_positions)
+                decoder.load(self, state, self._most_remaining_tokens())
+                self._cache = None
+            self._logits = decoder.step(newest)
+        except BuffersTooLargeError as error:
+            decoder.warn_too_large(error)
+            return False
+        except StaticDecodingError as error:
+            self.leave_static_buffers()
+            disable_static_decoding(self.model, str(error))
+            self._static_decoder = None
+            return False
+        return True
+
+    def leave_static_buffers(self) -> None:
+        """Take mask, positions and cache back from the buffers, if they are there."""
+        decoder = self._static_decoder
+        if decoder is not None and decoder.is_loaded(self):
+            state = decoder.unload()
+            self._cache, self._mask = state.cache, state.mask
+            self._next_positions = state.next_positions
+
+    def _most_remaining_tokens(self) -> int:
+        remaining = []
+        for sequence_id in self.active:
+            generated = len(self.generated_ids[sequence_id]) - self._num_forced[sequence_id]
+            remaining.append(self._options[sequence_id].max_new_tokens - generated)
+        return max(remaining)
+
     def _keep_rows(self, rows: list[int]) -> None:
         """Remove all other rows from the batch."""
         if len(rows) == len(self.active):
@@ -304,12 +369,16 @@ class DecodingBatch:
         before = self.active
         self.active = [before[row] for row in rows]
         for sequence_id in set(before) - set(self.active):
-            del self._options[sequence_id], self._generators[sequence_id]
+            del self._options[sequence_id]
             del self._num_forced[sequence_id]
-        index = torch.tensor(rows, dtype=torch.long, device=self.model.device)
+            self._random_numbers.pop(sequence_id, None)
+        index = to_device(torch.tensor(rows, dtype=torch.long), self.model.device)
+        self._logits = self._logits[index]
+        if self._static_decoder is not None and self._static_decoder.is_loaded(self):
+            self._static_decoder.keep_rows(rows)
+            return
         self._mask = self._mask[index]
         self._next_positions = self._next_positions[index]
-        self._logits = self._logits[index]
         if self.active:
             self._cache.reorder_cache(index)
         else:
@@ -328,50 +397,73 @@ class DecodingBatch:
             group = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
             groups.setdefault(group, []).append(row)
 
-        chosen: list[int | None] = [None] * len(self.active)
+        order: list[int] = []
+        tokens: list[torch.Tensor] = []
         for (options, _), rows in groups.items():
-            generators = [self._generators[self.active[row]] for row in rows]
-            states = [generator.get_state() for generator in generators]
+            # Draw first, so that a second attempt has the same numbers.
+            numbers = self._draw_numbers(rows, options)
             try:
-                tokens = self._choose_together(rows, options)
+                tokens.append(self._choose_together(rows, options, numbers))
             except Exception:  # noqa: BLE001 - no failure may end the other sequences
-                # Repeat the attempt row by row, with the same random numbers, to find the row at fault.
-                for generator, state in zip(generators, states):
-                    generator.set_state(state)
-                tokens = [self._choose_alone(row, options) for row in rows]
-            for row, token in zip(rows, tokens):
-                chosen[row] = token
+                # Repeat the attempt row by row to find the row at fault.
+                for position, row in enumerate(rows):
+                    number = None if numbers is None else numbers[position : position + 1]
+                    tokens.append(self._choose_alone(row, options, number))
+            order += rows
+
+        # Read the tokens of all groups together: this waits for the device.
+        chosen: list[int | None] = [None] * len(self.active)
+        for row, token in zip(order, torch.cat(tokens).tolist()):
+            chosen[row] = None if token == _NO_TOKEN else token
         return chosen
 
-    def _choose_together(self, rows: list[int], options: GenerationOptions) -> list[int | None]:
-        """Choose the next token of rows with equal options and lengths; None if not finite."""
+    def _draw_numbers(self, rows: list[int], options: GenerationOptions) -> torch.Tensor | None:
+        """Return a random number per row, on the device; None for greedy search."""
+        if not options.temperature:
+            return None
+        numbers = [next(self._random_numbers[self.active[row]]) for row in rows]
+        return to_device(torch.tensor(numbers), self.model.device)
+
+    def _choose_together(
+        self, rows: list[int], options: GenerationOptions, numbers: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Choose the next token of rows with equal options and lengths.
+
+        Returns:
+            int64 (rows,) on the device, `_NO_TOKEN` where the logits are not finite.
+        """
         ids = [self.active[row] for row in rows]
         answers = [self.generated_ids[i] for i in ids]
-        logits = self._logits[rows].float()
+        logits = self._logits
+        if len(rows) < len(self.active):
+            logits = logits[to_device(torch.tensor(rows), logits.device)]
+        logits = logits.float()
         # Equal options have an equal `start_with`, so that all of these rows have generated as many tokens.
         if len(answers[0]) - self._num_forced[ids[0]] < options.min_new_tokens:
-            logits[:, self.model.prompt.stop_ids] = -torch.inf
+            stop_ids = to_device(torch.tensor(self.model.prompt.stop_ids), logits.device)
+            logits = logits.index_fill(1, stop_ids, -torch.inf)
         if options.forbid:
             words = load_forbidden_words(self.model.prompt, options.forbid)
+            logits = logits.clone()  # It may be `self._logits`, which a second attempt reads again.
             exclude_forbidden_words(logits, answers, words)
         logits = process_logits(logits, answers, options)
-        if options.temperature:
-            tokens = draw(logits, [self._generators[i] for i in ids])
-        else:
+        if numbers is None:
             tokens = logits.argmax(-1)
+        else:
+            tokens = draw(logits, numbers)
         # Check the maximum, which is NaN if any logit is. Single logits may be -inf (excluded tokens).
         is_finite = logits.amax(-1).isfinite()
-        return [
-            token if finite else None for token, finite in zip(tokens.tolist(), is_finite.tolist())
-        ]
+        return tokens.where(is_finite, _NO_TOKEN)
 
-    def _choose_alone(self, row: int, options: GenerationOptions) -> int | None:
+    def _choose_alone(
+        self, row: int, options: GenerationOptions, number: torch.Tensor | None
+    ) -> torch.Tensor:
         """Choose the next token of one row. Store an exception in `errors`."""
         try:
-            return self._choose_together([row], options)[0]
+            return self._choose_together([row], options, number)
         except Exception as error:  # noqa: BLE001
             self.errors[self.active[row]] = error
-            return None
+            return torch.full((1,), _NO_TOKEN, device=self.model.device)
 
 
 @contextmanager
@@ -397,7 +489,7 @@ def encode_images(model: CaptionModel, pixel_values: torch.Tensor) -> torch.Tens
         Patch features (images, tokens, vision hidden size).
     """
     with eval_mode(model):
-        return model.vision_tower(pixel_values.to(model.device))
+        return model.vision_tower(to_device(pixel_values, model.device))
 
 
 def generate(
@@ -434,6 +526,29 @@ def generate_from_features(
 ) -> list[list[str]]:
     """Continue each prompt as `generate` does, but from images that are already encoded.
 
+    The arguments are those of `generate_separately`.
+
+    Raises:
+        FloatingPointError: The logits of a prompt were not finite.
+    """
+    results: list[list[str]] = []
+    for result in generate_separately(model, prompts, image_features, options, hashes):
+        if isinstance(result, FloatingPointError):
+            raise result
+        results.append(result)
+    return results
+
+
+@torch.inference_mode()
+def generate_separately(
+    model: CaptionModel,
+    prompts: Sequence[Sequence[int]],
+    image_features: torch.Tensor | None,
+    options: GenerationOptions,
+    hashes: Sequence[bytes],
+) -> list[list[str] | FloatingPointError]:
+    """Continue each prompt, where no prompt can fail another one.
+
     Args:
         model: The model.
         prompts: Token ids, one IMAGE_INDEX per image.
@@ -444,23 +559,30 @@ def generate_from_features(
 
     Returns:
         For each prompt `num_return_sequences` texts, without special tokens, leading and trailing
-        whitespace.
+        whitespace; or the error, if the logits of one of its sequences were not finite.
     """
+    per_prompt = options.num_return_sequences
     with eval_mode(model):
         if options.num_beams > 1:
-            sequences = _beam_search(model, prompts, image_features, options)
+            sequences, failed = _beam_search(model, prompts, image_features, options)
         else:
             batch = DecodingBatch(model, prompts, image_features, options, hashes)
             while batch.active:
                 batch.step()
-                batch.raise_errors()
             sequences = list(batch.generated_ids.values())
+            failed = set()
+            for sequence_id, error in batch.errors.items():
+                if not isinstance(error, FloatingPointError):
+                    raise error
+                failed.add(sequence_id // per_prompt)
     # Group the texts by prompt: the sequences of one prompt are consecutive.
-    texts = [model.prompt.decode(ids).strip() for ids in sequences]
-    per_prompt = options.num_return_sequences
-    results: list[list[str]] = []
-    for start in range(0, len(texts), per_prompt):
-        results.append(texts[start : start + per_prompt])
+    results: list[list[str] | FloatingPointError] = []
+    for number in range(len(prompts)):
+        if number in failed:
+            results.append(FloatingPointError(NOT_FINITE))
+            continue
+        ids_of_prompt = sequences[number * per_prompt : (number + 1) * per_prompt]
+        results.append([model.prompt.decode(ids).strip() for ids in ids_of_prompt])
     return results
 
 
@@ -500,20 +622,23 @@ def stream(
 def _expand_and_pad(
     model: CaptionModel,
     prompts: Sequence[Sequence[int]],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Repeat each image placeholder once per patch feature, and pad the prompts on the left.
 
     Left padding makes the last column the newest token of every row.
 
     Returns:
-        The token ids and the attention mask, int64 (prompts, columns).
+        The token ids and the attention mask, int64 (prompts, columns); and the flat indices of the image
+        placeholders, int64 (placeholders,).
     """
     num_tokens = model.vision_tower.num_tokens
     expanded = [expand_image_placeholders(prompt, num_tokens) for prompt in prompts]
     input_ids = pad_sequences(expanded, model.prompt.end_id, side="left")
     ones = [np.ones(len(ids)) for ids in expanded]
     mask = pad_sequences(ones, 0, side="left")
-    return input_ids.to(model.device), mask.to(model.device)
+    inputs = (input_ids, mask, find_image_positions(input_ids))
+    on_device = [to_device(tensor, model.device) for tensor in inputs]
+    return on_device[0], on_device[1], on_device[2]
 
 
 def _beam_search(
@@ -521,15 +646,16 @@ def _beam_search(
     prompts: Sequence[Sequence[int]],
     image_features: torch.Tensor | None,
     options: GenerationOptions,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], set[int]]:
     """Run the beam search of Transformers; with a temperature, its beam sampling.
 
     Returns:
-        `num_return_sequences` lists of token ids per prompt, in the order of the prompts.
+        `num_return_sequences` lists of token ids per prompt, in the order of the prompts; and the
+        numbers of the prompts whose logits were not finite, whose token ids are meaningless.
     """
     start_ids = _start_ids(model, options)
     prompts = [[*prompt, *start_ids] for prompt in prompts]
-    input_ids, attention_mask = _expand_and_pad(model, prompts)
+    input_ids, attention_mask, image_positions = _expand_and_pad(model, prompts)
     if options.temperature and options.seed is not None:
         torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {}
@@ -558,19 +684,46 @@ def _beam_search(
         do_sample=options.temperature > 0,
         **sampling,
     )
+    guard = _NonFiniteGuard(options.num_beams)
     with _without_generation_defaults(model.language_model):
-        generated = model.language_model.generate(
-            inputs_embeds=model.splice(input_ids, image_features),
+        sequences = model.language_model.generate(
+            inputs_embeds=model.splice(input_ids, image_features, image_positions),
             attention_mask=attention_mask,
             generation_config=generation_config,
-            logits_processor=processors,
-        ).tolist()
-    return [start_ids + ids for ids in generated]
+            logits_processor=[guard, *processors],
+        )
+    return [start_ids + ids for ids in sequences.tolist()], guard.failed
 
 
 def _start_ids(model: CaptionModel, options: GenerationOptions) -> list[int]:
     """Return the token ids that every answer begins with."""
     return model.prompt.encode_start(options.start_with) if options.start_with.strip() else []
+
+
+class _NonFiniteGuard(LogitsProcessor):
+    """Notes the prompts whose logits are not finite, and keeps the search of the others going.
+
+    Args:
+        num_beams: Number of consecutive rows per prompt.
+
+    Attributes:
+        failed: Numbers of the prompts.
+    """
+
+    def __init__(self, num_beams: int) -> None:
+        self.failed: set[int] = set()
+        self._num_beams = num_beams
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores (rows, vocabulary), with those of failed rows replaced by zeros."""
+        # The maximum is NaN if any score is. Single scores may be -inf (excluded tokens).
+        is_finite = scores.amax(-1).isfinite()
+        if is_finite.all():
+            return scores
+        for row in (~is_finite).nonzero()[:, 0].tolist():
+            self.failed.add(row // self._num_beams)
+        # With NaN, sampling would raise an error for all prompts.
+        return torch.where(is_finite[:, None], scores, 0.0)
 
 
 @contextmanager
@@ -581,9 +734,7 @@ def _without_generation_defaults(language_model: CausalLM) -> Iterator[None]:
     so beam search must too. Passing a configuration is not enough: Transformers 5 fills its empty fields
     from the file.
     """
-    owner: Any = language_model
-    if isinstance(owner, PeftModel):
-        owner = owner.get_base_model()
+    owner = without_peft(language_model)
     defaults = owner.generation_config
     owner.generation_config = GenerationConfig()
     try:

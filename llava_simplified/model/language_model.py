@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad as pad_tensor
@@ -32,15 +31,23 @@ AttentionInterface.register("cpu_matmul", cpu_matmul_attention)
 AttentionMaskInterface.register("cpu_matmul", sdpa_mask)
 
 
+# Types of layers that an attention mask applies to.
+MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
 def forward_parameters(language_model: CausalLM) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a language model's `forward`, by name.
 
     Unknown keyword arguments are silently ignored by `forward`: check here before you pass one.
     """
-    model: Any = language_model
-    if isinstance(language_model, PeftModel):
-        model = language_model.get_base_model()
-    return inspect.signature(model.forward).parameters
+    return inspect.signature(without_peft(language_model).forward).parameters
+
+
+def without_peft(language_model: CausalLM) -> Any:
+    """Return the model of Transformers that PEFT may have wrapped."""
+    # Do not import PEFT for its class, so that models without adapters work where it is missing.
+    get_base_model = getattr(language_model, "get_base_model", None)
+    return language_model if get_base_model is None else get_base_model()
 
 
 def cache_kwarg_name(language_model: CausalLM) -> str:
@@ -209,7 +216,7 @@ def attention_kwargs(
     layer_types = getattr(config, "layer_types", None)
     if not layer_types:
         layer_types = ["sliding_attention" if window else "full_attention"]
-    unsupported = set(layer_types) - {"full_attention", "sliding_attention"}
+    unsupported = set(layer_types) - MASKED_LAYER_TYPES
     if unsupported:
         raise ValueError(
             f"{config.model_type} has layers of the types {sorted(set(layer_types))}, which do not "
@@ -226,21 +233,62 @@ def attention_kwargs(
     return {"attention_mask": masks}
 
 
+# Devices whose results the host can read without waiting for anything.
+HOST_DEVICES = ("cpu", "meta")
+
+
+def padding_kwargs(
+    language_model: CausalLM, attention_mask: torch.Tensor | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the arguments of `forward` for rows that are padded on the right.
+
+    Transformers reads a 2D mask back to the host, in every forward, to see whether it hides anything.
+    On a GPU the host would wait there for all work that is queued, so the mask is passed as the 4D mask
+    of a row with one segment instead, which Transformers uses as it is.
+
+    Args:
+        language_model: The model whose `forward` is called with the result.
+        attention_mask: int64 (batch, length), 0 on padding.
+        dtype: Data type of the hidden states.
+    """
+    plain: dict[str, Any] = {"attention_mask": attention_mask}
+    if attention_mask is None or attention_mask.device.type in HOST_DEVICES:
+        return plain
+    layer_types = set(getattr(language_model.config, "layer_types", None) or ())
+    if not _accepts_positions(language_model) or layer_types - MASKED_LAYER_TYPES:
+        return plain
+    if language_model.config._attn_implementation == "flash_attention_2":
+        return plain
+    index = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    position_ids = index.expand_as(attention_mask)
+    branch_ids = torch.zeros_like(attention_mask)
+    masks = attention_kwargs(language_model, attention_mask, branch_ids, position_ids, dtype)
+    return {"position_ids": position_ids, **masks}
+
+
 def _check_position_ids(language_model: CausalLM) -> None:
     """Raise ValueError if a model derives positions from the index of a token in its row.
 
+    Without this check it would train silently with wrong positions and masks.
+    """
+    if not _accepts_positions(language_model):
+        raise ValueError(
+            f"{language_model.config.model_type} does not accept `position_ids`; turn off --packing and "
+            "--share_prefix."
+        )
+
+
+def _accepts_positions(language_model: CausalLM) -> bool:
+    """Return False for models that derive positions from the index of a token in its row.
+
     These are the models with ALiBi (MPT, Bloom, some Falcons), GPT-Neo with its local layers, and some
-    old decoders. Without this check they would train silently with wrong positions and masks.
+    old decoders.
     """
     config = language_model.config
     uses_alibi = getattr(config, "alibi", False)
     has_local_layers = "local" in getattr(config, "attention_layers", ())
     accepts_positions = "position_ids" in forward_parameters(language_model)
-    if uses_alibi or has_local_layers or not accepts_positions:
-        raise ValueError(
-            f"{config.model_type} does not accept `position_ids`; turn off --packing and "
-            "--share_prefix."
-        )
+    return accepts_positions and not uses_alibi and not has_local_layers
 
 
 def _sequence_lengths(segment_ids: torch.Tensor) -> dict[str, Any]:

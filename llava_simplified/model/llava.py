@@ -23,7 +23,9 @@ The files of this package, in reading order:
     vision.py               pixels -> patch features, for any vision model of Transformers
     projector.py            patch features -> image tokens
     language_model.py       logits at trained positions, attention masks for shared prompts
+    chunked_loss.py         cross entropy of many logits, in little memory
     generation.py           KV cache, continuous batching (with kv_cache.py and sampling.py)
+    static_decoding.py      the decoding step on GPUs: a KV cache of fixed size, and CUDA graphs
     lora.py                 select and check the trained parameters
     config.py, build.py     llava.json; build a model from its config
     checkpoint.py           save and load
@@ -40,15 +42,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from llava_simplified.data.collate import find_image_positions
 from llava_simplified.data.images import ImageSource, load_pixels
 from llava_simplified.data.records import insert_image_placeholders
+from llava_simplified.model.chunked_loss import summed_cross_entropy
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation import generate, stream
 from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
-from llava_simplified.model.language_model import attention_kwargs, lm_head_at_positions
+from llava_simplified.model.language_model import (
+    attention_kwargs,
+    lm_head_at_positions,
+    padding_kwargs,
+)
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.model.vision import VisionTower
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
@@ -125,6 +132,7 @@ class Llava(nn.Module):
         labels: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        image_positions: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         branch_ids: torch.Tensor | None = None,
@@ -139,32 +147,34 @@ class Llava(nn.Module):
             pixel_values: uint8 (images, 3, height, width), the images of the batch in reading order.
             image_features: (images, tokens, vision hidden size), instead of `pixel_values` if the
                 features were computed before.
-            attention_mask: int64 (batch, length), 0 on padding, if each row is one prompt and one
-                answer. Packed rows and shared prompts need these three tensors (batch, length) instead:
+            image_positions: int64 (placeholders,), flat indices of IMAGE_INDEX in `input_ids`. Without
+                them the placeholders are searched for, and on a GPU the host waits for the result.
+            attention_mask: int64 (batch, length), 0 on the padding (on the right), if each row is one
+                prompt and one answer. Packed rows and shared prompts need these three tensors (batch, length) instead:
             segment_ids: Number of the example within its row; 0 on padding.
             branch_ids: Number of the answer within its example; 0 in the prompt.
             position_ids: Position within the prompt and one answer, from 0.
         """
         if image_features is None and pixel_values is not None:
             image_features = self.vision_tower(pixel_values)
-        inputs_embeds = self.splice(input_ids, image_features)
+        inputs_embeds = self.splice(input_ids, image_features, image_positions)
 
-        attention: dict[str, Any] = {"attention_mask": attention_mask}
+        attention = padding_kwargs(self.language_model, attention_mask, inputs_embeds.dtype)
         if segment_ids is not None and branch_ids is not None and position_ids is not None:
             attention = attention_kwargs(
                 self.language_model, segment_ids, branch_ids, position_ids, inputs_embeds.dtype
             )
         with lm_head_at_positions(self.language_model, logit_positions):
             outputs = self.language_model(
-                inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False, **attention
+                inputs_embeds=inputs_embeds,
+                use_cache=False,
+                **{"position_ids": position_ids, **attention},
             )
         logits = outputs.logits.flatten(0, -2)  # (trained, vocabulary)
 
-        # Compute the loss in float32 at least: a softmax over a large vocabulary loses too much precision
-        # in bfloat16. Sum it, so that the trainer can add micro-batches and devices, and divide by the
-        # number of tokens of the whole step.
-        loss_dtype = torch.promote_types(logits.dtype, torch.float32)
-        loss = cross_entropy(logits.to(loss_dtype), labels, reduction="sum")
+        # Sum the loss, so that the trainer can add micro-batches and devices, and divide by the number of
+        # tokens of the whole step.
+        loss = summed_cross_entropy(logits, labels)
         return LlavaOutput(loss, logits.detach())
 
     # The splice, which is the core of LLaVA:
@@ -180,6 +190,7 @@ class Llava(nn.Module):
         self,
         input_ids: torch.Tensor,
         image_features: torch.Tensor | None,
+        image_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed the tokens, and put projected patch features in place of the placeholders.
 
@@ -187,6 +198,7 @@ class Llava(nn.Module):
             input_ids: int64 (batch, length), IMAGE_INDEX (-200) once per patch feature.
             image_features: (images, tokens, vision hidden size), in the order of the placeholders; None
                 if there are no images.
+            image_positions: int64 (placeholders,), see `forward`.
 
         Returns:
             (batch, length, text hidden size)
@@ -201,23 +213,24 @@ class Llava(nn.Module):
             return embeds
         # Convert the features: they have the dtype of the frozen tower, a trained projector is float32.
         image_tokens = self.projector(image_features.to(self._projector_dtype(embeds)))
-        self.check_image_token_count(is_image, image_features)
-        return embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
+        if image_positions is None:
+            image_positions = find_image_positions(input_ids)
+        self.check_image_token_count(len(image_positions), image_features)
+        # Cut off the tokens of a dummy image, which has no placeholders.
+        image_tokens = image_tokens.flatten(0, 1)[: len(image_positions)]
+        # Copy by index: the gradient of `masked_scatter` makes the host wait for a GPU.
+        spliced = embeds.flatten(0, 1).index_copy(0, image_positions, image_tokens.to(embeds.dtype))
+        return spliced.view_as(embeds)
 
-    def check_image_token_count(
-        self,
-        is_image: torch.Tensor,
-        image_features: torch.Tensor,
-    ) -> None:
+    def check_image_token_count(self, placeholders: int, image_features: torch.Tensor) -> None:
         """Raise ValueError if there are more or fewer features than placeholders.
 
-        `masked_scatter` does not check this, and would use the features of the wrong image.
+        Otherwise a prompt would get the features of the wrong image.
 
         Args:
-            is_image: bool (batch, length).
+            placeholders: Number of placeholders in the batch.
             image_features: (images, tokens, vision hidden size).
         """
-        placeholders = int(is_image.sum())
         images, tokens, _ = image_features.shape
         if images * tokens == placeholders:
             return
@@ -278,9 +291,12 @@ class Llava(nn.Module):
 
         captions: list[list[str]] = []
         for start in range(0, len(sources), batch_size):
-            batch = [load_pixels(source) for source in sources[start : start + batch_size]]
-            pixel_values = torch.stack([self.vision_tower.transform(pixels) for pixels in batch])
-            captions += generate(self, [prompt] * len(batch), pixel_values, generation_options)
+            # Transform each image before the next one is loaded: large ones would add up.
+            pixels = []
+            for source in sources[start : start + batch_size]:
+                pixels.append(self.vision_tower.transform(load_pixels(source)))
+            prompts = [prompt] * len(pixels)
+            captions += generate(self, prompts, torch.stack(pixels), generation_options)
 
         results: list[Any] = captions
         if num_return_sequences == 1:

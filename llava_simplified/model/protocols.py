@@ -79,6 +79,9 @@ class CaptionModel(Protocol):
     @property
     def config(self) -> Any: ...
     def splice(
-        self, input_ids: torch.Tensor, image_features: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | None,
+        image_positions: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
     def train(self, mode: bool = True) -> Any: ...

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
 from transformers.generation import LogitsProcessor, logits_process
 
+from llava_simplified.data.device_copy import to_device
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.prompt import IMAGE_INDEX
 
-# Every sequence has its own random generator. The seed of the generator is derived only from what
+# Every sequence has its own random numbers. The seed of their generator is derived only from what
 # identifies the sequence, so its tokens do not depend on which other sequences are in the batch, on their
 # order, or on when it joined:
 #
@@ -43,29 +44,32 @@ def prompt_hashes(
     return hashes
 
 
-def make_generator(
-    seed: int | None,
-    prompt_hash: bytes,
-    sample: int,
-    device: torch.device,
-) -> torch.Generator:
-    """Return the random generator of one sequence.
+def random_numbers(seed: int | None, prompt_hash: bytes, sample: int) -> Iterator[float]:
+    """Return the random numbers of one sequence, one per token, from [0, 1).
+
+    They are drawn on the host: a generator per sequence on a GPU would need a kernel per sequence and
+    token. The numbers, and so the samples, are therefore the same on all devices.
 
     Args:
         seed: Seed of the request; None draws one from torch's global generator.
         prompt_hash: Hash of the prompt and its images, see `prompt_hashes`.
         sample: Number of the sequence among those of the same prompt.
-        device: Device of the logits.
     """
     if seed is None:
         # Draw from torch's global CPU generator, so that `torch.manual_seed` makes this reproducible.
         seed = int(torch.randint(2**62, ()))
     digest = hashlib.sha256(prompt_hash + f"|{seed}|{sample}".encode()).digest()
     number = int.from_bytes(digest[:8], "big")
-    generator = torch.Generator(device)
+    generator = torch.Generator()
     # Shift by one bit, since `manual_seed` does not accept all unsigned 64-bit numbers.
     generator.manual_seed(number >> 1)
-    return generator
+    return _draw_numbers(generator)
+
+
+def _draw_numbers(generator: torch.Generator) -> Iterator[float]:
+    while True:
+        # A block at a time, because each call takes as long as drawing hundreds of numbers.
+        yield from torch.rand(64, generator=generator).tolist()
 
 
 def process_logits(
@@ -93,21 +97,24 @@ def process_logits(
             processors.append(logits_process.TopKLogitsWarper(options.top_k))
         if options.top_p < 1:
             processors.append(logits_process.TopPLogitsWarper(options.top_p))
-    ids = torch.tensor(generated_ids, device=logits.device, dtype=torch.long)
+    # Only the repetition penalty reads the generated tokens.
+    ids = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
+    if options.repetition_penalty != 1:
+        ids = to_device(torch.tensor(generated_ids, dtype=torch.long), logits.device)
     for processor in processors:
         logits = processor(ids, logits)
     return logits
 
 
-def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Draw one token per row, with the row's own generator.
+def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Draw one token per row, with the row's own random number.
 
-    `torch.multinomial` cannot be used, since it has one generator for all rows. Instead, each row draws
-    one number from [0, 1) and gets the token at this point of the cumulative distribution.
+    `torch.multinomial` cannot be used, since it has one generator for all rows. Instead, each row gets
+    the token at the point of its random number in the cumulative distribution.
 
     Args:
         logits: (rows, vocabulary).
-        generators: One per row.
+        numbers: (rows,), from [0, 1).
 
     Returns:
         Token ids (rows,).
@@ -115,5 +122,4 @@ def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.T
     cumulative = logits.softmax(-1).cumsum(-1)
     # Divide by the last sum: rounding may leave it below 1, and a number above it would get no token.
     cumulative = cumulative / cumulative[:, -1:]
-    numbers = [torch.rand(1, generator=random, device=logits.device) for random in generators]
-    return torch.searchsorted(cumulative, torch.cat(numbers)[:, None], right=True)[:, 0]
+    return torch.searchsorted(cumulative, numbers[:, None], right=True)[:, 0]

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Number of threads that decode images. Each may need 150 MB (an image of 50 megapixels).
+# Number of threads that decode images. They share one budget of pixels, see `data.pixel_budget`.
 _READER_THREADS = 2
 # Upper limit for any tokenizer; in natural languages, a token has 1 to 5 characters.
 _MAX_CHARACTERS_PER_TOKEN = 32

@@ -329,7 +329,7 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         # Do not compare the digest of a part that is loaded from the checkpoint itself: it was trained
         # or merged, so it differs from the base weights.
         is_in_checkpoint = Path(path).resolve().parent == Path(folder).resolve()
-        digest = trained_with["weights_digests"].get(part)
+        digest = trained_with.get("weights_digests", {}).get(part)
         if digest and not is_in_checkpoint:
             check_weights_digest(part, path, digest)
 

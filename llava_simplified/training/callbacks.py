@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llava_simplified.data.collate import Batch
 from llava_simplified.jobs import format_duration
-from llava_simplified.prompt import IMAGE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +225,6 @@ class SampleWarnings:
 
     Args:
         max_bad_images: `--max_bad_images`, a fraction of all images.
-        tokens_per_image: Number of positions per image in `input_ids`.
         log: Log the warnings of this process; one process per machine is sufficient.
 
     Attributes:
@@ -238,9 +236,8 @@ class SampleWarnings:
     # not stop the run.
     MIN_IMAGES = 100
 
-    def __init__(self, max_bad_images: float, tokens_per_image: int, log: bool) -> None:
+    def __init__(self, max_bad_images: float, log: bool) -> None:
         self.max_bad_images = max_bad_images
-        self.tokens_per_image = tokens_per_image
         self.counts = Counter[str]()
         self._log = log
 
@@ -251,8 +248,7 @@ class SampleWarnings:
             ValueError: More than `--max_bad_images` of the images could not be read.
         """
         warnings = batch["metadata"]["warnings"]
-        placeholders = int((batch["input_ids"] == IMAGE_INDEX).sum())
-        self.counts["images"] += placeholders // self.tokens_per_image
+        self.counts["images"] += batch["metadata"]["images"]
         for warning in warnings:
             kind = warning.partition(",")[0]
             self.counts[kind] += 1

@@ -228,8 +228,10 @@ def _largest_batch(
         trained = round(examples_per_pack * lengths.mean_trained)
         images = max(1, round(examples_per_pack * images))
     ids = torch.zeros(rows, positions, dtype=torch.long)
+    num_image_tokens = rows * images * tower.num_tokens
     batch = {
         "input_ids": ids,
+        "image_positions": torch.zeros(num_image_tokens, dtype=torch.long),
         "logit_positions": torch.zeros(rows * trained, dtype=torch.long),
         "labels": torch.zeros(rows * trained, dtype=torch.long),
         "position_ids": ids,
@@ -256,8 +258,6 @@ class _TrainingStep(nn.Module):
     def __init__(self, model: Llava) -> None:
         super().__init__()
         self.model = model
-        # Disable a check that reads values, which fake tensors do not have.
-        model.check_image_token_count = lambda *_: None  # type: ignore[method-assign]
 
     def forward(self, batch: dict[str, torch.Tensor]) -> None:
         self.model(**batch).loss.backward()

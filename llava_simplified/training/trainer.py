@@ -37,6 +37,7 @@ from transformers.trainer_utils import (
 from llava_simplified.arguments import TrainingArguments
 from llava_simplified.data.collate import Batch, Collator
 from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.data.device_copy import to_device
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.samplers import LengthGroupedSampler
 from llava_simplified.jobs import use_default_permissions
@@ -117,7 +118,6 @@ class LlavaTrainer(transformers.Trainer):
         self.gradient_norms = GradientNormMonitor()
         self.sample_warnings = SampleWarnings(
             max_bad_images,
-            data_collator.tokens_per_image,
             log=self.accelerator.is_local_main_process,
         )
         self.eval_captions = self._create_eval_captions(eval_dataset)
@@ -134,6 +134,8 @@ class LlavaTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         self._step_sample_ids: list[str] = []
+        # Losses of micro-batches that have not been read, with the names of their samples.
+        self._unchecked_losses: list[tuple[torch.Tensor, list[str]]] = []
         self._staging: Path | None = None  # while a checkpoint is being written
 
     @property
@@ -148,6 +150,10 @@ class LlavaTrainer(transformers.Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator; FSDP is enabled on CPUs too."""
+        # Queue the copies of batches to a GPU instead of waiting for them. The data loader has pinned
+        # their memory, which such copies require.
+        if self.args.device.type == "cuda" and self.args.dataloader_pin_memory:
+            cast(Any, self.args.accelerator_config).non_blocking = True
         super().create_accelerator_and_postprocess()
         enable_fsdp_on_cpu(self.accelerator, self.args.fsdp_plugin_args or {})
         self.is_fsdp_enabled = self.accelerator.distributed_type == DistributedType.FSDP
@@ -170,9 +176,9 @@ class LlavaTrainer(transformers.Trainer):
     # however the step is divided. Averaging the means of the micro-batches instead would give a token
     # of a short caption more weight than a token of a long one.
     #
-    # The weights are never updated with values that are not finite. The loss is checked before `backward`, the
-    # norm of the gradient before the optimizer step. Either ends the run with an error that names
-    # the samples and the last good checkpoint.
+    # The weights are never updated with values that are not finite. The losses of a step and the norm of
+    # the gradient are read together before the optimizer step. Either ends the run with an error that
+    # names the samples and the last good checkpoint.
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -200,11 +206,12 @@ class LlavaTrainer(transformers.Trainer):
             positions += batch["input_ids"].numel()
         samples = len(self._step_sample_ids)
         stops = int(self.interruption.signal is not None)
-        local_counts = torch.tensor([trained, samples, tokens, positions, stops], device=device)
-        counts = self.accelerator.reduce(local_counts, "sum")
-        self.throughput.add(counts[1:4])
+        counts = torch.tensor([trained, samples, tokens, positions, stops])
         if self.args.world_size > 1:
+            counts = self.accelerator.reduce(to_device(counts, device), "sum")
+            # This waits for the device, once per step: all processes must stop after the same one.
             self.interruption.is_agreed = bool(counts[4] > 0)
+        self.throughput.add(counts[1:4])
         return batches, counts[0]
 
     def compute_loss(
@@ -224,7 +231,7 @@ class LlavaTrainer(transformers.Trainer):
                 batch only.
 
         Raises:
-            FloatingPointError: The loss is not finite.
+            FloatingPointError: The loss is not finite (with DeepSpeed only; see `_get_grad_norm`).
         """
         ids = inputs.pop("metadata")["ids"]
         outputs = model(**inputs)
@@ -234,8 +241,10 @@ class LlavaTrainer(transformers.Trainer):
             # Cancel the averaging of gradients over the processes, since tokens were counted over all
             # of them.
             loss = outputs.loss / num_items_in_batch * self.accelerator.num_processes
-        if not torch.isfinite(loss):
-            raise FloatingPointError(self._describe_divergence(f"the loss is {loss.item()}", ids))
+        self._unchecked_losses.append((loss.detach(), ids))
+        # DeepSpeed updates the weights within `backward`; all others after `_get_grad_norm`.
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self._check_losses()
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -244,9 +253,13 @@ class LlavaTrainer(transformers.Trainer):
         The base class calls this before the optimizer step.
 
         Raises:
-            FloatingPointError: The norm is not finite.
+            FloatingPointError: The loss of a micro-batch or the norm is not finite.
         """
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, torch.Tensor) and not self.args.fp16:
+            norm = self._check_losses(norm)
+        else:
+            self._check_losses()
         # Do not check the norm with fp16, where an infinite norm means that the loss scale is too
         # large: the scaler skips the step and lowers the scale.
         if norm is None or self.args.fp16:
@@ -260,6 +273,35 @@ class LlavaTrainer(transformers.Trainer):
             samples = _list_samples(self._step_sample_ids)
             logger.warning("step %d: %s; samples %s", self.state.global_step + 1, warning, samples)
         return norm
+
+    def _check_losses(self, norm: torch.Tensor | None = None) -> float | None:
+        """End the run if a loss since the last call is not finite.
+
+        Reading a value waits for the device. All values of a step are therefore read together, once, and
+        as late as possible: the host can queue forward and backward of all micro-batches without a pause.
+
+        Args:
+            norm: The norm of the gradient, to be read together with the losses.
+
+        Returns:
+            The norm.
+
+        Raises:
+            FloatingPointError: A loss is not finite.
+        """
+        unchecked, self._unchecked_losses = self._unchecked_losses, []
+        values = [loss.float() for loss, _ in unchecked]
+        if norm is not None:
+            # FSDP shards the norm, too.
+            whole = getattr(norm, "full_tensor", lambda: norm)()
+            values.append(whole.detach().to(self.args.device, torch.float32).reshape(()))
+        if not values:
+            return None
+        read = torch.stack(values).tolist()
+        for value, (_, ids) in zip(read, unchecked):
+            if not math.isfinite(value):
+                raise FloatingPointError(self._describe_divergence(f"the loss is {value}", ids))
+        return None if norm is None else read[-1]
 
     def _describe_divergence(self, what: str, ids: Sequence[str]) -> str:
         last = get_last_checkpoint(str(self.output_dir)) or "none yet"

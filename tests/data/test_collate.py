@@ -104,6 +104,7 @@ def test_collator_describes_the_batch_in_metadata() -> None:
         "ids": ["row 0", "row 1", "row 1"],
         "warnings": ["a", "b", "a", "b"],
         "tokens": 6 + 3 + 3,
+        "images": 1,
     }
 
 

@@ -229,6 +229,7 @@ def test_portable_image_refuses_what_the_decoder_refuses() -> None:
     assert portable_image(thin, 100)[2:] == (100, 1)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "kind", ["JPEG", "progressive JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 )

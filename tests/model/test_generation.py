@@ -296,6 +296,7 @@ def test_decoding_batch_every_prompt_has_its_own_options(models_folder: Path) ->
     assert [len(ids) for ids in together] == [4, 9, 9, 6]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("text", [*LANGUAGE_MODELS, "lfm2", "mamba"])
 def test_decoding_batch_sequences_join_while_others_are_in_flight(
     models_folder: Path, text: str
@@ -339,7 +340,7 @@ def test_decoding_batch_that_never_empties_does_not_grow(models_folder: Path) ->
         batch.step()
         batch.join(prompts, None, options)
         assert batch._mask.shape[1] <= max_columns
-        assert len(batch._generators) == len(batch.active) <= 3
+        assert len(batch._options) == len(batch.active) <= 3
         finished = set(batch.generated_ids) - set(batch.active)
         for sequence_id in finished:
             assert batch.generated_ids.pop(sequence_id) == expected

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import pytest
 
 from llava_simplified.data.images import EncodedImage, ImageError
+from llava_simplified.data.pixel_budget import MAX_PIXELS_IN_FLIGHT
 from llava_simplified.prepare import decode_pool
 from llava_simplified.prepare.decode_pool import DecodePool
 
-LIMIT = decode_pool.MAX_PIXELS_IN_FLIGHT
+LIMIT = MAX_PIXELS_IN_FLIGHT
 
 
 @pytest.fixture(autouse=True)

@@ -600,6 +600,7 @@ def test_key_is_required_and_log_contains_no_content(
 # ---- many requests ----
 
 
+@pytest.mark.medium
 def test_concurrent_clients_get_their_own_answers(model: Llava, photos: list[bytes]) -> None:
     """200 requests from 16 clients, one in ten of them invalid."""
     expected = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos]

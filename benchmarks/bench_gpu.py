@@ -1,0 +1,268 @@
+"""Prove and measure everything on a GPU, in less than eight minutes, without a download.
+
+    python benchmarks/bench_gpu.py [--output gpu.json] [--sections exactness training ...]
+    python benchmarks/bench_gpu.py --tiny        # the same on a CPU, with tiny shapes: does it run?
+
+Needs a checkout of this repository, PyTorch with CUDA, and Transformers; sections that train need PEFT and
+Accelerate, too. Nothing is installed or downloaded: all models are random, in the shapes of Mistral-7B and CLIP
+ViT-B/16, and are made on the device.
+
+Each section is a process of its own with a time limit. A section that fails, runs out of memory or is killed at
+its limit ends no other one, and keeps what it has measured. `--output` is rewritten after every section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# Seconds of each section on a GPU like the H200, in the order in which they run. The module of a section is
+# gpu_<section>.py.
+SECTIONS = {
+    "machine": 15,
+    "exactness": 70,
+    "training": 130,
+    "captioning": 85,
+    "serving": 110,
+    "resume": 40,
+}
+TIME_LIMIT = 470  # seconds for all sections
+# Packages that the measured code imports, but does not need here.
+OPTIONAL_PACKAGES = ("simplejpeg",)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="Tiny shapes on a CPU")
+    parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="Result file")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, default=TIME_LIMIT, help="Seconds for all sections"
+    )
+    parser.add_argument(
+        "--fail", choices=SECTIONS, metavar="SECTION", help="Let a section fail, as a test"
+    )
+    parser.add_argument(
+        "--hang", choices=SECTIONS, metavar="SECTION", help="Let a section hang, as a test"
+    )
+    parser.add_argument(
+        "--in-process", action="store_true", help="Run the sections in this process, without limits"
+    )
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # section and file, in a child
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sections; return 1 if one of them, or a measurement, has failed."""
+    args = build_parser().parse_args(argv)
+    if args.run:
+        section, path = args.run
+        return run_child(args, section, Path(path))
+    results: dict[str, Any] = {}
+    end = time.monotonic() + args.time_limit
+    with tempfile.TemporaryDirectory() as folder:
+        children = Children(args, Path(folder))
+        for section in args.sections:
+            limit = min(SECTIONS[section], end - time.monotonic())
+            print(f"== {section} (at most {limit:.0f} s)", flush=True)
+            start = time.monotonic()
+            if limit <= 0:
+                state = "skipped: no time is left"
+            elif args.in_process:
+                state = run_section(args, section, children.result_file(section))
+            else:
+                state = children.run(section, limit)
+            results[section] = {
+                "state": state,
+                "seconds": round(time.monotonic() - start, 2),
+                "measurements": read_measurements(children.result_file(section)),
+            }
+            print(f"== {section}: {state}, {results[section]['seconds']} s\n", flush=True)
+            write_results(args.output, results)
+        children.stop()
+    failures = list_failures(results)
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    print(f"Wrote {args.output}")
+    return 1 if failures else 0
+
+
+def read_measurements(path: Path) -> list[dict[str, Any]]:
+    """Return the measurements of a section, complete or not."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write the result file, which is complete at any time."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def list_failures(results: dict[str, Any]) -> list[str]:
+    """Return the sections and measurements that have failed."""
+    failures = []
+    for section, result in results.items():
+        if result["state"] != "done":
+            failures.append(f"{section}: {result['state']}")
+        for measurement in result["measurements"]:
+            if "failed" in measurement:
+                failures.append(f"{section}, {measurement['name']}: {measurement['failed']}")
+    return failures
+
+
+# ---- processes ----
+
+
+class Children:
+    """The processes of the sections.
+
+    The next process is started while the current section runs: importing everything takes ten seconds, in
+    which the GPU would do nothing.
+
+    Args:
+        args: The command line.
+        folder: For the measurements and the log of each section.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self._args = args
+        self._folder = folder
+        self._waiting: dict[str, subprocess.Popen[str]] = {}
+
+    def result_file(self, section: str) -> Path:
+        """Return the file of a section's measurements."""
+        return self._folder / f"{section}.jsonl"
+
+    def run(self, section: str, limit: float) -> str:
+        """Run a section; return "done", or what has ended it."""
+        process = self._take(section)
+        assert process.stdin is not None
+        try:
+            process.stdin.write(f"{limit}\n")
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # It has ended already; the log says why.
+        following = self._next(section)
+        if following:
+            self._waiting[following] = self._start(following)
+        try:
+            # `Report` stops before the limit by itself, unless a single measurement takes too long.
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            return f"killed after {limit:.0f} s"
+        if process.returncode == 0:
+            return "done"
+        log = (self._folder / f"{section}.log").read_text(encoding="utf-8", errors="replace")
+        return f"failed: {log.strip()[-1500:]}"
+
+    def stop(self) -> None:
+        """End processes that wait for their turn."""
+        for process in self._waiting.values():
+            kill(process)
+
+    def _next(self, section: str) -> str | None:
+        sections = self._args.sections
+        index = sections.index(section) + 1
+        return sections[index] if index < len(sections) else None
+
+    def _take(self, section: str) -> subprocess.Popen[str]:
+        return self._waiting.pop(section, None) or self._start(section)
+
+    def _start(self, section: str) -> subprocess.Popen[str]:
+        command = [sys.executable, __file__, "--run", section, str(self.result_file(section))]
+        for option in ("fail", "hang"):
+            if getattr(self._args, option):
+                command += [f"--{option}", getattr(self._args, option)]
+        if self._args.tiny:
+            command.append("--tiny")
+        with (self._folder / f"{section}.log").open("w") as log:
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a child and the processes that it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_child(args: argparse.Namespace, section: str, path: Path) -> int:
+    """Import everything, wait for the section's turn, and run it."""
+    module = import_section(section)
+    limit = sys.stdin.readline()
+    if not limit:
+        return 1  # The parent has ended.
+    measure(args, section, module, path, float(limit))
+    return 0
+
+
+def run_section(args: argparse.Namespace, section: str, path: Path) -> str:
+    """Run a section in this process; return "done", or what has ended it."""
+    try:
+        measure(args, section, import_section(section), path, math.inf)
+    except Exception as error:  # noqa: BLE001 - a failure must not end the other sections
+        traceback.print_exc()
+        return f"failed: {type(error).__name__}: {error}"
+    return "done"
+
+
+def import_section(section: str) -> Any:
+    """Return the module of a section."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for folder in (str(ROOT), str(Path(__file__).parent)):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    for package in OPTIONAL_PACKAGES:
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
+            sys.modules[package] = types.ModuleType(package)
+    return importlib.import_module(f"gpu_{section}")
+
+
+def measure(args: argparse.Namespace, section: str, module: Any, path: Path, limit: float) -> None:
+    """Make the measurements of a section.
+
+    Raises:
+        RuntimeError: The machine has no GPU.
+    """
+    import torch
+    from gpu_models import Workload
+    from gpu_report import Report
+
+    if args.fail == section:
+        raise RuntimeError("failed on purpose (--fail)")
+    if args.hang == section:
+        time.sleep(3600)
+    if not args.tiny and not torch.cuda.is_available():
+        raise RuntimeError("no CUDA GPU was found; pass --tiny to try the script on a CPU")
+    workload = Workload(torch.device("cpu" if args.tiny else "cuda"), args.tiny)
+    # Keep some time for the end of the process.
+    module.run(workload, Report(path, 0.95 * limit))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

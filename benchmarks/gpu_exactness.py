@@ -1,0 +1,343 @@
+"""Section "exactness" of `bench_gpu.py`: what is equal on CPUs is equal on this device, too.
+
+A small model, all of whose weights are trained, so that every gradient is compared. `difference` is the
+largest difference of a loss or a gradient, relative to its largest value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from gpu_models import (
+    Workload,
+    build,
+    caption_prompt,
+    make_images,
+    make_records,
+    to_stock,
+)
+from gpu_report import Report, Values
+from torch.nn.functional import cross_entropy
+
+from llava_simplified.data.collate import Collator, Example
+from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.model import chunked_loss, generation
+from llava_simplified.model.generation import DecodingBatch
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.model.llava import Llava
+from llava_simplified.prompt import IMAGE_INDEX
+
+Rows = list[Example | list[Example]]
+Result = tuple[torch.Tensor, dict[str, torch.Tensor]]  # loss, gradients by name
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
+# Half-precision kernels differ from each other by rounding, not more.
+HALF_PRECISION_TOLERANCE = 0.05
+
+
+def run(workload: Workload, report: Report) -> None:
+    """Run the section."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    for dtype in TOLERANCES:
+        name = str(dtype).removeprefix("torch.")
+        for what, compare in COMPARISONS.items():
+            with computed_in(dtype):
+                report.attempt(f"{what}, {name}", partial(compare, workload, dtype))
+    report.attempt("batched == single, greedy, float32", partial(compare_batch_sizes, workload))
+    report.attempt("graphs == dynamic cache, greedy", partial(compare_decoders, workload))
+    report.attempt("ours == stock generate, greedy", partial(compare_with_stock, workload))
+    report.attempt("loss in chunks, float32", partial(compare_chunks, workload))
+    report.attempt("half precision beside float32", partial(compare_half_precision, workload))
+    kernels = {"flex_attention": 40.0}
+    if find_spec("flash_attn"):
+        kernels["flash_attention_2"] = 5.0
+    for kernel, seconds in kernels.items():
+        measure = partial(compare_kernel, workload, kernel)
+        report.attempt(f"{kernel} == sdpa, packed", measure, seconds)
+    report.attempt("flex_attention == sdpa, shared prefixes", partial(compare_flex, workload))
+
+
+@contextmanager
+def computed_in(dtype: torch.dtype) -> Iterator[None]:
+    """Compute norms in float64 within a `with` block, if that is the data type of the model.
+
+    The layers of Transformers convert to `torch.float32` by this name.
+    """
+    single = torch.float32
+    if dtype == torch.float64:
+        torch.float32 = dtype  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.float32 = single  # type: ignore[misc]
+
+
+# ---- batches ----
+
+
+def make_examples(workload: Workload, model: Llava, share_prefix: bool) -> list[Example]:
+    """Return examples of 3 images with 3 captions each."""
+    records = make_records(3, captions=3)
+    dataset = CaptionDataset(
+        records,
+        model.prompt,
+        "",
+        model.vision_tower.transform,
+        share_prefix=share_prefix,
+        features=make_images(workload),
+    )
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def collate(model: Llava, rows: Rows) -> dict[str, Any]:
+    """Return a batch on the model's device."""
+    batch: dict[str, Any] = dict(Collator(model.vision_tower.num_tokens, 1)(rows))
+    del batch["metadata"]
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def loss_and_gradients(model: Llava, rows: Rows) -> Result:
+    """Return the loss of a batch, and the gradients of all weights that it depends on."""
+    model.zero_grad()
+    loss = model(**collate(model, rows)).loss
+    loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad.clone()
+    return loss.detach(), gradients
+
+
+def build_trained(workload: Workload, dtype: torch.dtype) -> Llava:
+    """Build the small model, with a projector of the same data type."""
+    model = build(workload, workload.small, dtype)
+    model.projector.to(dtype)
+    model.vision_tower.requires_grad_(False)
+    return model
+
+
+def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    scale = expected.double().abs().max().clamp_min(1e-30)
+    return float((actual.double() - expected.double()).abs().max() / scale)
+
+
+def check(actual: Result, expected: Result, tolerance: float) -> Values:
+    """Return the largest difference of losses and gradients.
+
+    Raises:
+        AssertionError: It exceeds the tolerance, or other weights have a gradient.
+    """
+    assert actual[1].keys() == expected[1].keys(), "other weights have a gradient"
+    differences = [relative_difference(actual[0], expected[0])]
+    for name, gradient in expected[1].items():
+        differences.append(relative_difference(actual[1][name], gradient))
+    worst = max(differences)
+    # The negation also catches NaN.
+    assert not worst > tolerance and worst == worst, f"differs by {worst:.3g} (at most {tolerance})"
+    return {"difference": worst, "limit": tolerance}
+
+
+# ---- losses and gradients ----
+
+
+def compare_shared(workload: Workload, dtype: torch.dtype) -> Values:
+    """Captions that share a prompt, and the same captions as separate sequences."""
+    model = build_trained(workload, dtype)
+    separate: Rows = list(make_examples(workload, model, share_prefix=False))
+    shared: Rows = list(make_examples(workload, model, share_prefix=True))
+    expected = loss_and_gradients(model, separate)
+    return check(loss_and_gradients(model, shared), expected, TOLERANCES[dtype])
+
+
+def compare_packed(workload: Workload, dtype: torch.dtype) -> Values:
+    """Examples in one row, and one example per row."""
+    model = build_trained(workload, dtype)
+    examples = make_examples(workload, model, share_prefix=False)
+    expected = loss_and_gradients(model, list(examples))
+    return check(loss_and_gradients(model, [examples]), expected, TOLERANCES[dtype])
+
+
+def compare_positions(workload: Workload, dtype: torch.dtype) -> Values:
+    """Logits at the trained positions, and logits at all positions."""
+    model = build_trained(workload, dtype)
+    batch = collate(model, list(make_examples(workload, model, share_prefix=False)))
+    with torch.no_grad():
+        logits = model(**batch).logits
+        features = model.vision_tower(batch["pixel_values"])
+        embeds = model.splice(batch["input_ids"], features, batch["image_positions"])
+        outputs = model.language_model(
+            inputs_embeds=embeds, attention_mask=batch["attention_mask"], use_cache=False
+        )
+    expected = outputs.logits.flatten(0, 1)[batch["logit_positions"]]
+    return check((logits, {}), (expected, {}), TOLERANCES[dtype])
+
+
+COMPARISONS = {
+    "shared == separate": compare_shared,
+    "packed == unpacked": compare_packed,
+    "logits where trained == full": compare_positions,
+}
+
+
+def compare_chunks(workload: Workload) -> Values:
+    """The loss in chunks, and PyTorch's."""
+    logits = torch.randn(64, 1000, device=workload.device, requires_grad=True)
+    labels = torch.randint(0, 1000, (64,), device=workload.device)
+    expected = cross_entropy(logits, labels, reduction="sum")
+    (expected_grad,) = torch.autograd.grad(expected, logits)
+    before = chunked_loss.CHUNK_SIZE
+    chunked_loss.CHUNK_SIZE = 7 * 1000
+    try:
+        loss = chunked_loss.summed_cross_entropy(logits, labels)
+    finally:
+        chunked_loss.CHUNK_SIZE = before
+    (grad,) = torch.autograd.grad(loss, logits)
+    actual = (loss.detach(), {"logits": grad})
+    return check(actual, (expected.detach(), {"logits": expected_grad}), 1e-5)
+
+
+# ---- attention kernels ----
+
+
+def compare_kernel(workload: Workload, kernel: str) -> Values:
+    """Packed rows with another kernel, forward and backward, and with sdpa."""
+    return _compare_kernel(workload, kernel, share_prefix=False)
+
+
+def compare_flex(workload: Workload) -> Values:
+    """Captions that share a prompt with FlexAttention, forward and backward, and with sdpa."""
+    return _compare_kernel(workload, "flex_attention", share_prefix=True)
+
+
+def _compare_kernel(workload: Workload, kernel: str, share_prefix: bool) -> Values:
+    if workload.device.type == "cpu":
+        return {"skipped": f"{kernel} has no backward pass on a CPU"}
+    is_flash = kernel.startswith("flash")
+    dtype = torch.bfloat16 if is_flash else torch.float32
+    model = build_trained(workload, dtype)
+    rows: Rows = [make_examples(workload, model, share_prefix)]
+    expected = loss_and_gradients(model, rows)
+    model.language_model.set_attn_implementation(kernel)
+    # Triton's matrix products in FlexAttention may round to TF32.
+    tolerance = HALF_PRECISION_TOLERANCE if is_flash else 0.01
+    return check(loss_and_gradients(model, rows), expected, tolerance)
+
+
+def compare_half_precision(workload: Workload) -> Values:
+    """Logits in bfloat16 and in float32: the difference of ours beside that of stock LLaVA."""
+    model = build_trained(workload, torch.float32)
+    stock = to_stock(model)
+    batch = collate(model, list(make_examples(workload, model, share_prefix=False)))
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        stock.to(dtype)
+        with torch.no_grad():
+            results["ours", dtype] = model(**batch).logits
+            results["stock", dtype] = _stock_logits(model, stock, batch)
+    differences = {}
+    for side in ("ours", "stock"):
+        half, full = results[side, torch.bfloat16], results[side, torch.float32]
+        differences[side] = relative_difference(half, full)
+    both = relative_difference(results["ours", torch.float32], results["stock", torch.float32])
+    assert both < TOLERANCES[torch.float32], f"ours and stock differ by {both:.3g} in float32"
+    return {**differences, "ours beside stock, float32": both}
+
+
+def _stock_logits(model: Llava, stock: Any, batch: dict[str, Any]) -> torch.Tensor:
+    is_image = batch["input_ids"] == IMAGE_INDEX
+    outputs = stock(
+        input_ids=batch["input_ids"].masked_fill(is_image, stock.config.image_token_id),
+        attention_mask=batch["attention_mask"],
+        pixel_values=model.vision_tower.transform.normalize(batch["pixel_values"]).to(stock.dtype),
+    )
+    return outputs.logits.flatten(0, 1)[batch["logit_positions"]]
+
+
+# ---- generation ----
+
+
+@contextmanager
+def dynamic_cache() -> Iterator[None]:
+    """Decode without static buffers and graphs within a `with` block."""
+    find = generation.find_static_decoder
+    generation.find_static_decoder = lambda _: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        generation.find_static_decoder = find
+
+
+def generate(model: Llava, prompts: list[list[int]], pixels: torch.Tensor) -> list[list[int]]:
+    """Return the token ids of greedy search; each prompt has one image."""
+    with torch.inference_mode():
+        features = model.vision_tower(pixels.to(model.device))
+        batch = DecodingBatch(model, prompts, features, GenerationOptions(max_new_tokens=24))
+    while batch.active:
+        batch.step()
+    batch.raise_errors()
+    return list(batch.generated_ids.values())
+
+
+def make_prompts(workload: Workload) -> tuple[Llava, list[list[int]], torch.Tensor]:
+    """Return a model in float32, prompts of different lengths, and an image for each."""
+    model = build_trained(workload, torch.float32).requires_grad_(False)
+    prompt = caption_prompt(model)
+    # Repeat text in the prompts: different lengths, one image each.
+    prompts = [prompt + prompt[2:4] * number for number in range(6)]
+    pixels = torch.stack(list(make_images(workload).values())[: len(prompts)])
+    return model, prompts, pixels
+
+
+def compare_batch_sizes(workload: Workload) -> Values:
+    """Prompts in one batch, and each by itself."""
+    model, prompts, pixels = make_prompts(workload)
+    together = generate(model, prompts, pixels)
+    alone = []
+    for index, prompt in enumerate(prompts):
+        alone += generate(model, [prompt], pixels[index : index + 1])
+    assert together == alone, f"{together} is not {alone}"
+    return {"tokens": sum(len(ids) for ids in together)}
+
+
+def compare_decoders(workload: Workload) -> Values:
+    """Static buffers with CUDA graphs, and a `DynamicCache`."""
+    model, prompts, pixels = make_prompts(workload)
+    with dynamic_cache():
+        expected = generate(model, prompts, pixels)
+    actual = generate(model, prompts, pixels)
+    assert actual == expected, f"{actual} is not {expected}"
+    uses_graphs = generation.find_static_decoder(model) is not None
+    if workload.device.type == "cuda":
+        assert uses_graphs, "the graphs could not be recorded; the log says why"
+    return {"tokens": sum(len(ids) for ids in actual), "graphs": uses_graphs}
+
+
+def compare_with_stock(workload: Workload) -> Values:
+    """Our greedy search, and `generate` of stock LLaVA."""
+    model, prompts, pixels = make_prompts(workload)
+    prompts = [prompts[0]] * len(prompts)
+    actual = generate(model, prompts, pixels)
+    stock = to_stock(model)
+    place = prompts[0].index(IMAGE_INDEX)
+    image = [stock.config.image_token_id] * model.vision_tower.num_tokens
+    ids = torch.tensor([prompts[0][:place] + image + prompts[0][place + 1 :]] * len(prompts))
+    normalized = model.vision_tower.transform.normalize(pixels.to(model.device))
+    output = stock.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=torch.ones_like(ids).to(model.device),
+        pixel_values=normalized,
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=model.prompt.stop_ids,
+        pad_token_id=1,
+    )
+    for ours, row in zip(actual, output[:, ids.shape[1] :].tolist()):
+        assert ours == row[: len(ours)], f"{ours} is not {row}"
+    return {"tokens": sum(len(ids) for ids in actual)}

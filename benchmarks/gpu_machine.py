@@ -1,0 +1,95 @@
+"""Section "machine" of `bench_gpu.py`: versions, the device, and its limits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from gpu_models import Workload
+from gpu_report import Report, Values
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "triton",
+    "bitsandbytes",
+    "flash-attn",
+    "liger-kernel",
+    "simplejpeg",
+)
+
+
+def run(workload: Workload, report: Report) -> None:
+    """Run the section."""
+    report.attempt("versions", versions)
+    report.attempt("device", partial(describe_device, workload))
+    report.attempt("limits", lambda: Limits.measure(workload).as_values())
+
+
+def versions() -> Values:
+    """Return the versions of Python and of packages; "missing" for those that are not installed."""
+    values: Values = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            values[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            values[package] = "missing"
+    return values
+
+
+def describe_device(workload: Workload) -> Values:
+    """Return the device's name, memory and driver."""
+    if workload.device.type != "cuda":
+        return {"device": platform.processor() or platform.machine()}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "memory": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": str(torch.version.cuda),
+    }
+
+
+class Limits(NamedTuple):
+    """What this device reaches: FLOP/s of a large matrix product, bytes/s of a copy (read and written)."""
+
+    flops: float
+    bandwidth: float
+
+    @classmethod
+    def measure(cls, workload: Workload) -> Limits:
+        """Measure both."""
+        size = workload.pick(8192, 256)
+        matrix = torch.randn(size, size, device=workload.device, dtype=workload.dtype)
+        product = torch.empty_like(matrix)
+        seconds = _best(workload, partial(torch.mm, matrix, matrix, out=product))
+        flops = 2 * size**3 / seconds
+
+        source = torch.empty(
+            workload.pick(1 << 31, 1 << 20), device=workload.device, dtype=torch.int8
+        )
+        target = torch.empty_like(source)
+        seconds = _best(workload, partial(target.copy_, source))
+        return cls(flops, 2 * source.nbytes / seconds)
+
+    def as_values(self) -> Values:
+        return {"matmul TFLOP/s": self.flops / 1e12, "copy GB/s": self.bandwidth / 1e9}
+
+
+def _best(workload: Workload, work: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of several calls."""
+    seconds = float("inf")
+    for _ in range(8):
+        workload.synchronize()
+        start = time.perf_counter()
+        work()
+        workload.synchronize()
+        seconds = min(seconds, time.perf_counter() - start)
+    return seconds

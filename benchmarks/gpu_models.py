@@ -1,0 +1,293 @@
+"""Random models of real shapes, and data for them, made in memory: what `bench_gpu.py` computes on."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers import LlavaConfig as StockConfig
+from workload import stock_projector_weights
+
+from llava_simplified.data.records import Record
+from llava_simplified.data.transforms import ImageTransform
+from llava_simplified.model.llava import Llava
+from llava_simplified.model.projector import build_projector
+from llava_simplified.model.vision import VisionTower
+from llava_simplified.prompt import Message
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+# A token is a byte, so texts are short: the prompt has about 20 tokens, a caption 12 with its end.
+INSTRUCTION = "Say:"
+CAPTION_LENGTHS = (8, 15)  # characters
+
+Shape = dict[str, Any]
+
+CLIP_B16: Shape = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
+MISTRAL_7B: Shape = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+}
+LLAMA_1B: Shape = {
+    **MISTRAL_7B,
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "tie_word_embeddings": True,
+}
+# For comparisons in float64: every mechanism of the 7B model, little work.
+SMALL: Shape = {
+    **MISTRAL_7B,
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    # Large, so that images and positions decide what is generated.
+    "initializer_range": 0.1,
+}
+TINY: Shape = {
+    **SMALL,
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+TINY_CLIP: Shape = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the sections compute on.
+
+    Attributes:
+        device: "cuda", or "cpu" for the tiny shapes.
+        is_tiny: Shapes for a test instead of real ones.
+    """
+
+    device: torch.device
+    is_tiny: bool
+
+    @property
+    def large(self) -> Shape:
+        return TINY if self.is_tiny else MISTRAL_7B
+
+    @property
+    def medium(self) -> Shape:
+        return TINY if self.is_tiny else LLAMA_1B
+
+    @property
+    def small(self) -> Shape:
+        return TINY if self.is_tiny else SMALL
+
+    @property
+    def vision(self) -> Shape:
+        return TINY_CLIP if self.is_tiny else CLIP_B16
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of frozen weights."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    def pick(self, real: Any, tiny: Any) -> Any:
+        """Return a value for the real shapes or for the tiny ones."""
+        return tiny if self.is_tiny else real
+
+    def synchronize(self) -> None:
+        """Wait for the device, before the clock is read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory(self) -> int | None:
+        """Return the largest number of bytes that tensors have had on the GPU."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+# ---- models ----
+
+
+def build(
+    workload: Workload, text: Shape, dtype: torch.dtype | None = None, **options: Any
+) -> Llava:
+    """Build a model with random weights, on the device; the same weights at every call.
+
+    Args:
+        workload: The device and the vision tower's shape.
+        text: Shape of the language model.
+        dtype: Data type of language model and tower.
+        **options: Options of `AutoModelForCausalLM.from_config`.
+    """
+    dtype = dtype or workload.dtype
+    torch.manual_seed(0)
+    with torch.device(workload.device):
+        language_model: Any = AutoModelForCausalLM.from_config(
+            text_config(text), dtype=dtype, **{"attn_implementation": "sdpa", **options}
+        )
+        vision_model: Any = CLIPVisionModel(CLIPVisionConfig(**workload.vision))
+        projector = build_projector(
+            "mlp2x_gelu", workload.vision["hidden_size"], text["hidden_size"]
+        )
+    tower = VisionTower(vision_model.to(dtype), image_transform(workload))
+    for parameter in projector.parameters():
+        # As large as token embeddings are with this initialization.
+        nn.init.normal_(parameter, std=0.1)
+    return Llava(tower, projector, language_model, make_tokenizer()).eval()
+
+
+def text_config(text: Shape) -> MistralConfig:
+    """Return the config of a language model."""
+    return MistralConfig(bos_token_id=0, eos_token_id=1, pad_token_id=1, **text)
+
+
+def image_transform(workload: Workload) -> ImageTransform:
+    """Return CLIP's transform for the size of the tower."""
+    side = workload.vision["image_size"]
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return ImageTransform(side, (side, side), "bicubic", mean, std)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are single bytes."""
+    names = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.pad_token = "</s>"
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def to_stock(model: Llava) -> Any:
+    """Return the same weights as a `LlavaForConditionalGeneration`; its image token is the last one."""
+    language_model: Any = model.language_model
+    tower = model.vision_tower.model
+    dtype = language_model.dtype
+    config = StockConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_id=language_model.config.vocab_size - 1,
+        vision_feature_layer=-2,
+    )
+    # Do not allocate the weights, which are those of `model`.
+    with torch.device("meta"):
+        stock: Any = LlavaForConditionalGeneration(config)
+    stock.model.vision_tower = tower
+    stock.model.language_model = language_model.model
+    stock.lm_head = language_model.lm_head
+    projector = stock.model.multi_modal_projector.to_empty(device=model.device).to(dtype)
+    projector.load_state_dict(stock_projector_weights(model.projector.state_dict()))
+    stock.generation_config.pad_token_id = 1
+    return stock.eval()
+
+
+def write_folders(folder: Path, workload: Workload, text: Shape) -> tuple[str, str]:
+    """Write configs and tokenizer, without weights, for `llava plan` and for checkpoints.
+
+    Returns:
+        The folders of language model and tower.
+    """
+    language_model, tower = folder / "language_model", folder / "tower"
+    config = text_config(text)
+    config.architectures = ["MistralForCausalLM"]
+    config.save_pretrained(language_model)
+    make_tokenizer().save_pretrained(str(language_model))
+    CLIPVisionConfig(**workload.vision).save_pretrained(tower)
+    transform = image_transform(workload)
+    side = transform.crop[0]
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "image_mean": transform.mean,
+        "image_std": transform.std,
+    }
+    (tower / "preprocessor_config.json").write_text(json.dumps(processor))
+    return str(language_model), str(tower)
+
+
+# ---- data ----
+
+
+def make_records(count: int, captions: int) -> list[Record]:
+    """Return records of random captions.
+
+    Args:
+        count: Number of records. There are `NUM_IMAGES` images, which repeat.
+        captions: Captions per image.
+    """
+    draw = random.Random(0)
+    turns = (Message("user", f"<image>{INSTRUCTION}"),)
+    records = []
+    for index in range(count):
+        texts = []
+        for _ in range(captions):
+            length = draw.randint(*CAPTION_LENGTHS)
+            texts.append("".join(draw.choices("abcdefgh", k=length)))
+        name = str(index % NUM_IMAGES)
+        records.append(Record((name,), turns, tuple(texts), f"row {index}"))
+    return records
+
+
+NUM_IMAGES = 32
+
+
+def make_images(workload: Workload) -> dict[str, torch.Tensor]:
+    """Return random images, uint8 (3, height, width), by the names that `make_records` uses."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_IMAGES, 3, *image_transform(workload).crop)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return {str(number): image for number, image in enumerate(pixels)}
+
+
+def caption_prompt(model: Llava) -> list[int]:
+    """Return the token ids of the prompt of one image."""
+    turns = [Message("user", f"<image>{INSTRUCTION}")]
+    return model.prompt.render(turns, None).input_ids

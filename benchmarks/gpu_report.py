@@ -1,0 +1,85 @@
+"""The measurements of one section of `bench_gpu.py`: printed, and written to a file as each is made."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Values = dict[str, Any]
+
+
+class Report:
+    """Collects the measurements of a section.
+
+    Args:
+        path: A file of JSON lines, one per measurement. It is complete up to the last measurement, even if
+            the process is killed.
+        time_limit: Seconds of the section. `attempt` skips what would exceed it.
+    """
+
+    def __init__(self, path: Path, time_limit: float) -> None:
+        self.path = path
+        self._end = time.monotonic() + time_limit
+
+    @property
+    def seconds_left(self) -> float:
+        return self._end - time.monotonic()
+
+    def add(self, name: str, **values: Any) -> None:
+        """Write a measurement, and print it."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"name": name, **values}) + "\n")
+        shown = "   ".join(f"{key} {_format(value)}" for key, value in values.items())
+        print(f"  {name:44} {shown}", flush=True)
+
+    def attempt(
+        self, name: str, measure: Callable[[], Values], seconds: float = 0
+    ) -> Values | None:
+        """Make a measurement; a failure is one, too, and ends nothing else.
+
+        Args:
+            name: What is measured.
+            measure: Returns the measured values.
+            seconds: Expected duration. The measurement is skipped if less time is left.
+
+        Returns:
+            The values, or None.
+        """
+        if self.seconds_left < seconds:
+            left = max(0, round(self.seconds_left))
+            self.add(name, skipped=f"takes about {seconds:.0f} s, {left} s are left")
+            return None
+        try:
+            values = measure()
+        except torch.OutOfMemoryError:
+            self.add(name, failed="out of memory")
+            return None
+        except Exception as error:  # noqa: BLE001 - the next measurement does not depend on this one
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(place.filename).name}:{place.lineno}"
+            self.add(name, failed=f"{type(error).__name__}: {error} ({where})"[:600])
+            return None
+        finally:
+            free_memory()
+        self.add(name, **values)
+        return values
+
+
+def free_memory() -> None:
+    """Return the memory of objects that are no longer used to the device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

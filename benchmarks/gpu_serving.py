@@ -1,0 +1,98 @@
+"""Section "serving" of `bench_gpu.py`: the engine of `llava serve` under several clients.
+
+Each client sends its next request when it has its answer. HTTP is not part of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from gpu_models import Workload, build, make_images
+from gpu_report import Report, Values
+from workload import draw_caption_lengths
+
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.model.llava import Llava
+from llava_simplified.serve.engine import Engine
+
+BATCH_SIZE = 64
+
+
+@dataclass
+class Answers:
+    """What all clients have received."""
+
+    count: int = 0
+    tokens: int = 0
+    first_token_seconds: list[float] = field(default_factory=list)
+
+
+def run(workload: Workload, report: Report) -> None:
+    """Run the section."""
+    model = build(workload, workload.large).requires_grad_(False)
+    seconds = workload.pick(30.0, 0.3)
+    client_numbers = workload.pick((1, 16, 64), (1, 3))
+    # Warm up with the largest batch first: smaller ones use its memory, so their graphs stay valid.
+    for clients in reversed(client_numbers):
+        asyncio.run(serve(workload, model, clients, workload.pick(2.0, 0.1)))
+    for clients in client_numbers:
+        report.attempt(
+            f"{clients} clients",
+            partial(asyncio.run, serve(workload, model, clients, seconds)),
+            seconds,
+        )
+
+
+async def serve(workload: Workload, model: Llava, clients: int, seconds: float) -> Values:
+    """Run clients for some seconds."""
+    pixels = [image.permute(1, 2, 0).numpy() for image in make_images(workload).values()]
+    answers = Answers()
+    async with Engine(model, batch_size=BATCH_SIZE, max_queue=BATCH_SIZE) as engine:
+        start = time.perf_counter()
+        end = start + seconds
+        tasks = [client(engine, number, pixels, end, answers) for number in range(clients)]
+        await asyncio.gather(*tasks)
+        elapsed = time.perf_counter() - start
+    times = sorted(answers.first_token_seconds)
+    return {
+        "tokens/s": answers.tokens / elapsed,
+        "answers/s": answers.count / elapsed,
+        "first token, median s": statistics.median(times),
+        "first token, 95 % s": times[int(0.95 * (len(times) - 1))],
+    }
+
+
+async def client(
+    engine: Engine, number: int, pixels: list[np.ndarray], end: float, answers: Answers
+) -> None:
+    """Send requests one after the other until `end`; at least one."""
+    draw = random.Random(number)
+    lengths = draw_caption_lengths(100)
+    while True:
+        length = draw.choice(lengths)
+        options = GenerationOptions(max_new_tokens=length, min_new_tokens=length)
+        await ask(engine, draw.choice(pixels), options, answers)
+        if time.perf_counter() >= end:
+            return
+
+
+async def ask(engine: Engine, image: Any, options: GenerationOptions, answers: Answers) -> None:
+    """Send one request, and wait for its answer."""
+    start = time.perf_counter()
+    is_first = True
+    with engine.open_request() as request:
+        await request.submit("Say:", [image], options)
+        async for delta in request:
+            if is_first:
+                answers.first_token_seconds.append(time.perf_counter() - start)
+                is_first = False
+            last = delta.num_tokens
+    answers.count += 1
+    answers.tokens += last

@@ -1,0 +1,608 @@
+"""The decoding step on GPUs: a KV cache of fixed size, and a CUDA graph of the whole step.
+
+Decoding one token is little work for a GPU: it reads the weights once. But the step consists of a
+thousand small kernels, and Python needs longer to launch them than the GPU to run them. A CUDA graph
+records all launches of a step once and repeats them with a single call. What a graph repeats are
+addresses and shapes, so neither may change from step to step:
+
+    DynamicCache (CPU)         a new, longer tensor in every step; one row per active sequence
+    static buffers (GPU)       tensors of a fixed size; each step writes one more column
+
+            columns 0 .. length - 1: prompts and generated tokens     the next one    unused
+    slot 0  . . a a a a a a a a a a a a a a a a a a a a a a a a a a        a          - - - - -
+    slot 1  . . . . . b b b b b b b b b b b b b b b b b b b b b b b        b          - - - - -
+    slot 2  - - - - - - - - - - - - - - - - - - - - - - - - - - - -        -          - - - - -
+
+Sizes are rounded up (`num_slots`, `num_columns`), so that a few graphs serve all batches. The slot of a
+finished sequence stays, and is computed in vain, until half of the slots are free; then the sequences
+move together. When sequences join, the contents go back into a `DynamicCache` (`unload`), to which
+`DecodingBatch` appends the new rows as usual, and return with the next step.
+
+All sequences write the same column, because the rows are aligned at their newest token. The number of
+the column is a tensor, which the graph itself increments.
+
+Nothing here changes what is computed. If a model does not support it, or the graph cannot be recorded,
+`DecodingBatch` continues with the `DynamicCache`, and a warning says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from llava_simplified.data.device_copy import to_device
+from llava_simplified.model.language_model import cache_kwarg_name, without_peft
+from llava_simplified.model.protocols import CaptionModel, CausalLM
+
+logger = logging.getLogger(__name__)
+
+# Columns are rounded up to a multiple of this, and of a quarter of their number's power of two.
+COLUMN_STEP = 64
+# Columns that are reserved for new tokens, if so many may follow.
+RESERVED_COLUMNS = 64
+# The largest part of the free memory that the buffers may take. The next batch is prefilled beside them.
+MEMORY_SHARE = 0.25
+# Runs of a step before it is recorded: libraries allocate workspaces when they are called first.
+WARM_UP_RUNS = 2
+
+
+class StaticDecodingError(RuntimeError):
+    """The step cannot run in static buffers; the message says why."""
+
+
+class BuffersTooLargeError(StaticDecodingError):
+    """A batch is too large for the memory that is free; smaller ones may not be."""
+
+
+def num_slots(rows: int) -> int:
+    """Return the number of slots for so many sequences: the next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+def num_columns(length: int) -> int:
+    """Return the number of columns of a buffer for so many tokens."""
+    step = max(COLUMN_STEP, (1 << length.bit_length()) // 8)
+    return -(-length // step) * step
+
+
+# ---- attention of one new token ----
+
+
+def grouped_decode_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one query position, without a copy of keys and values for grouped-query attention.
+
+    The query heads that share a key head become query positions of this head.
+
+    Args:
+        module: The attention layer; not used.
+        query: (slots, heads, 1, head_dim).
+        key: (slots, key heads, columns, head_dim).
+        value: (slots, key heads, columns, head_dim).
+        attention_mask: (slots, 1, 1, columns), added to the scores.
+        scaling: Factor of the scores.
+
+    Returns:
+        (slots, 1, heads, head_dim), and None in place of attention weights.
+    """
+    slots, heads = query.shape[:2]
+    key_heads = key.shape[1]
+    group_size = heads // key_heads
+    # PyTorch's kernels for masked attention would need a copy of every key for each query head.
+    grouped = query.reshape(slots, key_heads, group_size, -1)
+    mask = attention_mask.expand(-1, key_heads, group_size, -1)
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(slots, 1, heads, -1), None
+
+
+# The mask is 4D, so Transformers passes it to this function as it is.
+AttentionInterface.register("grouped_decode", grouped_decode_attention)
+
+
+@contextmanager
+def _grouped_attention(language_model: CausalLM) -> Iterator[None]:
+    """Use `grouped_decode_attention` within a `with` block."""
+    config = without_peft(language_model).config
+    before = config._attn_implementation
+    config._attn_implementation = "grouped_decode"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+# ---- buffers ----
+
+
+class _StaticLayer(CacheLayerMixin):
+    """Keys and values of one layer. `update` writes them into the column `column`."""
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, column: torch.Tensor) -> None:
+        super().__init__()
+        self.keys: torch.Tensor = keys  # (slots, key heads, columns, head_dim)
+        self.values: torch.Tensor = values
+        self.column = column  # int64 (1,)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys.index_copy_(2, self.column, key_states)
+        self.values.index_copy_(2, self.column, value_states)
+        return self.keys, self.values
+
+    # Transformers asks for these to build positions and masks, which are both given. The names differ
+    # between its versions.
+    def lazy_initialization(self, *_: Any, **__: Any) -> None: ...
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.keys.shape[2] - 1
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    def get_max_cache_shape(self) -> int:
+        return self.keys.shape[2]
+
+
+class _Storage:
+    """The memory of keys and values. Buffers of all sizes are views of it; one is in use at a time."""
+
+    def __init__(self, layers: Sequence[Any], slots: int, columns: int) -> None:
+        self.flat: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.shapes: list[tuple[int, int, int]] = []  # key heads, key size, value size
+        for layer in layers:
+            _, heads, _, key_size = layer.keys.shape
+            value_size = layer.values.shape[-1]
+            cells = slots * heads * columns
+            keys = layer.keys.new_zeros(cells * key_size)
+            values = layer.values.new_zeros(cells * value_size)
+            self.flat.append((keys, values))
+            self.shapes.append((heads, key_size, value_size))
+        self.capacity = slots * columns
+        self.nbytes = sum(keys.nbytes + values.nbytes for keys, values in self.flat)
+
+    def views(self, slots: int, columns: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield keys and values of each layer, (slots, key heads, columns, size)."""
+        for (keys, values), (heads, key_size, value_size) in zip(self.flat, self.shapes):
+            cells = slots * heads * columns
+            yield (
+                keys[: cells * key_size].view(slots, heads, columns, key_size),
+                values[: cells * value_size].view(slots, heads, columns, value_size),
+            )
+
+
+@dataclass
+class _Buffers:
+    """Everything that a step reads and writes, for one number of slots and columns.
+
+    Attributes:
+        cache: Keys and values.
+        mask: bool (slots, columns), True on tokens.
+        column: int64 (1,), where the next token is written.
+        token_ids: int64 (slots, 1), the newest tokens.
+        positions: int64 (slots, 1), their positions.
+        logits: (slots, vocabulary), the result of the last step.
+        graph: The recorded step; None before it is recorded, and on a CPU.
+    """
+
+    cache: Cache
+    mask: torch.Tensor
+    column: torch.Tensor
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    logits: torch.Tensor | None = None
+    graph: Any = None
+
+    @property
+    def slots(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.mask.shape[1]
+
+
+@dataclass
+class DecodingState:
+    """The state of a batch outside of the buffers: one row per active sequence.
+
+    Attributes:
+        cache: Keys and values of `length` columns.
+        mask: int64 (rows, length).
+        next_positions: int64 (rows,).
+    """
+
+    cache: DynamicCache
+    mask: torch.Tensor
+    next_positions: torch.Tensor
+
+
+# ---- the decoder ----
+
+
+class StaticDecoder:
+    """Runs decoding steps of a model in static buffers. One batch at a time owns the buffers.
+
+    Args:
+        model: The model.
+        use_graphs: Record the steps as CUDA graphs. Without, they run as usual, which tests need.
+    """
+
+    def __init__(self, model: CaptionModel, use_graphs: bool) -> None:
+        self._model = weakref.ref(model)
+        self._use_graphs = use_graphs
+        self._cache_kwarg_name = cache_kwarg_name(model.language_model)
+        self._storage: _Storage | None = None
+        self._buffers: dict[tuple[int, int], _Buffers] = {}
+        self._graph_pool: Any = None
+        self._weights_key: Any = None
+        self._has_warned = False
+        # The batch that is loaded:
+        self._owner: Any = None  # weak reference, or None
+        self._current: _Buffers | None = None
+        self._slots: list[int] = []  # of each row
+        self._length = 0  # columns in use
+
+    def is_loaded(self, owner: Any) -> bool:
+        """Return whether the state of this batch is in the buffers."""
+        return self._owner is not None and self._owner() is owner
+
+    def load(self, owner: Any, state: DecodingState, remaining: int) -> None:
+        """Move the state of a batch into the buffers. Another batch that is there moves out.
+
+        Args:
+            owner: The batch. Its method `leave_static_buffers` is called to move it out.
+            state: Its state. The cache is empty afterward.
+            remaining: Number of tokens that the longest sequence may still generate.
+
+        Raises:
+            StaticDecodingError: The cache is not supported, or the buffers would be too large
+                (`BuffersTooLargeError`). The state is unchanged.
+        """
+        # Two generators may take turns, for example.
+        previous = None if self._owner is None else self._owner()
+        if previous is not None:
+            previous.leave_static_buffers()
+        _check_layers(state.cache)
+        self._forget_changed_weights()
+
+        rows, length = state.mask.shape
+        # At least one column, for the step that follows.
+        reserved = min(max(remaining, 1), RESERVED_COLUMNS)
+        slots, columns = num_slots(rows), num_columns(length + reserved)
+        buffers = self._prepare_buffers(state.cache.layers, slots, columns)
+        self._length = length
+        for layer, source in zip(buffers.cache.layers, state.cache.layers):
+            _fill(layer.keys, source.keys, self._length)
+            _fill(layer.values, source.values, self._length)
+            source.keys = source.values = None  # Frees the memory.
+        self._fill_small(buffers, state.mask.bool(), state.next_positions)
+        self._current = buffers
+        self._slots = list(range(rows))
+        self._owner = weakref.ref(owner)
+
+    def unload(self) -> DecodingState:
+        """Move the state of the batch out of the buffers."""
+        assert self._current is not None
+        buffers, length = self._current, self._length
+        index = self._slot_index()
+        cache = DynamicCache(config=self._require_model().config)
+        for number, layer in enumerate(buffers.cache.layers):
+            keys = layer.keys[:, :, :length].index_select(0, index)
+            values = layer.values[:, :, :length].index_select(0, index)
+            cache.update(keys, values, number)
+        mask = buffers.mask[:, :length].index_select(0, index).long()
+        next_positions = buffers.positions[:, 0].index_select(0, index)
+        self.release()
+        return DecodingState(cache, mask, next_positions)
+
+    def release(self) -> None:
+        """Forget the batch. The buffers and graphs are kept for the next one."""
+        self._owner = None
+        self._current = None
+        self._slots = []
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Remove all other rows of the batch; see `DecodingBatch._keep_rows`."""
+        self._slots = [self._slots[row] for row in rows]
+        if not rows:
+            self.release()
+        elif self._current and num_slots(len(rows)) < self._current.slots:
+            self._move_together(num_slots(len(rows)))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no column left for a step: the batch must `unload` and `load` again."""
+        return self._current is not None and self._length == self._current.columns
+
+    def step(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Append the newest token of each row, and return the next logits (rows, vocabulary).
+
+        Raises:
+            StaticDecodingError: The step could not be recorded. `unload` returns the state before it.
+        """
+        assert self._current is not None and not self.is_full
+        buffers = self._current
+        # Free slots get the token 0. Their results are never read.
+        padded = torch.zeros(buffers.slots, 1, dtype=torch.long)
+        padded[self._slots, 0] = torch.tensor(token_ids)
+        buffers.token_ids.copy_(to_device(padded, buffers.token_ids.device))
+        if not self._use_graphs:
+            buffers.logits = self._forward(buffers)
+        else:
+            if buffers.graph is None:
+                self._record(buffers)
+            buffers.graph.replay()
+        self._length += 1
+        assert buffers.logits is not None
+        # A copy, since the next step overwrites the buffer.
+        return buffers.logits.index_select(0, self._slot_index())
+
+    def warn_too_large(self, error: BuffersTooLargeError) -> None:
+        """Log, once, that a batch is decoded without graphs."""
+        if not self._has_warned:
+            logger.warning("large batches are decoded without CUDA graphs: %s", error)
+        self._has_warned = True
+
+    # ---- the step ----
+
+    def _forward(self, buffers: _Buffers) -> torch.Tensor:
+        """Run the step: everything here is recorded, so nothing may depend on values on the host."""
+        model = self._require_model()
+        language_model = model.language_model
+        # In all slots, used or not: a row without any visible column would become NaN.
+        buffers.mask.index_fill_(1, buffers.column, True)
+        with _grouped_attention(language_model):
+            outputs = language_model(
+                input_ids=buffers.token_ids,
+                attention_mask=self._masks(buffers, without_peft(language_model).config),
+                position_ids=buffers.positions,
+                use_cache=True,
+                **{self._cache_kwarg_name: buffers.cache},
+            )
+        # In place, so that the next replay finds the new values at the same addresses.
+        buffers.positions += 1
+        buffers.column += 1
+        return outputs.logits[:, -1]
+
+    def _masks(self, buffers: _Buffers, config: Any) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Return the mask (slots, 1, 1, columns), or one for each type of layer."""
+        dtype = buffers.cache.layers[0].keys.dtype
+        window = getattr(config, "sliding_window", None)
+        layer_types = set(getattr(config, "layer_types", None) or ())
+        if not layer_types:
+            layer_types = {"sliding_attention" if window else "full_attention"}
+        masks = {}
+        for layer_type in layer_types:
+            attends = buffers.mask
+            if layer_type == "sliding_attention" and window and window < buffers.columns:
+                # The tokens of a row are in consecutive columns: distances are those of the positions.
+                index = torch.arange(buffers.columns, device=attends.device)
+                attends = attends & (buffers.column - index < window)
+            bias = torch.zeros_like(attends, dtype=dtype).masked_fill(~attends, -torch.inf)
+            masks[layer_type] = bias[:, None, None]
+        return masks.popitem()[1] if len(masks) == 1 else masks
+
+    def _record(self, buffers: _Buffers) -> None:
+        """Record the step as a CUDA graph. Recording runs nothing."""
+        device = buffers.mask.device
+        # What the warm-up changes. The keys and values that it writes are written again later.
+        state = (buffers.mask, buffers.column, buffers.positions)
+        saved = [tensor.clone() for tensor in state]
+        try:
+            # As CUDA requires, warm up on another stream than the current one.
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_RUNS):
+                    self._forward(buffers)
+                    for tensor, value in zip(state, saved):
+                        tensor.copy_(value)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (that read images, for example) may use CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._graph_pool, capture_error_mode="thread_local"):
+                logits = self._forward(buffers)
+        except RuntimeError as error:
+            for tensor, value in zip(state, saved):
+                tensor.copy_(value)
+            raise StaticDecodingError(f"the step cannot be recorded ({error})") from error
+        buffers.graph, buffers.logits = graph, logits
+        # All graphs share the memory of their intermediate results: one runs at a time.
+        self._graph_pool = graph.pool()
+
+    # ---- buffers ----
+
+    def _require_model(self) -> CaptionModel:
+        model = self._model()
+        assert model is not None, "the batch holds a reference to the model"
+        return model
+
+    def _slot_index(self) -> torch.Tensor:
+        assert self._current is not None
+        return to_device(torch.tensor(self._slots), self._current.mask.device)
+
+    def _forget_changed_weights(self) -> None:
+        """Drop the graphs if weights have moved or adapters were switched: they contain addresses."""
+        language_model = self._require_model().language_model
+        addresses = [parameter.data_ptr() for parameter in language_model.parameters()]
+        adapters = []
+        for module in language_model.modules():
+            if hasattr(module, "lora_A"):
+                state = (module.disable_adapters, module.merged, module.active_adapters)
+                adapters.append(str(state))
+        key = (addresses, adapters)
+        if key != self._weights_key:
+            self._drop_buffers()
+            self._weights_key = key
+
+    def _prepare_buffers(self, layers: Sequence[Any], slots: int, columns: int) -> _Buffers:
+        """Return the buffers of this size; allocate more memory if it does not suffice.
+
+        Args:
+            layers: Layers of a cache, with keys and values, for their shapes.
+            slots: Number of slots.
+            columns: Number of columns.
+
+        Raises:
+            BuffersTooLargeError: They would take more than `MEMORY_SHARE` of the free memory.
+        """
+        if self._storage is None or self._storage.capacity < slots * columns:
+            own = 0 if self._storage is None else self._storage.nbytes
+            _check_memory(layers, slots, columns, own)
+            # Free the old memory first. Graphs contain its addresses.
+            self._drop_buffers()
+            self._storage = None
+            self._storage = _Storage(layers, slots, columns)
+        if (slots, columns) not in self._buffers:
+            self._buffers[slots, columns] = self._create_buffers(self._storage, slots, columns)
+        return self._buffers[slots, columns]
+
+    def _drop_buffers(self) -> None:
+        """Forget all buffers and graphs, whose addresses are no longer valid."""
+        self._buffers.clear()
+        self._graph_pool = None
+
+    def _create_buffers(self, storage: _Storage, slots: int, columns: int) -> _Buffers:
+        device = storage.flat[0][0].device
+        column = torch.zeros(1, dtype=torch.long, device=device)
+        layers = [
+            _StaticLayer(keys, values, column) for keys, values in storage.views(slots, columns)
+        ]
+        return _Buffers(
+            cache=Cache(layers=layers),
+            mask=torch.zeros(slots, columns, dtype=torch.bool, device=device),
+            column=column,
+            token_ids=torch.zeros(slots, 1, dtype=torch.long, device=device),
+            positions=torch.zeros(slots, 1, dtype=torch.long, device=device),
+        )
+
+    def _fill_small(
+        self, buffers: _Buffers, mask: torch.Tensor, next_positions: torch.Tensor
+    ) -> None:
+        rows, length = mask.shape
+        buffers.mask.zero_()
+        buffers.mask[:rows, :length] = mask
+        buffers.positions.zero_()
+        buffers.positions[:rows, 0] = next_positions
+        buffers.column.fill_(length)
+
+    def _move_together(self, slots: int) -> None:
+        """Move the rows into buffers with fewer slots, which are views of the same memory."""
+        assert self._current is not None
+        old, length = self._current, self._length
+        index = self._slot_index()
+        new = self._prepare_buffers(old.cache.layers, slots, old.columns)
+        mask = old.mask[:, :length].index_select(0, index)
+        positions = old.positions[:, 0].index_select(0, index)
+        for source, target in zip(old.cache.layers, new.cache.layers):
+            # Copy before writing.
+            keys = source.keys[:, :, :length].index_select(0, index)
+            values = source.values[:, :, :length].index_select(0, index)
+            _fill(target.keys, keys, length)
+            _fill(target.values, values, length)
+        self._fill_small(new, mask, positions)
+        self._current = new
+        self._slots = list(range(len(self._slots)))
+
+
+def _fill(buffer: torch.Tensor, tensor: torch.Tensor, length: int) -> None:
+    """Copy keys or values into a buffer, so that they end at column `length`.
+
+    Layers with a sliding window have fewer columns: the last ones.
+    """
+    # The rest must be zero: a masked column has the weight 0, but 0 * NaN is NaN.
+    buffer.zero_()
+    rows, _, columns, _ = tensor.shape
+    buffer[:rows, :, length - columns : length] = tensor
+
+
+def _check_layers(cache: DynamicCache) -> None:
+    for layer in cache.layers:
+        # Not subclasses, which may hold more than keys and values.
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise StaticDecodingError(f"it has layers with a {type(layer).__name__}")
+
+
+def _check_memory(layers: Sequence[Any], slots: int, columns: int, own: int) -> None:
+    """Raise BuffersTooLargeError if buffers of this size would take too much memory.
+
+    Args:
+        layers: Layers of a cache, with keys and values, for their shapes.
+        slots: Number of slots.
+        columns: Number of columns.
+        own: Bytes of the buffers that these would replace.
+    """
+    device = layers[0].keys.device
+    if device.type != "cuda":
+        return
+    bytes_per_cell = 0
+    for layer in layers:
+        for tensor in (layer.keys, layer.values):
+            bytes_per_cell += tensor.shape[1] * tensor.shape[3] * tensor.element_size()
+    free = own + torch.cuda.mem_get_info(device)[0]
+    # PyTorch keeps memory that is free, too.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = slots * columns * bytes_per_cell
+    if needed > MEMORY_SHARE * free:
+        raise BuffersTooLargeError(
+            f"the buffers of {slots} sequences of {columns} tokens would take {needed / 1e9:.1f} GB of "
+            f"{free / 1e9:.1f} GB that are free; use a smaller batch size"
+        )
+
+
+# ---- which models ----
+
+# The decoders of all models that have generated on a GPU; None if a model does not support it.
+_DECODERS: weakref.WeakKeyDictionary[Any, StaticDecoder | None] = weakref.WeakKeyDictionary()
+
+
+def find_static_decoder(model: CaptionModel) -> StaticDecoder | None:
+    """Return the decoder of a model; None on a CPU, for models in training, and after a failure."""
+    if model.device.type != "cuda":
+        return None
+    language_model = model.language_model
+    # Models in training are skipped: they need the memory for other things, and sharded weights move.
+    if any(parameter.requires_grad for parameter in language_model.parameters()):
+        return None
+    if model not in _DECODERS:
+        kernel = language_model.config._attn_implementation
+        if kernel == "sdpa":
+            _DECODERS[model] = StaticDecoder(model, use_graphs=True)
+        else:
+            disable_static_decoding(model, f"it uses the attention kernel {kernel}, not sdpa")
+    return _DECODERS[model]
+
+
+def disable_static_decoding(model: CaptionModel, reason: str) -> None:
+    """Decode this model without CUDA graphs from now on, and say why."""
+    logger.warning("%s is decoded without CUDA graphs: %s", model.config.model_type, reason)
+    _DECODERS[model] = None

@@ -1,0 +1,72 @@
+"""`benchmarks/bench_gpu.py` with tiny shapes on a CPU, so that it runs when a GPU is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """Return the measurements that failed."""
+    found = []
+    for section, result in results.items():
+        for measurement in result["measurements"]:
+            if "failed" in measurement:
+                found.append(f"{section}: {measurement['name']}: {measurement['failed']}")
+    return found
+
+
+def test_bench_gpu_measures_all_sections_after_one_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_gpu
+
+    output = tmp_path / "gpu.json"
+    words = ["--tiny", "--in-process", "--fail", "machine", "--output", str(output)]
+    assert bench_gpu.main(words) == 1
+    results = json.loads(output.read_text())
+    assert list(results) == list(bench_gpu.SECTIONS)
+    assert results.pop("machine") == {
+        "state": "failed: RuntimeError: failed on purpose (--fail)",
+        "seconds": pytest.approx(0, abs=60),
+        "measurements": [],
+    }
+    assert failures(results) == []
+    assert {result["state"] for result in results.values()} == {"done"}
+
+    measured = {}
+    for result in results.values():
+        for measurement in result["measurements"]:
+            measured[measurement["name"]] = measurement
+    for precision, limit in (("float64", 1e-10), ("float32", 1e-4)):
+        assert measured[f"shared == separate, {precision}"]["difference"] <= limit
+        assert measured[f"packed == unpacked, {precision}"]["difference"] <= limit
+    assert measured["batched == single, greedy, float32"]["tokens"] > 20
+    assert measured["ours / stock, 5 captions"]["ratio"] > 0
+    assert measured["ours, 5 captions"]["captions/s"] > 0
+    assert measured["ours / stock, batch 2, 3 sample(s)"]["ratio"] > 0
+    assert measured["decode, batch 2"]["share of bandwidth"] > 0
+    assert measured["3 clients"]["first token, median s"] > 0
+    assert measured["save, load and resume"]["difference of weights"] == 0
+    assert measured["forecast of `llava plan`"]["forecast, 1 caption"] > 0
+
+
+@pytest.mark.slow
+def test_bench_gpu_kills_a_section_that_hangs_and_runs_the_next(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    words = ["--tiny", "--sections", "machine", "exactness", "--hang", "machine"]
+    command = [sys.executable, BENCHMARKS / "bench_gpu.py", *words, "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    results = json.loads(output.read_text())
+    assert results["machine"]["state"] == "killed after 15 s"
+    assert results["exactness"]["state"] == "done", done.stdout
+    assert failures(results) == []
