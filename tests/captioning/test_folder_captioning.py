@@ -153,7 +153,7 @@ def test_loops_are_cut_and_counted(
     def generate(_: Llava, prompts: list, *__: object) -> list[list[str]]:
         return [["a dog and " * 20] for _ in prompts]
 
-    monkeypatch.setattr(generation, "generate_from_features", generate)
+    monkeypatch.setattr(generation, "generate_separately", generate)
     caption_file(sidecar_job(folder, text=TextOptions(prefix="sks ", loop_guard=8)), model)
     assert texts(folder)["0.txt"] == b"sks a dog and\n"
     assert "began to loop: 3" in package_log.text
@@ -163,7 +163,7 @@ def test_empty_caption_is_a_failure(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        runner, "generate_from_features", lambda _, prompts, *__: [[""]] * len(prompts)
+        generation, "generate_separately", lambda _, prompts, *__: [[""]] * len(prompts)
     )
     assert caption_file(sidecar_job(folder, text=TextOptions(prefix="sks")), model) == (1, 3)
     assert "0.txt" not in texts(folder)
@@ -240,8 +240,8 @@ def test_review_shows_every_image(
     shutil.copy(folder / "0.jpg", folder / "loop.jpg")
     (folder / "bad.jpg").write_bytes(b"no image")
     monkeypatch.setattr(
-        runner,
-        "generate_from_features",
+        generation,
+        "generate_separately",
         lambda _, prompts, *__: [["a </script> dog"]] * (len(prompts) - 1) + [["b " * 30]],
     )
     page = folder.parent / "review.html"
