@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shlex
 import shutil
 import socket
@@ -22,13 +23,14 @@ import pytest
 from faulty_endpoint import FaultyEndpoint, caption_of, faulty_endpoint
 from PIL import Image
 
-from llava_simplified.captioning import endpoint_captions, endpoint_client
+from llava_simplified.captioning import caption_command, endpoint_captions, endpoint_client
 from llava_simplified.captioning.caption_command import caption_main
 from llava_simplified.captioning.endpoint_client import EndpointError, error_message
 from llava_simplified.captioning.endpoint_options import EndpointOptions, request_fields
 from llava_simplified.captioning.runner import CaptionCounts, CaptionJob, caption_file
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.workers import TaskResult
 
 GREEDY = GenerationOptions(max_new_tokens=6, seed=0)
 SAMPLED = GenerationOptions(max_new_tokens=6, temperature=1.0, num_return_sequences=3, seed=5)
@@ -564,6 +566,28 @@ def test_command_captions_a_slice(
     rows = read_rows(str(tmp_path / "out-1-of-3.jsonl"))
     assert [row["index"] for row in rows] == list(range(1, NUM_IMAGES, 3))
     assert {request["stop"][0] for request in server.requests} == {"."}
+
+
+def test_command_captions_all_slices_with_ray(
+    server: FaultyEndpoint,
+    image_files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray sends the jobs of the slices to other processes; here they are only packed for that."""
+
+    def run_tasks(function: Any, specs: list[CaptionJob], engine: str) -> list[Any]:
+        assert engine == "ray"
+        jobs = [pickle.loads(pickle.dumps(job)) for job in specs]
+        return [TaskResult(job, function(job), "") for job in jobs]
+
+    monkeypatch.setattr(caption_command, "run_tasks", run_tasks)
+    argv = [str(image_files[0].parent), "--endpoint", server.url, "--model", "m"]
+    argv += ["--output", str(tmp_path / "out.jsonl"), "--engine", "ray", "--num-chunks", "2"]
+    assert caption_main(argv) == 0
+    for slice_index in range(2):
+        rows = read_rows(str(tmp_path / f"out-{slice_index}-of-2.jsonl"))
+        assert [row["index"] for row in rows] == list(range(slice_index, NUM_IMAGES, 2))
 
 
 def test_command_prints_the_caption_of_one_image(
