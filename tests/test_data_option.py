@@ -246,6 +246,7 @@ def test_data_says_what_is_missing(
         parse_arguments(options)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("demo_models")
 def test_train_on_a_folder_ends_with_a_model(tmp_path: Path) -> None:
     argv = ["--data", "my_folder", "--max_steps", "2", "--mm_vision_select_layer", "-1", "1"]
