@@ -253,7 +253,7 @@ def test_train_on_a_folder_ends_with_a_model(tmp_path: Path) -> None:
     argv += ["--feature_cache_dir", "features"]
     assert train_command.main(argv) == 0
     config = json.loads((tmp_path / "output" / "my_folder" / "llava.json").read_text())
-    assert config["template"] == "bare"
+    assert config["architecture"]["template"] == "bare"
 
 
 @pytest.mark.slow
