@@ -25,6 +25,9 @@ import transformers
 import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+# Before transformers' Trainer, which imports PEFT.
+import llava_simplified.model.peft_names  # noqa: F401
+from llava_simplified.data_option import options_from_data
 from llava_simplified.options import configure_logging, suggest
 from llava_simplified.recipes import resolve_recipe
 from llava_simplified.training_options import (
@@ -160,7 +163,7 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     Options may be spelled with dashes or underscores. `--verbose` and `--quiet` set the log level.
 
     Raises:
-        ValueError: An option does not exist, or requests an unsupported feature.
+        ValueError: An option does not exist, or requests an unsupported feature; or `--data` cannot be read.
     """
     options = split_options(argv)
     given = dict(options)
@@ -172,6 +175,11 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         # Put the command line last: argparse uses the last value of an option.
         options = split_options(to_words(read_config(config))) + options
         given = dict(options)
+    from_data = options_from_data(given)
+    options += [(name, [value]) for name, value in from_data.options.items()]
+    if from_data.recipe:
+        options = split_options(to_words(read_config(from_data.recipe))) + options
+    given = dict(options)
     if "output_dir" not in given:
         options.append(("output_dir", [_default_output_dir(given)]))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llava_simplified import __version__
-from llava_simplified.options import escape_control_characters, suggest
+from llava_simplified.options import print_text, suggest
 
 
 class Command(NamedTuple):
@@ -161,16 +161,16 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(describe_commands())
+        print_text(describe_commands())
         return 0
     if arguments[0] == "--version":
-        print(f"llava-simplified {__version__}")
+        print_text(f"llava-simplified {__version__}")
         return 0
     name = arguments[0]
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
-        print(
-            f"error: unknown {kind} {escape_control_characters(name)}{suggest(name, COMMANDS)}\n"
+        print_text(
+            f"error: unknown {kind} {name}{suggest(name, COMMANDS)}\n"
             "`llava --help` lists the commands.",
             file=sys.stderr,
         )
@@ -211,10 +211,10 @@ def run_command(name: str, argv: list[str]) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
-        print(f"error: {escape_control_characters(str(error))}", file=sys.stderr)
+        print_text(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_text("interrupted", file=sys.stderr)
         return 130
 
 
@@ -231,6 +231,9 @@ def configure_process(*, uses_torch: bool) -> None:
     # Hide the warnings of transformers about its hundred image processors that require torchvision,
     # none of which is used.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # In a log, the bars of libraries are noise: one line for each of their steps.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Use the system allocator: Arrow's own one keeps 10 MB in every worker process.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     # Measure the load (0.2 s) only for commands that compute with torch.

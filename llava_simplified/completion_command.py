@@ -15,6 +15,7 @@ from llava_simplified.options import CommandParser
 FOLDERS = {"image_folder", "train_image_folder", "val_image_folder"}
 FILES = {
     "config",
+    "data",
     "data_path",
     "eval_data_path",
     "image",
@@ -23,7 +24,6 @@ FILES = {
     "model_path",
     "output",
     "output_dir",
-    "source",
     "train_data_path",
     "vision_tower",
 }
@@ -57,9 +57,12 @@ def build_llava_parser() -> argparse.ArgumentParser:
         command_parser = resolve(command.parser)()
         # Set the attribute by which shtab completes the value as a path.
         for action in command_parser._actions:
+            # Arguments without a name are paths too, unless they are one of several words. They must complete
+            # to something: zsh would not insert an option while it describes them.
+            is_argument = not action.option_strings and not action.choices
             if action.dest in FOLDERS:
                 action.complete = shtab.DIRECTORY
-            elif action.dest in FILES:
+            elif action.dest in FILES or is_argument:
                 action.complete = shtab.FILE
         # Copy the options of the command. Omit `--help`, which the parent parser has already.
         commands.add_parser(name, help=command.summary, parents=[command_parser], add_help=False)

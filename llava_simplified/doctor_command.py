@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_simplified.extras import install_command
-from llava_simplified.options import CommandParser
+from llava_simplified.options import CommandParser, print_text
 
 PROJECT = "llava-simplified"
 # Purpose of each extra, in the order of pyproject.toml. An extra that is not listed here is reported without a purpose.
@@ -60,7 +60,9 @@ def build_parser() -> CommandParser:
 def main(argv: list[str] | None = None) -> int:
     """Run `llava doctor`; the exit status is 1 if a required package is missing or too old."""
     args = build_parser().parse_args(argv)
-    print(f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs")
+    print_text(
+        f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs"
+    )
     package_lines, all_required_installed = _describe_packages()
     _print_section(package_lines)
     # Print each section before computing the next one: importing torch and connecting to the hub take
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_section(lines: Sequence[str]) -> None:
-    print("\n".join(lines), flush=True)
+    print_text("\n".join(lines))
 
 
 # ---- packages ----

@@ -42,6 +42,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from llava_simplified.options import escape_control_characters
+
 # Seconds to wait for a lock. After a run is killed, its workers may still be writing for a short time (they check every
 # half second); a restart must wait for them instead of failing.
 LOCK_TIMEOUT = 8.0
@@ -428,7 +430,7 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
-        line = self.line()
+        line = escape_control_characters(self.line())
         if self._terminal:
             # Return to the start of the line, and erase the rest of a longer previous line.
             sys.stderr.write(f"\r{line}\x1b[K")

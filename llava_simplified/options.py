@@ -169,6 +169,18 @@ def escape_control_characters(text: str) -> str:
     return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def print_text(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print text for people. All commands print with this function: see `escape_control_characters`.
+
+    Args:
+        text: The text.
+        end: What follows it.
+        file: A text stream; None is the current standard output.
+    """
+    # Flush, because the text may be a part of a caption that is being generated.
+    print(escape_control_characters(text), end=end, file=file, flush=True)
+
+
 class MessageFormatter(logging.Formatter):
     """Format log messages, with their tracebacks, so that no terminal is controlled by them."""
 
@@ -226,18 +238,19 @@ def log_level() -> int | None:
 # text for them. Import nothing heavy here: `--help` imports this module.
 
 
-def add_checkpoint_options(parser: Any, *, positional: bool = False) -> None:
+def add_checkpoint_options(parser: Any, *, positional: bool = False, required: bool = True) -> None:
     """Add the options that load a checkpoint: `model_path`, `model_base`, `vision_tower`, `bits`.
 
     Args:
         parser: A parser, or one of its groups.
         positional: Accept the checkpoint as the first argument instead of `--model-path`.
+        required: Whether the command cannot do without a checkpoint.
     """
     checkpoint_help = "Checkpoint folder, as written by `llava train`"
     if positional:
         parser.add_argument("model_path", metavar="CHECKPOINT", help=checkpoint_help)
     else:
-        parser.add_argument("--model-path", required=True, help=checkpoint_help)
+        parser.add_argument("--model-path", required=required, help=checkpoint_help)
     add_base_model_options(parser)
     parser.add_argument(
         "--bits",

@@ -144,6 +144,14 @@ class ModelArguments:
 class DataArguments:
     """Options for records, images and batches."""
 
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training data in any form that `llava convert` reads, such as a folder of images with captions in text "
+            "files; converted once into ~/.cache/llava-simplified/data. Without a model it trains the small models of "
+            "`llava demo`, with the recipe small_folder"
+        },
+    )
     train_data_path: str | None = field(
         default=None,
         metadata={"help": "Training records: a .json, .jsonl or .parquet file"},
@@ -380,6 +388,7 @@ HELP_GROUPS = {
         "freeze_backbone",
     ),
     "Data": (
+        "data",
         "train_data_path",
         "train_image_folder",
         "eval_data_path",

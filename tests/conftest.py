@@ -8,32 +8,63 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Test processes share the cores. With the default, OpenMP threads that wait spin and slow the other processes down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The compiler is used for a few tiny layers: starting its worker processes takes longer than the compilation.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# The environment must be set before torch and transformers are imported.
+# The environment must be set before torch and transformers are imported. The fixtures import them, not this file:
+# the process that distributes the tests reads this file, too, and the others wait for it.
+import functools
+import io
 import json
 import logging
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tiny import CAPTIONS, save_language_model, save_vision_model
 
 LANGUAGE_MODELS = ("mistral", "llama", "qwen2", "gemma2", "phi", "opt")
 VISION_MODELS = ("clip", "siglip", "dinov2", "vit", "swin", "convnext", "efficientnet")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first, so that short ones fill the time at the end; measure coverage without them.
+
+    They would be a quarter slower, and cover little that other tests do not.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
     """Compute with two threads, whatever the machine has."""
+    import torch
+
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_are_read_once() -> Iterator[None]:
+    """Share the TLS settings of all HTTP clients; the tests use none.
+
+    Every client, and every `httpx.get`, would read the machine's certificates, which takes longer than
+    most requests.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
+        yield
 
 
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny random models (`mistral`, `clip`, ...) in the form of the hub."""
+    from tiny import save_language_model, save_vision_model
+
     folder = tmp_path_factory.mktemp("models")
     for kind in LANGUAGE_MODELS:
         save_language_model(kind, folder / kind)
@@ -45,6 +76,8 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `images/*.jpg`, `train.json` (12 records) and `val.json` (4), in the instruction form."""
+    from tiny import CAPTIONS
+
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     random = np.random.default_rng(0)
@@ -64,6 +97,19 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.json").write_text(json.dumps(rows[:12]))
     (folder / "val.json").write_text(json.dumps(rows[12:]))
     return folder
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[bytes]:
+    """Return the files of 20 different images."""
+    generator = np.random.default_rng(5)
+    files: list[bytes] = []
+    for _ in range(20):
+        pixels = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).resize((48, 40)).save(file, "PNG")
+        files.append(file.getvalue())
+    return files
 
 
 @pytest.fixture

@@ -52,15 +52,13 @@ def training_options(models: Path, data: Path) -> list[object]:
     ]
 
 
-def predict(checkpoint: Path, data: Path, folder: Path) -> list[dict]:
-    """Run predict.py on the validation records; return the predictions."""
-    run(
-        *(sys.executable, ROOT / "predict.py", "--model-path", checkpoint),
+def prediction_options(checkpoint: Path, data: Path) -> list[object]:
+    """Return the options of the tutorial's prediction for the validation records."""
+    return [
+        *("--model-path", checkpoint),
         *("--data-path", data / "val.json", "--image-folder", data / "images"),
         *("--max-new-tokens", 4),
-        folder=folder,
-    )
-    return json.loads((folder / "predictions.json").read_text())
+    ]
 
 
 # ---- the tutorial's scripts ----
@@ -72,7 +70,9 @@ def test_train_py_and_predict_py_work_as_in_the_tutorial(
 ) -> None:
     options = training_options(models_folder, data_folder)
     run(sys.executable, ROOT / "train.py", *options, folder=tmp_path)
-    rows = predict(tmp_path / "output" / "mistral-clip", data_folder, tmp_path)
+    options = prediction_options(tmp_path / "output" / "mistral-clip", data_folder)
+    run(sys.executable, ROOT / "predict.py", *options, folder=tmp_path)
+    rows = json.loads((tmp_path / "predictions.json").read_text())
     three_per_image = [index for index in range(4) for _ in range(3)]
     assert [row["index"] for row in rows] == three_per_image
     assert set(rows[0]) == {"index", "image", "instruction", "gt_caption", "pred_output"}
@@ -148,7 +148,10 @@ def test_launchers_start_one_training_of_two_processes(
         folder=tmp_path,
     )
     assert first_loss(tmp_path / "two") == pytest.approx(single_process_loss, rel=1e-3)
-    assert len(predict(tmp_path / "two", data_folder, tmp_path)) == 12
+    output = tmp_path / "predictions.json"
+    options = [*prediction_options(tmp_path / "two", data_folder), "--output", output]
+    assert main(["predict", *map(str, options)]) == 0
+    assert len(json.loads(output.read_text())) == 12
 
 
 # ---- the front door ----
@@ -183,6 +186,7 @@ def test_llava_suggests_the_nearest_command(
     assert suggestion in printed
 
 
+@pytest.mark.medium
 def test_python_m_llava_simplified_is_the_llava_command() -> None:
     assert run(sys.executable, "-m", "llava_simplified", folder=ROOT).startswith("usage: llava")
 
@@ -195,6 +199,7 @@ assert not heavy, heavy
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "code",
     [
@@ -207,6 +212,7 @@ def test_front_door_imports_nothing_heavy(code: str) -> None:
     run(sys.executable, "-c", IMPORTS_NO_TORCH.format(code=code), folder=ROOT)
 
 
+@pytest.mark.medium
 def test_help_of_every_command_is_fast_and_complete() -> None:
     """It imports nothing heavy; every option has a text."""
     code = """
@@ -223,6 +229,7 @@ for name, command in COMMANDS.items():
     run(sys.executable, "-c", IMPORTS_NO_TORCH.format(code=code), folder=ROOT)
 
 
+@pytest.mark.medium
 def test_importing_the_package_prints_nothing() -> None:
     """Also where bitsandbytes is installed, which PEFT imports."""
     code = "from llava_simplified import Llava, CaptionDataset; import llava_simplified.training.trainer"
@@ -270,6 +277,7 @@ def test_mistyped_path_of_a_model_is_named_as_a_path(
     assert "Repo id" not in printed
 
 
+@pytest.mark.medium
 def test_user_error_is_one_line_with_exit_status_2(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "predict.py")]
     command += ["--model-path", str(tmp_path), "--image", "gone.jpg"]
@@ -280,6 +288,7 @@ def test_user_error_is_one_line_with_exit_status_2(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.medium
 def test_scripts_show_their_own_name_in_the_help() -> None:
     printed = run(sys.executable, ROOT / "predict.py", "--help", folder=ROOT)
     assert printed.startswith("usage: predict.py")

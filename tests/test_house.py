@@ -27,12 +27,12 @@ SCORES_OF_TEXTS = [
 ]
 ORDER = [
     ("options", "extras", "hub"),
-    ("jobs", "workers", "recipes", "foreign_files"),
+    ("jobs", "workers", "recipes", "small_models", "foreign_files"),
     ("prompt", "html_report"),
     ("data",),
     ("prepare", *SCORES_OF_TEXTS),
     ("model",),
-    ("training_options",),
+    ("training_options", "data_option"),
     ("arguments",),
     ("training",),
     ("inspection", "captioning"),
@@ -92,6 +92,7 @@ def test_a_room_imports_only_what_stands_before_it(module: str) -> None:
         )
 
 
+@pytest.mark.medium
 def test_no_file_is_needed_by_what_it_needs() -> None:
     """No import cycle anywhere, imports inside functions included. One exception: `Llava.from_pretrained`
     loads checkpoints, which are made of the class."""

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import CAPTIONS
+from tiny import CAPTIONS, MISTRAL_TEMPLATE, make_tokenizer
+from transformers import AutoTokenizer
 
 from llava_simplified.cli import main
 
@@ -102,6 +103,25 @@ def test_inspect_colors_trained_tokens_and_escapes_control_characters(
     assert all("yes" in line for line in green)
     (magenta,) = [line for line in output.splitlines() if "\x1b[35m" in line]
     assert "<image>" in magenta
+
+
+def test_inspect_shows_the_image_token_of_the_template(tmp_path: Path, capsys: Output) -> None:
+    """The template writes it, and the image takes its place; `<image>` is removed from the text."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|start|>", "<|picture|>", "<|stop|>"], special_tokens=True)
+    tokenizer.chat_template = MISTRAL_TEMPLATE.replace(
+        "[INST] '", "[INST] <|start|><|picture|><|stop|>'"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model", image_token="<|picture|>")
+    loaded.save_pretrained(tmp_path / "model")
+    data = write_rows(tmp_path, make_row("a cat", image="a.jpg"))
+    assert inspect("--data", data, "--model_name_or_path", tmp_path / "model") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.rstrip().endswith("image")]
+    for number, token in ((-1, "<|start|>"), (0, "<|picture|>"), (1, "<|stop|>")):
+        assert token in lines[place + number].split()
+    assert not any("<image>" in line for line in lines)
 
 
 # ---- totals ----

@@ -101,6 +101,7 @@ def lock_holder(path: Path) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
+@pytest.mark.medium
 def test_exclusive_lock_refuses_a_second_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_exclusive_lock_refuses_a_second_process(
     assert str(path) in str(error.value)
 
 
+@pytest.mark.medium
 def test_exclusive_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     path = tmp_path / "job.lock"
     with lock_holder(path) as process:
@@ -127,6 +129,7 @@ def test_exclusive_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.medium
 def test_exclusive_lock_waits_for_a_process_that_is_about_to_end(tmp_path: Path) -> None:
     path = tmp_path / "job.lock"
     with lock_holder(path) as process:
@@ -135,6 +138,7 @@ def test_exclusive_lock_waits_for_a_process_that_is_about_to_end(tmp_path: Path)
             assert process.wait(timeout=5) != 0
 
 
+@pytest.mark.medium
 def test_exclusive_lock_is_held_by_one_process_when_files_are_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,8 @@ TRAINING_COMMANDS = {"train", "encode", "plan"}  # their texts describe training
 
 # Options that have another meaning or default in some commands, and why.
 DIFFERENT_BY_COMMAND = {
+    "--concurrency": "requests for images, or for captions",
+    "--retries": "of an image, or of a caption",
     "--output": "every command has its own kind of output",
     "--temperature": "predictions are sampled, as in LLaVA; other captions are greedy",
     "--trials": "predictions have three captions per image, as in LLaVA",
@@ -113,6 +115,7 @@ def test_misspelt_options_name_the_nearest(name: str, capsys: pytest.CaptureFixt
             assert f"unknown option {misspelt}; did you mean --" in printed
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_parser_imports_nothing_heavy(name: str) -> None:
     module, _, function = COMMANDS[name].parser.partition(":")

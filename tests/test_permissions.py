@@ -46,6 +46,7 @@ def test_atomic_outputs_have_the_permissions_of_new_files(tmp_path: Path, umask:
     assert file.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+@pytest.mark.medium
 def test_checkpoints_have_the_permissions_of_new_files(
     models_folder: Path, data_folder: Path, tmp_path: Path, umask: int
 ) -> None:

@@ -564,6 +564,7 @@ def test_decode_of_unfinished_text_is_the_beginning_of_the_whole(
         before = text
 
 
+@functools.cache  # the vocabulary is long, and a test asks for its examples one by one
 def generated_ids(name: str) -> st.SearchStrategy[list[int]]:
     """Return a strategy for token ids as a model may generate them: words, and cut characters."""
     tokenizer = family(name).tokenizer

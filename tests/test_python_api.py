@@ -36,6 +36,7 @@ def test_public_classes_are_those_of_the_modules() -> None:
     assert __version__.count(".") == 2
 
 
+@pytest.mark.medium
 def test_train_accepts_options_and_returns_a_model_folder(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_wheel_contains_every_file_of_the_package(wheel: Path) -> None:
     assert expected <= names
 
 
+@pytest.mark.medium
 def test_installed_package_finds_its_recipes(wheel: Path, tmp_path: Path) -> None:
     code = (
         "from llava_simplified.arguments import parse_arguments\n"
@@ -68,6 +69,7 @@ def test_installed_package_finds_its_recipes(wheel: Path, tmp_path: Path) -> Non
     assert len(run_installed(wheel, tmp_path, code).splitlines()) == 3
 
 
+@pytest.mark.medium
 def test_install_hint_of_an_installed_package_names_the_packages(
     wheel: Path, tmp_path: Path
 ) -> None:

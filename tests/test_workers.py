@@ -57,11 +57,13 @@ def results_by_task(results: list[TaskResult[int, int]]) -> dict[int, int | None
     return {done.spec: done.result for done in results}
 
 
+@pytest.mark.medium
 def test_run_tasks_returns_every_result() -> None:
     results = list(run_tasks(square, range(30), workers=2))
     assert results_by_task(results) == {number: number * number for number in range(30)}
 
 
+@pytest.mark.medium
 def test_run_tasks_tries_a_failed_task_again(tmp_path: Path) -> None:
     paths = [str(tmp_path / str(number)) for number in range(3)]
     assert sorted(done.result for done in run_tasks(fail_once, paths, workers=2)) == paths
@@ -70,11 +72,13 @@ def test_run_tasks_tries_a_failed_task_again(tmp_path: Path) -> None:
     assert "first time" in done.error
 
 
+@pytest.mark.medium
 def test_run_tasks_does_not_retry_an_error_of_the_user() -> None:
     results = run_tasks(fail_always, [7], workers=1)
     assert [done.error for done in results] == ["row 7 is wrong"], "the message is unchanged"
 
 
+@pytest.mark.medium
 def test_run_tasks_replaces_a_killed_process(tmp_path: Path) -> None:
     names = ["bad2" if number == 2 else f"good{number}" for number in range(8)]
     paths = [str(tmp_path / name) for name in names]
@@ -82,6 +86,7 @@ def test_run_tasks_replaces_a_killed_process(tmp_path: Path) -> None:
     assert sorted(done.result for done in results) == sorted(paths)
 
 
+@pytest.mark.medium
 def test_run_tasks_ends_with_its_processes_when_tick_raises() -> None:
     def stop() -> None:
         raise ValueError("enough")
@@ -116,6 +121,7 @@ if __name__ == "__main__":
     assert [path.read_text() for path in outputs] == before
 
 
+@pytest.mark.medium
 def test_run_tasks_starts_no_more_processes_than_tasks_or_cpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+if TYPE_CHECKING:
+    from llava_simplified.model.llava import Llava
 
 CAPTIONS = [
     "a bedroom with a double bed",
@@ -153,3 +159,23 @@ def save_vision_model(kind: str, folder: Path) -> str:
     )
     processor.save_pretrained(folder)
     return str(folder)
+
+
+@contextmanager
+def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
+    """Let the vision tower return NaN for one image: all logits of its sequences become NaN."""
+    _, bad_pixels = model.prepare_inputs("<image>", [photo])
+    assert bad_pixels is not None
+    bad = bad_pixels[0]
+
+    def spoil(
+        _: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
+    ) -> torch.Tensor:
+        is_bad = (inputs[0] == bad).flatten(1).all(1)
+        return torch.where(is_bad[:, None, None], torch.nan, output)
+
+    handle = model.vision_tower.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()

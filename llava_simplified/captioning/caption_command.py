@@ -17,6 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_simplified.captioning.caption_text import TextOptions, field_names
+from llava_simplified.captioning.endpoint_options import (
+    EndpointOptions,
+    add_endpoint_options,
+    parse_endpoint_options,
+    request_fields,
+)
 from llava_simplified.captioning.finishing import CaptionFinisher
 from llava_simplified.captioning.prompts import (
     WeightedPrompt,
@@ -31,6 +37,7 @@ from llava_simplified.captioning.sidecars import (
     TAGS_SUFFIX,
     SidecarOptions,
 )
+from llava_simplified.extras import require_extra
 from llava_simplified.options import (
     CommandParser,
     add_batch_size_option,
@@ -40,6 +47,7 @@ from llava_simplified.options import (
     add_image_folder_option,
     add_limit_option,
     add_shards_option,
+    print_text,
 )
 from llava_simplified.prompt import Message
 from llava_simplified.workers import parse_slice, run_tasks
@@ -72,7 +80,7 @@ def build_caption_parser() -> CommandParser:
         help="Output file, .jsonl (default: captions.jsonl; the caption of a single image is printed). "
         "With --write, a folder for the sidecar files (default: beside the images)",
     )
-    add_checkpoint_options(parser)
+    add_checkpoint_options(parser, required=False)
     _add_job_options(parser)
     _add_sidecar_options(parser)
     _add_text_options(parser)
@@ -96,6 +104,7 @@ def build_caption_parser() -> CommandParser:
         metavar="FILE",
         help="Text file of words and phrases that are never generated, one per line",
     )
+    add_endpoint_options(parser)
     return parser
 
 
@@ -222,16 +231,24 @@ def _add_job_options(parser: CommandParser) -> None:
 
 def caption_main(argv: list[str] | None = None) -> int:
     """Run `llava caption`; see `cli.main` for the exit status."""
-    args = build_caption_parser().parse_args(argv)
+    parser = build_caption_parser()
+    args = parser.parse_args(argv)
     options = replace(
         _generation_options(args, args.trials),
         start_with=args.start_with.strip(),
         forbid=_read_forbidden(args.forbid),
     )
-    style = _caption_style(args)
+    style = _caption_style(args, parse_endpoint_options(parser, args))
+    if style.endpoint is not None:
+        require_extra("download", "aiohttp", purpose="--endpoint")
+        # Check the options before the images are listed, which can take minutes.
+        request_fields(options, style.endpoint)
+        style.endpoint.api_key()
     # Print the caption of a single image, unless it is to be written.
     prints = not args.output and not args.write and not args.review
     if prints and len(args.sources) == 1 and _is_image(args.sources[0]):
+        if style.endpoint is not None:
+            return _print_captions_of_endpoint(args, options, style, style.endpoint)
         return _caption_on_terminal(args, args.sources[0], options, style)
     if args.write:
         # The journal is in the folder of the sidecar files; by default that is known only with the sources.
@@ -281,9 +298,9 @@ def chat_main(argv: list[str] | None = None) -> int:
         pieces = []
         # Pass the whole conversation every time, because the model has no memory between calls.
         for piece in model.stream(turns, [pixels], **options):
-            print(piece, end="", flush=True)
+            print_text(piece, end="")
             pieces.append(piece)
-        print()
+        print_text("")
         # Replace an empty answer, because chat templates do not support empty turns.
         answer = "".join(pieces).strip() or "."
         turns.append(Message("assistant", answer))
@@ -292,7 +309,7 @@ def chat_main(argv: list[str] | None = None) -> int:
 def _read_line(prompt: str) -> str:
     """Read a line from standard input. The prompt is printed on a terminal only."""
     if sys.stdin.isatty():
-        print(prompt, end="", flush=True)
+        print_text(prompt, end="")
     return sys.stdin.readline().strip()
 
 
@@ -314,7 +331,7 @@ def _generation_options(args: argparse.Namespace, num_return_sequences: int) -> 
 
 
 def _is_image(source: str) -> bool:
-    # Imported here because the module imports torch.
+    # Imported here because the module imports numpy and Pillow.
     from llava_simplified.captioning.inputs import IMAGE_SUFFIXES
 
     path = Path(source)
@@ -332,9 +349,10 @@ class CaptionStyle:
     text: TextOptions = field(default_factory=TextOptions)
     sidecars: SidecarOptions | None = None
     review: str | None = None
+    endpoint: EndpointOptions | None = None
 
 
-def _caption_style(args: argparse.Namespace) -> CaptionStyle:
+def _caption_style(args: argparse.Namespace, endpoint: EndpointOptions | None) -> CaptionStyle:
     """Return the prompts, texts and sidecar files that the options describe.
 
     Raises:
@@ -358,7 +376,7 @@ def _caption_style(args: argparse.Namespace) -> CaptionStyle:
     sidecars = _sidecar_options(args)
     if sidecars is not None:
         _check_tags(sidecars, text, prompts)
-    return CaptionStyle(prompts, text, sidecars, args.review)
+    return CaptionStyle(prompts, text, sidecars, args.review, endpoint)
 
 
 def _sidecar_options(args: argparse.Namespace) -> SidecarOptions | None:
@@ -453,15 +471,44 @@ def _caption_on_terminal(
         # the end, and several captions would be mixed on the screen.
         if count == 1 and options.num_beams == 1 and style.text == TextOptions():
             for piece in model.stream(instruction, [pixels], **generation):
-                print(piece, end="", flush=True)
-            print()
+                print_text(piece, end="")
+            print_text("")
         else:
             captions = model.caption(
                 [pixels], instruction, num_return_sequences=count, **generation
             )[0]
             for caption in [captions] if count == 1 else captions:
-                print(finisher.finish_text(name, caption).text)
+                print_text(finisher.finish_text(name, caption).text)
     return 0
+
+
+def _print_captions_of_endpoint(
+    args: argparse.Namespace,
+    options: GenerationOptions,
+    style: CaptionStyle,
+    endpoint: EndpointOptions,
+) -> int:
+    """Print the captions of one image, generated by a server. The exit status is 1 if there are none."""
+    from llava_simplified.captioning.endpoint_captions import caption_at_endpoint
+    from llava_simplified.captioning.inputs import open_inputs
+    from llava_simplified.model.config import DEFAULT_INSTRUCTION
+
+    image = Path(args.sources[0])
+    instructions = args.instructions or [DEFAULT_INSTRUCTION]
+    if style.prompts:
+        chooser = prompt_chooser(style.prompts, str(image.parent.absolute()), options.seed or 0)
+        instructions = [chooser(image.name)]
+    records, folder = open_inputs(args.sources, None, instructions)
+    finisher = CaptionFinisher(style.text, None, folder)
+    status = 0
+    indices = range(len(records))
+    for rows, failed_rows in caption_at_endpoint(records, folder, options, endpoint, indices):
+        for row in rows:
+            print_text(finisher.finish_text(image.name, row["pred_output"]).text)
+        for row in failed_rows:
+            logger.error("%s", row["error"])
+            status = 1
+    return status
 
 
 # ---- many images ----
@@ -506,16 +553,21 @@ def _run_slice(
     style: CaptionStyle = CaptionStyle(),
 ) -> int:
     """Caption one slice of the source in this process, and return the exit status."""
-    import torch
-
     from llava_simplified.captioning.runner import caption_file
 
     slice_index, num_slices = parse_job_slice(args)
-    # One GPU per torchrun process; otherwise all would use cuda:0.
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if style.endpoint is None:
+        _select_gpu()
     job = _make_job(args, sources, output, options, style, slice_index, num_slices)
     return _report(caption_file(job), job)
+
+
+def _select_gpu() -> None:
+    """Use one GPU per torchrun process; otherwise all would use cuda:0."""
+    import torch
+
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def _caption_on_cluster(
@@ -566,7 +618,7 @@ def _make_job(
         if review:
             review = review.with_name(f"{review.stem}{name_of_slice}{review.suffix}")
     return CaptionJob(
-        model_path=args.model_path,
+        model_path=args.model_path or "",
         # A single one as 0.1.0 has stored it, whose jobs continue.
         source=sources[0] if len(sources) == 1 else tuple(sources),
         output=str(output),
@@ -585,6 +637,7 @@ def _make_job(
         text=style.text,
         sidecars=style.sidecars,
         review=str(review) if review else None,
+        endpoint=style.endpoint,
     )
 
 

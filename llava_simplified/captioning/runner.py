@@ -20,15 +20,17 @@ import argparse
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
+from llava_simplified.captioning.caption_rows import Row, failed_row, parse_record
 from llava_simplified.captioning.caption_text import TextOptions
+from llava_simplified.captioning.endpoint_options import EndpointOptions
 from llava_simplified.captioning.finishing import CaptionFinisher, count_shortened
 from llava_simplified.captioning.inputs import ImageRecords, open_inputs
 from llava_simplified.captioning.prompts import WeightedPrompt, prompt_chooser
@@ -43,21 +45,23 @@ from llava_simplified.jobs import (
     Progress,
     atomic_file,
     check_settings,
+    encode_json_lines,
     exclusive_lock,
     read_json_lines,
 )
-from llava_simplified.model.generation import encode_images, generate_from_features
+from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
-from llava_simplified.model.llava import Llava
-from llava_simplified.model.sampling import prompt_hashes
+
+# torch is imported when a model is loaded: with `--endpoint`, this process has none.
+if TYPE_CHECKING:
+    import torch
+
+    from llava_simplified.model.llava import Llava
 
 logger = logging.getLogger(__name__)
 
 # Number of batches whose records are sorted together by prompt length, to reduce padding.
 BATCHES_PER_WINDOW = 8
-
-Row = dict[str, Any]
-
 
 # ---- the job ----
 
@@ -80,6 +84,7 @@ class CaptionJob:
         text: How captions are finished.
         sidecars: Where and how sidecar files are written; None for none.
         review: HTML page of all images and captions to write at the end; None for none.
+        endpoint: A server that runs the model; None for the model of `model_path`.
     """
 
     model_path: str
@@ -100,10 +105,11 @@ class CaptionJob:
     text: TextOptions = field(default_factory=TextOptions)
     sidecars: SidecarOptions | None = None
     review: str | None = None
+    endpoint: EndpointOptions | None = None
 
 
 class CaptionCounts(NamedTuple):
-    """Number of records of a job that have captions, and of those whose images cannot be read."""
+    """Number of records of a job that have captions, and of those that cannot be captioned."""
 
     captioned: int
     failed: int
@@ -152,11 +158,14 @@ def caption_file(job: CaptionJob, model: Llava | None = None) -> CaptionCounts:
     with exclusive_lock(files.lock, files.output):
         _start_or_resume(files, _job_settings(job, records))
         try:
-            model = model or load_model(job)
+            if job.endpoint is None:
+                model = model or load_model(job)
+            else:
+                _forget_server_failures(files.failures)
             if isinstance(records, ImageRecords) and not (job.instructions or job.prompts):
                 # Use the instruction of the training, which is stored in the checkpoint. The settings
                 # need not contain it, because they identify the checkpoint.
-                records.instructions = (model.instruction,)
+                records.instructions = (model.instruction if model else DEFAULT_INSTRUCTION,)
             with Journal(files.journal) as journal, Journal(files.failures) as failures:
                 counts = _caption_remaining(
                     job, model, records, folder, finisher, journal, failures
@@ -262,6 +271,19 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
     check_settings(files.settings, settings, str(files.output))
 
 
+def _forget_server_failures(failures: Path) -> None:
+    """Remove the records from the failures that a server has failed, so that this run tries them again."""
+    # aiohttp, which the module imports, is an optional package.
+    from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
+
+    if not failures.exists():
+        return
+    with atomic_file(failures) as part, part.open("wb") as stream:
+        for row, _ in read_json_lines(failures):
+            if row.get("kind") not in SERVER_FAILURES:
+                stream.write(encode_json_lines([row]))
+
+
 def _remove_empty_job(files: JobFiles) -> None:
     """Delete the files of a job without a result, such as one whose model could not be loaded."""
     results = (files.journal, files.failures)
@@ -284,6 +306,8 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
     del settings["trust_remote_code"]  # it decides whether a model loads, not what it generates
     settings["output"] = None
     del settings["review"]
+    if job.endpoint is not None:
+        settings["endpoint"] = job.endpoint.job_settings()
     _remove_unused(settings)
     settings["model"] = _modification_times(job.model_path)
     # Images may be added to a folder (see `ImageRecords.renumber`). Slices cannot: each of them would
@@ -295,6 +319,8 @@ def _job_settings(job: CaptionJob, records: Sequence[Record]) -> dict[str, Any]:
 
 def _remove_unused(settings: dict[str, Any]) -> None:
     """Remove options that are off, which unfinished jobs of version 0.1.0 do not have in their settings."""
+    if settings["endpoint"] is None:
+        del settings["endpoint"]
     if not settings["prompts"]:
         del settings["prompts"]
     if settings["text"] == asdict(TextOptions()):
@@ -317,7 +343,11 @@ def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...])
     """Return a value that changes if an index would refer to a different record."""
     if isinstance(records, ImageRecords):
         # Hash all names: one more image in a folder shifts the indices of all images after it.
-        return hashlib.sha256("\n".join(records.names).encode(errors="surrogateescape")).hexdigest()
+        digest = hashlib.sha256()
+        for number, name in enumerate(records.names):
+            line = f"\n{name}" if number else name
+            digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
     # Use size and modification time of a file of records, which may have gigabytes.
     assert isinstance(source, str)  # `open_inputs` accepts one file of records only
     stat = Path(source).stat()
@@ -326,7 +356,7 @@ def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...])
 
 def _caption_remaining(
     job: CaptionJob,
-    model: Llava,
+    model: Llava | None,
     records: Sequence[Record],
     folder: str,
     finisher: CaptionFinisher,
@@ -335,8 +365,8 @@ def _caption_remaining(
 ) -> CaptionCounts:
     """Caption the records that are in neither journal."""
     rows_per_record = job.options.num_return_sequences
-    finished = _finished_records(journal, rows_per_record)
-    failed = _finished_records(failures, 1)
+    finished = _finished_records(journal, rows_per_record, records)
+    failed = _finished_records(failures, 1, records)
 
     def fail(rows: list[Row]) -> None:
         failures.append(rows)
@@ -348,16 +378,16 @@ def _caption_remaining(
     indices: Sequence[int] = range(len(records))
     if isinstance(records, ImageRecords):
         if job.chunks == 1:
-            per_image = len(records.instructions)
-            done = {**finished, **failed}
-            known = {image: index // per_image for index, image in done.items() if image}
-            records.renumber(known)
+            _renumber(records, finished, failed)
         indices = records.indices()
     if job.limit:
         indices = indices[: job.limit]
     # Interleave the slices, so that slow parts of the source (large images) are distributed evenly.
     indices = indices[job.chunk :: job.chunks]
-    remaining = [index for index in indices if index not in finished and index not in failed]
+    # An array, because a list of millions of numbers takes five times as much memory.
+    remaining: Sequence[int] = array(
+        "q", (index for index in indices if index not in finished and index not in failed)
+    )
     if isinstance(records, ImageRecords) and job.sidecars is not None:
         # There is one prompt for each image, so that records have the numbers of their images.
         remaining, refused = finisher.admit([(index, records.names[index]) for index in remaining])
@@ -368,20 +398,54 @@ def _caption_remaining(
         logger.info("Continuing %s: %s of %s records are done.", job.output, initial, len(indices))
     show_progress = logger.isEnabledFor(logging.INFO)
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
-        batches = caption_records(model, records, folder, job.options, job.batch_size, remaining)
-        for rows, failed_rows in batches:
+        for rows, failed_rows in _caption_batches(job, model, records, folder, remaining):
             # If the process is killed between these writes, the next run tries the failed records again,
             # and they fail again; and it writes the sidecar files that the journal announces.
             finished_rows, unfinished_rows = finisher.finish(rows)
             journal.append(finished_rows)
             fail([*failed_rows, *unfinished_rows])
             fail(finisher.write(finished_rows))
-            progress.advance(len(rows) // rows_per_record + len(failed_rows))
+            num_done = progress.done + len(rows) // rows_per_record + len(failed_rows)
+            progress.update(num_done, f"{len(failed):,} failed" if failed else "")
     return CaptionCounts(len(indices) - len(failed), len(failed))
 
 
-def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str | None]:
+def _caption_batches(
+    job: CaptionJob,
+    model: Llava | None,
+    records: Sequence[Record],
+    folder: str,
+    indices: Sequence[int],
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Yield the rows of records in their order, from the model, or from the server if there is none."""
+    if model is not None:
+        return caption_records(model, records, folder, job.options, job.batch_size, indices)
+
+    from llava_simplified.captioning.endpoint_captions import caption_at_endpoint
+
+    assert job.endpoint is not None
+    return caption_at_endpoint(records, folder, job.options, job.endpoint, indices)
+
+
+def _renumber(records: ImageRecords, *done: dict[int, str | None]) -> None:
+    """Give each image the number that it has in the journals; see `ImageRecords.renumber`."""
+    per_image = len(records.instructions)
+    numbered = chain.from_iterable(part.items() for part in done)
+    # Usually nothing was added or removed. Then nothing is built, which would take gigabytes for millions of images.
+    if all(not image or records.name_at(i // per_image) == image for i, image in numbered):
+        return
+    known: dict[str, int] = {}
+    for part in done:
+        known.update((image, index // per_image) for index, image in part.items() if image)
+    records.renumber(known)
+
+
+def _finished_records(
+    journal: Journal, rows_per_record: int, records: Sequence[Record]
+) -> dict[int, str | None]:
     """Return index and image of the records whose rows are all in a journal.
+
+    The images of a file of records are left out, because only `_renumber` needs images.
 
     A process that was killed while writing leaves an incomplete record at the end. The journal is
     truncated before it. Random numbers depend only on the record, so the next run generates the same
@@ -396,10 +460,19 @@ def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str |
         rows_of_record = rows_of_record + 1 if row["index"] == last_index else 1
         last_index = row["index"]
         if rows_of_record == rows_per_record:
-            finished[last_index] = row.get("image")
+            finished[last_index] = _image_in_memory(row, records)
             end = position
     journal.truncate(end)
     return finished
+
+
+def _image_in_memory(row: Row, records: Sequence[Record]) -> str | None:
+    """Return the image of a row, if possible as the string that `records` has, to keep it only once."""
+    if not isinstance(records, ImageRecords):
+        return None
+    image: str | None = row.get("image")
+    name = records.name_at(row["index"] // len(records.instructions))
+    return name if name == image else image
 
 
 def _publish_array(files: JobFiles) -> None:
@@ -427,6 +500,8 @@ def _remove_journal(files: JobFiles) -> None:
 
 def load_model(checkpoint: argparse.Namespace | CaptionJob) -> Llava:
     """Load the model of a job or of a command line."""
+    from llava_simplified.model.llava import Llava
+
     return Llava.from_pretrained(
         checkpoint.model_path,
         model_base=checkpoint.model_base,
@@ -477,7 +552,7 @@ def caption_records(
     matches = NameMatches()
     for start in range(0, len(indices), window_size):
         window_indices = indices[start : start + window_size]
-        window = [_parse_record(records, index) for index in window_indices]
+        window = [parse_record(records, index) for index in window_indices]
         batches = _caption_window(model, window, image_folder, options, batch_size, matches)
         yield from _in_record_order(window_indices, window, batches)
     if matches.describe():
@@ -485,23 +560,8 @@ def caption_records(
 
 
 # The captions of a record, or the error if there are none: its image cannot be read, its prompt
-# cannot be rendered, or the row is not a record.
-Outcome = list[str] | ValueError
-
-
-def _parse_record(records: Sequence[Record], index: int) -> Record | ValueError:
-    """Return a record, or the reason why the row is none. One bad row must not end the job."""
-    try:
-        record = records[index]
-        for name in record.images:
-            name.encode()
-    except UnicodeEncodeError:
-        return ImageError(
-            "unsafe", f"the image name {record.images!r} is not UTF-8; rename the file"
-        )
-    except ValueError as error:
-        return error
-    return record
+# cannot be rendered, the row is not a record, or the model's logits for it are not finite.
+Outcome = list[str] | ValueError | FloatingPointError
 
 
 def _in_record_order(
@@ -520,12 +580,10 @@ def _in_record_order(
             index = indices[position]
             record = window[position]
             outcome = waiting.pop(position)
-            if isinstance(record, ValueError):
-                failed_rows.append({"index": index, "image": None, "error": str(record)})
-            elif isinstance(outcome, ValueError):
-                image = record.images[0] if record.images else None
-                error = f"{record.id}: {outcome}"
-                failed_rows.append({"index": index, "image": image, "error": error})
+            if isinstance(record, ValueError) or isinstance(
+                outcome, (ValueError, FloatingPointError)
+            ):
+                failed_rows.append(failed_row(index, record, outcome))
             else:
                 rows += [prediction_row(index, record, caption) for caption in outcome]
             position += 1
@@ -541,6 +599,9 @@ def _caption_window(
     matches: NameMatches,
 ) -> Iterator[dict[int, Outcome]]:
     """Yield the outcomes of each batch, by position in the window."""
+    from llava_simplified.model.generation import generate_separately
+    from llava_simplified.model.sampling import prompt_hashes
+
     window: dict[int, Record] = {}
     prompts: dict[int, list[int]] = {}
     failed: dict[int, Outcome] = {}
@@ -578,7 +639,7 @@ def _caption_window(
                 # Derive the random numbers from the content of prompt and images, so that a sampled
                 # caption depends neither on the batch nor on the index of its record.
                 hashes = prompt_hashes(batch_prompts, images.pixels(names))
-                captions = generate_from_features(
+                captions = generate_separately(
                     model, batch_prompts, images.features(names), options, hashes
                 )
                 outcomes.update(zip(readable, captions))
@@ -646,6 +707,11 @@ class _WindowImages:
         """Return image features (images, tokens, vision hidden size), or None for no images."""
         if not names:
             return None
+
+        import torch
+
+        from llava_simplified.model.generation import encode_images
+
         # Remove duplicates: two records of one batch may refer to the same image.
         new = [name for name in dict.fromkeys(names) if name not in self._features]
         if new:

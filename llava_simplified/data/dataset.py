@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -14,24 +12,18 @@ import torch
 from torch.utils.data import Dataset
 
 from llava_simplified.data.collate import Example
-from llava_simplified.data.image_folder import NameMatches, check_distinct
+from llava_simplified.data.image_folder import NameMatches
 from llava_simplified.data.images import ImageError, decode_image, read_image_bytes
-from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.records import (
     BadRecords,
     Record,
     Records,
-    open_records,
     response_problem,
 )
-from llava_simplified.data.rows import find_records
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
-logger = logging.getLogger(__name__)
-
 MIN_ANSWER_TOKENS = 2  # one token and the end token
-NUM_PROBED_RECORDS = 20  # whose images `open_data` tries to read
 
 
 class FeatureStore(Protocol):
@@ -351,89 +343,4 @@ def _no_room(record: Record, max_length: int) -> str:
     return (
         f"{record.id}: the prompt leaves no room for an answer with "
         f"--model_max_length {max_length}. Raise it, or shorten the instruction."
-    )
-
-
-def open_data(
-    path: str,
-    folder: str | None,
-    option: str,
-    require_responses: bool = True,
-    max_bad_records: float = 0.0,
-) -> tuple[Records, str]:
-    """Open a file of records, and check that its images are in the image folder.
-
-    The first images are decoded, so that a wrong folder is reported now and not after the model is loaded.
-
-    Args:
-        path: A file of records, or a folder that `llava download` wrote.
-        folder: The image folder; None means the folder of the file of records.
-        option: The option that sets the image folder, for error messages.
-        require_responses: Every record must have a response, as training needs them.
-        max_bad_records: Share of the checked rows that may be no records; the caller sets them aside.
-
-    Returns:
-        The records, and the image folder.
-
-    Raises:
-        ValueError: The file has no records, a checked record has no response, the image folder does not exist, or
-            none of the first images can be read.
-        MissingExtraError: `path` is a Parquet file, and pyarrow is not installed.
-    """
-    records = open_records(path, require_responses, max_bad_records)
-    if not len(records):
-        raise ValueError(f"{path}: no records in this file")
-    if not folder:
-        folder = str(find_records(Path(path)).parent)
-    if not Path(folder).is_dir():
-        raise ValueError(f"{option} {folder}: no such folder")
-
-    first_error: ImageError | None = None
-    matches = NameMatches()
-    for name in _first_image_names(records):
-        try:
-            decode_image(read_image_bytes(name, folder, matches))
-        except ImageError as error:
-            first_error = first_error or error
-        else:
-            _check_matches(records, folder, matches)
-            return records, folder
-    if first_error is not None:
-        raise ValueError(
-            f"{option} {folder}: none of the first images can be read; the first: {first_error}"
-        )
-    return records, folder  # text only
-
-
-def _first_image_names(records: Records) -> Iterator[str]:
-    """Yield the image names of the first records, as far as these can be parsed."""
-    for index in range(min(NUM_PROBED_RECORDS, len(records))):
-        with suppress(ValueError):
-            yield from records[index].images
-
-
-def _check_matches(records: Records, folder: str, matches: NameMatches) -> None:
-    """If the names in the records are not those in the folder, check that they still mean different files.
-
-    Raises:
-        ValueError: Two names lead to one file.
-    """
-    description = matches.describe()
-    if not description:
-        return
-
-    def all_names() -> Iterator[str]:
-        for index in range(len(records)):
-            with suppress(ValueError):
-                yield from records[index].images
-
-    try:
-        check_distinct(all_names(), Path(folder))
-    except AmbiguousNameError as error:
-        raise ValueError(f"{records.rows.name}: {error}") from error
-    logger.warning(
-        "%s: the image names are not those in %s, but match by their ends. %s",
-        records.rows.name,
-        folder,
-        description,
     )

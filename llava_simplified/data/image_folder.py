@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ import numpy as np
 from llava_simplified.data.names import AmbiguousNameError, name_parts, name_suffixes
 
 _MAX_LISTED_FILES = 200_000  # a larger folder is not listed to find a name that differs in case
-_ARCHIVE_SUFFIXES = (".tar", ".parquet")
+_ARCHIVE_SUFFIXES = (".tar", ".parquet", ".arrow")
 
 
 class LocatedFile(NamedTuple):
@@ -145,7 +146,7 @@ def _listed_at(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
 
 
 class NameMatches:
-    """Which rule found how many images, and which name led to which file.
+    """Which rule found how many images, and which name led to which file. Several threads may add images.
 
     Attributes:
         rules: Number of images by rule.
@@ -156,6 +157,7 @@ class NameMatches:
         self._names: dict[
             tuple[Path, str | None], str
         ] = {}  # of files that were not found by `exact`
+        self._lock = Lock()
 
     def add(self, name: str, located: LocatedFile) -> None:
         """Count one image.
@@ -163,11 +165,12 @@ class NameMatches:
         Raises:
             AmbiguousNameError: Another name has led to the same file.
         """
-        if located.rule != "exact":
-            first = self._names.setdefault((located.path, located.key), name)
-            if first != name:
-                raise _two_names(first, name, located.path)
-        self.rules[located.rule] += 1
+        with self._lock:
+            if located.rule != "exact":
+                first = self._names.setdefault((located.path, located.key), name)
+                if first != name:
+                    raise _two_names(first, name, located.path)
+            self.rules[located.rule] += 1
 
     def describe(self) -> str:
         """Return a sentence about the images that were not found by their exact names; empty if there are none."""

@@ -45,6 +45,7 @@ from llava_simplified.data.image_folder import (
 )
 from llava_simplified.data.image_formats import sniff_format, without_metadata
 from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.pixel_budget import DECODING
 from llava_simplified.data.shards import read_shard_image
 from llava_simplified.extras import MissingExtraError
 
@@ -162,7 +163,7 @@ def load_pixels(image: ImageSource) -> np.ndarray:
     """Convert any form of an image to uint8 RGB (height, width, 3), upright, with transparency on white.
 
     A file, its bytes, and the PIL image or the array that was made of it give the same pixels, as far as these contain
-    them: an array has no EXIF orientation.
+    them: an array has no EXIF orientation. Files are decoded within the process's budget (`pixel_budget`).
 
     Raises:
         ImageError: The file is missing or cannot be decoded.
@@ -176,7 +177,11 @@ def load_pixels(image: ImageSource) -> np.ndarray:
         except OSError as error:
             raise ImageError("missing", str(error)) from error
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(image))
+        data = bytes(image)
+        width, height = read_image_size(data)
+        # The server calls this function in several threads.
+        with DECODING.admit(width * height):
+            return decode_image(data)
     if isinstance(image, np.ndarray):
         return _array_to_rgb(image)
     if isinstance(image, Image.Image):
@@ -282,22 +287,77 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Encode
                 f"{image.width}x{image.height} pixels become {width}x{height} with a shorter side of {side}; "
                 f"a JPEG has at most {_MAX_JPEG_SIDE}",
             )
-        # A large JPEG is decoded at the smallest of libjpeg's scales that is not below the target.
-        pixels = _decode_pixels(image, file, min_size=(height, width))
-        is_transposed = (pixels.shape[1] > pixels.shape[0]) != (width > height)
-        if is_transposed:  # by its EXIF orientation
-            width, height = height, width
-        # Bicubic takes 1.6 times as long. After the resize for the vision tower, the result is only a thirtieth closer
-        # to that of the original image.
-        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-        encoded = simplejpeg.encode_jpeg(
-            np.ascontiguousarray(np.asarray(resized)),
-            quality=JPEG_QUALITY,
-            colorspace="RGB",
-        )
-        return EncodedImage(encoded, "jpg", width, height)
+        return _encode_resized(image, file, width, height)
 
     return _without_metadata_if_needed(shrink, data)
+
+
+def portable_image(data: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> EncodedImage:
+    """Return an image file that other programs decode to the same pixels as `decode_image`.
+
+    Programs differ in what they do with EXIF orientations, transparency and 16 bits, and in the formats that they know.
+    A plain JPEG or PNG file is returned unchanged, everything else as a JPEG.
+
+    Args:
+        data: The file.
+        max_side: Maximum length of the longer side in pixels. Larger images are shrunk to it.
+        max_pixels: Maximum of width * height of the given file.
+
+    Raises:
+        ImageError: As `decode_image`.
+    """
+
+    def encode(file: bytes) -> EncodedImage:
+        image = _open_image(file, max_pixels)
+        longer = max(image.size)
+        if longer <= max_side and _is_plain(image):
+            # Not `data`: metadata that must be removed for our decoder may stop others too.
+            if image.format == "PNG":  # decoded already
+                return EncodedImage(file, "png", *image.size)
+            return check_image(file, max_pixels)
+        scale = min(1.0, max_side / longer)
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        return _encode_resized(image, file, width, height)
+
+    return _without_metadata_if_needed(encode, data)
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Return whether every program decodes an opened image alike: upright, opaque, 8 bits, one frame."""
+    with _decoder_errors(image.format):
+        if image.format == "PNG":
+            image.load()  # metadata may follow the pixels
+            if image.mode not in ("RGB", "L", "P", "1") or image.has_transparency_data:
+                return False
+            if getattr(image, "is_animated", False):
+                return False
+        elif image.format != "JPEG" or not _is_strict(image):
+            return False
+    return _read_orientation(image) not in _ORIENTATIONS
+
+
+def _encode_resized(image: Image.Image, data: bytes, width: int, height: int) -> EncodedImage:
+    """Decode an opened image, resize it, and encode it as a JPEG.
+
+    Args:
+        image: What `_open_image` returned.
+        data: The file.
+        width, height: The new size, before the EXIF orientation is applied; not larger than the image.
+    """
+    # A large JPEG is decoded at the smallest of libjpeg's scales that is not below the target.
+    pixels = _decode_pixels(image, data, min_size=(height, width))
+    is_transposed = (pixels.shape[1] > pixels.shape[0]) != (width > height)
+    if is_transposed:  # by its EXIF orientation
+        width, height = height, width
+    # Bicubic takes 1.6 times as long. After the resize for the vision tower, the result is only a thirtieth closer
+    # to that of the original image.
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    encoded = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(np.asarray(resized)),
+        quality=JPEG_QUALITY,
+        colorspace="RGB",
+    )
+    return EncodedImage(encoded, "jpg", width, height)
 
 
 def read_image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -23,7 +23,11 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-_ARCHIVE_SUFFIXES = (".tar", ".parquet")  # an image in an archive is called `shard.tar#key`
+_ARCHIVE_SUFFIXES = (
+    ".tar",
+    ".parquet",
+    ".arrow",
+)  # an image in an archive is called `shard.tar#key`
 _MAX_SHOWN_NAMES = 3
 
 

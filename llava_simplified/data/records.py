@@ -1,6 +1,6 @@
 """Records: parsed rows of a data set. A record is a captioned image, or a conversation about images.
 
-Three JSON formats are supported:
+Three JSON formats are supported, beside the chat rows of other programs (see `chat_rows`):
 
     {"image": "0.jpg", "instruction": "Describe it.", "response": "a cat"}
     {"image": "0.jpg", "instruction": "Describe it.", "responses": ["a cat", "my pet"]}
@@ -19,6 +19,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from llava_simplified.data.chat_rows import is_chat, path_of_image, plain_chat
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.foreign_files import shorten
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
@@ -58,7 +59,7 @@ _OTHER_PLACEHOLDER = re.compile(
 )
 
 _RECORD_KEYS = {
-    *("id", "image", "images", "instruction", "response", "responses"),
+    *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
     *("conversations", "width", "height"),
 }
 
@@ -95,6 +96,8 @@ class Record:
         """
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
+        if is_chat(row):
+            row = plain_chat(row, where)
         images = _parse_images(row, where)
         _check_media_keys(row, images, where)
         if "conversations" in row:
@@ -104,16 +107,46 @@ class Record:
         _check_texts(images, turns, responses, where)
         return cls(
             images=images,
-            turns=insert_image_placeholders(turns, len(images), where),
+            turns=_place_images(turns, responses, len(images), where),
             responses=responses,
             id=where,
         )
+
+
+def _place_images(
+    turns: Sequence[Message], responses: Sequence[str], count: int, where: str
+) -> tuple[Message, ...]:
+    """Insert placeholders if there are none; refuse images in the turns of others than the user.
+
+    Raises:
+        ValueError: See `insert_image_placeholders`; or the missing placeholders are in other turns.
+    """
+    others = [turn.content for turn in turns if turn.role != "user"]
+    elsewhere = sum(text.count(IMAGE_PLACEHOLDER) for text in (*others, *responses[:1]))
+    if elsewhere and count_images(turns) + elsewhere == count:
+        raise ValueError(
+            f"{where}: {IMAGE_PLACEHOLDER} in a turn of the system or the assistant; images are supported in the turns "
+            "of the user"
+        )
+    return insert_image_placeholders(turns, count, where)
+
+
+def image_names(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the image names of a row of records; () if they are malformed."""
+    try:
+        return _parse_images(row, "")
+    except ValueError:
+        return ()
 
 
 def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """Return the image names of a row: `image` or `images`, a string or a list of strings."""
     # Rows of text alone have no key, null or an empty value, by their source.
     given = [row[key] for key in ("image", "images") if row.get(key)]
+    given = [
+        list(map(path_of_image, value)) if isinstance(value, list) else path_of_image(value)
+        for value in given
+    ]
     if not given:
         return ()
     value = given[0]

@@ -31,7 +31,7 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 
-from llava_simplified.data.shards import image_column
+from llava_simplified.data.embedded_images import ParquetRows, text_columns
 from llava_simplified.extras import require_extra
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.jobs import atomic_file
@@ -380,35 +380,24 @@ class _JsonScanner:
 def _parquet_to_jsonl(path: Path) -> Path:
     """Convert the rows of a Parquet file to JSONL in the cache folder, without the bytes of images.
 
-    If the file has an image column, the value of `image` refers to the row: "file.parquet#7".
+    If the file has an image column, the value of `image` or `images` refers to the row: "file.parquet#7".
     """
     cached = _cache_path(path)
     if cached.exists():
         return cached
     require_extra("download", "pyarrow", purpose="Reading Parquet files")
-    import pyarrow.parquet as pq
-
     cached.parent.mkdir(parents=True, exist_ok=True)
     path_hash = cached.name.partition("-")[0]
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
         outdated.unlink()
-    # Pass a buffer size, so that only a part of each column is read at a time, and not whole row groups.
     with blame_file(path):
-        table = pq.ParquetFile(path, buffer_size=1 << 20)
-    schema = table.schema_arrow
-    has_images = bool(image_column(schema))
-    columns = [field.name for field in schema if "binary" not in str(field.type)]
-    number = 0
+        table = ParquetRows(path, path.name)
     with atomic_file(cached) as part, part.open("w", encoding="utf-8") as file:
-        for batch in table.iter_batches(1024, columns=columns, use_threads=False):
-            for values in batch.to_pylist():
-                # Drop null values: in a JSON record, a missing value is a missing key.
-                row = {name: value for name, value in values.items() if value is not None}
-                if has_images:
-                    row["image"] = f"{path.name}#{number}"
-                # Write dates and decimals, which JSON does not support, as strings.
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-                number += 1
+        for values in table.rows(text_columns(table.schema)):
+            # Drop null values: in a JSON record, a missing value is a missing key.
+            row = {name: value for name, value in values.items() if value is not None}
+            # Write dates and decimals, which JSON does not support, as strings.
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     return cached
 
 

@@ -18,8 +18,8 @@ uncompressed, so the (offset, length) of a file is sufficient to read it:
              ^ offset
 
 The manifest contains the offsets. For tars from other tools, which have no manifest with offsets, the headers are read
-once, and the index is kept in memory. A record refers to an image in a shard as `00012.tar#000120000`, and to an image
-in a Parquet file (as on the Hugging Face hub) by its row: `train.parquet#7`.
+once, and the index is kept in memory. A record refers to an image in a shard as `00012.tar#000120000`. For images in
+Parquet files (as on the Hugging Face hub), see `embedded_images`.
 """
 
 from __future__ import annotations
@@ -30,32 +30,19 @@ import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from llava_simplified.data.embedded_images import read_embedded_image
 from llava_simplified.extras import require_extra
 from llava_simplified.jobs import write_all
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # Lower case, the most common first. Images of formats that cannot be decoded here are named as such when they are read.
 IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
     *("jpe", "jfif", "heic", "heif"),
 )
-_IMAGE_COLUMN_NAMES = {
-    *IMAGE_SUFFIXES,
-    "image",
-    "img",
-    "picture",
-    "photo",
-    "data",
-    "content",
-    "bytes",
-    "image_bytes",
-}
 _MANIFEST_COLUMNS = ["key", "offset", "length"]  # the columns that the index needs
 _BLOCK = 512  # bytes; everything in a tar begins at a multiple of it
 END_OF_ARCHIVE = b"\0" * (2 * _BLOCK)
@@ -379,8 +366,8 @@ def read_shard_image(path: Path, key: str) -> bytes:
     """Read one image from a shard.
 
     Args:
-        path: A tar archive, or a Parquet file with an image column.
-        key: Key of the sample in a tar, or row number in a Parquet file.
+        path: A tar archive, or a Parquet or Arrow file with an image column.
+        key: Key of the sample in a tar, or the row in the other files; see `embedded_images`.
 
     Raises:
         ValueError: The file, key or row does not exist, or the shard is truncated.
@@ -388,70 +375,10 @@ def read_shard_image(path: Path, key: str) -> bytes:
     """
     if not path.is_file():
         raise ValueError(f"no shard at {path}; check the image folder")
-    if path.suffix == ".parquet":
-        return _read_parquet_image(path, int(key))
+    if path.suffix in (".parquet", ".arrow"):
+        return read_embedded_image(path, key)
     location = shard_index(path).find(key)
     if location is None:
         raise ValueError(f"{path}: no image with key {key!r} in this shard")
     offset, size = location
     return read_range(path, offset, size)
-
-
-# ---- images in Parquet files ----
-
-
-def image_column(schema: pa.Schema) -> str:
-    """Return the name of the image column of a Parquet file; "" if there is none.
-
-    An image column is a struct with `bytes` (as in Hugging Face datasets), or a binary column with a usual name. Other
-    binary columns can be hashes or embeddings.
-    """
-    by_name = ""
-    for field in schema:
-        data_type = str(field.type)
-        if "binary" not in data_type:
-            continue
-        if data_type.startswith("struct<") and "bytes: " in data_type:
-            return field.name
-        if not by_name and field.name.lower() in _IMAGE_COLUMN_NAMES:
-            by_name = field.name
-    return by_name
-
-
-def _read_parquet_image(path: Path, row: int) -> bytes:
-    """Read one image from a Parquet file by its row number.
-
-    Raises:
-        ValueError: The row does not exist, or has no image.
-    """
-    require_extra("download", "pyarrow", purpose="Reading Parquet files")
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(path)
-    if not 0 <= row < metadata.num_rows:
-        raise ValueError(f"{path}: no row {row}, the file has {metadata.num_rows} rows")
-    group_sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    group_ends = np.cumsum(group_sizes)
-    group = int(np.searchsorted(group_ends, row, side="right"))
-    row_in_group = row - int(group_ends[group] - group_sizes[group])
-    value = _read_image_group(path, group)[row_in_group].as_py()
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None:
-        raise ValueError(f"{path}: row {row} has no image")
-    return data
-
-
-@lru_cache(maxsize=2)
-def _read_image_group(path: Path, group: int) -> pa.ChunkedArray:
-    """Read the image column of one row group.
-
-    The result is cached, because neighboring rows are usually read next. It stays an Arrow array: converting a thousand
-    images to Python bytes takes longer than reading them.
-    """
-    import pyarrow.parquet as pq
-
-    table = pq.ParquetFile(path, memory_map=True)
-    column = image_column(table.schema_arrow)
-    if not column:
-        raise ValueError(f"{path}: no column with images")
-    return table.read_row_group(group, columns=[column], use_threads=False)[0]

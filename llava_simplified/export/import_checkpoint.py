@@ -419,7 +419,7 @@ def _aspect_ratio(source: SourceCheckpoint, vision_tower: str) -> str:
         return "pad"
     # Original LLaVA calls "square" what the image processor of the vision tower does.
     aspect_ratios = {"square": "crop", "pad": "pad"}
-    aspect_ratio = source.config.get("image_aspect_ratio") or "square"
+    aspect_ratio = str(source.config.get("image_aspect_ratio") or "square")
     if aspect_ratio not in aspect_ratios:
         raise ValueError(
             f"{source.path} was trained with image_aspect_ratio {aspect_ratio}, which is not supported. To "
@@ -498,7 +498,7 @@ def _load_strictly(module: nn.Module | Module, weights: Weights, name: str) -> N
 
 def _add_adapter(model: Llava, config: Path, weights: Weights) -> None:
     """Add the LoRA adapter of a source to the language model."""
-    from peft import (
+    from llava_simplified.model.peft_names import (
         get_peft_model,
         get_peft_model_state_dict,
         set_peft_model_state_dict,

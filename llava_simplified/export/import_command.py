@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
-from llava_simplified.options import CommandParser
+from llava_simplified.options import CommandParser, print_text
 
 
 def build_parser() -> CommandParser:
@@ -57,6 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.export.import_checkpoint import import_checkpoint
 
     for line in import_checkpoint(**options):
-        print(line)
-    print(f"-> {options['output']}")
+        print_text(line)
+    print_text(f"-> {options['output']}")
     return 0

@@ -39,7 +39,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 
 from llava_simplified.data.images import ImageSource
@@ -55,6 +54,7 @@ from llava_simplified.export.stock_check import (
 from llava_simplified.jobs import atomic_directory
 from llava_simplified.model.config import read_checkpoint_config
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.peft_names import PeftModel
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 from llava_simplified.workers import tune_malloc

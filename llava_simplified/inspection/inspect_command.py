@@ -9,7 +9,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, cast
 
-from llava_simplified.options import CommandParser, add_image_folder_option, add_trust_option
+from llava_simplified.options import (
+    CommandParser,
+    add_image_folder_option,
+    add_trust_option,
+    escape_control_characters,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +34,9 @@ def build_parser() -> CommandParser:
         "llava inspect",
         "Show training samples token by token, and the totals of a data file.",
     )
-    parser.add_argument("--data", required=True, help="Records: .json, .jsonl or .parquet")
+    parser.add_argument(
+        "--data", required=True, help="Records, or any source that `llava convert` reads"
+    )
     parser.add_argument(
         "--model_name_or_path",
         required=True,
@@ -59,6 +66,13 @@ def build_parser() -> CommandParser:
         type=int,
         default=0,
         help="Pool the patch grid to K x K tokens; 0: keep the grid (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image_aspect_ratio",
+        default="crop",
+        choices=["crop", "pad"],
+        help="Images that are not square, as in training; vision towers that pad require pad "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--template",
@@ -98,9 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     from llava_simplified.inspection.data_totals import DataTotals, totals_table
     from llava_simplified.inspection.token_table import SampleView
     from llava_simplified.model.build import load_tokenizer
+    from llava_simplified.prepare.data_cache import prepare_data
     from llava_simplified.prompt import Prompt
 
-    records = Records(open_rows(args.data))
+    records = Records(open_rows(prepare_data(args.data).records))
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     prompt = Prompt(tokenizer, args.template)
     vocabulary_problems = _vocabulary_problems(prompt, args.model_name_or_path)
@@ -155,6 +170,7 @@ def _tokens_per_image(args: argparse.Namespace) -> int | None:
         mm_vision_select_layer=tuple(args.mm_vision_select_layer),
         mm_vision_select_feature=args.mm_vision_select_feature,
         mm_token_pool=args.mm_token_pool,
+        image_aspect_ratio=args.image_aspect_ratio,
     )
     # On "meta" the tower is built from its config alone: its weights are not read.
     tower = build_vision_tower(config, device="meta")
@@ -194,11 +210,9 @@ def _scan(records: Records, totals: DataTotals, max_rows: int) -> None:
 def _print_problems(console: Console, problems: list[str]) -> None:
     from rich.text import Text
 
-    from llava_simplified.inspection.token_table import printable
-
     # Print Text instead of str, because rich would interpret "[red]" in a caption as markup.
     for problem in problems[:MAX_NAMED_PROBLEMS]:
-        console.print(Text(printable(problem), "red"), soft_wrap=True)
+        console.print(Text(escape_control_characters(problem), "red"), soft_wrap=True)
     unnamed = len(problems) - MAX_NAMED_PROBLEMS
     if unnamed > 0:
         console.print(Text(f"... and {unnamed:,} more rows with a problem", "red"))

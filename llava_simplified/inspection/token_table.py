@@ -10,6 +10,7 @@ from rich.text import Text
 
 from llava_simplified.data.images import decode_image, read_image_bytes
 from llava_simplified.data.records import Record
+from llava_simplified.options import escape_control_characters
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX, IMAGE_PLACEHOLDER, Prompt
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ class SampleView:
         alternatives = ""
         if len(record.responses) > 1:
             alternatives = f" (the first of {len(record.responses)} responses)"
-        images = printable(", ".join(record.images)) or "no image"
-        yield Text(f"{record.id}{alternatives}  {images}", "bold")
+        images = ", ".join(record.images) or "no image"
+        heading = escape_control_characters(f"{record.id}{alternatives}  {images}")
+        yield Text(heading, "bold")
         yield table
         share = num_trained / position
         yield Text(f"{position} tokens, {num_trained} trained ({share:.0%})\n")
@@ -79,9 +81,10 @@ class SampleView:
         # Count an image as one token if the vision tower is unknown.
         count = self._tokens_per_image or 1
         positions = f"{position}-{position + count - 1}" if count > 1 else str(position)
-        name = IMAGE_PLACEHOLDER
+        # Show the token that the chat template writes in the place of the image, if it writes one.
+        name = escape_control_characters(self._prompt.image_token or IMAGE_PLACEHOLDER)
         if self._tokens_per_image:
-            name = f"{IMAGE_PLACEHOLDER} x {self._tokens_per_image}"
+            name = f"{name} x {self._tokens_per_image}"
         table.add_row(positions, Text(name), "", "image", style="magenta")
         return count
 
@@ -95,7 +98,7 @@ class SampleView:
         # Use the name in the vocabulary for a token that is only a part of a character (some bytes of UTF-8).
         if not text or "\N{REPLACEMENT CHARACTER}" in text:
             text = str(self._tokenizer.convert_ids_to_tokens(token))
-        return printable(text).replace(" ", "␣")
+        return _make_visible(text).replace(" ", "␣")
 
     def describe_images(self, record: Record, folder: str) -> tuple[list[Text], list[str]]:
         """Open the images of a record as training does, and describe them.
@@ -111,14 +114,14 @@ class SampleView:
             except ValueError as error:  # an ImageError, or an invalid name
                 problems.append(f"{record.id}: {error}")
                 continue
-            lines.append(Text(f"{printable(name)}: {width} x {height} pixels"))
+            line = escape_control_characters(f"{name}: {width} x {height} pixels")
+            lines.append(Text(line))
         return lines, problems
 
 
-def printable(text: str) -> str:
-    """Escape characters that a terminal would not print.
-
-    Data may contain escape sequences that clear the screen, or marks that reverse the direction of writing.
+def _make_visible(text: str) -> str:
+    """Escape every character that cannot be seen: also line breaks, joiners and other spaces, unlike
+    `escape_control_characters`, which keeps texts readable.
     """
     # Escape single characters, so that emoji and letters of all scripts are preserved.
     characters = []

@@ -20,8 +20,8 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    integrations,
 )
-from transformers.integrations import validate_bnb_backend_availability
 from transformers.utils import is_bitsandbytes_available
 
 from llava_simplified.data.transforms import ImageTransform
@@ -241,7 +241,8 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
         raise ValueError(
             f"--bits {bits} requires bitsandbytes: run {install_command('quant')}, or pass --bits 16."
         )
-    if not validate_bnb_backend_availability():
+    # Transformers' module imports bitsandbytes, which takes seconds.
+    if not integrations.validate_bnb_backend_availability():
         raise ValueError(
             f"--bits {bits}: bitsandbytes does not support the devices of this machine; "
             "pass --bits 16"

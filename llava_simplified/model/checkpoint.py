@@ -21,19 +21,13 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
@@ -50,6 +44,13 @@ from llava_simplified.model.config import (
     read_checkpoint_config,
 )
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.peft_names import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from llava_simplified.model.protocols import CausalLM, PretrainedModule, VisionModel
 from llava_simplified.model.vision import check_missing_keys
 from llava_simplified.model.weights import check_state_dict, check_weights_digest, filter_prefix
@@ -190,21 +191,25 @@ def load_checkpoint(
     # A part that was trained in full is loaded from the checkpoint, any other from its base model.
     trained_lm = folder / "language_model" if parts.language_model == "full" else None
     trained_tower = folder / "vision_tower" if parts.vision_tower == "full" else None
-    # Verify the base weights before loading them: they may be 14 GB, and the check reads only samples.
-    digests = config.weights_digests
-    if "language_model" in digests and trained_lm is None:
-        check_weights_digest("language_model", config.language_model, digests["language_model"])
-    if "vision_tower" in digests and trained_tower is None:
-        check_weights_digest("vision_tower", config.vision_tower, digests["vision_tower"])
-
-    model = build_model(
-        config,
-        language_model=trained_lm,
-        vision_tower=trained_tower,
-        tokenizer=load_tokenizer(str(folder), trust_remote_code=trust_remote_code),
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    chosen = [name for name in (model_base, vision_tower, attn_implementation) if name]
+    if bits:
+        chosen.append(f"--bits {bits}")
+    with _blame_config(folder, chosen):
+        # Verify the base weights before loading them: they may be 14 GB, and the check reads only samples.
+        digests = config.weights_digests
+        if "language_model" in digests and trained_lm is None:
+            check_weights_digest("language_model", config.language_model, digests["language_model"])
+        if "vision_tower" in digests and trained_tower is None:
+            check_weights_digest("vision_tower", config.vision_tower, digests["vision_tower"])
+        model = build_model(
+            config,
+            language_model=trained_lm,
+            vision_tower=trained_tower,
+            tokenizer=tokenizer,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
     load_projector(model.projector, folder)
     # Add the adapters last, when the base weights are complete and verified.
     language_model: Any = model.language_model
@@ -225,6 +230,24 @@ def load_checkpoint(
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return model.eval().to(device)
+
+
+@contextmanager
+def _blame_config(folder: Path, chosen: Sequence[str]) -> Iterator[None]:
+    """Name `llava.json` in the error that a value in it causes, such as the path of a model that has moved.
+
+    Args:
+        folder: The checkpoint.
+        chosen: What the caller has given instead of the values in the file. Errors that name one of
+            these, or a file of the checkpoint, stay as they are.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = str(error)
+        if str(folder) in message or any(name in message for name in chosen):
+            raise
+        raise ValueError(f"{folder / CONFIG_NAME}: {message}") from error
 
 
 def load_trained_weights(model: Llava, folder: str | Path) -> None:
@@ -281,6 +304,8 @@ _ADAPTER_TYPES: dict[str, tuple[type, ...]] = {
     "alpha_pattern": (dict,),
     "modules_to_save": (list, type(None)),
 }
+# Of `rank_pattern` and `alpha_pattern`: PEFT compares each entry with each module.
+_MAX_PATTERNS = 1000
 # Entries that describe where the adapter comes from.
 _ADAPTER_ORIGIN = (
     "auto_mapping",
@@ -339,6 +364,8 @@ def _check_adapter_entries(path: Path, entries: Mapping[str, Any]) -> None:
         if not all(isinstance(module, str) for module in entries.get(name) or ()):
             raise ValueError(f"{path}: {name} must be names of modules")
     for name in ("rank_pattern", "alpha_pattern"):
+        if len(entries.get(name, {})) > _MAX_PATTERNS:
+            raise ValueError(f"{path}: {name} has more than {_MAX_PATTERNS} entries")
         if not all(isinstance(value, (int, float)) for value in entries.get(name, {}).values()):
             raise ValueError(f"{path}: {name} must contain numbers")
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad as pad_tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.generation import logits_process
+from transformers.generation import LogitsProcessor, logits_process
 
 from llava_simplified.data.collate import (
     expand_image_placeholders,
@@ -64,6 +64,8 @@ from llava_simplified.model.static_decoding import (
 
 # In place of the token of a sequence whose logits are not finite.
 _NO_TOKEN = -1
+
+NOT_FINITE = "The logits of the next token contain NaN or infinity."
 
 
 class DecodingBatch:
@@ -240,10 +242,7 @@ class DecodingBatch:
         rows_to_keep: list[int] = []
         for row, (sequence_id, token) in enumerate(zip(self.active, tokens)):
             if token is None:
-                not_finite = FloatingPointError(
-                    "The logits of the next token contain NaN or infinity."
-                )
-                self.errors.setdefault(sequence_id, not_finite)
+                self.errors.setdefault(sequence_id, FloatingPointError(NOT_FINITE))
                 continue
             generated.append((sequence_id, token))
             ids = self.generated_ids[sequence_id]
@@ -527,6 +526,29 @@ def generate_from_features(
 ) -> list[list[str]]:
     """Continue each prompt as `generate` does, but from images that are already encoded.
 
+    The arguments are those of `generate_separately`.
+
+    Raises:
+        FloatingPointError: The logits of a prompt were not finite.
+    """
+    results: list[list[str]] = []
+    for result in generate_separately(model, prompts, image_features, options, hashes):
+        if isinstance(result, FloatingPointError):
+            raise result
+        results.append(result)
+    return results
+
+
+@torch.inference_mode()
+def generate_separately(
+    model: CaptionModel,
+    prompts: Sequence[Sequence[int]],
+    image_features: torch.Tensor | None,
+    options: GenerationOptions,
+    hashes: Sequence[bytes],
+) -> list[list[str] | FloatingPointError]:
+    """Continue each prompt, where no prompt can fail another one.
+
     Args:
         model: The model.
         prompts: Token ids, one IMAGE_INDEX per image.
@@ -537,23 +559,30 @@ def generate_from_features(
 
     Returns:
         For each prompt `num_return_sequences` texts, without special tokens, leading and trailing
-        whitespace.
+        whitespace; or the error, if the logits of one of its sequences were not finite.
     """
+    per_prompt = options.num_return_sequences
     with eval_mode(model):
         if options.num_beams > 1:
-            sequences = _beam_search(model, prompts, image_features, options)
+            sequences, failed = _beam_search(model, prompts, image_features, options)
         else:
             batch = DecodingBatch(model, prompts, image_features, options, hashes)
             while batch.active:
                 batch.step()
-                batch.raise_errors()
             sequences = list(batch.generated_ids.values())
+            failed = set()
+            for sequence_id, error in batch.errors.items():
+                if not isinstance(error, FloatingPointError):
+                    raise error
+                failed.add(sequence_id // per_prompt)
     # Group the texts by prompt: the sequences of one prompt are consecutive.
-    texts = [model.prompt.decode(ids).strip() for ids in sequences]
-    per_prompt = options.num_return_sequences
-    results: list[list[str]] = []
-    for start in range(0, len(texts), per_prompt):
-        results.append(texts[start : start + per_prompt])
+    results: list[list[str] | FloatingPointError] = []
+    for number in range(len(prompts)):
+        if number in failed:
+            results.append(FloatingPointError(NOT_FINITE))
+            continue
+        ids_of_prompt = sequences[number * per_prompt : (number + 1) * per_prompt]
+        results.append([model.prompt.decode(ids).strip() for ids in ids_of_prompt])
     return results
 
 
@@ -617,11 +646,12 @@ def _beam_search(
     prompts: Sequence[Sequence[int]],
     image_features: torch.Tensor | None,
     options: GenerationOptions,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], set[int]]:
     """Run the beam search of Transformers; with a temperature, its beam sampling.
 
     Returns:
-        `num_return_sequences` lists of token ids per prompt, in the order of the prompts.
+        `num_return_sequences` lists of token ids per prompt, in the order of the prompts; and the
+        numbers of the prompts whose logits were not finite, whose token ids are meaningless.
     """
     start_ids = _start_ids(model, options)
     prompts = [[*prompt, *start_ids] for prompt in prompts]
@@ -654,19 +684,46 @@ def _beam_search(
         do_sample=options.temperature > 0,
         **sampling,
     )
+    guard = _NonFiniteGuard(options.num_beams)
     with _without_generation_defaults(model.language_model):
-        generated = model.language_model.generate(
+        sequences = model.language_model.generate(
             inputs_embeds=model.splice(input_ids, image_features, image_positions),
             attention_mask=attention_mask,
             generation_config=generation_config,
-            logits_processor=processors,
-        ).tolist()
-    return [start_ids + ids for ids in generated]
+            logits_processor=[guard, *processors],
+        )
+    return [start_ids + ids for ids in sequences.tolist()], guard.failed
 
 
 def _start_ids(model: CaptionModel, options: GenerationOptions) -> list[int]:
     """Return the token ids that every answer begins with."""
     return model.prompt.encode_start(options.start_with) if options.start_with.strip() else []
+
+
+class _NonFiniteGuard(LogitsProcessor):
+    """Notes the prompts whose logits are not finite, and keeps the search of the others going.
+
+    Args:
+        num_beams: Number of consecutive rows per prompt.
+
+    Attributes:
+        failed: Numbers of the prompts.
+    """
+
+    def __init__(self, num_beams: int) -> None:
+        self.failed: set[int] = set()
+        self._num_beams = num_beams
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores (rows, vocabulary), with those of failed rows replaced by zeros."""
+        # The maximum is NaN if any score is. Single scores may be -inf (excluded tokens).
+        is_finite = scores.amax(-1).isfinite()
+        if is_finite.all():
+            return scores
+        for row in (~is_finite).nonzero()[:, 0].tolist():
+            self.failed.add(row // self._num_beams)
+        # With NaN, sampling would raise an error for all prompts.
+        return torch.where(is_finite[:, None], scores, 0.0)
 
 
 @contextmanager

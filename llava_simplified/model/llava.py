@@ -291,9 +291,12 @@ class Llava(nn.Module):
 
         captions: list[list[str]] = []
         for start in range(0, len(sources), batch_size):
-            batch = [load_pixels(source) for source in sources[start : start + batch_size]]
-            pixel_values = torch.stack([self.vision_tower.transform(pixels) for pixels in batch])
-            captions += generate(self, [prompt] * len(batch), pixel_values, generation_options)
+            # Transform each image before the next one is loaded: large ones would add up.
+            pixels = []
+            for source in sources[start : start + batch_size]:
+                pixels.append(self.vision_tower.transform(load_pixels(source)))
+            prompts = [prompt] * len(pixels)
+            captions += generate(self, prompts, torch.stack(pixels), generation_options)
 
         results: list[Any] = captions
         if num_return_sequences == 1:

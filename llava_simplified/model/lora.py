@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.peft_names import LoraConfig, PeftModel, get_peft_model
 from llava_simplified.model.protocols import CausalLM, VisionModel
 
 

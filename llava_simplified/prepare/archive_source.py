@@ -1,6 +1,7 @@
-"""Read captions from Parquet files and from tar shards.
+"""Read captions from Parquet and Arrow files and from tar shards.
 
-Parquet   LAION and DataComp (URLs), `image: struct<bytes, path>` (images inside the file), manifests of shards
+Parquet   LAION and DataComp (URLs), `image: struct<bytes, path>` (images inside the file), manifests of shards, chats
+Arrow     the same, as written by `Dataset.save_to_disk`
 tar       webdataset and img2dataset: `key.jpg` with `key.txt`, `key.caption` or `key.json`
 """
 
@@ -10,7 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_simplified.data.shards import IMAGE_SUFFIXES, image_column, read_range, tar_samples
+from llava_simplified.data.embedded_images import (
+    ArrowRows,
+    ColumnarFile,
+    ParquetRows,
+    text_columns,
+)
+from llava_simplified.data.shards import IMAGE_SUFFIXES, read_range, tar_samples
 from llava_simplified.extras import require_extra
 from llava_simplified.prepare.json_source import (
     NOT_AN_OBJECT,
@@ -33,7 +40,6 @@ _CAPTION_SUFFIXES = (
     "json",
 )  # of a sample in a tar; the first that exists is used
 _DOWNLOADED = ("ok", "success")  # the status of a downloaded image: ours, and img2dataset's
-_BATCH_ROWS = 8192
 
 
 def read_parquet(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
@@ -45,56 +51,87 @@ def read_parquet(source: str, issues: ParseIssues, columns: Columns) -> Iterator
     require_extra("download", "fsspec", "pyarrow", purpose=f"the Parquet source {source}")
     import fsspec
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     # Use fsspec for local files too, so that remote files need no separate code. Of a remote file, only
     # the parts that are read are transferred.
     try:
         with fsspec.open(source, "rb") as stream:
-            yield from _parquet_rows(pq.ParquetFile(stream), source, issues, columns)
+            table = ParquetRows(stream, _file_name(source))
+            yield from _table_rows(table, source, issues, columns)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: cannot be read as Parquet: {error}") from error
 
 
-def _parquet_rows(
-    table: Any, source: str, issues: ParseIssues, columns: Columns
+def read_arrow(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
+    """Yield the rows of an Arrow file, as `Dataset.save_to_disk` writes them.
+
+    Raises:
+        ValueError: The file cannot be read, is not a local file, or its columns cannot be determined.
+    """
+    require_extra("download", "pyarrow", purpose=f"the Arrow source {source}")
+    import pyarrow as pa
+
+    if "://" in source:
+        raise ValueError(f"{source}: an Arrow file is mapped into memory. Copy it first.")
+    try:
+        yield from _table_rows(ArrowRows(Path(source)), source, issues, columns)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: cannot be read as Arrow: {error}") from error
+
+
+def _file_name(source: str) -> str:
+    """Return the name of a file, without the query of a URL."""
+    return Path(source.partition("?")[0] if "://" in source else source).name
+
+
+def _table_rows(
+    table: ColumnarFile, source: str, issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
-    schema = table.schema_arrow
-    holds_images = bool(image_column(schema))
-    # Skip binary columns (images, hashes, embeddings): they never contain captions, and are slow to read.
-    names = [field.name for field in schema if "binary" not in str(field.type)]
+    names = text_columns(table.schema)
+    image_keys = []
+    if table.image_column is not None:
+        image_keys = ["images" if table.image_column.is_list else "image"]
     is_manifest = "key" in names and "status" in names
     # Read all columns of a table of records or of Karpathy's split, which have fixed column names. For
     # any other table find the columns by their names, and read only those.
     wanted, named = names, None
-    if "sentences" not in names and not is_record(dict.fromkeys(names)):
+    if "sentences" not in names and not _has_records(table):
         # Add a column "image", whose values are made below, for a manifest or a file with images.
-        virtual_names = [*names, "image"] if holds_images or is_manifest else names
+        virtual_names = [*names, *image_keys]
+        if is_manifest:
+            virtual_names = [*names, "image"]
+        elif image_keys == ["images"]:
+            # Of a list, the only image.
+            virtual_names = [*names, "image"]
         named = find_columns(source, virtual_names, columns, _first_row(table, names))
         wanted = [name for name in (*named, "split", "key", "status") if name in names]
     # Count all rows, including skipped ones: `read_shard_image` uses this number to find the row.
-    for number, row in enumerate(_iterate_rows(table, wanted)):
+    for number, row in enumerate(table.rows(wanted)):
         if is_manifest:
             if row["status"] not in _DOWNLOADED:
                 issues.note("not downloaded (skipped)", number, row["status"])
                 continue
             row["image"] = f"{Path(source).stem}.tar#{row['key']}"
-        elif holds_images:
-            row["image"] = f"{Path(source).name}#{number}"
-        yield row_from_mapping(row, number, named)
+        elif named is not None and "images" in row:
+            images = row.pop("images")
+            if len(images) > 1:
+                issues.note("caption of several images (skipped)", number, images[0])
+                continue
+            row["image"] = "".join(images)
+        yield from row_from_mapping(row, number, named, issues)
 
 
-def _first_row(table: Any, names: list[str]) -> object:
+def _has_records(table: ColumnarFile) -> bool:
+    """Return whether the rows of a table are records or chats."""
+    types = {field.name: str(field.type) for field in table.schema}
+    is_pairs = "user: " in types.get("texts", "") and "assistant: " in types["texts"]
+    is_chat = types.get("messages", "").startswith(("list<", "large_list<"))
+    return is_pairs or is_chat or is_record(dict.fromkeys(types))
+
+
+def _first_row(table: ColumnarFile, names: list[str]) -> object:
     """Return the first row, for error messages; if the file is empty, its column names."""
-    for batch in table.iter_batches(1, columns=names):
-        if batch.num_rows:
-            return batch.to_pylist()[0]
-    return table.schema_arrow.names
-
-
-def _iterate_rows(table: Any, names: list[str]) -> Iterator[dict[str, Any]]:
-    for batch in table.iter_batches(_BATCH_ROWS, columns=names):
-        yield from batch.to_pylist()
+    return next(table.rows(names), table.schema.names)
 
 
 def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
@@ -139,7 +176,7 @@ def read_tar(source: str, issues: ParseIssues, columns: Columns) -> Iterator[Sou
         row["image"] = f"{path.name}#{key}"
         member = f"{source} member {key}.{next(iter(texts))}"
         named = columns_of_row(row, named, member, columns)
-        yield row_from_mapping(row, number, named._replace(url=""))
+        yield from row_from_mapping(row, number, named._replace(url=""), issues)
 
 
 def _read_texts(path: Path, members: dict[str, tuple[int, int]]) -> dict[str, str]:

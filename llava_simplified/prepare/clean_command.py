@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 from llava_simplified.extras import require_extra
-from llava_simplified.options import CommandParser, add_worker_options
+from llava_simplified.options import CommandParser, add_worker_options, print_text
 from llava_simplified.prepare.clean_rules import Rules
 
 logger = logging.getLogger(__name__)
@@ -121,11 +120,11 @@ def main(argv: list[str] | None = None) -> int:
         progress=logger.isEnabledFor(logging.INFO),
     )
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
-        sys.stdout.write(f"{count:>9,} {reason or 'ok'}\n")
+        print_text(f"{count:>9,} {reason or 'ok'}")
     if args.shards:
         return 0
     num_kept = counts.get("ok", 0)
-    sys.stdout.write(f"{num_kept:>9,} records -> {args.output}\n")
+    print_text(f"{num_kept:>9,} records -> {args.output}")
     if num_kept:
         return 0
     logger.error(

@@ -15,6 +15,7 @@ import numpy as np
 
 from llava_simplified.data.image_folder import NameMatches, locate_file
 from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.prepare.record_writer import (
@@ -119,6 +120,7 @@ def to_records(
     issues: ParseIssues,
     instructions: list[str],
     image_folder: Path | None,
+    keep_paths: bool = False,
 ) -> Iterator[tuple[dict[str, Any], SourceRow]]:
     """Yield the record of each row, together with the row.
 
@@ -127,33 +129,76 @@ def to_records(
         issues: Collects the rows that cannot become a record.
         instructions: Instruction templates, one of which is selected by a hash of the image name.
         image_folder: If given, rows whose image is not in this folder are skipped.
+        keep_paths: Keep absolute paths. They are resolved when the images are read.
     """
-    absolute_paths: dict[str, int] = {}
-    matches = NameMatches()
+    names = _ImageNames(issues, image_folder, keep_paths)
     for index, row in enumerate(rows):
+        if row.record is not None:
+            record = _record_of_row(row, names)
+            if record is not None:
+                yield record, row
+            continue
         image = row.image
         # Use the index of the grouped rows, as the downloader does, so that both derive the same file name.
         if not image and row.url:
             image = image_file_name(index, row.url)
-        if row.record is None and not image:
+        if not image:
             issues.note("row without an image (skipped)", row.number, row.captions)
             continue
-        # An image inside a shard is looked up when it is read.
-        if image_folder is not None and image and "#" not in image:
-            image = _find_image(image, row, image_folder, matches, issues)
-            if not image:
-                continue
-        elif _ABSOLUTE_PATH.match(image):
-            image = _base_name(image, row, issues, absolute_paths)
-        # A record keeps everything that its source has; only the place of its image may change.
-        if row.record is not None:
-            yield ({**row.record, "image": image} if image else row.record), row
-        elif not row.captions:
+        image = names.resolve(image, row)
+        if not image:
+            continue
+        if not row.captions:
             issues.note("image without any caption (skipped)", row.number, image)
         else:
             # Append a question mark, to make this choice independent of that of the split.
             choice = int(hash_fraction(image + "?") * len(instructions))
             yield make_record(image, instructions[choice], row.captions), row
+
+
+def _record_of_row(row: SourceRow, names: _ImageNames) -> dict[str, Any] | None:
+    """Return the record of a row that has one, with the names of its images in the image folder; None if one is missing.
+
+    A record keeps everything that its source has; only the places of its images may change.
+    """
+    assert row.record is not None
+    record = row.record
+    images = image_names(record)
+    found = [names.resolve(image, row) for image in images]
+    if not all(found):
+        return None
+    if tuple(found) == images:
+        return record
+    key = "images" if record.get("images") else "image"
+    is_list = isinstance(record[key], list)
+    changed = {name: value for name, value in record.items() if name not in ("image", "images")}
+    return {key: found if is_list else found[0], **changed}
+
+
+class _ImageNames:
+    """Turns names of images into those of records, and counts what it changes.
+
+    Args:
+        issues: Collects images that are not found, and names that are changed.
+        image_folder: The image folder, or None.
+        keep_paths: Keep absolute paths.
+    """
+
+    def __init__(self, issues: ParseIssues, image_folder: Path | None, keep_paths: bool) -> None:
+        self._issues = issues
+        self._image_folder = image_folder
+        self._keep_paths = keep_paths
+        self._absolute_paths: dict[str, int] = {}
+        self._matches = NameMatches()
+
+    def resolve(self, image: str, row: SourceRow) -> str:
+        """Return the name of an image in the records; "" if it is not in the image folder, which is noted."""
+        # An image inside a shard is looked up when it is read.
+        if self._image_folder is not None and "#" not in image:
+            return _find_image(image, row, self._image_folder, self._matches, self._issues)
+        if _ABSOLUTE_PATH.match(image) and not self._keep_paths:
+            return _base_name(image, row, self._issues, self._absolute_paths)
+        return image
 
 
 def _base_name(
@@ -189,7 +234,7 @@ def _find_image(
 
     The suffix of a downloaded image depends on its bytes, so all suffixes are tried.
     """
-    if not row.image:
+    if row.url and not row.image:
         stem = image.rpartition(".")[0]
         for suffix in IMAGE_SUFFIXES:
             if (image_folder / f"{stem}.{suffix}").is_file():
@@ -227,6 +272,8 @@ def convert(
     instruction: str = INSTRUCTION,
     split: str = "",
     columns: Columns = Columns(),  # noqa: B008 - immutable
+    sidecar: str = "",
+    keep_paths: bool = False,
 ) -> tuple[dict[str, int], ParseIssues]:
     """Write the records of a source.
 
@@ -238,6 +285,8 @@ def convert(
         split: "val=0.01" writes this fraction (by a hash of the image name) to `<output>_val`, and the rest to
             `<output>_train`; "source" uses the split of the source itself (Karpathy's); "" writes one file.
         columns: Column names that the user passed.
+        sidecar: Which sidecars of a folder are read, and how; see `SidecarOptions.parse`.
+        keep_paths: Keep absolute paths of images, instead of their base names.
 
     Returns:
         The number of records by file name, and the issues of the source (skipped and repaired rows).
@@ -253,7 +302,9 @@ def convert(
         shares = _parse_split(split)
     # `group_captions` reads the source twice, but collects issues only in the second pass.
     issues = ParseIssues()
-    rows = group_captions(lambda pass_issues: read_source(source, pass_issues, columns), issues)
+    rows = group_captions(
+        lambda pass_issues: read_source(source, pass_issues, columns, sidecar), issues
+    )
     writers: dict[str, RecordWriter] = {}
     with ExitStack() as stack:
 
@@ -267,12 +318,13 @@ def convert(
         if shares:
             for part in ("train", *shares):
                 open_part(part)
-        for record, row in to_records(rows, issues, instructions, image_folder):
+        for record, row in to_records(rows, issues, instructions, image_folder, keep_paths):
             part = ""
             if split == "source":
                 part = _source_part(row, issues)
             elif shares:
-                part = _choose_part(str(record.get("image") or row.number), shares)
+                first_image = next(iter(image_names(record)), "")
+                part = _choose_part(first_image or str(row.number), shares)
             open_part(part).write(record)
         # Raise inside the `with` block, so that the unfinished files are discarded.
         if not any(writer.count for writer in writers.values()):

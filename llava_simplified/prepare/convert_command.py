@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-from llava_simplified.options import CommandParser
+from llava_simplified.options import CommandParser, print_text
 from llava_simplified.prepare.record_writer import INSTRUCTION
 from llava_simplified.prepare.source_rows import Columns
 
@@ -27,7 +26,8 @@ def build_parser() -> CommandParser:
     parser = CommandParser("llava convert", "Convert any source of captions to records.")
     parser.add_argument(
         "source",
-        help="TSV, CSV, JSON, JSON Lines, Parquet, tar, a folder of them, a glob pattern, or a URL",
+        help="TSV, CSV, JSON, JSON Lines, Parquet, tar, a folder of them or of images with sidecars, a glob pattern, or a "
+        "URL",
     )
     parser.add_argument(
         "--output",
@@ -50,6 +50,12 @@ def build_parser() -> CommandParser:
         help="Write several files: val=0.01 moves 1%% of the images to OUTPUT_val, `source` uses the split in the source",
     )
     add_column_options(parser)
+    parser.add_argument(
+        "--sidecar",
+        default="",
+        help="Sidecars of the images of a folder: txt, caption (default: both), or lines if each line is a caption; "
+        "caption,lines is possible too",
+    )
     return parser
 
 
@@ -66,11 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         instruction=args.instruction,
         split=args.split,
         columns=Columns(args.url_column, args.image_column, args.caption_column),
+        sidecar=args.sidecar,
     )
     for path, count in counts.items():
-        sys.stdout.write(f"{count:>9,} records -> {path}\n")
+        print_text(f"{count:>9,} records -> {path}")
     for line in issues.lines():
-        sys.stdout.write(f"{line}\n")
+        print_text(line)
     return 0
 
 
@@ -97,5 +104,5 @@ def reduce_main(argv: list[str] | None = None) -> int:
     records: Path = args.records
     output = args.output or records.with_name(f"{records.stem}_{args.count}{records.suffix}")
     count = reduce(records, output, args.count, args.seed)
-    sys.stdout.write(f"{count:>9,} records -> {output}\n")
+    print_text(f"{count:>9,} records -> {output}")
     return 0

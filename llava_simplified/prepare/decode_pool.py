@@ -7,8 +7,8 @@ follow:
 - **A time limit for each image.** It counts from the moment at which the image is decoded, not while it waits for
   others. Nothing can interrupt a decoder, so its thread is given up: the row fails, another thread takes its place, and
   the old one ends when the decoder returns (`data.images` limits what a decoder can be asked for).
-- **Pixels in flight.** The header says how many pixels an image has. It is admitted when all that are decoded at the
-  same time have at most `MAX_PIXELS_IN_FLIGHT`; a larger one is decoded alone.
+- **Pixels in flight.** The header says how many pixels an image has. It is admitted when there is room for it in the
+  process's budget (`data.pixel_budget`).
 
     event loop                    threads
     run() --- job ---> queue ---> read the header -> wait for room -> decode
@@ -27,9 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llava_simplified.data.images import EncodedImage, read_image_size
+from llava_simplified.data.pixel_budget import DECODING
 
-# Decoding takes 4 to 16 bytes a pixel, see `data.images.DECODE_BYTES_PER_PIXEL`.
-MAX_PIXELS_IN_FLIGHT = 50_000_000
 # Most images take a fraction of a millisecond. More than one thread is for those that take seconds.
 _NUM_THREADS = 4
 _MAX_CHECK_INTERVAL = 0.5  # seconds between two looks at the images that are being decoded
@@ -72,10 +71,6 @@ class DecodePool:
         self._lock = threading.Lock()
         self._running: set[_Job] = set()
         self._finished: deque[tuple[_Job, EncodedImage | BaseException]] = deque()
-        self._pixels = 0  # that are being decoded
-        self._has_room = threading.Condition(self._lock)
-        # Held by the next image to be admitted: a large one must not wait for ever while small ones pass it.
-        self._turn = threading.Lock()
         self._timer: asyncio.TimerHandle | None = None
 
     async def run(self, decode: Callable[[bytes], EncodedImage], data: bytes) -> EncodedImage:
@@ -133,14 +128,10 @@ class DecodePool:
         try:
             self._set_started(job, time.monotonic())
             width, height = read_image_size(job.data, self._max_pixels)
-            pixels = width * height
             self._set_started(job, None)
-            self._admit(pixels)
-            try:
+            with DECODING.admit(width * height):
                 self._set_started(job, time.monotonic())
                 return job.decode(job.data)
-            finally:
-                self._release(pixels)
         except BaseException as error:  # noqa: BLE001 - raised in the caller
             return error
 
@@ -148,18 +139,6 @@ class DecodePool:
         with self._lock:
             job.started = started
             self._running.add(job)
-
-    def _admit(self, pixels: int) -> None:
-        """Wait until the pixels of an image fit beside those that are being decoded."""
-        with self._turn, self._has_room:
-            while self._pixels and self._pixels + pixels > MAX_PIXELS_IN_FLIGHT:
-                self._has_room.wait()
-            self._pixels += pixels
-
-    def _release(self, pixels: int) -> None:
-        with self._has_room:
-            self._pixels -= pixels
-            self._has_room.notify()
 
     # ---- in the event loop ----
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from llava_simplified.extras import require_extra
-from llava_simplified.options import CommandParser, add_limit_option, add_worker_options
+from llava_simplified.options import CommandParser, add_limit_option, add_worker_options, print_text
 from llava_simplified.prepare.convert_command import add_column_options
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.source_rows import Columns
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     # Print advice about the most frequent failure only.
     most_frequent = max(outcomes, key=lambda kind: outcomes[kind])
     advice = FAILURE_ADVICE.get(most_frequent, "")
-    print(
+    print_text(
         f"No image was downloaded. {advice} Then retry with --retry {most_frequent}",
         file=sys.stderr,
     )
@@ -173,11 +173,11 @@ def merge_main(argv: list[str] | None = None) -> int:
 def _print_report(report: dict[str, Any], output: str) -> None:
     outcomes = report["outcomes"]
     for kind, count in sorted(outcomes.items(), key=lambda item: -item[1]):
-        sys.stdout.write(f"{count:>9,} {kind}\n")
-    sys.stdout.write(f"{sum(outcomes.values()):>9,} rows -> {output}\n")
+        print_text(f"{count:>9,} {kind}")
+    print_text(f"{sum(outcomes.values()):>9,} rows -> {output}")
     # What the source contained; a slice does not report it.
     for line in report.get("settings", {}).get("oddities", ()):
-        sys.stdout.write(f"{line}\n")
+        print_text(line)
     missing = report.get("missing_shards")
     if missing:
-        sys.stdout.write(f"{missing:>9,} shards are not finished yet\n")
+        print_text(f"{missing:>9,} shards are not finished yet")

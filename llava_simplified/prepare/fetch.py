@@ -62,6 +62,9 @@ MAX_DETAIL_LENGTH = 300
 FAIR_SHARE = 0.5
 
 _REDIRECT_STATUSES = (301, 302, 303, 307, 308)
+# Formats of zlib's decompressor. Some servers send "deflate" without the header that it should have, as browsers accept it.
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS  # whichever the data begins with
+_NO_HEADER = -zlib.MAX_WBITS
 _CLOSE_CONNECTION = {"Connection": "close"}
 _ROBOTS_TIMEOUT = 5  # seconds
 _ROBOTS_MAX_BYTES = 500_000  # RFC 9309 asks for at least 500 KiB
@@ -287,13 +290,17 @@ class Fetcher:
     def _decompress(self, data: bytes, response: aiohttp.ClientResponse) -> bytes:
         """Decompress the body if the server compressed it unasked, up to the size limit (against "zip bombs")."""
         encoding = response.headers.get("Content-Encoding", "identity").lower()
-        if encoding not in ("gzip", "deflate"):
+        if encoding not in ("gzip", "x-gzip", "deflate"):
             return data
         max_bytes = self.options.max_bytes
-        # Some servers announce a compression but send plain bytes: use the bytes as they are.
-        with contextlib.suppress(zlib.error):
-            any_header = 32 + zlib.MAX_WBITS  # gzip or zlib, whichever the data begins with
-            data = zlib.decompressobj(any_header).decompress(data, max_bytes + 1)
+        formats = [_GZIP_OR_ZLIB]
+        if encoding == "deflate":
+            formats.append(_NO_HEADER)
+        for window_bits in formats:
+            # Some servers announce a compression but send plain bytes: use the bytes as they are.
+            with contextlib.suppress(zlib.error):
+                data = zlib.decompressobj(window_bits).decompress(data, max_bytes + 1)
+                break
         if len(data) > max_bytes:
             raise FetchError("too_large", f"over {max_bytes} bytes when decompressed", 200)
         return data

@@ -8,6 +8,7 @@ The supported formats of JSON, by the keys at the top level:
     rows            [{...}, ...], {"data": [...]} or {"rows": [...]}: records, or objects with a URL and a caption
     list of URLs    ["http://...", ...]: without captions
     by name         {"a.jpg": "a dog", "b.jpg": ["a cat", "my pet"]}: captions by image name or URL
+    kohya           {"a.jpg": {"caption": "a dog", "tags": "dog, grass"}}
 
 A .json file of JSON Lines is read as one.
 """
@@ -19,6 +20,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
+from llava_simplified.data.chat_rows import is_chat, plain_chat
+from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.prepare.source_files import open_source, read_lines
 from llava_simplified.prepare.source_rows import (
@@ -129,17 +132,26 @@ class _JsonReader:
             self._number += 1
             if "sentences" not in value and not is_record(value):
                 self._named = columns_of_row(value, self._named, self._source, self._columns)
-            yield row_from_mapping(value, self._number, self._named)
+            yield from row_from_mapping(value, self._number, self._named, self._issues)
 
     def _read_by_name(self, key: str, value: Any) -> Iterator[SourceRow]:
         """Yield the row of a key that names an image. Other keys are COCO's info and licenses, or SBU's user ids."""
         is_url = bool(URL_PATTERN.match(key))
+        if isinstance(value, dict):
+            value = self._read_kohya(key, value)
         if not isinstance(value, str) or not (is_url or IMAGE_NAME_PATTERN.search(key)):
             self._ignored[key] = None
             return
         self._number += 1
         name, url = ("", key) if is_url else (key, "")
         yield SourceRow(self._number, name, url, (as_text(value),))
+
+    def _read_kohya(self, key: str, value: dict[str, Any]) -> object:
+        """Return the caption of an image in the metadata of kohya's scripts, or else its tags."""
+        caption, tags = value.get("caption"), value.get("tags")
+        if caption and tags:
+            self._issues.note("tags beside a caption (not read)", self._number + 1, key)
+        return caption or tags
 
     def _read_image(self, value: dict[str, Any]) -> None:
         urls = (as_text(value.get(name)) for name in _COCO_URL_NAMES)
@@ -247,7 +259,7 @@ def read_json_lines_source(
         # Find the columns, except in records, which have fixed keys.
         if not is_record(value):
             named = columns_of_row(value, named, source, columns)
-        yield row_from_mapping(value, number, named)
+        yield from row_from_mapping(value, number, named, issues)
 
 
 # ---- one JSON object or Parquet row ----
@@ -280,29 +292,46 @@ def columns_of_row(
         return known
 
 
-def row_from_mapping(value: dict[str, Any], number: int, named: NamedColumns | None) -> SourceRow:
-    """Return the source row of a JSON object or Parquet row.
+def row_from_mapping(
+    value: dict[str, Any], number: int, named: NamedColumns | None, issues: ParseIssues
+) -> Iterator[SourceRow]:
+    """Yield the source row of a JSON object or Parquet row; nothing for a malformed chat.
 
     Args:
         value: A row of the Karpathy split, a record, or a row with the columns `named`.
         number: The row number.
         named: The columns; may be None for the first two formats.
+        issues: Collects malformed chats.
     """
     split = as_text(value.get("split"))
     # Check for Karpathy's rows first, since these could also be mistaken for rows with an image column.
     if "sentences" in value:
-        return _karpathy_row(value, number, split)
+        yield _karpathy_row(value, number, split)
+        return
     if is_record(value):
-        image = value.get("image")
-        answers = _last_answers(value)
-        return SourceRow(number, image if isinstance(image, str) else "", "", answers, record=value)
+        yield from _record_row(value, number, issues)
+        return
     # The caller has called `columns_of_row` for every row of this format.
     assert named is not None
     captions: tuple[str, ...] = ()
     if named.caption:
         captions = tuple(as_text(caption) for caption in _as_list(value.get(named.caption)))
     image, url = as_text(value.get(named.image)), as_text(value.get(named.url))
-    return SourceRow(number, image, url, captions, split)
+    yield SourceRow(number, image, url, captions, split)
+
+
+def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Iterator[SourceRow]:
+    """Yield the row of a record; nothing for a malformed chat."""
+    if is_chat(record):
+        try:
+            record = plain_chat(record, "chat")
+        except ValueError as error:
+            issues.note("malformed chat (skipped)", number, error)
+            return
+    images = image_names(record)
+    # A row is identified by its image, if it has only one.
+    image = images[0] if len(images) == 1 else ""
+    yield SourceRow(number, image, "", _last_answers(record), record=record)
 
 
 def row_from_text(value: object, number: int) -> SourceRow | None:
@@ -334,8 +363,10 @@ def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def is_record(value: dict[str, Any]) -> bool:
-    """Return whether a JSON object is a record already: in LLaVA's format or the tutorial's."""
-    return "conversations" in value or "instruction" in value
+    """Return whether a JSON object is a record already: in LLaVA's format, the tutorial's, or a chat."""
+    if "conversations" in value or "instruction" in value:
+        return True
+    return is_chat(value)
 
 
 def parse_object(text: str) -> dict[str, Any] | None:

@@ -11,8 +11,8 @@ aiohttp's parser reads it:
     Content-Length   may be repeated with the same value, and is ignored beside Transfer-Encoding: chunked
     after the body   bytes beyond Content-Length are dropped, and the connection is closed
 
-Rejected are: a response without a status line (HTTP/0.9), a head of more than 300 kB, different Content-Lengths,
-damaged chunks, and a body that ends too early.
+Rejected are: a response without a status line (HTTP/0.9), a head of more than 300 kB, more than 100 interim responses,
+different Content-Lengths, damaged chunks, and a body that ends too early.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from aiohttp import ClientPayloadError
 from aiohttp.client_proto import ResponseHandler
 
 MAX_HEAD_BYTES = 300_000  # as in curl
+MAX_INTERIM_RESPONSES = 100  # 100 Continue, 103 Early Hints; servers send one or two
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _STATUS_LINE = re.compile(
     rb"[\r\n]*http/(?P<version>[123](?:\.[0-9])?) (?P<status>[0-9]{3})(?P<reason>[ \t].*)?\r?(?=\n|\Z)",
@@ -53,6 +54,7 @@ class LenientResponseHandler(ResponseHandler):
     def __init__(self, loop: Any) -> None:
         super().__init__(loop)
         self._head: bytes | None = None  # as far as it has come; None outside of a head
+        self._num_interim = 0  # interim responses before it
         self._bytes_left: int | None = None  # of the body; None if its length is not known
         self._is_draining = False
 
@@ -60,6 +62,7 @@ class LenientResponseHandler(ResponseHandler):
         """Prepare for the response to the next request."""
         super().set_response_params(**params)
         self._head = b""
+        self._num_interim = 0
         self._bytes_left = None
 
     def _drain_tail(self) -> None:
@@ -74,7 +77,7 @@ class LenientResponseHandler(ResponseHandler):
             super().data_received(data)
             return
         if self._head is not None:
-            data = self._read_head(self._head + data)
+            data = self._read_head(self._head, data)
         elif self._bytes_left is not None:
             data = self._cut_body(data)
         if not data:
@@ -101,10 +104,19 @@ class LenientResponseHandler(ResponseHandler):
         self._bytes_left -= len(data)
         return data
 
-    def _read_head(self, data: bytes) -> bytes:
-        """Return a complete head, rewritten, and the bytes of the body after it; nothing while the head is incomplete."""
+    def _read_head(self, known: bytes, new: bytes) -> bytes:
+        """Return a complete head, rewritten, and the bytes of the body after it; nothing while the head is incomplete.
+
+        Args:
+            known: The part of the head that has come before.
+            new: The bytes that have come now.
+        """
+        data = known + new
+        # The end is up to 4 bytes long. What is known was searched before: it may come in pieces of one byte.
+        start = max(0, len(known) - 3)
         while True:
-            match = _END_OF_HEAD.search(data)
+            match = _END_OF_HEAD.search(data, start)
+            start = 0
             if match is None:
                 # aiohttp refuses a head without an end.
                 is_too_long = len(data) > MAX_HEAD_BYTES
@@ -115,14 +127,22 @@ class LenientResponseHandler(ResponseHandler):
             # 100 Continue, 103 Early Hints: the response follows.
             if status is None or not status["status"].startswith(b"1"):
                 break
+            self._num_interim += 1
+            if self._num_interim > MAX_INTERIM_RESPONSES:
+                # aiohttp refuses it, as any line that is no status line.
+                status, head = None, b"more than %d interim responses" % MAX_INTERIM_RESPONSES
+                break
         self._head = None
         if status is None:
             return head + b"\r\n\r\n" + data
         headers = read_headers(head[status.end() :])
         length = headers.get(b"content-length", b"")
-        has_body = status["status"] not in (b"204", b"304")
-        if length.isdigit() and has_body:
+        if status["status"] in (b"204", b"304"):
+            # These have no body (RFC 9112, section 6.3). What comes anyway is not the next response.
+            self._bytes_left = 0
+        elif length.isdigit():
             self._bytes_left = int(length[:_MAX_DIGITS])
+        if self._bytes_left is not None:
             data = self._cut_body(data)
         return _encode_head(status, headers) + data
 

@@ -63,7 +63,8 @@ class RecordWriter:
         self.count = 0
         self._stack = ExitStack()
         # Use one encoder for all records: `json.dumps` with options creates a new one for every call.
-        self._encode = json.JSONEncoder(ensure_ascii=False).encode
+        # Dates and decimals of a Parquet source, which JSON does not support, are written as strings.
+        self._encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
         self._file: Any = None  # for JSON
         self._parquet: Any = None
         self._rows: list[dict[str, Any]] = []  # rows to be written with the next Parquet batch

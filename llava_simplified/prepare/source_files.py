@@ -83,6 +83,32 @@ def read_lines(source: str, issues: ParseIssues) -> Iterator[tuple[int, str]]:
                 issues.note("blank line (skipped)", number, "")
 
 
+def read_text(path: Path, issues: ParseIssues, number: int) -> str:
+    """Return the text of a small file in any encoding, with "\\n" as line ends. Repairs are recorded in `issues`.
+
+    Args:
+        path: A local file.
+        issues: Collects the repairs.
+        number: Row number, for `issues`.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as stream:
+        found = ParseIssues()
+        text = "".join(_decode_lines(stream, found))
+    if "\r\n" in text:
+        text = text.replace("\r\n", "\n")
+        found.note("CRLF line end (removed)", number, path.name)
+    if "\0" in text:
+        text = text.replace("\0", "")
+        found.note("NUL byte (removed)", number, path.name)
+    # Once for the file, and with its name: the rows of a folder are files.
+    for kind in found.counts:
+        issues.note(kind, number, path.name)
+    return text
+
+
 def _decode_lines(stream: IO[bytes], issues: ParseIssues) -> Iterator[str]:
     """Yield the lines of a text in any encoding, with their line ends."""
     first = stream.readline()

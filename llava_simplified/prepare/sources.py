@@ -5,8 +5,10 @@ The supported formats, and the module that reads each of them:
     table_source     CC3M, CC12M, SBU, Flickr30k, Flickr8k; any TSV or CSV with a header; lists of URLs
     json_source      COCO, Karpathy's split, SBU, LLaVA, the tutorial's records, any array of rows, captions by image
                      name, JSON Lines
-    archive_source   Parquet: LAION, DataComp, images inside the file, manifests of shards
+    archive_source   Parquet and Arrow: LAION, DataComp, images inside the file, manifests of shards
                      tar: webdataset and img2dataset
+    dataset_folder   folders of Hugging Face `Dataset.save_to_disk`
+    sidecar_source   folders with `a.txt` or `a.caption` beside `a.jpg`
     this module      folders: imagefolder (`metadata.jsonl|csv|parquet` with the images), shards, parts of one source
 
 Everything that is skipped or repaired is counted in `ParseIssues`. To add a format, write a generator with the
@@ -21,11 +23,17 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
+from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import find_records
 from llava_simplified.data.shards import IMAGE_SUFFIXES
-from llava_simplified.prepare.archive_source import read_parquet, read_tar
+from llava_simplified.extras import MissingExtraError, require_extra
+from llava_simplified.foreign_files import blame_file
+from llava_simplified.prepare.archive_source import read_arrow, read_parquet, read_tar
+from llava_simplified.prepare.dataset_folder import dataset_files, dataset_folder
 from llava_simplified.prepare.json_source import read_json, read_json_lines_source
+from llava_simplified.prepare.sidecar_source import SidecarOptions, read_sidecars, scan_names
 from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
 from llava_simplified.prepare.table_source import read_table
 
@@ -33,40 +41,52 @@ Reader = Callable[[str, ParseIssues, Columns], Iterator[SourceRow]]
 
 _READERS: dict[str, Reader] = {
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".tar": read_tar,
     ".json": read_json,
     ".jsonl": read_json_lines_source,
     ".ndjson": read_json_lines_source,
 }  # any other suffix is a table
 _METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# Files that a folder without metadata may contain; the first kind that is found is read.
-_PART_SUFFIXES = (
-    (".tar",),
-    (".parquet",),
-    (".tsv", ".csv", ".txt"),
-    (".jsonl", ".ndjson"),
-    (".json",),
-)
+# The forms of captions in a folder, as errors call them. Those of files, with their suffixes:
+_PART_SUFFIXES = {
+    "tar shards": (".tar",),
+    "Parquet files": (".parquet",),
+    "Arrow files": (".arrow",),
+    "tables": (".tsv", ".csv", ".txt"),
+    "files of JSON lines": (".jsonl", ".ndjson"),
+    "JSON files": (".json",),
+}
+# Files of one form that are opened to find out whether it is a form of captions.
+_MAX_TRIED_FILES = 20
+_METADATA = "metadata files"
+_SIDECARS = "images with a sidecar"
 _COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy)$")
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|lzma|zst|lz4)|tgz|tbz2?|txz|tzst)$")
 
 
-def read_source(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
+def read_source(
+    source: str, issues: ParseIssues, columns: Columns, sidecar: str = ""
+) -> Iterator[SourceRow]:
     """Yield the rows of any source, without unsafe image paths, text that is not UTF-8, and empty captions.
 
     Args:
         source: A file, a folder, a glob pattern, or the URL of a file that fsspec can open.
         issues: Collects what was skipped or repaired.
         columns: Column names that the user passed.
+        sidecar: Read the sidecars of a folder, and how; see `SidecarOptions.parse`. "" lets the content decide.
 
     Raises:
-        ValueError: The source does not exist, its format is unknown, or a column is missing or ambiguous. The message
-            shows the first row.
+        ValueError: The source does not exist, its format is unknown, a column is missing or ambiguous (the message
+            shows the first row), or a folder contains several forms.
     """
-    for row in _read_any(source, issues, columns):
+    for row in _read_any(source, issues, columns, sidecar):
         # Start with the cheap test, which is false for almost every row. "a..b.jpg" is a valid name.
-        if ".." in row.image and ".." in Path(row.image).parts:
-            issues.note("image outside its folder, '..' (skipped)", row.number, row.image)
+        images = row.image
+        if row.record is not None:
+            images = "\n".join(image_names(row.record))
+        if ".." in images and any(".." in Path(image).parts for image in images.split("\n")):
+            issues.note("image outside its folder, '..' (skipped)", row.number, images)
             continue
         # Skip text that cannot be written to a file in a later step.
         if not _can_be_encoded(row):
@@ -100,11 +120,15 @@ def _can_be_encoded(row: SourceRow) -> bool:
     return True
 
 
-def _read_any(source: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
+def _read_any(
+    source: str, issues: ParseIssues, columns: Columns, sidecar: str = ""
+) -> Iterator[SourceRow]:
     is_url = "://" in source
     path = Path(source)
     if not is_url and path.is_dir():
-        return _read_folder(path, issues, columns)
+        return _read_folder(path, issues, columns, sidecar)
+    if sidecar:
+        raise ValueError(f"--sidecar {sidecar}: {source} is not a folder of images with sidecars")
     # Check for a file first, since the name of a file may contain brackets.
     if not is_url and not path.is_file():
         if any(mark in source for mark in "*?["):
@@ -115,6 +139,8 @@ def _read_any(source: str, issues: ParseIssues, columns: Columns) -> Iterator[So
             f"{source}: training reads the images of a tar at random positions, which a compressed one does not allow. "
             "Decompress it first (gunzip, bunzip2, unxz or unzstd), and pass the .tar file."
         )
+    if is_url and "*" in source:
+        return _read_url_pattern(source, issues, columns)
     reader = _READERS.get(_format_suffix(source), read_table)
     return reader(source, issues, columns)
 
@@ -149,35 +175,217 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
         # Only metadata and shards name images relative to their own folder.
         is_metadata = Path(part).name in _METADATA_NAMES
         for row in _read_any(part, issues, columns):
-            if row.image and (is_metadata or "#" in row.image):
-                row = row._replace(image=str(folder / row.image))
-            yield row
+            yield _move_images(row, folder, all_images=is_metadata)
 
 
-def _read_folder(folder: Path, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
-    """Yield the rows of a folder: a download, an imagefolder, or the parts of one source."""
+def _read_url_pattern(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
+    """Yield the rows of all remote files that match a pattern with `*`."""
+    require_extra("download", "fsspec", purpose=f"the source {pattern}")
+    import fsspec
+
+    with blame_file(pattern):
+        file_system, path = fsspec.core.url_to_fs(pattern)
+        paths = sorted(file_system.glob(path))
+    if not paths:
+        raise ValueError(f"{pattern}: no file matches")
+    for path in paths:
+        yield from _read_any(file_system.unstrip_protocol(path), issues, columns)
+
+
+def _move_images(row: SourceRow, folder: Path, all_images: bool = False) -> SourceRow:
+    """Return a row whose images are named relative to the source and not to their own folder.
+
+    Args:
+        row: The row.
+        folder: Its folder, relative to the source.
+        all_images: Move all images, and not only those inside of other files.
+    """
+
+    def move(image: str) -> str:
+        return str(folder / image) if image and (all_images or "#" in image) else image
+
+    record = row.record
+    if record is not None and folder != Path():
+        images = [move(image) for image in image_names(record)]
+        if images:
+            others = {key: value for key, value in record.items() if key != "image"}
+            record = {**others, "images": images}
+    return row._replace(image=move(row.image), record=record)
+
+
+def _read_folder(
+    folder: Path, issues: ParseIssues, columns: Columns, sidecar: str
+) -> Iterator[SourceRow]:
+    """Yield the rows of a folder: a download, or whatever else it contains, if that is one form only."""
     records = find_records(folder)
-    if records.is_file():
+    if records.is_file() and not sidecar:
         yield from _read_any(str(records), issues, columns)
         return
-    # Search subfolders too: an imagefolder may have splits (train/metadata.csv, val/metadata.csv).
-    metadata = sorted(path for path in folder.rglob("metadata.*") if path.name in _METADATA_NAMES)
-    if metadata:
-        yield from _read_image_folder(folder, metadata, issues, columns)
+    saved = dataset_folder(folder)
+    for path in dataset_files(saved):
+        below = saved.relative_to(folder)
+        for row in _read_any(str(path), issues, columns):
+            yield _move_images(row, below)
+    if dataset_files(saved):
         return
-    # Prefer shards to their manifests, and archives to text files that describe them.
-    for suffixes in _PART_SUFFIXES:
-        parts = sorted(path for path in folder.iterdir() if _format_suffix(path.name) in suffixes)
-        for part in parts:
-            yield from _read_any(str(part), issues, columns)
-        if parts:
-            _note_other_files(folder, parts, issues)
-            return
+    contents = _scan_folder(folder, sidecar)
+    forms = _find_forms(folder, contents, columns)
+    if sidecar:
+        forms = {_SIDECARS: contents.sidecars}
+    if len(forms) > 1:
+        _refuse_ambiguous(folder, contents, forms)
+    for form, paths in forms.items():
+        if form == _SIDECARS:
+            yield from read_sidecars(folder, issues, SidecarOptions.parse(sidecar))
+        elif form == _METADATA:
+            yield from _read_image_folder(folder, paths, issues, columns)
+        else:
+            for path in paths:
+                yield from _read_any(str(path), issues, columns)
+            _note_other_files(folder, paths, issues)
+
+
+class _FolderContents:
+    """What a folder contains, found without reading any file.
+
+    Attributes:
+        metadata: The metadata files of an imagefolder, also in subfolders: train/metadata.csv, val/metadata.csv.
+        files: Other files directly in the folder by the suffix of their format, without sidecars.
+        sidecars: The first sidecar of an image, if there is one.
+        pairs: Number of images with a sidecar.
+        images: Number of images.
+    """
+
+    def __init__(self) -> None:
+        self.metadata: list[Path] = []
+        self.files: dict[str, list[Path]] = {}
+        self.sidecars: list[Path] = []
+        self.pairs = 0
+        self.images = 0
+
+
+def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
+    contents = _FolderContents()
+    for group in scan_names(folder, SidecarOptions.parse(sidecar).suffixes):
+        for _, sidecars in group.images:
+            contents.images += 1
+            contents.pairs += bool(sidecars)
+            if sidecars and not contents.sidecars:
+                contents.sidecars.append(folder / group.path(sidecars[0]))
+        for name in (*group.others, *group.orphans):
+            path = folder / group.path(name)
+            if name in _METADATA_NAMES:
+                contents.metadata.append(path)
+            # Files with the name of an image describe it: `a.json` beside `a.jpg`.
+            elif not group.folder and not group.images:
+                suffix = _format_suffix(name)
+                paths = contents.files.setdefault(suffix, [])
+                # Of texts that are no sidecars there may be a million, and the rest is not read.
+                if suffix != ".txt" or len(paths) < _MAX_TRIED_FILES:
+                    paths.append(path)
+    return contents
+
+
+def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> dict[str, list[Path]]:
+    """Return the forms in which a folder contains captions, with their files.
+
+    Files count if a row can be read from them: a README.txt is no table.
+
+    Raises:
+        ValueError: There is none. The message is that of the first file that could have been one.
+    """
+    forms: dict[str, list[Path]] = {}
+    if contents.metadata:
+        forms[_METADATA] = contents.metadata
+    if contents.pairs:
+        forms[_SIDECARS] = contents.sidecars
+    errors: list[ValueError] = []
+    described: set[str] = set()
+    for form, suffixes in _PART_SUFFIXES.items():
+        paths = sorted(path for suffix in suffixes for path in contents.files.get(suffix, ()))
+        # The Parquet and JSON files of shards are their manifests and statistics.
+        paths = [path for path in paths if _first_stem(path) not in described]
+        paths = _find_readable(paths, columns, errors)
+        if paths:
+            forms[form] = paths
+            described.update(map(_first_stem, paths))
+    if not forms:
+        raise errors[0] if errors else ValueError(_describe_nothing(folder, contents))
+    return forms
+
+
+def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]) -> list[Path]:
+    """Return the files of one form that contain captions.
+
+    One file stands for all, whose errors are reported when they are read. But each text is looked at by itself, because
+    it may be anything.
+
+    Args:
+        paths: The files.
+        columns: Column names that the user passed.
+        errors: Receives why a file is not read, except for texts.
+    """
+    texts = []
+    is_form = False
+    for path in paths[:_MAX_TRIED_FILES]:
+        is_text = _format_suffix(path.name) == ".txt"
+        if is_form and not is_text:
+            continue
+        error = _first_row_error(path, columns)
+        if error is None and is_text:
+            texts.append(path)
+        elif error is None:
+            is_form = True
+        elif not is_text:
+            errors.append(error)
+    others = [path for path in paths if _format_suffix(path.name) != ".txt"]
+    return sorted([*texts, *others]) if is_form else texts
+
+
+def _first_stem(path: Path) -> str:
+    """Return the name up to its first dot: of `00000.tar`, `00000.parquet` and `00000_stats.json`, 00000."""
+    return path.name.partition(".")[0].removesuffix("_stats")
+
+
+def _first_row_error(path: Path, columns: Columns) -> ValueError | None:
+    """Return why no row can be read from a file, or None."""
+    try:
+        next(_read_any(str(path), ParseIssues(), columns), None)
+    except MissingExtraError:
+        raise  # a ValueError, but not this file's fault
+    except ValueError as error:
+        return error
+    return None
+
+
+def _refuse_ambiguous(
+    folder: Path, contents: _FolderContents, forms: dict[str, list[Path]]
+) -> NoReturn:
+    """Raise the error for a folder with captions in several forms."""
+    found = []
+    for form, paths in forms.items():
+        name = paths[0].relative_to(folder)
+        count = f"{contents.pairs:,} " if form == _SIDECARS else f"{len(paths):,} "
+        found.append(f"{count}{form} ({name}{', ...' if len(paths) > 1 else ''})")
+    choices = (
+        "Pass the file that you mean, or a pattern such as 'FOLDER/*.tar', instead of the folder"
+    )
+    if _SIDECARS in forms:
+        choices += "; or --sidecar txt or --sidecar caption, which read the sidecars"
+    raise ValueError(
+        f"{folder}: contains captions in several forms: {'; '.join(found)}. {choices}."
+    )
+
+
+def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
     # Name some files of the folder, because most often the path is one level too high or too low.
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), 8))
-    raise ValueError(
-        f"{folder}: this folder contains no metadata file, shard or file of captions; "
-        f"it contains {', '.join(names) or 'nothing'}."
+    images = ""
+    if contents.images:
+        images = f"{contents.images:,} images without a sidecar (a.txt beside a.jpg); "
+    return (
+        f"{folder}: this folder contains no metadata file, shard, sidecar or file of captions; "
+        f"it contains {images}{', '.join(names) or 'nothing'}."
     )
 
 
@@ -202,10 +410,9 @@ def _read_image_folder(
 
 def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> None:
     """Note what a folder holds besides the parts that were read."""
-    stems = {path.name.partition(".")[0] for path in parts}
+    stems = {_first_stem(path) for path in parts}
     others = sorted(path for path in folder.iterdir() if path not in set(parts))
     for number, path in enumerate(others):
         # Manifests and statistics of shards, hidden files, and work folders.
-        stem = path.name.partition(".")[0].removesuffix("_stats")
-        if stem not in stems and not path.name.startswith((".", "_")):
+        if _first_stem(path) not in stems and not path.name.startswith((".", "_")):
             issues.note("another file or folder beside the source (not read)", number, path.name)

@@ -44,7 +44,7 @@ _BAR_SEPARATED = re.compile(r"[^|,]+\| ")
 # Excel writes the separator of a CSV file into its first line, if asked to.
 _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 # Flickr30k: "1.jpg#0" is caption 0 of 1.jpg. But "0.tar#0" is image 0 of a shard.
-_CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)#\d+$", re.IGNORECASE)
+_CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)(?<!\.arrow)#\d+$", re.IGNORECASE)
 _UNQUOTED_SEPARATORS = ("\t", "|")  # of formats in which a quote is part of the text
 # Text after a comma in a URL; captions of one word do not look like this.
 _PART_OF_URL = re.compile(r"\S*([/=&?%]|\.\w+$)\S*")

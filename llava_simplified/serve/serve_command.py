@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_simplified.extras import require_extra
-from llava_simplified.options import CommandParser, add_checkpoint_options
+from llava_simplified.options import CommandParser, MessageFormatter, add_checkpoint_options
 
 if TYPE_CHECKING:
     from llava_simplified.serve.api import Limits
@@ -266,7 +266,7 @@ def _limits(args: argparse.Namespace) -> Limits:
 
 def _log_with_time() -> None:
     """Add the time to each log message, because a server's log is usually read later."""
-    formatter = logging.Formatter("%(asctime)s %(name)s %(message)s")
+    formatter = MessageFormatter("%(asctime)s %(name)s %(message)s")
     for handler in logging.getLogger("llava_simplified").handlers:
         handler.setFormatter(formatter)
 

@@ -15,12 +15,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava_simplified.data.collate import Collator
-from llava_simplified.data.dataset import (
-    CaptionDataset,
-    open_data,
-    set_bad_records_aside,
-)
+from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
 from llava_simplified.data.images import ImageError
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.records import Record, Records
 from llava_simplified.extras import install_command
@@ -332,7 +329,7 @@ def check_origin(model_args: ModelArguments, folder: str, check_weights: bool = 
         # Do not compare the digest of a part that is loaded from the checkpoint itself: it was trained
         # or merged, so it differs from the base weights.
         is_in_checkpoint = Path(path).resolve().parent == Path(folder).resolve()
-        digest = trained_with["weights_digests"].get(part)
+        digest = trained_with.get("weights_digests", {}).get(part)
         if digest and not is_in_checkpoint:
             check_weights_digest(part, path, digest)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from accelerate import PartialState
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.data.dataset import CaptionDataset, open_data, set_bad_records_aside
+from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record
 from llava_simplified.model.build import build_vision_tower
 from llava_simplified.model.vision import VisionTower

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from llava_simplified.options import CommandParser
+from llava_simplified.options import CommandParser, print_text
 from llava_simplified.training_options import add_training_options, exit_with_help
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     groups = parse_arguments(argv)
     encoded, unreadable, mode = encode_data(*groups)
-    print(
+    print_text(
         f"{encoded:,} images are in the cache, {unreadable:,} could not be read. "
         f"Train with the same options and --cache_vision_features {mode}."
     )

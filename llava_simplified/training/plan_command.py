@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_simplified.options import CommandParser, configure_logging
+from llava_simplified.options import CommandParser, configure_logging, print_text
 from llava_simplified.training_options import add_training_options, exit_with_help
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     tflops = own.tflops
     if tflops is None:
         tflops = measure_matmul_flops(args.device, getattr(torch, args.frozen_dtype)) / 1e12
-    print(describe_plan(plan, args, tflops, own.mfu, own.devices))
+    print_text(describe_plan(plan, args, tflops, own.mfu, own.devices))
     return 0
 
 

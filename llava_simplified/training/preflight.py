@@ -18,9 +18,11 @@ import psutil
 import torch
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.data.dataset import open_data, set_bad_records_aside
+from llava_simplified.data.dataset import set_bad_records_aside
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import open_records
 from llava_simplified.model.build import load_tokenizer
+from llava_simplified.options import print_text
 from llava_simplified.prompt import Prompt
 from llava_simplified.training.plan import Plan, format_estimate, make_plan
 from llava_simplified.training.resume import is_resuming
@@ -216,7 +218,9 @@ def _dry_run_options(
             prompt,
             args.model_max_length,
         )
-        values |= {"train_data_path": target, "train_image_folder": folder}
+        # With --data, the command line has no other option for the records.
+        option = "data" if data.data else "train_data_path"
+        values |= {option: target, "train_image_folder": folder}
     if data.eval_data_path:
         target = scratch / "eval.jsonl"
         folder = _write_longest_records(
@@ -282,7 +286,8 @@ def _start_dry_run(
         raise ValueError(_describe_out_of_memory(plan, args, reason))
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
     # Print what was logged before the error (the last line), because it may explain it.
-    print(*lines[:-1], sep="\n", file=sys.stderr)
+    for line in lines[:-1]:
+        print_text(line, file=sys.stderr)
     error = lines[-1].removeprefix("error: ")
     raise ValueError(f"preflight: the run fails in its first steps: {error}")
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 # The running server of tests/serve.
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
@@ -44,18 +41,6 @@ def checkpoint(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> Llava:
     return Llava.from_pretrained(checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="session")
-def photos() -> list[bytes]:
-    generator = np.random.default_rng(5)
-    files: list[bytes] = []
-    for _ in range(4):
-        pixels = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(pixels).resize((48, 40)).save(file, "PNG")
-        files.append(file.getvalue())
-    return files
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,11 @@ greedy answers of other clients stay the same (the fixture `healthy` checks logs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,7 @@ import psutil
 import pytest
 from hostile import (
     HUGE,
+    IS_COMPLETE,
     OTHER_TYPES,
     HealthyClient,
     connect,
@@ -26,6 +28,7 @@ from hostile import (
     nested,
     paths,
     replaced,
+    sample,
     statuses,
 )
 from hypothesis import HealthCheck, given, settings
@@ -76,6 +79,9 @@ class Attacker:
     def __init__(self, server: LiveServer) -> None:
         self._client = httpx.Client(base_url=server.url, timeout=60)
 
+    def close(self) -> None:
+        self._client.close()
+
     def post(self, content: bytes, path: str = CHAT, what: object = None, **headers: str) -> int:
         headers = {"content-type": "application/json", **headers}
         start = time.perf_counter()
@@ -91,8 +97,9 @@ class Attacker:
 
 
 @pytest.fixture
-def attacker(server: LiveServer) -> Attacker:
-    return Attacker(server)
+def attacker(server: LiveServer) -> Iterator[Attacker]:
+    with contextlib.closing(Attacker(server)) as attacker:
+        yield attacker
 
 
 # ---- bodies ----
@@ -109,6 +116,7 @@ def mutated_bodies(body: dict[str, Any], values: Sequence[Any]) -> list[tuple[ob
     return [(what, json.dumps(mutated).encode()) for what, mutated in bodies]
 
 
+@pytest.mark.medium
 def test_fields_of_other_types(
     healthy: HealthyClient, attacker: Attacker, photos: Sequence[bytes]
 ) -> None:
@@ -135,7 +143,7 @@ def test_all_fields_of_all_types(
 ) -> None:
     body = full_body(photos[1]) if path == CHAT else attention_body(photos[1], "a cat")
     with ThreadPoolExecutor(4) as threads:
-        bodies = mutated_bodies(body, [*OTHER_TYPES, *HUGE, nested(50)])
+        bodies = sample(mutated_bodies(body, [*OTHER_TYPES, *HUGE, nested(50)]), 80)
         list(threads.map(lambda body: attacker.post(body[1], path, body[0]), bodies))
 
 
@@ -175,6 +183,7 @@ def huge_bodies() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("path", [CHAT, pytest.param(ATTENTION, marks=pytest.mark.slow)])
 def test_huge_bodies_are_refused_cheaply(
     healthy: HealthyClient, attacker: Attacker, path: str
@@ -190,6 +199,7 @@ def test_huge_bodies_are_refused_cheaply(
     assert process.memory_info().rss - before < 500e6
 
 
+@pytest.mark.medium
 def test_values_are_counted_before_the_body_is_parsed() -> None:
     """Full-size bodies: 19 MB, as `--max-body` allows them."""
     from llava_simplified.serve.body_check import check_body
@@ -303,12 +313,12 @@ JSON_VALUES = st.recursive(
 )
 
 
-def generated_requests(server: LiveServer, count: int) -> None:
-    attacker = Attacker(server)
+@pytest.mark.medium
+def test_generated_requests(healthy: HealthyClient, attacker: Attacker) -> None:
     fields = sorted(full_body(b"x"))
 
     @settings(
-        max_examples=count,
+        max_examples=5000 if IS_COMPLETE else 150,
         deadline=None,
         database=None,
         derandomize=True,
@@ -321,15 +331,6 @@ def generated_requests(server: LiveServer, count: int) -> None:
         attacker.post(content, CHAT if is_chat else ATTENTION, body)
 
     attack()
-
-
-def test_generated_requests(healthy: HealthyClient, server: LiveServer) -> None:
-    generated_requests(server, 150)
-
-
-@pytest.mark.slow
-def test_many_generated_requests(healthy: HealthyClient, server: LiveServer) -> None:
-    generated_requests(server, 5000)
 
 
 # ---- HTTP/1.1, byte by byte ----
@@ -413,6 +414,7 @@ def exchange_all(server: LiveServer, requests: Sequence[bytes]) -> list[list[int
     return [statuses(response) for response in received]
 
 
+@pytest.mark.medium
 def test_ambiguous_requests(healthy: HealthyClient, server: LiveServer) -> None:
     requests = [request for request, _ in AMBIGUOUS.values()]
     for (name, (_, allowed)), found in zip(AMBIGUOUS.items(), exchange_all(server, requests)):
@@ -436,6 +438,7 @@ def test_smuggled_request_is_not_answered(healthy: HealthyClient, server: LiveSe
         assert found[:1] and found[0] in (400, 501), (request, found)
 
 
+@pytest.mark.medium
 def test_pipelined_requests_are_answered_in_order(
     healthy: HealthyClient, server: LiveServer
 ) -> None:
@@ -455,6 +458,7 @@ BEGINNINGS = (
 )
 
 
+@pytest.mark.medium
 def test_half_heads_do_not_keep_a_connection(healthy: HealthyClient, server: LiveServer) -> None:
     """Slowloris: each connection gets one byte now and then, and never the end of a header."""
     connections = [connect(server) for _ in range(40)]
@@ -487,6 +491,7 @@ def test_half_bodies_do_not_keep_a_place(healthy: HealthyClient, server: LiveSer
     server.wait_until(lambda: len(server.engine.requests_in_flight) <= 1)
 
 
+@pytest.mark.medium
 def test_body_for_a_path_that_reads_none(healthy: HealthyClient, server: LiveServer) -> None:
     """The answer comes at once, and the connection closes although bytes still arrive."""
     start = time.perf_counter()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HUGE, OTHER_TYPES, deleted, nested, paths, replaced
+from hostile import HUGE, OTHER_TYPES, deleted, nested, paths, replaced, sample
 
 import llava_simplified
 from llava_simplified.data.transforms import ImageTransform
@@ -60,28 +60,33 @@ def copied(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "copied"))
 
 
-def check(load: Callable[[Path], object], folder: Path, what: object) -> None:
-    """Check that loading follows the rule."""
-    start = time.perf_counter()
+def check(
+    load: Callable[[Path], object], folder: Path, what: object, culprit: str | None = None
+) -> None:
+    """Check that loading follows the rule.
+
+    Args:
+        load: Loads a checkpoint, or a part of it.
+        folder: The checkpoint.
+        what: What was done to it, for the message.
+        culprit: The file that the error must name, itself or its folder; None: any file of the checkpoint.
+    """
+    start = time.process_time()  # the machine may be busy
     try:
         load(folder)
     except (ValueError, OSError) as error:
         message = str(error)
-        named = [path.name for path in folder.rglob("*") if path.is_file()] + [str(folder)]
-        # A model that does not exist is named as the file names it.
-        named += [
-            "llava.json",
-            "adapter_config.json",
-            "--mm_",
-            "Repo id",
-            "no such folder",
-            "--template",
-            "--bits",
-        ]
+        if culprit is None:
+            named = [path.name for path in folder.rglob("*") if path.is_file()]
+            named += ["llava.json", "adapter_config.json", str(folder)]
+        elif culprit == "llava.json":
+            named = [culprit]
+        else:
+            named = [Path(culprit).name, str((folder / culprit).parent)]
         assert any(name in message for name in named), (what, message)
     except BaseException as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert seconds < MAX_SECONDS, (what, seconds)
 
 
@@ -101,7 +106,7 @@ def test_mutated_json_is_refused_by_name(copied: Path, name: str) -> None:
     values = [None, "x", [None]] if name == "tokenizer_config.json" else [*OTHER_TYPES, HUGE[0]]
     for what, mutated in mutations(content, values):
         path.write_text(json.dumps(mutated))
-        check(READERS[name], copied, what)
+        check(READERS[name], copied, what, name)
 
 
 @pytest.mark.slow
@@ -113,10 +118,10 @@ def test_mutated_json_is_refused_by_the_whole_loader(copied: Path, name: str) ->
     if name == "tokenizer.json":
         content["model"]["vocab"] = dict(list(content["model"]["vocab"].items())[:3])
         values = [None, "x", -1, [None], {}]
-    for what, mutated in mutations(content, values):
+    for what, mutated in sample(mutations(content, values), 15):
         path.write_text(json.dumps(mutated))
-        check(load_model, copied, what)
-        check(ImageTransform.from_pretrained, copied, what)
+        check(load_model, copied, what, name)
+        check(ImageTransform.from_pretrained, copied, what, name)
 
 
 @pytest.mark.parametrize("name", [*READERS, "tokenizer.json"])
@@ -132,6 +137,7 @@ def test_json_file_of_another_form_is_refused_by_name(
     check(READERS.get(name, read_tokenizer), copied, (name, content[:10]))
 
 
+@pytest.mark.medium
 def test_cut_and_missing_files_are_refused_by_name(copied: Path) -> None:
     """Every file is cut at its beginning, its middle and its end, and is missing."""
     files = sorted(path for path in copied.rglob("*") if path.is_file())
@@ -185,6 +191,7 @@ def poison(folder: Path, marker: Path, known_type: bool) -> None:
         path.write_text(json.dumps(content))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("known_type", [True, False])
 def test_code_of_a_checkpoint_is_not_executed(
     checkpoint: Path,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HUGE, OTHER_TYPES, deleted, nested, paths, replaced
+from hostile import HUGE, IS_COMPLETE, OTHER_TYPES, deleted, nested, paths, replaced
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -84,7 +84,8 @@ def test_mutated_record_is_refused_by_name(model: Llava, form: str) -> None:
             check(lambda mutated=mutated: use_record(mutated, model), what)  # type: ignore[misc]
 
 
-def generated_records(model: Llava, count: int) -> None:
+@pytest.mark.medium
+def test_generated_records(model: Llava) -> None:
     keys = ["image", "instruction", "response", "responses", "conversations", "messages", "images"]
     keys += ["from", "value", "role", "content", "id", "video", "type", "text"]
     leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -99,7 +100,7 @@ def generated_records(model: Llava, count: int) -> None:
     )
 
     @settings(
-        max_examples=count,
+        max_examples=5000 if IS_COMPLETE else 300,
         deadline=None,
         database=None,
         derandomize=True,
@@ -110,15 +111,6 @@ def generated_records(model: Llava, count: int) -> None:
         check(lambda: use_record(row, model), row)
 
     attack()
-
-
-def test_generated_records(model: Llava) -> None:
-    generated_records(model, 300)
-
-
-@pytest.mark.slow
-def test_many_generated_records(model: Llava) -> None:
-    generated_records(model, 5000)
 
 
 FILES = {

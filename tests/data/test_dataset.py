@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_tokenizer
 
-from llava_simplified.data.dataset import CaptionDataset, open_data, set_bad_records_aside
+from llava_simplified.data.dataset import CaptionDataset, set_bad_records_aside
+from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record, Records
 from llava_simplified.data.rows import open_rows
 from llava_simplified.data.transforms import ImageTransform
@@ -281,6 +282,7 @@ def test_set_bad_records_aside_tokenizes_only_what_may_be_too_long(
     assert len(rendered) == 2, "the template, and the long prompt"
 
 
+@pytest.mark.medium
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=4), st.integers(12, 80))
 @settings(max_examples=80, deadline=None)
 def test_kept_records_always_leave_room_for_an_answer(

@@ -114,6 +114,7 @@ def test_split_shard_name_splits_names_in_archives_only() -> None:
 NAMES = st.lists(st.sampled_from(["a", "b", "A", "1.jpg", "2.JPG"]), min_size=1, max_size=3)
 
 
+@pytest.mark.medium
 @given(st.lists(NAMES, min_size=1, max_size=6), NAMES)
 @settings(max_examples=100, deadline=None)
 def test_located_file_always_shares_the_end_of_the_name(

@@ -90,6 +90,7 @@ PNG_METADATA = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
 @pytest.mark.parametrize("kind", list(PNG_METADATA))
 def test_png_metadata_never_decide_over_pixels(kind: str, before: bytes) -> None:

@@ -21,6 +21,7 @@ from llava_simplified.data.images import (
     check_image,
     decode_image,
     load_pixels,
+    portable_image,
     read_image_bytes,
     shrink_image,
 )
@@ -148,6 +149,87 @@ def outcome(function: Callable[..., Any], data: bytes) -> str:
     return "ok"
 
 
+def exif_photo(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    return encode(draw_photo(), "JPEG", quality=95, exif=exif)
+
+
+def animated(image_format: str) -> bytes:
+    frames = [draw_photo().convert("P"), Image.new("P", (90, 60))]
+    return encode(frames[0], image_format, save_all=True, append_images=frames[1:])
+
+
+def sixteen_bits() -> bytes:
+    gray = np.asarray(draw_photo(mode="L")).astype(np.uint16) * 256
+    return encode(Image.fromarray(gray), "PNG")
+
+
+def transparent() -> bytes:
+    image = draw_photo(mode="RGBA")
+    image.putalpha(draw_photo(mode="L"))
+    return encode(image, "PNG")
+
+
+PORTABLE = {
+    "jpeg": lambda: encode(draw_photo(), "JPEG", quality=95),
+    "gray jpeg": lambda: encode(draw_photo(mode="L"), "JPEG", quality=95),
+    "png": lambda: encode(draw_photo(), "PNG"),
+    "palette": lambda: encode(draw_photo(mode="P"), "PNG"),
+    "bits": lambda: encode(draw_photo(mode="1"), "PNG"),
+}
+NOT_PORTABLE = {
+    "rotated jpeg": lambda: exif_photo(6),
+    "mirrored jpeg": lambda: exif_photo(2),
+    "cmyk": lambda: encode(draw_photo(mode="CMYK"), "JPEG", quality=95),
+    "transparent": transparent,
+    "16 bits": sixteen_bits,
+    "animated png": lambda: animated("PNG"),
+    "gif": lambda: animated("GIF"),
+    "bmp": lambda: encode(draw_photo(), "BMP"),
+    "webp": lambda: encode(draw_photo(), "WEBP", lossless=True),
+    "rotated tiff": lambda: encode(draw_photo(), "TIFF", tiffinfo={EXIF_ORIENTATION: 8}),
+}
+
+
+@pytest.mark.parametrize("name", [*PORTABLE, *NOT_PORTABLE])
+def test_portable_image_is_read_alike_by_a_simple_decoder(name: str) -> None:
+    data = {**PORTABLE, **NOT_PORTABLE}[name]()
+    image = portable_image(data, 90)
+    assert (image.data == data) == (name in PORTABLE)
+    decoded = Image.open(io.BytesIO(image.data))
+    assert decoded.format == {"jpg": "JPEG", "png": "PNG"}[image.suffix]
+    assert decoded.size == (image.width, image.height)
+    expected = decode_image(data)
+    pixels = np.asarray(decoded.convert("RGB"), float)
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).mean() < 3
+
+
+@pytest.mark.parametrize("name", [*PORTABLE, *NOT_PORTABLE])
+def test_portable_image_has_at_most_the_longer_side(name: str) -> None:
+    data = {**PORTABLE, **NOT_PORTABLE}[name]()
+    image = portable_image(data, 45)
+    pixels = load_pixels(data)
+    upright = Image.fromarray(pixels)
+    small = upright.resize((upright.width // 2, upright.height // 2), Image.Resampling.BILINEAR)
+    decoded = Image.open(io.BytesIO(image.data))
+    assert decoded.size == (image.width, image.height) == small.size
+    difference = np.asarray(decoded.convert("RGB"), float) - np.asarray(small, float)
+    assert np.abs(difference).mean() < 6
+
+
+def test_portable_image_refuses_what_the_decoder_refuses() -> None:
+    jpeg = encode(draw_photo(), "JPEG", quality=95)
+    png = encode(draw_photo(), "PNG")
+    for damaged in (jpeg[: len(jpeg) // 2], png[: len(png) // 2], b"<html>", b""):
+        with pytest.raises(ImageError):
+            portable_image(damaged, 1000)
+    thin = encode(Image.new("RGB", (1000, 2)), "PNG")
+    assert portable_image(thin, 100)[2:] == (100, 1)
+
+
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "kind", ["JPEG", "progressive JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from llava_simplified.data.shards import ShardWriter
 
@@ -35,6 +36,7 @@ def run_without_extras(code: str, *arguments: str | Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.medium
 def test_data_modules_are_imported_without_extras() -> None:
     run_without_extras(
         """
@@ -51,12 +53,14 @@ def test_data_modules_are_imported_without_extras() -> None:
     )
 
 
+@pytest.mark.medium
 def test_dataset_reads_json_records_without_extras(models_folder: Path, data_folder: Path) -> None:
     run_without_extras(
         """
         from transformers import AutoTokenizer
         from llava_simplified.data.collate import Collator
-        from llava_simplified.data.dataset import CaptionDataset, open_data
+        from llava_simplified.data.dataset import CaptionDataset
+        from llava_simplified.data.open_data import open_data
         from llava_simplified.data.transforms import ImageTransform
         from llava_simplified.prompt import Prompt
 
@@ -74,6 +78,7 @@ def test_dataset_reads_json_records_without_extras(models_folder: Path, data_fol
     )
 
 
+@pytest.mark.medium
 def test_shard_without_a_manifest_is_read_without_extras(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "0.tar")
     writer.add("a", b"image", "jpg", (), {})
@@ -88,6 +93,7 @@ def test_shard_without_a_manifest_is_read_without_extras(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.medium
 def test_parquet_error_names_the_extra(tmp_path: Path) -> None:
     rows = [{"image": {"bytes": b"image"}, "instruction": "?", "response": "a"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")

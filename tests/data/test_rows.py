@@ -44,6 +44,7 @@ def has_lone_surrogates(value: object) -> bool:
     return "\\ud" in json.dumps(value)
 
 
+@pytest.mark.medium
 @given(st.lists(VALUES, max_size=6), FORMATS)
 @settings(max_examples=300, deadline=None)
 def test_scan_json_reads_an_array_as_json_does(values: list, json_format: tuple) -> None:
@@ -56,6 +57,7 @@ def test_scan_json_reads_an_array_as_json_does(values: list, json_format: tuple)
         assert [json.loads(data[start:end]) for _, _, start, end in items] == values
 
 
+@pytest.mark.medium
 @given(
     st.dictionaries(st.text(max_size=4), st.lists(VALUES, max_size=3) | st.integers(), max_size=4),
     FORMATS,

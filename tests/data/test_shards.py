@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llava_simplified.data.embedded_images import find_image_column
 from llava_simplified.data.images import ImageError, read_image_bytes
 from llava_simplified.data.shards import (
     END_OF_ARCHIVE,
     ShardWriter,
-    image_column,
     read_shard_image,
     tar_members,
     tar_samples,
@@ -243,7 +243,8 @@ def test_parquet_images_are_read_by_row(tmp_path: Path) -> None:
 def test_image_column_prefers_structs_and_ignores_other_bytes(
     columns: dict[str, pa.DataType], expected: str
 ) -> None:
-    assert image_column(pa.schema(columns)) == expected
+    column = find_image_column(pa.schema(columns))
+    assert (column.name if column else "") == expected
 
 
 # ---- paths ----

@@ -283,6 +283,7 @@ def test_evaluate_scores_records_of_text_alone(tmp_path: Path, data_folder: Path
         main([str(path), "--clip", str(tmp_path), *options])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_evaluate_accepts_text_that_breaks_other_programs(
     tmp_path: Path, data_folder: Path, suffix: str
@@ -446,6 +447,7 @@ def test_evaluate_reports_an_error_in_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "module",
     [

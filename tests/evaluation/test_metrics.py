@@ -160,6 +160,7 @@ def test_cider_equals_the_formula_of_the_paper() -> None:
 # ---- intervals ----
 
 
+@pytest.mark.medium
 def test_intervals_equal_a_bootstrap_done_step_by_step() -> None:
     samples = make_samples(40, trials=2)
     resamples = 25
@@ -179,6 +180,7 @@ def test_intervals_equal_a_bootstrap_done_step_by_step() -> None:
         np.testing.assert_allclose(result.trials[1][name][1:], expected, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.medium
 def test_interval_of_a_mean_is_as_wide_as_its_standard_error_predicts() -> None:
     result = evaluate(make_samples(400), java=False, resamples=4000)
     standard_error = result.per_image["word F1"][0].std() / math.sqrt(400)
@@ -343,6 +345,7 @@ def test_clip_score_equals_the_whole_model_one_pair_at_a_time(tmp_path: Path) ->
     assert len(distinct) > 3, "the scores depend on caption and image"
 
 
+@pytest.mark.medium
 def test_clip_scores_rejects_folders_without_a_whole_clip_model(tmp_path: Path) -> None:
     from tiny import save_vision_model
 

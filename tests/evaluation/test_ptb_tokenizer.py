@@ -117,6 +117,7 @@ def test_tokenize_accepts_half_a_surrogate_pair() -> None:
     assert tokenize("a \ud83d \U0001f600 #b") == "a #b"
 
 
+@pytest.mark.medium
 @needs_java
 def test_tokenize_equals_the_server_live() -> None:
     dice = random.Random(1)
@@ -126,6 +127,7 @@ def test_tokenize_equals_the_server_live() -> None:
     assert_equal_to_server([*EXPECTED_TOKENS, *mixed, *references])
 
 
+@pytest.mark.medium
 @needs_java
 @pytest.mark.parametrize("kind", PIECES)
 def test_tokenize_equals_the_server_on_random_text(kind: str) -> None:
@@ -139,6 +141,7 @@ def test_tokenize_equals_the_server_on_random_text(kind: str) -> None:
     assert_equal_to_server(captions)
 
 
+@pytest.mark.medium
 @needs_java
 @pytest.mark.parametrize(
     "codes",

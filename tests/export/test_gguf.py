@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +31,11 @@ from transformers import (
 )
 
 from llava_simplified.data.images import load_pixels
+from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.export import gguf_export
 from llava_simplified.export.gguf_export import export_gguf
 from llava_simplified.export.gguf_tokenizer import vocabulary_settings
+from llava_simplified.export.gguf_vision import describe_padding
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
 
@@ -220,6 +223,7 @@ def test_export_gguf_makes_servers_render_the_prompt_of_the_training(
         assert types[vector] == "F32"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("tower", "language_model", "options", "message"),
     [
@@ -243,6 +247,7 @@ def test_export_gguf_refuses_what_llamacpp_has_no_form_for(
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
 
 
+@pytest.mark.medium
 def test_export_gguf_removes_a_file_that_was_written_wrongly(
     train_pair: TrainPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +264,65 @@ def test_export_gguf_removes_a_file_that_was_written_wrongly(
     with pytest.raises(ValueError, match=r"model.gguf: .*output\.weight "):
         export_gguf(checkpoint, tmp_path / "gguf")
     assert not (tmp_path / "gguf").exists()
+
+
+def resize_as_llamacpp(image: Image.Image, side: int) -> np.ndarray:
+    """Return what llama.cpp's `img_tool::resize` returns with PAD_CEIL, except for its interpolation."""
+    scale = min(side / image.width, side / image.height)
+    width = min(int(np.ceil(image.width * scale)), side)
+    height = min(int(np.ceil(image.height * scale)), side)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    square.paste(resized, ((side - width) // 2, (side - height) // 2))
+    return np.asarray(square)
+
+
+@pytest.mark.parametrize(
+    "size", [(301, 200), (97, 411), (64, 64), (23, 500), (233, 232), (640, 359)]
+)
+def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[int, int]) -> None:
+    """The borders are in the same place, up to one pixel, and have the same color."""
+    transform = replace(
+        ImageTransform.from_pretrained(models_folder / "clip", "pad"), resize=224, crop=(224, 224)
+    )
+    assert describe_padding(transform) == ""
+    assert "(127, 127, 127)" in describe_padding(replace(transform, pad_color=(127, 127, 127)))
+    assert "--image_aspect_ratio pad" in describe_padding(replace(transform, pad_color=None))
+    x, y = np.meshgrid(np.linspace(150, 250, size[0]), np.linspace(0, 90, size[1]))
+    pixels = np.stack([x, y, np.full_like(x, 250)], axis=2).astype(np.uint8)
+    ours = transform(pixels).permute(1, 2, 0).numpy().astype(int)
+    theirs = resize_as_llamacpp(Image.fromarray(pixels), 224).astype(int)
+    # Along the lines through the center. Blue is 250 in the image and 104 in the borders.
+    for line, other in ((ours[112], theirs[112]), (ours[:, 112], theirs[:, 112])):
+        inside, other_inside = line[:, 2] > 177, other[:, 2] > 177
+        assert (inside != other_inside).sum() <= 2
+        # Away from the edges, which the filter of the resize blurs, all pixels are equal.
+        edges = np.zeros(224, bool)
+        for shift in range(-4, 5):
+            edges |= np.roll(inside, shift) != other_inside
+        assert np.abs(line - other)[~edges].max() <= 5  # half a pixel of the steepest slope
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("aspect_ratio", "warns"),
+    [
+        ("crop", True),
+        ("pad", False),
+    ],
+)
+def test_export_gguf_warns_of_other_borders(
+    train_pair: TrainPair,
+    tmp_path: Path,
+    package_log: pytest.LogCaptureFixture,
+    aspect_ratio: str,
+    warns: bool,
+) -> None:
+    checkpoint = train_pair(
+        "clip", "llama", tune_mm_mlp_adapter=True, max_steps=1, image_aspect_ratio=aspect_ratio
+    )
+    export_gguf(checkpoint, tmp_path / "gguf")
+    assert ("llama.cpp makes images square" in package_log.text) == warns
 
 
 # ---- tokenizer ----

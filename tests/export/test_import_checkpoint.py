@@ -610,6 +610,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shape", TEMPLATES)
 def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
     models_folder: Path, image: Path, tmp_path: Path, shape: str
@@ -651,6 +652,7 @@ def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
         export_gguf(tmp_path / "ours", tmp_path / "gguf")
 
 
+@pytest.mark.medium
 def test_import_checkpoint_compares_sources_without_a_template_with_plain(
     models_folder: Path, image: Path, tmp_path: Path
 ) -> None:
@@ -664,6 +666,7 @@ def test_import_checkpoint_compares_sources_without_a_template_with_plain(
     assert captions[0] == captions[1]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("pads_itself", [True, False])
 def test_import_checkpoint_compares_images_with_borders(
     models_folder: Path, tmp_path: Path, pads_itself: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from PIL import Image
 from test_commands import ENVIRONMENT
 from tiny import make_tokenizer
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llava_simplified import cli
 from llava_simplified.data.images import decode_image
@@ -35,17 +36,9 @@ from llava_simplified.model.lora import add_lora, freeze
 PAIRS = [("clip", "mistral"), ("clip", "llama"), ("siglip", "qwen2")]
 
 
-def run_python(script: str, *words: object, folder: Path, isolated: bool = True) -> str:
-    """Run a script in a process of its own, and return the last line of its output.
-
-    Args:
-        script: Python code.
-        words: Its arguments.
-        folder: Its working directory.
-        isolated: Do not look for modules where the tests look for them.
-    """
-    options = ["-I"] if isolated else []
-    command = [sys.executable, *options, "-c", script, *map(str, words)]
+def run_python(script: str, *words: object, folder: Path) -> str:
+    """Run a script in a process of its own, and return the last line of its output."""
+    command = [sys.executable, "-c", script, *map(str, words)]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()[-1]
@@ -53,14 +46,45 @@ def run_python(script: str, *words: object, folder: Path, isolated: bool = True)
 
 # ---- a process without this project ----
 
-STOCK_PROCESS = """
-import json, sys
+# Imports the stock libraries once, then forks a process for each script that it is sent.
+STOCK_SERVER = """
+import json, os, sys, traceback
 sys.modules["llava_simplified"] = None  # an import fails, whether it is installed or not
 try:
     import llava_simplified.model.llava
     raise SystemExit("this process can import the project")
 except ImportError:
     pass
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, pipeline
+import transformers.models.llava.modeling_llava
+
+def run(script, words, folder, output):
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(1, 2)
+    os.chdir(folder)
+    sys.argv = ["-c", *words]
+    exec(script, {"__name__": "__main__"})
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid:
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+        continue
+    status = 1
+    try:
+        run(*json.loads(line))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+"""
+STOCK_PROCESS = """
+import json, sys
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -90,6 +114,34 @@ print(json.dumps({"logits": logits, "caption": caption, "adapted": adapted}))
 """
 
 
+@functools.cache
+def stock_server() -> subprocess.Popen[str]:
+    """Start the process that cannot import the project; it ends with the tests, which close its input."""
+    return subprocess.Popen(
+        # Isolated: it does not look for modules where the tests look for them.
+        [sys.executable, "-I", "-c", STOCK_SERVER],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_without_project(script: str, *words: object, folder: Path) -> str:
+    """Run a script in a process that cannot import the project; return the last line of its output."""
+    server = stock_server()
+    assert server.stdin and server.stdout
+    output = folder / "output.txt"
+    output.unlink(missing_ok=True)
+    job = [script, [str(word) for word in words], str(folder), str(output)]
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    status = server.stdout.readline()
+    printed = output.read_text()
+    assert status == "0\n", printed[-3000:]
+    return printed.splitlines()[-1]
+
+
 def run_stock_process(
     folder: Path, image: Path, model: Llava, scratch: Path, adapter: Path | None = None
 ) -> dict:
@@ -110,7 +162,7 @@ def run_stock_process(
     pixels = transform.normalize(transform(decode_image(image.read_bytes()))[None])
     torch.save(pixels, scratch / "pixels.pt")
     words = [folder, adapter or "", model.instruction, image, scratch / "pixels.pt"]
-    return json.loads(run_python(STOCK_PROCESS, *words, folder=scratch))
+    return json.loads(run_without_project(STOCK_PROCESS, *words, folder=scratch))
 
 
 def assert_same_as_checkpoint(result: dict, model: Llava, image: Path) -> None:
@@ -199,6 +251,7 @@ def test_export_stock_writes_a_peft_adapter_that_computes_the_same(
 # ---- refusals ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -223,6 +276,7 @@ def test_export_stock_refuses_what_stock_llava_has_no_form_for(
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing is left behind"
 
 
+@pytest.mark.medium
 def test_export_stock_removes_an_export_that_computes_something_else(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +327,7 @@ def names_in_vllm() -> re.Pattern[str]:
     return re.compile(f"{tower}|{projector}|{text}")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("tower", "language_model"), [("clip", "llama"), ("siglip", "qwen2")])
 def test_export_stock_writes_what_vllm_loads(
     models_folder: Path,
@@ -312,9 +367,41 @@ def test_export_stock_writes_what_vllm_loads(
     assert (folder / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_export_stock_writes_a_processor_that_makes_images_square(
+    models_folder: Path, data_folder: Path, tmp_path: Path, tower: str
+) -> None:
+    checkpoint = train_checkpoint(
+        data_folder,
+        tmp_path / "out",
+        model_name_or_path=models_folder / "llama",
+        vision_tower=models_folder / tower,
+        image_aspect_ratio="pad",
+        tune_mm_mlp_adapter=True,
+        max_steps=1,
+    )
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((41, 77), (90, 33))]
+    export_stock(checkpoint, tmp_path / "stock", images=images)  # compares the pixels
+    config = json.loads((tmp_path / "stock" / "preprocessor_config.json").read_text())
+    assert config["image_processor_type"] == "LlavaImageProcessor"
+    assert config["do_pad"] is True
+
+    # A border is where the stock processor puts it, in the mean color.
+    processor = AutoProcessor.from_pretrained(tmp_path / "stock", backend="pil")
+    white = Image.new("RGB", (32, 16), "white")
+    pixels = processor.image_processor(white, return_tensors="pt")["pixel_values"][0]
+    model = Llava.from_pretrained(checkpoint)
+    expected = model.vision_tower.transform(np.asarray(white))
+    assert expected[:, 0, 0].tolist() == [122, 116, 104]
+    torch.testing.assert_close(pixels, model.vision_tower.transform.normalize(expected))
+
+
 # ---- merge ----
 
 
+@pytest.mark.medium
 def test_merge_keeps_the_logits_after_the_base_models_have_moved(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -344,6 +431,7 @@ def test_merge_keeps_the_logits_after_the_base_models_have_moved(
         merge_main([str(merged), "--output", str(tmp_path / "again")])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("tune_vision_tower", ["full", "lora"])
 def test_a_trained_vision_tower_is_exported_and_merged(
     models_folder: Path, data_folder: Path, tmp_path: Path, tune_vision_tower: str
@@ -370,6 +458,7 @@ def test_a_trained_vision_tower_is_exported_and_merged(
 # ---- commands ----
 
 
+@pytest.mark.medium
 def test_export_command_writes_a_model_card_without_local_paths(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,6 +491,7 @@ def test_export_command_writes_a_model_card_without_local_paths(
         export_main(words)
 
 
+@pytest.mark.medium
 def test_push_command_warns_of_local_paths_in_a_checkpoint(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -426,7 +516,6 @@ def test_push_command_warns_of_local_paths_in_a_checkpoint(
 
 CAPTION_PROCESS = """
 import json, sys
-sys.modules["llava_simplified"] = None
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -496,7 +585,7 @@ def test_demo_recipes_end_in_an_export_with_equal_captions(
     images = write_random_images(tmp_path, 50)
     model = Llava.from_pretrained(checkpoint, dtype="float32")
     words = [output, model.instruction, *images]
-    captions = json.loads(run_python(CAPTION_PROCESS, *words, folder=tmp_path))
+    captions = json.loads(run_without_project(CAPTION_PROCESS, *words, folder=tmp_path))
     assert captions == model.caption(images, max_new_tokens=8)
     assert len(set(captions)) > 10, "the captions depend on the images"
 
@@ -571,5 +660,5 @@ def test_export_stock_holds_the_model_once(models_folder: Path, tmp_path: Path) 
     save_untrained_checkpoint(tmp_path / "a", models_folder / "llama", clip)
     save_untrained_checkpoint(tmp_path / "b", tmp_path / "large", clip)
     words = [tmp_path / "a", tmp_path / "b", tmp_path / "stock"]
-    ratio = run_python(MEMORY_PROCESS, *words, folder=Path.cwd(), isolated=False)
+    ratio = run_python(MEMORY_PROCESS, *words, folder=Path.cwd())
     assert float(ratio) < 1.2

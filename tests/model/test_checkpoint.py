@@ -88,6 +88,7 @@ def test_checkpoint_loads_with_the_same_logits(
     assert json.loads((checkpoint / "llava.json").read_text())["trained"] == trained
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("trained_tower", ["full", "lora"])
 @pytest.mark.parametrize("trained", ["adapter", "language_model"])
 def test_checkpoint_includes_a_trained_tower(

@@ -296,6 +296,7 @@ def test_decoding_batch_every_prompt_has_its_own_options(models_folder: Path) ->
     assert [len(ids) for ids in together] == [4, 9, 9, 6]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("text", [*LANGUAGE_MODELS, "lfm2", "mamba"])
 def test_decoding_batch_sequences_join_while_others_are_in_flight(
     models_folder: Path, text: str

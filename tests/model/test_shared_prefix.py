@@ -252,6 +252,7 @@ def predictions_of_example(example: Example, tokens_per_image: int) -> list[Pred
     return predictions
 
 
+@pytest.mark.medium
 @given(
     st.lists(st.lists(any_example(), min_size=1, max_size=3), min_size=1, max_size=3),
     st.integers(1, 3),
@@ -374,6 +375,7 @@ def test_flash_attention_gets_the_boundaries_of_the_sequences(
     assert_same(loss_and_gradients(model, rows), expected, tolerance=1e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("text", ["mistral", "llama", "gemma2"])
 def test_flex_attention_masks_equal_eager_ones(
     models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch

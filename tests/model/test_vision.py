@@ -31,6 +31,7 @@ def load_tower(folder: Path, kind: str, **choices: Any) -> VisionTower:
     return VisionTower.from_pretrained(str(folder / kind), **choices).eval()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("kind", "tokens"),
     [

@@ -130,6 +130,7 @@ def read_quarantine(folder: Path) -> list[dict[str, Any]]:
 # ---- verdicts ----
 
 
+@pytest.mark.medium
 def test_clean_names_every_reason_and_keeps_the_order(mixed: Mixed) -> None:
     counts = mixed.clean(workers=2)
     assert read_json(mixed.output) == mixed.rows[::2]
@@ -145,6 +146,7 @@ def test_clean_names_every_reason_and_keeps_the_order(mixed: Mixed) -> None:
     assert not list(mixed.folder.glob(".*")), "no lock and no temporary file"
 
 
+@pytest.mark.medium
 def test_clean_agrees_with_the_tutorial_except_for_corrupt_images_and_own_rules(
     mixed: Mixed,
 ) -> None:
@@ -176,6 +178,7 @@ def test_clean_agrees_with_the_tutorial_except_for_corrupt_images_and_own_rules(
     assert passes - kept >= {"mid.jpg"}
 
 
+@pytest.mark.medium
 def test_clean_removes_only_the_bad_captions_of_a_record(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(encode_jpeg(make_photo(1)))
     rows = [
@@ -201,6 +204,7 @@ def test_clean_removes_only_the_bad_captions_of_a_record(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.medium
 def test_clean_sets_aside_what_the_transform_of_the_tower_refuses(
     tmp_path: Path, models_folder: Path
 ) -> None:
@@ -249,6 +253,7 @@ def test_clean_refuses_another_suffix_before_it_works(mixed: Mixed) -> None:
 # ---- duplicates ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dedupe", ["exact", "perceptual"])
 def test_clean_sets_aside_duplicates_of_an_earlier_image(tmp_path: Path, dedupe: str) -> None:
     originals = [make_photo(number, 300, 200) for number in range(12)]
@@ -276,6 +281,7 @@ def test_clean_sets_aside_duplicates_of_an_earlier_image(tmp_path: Path, dedupe:
     assert found == expected
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dedupe", ["exact", "perceptual"])
 def test_clean_keeps_other_captions_of_an_image_and_other_images_beside_it(
     tmp_path: Path, dedupe: str
@@ -327,6 +333,7 @@ def test_perceptual_hash_survives_size_and_compression() -> None:
 # ---- compacted images ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", ["64", "exact"])
 def test_clean_command_compacts_images_for_training(
     mixed: Mixed, size: str, capsys: pytest.CaptureFixture[str]
@@ -347,6 +354,7 @@ def test_clean_command_compacts_images_for_training(
             assert decode_image(data).shape == (64, 85, 3)
 
 
+@pytest.mark.medium
 def test_clean_refuses_compacted_shards_of_other_records(tmp_path: Path) -> None:
     """Otherwise the captions of one run would be joined to the images of another."""
     for name in ("a", "b"):
@@ -361,6 +369,7 @@ def test_clean_refuses_compacted_shards_of_other_records(tmp_path: Path) -> None
         clean(tmp_path / "a.json", tmp_path / "out.json", compact_size=64, **options)
 
 
+@pytest.mark.medium
 def test_clean_refuses_to_compact_into_a_folder_with_other_files(mixed: Mixed) -> None:
     shards = mixed.folder / "shards"
     shards.mkdir()
@@ -370,6 +379,7 @@ def test_clean_refuses_to_compact_into_a_folder_with_other_files(mixed: Mixed) -
     assert [path.name for path in shards.iterdir()] == ["00000.tar"]
 
 
+@pytest.mark.medium
 def test_clean_continues_compacted_shards_of_version_0_1_0(tmp_path: Path) -> None:
     """They hold one digest of all settings in `made_of`, and no compact.json."""
     import hashlib
@@ -393,6 +403,7 @@ def test_clean_continues_compacted_shards_of_version_0_1_0(tmp_path: Path) -> No
 # ---- stopped and continued; see also tests/test_kill.py ----
 
 
+@pytest.mark.medium
 def test_clean_continues_where_it_was_stopped(
     mixed: Mixed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,6 +429,7 @@ def test_clean_continues_where_it_was_stopped(
     assert len(chunks) == 6
 
 
+@pytest.mark.medium
 def test_clean_does_not_use_the_results_of_other_rules(mixed: Mixed) -> None:
     first = mixed.clean(shards="0/1", workers=1)  # the results stay in the work folder
     assert first["too_small"] == 1
@@ -425,6 +437,7 @@ def test_clean_does_not_use_the_results_of_other_rules(mixed: Mixed) -> None:
     assert "too_small" not in counts
 
 
+@pytest.mark.medium
 def test_clean_in_slices_is_put_together_by_a_last_call(
     mixed: Mixed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,6 +451,7 @@ def test_clean_in_slices_is_put_together_by_a_last_call(
     assert mixed.clean(workers=1)["ok"] == 11
 
 
+@pytest.mark.medium
 def test_clean_is_refused_while_another_run_writes(
     mixed: Mixed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +465,7 @@ def test_clean_is_refused_while_another_run_writes(
     assert mixed.clean(workers=1)["ok"] == 11
 
 
+@pytest.mark.medium
 def test_two_cleanings_into_one_output_leave_one_complete_output(mixed: Mixed) -> None:
     command = [sys.executable, "-m", "llava_simplified.cli", "clean", str(mixed.records)]
     command += ["--output", str(mixed.output), "--image-folder", str(mixed.images), "--quiet"]
@@ -504,6 +519,7 @@ def break_second_frame(data: bytes) -> bytes:
     return data[: second + 12] + b"\xff" * 5
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("image_format", "damage"),
     [("AVIF", break_time_scale), ("TIFF", break_second_frame), ("GIF", break_second_frame)],
@@ -524,6 +540,7 @@ def test_clean_sets_a_damaged_animation_aside(
         assert row["reason"] in ("corrupt", "truncated", "animated")
 
 
+@pytest.mark.medium
 def test_clean_sets_texts_aside_that_are_not_unicode(tmp_path: Path) -> None:
     make_photo(1).save(tmp_path / "a.png")
     good = make_row("a.png", "line\u2028line\u2029line\x85 \U0001f600")
@@ -535,6 +552,7 @@ def test_clean_sets_texts_aside_that_are_not_unicode(tmp_path: Path) -> None:
     assert open_records(tmp_path / "clean.jsonl")[0].responses == (good["response"],)
 
 
+@pytest.mark.medium
 def test_clean_counts_images_whose_names_do_not_match_exactly(tmp_path: Path) -> None:
     for name in ("a.png", "b.PNG", "c.png"):
         make_photo(ord(name[0])).save(tmp_path / name)
@@ -548,6 +566,7 @@ def test_clean_counts_images_whose_names_do_not_match_exactly(tmp_path: Path) ->
     assert report["matched"] == expected
 
 
+@pytest.mark.medium
 def test_clean_command_without_a_usable_record_exits_with_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,9 +35,9 @@ OPEN = FetchOptions(allow_private=True, timeout=20, retries=0)
 
 
 def run(tsv: Path, output: Path, options: FetchOptions = OPEN, **more: Any) -> dict[str, Any]:
-    """Download with small shards."""
+    """Download with small shards, in one worker process: starting a process takes longer than a shard."""
     return download(
-        str(tsv), str(output), options, **{"shard_size": SHARD_SIZE, "workers": 2, **more}
+        str(tsv), str(output), options, **{"shard_size": SHARD_SIZE, "workers": 1, **more}
     )
 
 
@@ -56,12 +56,13 @@ def settings_of(source: Path, size: int = 0) -> dict[str, Any]:
 # ---- outcomes ----
 
 
+@pytest.mark.medium
 def test_download_records_every_outcome_and_stores_every_image(
     server: Server, tmp_path: Path
 ) -> None:
     tsv, url_jobs = write_source(tmp_path, server.port)
     output = tmp_path / "out"
-    report = run(tsv, output)
+    report = run(tsv, output, workers=2)
     check_output(output, url_jobs)
     assert sum(report["outcomes"].values()) == len(url_jobs)
     records = open_records(output)
@@ -75,6 +76,7 @@ def test_download_records_every_outcome_and_stores_every_image(
     assert json.loads((output / "report.json").read_text())["outcomes"] == report["outcomes"]
 
 
+@pytest.mark.medium
 def test_download_of_several_captions_of_one_url_is_one_request(
     server: Server, tmp_path: Path
 ) -> None:
@@ -86,6 +88,7 @@ def test_download_of_several_captions_of_one_url_is_one_request(
     assert open_records(tmp_path / "out")[1].responses == ("caption 1", "caption 4", "caption 7")
 
 
+@pytest.mark.medium
 def test_download_resizes_the_shorter_side_and_never_enlarges(
     server: Server, tmp_path: Path
 ) -> None:
@@ -98,13 +101,14 @@ def test_download_resizes_the_shorter_side_and_never_enlarges(
         assert row["width"] / row["height"] == pytest.approx(width / height, rel=0.01)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_download_to_plain_files_writes_the_records_of_the_tutorial(
     server: Server, tmp_path: Path, scheme: str
 ) -> None:
     tsv, url_jobs = write_source(tmp_path, server.port, 60)
     output = tmp_path / "out"
-    download(str(tsv), f"{scheme}{output}", OPEN, files=True, shard_size=SHARD_SIZE, workers=2)
+    download(str(tsv), f"{scheme}{output}", OPEN, files=True, shard_size=SHARD_SIZE, workers=1)
     records = json.loads((output / "records.json").read_text())
     assert len(records) == sum(loopback.EXPECTED[kind] == "ok" for _, kind, _ in url_jobs)
     for record in records:
@@ -118,6 +122,7 @@ def test_download_to_plain_files_writes_the_records_of_the_tutorial(
     assert not suffixes - {".jpg", ".png", ".webp"}
 
 
+@pytest.mark.medium
 def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_missing(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +138,7 @@ def test_download_of_a_list_of_urls_fetches_them_and_says_that_captions_are_miss
     assert not (output / "records.jsonl").read_text()
 
 
+@pytest.mark.medium
 def test_download_of_any_url_finishes_its_shard(server: Server, tmp_path: Path) -> None:
     """Whatever stands in a row or in a redirect ends as the outcome of that row."""
     bad = ["http://[]@/1.jpg", "http://[", "http://a:b:c/", "//", "\ufeff", "http://\u2028/", "%"]
@@ -149,6 +155,7 @@ def test_download_of_any_url_finishes_its_shard(server: Server, tmp_path: Path) 
     assert {row["error"] for row in rows[:-1]} <= {"bad_url", "redirect", "http_404", "dns"}
 
 
+@pytest.mark.medium
 def test_download_of_a_source_with_any_file_name(server: Server, tmp_path: Path) -> None:
     """A name that is not UTF-8 stands in the settings and in the report."""
     source = tmp_path / os.fsdecode(b"caf\xe9.tsv")
@@ -158,6 +165,7 @@ def test_download_of_a_source_with_any_file_name(server: Server, tmp_path: Path)
     assert [row["error"] for row in read_manifest(tmp_path / "out")] == [None]
 
 
+@pytest.mark.medium
 def test_download_records_a_row_without_a_url(server: Server, tmp_path: Path) -> None:
     """Also where it is the only row of a shard."""
     urls = [server.url("ok/1.jpg"), server.url("ok/2.jpg"), ""]
@@ -177,6 +185,7 @@ def test_download_on_ray_fetches_the_same(server: Server, tmp_path: Path) -> Non
 # ---- a second run ----
 
 
+@pytest.mark.medium
 def test_download_again_requests_nothing_and_retry_only_what_it_names(
     server: Server, tmp_path: Path
 ) -> None:
@@ -196,6 +205,7 @@ def test_download_again_requests_nothing_and_retry_only_what_it_names(
             assert row["offset"] == before[row["key"]]["offset"], "images keep their place"
 
 
+@pytest.mark.medium
 def test_download_retry_fetches_failures_of_an_unfinished_shard(
     server: Server, tmp_path: Path
 ) -> None:
@@ -217,6 +227,7 @@ def test_download_retry_fetches_failures_of_an_unfinished_shard(
     check_output(tmp_path / "out", url_jobs)
 
 
+@pytest.mark.medium
 def test_download_retry_adds_images_that_were_missing(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "x.tsv"
     urls = [server.url(f"redirect/{number}", "127.0.0.2") for number in range(6)]
@@ -231,6 +242,7 @@ def test_download_retry_adds_images_that_were_missing(server: Server, tmp_path: 
     check_output(tmp_path / "out", [(url, "ok", image) for url, image in zip(urls, images)])
 
 
+@pytest.mark.medium
 def test_download_retry_of_a_shard_with_failures_only(server: Server, tmp_path: Path) -> None:
     tsv, url_jobs = write_source(tmp_path, server.port, 4, {"ok": 100})
     refused = run(tsv, tmp_path / "out", FetchOptions(retries=0))
@@ -239,6 +251,7 @@ def test_download_retry_of_a_shard_with_failures_only(server: Server, tmp_path: 
     check_output(tmp_path / "out", url_jobs)
 
 
+@pytest.mark.medium
 def test_download_refuses_other_settings_for_the_same_output(
     server: Server, tmp_path: Path
 ) -> None:
@@ -253,6 +266,7 @@ def test_download_refuses_other_settings_for_the_same_output(
         run(tsv, tmp_path / "out")
 
 
+@pytest.mark.medium
 def test_download_is_refused_while_another_run_writes(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +290,7 @@ def test_download_is_refused_while_another_run_writes(
     assert not list((output / "_work").iterdir())
 
 
+@pytest.mark.medium
 def test_three_downloads_into_one_output_leave_one_complete_output(
     server: Server, tmp_path: Path
 ) -> None:
@@ -314,6 +329,7 @@ def test_fetch_shard_is_refused_while_another_process_fetches_it(
 # ---- slices ----
 
 
+@pytest.mark.medium
 def test_download_in_slices_and_merge(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +421,7 @@ def test_fetch_options_default_to_the_limit_of_training() -> None:
     assert FetchOptions().max_pixels == MAX_PIXELS
 
 
+@pytest.mark.medium
 def test_download_stops_when_the_first_rows_fail_in_the_same_way(
     tmp_path: Path, server: Server
 ) -> None:
@@ -418,6 +435,7 @@ def test_download_stops_when_the_first_rows_fail_in_the_same_way(
     assert not server.served
 
 
+@pytest.mark.medium
 def test_download_command_without_any_image_says_why_and_how_to_retry(
     tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -436,6 +454,7 @@ def test_download_of_a_source_without_urls_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "x.json", tmp_path / "out")
 
 
+@pytest.mark.medium
 def test_download_raises_the_limit_of_open_files_or_names_it(
     server: Server, tmp_path: Path
 ) -> None:
@@ -507,6 +526,7 @@ def test_download_progress_can_be_disabled(
 # ---- other file systems ----
 
 
+@pytest.mark.medium
 def test_download_to_another_file_system(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def download(server: Server, folder: Path, *more: str) -> int:
     return main(["download", str(source), "--output", str(folder / "out"), "--workers", "1", *more])
 
 
+@pytest.mark.medium
 def test_download_keeps_good_images_and_names_the_cause_of_the_others(
     server: Server, tmp_path: Path
 ) -> None:
@@ -47,6 +48,7 @@ def test_download_keeps_good_images_and_names_the_cause_of_the_others(
         assert read_image_bytes(record.images[0], output) == loopback.images()[index]
 
 
+@pytest.mark.medium
 def test_download_again_fetches_nothing(server: Server, tmp_path: Path) -> None:
     download(server, tmp_path, "--allow-private")
     before = dict(server.served)
@@ -55,6 +57,7 @@ def test_download_again_fetches_nothing(server: Server, tmp_path: Path) -> None:
     assert server.served == before
 
 
+@pytest.mark.medium
 def test_download_refuses_private_addresses_by_default(server: Server, tmp_path: Path) -> None:
     download(server, tmp_path)
     rows = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
@@ -62,6 +65,7 @@ def test_download_refuses_private_addresses_by_default(server: Server, tmp_path:
     assert not server.served
 
 
+@pytest.mark.medium
 def test_download_with_resize_stores_images_that_can_be_decoded(
     server: Server, tmp_path: Path
 ) -> None:
@@ -103,6 +107,7 @@ def test_convert_keeps_the_captions_of_one_coco_image_together(tmp_path: Path) -
     assert found == {"a.jpg": ("one", "three"), "b.jpg": ("two",)}
 
 
+@pytest.mark.medium
 def test_clean_keeps_the_order_and_names_the_reason(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +150,7 @@ PARSERS = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("target", PARSERS)
 def test_build_parser_imports_nothing_heavy(target: str) -> None:
     module, _, function = target.partition(":")
@@ -172,6 +178,7 @@ def test_commands_name_the_extra_that_is_missing(
         assert "[download]" in error
 
 
+@pytest.mark.medium
 def test_convert_works_without_the_extra(tmp_path: Path) -> None:
     """Local text needs only the core."""
     (tmp_path / "x.tsv").write_text("a\thttp://a/1.jpg\n")

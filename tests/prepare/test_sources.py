@@ -485,6 +485,7 @@ LISTED_URLS = st.text(URL_CHARACTERS, max_size=12).map(
 )
 
 
+@pytest.mark.medium
 @given(st.lists(LISTED_URLS, min_size=1, max_size=20))
 @settings(max_examples=100, deadline=None)
 def test_read_source_takes_every_line_of_a_list_for_one_url(urls: list[str]) -> None:
@@ -554,6 +555,7 @@ CELLS = st.lists(st.sampled_from(["a", " ", '"', ",", ";", "\n", "1", "猫"]), m
 )
 
 
+@pytest.mark.medium
 @given(st.lists(CELLS, min_size=1, max_size=6), st.sampled_from([",", ";"]), st.integers(0, 2000))
 @settings(max_examples=150, deadline=None)
 def test_read_source_reads_what_a_csv_writer_has_written(
@@ -648,6 +650,7 @@ def test_read_source_of_a_folder_notes_what_it_does_not_read(tmp_path: Path) -> 
     rows, issues = read(tmp_path)
     assert [row.url for row in rows] == [U]
     assert issues.counts == {"another file or folder beside the source (not read)": 2}
+    (tmp_path / "part.tsv.gz").unlink()
     (tmp_path / "more" / "metadata.csv").write_text("file_name,text\n1.jpg,a cat\n")
     (tmp_path / "more" / "1.jpg").write_bytes(b"x")
     (tmp_path / "more" / "2.jpg").write_bytes(b"x")
@@ -778,6 +781,7 @@ LINE_PIECES = [b"\t", b'"', b"\r", b"\0", b" ", b"a", b"\xe9", b"|", b",", b"1.j
 LINES = st.lists(st.lists(st.sampled_from(LINE_PIECES), max_size=9).map(b"".join), max_size=12)
 
 
+@pytest.mark.medium
 @given(LINES)
 @settings(max_examples=300, deadline=None)
 def test_read_source_accounts_for_every_line_of_a_tsv(lines: list[bytes]) -> None:
@@ -786,6 +790,7 @@ def test_read_source_accounts_for_every_line_of_a_tsv(lines: list[bytes]) -> Non
     assert len(rows) + count_left_out(issues) == 40 + len(lines)
 
 
+@pytest.mark.medium
 @given(LINES, st.booleans())
 @example([b'"', b'a "'], False)  # inch marks are no quotes, even two of them
 @settings(max_examples=300, deadline=None)
@@ -843,6 +848,7 @@ OBJECT = (
 )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("form", ["json", "jsonl", "annotations"])
 @given(values=st.lists(OBJECT, max_size=8))
 @settings(max_examples=200, deadline=None)

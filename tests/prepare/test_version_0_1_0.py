@@ -65,6 +65,7 @@ def test_read_source_reads_a_finished_shard(work: Path) -> None:
         assert min(decode_image(read_image_bytes(record.images[0], "finished")).shape[:2]) == 24
 
 
+@pytest.mark.medium
 def test_download_of_a_finished_shard_requests_nothing_but_retries(
     work: Path, server: Server
 ) -> None:
@@ -81,6 +82,7 @@ def test_download_of_a_finished_shard_requests_nothing_but_retries(
     assert report["outcomes"] == {"ok": 2, "refused": 1}
 
 
+@pytest.mark.medium
 def test_download_continues_an_unfinished_work_folder(work: Path, server: Server) -> None:
     report = download("urls.tsv", "unfinished", OPTIONS, shard_size=3, workers=1)
     assert report["outcomes"] == {"ok": 5, "http_404": 1, "html": 1}
@@ -95,6 +97,7 @@ def test_download_continues_an_unfinished_work_folder(work: Path, server: Server
     assert not list(Path("unfinished", "_work").iterdir())
 
 
+@pytest.mark.medium
 def test_clean_continues_an_unfinished_work_folder(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

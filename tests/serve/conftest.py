@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import subprocess
@@ -12,10 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
@@ -42,19 +39,6 @@ def model(checkpoint: Path) -> Llava:
     # The random model hardly ever generates its only end token: give it more of them.
     model.prompt.stop_ids = [*model.prompt.stop_ids, *range(3, 20)]
     return model
-
-
-@pytest.fixture(scope="session")
-def photos() -> list[bytes]:
-    """Return the files of 20 different images."""
-    generator = np.random.default_rng(5)
-    files: list[bytes] = []
-    for _ in range(20):
-        pixels = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(pixels).resize((48, 40)).save(file, "PNG")
-        files.append(file.getvalue())
-    return files
 
 
 StartedServer = tuple[subprocess.Popen[str], str]

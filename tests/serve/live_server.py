@@ -87,7 +87,13 @@ def live_server(
         )
     app = create_app(engine, "tiny", key, limits, page, allowed_hosts)
     config = uvicorn.Config(
-        app, "127.0.0.1", 0, http=TimedH11Protocol, log_level="warning", access_log=False
+        app,
+        "127.0.0.1",
+        0,
+        http=TimedH11Protocol,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=30,  # so that a connection left open cannot stop the tests
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -412,6 +412,7 @@ def test_strict_model_refuses_other_names(model: Llava) -> None:
                 assert len(response.content) < 2000
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_max_tokens_is_clamped_to_limit_and_context(
     model: Llava, photos: list[bytes], name: str
@@ -600,6 +601,7 @@ def test_key_is_required_and_log_contains_no_content(
 # ---- many requests ----
 
 
+@pytest.mark.medium
 def test_concurrent_clients_get_their_own_answers(model: Llava, photos: list[bytes]) -> None:
     """200 requests from 16 clients, one in ten of them invalid."""
     expected = [model.caption(photo, "What?", max_new_tokens=20) for photo in photos]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from live_server import assert_idle, paused_after, without_end_tokens
+from PIL import Image
+from tiny import nan_features_for
 
+from llava_simplified.data import images
 from llava_simplified.data.images import ImageError
 from llava_simplified.model import generation
 from llava_simplified.model.generation import DecodingBatch
@@ -70,6 +75,7 @@ async def generate_answers(
 # ---- answers ----
 
 
+@pytest.mark.medium
 def test_engine_gives_answers_of_model_alone(model: Llava, photos: list[bytes]) -> None:
     """Images, text only, two images, conversations; greedy and sampled; joining at any time."""
     conversation = [
@@ -289,26 +295,6 @@ def test_failed_step_ends_requests_and_next_ones_are_served(
     assert run_engine(model, use) == [model.chat("What?", photos[1:2], max_new_tokens=20)]
 
 
-@contextmanager
-def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
-    """Let the vision tower return NaN for one image: all logits of its sequences become NaN."""
-    _, bad_pixels = model.prepare_inputs("<image>", [photo])
-    assert bad_pixels is not None
-    bad = bad_pixels[0]
-
-    def spoil(
-        _: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
-    ) -> torch.Tensor:
-        is_bad = (inputs[0] == bad).flatten(1).all(1)
-        return torch.where(is_bad[:, None, None], torch.nan, output)
-
-    handle = model.vision_tower.register_forward_hook(spoil)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
 def test_image_with_nan_logits_fails_alone(
     model: Llava, photos: list[bytes], temperature: float
@@ -330,6 +316,40 @@ def test_image_with_nan_logits_fails_alone(
     assert isinstance(failed.__cause__, FloatingPointError)
     assert others == [[answer] for answer in alone]
     assert afterwards == [alone[0]]
+
+
+@pytest.mark.parametrize(("size", "at_once"), [((7000, 5000), 1), ((1000, 1000), 2)])
+def test_images_are_decoded_within_a_budget_of_pixels(
+    model: Llava, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], at_once: int
+) -> None:
+    """Images of 35 megapixels are decoded one after the other, small ones at the same time."""
+    file = io.BytesIO()
+    Image.new("1", size).save(file, "PNG")
+    lock = threading.Lock()
+    second_began = threading.Event()
+    now = most = 0
+
+    def decode(data: bytes) -> np.ndarray:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+            if most == 2:
+                second_began.set()
+        second_began.wait(0.3)
+        with lock:
+            now -= 1
+        return np.zeros((8, 8, 3), np.uint8)
+
+    async def use(engine: Engine) -> list[list[str]]:
+        answers = [
+            generate_answers(engine, "What?", [file.getvalue()], max_new_tokens=2) for _ in range(2)
+        ]
+        return await asyncio.gather(*answers)
+
+    monkeypatch.setattr(images, "decode_image", decode)
+    assert len(run_engine(model, use)) == 2
+    assert most == at_once
 
 
 def test_model_refuses_nan_logits(model: Llava, photos: list[bytes]) -> None:

@@ -115,6 +115,7 @@ def run_python(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.medium
 def test_parser_needs_no_heavy_packages() -> None:
     run_python(
         "import sys; from llava_simplified.serve.serve_command import build_parser; build_parser()\n"
@@ -123,6 +124,7 @@ def test_parser_needs_no_heavy_packages() -> None:
     )
 
 
+@pytest.mark.medium
 def test_server_needs_no_downloader() -> None:
     """The extra `serve` does not install aiohttp."""
     run_python(

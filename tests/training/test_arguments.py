@@ -43,7 +43,7 @@ FINETUNE_SH = """
 --bf16 True --output_dir OUT --num_train_epochs 1 --per_device_train_batch_size 16 --per_device_eval_batch_size 4
 --gradient_accumulation_steps 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
 --tf32 True --model_max_length 64 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True
---lora_enable True --lora_r 128 --lora_alpha 256 --lora_dropout 0.05 --report_to none --run_name mine --logging_steps 1
+--image_aspect_ratio pad --lora_enable True --lora_r 128 --lora_alpha 256 --lora_dropout 0.05 --report_to none --run_name mine --logging_steps 1
 --evaluation_strategy steps --eval_steps 100 --save_strategy steps --save_steps 200 --save_total_limit 1
 """
 
@@ -63,6 +63,7 @@ def test_parse_arguments_accepts_every_option_of_finetune_sh(
     words = FINETUNE_SH.replace("OUT", str(tmp_path)).split()
     model, data, training = parse_arguments([*words, "--train_data_path", "x.json"])
     assert model.mm_vision_select_layer == [-1]
+    assert model.image_aspect_ratio == "pad"
     assert (model.lora_r, model.lora_alpha, model.lora_enable) == (128, 256, True)
     assert training.eval_strategy == "steps"
     assert training.get_warmup_steps(1000) == 30
@@ -104,8 +105,10 @@ def test_parse_arguments_translates_names_of_older_versions() -> None:
     _, _, training = parse_arguments(["--group_by_length", "False"])
     assert training.train_sampling_strategy == "random"
     words = ["--data_path", "x.json", "--image_folder", "y", "--group_by_modality_length", "True"]
-    _, data, training = parse_arguments(words)
+    words += ["--image_aspect_ratio", "square"]
+    model, data, training = parse_arguments(words)
     assert (data.train_data_path, data.train_image_folder) == ("x.json", "y")
+    assert model.image_aspect_ratio == "crop"
     assert training.train_sampling_strategy == "group_by_length"
 
 
@@ -279,6 +282,7 @@ def test_non_default_options_lists_changes_but_no_tokens() -> None:
     assert "lora_alpha" not in changed
 
 
+@pytest.mark.medium
 def test_every_option_is_read_somewhere() -> None:
     """An option that nothing reads would silently have no effect."""
     code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
@@ -314,6 +318,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.medium
 def test_help_imports_neither_torch_nor_transformers() -> None:
     printed = run_python(
         "import sys, atexit\n"

@@ -90,6 +90,7 @@ def test_plan_refuses_the_options_that_training_refuses(
         make_plan(*parse_arguments(options))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("change", [change for change, _ in REFUSED_ON_THIS_MACHINE], ids=str)
 def test_plan_accepts_options_of_another_machine(
     models_folder: Path, data_folder: Path, tmp_path: Path, change: dict[str, str]
@@ -158,6 +159,7 @@ def test_config_records_the_instruction_of_the_first_image(
 # ---- what would end a run in the middle ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "change",
     [
@@ -201,6 +203,7 @@ def test_long_prompt_of_every_record_is_an_error_before_a_model_is_loaded(
         run_training(options)
 
 
+@pytest.mark.medium
 def test_tokenizer_that_is_wider_than_the_embedding_table_is_refused_with_the_token(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

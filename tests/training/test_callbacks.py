@@ -74,6 +74,7 @@ def test_progress_shows_steps_losses_and_time_left(
         assert "5/10" in text
 
 
+@pytest.mark.medium
 def test_throughput_and_padding_are_logged(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_gradient_norm_monitor_warns_ten_times_at_most() -> None:
 # ---- the best checkpoint ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("load_best", [True, False])
 def test_early_stopping_leaves_the_best_checkpoint(
     models_folder: Path, data_folder: Path, tmp_path: Path, load_best: bool

@@ -44,6 +44,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.medium
 def test_captions_are_those_of_the_checkpoint_and_do_not_change_the_run(
     models_folder: Path, data_folder: Path, tmp_path: Path, evaluated: dict[str, Any]
 ) -> None:
@@ -82,6 +83,7 @@ def test_captioned_images_are_spread_evenly(
     assert [index for index, _ in captions.rows] == indices
 
 
+@pytest.mark.medium
 def test_tensorboard_gets_images_and_captions(
     models_folder: Path,
     data_folder: Path,

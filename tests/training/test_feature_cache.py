@@ -201,6 +201,7 @@ def test_dummy_image_has_the_form_of_the_cached_images(
 # ---- llava encode ----
 
 
+@pytest.mark.medium
 def test_encode_saves_the_training_run_the_tower(
     models_folder: Path,
     data_folder: Path,

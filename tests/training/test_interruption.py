@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from cli_process import ForkedProcess
 from training_runs import (
     ROOT,
     assert_equal_weights,
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 OPTIONS: dict[str, object] = {"max_steps": 4, "disable_tqdm": True, "save_strategy": "no"}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_the_step_and_saves_a_checkpoint_to_resume_from(
     models_folder: Path,
@@ -87,20 +88,15 @@ def test_interrupted_command_prints_the_command_that_continues_it(
     options = training_options(
         models_folder, data_folder, output, **{**OPTIONS, **changes, "preflight": False}
     )
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = ForkedProcess([ROOT / "train.py", *options], new_session=True)
     log = output / "trainer_log.jsonl"
     while not log.exists() or len(read_log(output)) < 3:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.stderr
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode == 130, printed
+    status = process.wait(120)
+    printed = process.stdout + process.stderr
+    assert status == 130, printed
     assert "Traceback" not in printed
     [checkpoint] = output.glob("checkpoint-*")
     assert str(checkpoint) in printed

@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cli_process import fork_process
 from tiny import make_tokenizer
 from training_runs import run_training, training_options
 
 from llava_simplified.arguments import parse_arguments
+from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.plan import Plan, make_plan
 from llava_simplified.training.plan_command import main
-
-# Measures the peak memory of a run's steps, in a process of its own.
-MEASURE_PEAK = """
-import sys
-from pathlib import Path
-from llava_simplified.arguments import parse_arguments
-from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.train_command import train
+from llava_simplified.workers import tune_malloc
 
-def memory(key):
+
+def measure_peak(small: list[str], large: list[str], result: Path) -> None:
+    """Write the peak memory of a run's steps, in bytes. For a process of its own.
+
+    Args:
+        small: Options of a run before the measurement: libraries, thread pools and code are loaded then.
+        large: Options of the measured run.
+        result: The file.
+    """
+    # By default glibc keeps freed memory: a quarter more, which no plan can know.
+    tune_malloc(131072)
+    train(*parse_arguments(small))
+    before = read_memory("RssAnon") + read_memory(
+        "RssFile"
+    )  # frozen weights stay in the mapped file
+    trainer, _ = build_trainer(*parse_arguments(large))
+    # Reset the peak: loading may have needed more than the steps do.
+    Path("/proc/self/clear_refs").write_text("5")
+    trainer.train()
+    result.write_text(str(read_memory("VmHWM") - read_memory("RssShmem") - before))
+
+
+def read_memory(key: str) -> int:
+    """Return an entry of this process's memory statistics, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
-
-small, large = sys.argv[1].split(" "), sys.argv[2].split(" ")
-# A small run first: libraries, thread pools and code are loaded before the measurement.
-train(*parse_arguments(small))
-before = memory("RssAnon") + memory("RssFile")  # frozen weights stay in the mapped file
-trainer, _ = build_trainer(*parse_arguments(large))
-# Reset the peak: loading may have needed more than the steps do.
-Path("/proc/self/clear_refs").write_text("5")
-trainer.train()
-print("PEAK", memory("VmHWM") - memory("RssShmem") - before)
-"""
+    raise KeyError(key)
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +108,15 @@ def test_plan_forecasts_peak_memory_within_a_fifth(
     changes["vision_tower"] = large_models / "tower"
     changes["lora_r"] = 16
     large = training_options(models_folder, data_folder, tmp_path / "large", **changes)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE_PEAK, " ".join(small), " ".join(large)],
-        capture_output=True,
-        text=True,
-        # By default glibc keeps freed memory: a quarter more, which no plan can know.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    measured = int(done.stdout.split("PEAK")[1])
+    result = tmp_path / "peak"
+    process = fork_process(measure_peak, small, large, result)
+    process.join()
+    assert process.exitcode == 0
+    measured = int(result.read_text())
     assert make_plan(*parse_arguments(large)).peak == pytest.approx(measured, rel=0.2)
 
 
+@pytest.mark.medium
 def test_plan_needs_no_weights(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +163,7 @@ def test_plan_refuses_a_deepspeed_config_without_a_stage(tmp_path: Path) -> None
         main(["--deepspeed", str(config)])
 
 
+@pytest.mark.medium
 def test_plan_of_a_more_expensive_run_is_higher(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +185,7 @@ def test_plan_of_a_more_expensive_run_is_higher(
     assert packed.memory["activations"] > base.memory["activations"]
 
 
+@pytest.mark.medium
 def test_plan_counts_the_flops_of_the_matrices(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -207,6 +212,7 @@ def test_plan_counts_the_flops_of_the_matrices(
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("changes", "count"),
     [

@@ -19,6 +19,7 @@ def scratch_folders(folder: Path) -> list[Path]:
     return list(folder.glob(".preflight*"))
 
 
+@pytest.mark.medium
 def test_preflight_does_not_change_the_run(
     models_folder: Path,
     data_folder: Path,
@@ -50,6 +51,7 @@ def test_preflight_does_not_change_the_run(
     assert not scratch_folders(tmp_path / "true")
 
 
+@pytest.mark.medium
 def test_preflight_reports_an_error_of_the_first_steps(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -63,6 +65,7 @@ def test_preflight_reports_an_error_of_the_first_steps(
     assert not (output / "trainer_log.jsonl").exists(), "the run itself has not started"
 
 
+@pytest.mark.medium
 def test_preflight_refuses_what_does_not_fit_and_names_the_remedies(
     models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

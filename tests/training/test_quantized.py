@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 from training_runs import read_log, run_training, training_options
+from transformers.utils import is_bitsandbytes_available
 
 from llava_simplified.data.collate import Collator, Example
 from llava_simplified.data.images import decode_image
@@ -18,7 +21,16 @@ from llava_simplified.model import build
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import Message
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.skipif(
+    not is_bitsandbytes_available(), reason="bitsandbytes is not installed"
+)
+
+
+@pytest.fixture
+def bitsandbytes() -> ModuleType:
+    """The library. Imported at the top, it would cost every process that collects the tests seconds."""
+    return importlib.import_module("bitsandbytes")
+
 
 # Largest difference of logits between the quantized model with its adapter, and the merged model.
 MERGE_TOLERANCE = {4: 1e-3, 8: 0.2}
@@ -36,9 +48,10 @@ def caption_logits(model: Llava, image: Path) -> torch.Tensor:
         return model(**inputs).logits
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_run_learns_saves_merges_and_exports(
-    models_folder: Path, data_folder: Path, tmp_path: Path, bits: int
+    models_folder: Path, data_folder: Path, tmp_path: Path, bitsandbytes: ModuleType, bits: int
 ) -> None:
     options = training_options(
         models_folder,
@@ -82,8 +95,9 @@ def test_quantized_run_learns_saves_merges_and_exports(
         export_stock(folder, tmp_path / "peft", adapter=True)
 
 
+@pytest.mark.medium
 def test_projector_trains_on_a_quantized_language_model(
-    models_folder: Path, data_folder: Path, tmp_path: Path
+    models_folder: Path, data_folder: Path, tmp_path: Path, bitsandbytes: ModuleType
 ) -> None:
     options = training_options(
         models_folder,
@@ -100,7 +114,11 @@ def test_projector_trains_on_a_quantized_language_model(
 
 
 def test_bits_that_cannot_be_used_are_refused(
-    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models_folder: Path,
+    data_folder: Path,
+    tmp_path: Path,
+    bitsandbytes: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def options(**changes: object) -> list[str]:
         return training_options(models_folder, data_folder, tmp_path / "out", bits=4, **changes)

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_process import ForkedProcess
 from training_runs import (
     ROOT,
     assert_equal_weights,
@@ -52,17 +51,13 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(
     )
     output = tmp_path / "killed"
     options = training_options(models_folder, data_folder, output, **OPTIONS)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # With another number of threads, sums would be taken in another order.
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    # With another number of threads, sums would be taken in another order.
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = ForkedProcess([ROOT / "train.py", *options], environment=environment)
     steps = random.Random(seed).randrange(3, 13)  # after the first checkpoint
     log = output / "trainer_log.jsonl"
     while not log.exists() or len(read_log(output)) < steps:
-        assert process.poll() is None, "ended before it could be killed"
+        assert process.poll() is None, process.stderr
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -124,6 +119,7 @@ def test_resume_with_other_records_is_refused(
         resume(finished_run, models_folder, data_folder, tmp_path / "out", **changes)
 
 
+@pytest.mark.medium
 def test_resume_accepts_the_same_records_in_another_place(
     models_folder: Path, data_folder: Path, tmp_path: Path, finished_run: Path
 ) -> None:
@@ -134,6 +130,7 @@ def test_resume_accepts_the_same_records_in_another_place(
     assert_equal_weights(trained_weights(finished_run), trained_weights(output))
 
 
+@pytest.mark.medium
 def test_resume_of_a_checkpoint_without_a_digest_compares_the_path(
     models_folder: Path, data_folder: Path, tmp_path: Path, finished_run: Path
 ) -> None:
@@ -179,6 +176,7 @@ def test_resume_refuses_options_that_repeat_or_skip_records(
         resume(finished_run, models_folder, data_folder, tmp_path / "out", **{option: value})
 
 
+@pytest.mark.medium
 def test_resume_accepts_the_same_records_per_step_in_smaller_batches(
     models_folder: Path, data_folder: Path, tmp_path: Path, finished_run: Path
 ) -> None:
@@ -190,6 +188,7 @@ def test_resume_accepts_the_same_records_per_step_in_smaller_batches(
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=5e-6)
 
 
+@pytest.mark.medium
 def test_resume_with_other_options_is_refused_or_reported(
     models_folder: Path,
     data_folder: Path,

@@ -31,6 +31,7 @@ def projector_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "projector.safetensors")
 
 
+@pytest.mark.medium
 def test_train_learns_and_writes_checkpoints_log_and_plot(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_train_without_matplotlib_skips_the_plot_and_names_the_extra(
     assert "matplotlib" in message and "[report]" in message
 
 
+@pytest.mark.medium
 def test_train_without_terminal_logs_one_line_per_logging_step(
     models_folder: Path,
     data_folder: Path,
@@ -96,6 +98,7 @@ def test_train_without_terminal_logs_one_line_per_logging_step(
 # ---- loss ----
 
 
+@pytest.mark.medium
 def test_eval_loss_is_the_mean_over_tokens_and_not_over_batches(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +125,7 @@ def test_eval_loss_is_the_mean_over_tokens_and_not_over_batches(
     assert max(eval_losses) - min(eval_losses) < 1e-5
 
 
+@pytest.mark.medium
 def test_gradient_accumulation_averages_tokens(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +160,7 @@ def test_gradient_accumulation_averages_tokens(
 # ---- resuming ----
 
 
+@pytest.mark.medium
 def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +179,7 @@ def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(
     assert_equal_weights(trained_weights(uninterrupted), trained_weights(again))
 
 
+@pytest.mark.medium
 def test_resumed_run_continues_length_grouped_batches_in_the_second_epoch(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -203,6 +209,7 @@ def test_resumed_run_continues_length_grouped_batches_in_the_second_epoch(
 # ---- options that must not change the result ----
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 def test_compile_layers_does_not_change_the_losses(
     models_folder: Path, data_folder: Path, tmp_path: Path
@@ -229,6 +236,7 @@ def test_compile_layers_without_compiler_is_refused(
         run_training(options)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("mode", ["memory", "disk"])
 def test_cached_features_do_not_change_the_losses(
     models_folder: Path, data_folder: Path, tmp_path: Path, mode: str
@@ -248,6 +256,7 @@ def test_cached_features_do_not_change_the_losses(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.medium
 def test_cached_pixels_do_not_change_the_losses(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -270,6 +279,7 @@ def test_cached_pixels_do_not_change_the_losses(
 # ---- what is trained, and from which weights it starts ----
 
 
+@pytest.mark.medium
 def test_projector_stage_is_followed_by_lora_stage(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -284,6 +294,7 @@ def test_projector_stage_is_followed_by_lora_stage(
     # Weights of these would have the right shapes, and still not fit.
     for change, message in (
         ({"mm_vision_select_layer": -1}, "Pass --mm_vision_select_layer -2"),
+        ({"image_aspect_ratio": "pad"}, "Pass --image_aspect_ratio crop"),
         ({"vision_tower": models_folder / "siglip"}, "vision_tower .*siglip"),
         ({"init_from": second}, "--init_from and --pretrain_mm_mlp_adapter"),
     ):
@@ -292,6 +303,7 @@ def test_projector_stage_is_followed_by_lora_stage(
             run_training(options)
 
 
+@pytest.mark.medium
 def test_init_from_starts_from_everything_that_a_checkpoint_trained(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -340,6 +352,7 @@ def test_init_from_starts_from_everything_that_a_checkpoint_trained(
     assert_equal_weights(projector_weights(projector), projector_weights(fifth))
 
 
+@pytest.mark.medium
 def test_init_from_with_another_lora_rank_names_the_options_to_pass(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -353,6 +366,7 @@ def test_init_from_with_another_lora_rank_names_the_options_to_pass(
         run_training(options)
 
 
+@pytest.mark.medium
 def test_full_fine_tuning_saves_the_language_model(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -372,6 +386,7 @@ def test_full_fine_tuning_saves_the_language_model(
     assert model.caption(data_folder / "images" / "0.jpg", max_new_tokens=4) is not None
 
 
+@pytest.mark.medium
 def test_projector_has_its_own_learning_rate(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -394,6 +409,7 @@ def test_projector_has_its_own_learning_rate(
     assert read_log(changed, "learning_rate") == [0, 0], "the log shows --learning_rate"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("how", ["full", "lora"])
 def test_vision_tower_trains_at_its_own_rate_and_resumes(
     models_folder: Path, data_folder: Path, tmp_path: Path, how: str
@@ -448,6 +464,7 @@ def test_vision_tower_trains_at_its_own_rate_and_resumes(
 # ---- bad images ----
 
 
+@pytest.mark.medium
 def test_bad_images_are_replaced_and_counted_and_too_many_stop_the_run(
     models_folder: Path,
     data_folder: Path,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import socket
 from pathlib import Path
 
 import pytest
 import torch
+from cli_process import fork_process
 from safetensors.torch import load_file
 from training_runs import ROOT, read_log, run_training, training_options
 
@@ -44,23 +44,12 @@ def train_as_rank(rank: int, port: int, options: list[str]) -> None:
 
 def train_in_two_processes(options: list[str]) -> None:
     """Train in two processes, forked from a server that has imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "llava_simplified.training.train_command",
-            "llava_simplified.training.build_trainer",
-            "deepspeed",
-            "training_runs",
-        ]
-    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(PROCESSES):
-        process = context.Process(target=train_as_rank, args=(rank, port, options))
-        process.start()
-        processes.append(process)
+        processes.append(fork_process(train_as_rank, rank, port, options))
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]

@@ -1,0 +1,259 @@
+"""Caption records with a model on a server: many requests in flight, rows in the order of the records.
+
+    records --> workers: read image, shrink, base64 (threads) --> slots: requests in flight --> order --> rows
+
+There are twice as many workers as slots. While `concurrency` requests are in flight, the images of as many further
+records are prepared, so that a slot that becomes free is used at once. Nothing is kept of a record that has been
+yielded, and at most `WINDOW` records per slot wait for one that comes before them: memory does not depend on the number
+of records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_simplified.captioning.caption_rows import Row, failed_row, parse_record
+from llava_simplified.captioning.endpoint_client import Choice, EndpointClient, RecordError
+from llava_simplified.captioning.endpoint_options import EndpointOptions
+from llava_simplified.data.image_folder import NameMatches
+from llava_simplified.data.images import ImageError, portable_image, read_image_bytes
+from llava_simplified.data.records import Record, prediction_row
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
+from llava_simplified.workers import count_cpus
+
+logger = logging.getLogger(__name__)
+
+# Records per slot that may wait for a slow one before them. They are texts, of about a kilobyte each.
+WINDOW = 64
+
+_MEDIA_TYPES = {"jpg": "image/jpeg", "png": "image/png"}
+
+
+def caption_at_endpoint(
+    records: Sequence[Record],
+    image_folder: str | Path,
+    options: GenerationOptions,
+    endpoint: EndpointOptions,
+    indices: Sequence[int],
+) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Caption records, and yield the captions in the order of the records.
+
+    Args:
+        records: Records with instructions; responses are not needed.
+        image_folder: Folder that the image names are relative to.
+        options: Generation options.
+        endpoint: The server.
+        indices: Indices of the records to caption.
+
+    Yields:
+        Whenever the next record is done: prediction rows, `num_return_sequences` per record, and one row for each
+        record that cannot be captioned, with the reason.
+
+    Raises:
+        EndpointError: The job cannot go on: a wrong setting, a server that is gone, or too many failures.
+        ValueError: An option cannot be expressed in a request.
+    """
+    # Options that cannot be expressed in a request are refused here, before anything is sent.
+    captioner = _EndpointCaptioner(records, image_folder, options, endpoint, indices)
+    # The loop runs only while the next rows are awaited; the caller writes them in between.
+    loop = asyncio.new_event_loop()
+    try:
+        workers = loop.create_task(captioner.run_workers())
+        while (rows := loop.run_until_complete(captioner.next_rows())) is not None:
+            yield rows
+        # Raise the error that has ended the workers, if any.
+        loop.run_until_complete(workers)
+    finally:
+        _cancel_tasks(loop)
+        loop.close()
+        captioner.close()
+    captioner.log_summary()
+
+
+def _cancel_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel all tasks of a loop, for example after Ctrl-C, and wait until they have ended."""
+    # After Ctrl-C, `next_rows` is among them.
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks))
+
+
+class _Done(NamedTuple):
+    """A record with its outcome: its captions, or why there are none."""
+
+    position: int
+    record: Record | ValueError
+    outcome: list[Choice] | ValueError
+
+
+class _EndpointCaptioner:
+    """The workers of one job, their results, and the order."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        image_folder: str | Path,
+        options: GenerationOptions,
+        endpoint: EndpointOptions,
+        indices: Sequence[int],
+    ) -> None:
+        self._records = records
+        self._image_folder = image_folder
+        self._endpoint = endpoint
+        self._indices = indices
+        self._client = EndpointClient(endpoint, options)
+        self._matches = NameMatches()
+        self._oddities: Counter[str] = Counter()
+        # Decoding releases Python's lock, so that all CPUs decode.
+        self._readers = ThreadPoolExecutor(count_cpus())
+        # None follows the last result.
+        self._results: asyncio.Queue[_Done | None] = asyncio.Queue()
+        self._window = asyncio.Semaphore(WINDOW * endpoint.concurrency)
+        self._positions = iter(range(len(indices)))
+        # Results that wait for one before them, by position, and the position of that one.
+        self._waiting: dict[int, _Done] = {}
+        self._next_position = 0
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._readers.shutdown(cancel_futures=True)
+
+    async def next_rows(self) -> tuple[list[Row], list[Row]] | None:
+        """Return the rows of the next records in order, as soon as there are any; None at the end."""
+        rows: list[Row] = []
+        failed_rows: list[Row] = []
+        while not rows and not failed_rows:
+            done = await self._results.get()
+            if done is None:
+                return None
+            # Answers come in any order.
+            self._waiting[done.position] = done
+            while self._next_position in self._waiting:
+                self._add_rows(self._waiting.pop(self._next_position), rows, failed_rows)
+                self._next_position += 1
+                self._window.release()
+        return rows, failed_rows
+
+    def _add_rows(self, done: _Done, rows: list[Row], failed_rows: list[Row]) -> None:
+        """Append the rows of one record."""
+        index = self._indices[done.position]
+        if isinstance(done.outcome, ValueError):
+            row = failed_row(index, done.record, done.outcome)
+            if isinstance(done.outcome, RecordError):
+                row["kind"] = done.outcome.kind  # decides whether another run tries again
+            failed_rows.append(row)
+            return
+        assert isinstance(done.record, Record)  # others have no captions
+        for choice in done.outcome:
+            row = prediction_row(index, done.record, choice.text)
+            # "stop", the usual reason, is left out: rows of a local model have none either.
+            if choice.finish_reason == "length":
+                row["finish_reason"] = "length"
+                self._oddities["cut at --max-new-tokens"] += 1
+            if not choice.text:
+                self._oddities["empty"] += 1
+            rows.append(row)
+
+    # ---- workers ----
+
+    async def run_workers(self) -> None:
+        """Run all workers. When they have ended, for example by an error, put None into the results."""
+        # Twice as many as slots; see the top of this module.
+        count = min(2 * self._endpoint.concurrency, len(self._indices))
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            async with self._client:
+                try:
+                    tasks += [asyncio.create_task(self._work()) for _ in range(count)]
+                    await asyncio.gather(*tasks)
+                finally:
+                    # An error in one worker ends the others.
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            self._results.put_nowait(None)
+
+    async def _work(self) -> None:
+        """Caption one record after the other."""
+        while True:
+            # First the place in the window, then the record: the record that all others wait for has a place.
+            await self._window.acquire()
+            position = next(self._positions, None)
+            if position is None:
+                self._window.release()
+                return
+            self._results.put_nowait(await self._caption(position))
+
+    async def _caption(self, position: int) -> _Done:
+        # In this thread, because files of records are not made for several.
+        record = parse_record(self._records, self._indices[position])
+        if isinstance(record, ValueError):
+            return _Done(position, record, record)
+        loop = asyncio.get_running_loop()
+        try:
+            messages = await loop.run_in_executor(self._readers, self._messages, record)
+            return _Done(position, record, await self._client.complete(messages))
+        # ImageError: the image cannot be read. EndpointError is not among them: it ends the job.
+        except (RecordError, ImageError) as error:
+            return _Done(position, record, error)
+
+    # ---- messages ----
+
+    def _messages(self, record: Record) -> list[dict[str, Any]]:
+        """Return the conversation of a record as the messages of a request.
+
+        Raises:
+            ImageError: An image cannot be read.
+        """
+        # The images of all turns are in one list, in the order of their placeholders.
+        images = iter(record.images)
+        return [self._message(turn, images) for turn in record.turns]
+
+    def _message(self, turn: Message, images: Iterator[str]) -> dict[str, Any]:
+        # In other turns than the user's, the placeholder is text.
+        if turn.role != "user" or IMAGE_PLACEHOLDER not in turn.content:
+            return {"role": turn.role, "content": turn.content}
+        parts: list[dict[str, Any]] = []
+        # There is one image between two neighboring texts.
+        texts = turn.content.split(IMAGE_PLACEHOLDER)
+        for number, text in enumerate(texts):
+            if number:
+                url = self._data_url(next(images))
+                parts.append({"type": "image_url", "image_url": {"url": url}})
+            # The line breaks around placeholders belong to their form as text.
+            if number:
+                text = text.removeprefix("\n")
+            if number < len(texts) - 1:
+                text = text.removesuffix("\n")
+            if text.strip():
+                parts.append({"type": "text", "text": text})
+        return {"role": turn.role, "content": parts}
+
+    def _data_url(self, name: str) -> str:
+        data = read_image_bytes(name, self._image_folder, self._matches)
+        # It is decoded as strictly as for a local model: a damaged image is never sent.
+        image = portable_image(data, self._endpoint.max_side)
+        encoded = base64.b64encode(image.data).decode("ascii")
+        return f"data:{_MEDIA_TYPES[image.suffix]};base64,{encoded}"
+
+    # ---- summary ----
+
+    def log_summary(self) -> None:
+        """Log what is unusual about the captions of this run."""
+        if self._matches.describe():
+            logger.warning("%s", self._matches.describe())
+        counts = self._oddities + self._client.failures
+        if counts:
+            described = ", ".join(f"{count:,} x {name}" for name, count in sorted(counts.items()))
+            logger.warning("Captions of this run: %s.", described)

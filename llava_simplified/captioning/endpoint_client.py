@@ -1,0 +1,396 @@
+"""Send chat completions to a server with OpenAI's API, and judge every answer.
+
+What becomes of an answer:
+
+    answer                                          whose fault     what happens
+    200 with choices                                                the captions
+    429, 503, 529, connection refused, no route     nobody's        all requests pause; then the same request again
+    5xx, 408, timeout, cut off, not JSON            the server's    the same request again, `retries` times
+    other 4xx                                       the record's    the record fails
+    401, 402, 404, 405, redirect, wrong certificate the command's   the job stops
+    an answer that is a refusal                     the model's     the record fails
+
+A pause belongs to the server, not to a record: it is as long as `Retry-After` says, or doubles with each round. It ends
+the job only if nothing else comes for `max_wait` seconds, so that a server may restart in the middle of a job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import ssl
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from llava_simplified.captioning.endpoint_options import EndpointOptions, request_fields
+from llava_simplified.foreign_files import shorten
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.prepare.fetch import TIMEOUT_ERRORS, parse_retry_after
+
+logger = logging.getLogger(__name__)
+
+# Kinds of failed records that another run tries again. The others are the fault of the record or of the model.
+SERVER_FAILURES = ("http_error", "timeout", "connection", "bad_answer")
+
+MIN_PAUSE = 0.1  # seconds; `Retry-After: 0` must not become a busy loop
+FIRST_PAUSE = 0.5  # seconds before the first retry; doubled with every further one
+MAX_PAUSE = 30.0
+CONNECT_TIMEOUT = 20.0
+# No caption is that long. It protects the memory from an answer without an end.
+MAX_ANSWER_BYTES = 16_000_000
+MAX_MESSAGE_LENGTH = 300
+
+# llama-server answers 503 while it loads its model; some hosted services answer 529 when they are overloaded.
+_BUSY_STATUSES = (429, 503, 529)
+_TRANSIENT_STATUSES = (408, 425)
+# The address, the key or the name of the model is wrong, or the account is empty: no record would succeed.
+_FATAL_STATUSES = (401, 402, 404, 405)
+
+
+class EndpointError(ValueError):
+    """The job cannot go on: a wrong setting, a server that is gone, or too many failures."""
+
+
+class RecordError(ValueError):
+    """One record has no caption.
+
+    Attributes:
+        kind: One of `SERVER_FAILURES`, "rejected" (by the server, status 4xx) or "refused" (by the model).
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class _TransientError(Exception):
+    """One attempt has failed; the next one may succeed."""
+
+    def __init__(self, kind: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after = retry_after
+
+
+class _UnavailableError(Exception):
+    """The server does not accept requests at the moment."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Choice(NamedTuple):
+    """One generated text. `finish_reason` is "length" if it was cut at the maximum number of tokens."""
+
+    text: str
+    finish_reason: str | None
+
+
+class EndpointClient:
+    """Sends requests to one server. Use it as an async context manager.
+
+    Args:
+        endpoint: The server.
+        options: Generation options of all requests.
+
+    Raises:
+        ValueError: An option cannot be expressed in a request, or there is no API key.
+
+    Attributes:
+        failures: Number of failed records by kind.
+    """
+
+    def __init__(self, endpoint: EndpointOptions, options: GenerationOptions) -> None:
+        self.endpoint = endpoint
+        self.failures: Counter[str] = Counter()
+        self._num_choices = options.num_return_sequences
+        self._fields = request_fields(options, endpoint)
+        self._headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        # Servers of one's own need no key, and some refuse an empty one.
+        key = endpoint.api_key()
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._max_n = self._num_choices  # becomes 1 if the server refuses `n`
+        # Whether a status 403 can still mean that the key is wrong.
+        self._has_answered = False
+        # The pause of all requests; see the top of this module.
+        self._resume_at = 0.0
+        self._pause_rounds = 0
+        self._unavailable_since: float | None = None
+
+    async def __aenter__(self) -> EndpointClient:
+        self._session = aiohttp.ClientSession(
+            # `_slots` limits the connections. The system resolves the one name, as for all other programs.
+            connector=aiohttp.TCPConnector(limit=0, resolver=aiohttp.ThreadedResolver()),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(
+                total=self.endpoint.timeout, sock_connect=CONNECT_TIMEOUT
+            ),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    # ---- records ----
+
+    async def complete(self, messages: Sequence[Mapping[str, Any]]) -> list[Choice]:
+        """Return `num_return_sequences` answers to a conversation.
+
+        Servers that ignore or refuse the field `n` are asked several times.
+
+        Raises:
+            RecordError: The record has no answer. It is counted.
+            EndpointError: The job cannot go on.
+        """
+        # Count here and not where errors are raised: `_complete` tries some requests without `n` again.
+        try:
+            return await self._complete(messages)
+        except RecordError as error:
+            self.count_failure(error)
+            raise
+
+    async def _complete(self, messages: Sequence[Mapping[str, Any]]) -> list[Choice]:
+        choices: list[Choice] = []
+        max_n = self._max_n
+        while len(choices) < self._num_choices:
+            n = min(max_n, self._num_choices - len(choices))
+            body = {**self._fields, "messages": messages}
+            if n > 1:
+                body["n"] = n
+            # A server that answers with one text would answer the same seed with the same text.
+            if "seed" in body and choices:
+                body["seed"] += len(choices)
+            try:
+                answer = await self._request(body)
+            except RecordError as error:
+                if n == 1 or error.kind != "rejected":
+                    raise
+                max_n = 1  # perhaps because of `n`
+                continue
+            # More answers than requested would make too many rows for this record.
+            choices += answer[:n]
+            # Only now it is known that `n` was the reason, and not the image.
+            if max_n < self._max_n:
+                logger.info("The server accepts one answer per request only (n=1).")
+                self._max_n = max_n
+        return choices
+
+    def count_failure(self, error: RecordError) -> None:
+        """Count a failed record.
+
+        Raises:
+            EndpointError: The server has failed more than `max_failures` records.
+        """
+        self.failures[error.kind] += 1
+        # What the model refuses is not a failure of the server.
+        failed = self.failures.total() - self.failures["refused"]
+        if failed > self.endpoint.max_failures:
+            kinds = ", ".join(f"{count:,} x {kind}" for kind, count in self.failures.items())
+            raise EndpointError(
+                f"--max-failures {self.endpoint.max_failures}: the server has failed {failed} records "
+                f"({kinds}); the last: {error}. The same command continues."
+            ) from error
+
+    # ---- requests ----
+
+    async def _request(self, body: Mapping[str, Any]) -> list[Choice]:
+        """Send one request, and retry it after failures of the server."""
+        # Encode once: with its images, a request has some hundred kilobytes.
+        data = json.dumps(body).encode()
+        attempt = 0
+        while True:
+            try:
+                async with self._slots:
+                    return await self._send_when_available(data)
+            except _TransientError as error:
+                if attempt == self.endpoint.retries:
+                    raise RecordError(error.kind, f"{error} ({attempt + 1} attempts)") from None
+                pause = error.retry_after
+            if pause is None:
+                pause = min(MAX_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
+            attempt += 1
+            # Outside of the slot, which another record can use in the meantime.
+            await asyncio.sleep(min(pause, self.endpoint.max_wait))
+
+    async def _send_when_available(self, data: bytes) -> list[Choice]:
+        """Send a request as often as the server is busy or not reachable."""
+        while True:
+            while (pause := self._resume_at - time.monotonic()) > 0:
+                # Not all at the same moment, or the same requests would be refused again.
+                await asyncio.sleep(pause + random.uniform(0, MIN_PAUSE))
+            # A pause may begin while the request is under way; see `_pause`.
+            sent_at = time.monotonic()
+            try:
+                choices = await self._post(data)
+            except _UnavailableError as error:
+                self._pause(error, sent_at)
+            else:
+                self._pause_rounds = 0
+                self._has_answered = True
+                return choices
+
+    def _pause(self, error: _UnavailableError, sent_at: float) -> None:
+        """Let all requests wait.
+
+        Raises:
+            EndpointError: The server has been unavailable for too long, or asks for too long a pause.
+        """
+        now = time.monotonic()
+        if self._unavailable_since is None:
+            self._unavailable_since = now
+            logger.warning("%s: %s; waiting", self.endpoint.url, error)
+        waited = now - self._unavailable_since
+        max_wait = self.endpoint.max_wait
+        if waited > max_wait or (error.retry_after or 0) > max_wait:
+            asked = f", and asks for {error.retry_after:g} s" if error.retry_after else ""
+            raise EndpointError(
+                f"--endpoint {self.endpoint.url}: {error}{asked}; it was unavailable for {waited:.0f} s. "
+                f"The same command continues; --max-wait {max_wait:g} is the limit in seconds."
+            )
+        if error.retry_after is not None:
+            self._resume_at = max(self._resume_at, now + max(error.retry_after, MIN_PAUSE))
+        # Requests that were sent before the pause say nothing about the time after it.
+        elif sent_at >= self._resume_at:
+            self._resume_at = now + min(MAX_PAUSE, FIRST_PAUSE * 2**self._pause_rounds)
+            self._pause_rounds += 1
+
+    async def _post(self, data: bytes) -> list[Choice]:
+        """Send a request once.
+
+        Raises:
+            _UnavailableError, _TransientError, RecordError, EndpointError: See the top of this module.
+        """
+        url = self.endpoint.completions_url
+        # A redirected POST would become a GET, or send the key to another host.
+        try:
+            async with self._session.post(url, data=data, allow_redirects=False) as response:
+                answer = await _read_answer(response)
+        except TIMEOUT_ERRORS as error:
+            # The name does not resolve in time, or no host answers at the address.
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                raise _UnavailableError(f"no connection within {CONNECT_TIMEOUT:g} s") from None
+            raise _TransientError(
+                "timeout", f"no answer within --timeout {self.endpoint.timeout:g} s"
+            ) from None
+        except (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch, ssl.SSLError) as error:
+            raise EndpointError(f"--endpoint {self.endpoint.url}: {error}") from None
+        # Must follow the errors of TLS, which are derived from it.
+        except aiohttp.ClientConnectorError as error:
+            raise _UnavailableError(f"no connection ({error.strerror or error})") from None
+        except (aiohttp.ClientError, OSError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE_LENGTH]
+            raise _TransientError("connection", f"the answer was cut off: {reason}") from None
+        self._check_status(response, answer)
+        # Also after an answer that cannot be parsed: the server is there.
+        self._unavailable_since = None
+        return parse_choices(answer)
+
+    def _check_status(self, response: aiohttp.ClientResponse, answer: bytes) -> None:
+        status = response.status
+        if status == 200:
+            return
+        # The body of an error says more than its status, but proxies send web pages.
+        message = f"status {status}: {error_message(answer) or response.reason}"
+        retry_after = parse_retry_after(response.headers.get("Retry-After"))
+        if status in _BUSY_STATUSES:
+            raise _UnavailableError(message, retry_after)
+        self._unavailable_since = None
+        if 300 <= status < 400:
+            target = response.headers.get("Location", "another address")
+            raise EndpointError(f"--endpoint {self.endpoint.url}: redirects to {target!r:.200}")
+        # A server that has answered before and forbids one request forbids this content.
+        if status in _FATAL_STATUSES or (status == 403 and not self._has_answered):
+            raise EndpointError(self._describe_fatal(status, message))
+        if 400 <= status < 500 and status not in _TRANSIENT_STATUSES:
+            raise RecordError("rejected", message)
+        raise _TransientError("http_error", message, retry_after)
+
+    def _describe_fatal(self, status: int, message: str) -> str:
+        url = self.endpoint.url
+        if status in (401, 403):
+            variable = self.endpoint.api_key_env
+            sent = "was sent" if "Authorization" in self._headers else "is not set"
+            return f"--endpoint {url}: {message}. The API key ${variable} {sent}."
+        if status in (404, 405):
+            return (
+                f"--endpoint {url}: {message}. Check --model {self.endpoint.model} and the URL, which "
+                "usually ends in /v1."
+            )
+        return f"--endpoint {url}: {message}"
+
+
+# ---- answers ----
+
+
+async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
+    # `response.read()` has no limit.
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > MAX_ANSWER_BYTES:
+            raise _TransientError("bad_answer", f"the answer has over {MAX_ANSWER_BYTES} bytes")
+    return b"".join(chunks)
+
+
+def parse_choices(data: bytes) -> list[Choice]:
+    """Return the choices of a chat completion, of which there is at least one.
+
+    Raises:
+        RecordError: "refused": the model, or a filter of the server, refuses to answer.
+        _TransientError: "bad_answer": the data is something else.
+    """
+    try:
+        answer = json.loads(data)
+    # Deeply nested arrays exceed Python's recursion limit.
+    except (ValueError, RecursionError) as error:
+        raise _TransientError(
+            "bad_answer", f"the answer is not JSON ({type(error).__name__}): {data[:100]!r}"
+        ) from None
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not choices:
+        raise _TransientError("bad_answer", f"the answer has no choices: {shorten(answer)}")
+    return [_parse_choice(choice) for choice in choices]
+
+
+def _parse_choice(choice: object) -> Choice:
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        raise _TransientError("bad_answer", f"a choice has no message: {shorten(choice)}")
+    # The reason is optional; what is no text is treated as none.
+    finish_reason = choice.get("finish_reason")
+    # OpenAI's models say why in a field of its own, filters only in the reason.
+    refusal = message.get("refusal")
+    if refusal or finish_reason == "content_filter":
+        raise RecordError("refused", f"refused: {shorten(refusal or finish_reason)}")
+    content = message.get("content")
+    # Null is what some servers send for an empty text.
+    if not isinstance(content, str | None):
+        raise _TransientError("bad_answer", f"the content is no text: {shorten(content)}")
+    is_known = isinstance(finish_reason, str)
+    return Choice((content or "").strip(), finish_reason if is_known else None)
+
+
+def error_message(data: bytes) -> str:
+    """Return the message of an error response, in any of the usual forms, shortened."""
+    try:
+        error = json.loads(data)
+    except (ValueError, RecursionError):
+        error = data.decode(errors="replace")
+    # {"error": {"message": "..."}}, {"error": "..."}, {"message": "..."}, {"detail": "..."}
+    for name in ("error", "message", "detail"):
+        if isinstance(error, dict):
+            error = error.get(name, error)
+    text = error if isinstance(error, str) else json.dumps(error)
+    return " ".join(text.split())[:MAX_MESSAGE_LENGTH]

@@ -1,0 +1,311 @@
+"""Options of `llava caption --endpoint`, and how generation options are written into a request.
+
+Nothing heavy is imported here, so that parsers can use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from llava_simplified.model.generation_options import GenerationOptions
+
+DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
+_MAX_SIDE = 65_500  # pixels of a JPEG
+# Fields of a request that this program depends on.
+_OWN_FIELDS = ("model", "messages", "n", "stream")
+# Generation options that OpenAI's API has no field for, with the values that ask for nothing.
+_UNSUPPORTED: dict[str, Any] = {
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "start_with": "",
+    "forbid": (),
+}
+
+
+@dataclass(frozen=True)
+class EndpointOptions:
+    """A server with OpenAI's API, and how to send requests to it.
+
+    Attributes:
+        url: The base URL: http://host:8000/v1.
+        model: The name of the model on the server.
+        concurrency: Maximum number of requests in flight.
+        max_side: Maximum length of an image's longer side in pixels.
+        stop: Texts that end a caption.
+        extra_body: Additional fields of each request, as a JSON object. Null removes a field.
+        timeout: Maximum duration of one request in seconds.
+        retries: Number of retries of a record after an error of the server.
+        max_wait: Seconds to wait for a server that does not answer or refuses requests because it is busy.
+        max_failures: Stop the job when the server has failed more records than this.
+        api_key_env: Environment variable that contains the API key. The key itself is never stored.
+    """
+
+    url: str
+    model: str
+    concurrency: int = 32
+    max_side: int = 1024
+    stop: tuple[str, ...] = ()
+    extra_body: str = "{}"
+    timeout: float = 120.0
+    retries: int = 4
+    max_wait: float = 300.0
+    max_failures: int = 100
+    api_key_env: str = DEFAULT_KEY_VARIABLE
+
+    def __post_init__(self) -> None:
+        _check_url(self.url)
+        # Each with its minimum and maximum.
+        ranges = {
+            "concurrency": (1, math.inf),
+            "max_side": (1, _MAX_SIDE),
+            "retries": (0, math.inf),
+            "max_failures": (0, math.inf),
+        }
+        for name, (minimum, maximum) in ranges.items():
+            value = getattr(self, name)
+            if not minimum <= value <= maximum:
+                upper = f" and at most {maximum}" if maximum < math.inf else ""
+                raise ValueError(f"{_option(name)} {value}: must be at least {minimum}{upper}")
+        # Written so that NaN is refused too.
+        for name in ("timeout", "max_wait"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{_option(name)} {getattr(self, name)}: must be above 0 seconds")
+        if "" in self.stop:
+            raise ValueError("--stop: expected a text, got an empty one")
+        self.extra_fields()  # checks the format
+
+    @property
+    def completions_url(self) -> str:
+        """The URL that requests are sent to."""
+        return f"{self.url.rstrip('/')}/chat/completions"
+
+    def extra_fields(self) -> dict[str, Any]:
+        """Return the fields of `extra_body`.
+
+        Raises:
+            ValueError: It is not a JSON object, or has a field that this program sets.
+        """
+        try:
+            extra = json.loads(self.extra_body)
+        except ValueError as error:
+            raise ValueError(f"--extra-body {self.extra_body}: not JSON ({error})") from None
+        if not isinstance(extra, dict):
+            raise ValueError(f"--extra-body {self.extra_body}: expected a JSON object")
+        own = [name for name in _OWN_FIELDS if name in extra]
+        if own:
+            raise ValueError(f"--extra-body: the field {own[0]!r} is set by the command itself")
+        return extra
+
+    def job_settings(self) -> dict[str, Any]:
+        """Return the options that affect the captions. A job may be continued with a server of another address."""
+        return {
+            "model": self.model,
+            "max_side": self.max_side,
+            "stop": list(self.stop),
+            "extra_body": self.extra_fields(),
+        }
+
+    def api_key(self) -> str:
+        """Return the API key; empty if there is none, since servers of one's own have none.
+
+        Raises:
+            ValueError: A variable was named, and it is not set.
+        """
+        # Keys that were read from a file often end with a line break.
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key and self.api_key_env != DEFAULT_KEY_VARIABLE:
+            raise ValueError(f"--api-key-env {self.api_key_env}: this variable is not set")
+        # Anything else could add headers to the request.
+        if not key.isascii() or not key.isprintable():
+            raise ValueError(f"--api-key-env {self.api_key_env}: the key has invalid characters")
+        return key
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_url(url: str) -> None:
+    """Check the base URL of a server.
+
+    Raises:
+        ValueError: It has another scheme, no host, or a password, which would be stored with the job.
+    """
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises ValueError if it is not a port
+    except ValueError as error:
+        raise ValueError(f"--endpoint {url}: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"--endpoint {url}: expected a URL such as http://127.0.0.1:8000/v1")
+    if parts.username or parts.password:
+        raise ValueError(
+            "--endpoint: the URL contains a password; put the key into the environment variable "
+            f"{DEFAULT_KEY_VARIABLE} (or --api-key-env)"
+        )
+    if parts.query or parts.fragment:
+        raise ValueError(f"--endpoint {url}: expected a URL without '?' and '#'")
+
+
+# ---- command line ----
+
+
+def add_endpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--endpoint` and the options that require it."""
+    defaults = EndpointOptions("http://127.0.0.1", "")
+    group = parser.add_argument_group(
+        "server", "Caption with a model that a server with OpenAI's API runs: vLLM, SGLang, ours."
+    )
+    group.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="Base URL of the server, such as http://127.0.0.1:8000/v1; instead of --model-path",
+    )
+    group.add_argument("--model", help="Name of the model on the server")
+    group.add_argument(
+        "--concurrency",
+        type=int,
+        default=defaults.concurrency,
+        help="Maximum number of requests in flight (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-side",
+        type=int,
+        default=defaults.max_side,
+        metavar="PIXELS",
+        help="Maximum length of the longer side of the images that are sent; larger ones are shrunk "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="Text that ends a caption; repeat the option for several",
+    )
+    group.add_argument(
+        "--extra-body",
+        default=defaults.extra_body,
+        metavar="JSON",
+        help="Additional fields of each request, as a JSON object; null removes a field",
+    )
+    group.add_argument(
+        "--timeout",
+        type=float,
+        default=defaults.timeout,
+        metavar="SECONDS",
+        help="Maximum duration of a request in seconds (default: %(default)s)",
+    )
+    group.add_argument(
+        "--retries",
+        type=int,
+        default=defaults.retries,
+        help="Number of retries of a record after a server error, a timeout or a broken answer "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-wait",
+        type=float,
+        default=defaults.max_wait,
+        metavar="SECONDS",
+        help="Seconds to wait for a server that is starting, busy or not reachable (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-failures",
+        type=int,
+        default=defaults.max_failures,
+        help="Stop when the server has failed more records than this; the same command continues "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--api-key-env",
+        default=defaults.api_key_env,
+        metavar="NAME",
+        help="Environment variable with the API key (default: %(default)s, if it is set)",
+    )
+
+
+def parse_endpoint_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> EndpointOptions | None:
+    """Return the options of the server; None without `--endpoint`.
+
+    Args:
+        parser: The parser of the command, which knows the defaults.
+        args: What it has parsed.
+
+    Raises:
+        ValueError: An option is invalid, is missing, or has no effect with or without a server.
+    """
+    names = [field.name for field in fields(EndpointOptions) if field.name != "url"]
+
+    def refuse_changed(options: list[str], reason: str) -> None:
+        """Raise ValueError for an option that differs from its default, and would be ignored."""
+        for name in options:
+            if getattr(args, name) != parser.get_default(name):
+                raise ValueError(f"{_option(name)} {reason}.")
+
+    # An option that is ignored is an error: the captions would not be what was asked for.
+    if not args.endpoint:
+        if not args.model_path:
+            raise ValueError("--model-path is required, or --endpoint for a model on a server.")
+        refuse_changed(names, "requires --endpoint")
+        return None
+    if not args.model:
+        raise ValueError(
+            f"--model: the name of the model on the server is required; {args.endpoint}/models lists "
+            "the names."
+        )
+    local = ["model_path", "model_base", "vision_tower", "bits", "trust_remote_code"]
+    refuse_changed(local, "has no effect with --endpoint: the server has loaded its model")
+    refuse_changed(["batch_size"], "has no effect with --endpoint; pass --concurrency")
+    options = {name: getattr(args, name) for name in names}
+    options["stop"] = tuple(args.stop)
+    return EndpointOptions(args.endpoint, **options)
+
+
+# ---- requests ----
+
+
+def request_fields(options: GenerationOptions, endpoint: EndpointOptions) -> dict[str, Any]:
+    """Return the fields of a request that all records share: model, limits and sampling.
+
+    Args:
+        options: Generation options.
+        endpoint: The server.
+
+    Raises:
+        ValueError: OpenAI's API has no field for an option.
+    """
+    for name, default in _UNSUPPORTED.items():
+        if getattr(options, name) != default:
+            raise ValueError(
+                f"{_option(name)}: OpenAI's API has no such field. If the server has one, pass it with "
+                "--extra-body, for example '{\"min_tokens\": 5}' for vLLM."
+            )
+    body: dict[str, Any] = {
+        "model": endpoint.model,
+        "max_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+    }
+    # Leave out what asks for nothing: not all servers know all fields.
+    if options.top_p != 1:
+        body["top_p"] = options.top_p
+    if options.top_k:
+        body["top_k"] = options.top_k
+    if options.repetition_penalty != 1:
+        body["repetition_penalty"] = options.repetition_penalty
+    if options.temperature > 0 and options.seed is not None:
+        body["seed"] = options.seed
+    if endpoint.stop:
+        body["stop"] = list(endpoint.stop)
+    # Last, so that the user's fields win.
+    body.update(endpoint.extra_fields())
+    return {name: value for name, value in body.items() if value is not None}

@@ -1,0 +1,196 @@
+"""Chat rows of other programs -> rows in LLaVA's form, with `images` and `conversations`.
+
+    {"images": ["0.jpg"],                                         TRL, ms-swift, LLaMA-Factory, mlx-vlm
+     "messages": [{"role": "user", "content": "<image>What is this?"},
+                  {"role": "assistant", "content": "a cat"}]}
+
+    {"images": ["0.jpg"],                                         the same with parts
+     "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}, ...]}
+
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "0.jpg"}, ...]}, ...]}
+
+    {"images": ["0.jpg"],                                         FineVision, The Cauldron
+     "texts": [{"user": "What is this?", "assistant": "a cat"}, ...]}
+
+    {"conversations": [...], "system": "You answer briefly."}     LLaMA-Factory: the system turn in a key of its own
+
+An image part becomes `<image>` on a line of its own. Turns whose content is a text are not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llava_simplified.foreign_files import shorten
+from llava_simplified.prompt import IMAGE_PLACEHOLDER
+
+_TURN_KEYS = ("messages", "texts", "system")  # replaced by `conversations`
+_IMAGE_PARTS = ("image", "image_url")
+
+
+def is_chat(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has one of the forms above."""
+    if row.get("messages") is not None or is_pairs(row.get("texts")):
+        return True
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
+        return False
+    return "role" in turns[0] or bool(row.get("system"))
+
+
+def is_pairs(texts: object) -> bool:
+    """Return whether a value of the key `texts` is a list of questions with answers."""
+    if not isinstance(texts, list) or not texts:
+        return False
+    return all(isinstance(pair, dict) and "user" in pair for pair in texts)
+
+
+def plain_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a chat row in LLaVA's form; its other keys are kept.
+
+    Args:
+        row: A row for which `is_chat` is true.
+        where: File name and row number, for error messages.
+
+    Raises:
+        ValueError: A turn or a part is malformed, or is neither text nor image.
+    """
+    images: list[Any] = []
+    turns = _list_turns(row, where)
+    conversations = []
+    for number, (role, content) in enumerate(turns):
+        text = _join_parts(content, images, f"{where}: turn {number}")
+        conversations.append({"from": role, "value": text})
+    plain = {key: value for key, value in row.items() if key not in _TURN_KEYS}
+    plain["conversations"] = conversations
+    if images:
+        plain["images"] = _collect_images(row, images, where)
+        plain.pop("image", None)
+    elif isinstance(plain.get("images"), list):
+        plain["images"] = [path_of_image(image) for image in plain["images"]]
+    return plain
+
+
+def path_of_image(image: object) -> object:
+    """Return the path of an image as `datasets` represents it, {"bytes": null, "path": "0.jpg"}."""
+    if isinstance(image, dict) and not image.get("bytes"):
+        return image.get("path")
+    return image
+
+
+def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
+    """Return role and content of each turn, the system turn first."""
+    if row.get("messages") is not None and row.get("conversations") is not None:
+        raise ValueError(f"{where}: has both 'messages' and 'conversations'; keep one of them")
+    turns: list[tuple[Any, Any]] = []
+    if row.get("system"):
+        turns.append(("system", row["system"]))
+    if is_pairs(row.get("texts")) and row.get("messages") is None:
+        for pair in row["texts"]:
+            turns.append(("user", pair["user"]))
+            turns.append(("assistant", pair.get("assistant")))
+        return turns
+    key = "messages" if row.get("messages") is not None else "conversations"
+    if not isinstance(row[key], list) or not row[key]:
+        raise ValueError(f"{where}: {key!r} must be a list of turns, got {shorten(row[key])}")
+    for number, turn in enumerate(row[key]):
+        if not isinstance(turn, dict):
+            raise ValueError(f"{where}: turn {number} of {key!r} must be an object")
+        is_named = "role" in turn
+        turns.append((turn["role"], turn.get("content")) if is_named else _llava_turn(turn))
+    return turns
+
+
+def _llava_turn(turn: Mapping[str, Any]) -> tuple[Any, Any]:
+    return turn.get("from"), turn.get("value")
+
+
+def _join_parts(content: object, images: list[Any], where: str) -> object:
+    """Return the text of a turn, with `<image>` for each image part.
+
+    Args:
+        content: A text, or a list of parts.
+        images: Receives each image part: its own image, its index among the images of the row, or None.
+        where: For error messages.
+    """
+    if not isinstance(content, list):
+        return content  # its type is checked with the other turns
+    text = ""
+    for part in content:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        if not isinstance(part, dict):
+            raise ValueError(f"{where}: a part must be an object, got {shorten(part)}")
+        kind = part.get("type") or _kind_of(part)
+        if kind == "text":
+            words = _text_of(part, where)
+            # An image is on its own line, as in LLaVA's data.
+            separator = "\n" if text.endswith(IMAGE_PLACEHOLDER) else ""
+            text += separator + words
+        elif kind in _IMAGE_PARTS:
+            images.append(_image_of(part, where))
+            separator = "\n" if text and not text.endswith("\n") else ""
+            text += separator + IMAGE_PLACEHOLDER
+        else:
+            raise ValueError(
+                f"{where}: a part of the type {kind!r} is not supported, only text and image"
+            )
+    # As `insert_image_placeholders` does.
+    return f"{text}\n" if text.endswith(IMAGE_PLACEHOLDER) else text
+
+
+def _kind_of(part: Mapping[str, Any]) -> str:
+    """Return the type of a part that does not name it: {"image": "0.jpg"}, {"text": "What?"}."""
+    return next((key for key in ("text", *_IMAGE_PARTS) if part.get(key) is not None), "")
+
+
+def _text_of(part: Mapping[str, Any], where: str) -> str:
+    text = part.get("text")
+    if text is None:
+        text = part.get("content")
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: a text part needs the key 'text', got {shorten(dict(part))}")
+    return text
+
+
+def _image_of(part: Mapping[str, Any], where: str) -> Any:
+    """Return the image that a part names, its index among the images of the row, or None for the next one."""
+    value = part.get("image")
+    for key in ("image_url", "path", "url"):
+        value = part.get(key) if value is None else value
+    if isinstance(value, dict):
+        value = value.get("url", value)
+    if value is None:
+        return part.get("index")
+    if isinstance(value, str) and "://" in value:
+        scheme, _, path = value.partition("://")
+        if scheme != "file":
+            raise ValueError(
+                f"{where}: the image {shorten(value)} must be a file; `llava download` fetches URLs"
+            )
+        return path
+    if isinstance(value, str) and value.startswith("data:"):
+        raise ValueError(f"{where}: an image inside the text is not supported; write it to a file")
+    return value
+
+
+def _collect_images(row: Mapping[str, Any], parts: list[Any], where: str) -> list[Any]:
+    """Return the images of the row in the order of its image parts."""
+    listed = row.get("images") or row.get("image") or []
+    if not isinstance(listed, list):
+        listed = [listed]
+    listed = [path_of_image(image) for image in listed]
+    own = [part for part in parts if not isinstance(part, int | None)]
+    if own and (listed or len(own) < len(parts)):
+        raise ValueError(
+            f"{where}: some images are named by the turns, others by 'images'; name all in one place"
+        )
+    if own:
+        return own
+    if all(isinstance(part, int) for part in parts):
+        # An index may name an image again, or in another order.
+        if not all(0 <= part < len(listed) for part in parts):
+            raise ValueError(f"{where}: an image part has an index beyond {len(listed)} image(s)")
+        return [listed[part] for part in parts]
+    return listed

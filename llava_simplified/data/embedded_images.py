@@ -1,0 +1,382 @@
+"""Images inside Parquet and Arrow files, as on the Hugging Face Hub and in folders of `Dataset.save_to_disk`.
+
+Such an image is named by the file and its row: `train.parquet#7`; if a row has several, also by its position:
+`train.parquet#7/1`. The column of images has one of these types:
+
+    struct<bytes, path>          one image a row; without bytes, the path names a file
+    list<struct<bytes, path>>    several
+    binary, list<binary>         the same without paths, under a usual name
+
+Rows are read without the bytes of their images. A Parquet file tells by its statistics whether all images are embedded;
+only if some are not, bytes are read to find out which. Arrow files are memory-mapped, so that bytes that are not looked
+at are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from llava_simplified.extras import require_extra
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_IMAGE_COLUMN_NAMES = {
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+    *("jpe", "jfif", "heic", "heif"),
+    *("image", "images", "img", "picture", "photo", "data", "content", "bytes", "image_bytes"),
+}
+_BATCH_ROWS = 1024
+_BATCH_ROWS_WITH_BYTES = 32  # of a few hundred kilobytes each
+_ARROW_FILE_MAGIC = b"ARROW1"  # of the format with an index; `datasets` writes the one without
+
+
+class ImageColumn(NamedTuple):
+    """A column that contains images.
+
+    Attributes:
+        name: Its name.
+        is_list: A row has a list of images.
+        has_paths: Images have paths.
+    """
+
+    name: str
+    is_list: bool
+    has_paths: bool
+
+
+def find_image_column(schema: pa.Schema) -> ImageColumn | None:
+    """Return the column of images, or None.
+
+    A struct with `bytes` (as in Hugging Face datasets) precedes a binary column with a usual name. Other binary columns
+    can be hashes or embeddings.
+    """
+    by_name: ImageColumn | None = None
+    for field in schema:
+        value_type, is_list = _value_type(field.type)
+        members = _member_types(value_type)
+        is_binary = "binary" in str(members.get("bytes", ""))
+        if is_binary or {"bytes", "path"} <= members.keys():
+            return ImageColumn(field.name, is_list, "path" in members)
+        is_usual = field.name.lower() in _IMAGE_COLUMN_NAMES
+        if by_name is None and is_usual and _is_binary(value_type):
+            by_name = ImageColumn(field.name, is_list, has_paths=False)
+    return by_name
+
+
+def _value_type(data_type: pa.DataType) -> tuple[pa.DataType, bool]:
+    """Return the type of one value, and whether a row has a list of them."""
+    import pyarrow as pa
+
+    is_list = (
+        pa.types.is_list(data_type)
+        or pa.types.is_large_list(data_type)
+        or pa.types.is_fixed_size_list(data_type)
+    )
+    return (data_type.value_type, True) if is_list else (data_type, False)
+
+
+def _member_types(data_type: pa.DataType) -> dict[str, pa.DataType]:
+    import pyarrow as pa
+
+    if not pa.types.is_struct(data_type):
+        return {}
+    members = [data_type.field(index) for index in range(data_type.num_fields)]
+    return {member.name: member.type for member in members}
+
+
+def _is_binary(data_type: pa.DataType) -> bool:
+    return "binary" in str(data_type) and not _member_types(data_type)
+
+
+def text_columns(schema: pa.Schema) -> list[str]:
+    """Return the names of all columns that contain no bytes: bytes are images, hashes or embeddings."""
+    column = find_image_column(schema)
+    names = [field.name for field in schema if "binary" not in str(field.type)]
+    return [name for name in names if column is None or name != column.name]
+
+
+# ---- rows ----
+
+
+class ColumnarFile:
+    """The rows of a Parquet or Arrow file, read from beginning to end.
+
+    Attributes:
+        name: The name of the file, which images inside it are named by.
+        schema: The columns.
+        image_column: The column with images, or None.
+    """
+
+    def __init__(self, name: str, schema: pa.Schema) -> None:
+        self.name = name
+        self.schema = schema
+        self.image_column = find_image_column(schema)
+
+    def batches(self, names: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, bool]]:
+        """Yield batches of the columns `names` and, where it is needed, of the images; and whether all are embedded."""
+        raise NotImplementedError
+
+    def rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield each row with the columns `names`, and the names of its images as `image` or `images`."""
+        start = 0
+        for batch, are_embedded in self.batches(names):
+            table = batch.select([name for name in batch.schema.names if name in names])
+            rows = table.to_pylist() if table.num_columns else [{} for _ in range(batch.num_rows)]
+            if self.image_column is not None:
+                self._add_images(rows, batch, start, are_embedded)
+            yield from rows
+            start += batch.num_rows
+
+    def _add_images(
+        self, rows: list[dict[str, Any]], batch: pa.RecordBatch, start: int, are_embedded: bool
+    ) -> None:
+        """Set `image` or `images` of each row."""
+        column = self.image_column
+        assert column is not None
+        lengths = [1] * len(rows)
+        if column.name not in batch.schema.names:
+            names: list[str | None] = [None] * len(rows)
+        else:
+            array = batch.column(column.name)
+            if column.is_list:
+                lengths = [length or 0 for length in array.value_lengths().to_pylist()]
+                array = array.flatten()
+            names = _paths_without_bytes(array, are_embedded)
+        position = 0
+        for number, (row, length) in enumerate(zip(rows, lengths), start):
+            images = []
+            for index in range(length):
+                embedded = (
+                    f"{self.name}#{number}/{index}" if column.is_list else f"{self.name}#{number}"
+                )
+                name = names[position + index]
+                images.append(embedded if name is None else name)
+            position += length
+            # Without bytes and path, there is no image.
+            images = [image for image in images if image]
+            if column.is_list:
+                row["images"] = images
+            elif images:
+                row["image"] = images[0]
+
+
+def _paths_without_bytes(array: pa.Array, are_embedded: bool) -> list[str | None]:
+    """Return for each image its path if it is not embedded, "" if there is none, and None if it is embedded."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if are_embedded:
+        return [None] * len(array)
+    if not pa.types.is_struct(array.type):
+        return [None if is_valid else "" for is_valid in array.is_valid().to_pylist()]
+    # `struct_field` is null where the struct is.
+    have_bytes = pc.is_valid(pc.struct_field(array, "bytes")).to_pylist()
+    paths: list[str | None] = [None] * len(array)
+    if array.type.get_field_index("path") >= 0:
+        paths = pc.struct_field(array, "path").to_pylist()
+    return [None if has_bytes else path or "" for has_bytes, path in zip(have_bytes, paths)]
+
+
+class ParquetRows(ColumnarFile):
+    """The rows of a Parquet file.
+
+    Args:
+        source: A path or an open binary file.
+        name: The name of the file.
+    """
+
+    def __init__(self, source: Path | IO[bytes], name: str) -> None:
+        require_extra("download", "pyarrow", purpose="Reading Parquet files")
+        import pyarrow.parquet as pq
+
+        # Pass a buffer size, so that only a part of each column is read at a time, and not whole row groups.
+        self.file = pq.ParquetFile(source, buffer_size=1 << 20)
+        super().__init__(name, self.file.schema_arrow)
+
+    def batches(self, names: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, bool]]:
+        """See `ColumnarFile.batches`."""
+        columns = list(names)
+        are_embedded = True
+        batch_rows = _BATCH_ROWS
+        if self.image_column is not None:
+            are_embedded = self._all_have_bytes()
+            leaves = self._image_leaves()
+            # The number of images of a row is that of its paths.
+            paths = [leaf for leaf in leaves if leaf.rpartition(".")[2] == "path"]
+            if are_embedded and paths:
+                columns += paths if self.image_column.is_list else []
+            elif self.image_column.is_list or not are_embedded:
+                columns += leaves
+                batch_rows = _BATCH_ROWS_WITH_BYTES
+        batches = self.file.iter_batches(batch_rows, columns=columns, use_threads=False)
+        for batch in batches:
+            yield batch, are_embedded
+
+    def _image_leaves(self) -> list[str]:
+        """Return the paths of the columns in the file that the image column consists of."""
+        assert self.image_column is not None
+        name = self.image_column.name
+        schema = self.file.schema
+        paths = [schema.column(index).path for index in range(len(schema))]
+        return [path for path in paths if path == name or path.startswith(f"{name}.")]
+
+    def _all_have_bytes(self) -> bool:
+        """Return whether every image is embedded, as far as the statistics of the file tell."""
+        leaves = self._image_leaves()
+        with_bytes = [leaf for leaf in leaves if leaf.rpartition(".")[2] != "path"]
+        metadata = self.file.metadata
+        for group in range(metadata.num_row_groups):
+            row_group = metadata.row_group(group)
+            for index in range(row_group.num_columns):
+                column = row_group.column(index)
+                if column.path_in_schema not in with_bytes:
+                    continue
+                statistics = column.statistics
+                if statistics is None or not statistics.has_null_count or statistics.null_count:
+                    return False
+        return True
+
+
+class ArrowRows(ColumnarFile):
+    """The rows of an Arrow file.
+
+    Args:
+        path: A local file.
+
+    Raises:
+        pyarrow.ArrowException: The file is not an Arrow file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require_extra("download", "pyarrow", purpose="Reading Arrow files")
+        self._path = path
+        super().__init__(path.name, _arrow_schema(path))
+
+    def batches(self, names: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, bool]]:
+        """See `ColumnarFile.batches`."""
+        for batch in _arrow_batches(self._path):
+            # Slices, because text becomes Python objects, and a batch may have any number of rows.
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                yield batch.slice(start, _BATCH_ROWS), False
+
+
+def _arrow_schema(path: Path) -> pa.Schema:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        return _open_arrow(file, path).schema
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        reader = _open_arrow(file, path)
+        if isinstance(reader, pa.ipc.RecordBatchStreamReader):
+            yield from reader
+            return
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+
+
+def _open_arrow(file: Any, path: Path) -> Any:
+    import pyarrow as pa
+
+    with path.open("rb") as stream:
+        has_index = stream.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
+    return pa.ipc.open_file(file) if has_index else pa.ipc.open_stream(file)
+
+
+# ---- single images ----
+
+
+def read_embedded_image(path: Path, key: str) -> bytes:
+    """Read one image.
+
+    Args:
+        path: A Parquet or Arrow file.
+        key: The row, or the row and the position in it: "7" or "7/1".
+
+    Raises:
+        ValueError: The row does not exist, or has no such image.
+        MissingExtraError: pyarrow is not installed.
+    """
+    require_extra("download", "pyarrow", purpose=f"Reading {path.suffix} files")
+    row_text, _, position = key.partition("/")
+    row = int(row_text)
+    if path.suffix == ".arrow":
+        value = _find_arrow_image(path, row)
+    else:
+        value = _find_parquet_image(path, row)
+    if position:
+        values = value.values
+        if values is None or not 0 <= int(position) < len(values):
+            raise ValueError(f"{path}: row {row} has no image {position}")
+        value = values[int(position)]
+    # Only now: the other images of the row need not be copied.
+    image = value.as_py()
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(data, bytes):
+        raise ValueError(f"{path}: row {row} has no image")
+    return data
+
+
+def _check_row(path: Path, row: int, num_rows: int) -> None:
+    if not 0 <= row < num_rows:
+        raise ValueError(f"{path}: no row {row}, the file has {num_rows} rows")
+
+
+def _find_arrow_image(path: Path, row: int) -> Any:
+    column = _arrow_image_column(path, path.stat().st_mtime_ns)
+    _check_row(path, row, len(column))
+    return column[row]
+
+
+def _find_parquet_image(path: Path, row: int) -> Any:
+    """Return the image or the images of a row, as an Arrow scalar."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    _check_row(path, row, metadata.num_rows)
+    group_sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    group_ends = np.cumsum(group_sizes)
+    group = int(np.searchsorted(group_ends, row, side="right"))
+    row_in_group = row - int(group_ends[group] - group_sizes[group])
+    return _read_image_group(path, group)[row_in_group]
+
+
+@lru_cache(maxsize=2)
+def _read_image_group(path: Path, group: int) -> pa.ChunkedArray:
+    """Read the image column of one row group.
+
+    The result is cached, because neighboring rows are usually read next. It stays an Arrow array: converting a thousand
+    images to Python bytes takes longer than reading them.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(path, memory_map=True)
+    name = _name_of_images(path, table.schema_arrow)
+    return table.read_row_group(group, columns=[name], use_threads=False)[0]
+
+
+@lru_cache(maxsize=64)
+def _arrow_image_column(path: Path, _modified_ns: int) -> pa.ChunkedArray:
+    """Map the image column of an Arrow file into memory. Bytes are read from the disk when an image is."""
+    import pyarrow as pa
+
+    reader = _open_arrow(pa.memory_map(str(path)), path)
+    name = _name_of_images(path, reader.schema)
+    return reader.read_all().column(name)
+
+
+def _name_of_images(path: Path, schema: pa.Schema) -> str:
+    column = find_image_column(schema)
+    if column is None:
+        raise ValueError(f"{path}: no column with images")
+    return column.name

@@ -1,0 +1,251 @@
+"""Any source of captions -> a file of records and its image folder, for `llava train --data`.
+
+A file of records is used as it is. Everything else is converted once, into a folder of the cache:
+
+    ~/.cache/llava-simplified/data/<digest>/records.jsonl
+                                            source.json     the source, and what was skipped or repaired
+                                            files/          copies of remote files
+
+The digest covers the source, the options, and the state of the files (sizes and times of modification), so that a changed
+source is converted again.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_simplified.data.image_folder import locate_file
+from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.records import open_records
+from llava_simplified.data.rows import RECORD_SUFFIXES, find_records
+from llava_simplified.data.shards import IMAGE_SUFFIXES
+from llava_simplified.foreign_files import read_json_object
+from llava_simplified.jobs import atomic_directory, exclusive_lock
+from llava_simplified.prepare.convert import convert
+from llava_simplified.prepare.remote_data import (
+    copy_url,
+    is_hub_name,
+    is_url,
+    load_hub_dataset,
+    state_of_url,
+)
+from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
+from llava_simplified.prepare.sources import read_source
+
+logger = logging.getLogger(__name__)
+
+# Part of the digest. Increment it when the records of a source change.
+_VERSION = 1
+_COPIES = "files"  # the folder of copies of remote files
+_NUM_PROBED_ROWS = 20  # whose images decide where the image folder is
+_MAX_SUBFOLDERS = 200  # of a source, in which its images are looked for
+# Seconds to wait for another process that converts the same source, such as another rank of the same run.
+_LOCK_TIMEOUT = 24 * 3600.0
+
+
+class PreparedData(NamedTuple):
+    """A file of records, and where its images are.
+
+    Attributes:
+        records: The file of records.
+        image_folder: The folder that the records' image names are relative to.
+        num_records: Number of records.
+    """
+
+    records: Path
+    image_folder: Path
+    num_records: int
+
+
+def prepare_data(source: str, image_folder: str | None = None) -> PreparedData:
+    """Return the records of any source, converted in the cache if necessary.
+
+    Args:
+        source: Whatever `llava convert` accepts, or the name of a data set on the Hugging Face Hub. Of a remote source,
+            all files are copied.
+        image_folder: The image folder; None means the folder of the source, or the subfolder that contains its images.
+
+    Raises:
+        ValueError: The source cannot be read, or contains no usable record.
+    """
+    records = find_records(Path(source))
+    count = _count_records(records)
+    if count:
+        folder = image_folder or find_image_folder(source)
+        return PreparedData(records, Path(folder), count)
+    dataset = load_hub_dataset(source) if is_hub_name(source) else None
+    # The library knows a version of a data set by its fingerprint.
+    state = _state_of(source) if dataset is None else dataset._fingerprint
+    settings = {"version": _VERSION, "source": _absolute(source), "state": state}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    target = cache_folder() / digest
+    with exclusive_lock(target.with_suffix(".lock"), target, timeout=_LOCK_TIMEOUT):
+        is_new = not target.is_dir()
+        if is_new:
+            with atomic_directory(target) as part:
+                _convert(_copy_here(source, dataset, part / _COPIES), source, part)
+    about = read_json_object(target / "source.json")
+    logger.info(
+        "--data %s: %s records in %s (%s)",
+        source,
+        f"{about['count']:,}",
+        target / "records.jsonl",
+        "converted now" if is_new else "converted before, and unchanged since",
+    )
+    # What is missing must be seen at every run, not only at the first.
+    for line in about["issues"]:
+        logger.warning("%s", line)
+    copies = target / _COPIES
+    folder = copies if copies.is_dir() else Path(image_folder or find_image_folder(source))
+    return PreparedData(target / "records.jsonl", folder, about["count"])
+
+
+def _copy_here(source: str, dataset: Any, target: Path) -> str:
+    """Return a source on this machine: the same one, or a copy of a remote one."""
+    if dataset is not None:
+        dataset.save_to_disk(target)
+        return str(target)
+    return str(copy_url(source, target)) if is_url(source) else source
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted sources."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "llava-simplified" / "data"
+
+
+def _convert(local_source: str, source: str, target: Path) -> None:
+    """Write the records of a source into a folder, and how they were made."""
+    row = next(_rows(local_source), None)
+    if row is not None and row.url and not row.image:
+        raise ValueError(
+            f"--data {source}: its images are URLs. Fetch them with `llava download {source} --output FOLDER`, and pass "
+            "--data FOLDER."
+        )
+    counts, issues = convert(local_source, target / "records.jsonl", keep_paths=True)
+    about = {
+        "source": _absolute(source),
+        "count": sum(counts.values()),
+        "issues": [line.strip() for line in issues.lines()],
+    }
+    text = json.dumps(about, indent=1)
+    (target / "source.json").write_text(text, encoding="utf-8")
+
+
+def _count_records(path: Path) -> int:
+    """Return the number of records of a file that training can read as it is; 0 if it must be converted."""
+    if not path.is_file() or path.suffix not in RECORD_SUFFIXES:
+        return 0
+    row = next(_rows(str(path)), None)
+    if row is None or row.record is None:
+        return 0
+    # An object with an array of records is converted, and so is a file with no record at all, for the error.
+    try:
+        return len(open_records(path, max_bad_records=1.0))
+    except ValueError:
+        return 0
+
+
+def _rows(source: str) -> Iterator[SourceRow]:
+    return read_source(source, ParseIssues(), Columns())
+
+
+# ---- state of a source ----
+
+
+def _absolute(source: str) -> str:
+    return source if is_url(source) or is_hub_name(source) else str(Path(source).absolute())
+
+
+def _state_of(source: str) -> Any:
+    """Return what changes when a source changes: sizes and times of its files, or of a folder a digest of them."""
+    if is_url(source):
+        return state_of_url(source)
+    path = Path(source)
+    if path.is_dir():
+        return _state_of_folder(path)
+    paths = [source]
+    if not path.is_file():
+        paths = sorted(glob.glob(source))  # noqa: PTH207 - the pattern may be absolute
+    return [[name, *_state_of_file(Path(name))] for name in paths]
+
+
+def _state_of_file(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _state_of_folder(folder: Path) -> str:
+    """Return a digest of the names of all files, and of the states of those that are not images."""
+    digest = hashlib.sha256()
+    images = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+    for place, subfolders, names in os.walk(folder):
+        subfolders.sort()
+        names.sort()
+        relative = os.path.relpath(place, folder)
+        for name in names:
+            state: tuple[int, int] | tuple[()] = ()
+            # Pixels are not converted, so that a million images need not be looked at.
+            if not name.lower().endswith(images):
+                with suppress(OSError):  # a broken link
+                    state = _state_of_file(Path(place) / name)
+            line = f"{relative}/{name} {state}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+# ---- the image folder ----
+
+
+def find_image_folder(source: str) -> Path:
+    """Return the folder of the images of a local source: its own folder, or the subfolder that contains them.
+
+    Captions are often beside a folder of images, and name the images inside it: captions.txt and Images/1.jpg.
+
+    Raises:
+        ValueError: The first images are in several subfolders.
+    """
+    path = Path(source)
+    base = path if path.is_dir() else path.parent
+    if not path.exists():
+        # The part of a pattern without wildcards.
+        base = Path(re.split(r"[*?[]", source)[0] + "x").parent
+    rows = itertools.islice(_rows(source), _NUM_PROBED_ROWS)
+    names = [row.image for row in rows if row.image and "#" not in row.image]
+    if not names or _count_images(names, base):
+        return base
+    subfolders = sorted(child for child in base.iterdir() if child.is_dir())[:_MAX_SUBFOLDERS]
+    counts = {child: _count_images(names, child) for child in subfolders}
+    most = max(counts.values(), default=0)
+    best = [child for child, count in counts.items() if count == most]
+    if not most:
+        return base
+    if len(best) > 1:
+        raise ValueError(
+            f"{source}: images such as {names[0]!r} are in {' and in '.join(map(str, best[:3]))}. Name the folder with "
+            "--train_image_folder."
+        )
+    return best[0]
+
+
+def _count_images(names: list[str], folder: Path) -> int:
+    """Return how many images are in a folder."""
+    count = 0
+    for name in names:
+        try:
+            count += locate_file(name, folder) is not None
+        except AmbiguousNameError:
+            count += 1  # found, though more than once
+        except (OSError, ValueError):
+            continue
+    return count

@@ -1,0 +1,68 @@
+"""Folders of Hugging Face `datasets`: the Arrow files of `Dataset.save_to_disk`, which are read without the library.
+
+train/state.json          the files of the data set, in their order
+train/dataset_info.json   its features
+train/data-00000-of-00002.arrow, ...
+dataset_dict.json         in the folder above: the names of the splits
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_simplified.foreign_files import read_json_object, shorten
+
+_DICT_FILE = "dataset_dict.json"
+_STATE_FILE = "state.json"
+
+
+def dataset_folder(folder: Path) -> Path:
+    """Return the folder of a data set: the folder itself, or that of its only split.
+
+    Raises:
+        ValueError: The folder contains several splits.
+    """
+    if not (folder / _DICT_FILE).is_file():
+        return folder
+    splits = read_json_object(folder / _DICT_FILE).get("splits")
+    if not isinstance(splits, list) or not all(_is_name(split) for split in splits):
+        raise ValueError(f"{folder / _DICT_FILE}: 'splits' must be a list of names")
+    if len(splits) != 1:
+        names = ", ".join(str(folder / split) for split in splits)
+        raise ValueError(f"{folder}: contains several splits. Pass the folder of one: {names}")
+    return folder / splits[0]
+
+
+def dataset_files(folder: Path) -> list[Path]:
+    """Return the Arrow files of a data set; [] if the folder contains none.
+
+    Raises:
+        ValueError: `state.json` names a file that does not exist, or the data set is a selection of its rows.
+    """
+    if not (folder / _STATE_FILE).is_file():
+        return []
+    state = read_json_object(folder / _STATE_FILE)
+    entries = state.get("_data_files")
+    if not isinstance(entries, list):
+        return []
+    # Versions before 2.0 saved a selection (`select`, `shuffle`) as all rows with a table of indices.
+    if state.get("_indices_data_files"):
+        raise ValueError(
+            f"{folder}: an old version of `datasets` has saved a selection of the rows. Load it with the library, call "
+            "flatten_indices(), and save it again."
+        )
+    files = []
+    for entry in entries:
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not _is_name(name):
+            raise ValueError(f"{folder / _STATE_FILE}: no name of a file: {shorten(entry)}")
+        path = folder / str(name)
+        if not path.is_file():
+            raise ValueError(f"{folder}: the file {name} of this data set is missing")
+        files.append(path)
+    return files
+
+
+def _is_name(value: object) -> bool:
+    """Return whether a value is the name of something in the folder itself."""
+    return isinstance(value, str) and value not in ("", ".", "..") and Path(value).name == value

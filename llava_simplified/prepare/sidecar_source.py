@@ -1,0 +1,227 @@
+"""Read captions from text files beside the images: `a.jpg` with `a.txt`, `a.caption` or `a.jpg.txt`.
+
+This is how kohya's scripts, OneTrainer and taggui keep captions, in folders of any depth. A sidecar belongs to the image
+whose name it begins with; the full name (`a.jpg.txt`) precedes the stem (`a.txt`). Whatever has no other half is counted
+and named.
+
+A folder may hold millions of files. Only the names of one directory are in memory at a time, as one text each:
+
+    a.jpg        a   NUL  .jpg              sorted, these are next to each other,
+    a.jpg.txt    a   NUL  .jpg.txt          also if `a-1.jpg` stands between the names
+    a-1.jpg      a-1 NUL  .jpg
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from llava_simplified.data.shards import IMAGE_SUFFIXES
+from llava_simplified.prepare.source_files import read_text
+from llava_simplified.prepare.source_rows import ParseIssues, SourceRow
+
+SIDECAR_SUFFIXES = (".txt", ".caption")
+# Values of --sidecar: which files are read, and whether a line is a caption of its own.
+SIDECAR_CHOICES = ("txt", "caption", "lines")
+IMAGE_DOT_SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+_MAX_BYTES = 1 << 20  # a larger file is no caption
+# Separates the parts of a sorted name. No file name contains it, and it sorts before every other character.
+_MARK = "\0"
+
+
+class SidecarOptions(NamedTuple):
+    """How sidecars are read.
+
+    Attributes:
+        suffixes: Suffixes of sidecars, in lower case.
+        lines: Each line is a caption. Otherwise the whole file is one.
+    """
+
+    suffixes: tuple[str, ...] = SIDECAR_SUFFIXES
+    lines: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> SidecarOptions:
+        """Parse a value of `--sidecar`, such as "lines" or "caption,lines"; "" is the default.
+
+        Raises:
+            ValueError: The value is unknown.
+        """
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        unknown = [word for word in words if word not in SIDECAR_CHOICES]
+        if unknown:
+            raise ValueError(
+                f"--sidecar {text}: expected txt, caption or lines, or two of them as in caption,lines"
+            )
+        suffixes = tuple(suffix for suffix in SIDECAR_SUFFIXES if suffix[1:] in words)
+        return cls(suffixes or SIDECAR_SUFFIXES, "lines" in words)
+
+
+class NameGroup(NamedTuple):
+    """The files of a directory whose names are equal up to the suffixes of images and sidecars.
+
+    Attributes:
+        folder: The directory, relative to the source; "" for the source itself.
+        images: Each image, with its sidecars: of its full name, or else of its stem.
+        orphans: Sidecars without an image.
+        others: Files that are neither.
+    """
+
+    folder: str
+    images: list[tuple[str, list[str]]]
+    orphans: list[str]
+    others: list[str]
+
+    def path(self, name: str) -> str:
+        """Return the path of a file, relative to the source."""
+        return str(PurePosixPath(self.folder, name))
+
+
+def read_sidecars(
+    folder: Path, issues: ParseIssues, options: SidecarOptions
+) -> Iterator[SourceRow]:
+    """Yield a row for each image of a folder that has a sidecar with text.
+
+    Raises:
+        ValueError: An image has both a `.txt` and a `.caption`.
+    """
+    number = -1
+    for group in scan_names(folder, options.suffixes):
+        for name in group.orphans:
+            issues.note("sidecar without an image (skipped)", number + 1, group.path(name))
+        for name in group.others:
+            issues.note("another file (not read)", number + 1, group.path(name))
+        for image, sidecars in group.images:
+            number += 1
+            path = group.path(image)
+            if not sidecars:
+                issues.note("image without a sidecar (skipped)", number, path)
+                continue
+            _check_choice(group, image, sidecars)
+            if len(sidecars) > 1:
+                issues.note("several sidecars of one image (first read)", number, path)
+            captions = _read_captions(folder, group.path(sidecars[0]), number, issues, options)
+            if captions:
+                yield SourceRow(number, path, "", captions)
+        # As in kohya's scripts, `a.txt` belongs to `a.jpg` and to `a.png`.
+        shared = [sidecars[0] for _, sidecars in group.images if sidecars]
+        for name in sorted({name for name in shared if shared.count(name) > 1}):
+            issues.note("sidecar of several images (kept for each)", number, group.path(name))
+
+
+def _check_choice(group: NameGroup, image: str, sidecars: list[str]) -> None:
+    """Raise ValueError if an image has sidecars of two kinds, which often are tags and a sentence."""
+    kinds = {Path(name).suffix.lower() for name in sidecars}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{group.path(image)} has {' and '.join(sidecars)}, which may be tags and a sentence. "
+            "Choose with --sidecar txt or --sidecar caption."
+        )
+
+
+def _read_captions(
+    folder: Path, name: str, number: int, issues: ParseIssues, options: SidecarOptions
+) -> tuple[str, ...]:
+    """Return the captions in a sidecar; none if it is empty, and the reason is noted."""
+    path = folder / name
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            issues.note("sidecar of more than a megabyte (skipped)", number, name)
+            return ()
+        text = read_text(path, issues, number).strip()
+    except OSError as error:  # a broken link, or no permission
+        issues.note("sidecar that cannot be read (skipped)", number, error)
+        return ()
+    captions = [text]
+    if options.lines:
+        captions = [line.strip() for line in text.split("\n")]
+    captions = [caption for caption in captions if caption]
+    if not captions:
+        issues.note("empty sidecar (skipped)", number, name)
+    return tuple(captions)
+
+
+# ---- names ----
+
+
+def scan_names(
+    folder: Path, sidecar_suffixes: tuple[str, ...] = SIDECAR_SUFFIXES
+) -> Iterator[NameGroup]:
+    """Yield the files of a folder and of its subfolders, grouped by name, in a fixed order.
+
+    Names that begin with a dot are left out: caches, and the files that macOS adds to archives.
+    """
+    for place, subfolders, files in os.walk(folder, onerror=_raise_error):
+        relative = Path(place).relative_to(folder).as_posix().removeprefix(".")
+        # In place, which `os.walk` permits and follows.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        # `os.walk` does not enter links, which may lead in a circle.
+        links = [name for name in subfolders if (Path(place) / name).is_symlink()]
+        if links:
+            yield NameGroup(relative, [], [], links)
+        # In place too: a directory may hold a million names, and a second list would double the memory.
+        for index, name in enumerate(files):
+            files[index] = _sort_key(name)
+        files.sort()
+        for _, keys in itertools.groupby(files, key=_group_of):
+            names = [_name_of(key) for key in keys]
+            names = [name for name in names if not name.startswith(".")]
+            if names:
+                yield _make_group(relative, names, sidecar_suffixes)
+
+
+def _raise_error(error: OSError) -> None:
+    raise ValueError(f"{error.filename}: this folder cannot be read: {error.strerror}") from error
+
+
+def _make_group(folder: str, names: list[str], sidecar_suffixes: tuple[str, ...]) -> NameGroup:
+    images = [name for name in names if name.lower().endswith(IMAGE_DOT_SUFFIXES)]
+    sidecars = [name for name in names if name.lower().endswith(sidecar_suffixes)]
+    others = [name for name in names if name not in images and name not in sidecars]
+    found: list[tuple[str, list[str]]] = []
+    used: set[str] = set()
+    for image in images:
+        own = [name for name in sidecars if _stem(name) == _compose(image)]
+        if not own:
+            own = [name for name in sidecars if _stem(name) == _stem(image)]
+        used.update(own)
+        found.append((image, own))
+    orphans = [name for name in sidecars if name not in used]
+    return NameGroup(folder, found, orphans, others)
+
+
+def _compose(name: str) -> str:
+    """Return a name with composed characters: macOS decomposes them, and archives mix both."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def _stem(name: str) -> str:
+    return _compose(name).rpartition(".")[0]
+
+
+def _sort_key(name: str) -> str:
+    """Return a text that sorts files of one group next to each other, and contains the name."""
+    composed = _compose(name)
+    stem = composed
+    while True:
+        head, dot, suffix = stem.rpartition(".")
+        is_known = dot + suffix.lower() in (*IMAGE_DOT_SUFFIXES, *SIDECAR_SUFFIXES)
+        if not head or not is_known:
+            break
+        stem = head
+    key = f"{stem}{_MARK}{composed[len(stem) :]}"
+    # Most names are their own composed form, and are not stored twice.
+    return key if composed == name else f"{key}{_MARK}{name}"
+
+
+def _group_of(key: str) -> str:
+    return key.partition(_MARK)[0]
+
+
+def _name_of(key: str) -> str:
+    stem, suffix, *name = key.split(_MARK)
+    return name[0] if name else stem + suffix

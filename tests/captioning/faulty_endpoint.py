@@ -1,0 +1,201 @@
+"""A server with OpenAI's API in a thread, which misbehaves as a test asks."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+def caption_of(image: bytes, number: int = 0) -> str:
+    """Return what the server answers about an image file: a caption that no other image has."""
+    return f"image {hashlib.sha256(image).hexdigest()[:12]} é {number}"
+
+
+class FaultyEndpoint:
+    """What the server has received, and what it does.
+
+    Attributes:
+        url: The base URL.
+        faults: By image file, what happens to its next requests, one each; afterwards it is answered.
+        always: By image file, what happens to all of its requests.
+        max_n: Most answers per request; the server ignores a larger `n`. 0: it refuses `n`.
+        before_answer: Called before each answer with the image file.
+        requests: The bodies of all requests, with the image file as "image".
+        arrivals: By image file, when its requests came.
+        headers: The headers of the last request.
+        most_in_flight: The most requests that were in flight together.
+    """
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.faults: dict[bytes, list[str]] = {}
+        self.always: dict[bytes, str] = {}
+        self.max_n = 100
+        self.before_answer: Callable[[bytes], None] = lambda image: None
+        self.requests: list[dict[str, Any]] = []
+        self.arrivals: dict[bytes, list[float]] = defaultdict(list)
+        self.headers: dict[str, str] = {}
+        self.most_in_flight = 0
+        self.in_flight = 0
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+
+    def captioned(self) -> list[bytes]:
+        """Return the images of all requests, in the order of their arrival."""
+        return [request["image"] for request in self.requests]
+
+
+def completion(texts: list[str | None], **choice: Any) -> dict[str, Any]:
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": "stop",
+            **choice,
+        }
+        for index, text in enumerate(texts)
+    ]
+    return {"id": "1", "object": "chat.completion", "choices": choices}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    endpoint: FaultyEndpoint
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        endpoint = self.endpoint
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        image = image_of(body)
+        with endpoint.lock:
+            endpoint.in_flight += 1
+            endpoint.most_in_flight = max(endpoint.most_in_flight, endpoint.in_flight)
+            endpoint.requests.append({**body, "image": image})
+            endpoint.arrivals[image].append(time.monotonic())
+            endpoint.headers = dict(self.headers)
+            fault = endpoint.always.get(image, "")
+            if endpoint.faults.get(image):
+                fault = endpoint.faults[image].pop(0)
+        try:
+            endpoint.before_answer(image)
+            self.answer(fault, body, image)
+        except OSError:
+            self.close_connection = True  # the client has gone
+        finally:
+            with endpoint.lock:
+                endpoint.in_flight -= 1
+
+    def answer(self, fault: str, body: dict[str, Any], image: bytes) -> None:
+        n = body.get("n", 1)
+        if "n" in body and self.endpoint.max_n == 0:
+            self.send(400, {"error": {"message": "n is not supported"}})
+            return
+        count = min(n, max(1, self.endpoint.max_n))
+        first = body.get("seed", 0)
+        texts: list[str | None] = [caption_of(image, first + k) for k in range(count)]
+        good = completion(texts)
+        if fault.isdecimal():
+            self.send(int(fault), {"error": {"message": f"failed with {fault}"}})
+        elif fault.startswith("429 "):
+            self.send(429, {"error": "slow down"}, {"Retry-After": fault.split()[1]})
+        elif fault == "hang":
+            self.endpoint.closing.wait(30)
+            self.close_connection = True
+        elif fault == "cut":
+            self.send(200, good, cut=20)
+        elif fault == "wrong length":  # more follows than announced
+            self.send(200, good, announced=40)
+        elif fault == "two answers":  # the second looks like the answer to the next request
+            self.send(200, good)
+            self.send(200, completion(["the caption of another image"] * n))
+        elif fault == "bad json":
+            self.send(200, b"<html>Bad gateway</html>")
+        elif fault in ANSWERS:
+            self.send(200, ANSWERS[fault])
+        else:
+            assert not fault, fault
+            self.send(200, good)
+
+    def send(
+        self,
+        status: int,
+        content: Any,
+        headers: dict[str, str] | None = None,
+        announced: int | None = None,
+        cut: int = 0,
+    ) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(announced or len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data[: len(data) - cut])
+        self.wfile.flush()
+        if cut:
+            self.close_connection = True
+
+
+# Answers that are JSON, and no captions.
+ANSWERS: dict[str, Any] = {
+    "no choices": {"choices": []},
+    "a list": [1, 2],
+    "no message": {"choices": [{"text": "old API"}]},
+    "number": completion([7]),  # type: ignore[list-item]
+    "deep": b'{"choices":' + b"[" * 100_000,
+    "not utf-8": b'{"choices": "\xff"}',
+    "refusal": {
+        "choices": [
+            {"message": {"content": None, "refusal": "I can't help"}, "finish_reason": "stop"}
+        ]
+    },
+    "filter": completion([""], finish_reason="content_filter"),
+    "null": completion([None]),
+    "blank": completion([" \n"]),
+    "length": completion(["a long"], finish_reason="length"),
+}
+
+
+def image_of(body: dict[str, Any]) -> bytes:
+    """Return the file of the only image in a conversation; empty if there is none."""
+    for message in body["messages"]:
+        if isinstance(message["content"], str):
+            continue
+        for part in message["content"]:
+            if part["type"] == "image_url":
+                return base64.b64decode(part["image_url"]["url"].partition(";base64,")[2])
+    return b""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+@contextmanager
+def faulty_endpoint() -> Iterator[FaultyEndpoint]:
+    """Run a server on a free port of this machine."""
+    endpoint = FaultyEndpoint()
+    handler = type("Handler", (_Handler,), {"endpoint": endpoint})
+    server = _Server(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    endpoint.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    try:
+        yield endpoint
+    finally:
+        endpoint.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
