@@ -303,6 +303,7 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
         assert np.abs(line - other)[~edges].max() <= 5  # half a pixel of the steepest slope
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("aspect_ratio", "warns"),
     [

@@ -405,6 +405,7 @@ def test_import_command_reads_a_single_projector(
     assert_captions_and_trains(checkpoint, caption, image, data_folder, tmp_path, **options)
 
 
+@pytest.mark.medium
 def test_import_checkpoint_takes_the_borders_from_the_source(
     source: Source, models_folder: Path, tmp_path: Path
 ) -> None:
@@ -610,6 +611,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shape", TEMPLATES)
 def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
     models_folder: Path, image: Path, tmp_path: Path, shape: str
@@ -651,6 +653,7 @@ def test_import_checkpoint_honours_a_template_that_writes_the_image_token(
         export_gguf(tmp_path / "ours", tmp_path / "gguf")
 
 
+@pytest.mark.medium
 def test_import_checkpoint_compares_sources_without_a_template_with_plain(
     models_folder: Path, image: Path, tmp_path: Path
 ) -> None:
@@ -664,6 +667,7 @@ def test_import_checkpoint_compares_sources_without_a_template_with_plain(
     assert captions[0] == captions[1]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("pads_itself", [True, False])
 def test_import_checkpoint_compares_images_with_borders(
     models_folder: Path, tmp_path: Path, pads_itself: bool
@@ -682,6 +686,7 @@ def test_import_checkpoint_compares_images_with_borders(
             import_checkpoint(tmp_path / "stock", tmp_path / "crop", image_aspect_ratio="crop")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -367,6 +367,7 @@ def test_export_stock_writes_what_vllm_loads(
     assert (folder / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_export_stock_writes_a_processor_that_makes_images_square(
     models_folder: Path, data_folder: Path, tmp_path: Path, tower: str
