@@ -23,6 +23,7 @@ def failures(results: dict[str, Any]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_bench_gpu_measures_all_sections_after_one_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def complete_in_zsh(script: str, folder: Path, *lines: str) -> list[str]:
     return completed
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
 def test_zsh_completes_commands_options_and_choices(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -204,7 +204,7 @@ class Workplace:
         ]
 
     def demo(self) -> Commands:
-        return [["--output", self.new("demo")]]
+        return [["--download-only", "--cache-dir", self.new("cache")]]
 
     def doctor(self) -> Commands:
         return [["--cache-dir", self.missing]]
@@ -253,6 +253,7 @@ def fail_to_fetch(_: Path) -> object:
     raise OSError(f"no space on {HOSTILE}")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_lets_data_control_the_terminal(
     workplace: Workplace,

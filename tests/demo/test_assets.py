@@ -381,6 +381,7 @@ def npm(words):
 """
 
 
+@pytest.mark.medium
 def test_fetch_uses_npm_from_pypi_where_npm_is_missing(
     registries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +398,7 @@ def test_fetch_uses_npm_from_pypi_where_npm_is_missing(
     assert assets.npm_command(tmp_path / "downloads") == npm
 
 
+@pytest.mark.medium
 def test_npm_command_reports_a_failed_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,6 +436,7 @@ def test_build_efficientnet_lite0_computes_what_the_original_computes() -> None:
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.medium
 def test_build_efficientnet_lite0_rejects_another_network() -> None:
     weights = random_lite0()
     weights["_blocks.3._se_reduce.weight"] = torch.zeros(1)

@@ -194,6 +194,7 @@ def test_phrase_is_found_in_tokens_that_are_parts_of_characters() -> None:
     assert words.banned_ids([0, 1]) == [2]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", [{"temperature": 1.0}, {"num_beams": 3}, {}])
 def test_generated_text_contains_no_forbidden_word(models_folder: Path, options: dict) -> None:
     model = build(models_folder)

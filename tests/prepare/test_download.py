@@ -526,6 +526,7 @@ def test_download_progress_can_be_disabled(
 # ---- other file systems ----
 
 
+@pytest.mark.medium
 def test_download_to_another_file_system(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

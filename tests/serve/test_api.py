@@ -412,6 +412,7 @@ def test_strict_model_refuses_other_names(model: Llava) -> None:
                 assert len(response.content) < 2000
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_max_tokens_is_clamped_to_limit_and_context(
     model: Llava, photos: list[bytes], name: str

@@ -52,6 +52,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "sampled"])
 def test_captions_of_our_server_equal_those_of_the_model(
     model: Llava, server: LiveServer, folder: Path, tmp_path: Path, options: GenerationOptions

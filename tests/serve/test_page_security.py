@@ -146,6 +146,7 @@ def test_routes_need_key_as_in_table(server: LiveServer, key: str, path: str) ->
             assert status in expected
 
 
+@pytest.mark.medium
 def test_other_paths_do_not_exist(client: httpx.Client, server: LiveServer, key: str) -> None:
     paths = [
         "/docs",
@@ -637,6 +638,7 @@ EXTREME: list[tuple[dict[str, Any], int]] = [
 ]
 
 
+@pytest.mark.medium
 def test_extreme_options_fail_only_their_own_request(
     model: Llava, client: httpx.Client, server: LiveServer, photos: Sequence[bytes]
 ) -> None:
@@ -683,6 +685,7 @@ def test_tiny_temperature_is_greedy(
         assert response.json()["choices"][0]["message"]["content"] == expected
 
 
+@pytest.mark.medium
 def test_attention_while_others_generate(
     model: Llava, client: httpx.Client, photos: Sequence[bytes]
 ) -> None:

@@ -109,7 +109,9 @@ def test_plan_forecasts_peak_memory_within_a_fifth(
     changes["lora_r"] = 16
     large = training_options(models_folder, data_folder, tmp_path / "large", **changes)
     result = tmp_path / "peak"
-    fork_process(measure_peak, small, large, result).join()
+    process = fork_process(measure_peak, small, large, result)
+    process.join()
+    assert process.exitcode == 0
     measured = int(result.read_text())
     assert make_plan(*parse_arguments(large)).peak == pytest.approx(measured, rel=0.2)
 

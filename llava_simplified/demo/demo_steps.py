@@ -267,13 +267,13 @@ class Watcher:
         self._printed_captions = True
         first_step, rows = next(iter(captions.items()))
         print_line = self.demo.terminal.print
-        print_line(f"Captions of drawings that the model has not seen, after {first_step} steps:")
+        print_line(
+            f"  After {first_step} steps, the model says about drawings that it has not seen:"
+        )
         for row in rows[:PRINTED_CAPTIONS]:
             caption = escape_control_characters(row.caption)
-            print_line(f"  {row.reference[:36]:<38}{caption[:60]}")
-        print_line(
-            f"  (left: the right name; more in {self.demo.output / 'report.html'}, which reloads itself)"
-        )
+            print_line(f"    {caption[:44]:<46}(right: {row.reference[:40]})")
+        print_line(f"  More are in {self.demo.output / 'report.html'}, which reloads itself.")
 
     def _write_report(self, progress: Progress, left: str) -> None:
         assert self.images is not None
