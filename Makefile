@@ -15,7 +15,7 @@ endif
 CORE := $(VENV)/.core
 STAMP := $(VENV)/.installed
 
-.PHONY: setup setup-browser demo demo-long docs site test test-quick fuzz lint bench constraints clean
+.PHONY: setup setup-browser demo demo-long one-file docs site test test-quick fuzz lint bench constraints clean
 
 # what `make demo` needs: the core, the reader of the language model's file, and what its last lines suggest to run
 $(CORE): pyproject.toml constraints.txt
@@ -46,11 +46,20 @@ demo: $(CORE)
 demo-long: $(CORE)
 	@$(BIN)/llava demo --long --output output/demo-long
 
-# the tutorial follows a drawing through the demo's model: run `make demo` first
+# the tutorial and the notes of the one file follow a drawing through trained models: run `make demo` and
+# `make one-file` first
 docs: $(STAMP)
 	$(BIN)/python docs/make_tutorial.py
+	$(BIN)/python docs/make_one_file.py --checkpoint output/one-file
 	$(BIN)/python docs/make_picture.py
 	$(MAKE) site
+
+# train llava_in_one_file.py on the demo's drawings, which `make demo` downloads
+ASSETS := $(HOME)/.cache/llava-simplified/demo-v1
+one-file: $(CORE)
+	$(BIN)/python llava_in_one_file.py --pool 3 --layer -1 \
+	  --data $(ASSETS)/drawings/train.json --images $(ASSETS)/drawings/images \
+	  --language_model $(ASSETS)/language_model --vision_tower $(ASSETS)/vision_tower
 
 # build the pages into site/: every link and anchor is checked, a warning is an error; needs no network.
 # Not with --quiet: mkdocs would drop the warnings before --strict counts them
@@ -65,12 +74,12 @@ test: $(STAMP)
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not medium and not slow"
 
-# all of the attacks, of which `make test` takes a sample; then ten minutes each: random bytes for the decoder,
-# the tar reader and the sources
+# all of the attacks, of which `make test` takes a sample; then ten minutes each: random bytes for every door where
+# strangers' bytes come in
 fuzz: $(STAMP)
 	FUZZ=1 $(BIN)/python -m pytest -n 2 tests/attack
 	$(INSTALL) -e '.[fuzz]'
-	for target in images shards sources; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
+	for target in images shards sources config prompt http; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

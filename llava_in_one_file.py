@@ -73,7 +73,6 @@ def load_image(path, processor):
         rows, columns = processor.crop_size["height"], processor.crop_size["width"]
         top, left = (height - rows) // 2, (width - columns) // 2
         pixels = pixels[:, top : top + rows, left : left + columns]
-
     mean = torch.tensor(processor.image_mean).view(3, 1, 1)
     std = torch.tensor(processor.image_std).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
@@ -94,28 +93,29 @@ IGNORE = -100  # the label of a token that is not trained
 IMAGE = -200  # the id that stands for an image token; no vocabulary contains it
 
 
-def make_prompt(tokenizer, text, num_image_tokens):
-    """Return the token ids of an image and the text after it, as a list."""
-    # Trap: there must be exactly one BOS token ("<s>"). Many tokenizers add one to every text that they
-    # encode, so we turn that off and add it ourselves. Some models (Qwen) have none.
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    # Trap: some tokenizers also put a space before the first word of a text. This text is not the first,
-    # the image comes before it. So encode it behind some other token, whose id is then cut off.
-    ids = tokenizer(tokenizer.eos_token + text, add_special_tokens=False).input_ids[1:]
-    return bos + [IMAGE] * num_image_tokens + ids
+def encode(tokenizer, text):
+    """Return the token ids of a text that is not the beginning of a sequence."""
+    # Trap: many tokenizers add a BOS token ("<s>") to every text, so turn that off. Some also put a space
+    # before the first word. So encode the text behind some other token, and cut off the id of that.
+    return tokenizer(tokenizer.eos_token + text, add_special_tokens=False).input_ids[1:]
+
+
+def make_prompt(tokenizer, instruction, num_image_tokens):
+    """Return the token ids before the answer: one BOS token, the image, the instruction."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # Qwen has none
+    return bos + [IMAGE] * num_image_tokens + encode(tokenizer, f"\n{instruction}\n")
 
 
 def make_sequence(tokenizer, record, num_image_tokens):
     """Return the input ids and the labels of one record, two lists of the same length L."""
-    question = f"\n{record['instruction']}\n"
-    prompt = make_prompt(tokenizer, question, num_image_tokens)
-    # Encode question and answer together, then cut. Encoded alone, the answer could get another space.
-    ids = make_prompt(tokenizer, question + record["response"], num_image_tokens)
-    if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
-        raise ValueError(f"{record['image']}: the answer is empty, or merges with the prompt")
-    ids += [tokenizer.eos_token_id]
-    labels = [IGNORE] * len(prompt) + ids[len(prompt) :]
-    return ids, labels
+    if not record["response"].strip():
+        raise ValueError(f"{record['image']}: the response is empty")
+    prompt = make_prompt(tokenizer, record["instruction"], num_image_tokens)
+    # Trap: encoded together, the end of the prompt and the beginning of the answer could become one token,
+    # which is not there when a caption is generated. So encode the answer alone, as it is after a newline.
+    answer = encode(tokenizer, "\n" + record["response"])[len(encode(tokenizer, "\n")) :]
+    answer = [*answer, tokenizer.eos_token_id]
+    return prompt + answer, [IGNORE] * len(prompt) + answer
 
 
 def collate(sequences, pad_id):
@@ -155,10 +155,12 @@ class Llava(nn.Module):
         outputs = self.vision_tower(pixels, output_hidden_states=True)
         # A vision transformer cuts the image into patches (CLIP ViT-B/16: 14 x 14), and each layer returns
         # a vector per patch. LLaVA uses the last layer but one, because CLIP's last one has lost details.
-        features = outputs.hidden_states[self.settings["mm_vision_select_layer"]]
+        layer = self.settings["mm_vision_select_layer"]
+        features = outputs.hidden_states[layer]
         if features.dim() == 4:
             # A convolutional network returns maps (B, C, rows, columns): each location becomes a token.
-            features = outputs.last_hidden_state.flatten(2).transpose(1, 2)
+            features = outputs.last_hidden_state if layer == -1 else features
+            features = features.flatten(2).transpose(1, 2)
         # Drop the CLS token, which comes before the patches: (B, 1 + 196, C) -> (B, 196, C).
         side = math.isqrt(features.shape[1])
         features = features[:, -side * side :]
@@ -308,7 +310,7 @@ def train(model, batches, folder, cache, steps, warmup, peak_rate):
         yield loss.item()
 
 
-# ---- 7. Save and load what was trained: a few MB. The base models are only named. ----
+# ---- 7. Save and load what was trained. The frozen models are only named. ----
 def adapter_weights(model):
     """Return the weights of LoRA by their names in PEFT."""
     weights = model.language_model.state_dict()
@@ -366,7 +368,7 @@ def caption(model, path, temperature=0.0, max_new_tokens=32):
     tokenizer, language_model = model.tokenizer, model.language_model
     features = model.encode_images(load_image(path, model.processor)[None])  # (1, N, C)
     # Use the prompt of the training, character by character. Any other one makes captions worse.
-    prompt = make_prompt(tokenizer, f"\n{model.settings['instruction']}\n", features.shape[1])
+    prompt = make_prompt(tokenizer, model.settings["instruction"], features.shape[1])
     inputs = model.splice(torch.tensor([prompt], device=features.device), features)  # (1, L, D)
     cache = None
     generated = []
@@ -408,8 +410,7 @@ def main(argv=None):
     records = read_records(args.data)
     random.seed(0)
     random.shuffle(records)
-    # The first eight are not trained. They are captioned below.
-    unseen, records = records[:8], records[8:]
+    unseen, records = records[:8], records[8:]  # never trained, but captioned below
     # The names are those of LLaVA ("mm" is multimodal), and of the package's checkpoints.
     settings = {
         "language_model": args.language_model,

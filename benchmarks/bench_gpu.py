@@ -8,7 +8,8 @@ Accelerate, too. Nothing is installed or downloaded: all models are random, in t
 ViT-B/16, and are made on the device.
 
 Each section is a process of its own with a time limit. A section that fails, runs out of memory or is killed at
-its limit ends no other one, and keeps what it has measured. `--output` is rewritten after every section.
+its limit ends no other one, and keeps what it has measured. `--output` is rewritten after every section; beside it,
+a `.log` has the warnings of all sections.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ SECTIONS = {
     "resume": 40,
 }
 TIME_LIMIT = 470  # seconds for all sections
+START_LIMIT = 90  # seconds for the imports of a section; only the first one has to wait for them
 # Packages that the measured code imports, but does not need here.
 OPTIONAL_PACKAGES = ("simplejpeg",)
 
@@ -76,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         section, path = args.run
         return run_child(args, section, Path(path))
     results: dict[str, Any] = {}
-    end = time.monotonic() + args.time_limit
+    args.output.with_suffix(".log").unlink(missing_ok=True)
+    end = time.monotonic() + (math.inf if args.in_process else args.time_limit)
     with tempfile.TemporaryDirectory() as folder:
         children = Children(args, Path(folder))
         for section in args.sections:
@@ -96,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             }
             print(f"== {section}: {state}, {results[section]['seconds']} s\n", flush=True)
             write_results(args.output, results)
+            append_log(args.output.with_suffix(".log"), section, children.log_file(section))
         children.stop()
     failures = list_failures(results)
     for failure in failures:
@@ -117,6 +121,13 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
     temporary.replace(path)
+
+
+def append_log(path: Path, section: str, log: Path) -> None:
+    """Append what a section wrote to its standard error: warnings say which fast path was not taken."""
+    if log.exists():
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(f"== {section}\n{log.read_text(encoding='utf-8', errors='replace')}\n")
 
 
 def list_failures(results: dict[str, Any]) -> list[str]:
@@ -154,9 +165,16 @@ class Children:
         """Return the file of a section's measurements."""
         return self._folder / f"{section}.jsonl"
 
+    def log_file(self, section: str) -> Path:
+        """Return the file of what a section writes to its standard error."""
+        return self._folder / f"{section}.log"
+
     def run(self, section: str, limit: float) -> str:
         """Run a section; return "done", or what has ended it."""
         process = self._take(section)
+        if not self._wait_until_ready(section, process):
+            kill(process)
+            return f"killed: its imports took more than {START_LIMIT} s"
         assert process.stdin is not None
         try:
             process.stdin.write(f"{limit}\n")
@@ -174,13 +192,22 @@ class Children:
             return f"killed after {limit:.0f} s"
         if process.returncode == 0:
             return "done"
-        log = (self._folder / f"{section}.log").read_text(encoding="utf-8", errors="replace")
+        log = self.log_file(section).read_text(encoding="utf-8", errors="replace")
         return f"failed: {log.strip()[-1500:]}"
 
     def stop(self) -> None:
         """End processes that wait for their turn."""
         for process in self._waiting.values():
             kill(process)
+
+    def _wait_until_ready(self, section: str, process: subprocess.Popen[str]) -> bool:
+        """Return whether a process has imported everything, or has ended, within the limit."""
+        end = time.monotonic() + START_LIMIT
+        while time.monotonic() < end:
+            if ready_file(self.result_file(section)).exists() or process.poll() is not None:
+                return True
+            time.sleep(0.02)
+        return False
 
     def _next(self, section: str) -> str | None:
         sections = self._args.sections
@@ -197,10 +224,15 @@ class Children:
                 command += [f"--{option}", getattr(self._args, option)]
         if self._args.tiny:
             command.append("--tiny")
-        with (self._folder / f"{section}.log").open("w") as log:
+        with self.log_file(section).open("w") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stderr=log, text=True, start_new_session=True
             )
+
+
+def ready_file(path: Path) -> Path:
+    """Return the file by which a child says that it has imported everything."""
+    return path.with_suffix(".ready")
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -213,6 +245,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 def run_child(args: argparse.Namespace, section: str, path: Path) -> int:
     """Import everything, wait for the section's turn, and run it."""
     module = import_section(section)
+    ready_file(path).touch()
     limit = sys.stdin.readline()
     if not limit:
         return 1  # The parent has ended.

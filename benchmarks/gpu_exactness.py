@@ -274,15 +274,23 @@ def dynamic_cache() -> Iterator[None]:
         generation.find_static_decoder = find
 
 
-def generate(model: Llava, prompts: list[list[int]], pixels: torch.Tensor) -> list[list[int]]:
+def generate(
+    workload: Workload, model: Llava, prompts: list[list[int]], pixels: torch.Tensor
+) -> list[list[int]]:
     """Return the token ids of greedy search; each prompt has one image."""
     with torch.inference_mode():
         features = model.vision_tower(pixels.to(model.device))
-        batch = DecodingBatch(model, prompts, features, GenerationOptions(max_new_tokens=24))
+        options = GenerationOptions(max_new_tokens=num_tokens(workload))
+        batch = DecodingBatch(model, prompts, features, options)
     while batch.active:
         batch.step()
     batch.raise_errors()
     return list(batch.generated_ids.values())
+
+
+def num_tokens(workload: Workload) -> int:
+    """Return how many tokens are generated."""
+    return workload.pick(24, 8)
 
 
 def make_prompts(workload: Workload) -> tuple[Llava, list[list[int]], torch.Tensor]:
@@ -290,7 +298,7 @@ def make_prompts(workload: Workload) -> tuple[Llava, list[list[int]], torch.Tens
     model = build_trained(workload, torch.float32).requires_grad_(False)
     prompt = caption_prompt(model)
     # Repeat text in the prompts: different lengths, one image each.
-    prompts = [prompt + prompt[2:4] * number for number in range(6)]
+    prompts = [prompt + prompt[2:4] * number for number in range(workload.pick(6, 3))]
     pixels = torch.stack(list(make_images(workload).values())[: len(prompts)])
     return model, prompts, pixels
 
@@ -298,10 +306,10 @@ def make_prompts(workload: Workload) -> tuple[Llava, list[list[int]], torch.Tens
 def compare_batch_sizes(workload: Workload) -> Values:
     """Prompts in one batch, and each by itself."""
     model, prompts, pixels = make_prompts(workload)
-    together = generate(model, prompts, pixels)
+    together = generate(workload, model, prompts, pixels)
     alone = []
     for index, prompt in enumerate(prompts):
-        alone += generate(model, [prompt], pixels[index : index + 1])
+        alone += generate(workload, model, [prompt], pixels[index : index + 1])
     assert together == alone, f"{together} is not {alone}"
     return {"tokens": sum(len(ids) for ids in together)}
 
@@ -310,8 +318,8 @@ def compare_decoders(workload: Workload) -> Values:
     """Static buffers with CUDA graphs, and a `DynamicCache`."""
     model, prompts, pixels = make_prompts(workload)
     with dynamic_cache():
-        expected = generate(model, prompts, pixels)
-    actual = generate(model, prompts, pixels)
+        expected = generate(workload, model, prompts, pixels)
+    actual = generate(workload, model, prompts, pixels)
     assert actual == expected, f"{actual} is not {expected}"
     uses_graphs = generation.find_static_decoder(model) is not None
     if workload.device.type == "cuda":
@@ -323,7 +331,7 @@ def compare_with_stock(workload: Workload) -> Values:
     """Our greedy search, and `generate` of stock LLaVA."""
     model, prompts, pixels = make_prompts(workload)
     prompts = [prompts[0]] * len(prompts)
-    actual = generate(model, prompts, pixels)
+    actual = generate(workload, model, prompts, pixels)
     stock = to_stock(model)
     place = prompts[0].index(IMAGE_INDEX)
     image = [stock.config.image_token_id] * model.vision_tower.num_tokens
@@ -333,7 +341,7 @@ def compare_with_stock(workload: Workload) -> Values:
         input_ids=ids.to(model.device),
         attention_mask=torch.ones_like(ids).to(model.device),
         pixel_values=normalized,
-        max_new_tokens=24,
+        max_new_tokens=num_tokens(workload),
         do_sample=False,
         eos_token_id=model.prompt.stop_ids,
         pad_token_id=1,

@@ -35,7 +35,7 @@ from gpu_models import (
 )
 from gpu_report import Report, Values
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers import TrainingArguments as StockArguments
 
 from llava_simplified.arguments import TrainingArguments, parse_arguments
@@ -371,6 +371,7 @@ def time_steps(workload: Workload, trainer: Any, captions: int) -> Values:
     """Train; return captions per second and the peak of the memory."""
     clock = StepClock(workload)
     trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
     if workload.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer.train()

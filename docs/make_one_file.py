@@ -30,10 +30,10 @@ from llava_simplified.demo.assets import DemoAssets, fetch  # noqa: E402
 
 SETTINGS = {
     "mm_projector_type": "linear",
-    "mm_vision_select_layer": -2,
+    "mm_vision_select_layer": -1,
     "mm_token_pool": 3,
     "template": "bare",
-    "instruction": "What is this?",
+    "instruction": "",
     "dtype": "float32",
 }
 

@@ -52,12 +52,12 @@ def options_from_data(given: Mapping[str, list[str]]) -> DataOptions:
 
     from llava_simplified.prepare.data_cache import prepare_data
 
-    folder = given.get("train_image_folder") or given.get("image_folder") or [None]
-    data = prepare_data(source, folder[0])
+    folder = given.get("train_image_folder") or given.get("image_folder")
+    data = prepare_data(source, folder[0] if folder else None)
     options["train_data_path"] = str(data.records)
     options["train_image_folder"] = str(data.image_folder)
     if is_small:
-        options["num_train_epochs"] = str(_choose_epochs(data.count))
+        options["num_train_epochs"] = str(_choose_epochs(data.num_records))
         options["output_dir"] = str(Path("output") / _name_of(source))
     options = {name: value for name, value in options.items() if name not in given}
     if is_small:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import io
 import json
 import logging
 import shutil
+import sys
+import types
 from pathlib import Path
 
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from forms import save_to_disk
 
 import llava_simplified.small_models
+from llava_simplified import extras
 from llava_simplified.arguments import parse_arguments
+from llava_simplified.data.images import read_image_bytes
 from llava_simplified.prepare.data_cache import find_image_folder, prepare_data
 from llava_simplified.training import train_command
 from llava_simplified.training.preflight import preflight
@@ -48,7 +58,7 @@ def test_prepare_data_converts_once_and_again_if_the_source_changes(
 ) -> None:
     package_log.set_level(logging.INFO)
     first = prepare_data("my_folder")
-    assert first.count == 6
+    assert first.num_records == 6
     assert first.image_folder.samefile(folder)
     assert str(first.records) in package_log.text
     assert "lost.txt" in package_log.text
@@ -65,7 +75,7 @@ def test_prepare_data_converts_once_and_again_if_the_source_changes(
     assert captions["0.jpg"] == "another caption"
     assert len(read_lines(first.records)) == 6, "a run that reads it may still be going on"
     (folder / "0.jpg").rename(folder / "lost.jpg")
-    assert prepare_data("my_folder").count == 6
+    assert prepare_data("my_folder").num_records == 6
     assert [row["image"] for row in read_lines(prepare_data("my_folder").records)][-1] == "lost.jpg"
 
 
@@ -80,8 +90,88 @@ def test_prepare_data_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_prepare_data_uses_records_as_they_are(data_folder: Path) -> None:
     data = prepare_data(str(data_folder / "train.json"))
     assert data.records == data_folder / "train.json"
-    assert data.count == 12
+    assert data.num_records == 12
     assert data.image_folder == data_folder / "images", "the subfolder that contains the images"
+
+
+def parquet_bytes(caption: str) -> bytes:
+    images = [{"bytes": b"x", "path": None}, {"bytes": b"y", "path": None}]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": images, "text": [caption, "a dog"]}), buffer)
+    return buffer.getvalue()
+
+
+def test_prepare_data_copies_remote_files_with_their_images() -> None:
+    files = fsspec.filesystem("memory")
+    files.pipe("/hub/train-0.parquet", parquet_bytes("a cat"))
+    files.pipe("/hub/train-1.parquet", parquet_bytes("a bird"))
+    source = "memory://hub/train-*.parquet"
+    try:
+        data = prepare_data(source)
+        assert [row["response"] for row in read_lines(data.records)] == [
+            *("a cat", "a dog"),
+            *("a bird", "a dog"),
+        ]
+        for row, content in zip(read_lines(data.records), [b"x", b"y"] * 2):
+            assert read_image_bytes(row["image"], data.image_folder) == content
+        assert prepare_data(source) == data
+        files.pipe("/hub/train-0.parquet", parquet_bytes("another cat"))
+        changed = prepare_data(source)
+        assert read_lines(changed.records)[0]["response"] == "another cat"
+        with pytest.raises(ValueError, match=r"hub: a folder.*\*\.parquet"):
+            prepare_data("memory://hub")
+        with pytest.raises(ValueError, match="no file matches"):
+            prepare_data("memory://hub/test-*.parquet")
+    finally:
+        files.rm("/hub", recursive=True)
+
+
+class FakeDataset:
+    """What `datasets.load_dataset` returns, as far as it is used."""
+
+    def __init__(self, caption: str) -> None:
+        self.caption = caption
+        self._fingerprint = caption
+
+    def save_to_disk(self, folder: Path) -> None:
+        save_to_disk(folder, [pa.table({"image": [{"bytes": b"x"}], "text": [self.caption]})])
+
+
+def test_prepare_data_loads_a_dataset_of_the_hub_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    splits = {"train": FakeDataset("a cat"), "test": FakeDataset("a dog")}
+    module = types.ModuleType("datasets")
+    module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+    module.load_dataset = lambda name, split: splits[split] if split else splits  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    for source, caption in (("owner/pets", "a cat"), ("owner/pets/test", "a dog")):
+        data = prepare_data(source)
+        (row,) = read_lines(data.records)
+        assert row["response"] == caption
+        assert read_image_bytes(row["image"], data.image_folder) == b"x"
+    splits["train"] = FakeDataset("changed")
+    assert read_lines(prepare_data("owner/pets").records)[0]["response"] == "changed"
+    del splits["train"]
+    splits["val"] = FakeDataset("x")
+    with pytest.raises(ValueError, match=r"owner/pets/test, owner/pets/val"):
+        prepare_data("owner/pets")
+
+
+def test_prepare_data_without_the_library_names_the_missing_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"my/photos: no such file or folder.*datasets"):
+        prepare_data("my/photos")
+    with pytest.raises(ValueError, match=r"my/photos.csv: no such file"):
+        prepare_data("my/photos.csv")
+
+
+def test_prepare_data_of_urls_says_how_to_fetch_them(tmp_path: Path) -> None:
+    (tmp_path / "urls.tsv").write_text("a cat\thttp://a.example/1.jpg\n")
+    with pytest.raises(ValueError, match=r"llava download urls\.tsv"):
+        prepare_data("urls.tsv")
 
 
 def test_find_image_folder_does_not_choose_between_two(tmp_path: Path) -> None:

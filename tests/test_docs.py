@@ -28,6 +28,8 @@ ELSEWHERE = {
     "--num_gpus",
     "--num_accelerators",
     "--group_by_length",
+    "--pool",
+    "--layer",  # of llava_in_one_file.py
 }
 TRANSLATED = {f"--{name}" for name in (*RENAMED, *NO_EFFECT, *MUST_BE_OFF)}
 

@@ -28,6 +28,6 @@ def test_solution_runs(
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     words = ["--data", data_folder / "train.json", "--images", data_folder / "images"]
     words += ["--language_model", models_folder / "llama", "--vision_tower", models_folder / "clip"]
-    words += ["--dtype", "float32", "--batch_size", 6, "--steps", 60, "--rate", 1e-2]
+    words += ["--dtype", "float32", "--batch_size", 6, "--steps", 15, "--rate", 1e-2]
     load_module(path).main([str(word) for word in words])
     assert capsys.readouterr().out

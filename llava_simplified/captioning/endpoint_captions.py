@@ -61,6 +61,7 @@ def caption_at_endpoint(
         EndpointError: The job cannot go on: a wrong setting, a server that is gone, or too many failures.
         ValueError: An option cannot be expressed in a request.
     """
+    # Options that cannot be expressed in a request are refused here, before anything is sent.
     captioner = _EndpointCaptioner(records, image_folder, options, endpoint, indices)
     # The loop runs only while the next rows are awaited; the caller writes them in between.
     loop = asyncio.new_event_loop()
@@ -79,6 +80,7 @@ def caption_at_endpoint(
 
 def _cancel_tasks(loop: asyncio.AbstractEventLoop) -> None:
     """Cancel all tasks of a loop, for example after Ctrl-C, and wait until they have ended."""
+    # After Ctrl-C, `next_rows` is among them.
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
@@ -134,6 +136,7 @@ class _EndpointCaptioner:
             done = await self._results.get()
             if done is None:
                 return None
+            # Answers come in any order.
             self._waiting[done.position] = done
             while self._next_position in self._waiting:
                 self._add_rows(self._waiting.pop(self._next_position), rows, failed_rows)
@@ -153,6 +156,7 @@ class _EndpointCaptioner:
         assert isinstance(done.record, Record)  # others have no captions
         for choice in done.outcome:
             row = prediction_row(index, done.record, choice.text)
+            # "stop", the usual reason, is left out: rows of a local model have none either.
             if choice.finish_reason == "length":
                 row["finish_reason"] = "length"
                 self._oddities["cut at --max-new-tokens"] += 1
@@ -164,6 +168,7 @@ class _EndpointCaptioner:
 
     async def run_workers(self) -> None:
         """Run all workers. When they have ended, for example by an error, put None into the results."""
+        # Twice as many as slots; see the top of this module.
         count = min(2 * self._endpoint.concurrency, len(self._indices))
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -191,6 +196,7 @@ class _EndpointCaptioner:
             self._results.put_nowait(await self._caption(position))
 
     async def _caption(self, position: int) -> _Done:
+        # In this thread, because files of records are not made for several.
         record = parse_record(self._records, self._indices[position])
         if isinstance(record, ValueError):
             return _Done(position, record, record)
@@ -210,6 +216,7 @@ class _EndpointCaptioner:
         Raises:
             ImageError: An image cannot be read.
         """
+        # The images of all turns are in one list, in the order of their placeholders.
         images = iter(record.images)
         return [self._message(turn, images) for turn in record.turns]
 
@@ -218,6 +225,7 @@ class _EndpointCaptioner:
         if turn.role != "user" or IMAGE_PLACEHOLDER not in turn.content:
             return {"role": turn.role, "content": turn.content}
         parts: list[dict[str, Any]] = []
+        # There is one image between two neighboring texts.
         texts = turn.content.split(IMAGE_PLACEHOLDER)
         for number, text in enumerate(texts):
             if number:
@@ -234,6 +242,7 @@ class _EndpointCaptioner:
 
     def _data_url(self, name: str) -> str:
         data = read_image_bytes(name, self._image_folder, self._matches)
+        # It is decoded as strictly as for a local model: a damaged image is never sent.
         image = portable_image(data, self._endpoint.max_side)
         encoded = base64.b64encode(image.data).decode("ascii")
         return f"data:{_MEDIA_TYPES[image.suffix]};base64,{encoded}"

@@ -42,9 +42,11 @@ MIN_PAUSE = 0.1  # seconds; `Retry-After: 0` must not become a busy loop
 FIRST_PAUSE = 0.5  # seconds before the first retry; doubled with every further one
 MAX_PAUSE = 30.0
 CONNECT_TIMEOUT = 20.0
+# No caption is that long. It protects the memory from an answer without an end.
 MAX_ANSWER_BYTES = 16_000_000
 MAX_MESSAGE_LENGTH = 300
 
+# llama-server answers 503 while it loads its model; some hosted services answer 529 when they are overloaded.
 _BUSY_STATUSES = (429, 503, 529)
 _TRANSIENT_STATUSES = (408, 425)
 # The address, the key or the name of the model is wrong, or the account is empty: no record would succeed.
@@ -111,11 +113,13 @@ class EndpointClient:
         self._num_choices = options.num_return_sequences
         self._fields = request_fields(options, endpoint)
         self._headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        # Servers of one's own need no key, and some refuse an empty one.
         key = endpoint.api_key()
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._max_n = self._num_choices  # becomes 1 if the server refuses `n`
+        # Whether a status 403 can still mean that the key is wrong.
         self._has_answered = False
         # The pause of all requests; see the top of this module.
         self._resume_at = 0.0
@@ -148,6 +152,7 @@ class EndpointClient:
             RecordError: The record has no answer. It is counted.
             EndpointError: The job cannot go on.
         """
+        # Count here and not where errors are raised: `_complete` tries some requests without `n` again.
         try:
             return await self._complete(messages)
         except RecordError as error:
@@ -172,7 +177,9 @@ class EndpointClient:
                     raise
                 max_n = 1  # perhaps because of `n`
                 continue
+            # More answers than requested would make too many rows for this record.
             choices += answer[:n]
+            # Only now it is known that `n` was the reason, and not the image.
             if max_n < self._max_n:
                 logger.info("The server accepts one answer per request only (n=1).")
                 self._max_n = max_n
@@ -198,6 +205,7 @@ class EndpointClient:
 
     async def _request(self, body: Mapping[str, Any]) -> list[Choice]:
         """Send one request, and retry it after failures of the server."""
+        # Encode once: with its images, a request has some hundred kilobytes.
         data = json.dumps(body).encode()
         attempt = 0
         while True:
@@ -220,6 +228,7 @@ class EndpointClient:
             while (pause := self._resume_at - time.monotonic()) > 0:
                 # Not all at the same moment, or the same requests would be refused again.
                 await asyncio.sleep(pause + random.uniform(0, MIN_PAUSE))
+            # A pause may begin while the request is under way; see `_pause`.
             sent_at = time.monotonic()
             try:
                 choices = await self._post(data)
@@ -262,6 +271,7 @@ class EndpointClient:
             _UnavailableError, _TransientError, RecordError, EndpointError: See the top of this module.
         """
         url = self.endpoint.completions_url
+        # A redirected POST would become a GET, or send the key to another host.
         try:
             async with self._session.post(url, data=data, allow_redirects=False) as response:
                 answer = await _read_answer(response)
@@ -274,12 +284,14 @@ class EndpointClient:
             ) from None
         except (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch, ssl.SSLError) as error:
             raise EndpointError(f"--endpoint {self.endpoint.url}: {error}") from None
+        # Must follow the errors of TLS, which are derived from it.
         except aiohttp.ClientConnectorError as error:
             raise _UnavailableError(f"no connection ({error.strerror or error})") from None
         except (aiohttp.ClientError, OSError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_MESSAGE_LENGTH]
             raise _TransientError("connection", f"the answer was cut off: {reason}") from None
         self._check_status(response, answer)
+        # Also after an answer that cannot be parsed: the server is there.
         self._unavailable_since = None
         return parse_choices(answer)
 
@@ -287,6 +299,7 @@ class EndpointClient:
         status = response.status
         if status == 200:
             return
+        # The body of an error says more than its status, but proxies send web pages.
         message = f"status {status}: {error_message(answer) or response.reason}"
         retry_after = parse_retry_after(response.headers.get("Retry-After"))
         if status in _BUSY_STATUSES:
@@ -320,6 +333,7 @@ class EndpointClient:
 
 
 async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
+    # `response.read()` has no limit.
     chunks: list[bytes] = []
     size = 0
     async for chunk in response.content.iter_any():
@@ -354,7 +368,9 @@ def _parse_choice(choice: object) -> Choice:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         raise _TransientError("bad_answer", f"a choice has no message: {shorten(choice)}")
+    # The reason is optional; what is no text is treated as none.
     finish_reason = choice.get("finish_reason")
+    # OpenAI's models say why in a field of its own, filters only in the reason.
     refusal = message.get("refusal")
     if refusal or finish_reason == "content_filter":
         raise RecordError("refused", f"refused: {shorten(refusal or finish_reason)}")

@@ -61,13 +61,14 @@ class EndpointOptions:
 
     def __post_init__(self) -> None:
         _check_url(self.url)
-        least = {
+        # Each with its minimum and maximum.
+        ranges = {
             "concurrency": (1, math.inf),
             "max_side": (1, _MAX_SIDE),
             "retries": (0, math.inf),
             "max_failures": (0, math.inf),
         }
-        for name, (minimum, maximum) in least.items():
+        for name, (minimum, maximum) in ranges.items():
             value = getattr(self, name)
             if not minimum <= value <= maximum:
                 upper = f" and at most {maximum}" if maximum < math.inf else ""
@@ -78,7 +79,7 @@ class EndpointOptions:
                 raise ValueError(f"{_option(name)} {getattr(self, name)}: must be above 0 seconds")
         if "" in self.stop:
             raise ValueError("--stop: expected a text, got an empty one")
-        self.extra_fields()
+        self.extra_fields()  # checks the format
 
     @property
     def completions_url(self) -> str:
@@ -117,9 +118,11 @@ class EndpointOptions:
         Raises:
             ValueError: A variable was named, and it is not set.
         """
+        # Keys that were read from a file often end with a line break.
         key = os.environ.get(self.api_key_env, "").strip()
         if not key and self.api_key_env != DEFAULT_KEY_VARIABLE:
             raise ValueError(f"--api-key-env {self.api_key_env}: this variable is not set")
+        # Anything else could add headers to the request.
         if not key.isascii() or not key.isprintable():
             raise ValueError(f"--api-key-env {self.api_key_env}: the key has invalid characters")
         return key
@@ -249,6 +252,7 @@ def parse_endpoint_options(
             if getattr(args, name) != parser.get_default(name):
                 raise ValueError(f"{_option(name)} {reason}.")
 
+    # An option that is ignored is an error: the captions would not be what was asked for.
     if not args.endpoint:
         if not args.model_path:
             raise ValueError("--model-path is required, or --endpoint for a model on a server.")
@@ -302,5 +306,6 @@ def request_fields(options: GenerationOptions, endpoint: EndpointOptions) -> dic
         body["seed"] = options.seed
     if endpoint.stop:
         body["stop"] = list(endpoint.stop)
+    # Last, so that the user's fields win.
     body.update(endpoint.extra_fields())
     return {name: value for name, value in body.items() if value is not None}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, overload
+
+import numpy as np
 
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SIDECAR_SUFFIXES
 from llava_simplified.data import shards
@@ -76,8 +79,14 @@ class ImageRecords(Sequence[Record]):
         # Numbers that no image has: images that were removed before they were captioned.
         self.names = [numbered.get(number, "") for number in range(max(numbered, default=-1) + 1)]
 
-    def indices(self) -> list[int]:
+    def name_at(self, number: int) -> str | None:
+        """Return the name of the image with a number; None if there are fewer images."""
+        return self.names[number] if number < len(self.names) else None
+
+    def indices(self) -> Sequence[int]:
         """Return the indices of the records, in order: of all but the numbers that no image has."""
+        if all(self.names):
+            return range(len(self))
         per_image = len(self.instructions)
         return [index for index in range(len(self)) if self.names[index // per_image]]
 
@@ -194,31 +203,14 @@ def find_images(source: str) -> FoundImages:
     or shard, or that have no suffix and begin with the bytes of an image.
     """
     path = Path(source)
-    folder = Path()
-    if path.is_dir():
-        folder = path
-        files = sorted(path.rglob("*"))
-    elif path.is_file():
-        folder = path.parent
-        files = [path]
-    else:
-        # Use the module glob, because Path.glob does not support absolute patterns.
-        files = sorted(Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
-        # Names are resolved in `folder` only, so it must be the one that the pattern means: a file
-        # of the same name in the current folder is another image.
-        if ".." in path.parts:
-            # Two paths with ".." can lead to one file.
-            files = list(dict.fromkeys(file.parent.resolve() / file.name for file in files))
-            folder = Path(os.path.commonpath([file.parent for file in files])) if files else folder
-        elif path.is_absolute():
-            folder = _fixed_folder(path)
-
+    files, folder = _list_files(path)
     # Whoever asks for absolute paths gets them.
     is_absolute_pattern = path.is_absolute() and not path.exists() and ".." not in path.parts
     names: list[str] = []
     skipped: Counter[str] = Counter()
-    stems: set[Path] = set()  # of the images
-    sidecars: list[Path] = []
+    # Hashes of paths without their suffixes, because millions of paths would take gigabytes.
+    image_stems = array("q")
+    sidecar_stems: dict[str, array[int]] = {suffix: array("q") for suffix in SIDECAR_SUFFIXES}
     for file in files:
         # Use relative names, so that the output remains valid when the folder is moved.
         name = str(file)
@@ -232,14 +224,57 @@ def find_images(source: str) -> FoundImages:
                 skipped["samples of a shard without an image"] += index.num_without_image
         elif file == path or _has_image(file):
             names.append(name)
-            stems.add(file.with_suffix(""))
+            image_stems.append(hash(str(file.with_suffix(""))))
         elif file.suffix in SIDECAR_SUFFIXES:
-            sidecars.append(file)
-        elif file.is_file() and SIDECAR_JOURNAL not in file.name:
+            sidecar_stems[file.suffix].append(hash(str(file.with_suffix(""))))
+        elif file.is_file() and Path(SIDECAR_JOURNAL).stem not in file.name:
             skipped[file.suffix.lower() or "no suffix"] += 1
     # The captions of images are no surprise, other texts are.
-    skipped.update(file.suffix for file in sidecars if file.with_suffix("") not in stems)
+    for suffix, stems in sidecar_stems.items():
+        is_other_text = np.isin(np.array(stems), np.array(image_stems), invert=True)
+        if is_other_text.any():
+            skipped[suffix] += int(is_other_text.sum())
     return FoundImages(names, folder, skipped)
+
+
+def _list_files(path: Path) -> tuple[Iterable[Path], Path]:
+    """Return the files that a source consists of, and the folder that their names are relative to."""
+    if path.is_dir():
+        return _files_below(path), path
+    if path.is_file():
+        return [path], path.parent
+    # Use the module glob, because Path.glob does not support absolute patterns.
+    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207
+    # Names are resolved in the folder only, so it must be the one that the pattern means: a file
+    # of the same name in the current folder is another image.
+    folder = Path()
+    if ".." in path.parts:
+        # Two paths with ".." can lead to one file.
+        files = list(dict.fromkeys(file.parent.resolve() / file.name for file in files))
+        if files:
+            folder = Path(os.path.commonpath([file.parent for file in files]))
+    elif path.is_absolute():
+        folder = _fixed_folder(path)
+    return files, folder
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder in the order of their paths, without a list of millions of them.
+
+    Links to folders are not followed, so that no circle is endless.
+    """
+    try:
+        # As paths are compared: "a/b.jpg" comes before "a.jpg", because "a" does.
+        names = sorted(os.listdir(folder), key=os.path.normcase)  # noqa: PTH208
+    except PermissionError as error:
+        logger.warning("%s: left out: %s", folder, error.strerror)
+        return
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            yield from _files_below(path)
+        else:
+            yield path
 
 
 def _fixed_folder(pattern: Path) -> Path:

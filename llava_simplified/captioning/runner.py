@@ -20,9 +20,11 @@ import argparse
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -341,7 +343,11 @@ def _describe_contents(records: Sequence[Record], source: str | tuple[str, ...])
     """Return a value that changes if an index would refer to a different record."""
     if isinstance(records, ImageRecords):
         # Hash all names: one more image in a folder shifts the indices of all images after it.
-        return hashlib.sha256("\n".join(records.names).encode(errors="surrogateescape")).hexdigest()
+        digest = hashlib.sha256()
+        for number, name in enumerate(records.names):
+            line = f"\n{name}" if number else name
+            digest.update(line.encode(errors="surrogateescape"))
+        return digest.hexdigest()
     # Use size and modification time of a file of records, which may have gigabytes.
     assert isinstance(source, str)  # `open_inputs` accepts one file of records only
     stat = Path(source).stat()
@@ -359,8 +365,8 @@ def _caption_remaining(
 ) -> CaptionCounts:
     """Caption the records that are in neither journal."""
     rows_per_record = job.options.num_return_sequences
-    finished = _finished_records(journal, rows_per_record)
-    failed = _finished_records(failures, 1)
+    finished = _finished_records(journal, rows_per_record, records)
+    failed = _finished_records(failures, 1, records)
 
     def fail(rows: list[Row]) -> None:
         failures.append(rows)
@@ -372,16 +378,16 @@ def _caption_remaining(
     indices: Sequence[int] = range(len(records))
     if isinstance(records, ImageRecords):
         if job.chunks == 1:
-            per_image = len(records.instructions)
-            done = {**finished, **failed}
-            known = {image: index // per_image for index, image in done.items() if image}
-            records.renumber(known)
+            _renumber(records, finished, failed)
         indices = records.indices()
     if job.limit:
         indices = indices[: job.limit]
     # Interleave the slices, so that slow parts of the source (large images) are distributed evenly.
     indices = indices[job.chunk :: job.chunks]
-    remaining = [index for index in indices if index not in finished and index not in failed]
+    # An array, because a list of millions of numbers takes five times as much memory.
+    remaining: Sequence[int] = array(
+        "q", (index for index in indices if index not in finished and index not in failed)
+    )
     if isinstance(records, ImageRecords) and job.sidecars is not None:
         # There is one prompt for each image, so that records have the numbers of their images.
         remaining, refused = finisher.admit([(index, records.names[index]) for index in remaining])
@@ -421,8 +427,25 @@ def _caption_batches(
     return caption_at_endpoint(records, folder, job.options, job.endpoint, indices)
 
 
-def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str | None]:
+def _renumber(records: ImageRecords, *done: dict[int, str | None]) -> None:
+    """Give each image the number that it has in the journals; see `ImageRecords.renumber`."""
+    per_image = len(records.instructions)
+    numbered = chain.from_iterable(part.items() for part in done)
+    # Usually nothing was added or removed. Then nothing is built, which would take gigabytes for millions of images.
+    if all(not image or records.name_at(i // per_image) == image for i, image in numbered):
+        return
+    known: dict[str, int] = {}
+    for part in done:
+        known.update((image, index // per_image) for index, image in part.items() if image)
+    records.renumber(known)
+
+
+def _finished_records(
+    journal: Journal, rows_per_record: int, records: Sequence[Record]
+) -> dict[int, str | None]:
     """Return index and image of the records whose rows are all in a journal.
+
+    The images of a file of records are left out, because only `_renumber` needs images.
 
     A process that was killed while writing leaves an incomplete record at the end. The journal is
     truncated before it. Random numbers depend only on the record, so the next run generates the same
@@ -437,10 +460,19 @@ def _finished_records(journal: Journal, rows_per_record: int) -> dict[int, str |
         rows_of_record = rows_of_record + 1 if row["index"] == last_index else 1
         last_index = row["index"]
         if rows_of_record == rows_per_record:
-            finished[last_index] = row.get("image")
+            finished[last_index] = _image_in_memory(row, records)
             end = position
     journal.truncate(end)
     return finished
+
+
+def _image_in_memory(row: Row, records: Sequence[Record]) -> str | None:
+    """Return the image of a row, if possible as the string that `records` has, to keep it only once."""
+    if not isinstance(records, ImageRecords):
+        return None
+    image: str | None = row.get("image")
+    name = records.name_at(row["index"] // len(records.instructions))
+    return name if name == image else image
 
 
 def _publish_array(files: JobFiles) -> None:

@@ -8,10 +8,14 @@ from contextlib import contextmanager
 
 # Decoding takes 4 to 16 bytes a pixel, see `data.images.DECODE_BYTES_PER_PIXEL`: at most 0.8 GB.
 MAX_PIXELS_IN_FLIGHT = 50_000_000
+# Smaller ones never wait: a few large images must not delay everybody else's.
+SMALL_IMAGE = 2_000_000
 
 
 class PixelBudget:
     """Admits images while all that are decoded have at most `max_pixels` together; a larger one alone.
+
+    Images of at most `SMALL_IMAGE` pixels are always admitted, and not counted: the number of threads bounds them.
 
     Args:
         max_pixels: The limit.
@@ -30,6 +34,9 @@ class PixelBudget:
 
         The blocks of one thread must not be nested: the inner one could wait for the outer one.
         """
+        if pixels <= SMALL_IMAGE:
+            yield
+            return
         with self._turn, self._has_room:
             while self._in_flight and self._in_flight + pixels > self._max_pixels:
                 self._has_room.wait()

@@ -29,7 +29,7 @@ class Terminal:
     def print(self, text: str = "") -> None:
         """Print a line that remains, above the progress line."""
         clear = CLEAR_LINE if self.is_interactive else ""
-        self.stream.write(f"{clear}{text}\n")
+        self.stream.write(f"{clear}{escape_control_characters(text)}\n")
         self.stream.flush()
 
     def show_progress(self, text: str) -> None:

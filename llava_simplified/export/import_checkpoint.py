@@ -419,7 +419,7 @@ def _aspect_ratio(source: SourceCheckpoint, vision_tower: str) -> str:
         return "pad"
     # Original LLaVA calls "square" what the image processor of the vision tower does.
     aspect_ratios = {"square": "crop", "pad": "pad"}
-    aspect_ratio = source.config.get("image_aspect_ratio") or "square"
+    aspect_ratio = str(source.config.get("image_aspect_ratio") or "square")
     if aspect_ratio not in aspect_ratios:
         raise ValueError(
             f"{source.path} was trained with image_aspect_ratio {aspect_ratio}, which is not supported. To "

@@ -30,6 +30,7 @@ from llava_simplified.data.images import (
     read_image_bytes,
 )
 from llava_simplified.data.records import open_records
+from llava_simplified.foreign_files import blame_file
 from llava_simplified.model.generation import DecodingBatch
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.language_model import lm_head_at_positions
@@ -226,12 +227,10 @@ def load_stock_processor(folder: Path) -> Any:
     """
     from transformers import AutoProcessor
 
-    try:
+    with blame_file(folder):
         processor: Any = AutoProcessor.from_pretrained(
             folder, backend="pil", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: cannot load the processor: {error}") from error
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(processor.chat_template, dict):
         # Several templates by name; this one is used if none is asked for.

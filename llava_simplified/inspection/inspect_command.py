@@ -68,6 +68,13 @@ def build_parser() -> CommandParser:
         help="Pool the patch grid to K x K tokens; 0: keep the grid (default: %(default)s)",
     )
     parser.add_argument(
+        "--image_aspect_ratio",
+        default="crop",
+        choices=["crop", "pad"],
+        help="Images that are not square, as in training; vision towers that pad require pad "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--template",
         default="auto",
         choices=["auto", "chat", "plain", "bare"],
@@ -163,6 +170,7 @@ def _tokens_per_image(args: argparse.Namespace) -> int | None:
         mm_vision_select_layer=tuple(args.mm_vision_select_layer),
         mm_vision_select_feature=args.mm_vision_select_feature,
         mm_token_pool=args.mm_token_pool,
+        image_aspect_ratio=args.image_aspect_ratio,
     )
     # On "meta" the tower is built from its config alone: its weights are not read.
     tower = build_vision_tower(config, device="meta")

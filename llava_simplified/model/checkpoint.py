@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
+from llava_simplified import __version__
 from llava_simplified.foreign_files import blame_file, read_json_object, shorten
 from llava_simplified.jobs import use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
@@ -54,7 +55,7 @@ from llava_simplified.model.protocols import CausalLM, PretrainedModule, VisionM
 from llava_simplified.model.vision import check_missing_keys
 from llava_simplified.model.weights import check_state_dict, check_weights_digest, filter_prefix
 
-_LIBRARIES = ("llava-simplified", "torch", "transformers", "peft", "safetensors")
+_LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 
 def save_checkpoint(
@@ -124,7 +125,7 @@ def save_checkpoint(
         "format_version": FORMAT_VERSION,
         "architecture": asdict(config),
         **parts.stored,
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": _versions(),
         "training": dict(training or {}),
     }
     text = json.dumps(checkpoint_config, indent=2, default=str)
@@ -386,6 +387,15 @@ def _save_adapter(
     # Pass False: embeddings are never trained here, and PEFT's default "auto" makes a request to the
     # hub to find out whether they were resized.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of this package and of the libraries that decide over the weights."""
+    # Not from the metadata of an installation: a checkout that is not installed has none.
+    versions = {"llava-simplified": __version__}
+    for name in _LIBRARIES:
+        versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _temporary_folder(folder: Path) -> Path:

@@ -41,7 +41,7 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     if logits.numel() <= CHUNK_SIZE:
         return cross_entropy(logits.to(dtype), labels, reduction="sum")
     rows_per_chunk = max(1, CHUNK_SIZE // logits.shape[1])
-    return _ChunkedCrossEntropy.apply(logits, labels, rows_per_chunk)  # type: ignore[no-any-return]
+    return _ChunkedCrossEntropy.apply(logits, labels, rows_per_chunk)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

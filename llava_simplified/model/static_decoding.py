@@ -204,7 +204,7 @@ class _Buffers:
     """Everything that a step reads and writes, for one number of slots and columns.
 
     Attributes:
-        cache: Keys and values.
+        cache: A `Cache` of `_StaticLayer`s, with keys and values.
         mask: bool (slots, columns), True on tokens.
         column: int64 (1,), where the next token is written.
         token_ids: int64 (slots, 1), the newest tokens.
@@ -213,7 +213,7 @@ class _Buffers:
         graph: The recorded step; None before it is recorded, and on a CPU.
     """
 
-    cache: Cache
+    cache: Any
     mask: torch.Tensor
     column: torch.Tensor
     token_ids: torch.Tensor
@@ -235,12 +235,12 @@ class DecodingState:
     """The state of a batch outside of the buffers: one row per active sequence.
 
     Attributes:
-        cache: Keys and values of `length` columns.
+        cache: A `DynamicCache` with keys and values of `length` columns.
         mask: int64 (rows, length).
         next_positions: int64 (rows,).
     """
 
-    cache: DynamicCache
+    cache: Any
     mask: torch.Tensor
     next_positions: torch.Tensor
 
@@ -494,7 +494,7 @@ class StaticDecoder:
     def _create_buffers(self, storage: _Storage, slots: int, columns: int) -> _Buffers:
         device = storage.flat[0][0].device
         column = torch.zeros(1, dtype=torch.long, device=device)
-        layers = [
+        layers: list[Any] = [
             _StaticLayer(keys, values, column) for keys, values in storage.views(slots, columns)
         ]
         return _Buffers(

@@ -32,6 +32,13 @@ from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.foreign_files import read_json_object
 from llava_simplified.jobs import atomic_directory, exclusive_lock
 from llava_simplified.prepare.convert import convert
+from llava_simplified.prepare.remote_data import (
+    copy_url,
+    is_hub_name,
+    is_url,
+    load_hub_dataset,
+    state_of_url,
+)
 from llava_simplified.prepare.source_rows import Columns, ParseIssues, SourceRow
 from llava_simplified.prepare.sources import read_source
 
@@ -39,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 # Part of the digest. Increment it when the records of a source change.
 _VERSION = 1
+_COPIES = "files"  # the folder of copies of remote files
 _NUM_PROBED_ROWS = 20  # whose images decide where the image folder is
 _MAX_SUBFOLDERS = 200  # of a source, in which its images are looked for
 # Seconds to wait for another process that converts the same source, such as another rank of the same run.
@@ -51,19 +59,20 @@ class PreparedData(NamedTuple):
     Attributes:
         records: The file of records.
         image_folder: The folder that the records' image names are relative to.
-        count: Number of records.
+        num_records: Number of records.
     """
 
     records: Path
     image_folder: Path
-    count: int
+    num_records: int
 
 
 def prepare_data(source: str, image_folder: str | None = None) -> PreparedData:
     """Return the records of any source, converted in the cache if necessary.
 
     Args:
-        source: Whatever `llava convert` accepts.
+        source: Whatever `llava convert` accepts, or the name of a data set on the Hugging Face Hub. Of a remote source,
+            all files are copied.
         image_folder: The image folder; None means the folder of the source, or the subfolder that contains its images.
 
     Raises:
@@ -74,7 +83,9 @@ def prepare_data(source: str, image_folder: str | None = None) -> PreparedData:
     if count:
         folder = image_folder or find_image_folder(source)
         return PreparedData(records, Path(folder), count)
-    state = _state_of(source)
+    dataset = load_hub_dataset(source) if is_hub_name(source) else None
+    # The library knows a version of a data set by its fingerprint.
+    state = _state_of(source) if dataset is None else dataset._fingerprint
     settings = {"version": _VERSION, "source": _absolute(source), "state": state}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / digest
@@ -82,7 +93,7 @@ def prepare_data(source: str, image_folder: str | None = None) -> PreparedData:
         is_new = not target.is_dir()
         if is_new:
             with atomic_directory(target) as part:
-                _convert(source, part)
+                _convert(_copy_here(source, dataset, part / _COPIES), source, part)
     about = read_json_object(target / "source.json")
     logger.info(
         "--data %s: %s records in %s (%s)",
@@ -94,8 +105,17 @@ def prepare_data(source: str, image_folder: str | None = None) -> PreparedData:
     # What is missing must be seen at every run, not only at the first.
     for line in about["issues"]:
         logger.warning("%s", line)
-    folder = Path(image_folder or find_image_folder(source))
+    copies = target / _COPIES
+    folder = copies if copies.is_dir() else Path(image_folder or find_image_folder(source))
     return PreparedData(target / "records.jsonl", folder, about["count"])
+
+
+def _copy_here(source: str, dataset: Any, target: Path) -> str:
+    """Return a source on this machine: the same one, or a copy of a remote one."""
+    if dataset is not None:
+        dataset.save_to_disk(target)
+        return str(target)
+    return str(copy_url(source, target)) if is_url(source) else source
 
 
 def cache_folder() -> Path:
@@ -104,9 +124,15 @@ def cache_folder() -> Path:
     return Path(cache_home) / "llava-simplified" / "data"
 
 
-def _convert(source: str, target: Path) -> None:
+def _convert(local_source: str, source: str, target: Path) -> None:
     """Write the records of a source into a folder, and how they were made."""
-    counts, issues = convert(source, target / "records.jsonl", keep_paths=True)
+    row = next(_rows(local_source), None)
+    if row is not None and row.url and not row.image:
+        raise ValueError(
+            f"--data {source}: its images are URLs. Fetch them with `llava download {source} --output FOLDER`, and pass "
+            "--data FOLDER."
+        )
+    counts, issues = convert(local_source, target / "records.jsonl", keep_paths=True)
     about = {
         "source": _absolute(source),
         "count": sum(counts.values()),
@@ -138,11 +164,13 @@ def _rows(source: str) -> Iterator[SourceRow]:
 
 
 def _absolute(source: str) -> str:
-    return source if "://" in source else str(Path(source).absolute())
+    return source if is_url(source) or is_hub_name(source) else str(Path(source).absolute())
 
 
 def _state_of(source: str) -> Any:
     """Return what changes when a source changes: sizes and times of its files, or of a folder a digest of them."""
+    if is_url(source):
+        return state_of_url(source)
     path = Path(source)
     if path.is_dir():
         return _state_of_folder(path)

@@ -8,6 +8,7 @@ The supported formats of JSON, by the keys at the top level:
     rows            [{...}, ...], {"data": [...]} or {"rows": [...]}: records, or objects with a URL and a caption
     list of URLs    ["http://...", ...]: without captions
     by name         {"a.jpg": "a dog", "b.jpg": ["a cat", "my pet"]}: captions by image name or URL
+    kohya           {"a.jpg": {"caption": "a dog", "tags": "dog, grass"}}
 
 A .json file of JSON Lines is read as one.
 """
@@ -136,12 +137,21 @@ class _JsonReader:
     def _read_by_name(self, key: str, value: Any) -> Iterator[SourceRow]:
         """Yield the row of a key that names an image. Other keys are COCO's info and licenses, or SBU's user ids."""
         is_url = bool(URL_PATTERN.match(key))
+        if isinstance(value, dict):
+            value = self._read_kohya(key, value)
         if not isinstance(value, str) or not (is_url or IMAGE_NAME_PATTERN.search(key)):
             self._ignored[key] = None
             return
         self._number += 1
         name, url = ("", key) if is_url else (key, "")
         yield SourceRow(self._number, name, url, (as_text(value),))
+
+    def _read_kohya(self, key: str, value: dict[str, Any]) -> object:
+        """Return the caption of an image in the metadata of kohya's scripts, or else its tags."""
+        caption, tags = value.get("caption"), value.get("tags")
+        if caption and tags:
+            self._issues.note("tags beside a caption (not read)", self._number + 1, key)
+        return caption or tags
 
     def _read_image(self, value: dict[str, Any]) -> None:
         urls = (as_text(value.get(name)) for name in _COCO_URL_NAMES)

@@ -28,7 +28,8 @@ from typing import NoReturn
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import find_records
 from llava_simplified.data.shards import IMAGE_SUFFIXES
-from llava_simplified.extras import MissingExtraError
+from llava_simplified.extras import MissingExtraError, require_extra
+from llava_simplified.foreign_files import blame_file
 from llava_simplified.prepare.archive_source import read_arrow, read_parquet, read_tar
 from llava_simplified.prepare.dataset_folder import dataset_files, dataset_folder
 from llava_simplified.prepare.json_source import read_json, read_json_lines_source
@@ -138,6 +139,8 @@ def _read_any(
             f"{source}: training reads the images of a tar at random positions, which a compressed one does not allow. "
             "Decompress it first (gunzip, bunzip2, unxz or unzstd), and pass the .tar file."
         )
+    if is_url and "*" in source:
+        return _read_url_pattern(source, issues, columns)
     reader = _READERS.get(_format_suffix(source), read_table)
     return reader(source, issues, columns)
 
@@ -173,6 +176,20 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
         is_metadata = Path(part).name in _METADATA_NAMES
         for row in _read_any(part, issues, columns):
             yield _move_images(row, folder, all_images=is_metadata)
+
+
+def _read_url_pattern(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[SourceRow]:
+    """Yield the rows of all remote files that match a pattern with `*`."""
+    require_extra("download", "fsspec", purpose=f"the source {pattern}")
+    import fsspec
+
+    with blame_file(pattern):
+        file_system, path = fsspec.core.url_to_fs(pattern)
+        paths = sorted(file_system.glob(path))
+    if not paths:
+        raise ValueError(f"{pattern}: no file matches")
+    for path in paths:
+        yield from _read_any(file_system.unstrip_protocol(path), issues, columns)
 
 
 def _move_images(row: SourceRow, folder: Path, all_images: bool = False) -> SourceRow:

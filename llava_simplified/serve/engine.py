@@ -45,8 +45,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Number of threads that decode images. They share one budget of pixels, see `data.pixel_budget`.
-_READER_THREADS = 2
+# Number of threads that decode images. They share one budget of pixels, see `data.pixel_budget`: one of them may
+# decode a large image and another wait for its turn, while the others read ordinary ones.
+_READER_THREADS = 4
 # Upper limit for any tokenizer; in natural languages, a token has 1 to 5 characters.
 _MAX_CHARACTERS_PER_TOKEN = 32
 

@@ -384,6 +384,7 @@ def outcomes() -> Iterator[dict[str, tuple[FetchResult, FetchResult]]]:
     assert not messages, "nothing was unexpected"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_costs_one_row(
     outcomes: dict[str, tuple[FetchResult, FetchResult]], name: str

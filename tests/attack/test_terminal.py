@@ -204,7 +204,7 @@ class Workplace:
         ]
 
     def demo(self) -> Commands:
-        return [["--output", self.new("demo")]]
+        return [["--download-only", "--cache-dir", self.new("cache")]]
 
     def doctor(self) -> Commands:
         return [["--cache-dir", self.missing]]

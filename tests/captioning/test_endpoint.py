@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,13 +23,14 @@ import pytest
 from faulty_endpoint import FaultyEndpoint, caption_of, faulty_endpoint
 from PIL import Image
 
-from llava_simplified.captioning import endpoint_captions, endpoint_client
+from llava_simplified.captioning import caption_command, endpoint_captions, endpoint_client
 from llava_simplified.captioning.caption_command import caption_main
 from llava_simplified.captioning.endpoint_client import EndpointError, error_message
 from llava_simplified.captioning.endpoint_options import EndpointOptions, request_fields
 from llava_simplified.captioning.runner import CaptionCounts, CaptionJob, caption_file
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.workers import TaskResult
 
 GREEDY = GenerationOptions(max_new_tokens=6, seed=0)
 SAMPLED = GenerationOptions(max_new_tokens=6, temperature=1.0, num_return_sequences=3, seed=5)
@@ -563,6 +568,28 @@ def test_command_captions_a_slice(
     assert {request["stop"][0] for request in server.requests} == {"."}
 
 
+def test_command_captions_all_slices_with_ray(
+    server: FaultyEndpoint,
+    image_files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray sends the jobs of the slices to other processes; here they are only packed for that."""
+
+    def run_tasks(function: Any, specs: list[CaptionJob], engine: str) -> list[Any]:
+        assert engine == "ray"
+        jobs = [pickle.loads(pickle.dumps(job)) for job in specs]
+        return [TaskResult(job, function(job), "") for job in jobs]
+
+    monkeypatch.setattr(caption_command, "run_tasks", run_tasks)
+    argv = [str(image_files[0].parent), "--endpoint", server.url, "--model", "m"]
+    argv += ["--output", str(tmp_path / "out.jsonl"), "--engine", "ray", "--num-chunks", "2"]
+    assert caption_main(argv) == 0
+    for slice_index in range(2):
+        rows = read_rows(str(tmp_path / f"out-{slice_index}-of-2.jsonl"))
+        assert [row["index"] for row in rows] == list(range(slice_index, NUM_IMAGES, 2))
+
+
 def test_command_prints_the_caption_of_one_image(
     server: FaultyEndpoint, image_files: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -589,6 +616,7 @@ def test_command_prints_the_caption_of_one_image(
         (["--endpoint", "http://u:secret@h/v1", "--model", "m"], "contains a password"),
         (["--endpoint", "http://h/v1?a=b", "--model", "m"], "without"),
         (["--endpoint", "http://h/v1", "--model", "m", "--num-beams", "2"], "--num-beams"),
+        (["--endpoint", "http://h/v1", "--model", "m", "--start-with", "A"], "--start-with"),
         (["--endpoint", "http://h/v1", "--model", "m", "--concurrency", "0"], "--concurrency 0"),
         (["--endpoint", "http://h/v1", "--model", "m", "--max-side", "70000"], "65500"),
         (["--endpoint", "http://h/v1", "--model", "m", "--timeout", "nan"], "--timeout nan"),
@@ -603,6 +631,102 @@ def test_command_refuses_options_that_contradict(words: list[str], message: str)
     with pytest.raises(ValueError, match=message) as error:
         caption_main(["images", *words])
     assert "secret" not in str(error.value)
+
+
+def test_command_writes_sidecar_files_with_prompts_and_prefix(
+    server: FaultyEndpoint, image_files: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(image_files[0].parent, folder)
+    (folder / "00.txt").write_text("by hand")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is {name}?\nDescribe {name} of {folder}.\n")
+    blank, refused, broken = (path.read_bytes() for path in image_files[1:4])
+    server.always = {blank: "blank", refused: "refusal", broken: "500"}
+    argv = [
+        str(folder),
+        "--endpoint",
+        server.url,
+        "--model",
+        "m",
+        "--retries",
+        "0",
+        "--write",
+        "txt",
+    ]
+    argv += ["--prompt-file", str(prompts), "--prefix", "sks, "]
+    assert caption_main([*argv, "--max-words", "2"]) == 0
+    texts = {path.stem: path.read_text() for path in folder.glob("*.txt")}
+    assert texts.pop("00") == "by hand"
+    expected = {}
+    for path in image_files[4:]:
+        words = caption_of(path.read_bytes()).split()
+        expected[path.stem] = f"sks, {words[0]} {words[1]}\n"
+    assert texts == expected
+    failures = read_rows(str(folder / ".llava-caption.jsonl.bad.jsonl"))
+    assert [row["image"] for row in failures] == ["01.png", "02.png", "03.png"]
+    sent = set()
+    for request in server.requests:
+        name = next(p.stem for p in image_files if p.read_bytes() == request["image"])
+        text = request["messages"][0]["content"][1]["text"]
+        assert text in (f"What is {name}?", f"Describe {name} of photos.")
+        sent.add(text.split()[0])
+    assert sent == {"What", "Describe"}
+    # The next run captions what is left, and nothing else.
+    server.always = {}
+    server.requests.clear()
+    assert caption_main([*argv, "--max-words", "2"]) == 0
+    assert set(server.captioned()) == {blank, refused, broken}
+    assert len(list(folder.glob("*.txt"))) == NUM_IMAGES
+
+
+def test_sidecar_job_that_stopped_continues(
+    server: FaultyEndpoint, image_files: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "texts"
+    argv = [str(image_files[0].parent), "--endpoint", server.url, "--model", "m", "--retries", "0"]
+    argv += ["--max-failures", "1", "--concurrency", "1", "--write", "txt", "--output", str(output)]
+    for path in image_files[8:]:
+        server.always[path.read_bytes()] = "500"
+    with pytest.raises(EndpointError, match="--max-failures 1"):
+        caption_main(argv)
+    assert len(list(output.glob("*.txt"))) == 8
+    server.always = {}
+    server.requests.clear()
+    assert caption_main(argv) == 0
+    assert len(server.requests) == NUM_IMAGES - 8
+    for path in image_files:
+        assert (output / f"{path.stem}.txt").read_text() == caption_of(path.read_bytes()) + "\n"
+
+
+def test_commands_of_the_page_run(
+    server: FaultyEndpoint,
+    image_files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The journey of the page, typed from start to end; Ray is started by another test."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(image_files[0].parent, "photos")
+    Path("shards").mkdir()
+    with tarfile.open("shards/0.tar", "w") as tar:
+        for path in image_files:
+            tar.add(path, path.name)
+    page = Path(__file__).parents[2] / "docs" / "captioning-with-vllm.md"
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("llava caption")]
+    for command in commands:
+        words = shlex.split(command.replace("http://127.0.0.1:8000/v1", server.url))[2:]
+        if "ray" in words:
+            continue
+        assert caption_main(words) == 0
+    assert len(read_rows("captions.jsonl")) == NUM_IMAGES
+    assert len(read_rows("trial.jsonl")) == 20
+    assert Path("trial.html").exists()
+    assert len(list(Path("photos").glob("*.txt"))) == NUM_IMAGES
+    names = [row["image"] for row in read_rows("captions-0-of-4.jsonl")]
+    assert names == [f"0.tar#{number:02}" for number in range(0, NUM_IMAGES, 4)]
+    assert server.requests[-1]["model"].startswith("Qwen/")
 
 
 WITHOUT_TORCH = """

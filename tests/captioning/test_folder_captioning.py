@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
+import shlex
 import shutil
+import signal
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +22,11 @@ from html_pages import Page, assert_self_contained
 from llava_simplified.captioning import runner
 from llava_simplified.captioning.caption_command import caption_main
 from llava_simplified.captioning.caption_text import TextOptions
+from llava_simplified.captioning.inputs import ImageRecords
 from llava_simplified.captioning.prompts import WeightedPrompt
 from llava_simplified.captioning.runner import CaptionJob, caption_file
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SidecarOptions, SidecarWriter
+from llava_simplified.data.records import prediction_row
 from llava_simplified.model import generation
 from llava_simplified.model.build import build_model
 from llava_simplified.model.config import LlavaConfig
@@ -153,7 +162,7 @@ def test_loops_are_cut_and_counted(
     def generate(_: Llava, prompts: list, *__: object) -> list[list[str]]:
         return [["a dog and " * 20] for _ in prompts]
 
-    monkeypatch.setattr(generation, "generate_from_features", generate)
+    monkeypatch.setattr(generation, "generate_separately", generate)
     caption_file(sidecar_job(folder, text=TextOptions(prefix="sks ", loop_guard=8)), model)
     assert texts(folder)["0.txt"] == b"sks a dog and\n"
     assert "began to loop: 3" in package_log.text
@@ -163,7 +172,7 @@ def test_empty_caption_is_a_failure(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        runner, "generate_from_features", lambda _, prompts, *__: [[""]] * len(prompts)
+        generation, "generate_separately", lambda _, prompts, *__: [[""]] * len(prompts)
     )
     assert caption_file(sidecar_job(folder, text=TextOptions(prefix="sks")), model) == (1, 3)
     assert "0.txt" not in texts(folder)
@@ -216,6 +225,85 @@ def test_job_that_is_killed_at_a_file_continues(
     assert texts(folder) == expected
 
 
+def start_child(job: CaptionJob) -> int:
+    """Run a job in a child process, which needs no imports of its own; return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        caption_file(job, SimpleNamespace(instruction="What?"))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("existing", ["skip", "append", "prepend"])
+def test_every_caption_is_whole_after_five_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: str
+) -> None:
+    """kill -9 of the real job, but for the model. tests/test_kill.py does it with the whole command."""
+
+    def fake_captions(
+        _: object, records: ImageRecords, *others: object
+    ) -> Iterator[tuple[list[dict], list[dict]]]:
+        indices = others[-1]
+        for start in range(0, len(indices), 4):
+            batch = indices[start : start + 4]
+            rows = [prediction_row(i, records[i], f"about {records.names[i]}") for i in batch]
+            time.sleep(0.002)
+            yield rows, []
+
+    monkeypatch.setattr(runner, "caption_records", fake_captions)
+    forms = [b"by hand\n", b"\xef\xbb\xbftag,\r\n", b"one\r\ntwo"]
+    by_hand = {}
+    for number in range(300):
+        (tmp_path / f"{number:03}.jpg").touch()
+        if number % 3 == 0:
+            by_hand[f"{number:03}.txt"] = forms[number % 9 // 3]
+            (tmp_path / f"{number:03}.txt").write_bytes(by_hand[f"{number:03}.txt"])
+
+    job = sidecar_job(tmp_path, sidecars=SidecarOptions(existing=existing))
+    rng = random.Random(existing)
+    for _ in range(5):
+        child = start_child(job)
+        journal = tmp_path / SIDECAR_JOURNAL
+        size = journal.stat().st_size if journal.exists() else 0
+        # About a sixth of the job, and then at any moment.
+        while not journal.exists() or journal.stat().st_size < size + rng.randint(2000, 9000):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), (
+                "finished or failed before it was killed"
+            )
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        # What is there is whole at any moment.
+        for name, data in texts(tmp_path).items():
+            if name in by_hand or name.startswith("."):
+                continue
+            assert data == f"about {name[:3]}.jpg\n".encode()
+    child = start_child(job)
+    assert os.waitpid(child, 0)[1] == 0
+
+    expected = {f"{n:03}.txt": f"about {n:03}.jpg\n".encode() for n in range(300) if n % 3}
+    for name, data in by_hand.items():
+        caption = f"about {name[:3]}.jpg".encode()
+        expected[name] = {
+            "skip": data,
+            "append": {
+                forms[0]: b"by hand, " + caption + b"\n",
+                forms[1]: b"\xef\xbb\xbftag, " + caption + b"\r\n",
+                forms[2]: b"one\r\ntwo, " + caption,
+            }[data],
+            "prepend": {
+                forms[0]: caption + b", by hand\n",
+                forms[1]: b"\xef\xbb\xbf" + caption + b", tag,\r\n",
+                forms[2]: caption + b", one\r\ntwo",
+            }[data],
+        }[existing]
+    assert texts(tmp_path) == expected
+
+
 def test_unfinished_job_refuses_other_settings(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,8 +328,8 @@ def test_review_shows_every_image(
     shutil.copy(folder / "0.jpg", folder / "loop.jpg")
     (folder / "bad.jpg").write_bytes(b"no image")
     monkeypatch.setattr(
-        runner,
-        "generate_from_features",
+        generation,
+        "generate_separately",
         lambda _, prompts, *__: [["a </script> dog"]] * (len(prompts) - 1) + [["b " * 30]],
     )
     page = folder.parent / "review.html"
@@ -388,3 +476,30 @@ def test_sidecar_files_of_images_are_not_reported_as_left_out(
     (folder / "notes.txt").write_text("no sidecar")
     caption_file(sidecar_job(folder), model)
     assert "1 x .txt" in package_log.text
+
+
+# ---- the page of the documentation ----
+
+
+def test_page_can_be_typed_from_start_to_end(
+    model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "captioning.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr(runner, "load_model", lambda _: model)
+    monkeypatch.setattr("llava_simplified.captioning.review_page.CARDS_PER_PAGE", 3)
+    blocks = re.findall(r"(?s)```(\w*)\n(.*?)```", page)
+    (prompts,) = [code for language, code in blocks if not language]
+    Path("prompts.txt").write_text(prompts)
+    commands = re.findall(r"(?m)^llava caption (.+)$", "".join(code for _, code in blocks))
+    assert len(commands) == 6
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        assert caption_main([*words, "--max-new-tokens", "4"]) == 0
+    # The last commands have put tags and captions together, and captions into a folder of their own.
+    assert b"1girl, solo" in texts(folder)["sub/d.txt"]
+    assert b"Tags: 1girl, solo" not in texts(folder)["sub/d.txt"]
+    assert b"1girl, solo" in texts(folder)["sub/d.caption"]
+    assert set(texts(folder.parent / "captions")) == {"0.txt", "1.txt", "2.txt", "sub/d.txt"}
+    assert len(list(folder.parent.glob("review*.html"))) == 2
+    assert not list(folder.parent.rglob(".*"))

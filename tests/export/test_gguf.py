@@ -289,18 +289,18 @@ def test_padded_images_are_those_of_llamacpp(models_folder: Path, size: tuple[in
     assert "(127, 127, 127)" in describe_padding(replace(transform, pad_color=(127, 127, 127)))
     assert "--image_aspect_ratio pad" in describe_padding(replace(transform, pad_color=None))
     x, y = np.meshgrid(np.linspace(150, 250, size[0]), np.linspace(0, 90, size[1]))
-    pixels = np.stack([x, y, x], axis=2).astype(np.uint8)
-    ours = transform(pixels).permute(1, 2, 0).numpy()
-    theirs = resize_as_llamacpp(Image.fromarray(pixels), 224)
-    # Along the lines through the center: 0 in a border, where both are equal, and 1 in the image.
+    pixels = np.stack([x, y, np.full_like(x, 250)], axis=2).astype(np.uint8)
+    ours = transform(pixels).permute(1, 2, 0).numpy().astype(int)
+    theirs = resize_as_llamacpp(Image.fromarray(pixels), 224).astype(int)
+    # Along the lines through the center. Blue is 250 in the image and 104 in the borders.
     for line, other in ((ours[112], theirs[112]), (ours[:, 112], theirs[:, 112])):
-        borders = np.all(line == (122, 116, 104), axis=1)
-        other_borders = np.all(other == (122, 116, 104), axis=1)
-        assert (borders != other_borders).sum() <= 2
-        inside = ~(borders | other_borders)
-        edges = inside & ~(np.roll(inside, 3) & np.roll(inside, -3))
-        difference = np.abs(line.astype(int) - other)[inside & ~edges]
-        assert difference.size == 0 or difference.max() <= 4
+        inside, other_inside = line[:, 2] > 177, other[:, 2] > 177
+        assert (inside != other_inside).sum() <= 2
+        # Away from the edges, which the filter of the resize blurs, all pixels are equal.
+        edges = np.zeros(224, bool)
+        for shift in range(-4, 5):
+            edges |= np.roll(inside, shift) != other_inside
+        assert np.abs(line - other)[~edges].max() <= 5  # half a pixel of the steepest slope
 
 
 @pytest.mark.medium

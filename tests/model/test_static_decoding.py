@@ -184,17 +184,22 @@ def test_batch_that_is_too_large_is_decoded_in_the_dynamic_cache(
     model = build(models_folder, "llama")
     expected = generate_with_joins(model)
     decoder = use_static_decoder(monkeypatch, model)
-    slots: list[int] = []
+    events: list[str] = []
+    step = decoder.step
 
-    def check_memory(layers: Any, number: int, columns: int, own: int) -> None:
-        slots.append(number)
-        if number > 2:
+    def check_memory(layers: Any, slots: int, columns: int, own: int) -> None:
+        if slots > 2:
+            events.append("refused")
             raise BuffersTooLargeError("the buffers are too large")
 
+    def recorded(token_ids: list[int]) -> torch.Tensor:
+        events.append("step")
+        return step(token_ids)
+
     monkeypatch.setattr(static_decoding, "_check_memory", check_memory)
+    monkeypatch.setattr(decoder, "step", recorded)
     assert generate_with_joins(model) == expected
-    assert 4 in slots and slots[-1] <= 2
-    assert decoder._storage is not None
+    assert events[0] == "step" and "refused" in events and events[-1] == "step"
     (message,) = package_log.messages
     assert "the buffers are too large" in message
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forms import save_to_disk
 
 from llava_simplified.data.images import read_image_bytes
 from llava_simplified.data.records import Record, open_records
@@ -194,6 +195,16 @@ def table_beside_a_folder(folder: Path) -> Made:
     return Made([(("1.jpg",), ["A cat .", "A pet ."])], issues)
 
 
+def metadata_json_of_kohya(folder: Path) -> Made:
+    rows = {
+        "1.jpg": {"caption": "one", "tags": "a, b", "train_resolution": [512, 512]},
+        "2.jpg": {"tags": "c, d"},
+    }
+    (folder / "meta.json").write_text(json.dumps(rows))
+    issues = {"tags beside a caption (not read)": 1}
+    return Made([(("1.jpg",), ["one"]), (("2.jpg",), ["c, d"])], issues, "meta.json")
+
+
 # ---- chats ----
 
 QUESTION = "What is this?"
@@ -351,20 +362,6 @@ def parquet_with_bytes_and_paths(folder: Path) -> Made:
     return Made(records, {"row without an image (skipped)": 1}, "x.parquet")
 
 
-def save_to_disk(folder: Path, tables: list[pa.Table]) -> None:
-    """Write what `Dataset.save_to_disk` writes (compared with `datasets` 5.2)."""
-    folder.mkdir(exist_ok=True)
-    files = []
-    for number, table in enumerate(tables):
-        name = f"data-{number:05d}-of-{len(tables):05d}.arrow"
-        files.append({"filename": name})
-        with pa.ipc.new_stream(folder / name, table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
-    state = {"_data_files": files, "_fingerprint": "483d7490994b6476", "_split": None}
-    (folder / "state.json").write_text(json.dumps(state))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}))
-
-
 def datasets_embedded(folder: Path) -> Made:
     names = [["1", "2", "3"], ["4"]]
     tables = [
@@ -404,7 +401,13 @@ def datasets_of_chats_in_one_split(folder: Path) -> Made:
 FORMS = [
     *(flat_sidecars, sidecar_like_a_table, suffixes_in_capitals, nested_folders_with_unicode),
     *(missing_halves, names_with_both_suffixes, text_encodings, lines_as_captions),
-    *(two_kinds_of_sidecars, metadata_of_kohya, metadata_in_splits, table_beside_a_folder),
+    *(
+        two_kinds_of_sidecars,
+        metadata_of_kohya,
+        metadata_in_splits,
+        metadata_json_of_kohya,
+        table_beside_a_folder,
+    ),
     *(ms_swift, trl, parts_with_paths, llama_factory, finevision_json, finevision_parquet),
     *(trl_parquet, parquet_with_bytes_and_paths, datasets_embedded, datasets_by_path),
     datasets_of_chats_in_one_split,

@@ -318,11 +318,11 @@ def test_image_with_nan_logits_fails_alone(
     assert afterwards == [alone[0]]
 
 
-@pytest.mark.parametrize(("size", "at_once"), [((7000, 5000), 1), ((4000, 3000), 2)])
+@pytest.mark.parametrize(("size", "at_once"), [((7000, 5000), 1), ((1000, 1000), 2)])
 def test_images_are_decoded_within_a_budget_of_pixels(
     model: Llava, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], at_once: int
 ) -> None:
-    """Two threads decode: images of 12 megapixels at the same time, those of 35 one after the other."""
+    """Images of 35 megapixels are decoded one after the other, small ones at the same time."""
     file = io.BytesIO()
     Image.new("1", size).save(file, "PNG")
     lock = threading.Lock()
@@ -343,12 +343,12 @@ def test_images_are_decoded_within_a_budget_of_pixels(
 
     async def use(engine: Engine) -> list[list[str]]:
         answers = [
-            generate_answers(engine, "What?", [file.getvalue()], max_new_tokens=2) for _ in range(3)
+            generate_answers(engine, "What?", [file.getvalue()], max_new_tokens=2) for _ in range(2)
         ]
         return await asyncio.gather(*answers)
 
     monkeypatch.setattr(images, "decode_image", decode)
-    assert len(run_engine(model, use)) == 3
+    assert len(run_engine(model, use)) == 2
     assert most == at_once
 
 

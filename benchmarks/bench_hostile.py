@@ -1,0 +1,328 @@
+"""`llava serve` with many clients, without and with a share of hostile ones.
+
+    python benchmarks/bench_hostile.py [--clients 200] [--seconds 300] [--hostile 0.1]
+
+A tiny random model on this machine. Healthy clients ask for greedy captions of eight images, again and again, and compare each
+answer with the one that the idle server gave. The same healthy clients are measured alone, and then beside the hostile ones, which
+send damaged and huge requests, image bombs and extreme options, and leave connections half-open or answers unread.
+
+Prints the answers that were lost or changed, the latency, its ratio at 95 %, and the peak of the server's memory. The exit status is
+1 if an answer was lost or changed, or if hostile clients more than double the latency at 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from bench_serve import wait_until_healthy
+from tiny import save_language_model, save_vision_model
+
+CHAT = "/v1/chat/completions"
+MAX_TOKENS = 16
+NUM_IMAGES = 8
+MAX_RATIO = 2.0
+HEADERS = {"content-type": "application/json"}
+
+
+@dataclass
+class Outcomes:
+    """What happened to the requests of one phase.
+
+    Attributes:
+        seconds: Of each healthy answer.
+        lost: Healthy requests without an answer, by the reason.
+        changed: Healthy answers that differ from the expected one.
+        hostile: Hostile requests by their status; "closed" if the server closed the connection.
+        peak: Largest resident memory of the server in bytes.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)
+    changed: int = 0
+    hostile: Counter[str] = field(default_factory=Counter)
+    peak: int = 0
+
+    @property
+    def p95(self) -> float:
+        """Seconds at the 95th percentile."""
+        return float(np.percentile(self.seconds, 95)) if self.seconds else float("inf")
+
+    def describe(self, title: str) -> str:
+        """Return one line for people."""
+        median = float(np.percentile(self.seconds, 50)) if self.seconds else float("inf")
+        lost = f"{sum(self.lost.values())} lost"
+        if self.lost:
+            lost += f" {dict(self.lost)}"
+        return (
+            f"{title:14} {len(self.seconds):6,} answers   {lost}   {self.changed} changed   "
+            f"p50 {median:.2f} s   p95 {self.p95:.2f} s   peak {self.peak / 1e6:,.0f} MB"
+        )
+
+
+# ---- the server ----
+
+
+def write_checkpoint(root: Path) -> Path:
+    """Write a checkpoint of tiny random models, and return its folder."""
+    from llava_simplified.model.build import build_model
+    from llava_simplified.model.checkpoint import save_checkpoint
+    from llava_simplified.model.config import LlavaConfig, TrainedParts
+
+    text = save_language_model("llama", root / "language_model")
+    tower = save_vision_model("clip", root / "vision_tower")
+    config = LlavaConfig(text, tower)
+    save_checkpoint(build_model(config), root / "model", config, TrainedParts())
+    return root / "model"
+
+
+@contextmanager
+def running_server(checkpoint: Path, queue: int) -> Iterator[tuple[psutil.Process, str]]:
+    """Run `llava serve`; yield its process and its URL when it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llava_simplified", "serve", str(checkpoint)]
+    command += ["--port", str(port), "--queue", str(queue), "--quiet"]
+    process = subprocess.Popen(command)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(process, url)
+        yield psutil.Process(process.pid), url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+# ---- healthy clients ----
+
+
+def draw_images() -> list[bytes]:
+    """Return images of coarse colours."""
+    generator = np.random.default_rng(0)
+    files = []
+    for _ in range(NUM_IMAGES):
+        colors = generator.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(colors).resize((320, 240)).save(file, "PNG")
+        files.append(file.getvalue())
+    return files
+
+
+def make_body(image: bytes, **options: Any) -> dict[str, Any]:
+    """Return a request for a caption."""
+    data_uri = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": data_uri}}]
+    options = {"max_tokens": MAX_TOKENS, "temperature": 0, **options}
+    return {"messages": [{"role": "user", "content": content}], **options}
+
+
+async def ask(session: aiohttp.ClientSession, body: Any) -> tuple[int, str]:
+    """Return the status, and the answer or the text of the error."""
+    async with session.post(CHAT, data=json.dumps(body), headers=HEADERS) as response:
+        if response.status != 200:
+            return response.status, await response.text()
+        answer = await response.json()
+        return 200, answer["choices"][0]["message"]["content"]
+
+
+async def be_healthy(
+    session: aiohttp.ClientSession,
+    images: Sequence[bytes],
+    expected: Sequence[str],
+    outcomes: Outcomes,
+    number: int,
+    end: float,
+) -> None:
+    """Ask for captions until the end."""
+    while time.monotonic() < end:
+        index = number % len(images)
+        number += 1
+        start = time.perf_counter()
+        try:
+            status, text = await ask(session, make_body(images[index]))
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            outcomes.lost[type(error).__name__] += 1
+            continue
+        if status != 200:
+            outcomes.lost[str(status)] += 1
+            continue
+        outcomes.seconds.append(time.perf_counter() - start)
+        outcomes.changed += text != expected[index]
+
+
+# ---- hostile clients ----
+
+
+def make_bomb() -> bytes:
+    """Return a small file of 49 megapixels."""
+    file = io.BytesIO()
+    Image.new("1", (7000, 7000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def hostile_bodies(image: bytes) -> list[bytes]:
+    """Return bodies that are wrong, huge, or ask for too much."""
+    text = [{"role": "user", "content": "x"}]
+    bodies: list[Any] = [
+        make_body(make_bomb()),
+        make_body(image[:200]),
+        make_body(b"GIF89a" + bytes(500)),
+        make_body(image, temperature=1e-38),
+        make_body(image, temperature=1e308),
+        make_body(image, repetition_penalty=1e-300, temperature=1.0),
+        make_body(image, top_p=-1),
+        make_body(image, n=10**9),
+        make_body(image, max_tokens=-5),
+        make_body(image, stop=["x" * 10_000]),
+        {"messages": [{"role": "user", "content": "x" * 2_000_000}]},
+        {"messages": text * 10_000},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 50_000}]},
+        {"messages": [{"role": "user", "content": "<image>" * 10_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}]},
+        {"messages": None},
+    ]  # fmt: skip
+    raw = [b"{", b"[" * 1_000_000, b"\xff" * 1000, b'{"max_tokens": ' + b"9" * 1_000_000 + b"}"]
+    return [json.dumps(body).encode() for body in bodies] + raw
+
+
+async def send_raw(port: int, data: bytes, seconds: float) -> None:
+    """Send bytes, wait, and close the connection without reading."""
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    await asyncio.sleep(seconds)
+    writer.close()
+
+
+async def be_hostile(
+    session: aiohttp.ClientSession,
+    port: int,
+    bodies: Sequence[bytes],
+    image: bytes,
+    outcomes: Outcomes,
+    number: int,
+    end: float,
+) -> None:
+    """Attack until the end."""
+    generator = random.Random(number)
+    valid = json.dumps(make_body(image)).encode()
+    head = b"POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    whole = head % CHAT.encode() + b"Content-Length: %d\r\n\r\n" % len(valid)
+    connections = [
+        b"POST",  # half a head
+        whole + valid[:100],  # half a body
+        whole + valid,  # an answer that nobody reads
+        head % CHAT.encode() + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        bytes(1000),
+        b"GET /" + b"a" * 100_000,
+    ]
+    while time.monotonic() < end:
+        try:
+            if generator.random() < 0.3:
+                await send_raw(port, generator.choice(connections), generator.random())
+                outcomes.hostile["left"] += 1
+                continue
+            body = generator.choice(bodies)
+            async with session.post(CHAT, data=body, headers=HEADERS) as response:
+                await response.read()
+                outcomes.hostile[str(response.status)] += 1
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+            outcomes.hostile["closed"] += 1
+
+
+# ---- phases ----
+
+
+async def watch_memory(process: psutil.Process, outcomes: Outcomes) -> None:
+    """Note the largest resident memory of a process."""
+    while True:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            outcomes.peak = max(outcomes.peak, process.memory_info().rss)
+        await asyncio.sleep(0.1)
+
+
+async def run_phase(
+    process: psutil.Process, url: str, healthy: int, hostile: int, seconds: float
+) -> Outcomes:
+    """Let clients use the server for some time."""
+    images = draw_images()
+    outcomes = Outcomes()
+    port = int(url.rpartition(":")[2])
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=300)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
+        # The server is idle: these are the answers that neighbours must not change.
+        expected = [(await ask(session, make_body(image)))[1] for image in images]
+        watching = asyncio.create_task(watch_memory(process, outcomes))
+        end = time.monotonic() + seconds
+        clients = [
+            be_healthy(session, images, expected, outcomes, number, end)
+            for number in range(healthy)
+        ]
+        bodies = hostile_bodies(images[0])
+        clients += [
+            be_hostile(session, port, bodies, images[0], outcomes, number, end)
+            for number in range(hostile)
+        ]
+        await asyncio.gather(*clients)
+        watching.cancel()
+    return outcomes
+
+
+def main() -> int:
+    """Run both phases, and print what they show."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, default=200, help="Clients (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="Seconds of each phase (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--hostile", type=float, default=0.1, help="Share of hostile clients (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    hostile = round(args.clients * args.hostile)
+    healthy = args.clients - hostile
+    with tempfile.TemporaryDirectory() as root:
+        checkpoint = write_checkpoint(Path(root))
+        phases = []
+        for number in (0, hostile):
+            # Each phase has a server of its own, so that the memory of one does not hide that of the other.
+            with running_server(checkpoint, 2 * args.clients) as (process, url):
+                phases.append(asyncio.run(run_phase(process, url, healthy, number, args.seconds)))
+    alone, attacked = phases
+    ratio = attacked.p95 / alone.p95
+    print(alone.describe("healthy only"))
+    print(attacked.describe(f"{args.hostile:.0%} hostile"))
+    print(f"hostile requests: {dict(attacked.hostile)}")
+    print(f"p95 with hostile clients: {ratio:.2f}x; memory: {attacked.peak / alone.peak:.2f}x")
+    lost = sum(attacked.lost.values()) + sum(alone.lost.values())
+    if lost or attacked.changed or alone.changed or ratio > MAX_RATIO:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
