@@ -61,6 +61,7 @@ def test_train_learns_and_writes_checkpoints_log_and_plot(
     assert not (output / ".saving").exists()
 
 
+@pytest.mark.medium
 def test_train_without_matplotlib_skips_the_plot_and_names_the_extra(
     models_folder: Path,
     data_folder: Path,
