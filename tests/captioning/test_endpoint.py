@@ -664,7 +664,7 @@ def test_command_writes_sidecar_files_with_prompts_and_prefix(
         expected[path.stem] = f"sks, {words[0]} {words[1]}\n"
     assert texts == expected
     failures = read_rows(str(folder / ".llava-caption.jsonl.bad.jsonl"))
-    assert [row["image"] for row in failures] == ["01.png", "02.png", "03.png"]
+    assert {row["image"] for row in failures} == {"01.png", "02.png", "03.png"}
     sent = set()
     for request in server.requests:
         name = next(p.stem for p in image_files if p.read_bytes() == request["image"])
