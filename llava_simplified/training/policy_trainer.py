@@ -111,7 +111,9 @@ class PolicyTrainer(LlavaTrainer):
         answers = sample_answers(model, examples, features, options, self.state.global_step)
         rewards = self._rewards_of(examples, answers)
         if args.objective == "scst":
-            greedy_options = GenerationOptions(max_new_tokens=args.sample_max_tokens, seed=args.seed)
+            greedy_options = GenerationOptions(
+                max_new_tokens=args.sample_max_tokens, seed=args.seed
+            )
             greedy = sample_answers(model, examples, features, greedy_options, 0)
             advantages = scst_advantages(rewards, self._rewards_of(examples, greedy)[:, 0])
         elif args.objective == "rloo":

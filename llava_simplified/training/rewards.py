@@ -247,7 +247,7 @@ class Reward:
     ) -> list[float]:
         try:
             values = [float(value) for value in self._functions[name](images, references, captions)]
-        except Exception as error:  # noqa: BLE001 - a function of the user may raise anything
+        except Exception as error:
             raise ValueError(
                 f"--reward {name}: {type(error).__name__}: {error}; in the batch of {', '.join(dict.fromkeys(ids))}."
             ) from error

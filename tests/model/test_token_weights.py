@@ -61,7 +61,7 @@ def answers_of(model: Llava) -> tuple[list[int], list[list[list[int]]]]:
     return prompt, answers
 
 
-def plain_log_probs(model: Llava, prompt: list[int], answer: list[int], image: torch.Tensor):  # noqa: ANN201
+def plain_log_probs(model: Llava, prompt: list[int], answer: list[int], image: torch.Tensor):
     """Return the log-probability of each token of one answer, in a sequence of its own."""
     ids = torch.tensor(expand_image_placeholders(prompt, model.vision_tower.num_tokens))
     ids = torch.cat([ids, torch.tensor(answer)])
