@@ -1,4 +1,4 @@
-"""Objectives beyond cross entropy, as pure functions: policy gradients and preference pairs.
+"""Objectives beyond cross entropy, as pure functions: policy gradients.
 
 A policy gradient samples captions from the model, scores each, and makes the better ones more likely:
 
@@ -17,7 +17,6 @@ Rewards and advantages are (images, samples). All functions of tensors keep thei
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import logsigmoid
 
 # Added to the standard deviation of GRPO, as in TRL: rewards that are nearly equal must not be blown up.
 STANDARD_DEVIATION_EPSILON = 1e-4
@@ -94,36 +93,3 @@ def token_kl(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torc
     """
     difference = reference_log_probs - log_probs
     return difference.exp() - difference - 1
-
-
-def dpo_losses(
-    margins: torch.Tensor, beta: float = 0.1, label_smoothing: float = 0.0
-) -> torch.Tensor:
-    """Return the loss of direct preference optimization (Rafailov et al., 2023) for each pair.
-
-    Args:
-        margins: (pairs,), how much more the model prefers the chosen text than the reference does:
-            log p(chosen) - log p(rejected), minus the same of the reference. A text's log-probability
-            is the sum over its tokens.
-        beta: Strength of the tie to the reference.
-        label_smoothing: Assumed share of pairs whose labels are swapped (conservative DPO).
-    """
-    chosen = logsigmoid(beta * margins)
-    swapped = logsigmoid(-beta * margins)
-    return -(1 - label_smoothing) * chosen - label_smoothing * swapped
-
-
-def sums_by_length(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Add up the values of each of several consecutive runs: tokens to texts.
-
-    Args:
-        values: (tokens,).
-        lengths: int64 (texts,), the number of tokens of each; they add up to `tokens`.
-
-    Returns:
-        (texts,)
-    """
-    # The number of elements is given, since a GPU could only count them while the host waits.
-    index = torch.arange(len(lengths), device=values.device)
-    text_of_token = index.repeat_interleave(lengths, output_size=len(values))
-    return values.new_zeros(len(lengths)).index_add(0, text_of_token, values)
