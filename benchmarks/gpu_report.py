@@ -61,6 +61,10 @@ class Report:
         except torch.OutOfMemoryError:
             self.add(name, failed="out of memory")
             return None
+        except ModuleNotFoundError as error:
+            missing = f"{error.name} is not installed; run pip install {error.name}"
+            self.add(name, skipped=missing)
+            return None
         except Exception as error:  # noqa: BLE001 - the next measurement does not depend on this one
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"

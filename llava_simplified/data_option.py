@@ -53,7 +53,8 @@ def options_from_data(given: Mapping[str, list[str]]) -> DataOptions:
     from llava_simplified.prepare.data_cache import prepare_data
 
     folder = given.get("train_image_folder") or given.get("image_folder")
-    data = prepare_data(source, folder[0] if folder else None)
+    sidecar = ",".join(given.get("sidecar", []))
+    data = prepare_data(source, folder[0] if folder else None, sidecar)
     options["train_data_path"] = str(data.records)
     options["train_image_folder"] = str(data.image_folder)
     if is_small:

@@ -21,6 +21,7 @@ PROJECT = "llava-simplified"
 # Purpose of each extra, in the order of pyproject.toml. An extra that is not listed here is reported without a purpose.
 EXTRA_PURPOSES = {
     "download": "`llava download`, and records in Parquet files",
+    "datasets": "`--data` from data sets of the Hugging Face Hub",
     "report": "plots of training curves",
     "gguf": "`llava export --format gguf` and `llava demo`",
     "serve": "`llava serve`: a web page, and an API for OpenAI's clients",

@@ -152,6 +152,13 @@ class DataArguments:
             "`llava demo`, with the recipe small_folder"
         },
     )
+    sidecar: str = field(
+        default="",
+        metadata={
+            "help": "Sidecars of the images of --data: txt, caption (default: both), or lines if each line is a caption; "
+            "caption,lines is possible too"
+        },
+    )
     train_data_path: str | None = field(
         default=None,
         metadata={"help": "Training records: a .json, .jsonl or .parquet file"},
@@ -422,6 +429,7 @@ HELP_GROUPS = {
     ),
     "Data": (
         "data",
+        "sidecar",
         "train_data_path",
         "train_image_folder",
         "eval_data_path",

@@ -23,6 +23,25 @@ def failures(results: dict[str, Any]) -> list[str]:
     return found
 
 
+def test_bench_gpu_goes_on_after_a_section_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_gpu
+
+    for section in bench_gpu.SECTIONS:
+        assert callable(bench_gpu.import_section(section).run)
+    output = tmp_path / "gpu.json"
+    words = ["--tiny", "--in-process", "--sections", "exactness", "machine", "--fail", "exactness"]
+    assert bench_gpu.main([*words, "--output", str(output)]) == 1
+    results = json.loads(output.read_text())
+    assert results["exactness"]["state"].startswith("failed: RuntimeError: failed on purpose")
+    assert results["machine"]["state"] == "done"
+    measurements = results["machine"]["measurements"]
+    assert [row["name"] for row in measurements] == ["versions", "device", "limits"]
+    assert "matmul TFLOP/s" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_bench_gpu_measures_all_sections_after_one_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

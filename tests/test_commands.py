@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_process import command_programs
 
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.cli import COMMANDS, configure_process, main
@@ -88,18 +89,20 @@ def test_finetune_sh_and_predict_sh_run_as_written(
         records.symlink_to(data_folder / f"{split}.json")
         (tmp_path / split).symlink_to(data_folder / "images")
     model = tmp_path / "model"
-    printed = run(
+    training = [
         *(ROOT / "finetune.sh", "--output_dir", model),
         *("--model_name_or_path", models_folder / "mistral"),
         *("--vision_tower", models_folder / "clip"),
         *("--max_steps", 2, "--dataloader_num_workers", 1),
-        folder=tmp_path,
-        DATA=tmp_path,
-    )
-    assert "lazy_preprocess has no effect" in printed
+    ]
     output = tmp_path / "predictions.json"
-    options = ("--output", output, "--max-new-tokens", 4)
-    run(ROOT / "predict.sh", *options, folder=tmp_path, DATA=tmp_path, MODEL=model)
+    prediction = [ROOT / "predict.sh", "--output", output, "--max-new-tokens", 4]
+    programs = tmp_path / "bin"
+    environment = {"PATH": f"{programs}:{ENVIRONMENT['PATH']}", "DATA": tmp_path, "MODEL": model}
+    with command_programs(programs):
+        printed = run(*training, folder=tmp_path, **environment)
+        assert "lazy_preprocess has no effect" in printed
+        run(*prediction, folder=tmp_path, **environment)
     assert len(json.loads(output.read_text())) == 12, "three captions of four images"
 
 

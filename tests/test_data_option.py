@@ -79,6 +79,22 @@ def test_prepare_data_converts_once_and_again_if_the_source_changes(
     assert [row["image"] for row in read_lines(prepare_data("my_folder").records)][-1] == "lost.jpg"
 
 
+def test_prepare_data_reads_the_sidecars_that_are_chosen(folder: Path) -> None:
+    (folder / "captions.csv").write_text("image,caption\n0.jpg,a cat\n")
+    (folder / "0.txt").write_text("one\ntwo")
+    with pytest.raises(ValueError, match="several forms.*--sidecar txt"):
+        prepare_data("my_folder")
+    for choice, expected in (
+        ("txt", {"response": "one\ntwo"}),
+        ("lines", {"responses": ["one", "two"]}),
+    ):
+        data = prepare_data("my_folder", sidecar=choice)
+        assert data.image_folder == Path("my_folder")
+        assert expected.items() <= read_lines(data.records)[0].items()
+    options = ["--data", "my_folder", "--sidecar", "lines", "--model_name_or_path", "some/model"]
+    assert parse_arguments(options)[1].train_data_path == str(data.records)
+
+
 def test_prepare_data_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("url,words\nhttp://a.example/1.jpg,x\n")
     for _ in range(2):
@@ -237,7 +253,7 @@ def test_train_on_a_folder_ends_with_a_model(tmp_path: Path) -> None:
     argv += ["--feature_cache_dir", "features"]
     assert train_command.main(argv) == 0
     config = json.loads((tmp_path / "output" / "my_folder" / "llava.json").read_text())
-    assert config["template"] == "bare"
+    assert config["architecture"]["template"] == "bare"
 
 
 @pytest.mark.slow

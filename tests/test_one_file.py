@@ -269,6 +269,7 @@ def captions_of_package(model: Llava, case: Case, count: int) -> list[str]:
 # ---- the file equals the package ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("vision_tower", "language_model", "choices"),
     [
@@ -428,6 +429,7 @@ def command_line(models_folder: Path, data_folder: Path, output: Path) -> list[s
     return [str(word) for word in words]
 
 
+@pytest.mark.medium
 def test_main_trains_saves_and_captions(
     models_folder: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

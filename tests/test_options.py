@@ -38,6 +38,7 @@ DIFFERENT_BY_COMMAND = {
     "--model-path": "optional for the report of llava evaluate",
     "--model-base": "llava import reads checkpoints of other codebases",
     "--vision-tower": "llava import reads checkpoints of other codebases",
+    "--image-aspect-ratio": "llava import takes it from the source by default",
     "--instruction": "llava import stores the default instruction",
     "--template": "llava import stores the template",
     "--seed": "a bootstrap in llava evaluate",
@@ -100,6 +101,7 @@ def test_every_option_is_accepted_in_both_spellings(name: str) -> None:
                 assert hasattr(args, action.dest), spelling
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_misspelt_options_name_the_nearest(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Abbreviations are refused too, also before the check of what is required."""

@@ -457,6 +457,7 @@ ordinary_text = st.lists(words, min_size=1, max_size=6).map(" ".join)
 # ---- what is trained ----
 
 
+@pytest.mark.medium
 @every_family
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(question=any_text, answer=any_answer)
@@ -590,6 +591,7 @@ def generated_ids(name: str) -> st.SearchStrategy[list[int]]:
 # ---- equal to the tokenizer's own chat template, and to Mistral's own code ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", WITH_TEMPLATE)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
@@ -958,6 +960,7 @@ def test_prompt_refuses_a_template_that_drops_text_or_fails() -> None:
 # ---- shared state ----
 
 
+@pytest.mark.medium
 @every_family
 def test_prompt_neither_changes_the_tokenizer_nor_depends_on_its_state(name: str) -> None:
     tokenizer = copy.deepcopy(family(name).tokenizer)

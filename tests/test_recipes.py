@@ -35,7 +35,7 @@ def test_resolve_recipe_lists_the_recipes_for_an_unknown_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"--config .*demo, demo_projector"):
+    with pytest.raises(ValueError, match=r"--config .*demo, .*demo_projector"):
         resolve_recipe(name)
 
 

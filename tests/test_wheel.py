@@ -49,6 +49,7 @@ def run_installed(wheel: Path, folder: Path, code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.medium
 def test_wheel_contains_every_file_of_the_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {

@@ -129,7 +129,11 @@ class EndpointClient:
     async def __aenter__(self) -> EndpointClient:
         self._session = aiohttp.ClientSession(
             # `_slots` limits the connections. The system resolves the one name, as for all other programs.
-            connector=aiohttp.TCPConnector(limit=0, resolver=aiohttp.ThreadedResolver()),
+            # Every request has a connection of its own: on a shared one, what a broken server or proxy sends too
+            # much would be taken for the answer to the next request, and captions would get to other images.
+            connector=aiohttp.TCPConnector(
+                limit=0, force_close=True, resolver=aiohttp.ThreadedResolver()
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(

@@ -14,6 +14,7 @@ at are not read.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -276,13 +277,18 @@ def _arrow_schema(path: Path) -> pa.Schema:
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as file:
-        reader = _open_arrow(file, path)
-        if isinstance(reader, pa.ipc.RecordBatchStreamReader):
-            yield from reader
-            return
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    reader = _open_arrow(pa.py_buffer(mapped), path)
+    is_stream = isinstance(reader, pa.ipc.RecordBatchStreamReader)
+    batches = reader
+    if not is_stream:
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+    for batch in batches:
+        yield batch
+        # The kernel counts every page that was read as memory of the process, until it is told that they are done with.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _open_arrow(file: Any, path: Path) -> Any:

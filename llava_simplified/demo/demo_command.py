@@ -19,8 +19,8 @@ import yaml
 
 from llava_simplified.demo.assets import DemoAssets, fetch
 from llava_simplified.demo.demo_images import NUM_HELD_OUT
+from llava_simplified.demo.demo_steps import Demo, Step
 from llava_simplified.demo.progress import captioning_progress, training_progress
-from llava_simplified.demo.runner import Demo, Step
 from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.doctor_command import has_fast_bfloat16
 from llava_simplified.jobs import format_duration

@@ -67,33 +67,38 @@ class PreparedData(NamedTuple):
     num_records: int
 
 
-def prepare_data(source: str, image_folder: str | None = None) -> PreparedData:
+def prepare_data(source: str, image_folder: str | None = None, sidecar: str = "") -> PreparedData:
     """Return the records of any source, converted in the cache if necessary.
 
     Args:
         source: Whatever `llava convert` accepts, or the name of a data set on the Hugging Face Hub. Of a remote source,
             all files are copied.
         image_folder: The image folder; None means the folder of the source, or the subfolder that contains its images.
+        sidecar: Which sidecars of a folder are read, and how; see `SidecarOptions.parse`.
 
     Raises:
         ValueError: The source cannot be read, or contains no usable record.
     """
     records = find_records(Path(source))
-    count = _count_records(records)
+    count = 0 if sidecar else _count_records(records)
     if count:
-        folder = image_folder or find_image_folder(source)
-        return PreparedData(records, Path(folder), count)
+        return PreparedData(records, Path(image_folder or find_image_folder(source)), count)
     dataset = load_hub_dataset(source) if is_hub_name(source) else None
     # The library knows a version of a data set by its fingerprint.
     state = _state_of(source) if dataset is None else dataset._fingerprint
-    settings = {"version": _VERSION, "source": _absolute(source), "state": state}
+    settings = {
+        "version": _VERSION,
+        "source": _absolute(source),
+        "state": state,
+        "sidecar": sidecar,
+    }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     target = cache_folder() / digest
     with exclusive_lock(target.with_suffix(".lock"), target, timeout=_LOCK_TIMEOUT):
         is_new = not target.is_dir()
         if is_new:
             with atomic_directory(target) as part:
-                _convert(_copy_here(source, dataset, part / _COPIES), source, part)
+                _convert(_copy_here(source, dataset, part / _COPIES), source, part, sidecar)
     about = read_json_object(target / "source.json")
     logger.info(
         "--data %s: %s records in %s (%s)",
@@ -106,8 +111,13 @@ def prepare_data(source: str, image_folder: str | None = None) -> PreparedData:
     for line in about["issues"]:
         logger.warning("%s", line)
     copies = target / _COPIES
-    folder = copies if copies.is_dir() else Path(image_folder or find_image_folder(source))
-    return PreparedData(target / "records.jsonl", folder, about["count"])
+    if copies.is_dir():
+        folder = str(copies)
+    elif sidecar:
+        folder = image_folder or source
+    else:
+        folder = image_folder or str(find_image_folder(source))
+    return PreparedData(target / "records.jsonl", Path(folder), about["count"])
 
 
 def _copy_here(source: str, dataset: Any, target: Path) -> str:
@@ -124,15 +134,17 @@ def cache_folder() -> Path:
     return Path(cache_home) / "llava-simplified" / "data"
 
 
-def _convert(local_source: str, source: str, target: Path) -> None:
+def _convert(local_source: str, source: str, target: Path, sidecar: str) -> None:
     """Write the records of a source into a folder, and how they were made."""
-    row = next(_rows(local_source), None)
+    row = next(_rows(local_source, sidecar), None)
     if row is not None and row.url and not row.image:
         raise ValueError(
             f"--data {source}: its images are URLs. Fetch them with `llava download {source} --output FOLDER`, and pass "
             "--data FOLDER."
         )
-    counts, issues = convert(local_source, target / "records.jsonl", keep_paths=True)
+    counts, issues = convert(
+        local_source, target / "records.jsonl", keep_paths=True, sidecar=sidecar
+    )
     about = {
         "source": _absolute(source),
         "count": sum(counts.values()),
@@ -156,8 +168,8 @@ def _count_records(path: Path) -> int:
         return 0
 
 
-def _rows(source: str) -> Iterator[SourceRow]:
-    return read_source(source, ParseIssues(), Columns())
+def _rows(source: str, sidecar: str = "") -> Iterator[SourceRow]:
+    return read_source(source, ParseIssues(), Columns(), sidecar)
 
 
 # ---- state of a source ----

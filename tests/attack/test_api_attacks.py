@@ -127,6 +127,7 @@ def test_fields_of_other_types(
     assert found == {200, 400}
 
 
+@pytest.mark.medium
 def test_attention_fields_of_other_types(
     healthy: HealthyClient, attacker: Attacker, photos: Sequence[bytes]
 ) -> None:

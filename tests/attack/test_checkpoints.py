@@ -98,6 +98,7 @@ def mutations(content: Any, values: list[Any]) -> Iterator[tuple[object, Any]]:
             yield (*path, repr(value)[:30]), replaced(content, path, value)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", READERS)
 def test_mutated_json_is_refused_by_name(copied: Path, name: str) -> None:
     path = copied / name
@@ -153,6 +154,7 @@ def test_cut_and_missing_files_are_refused_by_name(copied: Path) -> None:
     load_model(copied)
 
 
+@pytest.mark.medium
 def test_safetensors_header_cannot_ask_for_memory(copied: Path) -> None:
     path = copied / "projector.safetensors"
     whole = path.read_bytes()

@@ -296,6 +296,7 @@ def test_logs_and_progress_do_not_control_the_terminal(
     assert printed.count(ESCAPED) == 2
 
 
+@pytest.mark.medium
 def test_everything_is_printed_by_one_function() -> None:
     """`print_text` escapes. These do not: a progress line, which moves the cursor, and a script for the shell."""
     exceptions = {"options.py", "jobs.py", "completion_command.py"}

@@ -192,6 +192,7 @@ def test_caption_file_captions_a_folder_with_two_instructions(
     assert [row["index"] for row in read_rows(failures_of(output))] == [10, 11]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", [0, 1, 60, 300, 700, -1, -30, None])
 def test_caption_file_resumes_after_any_byte(
     model: Llava, folder: Path, output: Path, size: int | None
@@ -206,6 +207,7 @@ def test_caption_file_resumes_after_any_byte(
     assert len(read_rows(failures_of(output))) == 1
 
 
+@pytest.mark.medium
 def test_caption_file_chunks_and_batch_size_do_not_change_captions(
     model: Llava, folder: Path, tmp_path: Path, output: Path
 ) -> None:
@@ -429,6 +431,7 @@ def test_caption_file_continues_the_rows_of_0_1_0(model: Llava, folder: Path, ou
 # ---- batches ----
 
 
+@pytest.mark.medium
 def test_caption_records_encodes_each_image_once(
     model: Llava, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -586,6 +589,7 @@ def test_predict_exit_status_is_1_if_no_image_can_be_read(
     assert caption_main([str(folder), "--model-path", "m"]) == 1
 
 
+@pytest.mark.medium
 def test_caption_prints_the_captions_of_one_image(
     checkpoint: Path, model: Llava, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,10 +15,10 @@ import yaml
 
 from llava_simplified import recipes
 from llava_simplified.arguments import parse_arguments
-from llava_simplified.demo import demo_command, runner
+from llava_simplified.demo import demo_command, demo_steps
 from llava_simplified.demo.assets import DemoAssets
+from llava_simplified.demo.demo_steps import DOWNLOAD, Demo, Step, Watcher
 from llava_simplified.demo.progress import NOT_STARTED, captioning_progress, training_progress
-from llava_simplified.demo.runner import DOWNLOAD, Demo, Step, Watcher
 from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.model.llava import Llava
 
@@ -58,7 +58,7 @@ def test_demo_ends_with_a_model_and_a_report(
         val_json=data_folder / "val.json",
     )
     monkeypatch.setattr(recipes, "RECIPES_FOLDER", tmp_path / "configs")
-    monkeypatch.setattr(runner, "fetch", lambda _: tiny)
+    monkeypatch.setattr(demo_steps, "fetch", lambda _: tiny)
     monkeypatch.setenv("HOME", str(tmp_path))  # the folder of the feature cache
     monkeypatch.chdir(tmp_path)  # outside a checkout
     output = tmp_path / "it's here"  # needs quoting in a shell
@@ -122,8 +122,8 @@ def test_demo_ends_when_a_command_fails(tmp_path: Path, monkeypatch: pytest.Monk
         commands.append(words[0])
         return 0 if len(commands) == 1 else 1
 
-    monkeypatch.setattr(runner, "fetch", lambda _: DemoAssets(*[tmp_path] * 5))
-    monkeypatch.setattr(runner.cli, "main", run)
+    monkeypatch.setattr(demo_steps, "fetch", lambda _: DemoAssets(*[tmp_path] * 5))
+    monkeypatch.setattr(demo_steps.cli, "main", run)
     assert demo_command.main(["--output", str(tmp_path)]) == 1
     assert commands == ["inspect", "train"]
 
@@ -207,8 +207,8 @@ def test_demo_shows_captions_and_writes_a_report_while_a_step_runs(
                 time.sleep(0.02)
         return 0
 
-    monkeypatch.setattr(runner.cli, "main", run)
-    monkeypatch.setattr(runner.Watcher, "REDRAW_SECONDS", 0.01)
+    monkeypatch.setattr(demo_steps.cli, "main", run)
+    monkeypatch.setattr(demo_steps.Watcher, "REDRAW_SECONDS", 0.01)
     assets = DemoAssets(*[data_folder / "images"] * 5)
     with redirect_output(tmp_path / "log.txt") as terminal:
         demo = Demo(tmp_path, terminal)
@@ -245,7 +245,7 @@ def test_second_demo_skips_what_is_finished_and_resumes_what_is_not(
             demo.run(DemoAssets(*[data_folder / "images"] * 5), steps)
         return list(calls)
 
-    monkeypatch.setattr(runner.cli, "main", run)
+    monkeypatch.setattr(demo_steps.cli, "main", run)
     steps = fake_steps(tmp_path)
     train, evaluate = (step.argv for step in steps)
     assert run_demo(steps) == [train]  # interrupted

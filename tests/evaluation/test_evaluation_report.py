@@ -135,6 +135,7 @@ def test_report_of_checkpoints_shows_the_newest_first(image_folder: Path) -> Non
     assert "panels below are those of step-1000" in text, "five runs have no panels of their own"
 
 
+@pytest.mark.medium
 @given(st.data())
 @settings(max_examples=25, deadline=None)
 def test_compare_runs_equals_scores_of_each_image(data: st.DataObject) -> None:

@@ -141,6 +141,7 @@ def test_tokenize_equals_the_server_on_random_text(kind: str) -> None:
     assert_equal_to_server(captions)
 
 
+@pytest.mark.no_cover  # other tests run the same lines
 @pytest.mark.medium
 @needs_java
 @pytest.mark.parametrize(

@@ -405,6 +405,7 @@ def test_import_command_reads_a_single_projector(
     assert_captions_and_trains(checkpoint, caption, image, data_folder, tmp_path, **options)
 
 
+@pytest.mark.medium
 def test_import_checkpoint_takes_the_borders_from_the_source(
     source: Source, models_folder: Path, tmp_path: Path
 ) -> None:
@@ -685,6 +686,7 @@ def test_import_checkpoint_compares_images_with_borders(
             import_checkpoint(tmp_path / "stock", tmp_path / "crop", image_aspect_ratio="crop")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -113,6 +113,7 @@ def build_any(folder: Path, text: str) -> Llava:
 # ---- greedy search, sampling, beam search ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "options",
     [{}, {"repetition_penalty": 1.7}, {"min_new_tokens": 12}],
@@ -149,6 +150,7 @@ def test_generation_refuses_a_model_without_dynamic_cache(models_folder: Path, t
         build_any(models_folder, text).chat([Message("user", "What?")])
 
 
+@pytest.mark.medium
 def test_generate_samples_depend_on_seed_image_and_prompt_alone(models_folder: Path) -> None:
     model = build(models_folder, "mistral")
     prompts, pixels = make_prompts(model)
@@ -213,6 +215,7 @@ def test_generate_beams_equal_transformers(models_folder: Path) -> None:
     assert generated == [texts[:2], texts[2:4], texts[4:]]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_generate_ignores_the_generation_config_of_the_base_model(
@@ -327,6 +330,7 @@ def test_decoding_batch_sequences_join_while_others_are_in_flight(
     assert run(batch) == expected
 
 
+@pytest.mark.medium
 def test_decoding_batch_that_never_empties_does_not_grow(models_folder: Path) -> None:
     model = build(models_folder, "mistral")
     prompts, _ = make_prompts(model, ["What?"])
@@ -384,6 +388,7 @@ def test_stream_pieces_add_up_to_the_caption(models_folder: Path) -> None:
     assert "".join(pieces) == model.caption(image, "What is this?", max_new_tokens=12)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("seed", range(12))
 def test_stream_equals_generate_for_text_of_any_bytes(models_folder: Path, seed: int) -> None:
     """The model generates random bytes: cut characters, and white space at both ends."""

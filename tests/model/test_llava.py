@@ -224,6 +224,7 @@ def test_image_placeholders_are_expanded_and_rows_padded_on_either_side() -> Non
 # ---- generation ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("text", LANGUAGE_MODELS)
 def test_generate_batched_captions_equal_single_ones(models_folder: Path, text: str) -> None:
     model = build(models_folder, text)

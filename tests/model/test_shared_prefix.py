@@ -100,6 +100,7 @@ for _text in LANGUAGE_MODELS:
         KERNELS.append((_text, "cpu_matmul"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("text", "attention"), KERNELS)
 def test_shared_and_packed_examples_equal_separate_ones(
     models_folder: Path, text: str, attention: str, monkeypatch: pytest.MonkeyPatch

@@ -394,6 +394,7 @@ def test_fetch_all_limits_requests_to_a_host_that_many_hosts_redirect_to(
     assert most == 4
 
 
+@pytest.mark.medium
 def test_fetch_all_keeps_few_connections_open(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

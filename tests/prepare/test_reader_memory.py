@@ -1,8 +1,12 @@
-"""Every reader holds a small part of its source in memory: a million rows in less than 300 MB."""
+"""Every reader holds a small part of its source in memory.
+
+200,000 rows are read in less than 150 MB, and a million, with FUZZ=1, in less than 300 MB.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +22,10 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc"),
 ]
 
-ROWS = 1_000_000
+IS_COMPLETE = bool(os.environ.get("FUZZ"))
+ROWS = 1_000_000 if IS_COMPLETE else 200_000
 BATCH = 50_000
-MAX_BYTES = 300_000_000
+MAX_BYTES = 300_000_000 if IS_COMPLETE else 150_000_000
 CAPTION = "a photograph of a small brown dog that runs over a green field"
 TURNS = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
@@ -38,12 +43,12 @@ with open("/proc/self/status") as status:
     peak = next(line for line in status if line.startswith("VmHWM"))
 print(count, int(peak.split()[1]) * 1024)
 """
-# A directory of two million files, without the time that it takes to create them.
+# A directory of an image and a text file for each row, without the time that it takes to create them.
 READ_SIDECARS = """
 import os
 from llava_simplified.prepare import sidecar_source
 def walk(folder, onerror=None):
-    yield str(folder), [], [f"{n:07d}.{s}" for n in range(1_000_000) for s in ("jpg", "txt")]
+    yield str(folder), [], [f"{n:07d}.{s}" for n in range(ROWS) for s in ("jpg", "txt")]
 sidecar_source.os.walk = walk
 sidecar_source._read_captions = lambda *_: ("a caption",)
 """
@@ -111,16 +116,14 @@ def write_dataset(folder: Path) -> Path:
     "write",
     [write_tsv, write_json, write_chats, write_parquet, write_parquet_by_path, write_dataset],
 )
-def test_a_million_rows_are_read_in_300_megabytes(
-    write: Callable[[Path], Path], tmp_path: Path
-) -> None:
+def test_rows_are_read_in_little_memory(write: Callable[[Path], Path], tmp_path: Path) -> None:
     rows, peak = measure(READ, write(tmp_path))
     assert rows == ROWS
     assert peak < MAX_BYTES, f"{peak / 1e6:.0f} MB"
 
 
-def test_a_million_sidecars_are_read_in_300_megabytes(tmp_path: Path) -> None:
-    rows, peak = measure(READ_SIDECARS + READ, tmp_path)
+def test_sidecars_are_read_in_little_memory(tmp_path: Path) -> None:
+    rows, peak = measure(f"ROWS = {ROWS}\n{READ_SIDECARS}{READ}", tmp_path)
     assert rows == ROWS
     assert peak < MAX_BYTES, f"{peak / 1e6:.0f} MB"
 

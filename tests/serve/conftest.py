@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from cli_process import ForkedProcess
 
 from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
@@ -41,25 +39,20 @@ def model(checkpoint: Path) -> Llava:
     return model
 
 
-StartedServer = tuple[subprocess.Popen[str], str]
+StartedServer = tuple[ForkedProcess, str]
 
 
 @pytest.fixture
 def command(checkpoint: Path) -> Iterator[Callable[..., StartedServer]]:
     """Start `llava serve` with options; return the process and its URL when it answers."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[ForkedProcess] = []
 
     def start(*options: str) -> StartedServer:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             port = unused.getsockname()[1]
         arguments = ["serve", str(checkpoint), "--port", str(port), *options]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llava_simplified.cli", *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "LLAVA_API_KEY": ""},
-        )
+        process = ForkedProcess(["llava", *arguments], environment={"LLAVA_API_KEY": ""})
         started.append(process)
         url = f"http://127.0.0.1:{port}"
         for _ in range(600):
@@ -67,7 +60,7 @@ def command(checkpoint: Path) -> Iterator[Callable[..., StartedServer]]:
                 httpx.get(f"{url}/health").raise_for_status()
                 return process, url
             except httpx.HTTPError:
-                assert process.poll() is None, process.stderr and process.stderr.read()
+                assert process.poll() is None, process.stderr
                 time.sleep(0.1)
         raise AssertionError("the server did not start within a minute")
 

@@ -256,6 +256,7 @@ def test_images_must_be_data_urls(
     assert (refused.value.param, refused.value.code) == (param, code)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "spelling",
     [
@@ -711,6 +712,7 @@ def test_requests_time_out(model: Llava, photos: list[bytes]) -> None:
         slow.close()
 
 
+@pytest.mark.medium
 def test_failing_request_gets_500_and_neighbours_their_answers(
     model: Llava, photos: list[bytes]
 ) -> None:

@@ -108,6 +108,7 @@ def test_throughput_and_padding_are_logged(
 # ---- values that are not finite, unusual gradients ----
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("max_grad_norm", [0, 1])
 def test_non_finite_value_names_step_samples_and_last_checkpoint(
     models_folder: Path, data_folder: Path, tmp_path: Path, max_grad_norm: float

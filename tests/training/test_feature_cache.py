@@ -69,6 +69,7 @@ def test_cache_computes_nothing_in_a_second_run(
     assert all(torch.equal(first[name], second[name]) for name in names)
 
 
+@pytest.mark.medium
 def test_cache_never_finds_a_stale_feature(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:

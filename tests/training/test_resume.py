@@ -134,12 +134,13 @@ def test_resume_accepts_the_same_records_in_another_place(
 def test_resume_of_a_checkpoint_without_a_digest_compares_the_path(
     models_folder: Path, data_folder: Path, tmp_path: Path, finished_run: Path
 ) -> None:
-    """Version 0.1.0 stored no digest."""
+    """Version 0.1.0 stored no digest, and had no borders of images."""
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     config = run / "checkpoint-1" / "llava.json"
     stored = json.loads(config.read_text())
     del stored["training"]["train_data_sha256"]
+    del stored["architecture"]["image_aspect_ratio"]
     stored["training"]["accelerator_config"] = "AcceleratorConfig(split_batches=False)"
     config.write_text(json.dumps(stored))
     resume(run, models_folder, data_folder, tmp_path / "out")

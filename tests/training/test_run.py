@@ -61,6 +61,7 @@ def test_train_learns_and_writes_checkpoints_log_and_plot(
     assert not (output / ".saving").exists()
 
 
+@pytest.mark.medium
 def test_train_without_matplotlib_skips_the_plot_and_names_the_extra(
     models_folder: Path,
     data_folder: Path,
@@ -209,7 +210,7 @@ def test_resumed_run_continues_length_grouped_batches_in_the_second_epoch(
 # ---- options that must not change the result ----
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
 def test_compile_layers_does_not_change_the_losses(
     models_folder: Path, data_folder: Path, tmp_path: Path

@@ -16,6 +16,7 @@ from llava_simplified.model import language_model
 from llava_simplified.training.trainer import LlavaTrainer
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "data",
     [
