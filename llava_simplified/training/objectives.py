@@ -92,4 +92,4 @@ def token_kl(log_probs: torch.Tensor, reference_log_probs: torch.Tensor) -> torc
         reference_log_probs: (tokens,), of the reference.
     """
     difference = reference_log_probs - log_probs
-    return difference.exp() - difference - 1
+    return difference.expm1() - difference
