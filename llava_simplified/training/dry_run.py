@@ -103,7 +103,8 @@ def _train_and_save(
     trainer.train()
     examples = cast(Any, trainer.train_dataset)
     first_examples = [examples[index] for index in range(min(2, len(examples)))]
-    [prepared] = trainer.prepare_micro_batches([trainer.data_collator(first_examples)])
+    loaded = cast(Any, trainer.data_collator(first_examples))
+    [prepared] = trainer.prepare_micro_batches([loaded])
     # Without the metadata, and what only the loss of an objective uses.
     accepted = inspect.signature(Llava.forward).parameters
     inputs = {name: value for name, value in prepared.items() if name in accepted}
