@@ -109,8 +109,9 @@ def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, obje
         "save_steps": 2,
     }
     output = run_training(policy_options("whole", **changes))
-    assert read_log(output, "kl")[0] == 0  # the model is the reference
-    assert read_log(output, "kl")[-1] > 0
+    # The model is the reference, up to rounding.
+    assert read_log(output, "kl")[0] == pytest.approx(0, abs=1e-8)
+    assert read_log(output, "kl")[-1] > 1e-5
     resumed = [
         *policy_options("resumed", **changes),
         "--resume_from_checkpoint",
