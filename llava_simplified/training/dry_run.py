@@ -8,6 +8,7 @@ The result is written to `report.json` in the parent of the output folder.
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import sys
 import time
@@ -102,8 +103,12 @@ def _train_and_save(
     trainer.train()
     examples = cast(Any, trainer.train_dataset)
     first_examples = [examples[index] for index in range(min(2, len(examples)))]
-    batch = trainer._prepare_inputs(trainer.data_collator(first_examples))
-    batch.pop("metadata")
+    loaded = cast(Any, trainer.data_collator(first_examples))
+    [prepared] = trainer.prepare_micro_batches([loaded])
+    # Without the metadata, and what only the loss of an objective uses.
+    accepted = inspect.signature(Llava.forward).parameters
+    inputs = {name: value for name, value in prepared.items() if name in accepted}
+    batch = trainer._prepare_inputs(inputs)
     model = cast(Llava, trainer.model).eval()
     with torch.no_grad(), precision:
         logits = model(**batch).logits.float()
