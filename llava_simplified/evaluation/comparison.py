@@ -20,7 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from llava_simplified.evaluation.bootstrap import INTERVAL_PERCENTILES, Score
-from llava_simplified.evaluation.metrics import METRIC_NAMES, Evaluation, Sample, normalize_caption
+from llava_simplified.evaluation.metrics import (
+    LOWER_IS_BETTER,
+    METRIC_NAMES,
+    Evaluation,
+    Sample,
+    normalize_caption,
+)
 
 RANK_METRICS = ("word F1", "CIDEr-D")  # decide, in this order, which images changed most
 _EQUAL = 1e-9  # scores that differ less differ by rounding
@@ -110,13 +116,16 @@ def compare_runs(
         # The runs may have different numbers of trials: an image has the mean of its trials.
         change = second.per_image[name].mean(axis=0) - first.per_image[name].mean(axis=0)
         per_image[name] = change
-        num_better = int((change > _EQUAL).sum())
-        num_worse = int((change < -_EQUAL).sum())
+        num_higher = int((change > _EQUAL).sum())
+        num_lower = int((change < -_EQUAL).sum())
+        num_better, num_worse = num_higher, num_lower
+        if name in LOWER_IS_BETTER:
+            num_better, num_worse = num_lower, num_higher
         differences[name] = Difference(
             score=_difference(name, first, second),
             num_better=num_better,
             num_worse=num_worse,
-            num_equal=len(change) - num_better - num_worse,
+            num_equal=len(change) - num_higher - num_lower,
         )
 
     # Other captions can have equal scores, so the captions decide which images have changed, and not the scores.

@@ -40,10 +40,19 @@ MAX_PANELS = 4  # runs that have panels of their own
 MAX_CHANGED = 8  # images in each list of a comparison
 CLOSE_WORD_F1 = 0.5  # minimum word F1 of a caption that is marked as "close"
 
-TILE_METRICS = ("CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR", "CLIPScore", "word F1", "exact match")
+TILE_METRICS = (
+    "CIDEr-D",
+    "BLEU-4",
+    "ROUGE-L",
+    "METEOR",
+    "CLIPScore",
+    "word F1",
+    "exact match",
+    "CHAIRi",
+)
 SHUFFLE_METRICS = ("word F1", "CIDEr-D", "exact match")
 UNSEEN_METRICS = ("CIDEr-D", "word F1", "exact match")
-PERCENT_METRICS = ("exact match",)
+PERCENT_METRICS = ("exact match", "CHAIRs", "CHAIRi")
 
 # Colors of the report's style sheet.
 _BLUE, _ORANGE, _GRAY = 0, 1, 5
@@ -140,6 +149,7 @@ def write_report(
         cards=cards,
         charts=_charts(runs, steps, log),
         score_rows=_score_rows(runs),
+        text_rows=_text_rows(runs),
         settings=settings,
     )
 
@@ -321,6 +331,15 @@ def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> Sco
         low=100 * low / axis_end,
         high=100 * high / axis_end,
     )
+
+
+def _text_rows(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return length, variety and repetition by name: a value of each run, and that of the references last."""
+    rows = {}
+    for name, of_references in runs[0].result.reference_text.items():
+        values = [run.result.text[name] for run in runs]
+        rows[name] = [f"{value:.3g}" for value in (*values, of_references)]
+    return rows
 
 
 # ---- comparison ----
