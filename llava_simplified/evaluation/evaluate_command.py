@@ -52,12 +52,6 @@ def build_parser() -> CommandParser:
         help="Training records, for the shares of novel captions and of unseen references",
     )
     add_image_folder_option(parser, default="the current folder")
-    parser.add_argument(
-        "--clip",
-        type=Path,
-        metavar="FOLDER",
-        help="Folder of a CLIP model, for CLIPScore and RefCLIPScore",
-    )
     parser.add_argument("--output", type=Path, help="Output file (JSON) for the scores")
     parser.add_argument("--report", type=Path, help="Output file (HTML) for a report")
     parser.add_argument(
@@ -76,6 +70,18 @@ def build_parser() -> CommandParser:
         default="Caption evaluation",
         help="Title of the report (default: %(default)s)",
     )
+    add_scoring_options(parser)
+    return parser
+
+
+def add_scoring_options(parser: CommandParser) -> None:
+    """Add the options of scores that `llava evaluate` and `llava benchmark` share."""
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder of a CLIP model, for CLIPScore and RefCLIPScore",
+    )
     parser.add_argument(
         "--resamples",
         type=int,
@@ -93,7 +99,6 @@ def build_parser() -> CommandParser:
         action="store_true",
         help="Skip METEOR and SPICE, which require Java",
     )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -98,6 +98,7 @@ def write_report(
     log: Path | None = None,
     train_captions: Collection[str] | None = None,
     comparisons: Mapping[str, Comparison] | None = None,
+    groups: Mapping[str, Mapping[str, Evaluation]] | None = None,
 ) -> None:
     """Write the HTML file.
 
@@ -111,6 +112,7 @@ def write_report(
         log: `trainer_log.jsonl`, for the training curves.
         train_captions: Normalized training captions, for marking images with unseen references.
         comparisons: Comparisons of later runs with the first of `runs`, by the names of the later ones.
+        groups: Scores of parts of the images, such as the domains of nocaps, by run and part.
 
     Raises:
         ValueError: The runs are on different images, no image can be read, or the log is not a training log.
@@ -150,6 +152,8 @@ def write_report(
         charts=_charts(runs, steps, log),
         score_rows=_score_rows(runs),
         text_rows=_text_rows(runs),
+        group_metrics=[name for name in METRIC_NAMES if name in headline.result.mean],
+        group_rows=_group_rows(groups or {}),
         settings=settings,
     )
 
@@ -331,6 +335,28 @@ def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> Sco
         low=100 * low / axis_end,
         high=100 * high / axis_end,
     )
+
+
+class GroupRow(NamedTuple):
+    """The scores of one run on a part of the images, with their intervals, by metric."""
+
+    group: str
+    run: str
+    num_images: int
+    scores: dict[str, tuple[str, str]]
+
+
+def _group_rows(groups: Mapping[str, Mapping[str, Evaluation]]) -> list[GroupRow]:
+    """Return the rows of all parts, with the runs of a part below each other."""
+    rows = []
+    for run, results in groups.items():
+        for group, result in results.items():
+            scores = {}
+            for name, score in result.mean.items():
+                scores[name] = format_score(name, score.value), _format_interval(name, score)
+            rows.append(GroupRow(group, run, result.num_images, scores))
+    order = list(dict.fromkeys(row.group for row in rows))
+    return sorted(rows, key=lambda row: order.index(row.group))
 
 
 def _text_rows(runs: Sequence[Run]) -> dict[str, list[str]]:
