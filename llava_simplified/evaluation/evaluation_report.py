@@ -147,7 +147,7 @@ def write_report(
         panels=panels,
         notes=notes,
         shuffle_comparison=_compare_shuffled(shown),
-        comparisons=_comparison_panels(given_runs, comparisons or {}),
+        comparisons=_comparison_panels(given_runs, comparisons or {}, image_folder),
         cards=cards,
         charts=_charts(runs, steps, log),
         score_rows=_score_rows(runs),
@@ -391,6 +391,7 @@ class ChangedRow(NamedTuple):
     before: tuple[str, ...]
     after: tuple[str, ...]
     word_f1: float
+    thumbnail: Thumbnail | None
 
 
 @dataclass(frozen=True)
@@ -415,7 +416,7 @@ class ComparisonPanel:
 
 
 def _comparison_panels(
-    runs: Sequence[Run], comparisons: Mapping[str, Comparison]
+    runs: Sequence[Run], comparisons: Mapping[str, Comparison], image_folder: Path
 ) -> list[ComparisonPanel]:
     """Return the panels of the comparisons of runs with the first one."""
     baseline = runs[0]
@@ -445,15 +446,15 @@ def _comparison_panels(
             first=baseline.name,
             second=run.name,
             rows=rows,
-            gains=[_changed_row(image, baseline, run) for image in gains[:MAX_CHANGED]],
-            losses=[_changed_row(image, baseline, run) for image in losses[:MAX_CHANGED]],
+            gains=[_changed_row(i, baseline, run, image_folder) for i in gains[:MAX_CHANGED]],
+            losses=[_changed_row(i, baseline, run, image_folder) for i in losses[:MAX_CHANGED]],
             num_changed=len(changed),
         )
         panels.append(panel)
     return panels
 
 
-def _changed_row(image: ChangedImage, first: Run, second: Run) -> ChangedRow:
+def _changed_row(image: ChangedImage, first: Run, second: Run, folder: Path) -> ChangedRow:
     before = first.samples[image.position]
     after = second.samples[image.position]
     return ChangedRow(
@@ -463,7 +464,18 @@ def _changed_row(image: ChangedImage, first: Run, second: Run) -> ChangedRow:
         before=tuple(dict.fromkeys(before.captions)),
         after=tuple(dict.fromkeys(after.captions)),
         word_f1=image.differences[RANK_METRICS[0]],
+        thumbnail=_thumbnail(before.image, folder),
     )
+
+
+def _thumbnail(image: str, folder: Path) -> Thumbnail | None:
+    """Return a small form of an image; None if there is none. The notes about the cards tell why."""
+    if not image:
+        return None
+    try:
+        return make_thumbnail(decode_image(read_image_bytes(image, folder)))
+    except ImageError:
+        return None
 
 
 def _format_difference(name: str, value: float) -> str:
