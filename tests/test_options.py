@@ -38,6 +38,7 @@ DIFFERENT_BY_COMMAND = {
     "--model-path": "optional for the report of llava evaluate",
     "--model-base": "llava import reads checkpoints of other codebases",
     "--vision-tower": "llava import reads checkpoints of other codebases",
+    "--image-aspect-ratio": "llava import takes it from the source by default",
     "--instruction": "llava import stores the default instruction",
     "--template": "llava import stores the template",
     "--seed": "a bootstrap in llava evaluate",

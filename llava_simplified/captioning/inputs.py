@@ -12,8 +12,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-import numpy as np
-
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SIDECAR_SUFFIXES
 from llava_simplified.data import shards
 from llava_simplified.data.image_formats import IMAGE_HEADER_BYTES, is_image_header
@@ -229,7 +227,10 @@ def find_images(source: str) -> FoundImages:
             sidecar_stems[file.suffix].append(hash(str(file.with_suffix(""))))
         elif file.is_file() and Path(SIDECAR_JOURNAL).stem not in file.name:
             skipped[file.suffix.lower() or "no suffix"] += 1
-    # The captions of images are no surprise, other texts are.
+    # Sidecar files of images are expected; report only the other text files. numpy compares millions of hashes at
+    # once; it is imported here, because the parser of the command imports this module.
+    import numpy as np
+
     for suffix, stems in sidecar_stems.items():
         is_other_text = np.isin(np.array(stems), np.array(image_stems), invert=True)
         if is_other_text.any():

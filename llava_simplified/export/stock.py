@@ -475,8 +475,9 @@ def to_stock_image_processor(image_processor: Any, transform: ImageTransform) ->
         return image_processor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    size = {"shortest_edge": transform.resize}
-    if not isinstance(transform.resize, int):
+    if isinstance(transform.resize, int):
+        size = {"shortest_edge": transform.resize}
+    else:
         height, width = transform.resize
         size = {"height": height, "width": width}
     crop_height, crop_width = transform.crop
