@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from llava_simplified.evaluation.comparison import Comparison
     from llava_simplified.evaluation.evaluation_report import Run
     from llava_simplified.evaluation.metrics import Evaluation, Sample
+    from llava_simplified.evaluation.references import References
     from llava_simplified.model.llava import Llava
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     decodings = _choose_decodings(args.decoding, endpoint)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: must be at least 1")
+    # Check the options of the server before the files are read.
     if endpoint is not None:
         require_extra("download", "aiohttp", purpose="--endpoint")
         endpoint.api_key()
@@ -125,10 +127,12 @@ def main(argv: list[str] | None = None) -> int:
     images = benchmark.images[: args.limit]
     output = args.output or Path("benchmarks") / f"{benchmark.name}-{benchmark.split}"
     output.mkdir(parents=True, exist_ok=True)
+    # The captions are a job of `llava caption` on a file of records, so that they continue and are checked as there.
     records = output / "records.jsonl"
     _write_records(records, images, instruction)
     settings = _describe_settings(args, benchmark, len(images), instruction)
 
+    # Whatever is finished is not done again: only captions take long.
     num_failed = _caption_all(args, decodings, records, output, endpoint)
     runs = _score_all(args, decodings, output, benchmark)
     _add_notes(runs, benchmark, len(images))
@@ -248,9 +252,12 @@ def _score_all(
     args: argparse.Namespace, decodings: Sequence[str], output: Path, benchmark: BenchmarkSet
 ) -> list[Run]:
     """Score the captions of each decoding, on the images that all of them have captions for."""
+    from llava_simplified.evaluation.chair import read_instances
     from llava_simplified.evaluation.evaluation_report import Run
     from llava_simplified.evaluation.predictions import read_predictions
 
+    # Read them once: those of COCO have hundreds of megabytes.
+    instances = read_instances(benchmark.instances) if benchmark.instances else None
     samples_of: dict[str, list[Sample]] = {}
     for name in decodings:
         samples_of[name] = read_predictions(output / f"{name}.jsonl").samples
@@ -259,26 +266,25 @@ def _score_all(
     runs = []
     for name, samples in samples_of.items():
         kept = [sample for sample in samples if sample.image in common]
-        runs.append(Run(name, kept, _score(args, kept, benchmark)))
+        runs.append(Run(name, kept, _score(args, kept, instances)))
     return runs
 
 
 def _score(
-    args: argparse.Namespace, samples: Sequence[Sample], benchmark: BenchmarkSet
+    args: argparse.Namespace, samples: Sequence[Sample], instances: References | None = None
 ) -> Evaluation:
-    """Score samples; on COCO with CHAIR, if the instance annotations are there."""
-    from llava_simplified.evaluation.chair import annotated_objects, read_instances
+    """Score samples; with CHAIR, if the objects of the images are annotated."""
+    from llava_simplified.evaluation.chair import annotated_objects
     from llava_simplified.evaluation.metrics import evaluate
     from llava_simplified.evaluation.predictions import read_sample_images
 
     annotated = None
-    if benchmark.instances:
-        instances = read_instances(benchmark.instances)
+    if instances is not None:
         annotated = annotated_objects([sample.image for sample in samples], instances)
     return evaluate(
         samples,
         clip=args.clip,
-        images=read_sample_images(samples, benchmark.folder) if args.clip else (),
+        images=read_sample_images(samples, args.folder) if args.clip else (),
         annotated=annotated,
         java=not args.no_java,
         resamples=args.resamples,
@@ -310,7 +316,7 @@ def _score_domains(
         for domain, names in images_by_domain(benchmark.images).items():
             samples = [sample for sample in run.samples if sample.image in names]
             if samples:  # --limit may leave none
-                groups.setdefault(run.name, {})[domain] = _score(args, samples, benchmark)
+                groups.setdefault(run.name, {})[domain] = _score(args, samples)
     return groups
 
 
