@@ -166,6 +166,7 @@ def _instruction(args: argparse.Namespace, endpoint: EndpointOptions | None) -> 
         return str(args.instruction)
     if endpoint is not None:
         return DEFAULT_INSTRUCTION
+    # Read it from the config, so that the records can be written before the model is loaded.
     architecture = read_checkpoint_config(Path(args.model_path))["architecture"]
     return str(architecture.get("instruction", DEFAULT_INSTRUCTION))
 
@@ -294,6 +295,7 @@ def _score(
 
 def _add_notes(runs: Sequence[Run], benchmark: BenchmarkSet, num_images: int) -> None:
     """Say what the scores leave out, before all other notes."""
+    # What is missing from the folder comes first: it explains why captions are missing.
     notes = list(benchmark.notes)
     if num_images < len(benchmark.images):
         notes.append(f"--limit: only the first {num_images} of {len(benchmark.images)} images")
@@ -341,6 +343,7 @@ def _write_results(
         print_text(f"{run.name}: {format_table(run.result)}")
         scores[run.name] = to_json(run.result)
         scores[run.name]["decoding"] = asdict(DECODINGS[run.name])
+        # Only nocaps has domains.
         domains = groups.get(run.name, {})
         for domain, result in domains.items():
             print_text(f"{run.name}, {domain}: {format_table(result)}")
@@ -351,6 +354,7 @@ def _write_results(
         comparisons[run.name] = comparison
         scores[run.name]["compared with"] = comparison_to_json(first, comparison)
 
+    # Names and captions are readable in the file, in any language.
     content = {"settings": dict(settings), "runs": scores}
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (output / "scores.json").write_text(replace_surrogates(text), encoding="utf-8")

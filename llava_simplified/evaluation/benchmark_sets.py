@@ -105,6 +105,7 @@ def _coco_2017_names(image_id: int) -> Iterator[str]:
 
 def _read_coco(content: Any, split: str) -> Iterator[_Entry]:
     """Read a COCO caption file: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`."""
+    # An annotation of an image that is not listed is an error, since its captions would be lost.
     captions: dict[object, list[str]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         captions[annotation["image_id"]].append(annotation["caption"])
@@ -112,6 +113,7 @@ def _read_coco(content: Any, split: str) -> Iterator[_Entry]:
         domain = str(image.get("domain", ""))
         if domain:  # of nocaps
             domain = _DOMAINS[domain]
+        # The folder of an official split of COCO has the name of the split.
         name = PurePosixPath(image["file_name"]).name
         names = dict.fromkeys([image["file_name"], f"{split}/{name}", name])
         yield _Entry(tuple(names), tuple(captions[image["id"]]), domain)
@@ -180,6 +182,7 @@ def read_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     Raises:
         ValueError: The split does not exist, a file is missing or has another form, or no image is in the folder.
     """
+    # The order of a benchmark's splits tells which one is the default.
     splits = BENCHMARKS[name]
     split = split or next(iter(splits))
     if split not in splits:
@@ -189,6 +192,7 @@ def read_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     source = splits[split]
     path = _find_file(folder, source.file)
     if path is None:
+        # People often have the files of another split: say so, instead of scoring something else.
         present = [other for other in splits if _find_file(folder, splits[other].file)]
         hint = f" The folder has the files of --split {present[0]}." if present else ""
         raise ValueError(
@@ -271,6 +275,7 @@ def _locate_images(
         if path is None:
             num_missing += 1
             path = entry.names[0]
+        # Empty captions occur in published files; an image keeps its other ones.
         references = tuple(text for text in entry.references if text.strip())
         images.append(BenchmarkImage(path, references, entry.domain))
     if num_missing == len(entries):

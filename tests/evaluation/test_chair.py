@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import llava_simplified
 from llava_simplified.evaluation.bootstrap import score_metrics
 from llava_simplified.evaluation.chair import (
     annotated_objects,
@@ -313,6 +314,8 @@ def test_evaluate_command_writes_chair_and_text_statistics(
     assert written["text"]["captions"]["words, mean"] == 5
     assert written["text"]["references"]["words, mean"] == 2
     assert "CHAIRi" in capsys.readouterr().out
+    result = llava_simplified.evaluate(predictions, instances=[instances], java=False, resamples=0)
+    assert result.mean["CHAIRi"].value == 0.25
 
 
 # ---- statistics of texts ----
