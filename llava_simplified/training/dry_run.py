@@ -87,7 +87,7 @@ def dry_run(argv: Sequence[str]) -> None:
         "peak": peak,
         "caption": _caption_first_record(loaded, data),
     }
-    (output.parent / "report.json").write_text(json.dumps(report))
+    (output.parent / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def _train_and_save(
