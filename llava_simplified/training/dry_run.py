@@ -88,7 +88,7 @@ def dry_run(argv: Sequence[str]) -> None:
         "peak": peak,
         "caption": _caption_first_record(loaded, data),
     }
-    (output.parent / "report.json").write_text(json.dumps(report))
+    (output.parent / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def _train_and_save(
@@ -147,10 +147,12 @@ def _peak_memory(device: torch.device) -> int:
     """Return the largest number of bytes that were allocated: on the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # POSIX only; psutil has no peak there
-
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such module, but a peak that psutil knows.
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, Linux kibibytes.
     return peak if sys.platform == "darwin" else peak * 1024

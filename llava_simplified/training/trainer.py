@@ -365,15 +365,17 @@ class LlavaTrainer(transformers.Trainer):
         """Compute the validation loss: the mean over all tokens of the set. Logits are discarded."""
         model = self._wrap_model(cast(nn.Module, self.model), training=False)
         model.eval()
-        # (2,): sum of the token losses, number of tokens.
-        totals = torch.zeros(2, device=self.args.device, dtype=torch.float64)
+        # (2,): sum of the token losses, number of tokens. Apple's GPUs have no float64.
+        on_mps = self.args.device.type == "mps"
+        dtype = torch.float32 if on_mps else torch.float64
+        totals = torch.zeros(2, device=self.args.device, dtype=dtype)
         for batch in dataloader:
             self.sample_warnings.add(batch)
             inputs = cast(ModelInputs, {**batch})
             del inputs["metadata"]
             inputs = self._prepare_inputs(self.drop_padding_samples(inputs))
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss_sum = model(**inputs).loss.double()
+                loss_sum = model(**inputs).loss.to(dtype)
                 token_count = totals.new_tensor(len(inputs["labels"]))
                 totals += torch.stack([loss_sum, token_count])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
