@@ -27,7 +27,7 @@ from cli_process import fork_process
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_simplified import arguments, extras, jobs, options, workers
+from llava_simplified import arguments, cli, extras, jobs, options, workers
 from llava_simplified.captioning import inputs, sidecars
 from llava_simplified.data import image_folder, names
 from llava_simplified.data.shards import ShardWriter, read_shard_image
@@ -97,7 +97,6 @@ def run_as_on_windows(*words: object, folder: Path) -> str:
 
 
 @pytest.mark.medium
-@pytest.mark.skipif(sys.platform == "win32", reason="every other test does this there")
 def test_every_module_is_imported_without_posix() -> None:
     process = fork_process(windows_like.import_everything)
     process.join()
@@ -291,6 +290,15 @@ def test_images_on_several_drives_are_an_error_that_names_them(
     found = [inputs.FoundImages(["1.jpg"], tmp_path, {})]
     with pytest.raises(ValueError, match="several drives"):
         inputs._join_names(found)
+
+
+def test_error_says_that_a_path_is_too_long_for_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = FileNotFoundError(2, "No such file or directory", "a" * 270)
+    assert not cli.describe_long_path(error)
+    monkeypatch.setattr(cli, "sys", WINDOWS_SYS)
+    assert "260 characters" in cli.describe_long_path(error)
+    assert not cli.describe_long_path(FileNotFoundError(2, "No such file or directory", "a"))
+    assert not cli.describe_long_path(ValueError("a" * 270))
 
 
 # ---- consoles and shells ----
