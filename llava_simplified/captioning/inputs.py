@@ -189,7 +189,13 @@ def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
     for images in found:
         folder = images.folder.absolute()
         paths.update((folder / name, None) for name in images.names)
-    common = Path(os.path.commonpath([path.parent for path in paths]))
+    try:
+        common = Path(os.path.commonpath([path.parent for path in paths]))
+    except ValueError:
+        drives = ", ".join(sorted({path.drive for path in paths}))
+        raise ValueError(
+            f"the images are on several drives ({drives}): caption those of each drive by themselves."
+        ) from None
     return [path.relative_to(common).as_posix() for path in paths], common
 
 
