@@ -18,7 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 # How the domains of nocaps are called in the literature, and in which order they are shown.
-_DOMAINS = {"in-domain": "in-domain", "near-domain": "near-domain", "out-domain": "out-of-domain"}
+_DOMAINS = {
+    "in-domain": "in-domain",
+    "near-domain": "near-domain",
+    "out-domain": "out-of-domain",
+    "out-of-domain": "out-of-domain",
+}
 _COCO_2017_FOLDERS = ("val2017", "train2017")
 
 
@@ -139,7 +144,13 @@ def _read_textcaps(content: Any, split: str) -> Iterator[_Entry]:
 
 _ANYWHERE = ("", "images")
 _COCO_FOLDERS = (*_ANYWHERE, "train2014", "val2014")
-_FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "Images", *_ANYWHERE)
+_FLICKR_FOLDERS = (
+    "flickr30k-images",
+    "flickr30k_images",
+    "flickr30k_images/flickr30k_images",
+    "Images",
+    *_ANYWHERE,
+)
 _NOCAPS_FOLDERS = (*_ANYWHERE, "val", "validation", "images/val")
 _TEXTCAPS_FOLDERS = ("train_images", "train_val_images/train_images", *_ANYWHERE)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llava_simplified.cli import main as llava
+from llava_simplified.evaluation.comparison import align_samples
 from llava_simplified.evaluation.evaluate_command import main
+from llava_simplified.evaluation.metrics import Sample
 from llava_simplified.evaluation.predictions import Predictions, read_predictions
 from llava_simplified.evaluation.references import read_references
 from llava_simplified.evaluation.run_names import name_runs, sort_by_step, training_steps
@@ -509,3 +512,19 @@ def test_files_of_other_images_are_not_compared(tmp_path: Path) -> None:
     scores = tmp_path / "scores.json"
     assert main([*words, "--output", str(scores), "--resamples", "0"]) == 0
     assert "compared with" not in json.loads(scores.read_text())["theirs"]
+
+
+def test_align_samples_gives_images_the_names_of_the_first_program() -> None:
+    order = [
+        Sample("0", "a/1.jpg", "", ("a cat",), ("x",)),
+        Sample("1", "b/1.jpg", "", ("c",), ("y",)),
+    ]
+    samples = [
+        replace(order[1], index="1007"),
+        replace(order[0], index="1003", image="val/a/1.jpg"),
+    ]
+    assert align_samples(samples, order) == order
+    # Which of the two images is meant, cannot be told; and scores need the same references.
+    assert align_samples([samples[0], replace(samples[1], image="1.jpg")], order) is None
+    assert align_samples([samples[0], replace(samples[1], references=("a dog",))], order) is None
+    assert align_samples(samples[:1], order) is None
