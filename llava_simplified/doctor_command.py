@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_simplified.extras import install_command
+from llava_simplified.extras import cpp_compiler, install_command
 from llava_simplified.options import CommandParser, print_text
 
 PROJECT = "llava-simplified"
@@ -193,7 +193,7 @@ def _describe_devices() -> Sequence[str]:
             "  to prove and measure this GPU: python benchmarks/bench_gpu.py (in a checkout)"
         )
     # Look for the compiler that torch.compile uses for the CPU.
-    compiler = os.environ.get("CXX") or "g++"
+    compiler = cpp_compiler()
     compile_layers = "possible"
     if shutil.which(compiler) is None:
         compile_layers = f"requires the C++ compiler {compiler}"
