@@ -26,6 +26,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -201,7 +202,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             results.append(list(answers))
         return results
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
         """Return how probable the answers are, and whether each is the greedy one.
 
         All answers to the same text and images are scored by one forward. The end token is not part of an answer.
@@ -230,13 +231,14 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
                 continuation = continuation(self._document(source))
             answers.setdefault(source, []).append((index, str(continuation)))
 
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)  # all are replaced
         for batch in self._batches(list(answers), "Score"):
             questions = [self._prepare_question(source, answers[source]) for source in batch]
             for source, scores in zip(batch, score_answers(self.model, questions)):
                 for (index, _), score in zip(answers[source], scores):
                     results[index] = (signs[index] * score.log_likelihood, score.is_greedy)
-        return results
+        # lmms-eval 0.7 converts a bare tuple to a string, and then fails. It takes what is in this object as it is.
+        return [GenerationResult(text=result) for result in results]
 
     # ---- prompts ----
 

@@ -26,6 +26,7 @@ The files of this package, in reading order:
     chunked_loss.py         cross entropy of many logits, in little memory
     generation.py           KV cache, continuous batching (with kv_cache.py and sampling.py)
     static_decoding.py      the decoding step on GPUs: a KV cache of fixed size, and CUDA graphs
+    answer_scores.py        log-likelihoods of given answers, for multiple choice
     lora.py                 select and check the trained parameters
     config.py, build.py     llava.json; build a model from its config
     checkpoint.py           save and load

@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -41,14 +41,23 @@ class StandIn:
         self.task_dict: dict[str, Any] = {}
 
 
+class StandInResult(NamedTuple):
+    """The part of `lmms_eval.api.instance.GenerationResult` that the model uses."""
+
+    text: Any
+
+
 @pytest.fixture(scope="module")
 def model_class() -> Iterator[Any]:
     """The class of the model, imported with lmms-eval or with the stand-in."""
     with pytest.MonkeyPatch.context() as patch:
         if not HAS_LMMS_EVAL:
-            for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
-                patch.setitem(sys.modules, name, ModuleType(name))
-            sys.modules["lmms_eval.api.model"].lmms = StandIn  # type: ignore[attr-defined]
+            names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.api.instance")
+            modules: dict[str, Any] = {name: ModuleType(name) for name in names}
+            modules["lmms_eval.api.model"].lmms = StandIn
+            modules["lmms_eval.api.instance"].GenerationResult = StandInResult
+            for name, module in modules.items():
+                patch.setitem(sys.modules, name, module)
         from llava_simplified.evaluation.lmms_eval_model import LlavaSimplified
 
         yield LlavaSimplified
@@ -254,7 +263,7 @@ def test_choices_are_scored_as_losses_and_answers_as_log_likelihoods(
     requests.append(request("", CHOICES[0]))
     expected.append(-plain_log_likelihood(evaluated.model, "", [], CHOICES[0]))
     results = evaluated.loglikelihood(requests)
-    assert [value for value, _ in results] == pytest.approx(expected, abs=1e-9)
+    assert [result.text[0] for result in results] == pytest.approx(expected, abs=1e-9)
 
 
 def test_generated_answer_is_greedy(evaluated: Any) -> None:
@@ -266,8 +275,8 @@ def test_generated_answer_is_greedy(evaluated: Any) -> None:
     )
     ids = evaluated.model.prompt.render([Message("user", "x")], answer).input_ids
     if evaluated.model.prompt.decode(ids[-4:-1]) == answer:
-        assert results[0][1]
-    assert not results[1][1]
+        assert results[0].text[1]
+    assert not results[1].text[1]
 
 
 def test_empty_answer_is_an_error_that_names_the_document(evaluated: Any) -> None:
