@@ -390,7 +390,9 @@ def _device_of_process() -> str | None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator and f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
+    if accelerator is None:
+        return None
+    return f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def _with_sequences(job: GenerationJob, count: int) -> GenerationJob:
