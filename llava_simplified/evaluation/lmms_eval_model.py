@@ -115,8 +115,9 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"--batch_size {batch_size}: expected a number of at least 1")
         self._batch_size = int(batch_size)
-        # lmms-eval reads "7" as a number.
+        # Without a choice, each of several processes must get an accelerator of its own.
         device = device or _device_of_process()
+        # lmms-eval passes a folder named 7 as a number.
         self.model = Llava.from_pretrained(str(pretrained), device=device, **options)
         self._device = (
             self.model.device
@@ -147,29 +148,26 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             ValueError: An image cannot be read, or a prompt exceeds the model's context. The message names the
                 document.
         """
-        # lmms-eval seeds torch with its option --seed.
-        seed = int(torch.randint(2**31, ()))
+        # One seed for all, so that equal requests have equal options, and the batch size changes no answer.
+        seed = _draw_seed()
         repetitions: dict[GenerationJob, list[int]] = {}
         for index, request in enumerate(requests):
             context, gen_kwargs, *source = request.args
-            options, until = self._parse_options(gen_kwargs)
-            if options.temperature:
-                options = replace(options, seed=seed)
+            options, until = self._parse_options(gen_kwargs, seed)
             job = GenerationJob(PromptSource(context, *source), options, until)
             repetitions.setdefault(job, []).append(index)
 
         answers = [""] * len(requests)
         jobs = list(repetitions)
         for batch in self._batches(jobs, "Generate"):
-            sampled = [
-                _with_sequences(job, len(repetitions[job])) if job.options.temperature else job
-                for job in batch
-            ]
-            for job, texts in zip(batch, self._generate_batch(sampled)):
+            repeated: list[GenerationJob] = []
+            for job in batch:
+                repeated.append(_repeat(job, len(repetitions[job])))
+            for job, texts in zip(batch, self._generate_batch(repeated)):
                 indices = repetitions[job]
                 # Greedy search has one answer for all repetitions.
-                if len(texts) < len(indices):
-                    texts = texts * len(indices)
+                if len(texts) == 1:
+                    texts *= len(indices)
                 for index, text in zip(indices, texts):
                     answers[index] = text
         return answers
@@ -183,7 +181,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         results: list[list[str]] = []
         for (request,) in self._batches(requests, "Generate", batch_size=1):
             context, gen_kwargs, doc_to_visual, doc_to_text, *place = request.args
-            options, until = self._parse_options(gen_kwargs)
+            options, until = self._parse_options(gen_kwargs, _draw_seed())
             document = self._document(PromptSource(context, doc_to_visual, *place))
             answers: list[str] = []
             round_info = None
@@ -231,7 +229,8 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
                 continuation = continuation(self._document(source))
             answers.setdefault(source, []).append((index, str(continuation)))
 
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)  # all are replaced
+        # Every entry is replaced: each request is in one of the lists.
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for batch in self._batches(list(answers), "Score"):
             questions = [self._prepare_question(source, answers[source]) for source in batch]
             for source, scores in zip(batch, score_answers(self.model, questions)):
@@ -264,8 +263,9 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             return []
         if not isinstance(visuals, (list, tuple)):
             visuals = [visuals]
-        # A video or a sound is a ValueError here.
-        return [self.model.vision_tower.transform(load_pixels(visual)) for visual in visuals]
+        # Transform each image before the next one is loaded. A video or a sound is a ValueError here.
+        transform = self.model.vision_tower.transform
+        return [transform(load_pixels(visual)) for visual in visuals]
 
     def _place_images(self, source: PromptSource, count: int) -> str:
         """Return the text, without its placeholders if they are not as many as the images."""
@@ -328,20 +328,22 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
             groups.setdefault(_limit_tokens(job.options, room), []).append(number)
 
         for options, numbers in groups.items():
-            images = [pixels[number] for number in numbers]
-            with_images = [image for image in images if image is not None]
-            texts = generate(
-                self.model,
-                [prompts[number] for number in numbers],
-                torch.cat(with_images) if with_images else None,
-                options,
-            )
+            prompts_of_group: list[list[int]] = []
+            images: list[torch.Tensor] = []
+            for number in numbers:
+                prompts_of_group.append(prompts[number])
+                pixel_values = pixels[number]
+                if pixel_values is not None:
+                    images.append(pixel_values)
+            # The model assigns images to placeholders by their order, whatever the number of images of a prompt.
+            all_pixels = torch.cat(images) if images else None
+            texts = generate(self.model, prompts_of_group, all_pixels, options)
             for number, answers in zip(numbers, texts):
                 results[number] = [_cut(answer, jobs[number].until) for answer in answers]
         return results
 
     def _parse_options(
-        self, gen_kwargs: Mapping[str, Any]
+        self, gen_kwargs: Mapping[str, Any], seed: int = 0
     ) -> tuple[GenerationOptions, tuple[str, ...]]:
         """Convert the options of a task; return them and the texts that end an answer.
 
@@ -358,6 +360,7 @@ class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
         fields["max_new_tokens"] = int(limit)
         samples = given.get("do_sample", given.get("temperature", 0) > 0)
         if samples:
+            fields["seed"] = seed
             fields["temperature"] = given.get("temperature", 1.0)
             # 0 means "not set" in some tasks.
             fields["top_p"] = given.get("top_p") or 1.0
@@ -395,8 +398,17 @@ def _device_of_process() -> str | None:
     return f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
-def _with_sequences(job: GenerationJob, count: int) -> GenerationJob:
-    return job._replace(options=replace(job.options, num_return_sequences=count))
+def _draw_seed() -> int:
+    """Return a seed from torch's random numbers, which lmms-eval seeds with its option --seed."""
+    return int(torch.randint(2**31, ()))
+
+
+def _repeat(job: GenerationJob, times: int) -> GenerationJob:
+    """Return a job that samples several sequences; greedy search has only one result."""
+    if not job.options.temperature:
+        return job
+    options = replace(job.options, num_return_sequences=times)
+    return job._replace(options=options)
 
 
 def _limit_tokens(options: GenerationOptions, room: int) -> GenerationOptions:
@@ -409,9 +421,10 @@ def _limit_tokens(options: GenerationOptions, room: int) -> GenerationOptions:
 
 def _cut(text: str, until: Sequence[str]) -> str:
     """Return the text before the first of the texts that end an answer."""
-    ends = [text.find(end) for end in until]
-    found = [end for end in ends if end >= 0]
-    return text[: min(found)].strip() if found else text
+    for end in until:
+        # Cut at every text in turn: what remains is the part before the first of them.
+        text = text.partition(end)[0]
+    return text.strip()
 
 
 def _constant(value: Any) -> Callable[[Any], Any]:
