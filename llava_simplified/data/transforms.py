@@ -209,8 +209,9 @@ class ImageTransform:
         """Return uint8 (1, 3, height, width) in the color of the borders, in the memory layout of decoded images."""
         import torch
 
+        assert self.pad_color is not None, "only transforms that pad have borders"
         pixels = np.empty((height, width, 3), np.uint8)
-        pixels[:] = self.pad_color
+        pixels[:] = np.array(self.pad_color, np.uint8)
         return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
     @staticmethod

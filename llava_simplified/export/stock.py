@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -432,10 +433,13 @@ def _grow_vocabulary(language_model: CausalLM, size: int, scratch: Path) -> None
         old_size, hidden_size = table.shape
         # Use a memory-mapped file (deleted at once, valid while mapped) instead of RAM: during the copy
         # both tables exist, and each can be a third of a small model. New rows of the file are zero.
-        with NamedTemporaryFile(dir=scratch) as file:
-            storage = torch.from_file(
-                file.name, shared=True, size=size * hidden_size, dtype=table.dtype
-            )
+        if sys.platform == "win32":  # which does not delete a file that is mapped
+            storage = torch.zeros(size * hidden_size, dtype=table.dtype)
+        else:
+            with NamedTemporaryFile(dir=scratch) as file:
+                storage = torch.from_file(
+                    file.name, shared=True, size=size * hidden_size, dtype=table.dtype
+                )
         larger = storage.view(-1, hidden_size)
         larger[:old_size] = table
         table.data = larger
@@ -492,8 +496,9 @@ def to_stock_image_processor(image_processor: Any, transform: ImageTransform) ->
         return image_processor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    size = {"shortest_edge": transform.resize}
-    if not isinstance(transform.resize, int):
+    if isinstance(transform.resize, int):
+        size = {"shortest_edge": transform.resize}
+    else:
         height, width = transform.resize
         size = {"height": height, "width": width}
     crop_height, crop_width = transform.crop

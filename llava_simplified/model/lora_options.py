@@ -133,8 +133,7 @@ def _check_value(name: str, value: Any) -> Any:
     types = _ACCEPTED[name]
     if bool in types and isinstance(value, str):
         value = _BOOLEANS.get(value.lower(), value)
-    is_stray_bool = isinstance(value, bool) and bool not in types
-    if is_stray_bool or not isinstance(value, types):
+    if not _has_type(value, types):
         expected = " or ".join(_TYPE_NAMES[kind] for kind in types)
         raise ValueError(f"--lora_options: {name} must be {expected}, not {json.dumps(value)}")
     if name == "init_lora_weights":
@@ -162,6 +161,13 @@ _TYPE_NAMES = {
     int: "an integer",
     dict: "a mapping",
 }
+
+
+def _has_type(value: Any, types: tuple[type, ...]) -> bool:
+    # In Python, True is an integer.
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, types)
 
 
 def _as_list(value: Any) -> list[Any]:
