@@ -56,6 +56,7 @@ _MUST_NOT_CHANGE = (
     "lora_r",
     "lora_alpha",
     "lora_bias",
+    "lora_options",
     "tune_mm_mlp_adapter",
     "freeze_backbone",
     "tune_vision_tower",
