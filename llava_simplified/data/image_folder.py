@@ -54,7 +54,7 @@ def split_shard_name(name: str) -> tuple[str, str | None]:
 
 
 def exact_path(name: str, folder: Path) -> Path | None:
-    """Return the path that a name means by itself; None for an absolute one outside `folder`."""
+    """Return the path of exactly this name in `folder`; None for an absolute path outside it."""
     path = Path(name)
     if path.is_absolute() and not path.is_relative_to(folder.absolute()):
         return None

@@ -329,7 +329,7 @@ def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraCo
         accept_pattern: Accept a regular expression as `target_modules`, which may take forever to match.
 
     Raises:
-        ValueError: The file is missing or invalid, or asks for something that this package does not write.
+        ValueError: The file is missing or invalid, or requires something that this package does not write.
     """
     path = folder / "adapter_config.json"
     if not path.is_file():
