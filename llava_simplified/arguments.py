@@ -45,8 +45,11 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
 
     def __post_init__(self) -> None:
         _check_launcher(self.deepspeed is not None)
-        if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None:
             self._check_bf16()
+            if accelerator.type == "mps" and not self.use_cpu:
+                self._use_mps()
         else:
             self._use_cpu()
         # Convert the string that comes from YAML: the parser accepts any string as a kind of sharding.
@@ -79,6 +82,27 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
             raise ValueError(
                 "--bf16 True: this GPU does not support bfloat16; pass --bf16 False --fp16 True."
             )
+
+    def _use_mps(self) -> None:
+        """Refuse the options that need an NVIDIA GPU, or several, on an Apple GPU."""
+        refused = {
+            "--deepspeed": self.deepspeed is not None,
+            "--fsdp": str(self.fsdp or "").lower() not in ("", "false"),
+            "--tf32": bool(self.tf32),
+            "--compile_layers": bool(self.compile_layers),
+            f"--optim {self.optim}": any(
+                word in str(self.optim) for word in ("bnb", "8bit", "4bit")
+            ),
+            "several processes": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        }
+        names = [name for name, is_set in refused.items() if is_set]
+        if names:
+            raise ValueError(
+                f"{', '.join(names)}: Apple GPUs (MPS) do not support this. Leave it out, or pass --use_cpu True to "
+                "train on the CPU."
+            )
+        # Memory of the CPU and of an Apple GPU is the same; torch would warn about it in every worker.
+        self.dataloader_pin_memory = False
 
     def _use_cpu(self) -> None:
         # Set this explicitly; otherwise several processes would each train separately.

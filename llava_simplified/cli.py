@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from llava_simplified import __version__
 from llava_simplified.options import print_text, suggest
 
+_MAX_WINDOWS_PATH = 260  # characters, unless long paths are enabled
+
 
 class Command(NamedTuple):
     """One subcommand.
@@ -106,6 +108,10 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
         "evaluate": Command(
             "llava_simplified.evaluation.evaluate_command:main",
             "Score predictions against reference captions",
+        ),
+        "benchmark": Command(
+            "llava_simplified.evaluation.benchmark_command:main",
+            "Caption and score COCO, nocaps, Flickr30k or TextCaps",
         ),
     },
     "Export and serve": {
@@ -211,11 +217,24 @@ def run_command(name: str, argv: list[str]) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("LLAVA_TRACEBACK"):
             raise
-        print_text(f"error: {error}", file=sys.stderr)
+        print_text(f"error: {error}{describe_long_path(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print_text("interrupted", file=sys.stderr)
         return 130
+
+
+def describe_long_path(error: Exception) -> str:
+    """Return what to do if Windows has not found a file because its path is too long; otherwise nothing."""
+    name = getattr(error, "filename", None)
+    if sys.platform != "win32" or not isinstance(name, str):
+        return ""
+    if len(os.path.abspath(name)) < _MAX_WINDOWS_PATH:  # noqa: PTH100 - as the system sees it
+        return ""
+    return (
+        f" (Windows limits paths to {_MAX_WINDOWS_PATH} characters: use a folder with a shorter path, or enable long "
+        "paths, as docs/troubleshooting.md describes.)"
+    )
 
 
 def resolve(target: str) -> Callable[..., Any]:

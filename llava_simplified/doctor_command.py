@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_simplified.extras import install_command
+from llava_simplified.extras import cpp_compiler, install_command
 from llava_simplified.options import CommandParser, print_text
 
 PROJECT = "llava-simplified"
@@ -35,6 +35,7 @@ EXTRA_PURPOSES = {
     "fuzz": "`make fuzz`",
     "docs": "the documentation as a web site",
     "bench": "TRL, for the benchmarks",
+    "lmms-eval": "`lmms-eval --model llava_simplified`: the benchmarks of lmms-eval",
 }
 # Packages that are in no extra, because they have to be compiled for the installed torch.
 OTHER_PURPOSES = {
@@ -192,7 +193,7 @@ def _describe_devices() -> Sequence[str]:
             "  to prove and measure this GPU: python benchmarks/bench_gpu.py (in a checkout)"
         )
     # Look for the compiler that torch.compile uses for the CPU.
-    compiler = os.environ.get("CXX") or "g++"
+    compiler = cpp_compiler()
     compile_layers = "possible"
     if shutil.which(compiler) is None:
         compile_layers = f"requires the C++ compiler {compiler}"

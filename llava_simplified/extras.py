@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
+import os
+import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,8 +44,20 @@ def install_command(extra: str) -> str:
     """
     checkout = Path(__file__).parents[1]
     if (checkout / "pyproject.toml").is_file():
-        return f"pip install -e '{checkout}[{extra}]'"
+        return f"pip install -e {_quote(f'{checkout}[{extra}]')}"
     return f"pip install {' '.join(_requirements_of(extra))}"
+
+
+def cpp_compiler() -> str:
+    """Return the name of the C++ compiler that torch.compile uses for the CPU."""
+    default = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    return os.environ.get("CXX") or default
+
+
+def _quote(word: str) -> str:
+    """Return a word with `>` or `[` as the shell of this machine needs it: cmd.exe knows double quotes only."""
+    mark = '"' if sys.platform == "win32" else "'"
+    return f"{mark}{word}{mark}"
 
 
 def _requirements_of(extra: str) -> list[str]:
@@ -60,5 +73,5 @@ def _requirements_of(extra: str) -> list[str]:
             for other in sorted(requirement.extras):
                 words += _requirements_of(other)
         else:
-            words.append(shlex.quote(f"{requirement.name}{requirement.specifier}"))
+            words.append(_quote(f"{requirement.name}{requirement.specifier}"))
     return words

@@ -34,11 +34,12 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -50,6 +51,8 @@ LOCK_TIMEOUT = 8.0
 # Half of a surrogate pair cannot be encoded in UTF-8. Escaped like this it is what JSON writes for it, "\\ud83d", so that
 # one bad text, or a file name that is not UTF-8, does not end a job that only passes it on.
 SURROGATES_AS_ESCAPES = "backslashreplace"
+# Held by `read_at` while it moves the position of a file.
+_READING = threading.Lock()
 
 
 # ---- settings ----
@@ -237,6 +240,35 @@ def write_all(descriptor: int, data: bytes) -> None:
         view = view[written:]
 
 
+def open_descriptor(path: Path, flags: int = 0) -> int:
+    """Open a file for reading and writing, create it if it is missing, and return its descriptor.
+
+    Args:
+        path: The file.
+        flags: Further flags of `os.open`.
+    """
+    # Without O_BINARY, Windows would write every line end as two bytes, also those in the bytes of an image.
+    binary = getattr(os, "O_BINARY", 0)
+    return os.open(path, os.O_RDWR | os.O_CREAT | binary | flags, 0o666)
+
+
+def read_at(file: IO[bytes], length: int, start: int) -> bytes:
+    """Read up to `length` bytes from a position of a file, whoever else reads from the same file.
+
+    Args:
+        file: An unbuffered file. Its position may change.
+        length: Maximum number of bytes.
+        start: The position in bytes.
+    """
+    # pread does not move the position of the file: forked workers share it, so seek + read would be a race.
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), length, start)
+    # Windows has neither pread nor forked workers, but threads.
+    with _READING:
+        file.seek(start)
+        return file.read(length)
+
+
 class Journal:
     """An append-only file of JSON lines, which records the finished items of a job.
 
@@ -255,10 +287,7 @@ class Journal:
         self._descriptor = -1
 
     def __enter__(self) -> Journal:
-        # Prevent Windows from translating line ends.
-        binary = getattr(os, "O_BINARY", 0)
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | binary
-        self._descriptor = os.open(self.path, flags, 0o666)
+        self._descriptor = open_descriptor(self.path, os.O_APPEND)
         # Remove an incomplete last line, to which the next row would be appended otherwise:
         #
         #     {"index": 0, ...}\n

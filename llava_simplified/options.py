@@ -12,6 +12,8 @@ import difflib
 import logging
 import os
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -88,6 +90,13 @@ class CommandParser(argparse.ArgumentParser):
     def _reject(self, unknown: Sequence[str]) -> None:
         if unknown:
             self.error(describe_unknown(unknown, self._option_string_actions))
+
+
+def quote_words(words: Iterable[str]) -> str:
+    """Return a command line that can be pasted into a shell of this machine."""
+    if sys.platform == "win32":
+        return subprocess.list2cmdline(words)  # single quotes are letters there
+    return shlex.join(words)
 
 
 def program_name(command: str) -> str:
@@ -177,8 +186,20 @@ def print_text(text: str, *, end: str = "\n", file: TextIO | None = None) -> Non
         end: What follows it.
         file: A text stream; None is the current standard output.
     """
+    stream = sys.stdout if file is None else file
+    shown = _encodable(escape_control_characters(text), getattr(stream, "encoding", None))
     # Flush, because the text may be a part of a caption that is being generated.
-    print(escape_control_characters(text), end=end, file=file, flush=True)
+    print(shown, end=end, file=stream, flush=True)
+
+
+def _encodable(text: str, encoding: str | None) -> str:
+    """Replace the characters that an output cannot encode by their escapes.
+
+    On Windows, a pipe or file has the encoding of the country: cp1252 has no Chinese letters.
+    """
+    if not encoding:
+        return text
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class MessageFormatter(logging.Formatter):

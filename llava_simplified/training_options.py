@@ -280,6 +280,39 @@ class TrainingDefaults:
             "help": "Maximum number of text tokens per sample (an image counts as one)",
         },
     )
+    # Training on rewards, see `training.policy_trainer`.
+    objective: str = field(
+        default="sft",
+        metadata={
+            "help": "What to train on: sft (the responses), or scst, rloo or grpo (the rewards of sampled captions), which "
+            "start from --init_from"
+        },
+    )
+    reward: str = field(
+        default="cider",
+        metadata={
+            "help": "Rewards of captions with weights, such as cider=1.0,length=0.1: cider, bleu4, rouge_l, word_f1, "
+            "length, or module:function"
+        },
+    )
+    num_samples: int = field(
+        default=5, metadata={"help": "Number of captions to sample of each image"}
+    )
+    sample_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the samples that are rewarded"}
+    )
+    sample_max_tokens: int = field(
+        default=64,
+        metadata={
+            "help": "Maximum number of tokens of a sample; one that reaches it counts as a failure"
+        },
+    )
+    kl_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the KL divergence from the weights at the start (default: 0.04 with grpo, else 0)"
+        },
+    )
     preflight: str = field(
         default="auto",
         metadata={
@@ -436,6 +469,14 @@ HELP_GROUPS = {
         "seed",
         "preflight",
         "resume_from_checkpoint",
+    ),
+    "Rewards": (
+        "objective",
+        "reward",
+        "num_samples",
+        "sample_temperature",
+        "sample_max_tokens",
+        "kl_coef",
     ),
     "Evaluation and checkpoints": (
         "eval_strategy",

@@ -22,16 +22,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from llava_simplified.extras import require_extra
 from llava_simplified.options import configure_logging, log_level
+
+if TYPE_CHECKING:
+    import asyncio
 
 S = TypeVar("S")
 R = TypeVar("R")
 
 _MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _WAIT_INTERVAL = 1.0  # seconds between two calls of `tick`
+# Python's `select` waits for 512 sockets on Windows. Some of them are not connections: of the resolver, of the loop.
+_MAX_WINDOWS_CONNECTIONS = 480
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,45 @@ def tune_malloc(threshold: int) -> None:
         libc.mallopt(_MALLOC_MMAP_THRESHOLD, threshold)
 
 
+# ---- event loops ----
+
+
+@contextlib.contextmanager
+def event_loop(connections: int = 0) -> Iterator[asyncio.AbstractEventLoop]:
+    """Yield an event loop for network connections. At the end its tasks are cancelled, and it is closed.
+
+    It is a loop of selectors on every system: aiodns, which resolves the names of hosts, does not accept the usual one
+    of Windows.
+
+    Args:
+        connections: Maximum number of connections at the same time.
+
+    Raises:
+        ValueError: This system cannot wait for so many connections.
+    """
+    # Imported here, because most commands start no event loop.
+    import asyncio
+
+    if sys.platform == "win32" and connections > _MAX_WINDOWS_CONNECTIONS:
+        raise ValueError(
+            f"--concurrency {connections}: Windows can wait for {_MAX_WINDOWS_CONNECTIONS} connections at a time; "
+            f"pass --concurrency {_MAX_WINDOWS_CONNECTIONS} or less."
+        )
+    loop = asyncio.SelectorEventLoop()
+    try:
+        yield loop
+    finally:
+        # After an error or Ctrl-C, tasks are left; wait until they have ended.
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+
 # ---- local processes ----
 
 
@@ -226,6 +270,19 @@ class LocalBackend:
             worker.process.join()
 
 
+def _parent_is_alive(parent: int) -> bool:
+    """Return whether the process that started this worker still runs.
+
+    Args:
+        parent: Its process id.
+    """
+    process = multiprocessing.parent_process()
+    # On Windows, the id of the parent stays the same after its death; a handle of it does not lie.
+    if sys.platform == "win32" and process is not None:
+        return process.is_alive()
+    return os.getppid() == parent
+
+
 def _run_worker(
     pipe: connection.Connection,
     function: Callable[[Any], Any],
@@ -247,7 +304,7 @@ def _run_worker(
     def exit_with_parent() -> None:
         # Check the parent's process id, because the pipe is not closed when the parent is killed: workers that were
         # forked later have its other end open too. Without this check, the workers of a killed run would continue.
-        while os.getppid() == parent:
+        while _parent_is_alive(parent):
             time.sleep(0.5)
         os._exit(1)
 

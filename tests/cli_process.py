@@ -23,6 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import MappingProxyType
 
+import pytest
+
 # A module that is not installed is left out.
 PRELOADED = [
     "deepspeed",
@@ -39,6 +41,8 @@ PRELOADED = [
 
 def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
     """Start a function in a process that is forked from one that has imported everything."""
+    if sys.platform == "win32":
+        pytest.skip("Windows does not fork processes")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     # The server is not measured by coverage: what it forks would be slower, and ends without saving a result.

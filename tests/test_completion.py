@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import select
 import shutil
 import signal
@@ -97,6 +96,8 @@ bindkey '^X' write-buffer
 
 def complete_in_zsh(script: str, folder: Path, *lines: str) -> list[str]:
     """Type each line and Tab into an interactive zsh; return what the lines become."""
+    import pty  # POSIX only, as zsh is
+
     (folder / "_llava").write_text(script)
     (folder / ".zshrc").write_text(ZSH_SETUP.format(folder=folder))
     written = folder / "lines"

@@ -43,6 +43,7 @@ DIFFERENT_BY_COMMAND = {
     "--template": "llava import stores the template",
     "--seed": "a bootstrap in llava evaluate",
     "--image-folder": "llava convert keeps only rows whose image is there",
+    "--split": "of the rows in llava convert, of the benchmark in llava benchmark",
     "--count": "samples in llava inspect, records in llava reduce",
     "--limit": "the demo counts images",
     "--cache-dir": "llava doctor reports its disk space",

@@ -36,7 +36,8 @@ def die_once(path: str) -> str:
     """Kill the worker process, the first time that a "bad" task runs."""
     if "bad" in path and not Path(path).exists():
         Path(path).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        # Windows has no SIGKILL; there, every signal ends a process at once.
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
     time.sleep(0.2)
     return path
 

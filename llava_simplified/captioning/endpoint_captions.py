@@ -27,7 +27,7 @@ from llava_simplified.data.images import ImageError, portable_image, read_image_
 from llava_simplified.data.records import Record, prediction_row
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
-from llava_simplified.workers import count_cpus
+from llava_simplified.workers import count_cpus, event_loop
 
 logger = logging.getLogger(__name__)
 
@@ -64,28 +64,16 @@ def caption_at_endpoint(
     # Options that cannot be expressed in a request are refused here, before anything is sent.
     captioner = _EndpointCaptioner(records, image_folder, options, endpoint, indices)
     # The loop runs only while the next rows are awaited; the caller writes them in between.
-    loop = asyncio.new_event_loop()
     try:
-        workers = loop.create_task(captioner.run_workers())
-        while (rows := loop.run_until_complete(captioner.next_rows())) is not None:
-            yield rows
-        # Raise the error that has ended the workers, if any.
-        loop.run_until_complete(workers)
+        with event_loop(endpoint.concurrency) as loop:
+            workers = loop.create_task(captioner.run_workers())
+            while (rows := loop.run_until_complete(captioner.next_rows())) is not None:
+                yield rows
+            # Raise the error that has ended the workers, if any.
+            loop.run_until_complete(workers)
     finally:
-        _cancel_tasks(loop)
-        loop.close()
         captioner.close()
     captioner.log_summary()
-
-
-def _cancel_tasks(loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel all tasks of a loop, for example after Ctrl-C, and wait until they have ended."""
-    # After Ctrl-C, `next_rows` is among them.
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        loop.run_until_complete(asyncio.wait(tasks))
 
 
 class _Result(NamedTuple):

@@ -12,8 +12,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-import numpy as np
-
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SIDECAR_SUFFIXES
 from llava_simplified.data import shards
 from llava_simplified.data.image_formats import IMAGE_HEADER_BYTES, is_image_header
@@ -191,7 +189,13 @@ def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
     for images in found:
         folder = images.folder.absolute()
         paths.update((folder / name, None) for name in images.names)
-    common = Path(os.path.commonpath([path.parent for path in paths]))
+    try:
+        common = Path(os.path.commonpath([path.parent for path in paths]))
+    except ValueError:
+        drives = ", ".join(sorted({path.drive for path in paths}))
+        raise ValueError(
+            f"the images are on several drives ({drives}): caption those of each drive by themselves."
+        ) from None
     return [path.relative_to(common).as_posix() for path in paths], common
 
 
@@ -229,7 +233,10 @@ def find_images(source: str) -> FoundImages:
             sidecar_stems[file.suffix].append(hash(str(file.with_suffix(""))))
         elif file.is_file() and Path(SIDECAR_JOURNAL).stem not in file.name:
             skipped[file.suffix.lower() or "no suffix"] += 1
-    # Sidecar files of images are expected; report only the other text files.
+    # Sidecar files of images are expected; report only the other text files. numpy compares millions of hashes at
+    # once; it is imported here, because the parser of the command imports this module.
+    import numpy as np
+
     for suffix, stems in sidecar_stems.items():
         is_other_text = np.isin(np.array(stems), np.array(image_stems), invert=True)
         if is_other_text.any():

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict
 
 from llava_simplified.data.image_folder import split_shard_name
+from llava_simplified.data.names import windows_problem
 from llava_simplified.jobs import atomic_file, remove_temporary_files
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
@@ -239,6 +240,11 @@ class SidecarWriter:
         parts = re.split(r"[/\\]", key)
         if ".." in parts or key.startswith("/") or re.match("[A-Za-z]:", key):
             raise SidecarError(f"the key {key!r} is not safe as a file name")
+        if sys.platform == "win32":
+            for part in (*parts[:-1], parts[-1] + self.options.suffix):
+                problem = windows_problem(part)
+                if problem:
+                    raise SidecarError(f"the key {key!r} has no file on Windows: {problem}")
         return file.with_suffix("").joinpath(*parts[:-1], parts[-1] + self.options.suffix)
 
     def is_kept(self, image: str) -> bool:

@@ -19,6 +19,7 @@ silently replaced by a different one.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
@@ -29,6 +30,13 @@ _ARCHIVE_SUFFIXES = (
     ".arrow",
 )  # an image in an archive is called `shard.tar#key`
 _MAX_SHOWN_NAMES = 3
+# `C:` at the beginning, also in the form that lifts the limit of 260 characters: \\\\?\\C:\\photos\\1.jpg
+_DRIVE = re.compile(r"(?:[\\/]{2}[?.][\\/])?[A-Za-z]:(?=[\\/])")
+# Windows reserves these names for devices, whatever their suffix is: "nul.txt" is no file.
+_WINDOWS_DEVICES = re.compile(
+    r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9\u00b9\u00b2\u00b3]) *(?:\..*)?",
+    re.IGNORECASE,
+)
 
 
 class AmbiguousNameError(ValueError):
@@ -45,12 +53,13 @@ class NameMatch(NamedTuple):
 def name_parts(name: str) -> tuple[str, ...]:
     r"""Return the parts of an image's name, from the outermost folder to the file.
 
-    Slashes and backslashes separate parts. The root, `.` and repeated separators are dropped, and a part before `..` is
-    removed with it. The key of an image in an archive is not cut, since its slashes are not folders on disk:
+    Slashes and backslashes separate parts. The root, the drive of Windows (`C:\`), `.` and repeated separators are
+    dropped, and a part before `..` is removed with it. The key of an image in an archive is not cut, since its slashes are not folders on disk:
     `a/0.tar#b/c` has the parts `a` and `0.tar#b/c`. Characters are composed (NFC), because macOS decomposes those in
     names of files.
     """
     path, key = _split_key(unicodedata.normalize("NFC", name))
+    path = _DRIVE.sub("", path)
     parts: list[str] = []
     for part in path.replace("\\", "/").split("/"):
         if part == "..":
@@ -68,6 +77,22 @@ def _split_key(name: str) -> tuple[str, str]:
     if mark and path.endswith(_ARCHIVE_SUFFIXES):
         return path, mark + key
     return name, ""
+
+
+def windows_problem(part: str) -> str:
+    """Return why Windows cannot hold a file or folder of this name; empty if it can.
+
+    Args:
+        part: One part of a path.
+    """
+    if _WINDOWS_DEVICES.fullmatch(part):
+        return "the name is reserved for a device"
+    if part.endswith((".", " ")):
+        return "the name ends with a dot or a space"
+    unsafe = sorted({char for char in part if char in '<>:"|?*\\/' or char < " "})
+    if unsafe:
+        return f"the name contains {' '.join(map(ascii, unsafe))}"
+    return ""
 
 
 def name_suffixes(name: str) -> Iterator[tuple[str, ...]]:

@@ -19,6 +19,7 @@ in the user's cache folder once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -34,7 +35,7 @@ import numpy as np
 from llava_simplified.data.embedded_images import ParquetRows, text_columns
 from llava_simplified.extras import require_extra
 from llava_simplified.foreign_files import blame_file
-from llava_simplified.jobs import atomic_file
+from llava_simplified.jobs import atomic_file, read_at
 
 BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8, which Windows programs write
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -131,8 +132,7 @@ class RowFile(Sequence[dict[str, Any]]):
         length = int(self._lengths[index])
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
-        # Use pread, which does not move the file's position: forked workers share it, so seek + read would be a race.
-        return os.pread(self._file.fileno(), length, start)
+        return read_at(self._file, length, start)
 
     def longest(self, count: int) -> list[int]:
         """Return the indices of the `count` rows with the most bytes, longest first."""
@@ -389,7 +389,9 @@ def _parquet_to_jsonl(path: Path) -> Path:
     cached.parent.mkdir(parents=True, exist_ok=True)
     path_hash = cached.name.partition("-")[0]
     for outdated in cached.parent.glob(f"{path_hash}-*.jsonl"):
-        outdated.unlink()
+        # Windows does not delete a file that another run is reading; the next conversion will.
+        with contextlib.suppress(PermissionError):
+            outdated.unlink()
     with blame_file(path):
         table = ParquetRows(path, path.name)
     with atomic_file(cached) as part, part.open("w", encoding="utf-8") as file:

@@ -36,7 +36,7 @@ import numpy as np
 
 from llava_simplified.data.embedded_images import read_embedded_image
 from llava_simplified.extras import require_extra
-from llava_simplified.jobs import write_all
+from llava_simplified.jobs import open_descriptor, read_at, write_all
 
 # Lower case, the most common first. Images of formats that cannot be decoded here are named as such when they are read.
 IMAGE_SUFFIXES = (
@@ -69,7 +69,7 @@ class ShardWriter:
             end: Number of bytes of the complete samples in it. The file is truncated there, which removes the
                 incomplete sample of a killed writer.
         """
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = open_descriptor(path)
         os.ftruncate(self._descriptor, end)
         self.end = os.lseek(self._descriptor, 0, os.SEEK_END)
 
@@ -356,7 +356,7 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
         ValueError: The file ends before `offset + size`.
     """
     with path.open("rb", buffering=0) as file:
-        data = os.pread(file.fileno(), size, offset)
+        data = read_at(file, size, offset)
     if len(data) != size:
         raise ValueError(f"{path}: truncated: expected {size} bytes at {offset}, found {len(data)}")
     return data

@@ -18,7 +18,6 @@ Everything after `fetch` works as with your own data.
 from __future__ import annotations
 
 import hashlib
-import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from pathlib import Path
 from llava_simplified.demo.demo_images import build_images
 from llava_simplified.demo.demo_models import build_language_model, build_vision_tower
 from llava_simplified.jobs import atomic_directory
+from llava_simplified.options import quote_words
 from llava_simplified.small_models import DEFAULT_CACHE, LAYOUT, small_models
 
 
@@ -246,8 +246,9 @@ def npm_command(folder: Path) -> list[str]:
     Raises:
         ValueError: npm is missing, and pip cannot install it.
     """
-    if shutil.which("npm") is not None:
-        return ["npm"]
+    npm = shutil.which("npm")
+    if npm is not None:
+        return [npm]  # with its suffix, for it is npm.cmd on Windows
     target = folder / NODEJS.replace("==", "-")
     if not target.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +273,7 @@ def _run_client(package: Package, folder: Path, npm: Sequence[str]) -> Path:
     _run(command, folder, problem)
     files = sorted(folder.glob(f"*{package.suffix}"))
     if len(files) != 1:
-        raise ValueError(f"{problem}: `{shlex.join(command)}` wrote {len(files)} files.")
+        raise ValueError(f"{problem}: `{quote_words(command)}` wrote {len(files)} files.")
     return files[0]
 
 
@@ -287,7 +288,7 @@ def _run(command: Sequence[str], folder: Path, problem: str) -> None:
         # The clients write errors to stderr or to stdout.
         output = run.stderr.strip() or run.stdout.strip() or "(none)"
         raise ValueError(
-            f"{problem}: `{shlex.join(command)}` ended with exit status {run.returncode}. "
+            f"{problem}: `{quote_words(command)}` ended with exit status {run.returncode}. "
             f"Its output: {output[-800:]}"
         )
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shlex
 import shutil
 import sys
 import time
@@ -24,7 +22,7 @@ from llava_simplified.demo.progress import captioning_progress, training_progres
 from llava_simplified.demo.terminal import redirect_output
 from llava_simplified.doctor_command import has_fast_bfloat16
 from llava_simplified.jobs import format_duration
-from llava_simplified.options import CommandParser, add_limit_option, print_text
+from llava_simplified.options import CommandParser, add_limit_option, print_text, quote_words
 from llava_simplified.recipes import resolve_recipe
 
 logger = logging.getLogger(__name__)
@@ -205,11 +203,15 @@ def _training_options() -> list[str]:
     """Return the options that adapt the recipes to this machine."""
     import torch
 
+    from llava_simplified.training.kernels import can_compile
+
     argv: list[str] = []
     # torch.compile generates C++ code for the CPU.
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if not can_compile("cpu" if accelerator is None else accelerator.type):
         logger.info(
-            "There is no C++ compiler, so layers are not compiled. Training takes 50 % longer."
+            "There is no compiler (C++ for the CPU, Triton for a GPU), so layers are not compiled. Training takes "
+            "50 % longer."
         )
         argv += _options(compile_layers=False)
     if not torch.accelerator.is_available() and not has_fast_bfloat16():
@@ -234,8 +236,8 @@ def summarize(output: Path, seconds: float) -> str:
     llava = "llava"
     if shutil.which(llava) is None:  # the virtual environment is not activated
         llava = str(Path(sys.executable).with_name(llava))
-    llava = shlex.quote(llava)
-    model = shlex.quote(str(output / "model"))
+    llava = quote_words([llava])
+    model = quote_words([str(output / "model")])
     lines = [
         "",
         f"word F1 {mean['word F1'][0]:.3f} (images shuffled: {shuffled['word F1'][0]:.3f}), "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import threading
 import time
@@ -18,7 +17,6 @@ from typing import NamedTuple
 
 from llava_simplified import cli
 from llava_simplified.demo.assets import DemoAssets, fetch
-from llava_simplified.demo.live_report import StepRow, write_live_report
 from llava_simplified.demo.progress import (
     NOT_STARTED,
     Progress,
@@ -27,7 +25,7 @@ from llava_simplified.demo.progress import (
 )
 from llava_simplified.demo.terminal import Terminal
 from llava_simplified.jobs import atomic_file, format_duration
-from llava_simplified.options import escape_control_characters
+from llava_simplified.options import escape_control_characters, quote_words
 
 NUM_STEPS = 6
 EXPECTED_SECONDS = 480  # of all steps after the download
@@ -277,6 +275,9 @@ class Watcher:
         print_line(f"  More are in {self.demo.output / 'report.html'}, which reloads itself.")
 
     def _write_report(self, progress: Progress, left: str) -> None:
+        # Imported here, because `llava demo --help` imports this module.
+        from llava_simplified.demo.live_report import StepRow, write_live_report
+
         assert self.images is not None
         rows = []
         runs = {}
@@ -307,7 +308,7 @@ def _shell_command(argv: Sequence[str]) -> str:
     home = f"{Path.home()}{os.sep}"
     words = []
     for word in argv:
-        quoted = shlex.quote(word)
+        quoted = quote_words([word])
         # A quoted `~` would not be expanded.
         if quoted == word and word.startswith(home):
             quoted = f"~/{word.removeprefix(home)}"

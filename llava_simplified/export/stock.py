@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -415,10 +416,13 @@ def _grow_vocabulary(language_model: CausalLM, size: int, scratch: Path) -> None
         old_size, hidden_size = table.shape
         # Use a memory-mapped file (deleted immediately, valid while mapped) instead of RAM: during the copy
         # both tables exist, and each can be a third of a small model. New rows of the file are zero.
-        with NamedTemporaryFile(dir=scratch) as file:
-            storage = torch.from_file(
-                file.name, shared=True, size=size * hidden_size, dtype=table.dtype
-            )
+        if sys.platform == "win32":  # which does not delete a file that is mapped
+            storage = torch.zeros(size * hidden_size, dtype=table.dtype)
+        else:
+            with NamedTemporaryFile(dir=scratch) as file:
+                storage = torch.from_file(
+                    file.name, shared=True, size=size * hidden_size, dtype=table.dtype
+                )
         larger = storage.view(-1, hidden_size)
         larger[:old_size] = table
         table.data = larger

@@ -109,7 +109,9 @@ def _check_output(records: Path, folder: Path, output: Path, side: int) -> None:
     if not settings_path.exists() and any(output.iterdir()):
         previous = output / _DIGEST_NAME_0_1_0
         start = hashlib.sha256(f"{folder.resolve()} {side}".encode())
-        if not previous.is_file() or previous.read_text() != _file_digest(records, start):
+        if not previous.is_file() or previous.read_text(encoding="utf-8") != _file_digest(
+            records, start
+        ):
             raise ValueError(
                 f"--compact {output}: the folder contains files that were not made from these records. "
                 "Empty it, or pass another folder to --compact."

@@ -258,7 +258,8 @@ def _find_image(
     folder = image_folder
     if located.path.is_absolute():
         folder = image_folder.absolute()
-    return str(located.path.relative_to(folder))
+    # With slashes on every system, so that records can be moved.
+    return located.path.relative_to(folder).as_posix()
 
 
 # ---- whole files ----

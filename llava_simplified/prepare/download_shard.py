@@ -19,7 +19,6 @@ tar, then the manifest, whose existence means that the shard is finished.
 
 from __future__ import annotations
 
-import asyncio
 import asyncio.sslproto
 import gc
 import hashlib
@@ -50,7 +49,7 @@ from llava_simplified.prepare.fetch import FetchResult
 from llava_simplified.prepare.fetch_hosts import fetch_all
 from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.prepare.record_writer import image_file_name
-from llava_simplified.workers import tune_malloc
+from llava_simplified.workers import event_loop, tune_malloc
 
 PLAN_COLUMNS = {"index": pa.int64(), "url": pa.string(), "captions": pa.list_(pa.string())}
 MANIFEST_SCHEMA = pa.schema(
@@ -187,7 +186,8 @@ class _ShardJob:
             missing = [row for row in planned if row["index"] not in outcomes]
             writer = None if self.spec.files else ShardWriter(self.tar, end)
             # This adds the missing rows to `outcomes` as they finish.
-            asyncio.run(self._fetch_rows(missing, journal, writer, outcomes))
+            with event_loop(self.spec.options.concurrency) as loop:
+                loop.run_until_complete(self._fetch_rows(missing, journal, writer, outcomes))
         # Close the tar before publishing it, because `close` syncs it to the disk.
         if writer:
             writer.close()

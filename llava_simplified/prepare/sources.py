@@ -202,7 +202,9 @@ def _move_images(row: SourceRow, folder: Path, all_images: bool = False) -> Sour
     """
 
     def move(image: str) -> str:
-        return str(folder / image) if image and (all_images or "#" in image) else image
+        if not image or not (all_images or "#" in image):
+            return image
+        return (folder / image).as_posix()
 
     record = row.record
     if record is not None and folder != Path():
@@ -395,14 +397,14 @@ def _read_image_folder(
 ) -> Iterator[SourceRow]:
     """Yield the rows of an imagefolder. Images that no row names are noted."""
     without_row = {
-        str(path.relative_to(folder))
+        path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
     }
     for path in metadata:
         below = path.parent.relative_to(folder)
         for row in _read_any(str(path), issues, columns):
-            image = str(below / row.image) if row.image else ""
+            image = (below / row.image).as_posix() if row.image else ""
             without_row.discard(image)
             yield row._replace(image=image)
     for number, name in enumerate(sorted(without_row)):

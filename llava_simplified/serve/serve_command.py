@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from llava_simplified.extras import require_extra
 from llava_simplified.options import CommandParser, MessageFormatter, add_checkpoint_options
+from llava_simplified.workers import event_loop
 
 if TYPE_CHECKING:
     from llava_simplified.serve.api import Limits
@@ -225,7 +226,13 @@ def _serve(args: argparse.Namespace, examples: Sequence[bytes]) -> int:
     )
     authority = f"[{args.host}]" if ":" in args.host else args.host
     logger.info("Serving %s on http://%s:%d", name, authority, args.port)
-    uvicorn.Server(config).run()
+    server = uvicorn.Server(config)
+    if sys.platform == "win32" and args.allow_image_urls:
+        # aiodns, which resolves the hosts of images, does not accept the loop that uvicorn uses there.
+        with event_loop() as loop:
+            loop.run_until_complete(server.serve())
+    else:
+        server.run()
     return 0
 
 

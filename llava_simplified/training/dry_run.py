@@ -8,6 +8,7 @@ The result is written to `report.json` in the parent of the output folder.
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import sys
 import time
@@ -88,7 +89,7 @@ def dry_run(argv: Sequence[str]) -> None:
         "peak": peak,
         "caption": _caption_first_record(loaded, data),
     }
-    (output.parent / "report.json").write_text(json.dumps(report))
+    (output.parent / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def _train_and_save(
@@ -103,8 +104,12 @@ def _train_and_save(
     trainer.train()
     examples = cast(Any, trainer.train_dataset)
     first_examples = [examples[index] for index in range(min(2, len(examples)))]
-    batch = trainer._prepare_inputs(trainer.data_collator(first_examples))
-    batch.pop("metadata")
+    loaded = cast(Any, trainer.data_collator(first_examples))
+    [prepared] = trainer.prepare_micro_batches([loaded])
+    # Without the metadata, and what only the loss of an objective uses.
+    accepted = inspect.signature(Llava.forward).parameters
+    inputs = {name: value for name, value in prepared.items() if name in accepted}
+    batch = trainer._prepare_inputs(inputs)
     model = cast(Llava, trainer.model).eval()
     with torch.no_grad(), precision:
         logits = model(**batch).logits.float()
@@ -143,10 +148,12 @@ def _peak_memory(device: torch.device) -> int:
     """Return the largest number of bytes that were allocated: on the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # POSIX only; psutil has no peak there
-
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such module, but a peak that psutil knows.
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, Linux kibibytes.
     return peak if sys.platform == "darwin" else peak * 1024

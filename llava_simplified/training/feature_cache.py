@@ -192,6 +192,7 @@ class FeatureCache:
                 self._row_by_hash[digest] = len(self._memory)
                 self._memory.append(row)
             return
+        self._map = None  # Windows does not change the size of a file that is mapped
         with self._locked():
             # Skip rows that another process has appended in the meantime.
             new = [

@@ -6,9 +6,7 @@ not support it, or if the result would not be exact.
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from importlib.util import find_spec
 
 import torch
@@ -17,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from llava_simplified.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava_simplified.extras import install_command
+from llava_simplified.extras import cpp_compiler, install_command
 from llava_simplified.model.build import quantization
 from llava_simplified.model.protocols import CausalLM
 
@@ -125,7 +123,7 @@ def _check_liger(args: TrainingArguments) -> None:
 def _check_compilation(args: TrainingArguments) -> None:
     device = args.device.type
     if args.compile_layers and not can_compile(device):
-        missing = f"the C++ compiler {_cpp_compiler()}" if device == "cpu" else "Triton"
+        missing = f"the C++ compiler {cpp_compiler()}" if device == "cpu" else "Triton"
         raise ValueError(
             f"--compile_layers: {missing} was not found. Install it (or name another compiler in the environment "
             "variable CXX), or pass --compile_layers False."
@@ -133,15 +131,15 @@ def _check_compilation(args: TrainingArguments) -> None:
 
 
 def can_compile(device_type: str) -> bool:
-    """Return True if torch.compile finds a code generator: a C++ compiler for CPUs, else Triton."""
+    """Return True if torch.compile finds a code generator: a C++ compiler for CPUs, else Triton.
+
+    Apple GPUs ("mps") have neither.
+    """
+    if device_type == "mps":
+        return False
     if device_type == "cpu":
-        return shutil.which(_cpp_compiler()) is not None
+        return shutil.which(cpp_compiler()) is not None
     return find_spec("triton") is not None
-
-
-def _cpp_compiler() -> str:
-    default = "clang++" if sys.platform == "darwin" else "g++"
-    return os.environ.get("CXX") or default
 
 
 def compile_layers(language_model: CausalLM) -> None:

@@ -280,7 +280,7 @@ def _start_dry_run(
         env={**os.environ, "PYTHONPATH": os.pathsep.join(python_path)},
     )
     if done.returncode == 0:
-        return json.loads((scratch / "report.json").read_text())
+        return json.loads((scratch / "report.json").read_text(encoding="utf-8"))
     if done.returncode == _KILLED or any(sign in done.stderr for sign in _OUT_OF_MEMORY_SIGNS):
         reason = "the dry run ran out of memory"
         raise ValueError(_describe_out_of_memory(plan, args, reason))

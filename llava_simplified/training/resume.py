@@ -59,6 +59,12 @@ _MUST_NOT_CHANGE = (
     "tune_mm_mlp_adapter",
     "freeze_backbone",
     "tune_vision_tower",
+    "objective",
+    "reward",
+    "num_samples",
+    "sample_temperature",
+    "sample_max_tokens",
+    "kl_coef",
 )
 # Changes of these are not reported. "steps" and "epochs" are progress, not options.
 _NOT_COMPARED = {

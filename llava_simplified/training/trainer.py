@@ -144,6 +144,13 @@ class LlavaTrainer(transformers.Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     @property
+    def weights_are_sharded(self) -> bool:
+        """Whether no process has all the weights: with ZeRO-3 and FSDP."""
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        is_zero_3 = deepspeed is not None and deepspeed.zero_stage == 3
+        return self.is_fsdp_enabled or is_zero_3
+
+    @property
     def output_dir(self) -> Path:
         """Output folder of the run."""
         return Path(str(self.args.output_dir))
@@ -195,13 +202,14 @@ class LlavaTrainer(transformers.Trainer):
             return [], torch.zeros(())
         self.throughput.start_step()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.prepare_micro_batches(batches)
         self._step_sample_ids = []
         trained = tokens = positions = 0
         for batch in batches:
             metadata = batch["metadata"]
             self.sample_warnings.add(batch)
             self._step_sample_ids += metadata["ids"]
-            trained += len(batch["labels"])
+            trained += self.count_items(batch)
             tokens += metadata["tokens"]
             positions += batch["input_ids"].numel()
         samples = len(self._step_sample_ids)
@@ -213,6 +221,26 @@ class LlavaTrainer(transformers.Trainer):
             self.interruption.is_agreed = bool(counts[4] > 0)
         self.throughput.add(counts[1:4])
         return batches, counts[0]
+
+    # Three methods that other objectives than cross entropy override:
+
+    def prepare_micro_batches(self, batches: list[Batch]) -> list[Batch]:
+        """Return the micro-batches of one step as they are trained: here as they were loaded."""
+        return batches
+
+    def count_items(self, batch: Mapping[str, Any]) -> int:
+        """Return the number of items that the loss of a step is averaged over: here its tokens."""
+        return len(batch["labels"])
+
+    def summed_loss(self, model: nn.Module, inputs: ModelInputs) -> tuple[torch.Tensor, Any]:
+        """Return the loss of a micro-batch, summed over its items, and the outputs of the model.
+
+        Args:
+            model: The prepared model.
+            inputs: A batch without its metadata.
+        """
+        outputs = model(**inputs)
+        return outputs.loss, outputs
 
     def compute_loss(
         self,
@@ -234,13 +262,13 @@ class LlavaTrainer(transformers.Trainer):
             FloatingPointError: The loss is not finite (with DeepSpeed only; see `_get_grad_norm`).
         """
         ids = inputs.pop("metadata")["ids"]
-        outputs = model(**inputs)
+        summed, outputs = self.summed_loss(model, inputs)
         if num_items_in_batch is None:
-            loss = outputs.loss / len(inputs["labels"])
+            loss = summed / self.count_items(inputs)
         else:
             # Cancel the averaging of gradients over the processes, since tokens were counted over all
             # of them.
-            loss = outputs.loss / num_items_in_batch * self.accelerator.num_processes
+            loss = summed / num_items_in_batch * self.accelerator.num_processes
         self._unchecked_losses.append((loss.detach(), ids))
         # DeepSpeed updates the weights within `backward`; all others after `_get_grad_norm`.
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -337,15 +365,17 @@ class LlavaTrainer(transformers.Trainer):
         """Compute the validation loss: the mean over all tokens of the set. Logits are discarded."""
         model = self._wrap_model(cast(nn.Module, self.model), training=False)
         model.eval()
-        # (2,): sum of the token losses, number of tokens.
-        totals = torch.zeros(2, device=self.args.device, dtype=torch.float64)
+        # (2,): sum of the token losses, number of tokens. Apple's GPUs have no float64.
+        on_mps = self.args.device.type == "mps"
+        dtype = torch.float32 if on_mps else torch.float64
+        totals = torch.zeros(2, device=self.args.device, dtype=dtype)
         for batch in dataloader:
             self.sample_warnings.add(batch)
             inputs = cast(ModelInputs, {**batch})
             del inputs["metadata"]
             inputs = self._prepare_inputs(self.drop_padding_samples(inputs))
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss_sum = model(**inputs).loss.double()
+                loss_sum = model(**inputs).loss.to(dtype)
                 token_count = totals.new_tensor(len(inputs["labels"]))
                 totals += torch.stack([loss_sum, token_count])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -395,11 +425,7 @@ class LlavaTrainer(transformers.Trainer):
         args = self.args
         if args.eval_strategy == "no" or not args.eval_captions or eval_dataset is None:
             return None
-        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        weights_are_sharded = self.is_fsdp_enabled
-        if deepspeed is not None:
-            weights_are_sharded |= deepspeed.zero_stage == 3
-        if weights_are_sharded:
+        if self.weights_are_sharded:
             # Skip captions, which are generated by one process: no process has all the weights.
             if self.accelerator.is_local_main_process:
                 logger.warning(

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -227,6 +228,8 @@ def test_job_that_is_killed_at_a_file_continues(
 
 def start_child(job: CaptionJob) -> int:
     """Run a job in a child process, which needs no imports of its own; return its process id."""
+    if sys.platform == "win32":
+        pytest.skip("Windows does not fork processes")
     child = os.fork()
     if child:
         return child

@@ -129,6 +129,8 @@ def stock_server() -> subprocess.Popen[str]:
 
 def run_without_project(script: str, *words: object, folder: Path) -> str:
     """Run a script in a process that cannot import the project; return the last line of its output."""
+    if sys.platform == "win32":
+        pytest.skip("Windows does not fork processes")
     server = stock_server()
     assert server.stdin and server.stdout
     output = folder / "output.txt"

@@ -1,0 +1,237 @@
+"""Run our code as on Windows, on any system: a process without what only POSIX has, and workers that are spawned.
+
+`import windows_like` changes what the modules of this package import, and nothing else: libraries have their own code for
+Windows, which cannot run here. Processes that are started with "spawn" import the main module again, and so this one.
+
+    python windows_like.py WORDS [-- WORDS]...   run `llava WORDS`, and so on
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import multiprocessing
+import os
+import pkgutil
+import signal
+import sys
+from types import ModuleType
+
+PACKAGE = "llava_simplified"
+MISSING_MODULES = frozenset(
+    [
+        "crypt",
+        "curses",
+        "fcntl",
+        "grp",
+        "posix",
+        "pty",
+        "pwd",
+        "readline",
+        "resource",
+        "spwd",
+        "syslog",
+        "termios",
+        "tty",
+    ]
+)
+MISSING_ATTRIBUTES = {
+    "os": frozenset(
+        [
+            "WNOHANG",
+            "O_CLOEXEC",
+            "O_DIRECTORY",
+            "O_DSYNC",
+            "O_NOCTTY",
+            "O_NOFOLLOW",
+            "O_NONBLOCK",
+            "O_SYNC",
+            "chown",
+            "chroot",
+            "copy_file_range",
+            "ctermid",
+            "eventfd",
+            "fchdir",
+            "fchmod",
+            "fchown",
+            "fdatasync",
+            "fork",
+            "forkpty",
+            "fstatvfs",
+            "getegid",
+            "geteuid",
+            "getgid",
+            "getgroups",
+            "getloadavg",
+            "getpgid",
+            "getpgrp",
+            "getpriority",
+            "getrandom",
+            "getresuid",
+            "getsid",
+            "getuid",
+            "getxattr",
+            "initgroups",
+            "killpg",
+            "lchown",
+            "lockf",
+            "major",
+            "makedev",
+            "memfd_create",
+            "minor",
+            "mkfifo",
+            "mknod",
+            "nice",
+            "openpty",
+            "posix_fadvise",
+            "posix_fallocate",
+            "posix_spawn",
+            "pread",
+            "preadv",
+            "pwrite",
+            "pwritev",
+            "register_at_fork",
+            "sched_getaffinity",
+            "sched_setaffinity",
+            "sched_yield",
+            "sendfile",
+            "setegid",
+            "seteuid",
+            "setgid",
+            "setgroups",
+            "setpgid",
+            "setpriority",
+            "setsid",
+            "setuid",
+            "setxattr",
+            "splice",
+            "statvfs",
+            "sync",
+            "sysconf",
+            "tcgetpgrp",
+            "ttyname",
+            "uname",
+            "wait",
+            "wait3",
+            "wait4",
+            "waitid",
+        ]
+    ),
+    "signal": frozenset(
+        [
+            "SIGALRM",
+            "SIGBUS",
+            "SIGCHLD",
+            "SIGCONT",
+            "SIGHUP",
+            "SIGKILL",
+            "SIGPIPE",
+            "SIGQUIT",
+            "SIGSTOP",
+            "SIGTSTP",
+            "SIGTTIN",
+            "SIGTTOU",
+            "SIGUSR1",
+            "SIGUSR2",
+            "SIGWINCH",
+            "alarm",
+            "pause",
+            "pthread_kill",
+            "pthread_sigmask",
+            "setitimer",
+            "siginterrupt",
+            "sigpending",
+            "sigwait",
+        ]
+    ),
+    "sys": frozenset(["getdlopenflags", "setdlopenflags"]),
+}
+
+
+class WindowsModule(ModuleType):
+    """A module of the standard library as it is on Windows.
+
+    Args:
+        module: The module of this system.
+        missing: Names that Windows does not have.
+        values: Names that have other values there.
+    """
+
+    def __init__(self, module: ModuleType, missing: frozenset[str], **values: object) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(_module=module, _missing=missing, _values=values)
+        # These exist in every module, and would hide those of the original.
+        for name in ("__doc__", "__loader__", "__package__", "__spec__"):
+            self.__dict__.pop(name, None)
+
+    def __getattr__(self, name: str) -> object:
+        if name in self._missing:
+            raise AttributeError(f"module {self._module.__name__!r} has no {name!r} on Windows")
+        if name in self._values:
+            return self._values[name]
+        return getattr(self._module, name)
+
+
+MODULES = {
+    "os": WindowsModule(os, MISSING_ATTRIBUTES["os"]),
+    "signal": WindowsModule(signal, MISSING_ATTRIBUTES["signal"]),
+    "sys": WindowsModule(sys, MISSING_ATTRIBUTES["sys"], platform="win32"),
+}
+_import = builtins.__import__
+
+
+def import_as_on_windows(
+    name: str,
+    globals: dict[str, object] | None = None,
+    locals: dict[str, object] | None = None,
+    fromlist: tuple[str, ...] = (),
+    level: int = 0,
+) -> ModuleType:
+    """Import a module for our code as on Windows, and for all other code as it is."""
+    importer = str((globals or {}).get("__name__", ""))
+    if importer.split(".")[0] == PACKAGE and level == 0:
+        if name.split(".")[0] in MISSING_MODULES:
+            raise ModuleNotFoundError(f"No module named {name!r} (on Windows)", name=name)
+        if name in MODULES:
+            return MODULES[name]
+    return _import(name, globals, locals, fromlist, level)
+
+
+def import_everything() -> None:
+    """Import every module of the package anew, and exit with an error if that fails. For a process of its own."""
+    for name in list(sys.modules):
+        if name.split(".")[0] == PACKAGE:
+            del sys.modules[name]
+    builtins.__import__ = import_as_on_windows
+    package = importlib.import_module(PACKAGE)
+    names = [
+        module.name
+        for module in pkgutil.walk_packages(package.__path__, f"{PACKAGE}.")
+        if not module.name.endswith("__main__")
+    ]
+    for name in names:
+        importlib.import_module(name)
+    # As a check of this check: our code has got the module of Windows.
+    assert sys.modules[f"{PACKAGE}.workers"].sys.platform == "win32"
+    assert len(names) > 100
+
+
+def call(words: list[str]) -> None:
+    """Run several commands, separated by `--`; end with the status of the first that fails."""
+    from llava_simplified import cli
+
+    while words:
+        end = words.index("--") if "--" in words else len(words)
+        status = cli.main(words[:end])
+        if status:
+            sys.exit(f"llava {' '.join(words[:end])}: exit status {status}")
+        words = words[end + 1 :]
+
+
+# "__mp_main__" is this module in a process that was spawned.
+if __name__ in ("__main__", "__mp_main__"):
+    builtins.__import__ = import_as_on_windows
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    call(sys.argv[1:])
