@@ -130,7 +130,7 @@ def _check_launcher(deepspeed: bool) -> None:
     accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerate and "MASTER_ADDR" in os.environ and not distributed:
         raise ValueError(
-            "accelerate launch started only one of several requested processes, as it does with --cpu. "
+            "accelerate launch started one process although several were requested; --cpu causes this. "
             "Use `accelerate launch --multi_gpu --num_processes 2`, which also works on CPUs, or torchrun."
         )
     if deepspeed and not distributed:

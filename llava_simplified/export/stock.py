@@ -431,7 +431,7 @@ def _grow_vocabulary(language_model: CausalLM, size: int, scratch: Path) -> None
     tables = {embeddings.weight, lm_head.weight}  # only one, if they are tied
     for table in tables:
         old_size, hidden_size = table.shape
-        # Use a memory-mapped file (deleted at once, valid while mapped) instead of RAM: during the copy
+        # Use a memory-mapped file (deleted immediately, valid while mapped) instead of RAM: during the copy
         # both tables exist, and each can be a third of a small model. New rows of the file are zero.
         if sys.platform == "win32":  # which does not delete a file that is mapped
             storage = torch.zeros(size * hidden_size, dtype=table.dtype)

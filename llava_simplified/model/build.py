@@ -242,7 +242,10 @@ def check_vocabulary(prompt: Prompt, config: PreTrainedConfig | None, name: str)
 
 
 def find_language_model_config(name_or_path: str) -> PreTrainedConfig | None:
-    """Return the config of a language model, or of the one of a checkpoint; None if there is only a tokenizer."""
+    """Return the config of a language model; for a LLaVA checkpoint, that of its language model.
+
+    Return None if no config can be loaded, for example for a folder with only a tokenizer.
+    """
     folder = Path(name_or_path)
     if (folder / CONFIG_NAME).is_file():
         own_weights = folder / "language_model"

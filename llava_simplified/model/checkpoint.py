@@ -352,7 +352,7 @@ def read_adapter_config(
             adapter of twice the rank.
 
     Raises:
-        ValueError: The file is missing or invalid, or asks for something that this package does not write.
+        ValueError: The file is missing or invalid, or requires something that this package does not write.
     """
     path = folder / "adapter_config.json"
     if not path.is_file():
