@@ -9,10 +9,12 @@ options that are named in `HELP_GROUPS`; `--help-all` adds the hundred others of
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NamedTuple
 
+from llava_simplified.model.lora_options import parse_lora_options
 from llava_simplified.options import normalize_spelling
 
 # The fields of the next three dataclasses are the options of this package: the field name is the option
@@ -118,6 +120,14 @@ class ModelArguments:
         default="none",
         metadata={"help": "Biases to train: none, all or lora_only"},
     )
+    lora_options: str = field(
+        default="",
+        metadata={
+            "help": "More fields of PEFT's LoraConfig for the language model, as JSON (in a YAML file, a mapping): use_dora, "
+            "use_rslora, init_lora_weights (pissa), target_modules, exclude_modules, layers_to_transform, "
+            "rank_pattern, alpha_pattern"
+        },
+    )
     tune_vision_tower: str = field(
         default="off",
         metadata={
@@ -138,6 +148,11 @@ class ModelArguments:
             "flash_attention_2 and flex_attention (default: the fastest that the model supports)"
         },
     )
+
+    def __post_init__(self) -> None:
+        # One spelling of the same options: a resumed run compares them.
+        options = parse_lora_options(self.lora_options)
+        self.lora_options = json.dumps(options, sort_keys=True) if options else ""
 
 
 @dataclass
@@ -447,6 +462,7 @@ HELP_GROUPS = {
         "lora_alpha",
         "lora_dropout",
         "lora_bias",
+        "lora_options",
         "tune_vision_tower",
         "bits",
     ),

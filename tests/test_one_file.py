@@ -373,8 +373,9 @@ def test_new_projector_equals_that_of_the_package() -> None:
     torch.manual_seed(1)
     expected = torch.nn.Linear(6, 8)
     init_projector_scale(expected, features, embeddings)
-    assert torch.equal(projector.weight, expected.weight)
-    assert torch.equal(projector.bias, expected.bias)
+    # The package clamps with a float64 threshold, the file with a float32 one: the last bit can differ.
+    torch.testing.assert_close(projector.weight, expected.weight, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(projector.bias, expected.bias, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("style", ["byte level", "no BOS", "first", "always", "legacy", "none"])

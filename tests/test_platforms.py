@@ -140,7 +140,17 @@ def test_journeys_work_without_posix_and_with_spawned_workers(
         *("--train_image_folder", "small", "--max_steps", "1", "--output_dir", "model"),
         *("--dataloader_num_workers", "1", "--cache_vision_features", "disk"),
         *("--feature_cache_dir", "features", "--bf16", "False"),
-        *("--", "caption", "model", folder, "--write", "txt", "--max-new-tokens", "2"),
+        *(
+            "--",
+            "caption",
+            folder,
+            "--model-path",
+            "model",
+            "--write",
+            "txt",
+            "--max-new-tokens",
+            "2",
+        ),
         folder=tmp_path,
     )
     assert len((tmp_path / "clean.jsonl").read_text(encoding="utf-8").splitlines()) == 8
@@ -413,11 +423,11 @@ def test_nothing_is_compiled_for_apple_gpus() -> None:
 
 
 def test_package_computes_in_float64_only_where_the_device_has_it() -> None:
-    """Apple GPUs have no float64. The trainer asks for the device first."""
+    """Apple GPUs have no float64. The trainer asks for the device first; the others compute on the CPU."""
     uses = {
         path.name
         for path in SOURCES
         if "torch.float64" in path.read_text(encoding="utf-8")
         or ".double()" in path.read_text(encoding="utf-8")
     }
-    assert uses == {"trainer.py"}
+    assert uses == {"trainer.py", "import_checkpoint.py", "answer_scores.py"}

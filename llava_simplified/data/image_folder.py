@@ -52,7 +52,7 @@ def split_shard_name(name: str) -> tuple[str, str | None]:
 
 
 def exact_path(name: str, folder: Path) -> Path | None:
-    """Return the path that a name means by itself; None for an absolute one outside `folder`."""
+    """Return the path of exactly this name in `folder`; None for an absolute path outside it."""
     path = Path(name)
     # Not `is_absolute`: on Windows, `\\home\\1.jpg` (without a drive) and `C:1.jpg` (without a root) are not absolute,
     # but lead out of the folder too.

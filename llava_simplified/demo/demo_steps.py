@@ -253,7 +253,8 @@ class Watcher:
         if seconds < 60:
             return "less than a minute left"
         minutes = round(seconds / 60)
-        return f"about {minutes} minute{'s' if minutes > 1 else ''} left"
+        unit = "minute" if minutes == 1 else "minutes"
+        return f"about {minutes} {unit} left"
 
     def _print_first_captions(self) -> None:
         """Print the captions of the first evaluation as a table, once."""

@@ -150,7 +150,7 @@ def _score_examples(model: Llava, examples: Sequence[Example]) -> list[AnswerSco
     # the differences between similar answers.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     label_logits = logits.gather(1, labels[:, None])[:, 0]
-    log_probabilities = (label_logits - logits.logsumexp(1)).double().cpu()
+    log_probabilities = (label_logits - logits.logsumexp(1)).cpu().double()
     is_argmax = (logits.argmax(1) == labels).cpu()
 
     lengths: list[int] = []

@@ -37,6 +37,8 @@ from llava_simplified.model.config import (
 )
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainable, freeze
+from llava_simplified.model.lora_options import parse_lora_options, pissa_method
+from llava_simplified.model.pissa import initialize as initialize_pissa
 from llava_simplified.model.projector import init_projector_scale
 from llava_simplified.model.weights import check_weights_digest, weights_digest
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
@@ -280,6 +282,7 @@ def check_options(
             "--label_smoothing_factor and --neftune_noise_alpha are not supported. Remove them."
         )
     _check_tower_options(model_args, data_args)
+    _check_lora_options(model_args)
     if "wandb" in args.report_to and not planning and find_spec("wandb") is None:
         raise ValueError(
             f"--report_to wandb requires wandb: run {install_command('wandb')}, or pass --report_to none."
@@ -369,6 +372,32 @@ def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -
         raise ValueError(
             f"--cache_vision_features {caching}: --tune_vision_tower {tuning} changes the features with every step. "
             "Pass --cache_vision_features pixels, auto or off."
+        )
+
+
+def _check_lora_options(model_args: ModelArguments) -> None:
+    options = parse_lora_options(model_args.lora_options)
+    if not options:
+        return
+    if trained_parts(model_args).language_model != "adapter":
+        raise ValueError(
+            "--lora_options: this run trains no adapter of the language model. Remove the option, or pass "
+            "--lora_enable True --tune_mm_mlp_adapter False."
+        )
+    method = pissa_method(options)
+    if not method:
+        return
+    if model_args.bits != 16:
+        # The weights without their principal part would have to be quantized again, with other scales.
+        raise ValueError(
+            f"--lora_options: init_lora_weights {method} changes the frozen weights, but --bits {model_args.bits} "
+            "quantizes them. Pass --bits 16, or remove init_lora_weights."
+        )
+    if model_args.lora_dropout:
+        logger.warning(
+            "--lora_dropout %g drops principal parts of the weights that PiSSA has moved into the adapter; its "
+            "authors use --lora_dropout 0.",
+            model_args.lora_dropout,
         )
 
 
@@ -470,7 +499,8 @@ def set_trainable(model: Llava, model_args: ModelArguments, parts: TrainedParts)
     if parts.vision_tower == "lora":
         add_tower_lora(model, rank, alpha, dropout)
     if parts.language_model == "adapter":
-        add_lora(model, rank, alpha, dropout, model_args.lora_bias)
+        options = parse_lora_options(model_args.lora_options)
+        add_lora(model, rank, alpha, dropout, model_args.lora_bias, options)
 
 
 def initialize_trained_parts(
@@ -501,6 +531,8 @@ def initialize_trained_parts(
         load_projector(model.projector, model_args.pretrain_mm_mlp_adapter)
     else:
         _scale_projector(model, train_set)
+    # Last: nothing is to be done if the adapter comes from a checkpoint.
+    initialize_pissa(model.language_model)
 
 
 def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: str) -> None:
