@@ -45,9 +45,10 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
 
     def __post_init__(self) -> None:
         _check_launcher(self.deepspeed is not None)
+        accelerator = torch.accelerator.current_accelerator()
         if torch.accelerator.is_available():
             self._check_bf16()
-            if torch.accelerator.current_accelerator().type == "mps" and not self.use_cpu:
+            if accelerator is not None and accelerator.type == "mps" and not self.use_cpu:
                 self._use_mps()
         else:
             self._use_cpu()

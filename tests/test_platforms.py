@@ -140,7 +140,17 @@ def test_journeys_work_without_posix_and_with_spawned_workers(
         *("--train_image_folder", "small", "--max_steps", "1", "--output_dir", "model"),
         *("--dataloader_num_workers", "1", "--cache_vision_features", "disk"),
         *("--feature_cache_dir", "features", "--bf16", "False"),
-        *("--", "caption", "model", folder, "--write", "txt", "--max-new-tokens", "2"),
+        *(
+            "--",
+            "caption",
+            folder,
+            "--model-path",
+            "model",
+            "--write",
+            "txt",
+            "--max-new-tokens",
+            "2",
+        ),
         folder=tmp_path,
     )
     assert len((tmp_path / "clean.jsonl").read_text(encoding="utf-8").splitlines()) == 8

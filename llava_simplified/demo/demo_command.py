@@ -207,8 +207,8 @@ def _training_options() -> list[str]:
 
     argv: list[str] = []
     # torch.compile generates C++ code for the CPU.
-    has_gpu = torch.accelerator.is_available()
-    if not can_compile(torch.accelerator.current_accelerator().type if has_gpu else "cpu"):
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if not can_compile("cpu" if accelerator is None else accelerator.type):
         logger.info(
             "There is no compiler (C++ for the CPU, Triton for a GPU), so layers are not compiled. Training takes "
             "50 % longer."
