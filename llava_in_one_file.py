@@ -1,9 +1,9 @@
 """LLaVA ("Visual Instruction Tuning", Liu et al., 2023) in one file: a language model describes images.
 
-A vision model turns an image into a grid of feature vectors. One matrix, the projector, maps each of them
-to the size of a word embedding. The results take their place in the middle of a prompt, and the language
-model processes them as if they were words. Both models are pretrained and stay frozen. What is trained is
-the projector, and a small LoRA adapter inside the language model.
+A vision model (the "vision tower") turns an image into a grid of feature vectors. One matrix (the projector)
+maps each to a vector the size of a word embedding, an "image token". These are inserted into the prompt, and
+the language model processes them as if they were words. Both models are pretrained and stay frozen. Only the
+projector and a small LoRA adapter inside the language model are trained.
 
     image  --> vision tower --> features --> projector --> image tokens ---+
                frozen           (B, N, C)    trained       (B, N, D)       |  splice
@@ -14,8 +14,9 @@ the projector, and a small LoRA adapter inside the language model.
                        caption <-- logits <-- language model (frozen, with a trained LoRA adapter)
 
 The letters of the shapes: B images in a batch, N image tokens per image, C channels of a feature, L tokens
-in a sequence, D size of a word embedding, V words in the vocabulary, T trained tokens in a batch. With
-CLIP ViT-B/16 and Mistral-7B: N = 196, C = 768, D = 4096, V = 32000.
+in a sequence, D size of a word embedding, V tokens in the vocabulary, T tokens that count in the loss. With
+CLIP ViT-B/16 and Mistral-7B: N = 196, C = 768, D = 4096, V = 32000. "The package" below is llava_simplified,
+which does the same at scale and loads the same checkpoints. To train on your own images and captions:
 
     python llava_in_one_file.py --data records.json --images DIR --language_model DIR --vision_tower DIR
 """
@@ -32,7 +33,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_utils import load_state_dict, safe_save_file
+from transformers.modeling_utils import load_state_dict as load_safetensors
+from transformers.modeling_utils import safe_save_file as save_safetensors
 
 
 # ---- 1. Records ----
@@ -49,7 +51,7 @@ def read_records(path):
 # ---- 2. Image to tensor ----
 def load_image(path, processor):
     """Read an image file into a float32 tensor (3, height, width), the input of the vision tower."""
-    # Trap: phones store photos sideways, with a note (EXIF) that says how to turn them.
+    # Trap: phones store photos sideways, with an EXIF tag that says how to rotate them.
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     # Trap: transparent pixels have a color too, usually black. Put them on white, as browsers do.
     white = Image.new("RGBA", image.size, "white")
@@ -57,8 +59,8 @@ def load_image(path, processor):
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1)  # (3, height, width)
 
-    # A vision tower was trained with images of one size and one normalization. `processor` has read both
-    # from its preprocessor_config.json. Other values raise no error; they only make the model worse.
+    # A vision tower was trained with images of one size and one normalization. `processor` holds both,
+    # from preprocessor_config.json; its code is not used. Other values raise no error, but captions get worse.
     size = processor.size
     if size.get("shortest_edge"):  # CLIP: keep the aspect ratio, and cut out the center below
         shorter = min(image.size)
@@ -66,7 +68,7 @@ def load_image(path, processor):
         width = size["shortest_edge"] * image.width // shorter
     else:  # SigLIP, EfficientNet: stretch the image to a square
         height, width = size["height"], size["width"]
-    mode = {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
+    mode = Image.Resampling(processor.resample).name.lower()  # "bilinear" or "bicubic"
     # Without antialiasing, shrinking would skip most pixels, and edges would become jagged.
     pixels = F.interpolate(pixels[None], (height, width), mode=mode, antialias=True)[0]
     if getattr(processor, "do_center_crop", False):
@@ -79,24 +81,22 @@ def load_image(path, processor):
 
 
 # ---- 3. Prompt and labels ----
-#
-# A training sequence. The label of a token is the token itself if the model should learn to generate it:
+# A training sequence. The label of a token is its id if the model should learn to generate it, else IGNORE:
 #
 #     input ids   <s>  image image ... image  \n  What  is  this  ?  \n  a  cat  </s>
 #     labels       .     .     .         .    .    .    .    .    .  .   a  cat  </s>      "." is IGNORE
 #
-# Only the answer is trained, and its end token, without which captions would never end. If the prompt was
-# trained too, the loss would be lower: the prompt is the same everywhere, and soon known by heart. But the
-# model would not describe images any better. The loss would lie.
+# Only the answer and its end token count in the loss. Without the end token, captions would never stop. With
+# the prompt, the loss would be lower, since prompts are soon memorized, but captions would be no better.
 
-IGNORE = -100  # the label of a token that is not trained
+IGNORE = -100  # the label of a token that does not count in the loss
 IMAGE = -200  # the id that stands for an image token; no vocabulary contains it
 
 
 def encode(tokenizer, text):
     """Return the token ids of a text that is not the beginning of a sequence."""
     # Trap: many tokenizers add a BOS token ("<s>") to every text, so turn that off. Some also put a space
-    # before the first word. So encode the text behind some other token, and cut off the id of that.
+    # before the first word. So encode the text behind some other token, and drop that token's id.
     return tokenizer(tokenizer.eos_token + text, add_special_tokens=False).input_ids[1:]
 
 
@@ -112,25 +112,26 @@ def make_sequence(tokenizer, record, num_image_tokens):
         raise ValueError(f"{record['image']}: the response is empty")
     prompt = make_prompt(tokenizer, record["instruction"], num_image_tokens)
     # Trap: encoded together, the end of the prompt and the beginning of the answer could become one token,
-    # which is not there when a caption is generated. So encode the answer alone, as it is after a newline.
+    # which is not there when a caption is generated. So encode the answer separately, but behind a newline
+    # so that no space is added, then cut the newline off.
     answer = encode(tokenizer, "\n" + record["response"])[len(encode(tokenizer, "\n")) :]
     answer = [*answer, tokenizer.eos_token_id]
     return prompt + answer, [IGNORE] * len(prompt) + answer
 
 
 def collate(sequences, pad_id):
-    """Pad sequences on the right to one length: input ids, labels and attention mask, each (B, L)."""
+    """Pad sequences on the right: return input ids, labels and attention mask, each (B, L)."""
     ids = [torch.tensor(ids) for ids, _ in sequences]
     labels = [torch.tensor(labels) for _, labels in sequences]
     ones = [torch.ones_like(row) for row in ids]
     pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    # The mask is 0 on padding, so that no token attends to it. It is not trained either.
+    # Padding on the right shifts no positions. The mask hides it from attention, and IGNORE from the loss.
     return pad(ids, padding_value=pad_id), pad(labels, padding_value=IGNORE), pad(ones)
 
 
 # ---- 4. The model: vision tower, projector, splice, loss ----
 class Llava(nn.Module):
-    """A vision tower and a language model, joined by a projector. `main` explains the settings."""
+    """A vision tower and a language model, joined by a projector. See `main` for the settings."""
 
     def __init__(self, settings):
         super().__init__()
@@ -139,12 +140,12 @@ class Llava(nn.Module):
         language_model, vision_tower = settings["language_model"], settings["vision_tower"]
         self.tokenizer = AutoTokenizer.from_pretrained(language_model)
         self.language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
-        # Attention as plain matrix products: the fastest for such short sequences, at least on CPUs.
+        # Attention as plain matrix products: simple, and fast enough for such short sequences.
         self.language_model.set_attn_implementation("eager")
         self.processor = AutoImageProcessor.from_pretrained(vision_tower, backend="pil")
         tower = AutoModel.from_pretrained(vision_tower, dtype=dtype)
         self.vision_tower = getattr(tower, "vision_model", tower)  # CLIP has a model for texts too
-        # Freeze both: their weights get no gradients. `eval` turns off dropout.
+        # Freeze both. `eval` turns off dropout and freezes batch-norm statistics, here in training too.
         self.requires_grad_(False).eval()
         self.projector = None  # see `new_projector`
 
@@ -154,14 +155,15 @@ class Llava(nn.Module):
         pixels = pixels.to(self.vision_tower.device, self.vision_tower.dtype)
         outputs = self.vision_tower(pixels, output_hidden_states=True)
         # A vision transformer cuts the image into patches (CLIP ViT-B/16: 14 x 14), and each layer returns
-        # a vector per patch. LLaVA uses the last layer but one, because CLIP's last one has lost details.
+        # a vector per patch. LLaVA uses the second-to-last layer: CLIP's last one has lost details.
         layer = self.settings["mm_vision_select_layer"]
         features = outputs.hidden_states[layer]
         if features.dim() == 4:
             # A convolutional network returns maps (B, C, rows, columns): each location becomes a token.
+            # EfficientNet's hidden states stop before its final convolution; -1 means after it.
             features = outputs.last_hidden_state if layer == -1 else features
             features = features.flatten(2).transpose(1, 2)
-        # Drop the CLS token, which comes before the patches: (B, 1 + 196, C) -> (B, 196, C).
+        # Keep the grid (assumed square), without a CLS token before it: (B, 1 + 196, C) -> (B, 196, C).
         side = math.isqrt(features.shape[1])
         features = features[:, -side * side :]
         pool = self.settings["mm_token_pool"]
@@ -174,7 +176,7 @@ class Llava(nn.Module):
     def splice(self, input_ids, features):
         """Token ids (B, L) and features (B, N, C) -> the input of the language model (B, L, D)."""
         is_image = input_ids == IMAGE
-        # The embedding table has no row -200. Look up any other one there; it is overwritten below.
+        # The embedding table has no row -200. Use row 0 instead; it is overwritten below.
         embedding_table = self.language_model.get_input_embeddings()
         embeddings = embedding_table(input_ids.masked_fill(is_image, 0))
         image_tokens = self.projector(features.float())  # (B, N, C) -> (B, N, D)
@@ -182,39 +184,36 @@ class Llava(nn.Module):
         return embeddings.masked_scatter(is_image[..., None], image_tokens.to(embeddings.dtype))
 
     def forward(self, input_ids, labels, attention_mask, features):
-        """Return the loss of a batch: the mean over its trained tokens."""
+        """Return the loss of a batch: the mean over the T tokens that have a label."""
         embeddings = self.splice(input_ids, features)
         # Run the language model up to its last layer, the lm_head, which follows below.
         outputs = self.language_model.base_model(
             inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
         )
         # The output at position i predicts the token at i + 1. So the first token of the answer is
-        # predicted at the last position of the prompt, and the last output predicts nothing:
+        # predicted at the last position of the prompt, and the last output has no target:
         #
         #     input      ...  this  ?   \n   a    cat   </s>
         #     target      .    .    .   a    cat  </s>            (the labels, shifted by one)
         targets = labels[:, 1:]
-        is_trained = targets != IGNORE  # (B, L - 1)
-        hidden = outputs.last_hidden_state[:, :-1][is_trained]  # (B, L, D) -> (T, D)
-        # The lm_head computes a number for each of V words. Positions that are not trained (9 of 10 behind
-        # an image) do not need them, and leaving them out saves much time and memory.
+        in_loss = targets != IGNORE  # (B, L - 1)
+        hidden = outputs.last_hidden_state[:, :-1][in_loss]  # (B, L, D) -> (T, D)
+        # The lm_head computes a number for each of V tokens. Only T positions need that. The others (over
+        # 90% of a sequence with an image) are left out, which saves much time and memory.
         logits = self.language_model.get_output_embeddings()(hidden)  # (T, V)
-        # In float32: bfloat16 is too imprecise for a softmax over so many words.
-        return F.cross_entropy(logits.float(), targets[is_trained])
+        return F.cross_entropy(logits.float(), targets[in_loss])  # bfloat16 is too imprecise
 
 
 @torch.no_grad()
 def new_projector(features, embeddings):
-    """Return a projector C -> D that fits features (images, N, C) and word embeddings (V, D).
-
-    A random matrix would work in the end. But its outputs may be far larger or smaller than embeddings,
-    and the first hundreds of steps would do nothing but correct that.
-    """
+    """Return a projector C -> D that fits features (images, N, C) and word embeddings (V, D)."""
+    # A random matrix would work in the end. But its outputs may be far larger or smaller than embeddings,
+    # and the first few hundred steps would do nothing but correct that.
     features, embeddings = features.flatten(0, 1).float(), embeddings.float()
     projector = nn.Linear(features.shape[1], embeddings.shape[1], device=features.device)
     # Standardize the channels: W (f - mean) / std + b is (W / std) f + (b - (W / std) mean).
     std = features.std(0)
-    typical_std = std.median() if std.median() > 0 else std.mean()
+    typical_std = std.median() if std.median() > 0 else std.mean()  # 0: most channels are dead
     projector.weight /= std.clamp_min(0.1 * typical_std)  # do not amplify channels that hardly vary
     projector.bias -= projector.weight @ features.mean(0)
     scale = embeddings.std() / projector(features).std()
@@ -224,33 +223,31 @@ def new_projector(features, embeddings):
 
 
 # ---- 5. LoRA: train two small matrices instead of a large one (Hu et al., 2021) ----
-#
-# A linear layer multiplies by a frozen matrix W. LoRA adds a trained update of low rank:
+# A linear layer multiplies by a frozen matrix W. LoRA adds the product of two small trained matrices:
 #
 #     y = W x + (alpha / rank) B A x        W (out, in)    A (rank, in)    B (out, rank)
 #
-# For 4096 x 4096 and rank 16, A and B have 131 thousand numbers instead of 17 million. B starts at zero,
-# so that training starts from exactly the pretrained model.
+# For 4096 x 4096 and rank 16, A and B have 0.8% as many numbers as W. B starts at zero: at first, y = W x.
 class LoraLinear(nn.Module):
     """A frozen linear layer with a trained low-rank update."""
 
-    def __init__(self, base, rank, alpha):
+    def __init__(self, linear, rank, alpha):
         super().__init__()
-        self.base = base
+        self.linear = linear
         # float32, even if the frozen weights are bfloat16, which would round small updates away.
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=linear.weight.device)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=linear.weight.device)
         nn.init.zeros_(self.lora_B.weight)
         self.scale = alpha / rank
 
     def forward(self, x):
-        output = self.base(x)
+        output = self.linear(x)
         update = self.lora_B(self.lora_A(x.float())) * self.scale
         return (output + update).to(output.dtype)
 
 
 def add_lora(model, rank, alpha):
-    """Put LoRA on all linear layers of the language model, except the lm_head."""
+    """Put LoRA on all linear layers but the lm_head, which is often tied to the embedding table."""
     language_model = model.language_model
     lm_head = language_model.get_output_embeddings()
     names = []
@@ -258,6 +255,8 @@ def add_lora(model, rank, alpha):
         if isinstance(module, nn.Linear) and module is not lm_head:
             language_model.set_submodule(name, LoraLinear(module, rank, alpha))
             names.append(name)
+    if not names:
+        raise ValueError("LoRA needs nn.Linear layers; this language model, like GPT-2, has none")
     # In the format of PEFT, the usual library for adapters. It goes into the checkpoint.
     model.adapter_config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha}
     model.adapter_config["target_modules"] = names
@@ -265,38 +264,38 @@ def add_lora(model, rank, alpha):
 
 # ---- 6. Training ----
 def make_batches(records, batch_size):
-    """Yield batches of records for ever, in a new random order in each epoch."""
+    """Yield batches of records forever, in a new random order in each epoch."""
     while True:
         order = random.sample(records, len(records))
         for start in range(0, len(order), batch_size):
             yield order[start : start + batch_size]
 
 
-def look_up_features(model, names, folder, cache):
+def look_up_features(model, names, folder, feature_cache):
     """Return the features (B, N, C) of image files. Those that are not in the cache are computed."""
     # The tower is frozen, so it returns the same features in every epoch. Run it once per image. (With CLIP
-    # ViT-B/16, a thousand images take 300 MB in bfloat16. Millions belong on the disk.)
-    missing = [name for name in names if name not in cache]
+    # ViT-B/16, a thousand images take 300 MB in bfloat16. Millions should go to disk.)
+    missing = [name for name in names if name not in feature_cache]
     if missing:
         pixels = [load_image(Path(folder) / name, model.processor) for name in missing]
-        cache.update(zip(missing, model.encode_images(torch.stack(pixels))))
-    return torch.stack([cache[name] for name in names])
+        feature_cache.update(zip(missing, model.encode_images(torch.stack(pixels))))
+    return torch.stack([feature_cache[name] for name in names])
 
 
 def learning_rate(step, steps, warmup, peak):
-    """Rise for `warmup` steps, because the first gradients are unreliable; then fall along a cosine."""
+    """Rise from 0 for `warmup` steps, as the first gradients are unreliable; then fall along a cosine."""
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / (steps - warmup)
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
-def train(model, batches, folder, cache, steps, warmup, peak_rate):
+def train(model, batches, folder, feature_cache, steps, warmup, peak_rate):
     """Train all parameters that have `requires_grad`, and yield the loss of each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    for step, records in zip(range(steps), batches):
-        features = look_up_features(model, [r["image"] for r in records], folder, cache)
+    for step, records in zip(range(steps), batches):  # the range first, or zip would lose one batch
+        features = look_up_features(model, [r["image"] for r in records], folder, feature_cache)
         sequences = [make_sequence(model.tokenizer, r, features.shape[1]) for r in records]
         tensors = collate(sequences, pad_id=model.tokenizer.eos_token_id)
         loss = model(*(tensor.to(features.device) for tensor in tensors), features)
@@ -310,19 +309,20 @@ def train(model, batches, folder, cache, steps, warmup, peak_rate):
         yield loss.item()
 
 
-# ---- 7. Save and load what was trained. The frozen models are only named. ----
+# ---- 7. Save and load what was trained. The frozen models are stored by name only. ----
 def adapter_weights(model):
-    """Return the weights of LoRA by their names in PEFT."""
+    """Return the weights of LoRA by their names in PEFT, which have the prefix "base_model.model."."""
     weights = model.language_model.state_dict()
     return {f"base_model.model.{name}": w for name, w in weights.items() if "lora_" in name}
 
 
 def save(model, folder):
-    """Write a checkpoint. It also loads with `Llava.from_pretrained` of the package."""
+    """Write a checkpoint. It loads with `load`, or with `Llava.from_pretrained` of the package."""
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
-    safe_save_file(adapter_weights(model), folder / "adapter" / "adapter_model.safetensors")
+    save_safetensors(adapter_weights(model), folder / "adapter" / "adapter_model.safetensors")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(model.adapter_config))
-    safe_save_file(model.projector.state_dict(), folder / "projector.safetensors")
+    save_safetensors(model.projector.state_dict(), folder / "projector.safetensors")
+    # The package reads these copies, and every field of `config`. `load` reads "architecture" only.
     model.tokenizer.save_pretrained(folder)
     model.processor.save_pretrained(folder)
     config = {"format_version": 2, "architecture": model.settings, "trained": "adapter"}
@@ -330,54 +330,54 @@ def save(model, folder):
 
 
 def load(folder):
-    """Load a checkpoint of this file, or one of the package with the same choices."""
+    """Load a checkpoint of this file or the package (same template and projector type) on the CPU."""
     settings = json.loads((folder / "llava.json").read_text())["architecture"]
     for name, supported in (("template", "bare"), ("mm_projector_type", "linear")):
         if settings[name] != supported:
             raise ValueError(f"{folder}: {name} must be {supported}, not {settings[name]}")
     model = Llava(settings)
-    projector = load_state_dict(folder / "projector.safetensors")
-    model.projector = nn.Linear(*reversed(projector["weight"].shape))
+    projector = load_safetensors(folder / "projector.safetensors")
+    model.projector = nn.Linear(*reversed(projector["weight"].shape))  # the weight is (D, C)
     model.projector.load_state_dict(projector)
     adapter_config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     add_lora(model, adapter_config["r"], adapter_config["lora_alpha"])
-    adapter = load_state_dict(folder / "adapter" / "adapter_model.safetensors")
-    # Trap: `strict=False`, because the frozen weights are not in the file, would also accept a wrong name,
-    # and leave a part of LoRA untrained. So compare the names first.
+    adapter = load_safetensors(folder / "adapter" / "adapter_model.safetensors")
+    # Trap: the file lacks the frozen weights, so we need `strict=False`, which would also ignore wrong names
+    # and leave part of LoRA at its initial values. So compare the names first.
     if adapter.keys() != adapter_weights(model).keys():
-        raise ValueError(f"{folder}: this adapter was made for another language model")
+        raise ValueError(f"{folder}: the adapter does not match {settings['language_model']}")
     adapter = {name.removeprefix("base_model.model."): w for name, w in adapter.items()}
     model.language_model.load_state_dict(adapter, strict=False)
     return model
 
 
 # ---- 8. Captions ----
-#
-# In each layer, a token attends to the tokens before it through their keys and values. These do not change
-# when more tokens follow, so they are computed once and kept in the KV cache:
+# In each layer, a token attends to itself and the tokens before it, through their keys and values. These do
+# not change when more tokens follow, so they are computed once and kept in the KV cache:
 #
 #     pass   input of the language model       KV cache afterward             generated
 #     1      <s> image ... image \n ... ? \n   <s> image ... ? \n             a
 #     2      a                                 <s> image ... ? \n a           cat
 #     3      cat                               <s> image ... ? \n a cat       </s>
 #
-# The first pass is the only one that computes the image. Each later pass has a single new token as input.
+# The first pass is the only one that processes the image. Each later pass has a single new token as input.
 @torch.inference_mode()
-def caption(model, path, temperature=0.0, max_new_tokens=32):
+def caption(model, path, instruction, temperature=0.0, max_new_tokens=32):
     """Describe an image: greedily (temperature 0: always the most likely token), or by sampling."""
     tokenizer, language_model = model.tokenizer, model.language_model
     features = model.encode_images(load_image(path, model.processor)[None])  # (1, N, C)
-    # Use the prompt of the training, character by character. Any other one makes captions worse.
-    prompt = make_prompt(tokenizer, model.settings["instruction"], features.shape[1])
+    # Use an instruction of the training data, character for character. Others make captions worse.
+    prompt = make_prompt(tokenizer, instruction, features.shape[1])
     inputs = model.splice(torch.tensor([prompt], device=features.device), features)  # (1, L, D)
-    cache = None
+    kv_cache = None
     generated = []
     while len(generated) < max_new_tokens:
+        # No padding, so no mask. Positions follow from the cache. Only the last position needs logits.
         outputs = language_model(
-            inputs_embeds=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
+            inputs_embeds=inputs, past_key_values=kv_cache, use_cache=True, logits_to_keep=1
         )
-        cache = outputs.past_key_values
-        logits = outputs.logits[0, -1].float()  # (V,): the last position predicts the next token
+        kv_cache = outputs.past_key_values
+        logits = outputs.logits[0, -1].float()  # (V,), for the next token
         if temperature == 0:
             token = logits.argmax()
         else:
@@ -392,7 +392,7 @@ def caption(model, path, temperature=0.0, max_new_tokens=32):
 
 # ---- 9. All together ----
 def main(argv=None):
-    """Train on the records, save a checkpoint, and caption images that were left out."""
+    """Train, save a checkpoint (`load` it to caption more later), and caption held-out images."""
     parser = argparse.ArgumentParser(description="Train LLaVA, save it, and caption some images.")
     parser.add_argument("--data", required=True, help="JSON file of records")
     parser.add_argument("--images", required=True, help="folder of the images")
@@ -405,45 +405,45 @@ def main(argv=None):
     parser.add_argument("--projector_steps", type=int, default=60, help="steps of stage 1")
     parser.add_argument("--steps", type=int, default=300, help="steps of stage 2")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     args = parser.parse_args(argv)
     records = read_records(args.data)
     random.seed(0)
     random.shuffle(records)
-    unseen, records = records[:8], records[8:]  # never trained, but captioned below
-    # The names are those of LLaVA ("mm" is multimodal), and of the package's checkpoints.
+    held_out, records = records[:8], records[8:]  # assumes that each image has one record
+    # The names of the package's checkpoints; some are LLaVA's ("mm" is multimodal).
     settings = {
         "language_model": args.language_model,
         "vision_tower": args.vision_tower,
-        "mm_projector_type": "linear",
-        "mm_vision_select_layer": args.layer,
-        "mm_token_pool": args.pool,
-        "template": "bare",  # no roles ("USER:"), one text per line
-        "instruction": records[0]["instruction"],
-        "dtype": args.dtype,
+        "mm_projector_type": "linear",  # one matrix; this file knows no other type
+        "mm_vision_select_layer": args.layer,  # -1 is the last one
+        "mm_token_pool": args.pool,  # 0 keeps all tokens
+        "template": "bare",  # `make_prompt`: no roles ("USER:"), one text per line
+        "instruction": records[0]["instruction"],  # the default of the package's `caption`
+        "dtype": args.dtype,  # of the frozen weights
     }
     torch.manual_seed(0)
     model = Llava(settings).to("cuda" if torch.cuda.is_available() else "cpu")
-    cache = {}
-    features = look_up_features(model, [r["image"] for r in records[:64]], args.images, cache)
+    feature_cache = {}
+    names = [record["image"] for record in records[:64]]
+    features = look_up_features(model, names, args.images, feature_cache)
     model.projector = new_projector(features, model.language_model.get_input_embeddings().weight)
-
-    # Two stages, as in LLaVA: first the projector alone. LoRA would only learn to cope with image tokens
-    # that do not mean anything yet.
+    # Two stages, as in LLaVA: first the projector alone, then also the language model (here by LoRA; the paper
+    # trained all of it). Trained from the start, LoRA would only learn to cope with meaningless image tokens.
     batches = make_batches(records, args.batch_size)
-    for stage, steps in (("projector", args.projector_steps), ("LoRA", args.steps)):
-        if stage == "LoRA":
+    for stage, steps in (("projector", args.projector_steps), ("projector + LoRA", args.steps)):
+        if "LoRA" in stage:
             add_lora(model, rank=16, alpha=32)
-        losses = train(model, batches, args.images, cache, steps, steps // 20, args.rate)
+        losses = train(model, batches, args.images, feature_cache, steps, steps // 20, args.rate)
         for step, loss in enumerate(losses, start=1):
             if step % 10 == 0:
                 print(f"{stage}: step {step} of {steps}, loss {loss:.3f}", flush=True)
     save(model, args.output)
-    for record in unseen:
-        path = Path(args.images) / record["image"]
-        print(f"{record['image']}: {record['response']}")
-        print(f"    greedy:  {caption(model, path)}")
-        print(f"    sampled: {caption(model, path, temperature=0.7)}")
+    for record in held_out:
+        path, instruction = Path(args.images) / record["image"], record["instruction"]
+        print(f"{record['image']}\n    reference: {record['response']}")
+        print(f"    greedy:    {caption(model, path, instruction)}")
+        print(f"    sampled:   {caption(model, path, instruction, temperature=0.7)}")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def compare_chunks(workload: Workload) -> Values:
     before = chunked_loss.CHUNK_SIZE
     chunked_loss.CHUNK_SIZE = 7 * 1000
     try:
-        loss = chunked_loss.summed_cross_entropy(logits, labels)
+        loss = chunked_loss.token_cross_entropy(logits, labels).sum()
     finally:
         chunked_loss.CHUNK_SIZE = before
     (grad,) = torch.autograd.grad(loss, logits)

@@ -156,7 +156,7 @@ def follow_sample(assets: DemoAssets, image: str, checkpoint: Path | None) -> di
         "feature_bytes": features[0].nelement() * 2,
         "rates": [(s, one_file.learning_rate(s, 300, 15, 1e-3)) for s in (0, 5, 15, 150, 299)],
         "files": list_files(model),
-        **generate(model, path),
+        **generate(model, path, sample["instruction"]),
     }
 
 
@@ -184,7 +184,7 @@ def describe_tokens(
 def token_losses(
     model: Any, ids: list[int], labels: list[int], features: torch.Tensor
 ) -> list[tuple[str, int, float]]:
-    """Return (target token, position that predicts it, loss) for each trained token."""
+    """Return (target token, position that predicts it, loss) for each token that counts in the loss."""
     inputs = model.splice(torch.tensor([ids]), features)
     logits = model.language_model(inputs_embeds=inputs).logits[0]
     rows = []
@@ -215,7 +215,7 @@ def describe_parts(model: Any) -> list[tuple[str, int, str]]:
     return rows
 
 
-def generate(model: Any, path: Path) -> dict[str, Any]:
+def generate(model: Any, path: Path, instruction: str) -> dict[str, Any]:
     """Caption the image, and return the shapes and the most likely tokens of each pass."""
     passes: list[tuple[tuple[int, ...], int, list[tuple[str, float]]]] = []
 
@@ -227,7 +227,7 @@ def generate(model: Any, path: Path) -> dict[str, Any]:
         passes.append((shape, cached, list(zip(tokens, best.values.tolist()))))
 
     hook = model.language_model.register_forward_hook(keep, with_kwargs=True)
-    text = one_file.caption(model, path, max_new_tokens=8)
+    text = one_file.caption(model, path, instruction, max_new_tokens=8)
     hook.remove()
     return {"passes": passes, "caption": text}
 

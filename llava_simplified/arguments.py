@@ -45,10 +45,10 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
 
     def __post_init__(self) -> None:
         _check_launcher(self.deepspeed is not None)
-        accelerator = torch.accelerator.current_accelerator()
-        if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None:
             self._check_bf16()
-            if accelerator is not None and accelerator.type == "mps" and not self.use_cpu:
+            if accelerator.type == "mps" and not self.use_cpu:
                 self._use_mps()
         else:
             self._use_cpu()
@@ -130,7 +130,7 @@ def _check_launcher(deepspeed: bool) -> None:
     accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerate and "MASTER_ADDR" in os.environ and not distributed:
         raise ValueError(
-            "accelerate launch started only one of several requested processes, as it does with --cpu. "
+            "accelerate launch started one process although several were requested; --cpu causes this. "
             "Use `accelerate launch --multi_gpu --num_processes 2`, which also works on CPUs, or torchrun."
         )
     if deepspeed and not distributed:

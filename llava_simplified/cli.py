@@ -109,6 +109,10 @@ COMMAND_GROUPS: dict[str, dict[str, Command]] = {
             "llava_simplified.evaluation.evaluate_command:main",
             "Score predictions against reference captions",
         ),
+        "benchmark": Command(
+            "llava_simplified.evaluation.benchmark_command:main",
+            "Caption and score COCO, nocaps, Flickr30k or TextCaps",
+        ),
     },
     "Export and serve": {
         "serve": Command(

@@ -35,6 +35,7 @@ EXTRA_PURPOSES = {
     "fuzz": "`make fuzz`",
     "docs": "the documentation as a web site",
     "bench": "TRL, for the benchmarks",
+    "lmms-eval": "`lmms-eval --model llava_simplified`: the benchmarks of lmms-eval",
 }
 # Packages that are in no extra, because they have to be compiled for the installed torch.
 OTHER_PURPOSES = {

@@ -50,6 +50,7 @@ def evaluate(
     references: str | Path | Mapping[str, Sequence[str]] | None = None,
     *,
     train_captions: str | Path | Iterable[str] | None = None,
+    instances: Sequence[str | Path] = (),
     clip: str | Path | None = None,
     image_folder: str | Path = "",
     java: bool = True,
@@ -67,6 +68,7 @@ def evaluate(
             prediction file.
         train_captions: The training records, or their captions. If given, the shares of novel captions
             and of references that are not in the training data are computed.
+        instances: Files of COCO instance annotations. If given, CHAIR is computed.
         clip: Folder of a CLIP model. If given, CLIPScore is computed, which requires the images.
         image_folder: Image folder, for CLIPScore.
         java: Compute METEOR and SPICE as well, if Java and pycocoevalcap are installed.
@@ -80,6 +82,7 @@ def evaluate(
         ValueError: The predictions cannot be read, or do not belong to the references.
     """
     from llava_simplified.evaluation import metrics
+    from llava_simplified.evaluation.chair import annotated_objects, read_instances
     from llava_simplified.evaluation.predictions import (
         Predictions,
         read_predictions,
@@ -108,11 +111,16 @@ def evaluate(
     images: list[bytes] = []
     if clip is not None:
         images = read_sample_images(read.samples, Path(image_folder))
+    annotated = None
+    if instances:
+        names = [sample.image for sample in read.samples]
+        annotated = annotated_objects(names, read_instances(list(map(Path, instances))))
     result = metrics.evaluate(
         read.samples,
         train_captions=train_captions,
         clip=None if clip is None else Path(clip),
         images=images,
+        annotated=annotated,
         java=java,
         resamples=resamples,
         seed=seed,

@@ -9,10 +9,12 @@ options that are named in `HELP_GROUPS`; `--help-all` adds the hundred others of
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NamedTuple
 
+from llava_simplified.model.lora_options import parse_lora_options
 from llava_simplified.options import normalize_spelling
 
 # The fields of the next three dataclasses are the options of this package: the field name is the option
@@ -118,6 +120,14 @@ class ModelArguments:
         default="none",
         metadata={"help": "Biases to train: none, all or lora_only"},
     )
+    lora_options: str = field(
+        default="",
+        metadata={
+            "help": "More fields of PEFT's LoraConfig for the language model, as JSON (in a YAML file, a mapping): use_dora, "
+            "use_rslora, init_lora_weights (pissa), target_modules, exclude_modules, layers_to_transform, "
+            "rank_pattern, alpha_pattern"
+        },
+    )
     tune_vision_tower: str = field(
         default="off",
         metadata={
@@ -138,6 +148,11 @@ class ModelArguments:
             "flash_attention_2 and flex_attention (default: the fastest that the model supports)"
         },
     )
+
+    def __post_init__(self) -> None:
+        # One spelling of the same options: a resumed run compares them.
+        options = parse_lora_options(self.lora_options)
+        self.lora_options = json.dumps(options, sort_keys=True) if options else ""
 
 
 @dataclass
@@ -280,6 +295,39 @@ class TrainingDefaults:
             "help": "Maximum number of text tokens per sample (an image counts as one)",
         },
     )
+    # Training on rewards, see `training.policy_trainer`.
+    objective: str = field(
+        default="sft",
+        metadata={
+            "help": "What to train on: sft (the responses), or scst, rloo or grpo (the rewards of sampled captions), which "
+            "start from --init_from"
+        },
+    )
+    reward: str = field(
+        default="cider",
+        metadata={
+            "help": "Rewards of captions with weights, such as cider=1.0,length=0.1: cider, bleu4, rouge_l, word_f1, "
+            "length, or module:function"
+        },
+    )
+    num_samples: int = field(
+        default=5, metadata={"help": "Number of captions to sample of each image"}
+    )
+    sample_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the samples that are rewarded"}
+    )
+    sample_max_tokens: int = field(
+        default=64,
+        metadata={
+            "help": "Maximum number of tokens of a sample; one that reaches it counts as a failure"
+        },
+    )
+    kl_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the KL divergence from the weights at the start (default: 0.04 with grpo, else 0)"
+        },
+    )
     preflight: str = field(
         default="auto",
         metadata={
@@ -414,6 +462,7 @@ HELP_GROUPS = {
         "lora_alpha",
         "lora_dropout",
         "lora_bias",
+        "lora_options",
         "tune_vision_tower",
         "bits",
     ),
@@ -436,6 +485,14 @@ HELP_GROUPS = {
         "seed",
         "preflight",
         "resume_from_checkpoint",
+    ),
+    "Rewards": (
+        "objective",
+        "reward",
+        "num_samples",
+        "sample_temperature",
+        "sample_max_tokens",
+        "kl_coef",
     ),
     "Evaluation and checkpoints": (
         "eval_strategy",

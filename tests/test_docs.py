@@ -30,6 +30,7 @@ ELSEWHERE = {
     "--group_by_length",
     "--pool",
     "--layer",  # of llava_in_one_file.py
+    *("--model_args", "--repeats", "--use_cache", "--num_fewshot"),  # of lmms-eval
 }
 TRANSLATED = {f"--{name}" for name in (*RENAMED, *NO_EFFECT, *MUST_BE_OFF)}
 

@@ -17,7 +17,7 @@ def extras_in_pyproject() -> list[str]:
     """Return the names of all extras, in the order of the file."""
     text = PYPROJECT.read_text(encoding="utf-8")
     table = text.partition("[project.optional-dependencies]")[2].partition("[project.")[0]
-    return re.findall(r"^([a-z]+) = \[", table, re.MULTILINE)
+    return re.findall(r"^([a-z-]+) = \[", table, re.MULTILINE)
 
 
 def test_doctor_reports_a_complete_installation_and_exits_with_0(

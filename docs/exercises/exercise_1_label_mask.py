@@ -1,6 +1,6 @@
 """Exercise 1: break the label mask, and see the loss lie.
 
-Task: change `make_sequence` so that the prompt is trained too. Train both models for the same steps. Which one
+Task: change `make_sequence` so that the prompt counts in the loss too. Train both models for the same steps. Which one
 has the lower loss? Which one is better at what it should learn, the answers?
 """
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{name} labels: reported loss {reported[name]:.2f}, loss of the answers {of_answers[name]:.2f}"
         )
 
-    # The broken run reports a lower loss: the prompt is the same in every sample, soon known by heart, and part
+    # The broken run reports a lower loss: the prompt is the same in every sample, soon memorized, and part
     # of the average. The loss of its answers is higher than what it reports.
     assert reported["broken"] < reported["correct"]
     assert reported["broken"] < of_answers["broken"]

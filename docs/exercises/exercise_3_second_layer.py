@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
     one_layer = new_model(args)
     two_layers = new_model(args)
-    names = [record["image"] for record in read_records(args)[:32]]
+    records = read_records(args)[:32]
+    names = [record["image"] for record in records]
     features = llava.look_up_features(two_layers, names, args.images, {})
     add_second_layer(two_layers, features)
     # Stage 1: only the projectors are trained.
@@ -50,14 +51,14 @@ def main(argv: list[str] | None = None) -> None:
     from llava_simplified import Llava
 
     llava.add_lora(two_layers, rank=16, alpha=32)
-    path = Path(args.images) / names[0]
+    path, instruction = Path(args.images) / names[0], records[0]["instruction"]
     with tempfile.TemporaryDirectory() as folder:
         llava.save(two_layers, Path(folder) / "model")
         loaded = Llava.from_pretrained(
             Path(folder) / "model", device="cpu", attn_implementation="eager"
         )
-        expected = llava.caption(two_layers, path, max_new_tokens=8)
-        assert loaded.caption(path, max_new_tokens=8) == expected
+        expected = llava.caption(two_layers, path, instruction, max_new_tokens=8)
+        assert loaded.caption(path, instruction, max_new_tokens=8) == expected
 
 
 if __name__ == "__main__":

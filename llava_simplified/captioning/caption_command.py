@@ -160,7 +160,7 @@ def _add_text_options(parser: CommandParser) -> None:
         "--loop-guard",
         type=int,
         metavar="N",
-        help="End a caption where N words only repeat what stands directly before them; 0 turns this off "
+        help="End a caption when at least N words repeat the words directly before them; 0 turns this off "
         f"(default: {DEFAULT_LOOP_GUARD} with --write, else 0)",
     )
 
@@ -434,7 +434,7 @@ def _check_tags(
 
 
 def _read_forbidden(path: str | None) -> tuple[str, ...]:
-    """Return the words and phrases of `--forbid`, one of each line."""
+    """Return the words and phrases in the `--forbid` file, one per line."""
     if path is None:
         return ()
     phrases = [line.strip() for line in read_text_lines(path, "--forbid") if line.strip()]

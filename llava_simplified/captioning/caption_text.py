@@ -40,7 +40,7 @@ class TextOptions:
         prefix, suffix: Texts to put before and after, as they are.
         template: Text with {caption} and other `TEMPLATE_FIELDS`; empty for the caption alone.
         max_words: Maximum number of generated words; None for no limit.
-        loop_guard: End a caption where this many words only repeat what stands directly before them;
+        loop_guard: End a caption when at least this many words repeat the words directly before them;
             0 for never.
     """
 
@@ -109,7 +109,7 @@ def finish_caption(
 
 
 def end_at_loop(text: str, num_repeated: int) -> str:
-    """Return a text up to the point from which it only repeats itself.
+    """Return a text up to the point where it begins to repeat itself.
 
     A loop is a sequence of words that equals the sequence directly before it, at least once completely
     and for at least `num_repeated` words. With `num_repeated` 4:
@@ -185,7 +185,7 @@ def check_fields(template: str, known: tuple[str, ...], where: str) -> None:
     unknown = sorted(field_names(template) - set(known))
     if unknown:
         choices = ", ".join(f"{{{name}}}" for name in known)
-        raise ValueError(f"{where}: {{{unknown[0]}}} is no field; the fields are {choices}")
+        raise ValueError(f"{where}: {{{unknown[0]}}} is not a field; the fields are {choices}")
 
 
 def fill_fields(template: str, fields: Mapping[str, str]) -> str:

@@ -3,7 +3,7 @@
     records --> workers: read image, shrink, base64 (threads) --> slots: requests in flight --> order --> rows
 
 There are twice as many workers as slots. While `concurrency` requests are in flight, the images of as many further
-records are prepared, so that a slot that becomes free is used at once. Nothing is kept of a record that has been
+records are prepared, so that a slot that becomes free is used immediately. Nothing is kept of a record that has been
 yielded, and at most `WINDOW` records per slot wait for one that comes before them: memory does not depend on the number
 of records.
 """
@@ -76,7 +76,7 @@ def caption_at_endpoint(
     captioner.log_summary()
 
 
-class _Done(NamedTuple):
+class _Result(NamedTuple):
     """A record with its outcome: its captions, or why there are none."""
 
     position: int
@@ -85,7 +85,7 @@ class _Done(NamedTuple):
 
 
 class _EndpointCaptioner:
-    """The workers of one job, their results, and the order."""
+    """Runs the workers of one job, and returns their results in the order of the records."""
 
     def __init__(
         self,
@@ -101,15 +101,15 @@ class _EndpointCaptioner:
         self._indices = indices
         self._client = EndpointClient(endpoint, options)
         self._matches = NameMatches()
-        self._oddities: Counter[str] = Counter()
+        self._issue_counts: Counter[str] = Counter()
         # Decoding releases Python's lock, so that all CPUs decode.
         self._readers = ThreadPoolExecutor(count_cpus())
         # None follows the last result.
-        self._results: asyncio.Queue[_Done | None] = asyncio.Queue()
+        self._results: asyncio.Queue[_Result | None] = asyncio.Queue()
         self._window = asyncio.Semaphore(WINDOW * endpoint.concurrency)
         self._positions = iter(range(len(indices)))
         # Results that wait for one before them, by position, and the position of that one.
-        self._waiting: dict[int, _Done] = {}
+        self._waiting: dict[int, _Result] = {}
         self._next_position = 0
 
     def close(self) -> None:
@@ -121,41 +121,44 @@ class _EndpointCaptioner:
         rows: list[Row] = []
         failed_rows: list[Row] = []
         while not rows and not failed_rows:
-            done = await self._results.get()
-            if done is None:
+            result = await self._results.get()
+            if result is None:
                 return None
             # Answers come in any order.
-            self._waiting[done.position] = done
+            self._waiting[result.position] = result
             while self._next_position in self._waiting:
                 self._add_rows(self._waiting.pop(self._next_position), rows, failed_rows)
                 self._next_position += 1
                 self._window.release()
         return rows, failed_rows
 
-    def _add_rows(self, done: _Done, rows: list[Row], failed_rows: list[Row]) -> None:
+    def _add_rows(self, result: _Result, rows: list[Row], failed_rows: list[Row]) -> None:
         """Append the rows of one record."""
-        index = self._indices[done.position]
-        if isinstance(done.outcome, ValueError):
-            row = failed_row(index, done.record, done.outcome)
-            if isinstance(done.outcome, RecordError):
-                row["kind"] = done.outcome.kind  # decides whether another run tries again
+        index = self._indices[result.position]
+        if isinstance(result.outcome, ValueError):
+            row = failed_row(index, result.record, result.outcome)
+            if isinstance(result.outcome, RecordError):
+                row["kind"] = result.outcome.kind  # decides whether another run tries again
             failed_rows.append(row)
             return
-        assert isinstance(done.record, Record)  # others have no captions
-        for choice in done.outcome:
-            row = prediction_row(index, done.record, choice.text)
+        assert isinstance(result.record, Record)  # others have no captions
+        for choice in result.outcome:
+            row = prediction_row(index, result.record, choice.text)
             # "stop", the usual reason, is left out: rows of a local model have none either.
             if choice.finish_reason == "length":
                 row["finish_reason"] = "length"
-                self._oddities["cut at --max-new-tokens"] += 1
+                self._issue_counts["cut at --max-new-tokens"] += 1
             if not choice.text:
-                self._oddities["empty"] += 1
+                self._issue_counts["empty"] += 1
             rows.append(row)
 
     # ---- workers ----
 
     async def run_workers(self) -> None:
-        """Run all workers. When they have ended, for example by an error, put None into the results."""
+        """Run all workers, and put None into the result queue when they have ended.
+
+        None is the end marker. It is also put there if an error has ended the workers.
+        """
         # Twice as many as slots; see the top of this module.
         count = min(2 * self._endpoint.concurrency, len(self._indices))
         tasks: list[asyncio.Task[None]] = []
@@ -165,7 +168,7 @@ class _EndpointCaptioner:
                     tasks += [asyncio.create_task(self._work()) for _ in range(count)]
                     await asyncio.gather(*tasks)
                 finally:
-                    # An error in one worker ends the others.
+                    # If one worker fails, cancel the others.
                     for task in tasks:
                         task.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)
@@ -175,7 +178,8 @@ class _EndpointCaptioner:
     async def _work(self) -> None:
         """Caption one record after the other."""
         while True:
-            # First the place in the window, then the record: the record that all others wait for has a place.
+            # Acquire a slot of the window before taking a record. Otherwise the record that all others wait for
+            # could be left without a slot.
             await self._window.acquire()
             position = next(self._positions, None)
             if position is None:
@@ -183,18 +187,18 @@ class _EndpointCaptioner:
                 return
             self._results.put_nowait(await self._caption(position))
 
-    async def _caption(self, position: int) -> _Done:
-        # In this thread, because files of records are not made for several.
+    async def _caption(self, position: int) -> _Result:
+        # Parse on the event loop's thread: record files are not thread-safe.
         record = parse_record(self._records, self._indices[position])
         if isinstance(record, ValueError):
-            return _Done(position, record, record)
+            return _Result(position, record, record)
         loop = asyncio.get_running_loop()
         try:
             messages = await loop.run_in_executor(self._readers, self._messages, record)
-            return _Done(position, record, await self._client.complete(messages))
+            return _Result(position, record, await self._client.complete(messages))
         # ImageError: the image cannot be read. EndpointError is not among them: it ends the job.
         except (RecordError, ImageError) as error:
-            return _Done(position, record, error)
+            return _Result(position, record, error)
 
     # ---- messages ----
 
@@ -219,7 +223,7 @@ class _EndpointCaptioner:
             if number:
                 url = self._data_url(next(images))
                 parts.append({"type": "image_url", "image_url": {"url": url}})
-            # The line breaks around placeholders belong to their form as text.
+            # The line breaks around a placeholder are part of its text form.
             if number:
                 text = text.removeprefix("\n")
             if number < len(texts) - 1:
@@ -230,7 +234,7 @@ class _EndpointCaptioner:
 
     def _data_url(self, name: str) -> str:
         data = read_image_bytes(name, self._image_folder, self._matches)
-        # It is decoded as strictly as for a local model: a damaged image is never sent.
+        # Decode as strictly as for a local model: a damaged image is never sent.
         image = portable_image(data, self._endpoint.max_side)
         encoded = base64.b64encode(image.data).decode("ascii")
         return f"data:{_MEDIA_TYPES[image.suffix]};base64,{encoded}"
@@ -241,7 +245,7 @@ class _EndpointCaptioner:
         """Log what is unusual about the captions of this run."""
         if self._matches.describe():
             logger.warning("%s", self._matches.describe())
-        counts = self._oddities + self._client.failures
+        counts = self._issue_counts + self._client.failures
         if counts:
             described = ", ".join(f"{count:,} x {name}" for name, count in sorted(counts.items()))
-            logger.warning("Captions of this run: %s.", described)
+            logger.warning("Incomplete, empty or failed captions: %s.", described)

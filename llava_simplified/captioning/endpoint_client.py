@@ -1,6 +1,6 @@
-"""Send chat completions to a server with OpenAI's API, and judge every answer.
+"""Send chat completions to a server with OpenAI's API, and classify every answer.
 
-What becomes of an answer:
+How an answer is treated:
 
     answer                                          whose fault     what happens
     200 with choices                                                the captions
@@ -10,8 +10,8 @@ What becomes of an answer:
     401, 402, 404, 405, redirect, wrong certificate the command's   the job stops
     an answer that is a refusal                     the model's     the record fails
 
-A pause belongs to the server, not to a record: it is as long as `Retry-After` says, or doubles with each round. It ends
-the job only if nothing else comes for `max_wait` seconds, so that a server may restart in the middle of a job.
+A pause belongs to the server, not to a record: it is as long as `Retry-After` requests, or doubles with each round. It ends
+the job only if there is no other answer for `max_wait` seconds, so that a server may restart in the middle of a job.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class EndpointClient:
         self._num_choices = options.num_return_sequences
         self._fields = request_fields(options, endpoint)
         self._headers = {"Accept": "application/json", "Content-Type": "application/json"}
-        # Servers of one's own need no key, and some refuse an empty one.
+        # Local servers require no key, and some reject an empty one.
         key = endpoint.api_key()
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -156,7 +156,7 @@ class EndpointClient:
             RecordError: The record has no answer. It is counted.
             EndpointError: The job cannot go on.
         """
-        # Count here and not where errors are raised: `_complete` tries some requests without `n` again.
+        # Count here and not where errors are raised: `_complete` repeats some requests without `n`.
         try:
             return await self._complete(messages)
         except RecordError as error:
@@ -171,7 +171,7 @@ class EndpointClient:
             body = {**self._fields, "messages": messages}
             if n > 1:
                 body["n"] = n
-            # A server that answers with one text would answer the same seed with the same text.
+            # The same seed would give the same text again.
             if "seed" in body and choices:
                 body["seed"] += len(choices)
             try:
@@ -208,8 +208,8 @@ class EndpointClient:
     # ---- requests ----
 
     async def _request(self, body: Mapping[str, Any]) -> list[Choice]:
-        """Send one request, and retry it after failures of the server."""
-        # Encode once: with its images, a request has some hundred kilobytes.
+        """Send one request, and retry it when the server fails."""
+        # Encode once: a request with images is several hundred kilobytes.
         data = json.dumps(body).encode()
         attempt = 0
         while True:
@@ -223,16 +223,16 @@ class EndpointClient:
             if pause is None:
                 pause = min(MAX_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
             attempt += 1
-            # Outside of the slot, which another record can use in the meantime.
+            # Sleep outside the semaphore, so that another record can use the slot.
             await asyncio.sleep(min(pause, self.endpoint.max_wait))
 
     async def _send_when_available(self, data: bytes) -> list[Choice]:
-        """Send a request as often as the server is busy or not reachable."""
+        """Send a request, and repeat it while the server is busy or unreachable."""
         while True:
             while (pause := self._resume_at - time.monotonic()) > 0:
-                # Not all at the same moment, or the same requests would be refused again.
+                # Spread the requests: if all were sent at the same moment, the same ones would be refused again.
                 await asyncio.sleep(pause + random.uniform(0, MIN_PAUSE))
-            # A pause may begin while the request is under way; see `_pause`.
+            # A pause may begin while the request is in flight; see `_pause`.
             sent_at = time.monotonic()
             try:
                 choices = await self._post(data)
@@ -244,10 +244,10 @@ class EndpointClient:
                 return choices
 
     def _pause(self, error: _UnavailableError, sent_at: float) -> None:
-        """Let all requests wait.
+        """Pause all requests.
 
         Raises:
-            EndpointError: The server has been unavailable for too long, or asks for too long a pause.
+            EndpointError: The server has been unavailable for too long, or requests too long a pause.
         """
         now = time.monotonic()
         if self._unavailable_since is None:
@@ -256,14 +256,16 @@ class EndpointClient:
         waited = now - self._unavailable_since
         max_wait = self.endpoint.max_wait
         if waited > max_wait or (error.retry_after or 0) > max_wait:
-            asked = f", and asks for {error.retry_after:g} s" if error.retry_after else ""
+            asked = (
+                f", and requests a pause of {error.retry_after:g} s" if error.retry_after else ""
+            )
             raise EndpointError(
                 f"--endpoint {self.endpoint.url}: {error}{asked}; it was unavailable for {waited:.0f} s. "
                 f"The same command continues; --max-wait {max_wait:g} is the limit in seconds."
             )
         if error.retry_after is not None:
             self._resume_at = max(self._resume_at, now + max(error.retry_after, MIN_PAUSE))
-        # Requests that were sent before the pause say nothing about the time after it.
+        # Ignore failures of requests that were sent before the last pause ended.
         elif sent_at >= self._resume_at:
             self._resume_at = now + min(MAX_PAUSE, FIRST_PAUSE * 2**self._pause_rounds)
             self._pause_rounds += 1
@@ -303,7 +305,7 @@ class EndpointClient:
         status = response.status
         if status == 200:
             return
-        # The body of an error says more than its status, but proxies send web pages.
+        # The body of an error is more specific than its status, but proxies send web pages.
         message = f"status {status}: {error_message(answer) or response.reason}"
         retry_after = parse_retry_after(response.headers.get("Retry-After"))
         if status in _BUSY_STATUSES:
@@ -372,16 +374,19 @@ def _parse_choice(choice: object) -> Choice:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         raise _TransientError("bad_answer", f"a choice has no message: {shorten(choice)}")
-    # The reason is optional; what is no text is treated as none.
+    # The finish reason is optional. Ignore it if it is not a string.
     finish_reason = choice.get("finish_reason")
-    # OpenAI's models say why in a field of its own, filters only in the reason.
+    # OpenAI's models give the reason of a refusal in `refusal`, filters only in `finish_reason`.
     refusal = message.get("refusal")
     if refusal or finish_reason == "content_filter":
-        raise RecordError("refused", f"refused: {shorten(refusal or finish_reason)}")
+        raise RecordError(
+            "refused",
+            f"refused by the model or a content filter: {shorten(refusal or finish_reason)}",
+        )
     content = message.get("content")
     # Null is what some servers send for an empty text.
     if not isinstance(content, str | None):
-        raise _TransientError("bad_answer", f"the content is no text: {shorten(content)}")
+        raise _TransientError("bad_answer", f"the content is not a string: {shorten(content)}")
     is_known = isinstance(finish_reason, str)
     return Choice((content or "").strip(), finish_reason if is_known else None)
 

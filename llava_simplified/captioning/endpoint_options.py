@@ -19,7 +19,7 @@ DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 _MAX_SIDE = 65_500  # pixels of a JPEG
 # Fields of a request that this program depends on.
 _OWN_FIELDS = ("model", "messages", "n", "stream")
-# Generation options that OpenAI's API has no field for, with the values that ask for nothing.
+# Generation options that OpenAI's API has no field for, with the values that have no effect.
 _UNSUPPORTED: dict[str, Any] = {
     "min_new_tokens": 0,
     "num_beams": 1,
@@ -113,7 +113,7 @@ class EndpointOptions:
         }
 
     def api_key(self) -> str:
-        """Return the API key; empty if there is none, since servers of one's own have none.
+        """Return the API key; empty if there is none, because local servers require none.
 
         Raises:
             ValueError: A variable was named, and it is not set.
@@ -295,7 +295,7 @@ def request_fields(options: GenerationOptions, endpoint: EndpointOptions) -> dic
         "max_tokens": options.max_new_tokens,
         "temperature": options.temperature,
     }
-    # Leave out what asks for nothing: not all servers know all fields.
+    # Leave out fields without an effect: not all servers support all fields.
     if options.top_p != 1:
         body["top_p"] = options.top_p
     if options.top_k:

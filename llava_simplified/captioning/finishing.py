@@ -46,7 +46,7 @@ class CaptionFinisher:
 
     Attributes:
         kept: Images that already have a sidecar file, which stays as it is.
-        counts: Number of sidecar files that were "written", and "changed" by somebody else.
+        counts: Number of sidecar files that were "written", and "changed" by another program.
     """
 
     def __init__(
@@ -135,7 +135,9 @@ class CaptionFinisher:
                 failures.append(_failure(row["index"], row["image"], str(error)))
                 continue
             if not is_written:
-                reason = "somebody else has changed the sidecar file while it was captioned"
+                reason = (
+                    "another program has changed the sidecar file while the image was captioned"
+                )
                 failures.append(_failure(row["index"], row["image"], reason))
         return failures
 
@@ -174,7 +176,7 @@ class CaptionFinisher:
         return f"Sidecar files: {', '.join(parts)}."
 
     def _finish_row(self, row: Row) -> Row | None:
-        """Return a row with its finished caption; None if the image has got a sidecar file, and keeps it."""
+        """Return a row with its finished caption; None if the image keeps an existing sidecar file."""
         image: str = row["image"] or ""  # a record may be text alone
         caption, ended_by = self.finish_text(image, row["pred_output"])
         row = {**row, "pred_output": caption}

@@ -12,8 +12,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-import numpy as np
-
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SIDECAR_SUFFIXES
 from llava_simplified.data import shards
 from llava_simplified.data.image_formats import IMAGE_HEADER_BYTES, is_image_header
@@ -84,7 +82,7 @@ class ImageRecords(Sequence[Record]):
         return self.names[number] if number < len(self.names) else None
 
     def indices(self) -> Sequence[int]:
-        """Return the indices of the records, in order: of all but the numbers that no image has."""
+        """Return the indices of all records in order, without those of removed images."""
         if all(self.names):
             return range(len(self))
         per_image = len(self.instructions)
@@ -160,7 +158,7 @@ class FoundImages(NamedTuple):
     Attributes:
         names: Relative to the folder, or absolute; `shard.tar#key` for an image in a shard.
         folder: Folder that the names are relative to. It contains all of them.
-        skipped: Number of files that are no images, by their suffix.
+        skipped: Number of files that are not images, by their suffix.
     """
 
     names: list[str]
@@ -178,7 +176,7 @@ def _find_some_images(source: str) -> FoundImages:
             f"{source}: not an image, a folder of images, a .tar shard or a file of records{others}"
         )
     if counts:
-        logger.warning("%s: left out, because they are no images: %s", source, counts)
+        logger.warning("%s: left out, because they are not images: %s", source, counts)
     return found
 
 
@@ -210,7 +208,7 @@ def find_images(source: str) -> FoundImages:
     """
     path = Path(source)
     files, folder = _list_files(path)
-    # Whoever asks for absolute paths gets them.
+    # Absolute paths stay absolute.
     is_absolute_pattern = path.is_absolute() and not path.exists() and ".." not in path.parts
     names: list[str] = []
     skipped: Counter[str] = Counter()
@@ -235,7 +233,10 @@ def find_images(source: str) -> FoundImages:
             sidecar_stems[file.suffix].append(hash(str(file.with_suffix(""))))
         elif file.is_file() and Path(SIDECAR_JOURNAL).stem not in file.name:
             skipped[file.suffix.lower() or "no suffix"] += 1
-    # The captions of images are no surprise, other texts are.
+    # Sidecar files of images are expected; report only the other text files. numpy compares millions of hashes at
+    # once; it is imported here, because the parser of the command imports this module.
+    import numpy as np
+
     for suffix, stems in sidecar_stems.items():
         is_other_text = np.isin(np.array(stems), np.array(image_stems), invert=True)
         if is_other_text.any():
@@ -244,15 +245,15 @@ def find_images(source: str) -> FoundImages:
 
 
 def _list_files(path: Path) -> tuple[Iterable[Path], Path]:
-    """Return the files that a source consists of, and the folder that their names are relative to."""
+    """Return the files of a source, and the folder that their names are relative to."""
     if path.is_dir():
         return _files_below(path), path
     if path.is_file():
         return [path], path.parent
     # Use the module glob, because Path.glob does not support absolute patterns.
     files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207
-    # Names are resolved in the folder only, so it must be the one that the pattern means: a file
-    # of the same name in the current folder is another image.
+    # Image names are resolved relative to this folder. With a wrong folder, a name could match a
+    # different file, for example one in the current directory.
     folder = Path()
     if ".." in path.parts:
         # Two paths with ".." can lead to one file.
@@ -265,9 +266,9 @@ def _list_files(path: Path) -> tuple[Iterable[Path], Path]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder in the order of their paths, without a list of millions of them.
+    """Yield the files below a folder in path order, without building a list of all files.
 
-    Links to folders are not followed, so that no circle is endless.
+    Symbolic links to folders are not followed, to avoid infinite recursion.
     """
     try:
         # As paths are compared: "a/b.jpg" comes before "a.jpg", because "a" does.
@@ -294,7 +295,7 @@ def _fixed_folder(pattern: Path) -> Path:
 
 
 def _has_image(file: Path) -> bool:
-    """Return whether a file is meant as an image: by its suffix, or without one by its first bytes."""
+    """Return whether a file is an image, judging by its suffix, or by its first bytes if it has none."""
     if file.suffix.lower() in IMAGE_SUFFIXES:
         return file.is_file()
     # A name such as ".DS_Store" has no suffix either.

@@ -105,7 +105,7 @@ def choose_prompt(prompts: Sequence[WeightedPrompt], image: str, seed: int) -> W
 def fill_prompt(prompt: WeightedPrompt, image: str, folder: str, tags: str = "") -> str:
     """Return the text of a prompt for an image; the arguments are those of `image_fields`."""
     fields = image_fields(image, folder, tags)
-    # A file may be called "<image>.jpg". Only the prompt itself can say where the image is.
+    # A file may be called "<image>.jpg". Only the prompt itself determines where the image is.
     disarmed = IMAGE_PLACEHOLDER.strip("<>")
     fields = {name: value.replace(IMAGE_PLACEHOLDER, disarmed) for name, value in fields.items()}
     return fill_fields(prompt.text, fields)

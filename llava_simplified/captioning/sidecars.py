@@ -7,7 +7,7 @@ journal of the job (`jobs.Journal`) before the file is touched, with the digests
     journal   {"image": "a.jpg", "pred_output": "a cat", "sidecar": {"before": "5f3a...", "after": "c071..."}}
     file      digest is "before"     not written yet: write it
               digest is "after"      written: nothing to do
-              any other digest       somebody else has changed it since: leave it alone
+              any other digest       another program has changed it since: do not write
 
 A caller does this for each batch::
 
@@ -248,7 +248,7 @@ class SidecarWriter:
         return file.with_suffix("").joinpath(*parts[:-1], parts[-1] + self.options.suffix)
 
     def is_kept(self, image: str) -> bool:
-        """Return whether an image has a sidecar file that stays as it is: with the policy "skip"."""
+        """Return whether an image keeps its sidecar file: one exists, and the policy is "skip"."""
         if self.options.existing != "skip":
             return False
         try:
@@ -306,7 +306,7 @@ class SidecarWriter:
             resumed: True if a killed process may have left its temporary file.
 
         Returns:
-            False if the file was changed by somebody else since it was planned, and was left alone.
+            False if another program has changed the file since it was planned. It is not written then.
 
         Raises:
             SidecarError: The file cannot be written.
@@ -347,7 +347,7 @@ class SidecarWriter:
 
 
 def _comparable(path: Path) -> str:
-    """Return a path as it must be compared: some file systems ignore case and Unicode composition."""
+    """Normalize a path for comparison: some file systems ignore case and Unicode composition."""
     if sys.platform in ("win32", "darwin"):
         return unicodedata.normalize("NFC", str(path)).casefold()
     return str(path)

@@ -129,7 +129,7 @@ def _join_parts(content: object, images: list[Any], where: str) -> object:
             separator = "\n" if text.endswith(IMAGE_PLACEHOLDER) else ""
             text += separator + words
         elif kind in _IMAGE_PARTS:
-            images.append(_image_of(part, where))
+            images.append(_image_reference(part, where))
             separator = "\n" if text and not text.endswith("\n") else ""
             text += separator + IMAGE_PLACEHOLDER
         else:
@@ -154,11 +154,13 @@ def _text_of(part: Mapping[str, Any], where: str) -> str:
     return text
 
 
-def _image_of(part: Mapping[str, Any], where: str) -> Any:
-    """Return the image that a part names, its index among the images of the row, or None for the next one."""
-    value = part.get("image")
-    for key in ("image_url", "path", "url"):
-        value = part.get(key) if value is None else value
+def _image_reference(part: Mapping[str, Any], where: str) -> Any:
+    """Return what an image part refers to: an image, an index into the row's images, or None for the next image."""
+    value = None
+    for key in ("image", "image_url", "path", "url"):
+        value = part.get(key)
+        if value is not None:
+            break
     if isinstance(value, dict):
         value = value.get("url", value)
     if value is None:

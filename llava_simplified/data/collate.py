@@ -131,10 +131,10 @@ def expand_image_placeholders(
     Args:
         input_ids: Token ids (length,) with one IMAGE_INDEX per image.
         tokens_per_image: Number of patch features per image.
-        values: (length,). If given, expand these values (labels, branches) at the same places, instead of the ids.
+        values: (length,). One value per token id, for example labels. If given, expand these values instead of the ids.
 
     Returns:
-        int64 (length + images * (tokens_per_image - 1),).
+        int64 (length + num_images * (tokens_per_image - 1),).
     """
     ids = np.asarray(input_ids, dtype=np.int64)
     repeats = np.where(ids == IMAGE_INDEX, tokens_per_image, 1)

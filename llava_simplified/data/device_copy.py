@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor of the host to a device; on CUDA, the copy is queued and this returns at once.
+    """Copy a tensor of the host to a device; on CUDA, the copy is queued and this returns immediately.
 
     A plain `.to("cuda")` of ordinary memory waits until the GPU has finished everything that was queued
     before: the GPU then idles until the host has queued more. From page-locked ("pinned") memory, the

@@ -7,7 +7,7 @@ Such an image is named by the file and its row: `train.parquet#7`; if a row has 
     list<struct<bytes, path>>    several
     binary, list<binary>         the same without paths, under a usual name
 
-Rows are read without the bytes of their images. A Parquet file tells by its statistics whether all images are embedded;
+Rows are read without the bytes of their images. The statistics of a Parquet file show whether all images are embedded;
 only if some are not, bytes are read to find out which. Arrow files are memory-mapped, so that bytes that are not looked
 at are not read.
 """
@@ -96,7 +96,7 @@ def _is_binary(data_type: pa.DataType) -> bool:
 
 
 def text_columns(schema: pa.Schema) -> list[str]:
-    """Return the names of all columns that contain no bytes: bytes are images, hashes or embeddings."""
+    """Return the names of all columns without bytes: bytes are images, hashes or embeddings."""
     column = find_image_column(schema)
     names = [field.name for field in schema if "binary" not in str(field.type)]
     return [name for name in names if column is None or name != column.name]
@@ -220,7 +220,7 @@ class ParquetRows(ColumnarFile):
             yield batch, are_embedded
 
     def _image_leaves(self) -> list[str]:
-        """Return the paths of the columns in the file that the image column consists of."""
+        """Return the paths of the file's leaf columns that belong to the image column."""
         assert self.image_column is not None
         name = self.image_column.name
         schema = self.file.schema
@@ -228,7 +228,7 @@ class ParquetRows(ColumnarFile):
         return [path for path in paths if path == name or path.startswith(f"{name}.")]
 
     def _all_have_bytes(self) -> bool:
-        """Return whether every image is embedded, as far as the statistics of the file tell."""
+        """Return whether the file's statistics prove that every image is embedded. Missing statistics return False."""
         leaves = self._image_leaves()
         with_bytes = [leaf for leaf in leaves if leaf.rpartition(".")[2] != "path"]
         metadata = self.file.metadata

@@ -23,8 +23,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from llava_simplified.data.names import AmbiguousNameError, name_parts, name_suffixes
 
 _MAX_LISTED_FILES = 200_000  # a larger folder is not listed to find a name that differs in case
@@ -54,7 +52,7 @@ def split_shard_name(name: str) -> tuple[str, str | None]:
 
 
 def exact_path(name: str, folder: Path) -> Path | None:
-    """Return the path that a name means by itself; None for an absolute one outside `folder`."""
+    """Return the path of exactly this name in `folder`; None for an absolute path outside it."""
     path = Path(name)
     # Not `is_absolute`: on Windows, `\\home\\1.jpg` (without a drive) and `C:1.jpg` (without a root) are not absolute,
     # but lead out of the folder too.
@@ -201,6 +199,8 @@ def check_distinct(names: Iterable[str], folder: Path) -> None:
     # Hashes in an array, because a dict of millions of names would take gigabytes.
     all_names = list(names)
     ends = [hash(_fold(name_parts(name)[-1])) for name in all_names if name_parts(name)]
+    import numpy as np  # imported here, because parsers of commands import this module
+
     values, counts = np.unique(np.array(ends, np.int64), return_counts=True)
     repeated = set(values[counts > 1].tolist())
     matches = NameMatches()

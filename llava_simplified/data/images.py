@@ -188,7 +188,7 @@ def load_pixels(image: ImageSource) -> np.ndarray:
         with _decoder_errors(image.format):
             return _to_pixels(image)
     raise ValueError(
-        f"an image must be a path, bytes, a PIL image or an array, this is {type(image).__name__}"
+        f"an image must be a path, bytes, a PIL image or an array, got {type(image).__name__}"
     )
 
 
@@ -295,7 +295,7 @@ def shrink_image(data: bytes, side: int, max_pixels: int = MAX_PIXELS) -> Encode
 def portable_image(data: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> EncodedImage:
     """Return an image file that other programs decode to the same pixels as `decode_image`.
 
-    Programs differ in what they do with EXIF orientations, transparency and 16 bits, and in the formats that they know.
+    Programs differ in what they do with EXIF orientations, transparency and 16 bits, and in the formats that they support.
     A plain JPEG or PNG file is returned unchanged, everything else as a JPEG.
 
     Args:
@@ -424,7 +424,7 @@ def _without_metadata_if_needed(decode: Callable[[bytes], Result], data: bytes) 
             raise
         # Everything else is left as it was: "too_large" is a rule, and HTML has no pixels.
         is_jpeg = data.startswith(b"\xff\xd8")
-        # What libjpeg says about a JPEG is precise. It is not decoded twice for a damaged scan.
+        # libjpeg's message about a JPEG is precise. A damaged scan is not decoded twice.
         is_from_libjpeg = any(text in str(error) for text in jpeg_segments.DAMAGING_WARNINGS)
         if is_jpeg and is_from_libjpeg:
             raise
@@ -455,7 +455,7 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     if pixels > max_pixels:
         raise ImageError(
             "too_large",
-            f"the image has {image.width}x{image.height} pixels, the limit is {max_pixels}",
+            f"the image has {image.width}x{image.height} pixels; the limit is {max_pixels}",
         )
     # MPO: several JPEGs in one file, as phones and 3D cameras write them. The first is decoded.
     if image.format in ("JPEG", "MPO"):
@@ -464,13 +464,13 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
         if scans > allowed:
             raise ImageError(
                 "too_large",
-                f"a JPEG of {scans} scans, {allowed} is the limit for {image.width}x{image.height} pixels",
+                f"the JPEG has {scans} scans; the limit for {image.width}x{image.height} pixels is {allowed}",
             )
     return image
 
 
 def _open_other_format(data: bytes) -> Image.Image:
-    """Open an image that Pillow does not know by itself, or say what it is.
+    """Open an image whose format Pillow supports only with a plugin, or raise an error that names the format.
 
     Raises:
         ImageError: "unsupported", "html" or "not_image".

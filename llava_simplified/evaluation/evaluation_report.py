@@ -40,10 +40,19 @@ MAX_PANELS = 4  # runs that have panels of their own
 MAX_CHANGED = 8  # images in each list of a comparison
 CLOSE_WORD_F1 = 0.5  # minimum word F1 of a caption that is marked as "close"
 
-TILE_METRICS = ("CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR", "CLIPScore", "word F1", "exact match")
+TILE_METRICS = (
+    "CIDEr-D",
+    "BLEU-4",
+    "ROUGE-L",
+    "METEOR",
+    "CLIPScore",
+    "word F1",
+    "exact match",
+    "CHAIRi",
+)
 SHUFFLE_METRICS = ("word F1", "CIDEr-D", "exact match")
 UNSEEN_METRICS = ("CIDEr-D", "word F1", "exact match")
-PERCENT_METRICS = ("exact match",)
+PERCENT_METRICS = ("exact match", "CHAIRs", "CHAIRi")
 
 # Colors of the report's style sheet.
 _BLUE, _ORANGE, _GRAY = 0, 1, 5
@@ -89,6 +98,7 @@ def write_report(
     log: Path | None = None,
     train_captions: Collection[str] | None = None,
     comparisons: Mapping[str, Comparison] | None = None,
+    groups: Mapping[str, Mapping[str, Evaluation]] | None = None,
 ) -> None:
     """Write the HTML file.
 
@@ -102,6 +112,7 @@ def write_report(
         log: `trainer_log.jsonl`, for the training curves.
         train_captions: Normalized training captions, for marking images with unseen references.
         comparisons: Comparisons of later runs with the first of `runs`, by the names of the later ones.
+        groups: Scores of parts of the images, such as the domains of nocaps, by run and part.
 
     Raises:
         ValueError: The runs are on different images, no image can be read, or the log is not a training log.
@@ -136,10 +147,13 @@ def write_report(
         panels=panels,
         notes=notes,
         shuffle_comparison=_compare_shuffled(shown),
-        comparisons=_comparison_panels(given_runs, comparisons or {}),
+        comparisons=_comparison_panels(given_runs, comparisons or {}, image_folder),
         cards=cards,
         charts=_charts(runs, steps, log),
         score_rows=_score_rows(runs),
+        text_rows=_text_rows(runs),
+        group_metrics=[name for name in METRIC_NAMES if name in headline.result.mean],
+        group_rows=_group_rows(groups or {}),
         settings=settings,
     )
 
@@ -323,6 +337,37 @@ def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> Sco
     )
 
 
+class GroupRow(NamedTuple):
+    """The scores of one run on a part of the images, with their intervals, by metric."""
+
+    group: str
+    run: str
+    num_images: int
+    scores: dict[str, tuple[str, str]]
+
+
+def _group_rows(groups: Mapping[str, Mapping[str, Evaluation]]) -> list[GroupRow]:
+    """Return the rows of all parts, with the runs of a part below each other."""
+    rows = []
+    for run, results in groups.items():
+        for group, result in results.items():
+            scores = {}
+            for name, score in result.mean.items():
+                scores[name] = format_score(name, score.value), _format_interval(name, score)
+            rows.append(GroupRow(group, run, result.num_images, scores))
+    order = list(dict.fromkeys(row.group for row in rows))
+    return sorted(rows, key=lambda row: order.index(row.group))
+
+
+def _text_rows(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return length, variety and repetition by name: a value of each run, and that of the references last."""
+    rows = {}
+    for name, of_references in runs[0].result.reference_text.items():
+        values = [run.result.text[name] for run in runs]
+        rows[name] = [f"{value:.3g}" for value in (*values, of_references)]
+    return rows
+
+
 # ---- comparison ----
 
 
@@ -346,6 +391,7 @@ class ChangedRow(NamedTuple):
     before: tuple[str, ...]
     after: tuple[str, ...]
     word_f1: float
+    thumbnail: Thumbnail | None
 
 
 @dataclass(frozen=True)
@@ -370,7 +416,7 @@ class ComparisonPanel:
 
 
 def _comparison_panels(
-    runs: Sequence[Run], comparisons: Mapping[str, Comparison]
+    runs: Sequence[Run], comparisons: Mapping[str, Comparison], image_folder: Path
 ) -> list[ComparisonPanel]:
     """Return the panels of the comparisons of runs with the first one."""
     baseline = runs[0]
@@ -400,15 +446,15 @@ def _comparison_panels(
             first=baseline.name,
             second=run.name,
             rows=rows,
-            gains=[_changed_row(image, baseline, run) for image in gains[:MAX_CHANGED]],
-            losses=[_changed_row(image, baseline, run) for image in losses[:MAX_CHANGED]],
+            gains=[_changed_row(i, baseline, run, image_folder) for i in gains[:MAX_CHANGED]],
+            losses=[_changed_row(i, baseline, run, image_folder) for i in losses[:MAX_CHANGED]],
             num_changed=len(changed),
         )
         panels.append(panel)
     return panels
 
 
-def _changed_row(image: ChangedImage, first: Run, second: Run) -> ChangedRow:
+def _changed_row(image: ChangedImage, first: Run, second: Run, folder: Path) -> ChangedRow:
     before = first.samples[image.position]
     after = second.samples[image.position]
     return ChangedRow(
@@ -418,7 +464,18 @@ def _changed_row(image: ChangedImage, first: Run, second: Run) -> ChangedRow:
         before=tuple(dict.fromkeys(before.captions)),
         after=tuple(dict.fromkeys(after.captions)),
         word_f1=image.differences[RANK_METRICS[0]],
+        thumbnail=_thumbnail(before.image, folder),
     )
+
+
+def _thumbnail(image: str, folder: Path) -> Thumbnail | None:
+    """Return a small form of an image; None if there is none. The notes about the cards tell why."""
+    if not image:
+        return None
+    try:
+        return make_thumbnail(decode_image(read_image_bytes(image, folder)))
+    except ImageError:
+        return None
 
 
 def _format_difference(name: str, value: float) -> str:

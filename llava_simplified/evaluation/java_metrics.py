@@ -69,7 +69,7 @@ def _find_scorers() -> tuple[dict[str, _Scorer], list[str]]:
 
     scorers: dict[str, _Scorer] = {"METEOR": Meteor()}
     notes: list[str] = []
-    # Check for the models, because the constructor of Spice would download them over plain HTTP without asking.
+    # Look for the models first: otherwise Spice() downloads them over plain HTTP without asking.
     models = Path(spice.__file__).parent / "lib" / "stanford-corenlp-3.6.0-models.jar"
     if models.is_file():
         scorers["SPICE"] = spice.Spice()

@@ -8,7 +8,7 @@ equal those of pycocoevalcap 1.2, the server's code (Chen et al. 2015, arXiv:150
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +21,13 @@ from llava_simplified.evaluation.bootstrap import (
     mean_metric,
     score_metrics,
 )
+from llava_simplified.evaluation.chair import chair_metrics
 from llava_simplified.evaluation.clip_metrics import clip_scores
 from llava_simplified.evaluation.java_metrics import add_java_metrics
 from llava_simplified.evaluation.ngram_metrics import ngram_metrics
 from llava_simplified.evaluation.ptb_tokenizer import tokenize
 from llava_simplified.evaluation.rouge import rouge_l
+from llava_simplified.evaluation.text_statistics import describe_texts
 
 MIN_IMAGES_FOR_CIDER = 50
 """CIDEr weights n-grams by the number of images whose references contain them, which is unstable for few images."""
@@ -44,8 +46,12 @@ METRIC_NAMES = (
     "RefCLIPScore",
     "word F1",
     "exact match",
+    "CHAIRs",
+    "CHAIRi",
 )
 """All metrics in the order of display. The COCO server (and therefore most papers) calls CIDEr-D "CIDEr"."""
+
+LOWER_IS_BETTER = frozenset({"CHAIRs", "CHAIRi"})
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class Evaluation:
         notes: Warnings, and reasons for skipped metrics.
         resampled: `mean` on each bootstrap resample by metric, arrays (resamples,); for paired comparisons.
         counts: How predictions and references were matched, and what was left out.
+        text: Length, variety and repetition of the captions; see `text_statistics`.
+        reference_text: The same of the first reference of each image, which are as many texts as one trial has.
     """
 
     num_images: int
@@ -96,6 +104,8 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     resampled: dict[str, np.ndarray] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    text: dict[str, float] = field(default_factory=dict)
+    reference_text: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -104,6 +114,7 @@ def evaluate(
     train_captions: Iterable[str] | None = None,
     clip: Path | None = None,
     images: Sequence[bytes] = (),
+    annotated: Sequence[Collection[str]] | None = None,
     java: bool = True,
     resamples: int = 1000,
     seed: int = 0,
@@ -115,6 +126,7 @@ def evaluate(
         train_captions: All captions of the training data, for the shares of novel captions and unseen references.
         clip: Folder of a CLIP model, for CLIPScore and RefCLIPScore.
         images: Encoded image files in the order of the samples; required for CLIPScore only.
+        annotated: COCO categories that are annotated in each image, in the order of the samples, for CHAIR.
         java: Compute METEOR and SPICE too, if Java and pycocoevalcap are installed.
         resamples: Number of bootstrap resamples over images; 0 computes no intervals.
         seed: Seed of the bootstrap and of the shuffled captions.
@@ -139,6 +151,8 @@ def evaluate(
         clip_score, ref_clip_score = clip_scores(clip, images, captions, references)
         extra_metrics.append(mean_metric("CLIPScore", clip_score))
         extra_metrics.append(mean_metric("RefCLIPScore", ref_clip_score))
+    if annotated is not None:
+        extra_metrics += chair_metrics(captions, references, annotated)
     table = _score_captions(captions, references, resamples, seed, extra_metrics)
     notes: list[str] = []
     if java:
@@ -156,6 +170,8 @@ def evaluate(
         per_image=table.per_image,
         notes=notes,
         resampled=table.resampled,
+        text=describe_texts(_tokenize_all(captions)),
+        reference_text=describe_texts(_tokenize_all([[group[0] for group in references]])),
     )
 
     if num_images > 1:  # a single image cannot be shuffled

@@ -84,7 +84,7 @@ def export_gguf(
         The number of tensors that were compared.
 
     Raises:
-        ValueError: llama.cpp does not support the architecture (the message says what to do), or a file
+        ValueError: llama.cpp does not support the architecture (the message names the remedy), or a file
             does not contain the tensors that were written.
         FileExistsError: `output` exists already.
     """
@@ -127,7 +127,7 @@ def export_gguf(
 def _check_template(model: Llava) -> None:
     """Raise ValueError if the chat template writes the image token.
 
-    llama.cpp puts images where the text of a message has them, and does not know the template's token.
+    llama.cpp puts images where the text of a message has them, and does not use the template's token.
     """
     token = model.prompt.image_token
     if token is not None:

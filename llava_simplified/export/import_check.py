@@ -52,7 +52,9 @@ def choose_check_images(folder: Path | None) -> tuple[list[np.ndarray], str]:
             continue
         try:
             images.append(load_pixels(path))
-        except ImageError:  # another kind of file; the result says how many images were compared
+        except (
+            ImageError
+        ):  # another kind of file; the result contains the number of compared images
             continue
     if not images:
         raise ValueError(f"--check-images {folder}: the folder contains no image")
@@ -61,13 +63,13 @@ def choose_check_images(folder: Path | None) -> tuple[list[np.ndarray], str]:
 
 def _generate_image(width: int, height: int) -> np.ndarray:
     """Return an image with smooth colors, sharp edges and noise."""
-    random = np.random.default_rng(width)
-    colors = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    rng = np.random.default_rng(width)
+    colors = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
     image = Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     draw.ellipse((width // 5, height // 7, width // 2, height // 2), "white", "black", 3)
     draw.rectangle((width // 2, height // 2, width - 9, height - 5), "red", "blue", 2)
-    noise = random.integers(-12, 13, (height, width, 3))
+    noise = rng.integers(-12, 13, (height, width, 3))
     return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
 
 

@@ -244,7 +244,8 @@ def read_source(path: Path) -> SourceCheckpoint:
         path: A folder, or a file of weights.
 
     Raises:
-        ValueError: No weights were found, or a file contains anything but tensors.
+        ValueError: No weights were found, a file contains anything but tensors, or the activation of the
+            projector is not supported.
     """
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
@@ -254,6 +255,15 @@ def read_source(path: Path) -> SourceCheckpoint:
     # For a single file, the config.json in the same folder is used too. Without one, the options of the
     # command and the defaults of LLaVA apply.
     language_model, projector, vision_tower = split_weights(read_weights(path))
+    # Only Hugging Face checkpoints name the activation; in the others it is GELU.
+    activation = config.get("projector_hidden_act", "gelu")
+    if activation == "linear":
+        projector = fold_linear_projector(projector)
+    elif activation != "gelu":
+        raise ValueError(
+            f"{config_path}: the projector has the activation {activation!r} (projector_hidden_act). "
+            "Only gelu and linear can be imported."
+        )
     return SourceCheckpoint(
         path=path,
         folder=folder,
@@ -340,6 +350,24 @@ def _sequential_name(name: str) -> str:
     if match is None:
         return name
     return f"{2 * (int(match[1]) - 1)}.{match[2]}"
+
+
+def fold_linear_projector(projector: Weights) -> Weights:
+    """Return the single linear layer that equals two linear layers without an activation between them.
+
+    W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). It is computed in float64 and rounded once.
+
+    Args:
+        projector: Weights and, optionally, biases of both layers, named as in a `Sequential`.
+    """
+    first, second = projector["0.weight"].double(), projector["2.weight"].double()
+    bias = torch.zeros(second.shape[0], dtype=torch.float64)
+    if "0.bias" in projector:
+        bias = bias + second @ projector["0.bias"].double()
+    if "2.bias" in projector:
+        bias = bias + projector["2.bias"].double()
+    dtype = projector["0.weight"].dtype
+    return {"0.weight": (second @ first).to(dtype), "0.bias": bias.to(dtype)}
 
 
 # ---- checks and configuration ----

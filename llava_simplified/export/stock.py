@@ -53,9 +53,11 @@ from llava_simplified.export.stock_check import (
     compute_reference,
 )
 from llava_simplified.jobs import atomic_directory
+from llava_simplified.model.build import load_language_model
 from llava_simplified.model.config import read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.peft_names import PeftModel
+from llava_simplified.model.pissa import initial_weights
 from llava_simplified.model.protocols import CausalLM
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 from llava_simplified.workers import tune_malloc
@@ -196,12 +198,27 @@ def _write_model_and_processor(
     settings = describe_for_stock(model)
     references = [compute_reference(model, image) for image in images]
     if not merge:
-        # `unload` removes the adapter and restores the language model as it was before the training.
-        language_model: Any = model.language_model
-        model.language_model = language_model.unload()
+        _remove_adapter(model, checkpoint, dtype, model_base)
     _write_model(model, folder, settings)
     _write_processor(model, checkpoint, folder, settings)
     return references
+
+
+def _remove_adapter(
+    model: Llava, checkpoint: str | Path, dtype: str | None, model_base: str | None
+) -> None:
+    """Restore the language model as it was before the training."""
+    adapted: Any = model.language_model
+    changes_frozen_weights = initial_weights(adapted) is not None
+    model.language_model = adapted.unload()
+    if not changes_frozen_weights:
+        return
+    # PiSSA: load the original weights, which the exported adapter fits. The changed ones are freed first.
+    del adapted, model.language_model
+    config = read_checkpoint_config(checkpoint)["architecture"]
+    model.language_model = load_language_model(
+        model_base or config["language_model"], getattr(torch, dtype or config["dtype"])
+    )
 
 
 # ---- conversion of the settings ----
@@ -414,7 +431,7 @@ def _grow_vocabulary(language_model: CausalLM, size: int, scratch: Path) -> None
     tables = {embeddings.weight, lm_head.weight}  # only one, if they are tied
     for table in tables:
         old_size, hidden_size = table.shape
-        # Use a memory-mapped file (deleted at once, valid while mapped) instead of RAM: during the copy
+        # Use a memory-mapped file (deleted immediately, valid while mapped) instead of RAM: during the copy
         # both tables exist, and each can be a third of a small model. New rows of the file are zero.
         if sys.platform == "win32":  # which does not delete a file that is mapped
             storage = torch.zeros(size * hidden_size, dtype=table.dtype)
@@ -479,8 +496,9 @@ def to_stock_image_processor(image_processor: Any, transform: ImageTransform) ->
         return image_processor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    size = {"shortest_edge": transform.resize}
-    if not isinstance(transform.resize, int):
+    if isinstance(transform.resize, int):
+        size = {"shortest_edge": transform.resize}
+    else:
         height, width = transform.resize
         size = {"height": height, "width": width}
     crop_height, crop_width = transform.crop
@@ -521,6 +539,10 @@ def _write_peft_adapter(source: Path, folder: Path, base: str) -> None:
     endings = sorted(name.removeprefix("model.") for name in config["target_modules"])
     alternatives = "|".join(re.escape(ending) for ending in endings)
     config["target_modules"] = rf"model\.language_model\.(.*\.)?({alternatives})"
+    # Ranks and scales of single layers are found by their full names, which are longer there.
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name) or {}
+        config[name] = {layer.removeprefix("model."): value for layer, value in pattern.items()}
     config["base_model_name_or_path"] = base
     config["task_type"] = None  # "CAUSAL_LM" would add methods that stock LLaVA does not have
     text = json.dumps(config, indent=2) + "\n"

@@ -223,7 +223,7 @@ def load_stock_processor(folder: Path) -> Any:
     """Load the processor of a stock LLaVA folder.
 
     Raises:
-        ValueError: Files are missing, or the processor does not know how many tokens an image has.
+        ValueError: Files are missing, or the processor has no patch_size.
     """
     from transformers import AutoProcessor
 

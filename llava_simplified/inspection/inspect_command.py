@@ -71,8 +71,7 @@ def build_parser() -> CommandParser:
         "--image_aspect_ratio",
         default="crop",
         choices=["crop", "pad"],
-        help="Images that are not square, as in training; vision towers that pad require pad "
-        "(default: %(default)s)",
+        help="Images that are not square: crop, or pad to a square (default: %(default)s)",
     )
     parser.add_argument(
         "--template",

@@ -90,7 +90,7 @@ def build_model(
                 trust_remote_code=trust_remote_code,
             )
         else:
-            text = _load_language_model(
+            text = load_language_model(
                 str(source), dtype, config.bits, attn_implementation, trust_remote_code
             )
         # Not `config.hidden_size`: some families (OPT) embed tokens in another width.
@@ -141,6 +141,40 @@ def build_vision_tower(
     transformers_config = _load_transformers_config(name)
     transform = ImageTransform.from_pretrained(name, aspect_ratio)
     return VisionTower.from_config(transformers_config, transform, **selection).to(dtype)
+
+
+def load_language_model(
+    name_or_path: str,
+    dtype: torch.dtype,
+    bits: int = 16,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> CausalLM:
+    """Load a pretrained language model; see `build_model` for the arguments.
+
+    Raises:
+        ValueError: It cannot be loaded, or some of its weights are missing.
+    """
+    options: dict[str, Any] = {"attn_implementation": attn_implementation}
+    if bits != 16:
+        options["quantization_config"] = quantization(bits, dtype)
+    with blame_file(name_or_path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    # Transformers would draw missing weights at random, with no more than a warning.
+    language_model, loading_info = loaded
+    check_missing_keys(name_or_path, loading_info["missing_keys"])
+    for module in language_model.modules():
+        # Disable a CPU kernel that bitsandbytes uses in evaluation mode only. It rounds the scales of
+        # 4-bit weights, so the model would compute different values than in training.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return cast(CausalLM, language_model)
 
 
 def load_tokenizer(
@@ -208,7 +242,10 @@ def check_vocabulary(prompt: Prompt, config: PreTrainedConfig | None, name: str)
 
 
 def find_language_model_config(name_or_path: str) -> PreTrainedConfig | None:
-    """Return the config of a language model, or of the one of a checkpoint; None if there is only a tokenizer."""
+    """Return the config of a language model; for a LLaVA checkpoint, that of its language model.
+
+    Return None if no config can be loaded, for example for a folder with only a tokenizer.
+    """
     folder = Path(name_or_path)
     if (folder / CONFIG_NAME).is_file():
         own_weights = folder / "language_model"
@@ -255,35 +292,6 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def _load_language_model(
-    name_or_path: str,
-    dtype: torch.dtype,
-    bits: int,
-    attn_implementation: str | None,
-    trust_remote_code: bool,
-) -> CausalLM:
-    options: dict[str, Any] = {"attn_implementation": attn_implementation}
-    if bits != 16:
-        options["quantization_config"] = quantization(bits, dtype)
-    with blame_file(name_or_path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
-    # Transformers would draw missing weights at random, with no more than a warning.
-    language_model, loading_info = loaded
-    check_missing_keys(name_or_path, loading_info["missing_keys"])
-    for module in language_model.modules():
-        # Disable a CPU kernel that bitsandbytes uses in evaluation mode only. It rounds the scales of
-        # 4-bit weights, so the model would compute different values than in training.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return cast(CausalLM, language_model)
 
 
 def _load_transformers_config(

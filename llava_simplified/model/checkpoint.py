@@ -44,12 +44,23 @@ from llava_simplified.model.config import (
     read_checkpoint_config,
 )
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.lora_options import CHANGES_FROZEN_WEIGHTS
 from llava_simplified.model.peft_names import (
     LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
+)
+from llava_simplified.model.pissa import (
+    SCALED_FIELDS,
+    initial_weights,
+    join,
+    joined_config,
+    scaled_fields,
+    split,
+    subtract,
+    wants_pissa,
 )
 from llava_simplified.model.protocols import CausalLM, PretrainedModule, VisionModel
 from llava_simplified.model.vision import check_missing_keys
@@ -128,6 +139,9 @@ def save_checkpoint(
         "versions": _versions(),
         "training": dict(training or {}),
     }
+    pissa = _pissa_entries(model.language_model)
+    if pissa is not None:
+        checkpoint_config["pissa"] = pissa
     text = json.dumps(checkpoint_config, indent=2, default=str)
     (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
     _move_into_place(temporary, folder)
@@ -216,7 +230,8 @@ def load_checkpoint(
     if merge and config.bits != 16:
         language_model = language_model.dequantize()
     if parts.language_model == "adapter":
-        language_model = _with_adapter(language_model, folder / "adapter", merge)
+        pissa = _read_pissa_entries(checkpoint_config)
+        language_model = _with_adapter(language_model, folder / "adapter", merge, pissa)
     model.language_model = cast(CausalLM, language_model)
     tower = model.vision_tower
     if parts.vision_tower == "lora":
@@ -264,10 +279,14 @@ def load_trained_weights(model: Llava, folder: str | Path) -> None:
         ValueError: Weights are missing, unexpected, or have another shape.
     """
     folder = Path(folder)
-    parts = TrainedParts.from_stored(read_checkpoint_config(folder))
+    checkpoint_config = read_checkpoint_config(folder)
+    parts = TrainedParts.from_stored(checkpoint_config)
     load_projector(model.projector, folder)
     if parts.language_model != "none":
-        _load_trained_part(model.language_model, folder / "adapter", folder / "language_model")
+        pissa = _read_pissa_entries(checkpoint_config)
+        _load_trained_part(
+            model.language_model, folder / "adapter", folder / "language_model", pissa
+        )
     if parts.vision_tower != "none":
         tower = model.vision_tower.model
         _load_trained_part(tower, folder / "vision_adapter", folder / "vision_tower")
@@ -318,7 +337,9 @@ _ADAPTER_ORIGIN = (
 )
 
 
-def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraConfig:
+def read_adapter_config(
+    folder: Path, *, accept_pattern: bool = False, pissa: Mapping[str, Any] | None = None
+) -> LoraConfig:
     """Read the `adapter_config.json` of a checkpoint.
 
     Only the entries that this package writes are used, and others must have their default. PEFT has many
@@ -327,9 +348,11 @@ def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraCo
     Args:
         folder: The folder of the adapter.
         accept_pattern: Accept a regular expression as `target_modules`, which may take forever to match.
+        pissa: The entry "pissa" of `llava.json`: values of the trained adapter, which replace those of the
+            adapter of twice the rank.
 
     Raises:
-        ValueError: The file is missing or invalid, or asks for something that this package does not write.
+        ValueError: The file is missing or invalid, or requires something that this package does not write.
     """
     path = folder / "adapter_config.json"
     if not path.is_file():
@@ -337,6 +360,15 @@ def read_adapter_config(folder: Path, *, accept_pattern: bool = False) -> LoraCo
     stored = read_json_object(path)
     if stored.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, not {shorten(stored.get('peft_type'))}")
+    method = stored.get("init_lora_weights")
+    if isinstance(method, str) and method.startswith(CHANGES_FROZEN_WEIGHTS):
+        raise ValueError(
+            f"{path}: the adapter was trained with changed weights of its base model (init_lora_weights="
+            f"{shorten(method)}), and does not fit the original ones. Convert it to LoRA with the argument "
+            "path_initial_model_for_weight_conversion of PEFT's save_pretrained."
+        )
+    if pissa is not None:
+        stored = {**stored, **pissa}
     defaults = LoraConfig().to_dict()
     used: dict[str, Any] = {}
     for name, value in stored.items():
@@ -387,6 +419,37 @@ def _save_adapter(
     # Pass False: embeddings are never trained here, and PEFT's default "auto" makes a request to the
     # hub to find out whether they were resized.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    pissa, initial = _pissa_entries(model), initial_weights(model)
+    if pissa is None or initial is None:
+        return
+    # Replace the adapter by the one that fits the original weights (see pissa.py).
+    path = folder / "adapter_model.safetensors"
+    save_file(join(load_file(path), initial), path, metadata={"format": "pt"})
+    path = folder / "adapter_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored.update(joined_config(pissa, stored["use_rslora"]), init_lora_weights=True)
+    path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+
+
+def _pissa_entries(model: Any) -> dict[str, Any] | None:
+    """Return the entry "pissa" of `llava.json`; None if the adapter was not initialized by PiSSA."""
+    if initial_weights(model) is None:
+        return None
+    return scaled_fields(model.peft_config["default"])
+
+
+def _read_pissa_entries(checkpoint_config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the entry "pissa" of a `llava.json`, if it has one; its values are not checked.
+
+    Raises:
+        ValueError: It is not a mapping of the expected names.
+    """
+    entries = checkpoint_config.get("pissa")
+    if entries is None:
+        return None
+    if not isinstance(entries, dict) or set(entries) != set(SCALED_FIELDS):
+        raise ValueError(f"{CONFIG_NAME}: pissa has an invalid value: {shorten(entries)}")
+    return entries
 
 
 def _versions() -> dict[str, str]:
@@ -420,11 +483,13 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     temporary.rmdir()
 
 
-def _load_trained_part(part: PretrainedModule, adapter: Path, full: Path) -> None:
+def _load_trained_part(
+    part: PretrainedModule, adapter: Path, full: Path, pissa: Mapping[str, Any] | None = None
+) -> None:
     """Load the weights of one part from its adapter folder or from its folder of full weights."""
     if isinstance(part, PeftModel):
         if adapter.is_dir():
-            _load_adapter(part, adapter)
+            _load_adapter(part, adapter, pissa)
         return
     model_class: Any = type(part)
     # Through Transformers, since names in the file may differ from those in memory.
@@ -436,36 +501,71 @@ def _load_trained_part(part: PretrainedModule, adapter: Path, full: Path) -> Non
     part.load_state_dict(stored.state_dict())
 
 
-def _with_adapter(model: Any, folder: Path, merge: bool) -> PeftModel | nn.Module:
+def _with_adapter(
+    model: Any, folder: Path, merge: bool, pissa: Mapping[str, Any] | None = None
+) -> PeftModel | nn.Module:
     """Put a stored adapter on a model; with `merge`, return the plain model with merged weights."""
-    config = read_adapter_config(folder)
+    config = read_adapter_config(folder, pissa=pissa)
     # PEFT stores True, which would freeze an adapter that is to be trained further.
     config.inference_mode = False
     with blame_file(folder / "adapter_config.json"):
         adapted = get_peft_model(model, config)
-    _load_adapter(adapted, folder)
+    if pissa is not None:
+        # Only now: PEFT would decompose the weights once more.
+        current: Any = adapted.peft_config["default"]
+        current.init_lora_weights = "pissa"
+    _load_adapter(adapted, folder, pissa)
     if merge:
         return cast(Any, adapted).merge_and_unload()
     return adapted
 
 
-def _load_adapter(model: PeftModel, folder: Path) -> None:
+def _load_adapter(model: PeftModel, folder: Path, pissa: Mapping[str, Any] | None = None) -> None:
     """Load an adapter's weights (strict).
 
     PEFT itself only warns about missing keys, and does not compare the scaling.
     """
     current: Any = model.peft_config["default"]
-    stored = read_adapter_config(folder)
-    # Another rank would fail with a message about shapes, another alpha would not fail at all.
-    if (current.r, current.lora_alpha) != (stored.r, stored.lora_alpha):
-        raise ValueError(
-            f"{folder}: the adapter was trained with r={stored.r}, alpha={stored.lora_alpha:g}; pass "
-            f"--lora_r {stored.r} --lora_alpha {stored.lora_alpha:g}"
-        )
+    stored = read_adapter_config(folder, pissa=pissa)
+    _check_same_adapter(folder, current, stored, pissa is not None)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder}: {path.name} is missing")
     with blame_file(path):
         weights = load_file(path)
-    check_state_dict(weights, get_peft_model_state_dict(model), str(folder))
+    expected = get_peft_model_state_dict(model)
+    initial: dict[str, torch.Tensor] = {}
+    if pissa is not None:
+        weights, initial = split(weights)
+        matrices = {name: expected[name] for name in expected if name in initial}
+        check_state_dict(initial, matrices, str(folder))
+    check_state_dict(weights, expected, str(folder))
     set_peft_model_state_dict(model, weights)
+    if pissa is not None:
+        subtract(model, initial)
+
+
+def _check_same_adapter(
+    folder: Path, current: LoraConfig, stored: LoraConfig, is_pissa: bool
+) -> None:
+    """Raise ValueError if a stored adapter would compute something else in the adapter of this run.
+
+    Another rank would fail with a message about shapes, another scale would not fail at all.
+    """
+    if (current.r, current.lora_alpha) != (stored.r, stored.lora_alpha):
+        raise ValueError(
+            f"{folder}: the adapter was trained with r={stored.r}, alpha={stored.lora_alpha:g}; pass "
+            f"--lora_r {stored.r} --lora_alpha {stored.lora_alpha:g}"
+        )
+    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if getattr(current, name) != getattr(stored, name):
+            raise ValueError(
+                f"{folder}: the adapter was trained with {name}={shorten(getattr(stored, name))}; pass the same "
+                f"{name} in --lora_options"
+            )
+    if wants_pissa(current) != is_pissa:
+        method = "pissa" if is_pissa else True
+        entry = json.dumps({"init_lora_weights": method})
+        raise ValueError(
+            f"{folder}: the adapter was {'' if is_pissa else 'not '}initialized by PiSSA; pass --lora_options '{entry}'"
+        )

@@ -28,18 +28,21 @@ from torch.nn.functional import cross_entropy
 CHUNK_SIZE = 1 << 24
 
 
-def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the cross entropy, summed over the rows, in float32 at least.
+def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the cross entropy of each row, in float32 at least: minus the log-probability of its label.
 
     A softmax over a large vocabulary loses too much precision in bfloat16.
 
     Args:
         logits: (rows, vocabulary).
         labels: int64 (rows,).
+
+    Returns:
+        (rows,)
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if logits.numel() <= CHUNK_SIZE:
-        return cross_entropy(logits.to(dtype), labels, reduction="sum")
+        return cross_entropy(logits.to(dtype), labels, reduction="none")
     rows_per_chunk = max(1, CHUNK_SIZE // logits.shape[1])
     return _ChunkedCrossEntropy.apply(logits, labels, rows_per_chunk)
 
@@ -57,21 +60,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         # The logarithm of the sum of exponentials of each row.
         normalizers = logits.new_empty(len(logits), 1, dtype=dtype)
-        loss = logits.new_zeros((), dtype=dtype)
+        losses = logits.new_empty(len(logits), dtype=dtype)
         for start in range(0, len(logits), rows_per_chunk):
             rows = slice(start, start + rows_per_chunk)
             chunk = logits[rows].to(dtype)
             label_logits = chunk.gather(1, labels[rows, None])
             normalizers[rows] = chunk.logsumexp(-1, keepdim=True)
-            loss += (normalizers[rows] - label_logits).sum()
+            losses[rows] = (normalizers[rows] - label_logits)[:, 0]
         ctx.save_for_backward(logits, labels, normalizers)
         ctx.rows_per_chunk = rows_per_chunk
-        return loss
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, labels, normalizers = ctx.saved_tensors
-        (grad_loss,) = grad_outputs
+        (grad_losses,) = grad_outputs  # (rows,)
         grad_logits = torch.empty_like(logits)
         for start in range(0, len(logits), ctx.rows_per_chunk):
             rows = slice(start, start + ctx.rows_per_chunk)
@@ -82,5 +85,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             minus_one = grad.new_full((len(grad), 1), -1.0)
             grad.scatter_add_(1, labels[rows, None], minus_one)
             # Rounded to the data type of the logits only here.
-            grad_logits[rows] = grad.mul_(grad_loss)
+            grad_logits[rows] = grad.mul_(grad_losses[rows, None])
         return grad_logits, None, None

@@ -219,7 +219,7 @@ def read_checkpoint_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _suggestion(folder: Path) -> str:
-    """Return the end of an error message: the path that the user may have meant instead."""
+    """Return the end of an error message, which suggests another path or command."""
     # The user may have passed an output folder, whose subfolders are checkpoints: suggest the newest.
     found = sorted(folder.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime)
     if found:

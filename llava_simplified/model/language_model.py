@@ -233,6 +233,17 @@ def attention_kwargs(
     return {"attention_mask": masks}
 
 
+def supports_shared_prompts(language_model: CausalLM) -> bool:
+    """Return whether `attention_kwargs` accepts shared prompts for this model and its attention kernel."""
+    config = language_model.config
+    if not _accepts_positions(language_model):
+        return False
+    if config._attn_implementation == "flash_attention_2":
+        return False
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    return layer_types <= MASKED_LAYER_TYPES
+
+
 # Devices whose results the host can read without waiting for anything.
 HOST_DEVICES = ("cpu", "meta")
 

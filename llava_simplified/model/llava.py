@@ -26,6 +26,7 @@ The files of this package, in reading order:
     chunked_loss.py         cross entropy of many logits, in little memory
     generation.py           KV cache, continuous batching (with kv_cache.py and sampling.py)
     static_decoding.py      the decoding step on GPUs: a KV cache of fixed size, and CUDA graphs
+    answer_scores.py        log-likelihoods of given answers, for multiple choice
     lora.py                 select and check the trained parameters
     config.py, build.py     llava.json; build a model from its config
     checkpoint.py           save and load
@@ -47,7 +48,7 @@ from transformers import PreTrainedTokenizerBase
 from llava_simplified.data.collate import find_image_positions
 from llava_simplified.data.images import ImageSource, load_pixels
 from llava_simplified.data.records import insert_image_placeholders
-from llava_simplified.model.chunked_loss import summed_cross_entropy
+from llava_simplified.model.chunked_loss import token_cross_entropy
 from llava_simplified.model.config import DEFAULT_INSTRUCTION
 from llava_simplified.model.generation import generate, stream
 from llava_simplified.model.generation_options import DEFAULT_TEMPERATURE, GenerationOptions
@@ -65,12 +66,15 @@ class LlavaOutput(NamedTuple):
     """Result of `Llava.forward`.
 
     Attributes:
-        loss: float32 scalar, summed (not averaged) over the trained tokens.
+        loss: float32 scalar, summed (not averaged) over the trained tokens; with `token_weights` the
+            weighted sum.
         logits: (trained, vocabulary), detached, in the order of `labels`.
+        log_probs: float32 (trained,), the log-probability of each label, with its gradient.
     """
 
     loss: torch.Tensor
     logits: torch.Tensor
+    log_probs: torch.Tensor
 
 
 class Llava(nn.Module):
@@ -137,6 +141,7 @@ class Llava(nn.Module):
         segment_ids: torch.Tensor | None = None,
         branch_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
     ) -> LlavaOutput:
         """Compute the loss of a batch from `llava_simplified.data.collate.Collator`.
 
@@ -154,6 +159,8 @@ class Llava(nn.Module):
             segment_ids: Number of the example within its row; 0 on padding.
             branch_ids: Number of the answer within its example; 0 in the prompt.
             position_ids: Position within the prompt and one answer, from 0.
+            token_weights: (trained,), the factor of each token's loss, such as the advantage of its
+                caption (see `llava_simplified.training.objectives`); None: 1.
         """
         if image_features is None and pixel_values is not None:
             image_features = self.vision_tower(pixel_values)
@@ -174,8 +181,9 @@ class Llava(nn.Module):
 
         # Sum the loss, so that the trainer can add micro-batches and devices, and divide by the number of
         # tokens of the whole step.
-        loss = summed_cross_entropy(logits, labels)
-        return LlavaOutput(loss, logits.detach())
+        token_losses = token_cross_entropy(logits, labels)
+        weighted = token_losses if token_weights is None else token_weights * token_losses
+        return LlavaOutput(weighted.sum(), logits.detach(), -token_losses)
 
     # The splice, which is the core of LLaVA:
     #

@@ -7,6 +7,7 @@ check_trainable(model, parts)         3. raise unless exactly the expected param
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -14,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llava_simplified.model.config import TrainedParts
 from llava_simplified.model.llava import Llava
+from llava_simplified.model.lora_options import pissa_method
+from llava_simplified.model.lora_targets import expand_pattern, select_layers
 from llava_simplified.model.peft_names import LoraConfig, PeftModel, get_peft_model
 from llava_simplified.model.protocols import CausalLM, VisionModel
 
@@ -66,6 +69,7 @@ def add_lora(
     alpha: float,
     dropout: float = 0.0,
     bias: str = "none",
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Wrap the language model in a PEFT LoRA adapter (Hu et al., 2021). The adapter is float32.
 
@@ -75,10 +79,31 @@ def add_lora(
         alpha: Scale of the adapter: its output is multiplied by alpha / r.
         dropout: Dropout probability at the input of the adapter.
         bias: Which biases of the linear layers are trained as well: "none", "all" or "lora_only".
+        options: More fields of `LoraConfig`, as `parse_lora_options` returns them. PiSSA is only noted in
+            the adapter's config: `pissa.initialize` changes the weights, unless a checkpoint is loaded.
+
+    Raises:
+        ValueError: The options name a layer that the model does not have, or one that is not linear.
     """
     lm = model.language_model
     layers = find_linear_modules(lm)
-    adapted = _adapt(lm, layers, rank, alpha, dropout, bias, "CAUSAL_LM")
+    fields = dict(options or {})
+    if layers:
+        others = [name for name, _ in lm.named_modules() if name and name not in set(layers)]
+        layers = select_layers(layers, others, fields)
+    # The selected layers are stored by their full names, and so are their ranks.
+    for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+        fields.pop(name, None)
+    for name in ("rank_pattern", "alpha_pattern"):
+        if name in fields:
+            fields[name] = expand_pattern(name, fields[name], layers)
+    method = pissa_method(fields)
+    if method:
+        del fields["init_lora_weights"]
+    adapted = _adapt(lm, layers, rank, alpha, dropout, bias, "CAUSAL_LM", fields)
+    if method:
+        config: Any = adapted.peft_config["default"]
+        config.init_lora_weights = method
     model.language_model = cast(CausalLM, adapted)
 
 
@@ -126,7 +151,7 @@ def count_parameters(model: Llava) -> list[PartCount]:
         "language model": [],
         "LoRA adapter": [],
     }
-    # PEFT puts "lora_A" or "lora_B" into the names of an adapter's parameters.
+    # PEFT puts "lora_A", "lora_B" or "lora_magnitude_vector" (DoRA) into the names of an adapter's parameters.
     for name, parameter in model.vision_tower.named_parameters():
         groups["vision adapter" if "lora_" in name else "vision tower"].append(parameter)
     for name, parameter in model.language_model.named_parameters():
@@ -195,6 +220,7 @@ def _adapt(
     dropout: float,
     bias: str,
     task_type: str | None,
+    fields: Mapping[str, Any] | None = None,
 ) -> PeftModel:
     if not layers:
         raise ValueError(
@@ -210,6 +236,7 @@ def _adapt(
         bias=bias,  # type: ignore[arg-type]
         target_modules=layers,
         task_type=task_type,
+        **(fields or {}),
     )
     return get_peft_model(cast(Any, model), config)
 

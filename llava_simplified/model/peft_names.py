@@ -33,11 +33,15 @@ from peft import (  # noqa: E402
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer  # noqa: E402
+from peft.utils.other import transpose  # noqa: E402
 
 __all__ = [
     "LoraConfig",
+    "LoraLayer",
     "PeftModel",
     "get_peft_model",
     "get_peft_model_state_dict",
     "set_peft_model_state_dict",
+    "transpose",
 ]

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 # Columns are rounded up to a multiple of this, and of a quarter of their number's power of two.
 COLUMN_STEP = 64
-# Columns that are reserved for new tokens, if so many may follow.
+# Columns that are reserved for new tokens, at most.
 RESERVED_COLUMNS = 64
 # The largest part of the free memory that the buffers may take. The next batch is prefilled beside them.
 MEMORY_SHARE = 0.25
@@ -70,12 +70,12 @@ class BuffersTooLargeError(StaticDecodingError):
 
 
 def num_slots(rows: int) -> int:
-    """Return the number of slots for so many sequences: the next power of two."""
+    """Return the number of slots for this many sequences: the next power of two."""
     return 1 << (rows - 1).bit_length()
 
 
 def num_columns(length: int) -> int:
-    """Return the number of columns of a buffer for so many tokens."""
+    """Return the number of columns of a buffer for this many tokens."""
     step = max(COLUMN_STEP, (1 << length.bit_length()) // 8)
     return -(-length // step) * step
 

@@ -39,7 +39,7 @@ def build_parser() -> CommandParser:
         "--image-aspect-ratio",
         choices=["crop", "pad"],
         default="crop",
-        help="What training does with images that are not square, for --vision-tower (default: %(default)s)",
+        help="Images that are not square: crop, or pad to a square (default: %(default)s)",
     )
     parser.add_argument(
         "--min-side",

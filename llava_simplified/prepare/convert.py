@@ -36,7 +36,7 @@ _ABSOLUTE_PATH = re.compile(r"[/\\]|[A-Za-z]:[/\\]")  # also one of Windows
 
 
 def image_identity(row: SourceRow) -> str:
-    """Return what makes two rows rows of one image: its name, or its URL if the source does not name it.
+    """Return the key by which rows of one image are grouped: its name, or its URL if it has no name.
 
     A URL beside a name may be that of a page with several images.
     """
@@ -44,7 +44,7 @@ def image_identity(row: SourceRow) -> str:
 
 
 def request_identity(row: SourceRow) -> str:
-    """Return what makes two rows rows of one download: the URL, and the name of the image if the source has one."""
+    """Return the key by which rows of one download are grouped: the URL and the name of the image, if any."""
     return f"{row.url}\n{row.image}"
 
 
@@ -157,9 +157,9 @@ def to_records(
 
 
 def _record_of_row(row: SourceRow, names: _ImageNames) -> dict[str, Any] | None:
-    """Return the record of a row that has one, with the names of its images in the image folder; None if one is missing.
+    """Return the record of a row with its images' names in the image folder; None if an image is missing.
 
-    A record keeps everything that its source has; only the places of its images may change.
+    Everything else in the record is kept.
     """
     assert row.record is not None
     record = row.record

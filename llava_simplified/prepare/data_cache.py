@@ -84,7 +84,7 @@ def prepare_data(source: str, image_folder: str | None = None, sidecar: str = ""
     if count:
         return PreparedData(records, Path(image_folder or find_image_folder(source)), count)
     dataset = load_hub_dataset(source) if is_hub_name(source) else None
-    # The library knows a version of a data set by its fingerprint.
+    # The library identifies a version of a data set by its fingerprint.
     state = _state_of(source) if dataset is None else dataset._fingerprint
     settings = {
         "version": _VERSION,

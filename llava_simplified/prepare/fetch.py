@@ -58,7 +58,7 @@ MAX_CONSECUTIVE_TIMEOUTS = 10
 SLOW_AFTER = 3.0  # seconds after which the average rate of a body is checked
 SLOW_RATE = 1000  # minimum average rate of a body, in bytes per second
 MAX_DETAIL_LENGTH = 300
-# A request with a smaller share of the timeout, because other hosts have used the rest, tells nothing about its host.
+# A request with a smaller share of the timeout, because other hosts have used the rest, is no evidence about its host.
 FAIR_SHARE = 0.5
 
 _REDIRECT_STATUSES = (301, 302, 303, 307, 308)
@@ -67,7 +67,7 @@ _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS  # whichever the data begins with
 _NO_HEADER = -zlib.MAX_WBITS
 _CLOSE_CONNECTION = {"Connection": "close"}
 _ROBOTS_TIMEOUT = 5  # seconds
-_ROBOTS_MAX_BYTES = 500_000  # RFC 9309 asks for at least 500 KiB
+_ROBOTS_MAX_BYTES = 500_000  # RFC 9309 requires at least 500 KiB
 _ROBOTS_ALLOW_NOTHING = ["User-agent: *", "Disallow: /"]
 _OPT_OUT_WORDS = {"noai", "noimageai", "noindex", "noimageindex", "noml", "none"}
 
@@ -219,7 +219,7 @@ class Fetcher:
                         f"not requested: the last {MAX_CONSECUTIVE_TIMEOUTS} requests to {host} timed out",
                     )
                 start = time.monotonic()
-                # `fetch_hosts` keeps the pauses that the host of the URL asks for, but not those of other hosts.
+                # `fetch_hosts` keeps the pauses that the host of the URL requests, but not those of other hosts.
                 if host != first_host and self._paused_until[host] > start:
                     raise FetchError("rate_limited", f"not requested: {host} asked for a pause")
                 try:
@@ -268,7 +268,7 @@ class Fetcher:
         announced = response.content_length or 0
         if announced > max_bytes:
             raise FetchError(
-                "too_large", f"Content-Length is {announced} bytes, the limit is {max_bytes}", 200
+                "too_large", f"Content-Length is {announced} bytes; the limit is {max_bytes}", 200
             )
         chunks: list[bytes] = []
         size = 0

@@ -250,7 +250,7 @@ def read_json_lines_source(
     for number, text in read_lines(source, issues):
         value = parse_object(text)
         if value is None:
-            row = row_from_text(parse_string(text), number)
+            row = row_from_text(parse_json_string(text), number)
             if row is None:
                 issues.note(NOT_AN_OBJECT, number, text)
             else:
@@ -378,8 +378,8 @@ def parse_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def parse_string(text: str) -> str | None:
-    """Return the JSON string that a text is, or None."""
+def parse_json_string(text: str) -> str | None:
+    """Parse a line that is a JSON string; return None if it is not one."""
     if not text.lstrip().startswith('"'):
         return None
     try:

@@ -83,7 +83,7 @@ class LenientResponseHandler(ResponseHandler):
         if not data:
             return
         super().data_received(data)
-        # aiohttp tells whoever waits for the head that the rest is damaged, but not whoever waits for the body.
+        # aiohttp raises this error for code that waits for the head, but not for code that waits for the body.
         error = self.exception()
         if error is not None and self._payload is not None and not self._payload.is_eof():
             self._payload.set_exception(ClientPayloadError(f"damaged body: {error}"))
@@ -179,7 +179,7 @@ def read_headers(text: bytes) -> dict[bytes, bytes]:
 
 
 def _encode_head(status: re.Match[bytes], headers: Mapping[bytes, bytes]) -> bytes:
-    """Return a head of HTTP/1.1, or of HTTP/1.0, where a connection is closed unless the server says otherwise."""
+    """Return a head of HTTP/1.1, or of HTTP/1.0, where a connection is closed unless a header keeps it open."""
     version = b"1.0" if status["version"] == b"1.0" else b"1.1"
     reason = _CONTROL_CHARACTERS.sub(b" ", status["reason"] or b"").strip()[:_MAX_REASON]
     lines = [b"HTTP/" + version + b" " + status["status"] + b" " + reason]

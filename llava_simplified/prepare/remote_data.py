@@ -36,7 +36,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def state_of_url(source: str) -> list[str]:
-    """Return what the file system knows about the files of a URL: size, version and time, by their names.
+    """Return the size, version and time of the files of a URL, as listed by the file system, by their names.
 
     Raises:
         ValueError: There is no such file, or it cannot be reached.
@@ -90,7 +90,7 @@ def _find_files(source: str) -> tuple[Any, list[str]]:
 
 
 def load_hub_dataset(source: str) -> Any:
-    """Load a data set of the Hub by its name. The library keeps it in its own cache, and asks for changes.
+    """Load a data set of the Hub by its name. The library keeps it in its own cache, and checks for changes.
 
     Args:
         source: "owner/name" for the only split or the one called train, or "owner/name/split".

@@ -1,8 +1,8 @@
 """Read captions from text files beside the images: `a.jpg` with `a.txt`, `a.caption` or `a.jpg.txt`.
 
 This is how kohya's scripts, OneTrainer and taggui keep captions, in folders of any depth. A sidecar belongs to the image
-whose name it begins with; the full name (`a.jpg.txt`) precedes the stem (`a.txt`). Whatever has no other half is counted
-and named.
+whose name it begins with; the full name (`a.jpg.txt`) precedes the stem (`a.txt`). Images without
+a sidecar, and sidecars without an image, are counted and reported.
 
 A folder may hold millions of files. Only the names of one directory are in memory at a time, as one text each:
 

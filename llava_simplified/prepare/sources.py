@@ -235,7 +235,7 @@ def _read_folder(
     if sidecar:
         forms = {_SIDECARS: contents.sidecars}
     if len(forms) > 1:
-        _refuse_ambiguous(folder, contents, forms)
+        _raise_ambiguous_form(folder, contents, forms)
     for form, paths in forms.items():
         if form == _SIDECARS:
             yield from read_sidecars(folder, issues, SidecarOptions.parse(sidecar))
@@ -360,15 +360,16 @@ def _first_row_error(path: Path, columns: Columns) -> ValueError | None:
     return None
 
 
-def _refuse_ambiguous(
+def _raise_ambiguous_form(
     folder: Path, contents: _FolderContents, forms: dict[str, list[Path]]
 ) -> NoReturn:
     """Raise the error for a folder with captions in several forms."""
     found = []
     for form, paths in forms.items():
         name = paths[0].relative_to(folder)
-        count = f"{contents.pairs:,} " if form == _SIDECARS else f"{len(paths):,} "
-        found.append(f"{count}{form} ({name}{', ...' if len(paths) > 1 else ''})")
+        count = contents.pairs if form == _SIDECARS else len(paths)
+        more = ", ..." if len(paths) > 1 else ""
+        found.append(f"{count:,} {form} ({name}{more})")
     choices = (
         "Pass the file that you mean, or a pattern such as 'FOLDER/*.tar', instead of the folder"
     )

@@ -218,7 +218,7 @@ class ModelEndpoint:
         urls = image_urls(messages)
         if len(urls) > self.limits.max_images:
             raise RequestError(
-                f"The conversation has {len(urls)} images, the maximum is {self.limits.max_images}.",
+                f"The conversation has {len(urls)} images; the maximum is {self.limits.max_images}.",
                 "messages",
                 "too_many_images",
             )
@@ -457,7 +457,7 @@ def _warnings(chat: ChatRequest, request: RequestHandle) -> dict[str, list[str]]
     # An integer of JSON has any number of digits.
     shown = str(requested) if requested < 10**12 else "more than 10^12"
     return {
-        "warnings": [f"{name}: {shown} tokens were requested, the answer has at most {granted}."]
+        "warnings": [f"{name}: {shown} tokens were requested; the answer has at most {granted}."]
     }
 
 

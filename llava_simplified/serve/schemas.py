@@ -222,7 +222,7 @@ class ChatRequest(Conversation):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     # Extensions of OpenAI's API, as in vLLM.
-    top_k: int | None = Field(None, ge=0, lt=2**31)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)  # in vLLM, -1 is all tokens, as 0
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     n: int | None = Field(None, ge=1)
     # Accept signed 64-bit seeds; larger ones would overflow in the generator.
@@ -290,7 +290,7 @@ class ChatRequest(Conversation):
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=self.top_p or 1.0,
-            top_k=self.top_k or 0,
+            top_k=max(self.top_k or 0, 0),
             repetition_penalty=self.repetition_penalty or 1.0,
             num_return_sequences=num_return_sequences,
             seed=self.seed,

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -36,6 +37,8 @@ from llava_simplified.model.config import (
 )
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.lora import add_lora, add_tower_lora, check_trainable, freeze
+from llava_simplified.model.lora_options import parse_lora_options, pissa_method
+from llava_simplified.model.pissa import initialize as initialize_pissa
 from llava_simplified.model.projector import init_projector_scale
 from llava_simplified.model.weights import check_weights_digest, weights_digest
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
@@ -47,7 +50,11 @@ from llava_simplified.training.kernels import (
     use_liger_kernels,
 )
 from llava_simplified.training.model_config import model_config, trained_parts
+from llava_simplified.training.policy_trainer import PolicyTrainer, kl_coefficient
+from llava_simplified.training.reference_weights import ReferenceWeights
 from llava_simplified.training.resume import check_same_run, find_resume_folder, run_settings
+from llava_simplified.training.rewards import Reward, parse_rewards
+from llava_simplified.training.rollouts import PromptCollator, PromptDataset
 from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -56,6 +63,12 @@ logger = logging.getLogger(__name__)
 # 64; cached features cost nothing.
 _SCALING_IMAGES = 64
 _SCALING_CACHED_IMAGES = 1024
+
+
+# Of the objectives; all others sample captions for prompts.
+OBJECTIVES = ("sft", "scst", "rloo", "grpo")
+_DATASETS: dict[str, type[CaptionDataset]] = {"sft": CaptionDataset}
+_COLLATORS: dict[str, type[Collator]] = {"sft": Collator}
 
 
 # The order of the steps below:
@@ -140,7 +153,8 @@ def build_trainer(
     parts = trained_parts(model_args)
     set_trainable(model, model_args, parts)
 
-    train_set = _build_dataset(model, train_records, train_folder, data_args, args)
+    dataset_class = _DATASETS.get(args.objective, PromptDataset)
+    train_set = _build_dataset(model, train_records, train_folder, data_args, args, dataset_class)
     eval_set = None
     datasets = [train_set]
     if eval_records:
@@ -149,6 +163,11 @@ def build_trainer(
     digest = config.weights_digests["vision_tower"]
     # Cache features only now that the trained parts are set: features of a trained tower cannot be cached.
     cache_features(model.vision_tower, data_args, args, digest, datasets)
+    reference = None
+    if args.objective == "dpo" or (args.objective != "sft" and kl_coefficient(args) > 0):
+        # The weights at the start of the run, also if it is resumed.
+        initialize_trained_parts(model, model_args, parts, train_set)
+        reference = ReferenceWeights(model)
     initialize_trained_parts(model, model_args, parts, train_set, resumed)
     table = check_trainable(model, parts)
 
@@ -159,24 +178,40 @@ def build_trainer(
     # Compile the layers before the trainer is created: DDP, FSDP or DeepSpeed wrap the model there.
     if args.compile_layers:
         compile_layers(model.language_model)
-    trainer = LlavaTrainer(
-        model,
-        args,
-        config,
-        parts,
-        settings,
-        data_args.max_bad_images,
-        train_dataset=examples,
-        eval_dataset=eval_set,
-        data_collator=Collator(
+    collator_class = _COLLATORS.get(args.objective, PromptCollator)
+    options: dict[str, Any] = {
+        "model": model,
+        "args": args,
+        "config": config,
+        "parts": parts,
+        "settings": settings,
+        "max_bad_images": data_args.max_bad_images,
+        "train_dataset": examples,
+        "eval_dataset": eval_set,
+        "data_collator": collator_class(
             model.vision_tower.num_tokens,
             model.prompt.end_id,
             dummy_image_batch(model, train_set),
         ),
-    )
+    }
+    trainer = _create_trainer(options, train_records, reference, data_args.share_prefix)
     if trainer.accelerator.is_local_main_process:
         logger.info("%s\n%s", table, _describe_data(trainer, train_set, examples, model.prompt))
     return trainer, resumed
+
+
+def _create_trainer(
+    options: dict[str, Any],
+    records: Sequence[Record],
+    reference: ReferenceWeights | None,
+    share_prefix: bool,
+) -> LlavaTrainer:
+    """Return the trainer of the run's objective; `options` are those of `LlavaTrainer`."""
+    args: TrainingArguments = options["args"]
+    if args.objective == "sft":
+        return LlavaTrainer(**options)
+    reward = Reward(args.reward, (record.responses for record in records))
+    return PolicyTrainer(reward, reference, share_prefix, **options)
 
 
 def _build_dataset(
@@ -185,14 +220,17 @@ def _build_dataset(
     folder: str,
     data_args: DataArguments,
     args: TrainingArguments,
+    dataset_class: type[CaptionDataset] = CaptionDataset,
 ) -> CaptionDataset:
-    return CaptionDataset(
+    # Prompts are not repeated for each of their references.
+    one_per_record = data_args.share_prefix or dataset_class is PromptDataset
+    return dataset_class(
         records,
         model.prompt,
         folder,
         model.vision_tower.transform,
         args.model_max_length,
-        data_args.share_prefix,
+        one_per_record,
     )
 
 
@@ -244,6 +282,7 @@ def check_options(
             "--label_smoothing_factor and --neftune_noise_alpha are not supported. Remove them."
         )
     _check_tower_options(model_args, data_args)
+    _check_lora_options(model_args)
     if "wandb" in args.report_to and not planning and find_spec("wandb") is None:
         raise ValueError(
             f"--report_to wandb requires wandb: run {install_command('wandb')}, or pass --report_to none."
@@ -255,6 +294,7 @@ def check_options(
     origin = model_args.init_from or model_args.pretrain_mm_mlp_adapter
     if origin:
         check_origin(model_args, origin, check_weights=not planning)
+    _check_objective(model_args, data_args, args)
     check_kernels(model_args, data_args, args, check_machine=not planning)
 
 
@@ -278,6 +318,51 @@ def _check_evaluation_options(data_args: DataArguments, args: TrainingArguments)
         )
 
 
+def _check_objective(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> None:
+    """Check the options of rewards and preferences.
+
+    Raises:
+        ValueError: An option is invalid, or does not go with the objective.
+    """
+    objective = args.objective
+    if objective not in OBJECTIVES:
+        raise ValueError(f"--objective {objective}: expected one of {', '.join(OBJECTIVES)}.")
+    if objective == "sft":
+        return
+    if not model_args.init_from:
+        raise ValueError(
+            f"--objective {objective} improves a model that captions already. Train one first with --objective sft, and "
+            "pass --init_from CHECKPOINT."
+        )
+    if args.kl_coef is not None and not args.kl_coef >= 0:
+        raise ValueError(f"--kl_coef {args.kl_coef}: expected 0 or more.")
+    _check_sampling(data_args, args)
+
+
+def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
+    objective = args.objective
+    if data_args.packing:
+        raise ValueError(
+            f"--packing with --objective {objective}: packs are planned by length, and captions that are still to be "
+            "sampled have none. Pass --packing False; the captions of an image share its prompt anyway."
+        )
+    fewest = 1 if objective == "scst" else 2
+    if args.num_samples < fewest:
+        raise ValueError(
+            f"--num_samples {args.num_samples}: {objective} requires {fewest} at least, since it compares the samples "
+            "of an image."
+        )
+    if not args.sample_temperature > 0:
+        raise ValueError(
+            f"--sample_temperature {args.sample_temperature}: expected a number above 0; at 0 all samples are the same."
+        )
+    if args.sample_max_tokens < 1:
+        raise ValueError(f"--sample_max_tokens {args.sample_max_tokens}: expected 1 or more.")
+    parse_rewards(args.reward)
+
+
 def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:
     tuning, caching = model_args.tune_vision_tower, data_args.cache_vision_features
     check_cache_mode(caching)
@@ -287,6 +372,32 @@ def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -
         raise ValueError(
             f"--cache_vision_features {caching}: --tune_vision_tower {tuning} changes the features with every step. "
             "Pass --cache_vision_features pixels, auto or off."
+        )
+
+
+def _check_lora_options(model_args: ModelArguments) -> None:
+    options = parse_lora_options(model_args.lora_options)
+    if not options:
+        return
+    if trained_parts(model_args).language_model != "adapter":
+        raise ValueError(
+            "--lora_options: this run trains no adapter of the language model. Remove the option, or pass "
+            "--lora_enable True --tune_mm_mlp_adapter False."
+        )
+    method = pissa_method(options)
+    if not method:
+        return
+    if model_args.bits != 16:
+        # The weights without their principal part would have to be quantized again, with other scales.
+        raise ValueError(
+            f"--lora_options: init_lora_weights {method} changes the frozen weights, but --bits {model_args.bits} "
+            "quantizes them. Pass --bits 16, or remove init_lora_weights."
+        )
+    if model_args.lora_dropout:
+        logger.warning(
+            "--lora_dropout %g drops principal parts of the weights that PiSSA has moved into the adapter; its "
+            "authors use --lora_dropout 0.",
+            model_args.lora_dropout,
         )
 
 
@@ -388,7 +499,8 @@ def set_trainable(model: Llava, model_args: ModelArguments, parts: TrainedParts)
     if parts.vision_tower == "lora":
         add_tower_lora(model, rank, alpha, dropout)
     if parts.language_model == "adapter":
-        add_lora(model, rank, alpha, dropout, model_args.lora_bias)
+        options = parse_lora_options(model_args.lora_options)
+        add_lora(model, rank, alpha, dropout, model_args.lora_bias, options)
 
 
 def initialize_trained_parts(
@@ -419,6 +531,8 @@ def initialize_trained_parts(
         load_projector(model.projector, model_args.pretrain_mm_mlp_adapter)
     else:
         _scale_projector(model, train_set)
+    # Last: nothing is to be done if the adapter comes from a checkpoint.
+    initialize_pissa(model.language_model)
 
 
 def _check_same_parts(parts: TrainedParts, model_args: ModelArguments, folder: str) -> None:

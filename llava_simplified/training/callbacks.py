@@ -207,6 +207,10 @@ class GradientNormMonitor:
         median = statistics.median(self._recent) if has_history else float("inf")
         # Add unusual norms to the history too, so that the warnings stop if the level stays high.
         self._recent.append(norm)
+        if (
+            median == 0
+        ):  # rewards without a difference have no gradient, which says nothing of this one
+            return None
         if norm <= self.factor * median or self.reports == self.MAX_REPORTS:
             return None
         self.reports += 1

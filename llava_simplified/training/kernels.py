@@ -66,7 +66,8 @@ def _check_machine(model: ModelArguments, args: TrainingArguments) -> None:
             "--attn_implementation sdpa."
         )
     if model.bits != 16:
-        quantization(model.bits, torch.float32)  # raises if bitsandbytes is missing
+        # Called for its check only: raises if bitsandbytes is missing.
+        quantization(model.bits, torch.float32)
     if args.use_liger_kernel:
         _check_liger(args)
     _check_compilation(args)

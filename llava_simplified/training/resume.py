@@ -56,9 +56,16 @@ _MUST_NOT_CHANGE = (
     "lora_r",
     "lora_alpha",
     "lora_bias",
+    "lora_options",
     "tune_mm_mlp_adapter",
     "freeze_backbone",
     "tune_vision_tower",
+    "objective",
+    "reward",
+    "num_samples",
+    "sample_temperature",
+    "sample_max_tokens",
+    "kl_coef",
 )
 # Changes of these are not reported. "steps" and "epochs" are progress, not options.
 _NOT_COMPARED = {
@@ -182,8 +189,9 @@ def check_same_run(folder: Path, config: LlavaConfig, settings: Mapping[str, Any
         old_value, new_value = before.get(name, "default"), now.get(name, "default")
         if name in _MUST_NOT_CHANGE:
             raise ValueError(
-                f"--{name}: {folder} was trained with {old_value}, this run has {new_value}, so it is not the same "
-                f"run. Pass the old value, or start a new run from the trained weights with --init_from {folder}."
+                f"--{name}: {folder} was trained with {old_value}, but this run has {new_value}. This option cannot "
+                "change when a run is resumed. Pass the value of the checkpoint, or start a new run with "
+                f"--init_from {folder}."
             )
         differences.append(f"--{name} was {old_value}, is {new_value}")
     if before.get("processes") != now.get("processes"):
@@ -231,7 +239,7 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
     if not is_same:
         raise ValueError(
             f"--per_device_train_batch_size, --gradient_accumulation_steps: {folder} was trained with {old} in each "
-            f"step, this run has {new}, so that records of this epoch would be seen twice or never. Pass values "
+            f"step, but this run has {new}. Records of this epoch would be used twice or never. Pass values "
             f"{requirement}, or start a new run from the trained weights with --init_from {folder}."
         )
 
@@ -271,6 +279,6 @@ def _check_same_model(folder: Path, config: LlavaConfig, stored: Mapping[str, An
     for name, value in asdict(config).items():
         if name not in _LOCATIONS and value != before[name]:
             raise ValueError(
-                f"{folder}: its model has {name} {before[name]}, the model of this run has {name} {value}. "
+                f"{folder}: its model has {name} {before[name]}, but the model of this run has {name} {value}. "
                 f"Pass the old value, or start a new run with a different --output_dir."
             )

@@ -89,12 +89,14 @@ class _Handler(BaseHTTPRequestHandler):
                 fault = endpoint.faults[image].pop(0)
         try:
             endpoint.before_answer(image)
+        finally:
+            # Before the answer: the client's next request may come before `send` has returned.
+            with endpoint.lock:
+                endpoint.in_flight -= 1
+        try:
             self.answer(fault, body, image)
         except OSError:
             self.close_connection = True  # the client has gone
-        finally:
-            with endpoint.lock:
-                endpoint.in_flight -= 1
 
     def answer(self, fault: str, body: dict[str, Any], image: bytes) -> None:
         n = body.get("n", 1)

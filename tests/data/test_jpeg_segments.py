@@ -204,7 +204,7 @@ def test_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(
     data = with_scans(encode(**options), 5000)
     for function in (decode_image, check_image):
         start = time.perf_counter()
-        with pytest.raises(ImageError, match=f"5000 scans, {MAX_JPEG_SCANS} is the limit") as error:
+        with pytest.raises(ImageError, match=f"5000 scans.*{MAX_JPEG_SCANS}") as error:
             function(data)
         assert error.value.kind == "too_large"
         assert time.perf_counter() - start < 1

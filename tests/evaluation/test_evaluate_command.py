@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llava_simplified.cli import main as llava
+from llava_simplified.evaluation.comparison import align_samples
 from llava_simplified.evaluation.evaluate_command import main
+from llava_simplified.evaluation.metrics import Sample
 from llava_simplified.evaluation.predictions import Predictions, read_predictions
 from llava_simplified.evaluation.references import read_references
 from llava_simplified.evaluation.run_names import name_runs, sort_by_step, training_steps
@@ -432,7 +435,8 @@ def test_evaluate_scores_several_files_and_writes_a_report(
     assert "CIDEr-D" in output
     assert "note: only 4 images" in output
     report = (tmp_path / "report.html").read_text()
-    assert report.count("data:image/webp;base64,") == 4
+    # A card for each image, and the two that changed beside the captions of both.
+    assert report.count("data:image/webp;base64,") == 4 + 2
     assert "validation, last 2.250" in report
     assert "by checkpoint" in report
 
@@ -464,3 +468,63 @@ def test_build_parser_imports_nothing_heavy(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+# ---- two programs ----
+
+
+def write_two_programs(folder: Path, *, second_id: int = 2) -> list[str]:
+    """Write a prediction file, COCO results of the same images in another order, and the references of both."""
+    name = "COCO_val2014_{:012}.jpg".format
+    rows = []
+    for index, caption in enumerate(["a cat", "a dog"]):
+        rows += make_rows(caption, index=index, image=f"val2014/{name(index + 1)}")
+    results = [
+        {"image_id": second_id, "caption": "a dog"},
+        {"image_id": 1, "caption": "a cat on a mat"},
+    ]
+    content = {
+        "images": [{"id": i, "file_name": name(i)} for i in (1, 2, 3)],
+        "annotations": [{"image_id": i, "caption": "a cat"} for i in (1, 2, 3)],
+    }
+    first = write_rows(folder / "ours.json", rows)
+    second = write_rows(folder / "theirs.json", results)
+    references = folder / "captions.json"
+    references.write_text(json.dumps(content))
+    return [str(first), str(second), "--references", str(references), "--no-java"]
+
+
+def test_files_of_two_programs_are_compared_image_by_image(tmp_path: Path) -> None:
+    """One counts the images and names their folder, the other has ids: positions and names differ."""
+    words = write_two_programs(tmp_path)
+    scores = tmp_path / "scores.json"
+    assert main([*words, "--output", str(scores), "--resamples", "20"]) == 0
+    comparison = json.loads(scores.read_text())["theirs"]["compared with"]
+    (changed,) = comparison["changed images"]
+    assert changed["image"] == "val2014/COCO_val2014_000000000001.jpg"
+    assert changed["differences"]["word F1"] == pytest.approx(4 / 7 - 1)
+    exact = comparison["differences"]["exact match"]
+    assert (exact["better"], exact["worse"], exact["equal"]) == (0, 1, 1)
+
+
+def test_files_of_other_images_are_not_compared(tmp_path: Path) -> None:
+    words = write_two_programs(tmp_path, second_id=3)
+    scores = tmp_path / "scores.json"
+    assert main([*words, "--output", str(scores), "--resamples", "0"]) == 0
+    assert "compared with" not in json.loads(scores.read_text())["theirs"]
+
+
+def test_align_samples_gives_images_the_names_of_the_first_program() -> None:
+    order = [
+        Sample("0", "a/1.jpg", "", ("a cat",), ("x",)),
+        Sample("1", "b/1.jpg", "", ("c",), ("y",)),
+    ]
+    samples = [
+        replace(order[1], index="1007"),
+        replace(order[0], index="1003", image="val/a/1.jpg"),
+    ]
+    assert align_samples(samples, order) == order
+    # Which of the two images is meant, cannot be told; and scores need the same references.
+    assert align_samples([samples[0], replace(samples[1], image="1.jpg")], order) is None
+    assert align_samples([samples[0], replace(samples[1], references=("a dog",))], order) is None
+    assert align_samples(samples[:1], order) is None

@@ -108,6 +108,9 @@ def test_report_of_two_models_names_the_run_in_every_panel(image_folder: Path) -
     )
     html = output.read_text(encoding="utf-8")
     assert_self_contained(html)
+    # The image that lost is shown beside the captions of both runs.
+    losses = html[html.index("The greatest losses") : html.index('<section id="images">')]
+    assert losses.count('<img src="data:image/webp;base64,') == 1
     text = " ".join(Page(html).text.split())
     assert "by checkpoint" not in text
     assert text.index(first.name) < text.index(second.name)

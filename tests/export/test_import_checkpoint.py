@@ -38,7 +38,11 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_simplified.captioning.caption_command import predict_main
 from llava_simplified.export.gguf_export import export_gguf
-from llava_simplified.export.import_checkpoint import import_checkpoint
+from llava_simplified.export.import_checkpoint import (
+    fold_linear_projector,
+    import_checkpoint,
+    read_source,
+)
 from llava_simplified.export.import_command import main as import_main
 from llava_simplified.export.merge import merge_checkpoint
 from llava_simplified.export.stock import export_stock
@@ -844,3 +848,24 @@ def test_import_checkpoint_refuses_a_pickle_that_runs_code(
     assert not (tmp_path / "ours").exists()
     torch.load(folder / name, weights_only=False)
     assert victim.exists(), "the trap works"
+
+
+# ---- projectors without an activation ----
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_projector_of_stock_llava_is_folded_into_one_layer(with_bias: bool) -> None:
+    first, second = torch.nn.Linear(5, 7, bias=with_bias), torch.nn.Linear(7, 3, bias=with_bias)
+    weights = torch.nn.Sequential(first, torch.nn.Identity(), second).state_dict()
+    folded = fold_linear_projector(weights)
+    x = torch.randn(4, 5)
+    expected = second(first(x))
+    actual = torch.nn.functional.linear(x, folded["0.weight"], folded["0.bias"])
+    torch.testing.assert_close(actual, expected)
+
+
+def test_import_names_an_activation_that_it_does_not_support(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"projector_hidden_act": "silu"}')
+    save_file({"mm_projector.0.weight": torch.zeros(1, 1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"config\.json.*silu.*projector_hidden_act"):
+        read_source(tmp_path)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llava_simplified.model import chunked_loss
-from llava_simplified.model.chunked_loss import summed_cross_entropy
+from llava_simplified.model.chunked_loss import token_cross_entropy
 
 
 @pytest.mark.parametrize(
@@ -21,20 +21,21 @@ def test_chunked_cross_entropy_equals_that_of_pytorch(
     logits = (8 * torch.randn(23, 50, generator=generator)).to(dtype)
     labels = torch.randint(0, 50, (23,), generator=generator)
     results = []
+    # Not a factor of 1, as with the number of trained tokens of a step, and another one for each row.
+    weights = torch.linspace(-1, 2, 23, dtype=torch.float64)
     for function in (
-        summed_cross_entropy,
-        lambda x, y: cross_entropy(x.double(), y, reduction="sum"),
+        token_cross_entropy,
+        lambda x, y: cross_entropy(x.double(), y, reduction="none"),
     ):
         leaf = logits.clone().requires_grad_()
         loss = function(leaf, labels)
-        # Not a factor of 1, as with the number of trained tokens of a step.
-        (grad,) = torch.autograd.grad(loss / 3, leaf)
+        (grad,) = torch.autograd.grad((weights * loss).sum(), leaf)
         results.append((loss, grad))
     (loss, grad), (expected_loss, expected_grad) = results
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     assert grad.dtype == dtype
     # The loss is computed in float32 even from bfloat16 logits.
-    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         grad.double(), expected_grad.double(), rtol=tolerance, atol=tolerance
     )
@@ -52,5 +53,5 @@ def test_chunked_cross_entropy_holds_one_chunk_in_float32(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.Tensor, "logsumexp", recorded)
     logits = torch.randn(100, 64, dtype=torch.bfloat16, requires_grad=True)
-    summed_cross_entropy(logits, torch.zeros(100, dtype=torch.long)).backward()
+    token_cross_entropy(logits, torch.zeros(100, dtype=torch.long)).sum().backward()
     assert largest == 10 * 64

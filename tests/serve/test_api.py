@@ -413,6 +413,30 @@ def test_strict_model_refuses_other_names(model: Llava) -> None:
                 assert len(response.content) < 2000
 
 
+# Bodies of evaluation programs, without the image: VLMEvalKit, lmms-eval's `openai` and its reasoning models,
+# lm-evaluation-harness, and clients of vLLM.
+EVALUATION_BODIES: list[dict[str, Any]] = [
+    {"model": "tiny", "max_tokens": 2048, "n": 1, "temperature": 0},
+    {"model": "tiny", "max_tokens": 1024, "temperature": 0},
+    {"model": "o1", "max_completion_tokens": 4096, "response_format": {"type": "text"}},
+    {"model": "tiny", "max_tokens": 256, "temperature": 0.0, "stop": ["\n\n"], "seed": 1234},
+    {"model": "tiny", "max_tokens": 2048, "temperature": 0, "top_p": 1.0, "top_k": -1},
+]
+
+
+@pytest.mark.medium
+def test_requests_of_evaluation_programs_are_accepted(model: Llava, photos: list[bytes]) -> None:
+    encoded = base64.b64encode(photos[0]).decode()
+    url = {"url": f"data:image/png;base64,{encoded}", "detail": "low"}
+    parts = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "What is this?"}]
+    with live_server(model, limits=Limits(max_tokens=8)) as server:
+        for body in EVALUATION_BODIES:
+            response = server.post({"messages": [{"role": "user", "content": parts}], **body})
+            assert response.status_code == 200, response.text
+            answer = response.json()["choices"][0]["message"]["content"]
+            assert answer == model.caption(photos[0], "What is this?", max_new_tokens=8)
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_max_tokens_is_clamped_to_limit_and_context(

@@ -144,6 +144,12 @@ def test_gradient_norm_monitor_warns_ten_times_at_most() -> None:
     assert sum(monitor.check(50.0) is not None for _ in range(20)) == 9
 
 
+def test_gradient_norm_after_steps_without_a_gradient_is_not_reported() -> None:
+    """As in a run on rewards that are all the same for most images."""
+    monitor = GradientNormMonitor(min_history=5)
+    assert [monitor.check(norm) for norm in [0.0] * 10 + [1.0]] == [None] * 11
+
+
 # ---- the best checkpoint ----
 
 

@@ -1,0 +1,238 @@
+"""CHAIR: how many of the objects that captions mention are not in the image (Rohrbach et al. 2018, arXiv:1809.02156).
+
+Each caption is reduced to the COCO categories that it mentions. An object is hallucinated if neither the instance
+annotations of the image nor its reference captions contain it:
+
+    caption        "a man with two hot dogs on a bench"
+    mentions       person, hot dog, bench
+    in the image   person, hot dog, dining table            (instances and references)
+    hallucinated   bench            CHAIRi: 1 of 3 mentions; CHAIRs: 1 of 1 captions
+
+The words and rules are data: `coco_objects.yaml`, which names its source.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+
+from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.evaluation.bootstrap import Metric
+from llava_simplified.evaluation.references import References
+
+_VOCABULARY = "coco_objects.yaml"
+# A hyphen joins words: a "man-made" lake is no man. Punctuation is a token, so that "hot, dog" is no hot dog.
+_TOKEN = re.compile(r"\w+(?:[-/]\w+)*|[^\w\s]")
+_MAX_SHOWN = 3
+
+
+class Vocabulary(NamedTuple):
+    """The words of `coco_objects.yaml`.
+
+    Attributes:
+        category_of: Category by word; a category is a word of its own.
+        double_words: What two adjacent words are read as, by both words and the space between them.
+        singular_of: Singular of each plural form of a word above.
+    """
+
+    category_of: dict[str, str]
+    double_words: dict[str, str]
+    singular_of: dict[str, str]
+
+
+@cache
+def load_vocabulary() -> Vocabulary:
+    """Read the categories, words and rules."""
+    path = files("llava_simplified.evaluation").joinpath(_VOCABULARY)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    category_of = {}
+    for category, words in content["categories"].items():
+        for word in (category, *words):
+            category_of[word] = category
+    double_words: dict[str, str] = dict(content["double_words"])
+    for qualifier, words in content["qualifiers"].items():
+        for word in words:
+            double_words[f"{qualifier} {word}"] = word
+
+    # Only the plurals of known words matter, so they are listed instead of guessing the singular of any word:
+    # "glasses" and "buses" need no rules that would cut "bus" and "glass".
+    known = set(category_of)
+    for pair in double_words:
+        known.update(pair.split())
+    singular_of = {}
+    for word in known:
+        for plural in _plurals(word):
+            if plural not in known:  # "skis" is a category
+                singular_of[plural] = word
+    singular_of.update(content["irregular_plurals"])
+    return Vocabulary(category_of, double_words, singular_of)
+
+
+def _plurals(word: str) -> Iterator[str]:
+    """Yield the regular plural forms of a word."""
+    if word.endswith(("s", "x", "z", "ch", "sh")):
+        yield word + "es"
+    elif re.search("[^aeiou]y$", word):
+        yield word[:-1] + "ies"
+    else:
+        yield word + "s"
+        if word.endswith("o"):
+            yield word + "es"
+
+
+def mentioned_objects(caption: str) -> list[str]:
+    """Return the COCO categories that a caption mentions, in order. A category mentioned twice occurs twice."""
+    vocabulary = load_vocabulary()
+    tokens = []
+    for token in _TOKEN.findall(caption.lower()):
+        tokens.append(vocabulary.singular_of.get(token, token))
+    words = _join_double_words(tokens, vocabulary.double_words)
+    # "The seat of the toilet" is no chair.
+    if "toilet" in words:
+        words = [word for word in words if word != "seat"]
+    return [vocabulary.category_of[word] for word in words if word in vocabulary.category_of]
+
+
+def _join_double_words(tokens: Sequence[str], double_words: Mapping[str, str]) -> list[str]:
+    """Replace pairs of adjacent tokens, from left to right; a token belongs to one pair at most."""
+    words = []
+    position = 0
+    while position < len(tokens):
+        pair = " ".join(tokens[position : position + 2])
+        if pair in double_words:
+            words.append(double_words[pair])
+            position += 2
+        else:
+            words.append(tokens[position])
+            position += 1
+    return words
+
+
+def chair_metrics(
+    captions: Sequence[Sequence[str]],
+    references: Sequence[Sequence[str]],
+    annotated: Sequence[Collection[str]],
+) -> list[Metric]:
+    """Return CHAIRs, the fraction of captions that hallucinate, and CHAIRi, the fraction of hallucinated mentions.
+
+    Args:
+        captions: Captions by trial and image.
+        references: References by image.
+        annotated: The categories that are annotated in each image.
+    """
+    counts = np.zeros((len(captions), len(references), 2))  # hallucinated, mentioned
+    for image, group in enumerate(references):
+        # What people wrote counts as much as what they outlined: small objects are often only in one of both.
+        present = set(annotated[image])
+        for reference in group:
+            present.update(mentioned_objects(reference))
+        for trial, trial_captions in enumerate(captions):
+            mentions = mentioned_objects(trial_captions[image])
+            hallucinated = [name for name in mentions if name not in present]
+            counts[trial, image] = len(hallucinated), len(mentions)
+
+    has_hallucination = (counts[..., :1] > 0).astype(float)
+    return [
+        Metric(("CHAIRs",), has_hallucination, lambda sums, images: sums / images, True),
+        Metric(("CHAIRi",), counts, _share_of_mentions, True),
+    ]
+
+
+def _share_of_mentions(sums: np.ndarray, num_images: int) -> np.ndarray:
+    """Return hallucinated / mentioned; 0 if nothing is mentioned. The number of images does not count."""
+    hallucinated = sums[..., :1]
+    mentioned = sums[..., 1:]
+    return np.divide(hallucinated, mentioned, out=np.zeros_like(hallucinated), where=mentioned > 0)
+
+
+# ---- annotations ----
+
+
+def read_instances(paths: Sequence[Path]) -> References:
+    """Read COCO instance annotations, such as instances_val2014.json.
+
+    Args:
+        paths: Files of `{"images", "annotations", "categories"}`. The images of Karpathy's splits are in two of them.
+
+    Returns:
+        The categories of each image, which are found in the same way as its reference captions.
+
+    Raises:
+        ValueError: A file cannot be read, has another form, or has a category that is none of COCO's 80.
+    """
+    categories: dict[str, list[str]] = {}  # by image id
+    names: dict[str, str] = {}
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            _add_instances(content, categories, names)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"--instances: {path} cannot be read: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"--instances: {path} is not a COCO file of instances ({type(error).__name__}: {error}). It needs "
+                '{"images": [{"id", "file_name"}], "annotations": [{"image_id", "category_id"}], '
+                '"categories": [{"id", "name"}]}.'
+            ) from None
+    by_name = {name: categories[image_id] for image_id, name in names.items()}
+    return References(by_name, categories, names)
+
+
+def _add_instances(
+    content: Mapping[str, list[dict[str, object]]],
+    categories: dict[str, list[str]],
+    names: dict[str, str],
+) -> None:
+    """Add the images of one file, and the categories of each."""
+    known = load_vocabulary().category_of
+    category_names = {}
+    for category in content["categories"]:
+        name = str(category["name"])
+        if known.get(name) != name:
+            raise ValueError(f"the category {name!r} is none of COCO's 80 object categories")
+        category_names[category["id"]] = name
+    for image in content["images"]:
+        names[str(image["id"])] = str(image["file_name"])
+        categories.setdefault(str(image["id"]), [])
+    for annotation in content["annotations"]:
+        found = categories.setdefault(str(annotation["image_id"]), [])
+        name = category_names[annotation["category_id"]]
+        if name not in found:
+            found.append(name)
+
+
+def annotated_objects(images: Sequence[str], instances: References) -> list[tuple[str, ...]]:
+    """Return the annotated categories of each image.
+
+    Args:
+        images: Names of the images.
+        instances: Result of `read_instances`.
+
+    Raises:
+        ValueError: An image is not in the files: without annotations, every object in it would look invented.
+    """
+    objects = []
+    missing = []
+    for image in images:
+        try:
+            match = instances.find(image)
+        except AmbiguousNameError as error:
+            raise ValueError(f"--instances: {error}") from None
+        if match.rule == "none":
+            missing.append(image)
+        objects.append(match.captions)
+    if missing:
+        shown = ", ".join(map(repr, missing[:_MAX_SHOWN]))
+        raise ValueError(
+            f"--instances: {len(missing)} of {len(images)} images are not in the files, for example {shown}. "
+            "Repeat the option for the other files (Karpathy's splits need train2014 and val2014)."
+        )
+    return objects

@@ -1,0 +1,432 @@
+"""The model `llava_simplified` of lmms-eval: a checkpoint that answers the requests of its tasks.
+
+    lmms-eval --model llava_simplified --model_args pretrained=output/cc3m --tasks coco2017_cap_val --batch_size 16
+
+lmms-eval (0.7) builds the prompts, loads the data and computes the scores. It sends requests of three kinds, each
+a tuple:
+
+    generate_until              (text, options, images, document, task, split)
+    generate_until_multi_round  (text, options, images, next text, document, task, split)
+    loglikelihood               (text, answer, images, document, task, split)
+
+`images` is a function of the document, and `document` is its number in `task_dict[task][split]`. The text is
+rendered by the checkpoint's own prompt template, exactly as `Llava.caption` renders an instruction.
+
+Only lmms-eval imports this module: it is no dependency of the package.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from lmms_eval.api.instance import GenerationResult
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from llava_simplified.data.images import load_pixels
+from llava_simplified.data.records import insert_image_placeholders
+from llava_simplified.model.answer_scores import Question, score_answers
+from llava_simplified.model.generation import generate
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.model.llava import Llava
+from llava_simplified.prompt import IMAGE_INDEX, IMAGE_PLACEHOLDER, Message, count_images
+
+logger = logging.getLogger(__name__)
+
+# Of requests that name no limit; what the models of lmms-eval itself use.
+DEFAULT_MAX_NEW_TOKENS = 1024
+
+# Options of lmms-eval's tasks that mean the same here.
+_SAME_OPTIONS = ("min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")
+_SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
+_KNOWN_OPTIONS = {
+    *_SAME_OPTIONS,
+    *_SAMPLING_OPTIONS,
+    *("until", "max_new_tokens", "max_gen_toks", "do_sample"),
+}
+
+
+class PromptSource(NamedTuple):
+    """What a prompt is made of. Requests with equal sources have the same prompt and images.
+
+    Attributes:
+        context: The text of the user's turn.
+        doc_to_visual: Returns the images of a document; None in a request without a document.
+        doc_id: Number of the document.
+        task: Name of its task.
+        split: Name of its split.
+    """
+
+    context: str
+    doc_to_visual: Callable[[Any], Any] | None = None
+    doc_id: int = 0
+    task: str = ""
+    split: str = ""
+
+    @property
+    def name(self) -> str:
+        """The request, for messages."""
+        return f"task {self.task}, document {self.doc_id}" if self.task else "request without image"
+
+
+class GenerationJob(NamedTuple):
+    """A prompt, and how to continue it.
+
+    Attributes:
+        source: The prompt.
+        options: With one sequence per request that asks for the same.
+        until: Texts at which the answer ends.
+    """
+
+    source: PromptSource
+    options: GenerationOptions
+    until: tuple[str, ...]
+
+
+class LlavaSimplified(lmms):  # type: ignore[misc, unused-ignore]
+    """A checkpoint of LLaVA Simplified as a model of lmms-eval.
+
+    Args:
+        pretrained: The checkpoint, a folder.
+        batch_size: Number of images to process at a time; lmms-eval's option `--batch_size`.
+        device: Where to put the model; by default the accelerator of this process if there is one.
+        max_batch_size: Not used; lmms-eval passes it to every model.
+        **options: Other options of `llava_simplified.model.checkpoint.load_checkpoint`: dtype, bits, model_base, ...
+    """
+
+    is_simple = True  # requests as in the module's docstring; those of "chat" models have no log-likelihoods
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"--batch_size {batch_size}: expected a number of at least 1")
+        self._batch_size = int(batch_size)
+        # Without a choice, each of several processes must get an accelerator of its own.
+        device = device or _device_of_process()
+        # lmms-eval passes a folder named 7 as a number.
+        self.model = Llava.from_pretrained(str(pretrained), device=device, **options)
+        self._device = (
+            self.model.device
+        )  # lmms-eval deletes the model, and then asks for the device
+        self._warned: set[str] = set()
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which lmms-eval exchanges results between processes."""
+        return self._device
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images to process at a time."""
+        return self._batch_size
+
+    # ---- requests ----
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answer each request with a text.
+
+        Equal requests are the repetitions of `--repeats`: they become several sequences of one prompt.
+
+        Args:
+            requests: Instances of lmms-eval, see the module's docstring.
+
+        Raises:
+            ValueError: An image cannot be read, or a prompt exceeds the model's context. The message names the
+                document.
+        """
+        # One seed for all, so that equal requests have equal options, and the batch size changes no answer.
+        seed = _draw_seed()
+        repetitions: dict[GenerationJob, list[int]] = {}
+        for index, request in enumerate(requests):
+            context, gen_kwargs, *source = request.args
+            options, until = self._parse_options(gen_kwargs, seed)
+            job = GenerationJob(PromptSource(context, *source), options, until)
+            repetitions.setdefault(job, []).append(index)
+
+        answers = [""] * len(requests)
+        jobs = list(repetitions)
+        for batch in self._batches(jobs, "Generate"):
+            repeated: list[GenerationJob] = []
+            for job in batch:
+                repeated.append(_repeat(job, len(repetitions[job])))
+            for job, texts in zip(batch, self._generate_batch(repeated)):
+                indices = repetitions[job]
+                # Greedy search has one answer for all repetitions.
+                if len(texts) == 1:
+                    texts *= len(indices)
+                for index, text in zip(indices, texts):
+                    answers[index] = text
+        return answers
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
+        """Answer requests whose next text depends on the answers so far; return all answers of each.
+
+        Args:
+            requests: Instances of lmms-eval, see the module's docstring.
+        """
+        results: list[list[str]] = []
+        for (request,) in self._batches(requests, "Generate", batch_size=1):
+            context, gen_kwargs, doc_to_visual, doc_to_text, *place = request.args
+            options, until = self._parse_options(gen_kwargs, _draw_seed())
+            document = self._document(PromptSource(context, doc_to_visual, *place))
+            answers: list[str] = []
+            round_info = None
+            for round_idx in count(1):
+                source = PromptSource(context, doc_to_visual, *place)
+                ((answer,),) = self._generate_batch([GenerationJob(source, options, until)])
+                visuals, context, is_finished, answers, round_info = doc_to_text(
+                    document,
+                    previous_output=[*answers, answer],
+                    round_idx=round_idx,
+                    previous_round_info=round_info,
+                )
+                if is_finished:
+                    break
+                doc_to_visual = _constant(visuals)
+            results.append(list(answers))
+        return results
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Return how probable the answers are, and whether each is the greedy one.
+
+        All answers to the same text and images are scored by one forward. The end token is not part of an answer.
+
+        Tasks of multiple choice choose the answer with the lowest value, as the models of lmms-eval return a loss.
+        Their answers are texts, and their values are negative log-likelihoods. The answers of tasks of the type
+        `loglikelihood` are functions of the document, and their values are log-likelihoods, of which lmms-eval
+        computes the perplexity.
+
+        Args:
+            requests: Instances of lmms-eval, see the module's docstring.
+
+        Raises:
+            ValueError: As by `generate_until`; or an answer is empty.
+        """
+        # Prompt -> the requests that share it, and their answers.
+        answers: dict[PromptSource, list[tuple[int, str]]] = {}
+        signs: list[float] = []
+        for index, request in enumerate(requests):
+            # Unconditional requests of multiple choice have neither images nor a document.
+            context, continuation, *place = request.args
+            source = PromptSource(context, *place)
+            is_choice = isinstance(continuation, str)
+            signs.append(-1.0 if is_choice else 1.0)
+            if not is_choice:
+                continuation = continuation(self._document(source))
+            answers.setdefault(source, []).append((index, str(continuation)))
+
+        # Every entry is replaced: each request is in one of the lists.
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for batch in self._batches(list(answers), "Score"):
+            questions = [self._prepare_question(source, answers[source]) for source in batch]
+            for source, scores in zip(batch, score_answers(self.model, questions)):
+                for (index, _), score in zip(answers[source], scores):
+                    results[index] = (signs[index] * score.log_likelihood, score.is_greedy)
+        # lmms-eval 0.7 converts a bare tuple to a string, and then fails. It takes what is in this object as it is.
+        return [GenerationResult(text=result) for result in results]
+
+    # ---- prompts ----
+
+    def _document(self, source: PromptSource) -> Any:
+        return self.task_dict[source.task][source.split][source.doc_id]
+
+    def _load(self, source: PromptSource) -> tuple[Sequence[Message], torch.Tensor | None]:
+        """Return the user's turn, and the pixels of its images, uint8 (images, 3, height, width)."""
+        try:
+            images = self._load_images(source)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {error}") from error
+        turn = Message("user", self._place_images(source, len(images)))
+        turns = insert_image_placeholders([turn], len(images), source.name)
+        return turns, torch.stack(images) if images else None
+
+    def _load_images(self, source: PromptSource) -> list[torch.Tensor]:
+        """Return the images of a document, uint8 (3, height, width) each."""
+        visuals = None
+        if source.doc_to_visual is not None:
+            visuals = source.doc_to_visual(self._document(source))
+        if visuals is None:
+            return []
+        if not isinstance(visuals, (list, tuple)):
+            visuals = [visuals]
+        # Transform each image before the next one is loaded. A video or a sound is a ValueError here.
+        transform = self.model.vision_tower.transform
+        return [transform(load_pixels(visual)) for visual in visuals]
+
+    def _place_images(self, source: PromptSource, count: int) -> str:
+        """Return the text, without its placeholders if they are not as many as the images."""
+        placeholders = count_images([Message("user", source.context)])
+        if placeholders in (0, count):
+            return source.context
+        # Some tasks mention an image twice. Nobody knows which placeholder is which image.
+        self._warn_once(
+            f"task {source.task}: placeholders",
+            f"{source.name}: the text has {placeholders} {IMAGE_PLACEHOLDER}, but there are {count} image(s). In "
+            "such texts of this task, the placeholders are removed, and all images come first.",
+        )
+        return source.context.replace(IMAGE_PLACEHOLDER, "")
+
+    def _prepare_question(
+        self, source: PromptSource, answers: Sequence[tuple[int, str]]
+    ) -> Question:
+        """Return a prompt with the answers that are to be scored."""
+        turns, pixel_values = self._load(source)
+        # lmms-eval puts a space before each answer; in training, the template does that.
+        texts = [text.strip() for _, text in answers]
+        prefix, ids = self.model.prompt.render_branches(turns, texts, source.name)
+        without_end_token = [answer[:-1] for answer in ids]
+        self._check_room(source, prefix.input_ids, max(map(len, without_end_token)))
+        return Question(prefix.input_ids, without_end_token, pixel_values)
+
+    def _check_room(self, source: PromptSource, prompt: list[int], answer_tokens: int) -> int:
+        """Return how many tokens fit into the context after a prompt.
+
+        Raises:
+            ValueError: They are fewer than `answer_tokens`.
+        """
+        tokens_per_image = self.model.vision_tower.num_tokens
+        prompt_tokens = len(prompt) + prompt.count(IMAGE_INDEX) * (tokens_per_image - 1)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if context is None:  # a model without positions, such as Mamba
+            return sys.maxsize
+        if prompt_tokens + answer_tokens > context:
+            raise ValueError(
+                f"{source.name}: the prompt has {prompt_tokens} tokens and the answer needs {answer_tokens}, but the "
+                f"model's context is {context}; lower --num_fewshot, or leave the task out"
+            )
+        return int(context) - prompt_tokens
+
+    # ---- generation ----
+
+    def _generate_batch(self, jobs: Sequence[GenerationJob]) -> list[list[str]]:
+        """Return `num_return_sequences` texts for each job."""
+        results: list[list[str]] = [[] for _ in jobs]
+        # Jobs with the same options are generated together: nearly always all.
+        groups: dict[GenerationOptions, list[int]] = {}
+        prompts: list[list[int]] = []
+        pixels: list[torch.Tensor | None] = []
+        for number, job in enumerate(jobs):
+            turns, pixel_values = self._load(job.source)
+            prompt = self.model.prompt.render(turns, None, job.source.name).input_ids
+            room = self._check_room(job.source, prompt, 1)
+            prompts.append(prompt)
+            pixels.append(pixel_values)
+            groups.setdefault(_limit_tokens(job.options, room), []).append(number)
+
+        for options, numbers in groups.items():
+            prompts_of_group: list[list[int]] = []
+            images: list[torch.Tensor] = []
+            for number in numbers:
+                prompts_of_group.append(prompts[number])
+                pixel_values = pixels[number]
+                if pixel_values is not None:
+                    images.append(pixel_values)
+            # The model assigns images to placeholders by their order, whatever the number of images of a prompt.
+            all_pixels = torch.cat(images) if images else None
+            texts = generate(self.model, prompts_of_group, all_pixels, options)
+            for number, answers in zip(numbers, texts):
+                results[number] = [_cut(answer, jobs[number].until) for answer in answers]
+        return results
+
+    def _parse_options(
+        self, gen_kwargs: Mapping[str, Any], seed: int = 0
+    ) -> tuple[GenerationOptions, tuple[str, ...]]:
+        """Convert the options of a task; return them and the texts that end an answer.
+
+        As with the models of lmms-eval, answers are sampled if the temperature is above 0 and `do_sample` is not false.
+        """
+        given = {name: value for name, value in gen_kwargs.items() if value is not None}
+        for name in sorted(given.keys() - _KNOWN_OPTIONS):
+            self._warn_once(
+                f"option {name}",
+                f"the generation option {name}={given[name]!r} of the task is not supported, and is ignored",
+            )
+        fields = {name: given[name] for name in _SAME_OPTIONS if name in given}
+        limit = given.get("max_new_tokens", given.get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS))
+        fields["max_new_tokens"] = int(limit)
+        samples = given.get("do_sample", given.get("temperature", 0) > 0)
+        if samples:
+            fields["seed"] = seed
+            fields["temperature"] = given.get("temperature", 1.0)
+            # 0 means "not set" in some tasks.
+            fields["top_p"] = given.get("top_p") or 1.0
+            fields["top_k"] = int(given.get("top_k", 0))
+        until = given.get("until", ())
+        texts = [until] if isinstance(until, str) else list(until)
+        return GenerationOptions(**fields), tuple(text for text in texts if text)
+
+    # ---- progress ----
+
+    def _batches(
+        self, items: Sequence[Any], description: str, batch_size: int | None = None
+    ) -> Iterator[list[Any]]:
+        """Yield lists of items, with a progress bar in the first process."""
+        size = batch_size or self._batch_size
+        with tqdm(total=len(items), desc=description, disable=self.rank != 0) as bar:
+            for start in range(0, len(items), size):
+                batch = list(items[start : start + size])
+                yield batch
+                bar.update(len(batch))
+
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            logger.warning("%s", message)
+
+
+def _device_of_process() -> str | None:
+    """Return the accelerator of this process, one of several that torchrun or accelerate started; else None."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return None
+    return f"{accelerator.type}:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+def _draw_seed() -> int:
+    """Return a seed from torch's random numbers, which lmms-eval seeds with its option --seed."""
+    return int(torch.randint(2**31, ()))
+
+
+def _repeat(job: GenerationJob, times: int) -> GenerationJob:
+    """Return a job that samples several sequences; greedy search has only one result."""
+    if not job.options.temperature:
+        return job
+    options = replace(job.options, num_return_sequences=times)
+    return job._replace(options=options)
+
+
+def _limit_tokens(options: GenerationOptions, room: int) -> GenerationOptions:
+    """Lower the number of new tokens to what the context has room for."""
+    if options.max_new_tokens <= room:
+        return options
+    fewest = min(options.min_new_tokens, room)
+    return replace(options, max_new_tokens=room, min_new_tokens=fewest)
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    """Return the text before the first of the texts that end an answer."""
+    for end in until:
+        # Cut at every text in turn: what remains is the part before the first of them.
+        text = text.partition(end)[0]
+    return text.strip()
+
+
+def _constant(value: Any) -> Callable[[Any], Any]:
+    """Return a function of a document that returns the same for all."""
+    return lambda _: value

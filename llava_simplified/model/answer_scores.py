@@ -1,0 +1,172 @@
+"""Log-likelihoods of given answers, with one forward for all answers to a question.
+
+Benchmarks of multiple choice compare the log-likelihoods of their choices. Image and question are the same
+for all of them, and much longer than a choice. They are computed once, and each choice is a branch that
+continues them, exactly as several captions of one image are trained (see language_model.py):
+
+    tokens           <s>  img  img  Which  ?  |  a   cat  |  two  dogs
+    branch_ids        0    0    0     0    0  |  1    1   |   2    2
+    scored                                       a   cat     two  dogs
+    predicted from                               ?   a        ?   two
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from llava_simplified.data.collate import Collator, Example
+from llava_simplified.data.device_copy import to_device
+from llava_simplified.model.generation import encode_images, eval_mode
+from llava_simplified.model.language_model import supports_shared_prompts
+from llava_simplified.model.llava import Llava
+from llava_simplified.prompt import IGNORE_INDEX
+
+# Maximum number of answer tokens of one sequence. The logits of 512 tokens with a vocabulary of 128,000 are
+# 256 MB in float32. Questions with more answers than fit are split into several sequences.
+MAX_ANSWER_TOKENS = 512
+
+
+class Question(NamedTuple):
+    """A prompt, and the answers to score.
+
+    Attributes:
+        prompt: Token ids from `Prompt.render(turns, None)`, one IMAGE_INDEX per image.
+        answers: Token ids of each answer, with or without an end token; none is empty.
+        pixel_values: uint8 (images, 3, height, width), or None.
+    """
+
+    prompt: list[int]
+    answers: list[list[int]]
+    pixel_values: torch.Tensor | None
+
+
+class AnswerScore(NamedTuple):
+    """How probable an answer is.
+
+    Attributes:
+        log_likelihood: Sum of the log-probabilities of its tokens, given prompt and images.
+        is_greedy: Whether greedy search would generate exactly these tokens first.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+@torch.inference_mode()
+def score_answers(model: Llava, questions: Sequence[Question]) -> list[list[AnswerScore]]:
+    """Return the scores of all answers to some questions.
+
+    Language models that do not support masks of shared prompts (ALiBi, state-space models) compute the
+    prompt once per answer; the images are encoded once in any case.
+
+    Args:
+        model: The model.
+        questions: At most as many as fit into memory at a time: each is one sequence of a batch.
+
+    Returns:
+        For each question one score per answer.
+    """
+    examples: list[Example] = []
+    for question, features in zip(questions, _encode_questions(model, questions)):
+        examples += _make_examples(model, question, features)
+
+    scores: list[AnswerScore] = []
+    with eval_mode(model):
+        # Splitting a question makes more sequences than questions. Process no more at a time than the
+        # caller asked for.
+        for start in range(0, len(examples), len(questions)):
+            scores += _score_examples(model, examples[start : start + len(questions)])
+    # The scores are in the order of the answers. Cut them into one list per question.
+    remaining = iter(scores)
+    return [[next(remaining) for _ in question.answers] for question in questions]
+
+
+def _encode_questions(model: Llava, questions: Sequence[Question]) -> list[torch.Tensor | None]:
+    """Return the features of each question, (images, tokens, vision hidden size), or None."""
+    pixels = [question.pixel_values for question in questions if question.pixel_values is not None]
+    if not pixels:
+        return [None] * len(questions)
+    remaining = encode_images(model, torch.cat(pixels))
+    features: list[torch.Tensor | None] = []
+    for question in questions:
+        if question.pixel_values is None:
+            features.append(None)
+            continue
+        count = len(question.pixel_values)
+        features.append(remaining[:count])
+        remaining = remaining[count:]
+    return features
+
+
+def _make_examples(
+    model: Llava, question: Question, features: torch.Tensor | None
+) -> Iterator[Example]:
+    """Yield the sequences of a question: one, unless the answers are too long together."""
+    limit = MAX_ANSWER_TOKENS if supports_shared_prompts(model.language_model) else 0
+    together: list[list[int]] = []
+    for answer in question.answers:
+        if together and sum(map(len, together)) + len(answer) > limit:
+            yield _make_example(question.prompt, together, features)
+            together = []
+        together.append(answer)
+    if together:
+        yield _make_example(question.prompt, together, features)
+
+
+def _make_example(
+    prompt: list[int], answers: list[list[int]], features: torch.Tensor | None
+) -> Example:
+    """Return an example in which the answers are "trained", so that their logits are computed."""
+    input_ids = list(prompt)
+    labels = [IGNORE_INDEX] * len(prompt)
+    branches = [0] * len(prompt)
+    for number, answer in enumerate(answers, start=1):
+        input_ids += answer
+        labels += answer
+        branches += [number] * len(answer)
+    return Example(
+        input_ids,
+        labels,
+        image_features=features,
+        # One answer needs no branches, and then every kind of model accepts it.
+        branches=branches if len(answers) > 1 else None,
+    )
+
+
+def _score_examples(model: Llava, examples: Sequence[Example]) -> list[AnswerScore]:
+    """Return the scores of all answers of a batch, in their order."""
+    batch: dict[str, Any] = dict(
+        Collator(model.vision_tower.num_tokens, model.prompt.end_id)(examples)
+    )
+    del batch["metadata"]
+    tensors = {name: to_device(tensor, model.device) for name, tensor in batch.items()}
+    logits = model(**tensors).logits
+    labels = tensors["labels"]
+
+    # log(softmax(logits))[label], without a second tensor of the size of the logits. bfloat16 would lose
+    # the differences between similar answers.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    label_logits = logits.gather(1, labels[:, None])[:, 0]
+    log_probabilities = (label_logits - logits.logsumexp(1)).cpu().double()
+    is_argmax = (logits.argmax(1) == labels).cpu()
+
+    lengths: list[int] = []
+    for example in examples:
+        lengths += _answer_lengths(example)
+    return [
+        AnswerScore(log_probability.sum().item(), bool(greedy.all()))
+        for log_probability, greedy in zip(
+            log_probabilities.split(lengths), is_argmax.split(lengths)
+        )
+    ]
+
+
+def _answer_lengths(example: Example) -> list[int]:
+    """Return the number of tokens of each answer of an example."""
+    if example.branches is None:
+        return [sum(label != IGNORE_INDEX for label in example.labels)]
+    numbers = torch.tensor(example.branches)
+    return numbers.bincount()[1:].tolist()

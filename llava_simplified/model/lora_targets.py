@@ -1,0 +1,120 @@
+"""Select the layers that `--lora_options` names, among the linear layers of the language model.
+
+PEFT's rules are kept: an entry of a list matches a layer's name or its end ("q_proj"), a string is a
+regular expression for the whole name, and "all-linear" means all. But what matches nothing, or something
+other than a linear layer, is an error here. Checkpoints store the full names that were found, so that no
+pattern can match another layer in another model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava_simplified.options import suggest
+
+
+def select_layers(
+    linear: Sequence[str], others: Sequence[str], options: Mapping[str, Any]
+) -> list[str]:
+    """Return the names of the layers that get an adapter, in the order of the model.
+
+    Args:
+        linear: Full names of the linear layers that can have an adapter.
+        others: Full names of all other modules of the language model, lm_head among them.
+        options: The result of `parse_lora_options`.
+
+    Raises:
+        ValueError: An entry matches no layer, or a module that cannot have an adapter; or none is left.
+    """
+    targets = options.get("target_modules", "all-linear")
+    chosen = list(linear)
+    if targets != "all-linear":
+        chosen = _match("target_modules", targets, linear, others)
+    if "exclude_modules" in options:
+        excluded = set(_match("exclude_modules", options["exclude_modules"], chosen, ()))
+        chosen = [name for name in chosen if name not in excluded]
+    if "layers_to_transform" in options:
+        chosen = _select_numbers(chosen, options["layers_to_transform"])
+    if not chosen:
+        raise ValueError("--lora_options: exclude_modules leaves no layer to train")
+    return chosen
+
+
+def expand_pattern(name: str, pattern: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+    """Return the value of each layer that a `rank_pattern` or `alpha_pattern` names.
+
+    Args:
+        name: The field, for messages.
+        pattern: Values by name or regular expression; the first that matches counts, as in PEFT.
+        layers: Full names of the adapted layers.
+
+    Raises:
+        ValueError: An entry matches no layer, or is not a regular expression.
+    """
+    expanded: dict[str, Any] = {}
+    for key, value in pattern.items():
+        expression = _compile(name, rf"(.*\.)?({key})")
+        matched = [layer for layer in layers if expression.fullmatch(layer)]
+        if not matched:
+            raise ValueError(_no_match(name, key, layers))
+        for layer in matched:
+            expanded.setdefault(layer, value)
+    return expanded
+
+
+def _match(
+    field: str, entries: str | Sequence[str], layers: Sequence[str], others: Sequence[str]
+) -> list[str]:
+    """Return the layers that match a regular expression, or one of several names."""
+    expressions: dict[str, re.Pattern[str]] = {}
+    if isinstance(entries, str):
+        expressions[entries] = _compile(field, entries)
+    else:
+        for entry in entries:
+            expressions[entry] = _compile(field, rf"(.*\.)?{re.escape(entry)}")
+    matched: set[str] = set()
+    for entry, expression in expressions.items():
+        wrong = [name for name in others if expression.fullmatch(name)]
+        if wrong:
+            raise ValueError(
+                f"--lora_options: {field} {entry!r} matches {wrong[0]}, but only linear layers of the language "
+                "model other than its output layer can have an adapter"
+            )
+        found = [name for name in layers if expression.fullmatch(name)]
+        if not found:
+            raise ValueError(_no_match(field, entry, layers))
+        matched.update(found)
+    return [name for name in layers if name in matched]
+
+
+def _no_match(field: str, entry: str, layers: Sequence[str]) -> str:
+    endings = sorted({layer.rpartition(".")[2] for layer in layers})
+    return (
+        f"--lora_options: {field} {entry!r} matches no linear layer of the language model"
+        f"{suggest(entry, endings)} (its layers: {', '.join(endings)})"
+    )
+
+
+def _compile(field: str, expression: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"--lora_options: {field} {expression!r} is not a regular expression: {error}"
+        ) from error
+
+
+def _select_numbers(layers: Sequence[str], numbers: Sequence[int]) -> list[str]:
+    """Return the layers of the numbered blocks ("layers.3.mlp" belongs to block 3)."""
+    # The first number of a name: experts inside of a block have numbers, too.
+    numbered = {layer: re.search(r"(?<=\.)\d+(?=\.)", layer) for layer in layers}
+    blocks = {layer: int(match[0]) for layer, match in numbered.items() if match}
+    missing = sorted(set(numbers) - set(blocks.values()))
+    if missing:
+        last = max(blocks.values(), default=0)
+        raise ValueError(
+            f"--lora_options: layers_to_transform {missing[0]}: no selected layer has this number; the last is {last}"
+        )
+    return [layer for layer in layers if blocks.get(layer) in numbers]

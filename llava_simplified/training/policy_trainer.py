@@ -1,0 +1,297 @@
+"""Train on the rewards of sampled captions: `--objective scst`, `rloo` or `grpo`.
+
+One step, for each image of the step (the model is the same for all micro-batches of the step):
+
+    1. encode the image, prefill its prompt, and sample `--num_samples` captions   (`rollouts`)
+    2. reward each caption                                                         (`rewards`)
+    3. compare the rewards of an image: the advantages                             (`objectives`)
+    4. one forward and backward, in which the captions are branches of one prompt
+
+The loss is averaged over the captions of the step. Everything else is that of `LlavaTrainer`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from llava_simplified.data.collate import Batch, Example
+from llava_simplified.data.device_copy import to_device
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.training.objectives import (
+    clipped_policy_loss,
+    grpo_advantages,
+    rloo_advantages,
+    scst_advantages,
+    token_kl,
+)
+from llava_simplified.training.reference_weights import ReferenceWeights
+from llava_simplified.training.rewards import Reward
+from llava_simplified.training.rollouts import (
+    Answers,
+    PromptBatch,
+    PromptExample,
+    branch_examples,
+    encode_prompt_images,
+    sample_answers,
+)
+from llava_simplified.training.trainer import LlavaTrainer, ModelInputs
+
+logger = logging.getLogger(__name__)
+
+# Above these a warning is logged. Half of the samples at the limit means that the end token is being
+# unlearned. A model that still writes what the reference would write has a KL of a few hundredths.
+MAX_SHARE_AT_LIMIT = 0.5
+MAX_KL = 0.5
+
+# What is summed up between two log entries, and divided by how many of them there are.
+SUMS = (
+    "images",
+    "captions",
+    "reward",
+    "reward_std",
+    "caption_tokens",
+    "share_at_limit",
+    "share_distinct",
+    "kl_tokens",
+    "kl",
+)
+
+
+class PolicyTrainer(LlavaTrainer):
+    """Train a `Llava` with policy gradients.
+
+    Args:
+        reward: The reward of captions.
+        reference: The weights at the start of the run, for KL; None if `--kl_coef` is 0.
+        share_prefix: Train the captions of an image as branches of one sequence.
+        **options: See `LlavaTrainer`. The training set is a `PromptDataset`.
+
+    Raises:
+        ValueError: The engine shards the weights.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        reference: ReferenceWeights | None,
+        share_prefix: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        refuse_sharded_weights(self)
+        disable_dropout(self.unwrapped_model)
+        self._reward = reward
+        self._reference = reference
+        self._share_prefix = share_prefix
+        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._warned: set[str] = set()
+
+    # ---- sampling ----
+
+    def prepare_micro_batches(self, batches: list[Batch]) -> list[Batch]:
+        """Sample captions for the prompts of a step, and return them as batches to train on."""
+        return [self._sample_batch(cast(Any, batch)) for batch in batches]
+
+    def _sample_batch(self, batch: PromptBatch) -> Batch:
+        examples = batch["examples"]
+        model, args = self.unwrapped_model, self.args
+        features = encode_prompt_images(model, examples)
+        options = GenerationOptions(
+            max_new_tokens=args.sample_max_tokens,
+            temperature=args.sample_temperature,
+            num_return_sequences=args.num_samples,
+            seed=args.seed,
+        )
+        answers = sample_answers(model, examples, features, options, self.state.global_step)
+        rewards = self._rewards_of(examples, answers)
+        if args.objective == "scst":
+            greedy_options = GenerationOptions(
+                max_new_tokens=args.sample_max_tokens, seed=args.seed
+            )
+            greedy = sample_answers(model, examples, features, greedy_options, 0)
+            advantages = scst_advantages(rewards, self._rewards_of(examples, greedy)[:, 0])
+        elif args.objective == "rloo":
+            advantages = rloo_advantages(rewards)
+        else:
+            advantages = grpo_advantages(rewards)
+        self._count(answers, rewards)
+        return self._training_batch(examples, answers, advantages, features)
+
+    def _rewards_of(self, examples: Sequence[PromptExample], answers: Answers) -> torch.Tensor:
+        """Return the rewards, float32 (images, samples)."""
+        samples = len(answers[0])
+        ids: list[str] = []
+        images: list[str] = []
+        references: list[tuple[str, ...]] = []
+        captions: list[str] = []
+        decode = self.unwrapped_model.prompt.decode
+        for example, group in zip(examples, answers):
+            ids += [example.id] * samples
+            images += [example.image] * samples
+            references += [example.references] * samples
+            captions += [decode(answer).strip() for answer in group]
+        rewards = torch.tensor(self._reward(ids, images, references, captions))
+        rewards = rewards.view(len(examples), samples)
+        # A caption without an end is a failure, however good its beginning is. Otherwise a reward of
+        # matching words would teach the model to go on and on.
+        failed = torch.tensor([[self._is_cut_off(answer) for answer in group] for group in answers])
+        worst = rewards.min(1, keepdim=True).values.clamp_max(0)
+        return torch.where(failed, worst, rewards)
+
+    def _is_cut_off(self, answer: Sequence[int]) -> bool:
+        return answer[-1] not in self.unwrapped_model.prompt.stop_ids
+
+    def _training_batch(
+        self,
+        examples: Sequence[PromptExample],
+        answers: Answers,
+        advantages: torch.Tensor,
+        image_features: Sequence[torch.Tensor | None],
+    ) -> Batch:
+        """Return the captions as a batch, with the weight of each token."""
+        branches: list[Example] = []
+        for example, features, group in zip(examples, image_features, answers):
+            if features is not None and self.unwrapped_model.vision_tower.frozen:
+                # Do not run the tower again. The copy is an ordinary tensor: those of inference mode, in
+                # which the features were computed, cannot be saved for the backward pass.
+                example.pixel_values = None
+                example.image_features = features.clone()
+            branches += branch_examples(example, group, self._share_prefix)
+        batch = cast("dict[str, Any]", cast(Any, self.data_collator)(branches))
+        lengths = torch.tensor([len(answer) for group in answers for answer in group])
+        scales = torch.ones(len(lengths))
+        if self.args.objective == "grpo":
+            scales = 1 / lengths  # GRPO averages over the tokens of a caption
+        # The order of the labels is that of the captions.
+        batch["token_scales"] = scales.repeat_interleave(lengths)
+        batch["token_weights"] = (scales * advantages.flatten()).repeat_interleave(lengths)
+        batch["num_captions"] = len(lengths)
+        return cast(Batch, batch)
+
+    # ---- loss ----
+
+    def count_items(self, batch: Any) -> int:
+        """Return the number of captions of a batch."""
+        count: int = batch["num_captions"]
+        return count
+
+    def summed_loss(self, model: nn.Module, inputs: ModelInputs) -> tuple[torch.Tensor, Any]:
+        """Return the loss of the sampled captions, summed over the captions."""
+        inputs = dict(inputs)
+        del inputs["num_captions"]
+        scales = inputs.pop("token_scales")
+        reference_log_probs = None
+        if self._reference is not None:
+            with self._reference.in_place_of_current(self.unwrapped_model):
+                reference_log_probs = self.unwrapped_model(**inputs).log_probs
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if self.args.objective == "grpo":
+            # There is one update for each set of samples, so the model that sampled them is the current
+            # one: the ratio is 1, and what remains of PPO's loss is its gradient.
+            sampled = outputs.log_probs.detach()
+            loss = clipped_policy_loss(outputs.log_probs, sampled, inputs["token_weights"])
+        if reference_log_probs is not None:
+            kl = token_kl(outputs.log_probs, reference_log_probs)
+            loss = loss + kl_coefficient(self.args) * (scales * kl).sum()
+            self._add("kl", kl.detach().sum())
+            self._add("kl_tokens", len(kl))
+        return loss, outputs
+
+    # ---- logs ----
+
+    def _add(self, name: str, value: torch.Tensor | float) -> None:
+        total = self._sums[name]
+        if isinstance(value, torch.Tensor):
+            total = total.to(value.device)  # the sum stays on the device: reading it would wait
+        self._sums[name] = total + value
+
+    def _count(self, answers: Answers, rewards: torch.Tensor) -> None:
+        """Add the statistics of one micro-batch."""
+        self._add("images", len(answers))
+        self._add("captions", rewards.numel())
+        self._add("reward", rewards.sum())
+        self._add("reward_std", rewards.std(1, correction=0).sum())
+        for group in answers:
+            distinct = {tuple(answer) for answer in group}
+            self._add("share_distinct", len(distinct) / len(group))
+            for answer in group:
+                self._add("caption_tokens", len(answer))
+                self._add("share_at_limit", float(self._is_cut_off(answer)))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the rewards too, and warn if the model collapses."""
+        if "loss" in logs and self._sums:
+            statistics = self._read_statistics()
+            logs |= statistics
+            if self.is_world_process_zero():
+                self._warn(statistics)
+        super().log(logs, *args, **kwargs)
+
+    def _read_statistics(self) -> dict[str, float]:
+        """Return the means since the last log entry, over all processes."""
+        sums = torch.stack([to_device(self._sums[name].float(), self.args.device) for name in SUMS])
+        totals = dict(zip(SUMS, self.accelerator.reduce(sums, "sum").tolist()))
+        self._sums.clear()
+        statistics = {}
+        for name in ("reward", "caption_tokens", "share_at_limit"):
+            statistics[name] = totals[name] / totals["captions"]
+        for name in ("reward_std", "share_distinct"):
+            statistics[name] = totals[name] / totals["images"]
+        if totals["kl_tokens"]:
+            statistics["kl"] = totals["kl"] / totals["kl_tokens"]
+        return statistics
+
+    def _warn(self, statistics: dict[str, float]) -> None:
+        """Log each kind of warning once."""
+        at_limit = statistics["share_at_limit"]
+        kl = statistics.get("kl", 0.0)
+        if statistics["reward_std"] == 0:
+            self._warn_once(
+                "reward_std is 0: all captions of every image got the same reward, so nothing is learned. Raise "
+                "--sample_temperature, or choose a --reward that tells them apart"
+            )
+        if at_limit > MAX_SHARE_AT_LIMIT:
+            self._warn_once(
+                "share_at_limit: most captions have no end. Start from a checkpoint that ends its captions, raise "
+                "--sample_max_tokens, or lower --learning_rate"
+            )
+        if kl > MAX_KL:
+            self._warn_once(
+                f"kl is above {MAX_KL} per token: the model may be exploiting the reward. Read some captions; lower "
+                "--learning_rate, or raise --kl_coef"
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning("step %d: %s.", self.state.global_step, message)
+
+
+def kl_coefficient(args: Any) -> float:
+    """Return `--kl_coef`, or its default: 0.04 as in the paper of GRPO, else 0."""
+    if args.kl_coef is not None:
+        return float(args.kl_coef)
+    return 0.04 if args.objective == "grpo" else 0.0
+
+
+def refuse_sharded_weights(trainer: LlavaTrainer) -> None:
+    """Raise ValueError if no process has all the weights."""
+    if trainer.weights_are_sharded:
+        raise ValueError(
+            f"--objective {trainer.args.objective} does not support ZeRO-3 and FSDP: sampling, and the reference, need "
+            "all weights in each process at every step. Use ZeRO-2 or plain torchrun."
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch dropout off for good: the probabilities of a caption must be those it was sampled with."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,163 @@
+"""Rollouts: sample several captions of each image, and arrange them as branches of one shared prompt.
+
+    record --> prompt, image features --prefill once--> caption 1 --+
+                                                        caption 2 --+--> one example with branches
+                                                        caption 3 --+    (see `data.collate`)
+
+Sampling and training use the same parts as everything else: `DecodingBatch` copies the KV cache of the
+prompt for each caption, and `Llava.forward` computes the prompt once for all of its branches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+
+from llava_simplified.data.collate import Batch, Collator, Example
+from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.data.records import Record
+from llava_simplified.model.generation import DecodingBatch, encode_images, eval_mode
+from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.model.llava import Llava
+from llava_simplified.prompt import IGNORE_INDEX
+
+# For each prompt, for each sample: token ids with the end token, if there is one.
+Answers = list[list[list[int]]]
+
+
+@dataclass(slots=True)
+class PromptExample(Example):
+    """A prompt without an answer, to sample answers for.
+
+    Attributes:
+        references: The responses of the record, which rewards compare with.
+        image: Path of the first image; empty for a record of text alone.
+    """
+
+    references: tuple[str, ...] = ()
+    image: str = ""
+
+
+class PromptDataset(CaptionDataset):
+    """A dataset with one prompt per record, and the record's responses as references."""
+
+    def tokenize(self, record: Record, responses: Sequence[str]) -> PromptExample:
+        """Return the prompt of a record, without its images."""
+        prompt = self.prompt.render(record.turns, None, record.id).input_ids
+        image = ""
+        if record.images:
+            image = str(self.image_folder / record.images[0])
+        return PromptExample(
+            prompt,
+            # Earlier answers of a conversation are not sampled, so they are not trained either.
+            [IGNORE_INDEX] * len(prompt),
+            id=record.id,
+            references=tuple(responses),
+            image=image,
+        )
+
+
+class PromptBatch(TypedDict):
+    """A micro-batch before its captions are sampled."""
+
+    examples: list[PromptExample]
+
+
+class PromptCollator(Collator):
+    """Collate examples of the validation set as usual, and pass prompts on as they are."""
+
+    def __call__(self, rows: Sequence[Example | Sequence[Example]]) -> Batch:
+        """Return a `Batch`, or a `PromptBatch` if the rows are prompts."""
+        prompts = [row for row in rows if isinstance(row, PromptExample)]
+        if not prompts:
+            return super().__call__(rows)
+        return PromptBatch(examples=prompts)  # type: ignore[return-value]
+
+
+def encode_prompt_images(model: Llava, examples: Sequence[Example]) -> list[torch.Tensor | None]:
+    """Return the features of the images of each example: (images, tokens, hidden size), or None."""
+    features: list[torch.Tensor | None] = []
+    for example in examples:
+        # A dataset returns either features or pixels, depending on its cache.
+        if example.image_features is not None:
+            features.append(example.image_features.to(model.device))
+        elif example.pixel_values is not None:
+            features.append(encode_images(model, example.pixel_values))
+        else:
+            features.append(None)
+    return features
+
+
+def sample_answers(
+    model: Llava,
+    examples: Sequence[Example],
+    image_features: Sequence[torch.Tensor | None],
+    options: GenerationOptions,
+    step: int,
+) -> Answers:
+    """Generate `num_return_sequences` answers for each prompt.
+
+    The random numbers of a sample depend on the seed, the step, the record and the number of the sample
+    only, and not on the batch. A resumed run therefore samples what an uninterrupted run would have.
+
+    Args:
+        model: The model.
+        examples: The prompts.
+        image_features: The features of their images, from `encode_prompt_images`.
+        options: Options for all prompts, with a seed.
+        step: Number of the training step.
+
+    Raises:
+        FloatingPointError: The logits of a sequence are not finite.
+    """
+    prompts = [example.input_ids for example in examples]
+    given = [features for features in image_features if features is not None]
+    all_features = torch.cat(given) if given else None
+    hashes = [hashlib.sha256(f"{step}|{example.id}".encode()).digest() for example in examples]
+    # Compiled layers would be compiled again for each length in decoding.
+    with eval_mode(model), torch.compiler.set_stance("force_eager"):
+        batch = DecodingBatch(model, prompts, all_features, options, hashes)
+        while batch.active:
+            batch.step()
+            batch.raise_errors()
+    sequences = list(batch.generated_ids.values())
+    samples = options.num_return_sequences
+    return [sequences[start : start + samples] for start in range(0, len(sequences), samples)]
+
+
+def branch_examples(
+    prompt: Example, answers: Sequence[Sequence[int]], share_prefix: bool
+) -> list[Example]:
+    """Return one example with the answers as branches, or one example per answer.
+
+    Args:
+        prompt: The prompt and its images; its labels are not used.
+        answers: Token ids of each answer. All of them are trained, the end token included.
+        share_prefix: Return one example with a branch per answer.
+    """
+    groups = [list(answers)] if share_prefix else [[answer] for answer in answers]
+    examples: list[Example] = []
+    for group in groups:
+        input_ids = list(prompt.input_ids)
+        labels = [IGNORE_INDEX] * len(input_ids)
+        branches = [0] * len(input_ids)
+        for number, answer in enumerate(group, start=1):
+            input_ids += answer
+            labels += answer
+            branches += [number] * len(answer)
+        example = Example(
+            input_ids,
+            labels,
+            prompt.pixel_values,
+            prompt.image_features,
+            branches=branches if len(group) > 1 else None,
+            id=prompt.id,
+        )
+        # Count the warnings of a record once.
+        example.warnings = [] if examples else prompt.warnings
+        examples.append(example)
+    return examples

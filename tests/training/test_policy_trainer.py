@@ -1,0 +1,216 @@
+"""Training on rewards: what it improves, resumes, logs and refuses, on tiny models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import (
+    assert_equal_weights,
+    read_log,
+    run_training,
+    trained_weights,
+    training_options,
+)
+
+from llava_simplified.model.checkpoint import load_checkpoint
+from llava_simplified.training.dry_run import dry_run
+from llava_simplified.training.reference_weights import ReferenceWeights
+
+REWARD_MODULE = """
+def share_of_a(images, references, captions):
+    assert all(image.endswith(".jpg") for image in images)
+    return [caption.count("a") / (1 + len(caption)) for caption in captions]
+
+def constant(images, references, captions):
+    return [0.0] * len(captions)  # that of a caption without an end, too
+
+def broken(images, references, captions):
+    return [float("nan")] * len(captions)
+"""
+MakeOptions = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A supervised checkpoint, and a module with reward functions beside it."""
+    folder = tmp_path_factory.mktemp("supervised")
+    options = training_options(
+        models_folder, data_folder, folder / "out", max_steps=100, learning_rate=1e-2
+    )
+    run_training(options)
+    (folder / "tiny_rewards.py").write_text(REWARD_MODULE)
+    return folder / "out"
+
+
+@pytest.fixture
+def policy_options(
+    models_folder: Path,
+    data_folder: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> MakeOptions:
+    """Return a function that makes the command line of a run on rewards."""
+    monkeypatch.syspath_prepend(checkpoint.parent)
+
+    def make(output: str = "out", **changes: object) -> list[str]:
+        values: dict[str, object] = {
+            "init_from": checkpoint,
+            "objective": "rloo",
+            "reward": "word_f1",
+            "num_samples": 3,
+            "sample_max_tokens": 8,
+            "learning_rate": 1e-3,
+            "max_steps": 2,
+            "cache_vision_features": "off",
+            **changes,
+        }
+        return training_options(models_folder, data_folder, tmp_path / output, **values)
+
+    return make
+
+
+@pytest.mark.medium
+def test_reward_rises(policy_options: MakeOptions) -> None:
+    options = policy_options(
+        reward="tiny_rewards:share_of_a",
+        num_samples=4,
+        sample_max_tokens=24,
+        max_steps=25,
+        learning_rate=3e-3,
+    )
+    output = run_training(options)
+    rewards = read_log(output, "reward")
+    assert len(rewards) == 25
+    assert sum(rewards[-8:]) > 1.4 * sum(rewards[:8])
+    for key in ("reward_std", "caption_tokens", "share_at_limit", "share_distinct"):
+        assert len(read_log(output, key)) == 25
+    assert read_log(output, "share_at_limit")[-1] < 0.5
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("objective", ["scst", "grpo"])
+def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, objective: str) -> None:
+    """With accumulation, with KL, and without the features of a cache."""
+    changes: dict[str, object] = {
+        "objective": objective,
+        "kl_coef": 0.1,
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    output = run_training(policy_options("whole", **changes))
+    # The model is the reference, up to rounding.
+    assert read_log(output, "kl")[0] == pytest.approx(0, abs=1e-8)
+    assert read_log(output, "kl")[-1] > 1e-5
+    resumed = [
+        *policy_options("resumed", **changes),
+        "--resume_from_checkpoint",
+        str(output / "checkpoint-2"),
+    ]
+    again = run_training(resumed)
+    assert_equal_weights(trained_weights(output), trained_weights(again))
+    # Reward and KL of the last step, too: the reference is not the checkpoint that was resumed.
+    for key in ("reward", "kl"):
+        assert read_log(again, key) == read_log(output, key)[-1:]
+
+
+def test_separate_sequences_train_the_same_weights(policy_options: MakeOptions) -> None:
+    shared = run_training(policy_options("shared", max_steps=1))
+    separate = run_training(policy_options("separate", max_steps=1, share_prefix=False))
+    assert read_log(shared, "reward") == read_log(separate, "reward")
+    norms = [read_log(folder, "grad_norm")[0] for folder in (shared, separate)]
+    assert norms[0] > 0
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_constant_reward_changes_nothing_and_warns(
+    policy_options: MakeOptions, checkpoint: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    output = run_training(policy_options(reward="tiny_rewards:constant"))
+    assert read_log(output, "grad_norm") == [0, 0]
+    assert_equal_weights(trained_weights(checkpoint), trained_weights(output))
+    assert sum("reward_std is 0" in text for text in package_log.messages) == 1
+
+
+def test_captions_without_an_end_are_reported(
+    policy_options: MakeOptions, package_log: pytest.LogCaptureFixture
+) -> None:
+    output = run_training(policy_options(sample_max_tokens=1))
+    assert read_log(output, "share_at_limit")[0] > 0.5
+    assert sum("share_at_limit" in text for text in package_log.messages) == 1
+
+
+def test_reward_that_is_not_a_number_names_the_record(policy_options: MakeOptions) -> None:
+    with pytest.raises(ValueError, match=r"broken.*train\.json row \d+"):
+        run_training(policy_options(reward="tiny_rewards:broken"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"objective": "ppo"}, "rloo"),
+        ({"init_from": ""}, "--init_from"),
+        ({"packing": True}, "--packing False"),
+        ({"num_samples": 1}, "--num_samples"),
+        ({"sample_temperature": 0}, "--sample_temperature"),
+        ({"sample_max_tokens": 0}, "--sample_max_tokens"),
+        ({"kl_coef": -1}, "--kl_coef"),
+        ({"reward": "cidre"}, "cider"),
+    ],
+)
+def test_invalid_options_are_errors(
+    policy_options: MakeOptions, changes: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(named)):
+        run_training(policy_options(**changes))
+
+
+def test_engines_that_shard_the_weights_are_refused(
+    policy_options: MakeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded = property(lambda _: True)
+    name = "llava_simplified.training.trainer.LlavaTrainer.weights_are_sharded"
+    monkeypatch.setattr(name, sharded)
+    with pytest.raises(ValueError, match="ZeRO-2"):
+        run_training(policy_options())
+
+
+def test_reference_of_a_new_adapter_is_the_model_without_it(checkpoint: Path) -> None:
+    model = load_checkpoint(checkpoint, device="cpu", dtype="float32", trainable=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    reference = ReferenceWeights(model)
+    ids = torch.tensor([[0, 5, 7, 9]])
+    with torch.no_grad():
+        expected = model.language_model(ids).logits
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        changed = model.language_model(ids).logits
+        with model.language_model.disable_adapter():
+            disabled = model.language_model(ids).logits
+    with reference.in_place_of_current(model):
+        logits = model.language_model(ids).logits
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits, disabled)
+    # The current weights are back.
+    torch.testing.assert_close(model.language_model(ids).logits, changed, rtol=0, atol=0)
+
+
+def test_dry_run_of_the_preflight_samples_captions(
+    policy_options: MakeOptions, tmp_path: Path
+) -> None:
+    dry_run(policy_options(max_steps=1))
+    assert (tmp_path / "report.json").is_file()
