@@ -67,7 +67,14 @@ def test_bash_completes_commands_options_and_choices(
 ) -> None:
     offered = complete_in_bash(bash_script, *words)
     if expected is None:
-        expected = ["--lora_enable", "--lora_r", "--lora_alpha", "--lora_dropout", "--lora_bias"]
+        expected = [
+            "--lora_enable",
+            "--lora_options",
+            "--lora_r",
+            "--lora_alpha",
+            "--lora_dropout",
+            "--lora_bias",
+        ]
     assert sorted(offered) == sorted(expected)
 
 
