@@ -105,6 +105,7 @@ class DemoAssets:
         images: Image folder.
         train_json: Training records.
         val_json: Validation records.
+        preview_json: A sixth of them, for evaluations during the training.
     """
 
     language_model: Path
@@ -112,6 +113,7 @@ class DemoAssets:
     images: Path
     train_json: Path
     val_json: Path
+    preview_json: Path
 
 
 def fetch(cache_dir: Path | None = None) -> DemoAssets:
@@ -172,6 +174,7 @@ def fetch(cache_dir: Path | None = None) -> DemoAssets:
         images=root / "drawings" / "images",
         train_json=root / "drawings" / "train.json",
         val_json=root / "drawings" / "val.json",
+        preview_json=root / "drawings" / "preview.json",
     )
 
 

@@ -122,7 +122,7 @@ def plan_steps(
     records = _options(
         train_data_path=assets.train_json,
         train_image_folder=assets.images,
-        eval_data_path=assets.val_json,
+        eval_data_path=assets.preview_json,
         val_image_folder=assets.images,
     )
     train = [*models, *records, "--seed", str(seed), *_training_options()]

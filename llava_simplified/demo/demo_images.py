@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 NUM_HELD_OUT = 300  # images that the demo does not train on
+PREVIEW_STRIDE = 6  # every sixth of them is evaluated while the model trains, which takes a few seconds each time
 # The prompt is the image alone: a caption needs no question, and a fifth of the tokens of a sample would be its words.
 INSTRUCTION = ""
 _DRAWING = re.compile(r"package/img/google/64/([0-9a-f-]+)\.png")
 
 
 def build_images(drawings: Path, names: Path, target: Path) -> None:
-    """Write `images/*.png` (64 x 64, with alpha), `train.json` and `val.json`.
+    """Write `images/*.png` (64 x 64, with alpha), `train.json`, `val.json` and a part of it, `preview.json`.
 
     Args:
         drawings: The npm package `emoji-datasource-google` (.tgz).
@@ -57,6 +58,7 @@ def build_images(drawings: Path, names: Path, target: Path) -> None:
     held_out = choose_held_out(digests, NUM_HELD_OUT)
     _write_records(target / "train.json", digests.keys() - held_out, captions)
     _write_records(target / "val.json", held_out, captions)
+    _write_records(target / "preview.json", set(sorted(held_out)[::PREVIEW_STRIDE]), captions)
 
 
 def _write_records(path: Path, names: set[str], captions: Mapping[str, str]) -> None:

@@ -56,6 +56,7 @@ def test_demo_ends_with_a_model_and_a_report(
         images=images,
         train_json=data_folder / "train.json",
         val_json=data_folder / "val.json",
+        preview_json=data_folder / "val.json",
     )
     monkeypatch.setattr(recipes, "RECIPES_FOLDER", tmp_path / "configs")
     monkeypatch.setattr(demo_steps, "fetch", lambda _: tiny)
@@ -107,7 +108,7 @@ def test_plan_steps_trains_in_the_dtype_that_is_fast_on_this_cpu(
 ) -> None:
     monkeypatch.setattr(demo_command, "has_fast_bfloat16", lambda: is_fast)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path)
+    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 6), tmp_path)
     training = [step.argv for step in steps if step.argv[0] == "train"]
     assert len(training) == 2
     for words in training:
@@ -122,7 +123,7 @@ def test_demo_ends_when_a_command_fails(tmp_path: Path, monkeypatch: pytest.Monk
         commands.append(words[0])
         return 0 if len(commands) == 1 else 1
 
-    monkeypatch.setattr(demo_steps, "fetch", lambda _: DemoAssets(*[tmp_path] * 5))
+    monkeypatch.setattr(demo_steps, "fetch", lambda _: DemoAssets(*[tmp_path] * 6))
     monkeypatch.setattr(demo_steps.cli, "main", run)
     assert demo_command.main(["--output", str(tmp_path)]) == 1
     assert commands == ["inspect", "train"]
@@ -132,7 +133,7 @@ def test_demo_recipes_are_found_outside_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path)
+    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 6), tmp_path)
     names = [
         step.argv[step.argv.index("--config") + 1] for step in steps if "--config" in step.argv
     ]
@@ -143,7 +144,7 @@ def test_demo_recipes_are_found_outside_a_checkout(
 
 @pytest.mark.parametrize("max_steps", [None, 1, 10_000])
 def test_max_steps_only_shortens_the_stages(tmp_path: Path, max_steps: int | None) -> None:
-    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 5), tmp_path, max_steps=max_steps)
+    steps = demo_command.plan_steps(DemoAssets(*[tmp_path] * 6), tmp_path, max_steps=max_steps)
     for step in steps:
         if step.argv[0] == "train":
             recipe = step.argv[step.argv.index("--config") + 1]
@@ -209,7 +210,7 @@ def test_demo_shows_captions_and_writes_a_report_while_a_step_runs(
 
     monkeypatch.setattr(demo_steps.cli, "main", run)
     monkeypatch.setattr(demo_steps.Watcher, "REDRAW_SECONDS", 0.01)
-    assets = DemoAssets(*[data_folder / "images"] * 5)
+    assets = DemoAssets(*[data_folder / "images"] * 6)
     with redirect_output(tmp_path / "log.txt") as terminal:
         demo = Demo(tmp_path, terminal)
         demo.durations.append(0.0)  # of the download
@@ -242,7 +243,7 @@ def test_second_demo_skips_what_is_finished_and_resumes_what_is_not(
         with redirect_output(tmp_path / "log.txt") as terminal:
             demo = Demo(tmp_path, terminal)
             demo.durations.append(0.0)
-            demo.run(DemoAssets(*[data_folder / "images"] * 5), steps)
+            demo.run(DemoAssets(*[data_folder / "images"] * 6), steps)
         return list(calls)
 
     monkeypatch.setattr(demo_steps.cli, "main", run)
