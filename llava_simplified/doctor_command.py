@@ -13,9 +13,13 @@ import shutil
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_simplified.extras import cpp_compiler, install_command
 from llava_simplified.options import CommandParser, print_text
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 PROJECT = "llava-simplified"
 # Purpose of each extra, in the order of pyproject.toml. An extra that is not listed here is reported without a purpose.
@@ -96,37 +100,38 @@ class Requirements:
         metadata = importlib.metadata.metadata(PROJECT)
         self.extras: list[str] = list(metadata.get_all("Provides-Extra") or [])
 
-    def required_packages(self) -> list[str]:
-        """Return the names of the packages that are always required."""
-        # All packages of extras have a marker.
-        return [item.name for item in self._requirements if item.marker is None]
+    def required(self) -> list[Requirement]:
+        """Return the requirements that always apply."""
+        # All requirements of extras have a marker.
+        return [item for item in self._requirements if item.marker is None]
 
-    def packages_of_extra(self, extra: str) -> list[str]:
-        """Return the names of an extra's packages that are required on this machine."""
-        packages: list[str] = []
+    def of_extra(self, extra: str) -> list[Requirement]:
+        """Return the requirements of an extra that apply on this machine."""
+        found: list[Requirement] = []
         for item in self._requirements:
             # Evaluate the marker, which may also depend on the Python version.
             if item.marker is None or not item.marker.evaluate({"extra": extra}):
                 continue
             if item.name == PROJECT:  # "all" consists of other extras
                 for other in sorted(item.extras):
-                    packages += self.packages_of_extra(other)
+                    found += self.of_extra(other)
             else:
-                packages.append(item.name)
-        return packages
+                found.append(item)
+        return found
 
-    def problem(self, package: str) -> str | None:
-        """Return a message if a package is missing or has the wrong version, else None."""
-        version = _version(package)
-        for item in self._requirements:
-            if item.name != package:
-                continue
-            if version is None:
-                return f"MISSING: pip install '{item.name}{item.specifier}'"
-            # Accept development versions, such as "2.14.0.dev20261101" (nightly builds of torch).
-            if not item.specifier.contains(version, prereleases=True):
-                return f"{version}, but {item.specifier} is required"
-        return None
+
+def _problem(requirement: Requirement) -> str | None:
+    """Return a message if the package is missing or has the wrong version, else None.
+
+    A package may have several requirements: an extra may exclude a version that the core accepts.
+    """
+    version = _version(requirement.name)
+    if version is None:
+        return f"MISSING: pip install '{requirement.name}{requirement.specifier}'"
+    # Accept development versions, such as "2.14.0.dev20261101" (nightly builds of torch).
+    if not requirement.specifier.contains(version, prereleases=True):
+        return f"{version}, but {requirement.specifier} is required"
+    return None
 
 
 def _version(package: str) -> str | None:
@@ -140,11 +145,13 @@ def _version(package: str) -> str | None:
 def _describe_packages() -> tuple[list[str], bool]:
     """Return a line for each required package, and whether all of them are installed."""
     requirements = Requirements()
-    packages = requirements.required_packages()
-    lines = []
-    for package in [PROJECT, *packages]:
-        lines.append(_row(package, requirements.problem(package) or str(_version(package))))
-    return lines, not any(requirements.problem(package) for package in packages)
+    lines = [_row(PROJECT, str(_version(PROJECT)))]
+    problems = []
+    for requirement in requirements.required():
+        problem = _problem(requirement)
+        problems.append(problem)
+        lines.append(_row(requirement.name, problem or str(_version(requirement.name))))
+    return lines, not any(problems)
 
 
 def _describe_extras() -> list[str]:
@@ -152,8 +159,7 @@ def _describe_extras() -> list[str]:
     requirements = Requirements()
     lines = []
     for extra in requirements.extras:
-        packages = requirements.packages_of_extra(extra)
-        missing = [package for package in packages if requirements.problem(package)]
+        missing = [item.name for item in requirements.of_extra(extra) if _problem(item)]
         state = "installed"
         if missing:
             state = f"missing: {', '.join(missing)}, run {install_command(extra)}"

@@ -35,6 +35,15 @@ def test_doctor_reports_a_complete_installation_and_exits_with_0(
         assert "; for " in line[0], f"no purpose of {name}"
 
 
+def test_doctor_judges_the_core_without_the_limits_of_extras(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requirements = ["torch>=2", "torch<1; extra == 'quant'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: requirements)
+    assert doctor_command.main([]) == 0
+    assert re.search(r"^  quant +missing: torch", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_every_extra_has_a_purpose() -> None:
     assert extras_in_pyproject() == list(doctor_command.EXTRA_PURPOSES)
 
@@ -65,4 +74,5 @@ def test_doctor_resolves_extras_of_extras(
         "llava-simplified[serve,quant]; extra == 'all'",
     ]
     monkeypatch.setattr("importlib.metadata.requires", lambda _: requirements)
-    assert doctor_command.Requirements().packages_of_extra("all") == ["also-gone", "gone"]
+    requirements = doctor_command.Requirements().of_extra("all")
+    assert [requirement.name for requirement in requirements] == ["also-gone", "gone"]

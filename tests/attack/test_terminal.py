@@ -181,6 +181,10 @@ class Workplace:
             [self.unreadable_records, *options],
         ]
 
+    def benchmark(self) -> Commands:
+        options = ("--model-path", self.checkpoint, "--output", self.new("benchmark"))
+        return [["coco", path, *options] for path in (self.images, self.missing)]
+
     def serve(self) -> Commands:
         return [[self.missing], [self.checkpoint, "--examples", self.missing]]
 

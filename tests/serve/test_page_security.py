@@ -626,7 +626,7 @@ EXTREME: list[tuple[dict[str, Any], int]] = [
     ({"top_p": 0}, 400),
     ({"top_p": 1.0000001}, 400),
     ({"top_k": 2**31}, 400),
-    ({"top_k": -1}, 400),
+    ({"top_k": -2}, 400),
     ({"repetition_penalty": 5e-324}, 400),
     ({"repetition_penalty": 1e38}, 400),
     ({"repetition_penalty": -1}, 400),
