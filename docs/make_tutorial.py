@@ -255,7 +255,7 @@ def count_millions(model: Llava) -> dict[str, str]:
 
 def splice_code() -> str:
     """Return the four statements of `Llava.splice` that do the work, from the code itself."""
-    beginnings = ("is_image =", "embeds =", "image_tokens =", "return embeds.masked")
+    beginnings = ("is_image =", "embeds =", "image_tokens = self", "spliced =")
     lines = [line.strip() for line in inspect.getsource(Llava.splice).splitlines()]
     statements = [line for line in lines if line.startswith(beginnings)]
     if len(statements) != len(beginnings):

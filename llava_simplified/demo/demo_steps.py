@@ -105,6 +105,7 @@ class Demo:
                 self._describe_failure(step, status)
                 return status
             finished.add(index, step.argv)
+            self._delete_checkpoints(step)
             self._finish(watcher)
         return 0
 
@@ -124,6 +125,12 @@ class Demo:
             return ["--resume_from_checkpoint", "true"]
         shutil.rmtree(step.run_folder, ignore_errors=True)
         return []
+
+    def _delete_checkpoints(self, step: Step) -> None:
+        """Delete the checkpoints of a finished run: they only serve to continue an interrupted one."""
+        if step.run_folder is not None:
+            for checkpoint in step.run_folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
 
     def _announce(self, index: int, step: Step, total: int) -> None:
         self.terminal.print(f"\n[{index + 1}/{total}] {step.title}")

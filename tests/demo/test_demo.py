@@ -252,6 +252,7 @@ def test_second_demo_skips_what_is_finished_and_resumes_what_is_not(
     assert run_demo(steps) == [train]  # interrupted
     fail_at = "evaluate"
     assert run_demo(steps) == [[*train, "--resume_from_checkpoint", "true"], evaluate]
+    assert list((tmp_path / "model").iterdir()) == []  # the checkpoints of the finished run
     fail_at = ""
     assert run_demo(steps) == [evaluate]
     assert run_demo(steps) == []
