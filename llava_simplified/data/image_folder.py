@@ -196,11 +196,11 @@ def check_distinct(names: Iterable[str], folder: Path) -> None:
     Raises:
         AmbiguousNameError: Two names lead to one file.
     """
+    import numpy as np  # imported here, because parsers of commands import this module
+
     # Hashes in an array, because a dict of millions of names would take gigabytes.
     all_names = list(names)
     ends = [hash(_fold(name_parts(name)[-1])) for name in all_names if name_parts(name)]
-    import numpy as np  # imported here, because parsers of commands import this module
-
     values, counts = np.unique(np.array(ends, np.int64), return_counts=True)
     repeated = set(values[counts > 1].tolist())
     matches = NameMatches()

@@ -25,7 +25,7 @@ from llava_simplified.demo.progress import (
 )
 from llava_simplified.demo.terminal import Terminal
 from llava_simplified.jobs import atomic_file, format_duration
-from llava_simplified.options import escape_control_characters, quote_words
+from llava_simplified.options import quote_words
 
 NUM_STEPS = 6
 EXPECTED_SECONDS = 480  # of all steps after the download
@@ -59,10 +59,7 @@ class Demo:
 
     Args:
         output: Output folder.
-        terminal: Where progress is shown.
-
-    A thread follows the files that the running command writes. The commands themselves know nothing of
-    the demo.
+        terminal: Where progress is shown. It escapes control characters.
     """
 
     def __init__(self, output: Path, terminal: Terminal) -> None:
@@ -147,7 +144,7 @@ class Demo:
             f"The last lines of {log}:"
         )
         for line in lines:
-            self.terminal.print(f"  {escape_control_characters(line)}")
+            self.terminal.print(f"  {line}")
 
 
 class FinishedSteps:
@@ -277,8 +274,7 @@ class Watcher:
             f"  After {first_step} steps, the model says about drawings that it has not seen:"
         )
         for row in rows[:PRINTED_CAPTIONS]:
-            caption = escape_control_characters(row.caption)
-            print_line(f"    {caption[:44]:<46}(right: {row.reference[:40]})")
+            print_line(f"    {row.caption[:44]:<46}(right: {row.reference[:40]})")
         print_line(f"  More are in {self.demo.output / 'report.html'}, which reloads itself.")
 
     def _write_report(self, progress: Progress, left: str) -> None:
