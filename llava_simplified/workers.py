@@ -180,18 +180,37 @@ def event_loop(connections: int = 0) -> Iterator[asyncio.AbstractEventLoop]:
             f"pass --concurrency {_MAX_WINDOWS_CONNECTIONS} or less."
         )
     loop = asyncio.SelectorEventLoop()
+    loop.set_exception_handler(_log_unretrieved_error)
     try:
         yield loop
     finally:
-        # After an error or Ctrl-C, tasks are left; wait until they have ended.
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            loop.run_until_complete(asyncio.wait(tasks))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
+        try:
+            _end_tasks(loop)
+        finally:
+            loop.close()
+
+
+def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel the tasks that an error or Ctrl-C has left, and wait until they have ended."""
+    import asyncio
+
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    # An interrupted iteration leaves callbacks behind, perhaps the one that stops the loop because its future is done.
+    # It would stop the wait below. One iteration runs them all.
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(loop.shutdown_default_executor())
+
+
+def _log_unretrieved_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log an error that no task has waited for, except Ctrl-C, which has been raised out of the loop already."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 # ---- local processes ----

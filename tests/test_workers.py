@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llava_simplified.workers import TaskResult, parse_slice, run_tasks
+from llava_simplified.workers import TaskResult, event_loop, parse_slice, run_tasks
 
 
 def square(number: int) -> int:
@@ -165,3 +166,43 @@ def test_parse_slice_covers_all_tasks_once() -> None:
 def test_parse_slice_refuses_another_form(wrong: str) -> None:
     with pytest.raises(ValueError, match="--shards"):
         parse_slice(wrong, 4)
+
+
+def test_event_loop_ends_its_tasks_when_the_interrupted_iteration_has_a_result() -> None:
+    """The callback that stops the loop for the result is left over, and must not stop the clean-up."""
+    ended: list[str] = []
+
+    async def wait_forever() -> None:
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            # Needs a further iteration.
+            await asyncio.sleep(0)
+            ended.append("waiting")
+
+    async def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    async def return_result(loop: asyncio.AbstractEventLoop) -> None:
+        loop.create_task(wait_forever())
+        loop.create_task(interrupt())
+
+    with pytest.raises(KeyboardInterrupt), event_loop() as loop:
+        loop.run_until_complete(return_result(loop))
+    assert ended == ["waiting"]
+    assert loop.is_closed()
+
+
+def test_event_loop_closes_when_tasks_wait_for_an_interrupted_one() -> None:
+    """The interruption of one task is raised by those that wait for it, too."""
+
+    async def interrupt() -> None:
+        await asyncio.sleep(0)
+        raise KeyboardInterrupt
+
+    async def wait_for_others() -> None:
+        await asyncio.gather(interrupt(), asyncio.sleep(1000))
+
+    with pytest.raises(KeyboardInterrupt), event_loop() as loop:
+        loop.run_until_complete(wait_for_others())
+    assert loop.is_closed()
