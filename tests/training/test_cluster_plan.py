@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from training_runs import training_options
 
+from llava_simplified.model.build import build_vision_tower
+from llava_simplified.model.config import LlavaConfig
+from llava_simplified.training.cluster_command import count_tower_flops
 from llava_simplified.training.cluster_plan import (
     Cluster,
     Rates,
@@ -123,11 +126,22 @@ def test_plan_of_a_cluster_reads_rates_and_counts_flops(
     RATES.save(rates)
     assert main([*options, "--tflops", "100", "--mfu", "0.5"]) == 0
     printed = capsys.readouterr().out
-    # A tower of two layers, of which one is computed for the features: 4 x 24 x 24 + 2 x 24 x 48 weights for 17
-    # positions, and the patch filter of 3 x 8 x 8 x 24 for 16.
     assert "400 images x " in printed
     assert "50 TFLOP/s" in printed
     assert "2 machines x 4 cores" in printed
+
+
+@pytest.mark.medium
+def test_tower_flops_are_those_of_its_matrices(models_folder: Path) -> None:
+    config = LlavaConfig("", str(models_folder / "clip"), dtype="float32")
+    tower = build_vision_tower(config, device="meta")
+    # 16 patches and the class token. Transformers computes the last layer, too, which the features do not need.
+    positions, width, inner, layers = 17, 24, 48, 3
+    patch_filter = 16 * (3 * 8 * 8 * width)
+    matrices = positions * (4 * width * width + 2 * width * inner)
+    attention = 2 * positions * positions * width
+    expected = 2 * (patch_filter + layers * (matrices + attention))
+    assert count_tower_flops(tower) == expected
 
 
 @pytest.mark.slow
