@@ -11,6 +11,8 @@ Transformers' sides also have the same data type (bfloat16 where this machine is
 tutorial's loop captions one image at a time, and encodes and prefills it again for every sample. The greedy
 captions of all these sides must be the same in float32.
 
+Against llama.cpp, our side runs with `--quantize int8`, too.
+
 llama.cpp's server runs with our exported GGUF, as float16 and quantized, an empty prompt cache, the samples
 of an image as the `n` choices of one request, and 1 to 8 requests at a time, of which the best number counts.
 Its time contains a few milliseconds an image for HTTP and for decoding the image. Its captions cannot be the
@@ -56,6 +58,7 @@ TEMPERATURE = 0.7
 GREEDY_IMAGES = 8  # images whose greedy captions are compared
 FIRST_TOKEN_IMAGES = 5  # images for which the time to the first token is measured
 OURS, STOCK, TUTORIAL = "ours", "stock, batched", "the tutorial's loop"
+OURS_INT8 = "ours, int8"
 TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
 # (positions of the images, samples per image, temperature) -> token ids of each caption
 Generate = Callable[[list[int], int, float], list[list[int]]]
@@ -193,6 +196,7 @@ def caption_all(
     import torch
 
     from llava_simplified.data.images import decode_image
+    from llava_simplified.model.int8_linear import quantize_linear_layers
     from llava_simplified.prompt import Message
 
     model: Any = build(models)
@@ -203,7 +207,9 @@ def caption_all(
     pixels = torch.stack(images)
     lengths = draw_caption_lengths(len(paths))
     stock: Any = None
-    if side == OURS:
+    if side == OURS_INT8:
+        quantize_linear_layers(model.language_model)
+    if side in (OURS, OURS_INT8):
         generate = make_generate(model, prompt, pixels, lengths)
     else:
         stock, image_token = to_stock(model)
@@ -342,7 +348,7 @@ def run_sides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         folder = root / "images"
         folder.mkdir()
         write_data(folder, args.images, 1)
-        sides = [OURS, STOCK, TUTORIAL] if args.peer == TRANSFORMERS else [OURS]
+        sides = [OURS, STOCK, TUTORIAL] if args.peer == TRANSFORMERS else [OURS, OURS_INT8]
         ggufs: dict[str, Path] = {}
         if args.peer == LLAMA_CPP:
             peer_llama_cpp.build_llama_cpp(args.llama_cpp)

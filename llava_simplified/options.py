@@ -260,7 +260,7 @@ def log_level() -> int | None:
 
 
 def add_checkpoint_options(parser: Any, *, positional: bool = False, required: bool = True) -> None:
-    """Add the options that load a checkpoint: `model_path`, `model_base`, `vision_tower`, `bits`.
+    """Add the options that load a checkpoint: its path, its parts and their precision.
 
     Args:
         parser: A parser, or one of its groups.
@@ -278,6 +278,11 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False, required: b
         type=int,
         choices=[4, 8, 16],
         help="Bits per weight of the language model (default: as in training)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=["int8"],
+        help="Quantize the language model for faster generation on a CPU; captions may change slightly",
     )
     add_trust_option(parser)
 

@@ -628,6 +628,7 @@ def _make_job(
         model_base=args.model_base,
         vision_tower=args.vision_tower,
         bits=args.bits,
+        quantize=args.quantize,
         trust_remote_code=args.trust_remote_code,
         limit=args.limit,
         batch_size=args.batch_size,

@@ -229,6 +229,7 @@ def _caption_all(
             model_base=args.model_base,
             vision_tower=args.vision_tower,
             bits=args.bits,
+            quantize=args.quantize,
             trust_remote_code=args.trust_remote_code,
             batch_size=args.batch_size,
             endpoint=endpoint,
