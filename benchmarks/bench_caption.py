@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import sys
 import tempfile
@@ -43,6 +43,7 @@ from workload import (
     MAX_CAPTION_LENGTH,
     compute_dtype,
     draw_caption_lengths,
+    peak_memory,
     run_child,
     stock_projector_weights,
     write_checkpoint,
@@ -227,7 +228,7 @@ def caption_all(
             generate(positions, args.samples, TEMPERATURE)
     result: dict[str, Any] = {
         "rate": len(paths) * args.samples / (time.perf_counter() - start),
-        "memory": serving.maximum_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss),
+        "memory": peak_memory(os.getpid()),
         # One position of the prompt is the image, which becomes several.
         "prompt_tokens": len(prompt) - 1 + model.vision_tower.num_tokens,
     }
