@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-# Added to the standard deviation of GRPO, as in TRL: rewards that are nearly equal must not be blown up.
+# Added to the standard deviation of GRPO, as in TRL, so that tiny differences of rewards are not amplified.
 STANDARD_DEVIATION_EPSILON = 1e-4
 # The range of the probability ratio, 1 - 0.2 to 1 + 0.2, as in PPO and GRPO.
 CLIP_EPSILON = 0.2

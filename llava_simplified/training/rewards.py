@@ -94,7 +94,7 @@ class CiderScorer:
             for product, norm, other_norm in zip(products, norms, other_norms):
                 if norm > 0 and other_norm > 0:
                     cosines += product / (norm * other_norm)
-            # The server measures lengths in bigrams.
+            # The evaluation server of COCO measures the length of a caption in bigrams.
             difference = _num_bigrams(counts) - _num_bigrams(other_counts)
             penalty = math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
             total += penalty * cosines / MAX_ORDER

@@ -166,7 +166,7 @@ def test_files_may_be_one_folder_deeper(tmp_path: Path) -> None:
     (tmp_path / "flickr30k-images").rename(tmp_path / "images")
     assert names_of(read_benchmark("flickr30k", tmp_path))[0] == "images/1001.jpg"
     shutil.copytree(tmp_path / "karpathy", tmp_path / "copy")
-    with pytest.raises(ValueError, match="could both be meant"):
+    with pytest.raises(ValueError, match="dataset_flickr30k.json"):
         read_benchmark("flickr30k", tmp_path)
 
 
