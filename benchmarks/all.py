@@ -19,7 +19,7 @@ RESULTS = HERE / "RESULTS.md"
 BENCHMARKS = ("train", "caption", "serve", "scale", "download", "clean", "convert", "metrics")
 HEAD = """# Results
 
-Both sides of each comparison are measured in one run; what counts is their ratio. `make bench` repeats all of
+Both sides of each comparison are measured in one run, so only their ratio is meaningful. `make bench` repeats all of
 them, and the command above a table repeats that table.
 """
 
