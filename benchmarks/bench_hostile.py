@@ -185,7 +185,7 @@ def make_bomb() -> bytes:
 
 
 def hostile_bodies(image: bytes) -> list[bytes]:
-    """Return bodies that are wrong, huge, or ask for too much."""
+    """Return request bodies that are invalid, huge, or request too much."""
     text = [{"role": "user", "content": "x"}]
     bodies: list[Any] = [
         make_body(make_bomb()),
@@ -274,7 +274,7 @@ async def run_phase(
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
-        # The server is idle: these are the answers that neighbours must not change.
+        # The answers of the idle server. Requests of other clients must not change them.
         expected = [(await ask(session, make_body(image)))[1] for image in images]
         watching = asyncio.create_task(watch_memory(process, outcomes))
         end = time.monotonic() + seconds
@@ -309,7 +309,7 @@ def main() -> int:
         checkpoint = write_checkpoint(Path(root))
         phases = []
         for number in (0, hostile):
-            # Each phase has a server of its own, so that the memory of one does not hide that of the other.
+            # Start a new server for each phase, so that its memory does not include that of the phase before.
             with running_server(checkpoint, 2 * args.clients) as (process, url):
                 phases.append(asyncio.run(run_phase(process, url, healthy, number, args.seconds)))
     alone, attacked = phases

@@ -296,7 +296,7 @@ def _parent_is_alive(parent: int) -> bool:
         parent: Its process id.
     """
     process = multiprocessing.parent_process()
-    # On Windows, the id of the parent stays the same after its death; a handle of it does not lie.
+    # On Windows, `getppid` returns the same id after the parent has ended. A handle of the parent is reliable.
     if sys.platform == "win32" and process is not None:
         return process.is_alive()
     return os.getppid() == parent

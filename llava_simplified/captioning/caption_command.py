@@ -154,7 +154,9 @@ def _add_text_options(parser: CommandParser) -> None:
     group.add_argument("--prefix", default="", help="Text to put before each caption, as it is")
     group.add_argument("--suffix", default="", help="Text to put after each caption, as it is")
     group.add_argument(
-        "--max-words", type=int, help="Maximum number of generated words, prefix and template aside"
+        "--max-words",
+        type=int,
+        help="Maximum number of generated words, not counting prefix, suffix and template",
     )
     group.add_argument(
         "--loop-guard",

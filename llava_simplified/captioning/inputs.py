@@ -125,7 +125,7 @@ def open_inputs(
     if records_files and len(sources) > 1:
         raise ValueError(
             f"{records_files[0]}: a file of records must be the only input. Caption each file with "
-            "an --output of its own."
+            "a separate --output."
         )
     # Check only the suffix, so that a missing file of records is reported as such.
     if records_files:
@@ -136,7 +136,7 @@ def open_inputs(
                 "remove the option."
             )
         # Accept records without responses, since this command generates them.
-        # A row that is no record is set aside when its turn comes, unless all are.
+        # A row that is not a record is set aside when its turn comes, unless all rows are.
         return open_data(
             source,
             image_folder,

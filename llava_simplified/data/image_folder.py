@@ -191,7 +191,7 @@ def _two_names(first: str, second: str, path: Path) -> AmbiguousNameError:
 def check_distinct(names: Iterable[str], folder: Path) -> None:
     """Check that no two names lead to one file, for names that are not found by `exact`.
 
-    Only names that end with the same part can do so, so that no file is looked up in the usual case.
+    Only names that end with the same part can do so, so no file is looked up in the usual case.
 
     Raises:
         AmbiguousNameError: Two names lead to one file.

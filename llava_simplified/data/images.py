@@ -7,9 +7,9 @@ is checked in the header before pixels are allocated, and a file whose pixels ar
 shifts everything after it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
 writes a warning that Pillow ignores. A model would be trained on those stripes, with the caption of the real image.
 simplejpeg's strict mode turns libjpeg's warnings into errors, so JPEGs are decoded with it, and all other formats with
-Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` tells them apart.
+Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` finds out which ones.
 
-**Metadata never decide over pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
+**Metadata never affect the pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
 again (`image_formats.without_metadata`).
 
 **One border.** What a decoder may raise is not what its documentation says, but anything: a ZeroDivisionError for an AVIF
@@ -93,7 +93,7 @@ class ImageError(ValueError):
 
     Attributes:
         kind: The reason, as reports count it: "missing", "ambiguous", "unsafe", "html", "not_image", "unsupported" (an
-            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds reasons of its own.
+            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds further reasons.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -323,7 +323,7 @@ def portable_image(data: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> 
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Return whether every program decodes an opened image alike: upright, opaque, 8 bits, one frame."""
+    """Return whether all programs decode an opened image in the same way: upright, opaque, 8 bits, one frame."""
     with _decoder_errors(image.format):
         if image.format == "PNG":
             image.load()  # metadata may follow the pixels

@@ -51,7 +51,7 @@ _OTHER_MEDIA_FILE = re.compile(
     r"\.(mp4|m4v|mkv|mov|avi|webm|mpe?g|wmv|flv|mp3|wav|flac|ogg|opus|m4a|aac|ply|pcd|obj|glb)$",
     re.IGNORECASE,
 )
-# Placeholders of other programs: <video>, <image_1>, <|image|>, <|vision_start|>. HTML is told apart by its end tag.
+# Placeholders of other programs: <video>, <image_1>, <|image|>, <|vision_start|>. Unlike them, HTML has end tags.
 _OTHER_PLACEHOLDER = re.compile(
     r"<\|?(?P<tag>(?:video|audio|speech|sound|voice|music|point_?cloud)s?|img|image)(?:[ _]?\d+)?\|?>"
     r"|<\|(?:vision|audio|video|image|img)_(?:start|pad)\|>|<(?:img|video|audio)_context>",
@@ -199,7 +199,7 @@ def _check_texts(
         ValueError: A text contains half of a surrogate pair, or a user's turn another program's placeholder.
     """
     for text in (*images, *(turn.content for turn in turns), *responses):
-        # JSON can express one half of a character beyond U+FFFF, which is no character. UTF-8 cannot.
+        # JSON can express half of a surrogate pair, which is not a character. UTF-8 cannot.
         if not text.isascii() and _is_not_unicode(text):
             raise ValueError(
                 f"{where}: a text contains half of a surrogate pair, which is not Unicode: {text!r:.200}"
@@ -374,7 +374,7 @@ class Records(Sequence[Record]):
 
 
 def response_problem(record: Record) -> str:
-    """Return why a record cannot be trained on for its responses; empty if it can."""
+    """Return what is wrong with the responses of a record, if it is used for training; empty if nothing is."""
     if record.responses and all(text.strip() for text in record.responses):
         return ""
     return (

@@ -319,7 +319,7 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
 
     file_name = "preprocessor_config.json"
     try:
-        # Look for the file first, for a clear error: AutoImageProcessor would go on to try other files.
+        # Look for the file first, for a clear error: AutoImageProcessor would try other files next.
         utils.cached_file(str(name_or_path), file_name)
         # The Pillow backend does not need torchvision.
         return AutoImageProcessor.from_pretrained(

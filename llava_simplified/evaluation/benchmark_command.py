@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `llava benchmark`.
 
     Returns:
-        The exit status: 1 if an image has no caption, so that the scores are not those of the whole benchmark.
+        The exit status: 1 if an image has no caption, so the scores are not those of the whole benchmark.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

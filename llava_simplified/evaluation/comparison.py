@@ -159,7 +159,7 @@ def compare_runs(
             num_equal=len(change) - num_higher - num_lower,
         )
 
-    # Other captions can have equal scores, so the captions decide which images have changed, and not the scores.
+    # Compare the captions themselves, because different captions can have equal scores.
     changed = []
     for position, (before, after) in enumerate(zip(first_samples, second_samples)):
         if _normalized(before) == _normalized(after):

@@ -43,7 +43,7 @@ def build_parser() -> CommandParser:
         type=Path,
         action="append",
         default=[],
-        help="COCO instance annotations (instances_val2014.json), for CHAIR: the objects that captions invent; "
+        help="COCO instance annotations (instances_val2014.json), for CHAIR, the fraction of mentioned objects that are not in the image; "
         "repeat the option for several files",
     )
     parser.add_argument(

@@ -175,7 +175,7 @@ def _collect_notes(runs: Sequence[Run]) -> list[str]:
 def _make_panels(runs: Sequence[Run]) -> list[RunPanel]:
     panels = []
     for number, run in enumerate(runs):
-        # Of a single run, the colors tell the two lists apart; of several, the runs.
+        # With a single run, the colors distinguish the two lists; with several, they distinguish the runs.
         colors = (_ORANGE, _BLUE) if len(runs) == 1 else (number, number)
         overused, underused = _word_bars(run.samples, colors)
         unseen = _unseen_scores(run.result)
@@ -256,7 +256,7 @@ def _compare_shuffled(runs: Sequence[Run]) -> dict[str, list[Bar]]:
             largest = max(largest, run.result.mean[name].value, run.result.shuffled[name].value)
         bars = []
         for number, run in scored:
-            # The number of colors is limited, so that the labels name the runs.
+            # There are only five colors, so name the run in the label.
             prefix = f"{run.name}: " if len(runs) > 1 else ""
             own = run.result.mean[name].value
             shuffled = run.result.shuffled[name].value
@@ -469,7 +469,7 @@ def _changed_row(image: ChangedImage, first: Run, second: Run, folder: Path) -> 
 
 
 def _thumbnail(image: str, folder: Path) -> Thumbnail | None:
-    """Return a small form of an image; None if there is none. The notes about the cards tell why."""
+    """Return the thumbnail of an image; None if there is none. The notes about the cards give the reason."""
     if not image:
         return None
     try:

@@ -12,7 +12,7 @@ a tuple:
 `images` is a function of the document, and `document` is its number in `task_dict[task][split]`. The text is
 rendered by the checkpoint's own prompt template, exactly as `Llava.caption` renders an instruction.
 
-Only lmms-eval imports this module: it is no dependency of the package.
+Only lmms-eval imports this module. The package itself does not depend on lmms-eval.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ def read_sample_images(samples: Sequence[Sample], folder: Path) -> list[bytes]:
     for sample in samples:
         if not sample.image:
             raise ValueError(
-                f"--clip: index {sample.index} has no image, so that it has no CLIPScore. Leave "
+                f"--clip: index {sample.index} has no image, so it has no CLIPScore. Leave "
                 "out --clip, or evaluate records of text alone in a call of their own."
             )
     return [read_image_bytes(sample.image, folder) for sample in samples]

@@ -40,7 +40,7 @@ class References:
         by_name: Captions by image name. They are found by the rule of `data/names.py`.
         by_id: Captions by image id, as text.
         names: The image names by id.
-        counts: Oddities of the file that the captions come from.
+        counts: Problems of the file, by description.
     """
 
     def __init__(

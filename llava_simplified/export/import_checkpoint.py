@@ -157,7 +157,7 @@ def import_checkpoint(
 
     Raises:
         ValueError: The format of the source is unknown, weights are missing or unexpected, a required
-            option is missing, or the checkpoint computes something else than the source.
+            option is missing, or the results of the checkpoint differ from those of the source.
         FileExistsError: `output` exists already.
     """
     if output.exists():

@@ -209,7 +209,7 @@ def load_tokenizer(
         raise ValueError(f"{name_or_path}: cannot load a tokenizer: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"{name_or_path}: the tokenizer has no end-of-sequence token, so that no caption would "
+            f"{name_or_path}: the tokenizer has no end-of-sequence token, so no caption would "
             "ever end; set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:

@@ -453,7 +453,7 @@ def _read_pissa_entries(checkpoint_config: Mapping[str, Any]) -> dict[str, Any] 
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of this package and of the libraries that decide over the weights."""
+    """Return the versions of this package and of the libraries that affect the weights."""
     # Not from the metadata of an installation: a checkout that is not installed has none.
     versions = {"llava-simplified": __version__}
     for name in _LIBRARIES:

@@ -438,7 +438,7 @@ class DecodingBatch:
         if len(rows) < len(self.active):
             logits = logits[to_device(torch.tensor(rows), logits.device)]
         logits = logits.float()
-        # Equal options have an equal `start_with`, so that all of these rows have generated as many tokens.
+        # Equal options have an equal `start_with`, so all of these rows have generated as many tokens.
         if len(answers[0]) - self._num_forced[ids[0]] < options.min_new_tokens:
             stop_ids = to_device(torch.tensor(self.model.prompt.stop_ids), logits.device)
             logits = logits.index_fill(1, stop_ids, -torch.inf)

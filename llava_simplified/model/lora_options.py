@@ -33,7 +33,7 @@ _OWN_OPTIONS = {
     "bias": "--lora_bias",
 }
 _SET_HERE = "LLaVA Simplified sets it"
-_NOT_MERGED = "it cannot be merged exactly, so that the model could not be exported"
+_NOT_MERGED = "it cannot be merged exactly, so the model could not be exported"
 _NOT_LINEAR = "only linear layers of the language model have adapters here"
 _NO_DATA = "initializations from data or gradients are not supported; pass init_lora_weights pissa"
 # All other fields of `LoraConfig`, with the reason why they are refused.

@@ -151,7 +151,7 @@ def to_records(
         if not row.captions:
             issues.note("image without any caption (skipped)", row.number, image)
         else:
-            # Append a question mark, to make this choice independent of that of the split.
+            # `hash_fraction(image)` decides the split. Append a character, to get an independent number.
             choice = int(hash_fraction(image + "?") * len(instructions))
             yield make_record(image, instructions[choice], row.captions), row
 

@@ -124,7 +124,7 @@ class DecodePool:
 
     def _decode(self, job: _Job) -> EncodedImage | BaseException:
         """Return the decoded image, or the error."""
-        # The error belongs to the caller, whatever it is; this thread must go on.
+        # Pass any error to the caller. This thread must continue with the next image.
         try:
             self._set_started(job, time.monotonic())
             width, height = read_image_size(job.data, self._max_pixels)
@@ -160,7 +160,7 @@ class DecodePool:
         self._timer = self._loop.call_later(interval, self._give_up_slow_jobs)
 
     def _give_up_slow_jobs(self) -> None:
-        """Let the callers of images go on that take too long, and replace their threads."""
+        """End the waiting of callers whose images take too long, and replace the threads."""
         now = time.monotonic()
         slow = []
         with self._lock:

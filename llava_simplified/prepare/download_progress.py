@@ -92,7 +92,7 @@ class DownloadProgress:
         raise ValueError(f"Stopped: the first {count} rows all failed with '{kind}'. {advice}")
 
     def finish_shard(self, number: int, outcomes: dict[str, int]) -> None:
-        """Replace the outcomes from the journal of a shard by the final ones."""
+        """Replace the outcomes from the journal of a shard with the final ones."""
         self._outcomes[number] = Counter(outcomes)
         if number in self._finished_before:
             self._before += self._outcomes[number]

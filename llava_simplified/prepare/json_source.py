@@ -40,7 +40,7 @@ _ROW_KEYS = ("", "images", "annotations", "data", "rows")  # "" is a top-level a
 _PARALLEL_KEYS = ("image_urls", "captions")
 _COCO_URL_NAMES = ("coco_url", "flickr_url", "url")
 _SNIFFED_BYTES = 1 << 20
-# Annotations without any caption after which a COCO file is taken for one of boxes or key points.
+# After this many annotations without a caption, a COCO file is assumed to contain boxes or key points.
 _MAX_WITHOUT_CAPTION = 100
 
 
@@ -236,7 +236,7 @@ class _JsonReader:
             return
         keys = ", ".join(map(repr, itertools.islice(self._ignored, 8)))
         raise ValueError(
-            f"{self._source}: an object with the keys {keys}, of which none holds captions. Captions are read from "
+            f"{self._source}: an object with the keys {keys}, none of which contains captions. Captions are read from "
             '[{"image": "1.jpg", "caption": "a cat"}, ...], from {"1.jpg": "a cat", ...}, '
             'or from the keys "data", "rows", or "images" and "annotations" (COCO).'
         )

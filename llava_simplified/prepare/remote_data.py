@@ -63,7 +63,7 @@ def copy_url(source: str, folder: Path) -> Path:
     for path, name in zip(paths, names):
         logger.info("Copying %s", path)
         with blame_file(source):
-            # In blocks, whatever the size of the file is.
+            # Copy in blocks, because the file may be larger than the memory.
             file_system.get_file(path, str(folder / name))
     return folder / names[0] if len(names) == 1 else folder
 

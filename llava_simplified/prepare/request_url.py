@@ -100,7 +100,7 @@ def resolve_redirect(url: URL, location: str) -> URL:
 
 def host_of(url: str) -> str:
     """Return the host of a URL, or an empty text if there is none."""
-    # Scheme and host repeat, so that most calls are answered from the cache.
+    # Scheme and host repeat, so most calls are answered from the cache.
     return _parse_host("/".join(url.split("/", 3)[:3]))
 
 

@@ -4,7 +4,7 @@ This is how kohya's scripts, OneTrainer and taggui keep captions, in folders of 
 whose name it begins with; the full name (`a.jpg.txt`) precedes the stem (`a.txt`). Images without
 a sidecar, and sidecars without an image, are counted and reported.
 
-A folder may hold millions of files. Only the names of one directory are in memory at a time, as one text each:
+A folder may contain millions of files. Only the names of one directory are in memory at a time, as one text each:
 
     a.jpg        a   NUL  .jpg              sorted, these are next to each other,
     a.jpg.txt    a   NUL  .jpg.txt          also if `a-1.jpg` stands between the names
@@ -25,10 +25,10 @@ from llava_simplified.prepare.source_files import read_text
 from llava_simplified.prepare.source_rows import ParseIssues, SourceRow
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
-# Values of --sidecar: which files are read, and whether a line is a caption of its own.
+# Values of --sidecar: which files are read, and whether each line is a separate caption.
 SIDECAR_CHOICES = ("txt", "caption", "lines")
 IMAGE_DOT_SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-_MAX_BYTES = 1 << 20  # a larger file is no caption
+_MAX_BYTES = 1 << 20  # a larger file is not a caption
 # Separates the parts of a sorted name. No file name contains it, and it sorts before every other character.
 _MARK = "\0"
 
@@ -157,13 +157,13 @@ def scan_names(
     """
     for place, subfolders, files in os.walk(folder, onerror=_raise_error):
         relative = Path(place).relative_to(folder).as_posix().removeprefix(".")
-        # In place, which `os.walk` permits and follows.
+        # Change this list in place: `os.walk` then visits the remaining subfolders, in this order.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         # `os.walk` does not enter links, which may lead in a circle.
         links = [name for name in subfolders if (Path(place) / name).is_symlink()]
         if links:
             yield NameGroup(relative, [], [], links)
-        # In place too: a directory may hold a million names, and a second list would double the memory.
+        # Change this list in place too: a directory may contain a million names, and a second list would double the memory.
         for index, name in enumerate(files):
             files[index] = _sort_key(name)
         files.sort()

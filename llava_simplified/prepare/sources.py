@@ -282,7 +282,7 @@ def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
             elif not group.folder and not group.images:
                 suffix = _format_suffix(name)
                 paths = contents.files.setdefault(suffix, [])
-                # Of texts that are no sidecars there may be a million, and the rest is not read.
+                # There may be a million texts that are not sidecars. Do not read them all.
                 if suffix != ".txt" or len(paths) < _MAX_TRIED_FILES:
                     paths.append(path)
     return contents
@@ -291,7 +291,7 @@ def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
 def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> dict[str, list[Path]]:
     """Return the forms in which a folder contains captions, with their files.
 
-    Files count if a row can be read from them: a README.txt is no table.
+    Files count if a row can be read from them: a README.txt is not a table.
 
     Raises:
         ValueError: There is none. The message is that of the first file that could have been one.
@@ -319,7 +319,7 @@ def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> di
 def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]) -> list[Path]:
     """Return the files of one form that contain captions.
 
-    One file stands for all, whose errors are reported when they are read. But each text is looked at by itself, because
+    One file stands for all, whose errors are reported when they are read. But each text is examined separately, because
     it may be anything.
 
     Args:
@@ -395,7 +395,7 @@ def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
 def _read_image_folder(
     folder: Path, metadata: list[Path], issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
-    """Yield the rows of an imagefolder. Images that no row names are noted."""
+    """Yield the rows of an imagefolder, and note images without a row."""
     without_row = {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -412,7 +412,7 @@ def _read_image_folder(
 
 
 def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> None:
-    """Note what a folder holds besides the parts that were read."""
+    """Note what a folder contains besides the parts that were read."""
     stems = {_first_stem(path) for path in parts}
     others = sorted(path for path in folder.iterdir() if path not in set(parts))
     for number, path in enumerate(others):

@@ -156,7 +156,7 @@ def _known_names(columns: Columns) -> set[str]:
 def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
     """Return what the lines of a list without captions look like, or None for a table.
 
-    A URL may contain commas and semicolons, so that a line is compared as a whole.
+    A URL may contain commas and semicolons, so a line is compared as a whole.
 
     Raises:
         ValueError: The lines could be a list of URLs, or URLs with captions of one word.

@@ -43,7 +43,7 @@ class StrictModel(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-# The only list, and the only object, that asks for nothing.
+# An empty list or object requests nothing.
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 

@@ -531,7 +531,7 @@ def initialize_trained_parts(
         load_projector(model.projector, model_args.pretrain_mm_mlp_adapter)
     else:
         _scale_projector(model, train_set)
-    # Last: nothing is to be done if the adapter comes from a checkpoint.
+    # Do this last: it does nothing if the adapter was loaded from a checkpoint.
     initialize_pissa(model.language_model)
 
 

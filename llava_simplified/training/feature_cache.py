@@ -343,7 +343,7 @@ class _ImageReader(Dataset["_ReadImage | None"]):
 class ImageFeatures:
     """The rows of one image folder by image name: `features["a.jpg"]` is a row of the cache.
 
-    An image takes 24 bytes (a hash of its name of 16 bytes, and the row number), so that the index of
+    An image takes 24 bytes (a hash of its name of 16 bytes, and the row number), so the index of
     millions of images can be sent to every data-loader worker.
     """
 

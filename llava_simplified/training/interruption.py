@@ -1,4 +1,4 @@
-"""Stop a run at a signal: finish the step, save a checkpoint, and say how to continue.
+"""Stop a run at a signal: finish the step, save a checkpoint, and print how to continue.
 
     Ctrl-C (SIGINT), or SIGTERM of a batch system      what happens
     once                                               the step is finished, `checkpoint-N` is saved, the run ends

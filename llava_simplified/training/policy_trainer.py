@@ -258,7 +258,7 @@ class PolicyTrainer(LlavaTrainer):
         if statistics["reward_std"] == 0:
             self._warn_once(
                 "reward_std is 0: all captions of every image got the same reward, so nothing is learned. Raise "
-                "--sample_temperature, or choose a --reward that tells them apart"
+                "--sample_temperature, or choose a --reward that distinguishes them"
             )
         if at_limit > MAX_SHARE_AT_LIMIT:
             self._warn_once(

@@ -229,7 +229,7 @@ def _check_same_steps(folder: Path, before: Mapping[str, Any], now: Mapping[str,
             f"--ignore_data_skip False, or start a new run from the trained weights with --init_from {folder}."
         )
     old, new = _StepSize.of(before), _StepSize.of(now)
-    # `group_by_length` groups the records of one batch of all processes, so that this number must not
+    # `group_by_length` groups the records of one batch of all processes, so this number must not
     # change either.
     is_same = old.records == new.records
     requirement = "with the same product"

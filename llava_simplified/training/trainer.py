@@ -225,7 +225,7 @@ class LlavaTrainer(transformers.Trainer):
     # Three methods that other objectives than cross entropy override:
 
     def prepare_micro_batches(self, batches: list[Batch]) -> list[Batch]:
-        """Return the micro-batches of one step as they are trained: here as they were loaded."""
+        """Return the micro-batches to train on. Subclasses may replace those that were loaded."""
         return batches
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
