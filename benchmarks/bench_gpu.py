@@ -43,7 +43,7 @@ SECTIONS = {
 }
 TIME_LIMIT = 470  # seconds for all sections
 START_LIMIT = 90  # seconds for the imports of a section; only the first one has to wait for them
-# Packages that the measured code imports, but does not need here.
+# Packages that the measured code imports, but does not use here.
 OPTIONAL_PACKAGES = ("simplejpeg",)
 
 
@@ -270,6 +270,7 @@ def import_section(section: str) -> Any:
     for folder in (str(ROOT), str(Path(__file__).parent)):
         if folder not in sys.path:
             sys.path.insert(0, folder)
+    # An empty module in place of a missing package, so that modules that import it can be imported.
     for package in OPTIONAL_PACKAGES:
         if package not in sys.modules and importlib.util.find_spec(package) is None:
             sys.modules[package] = types.ModuleType(package)

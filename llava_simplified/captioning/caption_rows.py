@@ -1,4 +1,4 @@
-"""Records and outcomes -> the rows of an output file, whatever has generated the captions."""
+"""The rows of an output file, from records and their captions or errors, for local models and for servers."""
 
 from __future__ import annotations
 

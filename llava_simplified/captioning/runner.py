@@ -569,7 +569,7 @@ def _in_record_order(
     window: Sequence[Record | ValueError],
     batches: Iterable[dict[int, Outcome]],
 ) -> Iterator[tuple[list[Row], list[Row]]]:
-    """Convert outcomes, which come by position in the window, to rows in the order of the records."""
+    """Convert outcomes to rows, in the order of the records. Outcomes arrive in any order, by their position."""
     waiting: dict[int, Outcome] = {}
     position = 0  # of the next record to yield
     for batch in batches:

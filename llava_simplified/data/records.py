@@ -116,7 +116,7 @@ class Record:
 def _place_images(
     turns: Sequence[Message], responses: Sequence[str], count: int, where: str
 ) -> tuple[Message, ...]:
-    """Insert placeholders if there are none; refuse images in the turns of others than the user.
+    """Insert placeholders if there are none. Refuse images in turns of the system and the assistant.
 
     Raises:
         ValueError: See `insert_image_placeholders`; or the missing placeholders are in other turns.
@@ -141,12 +141,16 @@ def image_names(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """Return the image names of a row: `image` or `images`, a string or a list of strings."""
-    # Rows of text alone have no key, null or an empty value, by their source.
-    given = [row[key] for key in ("image", "images") if row.get(key)]
-    given = [
-        list(map(path_of_image, value)) if isinstance(value, list) else path_of_image(value)
-        for value in given
-    ]
+    given: list[Any] = []
+    for key in ("image", "images"):
+        value = row.get(key)
+        # In rows of text alone, the key is missing, or its value is null or empty.
+        if not value:
+            continue
+        if isinstance(value, list):
+            given.append([path_of_image(image) for image in value])
+        else:
+            given.append(path_of_image(value))
     if not given:
         return ()
     value = given[0]
@@ -164,10 +168,10 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _check_media_keys(row: dict[str, Any], images: tuple[str, ...], where: str) -> None:
-    """Refuse a row that contains something which training would silently leave out.
+    """Refuse a row that contains media which training would silently ignore.
 
     Raises:
-        ValueError: The row names a video, a sound or the like; or an image, by a key that is not read.
+        ValueError: The row contains a video or a sound, or an image under a key that is not read.
     """
     for key, value in row.items():
         # Empty values have no effect: tables of several media have a column for each.
@@ -205,7 +209,7 @@ def _check_texts(
                 f"{where}: a text contains half of a surrogate pair, which is not Unicode: {text!r:.200}"
             )
     for turn in turns:
-        # Elsewhere a placeholder is text, as `<image>` is.
+        # In other turns, placeholders are ordinary text, as `<image>` is.
         if turn.role != "user" or "<" not in turn.content:
             continue
         for match in _OTHER_PLACEHOLDER.finditer(turn.content):
@@ -438,7 +442,7 @@ def open_records(
     Args:
         path: A .json array, a .jsonl or .parquet file, or a folder.
         require_responses: Reject rows without a response, or with an empty one.
-        max_bad_records: Share of the checked rows that may be no records; the caller sets them aside.
+        max_bad_records: Maximum share of the checked rows that are not records; the caller sets them aside.
 
     Raises:
         ValueError: The file cannot be read, or one of its rows is not a record. The message names file and row.

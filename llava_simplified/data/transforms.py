@@ -343,7 +343,7 @@ def processor_pads_to_square(processor: ImageProcessor) -> bool:
 def _check_padding(
     processor: ImageProcessor, image_aspect_ratio: str, name_or_path: str | Path
 ) -> None:
-    """Raise ValueError if a processor adds borders, but not those of `image_aspect_ratio`."""
+    """Raise ValueError if a processor adds borders that `image_aspect_ratio` does not describe."""
     if not getattr(processor, "do_pad", False):
         return
     if not processor_pads_to_square(processor):
@@ -357,7 +357,7 @@ def _check_padding(
 
 def _mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
     """Return the color of the borders: the mean of an image processor, rounded down as LLaVA-1.5 does."""
-    # Processors with a rescale_factor of their own may have a mean outside of the range of pixels.
+    # With an unusual rescale_factor, the mean of a processor may be outside the range of pixels.
     red, green, blue = (min(max(int(channel * 255), 0), 255) for channel in mean)
     return red, green, blue
 

@@ -80,8 +80,8 @@ def save_checkpoint(
     """Write the weights of all trained parts, and the names and digests of the frozen ones.
 
     The write is atomic: the checkpoint is written under a temporary name and renamed. If `folder`
-    exists (an output folder with logs in it), the files are moved into it, `llava.json` last, so that
-    an interrupted move does not leave something that looks like a checkpoint.
+    exists (an output folder with logs in it), the files are moved into it, `llava.json` last. Without
+    that file, a folder is not a checkpoint, so an interrupted move leaves no incomplete checkpoint.
 
     Args:
         model: The model.
@@ -101,7 +101,7 @@ def save_checkpoint(
     temporary = _temporary_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    # Names begin with the attribute of `Llava` that holds the part: "projector.", "language_model.", ...
+    # Names begin with the attribute of `Llava` that contains the part: "projector.", "language_model.", ...
     weights = dict(model.state_dict() if state_dict is None else state_dict)
 
     save_file(
@@ -206,6 +206,7 @@ def load_checkpoint(
     trained_lm = folder / "language_model" if parts.language_model == "full" else None
     trained_tower = folder / "vision_tower" if parts.vision_tower == "full" else None
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    # What the caller passed, for `_blame_config`.
     chosen = [name for name in (model_base, vision_tower, attn_implementation) if name]
     if bits:
         chosen.append(f"--bits {bits}")
@@ -249,12 +250,12 @@ def load_checkpoint(
 
 @contextmanager
 def _blame_config(folder: Path, chosen: Sequence[str]) -> Iterator[None]:
-    """Name `llava.json` in the error that a value in it causes, such as the path of a model that has moved.
+    """Add `llava.json` to an error that one of its values causes, such as the path of a model that has moved.
 
     Args:
         folder: The checkpoint.
-        chosen: What the caller has given instead of the values in the file. Errors that name one of
-            these, or a file of the checkpoint, stay as they are.
+        chosen: Values that the caller passed instead of those in the file. Errors that contain one of
+            these, or a file of the checkpoint, are not changed.
     """
     try:
         yield
@@ -316,14 +317,14 @@ _ADAPTER_TYPES: dict[str, tuple[type, ...]] = {
     "target_modules": (list,),
     "fan_in_fan_out": (bool,),
     "task_type": (str, type(None)),
-    # Of imported adapters.
+    # These differ from the default in imported adapters, and with --lora_options.
     "use_rslora": (bool,),
     "use_dora": (bool,),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
     "modules_to_save": (list, type(None)),
 }
-# Of `rank_pattern` and `alpha_pattern`: PEFT compares each entry with each module.
+# Maximum number of entries in `rank_pattern` and `alpha_pattern`, because PEFT compares each entry with each module.
 _MAX_PATTERNS = 1000
 # Entries that describe where the adapter comes from.
 _ADAPTER_ORIGIN = (
@@ -349,7 +350,7 @@ def read_adapter_config(
         folder: The folder of the adapter.
         accept_pattern: Accept a regular expression as `target_modules`, which may take forever to match.
         pissa: The entry "pissa" of `llava.json`: values of the trained adapter, which replace those of the
-            adapter of twice the rank.
+            joined adapter (see pissa.py).
 
     Raises:
         ValueError: The file is missing or invalid, or requires something that this package does not write.
@@ -548,9 +549,9 @@ def _load_adapter(model: PeftModel, folder: Path, pissa: Mapping[str, Any] | Non
 def _check_same_adapter(
     folder: Path, current: LoraConfig, stored: LoraConfig, is_pissa: bool
 ) -> None:
-    """Raise ValueError if a stored adapter would compute something else in the adapter of this run.
+    """Raise ValueError if a stored adapter does not fit the settings of this run's adapter.
 
-    Another rank would fail with a message about shapes, another scale would not fail at all.
+    Without this check, a different rank would raise an error about shapes, and a different scale none at all.
     """
     if (current.r, current.lora_alpha) != (stored.r, stored.lora_alpha):
         raise ValueError(
@@ -564,8 +565,11 @@ def _check_same_adapter(
                 f"{name} in --lora_options"
             )
     if wants_pissa(current) != is_pissa:
-        method = "pissa" if is_pissa else True
+        method: str | bool = True
+        was = "was not"
+        if is_pissa:
+            method, was = "pissa", "was"
         entry = json.dumps({"init_lora_weights": method})
         raise ValueError(
-            f"{folder}: the adapter was {'' if is_pissa else 'not '}initialized by PiSSA; pass --lora_options '{entry}'"
+            f"{folder}: the adapter {was} initialized by PiSSA; pass --lora_options '{entry}'"
         )

@@ -267,18 +267,22 @@ class _FolderContents:
 
 
 def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
+    """List what a folder contains, to decide how its captions are read. No file is opened."""
     contents = _FolderContents()
     for group in scan_names(folder, SidecarOptions.parse(sidecar).suffixes):
         for _, sidecars in group.images:
             contents.images += 1
-            contents.pairs += bool(sidecars)
-            if sidecars and not contents.sidecars:
+            if not sidecars:
+                continue
+            contents.pairs += 1
+            # One sidecar is enough as an example.
+            if not contents.sidecars:
                 contents.sidecars.append(folder / group.path(sidecars[0]))
         for name in (*group.others, *group.orphans):
             path = folder / group.path(name)
             if name in _METADATA_NAMES:
                 contents.metadata.append(path)
-            # Files with the name of an image describe it: `a.json` beside `a.jpg`.
+            # Files with the name of an image (`a.json` beside `a.jpg`) describe that image, and are no source.
             elif not group.folder and not group.images:
                 suffix = _format_suffix(name)
                 paths = contents.files.setdefault(suffix, [])

@@ -151,7 +151,7 @@ def _peak_memory(device: torch.device) -> int:
     try:
         import resource
     except ImportError:
-        # Windows has no such module, but a peak that psutil knows.
+        # On Windows, which lacks this module, psutil reports the peak.
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
