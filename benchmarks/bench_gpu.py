@@ -117,7 +117,7 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the result file, which is complete at any time."""
+    """Write the result file atomically, so that it is valid even if the process is killed."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
     temporary.replace(path)

@@ -1,13 +1,13 @@
-"""`llava serve` with many clients, without and with a share of hostile ones.
+"""Measure `llava serve` with many clients, first all healthy, then together with hostile ones.
 
     python benchmarks/bench_hostile.py [--clients 200] [--seconds 300] [--hostile 0.1]
 
-A tiny random model on this machine. Healthy clients ask for greedy captions of eight images, again and again, and compare each
-answer with the one that the idle server gave. The same healthy clients are measured alone, and then beside the hostile ones, which
-send damaged and huge requests, image bombs and extreme options, and leave connections half-open or answers unread.
+The server runs a tiny random model. Healthy clients request greedy captions of eight images, again and again, and compare each
+answer with that of the idle server. They are measured alone, and then together with hostile clients, which send damaged and huge
+requests, image bombs and extreme options, and leave connections half-open or answers unread.
 
-Prints the answers that were lost or changed, the latency, its ratio at 95 %, and the peak of the server's memory. The exit status is
-1 if an answer was lost or changed, or if hostile clients more than double the latency at 95 %.
+Prints the number of lost and changed answers, the latency, its ratio at the 95th percentile, and the peak of the server's memory.
+The exit status is 1 if an answer was lost or changed, or if hostile clients more than double the latency at the 95th percentile.
 """
 
 from __future__ import annotations

@@ -428,7 +428,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        # Libraries print while they load; only the tables are the result.
+        # Standard output is for the tables only, but libraries print while they load.
         with contextlib.redirect_stdout(sys.stderr):
             language_model, tower = write_models(root, args.language_model)
         models = (str(language_model), str(tower))

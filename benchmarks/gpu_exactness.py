@@ -262,7 +262,7 @@ def compare_half_precision(workload: Workload) -> Values:
 
 def _stock_logits(model: Llava, stock: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Return the logits of stock LLaVA at the trained positions of our batch."""
-    # Our batches have placeholders of their own, one for each image token.
+    # Both sides have one placeholder for each image token, but with different ids.
     is_image = batch["input_ids"] == IMAGE_INDEX
     outputs = stock(
         input_ids=batch["input_ids"].masked_fill(is_image, stock.config.image_token_id),

@@ -389,7 +389,7 @@ def _caption_remaining(
         "q", (index for index in indices if index not in finished and index not in failed)
     )
     if isinstance(records, ImageRecords) and job.sidecars is not None:
-        # There is one prompt for each image, so that records have the numbers of their images.
+        # With sidecar files, each image has one prompt, so the index of a record is that of its image.
         remaining, refused = finisher.admit([(index, records.names[index]) for index in remaining])
         fail(refused)
 
@@ -431,7 +431,7 @@ def _renumber(records: ImageRecords, *done: dict[int, str | None]) -> None:
     """Give each image the number that it has in the journals; see `ImageRecords.renumber`."""
     per_image = len(records.instructions)
     numbered = chain.from_iterable(part.items() for part in done)
-    # Usually nothing was added or removed. Then nothing is built, which would take gigabytes for millions of images.
+    # Usually no image was added or removed. Return before building `known`, which takes gigabytes for millions of images.
     if all(not image or records.name_at(i // per_image) == image for i, image in numbered):
         return
     known: dict[str, int] = {}
@@ -457,7 +457,9 @@ def _finished_records(
     end = 0  # end of the last complete record in bytes
     for row, position in read_json_lines(journal.path):
         # Count consecutive rows with the same index: the rows of one record are adjacent.
-        rows_of_record = rows_of_record + 1 if row["index"] == last_index else 1
+        if row["index"] != last_index:
+            rows_of_record = 0
+        rows_of_record += 1
         last_index = row["index"]
         if rows_of_record == rows_per_record:
             finished[last_index] = _image_in_memory(row, records)
@@ -467,7 +469,7 @@ def _finished_records(
 
 
 def _image_in_memory(row: Row, records: Sequence[Record]) -> str | None:
-    """Return the image of a row, if possible as the string that `records` has, to keep it only once."""
+    """Return the image of a row; if `records` contains an equal string, that one, to store it only once."""
     if not isinstance(records, ImageRecords):
         return None
     image: str | None = row.get("image")
@@ -493,7 +495,7 @@ def _publish_array(files: JobFiles) -> None:
 
 def _remove_journal(files: JobFiles) -> None:
     """Delete the working files of a job whose captions are in sidecar files."""
-    # The journal first, as in `_publish_array`.
+    # Delete the journal first, for the same reason as in `_publish_array`.
     files.journal.unlink()
     files.settings.unlink()
 

@@ -26,7 +26,10 @@ from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
 logger = logging.getLogger(__name__)
 
-MAX_CHECKED_ROWS = 20_000  # rows that `open_records` parses before it returns: under a second
+MAX_CHECKED_ROWS = (
+    20_000  # rows that `open_records` parses before it returns, in less than a second
+)
+# Role of a turn in LLaVA's `conversations` -> role of a message.
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "human": "user",
     "user": "user",
@@ -34,14 +37,14 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
     "system": "system",
 }
-# A budget is a share of at least this many: a few bad records among the first hundred prove nothing.
+# `BadRecords` tolerates a share of at least this number of records. A small file would not be allowed even one.
 MIN_RECORDS_OF_BUDGET = 100
-# Keys of media other than images, in the rows of other programs. Such a row would be trained on without them.
+# Keys of media other than images, in rows of other programs. Training would silently ignore the media.
 _OTHER_MEDIA_KEY = re.compile(
     r"(video|audio|speech|point_?cloud|pcd)s?(_?(path|file|filename|bytes)s?)?",
     re.IGNORECASE,
 )
-# Other keys for an image. The row would train as text.
+# Keys that other programs use for an image. Training would silently ignore the image.
 _OTHER_IMAGE_KEY = re.compile(
     r"(img|picture|photo)s?(_?(path|file|filename|name|url))?s?"
     r"|images?_?(path|file|filename|name|url)s?|pixel_values",
@@ -58,6 +61,7 @@ _OTHER_PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 
+# Keys that `_check_media_keys` need not check.
 _RECORD_KEYS = {
     *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
     *("conversations", "width", "height"),
@@ -96,6 +100,7 @@ class Record:
         """
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
+        # Convert the rows of other programs first, so that one parser suffices.
         if is_chat(row):
             row = plain_chat(row, where)
         images = _parse_images(row, where)
@@ -223,6 +228,7 @@ def _check_texts(
 
 
 def _is_not_unicode(text: str) -> bool:
+    """Return whether a text contains half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -263,15 +269,15 @@ def _parse_conversation(value: Any, where: str) -> tuple[list[Message], tuple[st
             f"{where}: 'conversations' must be a list of {{from, value}}, got {shorten(value)}"
         )
     turns = [_parse_turn(turn, number, where) for number, turn in enumerate(value)]
+    # Check the order of the roles: an optional system turn, then user and assistant in turn.
     roles = [turn.role for turn in turns]
     if roles[0] == "system":
         roles = roles[1:]
     expected = ["user", "assistant"] * len(roles)
     if not roles or roles != expected[: len(roles)]:
         raise ValueError(
-            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ..., "
-            f"and a system turn comes first; "
-            f"they are {', '.join(roles)}"
+            f"{where}: the turns of 'conversations' must alternate: human, gpt, human, ..., after an "
+            f"optional system turn; they are {', '.join(roles)}"
         )
     last = turns[-1]
     if last.role == "assistant":

@@ -89,7 +89,7 @@ class Demo:
         for index, step in enumerate(commands, 1):
             if finished.contains(index, step.argv):
                 self._announce(index, step, len(steps))
-                self.terminal.print("  done before")
+                self.terminal.print("  already done")
                 self.durations.append(0.0)
                 continue
             argv = [*step.argv, *self._resume_options(step, finished.started)]

@@ -96,8 +96,10 @@ def _read_karpathy(content: Any, split: str) -> Iterator[_Entry]:
             names.insert(0, f"{image['filepath']}/{image['filename']}")
         if "cocoid" in image:
             names += _coco_2017_names(image["cocoid"])
-        texts = tuple(sentence["raw"] for sentence in image["sentences"])
-        yield _Entry(tuple(names), texts)
+        texts = []
+        for sentence in image["sentences"]:
+            texts.append(sentence["raw"])
+        yield _Entry(tuple(names), tuple(texts))
 
 
 def _coco_2017_names(image_id: int) -> Iterator[str]:
@@ -326,9 +328,12 @@ def _locate_image(names: Sequence[str], folder: Path, image_folders: Sequence[st
 
 def images_by_domain(images: Sequence[BenchmarkImage]) -> Mapping[str, set[str]]:
     """Return the names of the images of each domain, in the order of papers; empty if there are no domains."""
+    found: dict[str, set[str]] = {}
+    for image in images:
+        found.setdefault(image.domain, set()).add(image.image)
+    # Sort the domains. Without domains, the only key is "", which is left out.
     by_domain: dict[str, set[str]] = {}
     for domain in _DOMAINS.values():
-        names = {image.image for image in images if image.domain == domain}
-        if names:
-            by_domain[domain] = names
+        if domain in found:
+            by_domain[domain] = found[domain]
     return by_domain

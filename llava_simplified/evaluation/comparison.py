@@ -150,7 +150,7 @@ def compare_runs(
     for name in METRIC_NAMES:
         if name not in first.mean or name not in second.mean:
             continue
-        # The runs may have different numbers of trials: an image has the mean of its trials.
+        # The runs may have different numbers of trials, so use the mean of each image's trials.
         change = second.per_image[name].mean(axis=0) - first.per_image[name].mean(axis=0)
         per_image[name] = change
         num_higher = int((change > _EQUAL).sum())
@@ -217,11 +217,21 @@ def format_comparison(first: str, second: str, num_images: int, comparison: Comp
             interval = f"{score.low:+.4f} to {score.high:+.4f}"
         counts = [difference.num_better, difference.num_worse, difference.num_equal]
         lines.append([name, f"{score.value:+.4f}", interval, *map(str, counts)])
-    # Align the columns.
-    widths = [max(map(len, column)) for column in zip(*lines)]
     rows = [f"{second} minus {first}: {num_images} images, paired bootstrap"]
+    rows += align_columns(lines)
+    rows.append(f"images whose captions changed: {len(comparison.changed)} of {num_images}")
+    return "\n".join(rows) + "\n"
+
+
+def align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table as texts, with aligned columns.
+
+    Args:
+        lines: The cells of each line.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = []
     for line in lines:
         padded = [cell.ljust(width) for cell, width in zip(line, widths)]
         rows.append("  ".join(padded).rstrip())
-    rows.append(f"images whose captions changed: {len(comparison.changed)} of {num_images}")
-    return "\n".join(rows) + "\n"
+    return rows

@@ -159,16 +159,16 @@ def write_report(
 
 
 def _collect_notes(runs: Sequence[Run]) -> list[str]:
-    """Return the notes of all runs; one that not all of them have names its runs."""
-    # Most notes are those of all runs.
+    """Return the notes of all runs, each once. A note that only some runs have begins with their names."""
     runs_by_note: dict[str, list[str]] = {}
     for run in runs:
         for note in run.result.notes:
             runs_by_note.setdefault(note, []).append(run.name)
     notes = []
     for note, names in runs_by_note.items():
-        is_common = len(names) == len(runs)
-        notes.append(note if is_common else f"{', '.join(names)}: {note}")
+        if len(names) < len(runs):
+            note = f"{', '.join(names)}: {note}"
+        notes.append(note)
     return notes
 
 
@@ -585,6 +585,7 @@ def _card_scores(run: Run, order: Sequence[int]) -> _CardScores:
 
 
 def _card_run(scores: _CardScores, position: int, sample: Sample) -> CardRun:
+    """Return the captions of one image in one run, with their scores and a verdict."""
     word_f1, cider_d, is_exact = (array[position] for array in scores)
     verdict = "wrong"
     if is_exact:

@@ -239,6 +239,7 @@ class _Reader:
         return result
 
     def _describe_matches(self, references: References, result: Predictions) -> None:
+        """Add counts and notes on how references were found, and on those that were not used."""
         num_matched = dict.fromkeys(_RULE_NAMES, 0)
         by_suffix = []
         used = set()
@@ -271,6 +272,7 @@ class _Reader:
                 result.notes.append(f"--references: {count} {text}")
 
     def _describe_rest(self, result: Predictions) -> None:
+        """Add counts and notes on images without references, and on repaired texts."""
         missing = len(self.without_references)
         result.counts["predictions without a reference"] = missing
         if missing:

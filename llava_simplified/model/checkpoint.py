@@ -370,6 +370,7 @@ def read_adapter_config(
         )
     if pissa is not None:
         stored = {**stored, **pissa}
+    # Use the known entries. Ignore unknown ones with their default value, and refuse others.
     defaults = LoraConfig().to_dict()
     used: dict[str, Any] = {}
     for name, value in stored.items():
@@ -377,6 +378,7 @@ def read_adapter_config(
             types = _ADAPTER_TYPES[name]
             if name == "target_modules" and accept_pattern:
                 types = (list, str)
+            # `isinstance(True, int)` is true in Python.
             is_bool = isinstance(value, bool) and bool not in types
             if is_bool or not isinstance(value, types):
                 raise ValueError(f"{path}: {name} has an invalid value: {shorten(value)}")
@@ -417,6 +419,7 @@ def _check_adapters(model: Llava, parts: TrainedParts) -> None:
 def _save_adapter(
     model: PretrainedModule, folder: Path, weights: Mapping[str, torch.Tensor]
 ) -> None:
+    """Write an adapter in PEFT's format. One that was initialized by PiSSA becomes a joined adapter."""
     # Pass False: embeddings are never trained here, and PEFT's default "auto" makes a request to the
     # hub to find out whether they were resized.
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
@@ -455,7 +458,7 @@ def _read_pissa_entries(checkpoint_config: Mapping[str, Any]) -> dict[str, Any] 
 
 def _versions() -> dict[str, str]:
     """Return the versions of this package and of the libraries that affect the weights."""
-    # Not from the metadata of an installation: a checkout that is not installed has none.
+    # Do not read the package's own version from metadata: a checkout that is not installed has none.
     versions = {"llava-simplified": __version__}
     for name in _LIBRARIES:
         versions[name] = importlib.metadata.version(name)
@@ -463,6 +466,7 @@ def _versions() -> dict[str, str]:
 
 
 def _temporary_folder(folder: Path) -> Path:
+    """Return the path of the folder in which a checkpoint is written before it is renamed."""
     # Put it next to the target, since a rename is atomic only within one file system.
     return folder.with_name(f".{folder.name}.part{os.getpid()}")
 
@@ -473,8 +477,8 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
         return
-    # Delete the old llava.json first: without it, a folder with a mix of old and new files (after a
-    # crash) is not taken for a checkpoint. The new one is moved last.
+    # Delete the old llava.json first, and move the new one last. After a crash in between, the folder
+    # contains old and new files, but without llava.json it does not count as a checkpoint.
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for entry in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG_NAME):
         target = folder / entry.name
@@ -489,11 +493,12 @@ def _load_trained_part(
 ) -> None:
     """Load the weights of one part from its adapter folder or from its folder of full weights."""
     if isinstance(part, PeftModel):
+        # If there is no stored adapter, the fresh one stays; see `load_trained_weights`.
         if adapter.is_dir():
             _load_adapter(part, adapter, pissa)
         return
     model_class: Any = type(part)
-    # Through Transformers, since names in the file may differ from those in memory.
+    # Let Transformers load the file, because names in the file may differ from those in memory.
     with blame_file(full):
         stored, loading_info = model_class.from_pretrained(
             full, dtype=part.dtype, output_loading_info=True, trust_remote_code=False
@@ -512,7 +517,7 @@ def _with_adapter(
     with blame_file(folder / "adapter_config.json"):
         adapted = get_peft_model(model, config)
     if pissa is not None:
-        # Only now: PEFT would decompose the weights once more.
+        # Set this only after PEFT has created the adapter, or it would decompose the weights again.
         current: Any = adapted.peft_config["default"]
         current.init_lora_weights = "pissa"
     _load_adapter(adapted, folder, pissa)

@@ -61,7 +61,7 @@ from llava_simplified.workers import parse_slice
 
 logger = logging.getLogger(__name__)
 
-_MATCHED_BY = "image name matched by "  # and the rule, in the details of usable records
+_MATCHED_BY = "image name matched by "  # followed by the rule; in the details of usable records
 # Records per file of results: few enough that a killed run repeats little work, and enough to keep the
 # number of files low (6,600 for CC3M).
 CHUNK_RECORDS = 500
@@ -254,6 +254,7 @@ def validate_chunk(chunk: Chunk) -> dict[str, int]:
 def _validate_row(
     rows: RowFile, index: int, chunk: Chunk, matches: NameMatches
 ) -> ValidationResult:
+    """Read and check one record; a row that is not JSON is not a record."""
     try:
         row = rows[index]
     except ValueError as error:
@@ -280,7 +281,7 @@ def _read_results(
 
 
 def _has_other_text(row: dict[str, Any], original: dict[str, Any]) -> bool:
-    """Return whether a row has a different text for the very same image file, which is not a duplicate."""
+    """Return whether a row has the same images as another one, but a different text. It is not a duplicate then."""
     same_images = all(row.get(name) == original.get(name) for name in ("image", "images"))
     return same_images and row != original
 
@@ -491,6 +492,7 @@ class _Outputs:
                 usable.write(row)
 
     def _quarantine_row(self, index: int, result: ValidationResult) -> dict[str, Any]:
+        """Return the line of the quarantine file for a rejected record, and collect examples for the report."""
         # Use the raw text and not the parsed row, because the reason may be that the row is not JSON.
         text = self._rows.raw(index).decode("utf-8", "replace")
         examples = self._examples.setdefault(result.reason, [])

@@ -143,11 +143,12 @@ class DecodePool:
     # ---- in the event loop ----
 
     def _deliver(self) -> None:
+        """Pass finished results to their callers; runs in the event loop."""
         with self._lock:
             finished = list(self._finished)
             self._finished.clear()
         for job, result in finished:
-            # Given up, or cancelled.
+            # The caller does not wait any more: it was cancelled, or the image took too long.
             if job.future.done():
                 continue
             if isinstance(result, BaseException):

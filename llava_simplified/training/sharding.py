@@ -188,6 +188,7 @@ def _shard_state(state: ParameterState, parameter: nn.Parameter) -> ParameterSta
 def _full_zero_state(
     trained: Mapping[str, nn.Parameter], zero_optimizer: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the full optimizer state of ZeRO, by weight and key. All processes must take part."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     _link_zero_state(zero_optimizer)
