@@ -26,7 +26,7 @@ def measure(workload: Workload) -> Values:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         values, expected = _train_and_save(workload, folder / "run")
-        # There is no room for two models.
+        # Free the first model, because two would not fit into the memory.
         free_memory()
         checkpoint = folder / "run" / f"checkpoint-{STEPS - 1}"
         resumed, actual = _resume(workload, checkpoint, folder / "resumed")

@@ -103,8 +103,10 @@ class DecodePool:
     # ---- in the threads ----
 
     def _work(self) -> None:
+        """Decode one image after the other; runs in each thread."""
         while True:
             job = self._queue.get()
+            # None ends the thread.
             if job is None:
                 return
             if job.future.cancelled():
@@ -115,10 +117,12 @@ class DecodePool:
                 self._finished.append((job, result))
                 is_first = len(self._finished) == 1
                 is_given_up = job.is_given_up
+            # Wake the event loop once for all results that are finished until it runs.
             if is_first:
                 # The loop may be closed, if the process is about to end.
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._deliver)
+            # Another thread has taken the place of this one while the image took too long.
             if is_given_up:
                 return
 

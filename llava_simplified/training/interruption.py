@@ -62,8 +62,8 @@ class InterruptionCallback(TrainerCallback):
 
     @contextmanager
     def watch_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM as described above while the block runs."""
-        # Python permits it in the main thread only. Elsewhere, signals have their usual effect.
+        """Handle SIGINT and SIGTERM within a `with` block, as the module's docstring describes."""
+        # Python allows handlers in the main thread only. In other threads, signals keep their usual effect.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
