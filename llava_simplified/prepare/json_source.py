@@ -154,6 +154,7 @@ class _JsonReader:
         return caption or tags
 
     def _read_image(self, value: dict[str, Any]) -> None:
+        """Remember an entry of COCO's `images`. Its captions follow in `annotations`, which refer to its id."""
         urls = (as_text(value.get(name)) for name in _COCO_URL_NAMES)
         url = next((url for url in urls if url), "")
         image = _CocoImage(self._num_images, as_text(value.get("file_name")), url)
@@ -165,13 +166,14 @@ class _JsonReader:
         if first[1:] == image[1:]:
             self._issues.note("image listed twice (kept once)", image.number, image.name or url)
             return
-        # Captions of the id may belong to either.
+        # Two images have the same id, so it is unknown to which one a caption belongs. Skip both.
         if image_id not in self._ambiguous:
             self._ambiguous.add(image_id)
             self._issues.note(_SAME_ID, first.number, first.name or first.url)
         self._issues.note(_SAME_ID, image.number, image.name or url)
 
     def _read_annotation(self, annotation: dict[str, Any]) -> Iterator[SourceRow]:
+        """Yield the row of an annotation, if its image is known already; otherwise keep it for `finish`."""
         self._number += 1
         self._has_captions = self._has_captions or "caption" in annotation
         if not self._has_captions and self._number + 1 >= _MAX_WITHOUT_CAPTION:
@@ -189,6 +191,7 @@ class _JsonReader:
         )
 
     def _caption_row(self, annotation: dict[str, Any], number: int) -> Iterator[SourceRow]:
+        """Yield the row of an annotation, unless it is unknown to which image it belongs."""
         image_id = str(annotation.get("image_id"))
         image = self._images.get(image_id)
         if image is None:
