@@ -105,6 +105,7 @@ class TrainingArguments(TrainingDefaults, transformers.TrainingArguments):  # ty
         self.dataloader_pin_memory = False
 
     def _use_cpu(self) -> None:
+        """Adapt the options to a machine without an accelerator."""
         # Set this explicitly; otherwise several processes would each train separately.
         self.use_cpu = True
         if self.tf32:

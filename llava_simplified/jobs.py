@@ -459,6 +459,7 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
+        """Print the progress line: replace it on a terminal, else append a line."""
         line = escape_control_characters(self.line())
         if self._terminal:
             # Return to the start of the line, and erase the rest of a longer previous line.

@@ -243,6 +243,7 @@ class LocalBackend:
         self._idle: list[_Worker] = []
 
     def _start_worker(self) -> _Worker:
+        """Start a worker process, connected by a pipe."""
         our_end, their_end = self._context.Pipe()
         process = self._context.Process(
             target=_run_worker,

@@ -187,6 +187,7 @@ class _EndpointCaptioner:
             self._results.put_nowait(await self._caption(position))
 
     async def _caption(self, position: int) -> _Result:
+        """Caption one record; its own errors become its outcome."""
         # Parse in the event loop's thread, because record files are not thread-safe.
         record = parse_record(self._records, self._indices[position])
         if isinstance(record, ValueError):
@@ -212,6 +213,7 @@ class _EndpointCaptioner:
         return [self._message(turn, images) for turn in record.turns]
 
     def _message(self, turn: Message, images: Iterator[str]) -> dict[str, Any]:
+        """Return one turn as a message, with the images at their placeholders as data URLs."""
         # Only user turns contain images. Elsewhere, the placeholder is ordinary text.
         if turn.role != "user" or IMAGE_PLACEHOLDER not in turn.content:
             return {"role": turn.role, "content": turn.content}

@@ -163,6 +163,7 @@ class EndpointClient:
             raise
 
     async def _complete(self, messages: Sequence[Mapping[str, Any]]) -> list[Choice]:
+        """Collect the answers; see `complete`."""
         choices: list[Choice] = []
         max_n = self._max_n
         while len(choices) < self._num_choices:
@@ -373,6 +374,7 @@ def parse_choices(data: bytes) -> list[Choice]:
 
 
 def _parse_choice(choice: object) -> Choice:
+    """Return one choice of an answer; see `parse_choices` for the errors."""
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         raise _TransientError("bad_answer", f"a choice has no message: {shorten(choice)}")

@@ -126,6 +126,7 @@ def prompt_chooser(
     """
 
     def prompt_of(image: str) -> str:
+        """Return the prompt of an image."""
         prompt = choose_prompt(prompts, image, seed)
         tags = ""
         if "tags" in field_names(prompt.text):

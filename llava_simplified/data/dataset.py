@@ -135,6 +135,7 @@ class CaptionDataset(Dataset[Example]):
         return np.fromiter(self._iter_lengths(tokens_per_image), np.int32, len(self))
 
     def _iter_lengths(self, tokens_per_image: int) -> Iterator[int]:
+        """Yield the number of positions of each example, without reading images."""
         for index in range(len(self)):
             record, responses = self.locate(index)
             input_ids = self.tokenize(record, responses).input_ids

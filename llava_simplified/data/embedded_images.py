@@ -298,6 +298,7 @@ def _arrow_schema(path: Path) -> pa.Schema:
 
 
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of an Arrow file, and free the mapped memory after each."""
     import pyarrow as pa
 
     with path.open("rb") as file:

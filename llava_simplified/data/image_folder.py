@@ -133,6 +133,7 @@ def _listed(folder: Path) -> dict[str, list[str]]:
 
 @lru_cache(maxsize=16)
 def _listed_at(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
+    """Return the file names of a folder by their normalized names, with and without suffix; {} if it has too many."""
     names: dict[str, list[str]] = {}
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries, start=1):

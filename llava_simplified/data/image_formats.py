@@ -107,6 +107,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _png_without_metadata(data: bytes) -> bytes:
+    """Copy the chunks of a PNG that affect the pixels."""
     # length (4 bytes) | name (4) | data | checksum (4)
     parts = [_PNG_SIGNATURE]
     position = len(_PNG_SIGNATURE)
@@ -125,6 +126,7 @@ def _png_without_metadata(data: bytes) -> bytes:
 
 
 def _webp_without_metadata(data: bytes) -> bytes:
+    """Copy the chunks of a WebP file that affect the pixels, and adapt its header."""
     parts = []
     has_exif = False
     position = 12

@@ -193,6 +193,7 @@ def load_pixels(image: ImageSource) -> np.ndarray:
 
 
 def _array_to_rgb(array: np.ndarray) -> np.ndarray:
+    """Convert an image array of another kind to uint8 RGB."""
     channels = array.shape[2] if array.ndim == 3 else 1
     has_pixels = array.ndim in (2, 3) and array.size > 0 and 1 <= channels <= 4
     if not has_pixels or array.dtype not in (np.uint8, np.uint16, np.bool_):
@@ -541,6 +542,7 @@ def _decode_pixels(
 
 
 def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> np.ndarray:
+    """Decode a JPEG strictly; it is shrunk while decoding, but not below `min_size` (height, width)."""
     min_height, min_width = min_size
     with _decoder_errors("JPEG"):
         return simplejpeg.decode_jpeg(
@@ -609,6 +611,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image from the Lab color space."""
     from PIL import ImageCms
 
     lab = ImageCms.createProfile("LAB")

@@ -186,6 +186,7 @@ def match_names(names: Iterable[str], index: NameIndex) -> dict[str, NameMatch]:
 
 
 def _the_only(matching: list[str], name: str) -> str:
+    """Return the only match; raise AmbiguousNameError if there are several."""
     if len(matching) == 1:
         return matching[0]
     shown = ", ".join(map(repr, matching[:_MAX_SHOWN_NAMES]))

@@ -263,6 +263,7 @@ def _scan_array(scanner: _JsonScanner, key: str) -> Iterator[JsonItem]:
 
 
 def _scan_object(scanner: _JsonScanner) -> Iterator[JsonItem]:
+    """Yield the items of a JSON object; the elements of its arrays one by one."""
     scanner.expect("{")
     while scanner.peek() not in ("]", "}"):
         key, _, _ = scanner.read_value()

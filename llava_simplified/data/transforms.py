@@ -122,6 +122,7 @@ class ImageTransform:
 
     @classmethod
     def _of_processor(cls, processor: ImageProcessor, name_or_path: str | Path) -> ImageTransform:
+        """Return the transform that computes what an image processor of Transformers does."""
         if not processor.do_normalize or not processor.do_rescale:
             raise ValueError(
                 f"{name_or_path}: image processors that do not rescale and normalize are not "

@@ -285,6 +285,7 @@ class Watcher:
         print_line(f"  More are in {self.demo.output / 'report.html'}, which reloads itself.")
 
     def _write_report(self, progress: Progress, left: str) -> None:
+        """Write `report.html` with the states of all steps."""
         # Import this here, because `llava demo --help` imports this module and must be fast.
         from llava_simplified.demo.live_report import StepRow, write_live_report
 

@@ -327,6 +327,7 @@ def _score_rows(runs: Sequence[Run]) -> list[ScoreRow]:
 
 
 def _score_cell(name: str, run: int, result: Evaluation, axis_end: float) -> ScoreCell:
+    """Return the score of one run, with its positions on the axis."""
     score = result.mean[name]
     # The interval is drawn as a bar, and the score as a dot on it.
     low, high = score.low, score.high

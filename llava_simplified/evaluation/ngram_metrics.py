@@ -170,6 +170,7 @@ class _Corpus:
 
 
 def _build_corpus(captions: list[list[str]], references: list[list[str]]) -> _Corpus:
+    """Count the n-grams of all captions and references."""
     caption_words: list[list[str]] = []
     for trial in captions:
         caption_words += [caption.split() for caption in trial]

@@ -146,6 +146,7 @@ class _Reader:
         )
 
     def _parse_coco_result(self, row: Mapping[str, object], where: str) -> _Row:
+        """Check a row of the form {"image_id", "caption"}."""
         if self.references is None:
             raise ValueError(
                 f"{where}: this is a file of COCO results ('image_id' and 'caption'), which "
@@ -186,6 +187,7 @@ class _Reader:
         return tuple(map(self._replace_half_surrogates, captions))
 
     def _find_references(self, row: _Row, where: str) -> tuple[str, ...]:
+        """Return the references of a row: its own ones, or those that match in the file of references."""
         if self.references is None:
             return row.own_references
         # Look up each image once. With several trials, it has several rows.
@@ -297,6 +299,7 @@ _RULE_NAMES = {
 
 
 def _read_string(row: Mapping[str, object], key: str, where: str) -> str:
+    """Return a string of a row; raise ValueError if it is missing or of another type."""
     value = row.get(key)
     if not isinstance(value, str):
         raise ValueError(

@@ -154,6 +154,7 @@ def read_references(path: Path) -> References:
 
 
 def _read_coco(content: Mapping[str, object], path: Path) -> References:
+    """Read a COCO caption file."""
     by_id: dict[str, list[str]] = {}
     names: dict[str, str] = {}
     num_without_text = 0
@@ -214,6 +215,7 @@ def _check_names(names: Mapping[str, str]) -> None:
 
 
 def _read_records(path: Path) -> References:
+    """Read the responses of a file of records as references."""
     by_name: dict[str, list[str]] = {}
     num_without_image = 0
     num_without_caption = 0

@@ -292,6 +292,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def _read_weight_file(path: Path) -> Weights:
+    """Read a file of tensors: safetensors, or a pickle without code."""
     from safetensors.torch import load_file
 
     try:

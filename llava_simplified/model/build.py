@@ -297,6 +297,7 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 def _load_transformers_config(
     name_or_path: str, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
+    """Load a model's config.json; raise ValueError if it cannot be read."""
     check_model_name(name_or_path)
     try:
         with blame_file(name_or_path):

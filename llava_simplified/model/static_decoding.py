@@ -503,6 +503,7 @@ class StaticDecoder:
         self._graph_pool = None
 
     def _create_buffers(self, storage: _Storage, slots: int, columns: int) -> _Buffers:
+        """Create buffers whose keys and values are views of the storage."""
         device = storage.flat[0][0].device
         column = torch.zeros(1, dtype=torch.long, device=device)
         layers: list[Any] = [

@@ -87,6 +87,7 @@ def _file_name(source: str) -> str:
 def _table_rows(
     table: ColumnarFile, source: str, issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
+    """Yield the rows of a Parquet or Arrow file, in any of the forms that `find_columns` knows."""
     names = text_columns(table.schema)
     image_keys = []
     if table.image_column is not None:

@@ -439,6 +439,7 @@ def _make_chunks(
     rules: Rules,
     work: Path,
 ) -> list[Chunk]:
+    """Divide the records into the tasks of the workers."""
     chunks = []
     for number, start in enumerate(range(0, count, CHUNK_RECORDS)):
         stop = min(start + CHUNK_RECORDS, count)

@@ -186,6 +186,7 @@ def write_compacted_records(records: RowFile, output: Path) -> None:
 
 
 def _rename_images(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return a record whose images refer to the new shards."""
     column = "image" if "image" in row else "images"
     value = row.get(column)
     if not value:  # a record without images

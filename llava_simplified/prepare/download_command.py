@@ -171,6 +171,7 @@ def merge_main(argv: list[str] | None = None) -> int:
 
 
 def _print_report(report: dict[str, Any], output: str) -> None:
+    """Print the number of rows by outcome, the most frequent first."""
     outcomes = report["outcomes"]
     for kind, count in sorted(outcomes.items(), key=lambda item: -item[1]):
         print_text(f"{count:>9,} {kind}")

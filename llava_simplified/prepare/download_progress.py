@@ -53,6 +53,7 @@ class DownloadProgress:
         self.progress = Progress(rows, "rows", self._before.total(), enabled)
 
     def _read_journals(self) -> None:
+        """Count the outcomes that were appended to the journals since the last call."""
         for path in self._work.glob("*.journal"):
             number = int(path.stem)
             if number not in self._numbers:
@@ -84,6 +85,7 @@ class DownloadProgress:
         self._update()
 
     def _check_first_rows(self) -> None:
+        """Raise ValueError if all of the first rows have failed in the same way."""
         in_this_run = self.total() - self._before
         if len(in_this_run) != 1 or in_this_run.total() < FAIL_FAST_AFTER or "ok" in in_this_run:
             return

@@ -345,6 +345,7 @@ def row_from_text(value: object, number: int) -> SourceRow | None:
 
 
 def _karpathy_row(value: dict[str, Any], number: int, split: str) -> SourceRow:
+    """Return an image of Karpathy's files with its captions."""
     folder_and_name = [as_text(value.get(name)) for name in ("filepath", "filename")]
     image = as_text(value.get("image")) or "/".join(part for part in folder_and_name if part)
     captions = []

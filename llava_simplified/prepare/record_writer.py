@@ -128,6 +128,7 @@ class RecordWriter:
 
 
 def _parquet_schema() -> Any:
+    """Return the columns of a Parquet file of records."""
     import pyarrow as pa
 
     return pa.schema(

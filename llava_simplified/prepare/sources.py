@@ -123,6 +123,7 @@ def _can_be_encoded(row: SourceRow) -> bool:
 def _read_any(
     source: str, issues: ParseIssues, columns: Columns, sidecar: str = ""
 ) -> Iterator[SourceRow]:
+    """Choose the reader of a source by what it is: folder, pattern, URL, or a file by its suffix."""
     is_url = "://" in source
     path = Path(source)
     if not is_url and path.is_dir():
@@ -385,6 +386,7 @@ def _raise_ambiguous_form(
 
 
 def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
+    """Return the message for a folder without any captions."""
     # Name some files of the folder, because most often the path is one level too high or too low.
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), 8))
     images = ""

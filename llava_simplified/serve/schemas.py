@@ -67,6 +67,7 @@ class ImageURL(StrictModel):
     @field_validator("url")
     @classmethod
     def decode_url(cls, url: str) -> str | bytes:
+        """Return the content of a data URL or of plain base64; another URL is returned unchanged."""
         url = url.strip()
         scheme, colon, rest = url.partition(":")
         # No character of base64 is a colon. Some servers accept the content of a data URL alone.
@@ -97,6 +98,7 @@ def _decode_base64(text: str) -> bytes:
 
 
 def _decode_lenient_base64(text: str) -> bytes:
+    """Decode base64 with the usual deviations: white space, URL-safe characters, missing padding."""
     # In a URL, `+` and `=` may be escaped.
     if "%" in text:
         text = unquote(text)

@@ -46,6 +46,7 @@ def build_parser() -> CommandParser:
 
 
 def _add_network_options(parser: CommandParser) -> None:
+    """Add the options of address, key and allowed hosts."""
     group = parser.add_argument_group("network")
     group.add_argument(
         "--host",
@@ -87,6 +88,7 @@ def _add_page_options(parser: CommandParser) -> None:
 
 
 def _add_limit_options(parser: CommandParser) -> None:
+    """Add the limits of requests."""
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--batch-size",

@@ -78,6 +78,7 @@ class InterruptionCallback(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
+        """Handle a signal."""
         if os.getpid() != self._pid:
             # A data loader worker has inherited this handler. Ctrl-C reaches it too, but the step
             # still needs its images. SIGTERM is how its parent ends it.

@@ -99,6 +99,7 @@ class PolicyTrainer(LlavaTrainer):
         return [self._sample_batch(cast(Any, batch)) for batch in batches]
 
     def _sample_batch(self, batch: PromptBatch) -> Batch:
+        """Sample captions for a micro-batch of prompts, and compute their rewards and advantages."""
         examples = batch["examples"]
         model, args = self.unwrapped_model, self.args
         features = encode_prompt_images(model, examples)
@@ -208,6 +209,7 @@ class PolicyTrainer(LlavaTrainer):
     # ---- logs ----
 
     def _add(self, name: str, value: torch.Tensor | float) -> None:
+        """Add a value to a sum since the last log entry."""
         total = self._sums[name]
         if isinstance(value, torch.Tensor):
             total = total.to(

@@ -41,6 +41,7 @@ class ReferenceWeights:
             self._swap(model)
 
     def _swap(self, model: nn.Module) -> None:
+        """Exchange the trained weights of the model with the stored ones."""
         for name, parameter in model.named_parameters():
             if name not in self._weights:
                 continue
