@@ -533,7 +533,7 @@ def _decode_pixels(
     if not _is_strict(image):
         with _decoder_errors(image.format):
             return _to_pixels(image)
-    # Not Pillow's `exif_transpose`: it writes the EXIF anew, which fails for damaged ones.
+    # Do not use Pillow's `exif_transpose`: it also rewrites the EXIF data, which fails if they are damaged.
     pixels = _decode_jpeg(data, min_size)
     orientation = _read_orientation(image)
     if orientation not in _ORIENTATIONS:
