@@ -121,7 +121,7 @@ def running_server(checkpoint: Path, queue: int) -> Iterator[tuple[psutil.Proces
 
 
 def draw_images() -> list[bytes]:
-    """Return images of coarse colours."""
+    """Return PNG files with a few smooth patches of random colors."""
     generator = np.random.default_rng(0)
     files = []
     for _ in range(NUM_IMAGES):
@@ -297,7 +297,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=200, help="Clients (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=300, help="Seconds of each phase (default: %(default)s)"
+        "--seconds", type=float, default=300, help="Duration of each phase in seconds"
     )
     parser.add_argument(
         "--hostile", type=float, default=0.1, help="Share of hostile clients (default: %(default)s)"

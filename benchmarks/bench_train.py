@@ -379,7 +379,7 @@ def run_sides(
 def print_table(
     results: dict[str, list[dict[str, Any]]], captions: int, samples: int, flops: float
 ) -> None:
-    """Print the best run of each side; exit if a side does not train the same."""
+    """Print the best run of each side; exit if the first loss of a side differs."""
     best = {}
     limits = []
     for name, runs in results.items():

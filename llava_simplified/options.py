@@ -172,7 +172,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def escape_control_characters(text: str) -> str:
     """Replace the characters that control a terminal by their escapes, for example "\\x1b".
 
-    Messages contain file names, captions and headers, which may be anybody's. A terminal would execute control
+    Messages contain file names, captions and headers, which may come from anybody. A terminal would execute control
     sequences in them: change colors, the title and the clipboard, or overwrite other lines. Line breaks and tabs are kept.
     """
     return _CONTROL_CHARACTERS.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -272,7 +272,7 @@ def _start_or_resume(files: JobFiles, settings: dict[str, Any]) -> None:
 
 
 def _forget_server_failures(failures: Path) -> None:
-    """Remove the records from the failures that a server has failed, so that this run tries them again."""
+    """Remove the failures that a server caused from the file, so that this run tries these records again."""
     # aiohttp, which the module imports, is an optional package.
     from llava_simplified.captioning.endpoint_client import SERVER_FAILURES
 
@@ -372,7 +372,7 @@ def _caption_remaining(
         failures.append(rows)
         failed.update((row["index"], row.get("image")) for row in rows)
 
-    # Sidecar files that are announced in the journal, except those that could not be written then.
+    # An interrupted run may have recorded captions in the journal without writing their sidecar files. Write them now.
     if job.sidecars is not None:
         fail(finisher.resume(row for row in journal.rows() if row["index"] not in failed))
     indices: Sequence[int] = range(len(records))
@@ -400,7 +400,7 @@ def _caption_remaining(
     with Progress(len(indices), "records", initial, enabled=show_progress) as progress:
         for rows, failed_rows in _caption_batches(job, model, records, folder, remaining):
             # If the process is killed between these writes, the next run tries the failed records again,
-            # and they fail again; and it writes the sidecar files that the journal announces.
+            # and they fail again; and it writes the missing sidecar files of the captions in the journal.
             finished_rows, unfinished_rows = finisher.finish(rows)
             journal.append(finished_rows)
             fail([*failed_rows, *unfinished_rows])

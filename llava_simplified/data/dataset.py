@@ -278,8 +278,8 @@ def set_bad_records_aside(
 ) -> Records:
     """Return the records that can be trained on, so that none of them ends a run in the middle.
 
-    All rows are parsed, millions in a minute. Few are tokenized: a text has at most as many tokens as bytes, so that
-    most prompts are known to be short enough.
+    All rows are parsed, millions in a minute. Few are tokenized: a text has at most as many tokens as bytes, which
+    shows for most prompts that they are short enough.
 
     Args:
         records: All records.

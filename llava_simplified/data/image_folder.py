@@ -148,7 +148,7 @@ def _listed_at(folder: Path, _modified_ns: int) -> dict[str, list[str]]:
 
 
 class NameMatches:
-    """Which rule found how many images, and which name led to which file. Several threads may add images.
+    """Counts how many images each rule found, and which name led to which file. Several threads may add images.
 
     Attributes:
         rules: Number of images by rule.
@@ -156,9 +156,8 @@ class NameMatches:
 
     def __init__(self) -> None:
         self.rules: Counter[str] = Counter()
-        self._names: dict[
-            tuple[Path, str | None], str
-        ] = {}  # of files that were not found by `exact`
+        # (path, key) of an image -> the name that led to it; without the images that were found by "exact".
+        self._names: dict[tuple[Path, str | None], str] = {}
         self._lock = Lock()
 
     def add(self, name: str, located: LocatedFile) -> None:

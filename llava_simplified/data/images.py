@@ -380,7 +380,7 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """Return the number of frames or pages of an image file; 1 for a still image.
 
     Raises:
-        ImageError: As `decode_image`; "corrupt" if a frame after the first is damaged so that they cannot be counted.
+        ImageError: As `decode_image`; "corrupt" if the frames cannot be counted, because one after the first is damaged.
     """
 
     def count(file: bytes) -> int:

@@ -104,9 +104,9 @@ def is_harmless(warning: str) -> bool:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return a copy of a JPEG file without metadata and without what libjpeg warns of needlessly.
+    """Return a copy of a JPEG file without metadata, and without harmless faults that libjpeg warns of.
 
-    The pixels are the same. Dropped are comments, application segments and bytes between segments. Two application
+    The pixels are the same. Comments, application segments and bytes between segments are dropped. Two application
     segments affect the colors, and stay: JFIF (its version is replaced) and Adobe (an unknown code is replaced by the
     one that readers assume). Scans of sequential files get the parameters that the specification demands.
     """

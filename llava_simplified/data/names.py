@@ -1,4 +1,4 @@
-"""Which image does a name mean? The one rule by which names of images are matched in the whole package.
+"""Match names of images: the one rule that the whole package uses.
 
 The same image has different names in different files: a record contains `/home/ann/photos/cats/1.jpg`, the image folder
 contains `cats/1.jpg`, and a file of references may call it `photos/cats/1.jpg`. What these names share is their end. So

@@ -282,8 +282,8 @@ class _JsonScanner:
                          ^ base           ^ base + position
         text             |<--------- in memory ---------->|
 
-    Bytes are decoded as Latin-1, where every byte is one character, so that positions in the text are positions in
-    the file. JSON's own characters are the same in Latin-1 and UTF-8. Values with non-ASCII characters are parsed a
+    Bytes are decoded as Latin-1, where every byte is one character, so positions in the text are positions in the
+    file. JSON's own characters are the same in Latin-1 and UTF-8. Values with non-ASCII characters are parsed a
     second time, from UTF-8.
     """
 
@@ -301,7 +301,7 @@ class _JsonScanner:
 
     @property
     def file_position(self) -> int:
-        """How far the file is parsed, in bytes."""
+        """Number of bytes of the file that are parsed."""
         return self.base + self.position
 
     def _read_more(self) -> bool:

@@ -391,7 +391,7 @@ def _resize_and_crop(
     if not crop_fraction:
         raise ValueError(
             f"{name_or_path}: the image processor resizes the shorter side and does not crop, "
-            "so that images would have different sizes; this is not supported"
+            "so images would have different sizes; this is not supported"
         )
     # This is ConvNeXt's processor. Its `size` is that of the crop; from 384 pixels on, images are stretched instead.
     square = (shorter_side, shorter_side)

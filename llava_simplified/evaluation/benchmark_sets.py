@@ -121,7 +121,7 @@ def _read_coco(content: Any, split: str) -> Iterator[_Entry]:
         captions[annotation["image_id"]].append(annotation["caption"])
     for image in content["images"]:
         domain = str(image.get("domain", ""))
-        if domain:  # of nocaps
+        if domain:  # only nocaps has domains
             domain = _DOMAINS[domain]
         # The folder of an official split of COCO has the name of the split.
         name = PurePosixPath(image["file_name"]).name

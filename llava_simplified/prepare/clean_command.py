@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.compact_size != "exact" and not args.compact_size.isdigit():
         raise ValueError(
-            f"--compact-size {args.compact_size}: expected a number of pixels, or exact"
+            f"--compact-size {args.compact_size}: expected a number of pixels, or the word exact"
         )
     require_extra("download", "pyarrow", purpose="llava clean")
 

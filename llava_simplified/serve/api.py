@@ -460,7 +460,7 @@ def _warnings(chat: ChatRequest, request: RequestHandle) -> dict[str, list[str]]
     if requested is None or requested <= granted:
         return {}
     name = "max_completion_tokens" if chat.max_completion_tokens else "max_tokens"
-    # An integer of JSON has any number of digits.
+    # An integer in JSON may have any number of digits.
     shown = str(requested) if requested < 10**12 else "more than 10^12"
     return {
         "warnings": [f"{name}: {shown} tokens were requested; the answer has at most {granted}."]

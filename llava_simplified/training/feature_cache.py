@@ -250,7 +250,8 @@ class FeatureCache:
 
 def _key_parts(tower: VisionTower, weights: str, pixels: bool) -> list[Any]:
     """Return everything that determines the value of a row, as JSON values in a fixed order."""
-    # Leave out what the transform does not do, so that caches stay valid when it learns to do more.
+    # Leave out the steps that this transform does not have (None). When a later version adds an optional step, the
+    # existing caches then remain valid.
     transform = {name: value for name, value in vars(tower.transform).items() if value is not None}
     parts: list[Any] = [transform]
     if not pixels:

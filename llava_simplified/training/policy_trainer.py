@@ -212,9 +212,8 @@ class PolicyTrainer(LlavaTrainer):
         """Add a value to a sum since the last log entry."""
         total = self._sums[name]
         if isinstance(value, torch.Tensor):
-            total = total.to(
-                value.device
-            )  # do not copy the value to the CPU, which would wait for the GPU
+            # Add on the value's device: copying the value to the CPU would wait for the GPU.
+            total = total.to(value.device)
         self._sums[name] = total + value
 
     def _count(self, answers: Answers, rewards: torch.Tensor) -> None:
@@ -287,7 +286,7 @@ def kl_coefficient(args: Any) -> float:
 
 
 def refuse_sharded_weights(trainer: LlavaTrainer) -> None:
-    """Raise ValueError if the weights are sharded, so that no process has all of them."""
+    """Raise ValueError if the weights are sharded: then no process has all of them."""
     if trainer.weights_are_sharded:
         raise ValueError(
             f"--objective {trainer.args.objective} does not support ZeRO-3 and FSDP, because sampling and the reference "
