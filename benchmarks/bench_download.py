@@ -254,7 +254,8 @@ def main() -> None:
     parser.add_argument(
         "--concurrency",
         default="256",
-        help="Our setting, for each of the two shards in flight (default: %(default)s)",
+        help="--concurrency of `llava download`, which applies to each of its two shards in flight "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--tutorial",

@@ -62,9 +62,12 @@ def options_from_data(given: Mapping[str, list[str]]) -> DataOptions:
 
     from llava_simplified.prepare.data_cache import prepare_data
 
-    folders = given.get("train_image_folder") or given.get("image_folder") or [None]
+    folder = None
+    folders = given.get("train_image_folder") or given.get("image_folder")
+    if folders:
+        folder = folders[0]
     sidecar = ",".join(given.get("sidecar", []))
-    data = prepare_data(source, folders[0], sidecar)
+    data = prepare_data(source, folder, sidecar)
     options["train_data_path"] = str(data.records)
     options["train_image_folder"] = str(data.image_folder)
     if is_small:

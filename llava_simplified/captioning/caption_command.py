@@ -151,8 +151,12 @@ def _add_text_options(parser: CommandParser) -> None:
         metavar="TEXT",
         help="Text with {caption}, {tags} (from the .txt file beside the image), {name} and {folder}",
     )
-    group.add_argument("--prefix", default="", help="Text to put before each caption, as it is")
-    group.add_argument("--suffix", default="", help="Text to put after each caption, as it is")
+    group.add_argument(
+        "--prefix", default="", help="Text to put before each caption; no space is added"
+    )
+    group.add_argument(
+        "--suffix", default="", help="Text to put after each caption; no space is added"
+    )
     group.add_argument(
         "--max-words",
         type=int,

@@ -37,7 +37,7 @@ class TextOptions:
     """How captions are finished.
 
     Attributes:
-        prefix, suffix: Texts to put before and after, as they are.
+        prefix, suffix: Texts to put before and after; no space is added.
         template: Text with {caption} and other `TEMPLATE_FIELDS`; empty for the caption alone.
         max_words: Maximum number of generated words; None for no limit.
         loop_guard: End a caption when at least this many words repeat the words directly before them;

@@ -312,7 +312,7 @@ def set_bad_records_aside(
 class _PromptLengths:
     """Compare the lengths of prompts with a limit, tokenizing only those that can exceed it."""
 
-    TOKENS_AT_BOUNDARIES = 4  # a turn
+    TOKENS_AT_BOUNDARIES = 4  # for each turn, see `fit`
 
     def __init__(self, prompt: Prompt) -> None:
         self._prompt = prompt
@@ -331,7 +331,7 @@ class _PromptLengths:
             self._template_lengths[roles] = self._length(turns, record.id)
         num_bytes = sum(len(turn.content.encode()) for turn in record.turns)
         most = self._template_lengths[roles] + self._max_expansion * num_bytes
-        # The template's own text may be cut otherwise where it meets another text than "x".
+        # Beside another text than "x", a few more tokens may be needed for the text of the template.
         if most + self.TOKENS_AT_BOUNDARIES * len(roles) <= max_tokens:
             return True
         return self._length(record.turns, record.id) <= max_tokens

@@ -285,7 +285,7 @@ class ArrowRows(ColumnarFile):
     def batches(self, names: Sequence[str]) -> Iterator[tuple[pa.RecordBatch, bool]]:
         """See `ColumnarFile.batches`."""
         for batch in _arrow_batches(self._path):
-            # Slices, because text becomes Python objects, and a batch may have any number of rows.
+            # Yield slices: a batch may have any number of rows, and the caller converts texts to Python objects.
             for start in range(0, batch.num_rows, _BATCH_ROWS):
                 yield batch.slice(start, _BATCH_ROWS), False
 

@@ -185,8 +185,8 @@ def _check_image(data: bytes, transform: ImageTransform | None, rules: Rules) ->
         raise ImageError("too_small", f"{width}x{height} pixels, --min-side is {rules.min_side}")
     if max(height, width) > rules.max_aspect * min(height, width):
         raise ImageError("aspect", f"{width}x{height} pixels, --max-aspect is {rules.max_aspect:g}")
-    # Check only the size for the transform, which is the only step of it that can fail. This needs no
-    # pixels, so the image is decoded only once, by `check_image`.
+    # The transform can fail only at its resize, and only because of the image's size. Check that alone: it
+    # needs no pixels, so the image is decoded only once, by `check_image`.
     if transform is not None:
         transform.resized_size(height, width)
     # Skip JPEGs (most images), which cannot be animated, so that they are not opened a second time.

@@ -153,7 +153,9 @@ def build_merge_parser() -> CommandParser:
         "llava merge-manifests",
         "Write the manifest, records and report of a download whose shards were fetched by several jobs.",
     )
-    parser.add_argument("output", help="Folder that the `llava download` jobs wrote: their --output")
+    parser.add_argument(
+        "output", help="Folder that the `llava download` jobs wrote: their --output"
+    )
     return parser
 
 
