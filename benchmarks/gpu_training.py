@@ -89,7 +89,7 @@ def run(workload: Workload, report: Report) -> None:
 
 
 def add_ratios(report: Report, results: dict[str, Values | None]) -> None:
-    """Write how much faster our side is: the faster of both, with and without checkpointing, on each side."""
+    """Write our speed / stock's speed. Each side counts with its faster run: with checkpointing, or without."""
     stock = [results["stock"], results["stock, checkpointing"]]
     rates = [values["captions/s"] for values in stock if values]
     if not rates:

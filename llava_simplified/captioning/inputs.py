@@ -140,7 +140,7 @@ def open_inputs(
                 "remove the option."
             )
         # Accept records without responses, since this command generates them.
-        # A row that is not a record is set aside when its turn comes, unless all rows are.
+        # Rows that are not records are set aside during the job. It is an error only if no row is a record.
         return open_data(
             source,
             image_folder,

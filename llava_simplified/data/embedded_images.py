@@ -310,7 +310,7 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
         batches = map(reader.get_batch, range(reader.num_record_batches))
     for batch in batches:
         yield batch
-        # The kernel counts every page that was read as memory of the process, until it is told that they are not needed.
+        # The kernel counts every page that was read as memory of the process. Tell it that these can be dropped.
         if hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 

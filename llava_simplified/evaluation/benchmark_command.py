@@ -175,7 +175,7 @@ def _instruction(args: argparse.Namespace, endpoint: EndpointOptions | None) -> 
 def _write_records(path: Path, images: Sequence[BenchmarkImage], instruction: str) -> None:
     """Write the records of the images, unless the file contains the same records already.
 
-    An interrupted job would not continue with a new file.
+    The modification time must stay the same: it is a setting of the job, which continues only with equal settings.
     """
     lines = []
     for image in images:

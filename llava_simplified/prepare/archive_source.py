@@ -72,7 +72,7 @@ def read_arrow(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     import pyarrow as pa
 
     if "://" in source:
-        raise ValueError(f"{source}: an Arrow file is mapped into memory. Copy it first.")
+        raise ValueError(f"{source}: an Arrow file must be on this machine. Copy it first.")
     try:
         yield from _table_rows(ArrowRows(Path(source)), source, issues, columns)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:

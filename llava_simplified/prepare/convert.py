@@ -176,7 +176,7 @@ def _record_of_row(row: SourceRow, names: _ImageNames) -> dict[str, Any] | None:
 
 
 class _ImageNames:
-    """Turns names of images into those of records, and counts what it changes.
+    """Converts the names of images in a source to the names in the records, and counts the changes.
 
     Args:
         issues: Collects images that are not found, and names that are changed.

@@ -97,7 +97,7 @@ class DecodePool:
 
     def _start_thread(self) -> None:
         self._num_threads += 1
-        # A daemon: a process does not wait for its decoder when it ends. An executor's threads would be waited for.
+        # Start a daemon thread: at its end, a process does not wait for it, as it does for the threads of an executor.
         threading.Thread(target=self._work, name="decode", daemon=True).start()
 
     # ---- in the threads ----

@@ -128,7 +128,7 @@ class Fetcher:
             lambda: asyncio.Semaphore(options.per_host)
         )
         self._consecutive_timeouts = Counter[str]()  # by host
-        # Of hosts that redirects lead to; times of the monotonic clock.
+        # Host -> end of its pause on the monotonic clock; only for hosts that a redirect led to.
         self._paused_until = defaultdict[str, float](float)
 
     async def __aenter__(self) -> Fetcher:
