@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_process import command_programs
+from cli_process import command_programs, run_command
 
 from llava_simplified.arguments import parse_arguments
 from llava_simplified.cli import COMMANDS, configure_process, main
@@ -22,10 +22,12 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
 }
 
+# DeepSpeed starts Python, which imports everything, twice. The others start a program that forks the two processes
+# from one that has imported everything.
 LAUNCHERS = {
     "deepspeed": "deepspeed --num_accelerators 2 --master_port 29871",
-    "torchrun": "torchrun --nproc_per_node 2 --master_port 29872",
-    "accelerate": "accelerate launch --multi_gpu --num_processes 2 --main_process_port 29873",
+    "torchrun": "torchrun --no-python --nproc_per_node 2 --master_port 29872",
+    "accelerate": "accelerate launch --no_python --multi_gpu --num_processes 2 --main_process_port 29873",
 }
 
 
@@ -65,14 +67,14 @@ def prediction_options(checkpoint: Path, data: Path) -> list[object]:
 # ---- the tutorial's scripts ----
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_train_py_and_predict_py_work_as_in_the_tutorial(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     options = training_options(models_folder, data_folder)
-    run(sys.executable, ROOT / "train.py", *options, folder=tmp_path)
+    run_command([ROOT / "train.py", *options], tmp_path)
     options = prediction_options(tmp_path / "output" / "mistral-clip", data_folder)
-    run(sys.executable, ROOT / "predict.py", *options, folder=tmp_path)
+    run_command([ROOT / "predict.py", *options], tmp_path)
     rows = json.loads((tmp_path / "predictions.json").read_text())
     three_per_image = [index for index in range(4) for _ in range(3)]
     assert [row["index"] for row in rows] == three_per_image
@@ -139,17 +141,21 @@ def test_launchers_start_one_training_of_two_processes(
     single_process_loss: float,
 ) -> None:
     """2 processes with 2 images each see the same 4 images per step as one process."""
-    command: list[object] = [*LAUNCHERS[launcher].split(), ROOT / "train.py"]
+    command: list[object] = [*LAUNCHERS[launcher].split()]
+    options: list[object] = []
     if launcher == "deepspeed":
         pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
-        command += ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
-    run(
-        *command,
-        *training_options(models_folder, data_folder),
-        *("--per_device_train_batch_size", 2, "--logging_steps", 1),
-        *("--seed", 42, "--output_dir", tmp_path / "two"),
-        folder=tmp_path,
-    )
+        options = ["--deepspeed", ROOT / "ds_configs" / "config_zero2.json"]
+    else:
+        command.append(tmp_path / "bin" / "python")
+    with command_programs(tmp_path / "bin"):
+        run(
+            *(*command, ROOT / "train.py", *options),
+            *training_options(models_folder, data_folder),
+            *("--per_device_train_batch_size", 2, "--logging_steps", 1),
+            *("--seed", 42, "--output_dir", tmp_path / "two"),
+            folder=tmp_path,
+        )
     assert first_loss(tmp_path / "two") == pytest.approx(single_process_loss, rel=1e-3)
     output = tmp_path / "predictions.json"
     options = [*prediction_options(tmp_path / "two", data_folder), "--output", output]
