@@ -16,6 +16,8 @@ from tiny import CAPTIONS
 
 from llava_simplified.cli import main as llava
 
+pytestmark = pytest.mark.xdist_group("handover")
+
 NUM_RECORDS = 6
 
 

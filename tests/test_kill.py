@@ -75,7 +75,15 @@ def download_inputs(folder: Path) -> Iterator[tuple[Path, list[Job]]]:
 
 def download_command(inputs: tuple[Path, list[Job]], output: Path) -> list[str]:
     tsv, _ = inputs
-    words = ["llava", "download", str(tsv), "--output", str(output), "--shard-size", str(SHARD_SIZE)]
+    words = [
+        "llava",
+        "download",
+        str(tsv),
+        "--output",
+        str(output),
+        "--shard-size",
+        str(SHARD_SIZE),
+    ]
     words += ["--workers", "2", "--timeout", "20", "--allow-private", "--retries", "0"]
     return [*words, "--concurrency", "8"]
 
@@ -263,9 +271,7 @@ def compare_sidecars(inputs: tuple[Path, Path], undisturbed: Path, resumed: Path
     # The images 050, 100, ... cannot be read.
     failures = ".llava-caption.jsonl.bad.jsonl"
     assert expected.keys() - before.keys() - {failures} == {
-        f"{number:03}.txt"
-        for number in range(NUM_SIDECAR_IMAGES)
-        if number % 3 and number % 50
+        f"{number:03}.txt" for number in range(NUM_SIDECAR_IMAGES) if number % 3 and number % 50
     }
     assert all(expected[name] == data for name, data in before.items() if name.endswith(".jpg"))
 

@@ -18,7 +18,6 @@ from training_runs import (
 )
 
 from llava_simplified.model.checkpoint import load_checkpoint
-from llava_simplified.training.kernels import can_compile
 
 
 def vision_tower_weights(folder: Path, how: str) -> dict[str, torch.Tensor]:
@@ -208,24 +207,8 @@ def test_resumed_run_continues_length_grouped_batches_in_the_second_epoch(
 
 
 # ---- options that must not change the result ----
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler on this machine")
-def test_compile_layers_does_not_change_the_losses(
-    models_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
-    changes = {"attn_implementation": "eager", "max_steps": 4}
-    plain = run_training(
-        training_options(models_folder, data_folder, tmp_path / "plain", **changes)
-    )
-    changes["compile_layers"] = True
-    compiled = run_training(
-        training_options(models_folder, data_folder, tmp_path / "compiled", **changes)
-    )
-    assert read_log(plain) == pytest.approx(read_log(compiled), rel=1e-4)
-    model = load_checkpoint(compiled)
-    assert model.caption(data_folder / "images" / "0.jpg", max_new_tokens=4)
+#
+# test_levers.py has those that make training cheaper, --compile_layers among them.
 
 
 def test_compile_layers_without_compiler_is_refused(
