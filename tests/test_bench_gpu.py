@@ -76,7 +76,7 @@ def test_bench_gpu_measures_all_sections_after_one_has_failed(
     assert measured["forecast of `llava plan`"]["forecast, 5 captions, checkpointing"] > 0
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_bench_gpu_kills_a_section_that_hangs_and_runs_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,7 +260,7 @@ def record_pairs() -> list[Any]:
     return pairs
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize(("reader", "writer"), record_pairs())
 def test_records_of_every_writer_are_read_by(
     workshop: Workshop, tmp_path: Path, reader: Reader, writer: str
@@ -279,7 +279,7 @@ PREDICTION_WRITERS = (
 )
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize("has_references", [False, True])
 @pytest.mark.parametrize("writer", PREDICTION_WRITERS)
 def test_predictions_of_every_writer_are_read_by_evaluate(

@@ -117,7 +117,7 @@ def test_preparation_report_escapes_text(tmp_path: Path) -> None:
     assert html.count("<script") == 1
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_reports_fit_the_window_in_both_color_schemes(tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:

@@ -14,7 +14,7 @@ import pytest
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
