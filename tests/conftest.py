@@ -23,6 +23,7 @@ import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,49 @@ def workers_are_forked() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def plots_are_drawn_once() -> Iterator[None]:
+    """Draw the plot of the first run, and copy it for the others: drawing takes a third of a tiny run."""
+    from llava_simplified.extras import require_extra
+    from llava_simplified.training import plots
+
+    draw = plots.plot_training
+    drawn: list[bytes] = []
+
+    def plot_once(log: Path, output: Path) -> None:
+        require_extra("report", "matplotlib", purpose="the plot of a run")
+        if drawn:
+            output.write_bytes(drawn[0])
+        else:
+            draw(log, output)
+            drawn.append(output.read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "plot_training", plot_once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def towers_are_traced_once() -> Iterator[None]:
+    """Trace a vision tower once for each config: the tests build a thousand models from a few configs."""
+    from llava_simplified.model.vision import VisionTower
+
+    trace = VisionTower._trace
+    shapes: dict[tuple[Any, ...], Any] = {}
+
+    def trace_once(tower: VisionTower) -> Any:
+        config = tower.model.config.to_json_string(use_diff=False)
+        options = (tower.select_layers, tower.select_feature, tower.token_pool)
+        key = (config, *options, tower.transform.crop)
+        if key not in shapes:
+            shapes[key] = trace(tower)
+        return shapes[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionTower, "_trace", trace_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def certificates_are_read_once() -> Iterator[None]:
     """Share the TLS settings of all HTTP clients; the tests use none.
 
@@ -89,7 +133,7 @@ def certificates_are_read_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_folder(tmp_path_factory: pytest.TempPathFactory, towers_are_traced_once: None) -> Path:
     """A folder with tiny random models (`mistral`, `clip`, ...) in the form of the hub."""
     from tiny import save_language_model, save_vision_model
 
