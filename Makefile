@@ -77,10 +77,11 @@ test: $(STAMP)
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not medium and not slow"
 
-# all of the attacks, of which `make test` takes a sample; then ten minutes each: random bytes for every door where
-# strangers' bytes come in
+# everything of which `make test` takes a sample; then ten minutes each: random bytes for every door where strangers'
+# bytes come in
+SAMPLED := tests/attack tests/test_handover.py tests/evaluation/test_ptb_tokenizer.py tests/prepare/test_reader_memory.py
 fuzz: $(STAMP)
-	FUZZ=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests/attack tests/test_handover.py tests/evaluation/test_ptb_tokenizer.py tests/prepare/test_reader_memory.py
+	FUZZ=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(SAMPLED)
 	$(INSTALL) -e '.[fuzz]'
 	for target in images shards sources config prompt http; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
 

@@ -37,6 +37,7 @@ PRELOADED = [
     "llava_simplified.serve.api",
     "llava_simplified.training.build_trainer",
     "llava_simplified.training.train_command",
+    "matplotlib.backends.backend_agg",
     "transformers.models.clip.modeling_clip",
     "transformers.models.mistral.modeling_mistral",
 ]
