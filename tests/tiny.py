@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,15 @@ MISTRAL_TEMPLATE = (
 
 def make_tokenizer(template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokenizerFast:
     """Return a small byte-level BPE tokenizer, trained on the captions."""
+    tokenizer = Tokenizer.from_str(_train_tokenizer())
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = template
+    return fast
+
+
+@functools.cache
+def _train_tokenizer() -> str:
+    """Return the tokenizer as JSON."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,9 +53,7 @@ def make_tokenizer(template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokeniz
     )
     texts = [*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"]
     tokenizer.train_from_iterator(texts * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = template
-    return fast
+    return tokenizer.to_str()
 
 
 def make_language_model(kind: str, vocabulary: int) -> PreTrainedModel:

@@ -19,7 +19,6 @@ import psutil
 import pytest
 from hostile import (
     HUGE,
-    IS_COMPLETE,
     OTHER_TYPES,
     HealthyClient,
     connect,
@@ -28,12 +27,12 @@ from hostile import (
     nested,
     paths,
     replaced,
-    sample,
     statuses,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live_server import ATTENTION, CHAT, LiveServer, attention_body, user_message
+from sampling import IS_COMPLETE, sample
 
 # Seconds for one request, on a machine that may be busy.
 MAX_SECONDS = 20.0

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from forms import save_to_disk
+from sampling import IS_COMPLETE
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc"),
 ]
 
-IS_COMPLETE = bool(os.environ.get("FUZZ"))
 ROWS = 1_000_000 if IS_COMPLETE else 200_000
 BATCH = 50_000
 MAX_BYTES = 300_000_000 if IS_COMPLETE else 150_000_000

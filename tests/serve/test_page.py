@@ -53,6 +53,8 @@ CHROMIUM_ARGS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
+# All in one process: a browser takes seconds to start.
+IN_BROWSER = pytest.mark.xdist_group("browser")
 COMPLETE = ".answer:not(.writing)"  # selects answers that have ended
 
 
@@ -199,6 +201,7 @@ def veil_alpha(page: Any) -> np.ndarray:
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_page_streams_caption_and_shows_attention(visit: Callable[..., Any], model: Llava) -> None:
     photo = wide_photo()
     page = visit()
@@ -280,6 +283,7 @@ def test_page_streams_caption_and_shows_attention(visit: Callable[..., Any], mod
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_veil_disappears_with_new_answer_and_new_image(
     visit: Callable[..., Any], model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -312,6 +316,7 @@ def test_veil_disappears_with_new_answer_and_new_image(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_bad_files_are_explained_and_next_image_is_captioned(
     visit: Callable[..., Any], model: Llava, photos: Sequence[bytes], examples: list[bytes]
 ) -> None:
@@ -357,6 +362,7 @@ def test_bad_files_are_explained_and_next_image_is_captioned(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_image_can_be_dropped_pasted_and_photographed(
     visit: Callable[..., Any], server: LiveServer, model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -402,6 +408,7 @@ def test_image_can_be_dropped_pasted_and_photographed(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_follow_up_questions_several_answers_and_markup(
     visit: Callable[..., Any], server: LiveServer, model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -442,6 +449,7 @@ def send_events(route: Any, *texts: str) -> None:
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_answer_is_inserted_as_text(visit: Callable[..., Any], photos: Sequence[bytes]) -> None:
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     answer = '<b>${1}</b> <img src=x onerror="boom()"> 日本 `{{7}}` <script>boom()</script>'
@@ -464,6 +472,7 @@ def respond_with(status: int, headers: dict[str, str], body: Any) -> Callable[[A
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_failures_of_server_are_explained(
     visit: Callable[..., Any], photos: Sequence[bytes]
 ) -> None:
@@ -513,6 +522,7 @@ def test_failures_of_server_are_explained(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_phone_and_tap_shows_attention(
     visit: Callable[..., Any], photos: Sequence[bytes], scheme: str
@@ -544,6 +554,7 @@ def test_page_fits_phone_and_tap_shows_attention(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_stopping_or_leaving_frees_sequence(
     visit: Callable[..., Any], server: LiveServer, model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -576,6 +587,7 @@ def test_stopping_or_leaving_frees_sequence(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_key_is_required_and_kept_for_tab(
     visit: Callable[..., Any], model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -600,6 +612,7 @@ def test_key_is_required_and_kept_for_tab(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_open_page_does_not_delay_shutdown(
     visit: Callable[..., Any], command: Any, photos: Sequence[bytes]
 ) -> None:
