@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 if TYPE_CHECKING:
+    from llava_simplified.model.config import LlavaConfig
     from llava_simplified.model.llava import Llava
 
 CAPTIONS = [
@@ -161,6 +163,53 @@ def save_vision_model(kind: str, folder: Path) -> str:
     return str(folder)
 
 
+def build_llava(
+    models_folder: Path, language_model: str = "mistral", tower: str = "clip", **config: Any
+) -> Llava:
+    """Build a model in evaluation mode, with image tokens that are large enough to matter.
+
+    With PyTorch's default initialization these random models would ignore their images.
+
+    Args:
+        models_folder: The fixture.
+        language_model: Kind of the language model.
+        tower: Kind of the vision tower.
+        config: More fields of `LlavaConfig`.
+    """
+    from llava_simplified.model.build import build_model
+
+    torch.manual_seed(2)
+    model = build_model(_llava_config(models_folder, language_model, tower, **config))
+    for parameter in model.projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+def save_llava(
+    models_folder: Path,
+    folder: Path,
+    language_model: str = "mistral",
+    tower: str = "clip",
+    **config: Any,
+) -> Path:
+    """Write the model of `build_llava` as a checkpoint, and return its folder."""
+    from llava_simplified.model.checkpoint import save_checkpoint
+    from llava_simplified.model.config import TrainedParts
+
+    model = build_llava(models_folder, language_model, tower, **config).requires_grad_(False)
+    llava_config = _llava_config(models_folder, language_model, tower, **config)
+    save_checkpoint(model, folder, llava_config, TrainedParts())
+    return folder
+
+
+def _llava_config(
+    models_folder: Path, language_model: str, tower: str, **config: Any
+) -> LlavaConfig:
+    from llava_simplified.model.config import LlavaConfig
+
+    return LlavaConfig(str(models_folder / language_model), str(models_folder / tower), **config)
+
+
 @contextmanager
 def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
     """Let the vision tower return NaN for one image: all logits of its sequences become NaN."""
@@ -175,6 +224,35 @@ def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
         return torch.where(is_bad[:, None, None], torch.nan, output)
 
     handle = model.vision_tower.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def looping(model: Llava, text: str) -> Iterator[None]:
+    """Let the language model repeat a text without end once it has begun: each token leads to the next one.
+
+    The tokens of the text must differ. What the model generates after other tokens does not change.
+    """
+    first = model.prompt.encode_start(text)
+    # The first word has another token when there is a space before it.
+    ids = model.prompt.encode_start(f"{text} {text}")
+    assert ids[: len(first)] == first
+    assert len(set(ids[len(first) :])) == len(ids) - len(first)
+    following = dict(pairwise([*ids, ids[len(first)]]))
+
+    def force(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        newest = kwargs.get("input_ids")
+        if newest is None:  # the prefill, which has embeddings: nothing is generated yet
+            return output
+        for row, token in enumerate(newest[:, -1].tolist()):
+            if token in following:
+                output.logits[row, -1, following[token]] = 1e4
+        return output
+
+    handle = model.language_model.register_forward_hook(force, with_kwargs=True)
     try:
         yield
     finally:
