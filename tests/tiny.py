@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -236,6 +236,8 @@ def looping(model: Llava, text: str) -> Iterator[None]:
 
     The tokens of the text must differ. What the model generates after other tokens does not change.
     """
+    from llava_simplified.model.generation import DecodingBatch
+
     first = model.prompt.encode_start(text)
     # The first word has another token when there is a space before it.
     ids = model.prompt.encode_start(f"{text} {text}")
@@ -243,17 +245,26 @@ def looping(model: Llava, text: str) -> Iterator[None]:
     assert len(set(ids[len(first) :])) == len(ids) - len(first)
     following = dict(pairwise([*ids, ids[len(first)]]))
 
-    def force(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        newest = kwargs.get("input_ids")
-        if newest is None:  # the prefill, which has embeddings: nothing is generated yet
-            return output
-        for row, token in enumerate(newest[:, -1].tolist()):
+    def force(logits: torch.Tensor, newest: Iterable[int]) -> None:
+        for row, token in enumerate(newest):
             if token in following:
-                output.logits[row, -1, following[token]] = 1e4
-        return output
+                logits[row, following[token]] = 1e4
 
-    handle = model.language_model.register_forward_hook(force, with_kwargs=True)
+    def force_step(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("input_ids") is not None:  # the prefill has embeddings instead
+            force(output.logits[:, -1], kwargs["input_ids"][:, -1].tolist())
+
+    prefill = DecodingBatch._prefill
+
+    def forced_prefill(batch: DecodingBatch, prompts: Any, image_features: Any) -> tuple:
+        outputs = prefill(batch, prompts, image_features)
+        force(outputs[2], [prompt[-1] for prompt in prompts])
+        return outputs
+
+    handle = model.language_model.register_forward_hook(force_step, with_kwargs=True)
+    DecodingBatch._prefill = forced_prefill
     try:
         yield
     finally:
         handle.remove()
+        DecodingBatch._prefill = prefill
