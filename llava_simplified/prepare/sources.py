@@ -21,13 +21,14 @@ import glob
 import itertools
 import json
 import re
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import find_records
-from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.extras import MissingExtraError, require_extra
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.prepare.archive_source import read_arrow, read_parquet, read_tar
@@ -402,19 +403,23 @@ def _read_image_folder(
     folder: Path, metadata: list[Path], issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
     """Yield the rows of an imagefolder, and note images without a row."""
-    without_row = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
-    }
+    # Hashes of the names in the rows, because a million names would take a hundred megabytes.
+    named = array("q")
     for path in metadata:
         below = path.parent.relative_to(folder)
         for row in _read_any(str(path), issues, columns):
             image = (below / row.image).as_posix() if row.image else ""
-            without_row.discard(image)
+            named.append(hash(image))
             yield row._replace(image=image)
-    for number, name in enumerate(sorted(without_row)):
-        issues.note("image without a row of metadata (skipped)", number, name)
+    named = array("q", sorted(named))
+    number = 0
+    for group in scan_names(folder):
+        for name, _ in group.images:
+            image = group.path(name)
+            place = bisect_left(named, hash(image))
+            if place == len(named) or named[place] != hash(image):
+                issues.note("image without a row of metadata (skipped)", number, image)
+                number += 1
 
 
 def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> None:
