@@ -34,7 +34,7 @@ from transformers.utils import cached_file
 
 from llava_simplified import __version__
 from llava_simplified.foreign_files import blame_file, read_json_object, shorten
-from llava_simplified.jobs import use_default_permissions
+from llava_simplified.jobs import rename_folder, use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.config import (
     CONFIG_NAME,
@@ -470,7 +470,7 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     """Rename a complete temporary folder; or move its entries into a folder that exists."""
     use_default_permissions(temporary)
     if not folder.exists():
-        temporary.rename(folder)
+        rename_folder(temporary, folder)
         return
     # Delete the old llava.json first: without it, a folder with a mix of old and new files (after a
     # crash) is not taken for a checkpoint. The new one is moved last.
