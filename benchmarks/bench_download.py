@@ -142,8 +142,15 @@ def create_peer_python(folder: Path) -> Path:
     """Return the Python of img2dataset's virtual environment, which is created if it is missing."""
     python = folder / "bin" / "python"
     if not python.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "img2dataset==1.47.0"], check=True)
+        # Under a temporary name, so that what a killed run leaves is not taken for the whole. Its Python works at any
+        # path; only the scripts beside it, which are not used here, name the path that it was made at.
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        venv.create(part, with_pip=True)
+        install = [part / "bin" / "python", "-m", "pip", "install", "-q", "img2dataset==1.47.0"]
+        subprocess.run(install, check=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
     return python
 
 
