@@ -17,7 +17,6 @@ parameters `(source, issues, columns)` that yields `SourceRow`s, and add its suf
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import re
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from llava_simplified.data.names import expand_pattern
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import find_records
 from llava_simplified.data.shards import IMAGE_SUFFIXES
@@ -165,11 +165,9 @@ def _read_glob(pattern: str, issues: ParseIssues, columns: Columns) -> Iterator[
     The images of shards are named relative to the part of the pattern without wildcards, because shards in two
     folders may have the same name.
     """
-    parts = sorted(glob.glob(pattern))  # noqa: PTH207 - the pattern may be absolute
+    parts, root = expand_pattern(pattern)
     if not parts:
         raise ValueError(f"{pattern}: no file matches")
-    before_wildcard = re.split(r"[*?[]", pattern)[0]
-    root = Path(before_wildcard + "x").parent
     for part in parts:
         folder = Path(part).parent.relative_to(root)
         # Only metadata and shards name images relative to their own folder.
