@@ -91,6 +91,10 @@ def read_source(
         if ".." in images and any(".." in Path(image).parts for image in images.split("\n")):
             issues.note("image outside its folder, '..' (skipped)", row.number, images)
             continue
+        # What a URL beside it leads to is not the image, but a page about it.
+        if "://" in row.image and row.record is None and not row.image.startswith("file:"):
+            issues.note("URL in the column of images (kept as the URL)", row.number, row.image)
+            row = row._replace(image="", url=row.image)
         # Skip text that cannot be written to a file in a later step.
         if not _can_be_encoded(row):
             issues.note(

@@ -161,11 +161,12 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
     Raises:
         ValueError: The lines could be a list of URLs, or URLs with captions of one word.
     """
-    texts = [text.strip() for _, text in head]
-    # A caption has several words, at least some of them.
-    if any(re.search(r"\s", text) for text in texts):
+    texts = [_list_name(text) for _, text in head if not text.startswith("#")]
+    if any(map(_may_have_caption, texts)):
         return None
-    if all(URL_PATTERN.match(text) for text in texts):
+    num_urls = sum(bool(URL_PATTERN.match(text)) for text in texts)
+    others = [text for text in texts if not URL_PATTERN.match(text)]
+    if num_urls > len(texts) / 2 and all(re.search(r"\s", text) for text in others):
         splits = [re.split(r"[,;]", text) for text in texts]
         with_tail = [fields for fields in splits if len(fields) > 1]
         parts = sum(bool(_PART_OF_URL.fullmatch(fields[-1])) for fields in with_tail)
@@ -177,8 +178,8 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
                 f"line: url for a list of URLs, or url,caption. First row: {texts[0][:200]}"
             )
         return None
-    has_separator = any("," in text or ";" in text for text in texts)
-    if not has_separator and all(IMAGE_NAME_PATTERN.search(text) for text in texts):
+    has_separator = any(re.search(r"[\s,;]", text) for text in texts)
+    if texts and not has_separator and all(IMAGE_NAME_PATTERN.search(text) for text in texts):
         return IMAGE_NAME_PATTERN
     return None
 
@@ -188,7 +189,7 @@ def _read_list(
 ) -> Iterator[SourceRow]:
     """Yield the rows of a list of URLs or of image names."""
     for number, text in lines:
-        name = text.strip()
+        name = _list_name(text)
         if not pattern.search(name):
             issues.note("neither a URL nor the name of an image (skipped)", number, text)
             continue
@@ -198,6 +199,23 @@ def _read_list(
             yield SourceRow(number, "", name, ())
         else:
             yield SourceRow(number, name, "", ())
+
+
+def _may_have_caption(text: str) -> bool:
+    """Return whether a line has several words, which may be a caption, and is neither a remark nor a URL with spaces."""
+    if not re.search(r"\s", text):
+        return False
+    is_image = URL_PATTERN.match(text) and IMAGE_NAME_PATTERN.search(text)
+    is_remark = not URL_PATTERN.search(text)
+    return bool(re.search(r"[,;|\t]", text)) or not (is_image or is_remark)
+
+
+def _list_name(text: str) -> str:
+    """Return what a line of a list names. Programs that write CSV put a URL with a comma into quotes."""
+    name = text.strip()
+    if len(name) > 1 and name.startswith('"') and name.endswith('"') and '"' not in name[1:-1]:
+        return name[1:-1]
+    return name
 
 
 # ---- lines to fields ----

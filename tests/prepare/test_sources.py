@@ -542,6 +542,43 @@ def test_read_source_takes_every_line_of_a_list_for_one_url(urls: list[str]) -> 
         ], name
 
 
+@pytest.mark.parametrize(
+    ("lines", "urls", "issues"),
+    [
+        (["# my list, sorted", U, "and a remark", U], [U, U], 2),
+        (['"http://a.example/1,2.jpg"', f'"{U}"'], ["http://a.example/1,2.jpg", U], 0),
+        ([U, "http://a.example/my cat.jpg"], [U, "http://a.example/my cat.jpg"], 1),
+    ],
+)
+def test_read_source_reads_lists_that_people_write(
+    tmp_path: Path, lines: list[str], urls: list[str], issues: int
+) -> None:
+    (tmp_path / "x.txt").write_text("\n".join(lines))
+    rows, found = read(tmp_path / "x.txt")
+    assert [row.url for row in rows] == urls
+    assert sum(found.counts.values()) == issues
+
+
+def test_read_source_refuses_urls_with_captions_after_a_space(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(f"{U} a cat\n{U} a dog\n")
+    with pytest.raises(ValueError, match=r"x\.txt"):
+        read(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("header", ["image,link,caption", "image_url,url,caption"])
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_read_source_prefers_the_url_of_the_image_to_that_of_its_page(
+    tmp_path: Path, header: str, name: str
+) -> None:
+    values = [U, "http://shop.example/page", "a cat"]
+    text = f"{header}\n{','.join(values)}\n"
+    if name == "x.jsonl":
+        text = json.dumps(dict(zip(header.split(","), values)))
+    (tmp_path / name).write_text(text)
+    (row,), _ = read(tmp_path / name)
+    assert (row.image, row.url, row.captions) == ("", U, ("a cat",))
+
+
 def test_read_source_reads_a_list_of_image_names(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("cats/1.jpg\ncats/2.PNG\n")
     assert read_captions(tmp_path / "x.txt") == [("cats/1.jpg",), ("cats/2.PNG",)]
