@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llava_simplified.data.unsupported import check_turn_keys
 from llava_simplified.foreign_files import shorten
 from llava_simplified.prompt import IMAGE_PLACEHOLDER
 
@@ -99,10 +100,11 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
     for number, turn in enumerate(row[key]):
         if not isinstance(turn, dict):
             raise ValueError(f"{where}: turn {number} of {key!r} must be an object")
+        check_turn_keys(turn, where)
         if "role" in turn:
             turns.append((turn["role"], turn.get("content")))
-        else:  # LLaVA's form
-            turns.append((turn.get("from"), turn.get("value")))
+        else:
+            turns.append(_llava_turn(turn))
     return turns
 
 

@@ -623,6 +623,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if image.mode == "I":  # 32 bits, as Pillow holds 16 bits of some files
             values = values.clip(0, _MAX_SIXTEEN_BITS)
+        # A PNG may declare one shade of gray transparent.
+        if isinstance(image.info.get("transparency"), int):
+            values = np.where(values == image.info["transparency"], _MAX_SIXTEEN_BITS, values)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         return _lab_to_rgb(image)

@@ -11,7 +11,6 @@ Three JSON formats are supported, beside the chat rows of other programs (see `c
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,11 @@ import numpy as np
 
 from llava_simplified.data.chat_rows import is_chat, path_of_image, plain_chat
 from llava_simplified.data.rows import RowFile, open_rows
+from llava_simplified.data.unsupported import (
+    check_placeholders,
+    check_row_keys,
+    check_turn_keys,
+)
 from llava_simplified.foreign_files import shorten
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
@@ -39,33 +43,6 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 }
 # `BadRecords` tolerates a share of at least this number of records. A small file would not be allowed even one.
 MIN_RECORDS_OF_BUDGET = 100
-# Keys of media other than images, in rows of other programs. Training would silently ignore the media.
-_OTHER_MEDIA_KEY = re.compile(
-    r"(video|audio|speech|point_?cloud|pcd)s?(_?(path|file|filename|bytes)s?)?",
-    re.IGNORECASE,
-)
-# Keys that other programs use for an image. Training would silently ignore the image.
-_OTHER_IMAGE_KEY = re.compile(
-    r"(img|picture|photo)s?(_?(path|file|filename|name|url))?s?"
-    r"|images?_?(path|file|filename|name|url)s?|pixel_values",
-    re.IGNORECASE,
-)
-_OTHER_MEDIA_FILE = re.compile(
-    r"\.(mp4|m4v|mkv|mov|avi|webm|mpe?g|wmv|flv|mp3|wav|flac|ogg|opus|m4a|aac|ply|pcd|obj|glb)$",
-    re.IGNORECASE,
-)
-# Placeholders of other programs: <video>, <image_1>, <|image|>, <|vision_start|>. Unlike them, HTML has end tags.
-_OTHER_PLACEHOLDER = re.compile(
-    r"<\|?(?P<tag>(?:video|audio|speech|sound|voice|music|point_?cloud)s?|img|image)(?:[ _]?\d+)?\|?>"
-    r"|<\|(?:vision|audio|video|image|img)_(?:start|pad)\|>|<(?:img|video|audio)_context>",
-    re.IGNORECASE,
-)
-
-# Keys that `_check_media_keys` need not check.
-_RECORD_KEYS = {
-    *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
-    *("conversations", "width", "height"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +81,7 @@ class Record:
         if is_chat(row):
             row = plain_chat(row, where)
         images = _parse_images(row, where)
-        _check_media_keys(row, images, where)
+        check_row_keys(row, images, where)
         if "conversations" in row:
             turns, responses = _parse_conversation(row["conversations"], where)
         else:
@@ -172,33 +149,6 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _check_media_keys(row: dict[str, Any], images: tuple[str, ...], where: str) -> None:
-    """Refuse a row that contains media which training would silently ignore.
-
-    Raises:
-        ValueError: The row contains a video or a sound, or an image under a key that is not read.
-    """
-    for key, value in row.items():
-        # Empty values have no effect: tables of several media have a column for each.
-        if not value or key in _RECORD_KEYS:
-            continue
-        is_media = isinstance(value, (str, list, dict))  # and not a score or a flag
-        if is_media and _OTHER_MEDIA_KEY.fullmatch(key):
-            raise ValueError(
-                f"{where}: the key {key!r} asks for {value!r:.80}, but only images are supported; "
-                "remove the key or the record"
-            )
-        if images:
-            continue  # other keys describe the image, such as the URL that it came from
-        if is_media and _OTHER_IMAGE_KEY.fullmatch(key):
-            raise ValueError(f"{where}: the key {key!r} is not read; rename it to 'image'")
-        if isinstance(value, str) and _OTHER_MEDIA_FILE.search(value):
-            raise ValueError(
-                f"{where}: the key {key!r} names {value!r:.80}, but only images are supported; "
-                "remove the key or the record"
-            )
-
-
 def _check_texts(
     images: Sequence[str], turns: Sequence[Message], responses: Sequence[str], where: str
 ) -> None:
@@ -213,18 +163,7 @@ def _check_texts(
             raise ValueError(
                 f"{where}: a text contains half of a surrogate pair, which is not Unicode: {text!r:.200}"
             )
-    for turn in turns:
-        # In other turns, placeholders are ordinary text, as `<image>` is.
-        if turn.role != "user" or "<" not in turn.content:
-            continue
-        for match in _OTHER_PLACEHOLDER.finditer(turn.content):
-            tag = match["tag"]
-            if match[0] == IMAGE_PLACEHOLDER or (tag and f"</{tag}>" in turn.content):
-                continue
-            raise ValueError(
-                f"{where}: the placeholder {match[0]} is not supported; an image is {IMAGE_PLACEHOLDER}, "
-                "and other media must be removed"
-            )
+    check_placeholders(turns, where)
 
 
 def _is_not_unicode(text: str) -> bool:
@@ -252,6 +191,11 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     responses: Any = []
     if "responses" in row:
         responses = row["responses"]
+        single = row.get("response")
+        if single and isinstance(responses, list) and single not in responses:
+            raise ValueError(
+                f"{where}: 'response' is none of the 'responses'; remove one of the two keys"
+            )
     elif "response" in row:
         responses = [row["response"]]
     if not _is_list_of_strings(responses):
@@ -295,6 +239,7 @@ def _parse_turn(turn: Any, number: int, where: str) -> Message:
             f"{where}: turn {number} of 'conversations' needs the keys 'from' "
             f"(one of {', '.join(_ROLES)}) and 'value' (a string)"
         )
+    check_turn_keys(turn, where)
     return Message(_ROLES[role], turn["value"])
 
 

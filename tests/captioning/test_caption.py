@@ -624,6 +624,46 @@ def test_pattern_opens_the_files_that_it_matched(
     assert decode_image(read_image_bytes(record.images[0], folder)).max() == 0, "the black one"
 
 
+def test_brackets_of_an_existing_folder_are_no_wildcard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a wildcard, [1-9] matches the other folder.
+    draw_color(tmp_path / "trip [1-9]" / "a [2].png", "black")
+    draw_color(tmp_path / "trip 1" / "a [2].png", "white")
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("trip [1-9]/*.png", f"{tmp_path}/trip [1-9]/a*.png", "./trip [1-9]/[a-b]*"):
+        records, folder = open_inputs(pattern, None, ["What?"])
+        (record,) = records
+        assert decode_image(read_image_bytes(record.images[0], folder)).max() == 0, pattern
+    # Where no folder has the name, brackets are wildcards.
+    records, folder = open_inputs("trip [1-2]/*.png", None, ["What?"])
+    assert decode_image(read_image_bytes(records[0].images[0], folder)).min() == 255
+
+
+def test_several_sources_may_lead_upwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_color(tmp_path / "here" / "1.png", "white")
+    draw_color(tmp_path / "there" / "1.png", "black")
+    monkeypatch.chdir(tmp_path / "here")
+    sources = ["1.png", "../there/1.png", "../there/../there", "../there/*.png", "./1.png"]
+    records, folder = open_inputs(sources, None, ["What?"])
+    images = [decode_image(read_image_bytes(record.images[0], folder)) for record in records]
+    assert [image.max() for image in images] == [255, 0], "each image once"
+
+
+def test_links_and_folders_that_are_not_followed_are_counted(
+    tmp_path: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    draw_color(tmp_path / "photos" / "1.png", "white")
+    draw_color(tmp_path / "album" / "2.png", "white")
+    (tmp_path / "photos" / "album").symlink_to(tmp_path / "album")
+    (tmp_path / "photos" / "3.png").symlink_to(tmp_path / "moved.png")
+    assert image_names(tmp_path / "photos", "What?") == ["1.png"]
+    assert "1 x broken link, 1 x link to a folder" in package_log.text
+    package_log.clear()
+    with pytest.raises(ValueError, match="2 x folder"):
+        open_inputs(f"{tmp_path}/*", None, ["What?"])
+
+
 def test_folder_counts_what_is_no_image_and_finds_every_image(
     folder: Path, data_folder: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
