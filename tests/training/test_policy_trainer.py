@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cli_process import fork_process
 from training_runs import (
     assert_equal_weights,
     read_log,
@@ -129,6 +133,46 @@ def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, obje
     # Reward and KL of the last step, too: the reference is not the checkpoint that was resumed.
     for key in ("reward", "kl"):
         assert read_log(again, key) == read_log(output, key)[-1:]
+
+
+def count_checkpoints(folder: Path) -> int:
+    return len(list(folder.glob("checkpoint-*")))
+
+
+@pytest.mark.slow
+def test_run_that_is_killed_five_times_ends_with_the_same_weights(
+    policy_options: MakeOptions, tmp_path: Path
+) -> None:
+    """kill -9 at random moments: while the model is loaded, samples, trains or saves."""
+    changes: dict[str, object] = {
+        "objective": "grpo",
+        "sft_weight": 0.1,
+        "learning_rate": 5e-3,
+        "max_steps": 20,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "disable_tqdm": True,
+    }
+    undisturbed = run_training(policy_options("undisturbed", **changes))
+    options = policy_options("killed", **changes)
+    output = tmp_path / "killed"
+    generator = random.Random(0)
+    for _ in range(5):
+        before = count_checkpoints(output)
+        resume = ["--resume_from_checkpoint", str(before > 0)]
+        process = fork_process(run_training, [*options, *resume])
+        # Some runs are killed before they have saved anything.
+        wanted = before + generator.randint(0, 2)
+        while process.is_alive() and count_checkpoints(output) < wanted:
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert 0 < count_checkpoints(output) < 20
+    run_training([*options, "--resume_from_checkpoint", "true"])
+    assert_equal_weights(trained_weights(undisturbed), trained_weights(output))
+    assert read_log(output, "reward")[-1] == read_log(undisturbed, "reward")[-1]
 
 
 def test_separate_sequences_train_the_same_weights(policy_options: MakeOptions) -> None:
