@@ -113,8 +113,12 @@ def progress_callback(disable_tqdm: bool) -> TrainerCallback:
 
 def describe_training_log(logs: dict[str, float]) -> str:
     """Return the values that are logged every `--logging_steps`, as text."""
+    # Of training on rewards, or on preference pairs.
+    own = [
+        f"{name} {logs[name]:.3f}, " for name in ("reward", "margin", "accuracy") if name in logs
+    ]
     return (
-        f"loss {logs['loss']:.3f}, lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
+        f"loss {logs['loss']:.3f}, {''.join(own)}lr {logs['learning_rate']:.1e}, {logs['samples_per_second']:.1f} samples/s, "
         f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['padding']:.0%} padding"
     )
 
