@@ -15,7 +15,7 @@ from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 
 _RECORD_KEYS = {
     *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
-    *("conversations", "width", "height"),
+    *("conversations", "width", "height", "chosen", "rejected"),
 }
 _TURN_KEYS = {"role", "content", "from", "value", "id", "name"}
 # Keys of media other than images, in the rows of other programs.
