@@ -20,6 +20,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from llava_simplified.data.chat_rows import is_chat, path_of_image, plain_chat
+from llava_simplified.data.questions import QUESTIONS_KEY, Question, parse_questions
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.foreign_files import shorten
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
@@ -60,7 +61,7 @@ _OTHER_PLACEHOLDER = re.compile(
 
 _RECORD_KEYS = {
     *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
-    *("conversations", "width", "height"),
+    *("conversations", "width", "height", QUESTIONS_KEY),
 }
 
 
@@ -75,12 +76,14 @@ class Record:
         responses: The alternatives for the last answer (several captions of one image). A record without responses can
             be captioned, but not trained on.
         id: File name and row number, for messages: "train.json row 7".
+        questions: Multiple-choice questions about the image, which only the reward `qa` uses.
     """
 
     images: tuple[str, ...]
     turns: tuple[Message, ...]
     responses: tuple[str, ...]
     id: str
+    questions: tuple[Question, ...] = ()
 
     @classmethod
     def from_json(cls, row: dict[str, Any], where: str) -> Record:
@@ -110,6 +113,7 @@ class Record:
             turns=_place_images(turns, responses, len(images), where),
             responses=responses,
             id=where,
+            questions=parse_questions(row.get(QUESTIONS_KEY, []), where),
         )
 
 

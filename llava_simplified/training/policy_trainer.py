@@ -126,17 +126,13 @@ class PolicyTrainer(LlavaTrainer):
     def _rewards_of(self, examples: Sequence[PromptExample], answers: Answers) -> torch.Tensor:
         """Return the rewards, float32 (images, samples)."""
         samples = len(answers[0])
-        ids: list[str] = []
-        images: list[str] = []
-        references: list[tuple[str, ...]] = []
+        repeated: list[PromptExample] = []
         captions: list[str] = []
         decode = self.unwrapped_model.prompt.decode
         for example, group in zip(examples, answers):
-            ids += [example.id] * samples
-            images += [example.image] * samples
-            references += [example.references] * samples
+            repeated += [example] * samples
             captions += [decode(answer).strip() for answer in group]
-        rewards = torch.tensor(self._reward(ids, images, references, captions))
+        rewards = torch.tensor(self._reward(repeated, captions))
         rewards = rewards.view(len(examples), samples)
         # A caption without an end is a failure, however good its beginning is. Otherwise a reward of
         # matching words would teach the model to go on and on.

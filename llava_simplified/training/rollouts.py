@@ -19,6 +19,7 @@ import torch
 
 from llava_simplified.data.collate import Batch, Collator, Example
 from llava_simplified.data.dataset import CaptionDataset
+from llava_simplified.data.questions import Question
 from llava_simplified.data.records import Record
 from llava_simplified.model.generation import DecodingBatch, encode_images, eval_mode
 from llava_simplified.model.generation_options import GenerationOptions
@@ -36,10 +37,12 @@ class PromptExample(Example):
     Attributes:
         references: The responses of the record, which rewards compare with.
         image: Path of the first image; empty for a record of text alone.
+        questions: The multiple-choice questions of the record.
     """
 
     references: tuple[str, ...] = ()
     image: str = ""
+    questions: tuple[Question, ...] = ()
 
 
 class PromptDataset(CaptionDataset):
@@ -58,6 +61,7 @@ class PromptDataset(CaptionDataset):
             id=record.id,
             references=tuple(responses),
             image=image,
+            questions=record.questions,
         )
 
 

@@ -21,7 +21,7 @@ from hostile import HUGE, OTHER_TYPES, deleted, nested, paths, replaced, sample
 
 import llava_simplified
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.evaluation.clip_metrics import _ClipEmbedder
+from llava_simplified.evaluation.clip_metrics import ClipEmbedder
 from llava_simplified.inspection import inspect_command
 from llava_simplified.model.build import load_tokenizer
 from llava_simplified.model.checkpoint import read_adapter_config
@@ -216,7 +216,7 @@ def test_code_of_a_checkpoint_is_not_executed(
         lambda: Llava.from_pretrained(checkpoint, vision_tower=str(poisoned["clip"])),
         lambda: read_tokenizer(poisoned["mistral"]),
         lambda: ImageTransform.from_pretrained(poisoned["clip"]),
-        lambda: _ClipEmbedder(poisoned["clip"]),
+        lambda: ClipEmbedder(poisoned["clip"]),
         lambda: inspect_command.main(
             ["--data", "x", "--model_name_or_path", str(poisoned["mistral"])]
         ),
