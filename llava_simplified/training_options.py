@@ -295,12 +295,12 @@ class TrainingDefaults:
             "help": "Maximum number of text tokens per sample (an image counts as one)",
         },
     )
-    # Training on rewards, see `training.policy_trainer`.
+    # Training on rewards and preference pairs, see `training.policy_trainer` and `training.preference_trainer`.
     objective: str = field(
         default="sft",
         metadata={
-            "help": "What to train on: sft (the responses), or scst, rloo or grpo (the rewards of sampled captions), which "
-            "start from --init_from"
+            "help": "What to train on: sft (the responses), or, starting from --init_from: scst, rloo or grpo (the rewards of "
+            "sampled captions), or dpo (preference pairs, the keys chosen and rejected)"
         },
     )
     reward: str = field(
@@ -357,6 +357,25 @@ class TrainingDefaults:
         default=None,
         metadata={
             "help": "Weight of the KL divergence from the weights at the start (default: 0.04 with grpo, else 0)"
+        },
+    )
+    dpo_beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Strength of the tie to the weights at the start with --objective dpo; a smaller value lets the model "
+            "move further away"
+        },
+    )
+    dpo_label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Assumed share of pairs whose chosen and rejected answers are swapped, below 0.5"
+        },
+    )
+    sft_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the supervised loss that is added: of the responses, with dpo of the chosen answer"
         },
     )
     preflight: str = field(
@@ -517,7 +536,7 @@ HELP_GROUPS = {
         "preflight",
         "resume_from_checkpoint",
     ),
-    "Rewards": (
+    "Rewards and preferences": (
         "objective",
         "reward",
         "reward_workers",
@@ -530,6 +549,9 @@ HELP_GROUPS = {
         "sample_temperature",
         "sample_max_tokens",
         "kl_coef",
+        "dpo_beta",
+        "dpo_label_smoothing",
+        "sft_weight",
     ),
     "Evaluation and checkpoints": (
         "eval_strategy",

@@ -7,13 +7,13 @@ One step, for each image of the step (the model is the same for all micro-batche
     3. compare the rewards of an image: the advantages                             (`objectives`)
     4. one forward and backward, in which the captions are branches of one prompt
 
+With `--sft_weight`, the responses of the record are further branches, each with a positive weight.
 The loss is averaged over the captions of the step. Everything else is that of `LlavaTrainer`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from llava_simplified.data.collate import Batch, Example
-from llava_simplified.data.device_copy import to_device
 from llava_simplified.model.generation_options import GenerationOptions
+from llava_simplified.training.log_sums import LogSums
 from llava_simplified.training.objectives import (
     clipped_policy_loss,
     grpo_advantages,
@@ -58,7 +58,8 @@ SUMS = (
     "caption_tokens",
     "share_at_limit",
     "share_distinct",
-    "kl_tokens",
+    "sampled_tokens",
+    "entropy",
     "kl",
 )
 
@@ -89,7 +90,7 @@ class PolicyTrainer(LlavaTrainer):
         self._reward = reward
         self._reference = reference
         self._share_prefix = share_prefix
-        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._sums = LogSums(SUMS)
         self._warned: set[str] = set()
 
     # ---- sampling ----
@@ -152,22 +153,33 @@ class PolicyTrainer(LlavaTrainer):
     ) -> Batch:
         """Return the captions as a batch, with the weight of each token."""
         branches: list[Example] = []
-        for example, features, group in zip(examples, image_features, answers):
+        # In the order of the labels, which is that of the branches.
+        scales: list[float] = []
+        weights: list[float] = []
+        for example, features, group, values in zip(
+            examples, image_features, answers, advantages.tolist()
+        ):
             if features is not None and self.unwrapped_model.vision_tower.frozen:
                 # Do not run the tower again. The copy is an ordinary tensor: those of inference mode, in
                 # which the features were computed, cannot be saved for the backward pass.
                 example.pixel_values = None
                 example.image_features = features.clone()
-            branches += branch_examples(example, group, self._share_prefix)
+            references = example.reference_answers if self.args.sft_weight else []
+            branches += branch_examples(example, [*group, *references], self._share_prefix)
+            for answer, advantage in zip(group, values):
+                # GRPO averages over the tokens of a caption.
+                scale = 1 / len(answer) if self.args.objective == "grpo" else 1.0
+                scales += [scale] * len(answer)
+                weights += [scale * advantage] * len(answer)
+            for answer in references:
+                # The mean over the tokens and the references. The loss is averaged over the captions.
+                weight = self.args.sft_weight * len(group) / (len(references) * len(answer))
+                scales += [0.0] * len(answer)  # not sampled
+                weights += [weight] * len(answer)
         batch = cast("dict[str, Any]", cast(Any, self.data_collator)(branches))
-        lengths = torch.tensor([len(answer) for group in answers for answer in group])
-        scales = torch.ones(len(lengths))
-        if self.args.objective == "grpo":
-            scales = 1 / lengths  # GRPO averages over the tokens of a caption
-        # The order of the labels is that of the captions.
-        batch["token_scales"] = scales.repeat_interleave(lengths)
-        batch["token_weights"] = (scales * advantages.flatten()).repeat_interleave(lengths)
-        batch["num_captions"] = len(lengths)
+        batch["token_scales"] = torch.tensor(scales)
+        batch["token_weights"] = torch.tensor(weights)
+        batch["num_captions"] = sum(map(len, answers))
         return cast(Batch, batch)
 
     # ---- loss ----
@@ -193,33 +205,30 @@ class PolicyTrainer(LlavaTrainer):
             # one: the ratio is 1, and what remains of PPO's loss is its gradient.
             sampled = outputs.log_probs.detach()
             loss = clipped_policy_loss(outputs.log_probs, sampled, inputs["token_weights"])
+        is_sampled = (scales > 0).float()  # 0 for the tokens of references
+        self._sums.add("sampled_tokens", is_sampled.sum())
+        # At temperature 1, the mean surprise of the samples is an unbiased estimate of the entropy.
+        self._sums.add("entropy", -(is_sampled * outputs.log_probs.detach()).sum())
         if reference_log_probs is not None:
             kl = token_kl(outputs.log_probs, reference_log_probs)
             loss = loss + kl_coefficient(self.args) * (scales * kl).sum()
-            self._add("kl", kl.detach().sum())
-            self._add("kl_tokens", len(kl))
+            self._sums.add("kl", (is_sampled * kl.detach()).sum())
         return loss, outputs
 
     # ---- logs ----
 
-    def _add(self, name: str, value: torch.Tensor | float) -> None:
-        total = self._sums[name]
-        if isinstance(value, torch.Tensor):
-            total = total.to(value.device)  # the sum stays on the device: reading it would wait
-        self._sums[name] = total + value
-
     def _count(self, answers: Answers, rewards: torch.Tensor) -> None:
         """Add the statistics of one micro-batch."""
-        self._add("images", len(answers))
-        self._add("captions", rewards.numel())
-        self._add("reward", rewards.sum())
-        self._add("reward_std", rewards.std(1, correction=0).sum())
+        self._sums.add("images", len(answers))
+        self._sums.add("captions", rewards.numel())
+        self._sums.add("reward", rewards.sum())
+        self._sums.add("reward_std", rewards.std(1, correction=0).sum())
         for group in answers:
             distinct = {tuple(answer) for answer in group}
-            self._add("share_distinct", len(distinct) / len(group))
+            self._sums.add("share_distinct", len(distinct) / len(group))
             for answer in group:
-                self._add("caption_tokens", len(answer))
-                self._add("share_at_limit", float(self._is_cut_off(answer)))
+                self._sums.add("caption_tokens", len(answer))
+                self._sums.add("share_at_limit", float(self._is_cut_off(answer)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the rewards too, and warn if the model collapses."""
@@ -232,16 +241,15 @@ class PolicyTrainer(LlavaTrainer):
 
     def _read_statistics(self) -> dict[str, float]:
         """Return the means since the last log entry, over all processes."""
-        sums = torch.stack([to_device(self._sums[name].float(), self.args.device) for name in SUMS])
-        totals = dict(zip(SUMS, self.accelerator.reduce(sums, "sum").tolist()))
-        self._sums.clear()
+        totals = self._sums.read(self.accelerator)
         statistics = {}
         for name in ("reward", "caption_tokens", "share_at_limit"):
             statistics[name] = totals[name] / totals["captions"]
         for name in ("reward_std", "share_distinct"):
             statistics[name] = totals[name] / totals["images"]
-        if totals["kl_tokens"]:
-            statistics["kl"] = totals["kl"] / totals["kl_tokens"]
+        statistics["entropy"] = totals["entropy"] / totals["sampled_tokens"]
+        if self._reference is not None:
+            statistics["kl"] = totals["kl"] / totals["sampled_tokens"]
         return statistics
 
     def _warn(self, statistics: dict[str, float]) -> None:

@@ -69,6 +69,9 @@ _MUST_NOT_CHANGE = (
     "sample_temperature",
     "sample_max_tokens",
     "kl_coef",
+    "dpo_beta",
+    "dpo_label_smoothing",
+    "sft_weight",
 )
 # Changes of these are not reported. "steps" and "epochs" are progress, not options.
 _NOT_COMPARED = {

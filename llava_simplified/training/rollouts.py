@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
@@ -38,19 +38,29 @@ class PromptExample(Example):
         references: The responses of the record, which rewards compare with.
         image: Path of the first image; empty for a record of text alone.
         questions: The multiple-choice questions of the record.
+        reference_answers: The token ids of each reference, if references are trained too.
     """
 
     references: tuple[str, ...] = ()
     image: str = ""
     questions: tuple[Question, ...] = ()
+    reference_answers: list[list[int]] = field(default_factory=list)
 
 
 class PromptDataset(CaptionDataset):
-    """A dataset with one prompt per record, and the record's responses as references."""
+    """A dataset with one prompt per record, and the record's responses as references.
+
+    Attributes:
+        trains_references: Tokenize the references, for `--sft_weight`.
+    """
+
+    trains_references = False
 
     def tokenize(self, record: Record, responses: Sequence[str]) -> PromptExample:
         """Return the prompt of a record, without its images."""
-        prompt = self.prompt.render(record.turns, None, record.id).input_ids
+        trained = responses if self.trains_references else ()
+        prefix, answers, warnings = self.tokenize_answers(record, trained)
+        prompt = prefix.input_ids
         image = ""
         if record.images:
             image = str(self.image_folder / record.images[0])
@@ -58,10 +68,12 @@ class PromptDataset(CaptionDataset):
             prompt,
             # Earlier answers of a conversation are not sampled, so they are not trained either.
             [IGNORE_INDEX] * len(prompt),
+            warnings=warnings,
             id=record.id,
             references=tuple(responses),
             image=image,
             questions=record.questions,
+            reference_answers=answers,
         )
 
 
