@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from llava_simplified.data.collate import Batch, Example
+from llava_simplified.data.collate import Batch
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.training.log_sums import LogSums
 from llava_simplified.training.objectives import (
@@ -36,8 +36,10 @@ from llava_simplified.training.rollouts import (
     Answers,
     PromptBatch,
     PromptExample,
-    branch_examples,
+    TrainedAnswer,
+    collate_answers,
     encode_prompt_images,
+    merge_equal_answers,
     sample_answers,
 )
 from llava_simplified.training.trainer import LlavaTrainer, ModelInputs
@@ -152,10 +154,7 @@ class PolicyTrainer(LlavaTrainer):
         image_features: Sequence[torch.Tensor | None],
     ) -> Batch:
         """Return the captions as a batch, with the weight of each token."""
-        branches: list[Example] = []
-        # In the order of the labels, which is that of the branches.
-        scales: list[float] = []
-        weights: list[float] = []
+        trained: list[list[TrainedAnswer]] = []
         for example, features, group, values in zip(
             examples, image_features, answers, advantages.tolist()
         ):
@@ -164,21 +163,19 @@ class PolicyTrainer(LlavaTrainer):
                 # which the features were computed, cannot be saved for the backward pass.
                 example.pixel_values = None
                 example.image_features = features.clone()
-            references = example.reference_answers if self.args.sft_weight else []
-            branches += branch_examples(example, [*group, *references], self._share_prefix)
+            of_example: list[TrainedAnswer] = []
             for answer, advantage in zip(group, values):
                 # GRPO averages over the tokens of a caption.
                 scale = 1 / len(answer) if self.args.objective == "grpo" else 1.0
-                scales += [scale] * len(answer)
-                weights += [scale * advantage] * len(answer)
+                of_example.append(TrainedAnswer(tuple(answer), scale, scale * advantage, 1))
+            references = example.reference_answers if self.args.sft_weight else []
             for answer in references:
                 # The mean over the tokens and the references. The loss is averaged over the captions.
                 weight = self.args.sft_weight * len(group) / (len(references) * len(answer))
-                scales += [0.0] * len(answer)  # not sampled
-                weights += [weight] * len(answer)
-        batch = cast("dict[str, Any]", cast(Any, self.data_collator)(branches))
-        batch["token_scales"] = torch.tensor(scales)
-        batch["token_weights"] = torch.tensor(weights)
+                of_example.append(TrainedAnswer(tuple(answer), 0.0, weight, 0))
+            trained.append(merge_equal_answers(of_example))
+        collator = cast(Any, self.data_collator)
+        batch = collate_answers(collator, examples, trained, self._share_prefix)
         batch["num_captions"] = sum(map(len, answers))
         return cast(Batch, batch)
 
@@ -194,6 +191,7 @@ class PolicyTrainer(LlavaTrainer):
         inputs = dict(inputs)
         del inputs["num_captions"]
         scales = inputs.pop("token_scales")
+        counts = inputs.pop("token_counts")  # of equal samples; 0 for the tokens of references
         reference_log_probs = None
         if self._reference is not None:
             with self._reference.in_place_of_current(self.unwrapped_model):
@@ -205,14 +203,13 @@ class PolicyTrainer(LlavaTrainer):
             # one: the ratio is 1, and what remains of PPO's loss is its gradient.
             sampled = outputs.log_probs.detach()
             loss = clipped_policy_loss(outputs.log_probs, sampled, inputs["token_weights"])
-        is_sampled = (scales > 0).float()  # 0 for the tokens of references
-        self._sums.add("sampled_tokens", is_sampled.sum())
+        self._sums.add("sampled_tokens", counts.sum())
         # At temperature 1, the mean surprise of the samples is an unbiased estimate of the entropy.
-        self._sums.add("entropy", -(is_sampled * outputs.log_probs.detach()).sum())
+        self._sums.add("entropy", -(counts * outputs.log_probs.detach()).sum())
         if reference_log_probs is not None:
             kl = token_kl(outputs.log_probs, reference_log_probs)
             loss = loss + kl_coefficient(self.args) * (scales * kl).sum()
-            self._sums.add("kl", (is_sampled * kl.detach()).sum())
+            self._sums.add("kl", (counts * kl.detach()).sum())
         return loss, outputs
 
     # ---- logs ----
