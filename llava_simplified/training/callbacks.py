@@ -135,9 +135,13 @@ class ThroughputMeter(TrainerCallback):
 
     The time includes waiting for data, but no evaluations and saves. The trainer calls `start_step`
     before it fetches the batches of a step, and `add` with the number of samples and tokens in them.
+
+    Attributes:
+        last_step: Seconds of the last step.
     """
 
     def __init__(self) -> None:
+        self.last_step = 0.0
         self._step_start = 0.0
         self._seconds = 0.0
         self._counts = torch.zeros(3, dtype=torch.long)
@@ -159,7 +163,8 @@ class ThroughputMeter(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._seconds += time.perf_counter() - self._step_start
+        self.last_step = time.perf_counter() - self._step_start
+        self._seconds += self.last_step
 
     def read(self) -> dict[str, float]:
         """Return the throughput since the last call, and reset the counts.

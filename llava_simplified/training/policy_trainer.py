@@ -14,6 +14,7 @@ The loss is averaged over the captions of the step. Everything else is that of `
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -75,6 +76,9 @@ class PolicyTrainer(LlavaTrainer):
         share_prefix: Train the captions of an image as branches of one sequence.
         **options: See `LlavaTrainer`. The training set is a `PromptDataset`.
 
+    Attributes:
+        sampling_seconds: Seconds of sampling and rewards in the last step.
+
     Raises:
         ValueError: The engine shards the weights.
     """
@@ -94,12 +98,16 @@ class PolicyTrainer(LlavaTrainer):
         self._share_prefix = share_prefix
         self._sums = LogSums(SUMS)
         self._warned: set[str] = set()
+        self.sampling_seconds = 0.0
 
     # ---- sampling ----
 
     def prepare_micro_batches(self, batches: list[Batch]) -> list[Batch]:
         """Sample captions for the prompts of a step, and return them as batches to train on."""
-        return [self._sample_batch(cast(Any, batch)) for batch in batches]
+        start = time.perf_counter()
+        sampled = [self._sample_batch(cast(Any, batch)) for batch in batches]
+        self.sampling_seconds = time.perf_counter() - start
+        return sampled
 
     def _sample_batch(self, batch: PromptBatch) -> Batch:
         examples = batch["examples"]

@@ -16,7 +16,9 @@ from llava_simplified.model.lora import add_lora, freeze
 from llava_simplified.prompt import IMAGE_INDEX, Message
 from llava_simplified.training.objectives import (
     clipped_policy_loss,
+    dpo_losses,
     rloo_advantages,
+    sums_by_length,
     token_kl,
 )
 from llava_simplified.training.rollouts import branch_examples
@@ -114,7 +116,7 @@ def test_shared_update_equals_plain_reinforce(
         assert_same(gradients_of(model, output.loss), expected)
 
 
-@pytest.mark.parametrize("text", ["llama", "gemma2"])
+@pytest.mark.parametrize("text", LANGUAGE_MODELS)
 def test_clipped_ratio_and_kl_equal_a_plain_loop(
     models_folder: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,11 +148,41 @@ def test_clipped_ratio_and_kl_equal_a_plain_loop(
     assert 0 < clipped_tokens < total
     expected = gradients_of(model, expected_loss)
 
-    rows = branch_examples(Example(prompt, [], image[None]), answers[0], share_prefix=True)
-    log_probs = model(**collate(model, rows)).log_probs
+    shared, separate = (
+        branch_examples(Example(prompt, [], image[None]), answers[0], share_prefix)
+        for share_prefix in (True, False)
+    )
     weights = advantages.repeat_interleave(lengths)
-    loss = clipped_policy_loss(log_probs, old, weights)
-    loss = loss + 0.04 * token_kl(log_probs, reference).sum()
+    for rows in (shared, separate, [separate]):
+        log_probs = model(**collate(model, rows)).log_probs
+        loss = clipped_policy_loss(log_probs, old, weights)
+        loss = loss + 0.04 * token_kl(log_probs, reference).sum()
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
+        assert_same(gradients_of(model, loss), expected)
+
+
+def test_dpo_of_two_branches_equals_the_formula_over_separate_sequences(
+    models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_float64(models_folder, "qwen2", monkeypatch)
+    prompt, answers = answers_of(model)
+    image = make_images(model, 1)[0]
+    pair = answers[0][:2]
+    with torch.no_grad(), model.language_model.disable_adapter():
+        reference = [plain_log_probs(model, prompt, answer, image).sum() for answer in pair]
+    chosen, rejected = (plain_log_probs(model, prompt, answer, image).sum() for answer in pair)
+    margin = 0.3 * ((chosen - reference[0]) - (rejected - reference[1]))
+    # The formula of the paper, without the functions that the package uses.
+    expected_loss = -0.9 * torch.log(1 / (1 + torch.exp(-margin)))
+    expected_loss = expected_loss - 0.1 * torch.log(1 / (1 + torch.exp(margin)))
+    expected = gradients_of(model, expected_loss)
+
+    rows = branch_examples(Example(prompt, [], image[None]), pair, share_prefix=True)
+    sums = sums_by_length(
+        model(**collate(model, rows)).log_probs, torch.tensor([len(answer) for answer in pair])
+    )
+    margins = sums[:1] - sums[1:] - (reference[0] - reference[1])
+    loss = dpo_losses(margins, beta=0.3, label_smoothing=0.1).sum()
     torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
     assert_same(gradients_of(model, loss), expected)
 
