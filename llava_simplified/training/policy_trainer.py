@@ -64,6 +64,8 @@ SUMS = (
     "sampled_tokens",
     "entropy",
     "kl",
+    "questions",
+    "questions_unanswered",
 )
 
 
@@ -132,6 +134,8 @@ class PolicyTrainer(LlavaTrainer):
         else:
             advantages = grpo_advantages(rewards)
         self._count(answers, rewards)
+        for name, number in self._reward.pop_counts().items():
+            self._sums.add(name, number)
         return self._training_batch(examples, answers, advantages, features)
 
     def _rewards_of(self, examples: Sequence[PromptExample], answers: Answers) -> torch.Tensor:
@@ -255,6 +259,8 @@ class PolicyTrainer(LlavaTrainer):
         statistics["entropy"] = totals["entropy"] / totals["sampled_tokens"]
         if self._reference is not None:
             statistics["kl"] = totals["kl"] / totals["sampled_tokens"]
+        if totals["questions"]:
+            statistics["qa_unanswered"] = totals["questions_unanswered"] / totals["questions"]
         return statistics
 
     def _warn(self, statistics: dict[str, float]) -> None:

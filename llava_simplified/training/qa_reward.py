@@ -63,18 +63,18 @@ class QaReward:
         endpoint: The server.
         tries: How often each question is asked, with its options in another order: models prefer some letters.
         seed: Seed of the orders.
-
-    Attributes:
-        counts: Number of answers by kind: "right", "wrong", "unclear" (no letter) and "refused". Only the first counts
-            for the reward.
+        counts: Is increased by the number of "questions" that were asked, and of those "questions_unanswered": the
+            model refused, or its answer had no letter. They count as wrong.
     """
 
-    def __init__(self, endpoint: EndpointOptions, tries: int, seed: int) -> None:
+    def __init__(
+        self, endpoint: EndpointOptions, tries: int, seed: int, counts: Counter[str]
+    ) -> None:
         self._endpoint = endpoint
         self._tries = tries
         self._seed = seed
         self._options = GenerationOptions(max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0)
-        self.counts = Counter[str]()
+        self._counts = counts
 
     def __call__(
         self,
@@ -102,6 +102,7 @@ class QaReward:
                 for attempt in range(self._tries):
                     order = self._shuffle(record_id, number, attempt, len(question.options))
                     tasks.append(Task(index, record_id, caption, question, order))
+        self._counts["questions"] += len(tasks)
         with event_loop(self._endpoint.concurrency) as loop:
             are_right = loop.run_until_complete(self._ask_all(tasks))
         right = [0] * len(captions)
@@ -145,16 +146,15 @@ class QaReward:
             # A server that fails says nothing about the caption. A model that refuses does: it was not enough.
             if error.kind in SERVER_FAILURES or error.kind == "rejected":
                 raise ValueError(f"--reward qa: {task.record_id}: {error}") from error
-            self.counts["refused"] += 1
+            self._counts["questions_unanswered"] += 1
             return False
         except EndpointError as error:
             raise ValueError(f"--reward qa: {task.record_id}: {error}") from error
         right_letter = ascii_uppercase[task.order.index(task.question.answer)]
         letter = find_letter(choices[0].text, len(lines))
         if letter is None:
-            self.counts["unclear"] += 1
+            self._counts["questions_unanswered"] += 1
             return False
-        self.counts["right" if letter == right_letter else "wrong"] += 1
         return letter == right_letter
 
 

@@ -18,6 +18,7 @@ CIDEr-D, BLEU-4 and ROUGE-L equal those of pycocoevalcap, and CLIPScore is that 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,8 +164,9 @@ class Reward:
         self._weights = parse_rewards(text)
         check_reward_options(self._weights, options)
         self._functions: dict[str, RewardFunction] = {}
+        self._counts = Counter[str]()
         for name in self._weights:
-            self._functions[name] = _build(name, references, options)
+            self._functions[name] = _build(name, references, options, self._counts)
 
     def __call__(self, records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
         """Return the reward of each caption.
@@ -187,6 +189,12 @@ class Reward:
                     )
                 totals[index] += weight * value
         return totals
+
+    def pop_counts(self) -> dict[str, int]:
+        """Return, since the last call, how many questions `qa` has asked, and how many got no usable answer."""
+        counts = dict(self._counts)
+        self._counts.clear()
+        return counts
 
 
 def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
@@ -220,7 +228,10 @@ def check_reward_options(names: Iterable[str], options: RewardOptions) -> None:
 
 
 def _build(
-    name: str, references: Iterable[Sequence[str]], options: RewardOptions
+    name: str,
+    references: Iterable[Sequence[str]],
+    options: RewardOptions,
+    counts: Counter[str],
 ) -> RewardFunction:
     if name == "cider":
         return _for_each(CiderScorer(_frequencies(references, options)).score)
@@ -235,7 +246,7 @@ def _build(
     if name == "clipscore":
         return _clipscore(options)
     if name == "qa":
-        return _qa(options)
+        return _qa(options, counts)
     return _own_function(name, options)
 
 
@@ -267,12 +278,12 @@ def _clipscore(options: RewardOptions) -> RewardFunction:
     return reward
 
 
-def _qa(options: RewardOptions) -> RewardFunction:
+def _qa(options: RewardOptions, counts: Counter[str]) -> RewardFunction:
     from llava_simplified.captioning.endpoint_options import EndpointOptions
     from llava_simplified.training.qa_reward import QaReward
 
     endpoint = EndpointOptions(options.endpoint, options.endpoint_model, timeout=options.timeout)
-    ask = QaReward(endpoint, options.tries, options.seed)
+    ask = QaReward(endpoint, options.tries, options.seed, counts)
 
     def reward(records: Sequence[RewardedRecord], captions: Sequence[str]) -> list[float]:
         return ask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyEndpoint]:
 
 
 def make_reward(server: FaultyEndpoint, tries: int = 1, **options: Any) -> QaReward:
-    return QaReward(EndpointOptions(server.url, "text-model", **options), tries, seed=7)
+    endpoint = EndpointOptions(server.url, "text-model", **options)
+    return QaReward(endpoint, tries, seed=7, counts=Counter())
 
 
 def ask(reward: QaReward, captions: list[str] = CAPTIONS) -> list[float]:
@@ -60,7 +62,7 @@ def ask(reward: QaReward, captions: list[str] = CAPTIONS) -> list[float]:
 def test_reward_is_the_share_of_right_answers(server: FaultyEndpoint) -> None:
     reward = make_reward(server)
     assert ask(reward) == [1.0, 0.5, 0.5, 0.0]
-    assert reward.counts == {"right": 4, "unclear": 4}
+    assert reward._counts == {"questions": 8, "questions_unanswered": 4}
     body = server.requests[0]
     assert body["temperature"] == 0
     # Text alone: neither the image nor the references are sent.
@@ -73,7 +75,7 @@ def test_wrong_letter_counts_as_wrong(server: FaultyEndpoint) -> None:
     values = ask(reward)
     # A model that always prefers the same letter guesses: about half and a third of the orders are right for it.
     assert 0.1 < values[0] < 0.8
-    assert reward.counts["right"] + reward.counts["wrong"] == 8 * 2 * len(CAPTIONS)
+    assert reward._counts == {"questions": 8 * 2 * len(CAPTIONS)}
 
 
 def test_options_are_shuffled_for_each_try_and_equally_for_all_captions(
@@ -113,7 +115,7 @@ def test_refusals_are_counted_and_earn_nothing(server: FaultyEndpoint) -> None:
     server.always[b""] = "refusal"
     reward = make_reward(server)
     assert ask(reward, CAPTIONS[:1]) == [0.0]
-    assert reward.counts == {"refused": 2}
+    assert reward._counts == {"questions": 2, "questions_unanswered": 2}
 
 
 def test_reward_option_asks_the_questions_of_the_records(server: FaultyEndpoint) -> None:
@@ -127,6 +129,8 @@ def test_reward_option_asks_the_questions_of_the_records(server: FaultyEndpoint)
     options = RewardOptions(endpoint=server.url, endpoint_model="text-model")
     reward = Reward("qa=2", [], options)
     assert reward([CaptionedRecord("row 1", questions=(COLOR, COUNT))], ["two cars"]) == [1.0]
+    assert reward.pop_counts() == {"questions": 2, "questions_unanswered": 1}
+    assert reward.pop_counts() == {}
     with pytest.raises(ValueError, match="row 2 has no questions"):
         reward([CaptionedRecord("row 2")], ["two cars"])
 
