@@ -311,7 +311,38 @@ class TrainingDefaults:
         default="cider",
         metadata={
             "help": "Rewards of captions with weights, such as cider=1.0,length=0.1: cider, bleu4, rouge_l, word_f1, "
-            "length, or module:function"
+            "length, clipscore, qa, or module:function"
+        },
+    )
+    reward_workers: int = field(
+        default=1,
+        metadata={
+            "help": "Number of processes that run the reward module:function; 0 runs it in the training process, without "
+            "a timeout"
+        },
+    )
+    reward_timeout: float = field(
+        default=60.0,
+        metadata={
+            "help": "Maximum duration in seconds of the rewards of module:function for a step, and of a request of qa"
+        },
+    )
+    reward_clip: str = field(
+        default="", metadata={"help": "Folder of a CLIP model, for the reward clipscore"}
+    )
+    reward_endpoint: str = field(
+        default="",
+        metadata={
+            "help": "Base URL of a server with OpenAI's API, such as http://127.0.0.1:8000/v1, for the reward qa"
+        },
+    )
+    reward_endpoint_model: str = field(
+        default="", metadata={"help": "Name of the model on --reward_endpoint"}
+    )
+    reward_tries: int = field(
+        default=1,
+        metadata={
+            "help": "How often qa asks each question, each time with its options in another order"
         },
     )
     num_samples: int = field(
@@ -513,6 +544,12 @@ HELP_GROUPS = {
     "Rewards and preferences": (
         "objective",
         "reward",
+        "reward_workers",
+        "reward_timeout",
+        "reward_clip",
+        "reward_endpoint",
+        "reward_endpoint_model",
+        "reward_tries",
         "num_samples",
         "sample_temperature",
         "sample_max_tokens",

@@ -21,6 +21,7 @@ import numpy as np
 
 from llava_simplified.data.chat_rows import is_chat, path_of_image, plain_chat
 from llava_simplified.data.preference_rows import is_pair, plain_pair
+from llava_simplified.data.questions import QUESTIONS_KEY, Question, parse_questions
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.data.unsupported import (
     check_placeholders,
@@ -59,6 +60,7 @@ class Record:
             be captioned, but not trained on. Of a preference pair, the chosen answer.
         id: File name and row number, for messages: "train.json row 7".
         rejected: The rejected answer of a preference pair; None for other records.
+        questions: Multiple-choice questions about the image, which only the reward `qa` uses.
     """
 
     images: tuple[str, ...]
@@ -66,6 +68,7 @@ class Record:
     responses: tuple[str, ...]
     id: str
     rejected: str | None = None
+    questions: tuple[Question, ...] = ()
 
     @classmethod
     def from_json(cls, row: dict[str, Any], where: str) -> Record:
@@ -104,6 +107,7 @@ class Record:
             responses=responses,
             id=where,
             rejected=rejected,
+            questions=parse_questions(row.get(QUESTIONS_KEY, []), where),
         )
 
 

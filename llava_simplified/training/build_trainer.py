@@ -42,6 +42,7 @@ from llava_simplified.model.pissa import initialize as initialize_pissa
 from llava_simplified.model.projector import init_projector_scale
 from llava_simplified.model.weights import check_weights_digest, weights_digest
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Prompt
+from llava_simplified.training.cider_reward import FREQUENCIES_FILE
 from llava_simplified.training.encode import cache_features, check_cache_mode
 from llava_simplified.training.kernels import (
     check_kernels,
@@ -55,7 +56,12 @@ from llava_simplified.training.preference_pairs import PairCollator, PairDataset
 from llava_simplified.training.preference_trainer import PreferenceTrainer
 from llava_simplified.training.reference_weights import ReferenceWeights
 from llava_simplified.training.resume import check_same_run, find_resume_folder, run_settings
-from llava_simplified.training.rewards import Reward, parse_rewards
+from llava_simplified.training.rewards import (
+    Reward,
+    RewardOptions,
+    check_reward_options,
+    parse_rewards,
+)
 from llava_simplified.training.rollouts import PromptCollator, PromptDataset
 from llava_simplified.training.trainer import LlavaTrainer, TrainingSet
 
@@ -215,8 +221,31 @@ def _create_trainer(
     if args.objective == "dpo":
         assert reference is not None, "it is always created for dpo"
         return PreferenceTrainer(reference, **options)
-    reward = Reward(args.reward, (record.responses for record in records))
+    reward_options = _reward_options(
+        args,
+        frequencies_file=Path(str(args.output_dir)) / FREQUENCIES_FILE,
+        # Bad records may have been set aside.
+        data_digest=f"{options['settings']['train_data_sha256']}, {len(records)} records",
+    )
+    # One process counts the document frequencies, and stores them for the others.
+    with args.main_process_first(desc="document frequencies"):
+        references = (record.responses for record in records)
+        reward = Reward(args.reward, references, reward_options)
     return PolicyTrainer(reward, reference, share_prefix, **options)
+
+
+def _reward_options(args: TrainingArguments, **stored: Any) -> RewardOptions:
+    return RewardOptions(
+        workers=args.reward_workers,
+        timeout=args.reward_timeout,
+        clip=args.reward_clip,
+        device=str(args.device),
+        endpoint=args.reward_endpoint,
+        endpoint_model=args.reward_endpoint_model,
+        tries=args.reward_tries,
+        seed=args.seed,
+        **stored,
+    )
 
 
 def _create_collator(
@@ -422,7 +451,7 @@ def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
         )
     if args.sample_max_tokens < 1:
         raise ValueError(f"--sample_max_tokens {args.sample_max_tokens}: expected 1 or more.")
-    parse_rewards(args.reward)
+    check_reward_options(parse_rewards(args.reward), _reward_options(args))
 
 
 def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from llava_simplified.data.collate import Batch, Example
+from llava_simplified.data.collate import Batch
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.training.log_sums import LogSums
 from llava_simplified.training.objectives import (
@@ -37,8 +37,10 @@ from llava_simplified.training.rollouts import (
     Answers,
     PromptBatch,
     PromptExample,
-    branch_examples,
+    TrainedAnswer,
+    collate_answers,
     encode_prompt_images,
+    merge_equal_answers,
     sample_answers,
 )
 from llava_simplified.training.trainer import LlavaTrainer, ModelInputs
@@ -62,6 +64,8 @@ SUMS = (
     "sampled_tokens",
     "entropy",
     "kl",
+    "questions",
+    "questions_unanswered",
 )
 
 
@@ -131,22 +135,20 @@ class PolicyTrainer(LlavaTrainer):
         else:
             advantages = grpo_advantages(rewards)
         self._count(answers, rewards)
+        for name, number in self._reward.pop_counts().items():
+            self._sums.add(name, number)
         return self._training_batch(examples, answers, advantages, features)
 
     def _rewards_of(self, examples: Sequence[PromptExample], answers: Answers) -> torch.Tensor:
         """Return the rewards, float32 (images, samples)."""
         samples = len(answers[0])
-        ids: list[str] = []
-        images: list[str] = []
-        references: list[tuple[str, ...]] = []
+        repeated: list[PromptExample] = []
         captions: list[str] = []
         decode = self.unwrapped_model.prompt.decode
         for example, group in zip(examples, answers):
-            ids += [example.id] * samples
-            images += [example.image] * samples
-            references += [example.references] * samples
+            repeated += [example] * samples
             captions += [decode(answer).strip() for answer in group]
-        rewards = torch.tensor(self._reward(ids, images, references, captions))
+        rewards = torch.tensor(self._reward(repeated, captions))
         rewards = rewards.view(len(examples), samples)
         # A caption without an end token gets the worst reward of its image, however good its beginning is.
         # Otherwise rewards that count matching words would teach the model never to stop.
@@ -166,10 +168,7 @@ class PolicyTrainer(LlavaTrainer):
         image_features: Sequence[torch.Tensor | None],
     ) -> Batch:
         """Return the captions as a batch, with the weight of each token."""
-        branches: list[Example] = []
-        # In the order of the labels, which is that of the branches.
-        scales: list[float] = []
-        weights: list[float] = []
+        trained: list[list[TrainedAnswer]] = []
         for example, features, group, values in zip(
             examples, image_features, answers, advantages.tolist()
         ):
@@ -178,21 +177,19 @@ class PolicyTrainer(LlavaTrainer):
                 # mode, and tensors of inference mode cannot be saved for the backward pass.
                 example.pixel_values = None
                 example.image_features = features.clone()
-            references = example.reference_answers if self.args.sft_weight else []
-            branches += branch_examples(example, [*group, *references], self._share_prefix)
+            of_example: list[TrainedAnswer] = []
             for answer, advantage in zip(group, values):
                 # GRPO averages over the tokens of a caption.
                 scale = 1 / len(answer) if self.args.objective == "grpo" else 1.0
-                scales += [scale] * len(answer)
-                weights += [scale * advantage] * len(answer)
+                of_example.append(TrainedAnswer(tuple(answer), scale, scale * advantage, 1))
+            references = example.reference_answers if self.args.sft_weight else []
             for answer in references:
                 # The mean over the tokens and the references. The loss is averaged over the captions.
                 weight = self.args.sft_weight * len(group) / (len(references) * len(answer))
-                scales += [0.0] * len(answer)  # not sampled
-                weights += [weight] * len(answer)
-        batch = cast("dict[str, Any]", cast(Any, self.data_collator)(branches))
-        batch["token_scales"] = torch.tensor(scales)
-        batch["token_weights"] = torch.tensor(weights)
+                of_example.append(TrainedAnswer(tuple(answer), 0.0, weight, 0))
+            trained.append(merge_equal_answers(of_example))
+        collator = cast(Any, self.data_collator)
+        batch = collate_answers(collator, examples, trained, self._share_prefix)
         batch["num_captions"] = sum(map(len, answers))
         return cast(Batch, batch)
 
@@ -208,6 +205,7 @@ class PolicyTrainer(LlavaTrainer):
         inputs = dict(inputs)
         del inputs["num_captions"]
         scales = inputs.pop("token_scales")
+        counts = inputs.pop("token_counts")  # of equal samples; 0 for the tokens of references
         reference_log_probs = None
         if self._reference is not None:
             with self._reference.in_place_of_current(self.unwrapped_model):
@@ -219,14 +217,13 @@ class PolicyTrainer(LlavaTrainer):
             # them. The ratio of PPO's loss is therefore 1, but its gradient is not 0.
             sampled = outputs.log_probs.detach()
             loss = clipped_policy_loss(outputs.log_probs, sampled, inputs["token_weights"])
-        is_sampled = (scales > 0).float()  # 0 for the tokens of references
-        self._sums.add("sampled_tokens", is_sampled.sum())
+        self._sums.add("sampled_tokens", counts.sum())
         # At temperature 1, the mean surprise of the samples is an unbiased estimate of the entropy.
-        self._sums.add("entropy", -(is_sampled * outputs.log_probs.detach()).sum())
+        self._sums.add("entropy", -(counts * outputs.log_probs.detach()).sum())
         if reference_log_probs is not None:
             kl = token_kl(outputs.log_probs, reference_log_probs)
             loss = loss + kl_coefficient(self.args) * (scales * kl).sum()
-            self._sums.add("kl", (is_sampled * kl.detach()).sum())
+            self._sums.add("kl", (counts * kl.detach()).sum())
         return loss, outputs
 
     # ---- logs ----
@@ -264,6 +261,8 @@ class PolicyTrainer(LlavaTrainer):
         statistics["entropy"] = totals["entropy"] / totals["sampled_tokens"]
         if self._reference is not None:
             statistics["kl"] = totals["kl"] / totals["sampled_tokens"]
+        if totals["questions"]:
+            statistics["qa_unanswered"] = totals["questions_unanswered"] / totals["questions"]
         return statistics
 
     def _warn(self, statistics: dict[str, float]) -> None:
