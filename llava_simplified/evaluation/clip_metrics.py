@@ -105,7 +105,7 @@ class ClipEmbedder:
                 missing = sorted(loading_info["missing_keys"])
                 if missing:  # Transformers would only warn, and use random weights
                     raise ValueError(f"there are no weights for {missing[0]}")
-                self._model = model.eval().to(device)  # type: ignore[arg-type]
+                self._model = model.eval().to(device)
                 self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     folder, trust_remote_code=False
                 )

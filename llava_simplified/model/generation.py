@@ -445,8 +445,8 @@ class DecodingBatch:
         # the usual case. Equal lengths, since the repetition penalty reads a tensor of generated ids.
         groups: dict[tuple[GenerationOptions, int], list[int]] = {}
         for position, sequence_id in enumerate(self.active):
-            group = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
-            groups.setdefault(group, []).append(position)
+            key = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
+            groups.setdefault(key, []).append(position)
 
         order: list[int] = []
         tokens: list[torch.Tensor] = []
