@@ -45,7 +45,6 @@ from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
 
 WARM_UP_STEPS = 1
-MEASURED_STEPS = 3
 LORA_RANK, LORA_ALPHA = 16, 32
 
 
@@ -109,7 +108,7 @@ def make_arguments(folder: str, workload: Workload, **options: Any) -> TrainingA
     """Return the options of a run."""
     values = {
         "output_dir": folder,
-        "max_steps": WARM_UP_STEPS + MEASURED_STEPS,
+        "max_steps": WARM_UP_STEPS + measured_steps(workload),
         "bf16": workload.dtype == torch.bfloat16,
         "save_strategy": "no",
         "logging_steps": 100,
@@ -293,7 +292,7 @@ def measure_stock(workload: Workload, batches: Sequence[int], checkpointing: boo
         with tempfile.TemporaryDirectory() as folder:
             args = StockArguments(
                 output_dir=folder,
-                max_steps=WARM_UP_STEPS + MEASURED_STEPS,
+                max_steps=WARM_UP_STEPS + measured_steps(workload),
                 per_device_train_batch_size=batch,
                 remove_unused_columns=False,
                 use_cpu=workload.device.type == "cpu",
@@ -349,6 +348,11 @@ def collate_stock(
 # ---- measuring ----
 
 
+def measured_steps(workload: Workload) -> int:
+    """Return how many steps are measured, after `WARM_UP_STEPS`."""
+    return workload.pick(3, 1)
+
+
 def with_largest_batch(batches: Sequence[int], train: Callable[[int], Values]) -> Values:
     """Return what `train` returns for the first batch size that fits into memory.
 
@@ -382,7 +386,8 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == state.max_steps:
             self._workload.synchronize()
-            self.seconds = (time.perf_counter() - self._start) / MEASURED_STEPS
+            elapsed = time.perf_counter() - self._start
+            self.seconds = elapsed / measured_steps(self._workload)
 
 
 def time_steps(workload: Workload, trainer: Any, captions: int) -> Values:
@@ -454,10 +459,8 @@ def compare_plan(workload: Workload, results: dict[str, Values | None]) -> Value
     from llava_simplified.training.plan import make_plan
 
     comparison: Values = {}
-    for name, captions, checkpointing in (
-        ("1 caption", 1, False),
-        ("5 captions, checkpointing", 5, True),
-    ):
+    sides = [("1 caption", 1, False), ("5 captions, checkpointing", 5, True)]
+    for name, captions, checkpointing in workload.pick(sides, sides[1:]):
         measured = results.get(name)
         if measured is None:
             continue  # no batch size did fit
@@ -525,4 +528,4 @@ def count_synchronizations(workload: Workload) -> Values:
         trainer.training_step = training_step
         trainer.train()
     counts = collections.Counter(places)
-    return {"per step": len(places) / MEASURED_STEPS, "places": dict(counts)}
+    return {"per step": len(places) / measured_steps(workload), "places": dict(counts)}

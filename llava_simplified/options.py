@@ -282,6 +282,17 @@ def add_checkpoint_options(parser: Any, *, positional: bool = False, required: b
     add_trust_option(parser)
 
 
+def checkpoint_options(args: Any) -> dict[str, Any]:
+    """Return the values of `add_checkpoint_options`, under the names that `CaptionJob` has for them.
+
+    Args:
+        args: A namespace, or any object with these attributes. A checkpoint that is not given becomes "".
+    """
+    names = ("model_base", "vision_tower", "bits", "trust_remote_code")
+    values = {name: getattr(args, name) for name in names}
+    return {"model_path": args.model_path or "", **values}
+
+
 def add_base_model_options(parser: Any) -> None:
     """Add `--model-base` and `--vision-tower`: the locations of a checkpoint's pretrained parts."""
     parser.add_argument(

@@ -216,6 +216,16 @@ def _log_unretrieved_error(loop: asyncio.AbstractEventLoop, context: dict[str, A
 # ---- local processes ----
 
 
+def start_method() -> str:
+    """Return how worker processes are started: "fork" or "spawn".
+
+    Fork if possible, because forked processes share the memory of all imported modules. The threads of torch do not
+    survive a fork, so use "spawn" if torch is imported.
+    """
+    can_fork = sys.platform == "linux" and "torch" not in sys.modules
+    return "fork" if can_fork else "spawn"
+
+
 class _Worker(NamedTuple):
     """A worker process, and our end of the pipe to it. Also the handle of its running task."""
 
@@ -233,10 +243,7 @@ class LocalBackend:
     def __init__(self, function: Callable[[Any], Any], workers: int, per_cpu: int) -> None:
         self._function = function
         self.slots = workers or per_cpu * count_cpus()
-        # Fork if possible, because forked processes share the memory of all imported modules. The threads of torch do
-        # not survive a fork, so use "spawn" if torch is imported.
-        can_fork = sys.platform == "linux" and "torch" not in sys.modules
-        self._context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
+        self._context: Any = multiprocessing.get_context(start_method())
         # Exclude existing objects from garbage collection, which writes to object headers and would copy shared pages.
         gc.freeze()
         self._workers: list[_Worker] = []

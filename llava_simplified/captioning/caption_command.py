@@ -47,6 +47,7 @@ from llava_simplified.options import (
     add_image_folder_option,
     add_limit_option,
     add_shards_option,
+    checkpoint_options,
     print_text,
 )
 from llava_simplified.prompt import Message
@@ -469,7 +470,7 @@ def _caption_on_terminal(
 
     pixels = load_pixels(image)  # load it before the model, so that a wrong path fails immediately
     model = load_model(args)
-    generation: dict[str, Any] = asdict(options)
+    generation: dict[str, Any] = asdict(replace(options, loop_guard=style.text.loop_guard))
     count = generation.pop("num_return_sequences")
     instructions = args.instructions or [model.instruction]
     folder = str(Path(image).parent.absolute())
@@ -635,17 +636,13 @@ def _make_job(
         if review:
             review = review.with_name(f"{review.stem}{name_of_slice}{review.suffix}")
     return CaptionJob(
-        model_path=args.model_path or "",
+        **checkpoint_options(args),
         # Store a single source as a string, like version 0.1.0, so that its unfinished jobs can continue.
         source=sources[0] if len(sources) == 1 else tuple(sources),
         output=str(output),
         options=options,
         instructions=tuple(args.instructions),
         image_folder=args.image_folder,
-        model_base=args.model_base,
-        vision_tower=args.vision_tower,
-        bits=args.bits,
-        trust_remote_code=args.trust_remote_code,
         limit=args.limit,
         batch_size=args.batch_size,
         chunk=slice_index,

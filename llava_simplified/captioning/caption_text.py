@@ -18,14 +18,12 @@ from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
 from llava_simplified.data.image_folder import split_shard_name
+from llava_simplified.model.loop_guard import WORD, find_loop
 
 # What `image_fields` returns. Templates have {caption} as well.
 IMAGE_FIELDS = ("name", "folder", "tags")
 TEMPLATE_FIELDS = ("caption", *IMAGE_FIELDS)
 
-# Chinese and Japanese are written without spaces, so each of their characters counts as a word.
-_IDEOGRAPHS = "\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+")
 _SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*(?=\s|$)|[。！？]")
 _DANGLING = " \t\r\n,;:-–—、，；："  # removed from the end of a shortened caption
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -110,30 +108,12 @@ def finish_caption(
 def end_at_loop(text: str, num_repeated: int) -> str:
     """Return a text up to the point where it begins to repeat itself.
 
-    A loop is a sequence of words that equals the sequence directly before it, at least once completely
-    and for at least `num_repeated` words. With `num_repeated` 4:
-
-        a dog and a dog and a dog and       the words 3 to 6 repeat the words 0 to 3
-        a dog and                           what is returned
-
     Args:
         text: The text.
-        num_repeated: Number of repeated words that make a loop. Longer sequences are not found.
+        num_repeated: Number of repeated words that make a loop, see `find_loop`.
     """
-    matches = list(_WORD.finditer(text))
-    words = [match[0].casefold() for match in matches]
-    # For each length of the sequence: how many words, up to this one, equal the word `length` words before.
-    repeated = [0] * (num_repeated + 1)
-    for position in range(len(words)):
-        for length in range(1, min(num_repeated, position) + 1):
-            if words[position] == words[position - length]:
-                repeated[length] += 1
-            else:
-                repeated[length] = 0
-            if repeated[length] == num_repeated:
-                last_kept = matches[position - num_repeated]
-                return text[: last_kept.end()].rstrip(_DANGLING)
-    return text
+    end = find_loop(text, num_repeated)
+    return text if end is None else text[:end].rstrip(_DANGLING)
 
 
 def limit_words(text: str, max_words: int) -> str:
@@ -141,7 +121,7 @@ def limit_words(text: str, max_words: int) -> str:
 
     It ends at the end of a sentence if that keeps at least half of the words, otherwise after any word.
     """
-    matches = list(_WORD.finditer(text))
+    matches = list(WORD.finditer(text))
     if len(matches) <= max_words:
         return text
     cut = text[: matches[max_words - 1].end()]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from llava_simplified.captioning.caption_text import (
@@ -64,11 +64,14 @@ class CaptionFinisher:
         if sidecars is not None:
             self._writer = SidecarWriter(sidecars, image_folder, images)
 
-    def admit(self, images: Sequence[tuple[int, str]]) -> tuple[list[int], list[Row]]:
+    def admit(
+        self, images: Iterable[tuple[int, str]], max_images: int | None = None
+    ) -> tuple[list[int], list[Row]]:
         """Filter out the images that keep their sidecar file, or cannot have one.
 
         Args:
             images: Index and name of each image without a caption.
+            max_images: Stop after this many images that do not keep a file; None for all images.
 
         Returns:
             The indices of the images to caption, and a row with the reason for each image that fails.
@@ -78,6 +81,8 @@ class CaptionFinisher:
         admitted: list[int] = []
         failures: list[Row] = []
         for index, image in images:
+            if max_images is not None and len(admitted) + len(failures) >= max_images:
+                break
             if self._writer.is_kept(image):
                 self.kept.append(image)
                 continue

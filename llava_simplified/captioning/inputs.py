@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 from array import array
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, overload
 from llava_simplified.captioning.sidecars import SIDECAR_JOURNAL, SIDECAR_SUFFIXES
 from llava_simplified.data import shards
 from llava_simplified.data.image_formats import IMAGE_HEADER_BYTES, is_image_header
+from llava_simplified.data.names import expand_pattern
 from llava_simplified.data.open_data import open_data
 from llava_simplified.data.records import Record, insert_image_placeholders
 from llava_simplified.data.shards import shard_index
@@ -197,7 +197,13 @@ def _join_names(found: Sequence[FoundImages]) -> tuple[list[str], Path]:
     paths: dict[Path, None] = {}  # ordered
     for images in found:
         folder = images.folder.absolute()
-        paths.update((folder / name, None) for name in images.names)
+        # Names with ".." would lead out of the common folder. Only they are resolved, because that takes a system
+        # call for each part, and a name that is a link stays one.
+        for name in images.names:
+            path = folder / name
+            if ".." in path.parts:
+                path = path.parent.resolve() / path.name
+            paths[path] = None
     try:
         common = Path(os.path.commonpath([path.parent for path in paths]))
     except ValueError:
@@ -240,8 +246,8 @@ def find_images(source: str) -> FoundImages:
             image_stems.append(hash(str(file.with_suffix(""))))
         elif file.suffix in SIDECAR_SUFFIXES:
             sidecar_stems[file.suffix].append(hash(str(file.with_suffix(""))))
-        elif file.is_file() and Path(SIDECAR_JOURNAL).stem not in file.name:
-            skipped[file.suffix.lower() or "no suffix"] += 1
+        elif Path(SIDECAR_JOURNAL).stem not in file.name:
+            skipped[_describe_other(file)] += 1
     # Sidecar files of images are expected; report only the other text files. numpy compares millions of hashes at
     # once; it is imported here, because the parser of the command imports this module.
     import numpy as np
@@ -259,8 +265,8 @@ def _list_files(path: Path) -> tuple[Iterable[Path], Path]:
         return _files_below(path), path
     if path.is_file():
         return [path], path.parent
-    # Use the module glob, because Path.glob does not support absolute patterns.
-    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207
+    matches, fixed_folder = expand_pattern(str(path))
+    files = sorted(map(Path, matches))
     # Image names are resolved relative to this folder. With a wrong folder, a name could match a
     # different file, for example one in the current directory.
     folder = Path()
@@ -270,7 +276,7 @@ def _list_files(path: Path) -> tuple[Iterable[Path], Path]:
         if files:
             folder = Path(os.path.commonpath([file.parent for file in files]))
     elif path.is_absolute():
-        folder = _fixed_folder(path)
+        folder = fixed_folder
     return files, folder
 
 
@@ -293,14 +299,14 @@ def _files_below(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _fixed_folder(pattern: Path) -> Path:
-    """Return the folder at the beginning of a glob pattern, up to its first wildcard."""
-    parts = []
-    for part in pattern.parent.parts:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return Path(*parts)
+def _describe_other(file: Path) -> str:
+    """Return how counts call what is neither an image nor a sidecar."""
+    if file.is_file():
+        return file.suffix.lower() or "no suffix"
+    kind = "folder" if file.is_dir() else "special file"
+    if file.is_symlink():
+        return f"link to a {kind}" if file.exists() else "broken link"
+    return kind
 
 
 def _has_image(file: Path) -> bool:

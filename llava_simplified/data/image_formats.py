@@ -106,6 +106,45 @@ def without_metadata(data: bytes) -> bytes:
     return data
 
 
+_GIF_COMMENT = b"!\xfe"
+# What a GIF has behind its header; everything else between blocks is skipped.
+_GIF_BLOCK = re.compile(rb"[!,;]")
+
+
+def without_gif_comments(data: bytes) -> bytes:
+    """Return a GIF without its comments, or the same file if it has none.
+
+    Pillow appends each part of a comment to all before it, which takes minutes for a comment of some megabytes.
+    """
+    if not data.startswith(b"GIF8") or _GIF_COMMENT not in data:
+        return data
+    kept = []
+    start = 0  # of what is kept next
+    position = 13 + _palette_size(data, 10)
+    # label (1 byte) | kind or size and place (1 or 9) | palette, code size (1), if an image | parts: size (1), data | 0
+    while block := _GIF_BLOCK.search(data, position):
+        is_comment = data.startswith(_GIF_COMMENT, block.start())
+        if is_comment:
+            kept.append(data[start : block.start()])
+        if block[0] == b";":
+            break
+        position = block.end() + 1
+        if block[0] == b",":
+            position = block.end() + 10 + _palette_size(data, block.end() + 8)
+        while position < len(data) and data[position]:
+            position += data[position] + 1
+        position += 1
+        if is_comment:
+            start = position
+    return b"".join([*kept, data[start:]])
+
+
+def _palette_size(data: bytes, flags_position: int) -> int:
+    """Return the number of bytes of a palette of a GIF, from the byte that says whether there is one."""
+    flags = data[flags_position] if flags_position < len(data) else 0
+    return 3 << ((flags & 7) + 1) if flags & 128 else 0
+
+
 def _png_without_metadata(data: bytes) -> bytes:
     """Copy the chunks of a PNG that affect the pixels."""
     # length (4 bytes) | name (4) | data | checksum (4)

@@ -43,10 +43,19 @@ from llava_simplified.data.image_folder import (
     locate_file,
     split_shard_name,
 )
-from llava_simplified.data.image_formats import sniff_format, without_metadata
+from llava_simplified.data.image_formats import (
+    sniff_format,
+    without_gif_comments,
+    without_metadata,
+)
 from llava_simplified.data.names import AmbiguousNameError
 from llava_simplified.data.pixel_budget import DECODING
 from llava_simplified.data.shards import read_shard_image
+from llava_simplified.data.tiff_directories import (
+    MAX_DIRECTORIES,
+    has_many_directories,
+    limit_directories,
+)
 from llava_simplified.extras import MissingExtraError
 
 # torch is not imported: it takes two seconds, and the downloader decodes without it.
@@ -63,6 +72,8 @@ DECODE_BYTES_PER_PIXEL = 16
 # ordinary progressive files have about 10. The product bounds the time, to some seconds for 50 million pixels.
 MAX_JPEG_SCANS = 500
 MAX_JPEG_SCAN_PIXELS = 40 * MAX_PIXELS
+# Pillow decodes run lengths of a BMP in Python, and up to 255 rows of zeros for four bytes of the file.
+MAX_RLE_PIXELS = 10_000_000
 # Pillow reads more formats. EPS must not be among these: Pillow runs Ghostscript on it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 JPEG_QUALITY = 95  # of images that `shrink_image` encodes
@@ -82,10 +93,13 @@ _ORIENTATIONS = {
 }
 _SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # others: the lower-case format
 _MAX_SIXTEEN_BITS = 65_535
+_RLE_COMPRESSIONS = (1, 2)  # of a BMP
+_RLE_MAX_ROWS = 255  # that one code of a BMP skips
 
 Result = TypeVar("Result")
 
 Image.init()  # Import Pillow's plugins before workers are forked, so that they share the memory.
+limit_directories()
 
 
 class ImageError(ValueError):
@@ -385,6 +399,8 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
 
     def count(file: bytes) -> int:
         image = _open_image(file, max_pixels)
+        if image.format == "TIFF" and has_many_directories(file):
+            return MAX_DIRECTORIES  # or more
         with _decoder_errors(image.format):
             return int(getattr(image, "n_frames", 1))
 
@@ -448,8 +464,13 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
         ImageError: "html", "not_image", "unsupported", "too_large" or "corrupt".
     """
     image: Image.Image | None = None
+    # Pillow reads every segment in front of the pixels of a JPEG in Python, so count them first.
+    try:
+        scans = jpeg_segments.count_scans(data) if data.startswith(b"\xff\xd8") else 0
+    except ValueError as error:
+        raise ImageError("too_large", f"the JPEG has {error}") from None
     with _decoder_errors("header"), suppress(UnidentifiedImageError):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(without_gif_comments(data)), formats=FORMATS)
     if image is None:
         image = _open_other_format(data)
     pixels = image.width * image.height
@@ -459,14 +480,18 @@ def _open_image(data: bytes, max_pixels: int) -> Image.Image:
             f"the image has {image.width}x{image.height} pixels; the limit is {max_pixels}",
         )
     # MPO: several JPEGs in one file, as phones and 3D cameras write them. The first is decoded.
-    if image.format in ("JPEG", "MPO"):
-        scans = jpeg_segments.count_scans(data)
-        allowed = min(MAX_JPEG_SCANS, MAX_JPEG_SCAN_PIXELS // max(pixels, 1))
-        if scans > allowed:
-            raise ImageError(
-                "too_large",
-                f"the JPEG has {scans} scans; the limit for {image.width}x{image.height} pixels is {allowed}",
-            )
+    allowed = min(MAX_JPEG_SCANS, MAX_JPEG_SCAN_PIXELS // max(pixels, 1))
+    if scans > allowed:
+        raise ImageError(
+            "too_large",
+            f"the JPEG has {scans} scans; the limit for {image.width}x{image.height} pixels is {allowed}",
+        )
+    is_rle = image.format == "BMP" and image.info.get("compression") in _RLE_COMPRESSIONS
+    if is_rle and image.width * (image.height + _RLE_MAX_ROWS) > MAX_RLE_PIXELS:
+        raise ImageError(
+            "too_large",
+            f"the BMP has {image.width}x{image.height} pixels as run lengths; the limit is {MAX_RLE_PIXELS}",
+        )
     return image
 
 
@@ -598,6 +623,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if image.mode == "I":  # 32 bits, as Pillow holds 16 bits of some files
             values = values.clip(0, _MAX_SIXTEEN_BITS)
+        # A PNG may declare one shade of gray transparent.
+        if isinstance(image.info.get("transparency"), int):
+            values = np.where(values == image.info["transparency"], _MAX_SIXTEEN_BITS, values)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         return _lab_to_rgb(image)

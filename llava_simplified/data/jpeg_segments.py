@@ -35,6 +35,9 @@ DAMAGING_WARNINGS = (
     "Inconsistent progression sequence",
 )
 
+# An ordinary file has some 20 segments; 65 kB of metadata each, and as many scans as are decoded.
+MAX_SEGMENTS = 20_000
+
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _STANDALONE = {0x01, *range(0xD0, 0xDA)}  # TEM, restart markers, SOI, EOI: without a length
 _SEQUENTIAL_FRAMES = (0xC0, 0xC1, 0xC9)  # baseline, extended, arithmetic
@@ -90,12 +93,23 @@ def segments(data: bytes) -> Iterator[Segment]:
 
 
 def count_scans(data: bytes) -> int:
-    """Return the number of scans of a JPEG file. Each is decoded over the whole image."""
+    """Return the number of scans of a JPEG file. Each is decoded over the whole image.
+
+    Raises:
+        ValueError: The file has more than `MAX_SEGMENTS` segments.
+    """
     # Counting two bytes takes a tenth of a millisecond per megabyte. Metadata may contain them, but rarely often.
     at_most = data.count(bytes([0xFF, _SOS]))
-    if at_most < 20:
+    # FF is a marker, unless 00 follows.
+    may_have_many = data.count(b"\xff") - data.count(b"\xff\0") > MAX_SEGMENTS
+    if at_most < 20 and not may_have_many:
         return at_most
-    return sum(segment.marker == _SOS for segment in segments(data))
+    scans = 0
+    for number, segment in enumerate(segments(data)):
+        if number == MAX_SEGMENTS:
+            raise ValueError(f"more than {MAX_SEGMENTS} segments")
+        scans += segment.marker == _SOS
+    return scans
 
 
 def is_harmless(warning: str) -> bool:

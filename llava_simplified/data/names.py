@@ -19,9 +19,11 @@ silently replaced by a different one.
 
 from __future__ import annotations
 
+import glob
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 _ARCHIVE_SUFFIXES = (
@@ -93,6 +95,29 @@ def windows_problem(part: str) -> str:
     if unsafe:
         return f"the name contains {' '.join(map(ascii, unsafe))}"
     return ""
+
+
+def expand_pattern(pattern: str) -> tuple[list[str], Path]:
+    """Return the files and folders that a glob pattern matches, sorted, and the folder before its first wildcard.
+
+    Brackets in the name of an existing folder stand for themselves: albums are called `trip [2020]`. As a wildcard, that
+    name would match the folder `trip 2` instead, and never its own.
+    """
+    folder = Path()
+    escaped = []
+    *folders, last = Path(pattern).parts
+    for position, part in enumerate(folders):
+        is_literal = not {"*", "?"}.intersection(part)
+        if "[" in part:
+            is_literal = is_literal and (folder / part).is_dir()
+        if not is_literal:
+            escaped += folders[position:]
+            break
+        folder /= part
+        escaped.append(glob.escape(part))
+    # Not `Path.glob`, which does not support absolute patterns.
+    paths = glob.glob(str(Path(*escaped, last)), recursive=True)  # noqa: PTH207
+    return sorted(paths), folder
 
 
 def name_suffixes(name: str) -> Iterator[tuple[str, ...]]:

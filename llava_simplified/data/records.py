@@ -1,6 +1,7 @@
 """Records: parsed rows of a data set. A record is a captioned image, or a conversation about images.
 
-Three JSON formats are supported, beside the chat rows of other programs (see `chat_rows`):
+Three JSON formats are supported, beside the chat rows of other programs (see `chat_rows`), and preference pairs with
+the keys `chosen` and `rejected` in place of `response` (see `preference_rows`):
 
     {"image": "0.jpg", "instruction": "Describe it.", "response": "a cat"}
     {"image": "0.jpg", "instruction": "Describe it.", "responses": ["a cat", "my pet"]}
@@ -11,7 +12,6 @@ Three JSON formats are supported, beside the chat rows of other programs (see `c
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,14 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from llava_simplified.data.chat_rows import is_chat, path_of_image, plain_chat
+from llava_simplified.data.preference_rows import is_pair, plain_pair
+from llava_simplified.data.questions import QUESTIONS_KEY, Question, parse_questions
 from llava_simplified.data.rows import RowFile, open_rows
+from llava_simplified.data.unsupported import (
+    check_placeholders,
+    check_row_keys,
+    check_turn_keys,
+)
 from llava_simplified.foreign_files import shorten
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message, count_images
 
@@ -39,33 +46,6 @@ _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 }
 # `BadRecords` tolerates a share of at least this number of records. A small file would not be allowed even one.
 MIN_RECORDS_OF_BUDGET = 100
-# Keys of media other than images, in rows of other programs. Training would silently ignore the media.
-_OTHER_MEDIA_KEY = re.compile(
-    r"(video|audio|speech|point_?cloud|pcd)s?(_?(path|file|filename|bytes)s?)?",
-    re.IGNORECASE,
-)
-# Keys that other programs use for an image. Training would silently ignore the image.
-_OTHER_IMAGE_KEY = re.compile(
-    r"(img|picture|photo)s?(_?(path|file|filename|name|url))?s?"
-    r"|images?_?(path|file|filename|name|url)s?|pixel_values",
-    re.IGNORECASE,
-)
-_OTHER_MEDIA_FILE = re.compile(
-    r"\.(mp4|m4v|mkv|mov|avi|webm|mpe?g|wmv|flv|mp3|wav|flac|ogg|opus|m4a|aac|ply|pcd|obj|glb)$",
-    re.IGNORECASE,
-)
-# Placeholders of other programs: <video>, <image_1>, <|image|>, <|vision_start|>. Unlike them, HTML has end tags.
-_OTHER_PLACEHOLDER = re.compile(
-    r"<\|?(?P<tag>(?:video|audio|speech|sound|voice|music|point_?cloud)s?|img|image)(?:[ _]?\d+)?\|?>"
-    r"|<\|(?:vision|audio|video|image|img)_(?:start|pad)\|>|<(?:img|video|audio)_context>",
-    re.IGNORECASE,
-)
-
-# Keys that `_check_media_keys` need not check.
-_RECORD_KEYS = {
-    *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
-    *("conversations", "width", "height"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +57,18 @@ class Record:
         turns: The conversation up to the last answer, which is not included. The user turns contain exactly one
             `<image>` per image.
         responses: The alternatives for the last answer (several captions of one image). A record without responses can
-            be captioned, but not trained on.
+            be captioned, but not trained on. Of a preference pair, the chosen answer.
         id: File name and row number, for messages: "train.json row 7".
+        rejected: The rejected answer of a preference pair; None for other records.
+        questions: Multiple-choice questions about the image, which only the reward `qa` uses.
     """
 
     images: tuple[str, ...]
     turns: tuple[Message, ...]
     responses: tuple[str, ...]
     id: str
+    rejected: str | None = None
+    questions: tuple[Question, ...] = ()
 
     @classmethod
     def from_json(cls, row: dict[str, Any], where: str) -> Record:
@@ -101,20 +85,42 @@ class Record:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
         # Convert the rows of other programs first, so that one parser suffices.
-        if is_chat(row):
+        rejected = None
+        if is_pair(row):
+            row = plain_pair(row, where)
+            rejected = row["rejected"]
+        elif is_chat(row):
             row = plain_chat(row, where)
         images = _parse_images(row, where)
-        _check_media_keys(row, images, where)
+        check_row_keys(row, images, where)
         if "conversations" in row:
             turns, responses = _parse_conversation(row["conversations"], where)
         else:
             turns, responses = _parse_instruction(row, where)
-        _check_texts(images, turns, responses, where)
+        if rejected is not None:
+            _check_open_question(responses, where)
+            responses = (row["chosen"],)
+        _check_texts(images, turns, (*responses, rejected or ""), where)
         return cls(
             images=images,
             turns=_place_images(turns, responses, len(images), where),
             responses=responses,
             id=where,
+            rejected=rejected,
+            questions=parse_questions(row.get(QUESTIONS_KEY, []), where),
+        )
+
+
+def _check_open_question(responses: Sequence[str], where: str) -> None:
+    """Refuse a pair whose prompt is answered already: it is unclear which answer belongs to it.
+
+    Raises:
+        ValueError: There is a response.
+    """
+    if responses:
+        raise ValueError(
+            f"{where}: 'chosen' and 'rejected' are the answers, but there is another one, {responses[0]!r:.80}; "
+            "remove the pair or the answer"
         )
 
 
@@ -172,33 +178,6 @@ def _parse_images(row: dict[str, Any], where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _check_media_keys(row: dict[str, Any], images: tuple[str, ...], where: str) -> None:
-    """Refuse a row that contains media which training would silently ignore.
-
-    Raises:
-        ValueError: The row contains a video or a sound, or an image under a key that is not read.
-    """
-    for key, value in row.items():
-        # Empty values have no effect: tables of several media have a column for each.
-        if not value or key in _RECORD_KEYS:
-            continue
-        is_media = isinstance(value, (str, list, dict))  # and not a score or a flag
-        if is_media and _OTHER_MEDIA_KEY.fullmatch(key):
-            raise ValueError(
-                f"{where}: the key {key!r} asks for {value!r:.80}, but only images are supported; "
-                "remove the key or the record"
-            )
-        if images:
-            continue  # other keys describe the image, such as the URL that it came from
-        if is_media and _OTHER_IMAGE_KEY.fullmatch(key):
-            raise ValueError(f"{where}: the key {key!r} is not read; rename it to 'image'")
-        if isinstance(value, str) and _OTHER_MEDIA_FILE.search(value):
-            raise ValueError(
-                f"{where}: the key {key!r} names {value!r:.80}, but only images are supported; "
-                "remove the key or the record"
-            )
-
-
 def _check_texts(
     images: Sequence[str], turns: Sequence[Message], responses: Sequence[str], where: str
 ) -> None:
@@ -213,18 +192,7 @@ def _check_texts(
             raise ValueError(
                 f"{where}: a text contains half of a surrogate pair, which is not Unicode: {text!r:.200}"
             )
-    for turn in turns:
-        # In other turns, placeholders are ordinary text, as `<image>` is.
-        if turn.role != "user" or "<" not in turn.content:
-            continue
-        for match in _OTHER_PLACEHOLDER.finditer(turn.content):
-            tag = match["tag"]
-            if match[0] == IMAGE_PLACEHOLDER or (tag and f"</{tag}>" in turn.content):
-                continue
-            raise ValueError(
-                f"{where}: the placeholder {match[0]} is not supported; an image is {IMAGE_PLACEHOLDER}, "
-                "and other media must be removed"
-            )
+    check_placeholders(turns, where)
 
 
 def _is_not_unicode(text: str) -> bool:
@@ -252,6 +220,11 @@ def _parse_instruction(row: dict[str, Any], where: str) -> tuple[list[Message], 
     responses: Any = []
     if "responses" in row:
         responses = row["responses"]
+        single = row.get("response")
+        if single and isinstance(responses, list) and single not in responses:
+            raise ValueError(
+                f"{where}: 'response' is none of the 'responses'; remove one of the two keys"
+            )
     elif "response" in row:
         responses = [row["response"]]
     if not _is_list_of_strings(responses):
@@ -295,6 +268,7 @@ def _parse_turn(turn: Any, number: int, where: str) -> Message:
             f"{where}: turn {number} of 'conversations' needs the keys 'from' "
             f"(one of {', '.join(_ROLES)}) and 'value' (a string)"
         )
+    check_turn_keys(turn, where)
     return Message(_ROLES[role], turn["value"])
 
 
@@ -391,6 +365,18 @@ def response_problem(record: Record) -> str:
         f"{record.id}: no response to train on, or an empty one. "
         "`llava clean` sets such records aside."
     )
+
+
+def pair_problem(record: Record) -> str:
+    """Return why a record cannot be trained on as a preference pair; empty if it can."""
+    if record.rejected is None:
+        return f"{record.id}: no preference pair; --objective dpo needs the keys 'chosen' and 'rejected'"
+    chosen, rejected = record.responses[0].strip(), record.rejected.strip()
+    if not chosen or not rejected:
+        return f"{record.id}: an answer of the pair is empty"
+    if chosen == rejected:
+        return f"{record.id}: both answers of the pair are equal, so neither is better"
+    return ""
 
 
 class BadRecords:

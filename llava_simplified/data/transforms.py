@@ -316,7 +316,10 @@ def load_image_processor(name_or_path: str | Path) -> ImageProcessor:
     Raises:
         ValueError: `preprocessor_config.json` is missing or cannot be read.
     """
-    from transformers import AutoImageProcessor, utils
+    from transformers import utils
+
+    # Not from `transformers`: up to 5.17, what that exports is a placeholder that requires torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     file_name = "preprocessor_config.json"
     try:

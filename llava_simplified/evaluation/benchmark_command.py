@@ -38,6 +38,7 @@ from llava_simplified.options import (
     add_batch_size_option,
     add_checkpoint_options,
     add_limit_option,
+    checkpoint_options,
     print_text,
 )
 
@@ -225,15 +226,11 @@ def _caption_all(
     most_failed = 0
     for name in decodings:
         job: CaptionJob = CaptionJob(
-            model_path=args.model_path or "",
+            **checkpoint_options(args),
             source=str(records),
             output=str(output / f"{name}.jsonl"),
             options=DECODINGS[name],
             image_folder=str(args.folder),
-            model_base=args.model_base,
-            vision_tower=args.vision_tower,
-            bits=args.bits,
-            trust_remote_code=args.trust_remote_code,
             batch_size=args.batch_size,
             endpoint=endpoint,
         )

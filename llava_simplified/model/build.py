@@ -27,7 +27,7 @@ from transformers.utils import is_bitsandbytes_available
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.extras import install_command
 from llava_simplified.foreign_files import blame_file
-from llava_simplified.hub import check_model_name
+from llava_simplified.hub import check_model_config, check_model_name
 from llava_simplified.model.config import CONFIG_NAME, LlavaConfig, read_checkpoint_config
 from llava_simplified.model.llava import Llava
 from llava_simplified.model.projector import build_projector
@@ -158,6 +158,7 @@ def load_language_model(
     options: dict[str, Any] = {"attn_implementation": attn_implementation}
     if bits != 16:
         options["quantization_config"] = quantization(bits, dtype)
+    check_model_config(name_or_path)
     with blame_file(name_or_path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -299,6 +300,7 @@ def _load_transformers_config(
 ) -> PreTrainedConfig:
     """Load a model's config.json; raise ValueError if it cannot be read."""
     check_model_name(name_or_path)
+    check_model_config(name_or_path)
     try:
         with blame_file(name_or_path):
             return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

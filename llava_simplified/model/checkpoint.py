@@ -34,7 +34,7 @@ from transformers.utils import cached_file
 
 from llava_simplified import __version__
 from llava_simplified.foreign_files import blame_file, read_json_object, shorten
-from llava_simplified.jobs import use_default_permissions
+from llava_simplified.jobs import rename_folder, use_default_permissions
 from llava_simplified.model.build import build_model, load_tokenizer
 from llava_simplified.model.config import (
     CONFIG_NAME,
@@ -475,7 +475,7 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     """Rename a complete temporary folder; or move its entries into a folder that exists."""
     use_default_permissions(temporary)
     if not folder.exists():
-        temporary.rename(folder)
+        rename_folder(temporary, folder)
         return
     # Delete the old llava.json first, and move the new one last. After a crash in between, the folder
     # contains old and new files, but without llava.json it does not count as a checkpoint.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import posixpath
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +41,11 @@ def image_identity(row: SourceRow) -> str:
 
     A URL beside a name may be that of a page with several images.
     """
-    return row.image or row.url
+    name = row.image or row.url
+    # The same file, however its path is written. The test is cheap, and false for almost every name.
+    if "./" in row.image or "//" in row.image:
+        name = posixpath.normpath(name)
+    return name
 
 
 def request_identity(row: SourceRow) -> str:

@@ -12,20 +12,18 @@ another folder, and is converted again.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_simplified.data.image_folder import locate_file
-from llava_simplified.data.names import AmbiguousNameError
+from llava_simplified.data.names import AmbiguousNameError, expand_pattern
 from llava_simplified.data.records import open_records
 from llava_simplified.data.rows import RECORD_SUFFIXES, find_records
 from llava_simplified.data.shards import IMAGE_SUFFIXES
@@ -199,7 +197,7 @@ def _state_of(source: str) -> Any:
         return _state_of_folder(path)
     paths = [source]
     if not path.is_file():
-        paths = sorted(glob.glob(source))  # noqa: PTH207 - the pattern may be absolute
+        paths, _ = expand_pattern(source)
     return [[name, *_state_of_file(Path(name))] for name in paths]
 
 
@@ -243,8 +241,8 @@ def find_image_folder(source: str) -> Path:
     path = Path(source)
     base = path if path.is_dir() else path.parent
     if not path.exists():
-        # For a pattern, the folder before the first wildcard. The "x" stands for the name that contains it.
-        base = Path(re.split(r"[*?[]", source)[0] + "x").parent
+        # For a pattern, the folder before the first wildcard.
+        _, base = expand_pattern(source)
     rows = itertools.islice(_rows(source), _NUM_PROBED_ROWS)
     # "#" marks an image in a shard.
     names = [row.image for row in rows if row.image and "#" not in row.image]

@@ -399,7 +399,8 @@ def opted_out(headers: Any) -> str:
     Args:
         headers: Headers of a response, a case-insensitive multidict.
     """
-    if headers.get("TDM-Reservation", "").strip() == "1":
+    reservations = ",".join(headers.getall("TDM-Reservation", ())).split(",")
+    if any(value.strip() == "1" for value in reservations):
         return "TDM-Reservation: 1"
     for value in headers.getall("X-Robots-Tag", ()):
         agent, colon, directives = value.partition(":")

@@ -46,6 +46,8 @@ _USED_HEADERS = {
     b"transfer-encoding",
     b"x-robots-tag",
 }
+# A value of these may begin with the name of a robot, which the rest of its line is for.
+_ONE_PER_LINE = {b"x-robots-tag"}
 
 
 class LenientResponseHandler(ResponseHandler):
@@ -150,7 +152,8 @@ class LenientResponseHandler(ResponseHandler):
 def read_headers(text: bytes) -> dict[bytes, bytes]:
     """Return the headers that are used, by their names in lower case.
 
-    Repeated ones are joined with commas (RFC 9110, section 5.3), except for what must be one value.
+    Repeated ones are joined with commas (RFC 9110, section 5.3), except for what must be one value, and for
+    `_ONE_PER_LINE`, which are joined with line feeds.
     """
     headers: dict[bytes, bytes] = {}
     for line in _CONTINUED_LINE.sub(b" ", text).split(b"\n"):
@@ -161,7 +164,8 @@ def read_headers(text: bytes) -> dict[bytes, bytes]:
         value = _CONTROL_CHARACTERS.sub(b" ", value).strip()
         if name in headers and name in (b"location", b"retry-after"):
             continue
-        headers[name] = headers[name] + b", " + value if name in headers else value
+        separator = b"\n" if name in _ONE_PER_LINE else b", "
+        headers[name] = headers[name] + separator + value if name in headers else value
     codings = [
         coding.strip().lower() for coding in headers.get(b"transfer-encoding", b"").split(b",")
     ]
@@ -183,5 +187,7 @@ def _encode_head(status: re.Match[bytes], headers: Mapping[bytes, bytes]) -> byt
     version = b"1.0" if status["version"] == b"1.0" else b"1.1"
     reason = _CONTROL_CHARACTERS.sub(b" ", status["reason"] or b"").strip()[:_MAX_REASON]
     lines = [b"HTTP/" + version + b" " + status["status"] + b" " + reason]
-    lines += [name + b": " + value for name, value in headers.items()]
+    for name, values in headers.items():
+        # Each line once, because aiohttp limits their number.
+        lines += [name + b": " + value for value in dict.fromkeys(values.split(b"\n"))]
     return b"\r\n".join(lines) + b"\r\n\r\n"

@@ -178,21 +178,23 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
     Raises:
         ValueError: The lines could be a list of URLs, or URLs with captions of one word.
     """
-    texts = [text.strip() for _, text in head]
+    texts = [_list_name(text) for _, text in head if not text.startswith("#")]
     # At least some captions have several words. So a space means that there are captions.
-    if any(re.search(r"\s", text) for text in texts):
+    if any(map(_may_have_caption, texts)):
         return None
-    if all(URL_PATTERN.match(text) for text in texts):
+    num_urls = sum(bool(URL_PATTERN.match(text)) for text in texts)
+    others = [text for text in texts if not URL_PATTERN.match(text)]
+    if num_urls > len(texts) / 2 and all(re.search(r"\s", text) for text in others):
         # Is the text after a comma a part of the URL, or a caption of one word?
         num_with_comma = 0
         num_parts_of_url = 0
         ends_like_image = True  # before the comma: such URLs are complete
         for text in texts:
-            first, *others = re.split(r"[,;]", text)
-            if not others:
+            first, *rest = re.split(r"[,;]", text)
+            if not rest:
                 continue
             num_with_comma += 1
-            if _PART_OF_URL.fullmatch(others[-1]):
+            if _PART_OF_URL.fullmatch(rest[-1]):
                 num_parts_of_url += 1
             if not IMAGE_NAME_PATTERN.search(first):
                 ends_like_image = False
@@ -204,8 +206,8 @@ def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
                 f"line: url for a list of URLs, or url,caption. First row: {texts[0][:200]}"
             )
         return None
-    has_separator = any("," in text or ";" in text for text in texts)
-    if not has_separator and all(IMAGE_NAME_PATTERN.search(text) for text in texts):
+    has_separator = any(re.search(r"[\s,;]", text) for text in texts)
+    if texts and not has_separator and all(IMAGE_NAME_PATTERN.search(text) for text in texts):
         return IMAGE_NAME_PATTERN
     return None
 
@@ -215,7 +217,7 @@ def _read_list(
 ) -> Iterator[SourceRow]:
     """Yield the rows of a list of URLs or of image names."""
     for number, text in lines:
-        name = text.strip()
+        name = _list_name(text)
         if not pattern.search(name):
             issues.note("neither a URL nor the name of an image (skipped)", number, text)
             continue
@@ -225,6 +227,23 @@ def _read_list(
             yield SourceRow(number, "", name, ())
         else:
             yield SourceRow(number, name, "", ())
+
+
+def _may_have_caption(text: str) -> bool:
+    """Return whether a line has several words, which may be a caption, and is neither a remark nor a URL with spaces."""
+    if not re.search(r"\s", text):
+        return False
+    is_image = URL_PATTERN.match(text) and IMAGE_NAME_PATTERN.search(text)
+    is_remark = not URL_PATTERN.search(text)
+    return bool(re.search(r"[,;|\t]", text)) or not (is_image or is_remark)
+
+
+def _list_name(text: str) -> str:
+    """Return what a line of a list names. Programs that write CSV put a URL with a comma into quotes."""
+    name = text.strip()
+    if len(name) > 1 and name.startswith('"') and name.endswith('"') and '"' not in name[1:-1]:
+        return name[1:-1]
+    return name
 
 
 # ---- lines to fields ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, MutableMapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -29,7 +30,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from llava_simplified.data.images import ImageError, load_pixels
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
+
+from llava_simplified.data.images import ImageError, check_image, read_image_size
+from llava_simplified.data.pixel_budget import DECODING
 from llava_simplified.model.llava import Llava
 from llava_simplified.serve.attention_map import encode_answer, word_attention
 from llava_simplified.serve.body_check import check_body
@@ -58,6 +65,10 @@ logger = logging.getLogger(__name__)
 
 # Additional seconds after the deadline for a slow client to read its response.
 _READ_GRACE = 5.0
+# A body may take this many seconds, and longer only if it arrives at this rate. Each slow body occupies a place in
+# the queue, so that a few clients that send a byte a second would lock out all others.
+BODY_SECONDS = 10.0
+_BODY_RATE = 50_000  # bytes per second
 # Upper bounds of the histograms in seconds.
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, float("inf"))
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that has disconnected
@@ -194,11 +205,21 @@ class ModelEndpoint:
             raise too_large
         # Also count the bytes, since a chunked body has no Content-Length.
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_body:
-                raise too_large
-        return bytes(body)
+        start = time.monotonic()
+        chunks = request.stream()
+        try:
+            while True:
+                seconds_left = BODY_SECONDS + len(body) / _BODY_RATE - (time.monotonic() - start)
+                async with timeout(seconds_left):
+                    body += await anext(chunks)
+                if len(body) > max_body:
+                    raise too_large
+        except StopAsyncIteration:
+            return bytes(body)
+        except asyncio.TimeoutError:
+            raise HTTPException(
+                408, "The body arrives too slowly.", {"connection": "close"}
+            ) from None
 
     async def _parse(self, schema: type[ConversationT], body: bytes) -> ConversationT:
         """Parse and validate a body, including the name of the model."""
@@ -396,15 +417,13 @@ class Attention(ModelEndpoint):
         readers = self.engine.reader_threads
         async with request.deadline():
             answer_ids = await loop.run_in_executor(readers, self._encode_answer, attention.answer)
-            pixels = await loop.run_in_executor(readers, load_pixels, images[0])
-        # Pass the decoded image, whose original size is needed below. Declare the answer as new tokens, so
-        # that the context limit applies to it.
-        await request.prepare(messages, [pixels], answer_tokens=len(answer_ids))
+            height, width = await loop.run_in_executor(readers, _shown_size, images[0])
+        # Declare the answer as new tokens, so that the context limit applies to it.
+        await request.prepare(messages, images, answer_tokens=len(answer_ids))
         async with request.deadline():
             words, grids = await self.engine.run_on_model(
                 lambda model: _word_attention(model, request, answer_ids)
             )
-        height, width = pixels.shape[:2]
         content = {
             "object": "attention",
             "model": self.name,
@@ -425,6 +444,17 @@ class Attention(ModelEndpoint):
                 f"answer: expected 1 to {max_tokens} tokens, got {len(answer_ids)}.", "answer"
             )
         return answer_ids
+
+
+def _shown_size(image: bytes) -> tuple[int, int]:
+    """Return (height, width) of an image file, with its orientation applied.
+
+    The pixels are dropped at once: those of all requests in flight together would take gigabytes.
+    """
+    width, height = read_image_size(image)
+    with DECODING.admit(width * height):
+        checked = check_image(image)
+    return checked.height, checked.width
 
 
 def _word_attention(

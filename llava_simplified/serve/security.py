@@ -210,5 +210,6 @@ class KeyCheck:
         scheme, _, key = header.partition(" ")
         # Compare in constant time, so that the duration reveals nothing about the key. Encode as Latin-1,
         # with which the header was decoded, to get the original bytes.
-        is_equal = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+        # Not white space of Unicode: a byte of a UTF-8 character may be one in Latin-1.
+        is_equal = hmac.compare_digest(key.strip(" \t").encode("latin-1"), self._key)
         return scheme.lower() == "bearer" and is_equal

@@ -25,6 +25,7 @@ from llava_simplified.data.images import ImageError, decode_image, read_image_by
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.jobs import Progress, atomic_file, exclusive_lock
 from llava_simplified.model.vision import VisionTower
+from llava_simplified.training.interruption import ignore_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,14 @@ class FeatureCache:
         assert self.tower is not None, "a cache that was sent to a worker process is read-only"
         reader = _ImageReader(images, image_folder, self.tower.transform, self._row_by_hash)
         # Read and decode images in the workers, and run the tower in this process.
-        loader = DataLoader(reader, batch_size, num_workers=workers, collate_fn=list)
+        # Ctrl-C ends this process, which ends its workers.
+        loader = DataLoader(
+            reader,
+            batch_size,
+            num_workers=workers,
+            collate_fn=list,
+            worker_init_fn=ignore_interrupts,
+        )
         names: list[str] = []
         digests: list[bytes] = []
         matches = NameMatches()

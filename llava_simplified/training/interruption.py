@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 # Signals within this number of seconds count as one.
 _SAME_SIGNAL_SECONDS = 2.0
 _NOTICE = b"\nStopping: a checkpoint is saved after this step. Press Ctrl-C again to stop at once, without saving.\n"
+
+
+def ignore_interrupts(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """Let a data loader worker ignore Ctrl-C, which a terminal sends to it too: the step still needs its images.
+
+    This is a `worker_init_fn`, because a handler of this process is only inherited by workers that are forked, not by
+    those that are spawned. SIGTERM still ends a worker.
+
+    Args:
+        worker: Number of the worker.
+        then: What to call afterward: the `worker_init_fn` that this one replaces.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -80,8 +95,8 @@ class InterruptionCallback(TrainerCallback):
     def _receive(self, number: int, frame: Any) -> None:
         """Handle a signal."""
         if os.getpid() != self._pid:
-            # A data loader worker has inherited this handler. Ctrl-C reaches it too, but the step
-            # still needs its images. SIGTERM is how its parent ends it.
+            # A data loader worker has inherited this handler, and `ignore_interrupts` has not run yet. SIGTERM is how
+            # its parent ends it.
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)

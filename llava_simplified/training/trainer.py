@@ -17,6 +17,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ from llava_simplified.data.dataset import CaptionDataset
 from llava_simplified.data.device_copy import to_device
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.data.samplers import LengthGroupedSampler
-from llava_simplified.jobs import use_default_permissions
+from llava_simplified.jobs import rename_folder, replace_folder, use_default_permissions
 from llava_simplified.model.checkpoint import copy_checkpoint, save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts
 from llava_simplified.model.llava import Llava
@@ -51,7 +52,7 @@ from llava_simplified.training.callbacks import (
     progress_callback,
 )
 from llava_simplified.training.eval_captions import EvalCaptions
-from llava_simplified.training.interruption import InterruptionCallback
+from llava_simplified.training.interruption import InterruptionCallback, ignore_interrupts
 from llava_simplified.training.optimizer import build_parameter_groups, load_scheduler_state
 from llava_simplified.training.sharding import (
     enable_fsdp_on_cpu,
@@ -471,6 +472,12 @@ class LlavaTrainer(transformers.Trainer):
             cast(Sequence[int], lengths), batch_size * self.args.world_size, seed
         )
 
+    def _get_dataloader(self, *args: Any, **options: Any) -> DataLoader[Batch]:
+        """Return a data loader whose workers ignore Ctrl-C."""
+        loader = super()._get_dataloader(*args, **options)
+        loader.worker_init_fn = partial(ignore_interrupts, then=loader.worker_init_fn)
+        return loader
+
     # ---- optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -557,11 +564,10 @@ class LlavaTrainer(transformers.Trainer):
 
         use_default_permissions(staging / name)
         # Complete the checkpoint in the staging folder; the last rename publishes it.
-        (staging / name).rename(staging / "model" / "trainer_state")
-        target = self.output_dir / name
-        shutil.rmtree(target, ignore_errors=True)
-        (staging / "model").rename(target)
-        staging.rmdir()
+        rename_folder(staging / name, staging / "model" / "trainer_state")
+        # A checkpoint of the same step exists if the folder is that of an older run.
+        replace_folder(staging / "model", self.output_dir / name)
+        shutil.rmtree(staging, ignore_errors=True)
         rotate_checkpoints(
             output_dir=str(self.output_dir),
             save_total_limit=self.args.save_total_limit,
