@@ -39,7 +39,7 @@ from llava_simplified.training.rollouts import PromptExample, branch_examples
 # Number of records whose tokens are counted: one half evenly spread over the data, the other half
 # those with the longest texts.
 SAMPLED_RECORDS = 2000
-# A batch of samples is finished with its longest one: about twice the mean length.
+# A batch of samples is finished when its longest sample is, which has about twice the mean length.
 LONGEST_SAMPLE = 2
 # Used without --train_data_path: captions are assumed to be as long as those of Conceptual Captions.
 ASSUMED_CAPTION = "a caption of about a dozen words, as those of Conceptual Captions are"
