@@ -322,8 +322,8 @@ def _open_arrow(file: Any, path: Path) -> Any:
     import pyarrow as pa
 
     with path.open("rb") as stream:
-        # Arrow has two formats with the same suffix: a file begins with its name, and has an index at the end; `datasets` writes
-        # streams.
+        # Arrow has two formats with one suffix: files, which begin with a magic word and have an index of their
+        # batches, and streams, which `datasets` writes.
         has_index = stream.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
     return pa.ipc.open_file(file) if has_index else pa.ipc.open_stream(file)
 
