@@ -5,7 +5,7 @@
 
 All sides have the same weights (SmolLM2-135M, downloaded if no folder is given, or random weights in the
 shape of SmolLM2-1.7B; a random tower in the shape of CLIP ViT-B/16), images and prompts. The length at which
-an image's captions end is drawn beforehand and the same for all sides. Every run is a process of its own.
+an image's captions end is drawn beforehand and the same for all sides. Every run is a separate process.
 
 Transformers' sides also have the same data type (bfloat16 where this machine is fast in it) and pixels. The
 tutorial's loop captions one image at a time, and encodes and prefills it again for every sample. The greedy
@@ -132,7 +132,7 @@ def make_generate(model: Any, prompt: list[int], pixels: Any, lengths: list[int]
 def make_stock_generate(
     model: Any, stock: Any, image_token: int, prompt: list[int], pixels: Any, lengths: list[int]
 ) -> Generate:
-    """Return the side of stock LLaVA."""
+    """Return a function that captions images with stock LLaVA."""
     import torch
     from transformers import StoppingCriteria
 
@@ -188,7 +188,7 @@ def make_stock_generate(
 def caption_all(
     side: str, models: tuple[str, str], folder: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Measure a side that runs in Python, in a process of its own.
+    """Measure a side that runs in Python, in a separate process.
 
     Returns:
         "rate": captions per second; "memory": peak bytes; "first_token": seconds; "prompt_tokens":

@@ -86,8 +86,9 @@ class LlavaConfig:
             )
         for name, value in fields.get("weights_digests", {}).items():
             _check_type(f"weights_digests.{name}", value, (str,))
-        for value in fields.get("mm_vision_select_layer", ()) if isinstance(layer, list) else ():
-            _check_type("mm_vision_select_layer", value, (int,))
+        if isinstance(layer, list):
+            for value in layer:
+                _check_type("mm_vision_select_layer", value, (int,))
         return cls(**fields)
 
 
@@ -150,7 +151,7 @@ class TrainedParts:
         trained_tower = checkpoint_config.get("trained_tower", "off")
         language_model = {value: part for part, value in _STORED_LANGUAGE_MODEL.items()}
         vision_tower = {value: part for part, value in _STORED_VISION_TOWER.items()}
-        # Lists, for example, are no keys of a dict.
+        # Check the type first: a list, for example, cannot be looked up in a dict.
         is_text = isinstance(trained, str) and isinstance(trained_tower, str)
         if not is_text or trained not in language_model or trained_tower not in vision_tower:
             raise ValueError(

@@ -54,6 +54,11 @@ def add_machine_options(parser: CommandParser) -> None:
         help="Fraction of --tflops that training reaches (default: %(default)s)",
     )
     group.add_argument(
+        "--bandwidth",
+        type=float,
+        help="GB/s at which one device reads its memory, for the time of sampling (default: measured on this machine)",
+    )
+    group.add_argument(
         "--devices",
         type=int,
         default=1,
@@ -128,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run `llava plan`."""
     argv = sys.argv[1:] if argv is None else argv
     exit_with_help(argv, build_parser())
+    # Two parsers read the command line: this one takes its own options, and leaves the others to the parser of
+    # `llava train`.
     machine_parser = CommandParser("llava plan", "Estimate a training run.")
     add_machine_options(machine_parser)
     add_cluster_options(machine_parser)
@@ -153,7 +160,11 @@ def main(argv: list[str] | None = None) -> int:
     tflops = own.tflops
     if tflops is None:
         tflops = measure_matmul_flops(args.device, getattr(torch, args.frozen_dtype)) / 1e12
-    print_text(describe_plan(plan, args, tflops, own.mfu, own.devices))
+    # Measure the memory only if captions are sampled. Training is limited by arithmetic instead.
+    bandwidth = own.bandwidth
+    if bandwidth is None and plan.sampling is not None:
+        bandwidth = measure_bandwidth(args.device) / 1e9
+    print_text(describe_plan(plan, args, tflops, own.mfu, own.devices, bandwidth))
     return 0
 
 
@@ -174,6 +185,7 @@ def check_cluster_options(own: argparse.Namespace) -> None:
     for option, count in counts.items():
         if not count > 0:
             raise ValueError(f"{option} must be above 0, not {count}.")
+    # A quarter of the sample must have some rows, too.
     if own.measure_rows < 8:
         raise ValueError(f"--measure-rows must be at least 8, not {own.measure_rows}.")
     if bool(own.endpoint) != bool(own.model):
@@ -208,14 +220,35 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
+        # Take the best of several: the first ones allocate memory, or find the clock of the device low.
         product = matrix @ matrix
         float(product[0, 0])  # wait until the device has finished
+        # A product of two n x n matrices takes n multiplications and n additions for each of its n^2 elements.
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
 
+def measure_bandwidth(device: torch.device) -> float:
+    """Return the bytes per second at which this device reads its memory."""
+    import torch
+
+    values = torch.ones(1 << 26, device=device)  # 256 MB, more than caches hold
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        # A sum reads every value once, and computes almost nothing.
+        float(values.sum())  # waits until the device has finished
+        best = max(best, values.nbytes / (time.perf_counter() - start))
+    return best
+
+
 def describe_plan(
-    plan: Plan, args: TrainingArguments, tflops: float, mfu: float, devices: int
+    plan: Plan,
+    args: TrainingArguments,
+    tflops: float,
+    mfu: float,
+    devices: int,
+    bandwidth: float | None = None,
 ) -> str:
     """Return the plan as text.
 
@@ -225,12 +258,18 @@ def describe_plan(
         tflops: TFLOP/s of a device in a matrix product.
         mfu: Fraction of `tflops` that training reaches.
         devices: Number of devices.
+        bandwidth: GB/s at which a device reads its memory; used if captions are sampled.
     """
     from llava_simplified.training.plan import format_estimate
 
     gigabyte = 1e9
     total_flops = plan.flops * plan.samples
+    # Each device computes its share of the samples, at the fraction `mfu` of its peak.
     seconds = total_flops / (tflops * 1e12 * mfu * devices)
+    decoding = 0.0
+    if plan.sampling is not None and bandwidth is not None:
+        # A decoding step takes as long as reading the weights and the cache.
+        decoding = plan.sampling.steps * plan.sampling.bytes_per_step / (bandwidth * gigabyte)
     if plan.steps:
         run = f"the run           {plan.steps:,} steps, "
         checkpoints = f", {plan.count_checkpoints(args)} kept"
@@ -245,10 +284,15 @@ def describe_plan(
         f"a sample          {plan.positions:.0f} positions (longest {plan.longest}), {plan.trained:.0f} trained, "
         f"{plan.flops / 1e9:,.1f} GFLOP",
         f"{run}{plan.samples:,} samples, {total_flops / 1e15:,.2f} PFLOP",
-        f"time              {format_estimate(seconds)} on {devices} device(s) of {tflops:.3g} TFLOP/s at {mfu:.0%} "
-        "of that",
-        "memory per device, with the longest batch:",
+        f"time              {format_estimate(seconds + decoding)} on {devices} device(s) of {tflops:.3g} TFLOP/s at "
+        f"{mfu:.0%} of that",
     ]
+    if plan.sampling is not None:
+        lines.append(
+            f"sampling          {plan.sampling.tokens:,} tokens in {plan.sampling.steps:,} decoding steps, "
+            f"{format_estimate(decoding)} of that time at {bandwidth:.3g} GB/s"
+        )
+    lines.append("memory per device, with the longest batch:")
     for name, size in plan.memory.items():
         lines.append(f"  {name:<16}{size / gigabyte:>8.2f} GB")
     lines += [
