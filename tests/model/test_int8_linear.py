@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import build
+from tiny import save_llava
 from torch import nn
 
 from llava_simplified.model import int8_linear
-from llava_simplified.model.checkpoint import load_checkpoint, save_checkpoint
-from llava_simplified.model.config import LlavaConfig, TrainedParts
+from llava_simplified.model.checkpoint import load_checkpoint
 from llava_simplified.model.int8_linear import Int8Linear, activation_levels, check_int8_support
 
 pytestmark = pytest.mark.skipif(
@@ -73,8 +72,7 @@ def test_int8_linear_computes_each_row_alone_and_keeps_shape_and_dtype() -> None
 def test_quantized_checkpoint_captions_alone_as_in_a_batch(
     models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
-    config = LlavaConfig(str(models_folder / "mistral"), str(models_folder / "clip"))
-    save_checkpoint(build(models_folder), tmp_path / "model", config, TrainedParts())
+    save_llava(models_folder, tmp_path / "model")
     model = load_checkpoint(tmp_path / "model", quantize="int8", device="cpu")
     layers = [type(module) for module in model.language_model.modules()]
     assert layers.count(Int8Linear) == 14  # two layers of seven
