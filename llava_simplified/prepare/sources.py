@@ -64,7 +64,7 @@ _MAX_TRIED_FILES = 20
 _MAX_TRIED_ROWS = 20
 _METADATA = "metadata files"
 _SIDECARS = "images with a sidecar"
-_COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy)$")
+_COMPRESSIONS = re.compile(r"\.(gz|bz2|xz|lzma|zst|lz4|snappy|zip)$")
 _COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|lzma|zst|lz4)|tgz|tbz2?|txz|tzst)$")
 
 
