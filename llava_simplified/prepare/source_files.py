@@ -46,6 +46,7 @@ def open_source(source: str) -> Iterator[IO[bytes]]:
 
 
 def _open_stream(source: str) -> Any:
+    """Open a file or URL, decompressed, as a stream of bytes."""
     suffix = Path(source).suffix.lower()
     if suffix == ".zip":
         return _open_zip(source)

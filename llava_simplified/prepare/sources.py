@@ -20,6 +20,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +30,6 @@ from typing import NoReturn
 from llava_simplified.data.names import expand_pattern
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import find_records
-from llava_simplified.data.shards import IMAGE_SUFFIXES
 from llava_simplified.extras import MissingExtraError, require_extra
 from llava_simplified.foreign_files import blame_file
 from llava_simplified.prepare.archive_source import read_arrow, read_parquet, read_tar
@@ -130,6 +131,7 @@ def _can_be_encoded(row: SourceRow) -> bool:
 def _read_any(
     source: str, issues: ParseIssues, columns: Columns, sidecar: str = ""
 ) -> Iterator[SourceRow]:
+    """Choose the reader of a source by what it is: folder, pattern, URL, or a file by its suffix."""
     is_url = "://" in source
     path = Path(source)
     if not is_url and path.is_dir():
@@ -301,22 +303,26 @@ class _FolderContents:
 
 
 def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
+    """List what a folder contains, to decide how its captions are read. No file is opened."""
     contents = _FolderContents()
     for group in scan_names(folder, SidecarOptions.parse(sidecar).suffixes):
         for _, sidecars in group.images:
             contents.images += 1
-            contents.pairs += bool(sidecars)
-            if sidecars and not contents.sidecars:
+            if not sidecars:
+                continue
+            contents.pairs += 1
+            # One sidecar is enough as an example.
+            if not contents.sidecars:
                 contents.sidecars.append(folder / group.path(sidecars[0]))
         for name in (*group.others, *group.orphans):
             path = folder / group.path(name)
             if name in _METADATA_NAMES:
                 contents.metadata.append(path)
-            # Files with the name of an image describe it: `a.json` beside `a.jpg`.
+            # Files with the name of an image (`a.json` beside `a.jpg`) describe that image, and are no source.
             elif not group.folder and not group.images:
                 suffix = _format_suffix(name)
                 paths = contents.files.setdefault(suffix, [])
-                # Of texts that are no sidecars there may be a million, and the rest is not read.
+                # There may be a million texts that are not sidecars. Do not read them all.
                 if suffix != ".txt" or len(paths) < _MAX_TRIED_FILES:
                     paths.append(path)
     return contents
@@ -325,7 +331,7 @@ def _scan_folder(folder: Path, sidecar: str) -> _FolderContents:
 def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> dict[str, list[Path]]:
     """Return the forms in which a folder contains captions, with their files.
 
-    Files count if a row can be read from them: a README.txt is no table.
+    Files count if a row can be read from them: a README.txt is not a table.
 
     Raises:
         ValueError: There is none. The message is that of the first file that could have been one.
@@ -353,7 +359,7 @@ def _find_forms(folder: Path, contents: _FolderContents, columns: Columns) -> di
 def _find_readable(paths: list[Path], columns: Columns, errors: list[ValueError]) -> list[Path]:
     """Return the files of one form that contain captions.
 
-    One file stands for all, whose errors are reported when they are read. But each text is looked at by itself, because
+    One file stands for all, whose errors are reported when they are read. But each text is examined separately, because
     it may be anything.
 
     Args:
@@ -415,6 +421,7 @@ def _raise_ambiguous_form(
 
 
 def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
+    """Return the message for a folder without any captions."""
     # Name some files of the folder, because most often the path is one level too high or too low.
     names = sorted(path.name for path in itertools.islice(folder.iterdir(), 8))
     images = ""
@@ -429,24 +436,28 @@ def _describe_nothing(folder: Path, contents: _FolderContents) -> str:
 def _read_image_folder(
     folder: Path, metadata: list[Path], issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
-    """Yield the rows of an imagefolder. Images that no row names are noted."""
-    without_row = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
-    }
+    """Yield the rows of an imagefolder, and note images without a row."""
+    # Hashes of the names in the rows, because a million names would take a hundred megabytes.
+    named = array("q")
     for path in metadata:
         below = path.parent.relative_to(folder)
         for row in _read_any(str(path), issues, columns):
             image = (below / row.image).as_posix() if row.image else ""
-            without_row.discard(image)
+            named.append(hash(image))
             yield row._replace(image=image)
-    for number, name in enumerate(sorted(without_row)):
-        issues.note("image without a row of metadata (skipped)", number, name)
+    named = array("q", sorted(named))
+    number = 0
+    for group in scan_names(folder):
+        for name, _ in group.images:
+            image = group.path(name)
+            place = bisect_left(named, hash(image))
+            if place == len(named) or named[place] != hash(image):
+                issues.note("image without a row of metadata (skipped)", number, image)
+                number += 1
 
 
 def _note_other_files(folder: Path, parts: list[Path], issues: ParseIssues) -> None:
-    """Note what a folder holds besides the parts that were read."""
+    """Note what a folder contains besides the parts that were read."""
     stems = {_first_stem(path) for path in parts}
     others = sorted(path for path in folder.iterdir() if path not in set(parts))
     for number, path in enumerate(others):

@@ -48,7 +48,7 @@ _CAPTION_NUMBER = re.compile(r"(?<!\.tar)(?<!\.parquet)(?<!\.arrow)#\d+$", re.IG
 _UNQUOTED_SEPARATORS = ("\t", "|")  # of formats in which a quote is part of the text
 # No text contains these; NUL, which lists do contain, is removed before.
 _CONTROL_CHARACTER = re.compile(r"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
-# Text after a comma in a URL; captions of one word do not look like this.
+# Text after a comma that is part of a URL, such as "w=200" or "b.jpg". Captions of one word do not match.
 _PART_OF_URL = re.compile(r"\S*([/=&?%]|\.\w+$)\S*")
 
 Line = tuple[int, str]
@@ -56,12 +56,20 @@ Fields = tuple[int, str, list[str]]  # line number, the line, its fields
 
 
 class Layout(NamedTuple):
-    """The index of each field in a row; -1 for a field that the table does not have. A list of URLs has no captions."""
+    """Where the fields of a row are.
+
+    Attributes:
+        url: Index of the URL; -1 if the table has none.
+        image: Index of the image name, or -1.
+        caption: Index of the caption, or -1, as in a list of URLs.
+        width: Number of fields of a complete row.
+        has_header: The first line contains names of columns.
+    """
 
     url: int
     image: int
     caption: int
-    width: int  # number of fields of a complete row
+    width: int
     has_header: bool
 
 
@@ -115,6 +123,7 @@ def read_table(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
 
 
 def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
+    """Return the row that these fields describe."""
     captions: tuple[str, ...] = ()
     if layout.caption >= 0:
         # Replace tabs in the caption, so that it can be written to a TSV file later.
@@ -129,7 +138,7 @@ def _row_of_fields(fields: list[str], layout: Layout, number: int) -> SourceRow:
 
 
 def _find_separator(head: list[Line], columns: Columns) -> tuple[str, bool]:
-    """Return the separator of a table, and whether its first line does nothing but name it."""
+    """Return the separator of a table, and whether the first line only names the separator ("sep=;")."""
     first = head[0][1]
     named = _SEPARATOR_LINE.fullmatch(first)
     if named and len(head) > 1:
@@ -139,19 +148,27 @@ def _find_separator(head: list[Line], columns: Columns) -> tuple[str, bool]:
     # Require a space after the bar, since a bar alone also occurs in captions and URLs.
     if _BAR_SEPARATED.match(first):
         return "|", False
-    # Both occur in captions too. Where the header does not decide, the separator is the one that splits more lines
-    # into the same number of fields.
-    scores = [_separator_score(separator, head, columns) for separator in (",", ";")]
-    return ";" if scores[1] > scores[0] else ",", False
+    # Commas and semicolons occur in captions too. Choose the one that splits the header into more known names, or
+    # else more lines into the same number of fields.
+    comma = _separator_score(",", head, columns)
+    semicolon = _separator_score(";", head, columns)
+    if semicolon > comma:
+        return ";", False
+    return ",", False
 
 
 def _separator_score(separator: str, head: list[Line], columns: Columns) -> tuple[int, int]:
-    """Return the number of column names in the first line, and of lines with the most frequent number of fields."""
+    """Return how well a separator fits, as a pair to compare.
+
+    Returns:
+        The number of known column names in the first line, and the largest number of lines with equally many fields.
+    """
     sample = [fields for _, _, fields in _split(separator, iter(head), ParseIssues())]
     known = _known_names(columns)
-    names = sum(field.strip().lower() in known for field in sample[0])
+    num_names = sum(field.strip().lower() in known for field in sample[0])
+    # Lines without the separator do not count.
     widths = Counter(len(fields) for fields in sample if len(fields) > 1)
-    return names, max(widths.values(), default=0)
+    return num_names, max(widths.values(), default=0)
 
 
 def _known_names(columns: Columns) -> set[str]:
@@ -164,25 +181,36 @@ def _known_names(columns: Columns) -> set[str]:
 
 
 def _list_pattern(source: str, head: list[Line]) -> re.Pattern[str] | None:
-    """Return what the lines of a list without captions look like, or None for a table.
+    """Return the pattern of the lines, if they are a list of URLs or image names; None if they are a table.
 
-    A URL may contain commas and semicolons, so that a line is compared as a whole.
+    A URL may contain commas and semicolons, so a line is compared as a whole.
 
     Raises:
         ValueError: The lines could be a list of URLs, or URLs with captions of one word.
     """
     texts = [_list_name(text) for _, text in head if not text.startswith("#")]
+    # At least some captions have several words. So a space means that there are captions.
     if any(map(_may_have_caption, texts)):
         return None
     num_urls = sum(bool(URL_PATTERN.match(text)) for text in texts)
     others = [text for text in texts if not URL_PATTERN.match(text)]
     if num_urls > len(texts) / 2 and all(re.search(r"\s", text) for text in others):
-        splits = [re.split(r"[,;]", text) for text in texts]
-        with_tail = [fields for fields in splits if len(fields) > 1]
-        parts = sum(bool(_PART_OF_URL.fullmatch(fields[-1])) for fields in with_tail)
-        if 2 * parts >= len(with_tail):
+        # Is the text after a comma a part of the URL, or a caption of one word?
+        num_with_comma = 0
+        num_parts_of_url = 0
+        ends_like_image = True  # before the comma: such URLs are complete
+        for text in texts:
+            first, *rest = re.split(r"[,;]", text)
+            if not rest:
+                continue
+            num_with_comma += 1
+            if _PART_OF_URL.fullmatch(rest[-1]):
+                num_parts_of_url += 1
+            if not IMAGE_NAME_PATTERN.search(first):
+                ends_like_image = False
+        if 2 * num_parts_of_url >= num_with_comma:
             return URL_PATTERN
-        if not all(IMAGE_NAME_PATTERN.search(fields[0]) for fields in with_tail):
+        if not ends_like_image:
             raise ValueError(
                 f"{source}: every line is a URL, and it is not clear whether a caption follows its comma. Insert a first "
                 f"line: url for a list of URLs, or url,caption. First row: {texts[0][:200]}"
@@ -234,7 +262,7 @@ def _list_name(text: str) -> str:
 def _join_fields(
     fields: list[str], layout: Layout, separator: str, number: int, issues: ParseIssues
 ) -> list[str]:
-    """Put the fields of a line together that were one before it was split: parts of a URL, or else of the caption."""
+    """Join fields of a line that has too many: parts of a URL that contains the separator, or else of a caption."""
     extra = len(fields) - layout.width
     row = separator.join(fields)
     positions = [i for i in range(max(layout.url, 0), len(fields)) if URL_PATTERN.match(fields[i])]
@@ -269,6 +297,7 @@ def _join_fields(
 
 
 def _split(separator: str, lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
+    """Split lines into fields by the rules of the separator."""
     if separator == "|":
         return _split_bars(lines, issues)
     if separator == "\t":
@@ -283,7 +312,7 @@ def _split_tabs(lines: Iterator[Line]) -> Iterator[Fields]:
 
 
 def _split_bars(lines: Iterator[Line], issues: ParseIssues) -> Iterator[Fields]:
-    """Split the lines of Flickr30k's results.csv, in one of whose rows the second bar is missing."""
+    """Split the lines of Flickr30k's results.csv. In one of its rows, the second bar is missing."""
     for number, text in lines:
         fields = text.split("|")
         if len(fields) == 2:
@@ -425,9 +454,17 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
     may contain separators.
     """
     first = sample[0]
-    pairs = [(fields[0], fields[-1]) for fields in sample if len(fields) > 1] or [("", "")]
+    first_fields: list[str] = []
+    last_fields: list[str] = []
+    for fields in sample:
+        if len(fields) > 1:
+            first_fields.append(fields[0])
+            last_fields.append(fields[-1])
     for pattern in (URL_PATTERN, IMAGE_NAME_PATTERN):
-        shares = [_share_of_matches(pattern, [pair[column] for pair in pairs]) for column in (0, 1)]
+        shares = [
+            _share_of_matches(pattern, first_fields),
+            _share_of_matches(pattern, last_fields),
+        ]
         # Require half of the lines, since single lines may lack a URL or have one in the caption.
         if min(shares) > 0.5:
             raise ValueError(
@@ -449,4 +486,6 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
 
 
 def _share_of_matches(pattern: re.Pattern[str], texts: list[str]) -> float:
-    return sum(bool(pattern.search(text)) for text in texts) / len(texts)
+    """Return the share of texts that contain the pattern; 0 if there are no texts."""
+    num_matches = sum(bool(pattern.search(text)) for text in texts)
+    return num_matches / max(1, len(texts))

@@ -18,7 +18,6 @@ import torch
 from PIL import Image, ImageOps
 from tiny import nan_features_for
 
-from llava_simplified.arguments import parse_arguments
 from llava_simplified.captioning import caption_command, runner
 from llava_simplified.captioning.caption_command import (
     build_caption_parser,
@@ -40,30 +39,9 @@ from llava_simplified.model import generation
 from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.options import escape_control_characters
-from llava_simplified.training.train_command import train
 
 SAMPLING = GenerationOptions(max_new_tokens=6, temperature=1.0, num_return_sequences=2, seed=3)
 LINE_SEPARATORS = "\u2028\u2029\u0085"  # line breaks for str.splitlines, but not for JSON lines
-
-
-@pytest.fixture(scope="module")
-def checkpoint(
-    models_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A tiny model after one training step."""
-    options = {
-        "model_name_or_path": models_folder / "mistral",
-        "vision_tower": models_folder / "clip",
-        "train_data_path": data_folder / "train.json",
-        "train_image_folder": data_folder / "images",
-        "output_dir": tmp_path_factory.mktemp("model") / "out",
-        "max_steps": 1,
-        "cache_vision_features": "off",
-    }
-    argv = []
-    for name, value in options.items():
-        argv += [f"--{name}", str(value)]
-    return train(*parse_arguments(argv))
 
 
 @pytest.fixture(scope="module")
