@@ -476,8 +476,10 @@ def _guess_layout(source: str, sample: list[list[str]]) -> Layout:
             url = column if pattern is URL_PATTERN else -1
             image = -1 if pattern is URL_PATTERN else column
             # Names of columns in another language: only the first line does not look like the others.
-            matches = [bool(pattern.search(pair[column])) for pair in pairs]
-            has_header = len(pairs) > 2 and not matches[0] and all(matches[1:])
+            names = (first_fields, last_fields)[column]
+            matches = [bool(pattern.search(name)) for name in names]
+            is_unlike_others = len(names) > 2 and not matches[0] and all(matches[1:])
+            has_header = len(first) > 1 and is_unlike_others
             return Layout(url, image, caption=1 - column, width=2, has_header=has_header)
     raise ValueError(
         f"{source}: no column looks like a URL or an image name, and there is no header that names one. "
