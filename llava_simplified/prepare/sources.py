@@ -201,7 +201,7 @@ def _names_are_own(
         return True
     if path.parent == root:
         return False  # there is no difference
-    names = []
+    names: list[str] = []
     for row in first_rows:
         names += [row.image] if row.record is None else image_names(row.record)
     names = [name for name in names if name and "#" not in name]
