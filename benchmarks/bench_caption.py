@@ -4,9 +4,9 @@
 
 All sides have the same weights (SmolLM2-135M, downloaded if no folder is given, and a random tower in the
 shape of CLIP ViT-B/16), the same data type (bfloat16 where this machine is fast in it), pixels and prompts.
-The length at which an image's captions end is drawn beforehand and the same for all sides. The tutorial's
-loop captions one image at a time, and encodes and prefills it again for every sample. Every run is a process
-of its own.
+The length of each image's captions is drawn beforehand, and is the same for all sides. The tutorial's loop
+captions one image at a time, and encodes and prefills it again for every sample. Every run is a separate
+process.
 
 Prints captions per second as ratios, and peak memory. The greedy captions of all sides must be the same in
 float32.
@@ -114,7 +114,7 @@ def make_generate(model: Any, prompt: list[int], pixels: Any, lengths: list[int]
 def make_stock_generate(
     model: Any, stock: Any, image_token: int, prompt: list[int], pixels: Any, lengths: list[int]
 ) -> Generate:
-    """Return the side of stock LLaVA."""
+    """Return a function that captions images with stock LLaVA."""
     import torch
     from transformers import StoppingCriteria
 
@@ -168,7 +168,7 @@ def make_stock_generate(
 
 
 def caption_all(side: str, models: tuple[str, str], folder: Path, batch: int) -> dict[str, Any]:
-    """Measure one side, in a process of its own.
+    """Measure one side, in a separate process.
 
     Returns:
         "rate": captions per second; "memory": peak bytes; "greedy": captions of the first images.

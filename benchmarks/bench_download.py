@@ -4,7 +4,7 @@
 
 The runs take turns. For each program: the time, the CPU time per response, the peak memory of all its
 processes (proportional set size: shared pages count once) and, for each URL, whether the outcome is the one
-that the server knows. img2dataset is installed into a virtual environment of its own (`--peer-venv`, created
+that the server knows. img2dataset is installed into a separate virtual environment (`--peer-venv`, created
 if it is missing). All have the same timeout, no retries, and write shards.
 """
 
@@ -261,7 +261,8 @@ def main() -> None:
     parser.add_argument(
         "--concurrency",
         default="256",
-        help="Our setting, for each of the two shards in flight (default: %(default)s)",
+        help="--concurrency of `llava download`, which applies to each of its two shards in flight "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--tutorial",

@@ -116,7 +116,7 @@ def stock_projector_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_child(script: str, *words: object, name: str) -> str:
-    """Run a script in a process of its own, and return what it prints.
+    """Run a script in a separate process, and return what it prints.
 
     Args:
         script: Path of the script.

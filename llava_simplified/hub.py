@@ -17,7 +17,7 @@ _MAX_COUNT = 10_000
 def check_model_name(name_or_path: str | Path) -> None:
     """Raise ValueError if a name is neither a folder nor can be a repository on the Hub.
 
-    Libraries take every name that is no folder for a repository, and then complain about its form. A
+    Libraries assume that every name that is not a folder is a repository, and then report that its form is invalid. A
     mistyped path deserves a message about the path.
     """
     name = str(name_or_path)

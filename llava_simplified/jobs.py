@@ -14,7 +14,7 @@ mistake. All of them use the tools of this module for the same guarantees:
   an incomplete output never has the final name.
 - **Progress.** `Progress` prints the progress of the job: on one line of a terminal, or as an occasional log line.
 
-A job that uses them looks like this::
+A job uses them like this::
 
     with exclusive_lock(work / "job.lock", output):
         check_settings(work / "settings.json", settings, output)
@@ -400,8 +400,8 @@ def replace_folder(folder: Path, target: Path) -> None:
 def use_default_permissions(folder: Path) -> None:
     """Give everything in a folder the permissions that new files and folders have: those of the umask.
 
-    Files of safetensors and `tempfile` can be read by their owner alone, whatever the umask is. Published like that,
-    a model could not be served by another user.
+    safetensors and `tempfile` create files that only their owner can read, whatever the umask is. Without this
+    function, another user could not serve the model.
 
     Args:
         folder: A folder that `mkdir` has created. Its own permissions show what the umask is; asking the operating
@@ -488,6 +488,7 @@ class Progress:
             self._show()
 
     def _show(self) -> None:
+        """Print the progress line: replace it on a terminal, else append a line."""
         line = escape_control_characters(self.line())
         if self._terminal:
             # Return to the start of the line, and erase the rest of a longer previous line.

@@ -1,6 +1,6 @@
 """Name the format of a file by its first bytes, and copy a file without its metadata.
 
-Metadata never decide over pixels: where a decoder rejects a file for its texts, color profile or EXIF, the copy without
+Metadata never affect the pixels: where a decoder rejects a file for its texts, color profile or EXIF, the copy without
 them is decoded instead.
 """
 
@@ -52,7 +52,7 @@ _DECODED = re.compile(
 )
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Chunks of a PNG that decide over pixels, transparency and orientation, and those of an animation.
+# Chunks of a PNG that affect pixels, transparency and orientation, and those of an animation.
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
 # Chunks of a WebP with pixels, transparency or an animation, and its header.
 _WEBP_CHUNKS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
@@ -146,6 +146,7 @@ def _palette_size(data: bytes, flags_position: int) -> int:
 
 
 def _png_without_metadata(data: bytes) -> bytes:
+    """Copy the chunks of a PNG that affect the pixels."""
     # length (4 bytes) | name (4) | data | checksum (4)
     parts = [_PNG_SIGNATURE]
     position = len(_PNG_SIGNATURE)
@@ -164,6 +165,7 @@ def _png_without_metadata(data: bytes) -> bytes:
 
 
 def _webp_without_metadata(data: bytes) -> bytes:
+    """Copy the chunks of a WebP file that affect the pixels, and adapt its header."""
     parts = []
     has_exif = False
     position = 12
@@ -198,7 +200,7 @@ def _tiff_without_metadata(data: bytes) -> bytes:
             (tag,) = struct.unpack_from(f"{order}H", data, offset)
             if tag in _TIFF_TAGS:
                 entries.append(data[offset : offset + _TIFF_ENTRY])
-    except struct.error:  # the directory is cut off: the decoder says so
+    except struct.error:  # the directory is cut off; the decoder reports it
         return data
     # The number of entries, the entries, and the position of the next directory: there is none.
     directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)

@@ -7,9 +7,9 @@ is checked in the header before pixels are allocated, and a file whose pixels ar
 shifts everything after it, and libjpeg conceals that: it fills the rest of the image with grey or shifted stripes, and
 writes a warning that Pillow ignores. A model would be trained on those stripes, with the caption of the real image.
 simplejpeg's strict mode turns libjpeg's warnings into errors, so JPEGs are decoded with it, and all other formats with
-Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` tells them apart.
+Pillow. Some of libjpeg's warnings are harmless; `jpeg_segments` finds out which ones.
 
-**Metadata never decide over pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
+**Metadata never affect the pixels.** Where a decoder rejects a file, a copy without its metadata is decoded as strictly
 again (`image_formats.without_metadata`).
 
 **One border.** What a decoder may raise is not what its documentation says, but anything: a ZeroDivisionError for an AVIF
@@ -107,7 +107,7 @@ class ImageError(ValueError):
 
     Attributes:
         kind: The reason, as reports count it: "missing", "ambiguous", "unsafe", "html", "not_image", "unsupported" (an
-            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds reasons of its own.
+            image of another format), "too_large", "truncated" or "corrupt". Cleaning adds further reasons.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -207,6 +207,7 @@ def load_pixels(image: ImageSource) -> np.ndarray:
 
 
 def _array_to_rgb(array: np.ndarray) -> np.ndarray:
+    """Convert an image array of another kind to uint8 RGB."""
     channels = array.shape[2] if array.ndim == 3 else 1
     has_pixels = array.ndim in (2, 3) and array.size > 0 and 1 <= channels <= 4
     if not has_pixels or array.dtype not in (np.uint8, np.uint16, np.bool_):
@@ -337,7 +338,7 @@ def portable_image(data: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> 
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Return whether every program decodes an opened image alike: upright, opaque, 8 bits, one frame."""
+    """Return whether all programs decode an opened image in the same way: upright, opaque, 8 bits, one frame."""
     with _decoder_errors(image.format):
         if image.format == "PNG":
             image.load()  # metadata may follow the pixels
@@ -393,7 +394,7 @@ def count_frames(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """Return the number of frames or pages of an image file; 1 for a still image.
 
     Raises:
-        ImageError: As `decode_image`; "corrupt" if a frame after the first is damaged so that they cannot be counted.
+        ImageError: As `decode_image`; "corrupt" if the frames cannot be counted, because one after the first is damaged.
     """
 
     def count(file: bytes) -> int:
@@ -557,7 +558,7 @@ def _decode_pixels(
     if not _is_strict(image):
         with _decoder_errors(image.format):
             return _to_pixels(image)
-    # Not Pillow's `exif_transpose`: it writes the EXIF anew, which fails for damaged ones.
+    # Do not use Pillow's `exif_transpose`: it also rewrites the EXIF data, which fails if they are damaged.
     pixels = _decode_jpeg(data, min_size)
     orientation = _read_orientation(image)
     if orientation not in _ORIENTATIONS:
@@ -566,6 +567,7 @@ def _decode_pixels(
 
 
 def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> np.ndarray:
+    """Decode a JPEG strictly; it is shrunk while decoding, but not below `min_size` (height, width)."""
     min_height, min_width = min_size
     with _decoder_errors("JPEG"):
         return simplejpeg.decode_jpeg(
@@ -621,6 +623,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if image.mode == "I":  # 32 bits, as Pillow holds 16 bits of some files
             values = values.clip(0, _MAX_SIXTEEN_BITS)
+        # A PNG may declare one shade of gray transparent.
+        if isinstance(image.info.get("transparency"), int):
+            values = np.where(values == image.info["transparency"], _MAX_SIXTEEN_BITS, values)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         return _lab_to_rgb(image)
@@ -634,6 +639,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image from the Lab color space."""
     from PIL import ImageCms
 
     lab = ImageCms.createProfile("LAB")

@@ -1,6 +1,6 @@
 """JPEG files as segments: which of libjpeg's warnings are harmless, and a copy of a file without their causes.
 
-A JPEG file is a chain of segments. Only the tables, the frame header and the scans decide over pixels:
+A JPEG file is a chain of segments. Only the tables, the frame header and the scans affect the pixels:
 
     SOI | APP0 JFIF | APP1 EXIF | ... | DQT | SOF | DHT | SOS header, entropy-coded data | ... | EOI
           ^^^^^^^^^^^^^^^^^^^^^^^^^^^ metadata                    ^ FF is followed by 00 or by a restart marker
@@ -79,7 +79,7 @@ def segments(data: bytes) -> Iterator[Segment]:
             if marker == _EOI:
                 return
             continue
-        # The length counts its own two bytes, so that less than 2 is damage.
+        # The length counts its own two bytes, so less than 2 is damage.
         length = int.from_bytes(data[position : position + 2], "big")
         body = data[position + 2 : position + length]
         position += max(length, 2)
@@ -118,10 +118,10 @@ def is_harmless(warning: str) -> bool:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return a copy of a JPEG file without metadata and without what libjpeg warns of needlessly.
+    """Return a copy of a JPEG file without metadata, and without harmless faults that libjpeg warns of.
 
-    The pixels are the same. Dropped are comments, application segments and bytes between segments. Two application
-    segments decide over colors, and stay: JFIF (its version is replaced) and Adobe (an unknown code is replaced by the
+    The pixels are the same. Comments, application segments and bytes between segments are dropped. Two application
+    segments affect the colors, and stay: JFIF (its version is replaced) and Adobe (an unknown code is replaced by the
     one that readers assume). Scans of sequential files get the parameters that the specification demands.
     """
     parts = []

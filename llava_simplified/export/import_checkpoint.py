@@ -159,7 +159,7 @@ def import_checkpoint(
 
     Raises:
         ValueError: The format of the source is unknown, weights are missing or unexpected, a required
-            option is missing, or the checkpoint computes something else than the source.
+            option is missing, or the results of the checkpoint differ from those of the source.
         FileExistsError: `output` exists already.
     """
     if output.exists():
@@ -294,6 +294,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def _read_weight_file(path: Path) -> Weights:
+    """Read a file of tensors: safetensors, or a pickle without code."""
     from safetensors.torch import load_file
 
     try:

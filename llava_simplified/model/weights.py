@@ -142,6 +142,7 @@ def _has_file(name_or_path: str, name: str) -> bool:
 
 
 def _find_file(name_or_path: str, name: str) -> Path:
+    """Return the path of a model's file; raise OSError if it is missing."""
     # Let Transformers raise for a hub repository, where its message is the more helpful one. For a local
     # folder, raise our own message below.
     is_folder = Path(name_or_path).is_dir()

@@ -91,7 +91,7 @@ class LenientResponseHandler(ResponseHandler):
             self._payload.set_exception(ClientPayloadError(f"damaged body: {error}"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Pass on the rest of a torn head, so that aiohttp names what is wrong with it."""
+        """Pass the beginning of an incomplete head to aiohttp, which reports what is missing."""
         if self._head:
             head, self._head = self._head, None
             super().data_received(head)
@@ -131,7 +131,7 @@ class LenientResponseHandler(ResponseHandler):
                 break
             self._num_interim += 1
             if self._num_interim > MAX_INTERIM_RESPONSES:
-                # aiohttp refuses it, as any line that is no status line.
+                # aiohttp refuses it, like any line that is not a status line.
                 status, head = None, b"more than %d interim responses" % MAX_INTERIM_RESPONSES
                 break
         self._head = None

@@ -192,6 +192,7 @@ class ModelEndpoint:
             logger.info("%d in %.2f s", status, seconds)
 
     async def _read_body(self, request: Request) -> bytes:
+        """Return the body of a request; raise HTTPException if it is too large or not JSON."""
         # Require JSON: other types can be sent by any web page without a preflight request.
         content_type = request.headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
@@ -246,6 +247,7 @@ class ModelEndpoint:
         return await asyncio.gather(*(self._load_image(url) for url in urls))
 
     async def _load_image(self, url: str | bytes) -> bytes:
+        """Return the bytes of an image: the content of a data URL, or a fetched file."""
         if isinstance(url, bytes):  # the content of a data URL
             return url
         if self.fetcher is None:
@@ -267,6 +269,7 @@ class ModelEndpoint:
 
 
 def _model_not_found(requested: str | None, name: str) -> RequestError:
+    """Return the error for a request for another model."""
     return RequestError(
         f"The model {requested!r} does not exist; this server has {name!r}.",
         "model",
@@ -298,6 +301,7 @@ class ChatCompletions(ModelEndpoint):
         )
 
     async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
+        """Answer a request."""
         chat = await self._parse(ChatRequest, body)
         options = chat.to_generation_options(self.limits.max_tokens)
         messages = chat.to_messages(self.engine.model.instruction)
@@ -400,6 +404,7 @@ class Attention(ModelEndpoint):
     metrics_prefix = "llava_attention"
 
     async def _respond(self, body: bytes, request: RequestHandle, send: Send) -> None:
+        """Answer a request."""
         attention = await self._parse(AttentionRequest, body)
         messages = attention.to_messages(self.engine.model.instruction)
         images = await self._load_images(attention.messages)
@@ -428,6 +433,7 @@ class Attention(ModelEndpoint):
         await _send_json(content, send)
 
     def _encode_answer(self, answer: str) -> list[int]:
+        """Return the token ids of an answer, within the limit of tokens."""
         try:
             answer_ids = encode_answer(self.engine.model, answer)
         except ValueError as error:
@@ -484,7 +490,7 @@ def _warnings(chat: ChatRequest, request: RequestHandle) -> dict[str, list[str]]
     if requested is None or requested <= granted:
         return {}
     name = "max_completion_tokens" if chat.max_completion_tokens else "max_tokens"
-    # An integer of JSON has any number of digits.
+    # An integer in JSON may have any number of digits.
     shown = str(requested) if requested < 10**12 else "more than 10^12"
     return {
         "warnings": [f"{name}: {shown} tokens were requested; the answer has at most {granted}."]
@@ -492,6 +498,7 @@ def _warnings(chat: ChatRequest, request: RequestHandle) -> dict[str, list[str]]
 
 
 def _usage(request: RequestHandle, token_counts: list[int]) -> dict[str, int]:
+    """Return the field `usage` of a response."""
     prompt_tokens = request.prompt_tokens
     completion_tokens = sum(token_counts)
     return {
@@ -640,6 +647,7 @@ def create_app(
 
 
 def _add_engine_metrics(engine: Engine, registry: CollectorRegistry) -> None:
+    """Add metrics whose values are read from the engine."""
     requests = Gauge(
         "llava_requests_in_flight", "Requests being read, waiting or running", registry=registry
     )
@@ -651,6 +659,7 @@ def _add_engine_metrics(engine: Engine, registry: CollectorRegistry) -> None:
 
 
 def _create_fetcher(limits: Limits) -> Fetcher | None:
+    """Return the fetcher of image URLs; None if they are not allowed."""
     if limits.fetch is None:
         return None
     # Import it here, because it requires aiohttp, which the extra `serve` does not install.

@@ -57,7 +57,7 @@ class StrictModel(BaseModel):
         return {name: value for name, value in fields.items() if value is not None}
 
 
-# The only list, and the only object, that asks for nothing.
+# An empty list or object requests nothing.
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
 
@@ -81,6 +81,7 @@ class ImageURL(StrictModel):
     @field_validator("url")
     @classmethod
     def decode_url(cls, url: str) -> str | bytes:
+        """Return the content of a data URL or of plain base64; another URL is returned unchanged."""
         url = url.strip()
         scheme, colon, rest = url.partition(":")
         # No character of base64 is a colon. Some servers accept the content of a data URL alone.
@@ -111,6 +112,8 @@ def _decode_base64(text: str) -> bytes:
 
 
 def _decode_lenient_base64(text: str) -> bytes:
+    """Decode base64 with the usual deviations: white space, URL-safe characters, missing padding."""
+    # In a URL, `+` and `=` may be escaped.
     try:
         data = text.encode("ascii")
         if b"%" in data:

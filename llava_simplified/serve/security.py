@@ -157,6 +157,7 @@ class HostCheck:
                 )
 
     def _is_allowed(self, host: str) -> bool:
+        """Return whether the server answers requests for this host."""
         if host == "localhost" or host.endswith(".localhost") or host in self._allowed:
             return True
         try:
@@ -204,6 +205,7 @@ class KeyCheck:
         await app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
+        """Return whether a request contains the API key."""
         header = Request(scope).headers.get("authorization", "")
         scheme, _, key = header.partition(" ")
         # Compare in constant time, so that the duration reveals nothing about the key. Encode as Latin-1,

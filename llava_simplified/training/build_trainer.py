@@ -222,6 +222,7 @@ def _build_dataset(
     args: TrainingArguments,
     dataset_class: type[CaptionDataset] = CaptionDataset,
 ) -> CaptionDataset:
+    """Build a dataset of records, or of prompts for sampling."""
     # Prompts are not repeated for each of their references.
     one_per_record = data_args.share_prefix or dataset_class is PromptDataset
     return dataset_class(
@@ -237,6 +238,7 @@ def _build_dataset(
 def _describe_data(
     trainer: LlavaTrainer, train_set: CaptionDataset, examples: TrainingSet, prompt: Prompt
 ) -> str:
+    """Return a line about the data and the processes, for the log."""
     text = f"{len(train_set):,} training examples"
     if isinstance(examples, PackedDataset):
         text += f" in {len(examples):,} packs, {examples.fill_ratio:.1%} full"
@@ -299,6 +301,7 @@ def check_options(
 
 
 def _check_evaluation_options(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError if the options of evaluation contradict each other."""
     evaluates = args.eval_strategy != "no"
     if evaluates and not data_args.eval_data_path:
         strategy = IntervalStrategy(args.eval_strategy).value
@@ -342,6 +345,7 @@ def _check_objective(
 
 
 def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError for options that sampling does not support."""
     objective = args.objective
     if data_args.packing:
         raise ValueError(
@@ -364,6 +368,7 @@ def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
 
 
 def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Raise ValueError if the options of the vision tower contradict each other."""
     tuning, caching = model_args.tune_vision_tower, data_args.cache_vision_features
     check_cache_mode(caching)
     if tuning not in ("off", "full", "lora"):
@@ -376,6 +381,7 @@ def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -
 
 
 def _check_lora_options(model_args: ModelArguments) -> None:
+    """Raise ValueError if `--lora_options` is invalid or contradicts other options."""
     options = parse_lora_options(model_args.lora_options)
     if not options:
         return
@@ -481,6 +487,7 @@ def _default_instruction(records: Sequence[Record]) -> str:
 
 
 def _digest(option: str, name_or_path: str) -> str:
+    """Return the digest of a model's weights; errors name the option."""
     try:
         return weights_digest(name_or_path)
     except OSError as error:
@@ -531,7 +538,7 @@ def initialize_trained_parts(
         load_projector(model.projector, model_args.pretrain_mm_mlp_adapter)
     else:
         _scale_projector(model, train_set)
-    # Last: nothing is to be done if the adapter comes from a checkpoint.
+    # Do this last: it does nothing if the adapter was loaded from a checkpoint.
     initialize_pissa(model.language_model)
 
 

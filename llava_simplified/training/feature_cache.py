@@ -258,7 +258,8 @@ class FeatureCache:
 
 def _key_parts(tower: VisionTower, weights: str, pixels: bool) -> list[Any]:
     """Return everything that determines the value of a row, as JSON values in a fixed order."""
-    # Leave out what the transform does not do, so that caches stay valid when it learns to do more.
+    # Leave out the steps that this transform does not have (None). When a later version adds an optional step, the
+    # existing caches then remain valid.
     transform = {name: value for name, value in vars(tower.transform).items() if value is not None}
     parts: list[Any] = [transform]
     if not pixels:
@@ -351,7 +352,7 @@ class _ImageReader(Dataset["_ReadImage | None"]):
 class ImageFeatures:
     """The rows of one image folder by image name: `features["a.jpg"]` is a row of the cache.
 
-    An image takes 24 bytes (a hash of its name of 16 bytes, and the row number), so that the index of
+    An image takes 24 bytes (a hash of its name of 16 bytes, and the row number), so the index of
     millions of images can be sent to every data-loader worker.
     """
 

@@ -1,4 +1,4 @@
-"""Stop a run at a signal: finish the step, save a checkpoint, and say how to continue.
+"""Stop a run at a signal: finish the step, save a checkpoint, and print how to continue.
 
     Ctrl-C (SIGINT), or SIGTERM of a batch system      what happens
     once                                               the step is finished, `checkpoint-N` is saved, the run ends
@@ -77,8 +77,8 @@ class InterruptionCallback(TrainerCallback):
 
     @contextmanager
     def watch_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM as described above while the block runs."""
-        # Python permits it in the main thread only. Elsewhere, signals have their usual effect.
+        """Handle SIGINT and SIGTERM within a `with` block, as the module's docstring describes."""
+        # Python allows handlers in the main thread only. In other threads, signals keep their usual effect.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -93,6 +93,7 @@ class InterruptionCallback(TrainerCallback):
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
+        """Handle a signal."""
         if os.getpid() != self._pid:
             # A data loader worker has inherited this handler, and `ignore_interrupts` has not run yet. SIGTERM is how
             # its parent ends it.

@@ -183,6 +183,7 @@ def measure_lengths(model: Llava, data: DataArguments, args: TrainingArguments) 
 def _example_lengths(
     model: Llava, records: Sequence[Record], data: DataArguments, args: TrainingArguments
 ) -> list[ExampleLength]:
+    """Return the lengths of the examples that records become; images are not read."""
     if not records:
         return []
     dataset = CaptionDataset(

@@ -37,7 +37,7 @@ RewardFunction = Callable[[Sequence[str], Sequence[Sequence[str]], Sequence[str]
 
 BUILT_IN = ("cider", "bleu4", "rouge_l", "word_f1", "length")
 
-# References come back in every epoch, and each is compared with every sample of its image.
+# Cached, because each reference is compared with every sample of its image, in every epoch.
 _tokenize = lru_cache(maxsize=100_000)(tokenize)
 
 
@@ -61,7 +61,7 @@ class CiderScorer:
         num_images = 0
         for group in references:
             num_images += 1
-            # An n-gram counts once per image, in however many references it occurs.
+            # An n-gram counts once per image, even if several references contain it.
             distinct: set[NGram] = set()
             for reference in group:
                 distinct.update(_count_ngrams(tokenize(reference)))
@@ -94,7 +94,7 @@ class CiderScorer:
             for product, norm, other_norm in zip(products, norms, other_norms):
                 if norm > 0 and other_norm > 0:
                     cosines += product / (norm * other_norm)
-            # The server measures lengths in bigrams.
+            # The evaluation server of COCO measures the length of a caption in bigrams.
             difference = _num_bigrams(counts) - _num_bigrams(other_counts)
             penalty = math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
             total += penalty * cosines / MAX_ORDER
@@ -142,7 +142,7 @@ def _rouge_l(caption: str, references: Sequence[str]) -> float:
 
 
 def length_reward(caption: str, references: Sequence[str]) -> float:
-    """Return 1 for as many words as a reference, less the relative difference, 0 at the least."""
+    """Return 1 for as many words as a reference, less the relative difference; at least 0."""
     words = len(caption.split())
     best = 0.0
     for reference in references:

@@ -226,7 +226,7 @@ class LlavaTrainer(transformers.Trainer):
     # Three methods that other objectives than cross entropy override:
 
     def prepare_micro_batches(self, batches: list[Batch]) -> list[Batch]:
-        """Return the micro-batches of one step as they are trained: here as they were loaded."""
+        """Return the micro-batches to train on. Subclasses may replace those that were loaded."""
         return batches
 
     def count_items(self, batch: Mapping[str, Any]) -> int:
@@ -462,6 +462,7 @@ class LlavaTrainer(transformers.Trainer):
     def _length_grouped_sampler(
         self, dataset: Dataset[Any], batch_size: int
     ) -> LengthGroupedSampler:
+        """Return a sampler that puts examples of similar length into one batch."""
         tokens_per_image = self.unwrapped_model.vision_tower.num_tokens
         lengths = cast(TrainingSet, dataset).lengths(tokens_per_image)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -554,6 +555,7 @@ class LlavaTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _publish_checkpoint(self, staging: Path, name: str) -> None:
+        """Move a complete checkpoint from the staging folder to its final place."""
         # Correct the path of the best checkpoint, which the base method has set to the staging folder.
         best = self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.name == name or best.is_dir():
@@ -576,6 +578,7 @@ class LlavaTrainer(transformers.Trainer):
         return str(self._staging or self.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the full optimizer state and the schedule, in the process that saves."""
         state = self._gather_on_main_process(
             full_optimizer_state_dict(self.unwrapped_model, self.optimizer)
         )

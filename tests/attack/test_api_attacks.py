@@ -23,7 +23,6 @@ import pytest
 from bombs import png, zeros
 from hostile import (
     HUGE,
-    IS_COMPLETE,
     OTHER_TYPES,
     HealthyClient,
     connect,
@@ -32,12 +31,12 @@ from hostile import (
     nested,
     paths,
     replaced,
-    sample,
     statuses,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live_server import ATTENTION, CHAT, LiveServer, attention_body, live_server, user_message
+from sampling import IS_COMPLETE, sample
 
 from llava_simplified.model.llava import Llava
 from llava_simplified.serve import api

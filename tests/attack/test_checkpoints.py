@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HUGE, OTHER_TYPES, deleted, nested, paths, replaced, sample
+from hostile import HUGE, OTHER_TYPES, deleted, nested, paths, replaced
+from sampling import sample
 
 import llava_simplified
 from llava_simplified.data.transforms import ImageTransform

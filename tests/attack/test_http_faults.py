@@ -400,6 +400,7 @@ def outcomes() -> Iterator[dict[str, tuple[FetchResult, FetchResult]]]:
 
 
 @pytest.mark.medium
+@pytest.mark.xdist_group("http_faults")
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_costs_one_row(
     outcomes: dict[str, tuple[FetchResult, FetchResult]], name: str

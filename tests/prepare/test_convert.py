@@ -76,6 +76,7 @@ def test_convert_identifies_an_image_by_its_name_where_it_has_one(
         {"image": "front.jpg", address: page, "caption": "front of a chair"},
         {"image": "back.jpg", address: page, "caption": "back of a chair"},
         {"image": "front.jpg", address: f"{page}/other", "caption": "a chair"},
+        {"image": ".//front.jpg", address: page, "caption": "my chair"},
     ]
     separator = {"x.csv": ",", "x.tsv": "\t"}.get(name)
     lines = [json.dumps(row) for row in rows]
@@ -87,7 +88,10 @@ def test_convert_identifies_an_image_by_its_name_where_it_has_one(
         row["image"]: row.get("responses") or [row["response"]]
         for row in read_json(tmp_path / "o.json")
     }
-    expected = {"front.jpg": ["front of a chair", "a chair"], "back.jpg": ["back of a chair"]}
+    expected = {
+        "front.jpg": ["front of a chair", "a chair", "my chair"],
+        "back.jpg": ["back of a chair"],
+    }
     assert written == expected
 
 
