@@ -26,8 +26,8 @@ SCORES_OF_TEXTS = [
     )
 ]
 ORDER = [
-    ("options", "extras", "hub"),
-    ("jobs", "workers", "recipes", "small_models", "foreign_files"),
+    ("options", "extras", "foreign_files"),
+    ("hub", "jobs", "workers", "recipes", "small_models"),
     ("prompt", "html_report"),
     ("data",),
     ("prepare", *SCORES_OF_TEXTS),
