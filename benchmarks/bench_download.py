@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-import venv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ import loopback
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from peer_environment import create_peer_python, peer_cache
 
 HERE = Path(__file__).parent
 TIMEOUT = 5  # seconds
@@ -138,22 +138,6 @@ def describe_outcomes(kept: int, outcomes: int, rows: int, wrong: Counter[str]) 
 # ---- commands ----
 
 
-def create_peer_python(folder: Path) -> Path:
-    """Return the Python of img2dataset's virtual environment, which is created if it is missing."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        # Under a temporary name, so that what a killed run leaves is not taken for the whole. Its Python works at any
-        # path; only the scripts beside it, which are not used here, name the path that it was made at.
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        venv.create(part, with_pip=True)
-        install = [part / "bin" / "python", "-m", "pip", "install", "-q", "img2dataset==1.47.0"]
-        subprocess.run(install, check=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    return python
-
-
 def make_commands(
     args: argparse.Namespace, case: str, peer: Path, tsv: Path, table: Path, count: int
 ) -> dict[str, list[str]]:
@@ -249,7 +233,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_simplified"
     parser.add_argument("--count", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="http,resize,https", help="Cases to run")
@@ -270,9 +253,9 @@ def main() -> None:
         default=True,
         help="Run the tutorial's downloader, too (http only)",
     )
-    parser.add_argument("--peer-venv", type=Path, default=cache / "img2dataset")
+    parser.add_argument("--peer-venv", type=Path, default=peer_cache() / "img2dataset")
     args = parser.parse_args()
-    peer = create_peer_python(args.peer_venv)
+    peer = create_peer_python(args.peer_venv, ["img2dataset==1.47.0"])
     for case in args.only.split(","):
         with tempfile.TemporaryDirectory() as folder:
             run_case(case, args, peer, Path(folder))

@@ -299,19 +299,50 @@ class TrainingDefaults:
             "help": "Maximum number of text tokens per sample (an image counts as one)",
         },
     )
-    # Training on rewards, see `training.policy_trainer`.
+    # Training on rewards and preference pairs, see `training.policy_trainer` and `training.preference_trainer`.
     objective: str = field(
         default="sft",
         metadata={
-            "help": "What to train on: sft (the responses), or scst, rloo or grpo (the rewards of sampled captions), which "
-            "start from --init_from"
+            "help": "What to train on: sft (the responses), or, starting from --init_from: scst, rloo or grpo (the rewards of "
+            "sampled captions), or dpo (preference pairs, the keys chosen and rejected)"
         },
     )
     reward: str = field(
         default="cider",
         metadata={
             "help": "Rewards of captions with weights, such as cider=1.0,length=0.1: cider, bleu4, rouge_l, word_f1, "
-            "length, or module:function"
+            "length, clipscore, qa, or module:function"
+        },
+    )
+    reward_workers: int = field(
+        default=1,
+        metadata={
+            "help": "Number of processes that run the reward module:function; 0 runs it in the training process, without "
+            "a timeout"
+        },
+    )
+    reward_timeout: float = field(
+        default=60.0,
+        metadata={
+            "help": "Maximum duration in seconds of the rewards of module:function for a step, and of a request of qa"
+        },
+    )
+    reward_clip: str = field(
+        default="", metadata={"help": "Folder of a CLIP model, for the reward clipscore"}
+    )
+    reward_endpoint: str = field(
+        default="",
+        metadata={
+            "help": "Base URL of a server with OpenAI's API, such as http://127.0.0.1:8000/v1, for the reward qa"
+        },
+    )
+    reward_endpoint_model: str = field(
+        default="", metadata={"help": "Name of the model on --reward_endpoint"}
+    )
+    reward_tries: int = field(
+        default=1,
+        metadata={
+            "help": "How often qa asks each question, each time with its options in another order"
         },
     )
     num_samples: int = field(
@@ -330,6 +361,25 @@ class TrainingDefaults:
         default=None,
         metadata={
             "help": "Weight of the KL divergence from the weights at the start (default: 0.04 with grpo, else 0)"
+        },
+    )
+    dpo_beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Strength of the tie to the weights at the start with --objective dpo; a smaller value lets the model "
+            "move further away"
+        },
+    )
+    dpo_label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Assumed share of pairs whose chosen and rejected answers are swapped, below 0.5"
+        },
+    )
+    sft_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the supervised loss that is added: of the responses, with dpo of the chosen answer"
         },
     )
     # Checks before and during the run.
@@ -491,13 +541,22 @@ HELP_GROUPS = {
         "preflight",
         "resume_from_checkpoint",
     ),
-    "Rewards": (
+    "Rewards and preferences": (
         "objective",
         "reward",
+        "reward_workers",
+        "reward_timeout",
+        "reward_clip",
+        "reward_endpoint",
+        "reward_endpoint_model",
+        "reward_tries",
         "num_samples",
         "sample_temperature",
         "sample_max_tokens",
         "kl_coef",
+        "dpo_beta",
+        "dpo_label_smoothing",
+        "sft_weight",
     ),
     "Evaluation and checkpoints": (
         "eval_strategy",

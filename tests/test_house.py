@@ -25,6 +25,8 @@ SCORES_OF_TEXTS = [
         "rouge",
     )
 ]
+# Training asks a server for rewards, in the way in which `captioning` asks it for captions.
+CLIENT_OF_SERVERS = ["captioning/endpoint_client", "captioning/endpoint_options"]
 ORDER = [
     ("options", "extras", "foreign_files"),
     ("hub", "jobs", "workers", "recipes", "small_models"),
@@ -32,7 +34,7 @@ ORDER = [
     ("data",),
     ("prepare", *SCORES_OF_TEXTS),
     ("model",),
-    ("training_options", "data_option"),
+    ("training_options", "data_option", *CLIENT_OF_SERVERS),
     ("arguments",),
     ("training",),
     ("inspection", "captioning"),

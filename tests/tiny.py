@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -276,3 +277,41 @@ def looping(model: Llava, text: str) -> Iterator[None]:
     finally:
         handle.remove()
         DecodingBatch._prefill = prefill
+
+
+def save_tiny_clip(
+    folder: Path,
+) -> tuple[transformers.CLIPModel, PreTrainedTokenizerFast, CLIPImageProcessorPil]:
+    """Write a random CLIP model of two layers to a folder; return its parts."""
+    torch.manual_seed(2)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "</s>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text_config = {
+        **size,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 64,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    vision_config = {**size, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(
+        text_config=text_config, vision_config=vision_config, projection_dim=8
+    )
+    clip = transformers.CLIPModel(config).eval()
+    for parameter in clip.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)  # large enough that the words matter
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    for part in (clip, tokenizer, processor):
+        part.save_pretrained(folder)
+    return clip, tokenizer, processor

@@ -61,7 +61,7 @@ def plain_chat(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     turns = _list_turns(row, where)
     conversations = []
     for number, (role, content) in enumerate(turns):
-        text = _join_parts(content, images, f"{where}: turn {number}")
+        text = join_parts(content, images, f"{where}: turn {number}")
         conversations.append({"from": role, "value": text})
     plain = {key: value for key, value in row.items() if key not in _TURN_KEYS}
     plain["conversations"] = conversations
@@ -101,14 +101,18 @@ def _list_turns(row: Mapping[str, Any], where: str) -> list[tuple[Any, Any]]:
         if not isinstance(turn, dict):
             raise ValueError(f"{where}: turn {number} of {key!r} must be an object")
         check_turn_keys(turn, where)
-        if "role" in turn:
-            turns.append((turn["role"], turn.get("content")))
-        else:
-            turns.append(_llava_turn(turn))
+        turns.append(turn_of(turn))
     return turns
 
 
-def _join_parts(content: object, images: list[Any], where: str) -> object:
+def turn_of(turn: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return role and content of a turn, with the keys of chats or those of LLaVA."""
+    if "role" in turn:
+        return turn["role"], turn.get("content")
+    return turn.get("from"), turn.get("value")
+
+
+def join_parts(content: object, images: list[Any], where: str) -> object:
     """Return the text of a turn, with `<image>` for each image part.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from llava_simplified.data.records import (
     response_problem,
 )
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt
+from llava_simplified.prompt import IMAGE_INDEX, Message, Prompt, TokenizedPrompt
 
 MIN_ANSWER_TOKENS = 2  # one token and the end token
 
@@ -197,20 +197,11 @@ class CaptionDataset(Dataset[Example]):
         """
         if not responses:
             raise ValueError(f"{record.id}: no response to train on")
-        warnings: list[str] = []
-        prefix, answers = self.prompt.render_branches(record.turns, responses, record.id)
+        prefix, answers, warnings = self.tokenize_answers(record, responses)
         input_ids = list(prefix.input_ids)
         labels = list(prefix.labels)
         branches = [0] * len(input_ids)
-        # Every answer may have as many tokens as if it were the only one after the prompt.
-        room = self.max_length - len(prefix.input_ids)
-        for number, (answer, text) in enumerate(zip(answers, responses), start=1):
-            if len(answer) > room:
-                answer = self._truncate(record, text, room)
-                warnings.append(
-                    f"truncated answer, {record.id}: prompt and answer are longer than "
-                    f"--model_max_length {self.max_length}"
-                )
+        for number, answer in enumerate(answers, start=1):
             input_ids += answer
             labels += answer  # every token of an answer is trained, its end token included
             branches += [number] * len(answer)
@@ -221,6 +212,31 @@ class CaptionDataset(Dataset[Example]):
             branches=branches if len(answers) > 1 else None,
             id=record.id,  # the trainer names it if its loss is not finite
         )
+
+    def tokenize_answers(
+        self, record: Record, responses: Sequence[str]
+    ) -> tuple[TokenizedPrompt, list[list[int]], list[str]]:
+        """Return the prompt, the token ids of each answer, and a warning for each answer that is truncated.
+
+        Args:
+            record: The record.
+            responses: The answers. Each is truncated to `max_length` separately.
+
+        Raises:
+            ValueError: An answer is empty, or the prompt leaves no room for it.
+        """
+        warnings: list[str] = []
+        prefix, answers = self.prompt.render_branches(record.turns, responses, record.id)
+        # Every answer may have as many tokens as if it were the only one after the prompt.
+        room = self.max_length - len(prefix.input_ids)
+        for number, text in enumerate(responses):
+            if len(answers[number]) > room:
+                answers[number] = self._truncate(record, text, room)
+                warnings.append(
+                    f"truncated answer, {record.id}: prompt and answer are longer than "
+                    f"--model_max_length {self.max_length}"
+                )
+        return prefix, answers, warnings
 
     def _truncate(self, record: Record, text: str, room: int) -> list[int]:
         """Return the token ids of as many whole words as fit, and the end token.
@@ -274,7 +290,11 @@ def load_record_images(
 
 
 def set_bad_records_aside(
-    records: Records, max_bad_records: float, prompt: Prompt | None = None, max_length: int = 0
+    records: Records,
+    max_bad_records: float,
+    prompt: Prompt | None = None,
+    max_length: int = 0,
+    problem_of: Callable[[Record], str] = response_problem,
 ) -> Records:
     """Return the records that can be trained on, so that none of them ends a run in the middle.
 
@@ -286,6 +306,7 @@ def set_bad_records_aside(
         max_bad_records: Largest share of them that may be left out, `--max_bad_records`.
         prompt: Renders text to token ids; without it, only the records themselves are checked.
         max_length: Maximum number of tokens, `--model_max_length`. Prompts that leave no room for an answer are bad.
+        problem_of: Returns why a record cannot be trained on; empty if it can.
 
     Raises:
         ValueError: More cannot be used. The message names the first of them.
@@ -297,7 +318,7 @@ def set_bad_records_aside(
     for index in range(len(records)):
         try:
             record = records[index]
-            problem = response_problem(record)
+            problem = problem_of(record)
             if lengths is not None and not lengths.fit(record, max_length - MIN_ANSWER_TOKENS):
                 problem = problem or _no_room(record, max_length)
         except ValueError as error:

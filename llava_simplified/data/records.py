@@ -1,6 +1,7 @@
 """Records: parsed rows of a data set. A record is a captioned image, or a conversation about images.
 
-Three JSON formats are supported, beside the chat rows of other programs (see `chat_rows`):
+Three JSON formats are supported, beside the chat rows of other programs (see `chat_rows`), and preference pairs with
+the keys `chosen` and `rejected` in place of `response` (see `preference_rows`):
 
     {"image": "0.jpg", "instruction": "Describe it.", "response": "a cat"}
     {"image": "0.jpg", "instruction": "Describe it.", "responses": ["a cat", "my pet"]}
@@ -19,6 +20,8 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from llava_simplified.data.chat_rows import is_chat, path_of_image, plain_chat
+from llava_simplified.data.preference_rows import is_pair, plain_pair
+from llava_simplified.data.questions import QUESTIONS_KEY, Question, parse_questions
 from llava_simplified.data.rows import RowFile, open_rows
 from llava_simplified.data.unsupported import (
     check_placeholders,
@@ -54,14 +57,18 @@ class Record:
         turns: The conversation up to the last answer, which is not included. The user turns contain exactly one
             `<image>` per image.
         responses: The alternatives for the last answer (several captions of one image). A record without responses can
-            be captioned, but not trained on.
+            be captioned, but not trained on. Of a preference pair, the chosen answer.
         id: File name and row number, for messages: "train.json row 7".
+        rejected: The rejected answer of a preference pair; None for other records.
+        questions: Multiple-choice questions about the image, which only the reward `qa` uses.
     """
 
     images: tuple[str, ...]
     turns: tuple[Message, ...]
     responses: tuple[str, ...]
     id: str
+    rejected: str | None = None
+    questions: tuple[Question, ...] = ()
 
     @classmethod
     def from_json(cls, row: dict[str, Any], where: str) -> Record:
@@ -78,7 +85,11 @@ class Record:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
         # Convert the rows of other programs first, so that one parser suffices.
-        if is_chat(row):
+        rejected = None
+        if is_pair(row):
+            row = plain_pair(row, where)
+            rejected = row["rejected"]
+        elif is_chat(row):
             row = plain_chat(row, where)
         images = _parse_images(row, where)
         check_row_keys(row, images, where)
@@ -86,12 +97,30 @@ class Record:
             turns, responses = _parse_conversation(row["conversations"], where)
         else:
             turns, responses = _parse_instruction(row, where)
-        _check_texts(images, turns, responses, where)
+        if rejected is not None:
+            _check_open_question(responses, where)
+            responses = (row["chosen"],)
+        _check_texts(images, turns, (*responses, rejected or ""), where)
         return cls(
             images=images,
             turns=_place_images(turns, responses, len(images), where),
             responses=responses,
             id=where,
+            rejected=rejected,
+            questions=parse_questions(row.get(QUESTIONS_KEY, []), where),
+        )
+
+
+def _check_open_question(responses: Sequence[str], where: str) -> None:
+    """Refuse a pair whose prompt is answered already: it is unclear which answer belongs to it.
+
+    Raises:
+        ValueError: There is a response.
+    """
+    if responses:
+        raise ValueError(
+            f"{where}: 'chosen' and 'rejected' are the answers, but there is another one, {responses[0]!r:.80}; "
+            "remove the pair or the answer"
         )
 
 
@@ -336,6 +365,18 @@ def response_problem(record: Record) -> str:
         f"{record.id}: no response to train on, or an empty one. "
         "`llava clean` sets such records aside."
     )
+
+
+def pair_problem(record: Record) -> str:
+    """Return why a record cannot be trained on as a preference pair; empty if it can."""
+    if record.rejected is None:
+        return f"{record.id}: no preference pair; --objective dpo needs the keys 'chosen' and 'rejected'"
+    chosen, rejected = record.responses[0].strip(), record.rejected.strip()
+    if not chosen or not rejected:
+        return f"{record.id}: an answer of the pair is empty"
+    if chosen == rejected:
+        return f"{record.id}: both answers of the pair are equal, so neither is better"
+    return ""
 
 
 class BadRecords:

@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llava_simplified.data.questions import QUESTIONS_KEY
 from llava_simplified.prompt import IMAGE_PLACEHOLDER, Message
 
 _RECORD_KEYS = {
     *("id", "image", "images", "instruction", "response", "responses", "messages", "texts"),
-    *("conversations", "width", "height"),
+    *("conversations", "width", "height", "chosen", "rejected", QUESTIONS_KEY),
 }
 _TURN_KEYS = {"role", "content", "from", "value", "id", "name"}
 # Keys of media other than images, in the rows of other programs.

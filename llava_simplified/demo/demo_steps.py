@@ -60,17 +60,27 @@ class Demo:
     Args:
         output: Output folder.
         terminal: Where progress is shown. It escapes control characters.
+        num_steps: Number of steps, with the download.
+        expected_seconds: Expected duration of all steps after the download.
     """
 
-    def __init__(self, output: Path, terminal: Terminal) -> None:
+    def __init__(
+        self,
+        output: Path,
+        terminal: Terminal,
+        num_steps: int = NUM_STEPS,
+        expected_seconds: float = EXPECTED_SECONDS,
+    ) -> None:
         self.output = output
         self.terminal = terminal
+        self.num_steps = num_steps
+        self.expected_seconds = expected_seconds
         self.durations: list[float] = []  # seconds, of the finished steps
 
     def download(self, cache_dir: Path | None) -> DemoAssets:
         """Run the first step, and return the models and images."""
         self.terminal.print(f"The output of all commands is written to {self.output / 'log.txt'}.")
-        self._announce(0, DOWNLOAD, NUM_STEPS)
+        self._announce(0, DOWNLOAD, self.num_steps)
         watcher = Watcher(self, [DOWNLOAD], 0, None)
         with watcher:
             assets = fetch(cache_dir)
@@ -259,8 +269,8 @@ class Watcher:
         later = sum(step.seconds for step in self.steps[self.index + 1 :])
         seconds = max(expected - elapsed, 0.0) + later * measured / planned
         # During the download, the other steps are not known yet.
-        if len(self.steps) < NUM_STEPS:
-            seconds += EXPECTED_SECONDS
+        if len(self.steps) < self.demo.num_steps:
+            seconds += self.demo.expected_seconds
         if seconds < 60:
             return "less than a minute left"
         minutes = round(seconds / 60)

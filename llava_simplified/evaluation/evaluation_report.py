@@ -676,6 +676,11 @@ def _charts(runs: Sequence[Run], steps: Sequence[int] | None, log: Path | None) 
     if log:
         curves = read_training_log(log)
         cider_points = curves.pop("CIDEr-D")
+        reward_points = curves.pop("reward")
+        if reward_points:
+            del curves["training"]  # with rewards, the loss is not that of tokens
+            reward = {"reward": reward_points}
+            charts.append(line_chart("Reward during training", "of sampled captions", reward))
         losses = {name: points for name, points in curves.items() if points}
         if losses:
             charts.append(line_chart("Loss", "nats per token", losses))

@@ -37,17 +37,12 @@ class SampleView:
         self._tokens_per_image = tokens_per_image
 
     def render(self, record: Record) -> Iterator[Text | Table]:
-        """Yield a heading, the tokens of the first example of a record, and its length."""
+        """Yield a heading, the tokens of the first example of a record, and its length.
+
+        Of a preference pair, the tokens of the rejected answer follow.
+        """
         input_ids, labels = self._prompt.render(record.turns, record.responses[0], record.id)
-        table = Table(
-            "position",
-            "token",
-            "id",
-            "trained",
-            box=None,
-            header_style="bold",
-            padding=(0, 2, 0, 0),
-        )
+        table = _token_table()
         # Count positions of the language model, where an image has many; `input_ids` has one entry per image.
         position = 0
         for token, label in zip(input_ids, labels):
@@ -69,12 +64,31 @@ class SampleView:
         alternatives = ""
         if len(record.responses) > 1:
             alternatives = f" (the first of {len(record.responses)} responses)"
+        if record.rejected is not None:
+            alternatives = " (a preference pair, the chosen answer first)"
         images = ", ".join(record.images) or "no image"
         heading = escape_control_characters(f"{record.id}{alternatives}  {images}")
         yield Text(heading, "bold")
         yield table
         share = num_trained / position
         yield Text(f"{position} tokens, {num_trained} trained ({share:.0%})\n")
+        if record.rejected is not None:
+            yield from self._render_rejected(record)
+
+    def _render_rejected(self, record: Record) -> Iterator[Text | Table]:
+        """Yield the tokens of the rejected answer, which follows the same prompt."""
+        rejected = record.rejected or ""
+        prefix, [answer] = self._prompt.render_branches(record.turns, [rejected], record.id)
+        position = len(prefix.input_ids)
+        if self._tokens_per_image:
+            position += prefix.input_ids.count(IMAGE_INDEX) * (self._tokens_per_image - 1)
+        table = _token_table()
+        for number, token in enumerate(answer, start=position):
+            row = (str(number), Text(self.token_text(token)), str(token), "rejected")
+            table.add_row(*row, style="bold red")
+        yield Text("the rejected answer, after the same prompt", "bold")
+        yield table
+        yield Text(f"{len(answer)} tokens\n")
 
     def _add_image(self, table: Table, position: int) -> int:
         """Add the table row of an image, and return its number of positions."""
@@ -119,6 +133,18 @@ class SampleView:
             line = escape_control_characters(f"{name}: {width} x {height} pixels")
             lines.append(Text(line))
         return lines, problems
+
+
+def _token_table() -> Table:
+    return Table(
+        "position",
+        "token",
+        "id",
+        "trained",
+        box=None,
+        header_style="bold",
+        padding=(0, 2, 0, 0),
+    )
 
 
 def _make_visible(text: str) -> str:

@@ -337,7 +337,7 @@ class StaticDecoder:
         self._slots = []
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Remove all other rows of the batch; see `DecodingBatch._keep_rows`."""
+        """Remove all other rows of the batch; see `DecodingBatch._keep`."""
         self._slots = [self._slots[row] for row in rows]
         if not rows:
             self.release()

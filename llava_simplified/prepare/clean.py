@@ -36,7 +36,7 @@ from llava_simplified.data.images import (
     decode_image,
     read_image_bytes,
 )
-from llava_simplified.data.records import Record
+from llava_simplified.data.records import Record, pair_problem
 from llava_simplified.data.rows import RowFile, find_records, open_rows
 from llava_simplified.data.transforms import ImageTransform
 from llava_simplified.html_report import make_thumbnail
@@ -130,7 +130,16 @@ def validate_record(
         return ValidationResult(error.kind, str(error))
     except ValueError as error:
         return ValidationResult("not_a_record", str(error))
-    problems = _check_captions(record.responses, rules)
+    captions = record.responses
+    if record.rejected is not None:
+        problem = pair_problem(record)
+        if problem:
+            return ValidationResult("unusable_pair", problem)
+        captions = (*captions, record.rejected)
+    problems = _check_captions(captions, rules)
+    # A pair needs both of its answers.
+    if record.rejected is not None and problems:
+        return ValidationResult(next(iter(problems.values())), repr(captions)[:_SHOWN_CAPTION])
     # This condition is also true for a record without any response.
     if len(problems) == len(record.responses):
         reason = problems.get(0, "no_caption")

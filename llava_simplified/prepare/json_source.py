@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from llava_simplified.data.chat_rows import is_chat, plain_chat
+from llava_simplified.data.preference_rows import PAIR_KEYS, is_pair, plain_pair
 from llava_simplified.data.records import image_names
 from llava_simplified.data.rows import BOM, scan_json
 from llava_simplified.prepare.source_files import open_source, read_lines
@@ -381,8 +382,13 @@ def row_from_mapping(
 
 
 def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Iterator[SourceRow]:
-    """Yield the row of a record; nothing for a malformed chat."""
-    if is_chat(record):
+    """Yield the row of a record; nothing for a malformed chat, or a pair that nothing can be learned from."""
+    if is_pair(record):
+        plain = _check_pair(record, number, issues)
+        if plain is None:
+            return
+        record = plain
+    elif is_chat(record):
         try:
             record = plain_chat(record, "chat")
         except ValueError as error:
@@ -392,6 +398,28 @@ def _record_row(record: dict[str, Any], number: int, issues: ParseIssues) -> Ite
     # A row is identified by its image, if it has only one.
     image = images[0] if len(images) == 1 else ""
     yield SourceRow(number, image, "", _last_answers(record), record=record)
+
+
+def _check_pair(record: dict[str, Any], number: int, issues: ParseIssues) -> dict[str, Any] | None:
+    """Return a preference pair in the form of records; None if nothing can be learned from it, which is noted."""
+    if not all(record[key] for key in PAIR_KEYS):
+        issues.note("pair with an empty answer (skipped)", number, record)
+        return None
+    try:
+        plain = plain_pair(record, "pair")
+    except ValueError as error:
+        issues.note("malformed pair (skipped)", number, error)
+        return None
+    chosen, rejected = (plain[key].strip() for key in PAIR_KEYS)
+    if not chosen or not rejected:
+        issues.note("pair with an empty answer (skipped)", number, record)
+        return None
+    if chosen == rejected:
+        issues.note("pair with equal answers (skipped)", number, chosen)
+        return None
+    if not image_names(plain):
+        issues.note("pair without an image (kept)", number, chosen)
+    return plain
 
 
 def row_from_text(value: object, number: int) -> SourceRow | None:
@@ -414,7 +442,9 @@ def _karpathy_row(value: dict[str, Any], number: int, split: str) -> SourceRow:
 
 
 def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """Return the alternatives of a record's last answer."""
+    """Return the alternatives of a record's last answer; of a pair, the chosen one."""
+    if is_pair(record):
+        return (as_text(record["chosen"]),)
     if "conversations" in record:
         last_turn = _as_list(record["conversations"])[-1:]
         return tuple(as_text(turn.get("value")) for turn in last_turn if isinstance(turn, dict))
@@ -424,10 +454,10 @@ def _last_answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def is_record(value: dict[str, Any]) -> bool:
-    """Return whether a JSON object is a record already: in LLaVA's format, the tutorial's, or a chat."""
+    """Return whether a JSON object is a record already: in LLaVA's format, the tutorial's, a chat, or a pair."""
     if "conversations" in value or "instruction" in value:
         return True
-    return is_chat(value)
+    return is_chat(value) or is_pair(value)
 
 
 def parse_object(text: str) -> dict[str, Any] | None:

@@ -115,10 +115,12 @@ class RecordWriter:
 
         rows = []
         for record in self._rows:
-            if not isinstance(record.get("image"), str) or not record.get("instruction"):
+            is_pair = "rejected" in record
+            if is_pair or not isinstance(record.get("image"), str) or not record.get("instruction"):
                 raise ValueError(
                     f"{self.path}: a Parquet file of records has the columns image, instruction and responses, but "
-                    f"this record has {', '.join(sorted(record))}. Write conversations to .json or .jsonl."
+                    f"this record has {', '.join(sorted(record))}. Write conversations and preference pairs to .json or "
+                    ".jsonl."
                 )
             # Convert a single response to a list, since a Parquet column has one type.
             responses = record.get("responses") or [record.get("response")]

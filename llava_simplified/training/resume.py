@@ -62,10 +62,16 @@ _MUST_NOT_CHANGE = (
     "tune_vision_tower",
     "objective",
     "reward",
+    "reward_clip",
+    "reward_endpoint_model",
+    "reward_tries",
     "num_samples",
     "sample_temperature",
     "sample_max_tokens",
     "kl_coef",
+    "dpo_beta",
+    "dpo_label_smoothing",
+    "sft_weight",
 )
 # Changes of these are not reported. "steps" and "epochs" are progress, not options.
 _NOT_COMPARED = {

@@ -23,7 +23,7 @@ from sampling import sample
 
 import llava_simplified
 from llava_simplified.data.transforms import ImageTransform
-from llava_simplified.evaluation.clip_metrics import _ClipEmbedder
+from llava_simplified.evaluation.clip_metrics import ClipEmbedder
 from llava_simplified.hub import check_model_config
 from llava_simplified.inspection import inspect_command
 from llava_simplified.model.build import build_model, load_tokenizer
@@ -292,7 +292,7 @@ def test_code_of_a_checkpoint_is_not_executed(
         lambda: Llava.from_pretrained(checkpoint, vision_tower=str(poisoned["clip"])),
         lambda: read_tokenizer(poisoned["mistral"]),
         lambda: ImageTransform.from_pretrained(poisoned["clip"]),
-        lambda: _ClipEmbedder(poisoned["clip"]),
+        lambda: ClipEmbedder(poisoned["clip"]),
         lambda: inspect_command.main(
             ["--data", "x", "--model_name_or_path", str(poisoned["mistral"])]
         ),
