@@ -209,9 +209,11 @@ def main() -> None:
     parser.add_argument("--image", default="1f44b-1f3fd.png", help="A training drawing")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples")
     args = parser.parse_args()
+    reward_demo = args.demo / "reward"
     values = {
         "step": follow_step(args.demo / "model", args.cache_dir, args.image, args.seed),
-        "run": read_run(args.demo / "reward"),
+        # The page leaves out what has not been run.
+        "run": read_run(reward_demo) if (reward_demo / "scores.json").is_file() else None,
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DOCS),

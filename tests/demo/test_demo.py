@@ -105,21 +105,31 @@ def check_documentation_scripts(
     """Run what `make docs` runs, the tutorial and the README's image, with the demo's model."""
     monkeypatch.syspath_prepend(DOCS)
     import make_picture
+    import make_rewards
     import make_tutorial
 
     # The scripts must write here, and not into docs/. The template stays where it is looked for.
-    shutil.copy(DOCS / "tutorial.md.j2", tmp_path)
-    monkeypatch.setattr(make_tutorial, "DOCS", tmp_path)
-    monkeypatch.setattr(make_tutorial, "FIGURES", tmp_path / "img")
+    for script in (make_tutorial, make_rewards):
+        monkeypatch.setattr(script, "DOCS", tmp_path)
+        monkeypatch.setattr(script, "FIGURES", tmp_path / "img")
+    for name in ("tutorial.md.j2", "rewards.md.j2"):
+        shutil.copy(DOCS / name, tmp_path)
     image = tmp_path / "demo.png"
     tutorial_words = ["--checkpoint", str(output / "model"), "--image", "12.jpg"]
     image_words = ["--predictions", str(output / "predictions.json"), "--output", str(image)]
-    for script, words in ((make_tutorial, tutorial_words), (make_picture, image_words)):
+    reward_words = ["--demo", str(output), "--image", "3.jpg"]
+    for script, words in (
+        (make_tutorial, tutorial_words),
+        (make_picture, image_words),
+        (make_rewards, reward_words),
+    ):
         monkeypatch.setattr(script, "fetch", lambda _: tiny)
         monkeypatch.setattr(sys, "argv", [script.__name__, *words])
         script.main()
-    assert headings(tmp_path / "tutorial.md") == headings(DOCS / "tutorial.md")
-    linked = set(re.findall(r"\(img/([^)]+)\)", (tmp_path / "tutorial.md").read_text()))
+    linked = set()
+    for name in ("tutorial.md", "rewards.md"):
+        assert headings(tmp_path / name) == headings(DOCS / name)
+        linked |= set(re.findall(r"\(img/([^)]+)\)", (tmp_path / name).read_text()))
     assert {path.name for path in (tmp_path / "img").iterdir()} >= linked
     assert image.is_file()
 
