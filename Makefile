@@ -15,6 +15,9 @@ endif
 CORE := $(VENV)/.core
 STAMP := $(VENV)/.installed
 
+# Where it is set, every process of the tests would compile torch and transformers again
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup setup-browser demo demo-long demo-reward one-file docs site test test-quick fuzz lint bench constraints clean
 
 # what `make demo` needs: the core, the reader of the language model's file, and what its last lines suggest to run
@@ -73,16 +76,17 @@ site: $(STAMP)
 
 # all tests, in at most five minutes on two cores. Coverage (lines and branches) under 92 % is a failure
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --maxschedchunk 2 --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term
 
 # within a minute, for every commit: no processes, no browser, no training of seconds
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not medium and not slow"
 
-# all of the attacks, of which `make test` takes a sample; then ten minutes each: random bytes for every door where
-# strangers' bytes come in
+# everything of which `make test` takes a sample; then ten minutes each: random bytes for every door where strangers'
+# bytes come in
+SAMPLED := tests/attack tests/test_handover.py tests/evaluation/test_ptb_tokenizer.py tests/prepare/test_reader_memory.py
 fuzz: $(STAMP)
-	FUZZ=1 $(BIN)/python -m pytest -n 2 tests/attack
+	FUZZ=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(SAMPLED)
 	$(INSTALL) -e '.[fuzz]'
 	for target in images shards sources config prompt http; do $(BIN)/python -W ignore tests/fuzz/fuzz.py $$target -max_total_time=600 || exit 1; done
 

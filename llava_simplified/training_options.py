@@ -26,7 +26,7 @@ from llava_simplified.options import normalize_spelling
 class ModelArguments:
     """Options for the parts of the model, and for which of them are trained."""
 
-    # Without a default: nobody should download 14 GB because an option is missing.
+    # This has no default: a forgotten option should not start a download of 14 GB.
     model_name_or_path: str = field(
         default="",
         metadata={
@@ -37,10 +37,11 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False,
         metadata={
-            "help": "Run the Python code that the language model or its tokenizer comes with; whoever "
-            "wrote it can then do what you can do on this machine"
+            "help": "Run the Python code that the language model or its tokenizer comes with; its author "
+            "can then do whatever you can do on this machine"
         },
     )
+    # The vision tower, and what the projector makes of its features.
     vision_tower: str = field(
         default="openai/clip-vit-base-patch16",
         metadata={"help": "Vision tower: CLIP, SigLIP, DINOv2, ViT, EfficientNet, and others"},
@@ -150,7 +151,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        # One spelling of the same options: a resumed run compares them.
+        # Normalize the text, because a resumed run compares it with the stored one.
         options = parse_lora_options(self.lora_options)
         self.lora_options = json.dumps(options, sort_keys=True) if options else ""
 
@@ -170,10 +171,11 @@ class DataArguments:
     sidecar: str = field(
         default="",
         metadata={
-            "help": "Sidecars of the images of --data: txt, caption (default: both), or lines if each line is a caption; "
-            "caption,lines is possible too"
+            "help": "Which text files beside the images of --data are read: txt or caption (default: both); with `lines`, "
+            "each line is a separate caption (combine them: caption,lines)"
         },
     )
+    # Files of records. `data` sets the two options for training if it is given.
     train_data_path: str | None = field(
         default=None,
         metadata={"help": "Training records: a .json, .jsonl or .parquet file"},
@@ -228,6 +230,7 @@ class DataArguments:
         default=8.0,
         metadata={"help": "Maximum size of the cache in GB with --cache_vision_features auto"},
     )
+    # A few bad images or records are tolerated. Many mean that something is wrong with the data or the options.
     max_bad_images: float = field(
         default=0.01,
         metadata={"help": "Maximum fraction of unreadable images; above it, training stops"},
@@ -265,6 +268,7 @@ class TrainingDefaults:
             "the command line has precedence"
         },
     )
+    # Learning rates: each part can have its own.
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate"})
     mm_projector_lr: float | None = field(
         default=None,
@@ -378,6 +382,7 @@ class TrainingDefaults:
             "help": "Weight of the supervised loss that is added: of the responses, with dpo of the chosen answer"
         },
     )
+    # Checks before and during the run.
     preflight: str = field(
         default="auto",
         metadata={
@@ -593,14 +598,14 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Show the other options of transformers.TrainingArguments too, and exit",
     )
-    own = {
-        option.name: option
-        for arguments in (ModelArguments, DataArguments, TrainingDefaults)
-        for option in fields(arguments)
-    }
+    own: dict[str, Field[Any]] = {}
+    for arguments in (ModelArguments, DataArguments, TrainingDefaults):
+        for option in fields(arguments):
+            own[option.name] = option
     for heading, names in HELP_GROUPS.items():
         group = parser.add_argument_group(heading)
         for name in names:
+            # An option of this package, or one of transformers.
             if name in own:
                 _add_option(group, name, _default_of(own[name]), own[name].metadata["help"])
             else:
@@ -621,7 +626,9 @@ def _add_option(group: Any, name: str, default: Any, help_text: str) -> None:
     # Escape %, because argparse formats help texts with %, as in "%(default)s".
     text = help_text.replace("%", "%%")
     if default not in (None, ""):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = default
+        if isinstance(default, list):
+            shown = " ".join(map(str, default))
         text += f" (default: {shown})"
     # Dataclass fields have no metavar: use the last word of the option's name.
     metavar = name.rpartition("_")[2].upper()
@@ -655,6 +662,7 @@ def _add_inherited_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Other options of transformers.TrainingArguments")
     inherited = transformers.HfArgumentParser(transformers.TrainingArguments)  # type: ignore[arg-type]
     for action in inherited._actions:
+        # Skip options that the parser has already.
         shown = [name for name in action.option_strings if name in parser._option_string_actions]
         if not shown and action.dest not in INHERITED:
             group._add_action(action)

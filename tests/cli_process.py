@@ -7,6 +7,7 @@ and variables that libraries read while they are imported, such as OMP_WAIT_POLI
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -25,6 +26,8 @@ from types import MappingProxyType
 
 import pytest
 
+from llava_simplified import workers
+
 # A module that is not installed is left out.
 PRELOADED = [
     "deepspeed",
@@ -34,6 +37,7 @@ PRELOADED = [
     "llava_simplified.serve.api",
     "llava_simplified.training.build_trainer",
     "llava_simplified.training.train_command",
+    "matplotlib.backends.backend_agg",
     "transformers.models.clip.modeling_clip",
     "transformers.models.mistral.modeling_mistral",
 ]
@@ -56,6 +60,8 @@ def fork_process(target: Callable[..., None], *args: object) -> BaseProcess:
 
 
 def _run_function(target: Callable[..., None], args: tuple[object, ...]) -> None:
+    # The end of a training collects garbage several times; what the server has imported is none.
+    gc.freeze()
     # Otherwise the workers of data loaders would be started by a server, too, unlike those of a command.
     multiprocessing.set_start_method(None, force=True)
     target(*args)
@@ -148,6 +154,9 @@ def _run_words(
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if sys.platform == "linux":
+        # Like a command that has not imported torch, unlike the server that this process is a fork of.
+        workers.start_method = lambda: "fork"
     sys.argv = words
     if words[0] == "llava":
         from llava_simplified.cli import main

@@ -6,7 +6,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Test processes share the cores. With the default, OpenMP threads that wait spin and slow the other processes down.
+# Test processes share the cores, and tiny models gain nothing by several threads. Commands inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The compiler is used for a few tiny layers: starting its worker processes takes longer than the compilation.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -14,12 +15,15 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # The environment must be set before torch and transformers are imported. The fixtures import them, not this file:
 # the process that distributes the tests reads this file, too, and the others wait for it.
 import functools
+import gc
 import io
 import json
 import logging
 import ssl
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,11 +45,79 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """Compute with two threads, whatever the machine has."""
+def one_thread() -> None:
+    """Compute with one thread, whatever the machine has."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Exclude what has been imported from garbage collection.
+
+    There are a million objects. Every run of a trainer collects several times, for a quarter of a second each.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers_are_forked() -> Iterator[None]:
+    """Fork the worker processes of commands, as commands do that have not imported torch.
+
+    A spawned one imports everything for a second. `one_thread` makes it safe: torch has no threads that a fork
+    could lose. test_platforms.py has spawned ones.
+    """
+    from llava_simplified import workers
+
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.platform == "linux":
+            patch.setattr(workers, "start_method", lambda: "fork")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plots_are_drawn_once() -> Iterator[None]:
+    """Draw the plot of the first run, and copy it for the others: drawing takes a third of a tiny run."""
+    from llava_simplified.extras import require_extra
+    from llava_simplified.training import plots
+
+    draw = plots.plot_training
+    drawn: list[bytes] = []
+
+    def plot_once(log: Path, output: Path) -> None:
+        require_extra("report", "matplotlib", purpose="the plot of a run")
+        if drawn:
+            output.write_bytes(drawn[0])
+        else:
+            draw(log, output)
+            drawn.append(output.read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "plot_training", plot_once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def towers_are_traced_once() -> Iterator[None]:
+    """Trace a vision tower once for each config: the tests build a thousand models from a few configs."""
+    from llava_simplified.model.vision import VisionTower
+
+    trace = VisionTower._trace
+    shapes: dict[tuple[Any, ...], Any] = {}
+
+    def trace_once(tower: VisionTower) -> Any:
+        config = tower.model.config.to_json_string(use_diff=False)
+        options = (tower.select_layers, tower.select_feature, tower.token_pool)
+        key = (config, *options, tower.transform.crop)
+        if key not in shapes:
+            shapes[key] = trace(tower)
+        return shapes[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionTower, "_trace", trace_once)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,7 +133,7 @@ def certificates_are_read_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_folder(tmp_path_factory: pytest.TempPathFactory, towers_are_traced_once: None) -> Path:
     """A folder with tiny random models (`mistral`, `clip`, ...) in the form of the hub."""
     from tiny import save_language_model, save_vision_model
 

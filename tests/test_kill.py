@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +36,8 @@ from llava_simplified.model.build import build_model
 from llava_simplified.model.checkpoint import save_checkpoint
 from llava_simplified.model.config import LlavaConfig, TrainedParts
 
-Process = subprocess.Popen[bytes] | ForkedProcess
-LLAVA = [sys.executable, "-m", "llava_simplified.cli"]
+NUM_SIDECAR_IMAGES = 240
+MAX_DELAY = 0.4  # seconds from the first progress to the kill
 # A worker looks every half second whether its parent lives.
 WORKERS_END = 1.5
 
@@ -71,12 +70,20 @@ class Case:
 @contextmanager
 def download_inputs(folder: Path) -> Iterator[tuple[Path, list[Job]]]:
     with loopback.running(0.05) as port:
-        yield write_source(folder, port, 1600)
+        yield write_source(folder, port, 700)
 
 
 def download_command(inputs: tuple[Path, list[Job]], output: Path) -> list[str]:
     tsv, _ = inputs
-    words = [*LLAVA, "download", str(tsv), "--output", str(output), "--shard-size", str(SHARD_SIZE)]
+    words = [
+        "llava",
+        "download",
+        str(tsv),
+        "--output",
+        str(output),
+        "--shard-size",
+        str(SHARD_SIZE),
+    ]
     words += ["--workers", "2", "--timeout", "20", "--allow-private", "--retries", "0"]
     return [*words, "--concurrency", "8"]
 
@@ -141,7 +148,7 @@ def clean_inputs(folder: Path) -> Iterator[Path]:
 def clean_command(records: Path, output: Path) -> list[str]:
     output.mkdir(exist_ok=True)
     words = [
-        *LLAVA,
+        "llava",
         "clean",
         str(records),
         "--output",
@@ -227,8 +234,8 @@ EXISTING_TEXTS = (b"by hand\n", b"\xef\xbb\xbftag, tag\r\n", b"one\r\ntwo", "grÃ
 
 @contextmanager
 def sidecar_inputs(folder: Path) -> Iterator[tuple[Path, Path]]:
-    with caption_inputs(folder, 300) as (checkpoint, images):
-        for number in range(0, 300, 3):
+    with caption_inputs(folder, NUM_SIDECAR_IMAGES) as (checkpoint, images):
+        for number in range(0, NUM_SIDECAR_IMAGES, 3):
             text = EXISTING_TEXTS[number % len(EXISTING_TEXTS)]
             (images / f"{number:03}.txt").write_bytes(text)
         yield checkpoint, images
@@ -238,7 +245,7 @@ def sidecar_command(inputs: tuple[Path, Path], output: Path, *options: str) -> l
     checkpoint, images = inputs
     if not output.exists():
         shutil.copytree(images, output)
-    words = [*LLAVA, "caption", str(output), "--model-path", str(checkpoint), "--write", "txt"]
+    words = ["llava", "caption", str(output), "--model-path", str(checkpoint), "--write", "txt"]
     words += ["--batch-size", "2", "--max-new-tokens", "12", "--temperature", "1"]
     return [*words, *options]
 
@@ -264,7 +271,7 @@ def compare_sidecars(inputs: tuple[Path, Path], undisturbed: Path, resumed: Path
     # The images 050, 100, ... cannot be read.
     failures = ".llava-caption.jsonl.bad.jsonl"
     assert expected.keys() - before.keys() - {failures} == {
-        f"{number:03}.txt" for number in range(300) if number % 3 and number % 50
+        f"{number:03}.txt" for number in range(NUM_SIDECAR_IMAGES) if number % 3 and number % 50
     }
     assert all(expected[name] == data for name, data in before.items() if name.endswith(".jpg"))
 
@@ -353,7 +360,7 @@ CASES = [
     Case("caption", 3, caption_inputs, caption_command, captioned_records, compare_captions),
     Case(
         "sidecars",
-        5,
+        3,
         sidecar_inputs,
         sidecar_command,
         written_sidecars,
@@ -361,7 +368,7 @@ CASES = [
     ),
     Case(
         "append",
-        5,
+        3,
         sidecar_inputs,
         append_command,
         written_sidecars,
@@ -390,15 +397,15 @@ def test_killed_command_continues_and_gives_the_same_result(case: Case, tmp_path
         for kill in range(case.kills):
             process = start(command)
             wait_for_progress(process, case, resumed, len(finished))
-            time.sleep(0.8 * rng.random())
+            time.sleep(MAX_DELAY * rng.random())
             assert process.poll() is None, "too fast: give the case more inputs"
             # Kill all processes, or only the parent: then its workers must end by themselves.
             if kill % 2:
                 os.killpg(process.pid, signal.SIGKILL)
             else:
                 process.kill()
+                time.sleep(WORKERS_END)
             process.wait()
-            time.sleep(WORKERS_END)
             now = case.finished(resumed)
             assert_not_done_again(finished, now)
             finished = now
@@ -418,24 +425,16 @@ def test_killed_command_continues_and_gives_the_same_result(case: Case, tmp_path
     assert not list(resumed.rglob("*.lock"))
 
 
-def start(command: list[str]) -> Process:
-    """Start a command as the leader of its process group.
-
-    Commands that use torch are forked, which saves seconds. The others start their workers by a fork, which they
-    do not do where torch has been imported.
-    """
-    if command[0] == "llava":
-        return ForkedProcess(command, new_session=True)
-    return subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def start(command: list[str]) -> ForkedProcess:
+    """Start a command as the leader of its process group."""
+    return ForkedProcess(command, new_session=True)
 
 
 def run_to_the_end(command: list[str]) -> None:
     assert start(command).wait() == 0
 
 
-def wait_for_progress(process: Process, case: Case, output: Path, before: int) -> None:
+def wait_for_progress(process: ForkedProcess, case: Case, output: Path, before: int) -> None:
     """Wait until the command has finished something more than `before` items."""
     while len(look(case, output)) <= before:
         assert process.poll() is None, "too fast: give the case more inputs"

@@ -6,8 +6,6 @@ import argparse
 import logging
 import os
 import re
-import subprocess
-import sys
 import unicodedata
 from collections import defaultdict
 from pathlib import Path
@@ -116,19 +114,6 @@ def test_misspelt_options_name_the_nearest(name: str, capsys: pytest.CaptureFixt
             assert exit_.value.code == 2
             printed = capsys.readouterr().err
             assert f"unknown option {misspelt}; did you mean --" in printed
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_parser_imports_nothing_heavy(name: str) -> None:
-    module, _, function = COMMANDS[name].parser.partition(":")
-    code = (
-        "import sys, importlib\n"
-        f"importlib.import_module({module!r}).{function}().format_help()\n"
-        "assert not {'torch', 'transformers', 'pyarrow', 'aiohttp'} & sys.modules.keys()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -13,6 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent / "prepare"))
+
+from downloads import SHARD_SIZE, check_output, write_source
+from servers import Server, loopback_server  # noqa: F401 - a fixture
+
+from llava_simplified.prepare.download import download
+from llava_simplified.prepare.fetch_options import FetchOptions
 from llava_simplified.workers import TaskResult, event_loop, parse_slice, run_tasks
 
 
@@ -143,17 +150,30 @@ def test_run_tasks_refuses_an_unknown_or_missing_engine(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_run_tasks_on_ray_returns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray", reason="the ray extra is not installed")
-    # So that Ray's processes can import this file.
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    results = list(run_tasks(square, range(6), engine="ray", workers=2))
-    assert results_by_task(results) == {number: number * number for number in range(6)}
+def test_run_tasks_and_download_on_ray_return_the_same(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="the ray extra is not installed")
+    # So that Ray's processes can import this file and those beside it.
+    folders = [Path(__file__).parent, Path(__file__).parent / "prepare"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    squares = run_tasks(square, range(6), engine="ray", workers=2)
+    results = [next(squares)]
+    # Ray was started for the first run; the others use it while that run goes on.
+    assert ray.is_initialized()
     paths = [str(tmp_path / name) for name in ("good0", "bad1", "good2")]
     killed = run_tasks(die_once, paths, engine="ray", workers=2)
     assert sorted(done.result for done in killed) == sorted(paths)
     (failed,) = run_tasks(fail_always, [7], engine="ray", workers=1)
     assert "row 7 is wrong" in failed.error
+    tsv, url_jobs = write_source(tmp_path, server.port)
+    output = tmp_path / "out"
+    options = FetchOptions(allow_private=True, timeout=20, retries=0)
+    download(str(tsv), str(output), options, shard_size=SHARD_SIZE, workers=1, engine="ray")
+    check_output(output, url_jobs)
+    results += squares
+    assert results_by_task(results) == {number: number * number for number in range(6)}
+    assert not ray.is_initialized()
 
 
 def test_parse_slice_covers_all_tasks_once() -> None:

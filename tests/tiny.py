@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 if TYPE_CHECKING:
+    from llava_simplified.model.config import LlavaConfig
     from llava_simplified.model.llava import Llava
 
 CAPTIONS = [
@@ -34,6 +37,15 @@ MISTRAL_TEMPLATE = (
 
 def make_tokenizer(template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokenizerFast:
     """Return a small byte-level BPE tokenizer, trained on the captions."""
+    tokenizer = Tokenizer.from_str(_train_tokenizer())
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = template
+    return fast
+
+
+@functools.cache
+def _train_tokenizer() -> str:
+    """Return the tokenizer as JSON."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,9 +56,7 @@ def make_tokenizer(template: str | None = MISTRAL_TEMPLATE) -> PreTrainedTokeniz
     )
     texts = [*CAPTIONS, "Generate a caption of this image: [INST] [/INST]"]
     tokenizer.train_from_iterator(texts * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = template
-    return fast
+    return tokenizer.to_str()
 
 
 def make_language_model(kind: str, vocabulary: int) -> PreTrainedModel:
@@ -162,6 +172,53 @@ def save_vision_model(kind: str, folder: Path) -> str:
     return str(folder)
 
 
+def build_llava(
+    models_folder: Path, language_model: str = "mistral", tower: str = "clip", **config: Any
+) -> Llava:
+    """Build a model in evaluation mode, with image tokens that are large enough to matter.
+
+    With PyTorch's default initialization these random models would ignore their images.
+
+    Args:
+        models_folder: The fixture.
+        language_model: Kind of the language model.
+        tower: Kind of the vision tower.
+        config: More fields of `LlavaConfig`.
+    """
+    from llava_simplified.model.build import build_model
+
+    torch.manual_seed(2)
+    model = build_model(_llava_config(models_folder, language_model, tower, **config))
+    for parameter in model.projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+def save_llava(
+    models_folder: Path,
+    folder: Path,
+    language_model: str = "mistral",
+    tower: str = "clip",
+    **config: Any,
+) -> Path:
+    """Write the model of `build_llava` as a checkpoint, and return its folder."""
+    from llava_simplified.model.checkpoint import save_checkpoint
+    from llava_simplified.model.config import TrainedParts
+
+    model = build_llava(models_folder, language_model, tower, **config).requires_grad_(False)
+    llava_config = _llava_config(models_folder, language_model, tower, **config)
+    save_checkpoint(model, folder, llava_config, TrainedParts())
+    return folder
+
+
+def _llava_config(
+    models_folder: Path, language_model: str, tower: str, **config: Any
+) -> LlavaConfig:
+    from llava_simplified.model.config import LlavaConfig
+
+    return LlavaConfig(str(models_folder / language_model), str(models_folder / tower), **config)
+
+
 @contextmanager
 def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
     """Let the vision tower return NaN for one image: all logits of its sequences become NaN."""
@@ -180,6 +237,46 @@ def nan_features_for(model: Llava, photo: bytes) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def looping(model: Llava, text: str) -> Iterator[None]:
+    """Let the language model repeat a text without end once it has begun: each token leads to the next one.
+
+    The tokens of the text must differ. What the model generates after other tokens does not change.
+    """
+    from llava_simplified.model.generation import DecodingBatch
+
+    first = model.prompt.encode_start(text)
+    # The first word has another token when there is a space before it.
+    ids = model.prompt.encode_start(f"{text} {text}")
+    assert ids[: len(first)] == first
+    assert len(set(ids[len(first) :])) == len(ids) - len(first)
+    following = dict(pairwise([*ids, ids[len(first)]]))
+
+    def force(logits: torch.Tensor, newest: Iterable[int]) -> None:
+        for row, token in enumerate(newest):
+            if token in following:
+                logits[row, following[token]] = 1e4
+
+    def force_step(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("input_ids") is not None:  # the prefill has embeddings instead
+            force(output.logits[:, -1], kwargs["input_ids"][:, -1].tolist())
+
+    prefill = DecodingBatch._prefill
+
+    def forced_prefill(batch: DecodingBatch, prompts: Any, image_features: Any) -> tuple:
+        outputs = prefill(batch, prompts, image_features)
+        force(outputs[2], [prompt[-1] for prompt in prompts])
+        return outputs
+
+    handle = model.language_model.register_forward_hook(force_step, with_kwargs=True)
+    DecodingBatch._prefill = forced_prefill
+    try:
+        yield
+    finally:
+        handle.remove()
+        DecodingBatch._prefill = prefill
 
 
 def save_tiny_clip(

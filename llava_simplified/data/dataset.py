@@ -135,6 +135,7 @@ class CaptionDataset(Dataset[Example]):
         return np.fromiter(self._iter_lengths(tokens_per_image), np.int32, len(self))
 
     def _iter_lengths(self, tokens_per_image: int) -> Iterator[int]:
+        """Yield the number of positions of each example, without reading images."""
         for index in range(len(self)):
             record, responses = self.locate(index)
             input_ids = self.tokenize(record, responses).input_ids
@@ -297,8 +298,8 @@ def set_bad_records_aside(
 ) -> Records:
     """Return the records that can be trained on, so that none of them ends a run in the middle.
 
-    All rows are parsed, millions in a minute. Few are tokenized: a text has at most as many tokens as bytes, so that
-    most prompts are known to be short enough.
+    All rows are parsed, millions in a minute. Few are tokenized: a text has at most as many tokens as bytes, which
+    shows for most prompts that they are short enough.
 
     Args:
         records: All records.
@@ -332,7 +333,7 @@ def set_bad_records_aside(
 class _PromptLengths:
     """Compare the lengths of prompts with a limit, tokenizing only those that can exceed it."""
 
-    TOKENS_AT_BOUNDARIES = 4  # a turn
+    TOKENS_AT_BOUNDARIES = 4  # for each turn, see `fit`
 
     def __init__(self, prompt: Prompt) -> None:
         self._prompt = prompt
@@ -351,7 +352,7 @@ class _PromptLengths:
             self._template_lengths[roles] = self._length(turns, record.id)
         num_bytes = sum(len(turn.content.encode()) for turn in record.turns)
         most = self._template_lengths[roles] + self._max_expansion * num_bytes
-        # The template's own text may be cut otherwise where it meets another text than "x".
+        # Beside another text than "x", a few more tokens may be needed for the text of the template.
         if most + self.TOKENS_AT_BOUNDARIES * len(roles) <= max_tokens:
             return True
         return self._length(record.turns, record.id) <= max_tokens

@@ -1,4 +1,4 @@
-"""How far is a command of the demo? Read from the files that the command writes while it runs."""
+"""The progress of a command of the demo, read from the files that the command writes while it runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ReadProgress = Callable[[], Progress]
 
 
 class CaptionRow(NamedTuple):
-    """One validation image, and what the model says about it."""
+    """One validation image, its generated caption, and a reference."""
 
     image: str
     caption: str
@@ -61,6 +61,7 @@ def captioning_progress(predictions: Path, total: int) -> Progress:
         predictions: Output file. Until it is complete, the captions are in a file beside it.
         total: Number of images.
     """
+    # The journal has one line per caption.
     journal = predictions.with_name(f"{predictions.name}.part.jsonl")
     try:
         done = journal.read_bytes().count(b"\n")

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from llava_simplified.foreign_files import blame_file
+from llava_simplified.hub import check_model_config
+
 if TYPE_CHECKING:
     import torch
     from transformers import CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerBase
@@ -93,20 +96,22 @@ class ClipEmbedder:
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         try:
-            loaded = CLIPModel.from_pretrained(
-                folder, output_loading_info=True, trust_remote_code=False
-            )
-            model, loading_info = cast("tuple[CLIPModel, dict[str, set[str]]]", loaded)
-            missing = sorted(loading_info["missing_keys"])
-            if missing:  # Transformers would only warn, and use random weights
-                raise ValueError(f"there are no weights for {missing[0]}")
-            self._model = model.eval().to(device)  # type: ignore[arg-type]
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False
-            )
-            self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil.from_pretrained(
-                folder, trust_remote_code=False
-            )
+            check_model_config(folder)
+            with blame_file(folder):
+                loaded = CLIPModel.from_pretrained(
+                    folder, output_loading_info=True, trust_remote_code=False
+                )
+                model, loading_info = cast("tuple[CLIPModel, dict[str, set[str]]]", loaded)
+                missing = sorted(loading_info["missing_keys"])
+                if missing:  # Transformers would only warn, and use random weights
+                    raise ValueError(f"there are no weights for {missing[0]}")
+                self._model = model.eval().to(device)
+                self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=False
+                )
+                self._processor: CLIPImageProcessorPil = CLIPImageProcessorPil.from_pretrained(
+                    folder, trust_remote_code=False
+                )
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(

@@ -94,7 +94,9 @@ class SampleView:
         """Add the table row of an image, and return its number of positions."""
         # Count an image as one token if the vision tower is unknown.
         count = self._tokens_per_image or 1
-        positions = f"{position}-{position + count - 1}" if count > 1 else str(position)
+        positions = str(position)
+        if count > 1:
+            positions = f"{position}-{position + count - 1}"
         # Show the token that the chat template writes in the place of the image, if it writes one.
         name = escape_control_characters(self._prompt.image_token or IMAGE_PLACEHOLDER)
         if self._tokens_per_image:
@@ -146,8 +148,9 @@ def _token_table() -> Table:
 
 
 def _make_visible(text: str) -> str:
-    """Escape every character that cannot be seen: also line breaks, joiners and other spaces, unlike
-    `escape_control_characters`, which keeps texts readable.
+    """Escape every character that cannot be seen, such as line breaks, joiners and unusual spaces.
+
+    `escape_control_characters` keeps these, so that texts stay readable.
     """
     # Escape single characters, so that emoji and letters of all scripts are preserved.
     characters = []

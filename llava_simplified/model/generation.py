@@ -52,6 +52,7 @@ from llava_simplified.model.language_model import (
     lm_head_at_positions,
     without_peft,
 )
+from llava_simplified.model.loop_guard import is_looping
 from llava_simplified.model.protocols import CaptionModel, CausalLM
 from llava_simplified.model.sampling import draw, process_logits, prompt_hashes, random_numbers
 from llava_simplified.model.static_decoding import (
@@ -241,17 +242,25 @@ class DecodingBatch:
                 self.errors.setdefault(sequence_id, FloatingPointError(NOT_FINITE))
                 continue
             generated.append((sequence_id, token))
-            ids = self.generated_ids[sequence_id]
-            ids.append(token)
-            num_generated = len(ids) - self._num_forced[sequence_id]
-            is_full = num_generated >= self._options[sequence_id].max_new_tokens
-            if token not in stop_ids and not is_full:
+            self.generated_ids[sequence_id].append(token)
+            if token not in stop_ids and not self._is_complete(sequence_id):
                 remaining.append(position)
         # Remove finished sequences before the next forward, so that it computes nothing for them.
         self._keep(remaining)
         if self.active:
             self._decode()
         return generated
+
+    def _is_complete(self, sequence_id: int) -> bool:
+        """Return whether a sequence ends without an end token: it has all its tokens, or repeats itself."""
+        ids = self.generated_ids[sequence_id]
+        options = self._options[sequence_id]
+        num_generated = len(ids) - self._num_forced[sequence_id]
+        if num_generated >= options.max_new_tokens:
+            return True
+        if not options.loop_guard or num_generated < options.min_new_tokens:
+            return False
+        return is_looping(self.model.prompt, ids, options.loop_guard)
 
     def raise_errors(self) -> None:
         """Raise the first of `errors`, for callers to whom the failure of one sequence is fatal.
@@ -436,8 +445,8 @@ class DecodingBatch:
         # the usual case. Equal lengths, since the repetition penalty reads a tensor of generated ids.
         groups: dict[tuple[GenerationOptions, int], list[int]] = {}
         for position, sequence_id in enumerate(self.active):
-            group = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
-            groups.setdefault(group, []).append(position)
+            key = (self._options[sequence_id], len(self.generated_ids[sequence_id]))
+            groups.setdefault(key, []).append(position)
 
         order: list[int] = []
         tokens: list[torch.Tensor] = []
@@ -488,7 +497,7 @@ class DecodingBatch:
         if rows != list(range(len(logits))):
             logits = logits[to_device(torch.tensor(rows), logits.device)]
         logits = logits.float()
-        # Equal options have an equal `start_with`, so that all of them have generated as many tokens.
+        # Equal options have an equal `start_with`, so all of these rows have generated as many tokens.
         if len(answers[0]) - self._num_forced[ids[0]] < options.min_new_tokens:
             stop_ids = to_device(torch.tensor(self.model.prompt.stop_ids), logits.device)
             logits = logits.index_fill(1, stop_ids, -torch.inf)

@@ -73,7 +73,7 @@ def read_arrow(source: str, issues: ParseIssues, columns: Columns) -> Iterator[S
     import pyarrow as pa
 
     if "://" in source:
-        raise ValueError(f"{source}: an Arrow file is mapped into memory. Copy it first.")
+        raise ValueError(f"{source}: an Arrow file must be on this machine. Copy it first.")
     try:
         yield from _table_rows(ArrowRows(Path(source)), source, issues, columns)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -88,6 +88,7 @@ def _file_name(source: str) -> str:
 def _table_rows(
     table: ColumnarFile, source: str, issues: ParseIssues, columns: Columns
 ) -> Iterator[SourceRow]:
+    """Yield the rows of a Parquet or Arrow file, in any of the forms that `find_columns` knows."""
     names = text_columns(table.schema)
     image_keys = []
     if table.image_column is not None:

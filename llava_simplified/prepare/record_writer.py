@@ -40,7 +40,7 @@ def check_suffix(path: Path) -> None:
     """Check that an output file of records has a supported suffix. Call this before a long job.
 
     Raises:
-        ValueError: The suffix is none of `SUFFIXES`.
+        ValueError: The suffix is not one of `SUFFIXES`.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: unsupported suffix; use .json, .jsonl or .parquet")
@@ -54,7 +54,7 @@ class RecordWriter:
             record per line, `.parquet` has the columns image, instruction and responses.
 
     Raises:
-        ValueError: The suffix is none of `SUFFIXES`.
+        ValueError: The suffix is not one of `SUFFIXES`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,6 +130,7 @@ class RecordWriter:
 
 
 def _parquet_schema() -> Any:
+    """Return the columns of a Parquet file of records."""
     import pyarrow as pa
 
     return pa.schema(

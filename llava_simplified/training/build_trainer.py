@@ -296,6 +296,7 @@ def build_dataset(
 def _describe_data(
     trainer: LlavaTrainer, train_set: CaptionDataset, examples: TrainingSet, prompt: Prompt
 ) -> str:
+    """Return a line about the data and the processes, for the log."""
     text = f"{len(train_set):,} training examples"
     if isinstance(examples, PackedDataset):
         text += f" in {len(examples):,} packs, {examples.fill_ratio:.1%} full"
@@ -359,6 +360,7 @@ def check_options(
 
 
 def _check_evaluation_options(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError if the options of evaluation contradict each other."""
     evaluates = args.eval_strategy != "no"
     if evaluates and not data_args.eval_data_path:
         strategy = IntervalStrategy(args.eval_strategy).value
@@ -430,6 +432,7 @@ def _check_preferences(data_args: DataArguments, args: TrainingArguments) -> Non
 
 
 def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raise ValueError for options that sampling does not support."""
     objective = args.objective
     if data_args.packing:
         raise ValueError(
@@ -452,6 +455,7 @@ def _check_sampling(data_args: DataArguments, args: TrainingArguments) -> None:
 
 
 def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Raise ValueError if the options of the vision tower contradict each other."""
     tuning, caching = model_args.tune_vision_tower, data_args.cache_vision_features
     check_cache_mode(caching)
     if tuning not in ("off", "full", "lora"):
@@ -464,6 +468,7 @@ def _check_tower_options(model_args: ModelArguments, data_args: DataArguments) -
 
 
 def _check_lora_options(model_args: ModelArguments) -> None:
+    """Raise ValueError if `--lora_options` is invalid or contradicts other options."""
     options = parse_lora_options(model_args.lora_options)
     if not options:
         return
@@ -569,6 +574,7 @@ def _default_instruction(records: Sequence[Record]) -> str:
 
 
 def _digest(option: str, name_or_path: str) -> str:
+    """Return the digest of a model's weights; errors name the option."""
     try:
         return weights_digest(name_or_path)
     except OSError as error:
@@ -619,7 +625,7 @@ def initialize_trained_parts(
         load_projector(model.projector, model_args.pretrain_mm_mlp_adapter)
     else:
         _scale_projector(model, train_set)
-    # Last: nothing is to be done if the adapter comes from a checkpoint.
+    # Do this last: it does nothing if the adapter was loaded from a checkpoint.
     initialize_pissa(model.language_model)
 
 

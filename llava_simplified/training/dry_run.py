@@ -99,6 +99,7 @@ def _train_and_save(
     args: TrainingArguments,
     precision: torch.autocast,
 ) -> TrainedSteps:
+    """Train and save as a run does, and return the logits of the trained model for two examples."""
     trainer, _ = build_trainer(model_args, data, args)
     trainer.train()
     seconds = trainer.throughput.last_step
@@ -107,7 +108,7 @@ def _train_and_save(
     first_examples = [examples[index] for index in range(min(2, len(examples)))]
     loaded = cast(Any, trainer.data_collator(first_examples))
     [prepared] = trainer.prepare_micro_batches([loaded])
-    # Without the metadata, and what only the loss of an objective uses.
+    # Leave out metadata, and tensors that only the loss of an objective uses.
     accepted = inspect.signature(Llava.forward).parameters
     inputs = {name: value for name, value in prepared.items() if name in accepted}
     batch = trainer._prepare_inputs(inputs)
@@ -138,7 +139,7 @@ def _peak_memory(device: torch.device) -> int:
     try:
         import resource
     except ImportError:
-        # Windows has no such module, but a peak that psutil knows.
+        # On Windows, which lacks this module, psutil reports the peak.
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
-# Added to the standard deviation of GRPO, as in TRL: rewards that are nearly equal must not be blown up.
+# Added to the standard deviation of GRPO, as in TRL, so that tiny differences of rewards are not amplified.
 STANDARD_DEVIATION_EPSILON = 1e-4
 # The range of the probability ratio, 1 - 0.2 to 1 + 0.2, as in PPO and GRPO.
 CLIP_EPSILON = 0.2
@@ -50,8 +50,8 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
         rewards: (images, samples), at least two samples.
     """
     samples = rewards.shape[1]
-    # Only differences matter. Those to the first sample are exactly 0 if all rewards are equal; the mean of
-    # five equal numbers may differ from them in the last digit, and would leave noise to train on.
+    # Use differences to the first sample, which are exactly 0 if all rewards are equal. The mean of five equal
+    # numbers may differ from them in the last digit; without this step, that noise would be trained on.
     shifted = rewards - rewards[:, :1]
     mean_of_others = (shifted.sum(1, keepdim=True) - shifted) / (samples - 1)
     return shifted - mean_of_others

@@ -236,7 +236,7 @@ def _example_lengths(
     args: TrainingArguments,
     sampled: int,
 ) -> list[ExampleLength]:
-    """Return the lengths of the rows of records.
+    """Return the lengths of the examples that records become; images are not read.
 
     Args:
         model: The meta model.

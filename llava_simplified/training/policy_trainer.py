@@ -1,11 +1,11 @@
 """Train on the rewards of sampled captions: `--objective scst`, `rloo` or `grpo`.
 
-One step, for each image of the step (the model is the same for all micro-batches of the step):
+One step does the following for each of its images. All captions of a step are sampled from the same weights.
 
     1. encode the image, prefill its prompt, and sample `--num_samples` captions   (`rollouts`)
-    2. reward each caption                                                         (`rewards`)
-    3. compare the rewards of an image: the advantages                             (`objectives`)
-    4. one forward and backward, in which the captions are branches of one prompt
+    2. compute the reward of each caption                                          (`rewards`)
+    3. compare the rewards of an image's captions, which gives their advantages    (`objectives`)
+    4. one forward and backward pass, in which the captions are branches of one prompt
 
 With `--sft_weight`, the responses of the record are further branches, each with a positive weight.
 The loss is averaged over the captions of the step. Everything else is that of `LlavaTrainer`.
@@ -47,12 +47,12 @@ from llava_simplified.training.trainer import LlavaTrainer, ModelInputs
 
 logger = logging.getLogger(__name__)
 
-# Above these a warning is logged. Half of the samples at the limit means that the end token is being
-# unlearned. A model that still writes what the reference would write has a KL of a few hundredths.
+# Above these values a warning is logged. If half of the samples reach the limit, the model is losing its end
+# token. A model that still writes like the reference has a KL of a few hundredths.
 MAX_SHARE_AT_LIMIT = 0.5
 MAX_KL = 0.5
 
-# What is summed up between two log entries, and divided by how many of them there are.
+# Sums since the last log entry, from which `_read_statistics` computes means.
 SUMS = (
     "images",
     "captions",
@@ -112,6 +112,7 @@ class PolicyTrainer(LlavaTrainer):
         return sampled
 
     def _sample_batch(self, batch: PromptBatch) -> Batch:
+        """Sample captions for a micro-batch of prompts, and compute their rewards and advantages."""
         examples = batch["examples"]
         model, args = self.unwrapped_model, self.args
         features = encode_prompt_images(model, examples)
@@ -149,13 +150,14 @@ class PolicyTrainer(LlavaTrainer):
             captions += [decode(answer).strip() for answer in group]
         rewards = torch.tensor(self._reward(repeated, captions))
         rewards = rewards.view(len(examples), samples)
-        # A caption without an end is a failure, however good its beginning is. Otherwise a reward of
-        # matching words would teach the model to go on and on.
+        # A caption without an end token gets the worst reward of its image, however good its beginning is.
+        # Otherwise rewards that count matching words would teach the model never to stop.
         failed = torch.tensor([[self._is_cut_off(answer) for answer in group] for group in answers])
         worst = rewards.min(1, keepdim=True).values.clamp_max(0)
         return torch.where(failed, worst, rewards)
 
     def _is_cut_off(self, answer: Sequence[int]) -> bool:
+        """Return whether an answer has reached the limit without an end token."""
         return answer[-1] not in self.unwrapped_model.prompt.stop_ids
 
     def _training_batch(
@@ -171,8 +173,8 @@ class PolicyTrainer(LlavaTrainer):
             examples, image_features, answers, advantages.tolist()
         ):
             if features is not None and self.unwrapped_model.vision_tower.frozen:
-                # Do not run the tower again. The copy is an ordinary tensor: those of inference mode, in
-                # which the features were computed, cannot be saved for the backward pass.
+                # Do not run the tower again. Copy the features, because they were computed in inference
+                # mode, and tensors of inference mode cannot be saved for the backward pass.
                 example.pixel_values = None
                 example.image_features = features.clone()
             of_example: list[TrainedAnswer] = []
@@ -211,8 +213,8 @@ class PolicyTrainer(LlavaTrainer):
         outputs = model(**inputs)
         loss = outputs.loss
         if self.args.objective == "grpo":
-            # There is one update for each set of samples, so the model that sampled them is the current
-            # one: the ratio is 1, and what remains of PPO's loss is its gradient.
+            # Each set of samples is used for one update, so the current model is the one that sampled
+            # them. The ratio of PPO's loss is therefore 1, but its gradient is not 0.
             sampled = outputs.log_probs.detach()
             loss = clipped_policy_loss(outputs.log_probs, sampled, inputs["token_weights"])
         self._sums.add("sampled_tokens", counts.sum())
@@ -270,7 +272,7 @@ class PolicyTrainer(LlavaTrainer):
         if statistics["reward_std"] == 0:
             self._warn_once(
                 "reward_std is 0: all captions of every image got the same reward, so nothing is learned. Raise "
-                "--sample_temperature, or choose a --reward that tells them apart"
+                "--sample_temperature, or choose a --reward that distinguishes them"
             )
         if at_limit > MAX_SHARE_AT_LIMIT:
             self._warn_once(
@@ -297,16 +299,16 @@ def kl_coefficient(args: Any) -> float:
 
 
 def refuse_sharded_weights(trainer: LlavaTrainer) -> None:
-    """Raise ValueError if no process has all the weights."""
+    """Raise ValueError if the weights are sharded: then no process has all of them."""
     if trainer.weights_are_sharded:
         raise ValueError(
-            f"--objective {trainer.args.objective} does not support ZeRO-3 and FSDP: sampling, and the reference, need "
-            "all weights in each process at every step. Use ZeRO-2 or plain torchrun."
+            f"--objective {trainer.args.objective} does not support ZeRO-3 and FSDP, because sampling and the reference "
+            "need all weights in each process. Use ZeRO-2 or torchrun without sharding."
         )
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switch dropout off for good: the probabilities of a caption must be those it was sampled with."""
+    """Turn dropout off permanently. With dropout, a caption's probability in training would not be that of sampling."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 # The dry run is a separate process: it does not change the random state and the memory of the run
 # itself, and if memory runs out, only the dry run is killed.
 
-# Minimum number of steps for `auto`: a shorter run shows its problems soon enough by itself.
+# Minimum number of steps for `auto`: a shorter run shows its problems soon enough without it.
 MIN_STEPS_FOR_AUTO = 2000
 # The first step allocates memory and compiles, the second one is timed.
 DRY_RUN_STEPS = 2
@@ -95,6 +95,7 @@ def preflight(
 
 
 def _is_wanted(data: DataArguments, args: TrainingArguments) -> bool:
+    """Return whether `--preflight` asks for the check of this run."""
     choice = args.preflight.lower()  # YAML may give "True"
     if choice not in ("auto", "true", "false"):
         raise ValueError(f"--preflight {args.preflight}: expected auto, true or false.")
@@ -136,6 +137,7 @@ def _check_memory(plan: Plan, args: TrainingArguments) -> None:
 
 
 def _check_disk(plan: Plan, args: TrainingArguments) -> None:
+    """Raise ValueError if the checkpoints do not fit on the disk."""
     free = shutil.disk_usage(str(args.output_dir)).free
     count = plan.count_checkpoints(args)
     if plan.checkpoint * count > free:
@@ -301,6 +303,7 @@ def _start_dry_run(
 def _describe_result(
     result: Mapping[str, Any], plan: Plan, data: DataArguments, args: TrainingArguments
 ) -> str:
+    """Return the result of the dry run as text, with the estimated duration of the run."""
     accumulation = args.gradient_accumulation_steps / _accumulation_of_dry_run(args)
     # The dry run used the longest examples, so its time per step is an upper limit. Packs all have the
     # same length.

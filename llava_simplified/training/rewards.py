@@ -97,7 +97,7 @@ def _rouge_l(caption: str, references: Sequence[str]) -> float:
 
 
 def length_reward(caption: str, references: Sequence[str]) -> float:
-    """Return 1 for as many words as a reference, less the relative difference, 0 at the least."""
+    """Return 1 for as many words as a reference, less the relative difference; at least 0."""
     words = len(caption.split())
     best = 0.0
     for reference in references:

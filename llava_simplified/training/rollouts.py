@@ -4,8 +4,8 @@
                                                         caption 2 --+--> one example with branches
                                                         caption 3 --+    (see `data.collate`)
 
-Sampling and training use the same parts as everything else: `DecodingBatch` copies the KV cache of the
-prompt for each caption, and `Llava.forward` computes the prompt once for all of its branches.
+The prompt is computed only once, both in sampling (`DecodingBatch` copies its KV cache for each caption)
+and in training (`Llava.forward` computes a shared prompt once for all of its branches).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from llava_simplified.model.generation_options import GenerationOptions
 from llava_simplified.model.llava import Llava
 from llava_simplified.prompt import IGNORE_INDEX, IMAGE_INDEX
 
-# For each prompt, for each sample: token ids with the end token, if there is one.
+# Answers[prompt][sample] are token ids. The last one is the end token, unless the answer was cut off.
 Answers = list[list[list[int]]]
 
 
 @dataclass(slots=True)
 class PromptExample(Example):
-    """A prompt without an answer, to sample answers for.
+    """A prompt without an answer; answers are sampled later.
 
     Attributes:
         references: The responses of the record, which rewards compare with.
@@ -67,7 +67,7 @@ class PromptDataset(CaptionDataset):
             image = str(self.image_folder / record.images[0])
         return PromptExample(
             prompt,
-            # Earlier answers of a conversation are not sampled, so they are not trained either.
+            # Earlier answers of a conversation are not sampled, so they get no labels either.
             [IGNORE_INDEX] * len(prompt),
             warnings=warnings,
             id=record.id,
@@ -99,7 +99,7 @@ def encode_prompt_images(model: Llava, examples: Sequence[Example]) -> list[torc
     """Return the features of the images of each example: (images, tokens, hidden size), or None."""
     features: list[torch.Tensor | None] = []
     for example in examples:
-        # A dataset returns either features or pixels, depending on its cache.
+        # A dataset returns features if they are cached, otherwise pixels.
         if example.image_features is not None:
             features.append(example.image_features.to(model.device))
         elif example.pixel_values is not None:
@@ -246,7 +246,10 @@ def branch_examples(
         answers: Token ids of each answer. All of them are trained, the end token included.
         share_prefix: Return one example with a branch per answer.
     """
-    groups = [list(answers)] if share_prefix else [[answer] for answer in answers]
+    if share_prefix:
+        groups = [list(answers)]
+    else:
+        groups = [[answer] for answer in answers]
     examples: list[Example] = []
     for group in groups:
         input_ids = list(prompt.input_ids)
@@ -264,7 +267,7 @@ def branch_examples(
             branches=branches if len(group) > 1 else None,
             id=prompt.id,
         )
-        # Count the warnings of a record once.
+        # Attach the warnings of a record to one of its examples only, so that they are counted once.
         example.warnings = [] if examples else prompt.warnings
         examples.append(example)
     return examples

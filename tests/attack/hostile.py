@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import random
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from live_server import LiveServer, chat_body
 
 from llava_simplified.model.llava import Llava
-
-# `make fuzz` sets it: all of the attacks that `make test` takes a sample of.
-IS_COMPLETE = bool(os.environ.get("FUZZ"))
-
-T = TypeVar("T")
 
 # One value of each type of JSON, and those that are easily forgotten.
 OTHER_TYPES: Sequence[Any] = (
@@ -43,14 +36,6 @@ HUGE: Sequence[Any] = (
     list(range(20_000)),
     {str(number): 0 for number in range(5_000)},
 )
-
-
-def sample(attacks: Iterable[T], count: int) -> list[T]:
-    """Return some of the attacks, always the same ones; all of them in `make fuzz`."""
-    attacks = list(attacks)
-    if IS_COMPLETE or len(attacks) <= count:
-        return attacks
-    return random.Random(7).sample(attacks, count)
 
 
 def nested(depth: int) -> Any:

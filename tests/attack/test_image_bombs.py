@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from bombs import BOMBS, FORMATS, animation, encoded
-from hostile import IS_COMPLETE, HealthyClient
+from hostile import HealthyClient
 from live_server import LiveServer, chat_body
+from sampling import IS_COMPLETE
 
 from llava_simplified.data.images import MAX_PIXELS, ImageError, decode_image
 

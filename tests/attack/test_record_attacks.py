@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HUGE, IS_COMPLETE, OTHER_TYPES, deleted, nested, paths, replaced
+from hostile import HUGE, OTHER_TYPES, deleted, nested, paths, replaced
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sampling import IS_COMPLETE
 
 from llava_simplified.cli import main
 from llava_simplified.data.records import Record, open_records

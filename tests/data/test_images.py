@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image, ImageDraw, ImageOps
 
 from llava_simplified.data import transforms
@@ -495,3 +496,12 @@ def test_visible_region_is_what_the_transform_keeps(resize: int | tuple[int, int
         assert cropped[:2, pixel, pixel].tolist() == pytest.approx(expected, abs=3)
     has_padding = bool(cropped[2].min() == 0)
     assert has_padding == (bottom > 1), "black where the region reaches beyond the image"
+
+
+def test_image_processor_is_loaded_without_torchvision(
+    models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Transformers 5.17 exports as `AutoImageProcessor` requires it, although the class does not."""
+    monkeypatch.setattr(transformers, "AutoImageProcessor", None)
+    transform = ImageTransform.from_pretrained(models_folder / "clip")
+    assert transform.crop == (32, 32)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -449,25 +447,6 @@ def test_evaluate_reports_an_error_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize(
-    "module",
-    [
-        "llava_simplified.evaluation.evaluate_command",
-        "llava_simplified.inspection.inspect_command",
-    ],
-)
-def test_build_parser_imports_nothing_heavy(module: str) -> None:
-    code = (
-        f"import sys, {module} as command\n"
-        "command.build_parser()\n"
-        "heavy = {'torch', 'transformers', 'pyarrow', 'numpy', 'PIL', 'jinja2', 'rich'}\n"
-        "print(sorted(heavy & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]", done.stderr
 
 
 # ---- two programs ----

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import unicodedata
-from collections.abc import Sequence
 
 import pytest
+from sampling import IS_COMPLETE, sample
 
 from llava_simplified.evaluation.ptb_tokenizer import tokenize
 
@@ -117,49 +117,57 @@ def test_tokenize_accepts_half_a_surrogate_pair() -> None:
     assert tokenize("a \ud83d \U0001f600 #b") == "a #b"
 
 
-@pytest.mark.medium
-@needs_java
-def test_tokenize_equals_the_server_live() -> None:
+def real_captions() -> list[str]:
+    """Return the recorded captions, their words in another order, and captions like those of COCO."""
     dice = random.Random(1)
     words = sorted({word for caption in EXPECTED_TOKENS for word in caption.split()})
     mixed = [" ".join(dice.choices(words, k=6)) for _ in range(1500)]
-    references = [reference for sample in make_samples(200) for reference in sample.references]
-    assert_equal_to_server([*EXPECTED_TOKENS, *mixed, *references])
+    references = [reference for scene in make_samples(200) for reference in scene.references]
+    return [*EXPECTED_TOKENS, *mixed, *references]
 
 
-@pytest.mark.medium
-@needs_java
-@pytest.mark.parametrize("kind", PIECES)
-def test_tokenize_equals_the_server_on_random_text(kind: str) -> None:
-    """Fixed seeds, so that a failure can be repeated. The rules were settled with many more."""
+def random_captions(kind: str) -> list[str]:
+    """Return random text of `PIECES`. Fixed seeds, so that a failure can be repeated.
+
+    The rules were settled with many more.
+    """
     dice = random.Random(kind)
     pieces = [*PIECES[kind].split(" "), " ", "  "]
     captions = []
-    for _ in range(2000):
+    for _ in range(2000 if IS_COMPLETE else 500):
         separator = dice.choice(["", "", " "])
         captions.append(separator.join(dice.choices(pieces, k=dice.randint(1, 8))))
-    assert_equal_to_server(captions)
+    return captions
+
+
+def character_captions() -> list[str]:
+    """Return every character of Unicode on its own and within a word, without surrogates and line breaks.
+
+    Above the basic plane, only assigned characters: the original has no class for any character there. `make test`
+    takes all characters of Latin and Greek and all punctuation, and a sample of the others.
+    """
+    common = [*range(0x400), *range(0x2000, 0x2070), *range(0x3000, 0x3040)]
+    basic = sample(range(0x400, 0x10000), 8000)
+    others = sample(filter(is_assigned, range(0x10000, 0x110000)), 4000)
+    characters = []
+    for code in dict.fromkeys([*common, *basic, *others]):
+        if not 0xD800 <= code <= 0xDFFF and chr(code) not in "\n\r\x0b\x0c\x85\u2028\u2029":
+            characters.append(chr(code))
+    return [f"{character} x{character}y 1{character}2" for character in characters]
+
+
+def is_assigned(code: int) -> bool:
+    return unicodedata.category(chr(code)) not in ("Cn", "Co")
 
 
 @pytest.mark.no_cover  # other tests run the same lines
 @pytest.mark.medium
 @needs_java
-@pytest.mark.parametrize(
-    "codes",
-    [range(0x10000), pytest.param(range(0x10000, 0x110000), marks=pytest.mark.slow)],
-    ids=["basic plane", "other planes"],
-)
-def test_tokenize_equals_the_server_for_every_character(codes: Sequence[int]) -> None:
-    """Every character of Unicode on its own and within a word, without surrogates and line breaks.
-
-    Above the basic plane, only assigned characters: the original has no class for any character there.
-    """
-    if codes[0]:
-        codes = [code for code in codes if unicodedata.category(chr(code)) not in ("Cn", "Co")]
-    else:
-        codes = [code for code in codes if not 0xD800 <= code <= 0xDFFF]
-    characters = [chr(code) for code in codes if chr(code) not in "\n\r\x0b\x0c\x85\u2028\u2029"]
-    captions = [f"{character} x{character}y 1{character}2" for character in characters]
+def test_tokenize_equals_the_server_live() -> None:
+    """All in one process of Java, which takes longer to start than to tokenize."""
+    captions = [*real_captions(), *character_captions()]
+    for kind in PIECES:
+        captions += random_captions(kind)
     assert_equal_to_server(captions)
 
 

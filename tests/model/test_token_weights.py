@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import LANGUAGE_MODELS, build, collate, make_images
+from model_helpers import LANGUAGE_MODELS, collate, make_images
+from tiny import build_llava
 from torch.nn.functional import log_softmax
 
 from llava_simplified.data.collate import Collator, Example, expand_image_placeholders
@@ -34,7 +35,7 @@ TURNS = [Message("user", "<image>\nWhat is this?")]
 
 
 def build_float64(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> Llava:
-    model = build(folder, text)
+    model = build_llava(folder, text)
     model.language_model.set_attn_implementation("eager")
     freeze(model, TrainedParts())
     add_lora(model, rank=2, alpha=4)
@@ -243,7 +244,7 @@ def test_dpo_of_two_branches_equals_the_formula_over_separate_sequences(
 
 
 def test_constant_reward_gives_exactly_no_gradient(models_folder: Path) -> None:
-    model = build(models_folder, "llama")
+    model = build_llava(models_folder, "llama")
     prompt, answers = answers_of(model)
     rows = branch_examples(Example(prompt, [], make_images(model, 1)), answers[0], True)
     lengths = torch.tensor([len(answer) for answer in answers[0]])

@@ -174,14 +174,6 @@ def test_download_records_a_row_without_a_url(server: Server, tmp_path: Path) ->
     assert report["outcomes"] == {"ok": 2, "bad_url": 1}
 
 
-@pytest.mark.slow
-def test_download_on_ray_fetches_the_same(server: Server, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="the ray extra is not installed")
-    tsv, url_jobs = write_source(tmp_path, server.port)
-    run(tsv, tmp_path / "out", engine="ray")
-    check_output(tmp_path / "out", url_jobs)
-
-
 # ---- a second run ----
 
 

@@ -141,29 +141,6 @@ def test_reduce_draws_the_same_random_sample_for_the_same_seed(
     assert draw(0) != draw(1)
 
 
-PARSERS = [
-    "download_command:build_parser",
-    "download_command:build_merge_parser",
-    "convert_command:build_parser",
-    "convert_command:build_reduce_parser",
-    "clean_command:build_parser",
-]
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize("target", PARSERS)
-def test_build_parser_imports_nothing_heavy(target: str) -> None:
-    module, _, function = target.partition(":")
-    code = (
-        f"import sys; from llava_simplified.prepare.{module} import {function}; "
-        f"{function}().format_help(); "
-        "print([name for name in ('torch', 'numpy', 'PIL', 'pyarrow', 'fsspec', 'aiohttp') "
-        "if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_commands_name_the_extra_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

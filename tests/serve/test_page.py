@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shutil
 import signal
 import threading
@@ -25,6 +26,7 @@ from live_server import (
     without_end_tokens,
 )
 from PIL import Image
+from tiny import build_llava
 
 from llava_simplified.data.images import decode_image
 from llava_simplified.model.llava import Llava
@@ -53,6 +55,8 @@ CHROMIUM_ARGS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
+# All in one process: a browser takes seconds to start.
+IN_BROWSER = pytest.mark.xdist_group("browser")
 COMPLETE = ".answer:not(.writing)"  # selects answers that have ended
 
 
@@ -199,6 +203,7 @@ def veil_alpha(page: Any) -> np.ndarray:
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_page_streams_caption_and_shows_attention(visit: Callable[..., Any], model: Llava) -> None:
     photo = wide_photo()
     page = visit()
@@ -280,6 +285,37 @@ def test_page_streams_caption_and_shows_attention(visit: Callable[..., Any], mod
 
 
 @pytest.mark.slow
+@IN_BROWSER
+def test_veil_of_a_padded_image_shows_the_patches_of_the_image(
+    visit: Callable[..., Any], models_folder: Path
+) -> None:
+    """The model receives a square with borders above and below, whose patches are not on the page."""
+    model = build_llava(models_folder, image_aspect_ratio="pad")
+    photo = wide_photo()  # 400 x 200
+    with live_server(model, examples=[]) as server:
+        page = visit(server.url)
+        show(page, photo)
+        page.locator(COMPLETE).wait_for()
+        page.locator(".word").first.hover()
+        page.locator("#veil").wait_for()
+        alpha = veil_alpha(page)
+        if "LLAVA_SCREENSHOT" in os.environ:
+            page.screenshot(path=os.environ["LLAVA_SCREENSHOT"])
+        grid = attention_map(model, model.instruction, [photo], words(page))[0, 0]
+    assert grid.shape == (4, 4)
+    light = (grid - grid.min()) / (grid.max() - grid.min())
+    height, width = alpha.shape
+    assert width / height == pytest.approx(2, rel=0.01)
+    # The square has 400 x 400 pixels, and the image its rows 100 to 299: the patches of the rows 1 and 2.
+    y = [height // 4, 3 * height // 4]
+    x = [(2 * column + 1) * width // 8 for column in range(4)]
+    expected = 0.72 - 0.5 * light[1:3].numpy()
+    np.testing.assert_allclose(alpha[np.ix_(y, x)] / 255, expected, atol=0.05)
+    assert np.ptp(expected) > 0.2, "the patches must differ"
+
+
+@pytest.mark.slow
+@IN_BROWSER
 def test_veil_disappears_with_new_answer_and_new_image(
     visit: Callable[..., Any], model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -312,6 +348,7 @@ def test_veil_disappears_with_new_answer_and_new_image(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_bad_files_are_explained_and_next_image_is_captioned(
     visit: Callable[..., Any], model: Llava, photos: Sequence[bytes], examples: list[bytes]
 ) -> None:
@@ -357,6 +394,7 @@ def test_bad_files_are_explained_and_next_image_is_captioned(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_image_can_be_dropped_pasted_and_photographed(
     visit: Callable[..., Any], server: LiveServer, model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -402,6 +440,7 @@ def test_image_can_be_dropped_pasted_and_photographed(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_follow_up_questions_several_answers_and_markup(
     visit: Callable[..., Any], server: LiveServer, model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -442,6 +481,7 @@ def send_events(route: Any, *texts: str) -> None:
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_answer_is_inserted_as_text(visit: Callable[..., Any], photos: Sequence[bytes]) -> None:
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     answer = '<b>${1}</b> <img src=x onerror="boom()"> 日本 `{{7}}` <script>boom()</script>'
@@ -464,6 +504,7 @@ def respond_with(status: int, headers: dict[str, str], body: Any) -> Callable[[A
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_failures_of_server_are_explained(
     visit: Callable[..., Any], photos: Sequence[bytes]
 ) -> None:
@@ -513,6 +554,7 @@ def test_failures_of_server_are_explained(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_phone_and_tap_shows_attention(
     visit: Callable[..., Any], photos: Sequence[bytes], scheme: str
@@ -544,6 +586,7 @@ def test_page_fits_phone_and_tap_shows_attention(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_stopping_or_leaving_frees_sequence(
     visit: Callable[..., Any], server: LiveServer, model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -576,6 +619,7 @@ def test_stopping_or_leaving_frees_sequence(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_key_is_required_and_kept_for_tab(
     visit: Callable[..., Any], model: Llava, photos: Sequence[bytes]
 ) -> None:
@@ -600,6 +644,7 @@ def test_key_is_required_and_kept_for_tab(
 
 
 @pytest.mark.slow
+@IN_BROWSER
 def test_open_page_does_not_delay_shutdown(
     visit: Callable[..., Any], command: Any, photos: Sequence[bytes]
 ) -> None:

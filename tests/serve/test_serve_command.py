@@ -116,15 +116,6 @@ def run_python(code: str) -> None:
 
 
 @pytest.mark.medium
-def test_parser_needs_no_heavy_packages() -> None:
-    run_python(
-        "import sys; from llava_simplified.serve.serve_command import build_parser; build_parser()\n"
-        "loaded = {'torch', 'transformers', 'starlette', 'pydantic', 'aiohttp'} & set(sys.modules)\n"
-        "assert not loaded, loaded"
-    )
-
-
-@pytest.mark.medium
 def test_server_needs_no_downloader() -> None:
     """The extra `serve` does not install aiohttp."""
     run_python(

@@ -23,6 +23,7 @@ from llava_simplified.arguments import parse_arguments
 from llava_simplified.data.packing import PackedDataset
 from llava_simplified.training.build_trainer import build_trainer
 from llava_simplified.training.dry_run import dry_run
+from llava_simplified.training.plan import make_plan
 from llava_simplified.training.preference_trainer import PreferenceTrainer
 
 MakeOptions = Callable[..., list[str]]
@@ -111,7 +112,7 @@ def test_loss_equals_a_loop_over_separate_sequences(dpo_options: MakeOptions) ->
         margin = torch.tensor(0.3 * (sums[0] - sums[1]))
         assert abs(margin) > 0.01
         expected -= float(0.9 * logsigmoid(margin) + 0.1 * logsigmoid(-margin))
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"share_prefix": False}, {"packing": True}])
@@ -227,3 +228,13 @@ def test_engines_that_shard_the_weights_are_refused(
     monkeypatch.setattr(name, sharded)
     with pytest.raises(ValueError, match="ZeRO-2"):
         run_training(dpo_options())
+
+
+def test_plan_counts_both_answers_and_the_reference(dpo_options: MakeOptions) -> None:
+    pairs = make_plan(*parse_arguments(dpo_options()))
+    chosen = make_plan(*parse_arguments(dpo_options(objective="sft")))
+    assert pairs.steps == chosen.steps
+    assert 1.5 * chosen.trained < pairs.trained < 2.5 * chosen.trained
+    assert pairs.memory["reference"] == pairs.memory["gradients"]
+    assert pairs.flops > 1.3 * chosen.flops
+    assert pairs.sampling is None

@@ -1,0 +1,21 @@
+"""Samples of large families of tests: `make test` takes some, always the same ones, `make fuzz` all of them."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable
+from typing import TypeVar
+
+# `make fuzz` sets it.
+IS_COMPLETE = bool(os.environ.get("FUZZ"))
+
+T = TypeVar("T")
+
+
+def sample(cases: Iterable[T], count: int) -> list[T]:
+    """Return some of the cases, always the same ones; all of them in `make fuzz`."""
+    cases = list(cases)
+    if IS_COMPLETE or len(cases) <= count:
+        return cases
+    return random.Random(7).sample(cases, count)
