@@ -206,7 +206,9 @@ def main() -> None:
         help="Output folder of the demo (default: %(default)s)",
     )
     parser.add_argument("--cache-dir", type=Path, help="Where `make demo` keeps models and images")
-    parser.add_argument("--image", default="1f44b-1f3fd.png", help="A training drawing")
+    parser.add_argument(
+        "--image", default="1f939-1f3fd-200d-2640-fe0f.png", help="A training drawing"
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples")
     args = parser.parse_args()
     reward_demo = args.demo / "reward"
