@@ -61,7 +61,7 @@ def write_models(folder: Path, language_model: Path | None) -> tuple[Path, Path]
 def write_random_language_model(folder: Path, tokenizer: Path | None) -> Path:
     """Write a language model with random weights in the shape of SmolLM2-1.7B, and return its folder.
 
-    What is random does not matter for speed and memory. With 1.7 billion parameters, decoding is bound by
+    Random weights take the time and memory of trained ones. With 1.7 billion parameters, decoding is bound by
     reading the weights.
 
     Args:

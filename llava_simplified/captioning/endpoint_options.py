@@ -248,6 +248,7 @@ def parse_endpoint_options(
     Raises:
         ValueError: An option is invalid, is missing, or has no effect with or without a server.
     """
+    # The options have the names of the fields.
     names = [field.name for field in fields(EndpointOptions) if field.name != "url"]
 
     def refuse_changed(options: list[str], reason: str) -> None:

@@ -462,7 +462,7 @@ def _finished_records(
 ) -> dict[int, str | None]:
     """Return index and image of the records whose rows are all in a journal.
 
-    The images of a file of records are left out, because only `_renumber` needs images.
+    For a file of records, the images are None: only `_renumber` needs them, and it is not used then.
 
     A process that was killed while writing leaves an incomplete record at the end. The journal is
     truncated before it. Random numbers depend only on the record, so the next run generates the same

@@ -282,6 +282,7 @@ def load_trained_weights(model: Llava, folder: str | Path) -> None:
     folder = Path(folder)
     checkpoint_config = read_checkpoint_config(folder)
     parts = TrainedParts.from_stored(checkpoint_config)
+    # Every checkpoint contains the projector; the other parts only if they were trained.
     load_projector(model.projector, folder)
     if parts.language_model != "none":
         pissa = _read_pissa_entries(checkpoint_config)
@@ -392,6 +393,7 @@ def read_adapter_config(
 
 def _check_adapter_entries(path: Path, entries: Mapping[str, Any]) -> None:
     """Raise ValueError if an entry that LoRA needs is missing, or if a list or a mapping has wrong elements."""
+    # PEFT has defaults for these, with which the adapter would compute something else.
     missing = {"r", "lora_alpha", "target_modules"} - set(entries)
     if missing:
         raise ValueError(f"{path}: {sorted(missing)[0]} is missing")

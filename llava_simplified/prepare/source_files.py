@@ -104,7 +104,7 @@ def read_text(path: Path, issues: ParseIssues, number: int) -> str:
     if "\0" in text:
         text = text.replace("\0", "")
         found.note("NUL byte (removed)", number, path.name)
-    # Once for the file, and with its name: the rows of a folder are files.
+    # Note each kind of repair once, with the name of the file: in a folder, each file is one row.
     for kind in found.counts:
         issues.note(kind, number, path.name)
     return text

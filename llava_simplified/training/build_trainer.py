@@ -278,7 +278,7 @@ def build_dataset(
 ) -> CaptionDataset:
     """Return the dataset of an objective: examples with responses, with pairs, or prompts to sample from."""
     dataset_class = DATASETS.get(objective, PromptDataset)
-    # Prompts are not repeated for each of their references, and pairs are not torn apart.
+    # One example per record: prompts are not repeated for each reference, and pairs stay together.
     one_per_record = data_args.share_prefix or dataset_class is not CaptionDataset
     dataset = dataset_class(
         records,
