@@ -97,6 +97,7 @@ def follow_step(checkpoint: Path, cache_dir: Path | None, image: str, seed: int)
             "advantage": float(advantages[index]),
             "before": float(before[index].exp()),
             "after": float(after[index].exp()),
+            "factor": float((after[index] - before[index]).exp()),
         }
         rows.append(row)
     return {

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -307,6 +308,26 @@ def test_demo_shows_captions_and_writes_a_report_while_a_step_runs(
     assert 'http-equiv="refresh"' in page
     assert "a &lt;b&gt;dog&lt;/b&gt;" in page
     assert "data:image/webp" in page
+
+
+def test_report_of_the_last_step_is_not_replaced_by_that_of_a_running_demo(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine, the page of the running demo would be written after the final one."""
+    monkeypatch.setattr(demo_steps.Watcher, "REDRAW_SECONDS", 0.01)
+    assets = DemoAssets(*[data_folder / "images"] * 6)
+    with redirect_output(tmp_path / "log.txt") as terminal:
+        demo = Demo(tmp_path, terminal)
+        demo.durations.append(0.0)
+        redrawn = threading.Event()
+        monkeypatch.setattr(terminal, "show_progress", lambda _: redrawn.set())
+        demo.durations.append(0.0)
+        watcher = Watcher(demo, [DOWNLOAD, *fake_steps(tmp_path)], 2, assets.images)
+        with watcher:
+            assert redrawn.wait(30)
+            redrawn.clear()
+            assert redrawn.wait(30)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_second_demo_skips_what_is_finished_and_resumes_what_is_not(
