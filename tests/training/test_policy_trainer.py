@@ -124,6 +124,7 @@ def test_resumed_run_samples_the_same_captions(policy_options: MakeOptions, obje
         assert read_log(again, key) == read_log(output, key)[-1:]
 
 
+@pytest.mark.medium
 def test_separate_sequences_train_the_same_weights(policy_options: MakeOptions) -> None:
     shared = run_training(policy_options("shared", max_steps=1))
     separate = run_training(policy_options("separate", max_steps=1, share_prefix=False))
@@ -133,6 +134,7 @@ def test_separate_sequences_train_the_same_weights(policy_options: MakeOptions) 
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.medium
 def test_constant_reward_changes_nothing_and_warns(
     policy_options: MakeOptions, checkpoint: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
@@ -142,6 +144,7 @@ def test_constant_reward_changes_nothing_and_warns(
     assert sum("reward_std is 0" in text for text in package_log.messages) == 1
 
 
+@pytest.mark.medium
 def test_captions_without_an_end_are_reported(
     policy_options: MakeOptions, package_log: pytest.LogCaptureFixture
 ) -> None:
@@ -209,6 +212,7 @@ def test_reference_of_a_new_adapter_is_the_model_without_it(checkpoint: Path) ->
     torch.testing.assert_close(model.language_model(ids).logits, changed, rtol=0, atol=0)
 
 
+@pytest.mark.medium
 def test_dry_run_of_the_preflight_samples_captions(
     policy_options: MakeOptions, tmp_path: Path
 ) -> None:
